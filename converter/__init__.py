@@ -1,0 +1,1 @@
+"""Checkpoint in, GGUF out."""

@@ -1,0 +1,1 @@
+"""The offload engine: GGUF in, logits out. It knows no HTTP."""

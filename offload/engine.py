@@ -1,0 +1,1 @@
+"""The engine: opens a GGUF file, and turns requests into tokens."""

@@ -1,0 +1,67 @@
+"""Every error a person can cause or meet, as one small tree.
+
+Each message is one sentence that says what is wrong and one that says what to do. Broken invariants
+of our own are `assert`s and never appear here. `exit_code` is what the `slimoe` command returns.
+"""
+
+from pathlib import Path
+
+
+class SlimoeError(Exception):
+    """Base of all errors that are shown to a person without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(SlimoeError):
+    """The command line or a parameter is wrong."""
+
+    exit_code = 2
+
+
+class ModelFileError(SlimoeError):
+    """A model file or checkpoint directory is missing, truncated, corrupt or incomplete.
+
+    `path` is the file at fault, `problem` what is wrong with it, `hint` what to do.
+    """
+
+    exit_code = 3
+
+    def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
+        self.path = Path(path)
+        self.problem = problem
+        self.hint = hint
+        super().__init__(f"{path}: {problem}" + (f" {hint}" if hint else ""))
+
+
+class UnsupportedModelError(ModelFileError):
+    """The file is sound, but holds something this program does not implement."""
+
+
+class DoesNotFitError(SlimoeError):
+    """Memory or disk does not hold what was asked for; both byte counts are fields."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, required_bytes: int, available_bytes: int) -> None:
+        self.required_bytes = required_bytes
+        self.available_bytes = available_bytes
+        super().__init__(message)
+
+
+class LibraryError(SlimoeError):
+    """llama-cpp-python's ggml libraries are missing or are not the ones this program was built for."""
+
+    exit_code = 5
+
+
+class ContextOverflowError(SlimoeError):
+    """The prompt does not fit into the context window; all counts are tokens."""
+
+    def __init__(self, n_prompt: int, n_ctx: int) -> None:
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+        super().__init__(
+            f"The prompt is {n_prompt} tokens long, but the context window holds {n_ctx}. "
+            "Shorten the prompt or raise --ctx."
+        )

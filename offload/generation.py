@@ -1,0 +1,87 @@
+"""What goes into a generation and what comes out of it: plain frozen values that cross process borders."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from offload.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request to the engine.
+
+    `max_tokens` None runs to the end of the context window, 0 only reads the prompt. `stop` are strings that end
+    the answer and are not part of it. `n_logprobs` None reports none, N the chosen token's and the N likeliest.
+    `prompt_logprobs` reports the same for every prompt token (the first has none).
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n_logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token before sampling filters, and the likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """So many of the prompt's tokens are read; `n_cached` of them were in the KV cache already."""
+
+    n_done: int
+    n_total: int
+    n_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """One entry per prompt token; None for the first, which nothing predicts."""
+
+    tokens: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One generated token and the text it released: whole characters that can be no part of a stop string."""
+
+    token: int
+    text: str
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Tokens and milliseconds of the two phases; `cached_n` prompt tokens were not computed again."""
+
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    cached_n: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event: why it ended, the text that was still held back, and what it took.
+
+    `memory` is peak bytes per tier, by name.
+    """
+
+    reason: FinishReason
+    text: str
+    timings: Timings
+    memory: dict[str, int]
+
+
+Event = PromptProgress | PromptLogprobs | TokenStep | Finished

@@ -1,0 +1,457 @@
+"""The part of ggml's C API that this program uses, as typed Python functions over ctypes.
+
+Importing this module opens the libraries and checks that they are the ones it was written for: version, type
+names, block sizes, structure layout. Raises LibraryError otherwise. Sources: ggml.h, ggml-alloc.h,
+ggml-backend.h and ggml-cpu.h of ggml 0.25.3. Tensors, contexts and graphs are plain addresses.
+"""
+# ruff: noqa: D103 - the functions are ggml's own, documented in its headers
+# mypy: disable-error-code="empty-body"
+
+import ctypes
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from offload.errors import LibraryError
+from offload.library import (
+    F32,
+    GGML_VERSION,
+    I32,
+    I64,
+    PINNED,
+    U8,
+    Bool,
+    Ptr,
+    Size,
+    Str,
+    c_function,
+    open_library,
+)
+
+_BASE = open_library("ggml-base")
+_CPU = open_library("ggml-cpu")
+_GGML = open_library("ggml")
+
+STATUS_SUCCESS, STATUS_ABORTED = 0, 1
+PREC_F32 = 10
+DEVICE_CPU, DEVICE_GPU = 0, 1
+USAGE_WEIGHTS = 1
+
+
+class InitParams(ctypes.Structure):
+    """`struct ggml_init_params`."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class ThreadpoolParams(ctypes.Structure):
+    """`struct ggml_threadpool_params`."""
+
+    _fields_ = (
+        ("cpumask", ctypes.c_bool * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    )
+
+
+class Tensor(ctypes.Structure):
+    """`struct ggml_tensor`, read only through `tensor_at`."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    )
+
+
+ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def tensor_at(address: int) -> Tensor:
+    """The tensor structure at `address`."""
+    return Tensor.from_address(address)
+
+
+# --- contexts, tensors, graphs -----------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_version() -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_log_set(callback: LOG_CALLBACK, user_data: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_init(params: InitParams) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_free(ctx: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_tensor_overhead() -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_graph_overhead_custom(size: Size, grads: Bool) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_new_graph_custom(ctx: Ptr, size: Size, grads: Bool) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_build_forward_expand(graph: Ptr, tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_graph_n_nodes(graph: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_1d(ctx: Ptr, kind: I32, ne0: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_2d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_3d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_4d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_name(tensor: Ptr, name: Str) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_input(tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_set_output(tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_get_data(tensor: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_nbytes(tensor: Ptr) -> Size: ...
+
+
+# --- operations --------------------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_get_rows(ctx: Ptr, a: Ptr, rows: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_rows(ctx: Ptr, a: Ptr, source: Ptr, rows: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_add(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_scale(ctx: Ptr, a: Ptr, factor: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_rms_norm(ctx: Ptr, a: Ptr, eps: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul_mat(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul_mat_id(ctx: Ptr, stack: Ptr, b: Ptr, ids: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_prec_set_acc(a: Ptr, precision: I32) -> Bool: ...
+
+
+@c_function(_BASE)
+def ggml_soft_max(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_argsort_top_k(ctx: Ptr, a: Ptr, k: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_swiglu(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_swiglu_split(ctx: Ptr, gate: Ptr, up: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_rope_ext(
+    ctx: Ptr,
+    a: Ptr,
+    positions: Ptr,
+    factors: Ptr,
+    n_dims: I32,
+    mode: I32,
+    n_ctx_orig: I32,
+    freq_base: F32,
+    freq_scale: F32,
+    ext_factor: F32,
+    attn_factor: F32,
+    beta_fast: F32,
+    beta_slow: F32,
+) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_flash_attn_ext(
+    ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
+) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_cont(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, nb1: Size, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, nb1: Size, nb2: Size, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_permute(ctx: Ptr, a: Ptr, axis0: I32, axis1: I32, axis2: I32, axis3: I32) -> Ptr: ...
+
+
+# --- quantisation ------------------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_type_name(kind: I32) -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_blck_size(kind: I32) -> I64: ...
+
+
+@c_function(_BASE)
+def ggml_type_size(kind: I32) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_quantize_chunk(
+    kind: I32, source: Ptr, target: Ptr, start: I64, n_rows: I64, n_per_row: I64, importance: Ptr
+) -> Size: ...
+
+
+# --- buffers and allocation --------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_backend_buft_name(buft: Ptr) -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buft_alloc_buffer(buft: Ptr, n_bytes: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buft_get_alloc_size(buft: Ptr, tensor: Ptr) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buft_get_alignment(buft: Ptr) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buffer_free(buffer: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buffer_get_base(buffer: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buffer_get_size(buffer: Ptr) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buffer_clear(buffer: Ptr, value: U8) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_buffer_set_usage(buffer: Ptr, usage: I32) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_tensor_alloc(buffer: Ptr, tensor: Ptr, address: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
+def ggml_backend_tensor_set(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_tensor_get(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_cpu_buffer_type() -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_backend_cpu_buffer_from_ptr(address: Ptr, n_bytes: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_gallocr_new(buft: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_gallocr_free(allocator: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_gallocr_reserve(allocator: Ptr, graph: Ptr) -> Bool: ...
+
+
+@c_function(_BASE)
+def ggml_gallocr_alloc_graph(allocator: Ptr, graph: Ptr) -> Bool: ...
+
+
+@c_function(_BASE)
+def ggml_gallocr_get_buffer_size(allocator: Ptr, buffer_id: I32) -> Size: ...
+
+
+# --- devices and computing ---------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_backend_graph_compute(backend: Ptr, graph: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
+def ggml_backend_free(backend: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_reg_dev_get(registry: Ptr, index: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_backend_reg_get_proc_address(registry: Ptr, name: Str) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_backend_dev_supports_op(device: Ptr, op: Ptr) -> Bool: ...
+
+
+@c_function(_CPU)
+def ggml_backend_cpu_init() -> Ptr: ...
+
+
+@c_function(_CPU)
+def ggml_backend_cpu_reg() -> Ptr: ...
+
+
+@c_function(_CPU)
+def ggml_backend_cpu_set_n_threads(backend: Ptr, n_threads: I32) -> None: ...
+
+
+@c_function(_CPU)
+def ggml_backend_cpu_set_threadpool(backend: Ptr, threadpool: Ptr) -> None: ...
+
+
+@c_function(_CPU)
+def ggml_backend_cpu_set_abort_callback(backend: Ptr, callback: ABORT_CALLBACK, user_data: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_threadpool_params_init(params: Ptr, n_threads: I32) -> None: ...
+
+
+@c_function(_CPU)
+def ggml_threadpool_new(params: Ptr) -> Ptr: ...
+
+
+@c_function(_CPU)
+def ggml_threadpool_free(threadpool: Ptr) -> None: ...
+
+
+@c_function(_CPU)
+def ggml_threadpool_pause(threadpool: Ptr) -> None: ...
+
+
+@c_function(_CPU)
+def ggml_threadpool_resume(threadpool: Ptr) -> None: ...
+
+
+# --- the check at load -------------------------------------------------------------------------------------
+
+
+def _check_library() -> None:
+    version = ggml_version().decode()
+    if version != GGML_VERSION:
+        raise LibraryError(f"ggml {version} is installed, but {PINNED} is needed. Install that version.")
+    for kind in GGMLQuantizationType:
+        name = (ggml_type_name(kind) or b"").decode().upper()
+        sizes = (ggml_blck_size(kind), ggml_type_size(kind))
+        if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):
+            raise LibraryError(f"ggml's type {kind.value} is {name} {sizes}, not {kind.name}: {PINNED} is needed.")
+    _check_layout()
+
+
+def _check_layout() -> None:
+    ctx = ggml_init(InitParams(1 << 16, None, True))
+    address = ggml_new_tensor_4d(ctx, GGMLQuantizationType.Q8_0, 64, 3, 5, 7)
+    ggml_set_name(address, b"layout")
+    tensor = tensor_at(address)
+    seen = (tensor.type, tuple(tensor.ne), tuple(tensor.nb), tensor.name, tensor.data)
+    expected = (8, (64, 3, 5, 7), (34, 68, 204, 1020), b"layout", None)
+    ggml_free(ctx)
+    if seen != expected:
+        raise LibraryError(f"ggml's tensor structure is not the expected one: {PINNED} is needed.")
+
+
+_check_library()

@@ -1,0 +1,1 @@
+"""HTTP in, tokens out, and the `slimoe` command. It knows no tensor."""
