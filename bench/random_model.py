@@ -1,0 +1,236 @@
+"""Writes random models of true shape: a shape and a seed give a GGUF file in seconds.
+
+Speed does not depend on the weights' values, so none have to be downloaded. Values are drawn with the deviation
+that keeps activations and logits near 1. A pool of blocks is quantised once for each kind of tensor and every
+tensor is filled with random picks from it, so that a file is written about as fast as the disk takes it and
+experts differ from each other. The files hold no tokenizer; llama.cpp loads them.
+
+    python -m bench.random_model mixtral2 /tmp/mixtral2.gguf --seed 1 --type Q4_K
+"""
+
+import math
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+from offload.errors import SlimoeError, UsageError
+from offload.ggml import ggml_quantize_chunk
+
+CHUNK = 256  # weights picked from the pool at once: the longest block of any ggml type
+POOL_CHUNKS = 4096
+WRITE_CHUNKS = 1 << 14
+TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_0",
+    "Q5_1",
+    "Q4_0",
+    "Q4_1",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ3_S",
+    "IQ2_S",
+    "MXFP4",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a random model looks like, in GGUF's words; widths are multiples of 256."""
+
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_expert: int
+    n_expert_used: int
+    n_vocab: int
+
+
+SHAPES = {
+    "design8": Shape(8, 2048, 7168, 16, 8, 128, 8, 2, 32000),
+    "mixtral2": Shape(2, 4096, 14336, 32, 8, 128, 8, 2, 32000),
+    "mixtral": Shape(32, 4096, 14336, 32, 8, 128, 8, 2, 32000),
+    "finegrained": Shape(8, 2048, 768, 32, 4, 128, 128, 8, 32000),
+    "smoke": Shape(2, 256, 512, 4, 2, 64, 4, 2, 512),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """One tensor to write: `ne` in ggml's order, normal values of `mean` and deviation `std`."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    std: float
+    mean: float = 0.0
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the pool that fill it."""
+        return math.prod(self.ne) // CHUNK
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return self.n_chunks * chunk_bytes(self.type)
+
+
+def chunk_bytes(kind: GGMLQuantizationType) -> int:
+    """Bytes of CHUNK weights of a type."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return CHUNK // int(block) * int(block_bytes)
+
+
+def random_tensors(shape: Shape, kind: GGMLQuantizationType, output: GGMLQuantizationType) -> Iterator[RandomTensor]:
+    """All tensors of a model, in the order of the file; the router and the norms are F32."""
+    d, n_ff, n_expert = shape.n_embd, shape.n_ff, shape.n_expert
+    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+    f32 = GGMLQuantizationType.F32
+
+    def matrix(name: str, *ne: int) -> RandomTensor:
+        return RandomTensor(f"{name}.weight", ne, kind, ne[0] ** -0.5)
+
+    yield replace(matrix("token_embd", d, shape.n_vocab), std=1.0)
+    for layer in range(shape.n_layer):
+        blk = f"blk.{layer}."
+        yield RandomTensor(f"{blk}attn_norm.weight", (d,), f32, 0.1, mean=1.0)
+        yield matrix(f"{blk}attn_q", d, n_q)
+        yield matrix(f"{blk}attn_k", d, n_kv)
+        yield matrix(f"{blk}attn_v", d, n_kv)
+        yield matrix(f"{blk}attn_output", n_q, d)
+        yield RandomTensor(f"{blk}ffn_norm.weight", (d,), f32, 0.1, mean=1.0)
+        yield RandomTensor(f"{blk}ffn_gate_inp.weight", (d, n_expert), f32, d**-0.5)
+        yield matrix(f"{blk}ffn_gate_exps", d, n_ff, n_expert)
+        yield matrix(f"{blk}ffn_up_exps", d, n_ff, n_expert)
+        yield matrix(f"{blk}ffn_down_exps", n_ff, d, n_expert)
+    yield RandomTensor("output_norm.weight", (d,), f32, 0.1, mean=1.0)
+    yield replace(matrix("output", d, shape.n_vocab), type=output)
+
+
+def block_pool(kind: GGMLQuantizationType, std: float, mean: float, seed: int) -> np.ndarray:
+    """Quantised random chunks, uint8 of shape (POOL_CHUNKS, bytes of a chunk)."""
+    rng = np.random.default_rng([seed, kind.value])
+    values = rng.standard_normal((POOL_CHUNKS, CHUNK), np.float32) * np.float32(std) + np.float32(mean)
+    pool = np.empty((POOL_CHUNKS, chunk_bytes(kind)), np.uint8)
+    ggml_quantize_chunk(kind, values.ctypes.data, pool.ctypes.data, 0, POOL_CHUNKS, CHUNK, None)
+    return pool
+
+
+def random_pieces(tensor: RandomTensor, pool: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """The tensor's bytes, a few megabytes at a time; the same for the same seed and name."""
+    rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+    for begin in range(0, tensor.n_chunks, WRITE_CHUNKS):
+        n_chunks = min(WRITE_CHUNKS, tensor.n_chunks - begin)
+        yield pool.take(rng.integers(0, POOL_CHUNKS, n_chunks, np.uint16), axis=0)
+
+
+def describe(writer: GGUFWriter, shape: Shape, name: str) -> None:
+    """Adds the metadata that llama.cpp needs to load a model without a tokenizer."""
+    writer.add_name(name)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(shape.n_expert)
+    writer.add_expert_used_count(shape.n_expert_used)
+    writer.add_vocab_size(shape.n_vocab)
+    writer.add_tokenizer_model("none")
+    writer.add_quantization_version(2)
+
+
+def write_random_model(
+    path: Path, shape: Shape, *, seed: int = 1, kind: str = "Q4_K", output: str | None = None, name: str = "random"
+) -> int:
+    """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
+
+    Raises UsageError for a type whose blocks do not fit or that needs calibration.
+    """
+    tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind)))
+    part = path.with_name(path.name + ".part")
+    writer = GGUFWriter(part, "llama")
+    describe(writer, shape, name)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_tensors(writer, tensors, seed)
+        writer.close()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def _write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
+    pools: dict[tuple[GGMLQuantizationType, float, float], np.ndarray] = {}
+    file = writer.fout[0]
+    for tensor in tensors:
+        key = (tensor.type, tensor.std, tensor.mean)
+        if key not in pools:
+            pools[key] = block_pool(*key, seed)
+        writer.write_padding(file, file.tell())
+        for piece in random_pieces(tensor, pools[key], seed):
+            piece.tofile(file)
+    writer.write_padding(file, file.tell())
+
+
+def weight_type(name: str) -> GGMLQuantizationType:
+    """The ggml type of that name; raises UsageError for one that random weights cannot have."""
+    if name.upper() not in TYPES:
+        raise UsageError(f"{name} is no type for random weights. Choose one of {' '.join(TYPES)}.")
+    return GGMLQuantizationType[name.upper()]
+
+
+def shape_named(name: str, n_layer: int | None = None) -> Shape:
+    """A shape of SHAPES, with `n_layer` layers where given; raises UsageError for an unknown name."""
+    if name not in SHAPES:
+        raise UsageError(f"There is no shape {name}. Choose one of {' '.join(SHAPES)}.")
+    return SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
+
+
+@click.command()
+@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--seed", default=1, show_default=True)
+@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@click.option("--output-type", help="Type of the output matrix.  [default: the same]")
+@click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
+def main(shape: str, path: Path, seed: int, kind: str, output_type: str | None, layers: int | None) -> None:
+    """Write a random model of SHAPE to PATH."""
+    try:
+        chosen = shape_named(shape, layers)
+        n_bytes = write_random_model(path, chosen, seed=seed, kind=kind, output=output_type, name=f"random {shape}")
+    except (SlimoeError, OSError) as error:
+        sys.exit(f"{error}")
+    print(f"{os.fspath(path)}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
