@@ -1,0 +1,257 @@
+"""Decode and prefill next to llama.cpp: the same file, the same threads, in turn, in one process.
+
+Every round measures each contender once, in alternating order. llama.cpp runs with its extra buffer types on and
+off, and the better of the two on each figure is what ours is compared with. The table goes to stderr; the last
+line of stdout is one JSON document. A ratio above 1 means that ours is faster. The tokens are random, so the
+experts are chosen evenly: natural text is never harder.
+
+    python -m bench.decode_prefill --shape design8 --type Q4_K
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from bench.random_model import SHAPES, shape_named, write_random_model
+from bench.rival import Rival, RivalConfig
+from bench.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
+from offload.backend import default_threads
+from offload.engine import Engine, EngineConfig
+from offload.errors import SlimoeError, UsageError
+from offload.gguf_file import read_gguf
+from offload.memory import available_bytes
+
+OURS = "slimoe"
+RIVALS = {"llama.cpp": True, "llama.cpp --no-repack": False}
+REFERENCE = "llama.cpp --no-repack"
+COPIES_TOGETHER = 4.5  # the mapped file, two rearranged copies, ours and theirs, one of plain weights, and some air
+CHECKED_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured: `n_prefill` and `n_decode` tokens at each of `depths`, `n_rounds` times."""
+
+    model: Path
+    n_threads: int
+    n_rounds: int
+    n_prefill: int
+    n_decode: int
+    depths: tuple[int, ...]
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that the contexts hold, in the steps of 256 that llama.cpp takes."""
+        return -(-(max(self.depths) + max(self.n_prefill, self.n_decode, CHECKED_STEPS)) // 256) * 256
+
+    @property
+    def fits_together(self) -> bool:
+        """Whether memory holds all contenders at once; otherwise they are measured one after the other."""
+        return COPIES_TOGETHER * read_gguf(self.model).n_bytes < available_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came out: a timing per contender, depth and round, the logits of each, our Python's share of a step."""
+
+    timings: dict[tuple[str, int], list[Timing]]
+    logits: dict[str, list[np.ndarray]]
+    python_shares: dict[int, list[float]]
+
+    def seconds(self, name: str, depth: int, phase: str) -> float:
+        """Median over the rounds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
+        return float(statistics.median(getattr(timing, phase) for timing in self.timings[name, depth]))
+
+    def ratio(self, depth: int, phase: str) -> float:
+        """How many times faster ours is than the better llama.cpp."""
+        return min(self.seconds(name, depth, phase) for name in RIVALS) / self.seconds(OURS, depth, phase)
+
+    def kl(self, name: str) -> float:
+        """The largest KL divergence of the checked steps from plain llama.cpp, in nats."""
+        return max(map(kl_divergence, self.logits[name], self.logits[REFERENCE]))
+
+
+def contenders(plan: Plan) -> dict[str, Callable[[], Contender]]:
+    """How each contender is opened, ours first."""
+    config = EngineConfig(plan.model, n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+    rivals = {
+        name: lambda extra=extra: Rival(RivalConfig(plan.model, plan.n_ctx, plan.n_threads, extra))
+        for name, extra in RIVALS.items()
+    }
+    return {OURS: lambda: Engine.open(config), **rivals}
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> Report:
+    """Measures all contenders together if memory allows it, one after the other if not."""
+    report = Report({}, {}, {})
+    makers = contenders(plan)
+    heats = [list(makers)] if plan.fits_together else [[name] for name in makers]
+    for heat in heats:
+        with ExitStack() as stack:
+            opened = {}
+            for name in heat:
+                say(f"loading {name}")
+                opened[name] = stack.enter_context(closing(makers[name]()))
+            _run_heat(plan, opened, report, say)
+    return report
+
+
+def _run_heat(plan: Plan, opened: Mapping[str, Contender], report: Report, say: Callable[[str], None]) -> None:
+    n_vocab = read_vocabulary_size(plan.model)
+    tokens = random_tokens(max(plan.depths), n_vocab)
+    prefill, decode = random_tokens(plan.n_prefill, n_vocab, seed=2), random_tokens(plan.n_decode, n_vocab, seed=3)
+    for name, contender in opened.items():
+        report.logits[name] = check_logits(contender, prefill[: CHECKED_STEPS * 2])
+    for depth in sorted(plan.depths, reverse=True):  # a deep cache serves the shallower depths as well
+        for contender in opened.values():
+            go_to_depth(contender, tokens, depth)
+            measure(contender, prefill, decode[:1])
+        for round_no in range(plan.n_rounds):
+            say(f"depth {depth}, round {round_no + 1} of {plan.n_rounds}")
+            for name in sorted(opened, reverse=bool(round_no % 2)):
+                report.timings.setdefault((name, depth), []).append(measure(opened[name], prefill, decode))
+            if isinstance(engine := opened.get(OURS), Engine):
+                report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
+
+
+def check_logits(contender: Contender, tokens: list[int]) -> list[np.ndarray]:
+    """Logits after a short prompt and after each of CHECKED_STEPS steps; the KV cache is empty before and after."""
+    contender.truncate(0)
+    logits = [contender.prefill(tokens[:-CHECKED_STEPS])]
+    logits += [contender.decode(token) for token in tokens[-CHECKED_STEPS:]]
+    contender.truncate(0)
+    return logits
+
+
+def python_share(engine: Engine, tokens: list[int]) -> float:
+    """The share of decode steps, from 0 to 1, that is spent outside ggml's graphs."""
+    computed = engine.compute_seconds
+    seconds = sum(time_decode(engine, tokens))
+    return 1.0 - float(engine.compute_seconds - computed) / seconds
+
+
+def read_vocabulary_size(model: Path) -> int:
+    """Rows of the token embedding."""
+    return read_gguf(model).tensors["token_embd.weight"].ne[1]
+
+
+def as_json(plan: Plan, report: Report) -> dict[str, Any]:
+    """The figures as one document; the ratios at its top are the worst of all depths."""
+    depths = {
+        str(depth): {
+            "decode_ms": {name: 1e3 * report.seconds(name, depth, "decode") for name in (OURS, *RIVALS)},
+            "prefill_tokens_per_s": {
+                name: plan.n_prefill / report.seconds(name, depth, "prefill") for name in (OURS, *RIVALS)
+            },
+            "decode_vs_llamacpp": report.ratio(depth, "decode"),
+            "prefill_vs_llamacpp": report.ratio(depth, "prefill"),
+            "python_share": statistics.median(report.python_shares[depth]),
+        }
+        for depth in plan.depths
+    }
+    return {
+        "decode_vs_llamacpp": min(report.ratio(depth, "decode") for depth in plan.depths),
+        "prefill_vs_llamacpp": min(report.ratio(depth, "prefill") for depth in plan.depths),
+        "python_share": max(statistics.median(shares) for shares in report.python_shares.values()),
+        "kl_vs_llamacpp": report.kl(OURS),
+        "kl_between_llamacpp_settings": max(map(report.kl, RIVALS)),
+        "depths": depths,
+        "threads": plan.n_threads,
+        "rounds": plan.n_rounds,
+        "n_prefill": plan.n_prefill,
+        "n_decode": plan.n_decode,
+    }
+
+
+def table(plan: Plan, report: Report) -> Table:
+    """The figures for a person."""
+    result = Table(title=f"{plan.model.name}, {plan.n_threads} threads, medians of {plan.n_rounds} rounds")
+    for column in ("depth", "contender", f"decode ms ({plan.n_decode})", f"prefill tokens/s ({plan.n_prefill})"):
+        result.add_column(column, justify="left" if column == "contender" else "right")
+    for depth in plan.depths:
+        for name in (OURS, *RIVALS):
+            decode, prefill = (report.seconds(name, depth, phase) for phase in ("decode", "prefill"))
+            result.add_row(str(depth), name, f"{1e3 * decode:.2f}", f"{plan.n_prefill / prefill:.1f}")
+        ratios = (f"{report.ratio(depth, phase):.3f}" for phase in ("decode", "prefill"))
+        result.add_row(str(depth), "ratio to the better llama.cpp", *ratios, end_section=True)
+    return result
+
+
+def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers, such as {option.default}.") from None
+    if min(values) < 0:
+        raise click.BadParameter("only counts from 0 up are possible.")
+    return values
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
+@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@click.option("--model", type=click.Path(path_type=Path), help="Measure this file instead of a random one.")
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--tokens", callback=_comma_ints, default="512,64", show_default=True, help="To prefill, to decode.")
+@click.option("--depths", callback=_comma_ints, default="0,1024", show_default=True, help="Tokens already cached.")
+@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+@click.option("--keep", is_flag=True, help="Keep the random model in the temporary directory.")
+@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+def main(
+    shape: str,
+    kind: str,
+    model: Path | None,
+    threads: int | None,
+    rounds: int,
+    tokens: tuple[int, ...],
+    depths: tuple[int, ...],
+    smoke: bool,
+    keep: bool,
+    allow_busy: bool,
+) -> None:
+    """Measure decode and prefill against llama.cpp on the same file."""
+    console = Console(stderr=True)
+    try:
+        if len(tokens) != 2 or min(tokens) < 2:
+            raise UsageError("--tokens takes two numbers from 2 up: how many to prefill and how many to decode.")
+        with ExitStack() as stack:
+            path = model or _make_model("smoke" if smoke else shape, kind)
+            if model is None and not keep:
+                stack.callback(path.unlink)
+            plan = Plan(path, threads or default_threads(), rounds, *tokens, depths)
+            if smoke:
+                plan = replace(plan, n_rounds=1, n_prefill=32, n_decode=4, depths=(0, 16))
+            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            load = machine.OtherLoad()
+            report = run(plan, console.print)
+            console.print(table(plan, report))
+            loads = {"other_cores_before": load_before, "other_cores_during": load.cores()}
+    except SlimoeError as error:
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    about = {"model": path.name, "type": kind if model is None else None, "machine": machine.describe()}
+    print(json.dumps(as_json(plan, report) | loads | about))
+
+
+def _make_model(shape: str, kind: str) -> Path:
+    path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
+    write_random_model(path, shape_named(shape), kind=kind)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Drives a contender step by step and times it: prefill and decode at a depth, warm-up excluded."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+WARM_STEPS = 2
+
+
+class Contender(Protocol):
+    """What is measured: a model with one sequence in its KV cache. Both the engine and llama.cpp have this."""
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the KV cache."""
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,)."""
+
+    def decode(self, token: int) -> np.ndarray:
+        """Appends one token; returns its logits."""
+
+    def truncate(self, n_past: int) -> None:
+        """Forgets everything after the first `n_past` tokens."""
+
+    def close(self) -> None:
+        """Gives everything back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One round of one contender, in seconds: of the whole prefill, and of the median decode step."""
+
+    prefill: float
+    decode: float
+
+
+def random_tokens(n_tokens: int, n_vocab: int, seed: int = 1) -> list[int]:
+    """Fixed tokens, uniform over the vocabulary, as llama-bench draws them: the adversarial case for routing."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, n_vocab, n_tokens)]
+
+
+def go_to_depth(contender: Contender, tokens: Sequence[int], depth: int) -> None:
+    """Leaves exactly the first `depth` of `tokens` in the KV cache."""
+    contender.truncate(min(contender.n_past, depth))
+    if contender.n_past < depth:
+        contender.prefill(tokens[contender.n_past : depth])
+
+
+def time_prefill(contender: Contender, tokens: Sequence[int]) -> float:
+    """Seconds that appending `tokens` takes; the KV cache is then as before."""
+    depth = contender.n_past
+    begin = time.perf_counter()
+    contender.prefill(tokens)
+    seconds = time.perf_counter() - begin
+    contender.truncate(depth)
+    return seconds
+
+
+def time_decode(contender: Contender, tokens: Sequence[int]) -> list[float]:
+    """Seconds of each step that appends one of `tokens`; the KV cache is then as before."""
+    depth = contender.n_past
+    seconds = []
+    for token in tokens:
+        begin = time.perf_counter()
+        contender.decode(token)
+        seconds.append(time.perf_counter() - begin)
+    contender.truncate(depth)
+    return seconds
+
+
+def measure(contender: Contender, prefill: Sequence[int], decode: Sequence[int]) -> Timing:
+    """One round at the current depth. The first decode steps, in which caches and threads wake, do not count."""
+    seconds = time_prefill(contender, prefill)
+    time_decode(contender, decode[:WARM_STEPS])
+    return Timing(seconds, statistics.median(time_decode(contender, decode)))
+
+
+def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """KL(reference || logits) in nats, both of shape (n_vocab,)."""
+    p, q = _log_softmax(reference), _log_softmax(logits)
+    return float(np.sum(np.exp(p) * (p - q)))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = logits.astype(np.float64) - logits.max()
+    return shifted - float(np.log(np.exp(shifted).sum()))
