@@ -1,0 +1,135 @@
+"""Text to token ids and back, by the tokenizer that a GGUF file carries.
+
+Splitting text into tokens is libllama's work. Special tokens are ours: sentencepiece never builds one out of
+written text, libllama may (`</s>` from `</` and `s>`), so its copy of the vocabulary gets names for them that no
+text can spell, and they are placed by id. Likewise the space that sentencepiece puts before a text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from offload.gguf_file import GGUFFile
+from offload.vocabulary import LlamaVocab, VocabularySpec, raw_bytes
+
+_END_OF_TURN = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"}
+    | {"<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>"}
+)
+
+
+class Tokenizer:
+    """A model's tokenizer; `open` makes one, `close` frees libllama's vocabulary (about 10 MB)."""
+
+    def __init__(self, spec: VocabularySpec, vocab: LlamaVocab) -> None:
+        self._spec = spec
+        self._vocab = vocab
+        self.n_vocab = len(spec.texts)
+        self.bos: int | None = vocab.bos
+        self.eos: int | None = vocab.eos
+        self.add_bos: bool = vocab.add_bos and vocab.bos is not None
+        self.chat_template = spec.chat_template
+        self.special_tokens = {spec.texts[i]: i for i in sorted(spec.control | spec.user_defined, reverse=True)}
+        self.eog = self._end_of_generation()
+        self._any_special = _alternatives(self.special_tokens)
+        self._user_defined = _alternatives(spec.texts[i] for i in spec.user_defined)
+        self._pieces: dict[int, bytes] = {}
+
+    @classmethod
+    def open(cls, gguf: GGUFFile) -> "Tokenizer":
+        """The tokenizer of `gguf`.
+
+        Raises ModelFileError when the file has none or a damaged one, UnsupportedModelError for an unknown kind.
+        """
+        spec = VocabularySpec.from_gguf(gguf)
+        return cls(spec, LlamaVocab(gguf, spec))
+
+    def close(self) -> None:
+        """Frees libllama's copy; the tokenizer can no longer encode."""
+        self._vocab.close()
+
+    def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:
+        """The token ids of `text`; with `parse_special`, written-out special tokens become tokens."""
+        bos = [self.bos] if add_bos and self.bos is not None else []
+        parts = _split(self._any_special, text, self.special_tokens) if parse_special else [text]
+        return self.encode_segments([*bos, *parts])
+
+    def encode_segments(self, segments: Sequence[str | int]) -> list[int]:
+        """The token ids of a prompt in pieces: an int is a token, a str is text that names no special token.
+
+        Neighbouring strings are one text. As sentencepiece does it, a text at the start, or after a token that
+        is not text, gets a space before it, if the tokenizer is of that kind.
+        """
+        tokens: list[int] = []
+        for segment in _joined(segments):
+            if isinstance(segment, int):
+                tokens.append(segment)
+            else:
+                tokens += self._encode_text(segment, at_start=not tokens)
+        return tokens
+
+    def _encode_text(self, text: str, *, at_start: bool) -> list[int]:
+        if text and self._spec.add_space_prefix and (at_start or self._spec.prefix_after_special):
+            text = " " + text
+        tokens: list[int] = []
+        for part in _split(self._user_defined, text, self.special_tokens):
+            tokens += [part] if isinstance(part, int) else self._vocab.encode(utf8(part))
+        return tokens
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that `token` stands for; a control token's are empty, or its name with `special`."""
+        if token not in self._pieces:
+            text = self.token_text(token)
+            named = token in self._spec.control or token in self._spec.user_defined
+            self._pieces[token] = raw_bytes(text) if named else self._vocab.piece(token)
+        return b"" if token in self._spec.control and not special else self._pieces[token]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens` without control tokens and without the space that `encode` puts first."""
+        text = b"".join(self.piece(token) for token in tokens).decode("utf-8", "replace")
+        return text[1:] if self._spec.add_space_prefix and text.startswith(" ") else text
+
+    def token_text(self, token: int) -> str:
+        """The token's name in the file, such as `▁the`, `<0x0A>` or `</s>`."""
+        if not 0 <= token < self.n_vocab:
+            raise IndexError(f"token {token} is not one of {self.n_vocab}")
+        return self._spec.texts[token]
+
+    def _end_of_generation(self) -> frozenset[int]:
+        named = {i for text, i in self.special_tokens.items() if text in _END_OF_TURN}
+        return frozenset(named | self._spec.ends | ({self.eos} if self.eos is not None else set()))
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of `text`, in which half a surrogate pair, which JSON can hold, becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches any of `texts`, the longest one first."""
+    ordered = sorted((text for text in texts if text), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
+
+
+def _split(pattern: re.Pattern[str] | None, text: str, tokens: dict[str, int]) -> Iterator[str | int]:
+    parts = pattern.split(text) if pattern else [text]
+    for n, part in enumerate(parts):
+        if part:
+            yield tokens[part] if n % 2 else part
+
+
+def _joined(segments: Iterable[str | int]) -> Iterator[str | int]:
+    """The same segments with neighbouring strings joined."""
+    text = ""
+    for segment in segments:
+        if isinstance(segment, str):
+            text += segment
+            continue
+        if text:
+            yield text
+        text = ""
+        yield segment
+    if text:
+        yield text

@@ -1,0 +1,1 @@
+"""Tests; each makes the tiny models that it needs."""
