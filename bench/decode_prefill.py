@@ -9,10 +9,8 @@ experts are chosen evenly: natural text is never harder.
 """
 
 import json
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -25,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import machine
-from bench.random_model import SHAPES, shape_named, write_random_model
+from bench.random_model import SHAPES, random_model_file
 from bench.rival import Rival, RivalConfig
 from bench.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from offload.backend import default_threads
@@ -229,9 +227,7 @@ def main(
         if len(tokens) != 2 or min(tokens) < 2:
             raise UsageError("--tokens takes two numbers from 2 up: how many to prefill and how many to decode.")
         with ExitStack() as stack:
-            path = model or _make_model("smoke" if smoke else shape, kind)
-            if model is None and not keep:
-                stack.callback(path.unlink)
+            path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, keep=keep))
             plan = Plan(path, threads or default_threads(), rounds, *tokens, depths)
             if smoke:
                 plan = replace(plan, n_rounds=1, n_prefill=32, n_decode=4, depths=(0, 16))
@@ -245,12 +241,6 @@ def main(
         sys.exit(error.exit_code)
     about = {"model": path.name, "type": kind if model is None else None, "machine": machine.describe()}
     print(json.dumps(as_json(plan, report) | loads | about))
-
-
-def _make_model(shape: str, kind: str) -> Path:
-    path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
-    write_random_model(path, shape_named(shape), kind=kind)
-    return path
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Speed does not depend on the weights' values, so none have to be downloaded. Values are drawn with the deviation
 that keeps activations and logits near 1. A pool of blocks is quantised once for each kind of tensor and every
 tensor is filled with random picks from it, so that a file is written about as fast as the disk takes it and
-experts differ from each other. The files hold no tokenizer; llama.cpp loads them.
+experts differ from each other. llama.cpp loads the files, with a made-up vocabulary or without any.
 
     python -m bench.random_model mixtral2 /tmp/mixtral2.gguf --seed 1 --type Q4_K
 """
@@ -11,8 +11,10 @@ experts differ from each other. The files hold no tokenizer; llama.cpp loads the
 import math
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import click
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
+from bench.random_vocabulary import add_random_vocabulary
 from offload.errors import SlimoeError, UsageError
 from offload.ggml import ggml_quantize_chunk
 
@@ -142,9 +145,9 @@ def random_pieces(tensor: RandomTensor, pool: np.ndarray, seed: int) -> Iterator
         yield pool.take(rng.integers(0, POOL_CHUNKS, n_chunks, np.uint16), axis=0)
 
 
-def describe(writer: GGUFWriter, shape: Shape, name: str) -> None:
-    """Adds the metadata that llama.cpp needs to load a model without a tokenizer."""
-    writer.add_name(name)
+def describe(writer: GGUFWriter, shape: Shape) -> None:
+    """Adds the metadata that llama.cpp needs to load a model, its tokenizer left out."""
+    writer.add_name("random")
     writer.add_context_length(32768)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
@@ -159,21 +162,31 @@ def describe(writer: GGUFWriter, shape: Shape, name: str) -> None:
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
     writer.add_vocab_size(shape.n_vocab)
-    writer.add_tokenizer_model("none")
     writer.add_quantization_version(2)
 
 
 def write_random_model(
-    path: Path, shape: Shape, *, seed: int = 1, kind: str = "Q4_K", output: str | None = None, name: str = "random"
+    path: Path,
+    shape: Shape,
+    *,
+    seed: int = 1,
+    kind: str = "Q4_K",
+    output: str | None = None,
+    vocabulary: bool = False,
 ) -> int:
     """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
 
+    Without a `vocabulary` it can only be spoken to in token ids.
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
     tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind)))
     part = path.with_name(path.name + ".part")
     writer = GGUFWriter(part, "llama")
-    describe(writer, shape, name)
+    describe(writer, shape)
+    if vocabulary:
+        add_random_vocabulary(writer, shape.n_vocab)
+    else:
+        writer.add_tokenizer_model("none")
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
     try:
@@ -215,6 +228,18 @@ def shape_named(name: str, n_layer: int | None = None) -> Shape:
     return SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
 
 
+@contextmanager
+def random_model_file(shape: str, kind: str, *, vocabulary: bool = False, keep: bool = False) -> Iterator[Path]:
+    """A random model in the temporary directory, deleted at the end unless it is to `keep`."""
+    path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
+    try:
+        write_random_model(path, shape_named(shape), kind=kind, vocabulary=vocabulary)
+        yield path
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)
+
+
 @click.command()
 @click.argument("shape", type=click.Choice(list(SHAPES)))
 @click.argument("path", type=click.Path(path_type=Path))
@@ -222,11 +247,14 @@ def shape_named(name: str, n_layer: int | None = None) -> Shape:
 @click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
 @click.option("--output-type", help="Type of the output matrix.  [default: the same]")
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
-def main(shape: str, path: Path, seed: int, kind: str, output_type: str | None, layers: int | None) -> None:
+@click.option("--vocabulary", is_flag=True, help="Add a made-up vocabulary, so that text goes in and out.")
+def main(
+    shape: str, path: Path, seed: int, kind: str, output_type: str | None, layers: int | None, vocabulary: bool
+) -> None:
     """Write a random model of SHAPE to PATH."""
     try:
         chosen = shape_named(shape, layers)
-        n_bytes = write_random_model(path, chosen, seed=seed, kind=kind, output=output_type, name=f"random {shape}")
+        n_bytes = write_random_model(path, chosen, seed=seed, kind=kind, output=output_type, vocabulary=vocabulary)
     except (SlimoeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"{os.fspath(path)}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)

@@ -1,0 +1,192 @@
+"""What the HTTP server adds to a token: the time per token over SSE, less the engine's own.
+
+Starts `slimoe serve` as a child on a free port and reads completions from it as a client does, in turn with an
+engine on the same model in this process. Both read the same prompt and answer greedily, so the text must be the
+same. The time per token is the mean over a stream, the first token left out. The last line of stdout is one JSON
+document.
+
+    python -m bench.server_latency --shape design8
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+
+from bench import machine
+from bench.random_model import SHAPES, random_model_file
+from bench.stepping import random_tokens
+from offload.backend import default_threads
+from offload.engine import Engine, EngineConfig
+from offload.errors import SlimoeError
+from offload.generation import GenerationRequest, TokenStep
+from offload.sampling import SamplingParams
+
+N_PROMPT = 16
+FIRST_PLAIN_TOKEN = 259  # after the special tokens and the bytes, in every vocabulary of SentencePiece's kind
+START_SECONDS = 300
+STOP_SECONDS = 10
+
+
+class ServerFailedError(SlimoeError):
+    """The server under test did not start or did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`n_rounds` streams of `n_tokens` each, over the server and from the engine in turn."""
+
+    model: Path
+    n_threads: int
+    n_rounds: int
+    n_tokens: int
+
+    @property
+    def n_ctx(self) -> int:
+        """The context that both are given, in tokens."""
+        return -(-(N_PROMPT + self.n_tokens) // 256) * 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One answer: its text and the seconds from each token to the next, in the mean."""
+
+    text: str
+    seconds_per_token: float
+
+
+@asynccontextmanager
+async def running_server(plan: Plan) -> AsyncIterator[str]:
+    """A `slimoe serve` child; gives its base URL once it answers. Raises ServerFailedError when it ends before."""
+    arguments = ["serve", str(plan.model), "--port", "0", "--threads", str(plan.n_threads), "--ctx", str(plan.n_ctx)]
+    command = [sys.executable, "-m", "server.cli", *arguments]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
+        if not line:
+            raise ServerFailedError(f"slimoe serve ended before it was ready. Try it: slimoe serve {plan.model}")
+        yield json.loads(line)["url"].rstrip("/")
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await asyncio.wait_for(process.wait(), STOP_SECONDS)
+
+
+async def stream_from_server(session: aiohttp.ClientSession, url: str, prompt: list[int], n_tokens: int) -> Stream:
+    """Reads one completion over SSE; the clock starts at the first text and ends with the finishing chunk."""
+    body = {
+        "model": "any",
+        "prompt": prompt,
+        "max_tokens": n_tokens,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    begin, pieces = None, []
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise ServerFailedError(f"The server answered {response.status}: {await response.text()}")
+        async for line in response.content:
+            choice = _choice(line)
+            if choice is None:
+                continue
+            pieces.append(choice["text"] or "")
+            begin = begin or time.perf_counter()
+            if choice["finish_reason"]:
+                return Stream("".join(pieces), (time.perf_counter() - begin) / (n_tokens - 1))
+    raise ServerFailedError("The server's stream broke off.")
+
+
+def _choice(line: bytes) -> Any:
+    if not line.startswith(b"data: {"):
+        return None
+    choices = json.loads(line[6:]).get("choices")
+    return choices[0] if choices else None
+
+
+def stream_from_engine(engine: Engine, prompt: list[int], n_tokens: int) -> Stream:
+    """The same completion from an engine in this process."""
+    greedy = SamplingParams(temperature=0.0)
+    request = GenerationRequest(tuple(prompt), max_tokens=n_tokens, sampling=greedy, ignore_eos=True)
+    times, pieces = [], []
+    for event in engine.generate(request):
+        if isinstance(event, TokenStep):
+            times.append(time.perf_counter())
+            pieces.append(event.text)
+    return Stream("".join(pieces), (times[-1] - times[0]) / (n_tokens - 1))
+
+
+async def run(plan: Plan, engine: Engine) -> tuple[list[Stream], list[Stream]]:
+    """All rounds: the server's streams and the engine's. One of each goes before and does not count."""
+    served, own = [], []
+    n_vocab = engine.gguf.tensors["token_embd.weight"].ne[1]
+    async with running_server(plan) as url, aiohttp.ClientSession() as session:
+        for round_no in range(plan.n_rounds + 1):
+            tokens = random_tokens(N_PROMPT, n_vocab - FIRST_PLAIN_TOKEN, seed=round_no)
+            prompt = [FIRST_PLAIN_TOKEN + token for token in tokens]
+            served.append(await stream_from_server(session, url, prompt, plan.n_tokens))
+            own.append(stream_from_engine(engine, prompt, plan.n_tokens))
+    return served[1:], own[1:]
+
+
+def as_json(plan: Plan, served: list[Stream], own: list[Stream]) -> dict[str, Any]:
+    """Medians over the rounds, in milliseconds."""
+    overheads = [over.seconds_per_token - alone.seconds_per_token for over, alone in zip(served, own, strict=True)]
+    return {
+        "sse_overhead_ms": 1e3 * statistics.median(overheads),
+        "sse_ms_per_token": 1e3 * statistics.median(stream.seconds_per_token for stream in served),
+        "engine_ms_per_token": 1e3 * statistics.median(stream.seconds_per_token for stream in own),
+        "same_text": all(over.text == alone.text for over, alone in zip(served, own, strict=True)),
+        "rounds": plan.n_rounds,
+        "tokens": plan.n_tokens,
+        "threads": plan.n_threads,
+    }
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
+@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of a random one.")
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens of a stream.")
+@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+def main(
+    shape: str,
+    kind: str,
+    model: Path | None,
+    threads: int | None,
+    rounds: int,
+    tokens: int,
+    smoke: bool,
+    allow_busy: bool,
+) -> None:
+    """Measure what the HTTP server adds to each token."""
+    try:
+        with ExitStack() as stack:
+            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, vocabulary=True))
+            plan = Plan(path, threads or default_threads(), 1 if smoke else rounds, 16 if smoke else tokens)
+            config = EngineConfig(path, n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+            engine = stack.enter_context(closing(Engine.open(config)))
+            served, own = asyncio.run(run(plan, engine))
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    about = {"model": path.name, "other_cores_before": load_before, "machine": machine.describe()}
+    print(json.dumps(as_json(plan, served, own) | about))
+
+
+if __name__ == "__main__":
+    main()
