@@ -1,1 +1,256 @@
-"""The engine: opens a GGUF file, and turns requests into tokens."""
+"""The engine: a GGUF file, opened within a memory plan, and the tokens it has read so far."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.backend import CpuBackend, default_threads
+from offload.errors import ContextOverflowError, UsageError
+from offload.generation import Event, GenerationRequest
+from offload.generator import Generator
+from offload.gguf_file import GGUFFile, read_gguf
+from offload.kv_cache import CELL_STEP, KVCache, kv_bytes, kv_type
+from offload.memory import available_bytes, peak_resident_bytes, require
+from offload.model_spec import ModelSpec, check_tensors
+from offload.placement import Placement, decide_placement, matrix_bytes, repackable_types
+from offload.probe import KernelSpeed, measured_speeds
+from offload.runner import Logits, Runner
+from offload.tokenizer import Tokenizer
+from offload.weight_source import LayerSources, ModelSources, join_rows, model_sources
+from offload.weights import ModelWeights, WeightStore, load_weights
+
+DEFAULT_CTX = 4096
+_PROBE_ABOVE_BYTES = 256 << 20
+"""Smaller models answer before a measurement would be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to open a model; None means: decide for me.
+
+    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `repack` auto, on or off (see `Placement`).
+    """
+
+    model: Path
+    n_ctx: int | None = None
+    n_batch: int = 512
+    n_threads: int | None = None
+    kv_type: str = "f16"
+    repack: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """Everything decided before the first weight is loaded."""
+
+    gguf: GGUFFile
+    spec: ModelSpec
+    sources: ModelSources
+    n_ctx: int
+    n_cells: int
+    n_batch: int
+    n_threads: int
+    placement: Placement
+    available: int
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """Reads the header and decides; loads nothing.
+
+    Raises ModelFileError, UnsupportedModelError and UsageError.
+    """
+    gguf = read_gguf(config.model)
+    spec = ModelSpec.from_gguf(gguf)
+    check_tensors(gguf, spec)
+    sources = model_sources(gguf, spec)
+    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
+    n_threads = default_threads() if config.n_threads is None else config.n_threads
+    for name, value in (("--ctx", n_ctx), ("--batch", config.n_batch), ("--threads", n_threads)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}, but must be at least 1.")
+    n_cells = -(-n_ctx // CELL_STEP) * CELL_STEP
+    n_batch = min(config.n_batch, n_cells)
+    available = available_bytes()
+    kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
+    speeds = _speeds(config, sources, n_threads)
+    placement = decide_placement(sources, spec, config.repack, speeds, kv, n_batch, available)
+    return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
+
+
+def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
+    if config.repack != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
+        return {}
+    backend = CpuBackend(n_threads)
+    try:
+        return measured_speeds(repackable_types(sources), backend)
+    finally:
+        backend.close()
+
+
+def has_tokenizer(gguf: GGUFFile) -> bool:
+    """Whether the file carries a vocabulary; without one only token ids go in and out."""
+    return "tokenizer.ggml.tokens" in gguf.metadata
+
+
+class Engine:
+    """An open model and one sequence of tokens in its KV cache.
+
+    Not for several threads at once. `close` gives everything back.
+    """
+
+    def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
+        self.config, self.plan = config, plan
+        self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
+        self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
+        self._backend = CpuBackend(plan.n_threads)
+        self._cache = KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type))
+        self._store = WeightStore(plan.gguf, plan.sources, _Counter(plan.placement, on_progress))
+        batched, single = self._load()
+        self._runner = Runner(plan.spec, self._backend, self._cache, batched, single, plan.n_batch)
+        self._tokens: list[int] = []
+
+    @classmethod
+    def open(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> "Engine":
+        """Opens a model; `on_progress` gets bytes made ready and their total.
+
+        Raises ModelFileError, UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
+        """
+        plan = plan_engine(config)
+        require(plan.placement.required, plan.available, f"{config.model} with {plan.n_ctx} tokens of context")
+        return cls(config, plan, on_progress or (lambda done, total: None))
+
+    def _load(self) -> tuple[ModelWeights, ModelWeights]:
+        """Weights for batches and for single tokens: two arrangements, or twice the same one."""
+        placement, sources = self.plan.placement, self.plan.sources
+        if placement.copies == "plain":
+            batched = single = load_weights(self._store, sources, lambda source: False)
+        elif placement.copies == "repacked":
+            batched = single = load_weights(self._store, sources, placement.repacks)
+        else:
+            batched = load_weights(self._store, sources, lambda source: False)
+            single = load_weights(self._store, _joined(sources, placement), placement.repacks)
+        self._store.release_staging()
+        return batched, single
+
+    # --- the sequence --------------------------------------------------------------------------------------
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the KV cache."""
+        return len(self._tokens)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Running total of time spent inside graphs; the rest of a step is this program's own."""
+        return self._backend.seconds
+
+    def truncate(self, n_past: int) -> None:
+        """Forgets all but the first `n_past` tokens."""
+        del self._tokens[n_past:]
+
+    def common_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from the first on, are in the KV cache already."""
+        n_common = 0
+        for ours, theirs in zip(self._tokens, tokens, strict=False):
+            if ours != theirs:
+                break
+            n_common += 1
+        return n_common
+
+    def read(
+        self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None
+    ) -> Logits:
+        """Appends at most `n_batch` tokens; F32 logits [n_out, n_vocab] of the last `n_out`, valid until the next step.
+
+        Raises ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
+        """
+        if self.n_past + len(tokens) > self.n_ctx:
+            raise ContextOverflowError(self.n_past + len(tokens), self.n_ctx)
+        logits = self._runner.run(tokens, self.n_past, n_out, is_cancelled)
+        self._tokens.extend(tokens)
+        return logits
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Appends any number of tokens in batches; F32 logits [n_vocab] of the last one."""
+        assert tokens
+        for begin in range(0, len(tokens), self.plan.n_batch):
+            logits = self.read(tokens[begin : begin + self.plan.n_batch])
+        row: Logits = logits[0]
+        return row
+
+    def decode(self, token: int) -> Logits:
+        """Appends one token; F32 logits [n_vocab] for the next, valid until the next step."""
+        row: Logits = self.read((token,))[0]
+        return row
+
+    def generate(
+        self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[Event]:
+        """Answers a request, event by event; the last one is `Finished`.
+
+        What the KV cache shares with the prompt is not computed again. Raises UsageError for parameters out of
+        range and ContextOverflowError for a prompt that does not fit.
+        """
+        return Generator(self, request, is_cancelled).events()
+
+    # --- memory --------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by tier: as planned and allocated, and the process's peak."""
+        placement = self.plan.placement
+        return {
+            "mapped": placement.mapped,
+            "copied": placement.copied,
+            "repacked": placement.repacked,
+            "kv": self._cache.n_bytes,
+            "compute": self._runner.compute_bytes,
+            "process_peak": peak_resident_bytes(),
+        }
+
+    def close(self) -> None:
+        """Frees weights, cache and threads."""
+        self._runner.close()
+        self._store.close()
+        self._cache.close()
+        self._backend.close()
+        if self.tokenizer:
+            self.tokenizer.close()
+
+
+class _Counter:
+    """Turns bytes that were made ready into done and total."""
+
+    def __init__(self, placement: Placement, on_progress: Callable[[int, int], None]) -> None:
+        self._total = placement.mapped + placement.copied + placement.repacked
+        self._done = 0
+        self._on_progress = on_progress
+
+    def __call__(self, n_bytes: int) -> None:
+        self._done = min(self._total, self._done + n_bytes)
+        self._on_progress(self._done, self._total)
+
+
+def _joined(sources: ModelSources, placement: Placement) -> ModelSources:
+    """The sources with everything joined that is repacked and reads the same input."""
+
+    def join(layer: LayerSources) -> LayerSources:
+        all_repacked = all(placement.repacks(part.weight) for part in (*layer.qkv, *layer.gate_up))
+        if not all_repacked:
+            return layer
+        return LayerSources(
+            attn_norm=layer.attn_norm,
+            qkv=join_rows(layer.qkv),
+            attn_output=layer.attn_output,
+            ffn_norm=layer.ffn_norm,
+            router=layer.router,
+            gate_up=join_rows(layer.gate_up),
+            down=layer.down,
+        )
+
+    return ModelSources(
+        token_embd=sources.token_embd,
+        output_norm=sources.output_norm,
+        output=sources.output,
+        rope_freqs=sources.rope_freqs,
+        layers=tuple(join(layer) for layer in sources.layers),
+    )

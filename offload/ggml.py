@@ -32,6 +32,7 @@ _CPU = open_library("ggml-cpu")
 _GGML = open_library("ggml")
 
 STATUS_SUCCESS, STATUS_ABORTED = 0, 1
+_NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
 PREC_F32 = 10
 DEVICE_CPU, DEVICE_GPU = 0, 1
 USAGE_WEIGHTS = 1
@@ -434,7 +435,7 @@ def _check_library() -> None:
     version = ggml_version().decode()
     if version != GGML_VERSION:
         raise LibraryError(f"ggml {version} is installed, but {PINNED} is needed. Install that version.")
-    for kind in GGMLQuantizationType:
+    for kind in set(GGMLQuantizationType).difference(_NEVER_STORED):
         name = (ggml_type_name(kind) or b"").decode().upper()
         sizes = (ggml_blck_size(kind), ggml_type_size(kind))
         if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):

@@ -1,0 +1,128 @@
+"""The CPU as a ggml backend: its threads, its buffer types, and running a graph on it."""
+
+import ctypes
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from offload import ggml
+
+REPACK_BUFFER = "CPU_REPACK"
+
+
+_LOG_WARN = 3
+
+
+@ggml.LOG_CALLBACK
+def _log(level: int, text: bytes, user_data: int | None) -> None:
+    """Passes on ggml's warnings and errors; it reports every repacked tensor otherwise."""
+    if _LOG_WARN <= level <= _LOG_WARN + 1:
+        sys.stderr.write(text.decode("utf-8", "replace"))
+
+
+ggml.ggml_log_set(_log, None)
+
+
+class EngineAbortedError(Exception):
+    """A graph was stopped between two operations because its caller asked for it."""
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: SMT siblings only get in each other's way in matrix products."""
+    allowed = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False) or allowed
+    return max(1, min(allowed, physical, _cgroup_cpus() or allowed))
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs of this control group's quota (cgroup v2 `cpu.max`), None without one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, int(quota) // int(period))
+
+
+@functools.cache
+def repack_buffer_type() -> int | None:
+    """The buffer type that rearranges weights for this CPU's matrix-vector kernels, None if it has none.
+
+    The AMX buffer type, which stands in the same list, is never returned: it crashes the process in builds whose
+    compiler drops the tile configuration (llama.cpp issue 20824).
+    """
+    registry = ggml.ggml_backend_cpu_reg()
+    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    if not address:
+        return None
+    get_extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
+    types = get_extra(ggml.ggml_backend_reg_dev_get(registry, 0))
+    index = 0
+    while types and types[index]:
+        if ggml.ggml_backend_buft_name(types[index]).decode() == REPACK_BUFFER:
+            return types[index]
+        index += 1
+    return None
+
+
+@functools.cache
+def can_repack(kind: int, ne0: int, ne1: int) -> bool:
+    """Whether the repack buffer type takes matrices of this type and shape (ne0 columns, ne1 rows)."""
+    buft = repack_buffer_type()
+    if buft is None or ne1 % 8:
+        return False
+    ctx = ggml.ggml_init(ggml.InitParams(1 << 12, None, True))
+    tensor = ggml.ggml_new_tensor_2d(ctx, kind, ne0, 64 + ne1 % 64)
+    buffer = ggml.ggml_backend_buft_alloc_buffer(buft, ggml.ggml_backend_buft_get_alloc_size(buft, tensor) + 256)
+    ggml.ggml_backend_tensor_alloc(buffer, tensor, ggml.ggml_backend_buffer_get_base(buffer))
+    taken = bool(ggml.tensor_at(tensor).extra)
+    ggml.ggml_backend_buffer_free(buffer)
+    ggml.ggml_free(ctx)
+    return taken
+
+
+class CpuBackend:
+    """Runs graphs on `n_threads` threads of its own pool; the calling thread is one of them.
+
+    `seconds` is the running total of time spent inside graphs.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self.seconds = 0.0
+        self._handle = ggml.ggml_backend_cpu_init()
+        params = ggml.ThreadpoolParams()
+        ggml.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
+        self._pool = ggml.ggml_threadpool_new(ctypes.addressof(params))
+        ggml.ggml_backend_cpu_set_n_threads(self._handle, n_threads)
+        ggml.ggml_backend_cpu_set_threadpool(self._handle, self._pool)
+        self._no_callback = ggml.ABORT_CALLBACK(0)
+
+    def compute(self, graph: int) -> None:
+        """Runs a whole graph."""
+        begin = time.perf_counter()
+        status = ggml.ggml_backend_graph_compute(self._handle, graph)
+        self.seconds += time.perf_counter() - begin
+        if status == ggml.STATUS_ABORTED:
+            raise EngineAbortedError
+        assert status == ggml.STATUS_SUCCESS, f"ggml status {status}"
+
+    def compute_until(self, graph: int, is_cancelled: Callable[[], bool]) -> None:
+        """Runs a graph and asks `is_cancelled` between operations; raises EngineAbortedError when it says so."""
+        callback = ggml.ABORT_CALLBACK(lambda _: is_cancelled())
+        ggml.ggml_backend_cpu_set_abort_callback(self._handle, callback, None)
+        try:
+            self.compute(graph)
+        finally:
+            ggml.ggml_backend_cpu_set_abort_callback(self._handle, self._no_callback, None)
+
+    def close(self) -> None:
+        """Ends the threads; the object is dead afterwards."""
+        if self._handle:
+            ggml.ggml_backend_free(self._handle)
+            ggml.ggml_threadpool_free(self._pool)
+            self._handle = None

@@ -1,0 +1,248 @@
+"""Builds the computation of one step of a llama-architecture model, dense or mixture-of-experts.
+
+The operations are those of llama.cpp's `llama` architecture, with three differences that save work and change no
+result beyond rounding: expert weights are the softmax over the chosen router logits (llama.cpp takes the softmax over
+all and divides by the sum of the chosen, which is the same number); in the last layer only the rows whose logits are
+wanted pass through the queries and the feed-forward part; joined matrices are multiplied once.
+"""
+
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType as Type
+
+from offload import ggml
+from offload.kv_cache import KVCache
+from offload.model_spec import ModelSpec
+from offload.weights import LayerWeights, Linear, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What makes one graph differ from another: tokens read, cache cells looked at, rows of logits wanted."""
+
+    n_tokens: int
+    n_kv: int
+    n_out: int
+
+    @property
+    def trims_last_layer(self) -> bool:
+        """Whether only some rows go through the last layer's second half."""
+        return self.n_out < self.n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Tensor addresses to fill before a run. The `out_` ones are 0 unless the shape trims the last layer.
+
+    tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
+    mask F16 [n_kv, n_tokens] (0 or -inf), out_rows and out_positions I32 [n_out], out_mask F16 [n_kv, n_out].
+    """
+
+    tokens: int
+    positions: int
+    cells: int
+    mask: int
+    out_rows: int
+    out_positions: int
+    out_mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """A built graph: its ggml context (owned by whoever holds this), inputs, and F32 logits [n_vocab, n_out]."""
+
+    ctx: int
+    graph: int
+    inputs: StepInputs
+    logits: int
+
+
+def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> StepGraph:
+    """Builds the graph of one step; nothing is allocated for it yet."""
+    return _StepBuilder(spec, weights, cache, shape).build()
+
+
+class _StepBuilder:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> None:
+        self.spec, self.weights, self.cache, self.shape = spec, weights, cache, shape
+        n_nodes = 64 + spec.n_layer * (48 + 2 * spec.n_expert_used)
+        n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
+        self.ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
+        self.graph = ggml.ggml_new_graph_custom(self.ctx, n_nodes, False)
+        self.inputs = self._inputs()
+
+    def _input(self, kind: Type, *ne: int) -> int:
+        make = ggml.ggml_new_tensor_1d if len(ne) == 1 else ggml.ggml_new_tensor_2d
+        tensor: int = make(self.ctx, kind, *ne)
+        ggml.ggml_set_input(tensor)
+        return tensor
+
+    def _inputs(self) -> StepInputs:
+        n_tokens, n_kv, n_out = self.shape.n_tokens, self.shape.n_kv, self.shape.n_out
+        trims = self.shape.trims_last_layer
+        return StepInputs(
+            tokens=self._input(Type.I32, n_tokens),
+            positions=self._input(Type.I32, n_tokens),
+            cells=self._input(Type.I64, n_tokens),
+            mask=self._input(Type.F16, n_kv, n_tokens),
+            out_rows=self._input(Type.I32, n_out) if trims else 0,
+            out_positions=self._input(Type.I32, n_out) if trims else 0,
+            out_mask=self._input(Type.F16, n_kv, n_out) if trims else 0,
+        )
+
+    def build(self) -> StepGraph:
+        hidden = ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens)
+        for index, layer in enumerate(self.weights.layers):
+            trims = self.shape.trims_last_layer and index == self.spec.n_layer - 1
+            hidden = self._layer(index, layer, hidden, trims)
+        logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
+        ggml.ggml_set_output(logits)
+        ggml.ggml_build_forward_expand(self.graph, logits)
+        return StepGraph(self.ctx, self.graph, self.inputs, logits)
+
+    def _layer(self, index: int, layer: LayerWeights, hidden: int, trims: bool) -> int:
+        attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm), trims)
+        if trims:
+            hidden = ggml.ggml_get_rows(self.ctx, hidden, self.inputs.out_rows)
+        hidden = ggml.ggml_add(self.ctx, attention, hidden)
+        normed = self._norm(hidden, layer.ffn_norm)
+        n_rows = self.shape.n_out if trims else self.shape.n_tokens
+        return self._experts(layer, normed, hidden, n_rows) if layer.router else self._dense(layer, normed, hidden)
+
+    def _norm(self, hidden: int, weight: int) -> int:
+        normed = ggml.ggml_rms_norm(self.ctx, hidden, self.spec.rms_eps)
+        return int(ggml.ggml_mul(self.ctx, normed, weight))
+
+    def _linear(self, linear: Linear, hidden: int) -> int:
+        product: int = ggml.ggml_mul_mat(self.ctx, linear.weight, hidden)
+        return int(ggml.ggml_add(self.ctx, product, linear.bias)) if linear.bias else product
+
+    # --- attention -----------------------------------------------------------------------------------------
+
+    def _attention(self, index: int, layer: LayerWeights, hidden: int, trims: bool) -> int:
+        ctx, spec = self.ctx, self.spec
+        query, key, value = self._qkv(layer.qkv, hidden, trims)
+        query = self._rope(query, self.inputs.out_positions if trims else self.inputs.positions)
+        self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
+        self._store(self.cache.values[index], value)
+        attended = ggml.ggml_flash_attn_ext(
+            ctx,
+            ggml.ggml_permute(ctx, query, 0, 2, 1, 3),
+            self._cached(self.cache.keys[index]),
+            self._cached(self.cache.values[index]),
+            self.inputs.out_mask if trims else self.inputs.mask,
+            spec.attention_scale,
+            0.0,
+            0.0,
+        )
+        ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
+        n_rows = self.shape.n_out if trims else self.shape.n_tokens
+        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, n_rows)
+        return self._linear(layer.attn_output, joined)
+
+    def _qkv(self, qkv: tuple[Linear, ...], hidden: int, trims: bool) -> tuple[int, int, int]:
+        """Queries [n_embd_head, n_head, rows], keys and values [n_embd_head, n_head_kv, n_tokens]."""
+        spec, n_tokens = self.spec, self.shape.n_tokens
+        heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
+        if len(qkv) == 3:
+            rows = ggml.ggml_get_rows(self.ctx, hidden, self.inputs.out_rows) if trims else hidden
+            counts = (self.shape.n_out if trims else n_tokens, n_tokens, n_tokens)
+            parts = [self._linear(part, rows if i == 0 else hidden) for i, part in enumerate(qkv)]
+            query, key, value = (
+                int(ggml.ggml_reshape_3d(self.ctx, part, spec.n_embd_head, n_head, count))
+                for part, n_head, count in zip(parts, heads, counts, strict=True)
+            )
+            return query, key, value
+        joined = self._linear(qkv[0], hidden)
+        head_bytes = spec.n_embd_head * 4
+        row_bytes = sum(heads) * head_bytes
+        begins = (0, spec.n_head * head_bytes, (spec.n_head + spec.n_head_kv) * head_bytes)
+        query, key, value = (
+            int(ggml.ggml_view_3d(self.ctx, joined, spec.n_embd_head, n, n_tokens, head_bytes, row_bytes, begin))
+            for n, begin in zip(heads, begins, strict=True)
+        )
+        return self._only_out_rows(query) if trims else query, key, value
+
+    def _only_out_rows(self, query: int) -> int:
+        spec = self.spec
+        flat = ggml.ggml_reshape_2d(
+            self.ctx, ggml.ggml_cont(self.ctx, query), spec.n_embd_head * spec.n_head, self.shape.n_tokens
+        )
+        rows = ggml.ggml_get_rows(self.ctx, flat, self.inputs.out_rows)
+        return int(ggml.ggml_reshape_3d(self.ctx, rows, spec.n_embd_head, spec.n_head, self.shape.n_out))
+
+    def _rope(self, heads: int, positions: int) -> int:
+        rope = self.spec.rope
+        rotated = ggml.ggml_rope_ext(
+            self.ctx,
+            heads,
+            positions,
+            self.weights.rope_freqs or None,
+            rope.n_rot,
+            0,
+            rope.n_ctx_orig,
+            rope.freq_base,
+            rope.freq_scale,
+            rope.ext_factor,
+            rope.attn_factor,
+            rope.beta_fast,
+            rope.beta_slow,
+        )
+        return int(rotated)
+
+    def _store(self, cache: int, heads: int) -> None:
+        """Writes this step's keys or values into their cells; attention must come after it in the graph."""
+        by_head = ggml.ggml_permute(self.ctx, heads, 0, 2, 1, 3)
+        stored = ggml.ggml_set_rows(self.ctx, cache, by_head, self.inputs.cells)
+        ggml.ggml_build_forward_expand(self.graph, stored)
+
+    def _cached(self, cache: int) -> int:
+        """The first n_kv cells of a layer's keys or values: [n_embd_head, n_kv, n_head_kv]."""
+        spec = self.spec
+        strides = ggml.tensor_at(cache).nb
+        view = ggml.ggml_view_3d(
+            self.ctx, cache, spec.n_embd_head, self.shape.n_kv, spec.n_head_kv, strides[1], strides[2], 0
+        )
+        return int(view)
+
+    # --- feed-forward --------------------------------------------------------------------------------------
+
+    def _dense(self, layer: LayerWeights, normed: int, residual: int) -> int:
+        if len(layer.gate_up) == 2:
+            gate, up = (self._linear(part, normed) for part in layer.gate_up)
+            activated = ggml.ggml_swiglu_split(self.ctx, gate, up)
+        else:
+            activated = ggml.ggml_swiglu(self.ctx, self._linear(layer.gate_up[0], normed))
+        return int(ggml.ggml_add(self.ctx, self._linear(layer.down, activated), residual))
+
+    def _experts(self, layer: LayerWeights, normed: int, residual: int, n_rows: int) -> int:
+        ctx, spec = self.ctx, self.spec
+        chosen, shares = self._route(layer.router, normed, n_rows)
+        rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, n_rows)
+        if len(layer.gate_up) == 2:
+            gate, up = (ggml.ggml_mul_mat_id(ctx, part.weight, rows, chosen) for part in layer.gate_up)
+            activated = ggml.ggml_swiglu_split(ctx, gate, up)
+        else:
+            activated = ggml.ggml_swiglu(ctx, ggml.ggml_mul_mat_id(ctx, layer.gate_up[0].weight, rows, chosen))
+        outputs = ggml.ggml_mul_mat_id(ctx, layer.down.weight, activated, chosen)
+        return self._combine(ggml.ggml_mul(ctx, outputs, shares), residual, n_rows)
+
+    def _route(self, router: int, normed: int, n_rows: int) -> tuple[int, int]:
+        """The chosen experts, I32 [n_expert_used, n_rows], and their shares, F32 [1, n_expert_used, n_rows]."""
+        ctx, spec = self.ctx, self.spec
+        logits = ggml.ggml_mul_mat(ctx, router, normed)
+        chosen = ggml.ggml_argsort_top_k(ctx, logits, spec.n_expert_used)
+        picked = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, logits, 1, spec.n_expert, n_rows), chosen)
+        shares = ggml.ggml_soft_max(ctx, ggml.ggml_reshape_2d(ctx, picked, spec.n_expert_used, n_rows))
+        if spec.expert_weights_scale not in (0.0, 1.0):
+            shares = ggml.ggml_scale(ctx, shares, spec.expert_weights_scale)
+        return chosen, ggml.ggml_reshape_3d(ctx, shares, 1, spec.n_expert_used, n_rows)
+
+    def _combine(self, outputs: int, residual: int, n_rows: int) -> int:
+        """Adds the experts' weighted outputs [n_embd, n_expert_used, n_rows] to the residual [n_embd, n_rows]."""
+        strides = ggml.tensor_at(outputs).nb
+        total = residual
+        for index in range(self.spec.n_expert_used):
+            one = ggml.ggml_view_2d(self.ctx, outputs, self.spec.n_embd, n_rows, strides[2], index * strides[1])
+            total = ggml.ggml_add(self.ctx, total, one)
+        return total

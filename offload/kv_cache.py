@@ -1,0 +1,66 @@
+"""Keys and values of the tokens read so far, in one buffer that is allocated once."""
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from offload import ggml
+from offload.errors import UsageError
+from offload.model_spec import ModelSpec
+
+KV_TYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+CELL_STEP = 256
+"""The cache is read in steps of so many cells, so that one graph serves as many tokens."""
+
+
+def kv_type(name: str) -> GGMLQuantizationType:
+    """The ggml type of a `--kv-type`; raises UsageError for an unknown one."""
+    if name not in KV_TYPES:
+        raise UsageError(f"The KV cache type {name!r} is unknown. Use one of {', '.join(KV_TYPES)}.")
+    return KV_TYPES[name]
+
+
+def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> int:
+    """Bytes of a cache of `n_cells` tokens."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return 2 * spec.n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes
+
+
+class KVCache:
+    """One K and one V tensor per layer, each [n_embd_head, n_cells, n_head_kv].
+
+    Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
+    """
+
+    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> None:
+        assert n_cells % CELL_STEP == 0
+        if spec.n_embd_head % GGML_QUANT_SIZES[kind][0]:
+            raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
+        self.n_cells = n_cells
+        self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
+        shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)
+        self.keys = [ggml.ggml_new_tensor_3d(self._ctx, *shape) for _ in range(spec.n_layer)]
+        self.values = [ggml.ggml_new_tensor_3d(self._ctx, *shape) for _ in range(spec.n_layer)]
+        self._buffer = self._allocate()
+
+    def _allocate(self) -> int:
+        tensors = [*self.keys, *self.values]
+        step = -(-ggml.ggml_nbytes(tensors[0]) // 64) * 64
+        buffer: int = ggml.ggml_backend_buft_alloc_buffer(ggml.ggml_backend_cpu_buffer_type(), step * len(tensors))
+        assert buffer, "KV cache allocation"
+        base = ggml.ggml_backend_buffer_get_base(buffer)
+        for index, tensor in enumerate(tensors):
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
+        # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
+        ggml.ggml_backend_buffer_clear(buffer, 0)
+        self.n_bytes = step * len(tensors)
+        return buffer
+
+    def close(self) -> None:
+        """Frees the memory."""
+        if self._buffer:
+            ggml.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._ctx)
+            self._buffer = 0

@@ -1,0 +1,62 @@
+"""How much host memory there is, and how much of it this process has used."""
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from offload.errors import DoesNotFitError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (("memory.max", "memory.current", "memory.stat"),)
+_LIMITS_V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+
+
+def human(n_bytes: float) -> str:
+    """Bytes as a person reads them: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def available_bytes() -> int:
+    """Host memory that can be taken now: the system's, or the control group's if that is less."""
+    available = psutil.virtual_memory().available
+    for limit, used, stat in (*_LIMITS, _LIMITS_V1):
+        room = _cgroup_room(limit, used, stat)
+        if room is not None:
+            available = min(available, room)
+    return int(available)
+
+
+def _cgroup_room(limit: str, used: str, stat: str) -> int | None:
+    try:
+        maximum = (_CGROUP / limit).read_text().strip()
+        if maximum == "max":
+            return None
+        fields = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
+        # Clean page cache counts as used there, but is given back on demand.
+        reclaimable = int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
+        return max(0, int(maximum) - int((_CGROUP / used).read_text()) + reclaimable)
+    except (OSError, ValueError):
+        return None
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever held resident, mapped file pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require(required: int, available: int, what: str) -> None:
+    """Raises DoesNotFitError, with both numbers, unless `required` bytes are available."""
+    if required > available:
+        raise DoesNotFitError(
+            f"{what} needs {human(required)} of memory, but {human(available)} are available. "
+            "Free some memory, lower --ctx, or use a smaller file.",
+            required_bytes=required,
+            available_bytes=available,
+        )

@@ -1,0 +1,114 @@
+"""Draws tokens from logits, and reports log-probabilities."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.errors import UsageError
+from offload.generation import TokenLogprob
+from offload.sampling import SamplingParams
+
+Logits = NDArray[np.float32]
+
+
+def check_params(params: SamplingParams, n_vocab: int) -> None:
+    """Raises UsageError for a value out of range."""
+    ranges = (
+        ("temperature", params.temperature, params.temperature >= 0, "0 or more"),
+        ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
+        ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", params.min_p, 0 <= params.min_p <= 1, "between 0 and 1"),
+        ("repeat_penalty", params.repeat_penalty, params.repeat_penalty > 0, "above 0"),
+        ("repeat_last_n", params.repeat_last_n, params.repeat_last_n >= -1, "-1 (all) or more"),
+    )
+    for name, value, is_sound, expected in ranges:
+        if not is_sound:
+            raise UsageError(f"{name} is {value}, but must be {expected}.")
+    for token in params.logit_bias:
+        if not 0 <= token < n_vocab:
+            raise UsageError(f"logit_bias names token {token}, but the vocabulary has {n_vocab} tokens.")
+
+
+class Sampler:
+    """The sampler of one request; it remembers what was drawn for the penalties.
+
+    The order is llama.cpp's: bias, penalties, top_k, top_p, min_p, temperature, draw.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self.params = params
+        self._random = np.random.default_rng(params.seed)
+        self._tokens = list(prompt)
+        self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._biases = np.fromiter(params.logit_bias.values(), np.float32)
+
+    @property
+    def _penalises(self) -> bool:
+        p = self.params
+        changes = (p.repeat_penalty != 1.0, p.presence_penalty != 0.0, p.frequency_penalty != 0.0)
+        return p.repeat_last_n != 0 and any(changes)
+
+    def sample(self, logits: Logits) -> int:
+        """The next token for logits [n_vocab], which are left as they are."""
+        if self._biased.size or self._penalises:
+            logits = self._adjusted(logits)
+        token = int(logits.argmax()) if self.params.temperature <= 0 else self._draw(logits)
+        self._tokens.append(token)
+        return token
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        logits = logits.copy()
+        logits[self._biased] += self._biases
+        if not self._penalises:
+            return logits
+        p = self.params
+        recent = self._tokens if p.repeat_last_n < 0 else self._tokens[-p.repeat_last_n :]
+        counts = Counter(recent)
+        tokens = np.fromiter(counts.keys(), np.int64, len(counts))
+        seen = logits[tokens]
+        seen = np.where(seen > 0, seen / np.float32(p.repeat_penalty), seen * np.float32(p.repeat_penalty))
+        times = np.fromiter(counts.values(), np.float32, len(counts))
+        logits[tokens] = seen - times * np.float32(p.frequency_penalty) - np.float32(p.presence_penalty)
+        return logits
+
+    def _draw(self, logits: Logits) -> int:
+        p = self.params
+        order = _likeliest(logits, p.top_k or len(logits))
+        kept = logits[order].astype(np.float64)
+        shares = _softmax(kept)
+        n_kept = len(order)
+        if p.top_p < 1:
+            n_kept = int(np.searchsorted(np.cumsum(shares), p.top_p)) + 1
+        if p.min_p > 0:
+            n_kept = min(n_kept, int(np.count_nonzero(shares >= p.min_p * shares[0])))
+        shares = _softmax(kept[: max(1, n_kept)] / p.temperature)
+        return int(order[self._random.choice(len(shares), p=shares)])
+
+
+def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
+    """Log-probability of `token`, and of the `n_top` likeliest, from logits [n_vocab] as the model gave them."""
+    top = logits.max()
+    normaliser = float(top) + float(np.log(np.exp(logits - top, dtype=np.float64).sum()))
+    best = _likeliest(logits, n_top) if n_top else np.empty(0, np.int64)
+    return TokenLogprob(
+        token,
+        float(logits[token]) - normaliser,
+        tuple((int(t), float(logits[t]) - normaliser) for t in best),
+    )
+
+
+def _likeliest(logits: Logits, n: int) -> NDArray[np.int64]:
+    """Tokens of the `n` greatest logits, greatest first; of equals the lower token comes first."""
+    if n < len(logits):
+        chosen = np.sort(np.argpartition(logits, -n)[-n:])
+    else:
+        chosen = np.arange(len(logits))
+    return chosen[np.argsort(-logits[chosen], kind="stable")].astype(np.int64)
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    exponents = np.exp(values - values.max())
+    shares: NDArray[np.float64] = exponents / exponents.sum()
+    return shares

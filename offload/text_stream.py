@@ -1,0 +1,50 @@
+"""Turns tokens into text that may be shown: whole characters, and nothing that a stop string may still claim."""
+
+import codecs
+from collections.abc import Callable, Sequence
+
+
+class TextStream:
+    """Feeds on token ids and releases text.
+
+    `piece` gives a token's bytes. After a stop string has appeared `stopped` is true, and neither it nor anything
+    behind it is released.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str]) -> None:
+        self._piece = piece
+        self._stop = [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that `token` releases; may be empty, and may contain what earlier tokens held back."""
+        self._held += self._decoder.decode(self._piece(token))
+        return self._release(keep=_possible_stop(self._held, self._stop))
+
+    def finish(self) -> str:
+        """The rest, once nothing more comes."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(b"", True)
+        return self._release(keep=0)
+
+    def _release(self, keep: int) -> str:
+        ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if ends:
+            self.stopped = True
+            released, self._held = self._held[: min(ends)], ""
+            return released
+        split = len(self._held) - keep
+        released, self._held = self._held[:split], self._held[split:]
+        return released
+
+
+def _possible_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = max((len(s) for s in stop), default=0)
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return length
+    return 0

@@ -1,0 +1,186 @@
+"""Which bytes of a file make up each weight the graph wants: decided here, loaded elsewhere.
+
+A graph's weight is not always one tensor of the file: the legacy Mixtral layout keeps each expert by itself, and a
+repacked copy joins matrices that read the same input (Q, K and V; gate and up), because one product over joined rows
+needs one synchronisation of the threads instead of three.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType
+
+from offload.errors import ModelFileError, UnsupportedModelError
+from offload.gguf_file import GGUFFile, TensorInfo
+from offload.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of bytes in one shard."""
+
+    shard: int
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """One weight as the graph wants it: `ne` in ggml's order, and the spans that follow each other in memory."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    spans: tuple[Span, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in memory, in whatever buffer."""
+        return sum(span.n_bytes for span in self.spans)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with activations (and not a norm, a bias or a table of rows)."""
+        return len(self.ne) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSource:
+    """A matrix, or a stack of experts' matrices, and its bias if the file has one."""
+
+    weight: WeightSource
+    bias: WeightSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSources:
+    """One block. `qkv` is three matrices or one joined; `gate_up` two or one; `router` None in a dense block."""
+
+    attn_norm: WeightSource
+    qkv: tuple[LinearSource, ...]
+    attn_output: LinearSource
+    ffn_norm: WeightSource
+    router: WeightSource | None
+    gate_up: tuple[LinearSource, ...]
+    down: LinearSource
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSources:
+    """A whole model. `output` is the token table itself when the file ties them."""
+
+    token_embd: WeightSource
+    output_norm: WeightSource
+    output: LinearSource
+    rope_freqs: WeightSource | None
+    layers: tuple[LayerSources, ...]
+
+
+# Written by old converters, read by nobody: the rotation is computed.
+_IGNORED_SUFFIXES = ("attn_rot_embd", "rope_freqs.weight", "attn.rotary_emb.inv_freq")
+
+
+class _Reader:
+    """Looks tensors up and remembers which were asked for, so that an unread one can be refused."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.gguf = gguf
+        self.read: set[str] = set()
+
+    def tensor(self, name: str) -> TensorInfo:
+        info = self.gguf.tensors.get(name)
+        if info is None:
+            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", "Download or convert it again.")
+        self.read.add(name)
+        return info
+
+    def weight(self, name: str) -> WeightSource:
+        info = self.tensor(name)
+        return WeightSource(name, info.ne, info.type, (Span(info.shard, info.offset, info.n_bytes),))
+
+    def optional(self, name: str) -> WeightSource | None:
+        return self.weight(name) if name in self.gguf.tensors else None
+
+    def linear(self, stem: str) -> LinearSource:
+        return LinearSource(self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias"))
+
+    def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
+        """A stack of experts: stored as one tensor, or one tensor each in files of December 2023."""
+        stacked = f"blk.{layer}.{projection}_exps.weight"
+        first = f"blk.{layer}.{projection}.0.weight"
+        if stacked in self.gguf.tensors or first not in self.gguf.tensors:
+            return LinearSource(self.weight(stacked))
+        parts = [self.weight(f"blk.{layer}.{projection}.{e}.weight") for e in range(n_expert)]
+        if len({(part.ne, part.type) for part in parts}) > 1:
+            raise UnsupportedModelError(self.gguf.path, f"the experts of {first} differ in shape or type.")
+        spans = tuple(span for part in parts for span in part.spans)
+        return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
+
+    def refuse_unread(self) -> None:
+        for name in self.gguf.tensors:
+            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES):
+                problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
+                raise UnsupportedModelError(self.gguf.path, problem)
+
+
+def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
+    """Finds every weight of the file.
+
+    Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
+    """
+    reader = _Reader(gguf)
+    token_embd = reader.weight("token_embd.weight")
+    has_output = "output.weight" in gguf.tensors
+    sources = ModelSources(
+        token_embd=token_embd,
+        output_norm=reader.weight("output_norm.weight"),
+        output=reader.linear("output") if has_output else LinearSource(token_embd),
+        rope_freqs=reader.optional("rope_freqs.weight"),
+        layers=tuple(_layer_sources(reader, spec, layer) for layer in range(spec.n_layer)),
+    )
+    reader.refuse_unread()
+    return sources
+
+
+def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int) -> LayerSources:
+    block = f"blk.{layer}"
+    fused = f"{block}.attn_qkv.weight" in reader.gguf.tensors
+    names = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+    if spec.n_expert:
+        gate_up = tuple(reader.experts(layer, name, spec.n_expert) for name in ("ffn_gate", "ffn_up"))
+        down = reader.experts(layer, "ffn_down", spec.n_expert)
+    else:
+        gate_up = tuple(reader.linear(f"{block}.{name}") for name in ("ffn_gate", "ffn_up"))
+        down = reader.linear(f"{block}.ffn_down")
+    return LayerSources(
+        attn_norm=reader.weight(f"{block}.attn_norm.weight"),
+        qkv=tuple(reader.linear(f"{block}.{name}") for name in names),
+        attn_output=reader.linear(f"{block}.attn_output"),
+        ffn_norm=reader.weight(f"{block}.ffn_norm.weight"),
+        router=reader.weight(f"{block}.ffn_gate_inp.weight") if spec.n_expert else None,
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
+    """Joins matrices of one input, type and expert count below each other, or returns them as they are."""
+    weights = [part.weight for part in parts]
+    first = weights[0]
+    alike = len({(w.type, w.ne[0], *w.ne[2:]) for w in weights}) == 1
+    if len(parts) == 1 or not alike or any(part.bias for part in parts):
+        return tuple(parts)
+    n_stack = first.ne[2] if len(first.ne) > 2 else 1
+    spans = tuple(span for index in range(n_stack) for w in weights for span in _slice(w, index, n_stack))
+    ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
+    return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
+
+
+def _slice(weight: WeightSource, index: int, n_stack: int) -> tuple[Span, ...]:
+    """The bytes of matrix `index` of a stack of `n_stack`."""
+    if len(weight.spans) == n_stack:
+        return (weight.spans[index],)
+    assert len(weight.spans) == 1, weight.name
+    span = weight.spans[0]
+    n_bytes = span.n_bytes // n_stack
+    return (Span(span.shard, span.offset + index * n_bytes, n_bytes),)
