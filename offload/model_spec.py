@@ -16,8 +16,7 @@ from offload.gguf_file import GGUFFile, Value
 ARCHITECTURES = {"llama": "Llama, Mistral and Mixtral"}
 """`general.architecture` values that the engine runs, and the models that carry them."""
 ROPE_SCALINGS = ("none", "linear", "yarn")
-ROPE_FREQS = "rope_freqs.weight"
-"""Divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling."""
+ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
 
 _AGAIN = "Download or convert it again."
 
@@ -224,9 +223,7 @@ def _attention(keys: _Keys, n_embd: int) -> AttentionSpec:
     if n_head % n_head_kv:
         problem = f"{n_head} attention heads do not divide into groups for {n_head_kv} key heads."
         raise ModelFileError(keys.gguf.path, problem, _AGAIN)
-    if n_embd % n_head and f"{keys.prefix}attention.key_length" not in keys.gguf.metadata:
-        raise ModelFileError(keys.gguf.path, f"{n_embd} does not divide into {n_head} attention heads.", _AGAIN)
-    n_embd_head = keys.count("attention.key_length", n_embd // n_head or None)
+    n_embd_head = keys.count("attention.key_length", n_embd // n_head if n_embd % n_head == 0 else -1)
     if keys.count("attention.value_length", n_embd_head) != n_embd_head:
         raise UnsupportedModelError(keys.gguf.path, "keys and values of different length are not supported.")
     return AttentionSpec(n_head, n_head_kv, n_embd_head)
@@ -284,7 +281,7 @@ def _expected_tensors(spec: ModelSpec) -> Iterator[list[_Layout]]:
         block = f"blk.{layer}."
         yield [{block + "attn_norm.weight": (spec.n_embd,)}]
         separate = {"attn_q.weight": n_q, "attn_k.weight": n_kv, "attn_v.weight": n_kv}
-        fused = {block + "attn_qkv.weight": (spec.n_embd, n_q + 2 * n_kv)}
+        fused: _Layout = {block + "attn_qkv.weight": (spec.n_embd, n_q + 2 * n_kv)}
         yield [{block + name: (spec.n_embd, n_out) for name, n_out in separate.items()}, fused]
         yield [{block + "attn_output.weight": (n_q, spec.n_embd)}]
         yield [{block + "ffn_norm.weight": (spec.n_embd,)}]

@@ -11,19 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import TokenType
 
+from offload import file_keys as keys
 from offload import llama
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, Value
 
-MODEL, TOKENS = "tokenizer.ggml.model", "tokenizer.ggml.tokens"
-TYPES, SCORES, MERGES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores", "tokenizer.ggml.merges"
-PRE, ADD_SPACE_PREFIX = "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
-CHAT_TEMPLATE = "tokenizer.chat_template"
-PREFIX_AFTER_SPECIAL = "slimoe.tokenizer.prefix_after_special"
-SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
-
 _NO_TOKENIZER = ("", "none", "no_vocab")
-_END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+_END_KEYS = tuple(keys.token_id_key(role) for role in ("eos", "eot", "eom"))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _CONVERT_AGAIN = "Convert the model again, from a directory with its tokenizer."
 
@@ -50,15 +44,15 @@ class VocabularySpec:
     def from_gguf(cls, gguf: GGUFFile) -> "VocabularySpec":
         """Raises ModelFileError for no or a damaged tokenizer, UnsupportedModelError for an unknown kind."""
         metadata = gguf.metadata
-        model = metadata.get(MODEL, "")
+        model = metadata.get(keys.TOKENIZER_MODEL, "")
         if model in _NO_TOKENIZER:
             raise ModelFileError(gguf.path, "the file holds no tokenizer.", _CONVERT_AGAIN)
-        if model not in (SENTENCEPIECE, BYTE_LEVEL):
+        if model not in (keys.SENTENCEPIECE, keys.BYTE_LEVEL):
             problem = f"the tokenizer is of kind {model!r}; llama (sentencepiece) and gpt2 (byte-level BPE) are known."
             raise UnsupportedModelError(gguf.path, problem)
         texts = _texts(gguf)
         types = _types(gguf, texts)
-        template = metadata.get(CHAT_TEMPLATE)
+        template = metadata.get(keys.CHAT_TEMPLATE)
         return cls(
             model=model,
             texts=texts,
@@ -66,8 +60,8 @@ class VocabularySpec:
             control=_of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED),
             user_defined=_of_type(types, TokenType.USER_DEFINED),
             ends=frozenset(int(metadata[key]) for key in _END_KEYS if key in metadata),
-            add_space_prefix=bool(metadata.get(ADD_SPACE_PREFIX, model == SENTENCEPIECE)),
-            prefix_after_special=bool(metadata.get(PREFIX_AFTER_SPECIAL, True)),
+            add_space_prefix=bool(metadata.get(keys.ADD_SPACE_PREFIX, model == keys.SENTENCEPIECE)),
+            prefix_after_special=bool(metadata.get(keys.PREFIX_AFTER_SPECIAL, True)),
             chat_template=template if isinstance(template, str) else None,
         )
 
@@ -78,21 +72,21 @@ def raw_bytes(text: str) -> bytes:
 
 
 def _texts(gguf: GGUFFile) -> list[str]:
-    texts = gguf.metadata.get(TOKENS)
+    texts = gguf.metadata.get(keys.TOKENS)
     if not isinstance(texts, list) or not texts:
-        raise ModelFileError(gguf.path, f"the tokenizer has no token list ({TOKENS}).", _CONVERT_AGAIN)
+        raise ModelFileError(gguf.path, f"the tokenizer has no token list ({keys.TOKENS}).", _CONVERT_AGAIN)
     return texts
 
 
 def _types(gguf: GGUFFile, texts: list[str]) -> tuple[int, ...]:
     """The tokens' types; an old file without any has bytes and sentence marks by their names."""
-    types = gguf.metadata.get(TYPES)
+    types = gguf.metadata.get(keys.TOKEN_TYPES)
     if types is None:
         named = {"<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL, "<unk>": TokenType.UNKNOWN}
         named |= dict.fromkeys(_BYTES, TokenType.BYTE)
         return tuple(int(named.get(text, TokenType.NORMAL)) for text in texts)
     if not isinstance(types, np.ndarray) or len(types) != len(texts):
-        problem = f"the tokenizer's {TYPES} does not have one entry for each of the {len(texts)} tokens."
+        problem = f"the tokenizer's {keys.TOKEN_TYPES} does not have one entry for each of the {len(texts)} tokens."
         raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
     return tuple(types.tolist())
 
@@ -166,7 +160,7 @@ def _library_names(spec: VocabularySpec) -> list[bytes]:
         seen.add(name)
         names.append(name)
     missing = [name.encode() for name in _BYTES if name.encode() not in seen]
-    return names + (missing if spec.model == SENTENCEPIECE else [])
+    return names + (missing if spec.model == keys.SENTENCEPIECE else [])
 
 
 def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:
@@ -190,7 +184,7 @@ def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:
 def _set_values(target: int, metadata: Mapping[str, Value]) -> None:
     llama.gguf_set_val_str(target, b"general.architecture", b"llama")
     for key, value in metadata.items():
-        if not key.startswith("tokenizer.ggml.") or key == ADD_SPACE_PREFIX:
+        if not key.startswith("tokenizer.ggml.") or key == keys.ADD_SPACE_PREFIX:
             continue
         if isinstance(value, bool):
             llama.gguf_set_val_bool(target, key.encode(), value)
@@ -198,24 +192,24 @@ def _set_values(target: int, metadata: Mapping[str, Value]) -> None:
             llama.gguf_set_val_u32(target, key.encode(), value)
         elif isinstance(value, str):
             llama.gguf_set_val_str(target, key.encode(), raw_bytes(value))
-    llama.gguf_set_val_bool(target, ADD_SPACE_PREFIX.encode(), False)
+    llama.gguf_set_val_bool(target, keys.ADD_SPACE_PREFIX.encode(), False)
 
 
 def _set_arrays(target: int, gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> None:
     n_extra = len(names) - len(spec.texts)
-    _set_strings(target, TOKENS, names)
+    _set_strings(target, keys.TOKENS, names)
     types = np.array([*spec.types, *[TokenType.BYTE] * n_extra], np.int32)
-    llama.gguf_set_arr_data(target, TYPES.encode(), llama.GGUF_INT32, types.ctypes.data, len(types))
-    scores = gguf.metadata.get(SCORES)
+    llama.gguf_set_arr_data(target, keys.TOKEN_TYPES.encode(), llama.GGUF_INT32, types.ctypes.data, len(types))
+    scores = gguf.metadata.get(keys.SCORES)
     if scores is not None:
         if len(scores) != len(spec.texts):
-            problem = f"the tokenizer's {SCORES} does not have one entry for each of the {len(spec.texts)} tokens."
+            problem = f"the tokenizer's {keys.SCORES} does not have one entry for each of the {len(spec.texts)} tokens."
             raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
         padded = np.concatenate([np.asarray(scores, np.float32), np.zeros(n_extra, np.float32)])
-        llama.gguf_set_arr_data(target, SCORES.encode(), llama.GGUF_FLOAT32, padded.ctypes.data, len(padded))
-    merges = gguf.metadata.get(MERGES)
+        llama.gguf_set_arr_data(target, keys.SCORES.encode(), llama.GGUF_FLOAT32, padded.ctypes.data, len(padded))
+    merges = gguf.metadata.get(keys.MERGES)
     if isinstance(merges, list):
-        _set_strings(target, MERGES, [raw_bytes(merge) for merge in merges])
+        _set_strings(target, keys.MERGES, [raw_bytes(merge) for merge in merges])
 
 
 def _set_strings(target: int, key: str, values: list[bytes]) -> None:

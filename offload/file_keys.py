@@ -1,0 +1,27 @@
+"""GGUF keys of the tokenizer and of our own provenance; the sizes' keys are in `model_spec`."""
+
+TOKENIZER_MODEL = "tokenizer.ggml.model"
+TOKENIZER_PRE = "tokenizer.ggml.pre"
+TOKENS = "tokenizer.ggml.tokens"
+TOKEN_TYPES = "tokenizer.ggml.token_type"
+SCORES = "tokenizer.ggml.scores"
+MERGES = "tokenizer.ggml.merges"
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+ADD_EOS = "tokenizer.ggml.add_eos_token"
+ADD_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+CHAT_TEMPLATE = "tokenizer.chat_template"
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+"""The values of TOKENIZER_MODEL that this program knows."""
+
+PREFIX_AFTER_SPECIAL = "slimoe.tokenizer.prefix_after_special"
+"""False: the space prefix stands only at the start of a text, not after each special token. Absent: True."""
+
+SLIMOE_VERSION = "slimoe.version"
+RECIPE = "slimoe.recipe"
+SOURCE_HASH = "slimoe.source.sha256"
+"""sha256 of the checkpoint's config.json and of the headers of its safetensors files, in name order."""
+
+
+def token_id_key(role: str) -> str:
+    """The key of a special token's id; roles are bos, eos, eot, eom, unknown, padding."""
+    return f"tokenizer.ggml.{role}_token_id"
