@@ -63,11 +63,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out: a timing per contender, depth and round, the logits of each, our Python's share of a step."""
+    """What came out: a timing per contender, depth and round, the logits of each, our Python's share of a step, its memory."""
 
     timings: dict[tuple[str, int], list[Timing]]
     logits: dict[str, list[np.ndarray]]
     python_shares: dict[int, list[float]]
+    engine: dict[str, Any]
 
     def seconds(self, name: str, depth: int, phase: str) -> float:
         """Median over the rounds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
@@ -94,7 +95,7 @@ def contenders(plan: Plan) -> dict[str, Callable[[], Contender]]:
 
 def run(plan: Plan, say: Callable[[str], None]) -> Report:
     """Measures all contenders together if memory allows it, one after the other if not."""
-    report = Report({}, {}, {})
+    report = Report({}, {}, {}, {})
     makers = contenders(plan)
     heats = [list(makers)] if plan.fits_together else [[name] for name in makers]
     for heat in heats:
@@ -123,13 +124,14 @@ def _run_heat(plan: Plan, opened: Mapping[str, Contender], report: Report, say: 
                 report.timings.setdefault((name, depth), []).append(measure(opened[name], prefill, decode))
             if isinstance(engine := opened.get(OURS), Engine):
                 report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
+                report.engine.update(engine.memory(), weights=engine.plan.placement.copies)
 
 
 def check_logits(contender: Contender, tokens: list[int]) -> list[np.ndarray]:
     """Logits after a short prompt and after each of CHECKED_STEPS steps; the KV cache is empty before and after."""
     contender.truncate(0)
-    logits = [contender.prefill(tokens[:-CHECKED_STEPS])]
-    logits += [contender.decode(token) for token in tokens[-CHECKED_STEPS:]]
+    logits = [contender.prefill(tokens[:-CHECKED_STEPS]).copy()]
+    logits += [contender.decode(token).copy() for token in tokens[-CHECKED_STEPS:]]
     contender.truncate(0)
     return logits
 
@@ -167,6 +169,7 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
         "kl_vs_llamacpp": report.kl(OURS),
         "kl_between_llamacpp_settings": max(map(report.kl, RIVALS)),
         "depths": depths,
+        "engine": report.engine,
         "threads": plan.n_threads,
         "rounds": plan.n_rounds,
         "n_prefill": plan.n_prefill,

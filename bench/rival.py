@@ -49,14 +49,14 @@ class Rival:
         self.n_vocab = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model)))
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Appends the tokens to the KV cache; returns the last one's logits, float32 of shape (n_vocab,)."""
+        """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,), good until the next call."""
         for begin in range(0, len(tokens), N_BATCH):
             batch = tokens[begin : begin + N_BATCH]
             array = (ctypes.c_int32 * len(batch))(*batch)
             status = llama.llama_decode(self._context, llama.llama_batch_get_one(array, len(batch)))
             assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
             self.n_past += len(batch)
-        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (self.n_vocab,)).copy()
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (self.n_vocab,))
 
     def decode(self, token: int) -> np.ndarray:
         """One step: appends one token and returns its logits."""

@@ -19,7 +19,7 @@ class Contender(Protocol):
         """Tokens in the KV cache."""
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,)."""
+        """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,), good until the next call."""
 
     def decode(self, token: int) -> np.ndarray:
         """Appends one token; returns its logits."""

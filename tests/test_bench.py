@@ -1,0 +1,107 @@
+"""Every bench runs to its end in its smoke mode, and its last line is the JSON document it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from bench.random_model import SHAPES, write_random_model
+from bench.rival import Rival, RivalConfig
+from bench.stepping import go_to_depth, kl_divergence, random_tokens
+
+ROOT = Path(__file__).parents[1]
+BENCHES = {
+    "decode_prefill": {"decode_vs_llamacpp", "prefill_vs_llamacpp", "python_share", "kl_vs_llamacpp"},
+    "server_latency": {"sse_overhead_ms", "engine_ms_per_token", "same_text"},
+}
+
+
+def run_smoke(bench: str, directory: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"bench.{bench}", "--smoke"]
+    environment = os.environ | {"TMPDIR": str(directory), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(document, dict)
+    return document
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_bench_ends_with_its_json_line(bench: str, tmp_path: Path) -> None:
+    document = run_smoke(bench, tmp_path)
+    assert BENCHES[bench] <= set(document)
+    assert document["machine"]["cores"] >= 1
+    assert list(tmp_path.glob("*.gguf*")) == []
+
+
+def test_smoke_figures_are_of_working_contenders(tmp_path: Path) -> None:
+    document = run_smoke("decode_prefill", tmp_path)
+    assert document["kl_vs_llamacpp"] < 1e-2
+    assert 0 < document["python_share"] < 1
+    for figures in document["depths"].values():
+        best = min(ms for name, ms in figures["decode_ms"].items() if name != "slimoe")
+        assert figures["decode_vs_llamacpp"] == pytest.approx(best / figures["decode_ms"]["slimoe"])
+
+
+def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
+    """gguf's own reader and llama.cpp agree with the shape; two seeds differ, one seed does not."""
+    shape = SHAPES["smoke"]
+    paths = [tmp_path / name for name in ("a.gguf", "again.gguf", "b.gguf")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        write_random_model(path, shape, seed=seed, kind="Q4_0", output="Q6_K")
+    first, again, other = (path.read_bytes() for path in paths)
+    assert first == again
+    assert first != other
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(paths[0]).tensors}
+    down = tensors["blk.1.ffn_down_exps.weight"]
+    assert down.tensor_type.name == "Q4_0"
+    assert tuple(down.shape) == (shape.n_ff, shape.n_embd, shape.n_expert)
+    assert tensors["output.weight"].tensor_type.name == "Q6_K"
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    experts = gguf.quants.dequantize(down.data, down.tensor_type).reshape(shape.n_expert, -1)
+    assert np.std(experts, axis=1) == pytest.approx(shape.n_ff**-0.5, rel=0.05)
+    assert abs(np.corrcoef(experts) - np.eye(shape.n_expert)).max() < 0.05
+
+
+@pytest.mark.parametrize("extra_buffers", [True, False])
+def test_rival_steps_agree_with_its_prefill(tmp_path: Path, extra_buffers: bool) -> None:
+    path = tmp_path / "model.gguf"
+    write_random_model(path, SHAPES["smoke"], vocabulary=True)
+    rival = Rival(RivalConfig(path, n_ctx=256, n_threads=1, extra_buffers=extra_buffers))
+    tokens = random_tokens(12, rival.n_vocab)
+    at_once = rival.prefill(tokens).copy()
+    assert rival.n_past == 12
+    go_to_depth(rival, tokens, 11)
+    stepped = rival.decode(tokens[-1]).copy()
+    rival.close()
+    assert np.isfinite(at_once).all()
+    assert 0.5 < at_once.std() < 2
+    assert kl_divergence(stepped, at_once) < 1e-2
+
+
+def test_kl_divergence_by_hand() -> None:
+    even, three_to_one = np.log(np.array([0.5, 0.5])), np.log(np.array([0.75, 0.25]))
+    assert kl_divergence(even + 3, even) == pytest.approx(0, abs=1e-6)
+    assert kl_divergence(three_to_one, even) == pytest.approx(0.5 * np.log(4 / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode_prefill", "--type", "IQ1_S"],
+        ["decode_prefill", "--model", "missing.gguf"],
+        ["decode_prefill", "--tokens", "4"],
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", f"bench.{arguments[0]}", *arguments[1:], "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode not in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
