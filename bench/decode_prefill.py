@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out: a timing per contender, depth and round, the logits of each, our Python's share of a step, its memory."""
+    """What came out: a timing per contender, depth and round, everyone's logits, our Python's share, our memory."""
 
     timings: dict[tuple[str, int], list[Timing]]
     logits: dict[str, list[np.ndarray]]
