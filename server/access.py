@@ -1,0 +1,113 @@
+"""Who may talk to the server: the key, the Host header, and the web pages that may call it.
+
+Without a key every program on this machine may. A web page is no program on this machine: it is let in only from
+a loopback address or a desktop app's own scheme, and not under a foreign host name that was made to point here.
+"""
+
+import hmac
+import ipaddress
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+from server.api_error import ApiError, ErrorInfo
+
+APP_SCHEMES = frozenset({"tauri", "app", "file", "vscode-webview"})
+LOCAL_NAMES = frozenset({"localhost", "tauri.localhost"})
+PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRules:
+    """What was configured: `key` None asks for none; hosts and origins are allowed besides the local ones."""
+
+    key: str | None = None
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def check(self, request: web.Request) -> None:
+        """Raises ApiError for a request that may not be answered."""
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is not None and not self.allows_origin(origin, request.host):
+            raise _forbidden(f"Pages from {origin} may not use this server. Allow them with --allowed-origin.")
+        if self.key is None:
+            if not self.allows_host(request.host):
+                name = host_name(request.host)
+                raise _forbidden(f"The server does not go by the name {name!r}. Allow it with --allowed-host.")
+        elif request.method != hdrs.METH_OPTIONS and request.path not in PUBLIC_PATHS:
+            _check_key(request, self.key)
+
+    def allows_host(self, host: str) -> bool:
+        """Whether a Host header names this machine: an address does, a name only if it is known."""
+        name = host_name(host)
+        return name in LOCAL_NAMES or name in self.hosts or _is_address(name)
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Whether a page from `origin` may call the server that it knows as `host`."""
+        parts = urlsplit(origin)
+        name = host_name(parts.netloc)
+        is_local = parts.scheme in APP_SCHEMES or name in LOCAL_NAMES or _is_loopback(name)
+        # A page that this very server gave out.
+        is_own = bool(parts.netloc) and parts.netloc == host and self.allows_host(host)
+        return origin in self.origins or is_local or is_own
+
+
+@web.middleware
+async def access_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses what the rules refuse and answers the questions browsers ask first."""
+    request.app[RULES].check(request)
+    if request.method == hdrs.METH_OPTIONS and hdrs.ORIGIN in request.headers:
+        return web.Response(status=204)
+    return await handler(request)
+
+
+async def add_cors_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Lets the page that sent the request read the answer; credentials are never involved."""
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None or not request.app[RULES].allows_origin(origin, request.host):
+        return
+    response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+    response.headers[hdrs.VARY] = hdrs.ORIGIN
+    if request.method == hdrs.METH_OPTIONS:
+        asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type")
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET, POST, OPTIONS"
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = asked
+        response.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = "600"
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without port, brackets and the last dot."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    name = host.partition(":")[0] if host.count(":") == 1 else host
+    return name.lower().rstrip(".")
+
+
+RULES = web.AppKey("rules", AccessRules)
+
+
+def _check_key(request: web.Request, key: str) -> None:
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+    if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode()):
+        info = ErrorInfo("The API key is missing or wrong.", "authentication_error", None, "invalid_api_key")
+        raise ApiError(401, info, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _forbidden(message: str) -> ApiError:
+    return ApiError(403, ErrorInfo(message, "permission_error", None, "forbidden"))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    return _is_address(name) and ipaddress.ip_address(name).is_loopback

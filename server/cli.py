@@ -1,0 +1,77 @@
+"""The `slimoe` command: finds the command that was asked for and tells its errors in one line."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from offload.errors import SlimoeError
+
+COMMANDS = {
+    "convert": "Make a GGUF file of a Hugging Face checkpoint.",
+    "inspect": "Show what a model file or checkpoint holds.",
+    "run": "Complete a prompt, or chat in the terminal.",
+    "serve": "Serve a model over HTTP as OpenAI's API.",
+}
+"""Each is `command` in `server/commands/NAME.py`, imported only when it is used."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and one line of help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, now imported; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"server.commands.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in the help, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="slimoe", prog_name="slimoe", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Makes a big mixture-of-experts model small enough for this machine, and runs it here."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carries out a command line and returns its exit status; errors go to standard error, one line each."""
+    try:
+        status = cli.main(list(arguments), prog_name="slimoe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SlimoeError as error:
+        print(f"slimoe: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("slimoe: There is not enough memory. Use a smaller model or a smaller --ctx.", file=sys.stderr)
+        return 4
+    except BrokenPipeError:
+        # Whoever read the output has left; the interpreter must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

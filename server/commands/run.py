@@ -1,0 +1,153 @@
+"""`slimoe run`: one completion, or a chat in the terminal."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from offload.engine import Engine, EngineConfig
+from offload.errors import UsageError
+from offload.generation import GenerationRequest
+from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
+from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from server.prompts import Prompts
+from server.repl import Repl
+from server.sampling_options import sampling_flags, sampling_params
+from server.terminal import Outcome, generate, loading_progress, show_figures
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command's own flags."""
+
+    prompt: str | None
+    prompt_ids: tuple[int, ...] | None
+    system: str | None
+    chat: bool
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    as_json: bool
+
+
+class TokenIds(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas between."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The ids as numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.replace(",", " ").split())
+        except ValueError:
+            self.fail(f"{value!r} are no token ids. Write numbers with commas between, such as 1,22,333.", param, ctx)
+
+
+@click.command("run", cls=OptionsCommand)
+@engine_flags
+@click.option("-p", "--prompt", help="Text to continue; - reads it from standard input.")
+@click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
+@click.option("--chat", is_flag=True, help="Take the prompt as a chat message, with the model's template.")
+@click.option("--system", help="System message for a chat.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=0), help="Tokens to write at most.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on where the model would stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
+@sampling_flags
+def command(values: Mapping[str, Any]) -> None:
+    """Continue a prompt with MODEL, a GGUF file, or chat with it when no prompt is given.
+
+    Without MODEL the built-in demo is used. The text goes to standard output, figures to standard error.
+    """
+    options = msgspec.convert(dict(values), RunOptions)
+    _check(options)
+    request = GenerationRequest(
+        prompt_ids=(),
+        max_tokens=options.max_tokens,
+        sampling=sampling_params(values),
+        stop=options.stop,
+        ignore_eos=options.ignore_eos,
+    )
+    engine = _open(engine_options(values))
+    try:
+        source = _source(options)
+        if source is None:
+            Repl(engine, request, options.system).run()
+        else:
+            _complete(engine, request, source, options)
+    finally:
+        engine.close()
+
+
+def _check(options: RunOptions) -> None:
+    if options.prompt is not None and options.prompt_ids is not None:
+        raise UsageError("A prompt is a text or token ids. Give --prompt or --prompt-ids, not both.")
+    if options.chat and options.prompt is None:
+        raise UsageError("--chat needs a --prompt. Leave both out for an interactive chat.")
+    if options.as_json and options.prompt is None and options.prompt_ids is None:
+        raise UsageError("--json needs a prompt. Add --prompt or --prompt-ids.")
+    if options.system is not None and not options.chat and not _is_interactive(options):
+        raise UsageError("--system is for chats. Add --chat, or leave the prompt out.")
+
+
+def _is_interactive(options: RunOptions) -> bool:
+    return options.prompt is None and options.prompt_ids is None
+
+
+def _source(options: RunOptions) -> PromptSource | None:
+    if options.prompt_ids is not None:
+        return TokenPrompt(options.prompt_ids)
+    if options.prompt is None:
+        return None
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not options.chat:
+        return TextPrompt(text)
+    system = () if options.system is None else (("system", options.system),)
+    return ChatPrompt((*system, ("user", text)))
+
+
+def _open(options: EngineOptions) -> Engine:
+    with loading_progress(options.path.name) as progress:
+        return Engine.open(engine_config(options), progress)
+
+
+def engine_config(options: EngineOptions) -> EngineConfig:
+    """The flags as the engine takes them; what was left open takes its defaults."""
+    chosen = {name: value for name in EngineOptions.__slots__ if (value := getattr(options, name)) is not None}
+    config: EngineConfig = msgspec.convert({**chosen, "model": options.path}, EngineConfig, dec_hook=_as_is)
+    return config
+
+
+def _as_is(kind: type, value: object) -> object:
+    assert kind is Path
+    return value
+
+
+def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, options: RunOptions) -> None:
+    prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+    outcome = generate(engine, prompts.complete(request, source), shows_text=not options.as_json)
+    if options.as_json:
+        print(_report(outcome), flush=True)
+    else:
+        print(flush=True)
+        show_figures(outcome.finished.timings)
+    if outcome.finished.reason == "cancelled":
+        raise KeyboardInterrupt
+
+
+def _report(outcome: Outcome) -> str:
+    finished = outcome.finished
+    report = {
+        "text": outcome.text,
+        "tokens": outcome.tokens,
+        "finish_reason": finished.reason,
+        "timings": finished.timings,
+        "memory": finished.memory,
+    }
+    return msgspec.json.encode(report).decode()

@@ -1,0 +1,128 @@
+"""`slimoe serve`: one model behind an OpenAI-compatible HTTP server."""
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from offload.errors import UsageError
+from server.access import AccessRules
+from server.app import AppConfig
+from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
+from server.frames import ModelInfo, Open
+from server.served_model import ServedModel, model_id
+from server.serving import Address, serve
+from server.supervisor import DEFAULT_N_QUEUE, Supervisor
+from server.version import version
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The command's own flags."""
+
+    host: str
+    port: int
+    alias: str | None
+    n_queue: int
+    api_key_env: str | None
+    api_key_file: Path | None
+    allowed_host: tuple[str, ...]
+    allowed_origin: tuple[str, ...]
+    exit_with_parent: bool
+
+
+@click.command("serve", cls=OptionsCommand)
+@engine_flags
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes any."
+)
+@click.option("--alias", help="Name of the model in answers (default: the file's).")
+@click.option(
+    "--queue",
+    "n_queue",
+    default=DEFAULT_N_QUEUE,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Requests that may wait; more get status 429.",
+)
+@click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key clients must send.")
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
+)
+@click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that clients may know this machine by.")
+@click.option("--allowed-origin", multiple=True, metavar="URL", help="A web origin whose pages may use the server.")
+@click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
+def command(values: Mapping[str, Any]) -> None:
+    """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
+
+    Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
+    standard output; everything else goes to standard error.
+    """
+    engine = engine_options(values)
+    options = msgspec.convert(dict(values), ServeOptions)
+    path = engine.path
+    served = ServedModel(model_id(path, options.alias), path, version())
+    rules = AccessRules(
+        _key(options),
+        frozenset(name.lower() for name in (*options.allowed_host, options.host)),
+        frozenset(options.allowed_origin),
+    )
+    asyncio.run(_serve(AppConfig(served, rules), engine, options))
+
+
+async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions) -> None:
+    supervisor = Supervisor(open_message(engine), options.n_queue)
+
+    def say_ready(address: Address, info: ModelInfo) -> None:
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        url = f"http://{host}:{address.port}"
+        ready = {
+            "event": "ready",
+            "url": url,
+            "port": address.port,
+            "pid": os.getpid(),
+            "version": config.model.version,
+            "model": config.model.id,
+        }
+        click.echo(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.", err=True)
+        print(json.dumps(ready), flush=True)
+
+    address = Address(options.host, options.port)
+    await serve(config, supervisor, address, say_ready, exits_with_parent=options.exit_with_parent)
+
+
+def open_message(engine: EngineOptions) -> Open:
+    """The first message to the engine's process."""
+    return Open(
+        str(engine.path.absolute()),
+        n_ctx=engine.n_ctx,
+        n_batch=engine.n_batch,
+        n_threads=engine.n_threads,
+        kv_type=engine.kv_type,
+        repack=engine.repack,
+    )
+
+
+def _key(options: ServeOptions) -> str | None:
+    """The key that was configured; raises UsageError when it is not there, for serving without one is no answer."""
+    if options.api_key_env is not None:
+        key = os.environ.get(options.api_key_env, "").strip()
+        where = f"The environment variable {options.api_key_env}"
+    elif options.api_key_file is not None:
+        try:
+            key = options.api_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The key file {options.api_key_file} cannot be read ({error}).") from None
+        where = f"The key file {options.api_key_file}"
+    else:
+        return None
+    if not key:
+        raise UsageError(f"{where} holds no key. Put one there, or leave the option out.")
+    return key

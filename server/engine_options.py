@@ -1,0 +1,72 @@
+"""The command-line flags that say which model to open and how, shared by every command that opens one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+DEMO = Path(__file__).parent / "demo" / "demo.gguf"
+KV_TYPES = ("f16", "q8_0", "f32")
+REPACK = ("auto", "on", "off")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The flags' values; None where the engine decides."""
+
+    model: Path | None = None
+    n_ctx: int | None = None
+    n_batch: int | None = None
+    n_threads: int | None = None
+    kv_type: str | None = None
+    repack: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file to open: the one that was named, or the demo."""
+        return DEMO if self.model is None else self.model
+
+
+class OptionsCommand(click.Command):
+    """A command whose function takes all values as one mapping, which it turns into typed groups at once."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Calls the function with the mapping."""
+        assert self.callback is not None
+        return ctx.invoke(self.callback, dict(ctx.params))
+
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("model", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--ctx",
+        "n_ctx",
+        type=click.IntRange(min=1),
+        help="Context window in tokens (default: the model's, at most 4096).",
+    ),
+    click.option("--batch", "n_batch", type=click.IntRange(min=1), help="Prompt tokens read at a time."),
+    click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads to compute with."),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Precision of the KV cache (default: f16)."),
+    click.option(
+        "--repack", type=click.Choice(REPACK), help="Keep weights rearranged for faster decoding (default: auto)."
+    ),
+)
+
+
+def engine_flags(function: F) -> F:
+    """Adds the flags to a command."""
+    for flag in reversed(_FLAGS):
+        function = flag(function)
+    return function
+
+
+def engine_options(values: Mapping[str, Any]) -> EngineOptions:
+    """The flags' values out of a command's; says on standard error when the demo model is used."""
+    options = EngineOptions(**{name: values[name] for name in EngineOptions.__slots__})
+    if options.model is None:
+        click.echo("No model named: using the built-in demo model, which is tiny and knows little.", err=True)
+    return options

@@ -1,0 +1,100 @@
+"""What a client sent, made into a request the engine can read: token ids, checked against the open model."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from offload.errors import ContextOverflowError, SlimoeError
+from offload.generation import GenerationRequest
+from offload.tokenizer import Tokenizer
+from server.chat import Chat, Conversation, Message, Prompt
+from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+
+
+class RequestError(SlimoeError):
+    """A request that this model cannot carry out; `param` names the field at fault."""
+
+    exit_code = 2
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class Prompts:
+    """Turns prompts of every form into token ids for one open model."""
+
+    def __init__(self, tokenizer: Tokenizer | None, n_vocab: int, n_ctx: int) -> None:
+        self._tokenizer = tokenizer
+        self._chat = None if tokenizer is None else Chat(tokenizer)
+        self._n_vocab = n_vocab
+        self._n_ctx = n_ctx
+
+    def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
+        """`request` with the ids of `source` and its stop strings.
+
+        Raises RequestError, ChatTemplateError, or ContextOverflowError when no room for an answer would be left.
+        """
+        prompt = self.prompt(source)
+        n_prompt = len(prompt.ids)
+        n_room = self._n_ctx - n_prompt
+        if n_room < (0 if request.max_tokens == 0 else 1):
+            raise ContextOverflowError(n_prompt, self._n_ctx)
+        if any(not 0 <= token < self._n_vocab for token in request.sampling.logit_bias):
+            raise RequestError(
+                "logit_bias", f"logit_bias names a token that is not one of the model's {self._n_vocab}."
+            )
+        stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
+        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop)
+
+    def prompt(self, source: PromptSource) -> Prompt:
+        """The ids of `source`; raises RequestError or ChatTemplateError."""
+        if isinstance(source, TokenPrompt):
+            return self._tokens(source.ids)
+        if isinstance(source, TextPrompt):
+            return Prompt(tuple(self.encode(source.text)))
+        return self.chat.prompt(conversation(source))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of raw text as the model expects it: with its BOS, once; control tokens may be written out."""
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, parse_special=True)
+        if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+            ids.insert(0, tokenizer.bos)
+        if not ids:
+            raise RequestError("prompt", "The prompt is empty. Give at least one token.")
+        return ids
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises RequestError when it has none."""
+        if self._tokenizer is None:
+            raise RequestError("prompt", "This model has no tokenizer. Give the prompt as token ids.")
+        return self._tokenizer
+
+    @property
+    def chat(self) -> Chat:
+        """The model's chat format; raises RequestError when it has no tokenizer."""
+        if self._chat is None:
+            raise RequestError(
+                "messages", "This model has no tokenizer, so it cannot chat. Complete token ids instead."
+            )
+        return self._chat
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of `token`, control tokens by name; empty without a tokenizer."""
+        return b"" if self._tokenizer is None else self._tokenizer.piece(token, special=True)
+
+    def _tokens(self, ids: tuple[int, ...]) -> Prompt:
+        if not ids:
+            raise RequestError("prompt", "The prompt is empty. Give at least one token.")
+        wrong = next((token for token in ids if not 0 <= token < self._n_vocab), None)
+        if wrong is not None:
+            raise RequestError("prompt", f"Token {wrong} is not one of the model's {self._n_vocab}.")
+        return Prompt(ids)
+
+
+def conversation(source: ChatPrompt, add_generation_prompt: bool = True) -> Conversation:
+    """The turns of `source` as the chat format takes them."""
+    messages = tuple(Message(role, content) for role, content in source.messages)
+    values: Mapping[str, object] = source.values
+    return Conversation(messages, values, add_generation_prompt)

@@ -1,0 +1,186 @@
+"""The bodies that clients send: their fields, types and ranges, and the request to the engine they amount to.
+
+Fields that are not listed are ignored, as are those that only a hosted service could honour.
+"""
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from offload.generation import GenerationRequest
+from offload.sampling import SamplingParams
+from server.api_error import invalid, unsupported
+
+MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
+_PATH = re.compile(r"^(?P<message>.*?) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e6)]
+Scale = Annotated[float, Meta(gt=0, le=1e6)]
+LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+LastN = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+T = TypeVar("T")
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """`response_format`; only plain text is written."""
+
+    type: str
+
+
+class Message(msgspec.Struct):
+    """One chat message; `content` is a text, a list of parts, or null beside tool calls."""
+
+    role: str
+    content: str | list["Part"] | None = None
+
+
+class Part(msgspec.Struct):
+    """One part of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """The fields that chat and plain completions have in common, with the spellings that clients use."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    max_tokens: Count | None = None
+    temperature: NonNegative | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repeat_penalty: Scale | None = None
+    repetition_penalty: Scale | None = None
+    repeat_last_n: LastN | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, float | bool] | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def n_choices(self) -> int:
+        """How many answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+    def sampling(self) -> SamplingParams:
+        """How to choose tokens; what the client leaves open takes the defaults. Raises ApiError."""
+        given = {
+            "temperature": self.temperature,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repetition_penalty if self.repeat_penalty is None else self.repeat_penalty,
+            "repeat_last_n": self.repeat_last_n,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": _logit_bias(self.logit_bias or {}),
+            "seed": None if self.seed == -1 else self.seed,
+        }
+        return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingParams)
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings; raises ApiError when there are too many."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MAX_STOPS:
+            raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", "stop")
+        return tuple(stop for stop in stops if stop)
+
+    def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
+        """The engine's request, still without its prompt."""
+        return GenerationRequest(
+            prompt_ids=(),
+            max_tokens=max_tokens,
+            sampling=self.sampling(),
+            stop=self.stops(),
+            ignore_eos=bool(self.ignore_eos),
+            n_logprobs=n_logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """`POST /v1/completions`; `prompt` is a text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+    logprobs: LogprobCount | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+async def read_body(request: web.Request, kind: type[T]) -> T:
+    """The request's body as `kind`; raises ApiError that names the field at fault."""
+    data = await request.read()
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        match = _PATH.match(str(error))
+        if match is None:
+            raise invalid(f"{error}.") from None
+        raise invalid(f"{match['message']} at {match['path']}.", match["path"] or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"The body is not valid JSON: {error}.") from None
+
+
+def refuse_unsupported(body: ChatBody) -> None:
+    """Raises ApiError for what a chat client may ask for and this server does not do."""
+    wants_tools = bool(body.tools) and body.tool_choice != "none"
+    if wants_tools or body.functions:
+        param = "tools" if wants_tools else "functions"
+        raise unsupported("This server does not call tools. Leave the field out, or send tool_choice none.", param)
+    kind = "text" if body.response_format is None else body.response_format.type
+    if kind in ("json_object", "json_schema"):
+        raise unsupported(
+            f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
+        )
+    if kind != "text":
+        raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")
+
+
+def _logit_bias(given: dict[str, float | bool]) -> dict[int, float]:
+    biases = {}
+    for name, value in given.items():
+        if not name.isascii() or not name.isdigit() or len(name) > 9:
+            raise invalid(f"logit_bias maps token ids to numbers, but {name!r} is no token id.", "logit_bias")
+        if value is True:
+            raise invalid("A logit_bias is a number, or false to forbid the token.", f"logit_bias.{name}")
+        biases[int(name)] = float("-inf") if value is False else float(value)
+    return biases

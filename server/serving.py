@@ -1,0 +1,119 @@
+"""A server's life: binds, opens the model, says that it is ready, and ends cleanly on a signal."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from offload.errors import SlimoeError
+from server.app import AppConfig, init_app
+from server.frames import ModelInfo
+from server.supervisor import Supervisor
+
+GRACE_SECONDS = 3.0
+FLUSH_SECONDS = 1.0
+
+
+class PortInUseError(SlimoeError):
+    """Another program listens where the server should."""
+
+    exit_code = 69
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+
+async def serve(
+    config: AppConfig,
+    supervisor: Supervisor,
+    address: Address,
+    on_ready: Callable[[Address, ModelInfo], None],
+    *,
+    exits_with_parent: bool = False,
+) -> None:
+    """Serves until SIGINT or SIGTERM, or with `exits_with_parent` until standard input ends.
+
+    Running answers get a few seconds to end. Raises PortInUseError, or EngineFailure when the model cannot be
+    opened, before `on_ready` is called.
+    """
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    if exits_with_parent:
+        _stop_at_end_of_input(stop)
+    runner = web.AppRunner(
+        init_app(config, supervisor), handler_cancellation=True, shutdown_timeout=FLUSH_SECONDS, access_log=None
+    )
+    await runner.setup()
+    try:
+        bound = await _listen(runner, address)
+        supervisor.start()
+        ready = asyncio.create_task(supervisor.wait_ready())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            on_ready(bound, ready.result())
+            await stopped
+        ready.cancel()
+    finally:
+        await supervisor.stop(GRACE_SECONDS)
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, address: Address) -> Address:
+    where = f"{address.host}:{address.port}"
+    try:
+        # Bound here and not by aiohttp, so that one port is chosen for a name with several addresses.
+        family, *_, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise PortInUseError(f"{where} is no address to listen on ({error.strerror}).") from None
+    try:
+        if sys.platform != "win32":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        problem = f"Cannot listen on {where}: {error.strerror}. Choose another --port, or 0 for any free one."
+        raise PortInUseError(problem) from None
+    await web.SockSite(runner, listener).start()
+    return Address(address.host, listener.getsockname()[1])
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    """The first signal asks, the second does not."""
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, handle, number)
+
+
+def _stop_at_end_of_input(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()

@@ -1,0 +1,243 @@
+"""Keeps one engine process running and hands requests to it.
+
+An abort in C code ends only that process: whoever waits for it gets an error, and a new one is started, later and
+later when it keeps ending. Requests that come while the model is being opened wait for it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from offload.generation import GenerationRequest
+from server import frames
+from server.engine_child import COMMAND, EngineChild
+from server.ticket import EngineFailure, Ticket
+
+Phase = Literal["loading", "ready", "failed", "stopped"]
+FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
+DEFAULT_N_QUEUE = 64
+
+
+class QueueFullError(Exception):
+    """So many requests wait already that one more is refused; `n_waiting` of them."""
+
+    def __init__(self, n_waiting: int) -> None:
+        self.n_waiting = n_waiting
+        super().__init__(f"{n_waiting} requests are waiting already")
+
+
+class Supervisor:
+    """The HTTP side's engine: `start` it, `submit` requests, `stop` it."""
+
+    def __init__(self, model: frames.Open, n_queue: int = DEFAULT_N_QUEUE, command: Sequence[str] = COMMAND) -> None:
+        self.phase: Phase = "loading"
+        self.progress = frames.Loading(0, 0)
+        self.info: frames.ModelInfo | None = None
+        self.failure: frames.Failure | None = None
+        self.n_admitted = 0
+        self.n_restarts = 0
+        self._model = model
+        self._n_queue = n_queue
+        self._command = command
+        self._child: EngineChild | None = None
+        self._ids = itertools.count(1)
+        self._unsent: dict[int, frames.Frame] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._pause = 0.0
+        self._changed = asyncio.Event()
+        self._launching: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process's id while there is one."""
+        return None if self._child is None else self._child.pid
+
+    @property
+    def n_busy(self) -> int:
+        """Requests at the engine or waiting for it."""
+        return len(self._tickets)
+
+    def start(self) -> None:
+        """Starts the engine's process; `wait_ready` tells when the model is open."""
+        self._launching = asyncio.create_task(self._launch())
+
+    async def wait_ready(self) -> frames.ModelInfo:
+        """What the open model is; raises EngineFailure when it cannot be opened."""
+        while self.phase == "loading":
+            self._changed.clear()
+            await self._changed.wait()
+        if self.info is None or self.phase != "ready":
+            raise EngineFailure(self.failure or _stopping(0))
+        return self.info
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place in the queue for one client's request; raises QueueFullError when there is none."""
+        if self.n_admitted > self._n_queue:
+            raise QueueFullError(self.n_admitted - 1)
+        self.n_admitted += 1
+        try:
+            yield
+        finally:
+            self.n_admitted -= 1
+
+    def submit(self, prompt: frames.PromptSource, request: GenerationRequest) -> Ticket:
+        """Queues one generation, behind those submitted before."""
+        return self._send(lambda id: frames.Submit(id, prompt, request))
+
+    async def ask(self, question: Callable[[int], frames.Encode | frames.Decode | frames.Render]) -> frames.Answer:
+        """The one answer to a question about text; raises EngineFailure."""
+        ticket = self._send(question)
+        try:
+            return (await ticket.next())[0]
+        finally:
+            ticket.close()
+
+    async def stop(self, grace: float = 0.0) -> None:
+        """Ends the engine's process; requests still there after `grace` seconds get an error."""
+        self.phase = "stopped"
+        self._fail_all(list(self._unsent), _stopping)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                while self._tickets and self._child is not None:
+                    self._changed.clear()
+                    await self._changed.wait()
+        self._fail_all(list(self._tickets), _stopping)
+        if self._launching is not None:
+            self._launching.cancel()
+        if self._child is not None:
+            self._child.kill()
+        self._note_change()
+
+    def _send(self, make: Callable[[int], frames.Frame]) -> Ticket:
+        id = next(self._ids)
+        ticket = Ticket(id, self._close)
+        if self.phase == "stopped":
+            ticket.push(_stopping(id))
+        elif self.phase == "failed":
+            assert self.failure is not None
+            ticket.push(_for(self.failure, id))
+        else:
+            self._tickets[id] = ticket
+            self._unsent[id] = make(id)
+            self._flush()
+        return ticket
+
+    def _flush(self) -> None:
+        if self.phase != "ready" or self._child is None:
+            return
+        for frame in self._unsent.values():
+            self._child.send(frame)
+        self._unsent.clear()
+
+    def _close(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.id, None) is None:
+            return
+        was_sent = self._unsent.pop(ticket.id, None) is None
+        if was_sent and not ticket.is_over and self._child is not None:
+            self._child.send(frames.Cancel(ticket.id))
+        self._note_change()
+
+    async def _launch(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
+        child = EngineChild(self._on_frame, self._on_exit)
+        try:
+            await child.start(self._command)
+        except OSError as error:
+            problem = f"The engine's process cannot be started ({error.strerror})."
+            self.failure = frames.Failure(0, "internal", problem)
+            self._on_exit(1)
+            return
+        self._child = child
+        child.send(self._model)
+
+    def _on_frame(self, frame: frames.FromEngine) -> None:
+        match frame:
+            case frames.Loading():
+                self.progress = frame
+            case frames.Ready(info):
+                self._be_ready(info)
+            case frames.Failure(id=0):
+                self.failure = frame
+            case _:
+                self._deliver(frame)
+
+    def _be_ready(self, info: frames.ModelInfo) -> None:
+        self.info, self.failure = info, None
+        if self.phase != "stopped":
+            self.phase = "ready"
+        self._flush()
+        self._note_change()
+
+    def _deliver(self, answer: frames.Answer) -> None:
+        ticket = self._tickets.get(answer.id)
+        if ticket is None:
+            return
+        ticket.push(answer)
+        if isinstance(answer, frames.Done):
+            self._pause = 0.0
+            self.info = None if self.info is None else frames.with_memory(self.info, answer.memory)
+
+    def _on_exit(self, returncode: int) -> None:
+        self._child = None
+        if self.phase == "stopped":
+            self._fail_all(list(self._tickets), _stopping)
+            self._note_change()
+            return
+        crash = self.failure or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
+        self._fail_all([id for id in self._tickets if id not in self._unsent], lambda id: _for(crash, id))
+        if self.info is None:
+            self.failure, self.phase = crash, "failed"
+            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+        else:
+            self._restart(crash)
+        self._note_change()
+
+    def _restart(self, crash: frames.Failure) -> None:
+        """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
+        print(f"slimoe: {crash.message}", file=sys.stderr)
+        self.n_restarts += 1
+        is_hopeless = crash.kind != "engine_crashed" or self._pause > PATIENCE
+        self.failure = crash if is_hopeless else None
+        self.phase = "failed" if is_hopeless else "loading"
+        if is_hopeless:
+            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+        self._launching = asyncio.create_task(self._launch())
+
+    def _fail_all(self, ids: Sequence[int], failure: Callable[[int], frames.Failure]) -> None:
+        for id in ids:
+            self._unsent.pop(id, None)
+            ticket = self._tickets.pop(id, None)
+            if ticket is not None:
+                ticket.push(failure(id))
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+
+def _for(failure: frames.Failure, id: int) -> frames.Failure:
+    return frames.Failure(
+        id,
+        failure.kind,
+        failure.message,
+        exit_code=failure.exit_code,
+        required_bytes=failure.required_bytes,
+        available_bytes=failure.available_bytes,
+    )
+
+
+def _stopping(id: int) -> frames.Failure:
+    return frames.Failure(id, "shutting_down", "The server is shutting down.")
+
+
+def _how_it_ended(returncode: int) -> str:
+    if returncode >= 0:
+        return f"The engine's process ended with status {returncode}. The log says more; try again."
+    name = signal.Signals(-returncode).name
+    cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+    return f"The engine's process was ended by {name}{cause}. It is being started again; try again."

@@ -1,0 +1,181 @@
+"""The JSON documents that generations are answered with, in the shapes of OpenAI's API."""
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from offload.generation import Timings
+from server.frames import ScoredToken
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+
+class CachedTokens(msgspec.Struct, frozen=True):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class TimingsInfo(msgspec.Struct, frozen=True):
+    """Tokens computed and milliseconds taken, by phase; `cache_n` prompt tokens were known already."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float | None
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One candidate for a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobInfo(msgspec.Struct, frozen=True):
+    """One token of a chat answer, with the likeliest candidates at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """`choices[].logprobs` of a chat."""
+
+    content: list[TokenLogprobInfo]
+    refusal: None = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """`choices[].logprobs` of a plain completion; the first token of a prompt has null."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """The whole answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a chat chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a chat answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a plain completion and of its chunks."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A whole answer or one chunk; the first five fields are the same in all chunks of one answer."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    timings: TimingsInfo | UnsetType = UNSET
+
+
+def timings_info(timings: Timings) -> TimingsInfo:
+    """The engine's timings as clients read them."""
+    seconds = timings.predicted_ms / 1000
+    return TimingsInfo(
+        cache_n=timings.cached_n,
+        prompt_n=timings.prompt_n,
+        prompt_ms=timings.prompt_ms,
+        predicted_n=timings.predicted_n,
+        predicted_ms=timings.predicted_ms,
+        predicted_per_second=timings.predicted_n / seconds if seconds > 0 else None,
+    )
+
+
+def chat_logprobs(scores: list[ScoredToken]) -> ChatLogprobs:
+    """The scores of an answer's tokens as a chat client reads them."""
+    return ChatLogprobs([_token_info(score) for score in scores])
+
+
+def _token_info(score: ScoredToken) -> TokenLogprobInfo:
+    top = [TopLogprob(_text(piece), finite(logprob), list(piece)) for _, piece, logprob in score.top]
+    logprob = LOWEST_LOGPROB if score.logprob is None else finite(score.logprob)
+    return TokenLogprobInfo(_text(score.piece), logprob, list(score.piece), top)
+
+
+def completion_logprobs(scores: list[ScoredToken], offset: int) -> CompletionLogprobs:
+    """The scores in the older parallel-list shape; the first token's text begins at character `offset`."""
+    tokens = [_text(score.piece) for score in scores]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    values = [None if score.logprob is None else finite(score.logprob) for score in scores]
+    return CompletionLogprobs(tokens, values, [_candidates(score) for score in scores], offsets)
+
+
+def _candidates(score: ScoredToken) -> dict[str, float] | None:
+    """The likeliest tokens and the chosen one; of two that read the same, the likelier stays."""
+    if score.logprob is None:
+        return None
+    candidates: dict[str, float] = {}
+    for _, piece, logprob in score.top:
+        candidates.setdefault(_text(piece), finite(logprob))
+    candidates.setdefault(_text(score.piece), finite(score.logprob))
+    return candidates
+
+
+def finite(logprob: float) -> float:
+    """`logprob`, or the lowest number that stands for minus infinity."""
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
