@@ -1,0 +1,69 @@
+"""Converts a Hugging Face checkpoint directory into a GGUF file: the room's front door."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.plan import ConvertPlan, plan_conversion
+from converter.writer import Progress, check_target, write_gguf
+
+__all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_out", "convert", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What to convert: the checkpoint directory, the file to write, the recipe's name; 0 threads means one a core."""
+
+    source: Path
+    target: Path
+    type: str = "Q4_K_M"
+    n_threads: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was written: path, bytes, seconds it took, number of tensors, and tensor bytes by type."""
+
+    path: Path
+    recipe: str
+    n_bytes: int
+    seconds: float
+    n_tensors: int
+    bytes_by_type: dict[str, int]
+
+
+def plan(options: ConvertOptions) -> ConvertPlan:
+    """Everything that will be written, exactly, and that it can be; reads only headers and writes nothing.
+
+    Raises UsageError, ModelFileError, UnsupportedModelError or DoesNotFitError.
+    """
+    planned = plan_conversion(options.source, options.type)
+    check_target(planned, options.target, force=options.force)
+    return planned
+
+
+def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progress) -> ConvertReport:
+    """Writes what was planned; raises as `write_gguf` does."""
+    begin = time.monotonic()
+    n_threads = options.n_threads or _n_cores()
+    write_gguf(planned, options.target, n_threads=n_threads, force=options.force, on_progress=on_progress)
+    return ConvertReport(
+        path=options.target,
+        recipe=planned.recipe,
+        n_bytes=planned.n_bytes,
+        seconds=time.monotonic() - begin,
+        n_tensors=len(planned.tensors),
+        bytes_by_type=planned.bytes_by_type,
+    )
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def convert(options: ConvertOptions, on_progress: Progress = lambda _done, _total: None) -> ConvertReport:
+    """Plans and writes in one go."""
+    return carry_out(plan(options), options, on_progress)

@@ -1,0 +1,72 @@
+"""Packs a GGUF header into bytes, so that its exact size is known before a file exists.
+
+Source: ggml's docs/gguf.md, version 3.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType
+
+from offload.gguf_file import MAGIC, Value
+
+ALIGNMENT = 32
+_VERSION = 3
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderTensor:
+    """One tensor's entry; `offset` counts from the start of the data."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+
+
+def padded(n_bytes: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def pack_header(metadata: Mapping[str, Value], tensors: Sequence[HeaderTensor]) -> bytes:
+    """The header up to the first byte of tensor data, padding included."""
+    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_string(key), _value(value)]
+    for tensor in tensors:
+        parts.append(_string(tensor.name))
+        parts.append(struct.pack(f"<I{len(tensor.ne)}QIQ", len(tensor.ne), *tensor.ne, tensor.type, tensor.offset))
+    header = b"".join(parts)
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Value) -> bytes:
+    if isinstance(value, list):
+        return _array(value)
+    kind = _kind(value)
+    return struct.pack("<I", kind) + _scalar(kind, value)
+
+
+def _array(values: list[Value]) -> bytes:
+    assert values, "an empty array has no element type"
+    # Token types are signed in GGUF, so an array of integers is of int32.
+    kind = _I32 if _kind(values[0]) == _U32 else _kind(values[0])
+    return struct.pack("<IIQ", _ARRAY, kind, len(values)) + b"".join(_scalar(kind, value) for value in values)
+
+
+def _kind(value: Value) -> int:
+    return {bool: _BOOL, int: _U32, float: _F32, str: _STRING}[type(value)]
+
+
+def _scalar(kind: int, value: Value) -> bytes:
+    if kind == _STRING:
+        return _string(value)
+    return struct.pack({_U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?"}[kind], value)
