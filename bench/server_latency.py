@@ -28,7 +28,7 @@ from bench.stepping import random_tokens
 from offload.backend import default_threads
 from offload.engine import Engine, EngineConfig
 from offload.errors import SlimoeError
-from offload.generation import GenerationRequest, TokenStep
+from offload.generation import Finished, GenerationRequest, TokenStep
 from offload.sampling import SamplingParams
 
 N_PROMPT = 16
@@ -120,7 +120,7 @@ def stream_from_engine(engine: Engine, prompt: list[int], n_tokens: int) -> Stre
     request = GenerationRequest(tuple(prompt), max_tokens=n_tokens, sampling=greedy, ignore_eos=True)
     times, pieces = [], []
     for event in engine.generate(request):
-        if isinstance(event, TokenStep):
+        if isinstance(event, TokenStep | Finished):
             times.append(time.perf_counter())
             pieces.append(event.text)
     return Stream("".join(pieces), (times[-1] - times[0]) / (n_tokens - 1))

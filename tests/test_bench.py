@@ -1,9 +1,11 @@
 """Every bench runs to its end in its smoke mode, and its last line is the JSON document it promises."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +18,53 @@ from bench.rival import Rival, RivalConfig
 from bench.stepping import go_to_depth, kl_divergence, random_tokens
 
 ROOT = Path(__file__).parents[1]
-BENCHES = {
-    "decode_prefill": {"decode_vs_llamacpp", "prefill_vs_llamacpp", "python_share", "kl_vs_llamacpp"},
-    "server_latency": {"sse_overhead_ms", "engine_ms_per_token", "same_text"},
-}
 
 
-def run_smoke(bench: str, directory: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"bench.{bench}", "--smoke"]
-    environment = os.environ | {"TMPDIR": str(directory), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert isinstance(document, dict)
-    return document
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if '"--smoke"' in path.read_text("utf-8"))
+Smoke = Callable[[str], dict[str, Any]]
 
 
-@pytest.mark.parametrize("bench", BENCHES)
-def test_bench_ends_with_its_json_line(bench: str, tmp_path: Path) -> None:
-    document = run_smoke(bench, tmp_path)
-    assert BENCHES[bench] <= set(document)
-    assert document["machine"]["cores"] >= 1
-    assert list(tmp_path.glob("*.gguf*")) == []
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    """Runs a bench in its smoke mode, once, and gives its last line's document."""
+
+    @functools.cache
+    def run(bench: str) -> dict[str, Any]:
+        directory = tmp_path_factory.mktemp(bench)
+        command = [sys.executable, "-m", f"bench.{bench}", "--smoke"]
+        environment = os.environ | {"TMPDIR": str(directory)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert list(directory.glob("**/*.gguf*")) == [], "the random model was not deleted"
+        document = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(document, dict)
+        return document
+
+    return run
 
 
-def test_smoke_figures_are_of_working_contenders(tmp_path: Path) -> None:
-    document = run_smoke("decode_prefill", tmp_path)
+@pytest.mark.parametrize("bench", SCRIPTS)
+def test_last_line_is_a_json_document(bench: str, smoke: Smoke) -> None:
+    assert smoke(bench)
+
+
+def test_decode_prefill_measures_working_contenders(smoke: Smoke) -> None:
+    document = smoke("decode_prefill")
     assert document["kl_vs_llamacpp"] < 1e-2
     assert 0 < document["python_share"] < 1
+    assert document["machine"]["cores"] >= 1
     for figures in document["depths"].values():
         best = min(ms for name, ms in figures["decode_ms"].items() if name != "slimoe")
         assert figures["decode_vs_llamacpp"] == pytest.approx(best / figures["decode_ms"]["slimoe"])
+        assert figures["decode_vs_llamacpp"] >= document["decode_vs_llamacpp"]
+        assert figures["prefill_vs_llamacpp"] >= document["prefill_vs_llamacpp"]
+
+
+def test_server_and_engine_answer_alike(smoke: Smoke) -> None:
+    document = smoke("server_latency")
+    assert document["same_text"]
+    overhead = document["sse_ms_per_token"] - document["engine_ms_per_token"]
+    assert document["sse_overhead_ms"] == pytest.approx(overhead)
 
 
 def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
