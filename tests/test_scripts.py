@@ -1,0 +1,82 @@
+"""The README's two commands, as far as they go without a network: what they refuse, and when they do nothing."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def executable(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def install(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "PYTHON")}
+    command = [str(checkout / "scripts" / "install")]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def fake_venv(checkout: Path) -> Path:
+    """A .venv whose pip writes down what it is asked, and which has a built library."""
+    log = checkout / "pip.log"
+    executable(checkout / ".venv/bin/pip", f'echo "$CMAKE_ARGS | $@" >>{log}')
+    library = checkout / ".venv/lib/python3.11/site-packages/llama_cpp/lib/libggml-rpc.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    return log
+
+
+def test_a_python_without_venv_is_answered_with_what_to_install(checkout: Path) -> None:
+    only_runs_code = executable(checkout / "python3", '[ "$1" = -c ]')
+    done = install(checkout, PYTHON=str(only_runs_code))
+    assert done.returncode == 1
+    assert "apt install python3-venv" in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_python_is_answered_with_how_to_name_one(checkout: Path) -> None:
+    tools = checkout / "tools"
+    tools.mkdir()
+    for name in ("bash", "cat", "cksum", "dirname", "env", "sed"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    done = install(checkout, PATH=str(tools))
+    assert done.returncode == 1
+    assert "Python 3.11 or newer is needed" in done.stderr
+
+
+def test_second_time_does_nothing_until_something_changes(checkout: Path) -> None:
+    log = fake_venv(checkout)
+    assert install(checkout).returncode == 0
+    assert len(log.read_text().splitlines()) == 1
+    assert install(checkout).returncode == 0
+    assert len(log.read_text().splitlines()) == 1
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("# a new dependency\n")
+    assert install(checkout).returncode == 0
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_changed_cmake_args_rebuild_the_library(checkout: Path) -> None:
+    log = fake_venv(checkout)
+    install(checkout)
+    install(checkout, CMAKE_ARGS="-DGGML_CUDA=ON")
+    first, rebuild, again = log.read_text().splitlines()
+    assert "CUDA" not in first
+    assert "-DGGML_RPC=ON" in rebuild.split()
+    assert rebuild.partition(" | ")[0].endswith("-DGGML_CUDA=ON")
+    assert "--no-cache-dir" in rebuild
+    assert "--editable" in again
