@@ -1,0 +1,165 @@
+"""What a model file or checkpoint holds, from its headers alone: sizes, types, bytes by kind, tokenizer, provenance."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoint import DTYPE_BYTES, Checkpoint
+from offload import file_keys as keys
+from offload.gguf_file import GGUFFile, Value, read_gguf
+
+_KINDS = (
+    ("router", r"ffn_gate_inp(?!_shexp)|(mlp|block_sparse_moe)\.gate\."),
+    ("norms", r"norm"),
+    ("shared experts", r"shexp|shared_expert"),
+    ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\."),
+    ("attention", r"attn|ssm"),
+    ("embeddings", r"embd|embed"),
+    ("output", r"^output\.|lm_head"),
+    ("feed-forward", r"ffn|mlp"),
+)
+"""Kinds of tensors and what their names contain, in GGUF and in Hugging Face; the first that matches counts."""
+
+_HF_SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_ff": "intermediate_size",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "n_ctx_train": "max_position_embeddings",
+    "n_vocab": "vocab_size",
+    "n_expert": "num_local_experts",
+    "n_expert_used": "num_experts_per_tok",
+}
+_GGUF_SIZES = {
+    "n_layer": "block_count",
+    "n_embd": "embedding_length",
+    "n_ff": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "n_head_kv": "attention.head_count_kv",
+    "n_ctx_train": "context_length",
+    "n_vocab": "vocab_size",
+    "n_expert": "expert_count",
+    "n_expert_used": "expert_used_count",
+}
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class KindCount:
+    """All tensors of one kind and type: how many, their weights and bytes."""
+
+    kind: str
+    type: str
+    n_tensors: int
+    n_weights: int
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits per weight."""
+        return 8 * self.n_bytes / self.n_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only."""
+
+    path: Path
+    format: str
+    architecture: str
+    name: str
+    sizes: dict[str, Any]
+    counts: tuple[KindCount, ...]
+    n_bytes: int
+    tokenizer: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return sum(count.n_weights for count in self.counts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits per weight over all tensors."""
+        return 8 * sum(count.n_bytes for count in self.counts) / max(self.n_weights, 1)
+
+
+def take_inventory(path: Path) -> Inventory:
+    """Of a GGUF file (of any architecture, sharded or not) or a checkpoint directory.
+
+    Raises ModelFileError for what is neither, or is damaged.
+    """
+    return _of_checkpoint(Checkpoint.open(path)) if path.is_dir() else _of_gguf(read_gguf(path))
+
+
+def _of_gguf(gguf: GGUFFile) -> Inventory:
+    metadata = gguf.metadata
+    architecture = str(metadata.get("general.architecture", "unknown"))
+    tensors = ((t.name, t.type.name, t.n_elements, t.n_bytes) for t in gguf.tensors.values())
+    values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
+    general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
+    own = {key: metadata[key] for key in metadata if key.startswith("slimoe.") and key != keys.PREFIX_AFTER_SPECIAL}
+    return Inventory(
+        path=gguf.path,
+        format="GGUF",
+        architecture=architecture,
+        name=str(general.get("name", gguf.path.stem)),
+        sizes={name: _plain(value) for name, value in values.items() if value is not None},
+        counts=_counts(tensors),
+        n_bytes=gguf.n_bytes,
+        tokenizer=_gguf_tokenizer(metadata),
+        provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
+    )
+
+
+def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    if keys.TOKENIZER_MODEL not in metadata:
+        return {}
+    found: dict[str, Any] = {"model": metadata[keys.TOKENIZER_MODEL], "pre": metadata.get(keys.TOKENIZER_PRE)}
+    found["n_tokens"] = len(metadata.get(keys.TOKENS, ()))
+    for role in ("bos", "eos", "eot"):
+        found[role] = metadata.get(keys.token_id_key(role))
+    found["chat_template"] = keys.CHAT_TEMPLATE in metadata
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
+    config = checkpoint.config
+    tensors = (
+        (t.name, t.dtype, t.n_elements, t.n_elements * DTYPE_BYTES[t.dtype]) for t in checkpoint.tensors.values()
+    )
+    files = {tensor.path for tensor in checkpoint.tensors.values()}
+    return Inventory(
+        path=checkpoint.path,
+        format="Hugging Face",
+        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        name=checkpoint.path.resolve().name,
+        sizes={name: config[key] for name, key in _HF_SIZES.items() if config.get(key) is not None},
+        counts=_counts(tensors),
+        n_bytes=sum(file.stat().st_size for file in files),
+        tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},
+        provenance={keys.SOURCE_HASH: checkpoint.source_hash},
+    )
+
+
+def _plain(value: Value) -> Any:
+    """A value as JSON knows it."""
+    return value if isinstance(value, int | float | str | list) else value.tolist()
+
+
+def _counts(tensors: Iterator[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:
+    sums: dict[tuple[str, str], list[int]] = {}
+    for name, kind, n_weights, n_bytes in tensors:
+        entry = sums.setdefault((_kind_of(name), kind), [0, 0, 0])
+        for index, amount in enumerate((1, n_weights, n_bytes)):
+            entry[index] += amount
+    counts = (KindCount(kind, type_name, *entry) for (kind, type_name), entry in sums.items())
+    return tuple(sorted(counts, key=lambda count: -count.n_bytes))
+
+
+def _kind_of(name: str) -> str:
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")

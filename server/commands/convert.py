@@ -1,0 +1,77 @@
+"""`slimoe convert`: a Hugging Face checkpoint to a GGUF file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from converter import convert as conversion
+from converter.convert import ConvertOptions, ConvertPlan, ConvertReport
+from converter.type_recipe import RECIPES
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("-t", "--type", "type_name", default="Q4_K_M", show_default=True, help="One of the types below.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; one a core if not given.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, exactly, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+def command(
+    source: Path, target: Path, type_name: str, threads: int | None, force: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Convert the Hugging Face checkpoint directory SRC to the GGUF file DST.
+
+    SRC holds config.json, safetensors in BF16, F16 or F32, and a tokenizer of a Mixtral, Mistral or Llama model. The
+    file loads in llama.cpp too. DST appears under its name only when it is whole.
+    """
+    options = ConvertOptions(source, target, type_name, threads or 0, force)
+    planned = conversion.plan(options)
+    _announce(planned, target)
+    if dry_run:
+        _report(
+            ConvertReport(target, planned.recipe, planned.n_bytes, 0.0, len(planned.tensors), planned.bytes_by_type),
+            as_json,
+        )
+        return
+    with _progress_bar(planned.n_bytes) as on_progress:
+        report = conversion.carry_out(planned, options, on_progress)
+    click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
+    _report(report, as_json)
+
+
+command.epilog = "Types: " + " ".join(RECIPES) + "."
+
+
+def _announce(planned: ConvertPlan, target: Path) -> None:
+    parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in planned.bytes_by_type.items())
+    click.echo(f"{target}: {planned.n_bytes:,} bytes will be written, {planned.recipe} ({parts})", err=True)
+
+
+def _report(report: ConvertReport, as_json: bool) -> None:
+    if not as_json:
+        return
+    fields = {
+        "path": str(report.path),
+        "recipe": report.recipe,
+        "n_bytes": report.n_bytes,
+        "n_tensors": report.n_tensors,
+        "seconds": round(report.seconds, 3),
+        "bytes_by_type": report.bytes_by_type,
+    }
+    click.echo(msgspec.json.encode(fields))
+
+
+@contextmanager
+def _progress_bar(n_bytes: int) -> Iterator[conversion.Progress]:
+    """A bar on standard error with bytes, speed and time left; nothing when that is no terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=n_bytes)
+        yield lambda done, _total: progress.update(task, completed=done)

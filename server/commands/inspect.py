@@ -1,0 +1,67 @@
+"""`slimoe inspect`: what a model file or checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from converter.inventory import Inventory, take_inventory
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def command(model: Path, as_json: bool) -> None:
+    """Show what MODEL holds: sizes, types, bytes by kind, tokenizer, origin.
+
+    MODEL is a GGUF file of any architecture (for shards, the first one) or a Hugging Face checkpoint directory. Only
+    headers are read.
+    """
+    inventory = take_inventory(model)
+    if as_json:
+        click.echo(msgspec.json.encode(_as_json(inventory)))
+        return
+    for line in _lines(inventory):
+        click.echo(line)
+
+
+def _as_json(inventory: Inventory) -> dict[str, Any]:
+    return {
+        "path": str(inventory.path),
+        "format": inventory.format,
+        "architecture": inventory.architecture,
+        "name": inventory.name,
+        "sizes": inventory.sizes,
+        "n_weights": inventory.n_weights,
+        "n_bytes": inventory.n_bytes,
+        "bits_per_weight": round(inventory.bits_per_weight, 4),
+        "tensors": [msgspec.to_builtins(count) for count in inventory.counts],
+        "tokenizer": inventory.tokenizer,
+        "provenance": inventory.provenance,
+    }
+
+
+def _lines(inventory: Inventory) -> list[str]:
+    sizes = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.sizes.items())
+    bits = f"{inventory.bits_per_weight:.2f} bits each"
+    lines = [
+        f"{inventory.name}: {inventory.format}, architecture {inventory.architecture}",
+        f"sizes       {sizes}",
+        f"weights     {inventory.n_weights:,} in {inventory.n_bytes:,} bytes, {bits}",
+        "",
+        f"{'kind':<16}{'type':<8}{'tensors':>8}{'weights':>18}{'bytes':>18}{'bits':>7}",
+    ]
+    lines += [
+        f"{c.kind:<16}{c.type:<8}{c.n_tensors:>8}{c.n_weights:>18,}{c.n_bytes:>18,}{c.bits_per_weight:>7.2f}"
+        for c in inventory.counts
+    ]
+    tokenizer = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.tokenizer.items())
+    origin = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.provenance.items())
+    return [*lines, "", f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
