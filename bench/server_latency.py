@@ -77,9 +77,17 @@ async def running_server(plan: Plan) -> AsyncIterator[str]:
             raise ServerFailedError(f"slimoe serve ended before it was ready. Try it: slimoe serve {plan.model}")
         yield json.loads(line)["url"].rstrip("/")
     finally:
-        if process.returncode is None:
-            process.terminate()
+        await _stop(process)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
         await asyncio.wait_for(process.wait(), STOP_SECONDS)
+    except TimeoutError:
+        process.kill()
+        raise ServerFailedError(f"The server did not stop within {STOP_SECONDS} seconds and was killed.") from None
 
 
 async def stream_from_server(session: aiohttp.ClientSession, url: str, prompt: list[int], n_tokens: int) -> Stream:
@@ -130,7 +138,8 @@ async def run(plan: Plan, engine: Engine) -> tuple[list[Stream], list[Stream]]:
     """All rounds: the server's streams and the engine's. One of each goes before and does not count."""
     served, own = [], []
     n_vocab = engine.gguf.tensors["token_embd.weight"].ne[1]
-    async with running_server(plan) as url, aiohttp.ClientSession() as session:
+    patient = aiohttp.ClientTimeout(total=None)
+    async with running_server(plan) as url, aiohttp.ClientSession(timeout=patient) as session:
         for round_no in range(plan.n_rounds + 1):
             tokens = random_tokens(N_PROMPT, n_vocab - FIRST_PLAIN_TOKEN, seed=round_no)
             prompt = [FIRST_PLAIN_TOKEN + token for token in tokens]
