@@ -16,7 +16,7 @@ from offload.placement import Placement, decide_placement, matrix_bytes, repacka
 from offload.probe import KernelSpeed, measured_speeds
 from offload.runner import Logits, Runner
 from offload.tokenizer import Tokenizer
-from offload.weight_source import LayerSources, ModelSources, join_rows, model_sources
+from offload.weight_source import ModelSources, join_layers, model_sources
 from offload.weights import ModelWeights, WeightStore, load_weights
 
 DEFAULT_CTX = 4096
@@ -28,7 +28,7 @@ _PROBE_ABOVE_BYTES = 256 << 20
 class EngineConfig:
     """How to open a model; None means: decide for me.
 
-    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `repack` auto, on or off (see `Placement`).
+    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `weights` a mode of `Placement` or auto.
     """
 
     model: Path
@@ -36,7 +36,7 @@ class EngineConfig:
     n_batch: int = 512
     n_threads: int | None = None
     kv_type: str = "f16"
-    repack: str = "auto"
+    weights: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,12 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     available = available_bytes()
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
     speeds = _speeds(config, sources, n_threads)
-    placement = decide_placement(sources, spec, config.repack, speeds, kv, n_batch, available)
+    placement = decide_placement(sources, spec, config.weights, speeds, kv, n_batch, available)
     return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
 
 
 def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
-    if config.repack != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
+    if config.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
         return {}
     backend = CpuBackend(n_threads)
     try:
@@ -122,13 +122,10 @@ class Engine:
     def _load(self) -> tuple[ModelWeights, ModelWeights]:
         """Weights for batches and for single tokens: two arrangements, or twice the same one."""
         placement, sources = self.plan.placement, self.plan.sources
-        if placement.copies == "plain":
-            batched = single = load_weights(self._store, sources, lambda source: False)
-        elif placement.copies == "repacked":
-            batched = single = load_weights(self._store, sources, placement.repacks)
-        else:
-            batched = load_weights(self._store, sources, lambda source: False)
-            single = load_weights(self._store, _joined(sources, placement), placement.repacks)
+        if placement.mode != "mapped":
+            sources = join_layers(sources)
+        batched = load_weights(self._store, sources, placement.batch_form)
+        single = load_weights(self._store, sources, placement.single_form)
         self._store.release_staging()
         return batched, single
 
@@ -228,29 +225,3 @@ class _Counter:
     def __call__(self, n_bytes: int) -> None:
         self._done = min(self._total, self._done + n_bytes)
         self._on_progress(self._done, self._total)
-
-
-def _joined(sources: ModelSources, placement: Placement) -> ModelSources:
-    """The sources with everything joined that is repacked and reads the same input."""
-
-    def join(layer: LayerSources) -> LayerSources:
-        all_repacked = all(placement.repacks(part.weight) for part in (*layer.qkv, *layer.gate_up))
-        if not all_repacked:
-            return layer
-        return LayerSources(
-            attn_norm=layer.attn_norm,
-            qkv=join_rows(layer.qkv),
-            attn_output=layer.attn_output,
-            ffn_norm=layer.ffn_norm,
-            router=layer.router,
-            gate_up=join_rows(layer.gate_up),
-            down=layer.down,
-        )
-
-    return ModelSources(
-        token_embd=sources.token_embd,
-        output_norm=sources.output_norm,
-        output=sources.output,
-        rope_freqs=sources.rope_freqs,
-        layers=tuple(join(layer) for layer in sources.layers),
-    )

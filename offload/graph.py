@@ -153,6 +153,7 @@ class _StepBuilder:
                 for part, n_head, count in zip(parts, heads, counts, strict=True)
             )
             return query, key, value
+        assert not trims, "the last layer's queries must stand alone"
         joined = self._linear(qkv[0], hidden)
         head_bytes = spec.n_embd_head * 4
         row_bytes = sum(heads) * head_bytes
@@ -161,15 +162,7 @@ class _StepBuilder:
             int(ggml.ggml_view_3d(self.ctx, joined, spec.n_embd_head, n, n_tokens, head_bytes, row_bytes, begin))
             for n, begin in zip(heads, begins, strict=True)
         )
-        return self._only_out_rows(query) if trims else query, key, value
-
-    def _only_out_rows(self, query: int) -> int:
-        spec = self.spec
-        flat = ggml.ggml_reshape_2d(
-            self.ctx, ggml.ggml_cont(self.ctx, query), spec.n_embd_head * spec.n_head, self.shape.n_tokens
-        )
-        rows = ggml.ggml_get_rows(self.ctx, flat, self.inputs.out_rows)
-        return int(ggml.ggml_reshape_3d(self.ctx, rows, spec.n_embd_head, spec.n_head, self.shape.n_out))
+        return query, key, value
 
     def _rope(self, heads: int, positions: int) -> int:
         rope = self.spec.rope

@@ -1,5 +1,7 @@
 """How much host memory there is, and how much of it this process has used."""
 
+import ctypes
+import mmap
 import resource
 import sys
 from pathlib import Path
@@ -43,6 +45,19 @@ def _cgroup_room(limit: str, used: str, stat: str) -> int | None:
         return max(0, int(maximum) - int((_CGROUP / used).read_text()) + reclaimable)
     except (OSError, ValueError):
         return None
+
+
+def advise_huge_pages(address: int, n_bytes: int) -> None:
+    """Asks for huge pages under memory that was allocated but not yet touched; a wish that may go unheard.
+
+    A weight is read once per token from end to end: with 4 KiB pages every page costs a walk through the page
+    tables, which on a virtual machine are two.
+    """
+    if sys.platform != "linux" or n_bytes < 4 << 20:
+        return
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
 
 
 def peak_resident_bytes() -> int:

@@ -1,8 +1,8 @@
 """Decides in which arrangement each weight lies in memory, and what that costs. Loads nothing."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from gguf import GGMLQuantizationType
 
@@ -12,9 +12,10 @@ from offload.memory import human
 from offload.model_spec import ModelSpec
 from offload.probe import KernelSpeed
 from offload.weight_source import LayerSources, ModelSources, WeightSource
+from offload.weights import Form
 
-Copies = Literal["plain", "repacked", "both"]
-REPACK_MODES = ("auto", "on", "off")
+WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
+Mode = Literal["mapped", "copied", "repacked", "both"]
 
 _OVERHEAD_BYTES = 256 << 20
 """Python, libraries, tokenizer and what a request holds for a while."""
@@ -25,14 +26,14 @@ _TYPICAL_PROMPT, _TYPICAL_ANSWER = 512, 128
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What will be in memory, in bytes.
+    """What will be in memory, in bytes, and how the matrices lie there.
 
-    `mapped` are pages of the file itself, shared and evictable; `copied` and `repacked` are our own. `copies` says
-    whether matrices of the `repacked_types` are there as in the file, repacked, or both: repacked for single tokens,
-    plain for batches.
+    `mode` mapped: as pages of the file, shared with other processes. copied: in our own memory. repacked: those of
+    the `repacked_types` rearranged, the others copied. both: all copied, and those of the `repacked_types` repacked
+    as well, which serves batches from the one and single tokens from the other.
     """
 
-    copies: Copies
+    mode: Mode
     repacked_types: frozenset[GGMLQuantizationType]
     mapped: int
     copied: int
@@ -46,16 +47,25 @@ class Placement:
         """All of it."""
         return self.mapped + self.copied + self.repacked + self.kv + self.compute + self.overhead
 
-    def repacks(self, source: WeightSource) -> bool:
-        """Whether this weight gets a repacked copy."""
-        return _repackable(source) and source.type in self.repacked_types
+    def batch_form(self, source: WeightSource) -> Form:
+        """The form of a weight for steps of several tokens."""
+        if self.mode == "mapped" or not source.is_matrix:
+            return "mapped"
+        return "repacked" if self.mode == "repacked" and self._repacks(source) else "copied"
+
+    def single_form(self, source: WeightSource) -> Form:
+        """The form of a weight for steps of one token."""
+        return "repacked" if self.mode == "both" and self._repacks(source) else self.batch_form(source)
+
+    def _repacks(self, source: WeightSource) -> bool:
+        return source.type in self.repacked_types and _repackable(source)
 
     def describe(self) -> str:
         """One line for a person."""
         parts = {
             "file": self.mapped,
-            "copies": self.copied,
-            "repacked": self.repacked,
+            "weights": self.copied,
+            "repacked weights": self.repacked,
             "KV cache": self.kv,
             "compute": self.compute,
         }
@@ -65,12 +75,12 @@ class Placement:
 
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
     """Types of this model that the repack buffer takes; measure these."""
-    return {source.type for source in _matrices(sources) if _repackable(source)}
+    return {source.type for source in _weights(sources) if _repackable(source)}
 
 
 def matrix_bytes(sources: ModelSources) -> int:
     """Bytes of all matrices."""
-    return sum(source.n_bytes for source in _matrices(sources))
+    return sum(source.n_bytes for source in _weights(sources) if source.is_matrix)
 
 
 def decide_placement(
@@ -82,46 +92,44 @@ def decide_placement(
     n_batch: int,
     available: int,
 ) -> Placement:
-    """The fastest placement that fits into `available` bytes; the smallest one if none does.
+    """The placement that `mode` names, or for auto the fastest that fits into `available` bytes.
 
-    `mode` is off (only what is in the file), on (only repacked, where possible) or auto. Raises UsageError for
-    another mode.
+    If none fits, it is the smallest, and refusing it is the caller's. Raises UsageError for an unknown mode.
     """
-    if mode not in REPACK_MODES:
-        raise UsageError(f"The repack mode {mode!r} is unknown. Use one of {', '.join(REPACK_MODES)}.")
+    if mode not in WEIGHT_MODES:
+        raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
     compute = _compute_bytes(spec, n_batch)
+    possible = frozenset(repackable_types(sources))
 
-    def place(copies: Copies, kinds: frozenset[GGMLQuantizationType]) -> Placement:
-        return _place(sources, copies, kinds, kv, compute)
+    def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
+        return _place(sources, Placement(chosen, kinds, 0, 0, 0, kv, compute))
 
-    plain = place("plain", frozenset())
-    if mode == "off":
-        return plain
-    if mode == "on":
-        return place("repacked", frozenset(repackable_types(sources)))
-    worthwhile = frozenset(k for k in repackable_types(sources) if k.name in speeds and _pays(speeds[k.name]))
-    both = place("both", worthwhile)
-    if not worthwhile or both.required <= available:
-        return both if worthwhile else plain
-    alone = frozenset(k for k in worthwhile if _pays_alone(speeds[k.name]))
-    return place("repacked", alone) if alone else plain
+    named: dict[str, Callable[[], Placement]] = {
+        "mapped": lambda: place("mapped", frozenset()),
+        "copied": lambda: place("copied", frozenset()),
+        "repacked": lambda: place("repacked", possible),
+        "both": lambda: place("both", possible),
+    }
+    if mode != "auto":
+        return named[mode]()
+    paying = frozenset(kind for kind in possible if kind.name in speeds and _pays(speeds[kind.name]))
+    both = place("both", paying)
+    if paying and both.required <= available:
+        return both
+    alone = frozenset(kind for kind in paying if _pays_alone(speeds[kind.name]))
+    return place("repacked", alone) if alone else place("copied", frozenset())
 
 
-def _place(
-    sources: ModelSources, copies: Copies, kinds: frozenset[GGMLQuantizationType], kv: int, compute: int
-) -> Placement:
-    mapped = copied = repacked = 0
-    for source in _unique(sources):
-        repacks = _repackable(source) and source.type in kinds
-        repacked += source.n_bytes if repacks else 0
-        # The token table is looked up by rows, which a repacked tensor does not give.
-        if repacks and copies == "repacked" and source.name != sources.token_embd.name:
-            continue
-        if len(source.spans) == 1:
-            mapped += source.n_bytes
-        else:
-            copied += source.n_bytes
-    return Placement(copies, kinds, mapped, copied, repacked, kv, compute)
+def _place(sources: ModelSources, rule: Placement) -> Placement:
+    """`rule` with its byte counts filled in."""
+    forms = {
+        (source.name, "copied" if form == "mapped" and len(source.spans) > 1 else form): source.n_bytes
+        for source in _weights(sources)
+        for form in (rule.batch_form(source), rule.single_form(source))
+    }
+    forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes
+    totals = {wanted: sum(n for (_, form), n in forms.items() if form == wanted) for wanted in get_args(Form)}
+    return replace(rule, mapped=totals["mapped"], copied=totals["copied"], repacked=totals["repacked"])
 
 
 def _pays(speed: KernelSpeed) -> bool:
@@ -136,7 +144,7 @@ def _pays_alone(speed: KernelSpeed) -> bool:
 
 
 def _repackable(source: WeightSource) -> bool:
-    if len(source.ne) < 2 or (len(source.ne) == 3 and source.ne[2] < 2):
+    if not source.is_matrix or (len(source.ne) == 3 and source.ne[2] < 2):
         return False
     return can_repack(source.type, source.ne[0], source.ne[1])
 
@@ -151,17 +159,14 @@ def _layer_weights(layer: LayerSources) -> Iterator[WeightSource]:
         yield layer.router
 
 
-def _unique(sources: ModelSources) -> list[WeightSource]:
-    every = [sources.token_embd, sources.output.weight, sources.output_norm]
-    every += [sources.rope_freqs] if sources.rope_freqs else []
-    every += [weight for layer in sources.layers for weight in _layer_weights(layer)]
-    return list({source.name: source for source in every}.values())
-
-
-def _matrices(sources: ModelSources) -> list[WeightSource]:
-    """Everything that is multiplied with; the token table only if it is the output as well."""
-    tied = sources.output.weight.name == sources.token_embd.name
-    return [s for s in _unique(sources) if s.is_matrix and (tied or s.name != sources.token_embd.name)]
+def _weights(sources: ModelSources) -> Iterator[WeightSource]:
+    """Everything but the token table, which is here only if it is the output matrix as well."""
+    yield sources.output.weight
+    yield sources.output_norm
+    if sources.rope_freqs:
+        yield sources.rope_freqs
+    for layer in sources.layers:
+        yield from _layer_weights(layer)
 
 
 def _compute_bytes(spec: ModelSpec, n_batch: int) -> int:

@@ -21,6 +21,7 @@ from platformdirs import user_cache_dir
 
 from offload import ggml
 from offload.backend import CpuBackend, can_repack, repack_buffer_type
+from offload.memory import advise_huge_pages
 
 # More than a last-level cache holds, so that the single token finds its weights in memory, as in a real model.
 _N_COLUMNS, _N_ROWS, _N_STACK = 2048, 7168, 16
@@ -81,15 +82,20 @@ def _write(path: Path, known: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def _measure(kind: GGMLQuantizationType, backend: CpuBackend) -> KernelSpeed:
     data = _random_stack(kind)
-    seconds = []
-    for buft in (ggml.ggml_backend_cpu_buffer_type(), repack_buffer_type()):
-        bench = _Bench(kind, buft, data)
-        single = [bench.seconds(backend, 1, first) for first in (*range(0, _N_STACK, 2), *range(0, _N_STACK, 2))]
-        batch = [bench.seconds(backend, _N_BATCH, 0) for _ in range(_ROUNDS)]
+    benches = [_Bench(kind, buft, data) for buft in (ggml.ggml_backend_cpu_buffer_type(), repack_buffer_type())]
+    single: list[list[float]] = [[], []]
+    batch: list[list[float]] = [[], []]
+    for _ in range(_ROUNDS):
+        # In turn, so that each finds the caches full of the other's weights, as one layer finds another's.
+        for first in range(0, _N_STACK, 2):
+            for index, bench in enumerate(benches):
+                single[index].append(bench.seconds(backend, 1, first))
+        for index, bench in enumerate(benches):
+            batch[index].append(bench.seconds(backend, _N_BATCH, 0))
+    for bench in benches:
         bench.close()
-        seconds.append((float(np.median(single[_N_STACK // 2 :])), float(np.median(batch[1:]))))
-    (single_plain, batch_plain), (single_repacked, batch_repacked) = seconds
-    return KernelSpeed(single_plain, single_repacked, batch_plain, batch_repacked)
+    medians = [float(np.median(seconds[len(seconds) // _ROUNDS :])) for seconds in (*single, *batch)]
+    return KernelSpeed(*medians)
 
 
 def _random_stack(kind: GGMLQuantizationType) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -110,7 +116,9 @@ class _Bench:
         self._stack = ggml.ggml_new_tensor_3d(self._ctx, kind, _N_COLUMNS, _N_ROWS, _N_STACK)
         n_bytes = ggml.ggml_backend_buft_get_alloc_size(buft, self._stack)
         self._buffer = ggml.ggml_backend_buft_alloc_buffer(buft, n_bytes)
-        ggml.ggml_backend_tensor_alloc(self._buffer, self._stack, ggml.ggml_backend_buffer_get_base(self._buffer))
+        base = ggml.ggml_backend_buffer_get_base(self._buffer)
+        advise_huge_pages(base, n_bytes)
+        ggml.ggml_backend_tensor_alloc(self._buffer, self._stack, base)
         ggml.ggml_backend_tensor_set(self._stack, data.ctypes.data, 0, data.nbytes)
 
     def seconds(self, backend: CpuBackend, n_tokens: int, first: int) -> float:

@@ -12,6 +12,8 @@ from offload.sampling import SamplingParams
 
 Logits = NDArray[np.float32]
 
+_BLOCK = 64
+
 
 def check_params(params: SamplingParams, n_vocab: int) -> None:
     """Raises UsageError for a value out of range."""
@@ -101,11 +103,22 @@ def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
 
 def _likeliest(logits: Logits, n: int) -> NDArray[np.int64]:
     """Tokens of the `n` greatest logits, greatest first; of equals the lower token comes first."""
-    if n < len(logits):
-        chosen = np.sort(np.argpartition(logits, -n)[-n:])
-    else:
-        chosen = np.arange(len(logits))
-    return chosen[np.argsort(-logits[chosen], kind="stable")].astype(np.int64)
+    chosen = np.arange(len(logits)) if n >= len(logits) else _candidates(logits, n)
+    order: NDArray[np.int64] = chosen[np.argsort(-logits[chosen], kind="stable")[:n]]
+    return order
+
+
+def _candidates(logits: Logits, n: int) -> NDArray[np.int64]:
+    """Tokens in order, among them those of the `n` greatest logits.
+
+    The n-th greatest of the maxima of blocks is at most the n-th greatest logit, and is found several times faster.
+    """
+    n_blocks = len(logits) // _BLOCK
+    if n_blocks < n:
+        return np.sort(np.argpartition(logits, -n)[-n:]).astype(np.int64)
+    maxima = logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
+    threshold = np.partition(maxima, -n)[-n]
+    return np.flatnonzero(logits >= threshold)
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

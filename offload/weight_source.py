@@ -6,7 +6,7 @@ needs one synchronisation of the threads instead of three.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType
 
@@ -54,7 +54,7 @@ class LinearSource:
 
 @dataclass(frozen=True, slots=True)
 class LayerSources:
-    """One block. `qkv` is three matrices or one joined; `gate_up` two or one; `router` None in a dense block."""
+    """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block."""
 
     attn_norm: WeightSource
     qkv: tuple[LinearSource, ...]
@@ -144,8 +144,6 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int) -> LayerSources:
     block = f"blk.{layer}"
-    fused = f"{block}.attn_qkv.weight" in reader.gguf.tensors
-    names = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
     if spec.n_expert:
         gate_up = tuple(reader.experts(layer, name, spec.n_expert) for name in ("ffn_gate", "ffn_up"))
         down = reader.experts(layer, "ffn_down", spec.n_expert)
@@ -154,13 +152,44 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int) -> LayerSources
         down = reader.linear(f"{block}.ffn_down")
     return LayerSources(
         attn_norm=reader.weight(f"{block}.attn_norm.weight"),
-        qkv=tuple(reader.linear(f"{block}.{name}") for name in names),
+        qkv=_qkv(reader, spec, block),
         attn_output=reader.linear(f"{block}.attn_output"),
         ffn_norm=reader.weight(f"{block}.ffn_norm.weight"),
         router=reader.weight(f"{block}.ffn_gate_inp.weight") if spec.n_expert else None,
         gate_up=gate_up,
         down=down,
     )
+
+
+def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
+    """Q, K and V, which some files keep as one matrix."""
+    if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
+        return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
+    fused = reader.linear(f"{block}.attn_qkv")
+    parts, begin = [], 0
+    for name, n_head in (("attn_q", spec.n_head), ("attn_k", spec.n_head_kv), ("attn_v", spec.n_head_kv)):
+        end = begin + n_head * spec.n_embd_head
+        bias = _rows(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
+        parts.append(LinearSource(_rows(fused.weight, f"{block}.{name}.weight", begin, end), bias))
+        begin = end
+    return tuple(parts)
+
+
+def _rows(source: WeightSource, name: str, begin: int, end: int) -> WeightSource:
+    """Rows `begin` to `end` of a matrix, or such elements of a vector."""
+    span, row_bytes = source.spans[0], source.n_bytes // source.ne[-1]
+    part = Span(span.shard, span.offset + begin * row_bytes, (end - begin) * row_bytes)
+    return WeightSource(name, (*source.ne[:-1], end - begin), source.type, (part,))
+
+
+def join_layers(sources: ModelSources) -> ModelSources:
+    """The same model with gate and up joined in every layer, and Q, K and V, where their types allow it.
+
+    The last layer's Q stays alone: a prompt needs it for one token only.
+    """
+    *inner, last = (replace(layer, gate_up=join_rows(layer.gate_up)) for layer in sources.layers)
+    layers = (*(replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
+    return replace(sources, layers=layers)
 
 
 def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:

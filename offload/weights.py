@@ -1,8 +1,11 @@
 """Weights in memory: mapped from the file, copied, or copied into this CPU's own arrangement."""
 
+import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +14,12 @@ from offload import ggml
 from offload.backend import repack_buffer_type
 from offload.errors import ModelFileError
 from offload.gguf_file import GGUFFile
-from offload.weight_source import LayerSources, LinearSource, ModelSources, WeightSource
+from offload.memory import advise_huge_pages
+from offload.weight_source import LayerSources, LinearSource, ModelSources, Span, WeightSource
+
+Form = Literal["mapped", "copied", "repacked"]
+"""`mapped`: the file's own pages, shared and evictable. `copied`: our memory, on huge pages, which the CPU walks
+faster. `repacked`: our memory, rearranged for matrix-vector kernels."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just made ready."""
@@ -52,127 +60,136 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
 
 
-class MappedFile:
-    """The shards of a GGUF file mapped read-only; their pages are shared and need no reading twice."""
+class WeightFile:
+    """The shards of a GGUF file, open for mapping and for reading."""
 
     def __init__(self, gguf: GGUFFile) -> None:
+        self._paths = gguf.paths
+        self._descriptors: list[int] = []
         self._maps: list[mmap.mmap] = []
-        self.bytes: list[NDArray[np.uint8]] = []
+        self._bytes: list[NDArray[np.uint8]] = []
         self.buffers: list[int] = []
         for path in gguf.paths:
             try:
-                with path.open("rb") as file:
-                    self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._descriptors.append(os.open(path, os.O_RDONLY))
+                self._maps.append(mmap.mmap(self._descriptors[-1], 0, access=mmap.ACCESS_READ))
             except OSError as error:
-                raise ModelFileError(path, f"the file cannot be mapped ({error.strerror}).") from None
-            self.bytes.append(np.frombuffer(self._maps[-1], np.uint8))
-            address = self.bytes[-1].ctypes.data
-            buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address, len(self.bytes[-1]))
+                raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
+            self._bytes.append(np.frombuffer(self._maps[-1], np.uint8))
+            buffer = ggml.ggml_backend_cpu_buffer_from_ptr(self._bytes[-1].ctypes.data, self._bytes[-1].nbytes)
             ggml.ggml_backend_buffer_set_usage(buffer, ggml.USAGE_WEIGHTS)
             self.buffers.append(buffer)
 
-    def populate(self, source: WeightSource, progress: Progress) -> None:
-        """Brings the pages of a weight into memory, in order, so that no computation waits for the disk."""
-        for span in source.spans:
-            for begin in range(span.offset, span.offset + span.n_bytes, _STRIDE):
-                n_bytes = min(_STRIDE, span.offset + span.n_bytes - begin)
-                self._touch(span.shard, begin, n_bytes)
-                progress(n_bytes)
+    def address(self, span: Span) -> int:
+        """Where a span lies in the mapping."""
+        return int(self._bytes[span.shard].ctypes.data) + span.offset
 
-    def _touch(self, shard: int, begin: int, n_bytes: int) -> None:
-        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        try:
-            self._maps[shard].madvise(_MADV_POPULATE_READ, page, begin + n_bytes - page)
-        except (OSError, AttributeError):
-            # Kernels before 5.14 and other systems: reading one byte a page does the same.
-            self.bytes[shard][begin : begin + n_bytes : mmap.PAGESIZE].max()
+    def populate(self, span: Span, progress: Progress) -> None:
+        """Brings the pages of a span into memory, in order, so that no computation waits for the disk."""
+        for begin in range(span.offset, span.offset + span.n_bytes, _STRIDE):
+            n_bytes = min(_STRIDE, span.offset + span.n_bytes - begin)
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                self._maps[span.shard].madvise(_MADV_POPULATE_READ, page, begin + n_bytes - page)
+            except (OSError, AttributeError):
+                # Kernels before 5.14 and other systems: reading one byte a page does the same.
+                self._bytes[span.shard][begin : begin + n_bytes : mmap.PAGESIZE].max()
+            progress(n_bytes)
+
+    def read(self, span: Span, address: int, progress: Progress) -> None:
+        """Reads a span to `address`; unlike copying from the mapping this leaves no second copy resident."""
+        target = memoryview((ctypes.c_uint8 * span.n_bytes).from_address(address)).cast("B")
+        done = 0
+        while done < span.n_bytes:
+            part = target[done : done + _STRIDE]
+            try:
+                n_read = os.preadv(self._descriptors[span.shard], [part], span.offset + done)
+            except OSError as error:
+                raise ModelFileError(self._paths[span.shard], f"reading failed ({error.strerror}).") from None
+            if n_read == 0:
+                raise ModelFileError(self._paths[span.shard], "the file has become shorter while it was read.")
+            done += n_read
+            progress(n_read)
 
     def close(self) -> None:
-        """Unmaps the shards."""
+        """Unmaps and closes the shards."""
         for buffer in self.buffers:
             ggml.ggml_backend_buffer_free(buffer)
-        self.bytes.clear()
+        self._bytes.clear()
         for mapped in self._maps:
             mapped.close()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
         self.buffers.clear()
         self._maps.clear()
+        self._descriptors.clear()
 
 
 class WeightStore:
     """Makes weights ready, each at most once per form, and owns their memory."""
 
     def __init__(self, gguf: GGUFFile, sources: ModelSources, progress: Progress) -> None:
-        self.file = MappedFile(gguf)
+        self._file = WeightFile(gguf)
         self._progress = progress
-        capacity = 64 + 32 * len(sources.layers)
+        capacity = 64 + 48 * len(sources.layers)
         self._ctx = ggml.ggml_init(ggml.InitParams(capacity * ggml.ggml_tensor_overhead(), None, True))
         self._buffers: list[int] = []
-        self._ready: dict[tuple[str, bool], int] = {}
+        self._ready: dict[tuple[str, Form], int] = {}
         self._staging = np.empty(0, np.uint8)
 
-    def weight(self, source: WeightSource, repacked: bool) -> int:
-        """The tensor of a weight, in this CPU's arrangement if `repacked`."""
-        key = (source.name, repacked)
+    def weight(self, source: WeightSource, form: Form) -> int:
+        """The tensor of a weight in the form asked for; parts of a weight that lie apart are always copied."""
+        if form == "mapped" and len(source.spans) > 1:
+            form = "copied"
+        key = (source.name, form)
         if key not in self._ready:
-            self._ready[key] = self._repacked(source) if repacked else self._plain(source)
+            makers = {"mapped": self._map, "copied": self._copy, "repacked": self._repack}
+            tensor = self._tensor(source)
+            makers[form](tensor, source)
+            self._ready[key] = tensor
         return self._ready[key]
 
     def release_staging(self) -> None:
-        """Gives the memory used for joining weights back; call it after the last one."""
+        """Gives the memory used for repacking back; call it after the last weight."""
         self._staging = np.empty(0, np.uint8)
 
     def _tensor(self, source: WeightSource) -> int:
-        ne = (*source.ne, 1, 1, 1)
         makers = {1: ggml.ggml_new_tensor_1d, 2: ggml.ggml_new_tensor_2d, 3: ggml.ggml_new_tensor_3d}
-        n_dims = max(1, len(source.ne))
-        tensor: int = makers[n_dims](self._ctx, source.type, *ne[:n_dims])
+        tensor: int = makers[len(source.ne)](self._ctx, source.type, *source.ne)
         ggml.ggml_set_name(tensor, source.name.encode()[:63])
         return tensor
 
-    def _plain(self, source: WeightSource) -> int:
-        tensor = self._tensor(source)
-        if len(source.spans) == 1:
-            span = source.spans[0]
-            address = self.file.bytes[span.shard].ctypes.data + span.offset
-            ggml.ggml_backend_tensor_alloc(self.file.buffers[span.shard], tensor, address)
-            self.file.populate(source, self._progress)
-            return tensor
-        self._allocate(tensor, ggml.ggml_backend_cpu_buffer_type())
-        self._fill(tensor, source)
-        return tensor
+    def _map(self, tensor: int, source: WeightSource) -> None:
+        span = source.spans[0]
+        ggml.ggml_backend_tensor_alloc(self._file.buffers[span.shard], tensor, self._file.address(span))
+        self._file.populate(span, self._progress)
 
-    def _repacked(self, source: WeightSource) -> int:
-        tensor = self._tensor(source)
+    def _copy(self, tensor: int, source: WeightSource) -> None:
+        self._read(source, self._allocate(tensor, ggml.ggml_backend_cpu_buffer_type()))
+
+    def _repack(self, tensor: int, source: WeightSource) -> None:
         self._allocate(tensor, repack_buffer_type())
-        self._fill(tensor, source)
-        return tensor
+        if self._staging.nbytes < source.n_bytes:
+            self._staging = np.empty(source.n_bytes, np.uint8)
+        self._read(source, self._staging.ctypes.data)
+        # The repack buffer takes whole tensors only.
+        ggml.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
 
-    def _allocate(self, tensor: int, buft: int | None) -> None:
+    def _read(self, source: WeightSource, address: int) -> None:
+        for span in source.spans:
+            self._file.read(span, address, self._progress)
+            address += span.n_bytes
+
+    def _allocate(self, tensor: int, buft: int | None) -> int:
         n_bytes = ggml.ggml_backend_buft_get_alloc_size(buft, tensor)
         buffer = ggml.ggml_backend_buft_alloc_buffer(buft, n_bytes)
         assert buffer, "weight allocation"
         ggml.ggml_backend_buffer_set_usage(buffer, ggml.USAGE_WEIGHTS)
         self._buffers.append(buffer)
-        ggml.ggml_backend_tensor_alloc(buffer, tensor, ggml.ggml_backend_buffer_get_base(buffer))
-
-    def _fill(self, tensor: int, source: WeightSource) -> None:
-        if len(source.spans) == 1:
-            span = source.spans[0]
-            address = self.file.bytes[span.shard].ctypes.data + span.offset
-        else:
-            address = self._join(source)
-        # The repack buffer takes whole tensors only.
-        ggml.ggml_backend_tensor_set(tensor, address, 0, source.n_bytes)
-        self._progress(source.n_bytes)
-
-    def _join(self, source: WeightSource) -> int:
-        if self._staging.nbytes < source.n_bytes:
-            self._staging = np.empty(source.n_bytes, np.uint8)
-        at = 0
-        for span in source.spans:
-            self._staging[at : at + span.n_bytes] = self.file.bytes[span.shard][span.offset : span.offset + span.n_bytes]
-            at += span.n_bytes
-        return int(self._staging.ctypes.data)
+        base: int = ggml.ggml_backend_buffer_get_base(buffer)
+        advise_huge_pages(base, n_bytes)
+        ggml.ggml_backend_tensor_alloc(buffer, tensor, base)
+        return base
 
     def close(self) -> None:
         """Frees all weights."""
@@ -180,38 +197,40 @@ class WeightStore:
             ggml.ggml_backend_buffer_free(buffer)
         self._buffers.clear()
         self._ready.clear()
-        self.file.close()
+        self._file.close()
         if self._ctx:
             ggml.ggml_free(self._ctx)
             self._ctx = 0
 
 
-RepackRule = Callable[[WeightSource], bool]
-"""Says of a weight whether it is wanted repacked."""
+FormRule = Callable[[WeightSource], Form]
+"""Says in which form a weight is wanted."""
 
 
-def load_weights(store: WeightStore, sources: ModelSources, repack: RepackRule) -> ModelWeights:
-    """Makes every weight of a model ready, in the form that `repack` asks for."""
+def load_weights(store: WeightStore, sources: ModelSources, form: FormRule) -> ModelWeights:
+    """Makes every weight of a model ready. The token table stays mapped: a step looks up a few of its rows."""
+
+    def weight(source: WeightSource) -> int:
+        return store.weight(source, form(source))
 
     def linear(source: LinearSource) -> Linear:
-        bias = store.weight(source.bias, False) if source.bias else 0
-        return Linear(store.weight(source.weight, repack(source.weight)), bias)
+        return Linear(weight(source.weight), weight(source.bias) if source.bias else 0)
 
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
-            attn_norm=store.weight(source.attn_norm, False),
+            attn_norm=weight(source.attn_norm),
             qkv=tuple(linear(part) for part in source.qkv),
             attn_output=linear(source.attn_output),
-            ffn_norm=store.weight(source.ffn_norm, False),
-            router=store.weight(source.router, False) if source.router else 0,
+            ffn_norm=weight(source.ffn_norm),
+            router=weight(source.router) if source.router else 0,
             gate_up=tuple(linear(part) for part in source.gate_up),
             down=linear(source.down),
         )
 
     return ModelWeights(
-        token_embd=store.weight(sources.token_embd, False),
-        output_norm=store.weight(sources.output_norm, False),
+        token_embd=store.weight(sources.token_embd, "mapped"),
+        output_norm=weight(sources.output_norm),
         output=linear(sources.output),
-        rope_freqs=store.weight(sources.rope_freqs, False) if sources.rope_freqs else 0,
+        rope_freqs=weight(sources.rope_freqs) if sources.rope_freqs else 0,
         layers=tuple(layer(source) for source in sources.layers),
     )
