@@ -46,9 +46,9 @@ class SentencePieceModel:
                 elif field == _NORMALIZER:
                     normalizer = dict(_fields(_message(value)))
         except (ValueError, IndexError, struct.error):
-            raise ModelFileError(path, "this is not a sentencepiece model.", _AGAIN) from None
-        if not pieces:
-            raise ModelFileError(path, "the sentencepiece model has no pieces.", _AGAIN)
+            raise ModelFileError(path, "this is not a whole sentencepiece model.", _AGAIN) from None
+        if not pieces or not trainer:
+            raise ModelFileError(path, "this is not a whole sentencepiece model.", _AGAIN)
         _check_expressible(path, trainer, normalizer)
         return cls(tuple(pieces), bool(normalizer.get(3, 1)))
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from tests.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
+
 _WORDS = """
 the quick brown fox jumps over a lazy dog </s </span> </script> <s <un <sub> [INST] tell me [/INST] def return import
 self value key list tuple 1234 567 hello world naïve café über 日本語 文章 привет while for if else (x) {y} a[i]
@@ -47,3 +49,22 @@ def train_sentencepiece(path: Path, *, byte_fallback: bool = True, user_symbols:
 @pytest.fixture(scope="session")
 def sentencepiece_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    """A Mixtral of 6 experts, top 3, whose sizes fit no K-quant, in float32."""
+    return save_checkpoint(tmp_path_factory.mktemp("moe") / "tiny-moe", sentencepiece_path, TinyConfig())
+
+
+@pytest.fixture(scope="session")
+def k_quant_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    """A Mixtral whose sizes fit every type."""
+    return save_checkpoint(tmp_path_factory.mktemp("kq") / "tiny-k-quant", sentencepiece_path, K_QUANT_SIZES)
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    """A Mistral without experts."""
+    sizes = TinyConfig(n_expert=0, n_expert_used=0)
+    return save_checkpoint(tmp_path_factory.mktemp("dense") / "tiny-dense", sentencepiece_path, sizes)
