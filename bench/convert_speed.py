@@ -1,0 +1,163 @@
+"""Conversion next to `llama_model_quantize`: the same tensors to the same types, with the same threads, in turn.
+
+Ours reads a random bfloat16 checkpoint, llama.cpp's a bfloat16 GGUF of the same tensors; both write the same blocks,
+which is checked. Ours syncs the file to disk, llama.cpp does not. Peak memory is measured in a child process.
+`convert_vs_llamacpp` above 1 means that ours is the faster. The last line of stdout is one JSON document.
+
+    python -m bench.convert_speed --shape design8 --layers 1 --type Q4_K
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import llama_cpp
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from bench import machine
+from bench.random_checkpoint import write_random_checkpoint
+from bench.random_model import SHAPES
+from converter.convert import ConvertOptions, convert
+from converter.type_recipe import find_recipe
+from offload.backend import default_threads
+from offload.errors import SlimoeError
+from offload.gguf_file import read_gguf
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "IQ4_XS")
+ALLOWANCE = 1 << 30
+
+
+class RivalFailedError(SlimoeError):
+    """llama.cpp did not quantise the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is converted, to which type, and how often; all files lie in `directory`."""
+
+    directory: Path
+    kind: str
+    n_threads: int
+    n_rounds: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """Our input."""
+        return self.directory / "checkpoint"
+
+    @property
+    def bf16(self) -> Path:
+        """llama.cpp's input."""
+        return self.directory / "bf16.gguf"
+
+
+def convert_once(plan: Plan, target: Path) -> float:
+    """Seconds that our conversion takes, planning included."""
+    begin = time.perf_counter()
+    convert(ConvertOptions(plan.checkpoint, target, plan.kind, plan.n_threads, force=True))
+    return time.perf_counter() - begin
+
+
+def quantize_once(plan: Plan, target: Path) -> float:
+    """Seconds that llama.cpp takes for the same types; raises RivalFailedError."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = plan.n_threads
+    params.ftype = int(LlamaFileType(find_recipe(plan.kind).file_type))
+    params.pure = True
+    params.output_tensor_type = int(output_type(plan.kind))
+    begin = time.perf_counter()
+    status = llama_cpp.llama_model_quantize(str(plan.bf16).encode(), str(target).encode(), params)
+    if status != 0:
+        raise RivalFailedError(f"llama.cpp could not quantise {plan.bf16} to {plan.kind}.")
+    return time.perf_counter() - begin
+
+
+def output_type(kind: str) -> GGMLQuantizationType:
+    """The type that our recipe gives the output matrix."""
+    return find_recipe(kind).type_of("output.weight", 1, moe=True, tied=False)
+
+
+def peak_bytes(plan: Plan, target: Path) -> int:
+    """Peak resident memory of `slimoe convert` in a process of its own."""
+    arguments = ["convert", str(plan.checkpoint), str(target), "--type", plan.kind, "--threads", str(plan.n_threads)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "server.cli", *arguments, "--force"], stderr=subprocess.DEVNULL
+    ) as child:
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RivalFailedError("slimoe convert failed in a process of its own.")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def same_blocks(ours: Path, theirs: Path) -> bool:
+    """Whether both files hold the same tensors, byte for byte."""
+    first, second = read_gguf(ours), read_gguf(theirs)
+    if first.tensors.keys() != second.tensors.keys():
+        return False
+    with ours.open("rb") as left, theirs.open("rb") as right:
+        for name, tensor in first.tensors.items():
+            other = second.tensors[name]
+            left.seek(tensor.offset)
+            right.seek(other.offset)
+            if tensor.type != other.type or left.read(tensor.n_bytes) != right.read(other.n_bytes):
+                return False
+    return True
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """All rounds, ours and llama.cpp's in turn; one of each goes before and does not count."""
+    ours, theirs = plan.directory / "ours.gguf", plan.directory / "theirs.gguf"
+    rounds = [(convert_once(plan, ours), quantize_once(plan, theirs)) for _ in range(plan.n_rounds + 1)][1:]
+    largest = max(tensor.n_elements for tensor in read_gguf(ours).tensors.values())
+    return {
+        "convert_vs_llamacpp": statistics.median(their / our for our, their in rounds),
+        "seconds": statistics.median(our for our, _ in rounds),
+        "llamacpp_seconds": statistics.median(their for _, their in rounds),
+        "same_blocks": same_blocks(ours, theirs),
+        "peak_rss_bytes": peak_bytes(plan, ours),
+        "peak_rss_bound_bytes": 4 * largest + ALLOWANCE,
+        "weights": sum(tensor.n_elements for tensor in read_gguf(ours).tensors.values()),
+        "type": plan.kind,
+        "threads": plan.n_threads,
+        "rounds": plan.n_rounds,
+    }
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--type", "kind", type=click.Choice(TYPES), default="Q4_K", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+def main(shape: str, layers: int, kind: str, threads: int | None, rounds: int, smoke: bool, allow_busy: bool) -> None:
+    """Compare the conversion's speed with llama.cpp's quantiser, and its memory with the bound."""
+    silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+    llama_cpp.llama_log_set(silent, None)
+    name = "smoke" if smoke else shape
+    try:
+        load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+        with tempfile.TemporaryDirectory(prefix="slimoe-bench-") as directory:
+            plan = Plan(Path(directory), kind, threads or default_threads(), 1 if smoke else rounds)
+            write_random_checkpoint(plan.checkpoint, replace(SHAPES[name], n_layer=layers))
+            convert(ConvertOptions(plan.checkpoint, plan.bf16, "BF16", plan.n_threads))
+            figures = measure(plan)
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    about = {"shape": name, "layers": layers, "other_cores_before": load_before, "machine": machine.describe()}
+    print(json.dumps(figures | about))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Writes random Hugging Face checkpoints of true shape: what the converter reads, as `random_model` writes GGUFs."""
+
+import json
+import math
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from bench.random_model import Shape
+
+_CHUNK = 1 << 22
+
+
+def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0) -> None:
+    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of numbered words."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(_config(shape)))
+    vocabulary = {f"▁w{number}": number for number in range(shape.n_vocab)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (path / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": {"type": "Prepend"}}))
+    shapes = _tensor_shapes(shape)
+    header, offset = {}, 0
+    for name, tensor_shape in shapes.items():
+        end = offset + 2 * math.prod(tensor_shape)
+        header[name] = {"dtype": "BF16", "shape": tensor_shape, "data_offsets": [offset, end]}
+        offset = end
+    packed = json.dumps(header).encode()
+    generator = np.random.default_rng(seed)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        for tensor_shape in shapes.values():
+            _write_values(file, math.prod(tensor_shape), tensor_shape[-1] ** -0.5, generator)
+
+
+def _write_values(file: BinaryIO, n_values: int, deviation: float, generator: np.random.Generator) -> None:
+    for begin in range(0, n_values, _CHUNK):
+        values = generator.standard_normal(min(_CHUNK, n_values - begin), np.float32) * np.float32(deviation)
+        file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def _config(shape: Shape) -> dict[str, object]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.n_ff,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_head_kv,
+        "head_dim": shape.head_dim,
+        "num_local_experts": shape.n_expert,
+        "num_experts_per_tok": shape.n_expert_used,
+        "vocab_size": shape.n_vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+
+
+def _tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    n_embd, n_q, n_kv = shape.n_embd, shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.n_vocab, n_embd)}
+    for layer in range(shape.n_layer):
+        block = f"model.layers.{layer}."
+        shapes[block + "input_layernorm.weight"] = (n_embd,)
+        for name, size in (("q", (n_q, n_embd)), ("k", (n_kv, n_embd)), ("v", (n_kv, n_embd)), ("o", (n_embd, n_q))):
+            shapes[f"{block}self_attn.{name}_proj.weight"] = size
+        shapes[block + "post_attention_layernorm.weight"] = (n_embd,)
+        shapes[block + "block_sparse_moe.gate.weight"] = (shape.n_expert, n_embd)
+        for expert in range(shape.n_expert):
+            for name, size in (
+                ("w1", (shape.n_ff, n_embd)),
+                ("w2", (n_embd, shape.n_ff)),
+                ("w3", (shape.n_ff, n_embd)),
+            ):
+                shapes[f"{block}block_sparse_moe.experts.{expert}.{name}.weight"] = size
+    return shapes | {"model.norm.weight": (n_embd,), "lm_head.weight": (shape.n_vocab, n_embd)}
