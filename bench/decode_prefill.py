@@ -124,7 +124,7 @@ def _run_heat(plan: Plan, opened: Mapping[str, Contender], report: Report, say: 
                 report.timings.setdefault((name, depth), []).append(measure(opened[name], prefill, decode))
             if isinstance(engine := opened.get(OURS), Engine):
                 report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
-                report.engine.update(engine.memory(), weights=engine.plan.placement.copies)
+                report.engine.update(engine.memory(), weights=engine.plan.placement.mode)
 
 
 def check_logits(contender: Contender, tokens: list[int]) -> list[np.ndarray]:

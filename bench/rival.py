@@ -14,7 +14,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from offload import ggml
+from offload import ggml_backend
 from offload.errors import ModelFileError
 
 N_BATCH = 512
@@ -72,7 +72,7 @@ class Rival:
         """Gives all memory and threads back; the object is dead afterwards."""
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)
-        ggml.ggml_threadpool_free(self._pool)
+        ggml_backend.ggml_threadpool_free(self._pool)
 
 
 def _open_model(config: RivalConfig) -> ctypes.c_void_p:
@@ -97,9 +97,9 @@ def _open_context(model: ctypes.c_void_p, config: RivalConfig) -> ctypes.c_void_
 
 
 def _attach_threads(context: ctypes.c_void_p, n_threads: int) -> int:
-    params = ggml.ThreadpoolParams()
-    ggml.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
-    pool: int = ggml.ggml_threadpool_new(ctypes.addressof(params))
+    params = ggml_backend.ThreadpoolParams()
+    ggml_backend.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
+    pool: int = ggml_backend.ggml_threadpool_new(ctypes.addressof(params))
     # llama-cpp-python binds every function but this one, and only its own copy of the library knows its contexts.
     attach = llama._lib.llama_attach_threadpool
     attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from offload import ggml
+from offload import ggml, ggml_backend
 
 REPACK_BUFFER = "CPU_REPACK"
 
@@ -18,14 +18,14 @@ REPACK_BUFFER = "CPU_REPACK"
 _LOG_WARN = 3
 
 
-@ggml.LOG_CALLBACK
 def _log(level: int, text: bytes, user_data: int | None) -> None:
     """Passes on ggml's warnings and errors; it reports every repacked tensor otherwise."""
     if _LOG_WARN <= level <= _LOG_WARN + 1:
         sys.stderr.write(text.decode("utf-8", "replace"))
 
 
-ggml.ggml_log_set(_log, None)
+_LOG = ggml.LOG_CALLBACK(_log)  # held for as long as ggml may call it
+ggml.ggml_log_set(_LOG, None)
 
 
 class EngineAbortedError(Exception):
@@ -55,16 +55,16 @@ def repack_buffer_type() -> int | None:
     The AMX buffer type, which stands in the same list, is never returned: it crashes the process in builds whose
     compiler drops the tile configuration (llama.cpp issue 20824).
     """
-    registry = ggml.ggml_backend_cpu_reg()
-    address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+    registry = ggml_backend.ggml_backend_cpu_reg()
+    address = ggml_backend.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
     if not address:
         return None
     get_extra = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
-    types = get_extra(ggml.ggml_backend_reg_dev_get(registry, 0))
+    types = get_extra(ggml_backend.ggml_backend_reg_dev_get(registry, 0))
     index = 0
     while types and types[index]:
-        if ggml.ggml_backend_buft_name(types[index]).decode() == REPACK_BUFFER:
-            return types[index]
+        if ggml_backend.ggml_backend_buft_name(types[index]).decode() == REPACK_BUFFER:
+            return int(types[index] or 0)
         index += 1
     return None
 
@@ -77,10 +77,12 @@ def can_repack(kind: int, ne0: int, ne1: int) -> bool:
         return False
     ctx = ggml.ggml_init(ggml.InitParams(1 << 12, None, True))
     tensor = ggml.ggml_new_tensor_2d(ctx, kind, ne0, 64 + ne1 % 64)
-    buffer = ggml.ggml_backend_buft_alloc_buffer(buft, ggml.ggml_backend_buft_get_alloc_size(buft, tensor) + 256)
-    ggml.ggml_backend_tensor_alloc(buffer, tensor, ggml.ggml_backend_buffer_get_base(buffer))
+    buffer = ggml_backend.ggml_backend_buft_alloc_buffer(
+        buft, ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor) + 256
+    )
+    ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, ggml_backend.ggml_backend_buffer_get_base(buffer))
     taken = bool(ggml.tensor_at(tensor).extra)
-    ggml.ggml_backend_buffer_free(buffer)
+    ggml_backend.ggml_backend_buffer_free(buffer)
     ggml.ggml_free(ctx)
     return taken
 
@@ -94,35 +96,35 @@ class CpuBackend:
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
         self.seconds = 0.0
-        self._handle = ggml.ggml_backend_cpu_init()
-        params = ggml.ThreadpoolParams()
-        ggml.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
-        self._pool = ggml.ggml_threadpool_new(ctypes.addressof(params))
-        ggml.ggml_backend_cpu_set_n_threads(self._handle, n_threads)
-        ggml.ggml_backend_cpu_set_threadpool(self._handle, self._pool)
-        self._no_callback = ggml.ABORT_CALLBACK(0)
+        self._handle = ggml_backend.ggml_backend_cpu_init()
+        params = ggml_backend.ThreadpoolParams()
+        ggml_backend.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
+        self._pool = ggml_backend.ggml_threadpool_new(ctypes.addressof(params))
+        ggml_backend.ggml_backend_cpu_set_n_threads(self._handle, n_threads)
+        ggml_backend.ggml_backend_cpu_set_threadpool(self._handle, self._pool)
+        self._no_callback = ggml_backend.ABORT_CALLBACK(0)
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""
         begin = time.perf_counter()
-        status = ggml.ggml_backend_graph_compute(self._handle, graph)
+        status = ggml_backend.ggml_backend_graph_compute(self._handle, graph)
         self.seconds += time.perf_counter() - begin
-        if status == ggml.STATUS_ABORTED:
+        if status == ggml_backend.STATUS_ABORTED:
             raise EngineAbortedError
-        assert status == ggml.STATUS_SUCCESS, f"ggml status {status}"
+        assert status == ggml_backend.STATUS_SUCCESS, f"ggml status {status}"
 
     def compute_until(self, graph: int, is_cancelled: Callable[[], bool]) -> None:
         """Runs a graph and asks `is_cancelled` between operations; raises EngineAbortedError when it says so."""
-        callback = ggml.ABORT_CALLBACK(lambda _: is_cancelled())
-        ggml.ggml_backend_cpu_set_abort_callback(self._handle, callback, None)
+        callback = ggml_backend.ABORT_CALLBACK(lambda _: is_cancelled())
+        ggml_backend.ggml_backend_cpu_set_abort_callback(self._handle, callback, None)
         try:
             self.compute(graph)
         finally:
-            ggml.ggml_backend_cpu_set_abort_callback(self._handle, self._no_callback, None)
+            ggml_backend.ggml_backend_cpu_set_abort_callback(self._handle, self._no_callback, None)
 
     def close(self) -> None:
         """Ends the threads; the object is dead afterwards."""
         if self._handle:
-            ggml.ggml_backend_free(self._handle)
-            ggml.ggml_threadpool_free(self._pool)
+            ggml_backend.ggml_backend_free(self._handle)
+            ggml_backend.ggml_threadpool_free(self._pool)
             self._handle = None

@@ -154,9 +154,7 @@ class Engine:
             n_common += 1
         return n_common
 
-    def read(
-        self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None
-    ) -> Logits:
+    def read(self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Appends at most `n_batch` tokens; F32 logits [n_out, n_vocab] of the last `n_out`, valid until the next step.
 
         Raises ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
@@ -180,9 +178,7 @@ class Engine:
         row: Logits = self.read((token,))[0]
         return row
 
-    def generate(
-        self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[Event]:
+    def generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Answers a request, event by event; the last one is `Finished`.
 
         What the KV cache shares with the prompt is not computed again. Raises UsageError for parameters out of

@@ -93,7 +93,8 @@ class Generator:
             yield PromptProgress(n_done, len(prompt), self._n_cached)
         if request.prompt_logprobs:
             yield PromptLogprobs(tuple(logprobs))
-        return logits[-1]
+        last: Logits = logits[-1]
+        return last
 
     def _prompt_logprobs(self, logits: Logits, following: tuple[int, ...]) -> list[TokenLogprob | None]:
         n_top = self._request.n_logprobs or 0

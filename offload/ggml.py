@@ -1,13 +1,14 @@
-"""The part of ggml's C API that this program uses, as typed Python functions over ctypes.
+"""ggml's tensors and operations: the part of its C API that this program uses, as typed functions over ctypes.
 
 Importing this module opens the libraries and checks that they are the ones it was written for: version, type
-names, block sizes, structure layout. Raises LibraryError otherwise. Sources: ggml.h, ggml-alloc.h,
-ggml-backend.h and ggml-cpu.h of ggml 0.25.3. Tensors, contexts and graphs are plain addresses.
+names, block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3; its
+buffers and devices are in `ggml_backend`. Tensors, contexts and graphs are plain addresses.
 """
-# ruff: noqa: D103 - the functions are ggml's own, documented in its headers
+
 # mypy: disable-error-code="empty-body"
 
 import ctypes
+from typing import Annotated, Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -18,7 +19,6 @@ from offload.library import (
     I32,
     I64,
     PINNED,
-    U8,
     Bool,
     Ptr,
     Size,
@@ -28,33 +28,15 @@ from offload.library import (
 )
 
 _BASE = open_library("ggml-base")
-_CPU = open_library("ggml-cpu")
-_GGML = open_library("ggml")
 
-STATUS_SUCCESS, STATUS_ABORTED = 0, 1
 _NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
 PREC_F32 = 10
-DEVICE_CPU, DEVICE_GPU = 0, 1
-USAGE_WEIGHTS = 1
 
 
 class InitParams(ctypes.Structure):
     """`struct ggml_init_params`."""
 
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-class ThreadpoolParams(ctypes.Structure):
-    """`struct ggml_threadpool_params`."""
-
-    _fields_ = (
-        ("cpumask", ctypes.c_bool * 512),
-        ("n_threads", ctypes.c_int),
-        ("prio", ctypes.c_int),
-        ("poll", ctypes.c_uint32),
-        ("strict_cpu", ctypes.c_bool),
-        ("paused", ctypes.c_bool),
-    )
 
 
 class Tensor(ctypes.Structure):
@@ -78,8 +60,8 @@ class Tensor(ctypes.Structure):
     )
 
 
-ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+LogCallback = Annotated[Any, LOG_CALLBACK]
 
 
 def tensor_at(address: int) -> Tensor:
@@ -95,7 +77,7 @@ def ggml_version() -> Str: ...
 
 
 @c_function(_BASE)
-def ggml_log_set(callback: LOG_CALLBACK, user_data: Ptr) -> None: ...
+def ggml_log_set(callback: LogCallback, user_data: Ptr) -> None: ...
 
 
 @c_function(_BASE)
@@ -284,148 +266,6 @@ def ggml_type_size(kind: I32) -> Size: ...
 def ggml_quantize_chunk(
     kind: I32, source: Ptr, target: Ptr, start: I64, n_rows: I64, n_per_row: I64, importance: Ptr
 ) -> Size: ...
-
-
-# --- buffers and allocation --------------------------------------------------------------------------------
-
-
-@c_function(_BASE)
-def ggml_backend_buft_name(buft: Ptr) -> Str: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buft_alloc_buffer(buft: Ptr, n_bytes: Size) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buft_get_alloc_size(buft: Ptr, tensor: Ptr) -> Size: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buft_get_alignment(buft: Ptr) -> Size: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buffer_free(buffer: Ptr) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buffer_get_base(buffer: Ptr) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buffer_get_size(buffer: Ptr) -> Size: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buffer_clear(buffer: Ptr, value: U8) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_buffer_set_usage(buffer: Ptr, usage: I32) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_tensor_alloc(buffer: Ptr, tensor: Ptr, address: Ptr) -> I32: ...
-
-
-@c_function(_BASE)
-def ggml_backend_tensor_set(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_tensor_get(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_cpu_buffer_type() -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_cpu_buffer_from_ptr(address: Ptr, n_bytes: Size) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_gallocr_new(buft: Ptr) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_gallocr_free(allocator: Ptr) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_gallocr_reserve(allocator: Ptr, graph: Ptr) -> Bool: ...
-
-
-@c_function(_BASE)
-def ggml_gallocr_alloc_graph(allocator: Ptr, graph: Ptr) -> Bool: ...
-
-
-@c_function(_BASE)
-def ggml_gallocr_get_buffer_size(allocator: Ptr, buffer_id: I32) -> Size: ...
-
-
-# --- devices and computing ---------------------------------------------------------------------------------
-
-
-@c_function(_BASE)
-def ggml_backend_graph_compute(backend: Ptr, graph: Ptr) -> I32: ...
-
-
-@c_function(_BASE)
-def ggml_backend_free(backend: Ptr) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_reg_dev_get(registry: Ptr, index: Size) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_reg_get_proc_address(registry: Ptr, name: Str) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_dev_supports_op(device: Ptr, op: Ptr) -> Bool: ...
-
-
-@c_function(_CPU)
-def ggml_backend_cpu_init() -> Ptr: ...
-
-
-@c_function(_CPU)
-def ggml_backend_cpu_reg() -> Ptr: ...
-
-
-@c_function(_CPU)
-def ggml_backend_cpu_set_n_threads(backend: Ptr, n_threads: I32) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_backend_cpu_set_threadpool(backend: Ptr, threadpool: Ptr) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_backend_cpu_set_abort_callback(backend: Ptr, callback: ABORT_CALLBACK, user_data: Ptr) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_threadpool_params_init(params: Ptr, n_threads: I32) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_new(params: Ptr) -> Ptr: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_free(threadpool: Ptr) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_pause(threadpool: Ptr) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_resume(threadpool: Ptr) -> None: ...
 
 
 # --- the check at load -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from offload import ggml
+from offload import ggml, ggml_backend
 from offload.errors import UsageError
 from offload.model_spec import ModelSpec
 
@@ -25,7 +25,7 @@ def kv_type(name: str) -> GGMLQuantizationType:
 def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> int:
     """Bytes of a cache of `n_cells` tokens."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return 2 * spec.n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes
+    return int(2 * spec.n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
 
 
 class KVCache:
@@ -48,19 +48,21 @@ class KVCache:
     def _allocate(self) -> int:
         tensors = [*self.keys, *self.values]
         step = -(-ggml.ggml_nbytes(tensors[0]) // 64) * 64
-        buffer: int = ggml.ggml_backend_buft_alloc_buffer(ggml.ggml_backend_cpu_buffer_type(), step * len(tensors))
+        buffer: int = ggml_backend.ggml_backend_buft_alloc_buffer(
+            ggml_backend.ggml_backend_cpu_buffer_type(), step * len(tensors)
+        )
         assert buffer, "KV cache allocation"
-        base = ggml.ggml_backend_buffer_get_base(buffer)
+        base = ggml_backend.ggml_backend_buffer_get_base(buffer)
         for index, tensor in enumerate(tensors):
-            ggml.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
+            ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
-        ggml.ggml_backend_buffer_clear(buffer, 0)
+        ggml_backend.ggml_backend_buffer_clear(buffer, 0)
         self.n_bytes = step * len(tensors)
         return buffer
 
     def close(self) -> None:
         """Frees the memory."""
         if self._buffer:
-            ggml.ggml_backend_buffer_free(self._buffer)
+            ggml_backend.ggml_backend_buffer_free(self._buffer)
             ggml.ggml_free(self._ctx)
             self._buffer = 0

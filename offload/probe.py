@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from platformdirs import user_cache_dir
 
-from offload import ggml
+from offload import ggml, ggml_backend
 from offload.backend import CpuBackend, can_repack, repack_buffer_type
 from offload.memory import advise_huge_pages
 
@@ -82,7 +82,7 @@ def _write(path: Path, known: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def _measure(kind: GGMLQuantizationType, backend: CpuBackend) -> KernelSpeed:
     data = _random_stack(kind)
-    benches = [_Bench(kind, buft, data) for buft in (ggml.ggml_backend_cpu_buffer_type(), repack_buffer_type())]
+    benches = [_Bench(kind, buft, data) for buft in (ggml_backend.ggml_backend_cpu_buffer_type(), repack_buffer_type())]
     single: list[list[float]] = [[], []]
     batch: list[list[float]] = [[], []]
     for _ in range(_ROUNDS):
@@ -114,12 +114,12 @@ class _Bench:
     def __init__(self, kind: int, buft: int | None, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         self._ctx = ggml.ggml_init(ggml.InitParams(1 << 20, None, True))
         self._stack = ggml.ggml_new_tensor_3d(self._ctx, kind, _N_COLUMNS, _N_ROWS, _N_STACK)
-        n_bytes = ggml.ggml_backend_buft_get_alloc_size(buft, self._stack)
-        self._buffer = ggml.ggml_backend_buft_alloc_buffer(buft, n_bytes)
-        base = ggml.ggml_backend_buffer_get_base(self._buffer)
+        n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, self._stack)
+        self._buffer = ggml_backend.ggml_backend_buft_alloc_buffer(buft, n_bytes)
+        base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
         advise_huge_pages(base, n_bytes)
-        ggml.ggml_backend_tensor_alloc(self._buffer, self._stack, base)
-        ggml.ggml_backend_tensor_set(self._stack, data.ctypes.data, 0, data.nbytes)
+        ggml_backend.ggml_backend_tensor_alloc(self._buffer, self._stack, base)
+        ggml_backend.ggml_backend_tensor_set(self._stack, data.ctypes.data, 0, data.nbytes)
 
     def seconds(self, backend: CpuBackend, n_tokens: int, first: int) -> float:
         """Seconds for one product of `n_tokens` with two experts each, from expert `first` on."""
@@ -130,8 +130,8 @@ class _Bench:
         ggml.ggml_set_input(ids)
         graph = ggml.ggml_new_graph_custom(ctx, 16, False)
         ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat_id(ctx, self._stack, rows, ids))
-        allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
-        ggml.ggml_gallocr_alloc_graph(allocator, graph)
+        allocator = ggml_backend.ggml_gallocr_new(ggml_backend.ggml_backend_cpu_buffer_type())
+        ggml_backend.ggml_gallocr_alloc_graph(allocator, graph)
         ctypes.memset(ggml.ggml_get_data(rows), 0, ggml.ggml_nbytes(rows))
         span = 2 if n_tokens == 1 else _N_BATCH_STACK
         chosen = (np.arange(2 * n_tokens, dtype=np.int32) % span) + first
@@ -139,10 +139,10 @@ class _Bench:
         begin = time.perf_counter()
         backend.compute(graph)
         taken = time.perf_counter() - begin
-        ggml.ggml_gallocr_free(allocator)
+        ggml_backend.ggml_gallocr_free(allocator)
         ggml.ggml_free(ctx)
         return taken
 
     def close(self) -> None:
-        ggml.ggml_backend_buffer_free(self._buffer)
+        ggml_backend.ggml_backend_buffer_free(self._buffer)
         ggml.ggml_free(self._ctx)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload import ggml
+from offload import ggml, ggml_backend
 from offload.backend import CpuBackend
 from offload.graph import StepGraph, StepShape, build_step
 from offload.kv_cache import CELL_STEP, KVCache
@@ -56,14 +56,14 @@ class Runner:
         self.spec, self.backend, self.cache = spec, backend, cache
         self._batched, self._single = batched, single
         self._graphs: OrderedDict[StepShape, _Prepared] = OrderedDict()
-        self._allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_cpu_buffer_type())
+        self._allocator = ggml_backend.ggml_gallocr_new(ggml_backend.ggml_backend_cpu_buffer_type())
         self._reserve(StepShape(n_batch, cache.n_cells, 1))
         self._reserve(StepShape(1, cache.n_cells, 1))
 
     @property
     def compute_bytes(self) -> int:
         """Size of the buffer that all intermediate results share."""
-        return int(ggml.ggml_gallocr_get_buffer_size(self._allocator, 0))
+        return int(ggml_backend.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
     def run(
         self, tokens: Sequence[int], n_past: int, n_out: int, is_cancelled: Callable[[], bool] | None = None
@@ -97,7 +97,7 @@ class Runner:
 
     def _reserve(self, shape: StepShape) -> None:
         step = self._build(shape)
-        reserved = ggml.ggml_gallocr_reserve(self._allocator, step.graph)
+        reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, step.graph)
         assert reserved, "compute buffer allocation"
         ggml.ggml_free(step.ctx)
 
@@ -108,7 +108,7 @@ class Runner:
             return prepared
         step = self._build(shape)
         before = self.compute_bytes
-        allocated = ggml.ggml_gallocr_alloc_graph(self._allocator, step.graph)
+        allocated = ggml_backend.ggml_gallocr_alloc_graph(self._allocator, step.graph)
         assert allocated, "compute buffer allocation"
         if self.compute_bytes != before:
             # The buffer has moved, and with it the tensors of every graph that was allocated in it.
@@ -126,7 +126,7 @@ class Runner:
         """Frees graphs and the compute buffer."""
         self._drop_graphs(keep=0)
         if self._allocator:
-            ggml.ggml_gallocr_free(self._allocator)
+            ggml_backend.ggml_gallocr_free(self._allocator)
             self._allocator = None
 
 

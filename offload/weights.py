@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from offload import ggml
+from offload import ggml, ggml_backend
 from offload.backend import repack_buffer_type
 from offload.errors import ModelFileError
 from offload.gguf_file import GGUFFile
@@ -76,8 +76,8 @@ class WeightFile:
             except OSError as error:
                 raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
             self._bytes.append(np.frombuffer(self._maps[-1], np.uint8))
-            buffer = ggml.ggml_backend_cpu_buffer_from_ptr(self._bytes[-1].ctypes.data, self._bytes[-1].nbytes)
-            ggml.ggml_backend_buffer_set_usage(buffer, ggml.USAGE_WEIGHTS)
+            buffer = ggml_backend.ggml_backend_cpu_buffer_from_ptr(self._bytes[-1].ctypes.data, self._bytes[-1].nbytes)
+            ggml_backend.ggml_backend_buffer_set_usage(buffer, ggml_backend.USAGE_WEIGHTS)
             self.buffers.append(buffer)
 
     def address(self, span: Span) -> int:
@@ -114,7 +114,7 @@ class WeightFile:
     def close(self) -> None:
         """Unmaps and closes the shards."""
         for buffer in self.buffers:
-            ggml.ggml_backend_buffer_free(buffer)
+            ggml_backend.ggml_backend_buffer_free(buffer)
         self._bytes.clear()
         for mapped in self._maps:
             mapped.close()
@@ -161,11 +161,11 @@ class WeightStore:
 
     def _map(self, tensor: int, source: WeightSource) -> None:
         span = source.spans[0]
-        ggml.ggml_backend_tensor_alloc(self._file.buffers[span.shard], tensor, self._file.address(span))
+        ggml_backend.ggml_backend_tensor_alloc(self._file.buffers[span.shard], tensor, self._file.address(span))
         self._file.populate(span, self._progress)
 
     def _copy(self, tensor: int, source: WeightSource) -> None:
-        self._read(source, self._allocate(tensor, ggml.ggml_backend_cpu_buffer_type()))
+        self._read(source, self._allocate(tensor, ggml_backend.ggml_backend_cpu_buffer_type()))
 
     def _repack(self, tensor: int, source: WeightSource) -> None:
         self._allocate(tensor, repack_buffer_type())
@@ -173,7 +173,7 @@ class WeightStore:
             self._staging = np.empty(source.n_bytes, np.uint8)
         self._read(source, self._staging.ctypes.data)
         # The repack buffer takes whole tensors only.
-        ggml.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
+        ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
 
     def _read(self, source: WeightSource, address: int) -> None:
         for span in source.spans:
@@ -181,20 +181,20 @@ class WeightStore:
             address += span.n_bytes
 
     def _allocate(self, tensor: int, buft: int | None) -> int:
-        n_bytes = ggml.ggml_backend_buft_get_alloc_size(buft, tensor)
-        buffer = ggml.ggml_backend_buft_alloc_buffer(buft, n_bytes)
+        n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor)
+        buffer = ggml_backend.ggml_backend_buft_alloc_buffer(buft, n_bytes)
         assert buffer, "weight allocation"
-        ggml.ggml_backend_buffer_set_usage(buffer, ggml.USAGE_WEIGHTS)
+        ggml_backend.ggml_backend_buffer_set_usage(buffer, ggml_backend.USAGE_WEIGHTS)
         self._buffers.append(buffer)
-        base: int = ggml.ggml_backend_buffer_get_base(buffer)
+        base: int = ggml_backend.ggml_backend_buffer_get_base(buffer)
         advise_huge_pages(base, n_bytes)
-        ggml.ggml_backend_tensor_alloc(buffer, tensor, base)
+        ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base)
         return base
 
     def close(self) -> None:
         """Frees all weights."""
         for buffer in self._buffers:
-            ggml.ggml_backend_buffer_free(buffer)
+            ggml_backend.ggml_backend_buffer_free(buffer)
         self._buffers.clear()
         self._ready.clear()
         self._file.close()
