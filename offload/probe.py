@@ -40,7 +40,7 @@ class KernelSpeed:
 
 
 def measured_speeds(kinds: Iterable[GGMLQuantizationType], backend: CpuBackend) -> dict[str, KernelSpeed]:
-    """Speeds by type name, of those of `kinds` that can be repacked here; measures (a second each) what is not known."""
+    """Speeds by type name, of those of `kinds` that can be repacked here; measures what is not known, a second each."""
     path = Path(os.environ.get("SLIMOE_CACHE") or user_cache_dir("slimoe")) / "kernel-speeds.json"
     known = _read(path)
     machine = known.setdefault(_machine(backend.n_threads), {})

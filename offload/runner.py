@@ -74,7 +74,8 @@ class Runner:
         """
         n_tokens = len(tokens)
         n_kv = -(-(n_past + n_tokens) // CELL_STEP) * CELL_STEP
-        assert 0 < n_out <= n_tokens and n_kv <= self.cache.n_cells
+        assert 0 < n_out <= n_tokens
+        assert n_kv <= self.cache.n_cells
         prepared = self._prepare(StepShape(n_tokens, n_kv, n_out))
         positions = np.arange(n_past, n_past + n_tokens, dtype=np.int32)
         prepared.tokens[:] = tokens
