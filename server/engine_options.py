@@ -9,7 +9,7 @@ import click
 
 DEMO = Path(__file__).parent / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
-REPACK = ("auto", "on", "off")
+WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +23,7 @@ class EngineOptions:
     n_batch: int | None = None
     n_threads: int | None = None
     kv_type: str | None = None
-    repack: str | None = None
+    weights: str | None = None
 
     @property
     def path(self) -> Path:
@@ -52,7 +52,10 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads to compute with."),
     click.option("--kv-type", type=click.Choice(KV_TYPES), help="Precision of the KV cache (default: f16)."),
     click.option(
-        "--repack", type=click.Choice(REPACK), help="Keep weights rearranged for faster decoding (default: auto)."
+        "--weights",
+        type=click.Choice(WEIGHT_MODES),
+        help="How weights lie in memory: mapped from the file and shared, copied to huge pages, repacked for this "
+        "CPU's decoding, or both (default: auto, the fastest measured that fits).",
     ),
 )
 

@@ -263,7 +263,7 @@ def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -
         "n_batch": request.n_batch,
         "n_threads": request.n_threads,
         "kv_type": request.kv_type,
-        "repack": request.repack,
+        "weights": request.weights,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     return Engine.open(EngineConfig(Path(request.model), **given), on_progress)

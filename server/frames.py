@@ -26,7 +26,7 @@ class Open(Frame, frozen=True):
     n_batch: int | None = None
     n_threads: int | None = None
     kv_type: str | None = None
-    repack: str | None = None
+    weights: str | None = None
 
 
 class TextPrompt(Frame, frozen=True):

@@ -106,7 +106,7 @@ def open_message(engine: EngineOptions) -> Open:
         n_batch=engine.n_batch,
         n_threads=engine.n_threads,
         kv_type=engine.kv_type,
-        repack=engine.repack,
+        weights=engine.weights,
     )
 
 
