@@ -62,7 +62,7 @@ class CompletionShape:
         self.head = head
         self._echoes = echoes
         self._is_scored = is_scored
-        self._offsets = [0] * len(echoes)
+        self._written = [0] * len(echoes)
 
     def opening(self, index: int) -> list[wire.Document]:
         """The prompt's text, if it is given back without scores."""
@@ -87,14 +87,15 @@ class CompletionShape:
         for index, draft in enumerate(drafts):
             assert draft.done is not None
             scores = [*draft.prompt_scores, *draft.scores]
-            logprobs = wire.completion_logprobs(scores, 0) if self._is_scored else None
             text = self._echoes[index] + draft.text
+            logprobs = wire.completion_logprobs(scores, text, 0) if self._is_scored else None
             choices.append(wire.CompletionChoice(index, text, logprobs, draft.done.reason))
         return self.head.document(choices, usage_of(drafts), drafts[0].timings)
 
     def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
-        logprobs = wire.completion_logprobs(scores, self._offsets[index]) if self._is_scored and scores else None
-        self._offsets[index] += sum(len(token) for token in logprobs.tokens) if logprobs else 0
+        is_scored = self._is_scored and scores
+        logprobs = wire.completion_logprobs(scores, text, self._written[index]) if is_scored else None
+        self._written[index] += len(text)
         return self.head.document([wire.CompletionChoice(index, text, logprobs, reason)])
 
 

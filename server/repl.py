@@ -47,7 +47,14 @@ class Repl:
             elif words.startswith("/") and " " not in words and words.count("/") == 1:
                 click.echo(HELP, err=True)
             elif words:
-                self._answer(line)
+                self._try_to_answer(line)
+
+    def _try_to_answer(self, line: str) -> None:
+        # Ctrl-C ends a generation cleanly; this is for the moments before and after it.
+        try:
+            self._answer(line)
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
 
     def _answer(self, line: str) -> None:
         turns = [*self._turns, ("user", line)]
@@ -71,9 +78,12 @@ class Repl:
 
 def _read_line() -> str | None:
     """What the person typed, None at the end of input; Ctrl-C throws the line away."""
+    is_typed, is_shown = sys.stdin.isatty(), sys.stdout.isatty()
     while True:
+        if is_typed and not is_shown:
+            click.echo(PROMPT, nl=False, err=True)
         try:
-            return input(PROMPT if sys.stdin.isatty() else "")
+            return input(PROMPT if is_typed and is_shown else "")
         except KeyboardInterrupt:
             click.echo(f"\n{HELP}", err=True)
         except EOFError:

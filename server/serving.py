@@ -42,10 +42,11 @@ async def serve(
     on_ready: Callable[[Address, ModelInfo], None],
     *,
     exits_with_parent: bool = False,
+    grace: float = GRACE_SECONDS,
 ) -> None:
     """Serves until SIGINT or SIGTERM, or with `exits_with_parent` until standard input ends.
 
-    Running answers get a few seconds to end. Raises PortInUseError, or EngineFailure when the model cannot be
+    Running answers get `grace` seconds to end. Raises PortInUseError, or EngineFailure when the model cannot be
     opened, before `on_ready` is called.
     """
     stop = asyncio.Event()
@@ -67,7 +68,7 @@ async def serve(
             await stopped
         ready.cancel()
     finally:
-        await supervisor.stop(GRACE_SECONDS)
+        await supervisor.stop(grace)
         await runner.cleanup()
 
 

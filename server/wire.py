@@ -150,15 +150,24 @@ def _token_info(score: ScoredToken) -> TokenLogprobInfo:
     return TokenLogprobInfo(_text(score.piece), logprob, list(score.piece), top)
 
 
-def completion_logprobs(scores: list[ScoredToken], offset: int) -> CompletionLogprobs:
-    """The scores in the older parallel-list shape; the first token's text begins at character `offset`."""
+def completion_logprobs(scores: list[ScoredToken], text: str, begin: int) -> CompletionLogprobs:
+    """The scores in the older parallel-list shape; `text`, which the tokens make up, begins at character `begin`."""
     tokens = [_text(score.piece) for score in scores]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
     values = [None if score.logprob is None else finite(score.logprob) for score in scores]
+    offsets = _offsets([score.piece for score in scores], text.encode("utf-8", "replace"), begin)
     return CompletionLogprobs(tokens, values, [_candidates(score) for score in scores], offsets)
+
+
+def _offsets(pieces: list[bytes], text: bytes, begin: int) -> list[int]:
+    """At which character each piece begins; a control token and the space before a text are not in the text."""
+    offsets = []
+    at = n_chars = 0
+    for piece in pieces:
+        offsets.append(begin + n_chars)
+        found = next((form for form in (piece, piece.removeprefix(b" ")) if text.startswith(form, at)), b"")
+        n_chars += sum(byte & 0xC0 != 0x80 for byte in found)
+        at += len(found)
+    return offsets
 
 
 def _candidates(score: ScoredToken) -> dict[str, float] | None:

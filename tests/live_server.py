@@ -98,4 +98,7 @@ def serving(*arguments: str | Path, stdin: int | None = None) -> Iterator[tuple[
         yield process, json.loads(line)["url"]
     finally:
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()

@@ -186,7 +186,8 @@ def test_templates_that_are_none(source: str) -> None:
 def test_what_templates_are_written_against() -> None:
     source = (
         "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
-        "{{ strftime_now('%Y') }}{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}\n  {% if true %}\ny{% endif %}"
+        "{{ strftime_now('%Y') }}{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}\n"
+        "  {% if true %}\ny{% endif %}"
     )
     text = ChatTemplate(source).render([*MESSAGES, *MESSAGES], {}, True)
     year = datetime.datetime.now().year

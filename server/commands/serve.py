@@ -17,7 +17,7 @@ from server.app import AppConfig
 from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
 from server.frames import ModelInfo, Open
 from server.served_model import ServedModel, model_id
-from server.serving import Address, serve
+from server.serving import GRACE_SECONDS, Address, serve
 from server.supervisor import DEFAULT_N_QUEUE, Supervisor
 from server.version import version
 
@@ -35,6 +35,7 @@ class ServeOptions:
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
     exit_with_parent: bool
+    grace: float
 
 
 @click.command("serve", cls=OptionsCommand)
@@ -59,6 +60,13 @@ class ServeOptions:
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that clients may know this machine by.")
 @click.option("--allowed-origin", multiple=True, metavar="URL", help="A web origin whose pages may use the server.")
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
+@click.option(
+    "--grace",
+    default=GRACE_SECONDS,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds that running answers get to end when the server is told to.",
+)
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
@@ -95,7 +103,14 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
-    await serve(config, supervisor, address, say_ready, exits_with_parent=options.exit_with_parent)
+    await serve(
+        config,
+        supervisor,
+        address,
+        say_ready,
+        exits_with_parent=options.exit_with_parent,
+        grace=options.grace,
+    )
 
 
 def open_message(engine: EngineOptions) -> Open:

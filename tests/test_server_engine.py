@@ -1,0 +1,210 @@
+"""The engine's process behind the server: waiting for it, leaving it, and its sudden end."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import psutil
+import pytest
+import pytest_asyncio
+
+from server.ticket import EngineFailure
+from tests.live_server import LiveOptions, LiveServer, live_server, until
+from tests.tiny_gguf import write_tiny_gguf
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CHAT = "/v1/chat/completions"
+
+
+def messages(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def model(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(model: Path) -> AsyncIterator[LiveServer]:
+    async with live_server(model) as server:
+        yield server
+
+
+async def answer(server: LiveServer, text: str) -> str:
+    async with server.client() as client:
+        answer = await client.chat.completions.create(model="", messages=messages(text))
+    return answer.choices[0].message.content or ""
+
+
+@pytest.mark.parametrize("text", ["forever", "slowly"], ids=["writing", "reading"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_frees_the_engine(server: LiveServer, text: str, stream: bool) -> None:
+    """The scripted engine goes on until it is cancelled, so the next answer comes only if it was."""
+    body = {"messages": messages(text), "stream": stream}
+    async with aiohttp.ClientSession() as session:
+        request = asyncio.create_task(session.post(server.url + CHAT, json=body))
+        await until(lambda: server.supervisor.n_busy == 1)
+        if stream:
+            response = await request
+            await response.content.readline()
+            response.close()
+        else:
+            request.cancel()
+    await until(lambda: server.supervisor.n_busy == 0)
+    assert await answer(server, "next") == " [INST] next [/INST]"
+    assert server.supervisor.n_restarts == 0
+
+
+async def test_a_waiting_client_that_leaves_is_never_served(server: LiveServer) -> None:
+    async with server.client() as client:
+        first = asyncio.create_task(client.chat.completions.create(model="", messages=messages("slowly")))
+        await until(lambda: server.supervisor.n_busy == 1)
+        second = asyncio.create_task(client.chat.completions.create(model="", messages=messages("forever")))
+        await until(lambda: server.supervisor.n_busy == 2)
+        second.cancel()
+        await until(lambda: server.supervisor.n_busy == 1)
+        first.cancel()
+        await until(lambda: server.supervisor.n_busy == 0)
+    assert await answer(server, "next") == " [INST] next [/INST]"
+
+
+async def test_requests_are_answered_in_turn(server: LiveServer) -> None:
+    texts = [f"{n}" for n in range(8)]
+    assert await asyncio.gather(*(answer(server, text) for text in texts)) == [f" [INST] {t} [/INST]" for t in texts]
+    assert server.supervisor.n_busy == server.supervisor.n_admitted == 0
+
+
+async def test_a_bug_is_one_requests_problem(server: LiveServer) -> None:
+    with pytest.raises(openai.InternalServerError) as failure:
+        await answer(server, "bug")
+    assert (failure.value.status_code, failure.value.code) == (500, "internal")
+    assert await answer(server, "next") == " [INST] next [/INST]"
+    assert server.supervisor.n_restarts == 0
+
+
+async def test_the_queue_has_an_end(model: Path) -> None:
+    async with live_server(model, LiveOptions(n_queue=1)) as server, server.client() as client:
+        create = client.chat.completions.create
+        waiting = [asyncio.create_task(create(model="", messages=messages("slowly"))) for _ in range(2)]
+        await until(lambda: server.supervisor.n_busy == 2)
+        with pytest.raises(openai.RateLimitError) as refusal:
+            await create(model="", messages=messages("x"))
+        assert refusal.value.code == "queue_full"
+        assert int(refusal.value.response.headers["Retry-After"]) > 0
+        for task in waiting:
+            task.cancel()
+        await until(lambda: server.supervisor.n_admitted == 0)
+        assert await answer(server, "next") == " [INST] next [/INST]"
+
+
+@pytest.mark.parametrize("how", ["abort", "killed"])
+async def test_the_engines_end_is_told_and_healed(server: LiveServer, how: str) -> None:
+    before, n_restarts = server.supervisor.pid, server.supervisor.n_restarts
+    assert before is not None
+    text = "abort" if how == "abort" else "slowly"
+    failing = asyncio.create_task(answer(server, text))
+    await until(lambda: server.supervisor.n_busy == 1 or failing.done())
+    if how == "killed":
+        os.kill(before, signal.SIGABRT)
+    with pytest.raises(openai.InternalServerError) as failure:
+        await failing
+    assert (failure.value.status_code, failure.value.code) == (500, "engine_crashed")
+    assert "SIGABRT" in failure.value.message
+    assert await answer(server, "next") == " [INST] next [/INST]"
+    assert server.supervisor.n_restarts == n_restarts + 1
+    assert server.supervisor.pid != before
+    assert not psutil.pid_exists(before)
+
+
+async def test_the_engines_end_in_the_middle_of_a_stream(server: LiveServer) -> None:
+    async with server.client() as client:
+        stream = await client.chat.completions.create(model="", messages=messages("forever"), stream=True)
+        first = await anext(aiter(stream))
+        assert first.choices[0].delta.role == "assistant"
+        assert server.supervisor.pid is not None
+        os.kill(server.supervisor.pid, signal.SIGABRT)
+        with pytest.raises(openai.APIError, match="SIGABRT") as failure:
+            _ = [chunk async for chunk in stream]
+        assert failure.value.code == "engine_crashed"
+    assert await answer(server, "next") == " [INST] next [/INST]"
+
+
+async def test_an_engine_that_cannot_come_back(sentencepiece_path: Path, tmp_path: Path) -> None:
+    """The server lives on, says so, and is well again when the file is."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", sentencepiece_path)
+    async with live_server(path) as server:
+        path.rename(tmp_path / "away.gguf")
+        assert server.supervisor.pid is not None
+        os.kill(server.supervisor.pid, signal.SIGKILL)
+        await until(lambda: server.supervisor.phase == "failed")
+        with pytest.raises(openai.InternalServerError, match="there is no such file") as failure:
+            await answer(server, "x")
+        assert (failure.value.status_code, failure.value.code) == (503, "model_failed")
+        assert await health(server) == (500, "error")
+        (tmp_path / "away.gguf").rename(path)
+        await until(lambda: server.supervisor.phase == "ready")
+        assert await answer(server, "next") == " [INST] next [/INST]"
+
+
+async def health(server: LiveServer) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/health") as response:
+        return response.status, (await response.json())["status"]
+
+
+async def test_requests_wait_for_the_model(sentencepiece_path: Path, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "slow.gguf", sentencepiece_path)
+    async with live_server(path, LiveOptions(waits=False, ping_seconds=0.01)) as server, server.client() as client:
+        await until(lambda: server.supervisor.progress.total_bytes == 7)
+        async with aiohttp.ClientSession() as session, session.get(f"{server.url}/v1/health") as response:
+            assert response.status == 503
+            body = await response.json()
+            assert (body["status"], body["done_bytes"], body["total_bytes"]) == ("loading", 3, 7)
+        assert [m.id async for m in client.models.list()] == ["tiny"]
+        whole = asyncio.create_task(answer(server, "one"))
+        body = {"messages": messages("two"), "stream": True}
+        async with aiohttp.ClientSession() as session, session.post(server.url + CHAT, json=body) as response:
+            assert response.status == 200
+            assert await response.content.readline() == b": ping\n"
+            (tmp_path / "go").touch()
+            rest = (await response.read()).decode()
+        assert rest.endswith("data: [DONE]\n\n")
+        assert await whole == " [INST] one [/INST]"
+        assert await health(server) == (200, "ok")
+
+
+async def test_no_memory_for_the_model(sentencepiece_path: Path, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "huge.gguf", sentencepiece_path)
+    async with live_server(path, LiveOptions(waits=False)) as server, server.client() as client:
+        with pytest.raises(EngineFailure) as failure:
+            await server.supervisor.wait_ready()
+        assert failure.value.exit_code == 4
+        assert await health(server) == (500, "error")
+        with pytest.raises(openai.InternalServerError) as refusal:
+            await client.chat.completions.create(model="", messages=messages("x"))
+        assert (refusal.value.status_code, refusal.value.code) == (503, "insufficient_memory")
+        assert isinstance(refusal.value.body, dict)
+        assert (refusal.value.body["required_bytes"], refusal.value.body["available_bytes"]) == (9, 5)
+        assert refusal.value.response.headers["x-should-retry"] == "false"
+
+
+async def test_the_end_of_the_server_is_told_in_open_streams(model: Path) -> None:
+    async with live_server(model) as server, server.client() as client:
+        pid = server.supervisor.pid
+        assert pid is not None
+        stream = await client.chat.completions.create(model="", messages=messages("forever"), stream=True)
+        waiting = asyncio.create_task(client.chat.completions.create(model="", messages=messages("x")))
+        await until(lambda: server.supervisor.n_busy == 2)
+        await server.supervisor.stop()
+        with pytest.raises(openai.APIError) as failure:
+            _ = [chunk async for chunk in stream]
+        assert failure.value.code == "shutting_down"
+        with pytest.raises(openai.InternalServerError) as refusal:
+            await waiting
+        assert refusal.value.status_code == 503
+        await until(lambda: not psutil.pid_exists(pid))
