@@ -13,6 +13,7 @@ from server.request_body import ChatBody, Message, StreamOptions, read_body, ref
 from server.served_model import ServedModel
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_DEPTH = 32
 _OLD_NAMES = {"function": "tool"}
 
 
@@ -87,9 +88,21 @@ def chat_prompt(body: ChatBody) -> ChatPrompt:
             "The last two messages are both the assistant's. Join them to have the last continued.", "messages"
         )
     values = dict(body.chat_template_kwargs or {})
+    _check_values(values, MAX_DEPTH)
     if body.reasoning_effort is not None:
         values.setdefault("reasoning_effort", body.reasoning_effort)
     return ChatPrompt(turns, values)
+
+
+def _check_values(value: object, depth: int) -> None:
+    """Raises ApiError for a value that cannot be passed on to the template."""
+    if depth == 0:
+        raise invalid("It is nested too deeply.", "chat_template_kwargs")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise invalid(f"{value} is too large a number.", "chat_template_kwargs")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for element in inner:
+        _check_values(element, depth - 1)
 
 
 def _turn(n: int, message: Message) -> tuple[str, str]:

@@ -158,6 +158,8 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
         raise invalid(f"{match['message']} at {match['path']}.", match["path"] or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise invalid("The body is nested too deeply.") from None
 
 
 def refuse_unsupported(body: ChatBody) -> None:

@@ -240,4 +240,4 @@ def _how_it_ended(returncode: int) -> str:
         return f"The engine's process ended with status {returncode}. The log says more; try again."
     name = signal.Signals(-returncode).name
     cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-    return f"The engine's process was ended by {name}{cause}. It is being started again; try again."
+    return f"The engine's process was ended by {name}{cause}. The log may say more; try again."

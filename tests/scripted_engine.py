@@ -2,7 +2,8 @@
 
 It answers with the prompt's own tokens, so that a test knows the text. Words in the prompt change that: `forever`
 writes until it is cancelled, `slowly` reads the prompt until it is cancelled, `abort` ends the process as C code
-does, `bug` raises. A model file named `slow.gguf` is open once a file `go` lies beside it.
+does, `bug` raises. A model file named `slow.gguf` is open once a file `go` lies beside it, `huge.gguf` does not fit,
+and `broken.gguf` ends the process.
 """
 
 import math
@@ -42,6 +43,8 @@ class ScriptedEngine:
         path = Path(request.model)
         if path.name == "huge.gguf":
             raise DoesNotFitError("It needs 9 bytes, but 5 are free.", required_bytes=9, available_bytes=5)
+        if path.name == "broken.gguf":
+            os.abort()
         while path.name == "slow.gguf" and not path.with_name("go").exists():
             on_progress(3, 7)
             time.sleep(0.01)

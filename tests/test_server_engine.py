@@ -193,6 +193,17 @@ async def test_no_memory_for_the_model(sentencepiece_path: Path, tmp_path: Path)
         assert refusal.value.response.headers["x-should-retry"] == "false"
 
 
+async def test_a_model_that_ends_the_process_is_not_tried_again(tmp_path: Path) -> None:
+    async with live_server(tmp_path / "broken.gguf", LiveOptions(waits=False)) as server:
+        with pytest.raises(EngineFailure, match="SIGABRT") as failure:
+            await server.supervisor.wait_ready()
+        assert failure.value.exit_code == 1
+        assert (server.supervisor.phase, server.supervisor.n_restarts) == ("failed", 0)
+        with pytest.raises(openai.InternalServerError) as refusal:
+            await answer(server, "x")
+        assert refusal.value.code == "engine_crashed"
+
+
 async def test_the_end_of_the_server_is_told_in_open_streams(model: Path) -> None:
     async with live_server(model) as server, server.client() as client:
         pid = server.supervisor.pid

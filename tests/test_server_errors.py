@@ -77,6 +77,8 @@ BAD_CHATS: list[tuple[Any, str | None]] = [
     ({"messages": HI, "logit_bias": {"word": 1}}, "logit_bias"),
     ({"messages": HI, "logit_bias": {"99999": 1}}, "logit_bias"),
     ({"messages": HI, "logit_bias": {"5": True}}, "logit_bias.5"),
+    ({"messages": HI, "chat_template_kwargs": {"x": 2**70}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": json.loads('{"x":' * 40 + "1" + "}" * 40)}, "chat_template_kwargs"),
     ({"messages": HI, "stop": [1]}, "stop[0]"),
     ({"messages": HI, "stop": ["x"] * 65}, "stop"),
     ({"messages": HI, "stream": "yes"}, "stream"),
