@@ -1,5 +1,7 @@
 """The `slimoe` command: quick to start, one line for a mistake, one JSON object for a program."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -31,10 +33,13 @@ def told(*arguments: str | Path, text: str | None = None) -> tuple[int, str, str
 
 
 def reported(*arguments: str | Path) -> dict[str, Any]:
-    status, out, err = told("run", *arguments, "--threads", "1", "--json")
-    assert status == 0, err
-    assert out.count("\n") == 1
-    report: dict[str, Any] = json.loads(out)
+    """What `slimoe run --json` prints, in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = run(["run", *map(str, arguments), "--threads", "1", "--json"])
+    assert status == 0
+    assert out.getvalue().count("\n") == 1
+    report: dict[str, Any] = json.loads(out.getvalue())
     return report
 
 

@@ -34,6 +34,14 @@ async def server(model: Path) -> AsyncIterator[LiveServer]:
             assert answer.choices[0].text == " still here"
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guarded(model: Path) -> AsyncIterator[str]:
+    """A server that knows one more name and one more page."""
+    rules = AccessRules(hosts=frozenset({"box"}), origins=frozenset({"https://mine.org"}))
+    async with live_rules(model, rules) as url:
+        yield url
+
+
 async def send(url: str, data: bytes | str, **headers: str) -> tuple[int, dict[str, Any]]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     async with aiohttp.ClientSession() as session, session.post(url, data=data, headers=named) as response:
@@ -213,9 +221,8 @@ async def test_a_body_that_is_too_large(server: LiveServer) -> None:
         ("127.0.0.1.evil.com", 403),
     ],
 )
-async def test_host_names(model: Path, host: str, status: int) -> None:
-    async with live_rules(model, AccessRules(hosts=frozenset({"box"}))) as url:
-        assert await ask(url, host=host) == status
+async def test_host_names(guarded: str, host: str, status: int) -> None:
+    assert await ask(guarded, host=host) == status
 
 
 @pytest.mark.parametrize(
@@ -234,16 +241,14 @@ async def test_host_names(model: Path, host: str, status: int) -> None:
         ("http://localhost.evil.com", 403),
     ],
 )
-async def test_web_pages(model: Path, origin: str, status: int) -> None:
-    async with live_rules(model, AccessRules(origins=frozenset({"https://mine.org"}))) as url:
-        assert await ask(url, origin=origin) == status
-        async with aiohttp.ClientSession() as session:
-            headers = {"Origin": origin, "Access-Control-Request-Headers": "x-a"}
-            async with session.options(url + CHAT, headers=headers) as response:
-                assert response.status == (204 if status == 200 else 403)
-                allowed = response.headers.get("Access-Control-Allow-Origin")
-                assert allowed == (origin if status == 200 else None)
-                assert "Access-Control-Allow-Credentials" not in response.headers
+async def test_web_pages(guarded: str, origin: str, status: int) -> None:
+    assert await ask(guarded, origin=origin) == status
+    headers = {"Origin": origin, "Access-Control-Request-Headers": "x-a"}
+    async with aiohttp.ClientSession() as session, session.options(guarded + CHAT, headers=headers) as response:
+        assert response.status == (204 if status == 200 else 403)
+        allowed = response.headers.get("Access-Control-Allow-Origin")
+        assert allowed == (origin if status == 200 else None)
+        assert "Access-Control-Allow-Credentials" not in response.headers
 
 
 async def test_the_key(model: Path) -> None:
