@@ -10,8 +10,10 @@ import click
 from offload.errors import SlimoeError
 
 COMMANDS = {
+    "bench": "Measure prompt and decoding speed of a model.",
     "convert": "Make a GGUF file of a Hugging Face checkpoint.",
     "inspect": "Show what a model file or checkpoint holds.",
+    "plan": "Say what opening a model would take, without loading it.",
     "run": "Complete a prompt, or chat in the terminal.",
     "serve": "Serve a model over HTTP as OpenAI's API.",
 }

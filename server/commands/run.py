@@ -3,21 +3,21 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
 from offload.errors import UsageError
 from offload.generation import GenerationRequest
-from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
+from server.engine_options import OptionsCommand, engine_flags, engine_options
 from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from server.local_engine import open_engine
 from server.prompts import Prompts
 from server.repl import Repl
 from server.sampling_options import sampling_flags, sampling_params
-from server.terminal import Outcome, generate, loading_progress, show_figures
+from server.terminal import Outcome, generate, show_figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def command(values: Mapping[str, Any]) -> None:
         stop=options.stop,
         ignore_eos=options.ignore_eos,
     )
-    engine = _open(engine_options(values))
+    engine = open_engine(engine_options(values))
     try:
         source = _source(options)
         if source is None:
@@ -110,23 +110,6 @@ def _source(options: RunOptions) -> PromptSource | None:
         return TextPrompt(text)
     system = () if options.system is None else (("system", options.system),)
     return ChatPrompt((*system, ("user", text)))
-
-
-def _open(options: EngineOptions) -> Engine:
-    with loading_progress(options.path.name) as progress:
-        return Engine.open(engine_config(options), progress)
-
-
-def engine_config(options: EngineOptions) -> EngineConfig:
-    """The flags as the engine takes them; what was left open takes its defaults."""
-    chosen = {name: value for name in EngineOptions.__slots__ if (value := getattr(options, name)) is not None}
-    config: EngineConfig = msgspec.convert({**chosen, "model": options.path}, EngineConfig, dec_hook=_as_is)
-    return config
-
-
-def _as_is(kind: type, value: object) -> object:
-    assert kind is Path
-    return value
 
 
 def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, options: RunOptions) -> None:

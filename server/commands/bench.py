@@ -1,0 +1,99 @@
+"""`slimoe bench`: how fast this machine reads prompts and writes answers with a model."""
+
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import msgspec
+
+from offload.engine import Engine
+from offload.errors import UsageError
+from server.engine_options import OptionsCommand, engine_flags, engine_options
+from server.local_engine import open_engine
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """The command's own flags."""
+
+    n_prompt: int
+    n_gen: int
+    depth: int
+    n_rounds: int
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Medians over the rounds, in tokens per second, and the milliseconds of one decoded token."""
+
+    prefill_per_second: float
+    decode_per_second: float
+    decode_ms: float
+
+
+@click.command("bench", cls=OptionsCommand)
+@engine_flags
+@click.option("-p", "--n-prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to read.")
+@click.option("-n", "--n-gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to write.")
+@click.option("-d", "--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens read before.")
+@click.option("-r", "--rounds", "n_rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def command(values: Mapping[str, Any]) -> None:
+    """Measure how fast MODEL reads a prompt and writes an answer here, in medians over rounds.
+
+    The tokens are random, as in llama-bench, and sampling is not counted. Other work on the machine spoils the
+    figures. Without MODEL the built-in demo is used.
+    """
+    options = msgspec.convert(dict(values), BenchOptions)
+    engine = open_engine(engine_options(values))
+    try:
+        speeds = _measure(engine, options)
+        report = {
+            "model": str(engine.gguf.path),
+            "n_threads": engine.plan.n_threads,
+            "weights": engine.plan.placement.mode,
+            **{name: getattr(options, name) for name in ("n_prompt", "n_gen", "depth", "n_rounds")},
+            **msgspec.to_builtins(speeds),
+            "memory": engine.memory(),
+        }
+    finally:
+        engine.close()
+    if options.as_json:
+        click.echo(msgspec.json.encode(report))
+        return
+    click.echo(
+        f"read  {options.n_prompt:>5} tokens at depth {options.depth}: {speeds.prefill_per_second:9.2f} tokens/s"
+    )
+    click.echo(f"write {options.n_gen:>5} tokens at depth {options.depth}: {speeds.decode_per_second:9.2f} tokens/s")
+
+
+def _measure(engine: Engine, options: BenchOptions) -> Speeds:
+    longest = options.depth + max(options.n_prompt, options.n_gen)
+    if longest > engine.n_ctx:
+        raise UsageError(f"This takes {longest} tokens of context, but there are {engine.n_ctx}. Raise --ctx.")
+    draw = random.Random(1)
+    tokens = [draw.randrange(engine.spec.n_vocab) for _ in range(longest)]
+    if options.depth:
+        engine.prefill(tokens[: options.depth])
+    rounds = [_round(engine, options, tokens[options.depth :]) for _ in range(options.n_rounds + 1)]
+    # The first round warms up: it builds graphs and touches memory.
+    prefill = statistics.median(seconds for seconds, _ in rounds[1:])
+    decode = statistics.median(seconds for _, seconds in rounds[1:])
+    return Speeds(options.n_prompt / prefill, options.n_gen / decode, 1000 * decode / options.n_gen)
+
+
+def _round(engine: Engine, options: BenchOptions, tokens: list[int]) -> tuple[float, float]:
+    engine.truncate(options.depth)
+    begin = time.perf_counter()
+    engine.prefill(tokens[: options.n_prompt])
+    prefill = time.perf_counter() - begin
+    engine.truncate(options.depth)
+    begin = time.perf_counter()
+    for token in tokens[: options.n_gen]:
+        engine.decode(token)
+    return prefill, time.perf_counter() - begin

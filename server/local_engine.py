@@ -1,0 +1,27 @@
+"""The engine in the command's own process, as `run`, `plan` and `bench` use it."""
+
+from pathlib import Path
+
+import msgspec
+
+from offload.engine import Engine, EngineConfig
+from server.engine_options import EngineOptions
+from server.terminal import loading_progress
+
+
+def engine_config(options: EngineOptions) -> EngineConfig:
+    """The flags as the engine takes them; what was left open takes its defaults."""
+    chosen = {name: value for name in EngineOptions.__slots__ if (value := getattr(options, name)) is not None}
+    config: EngineConfig = msgspec.convert({**chosen, "model": options.path}, EngineConfig, dec_hook=_as_is)
+    return config
+
+
+def open_engine(options: EngineOptions) -> Engine:
+    """Opens the model, with a progress line on a terminal."""
+    with loading_progress(options.path.name) as progress:
+        return Engine.open(engine_config(options), progress)
+
+
+def _as_is(kind: type, value: object) -> object:
+    assert kind is Path
+    return value
