@@ -8,7 +8,6 @@ which is checked. Ours syncs the file to disk, llama.cpp does not. Peak memory i
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,16 @@ from offload.gguf_file import read_gguf
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 ALLOWANCE = 1 << 30
+# Not the parent's view of the child's usage: that counts the parent's own memory, which a fork shares.
+_MEASURED_CHILD = """
+import sys
+from pathlib import Path
+from converter.convert import ConvertOptions, convert
+source, target, kind, n_threads = sys.argv[1:]
+convert(ConvertOptions(Path(source), Path(target), kind, int(n_threads), force=True))
+status = Path("/proc/self/status").read_text()
+print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+"""
 
 
 class RivalFailedError(SlimoeError):
@@ -86,16 +95,13 @@ def output_type(kind: str) -> GGMLQuantizationType:
 
 
 def peak_bytes(plan: Plan, target: Path) -> int:
-    """Peak resident memory of `slimoe convert` in a process of its own."""
-    arguments = ["convert", str(plan.checkpoint), str(target), "--type", plan.kind, "--threads", str(plan.n_threads)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "server.cli", *arguments, "--force"], stderr=subprocess.DEVNULL
-    ) as child:
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RivalFailedError("slimoe convert failed in a process of its own.")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak resident memory of the conversion in a process of its own; raises RivalFailedError when that fails."""
+    arguments = [str(plan.checkpoint), str(target), plan.kind, str(plan.n_threads)]
+    command = [sys.executable, "-c", _MEASURED_CHILD, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RivalFailedError(f"The conversion failed in a process of its own: {done.stderr}")
+    return int(done.stdout)
 
 
 def same_blocks(ours: Path, theirs: Path) -> bool:

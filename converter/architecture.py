@@ -79,6 +79,9 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     n_embd = sizes.count("hidden_size")
     n_embd_head = sizes.count("head_dim", n_embd // n_head)
     n_ctx_train = sizes.count("max_position_embeddings")
+    if name == "MistralForCausalLM" and config.get("sliding_window"):
+        # Up to the window's length, sliding attention is full attention; beyond it GGUF's llama has no word for it.
+        n_ctx_train = min(n_ctx_train, sizes.count("sliding_window"))
     n_expert = sizes.count("num_local_experts") if name == "MixtralForCausalLM" else 0
     return ModelSpec(
         architecture=ARCHITECTURES[name],
@@ -119,6 +122,8 @@ def _rope(checkpoint: Checkpoint, n_rot: int, n_ctx_train: int) -> RopeSpec:
     known = {"default": "none", "llama3": "none", "linear": "linear", "yarn": "yarn"}
     if kind not in known:
         raise UnsupportedModelError(checkpoint.path, f"rope scaling of type {kind!r} is not supported.")
+    if kind == "yarn" and (parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1) != (32, 1):
+        raise UnsupportedModelError(checkpoint.path, "YaRN with a beta_fast or beta_slow of its own is not supported.")
     factor = float(parameters.get("factor") or 1.0) if kind in ("linear", "yarn") else 1.0
     attention = parameters.get("attention_factor") if kind == "yarn" else None
     return RopeSpec(

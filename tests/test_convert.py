@@ -260,3 +260,10 @@ def test_ctrl_c_in_the_terminal_leaves_nothing(tmp_path: Path, moe_checkpoint: P
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_context_ends_with_the_sliding_window(tmp_path: Path, dense_checkpoint: Path) -> None:
+    source = shutil.copytree(dense_checkpoint, tmp_path / "c")
+    config = json.loads((source / "config.json").read_text()) | {"sliding_window": 48}
+    (source / "config.json").write_text(json.dumps(config))
+    assert ModelSpec.from_gguf(read_gguf(converted(source, tmp_path / "m.gguf"))).n_ctx_train == 48

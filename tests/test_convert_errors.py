@@ -94,6 +94,7 @@ def shift_offsets(header: dict[str, Any]) -> None:
 
 
 W2 = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+YARN = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0}
 BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     "no config": (lambda path: (path / "config.json").unlink(), ModelFileError, "no checkpoint: it has no config.json"),
     "config is no json": (write("config.json", "{"), ModelFileError, "config.json: this is not readable as JSON"),
@@ -120,6 +121,7 @@ BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), UnsupportedModelError, "quantised"),
     "activation": (edit_config(hidden_act="gelu"), UnsupportedModelError, "gelu"),
     "rope": (edit_config(rope_parameters={"rope_type": "longrope"}), UnsupportedModelError, "longrope"),
+    "yarn": (edit_config(rope_parameters=YARN), UnsupportedModelError, "beta_fast"),
     "nan": (edit_tensors(put_nan), ModelFileError, r"experts\.5\.w2\.weight holds NaN or infinity"),
     "infinity": (edit_tensors(put_infinity), ModelFileError, r"q_proj\.weight holds NaN or infinity"),
     "no tokenizer": (lambda path: (path / "tokenizer.model").unlink(), ModelFileError, r"no tokenizer\.model and no"),
