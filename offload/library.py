@@ -6,6 +6,7 @@ others link to. Opening another maps a second ggml with its own registry, so thi
 
 import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,20 @@ def library_directory() -> Path:
     if spec is None or spec.origin is None:
         raise LibraryError(f"{PINNED} is not installed. {_INSTALL}")
     return Path(spec.origin).parent / "lib"
+
+
+def _limit_spinning() -> None:
+    """Lets ggml's threads wait for each other asleep after some 50 microseconds.
+
+    libgomp's own limit is 300,000 turns, about 15 ms: with another program on the cores, every operation of a graph
+    can burn that much before the thread it waits for gets a core, and a token takes 20 times as long. It reads the
+    variable when it is loaded; whoever has set one of the two keeps their choice.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+_limit_spinning()
 
 
 def open_library(name: str) -> ctypes.CDLL:
