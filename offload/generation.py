@@ -14,7 +14,8 @@ class GenerationRequest:
 
     `max_tokens` None runs to the end of the context window, 0 only reads the prompt. `stop` are strings that end
     the answer and are not part of it. `n_logprobs` None reports none, N the chosen token's and the N likeliest.
-    `prompt_logprobs` reports the same for every prompt token (the first has none).
+    `prompt_logprobs` reports the same for every prompt token (the first has none). `strips_space` leaves out the space
+    that begins the first word: a chat template puts it there itself when the answer is read again.
     """
 
     prompt_ids: tuple[int, ...]
@@ -24,6 +25,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     n_logprobs: int | None = None
     prompt_logprobs: bool = False
+    strips_space: bool = False
 
 
 @dataclass(frozen=True, slots=True)

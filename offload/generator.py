@@ -38,7 +38,7 @@ class Generator:
         tokenizer = engine.tokenizer
         piece = tokenizer.piece if tokenizer else lambda token: b""
         self._eog = tokenizer.eog if tokenizer and not request.ignore_eos else frozenset[int]()
-        self._text = TextStream(piece, request.stop)
+        self._text = TextStream(piece, request.stop, request.strips_space)
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._n_cached = 0
         self._n_predicted = 0

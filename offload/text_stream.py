@@ -8,11 +8,12 @@ class TextStream:
     """Feeds on token ids and releases text.
 
     `piece` gives a token's bytes. After a stop string has appeared `stopped` is true, and neither it nor anything
-    behind it is released.
+    behind it is released. With `strips_space` one space at the very beginning is left out.
     """
 
-    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str]) -> None:
+    def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str], strips_space: bool = False) -> None:
         self._piece = piece
+        self._strips_space = strips_space
         self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -21,6 +22,9 @@ class TextStream:
     def feed(self, token: int) -> str:
         """The text that `token` releases; may be empty, and may contain what earlier tokens held back."""
         self._held += self._decoder.decode(self._piece(token))
+        if self._strips_space and self._held:
+            self._held = self._held.removeprefix(" ")
+            self._strips_space = False
         return self._release(keep=_possible_stop(self._held, self._stop))
 
     def finish(self) -> str:

@@ -44,7 +44,7 @@ class Prompts:
                 "logit_bias", f"logit_bias names a token that is not one of the model's {self._n_vocab}."
             )
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
-        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop)
+        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=_begins_answer(source))
 
     def prompt(self, source: PromptSource) -> Prompt:
         """The ids of `source`; raises RequestError or ChatTemplateError."""
@@ -91,6 +91,11 @@ class Prompts:
         if wrong is not None:
             raise RequestError("prompt", f"Token {wrong} is not one of the model's {self._n_vocab}.")
         return Prompt(ids)
+
+
+def _begins_answer(source: PromptSource) -> bool:
+    """Whether what comes is a new message, and not the rest of one that the conversation ends with."""
+    return isinstance(source, ChatPrompt) and source.messages[-1][0] != "assistant"
 
 
 def conversation(source: ChatPrompt, add_generation_prompt: bool = True) -> Conversation:
