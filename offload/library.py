@@ -44,14 +44,14 @@ def library_directory() -> Path:
 
 
 def _limit_spinning() -> None:
-    """Lets ggml's threads wait for each other asleep after some 50 microseconds.
+    """Lets ggml's threads wait for each other asleep after some 150 microseconds.
 
     libgomp's own limit is 300,000 turns, about 15 ms: with another program on the cores, every operation of a graph
     can burn that much before the thread it waits for gets a core, and a token takes 20 times as long. It reads the
     variable when it is loaded; whoever has set one of the two keeps their choice.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 _limit_spinning()
