@@ -49,6 +49,17 @@ class DoesNotFitError(SlimoeError):
         super().__init__(message)
 
 
+class BadLogitsError(SlimoeError):
+    """The model's weights give no numbers."""
+
+    exit_code = 3
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model computes no finite numbers: its file is damaged. Download or convert it again."
+        )
+
+
 class LibraryError(SlimoeError):
     """llama-cpp-python's ggml libraries are missing or are not the ones this program was built for."""
 

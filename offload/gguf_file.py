@@ -21,6 +21,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+MAX_STRING_BYTES, MAX_ARRAY_ITEMS = 1 << 26, 1 << 24
+"""No header holds more; a damaged count in a file of many gigabytes would otherwise be believed."""
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 _DOWNLOAD_AGAIN = "Download or convert it again."
@@ -89,6 +91,8 @@ class _Cursor:
 
     def string(self) -> str:
         n_bytes = self.scalar("Q")
+        if n_bytes > MAX_STRING_BYTES:
+            raise ModelFileError(self.path, f"the header holds a string of {n_bytes} bytes.", _DOWNLOAD_AGAIN)
         begin = self.take(n_bytes)
         return self.data[begin : begin + n_bytes].decode("utf-8", "surrogateescape")
 
@@ -103,6 +107,8 @@ class _Cursor:
 
     def array(self) -> Value:
         kind, count = self.scalar("I"), self.scalar("Q")
+        if count > MAX_ARRAY_ITEMS:
+            raise ModelFileError(self.path, f"the header holds an array of {count} values.", _DOWNLOAD_AGAIN)
         if kind in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[kind]) if kind != 7 else np.dtype(np.bool_)
             begin = self.take(count * dtype.itemsize)
@@ -120,6 +126,8 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     if match is None:
         return (path,)
     count = int(match["count"])
+    if not 1 <= int(match["no"]) <= count:
+        raise ModelFileError(path, "the name counts its shards wrongly.", "Name them as NAME-00001-of-0000N.gguf.")
     paths = tuple(path.with_name(f"{match['stem']}-{no:05d}-of-{count:05d}.gguf") for no in range(1, count + 1))
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
@@ -148,13 +156,20 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def _check_shard_count(paths: tuple[Path, ...], metadata: dict[str, Value], tensors: dict[str, TensorInfo]) -> None:
-    count = int(metadata.get("split.count", 0)) or 1
+    count = _count(paths[0], metadata, "split.count", 0) or 1
     if count != len(paths):
         problem = f"the file says it has {count} shards, its name says {len(paths)}."
         raise ModelFileError(paths[0], problem, "Name the shards NAME-00001-of-0000N.gguf as they were.")
-    declared = int(metadata.get("split.tensors.count", len(tensors)))
+    declared = _count(paths[0], metadata, "split.tensors.count", len(tensors))
     if declared != len(tensors):
         raise ModelFileError(paths[0], f"{declared} tensors are declared, {len(tensors)} are there.", _DOWNLOAD_AGAIN)
+
+
+def _count(path: Path, metadata: dict[str, Value], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int):
+        raise ModelFileError(path, f"{key} is {value!r}, which is no count.", _DOWNLOAD_AGAIN)
+    return value
 
 
 def _read_shard(path: Path, shard: int) -> tuple[dict[str, Value], list[TensorInfo]]:
@@ -178,19 +193,35 @@ def _parse(cursor: _Cursor, shard: int) -> tuple[dict[str, Value], list[TensorIn
     if cursor.data[begin : begin + 4] != MAGIC:
         raise ModelFileError(path, "this is not a GGUF file.", "Convert it first: slimoe convert SRC DST.")
     version = cursor.scalar("I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+        raise UnsupportedModelError(path, "this is a big-endian GGUF file.", "Get the little-endian one.")
     if version not in VERSIONS:
         raise UnsupportedModelError(path, f"GGUF version {version} is not readable, only 2 and 3 are.")
     n_tensors, n_keys = cursor.scalar("Q"), cursor.scalar("Q")
     metadata: dict[str, Value] = {}
     for _ in range(n_keys):
         key = cursor.string()
+        if key in metadata:
+            raise ModelFileError(path, f"the header holds the key {key!r} twice.", _DOWNLOAD_AGAIN)
         metadata[key] = cursor.value(cursor.scalar("I"))
     raw = [_tensor_header(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise ModelFileError(path, f"the alignment {alignment!r} is no power of two.", _DOWNLOAD_AGAIN)
     data_begin = -(-cursor.at // alignment) * alignment
-    return metadata, [_tensor_info(path, shard, len(cursor.data), data_begin, *header) for header in raw]
+    infos = [_tensor_info(path, shard, len(cursor.data), data_begin, *header) for header in raw]
+    _check_offsets(path, infos, data_begin, alignment)
+    return metadata, infos
+
+
+def _check_offsets(path: Path, infos: list[TensorInfo], data_begin: int, alignment: int) -> None:
+    """Tensors follow each other without gaps but padding: anything else is damage that could go unseen."""
+    expected = data_begin
+    for info in infos:
+        if info.offset != expected:
+            problem = f"tensor {info.name} lies at byte {info.offset}, but belongs at {expected}."
+            raise ModelFileError(path, problem, _DOWNLOAD_AGAIN)
+        expected += -(-info.n_bytes // alignment) * alignment
 
 
 def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

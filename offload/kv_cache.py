@@ -23,8 +23,10 @@ def kv_type(name: str) -> GGMLQuantizationType:
 
 
 def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> int:
-    """Bytes of a cache of `n_cells` tokens."""
+    """Bytes of a cache of `n_cells` tokens; raises UsageError for a type that does not divide the heads."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
+    if spec.n_embd_head % block:
+        raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
     return int(2 * spec.n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
 
 
@@ -36,8 +38,6 @@ class KVCache:
 
     def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> None:
         assert n_cells % CELL_STEP == 0
-        if spec.n_embd_head % GGML_QUANT_SIZES[kind][0]:
-            raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
         self.n_cells = n_cells
         self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
         shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)

@@ -35,6 +35,10 @@ _FILES = {
 _INSTALL = 'Install it as the README says: CMAKE_ARGS="-DGGML_RPC=ON" pip install llama-cpp-python==0.3.36.'
 
 
+# A ggml that aborts would start a debugger for a backtrace; two threads that abort at once wait for each other's.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
+
 def library_directory() -> Path:
     """Where llama-cpp-python keeps its libraries; raises LibraryError when it is not installed."""
     spec = importlib.util.find_spec("llama_cpp")

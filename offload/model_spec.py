@@ -137,7 +137,7 @@ class ModelSpec:
         contradictory values. Tensors are `check_tensors`' business.
         """
         architecture = gguf.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             known = ", ".join(f"{name} ({models})" for name, models in ARCHITECTURES.items())
             problem = f"the architecture {architecture!r} is not supported, only {known}."
             raise UnsupportedModelError(gguf.path, problem)
@@ -147,7 +147,7 @@ class ModelSpec:
         attention = _attention(keys, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         return cls(
-            architecture=str(architecture),
+            architecture=architecture,
             n_layer=keys.count("block_count"),
             n_embd=n_embd,
             n_ff=keys.count("feed_forward_length"),
@@ -238,8 +238,8 @@ def _experts(keys: _Keys) -> ExpertSpec:
 
 def _rope(keys: _Keys, n_embd_head: int, n_ctx_train: int) -> RopeSpec:
     n_rot = keys.count("rope.dimension_count", n_embd_head)
-    if n_rot != n_embd_head:
-        raise UnsupportedModelError(keys.gguf.path, f"it rotates {n_rot} of {n_embd_head} values per head.")
+    if n_rot != n_embd_head or n_rot % 2:
+        raise UnsupportedModelError(keys.gguf.path, f"it rotates {n_rot} of {n_embd_head} values per head, not pairs.")
     factor = keys.value("rope.scaling.factor", keys.value("rope.scale_linear", 0.0))
     scaling = keys.value("rope.scaling.type", "linear")
     if scaling not in ROPE_SCALINGS:

@@ -1,18 +1,21 @@
 """Draws tokens from logits, and reports log-probabilities."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.errors import UsageError
+from offload.errors import BadLogitsError, UsageError
 from offload.generation import TokenLogprob
 from offload.sampling import SamplingParams
 
 Logits = NDArray[np.float32]
 
 _BLOCK = 64
+_FORBIDDEN = np.float32(1e30)
+"""Stands for infinity in biased logits, so that differences of them stay numbers."""
 
 
 def check_params(params: SamplingParams, n_vocab: int) -> None:
@@ -20,17 +23,21 @@ def check_params(params: SamplingParams, n_vocab: int) -> None:
     ranges = (
         ("temperature", params.temperature, params.temperature >= 0, "0 or more"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
-        ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("top_p", params.top_p, 0 <= params.top_p <= 1, "between 0 and 1"),
         ("min_p", params.min_p, 0 <= params.min_p <= 1, "between 0 and 1"),
-        ("repeat_penalty", params.repeat_penalty, params.repeat_penalty > 0, "above 0"),
+        ("repeat_penalty", params.repeat_penalty, 0.01 <= params.repeat_penalty < math.inf, "0.01 or more"),
+        ("presence_penalty", params.presence_penalty, math.isfinite(params.presence_penalty), "a number"),
+        ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a number"),
         ("repeat_last_n", params.repeat_last_n, params.repeat_last_n >= -1, "-1 (all) or more"),
     )
     for name, value, is_sound, expected in ranges:
         if not is_sound:
             raise UsageError(f"{name} is {value}, but must be {expected}.")
-    for token in params.logit_bias:
+    for token, bias in params.logit_bias.items():
         if not 0 <= token < n_vocab:
             raise UsageError(f"logit_bias names token {token}, but the vocabulary has {n_vocab} tokens.")
+        if math.isnan(bias):
+            raise UsageError(f"The logit_bias of token {token} is no number.")
 
 
 class Sampler:
@@ -41,7 +48,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
-        self._random = np.random.default_rng(params.seed)
+        # numpy takes no negative seeds, clients send them.
+        self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
         self._tokens = list(prompt)
         self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
         self._biases = np.fromiter(params.logit_bias.values(), np.float32)
@@ -53,7 +61,9 @@ class Sampler:
         return p.repeat_last_n != 0 and any(changes)
 
     def sample(self, logits: Logits) -> int:
-        """The next token for logits [n_vocab], which are left as they are."""
+        """The next token for logits [n_vocab], which are left as they are. Raises BadLogitsError for NaN."""
+        if not math.isfinite(logits.max()):
+            raise BadLogitsError
         if self._biased.size or self._penalises:
             logits = self._adjusted(logits)
         token = int(logits.argmax()) if self.params.temperature <= 0 else self._draw(logits)
@@ -63,6 +73,7 @@ class Sampler:
     def _adjusted(self, logits: Logits) -> Logits:
         logits = logits.copy()
         logits[self._biased] += self._biases
+        np.clip(logits, -_FORBIDDEN, _FORBIDDEN, out=logits)
         if not self._penalises:
             return logits
         p = self.params
@@ -85,7 +96,9 @@ class Sampler:
             n_kept = int(np.searchsorted(np.cumsum(shares), p.top_p)) + 1
         if p.min_p > 0:
             n_kept = min(n_kept, int(np.count_nonzero(shares >= p.min_p * shares[0])))
-        shares = _softmax(kept[: max(1, n_kept)] / p.temperature)
+        # The difference first: the quotient of a logit and a tiny temperature may be infinite.
+        with np.errstate(over="ignore"):
+            shares = _softmax((kept[: max(1, n_kept)] - kept[0]) / p.temperature)
         return int(order[self._random.choice(len(shares), p=shares)])
 
 
@@ -114,11 +127,8 @@ def _candidates(logits: Logits, n: int) -> NDArray[np.int64]:
     The n-th greatest of the maxima of blocks is at most the n-th greatest logit, and is found several times faster.
     """
     n_blocks = len(logits) // _BLOCK
-    if n_blocks < n:
-        return np.sort(np.argpartition(logits, -n)[-n:]).astype(np.int64)
-    maxima = logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
-    threshold = np.partition(maxima, -n)[-n]
-    return np.flatnonzero(logits >= threshold)
+    few = logits if n_blocks < n else logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
+    return np.flatnonzero(logits >= np.partition(few, -n)[-n])
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,6 +21,8 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that `token` releases; may be empty, and may contain what earlier tokens held back."""
+        if self.stopped:
+            return ""
         self._held += self._decoder.decode(self._piece(token))
         if self._strips_space and self._held:
             self._held = self._held.removeprefix(" ")

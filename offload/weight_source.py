@@ -76,6 +76,10 @@ class ModelSources:
     layers: tuple[LayerSources, ...]
 
 
+_DOWNLOAD_AGAIN = "Download or convert it again."
+_WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
+"""Types that ggml can store, but neither multiply with nor look rows up in."""
+
 # Written by old converters, read by nobody: the rotation is computed.
 _IGNORED_SUFFIXES = ("attn_rot_embd", "rope_freqs.weight", "attn.rotary_emb.inv_freq")
 
@@ -90,7 +94,11 @@ class _Reader:
     def tensor(self, name: str) -> TensorInfo:
         info = self.gguf.tensors.get(name)
         if info is None:
-            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", "Download or convert it again.")
+            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", _DOWNLOAD_AGAIN)
+        is_vector = len(info.ne) == 1
+        if info.type in _WITHOUT_KERNELS or (is_vector and info.type is not GGMLQuantizationType.F32):
+            problem = f"{'vector' if is_vector else 'matrix'} {name} has type {info.type.name}, which has no kernel."
+            raise UnsupportedModelError(self.gguf.path, problem, _DOWNLOAD_AGAIN)
         self.read.add(name)
         return info
 
@@ -102,7 +110,10 @@ class _Reader:
         return self.weight(name) if name in self.gguf.tensors else None
 
     def linear(self, stem: str) -> LinearSource:
-        return LinearSource(self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias"))
+        weight, bias = self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias")
+        if bias and bias.ne != weight.ne[1:]:
+            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {weight.ne[1:]}.")
+        return LinearSource(weight, bias)
 
     def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
         """A stack of experts: stored as one tensor, or one tensor each in files of December 2023."""
