@@ -42,6 +42,7 @@ def _write_values(file: BinaryIO, n_values: int, deviation: float, generator: np
 def _config(shape: Shape) -> dict[str, object]:
     return {
         "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
         "hidden_size": shape.n_embd,
         "intermediate_size": shape.n_ff,
         "num_hidden_layers": shape.n_layer,

@@ -62,6 +62,21 @@ class Rival:
         """One step: appends one token and returns its logits."""
         return self.prefill([token])
 
+    def score(self, tokens: Sequence[int]) -> np.ndarray:
+        """Appends tokens; returns the logits of all of them, float32 of shape (len(tokens), n_vocab)."""
+        rows = [self._score_batch(tokens[begin : begin + N_BATCH]) for begin in range(0, len(tokens), N_BATCH)]
+        return np.concatenate(rows)
+
+    def _score_batch(self, tokens: Sequence[int]) -> np.ndarray:
+        array, wanted = (ctypes.c_int32 * len(tokens))(*tokens), (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        batch = llama.llama_batch_get_one(array, len(tokens))
+        batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
+        status = llama.llama_decode(self._context, batch)
+        assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
+        self.n_past += len(tokens)
+        rows = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(tokens), self.n_vocab))
+        return rows.copy()
+
     def truncate(self, n_past: int) -> None:
         """Forgets everything after the first `n_past` tokens."""
         assert n_past <= self.n_past

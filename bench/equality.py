@@ -1,0 +1,190 @@
+"""Does the engine compute what others compute? Logits next to transformers' and, for every type, to llama.cpp's.
+
+The checkpoint is converted to F32 and compared with transformers: the largest difference of a logit, and greedy
+tokens. Then it is converted to each type, and the distributions of our engine and of llama.cpp, on the same file, are
+compared over a text: tokens read in batches with weights as they are, and one by one with weights repacked. The table
+goes to stderr, the last line of stdout is one JSON document. Divergences are in nats. All files are deleted.
+
+    python -m bench.equality --checkpoint ~/models/Mixtral-8x7B --text article.txt
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from bench.random_checkpoint import write_random_checkpoint
+from bench.random_model import SHAPES
+from bench.rival import Rival, RivalConfig
+from bench.stepping import kl_divergence, random_tokens
+from converter.convert import ConvertOptions, convert
+from converter.type_recipe import RECIPES
+from offload.backend import default_threads
+from offload.engine import Engine, EngineConfig
+from offload.errors import SlimoeError, UsageError
+
+PROMPTS = ("The river", "In the beginning", "def read(path):", "function add(a, b) {", "[INST] Define a noun. [/INST]")
+SMOKE_TYPES = ("F32", "Q8_0", "Q4_K_M")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared: `text` is a file or None for random tokens, of which there are `n_tokens`."""
+
+    checkpoint: Path
+    directory: Path
+    prompts: tuple[str, ...]
+    text: Path | None
+    types: tuple[str, ...]
+    n_tokens: int
+    n_greedy: int
+    n_threads: int
+
+    def converted(self, kind: str) -> Path:
+        """The checkpoint as a file of that type, written over the one before."""
+        target = self.directory / "model.gguf"
+        return convert(ConvertOptions(self.checkpoint, target, kind, self.n_threads, force=True)).path
+
+
+def score(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
+    """Reads tokens in batches; logits (len(tokens), n_vocab) of all of them."""
+    step = engine.plan.n_batch
+    batches = [tokens[begin : begin + step] for begin in range(0, len(tokens), step)]
+    return np.concatenate([engine.read(batch, len(batch)).copy() for batch in batches])
+
+
+def score_singly(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
+    """Reads tokens one by one; logits (len(tokens), n_vocab)."""
+    return np.stack([engine.decode(token).copy() for token in tokens])
+
+
+def greedy(engine: Engine, prompt: Sequence[int], n_tokens: int) -> list[int]:
+    """The likeliest token, so many times, whether or not one of them ends a text."""
+    engine.truncate(0)
+    tokens = [int(engine.prefill(prompt).argmax())]
+    while len(tokens) < n_tokens:
+        tokens.append(int(engine.decode(tokens[-1]).argmax()))
+    return tokens
+
+
+def text_tokens(plan: Plan, engine: Engine) -> list[int]:
+    """Tokens to compare on: of the text, or random ones."""
+    if plan.text is None or engine.tokenizer is None:
+        return random_tokens(plan.n_tokens, engine.spec.n_vocab)
+    return engine.tokenizer.encode(plan.text.read_text("utf-8"), add_bos=True)[: plan.n_tokens]
+
+
+def compare_with_transformers(plan: Plan) -> dict[str, Any]:
+    """The F32 file with an F32 cache next to transformers in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(plan.checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    n_ctx = max(plan.n_tokens, 64 + plan.n_greedy)
+    config = EngineConfig(plan.converted("F32"), n_ctx=n_ctx, n_threads=plan.n_threads, kv_type="f32")
+    with closing(Engine.open(config)) as engine, torch.no_grad():
+        tokens = text_tokens(plan, engine)
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+        difference = float(abs(score(engine, tokens) - expected).max())
+        equal = []
+        for prompt in prompt_tokens(plan, engine):
+            length = {"max_new_tokens": plan.n_greedy, "min_new_tokens": plan.n_greedy}
+            theirs = model.generate(torch.tensor([prompt]), do_sample=False, **length)[0, len(prompt) :].tolist()
+            ours = greedy(engine, prompt, plan.n_greedy)
+            pairs = list(zip(ours, theirs, strict=True))
+            equal.append(next((n for n, (our, their) in enumerate(pairs) if our != their), len(pairs)))
+    return {"max_logit_difference": difference, "greedy_tokens_equal": min(equal), "greedy_tokens": plan.n_greedy}
+
+
+def prompt_tokens(plan: Plan, engine: Engine) -> list[list[int]]:
+    """The prompts' tokens; random ones where the tokenizer cannot spell them."""
+    if plan.text is None or engine.tokenizer is None:
+        return [random_tokens(8, engine.spec.n_vocab, seed) for seed in range(2)]
+    return [engine.tokenizer.encode(prompt, add_bos=True) for prompt in plan.prompts]
+
+
+def compare_with_llamacpp(plan: Plan, kind: str) -> dict[str, float]:
+    """Divergence of our distributions from llama.cpp's on the same file, over the tokens."""
+    path = plan.converted(kind)
+    n_ctx = -(-plan.n_tokens // 256) * 256
+    config = EngineConfig(path, n_ctx=n_ctx, n_threads=plan.n_threads, weights="both")
+    with closing(Engine.open(config)) as engine:
+        tokens = text_tokens(plan, engine)
+        batched = score(engine, tokens)
+        engine.truncate(0)
+        single = score_singly(engine, tokens)
+        repacked = engine.plan.placement.repacked
+    with closing(Rival(RivalConfig(path, n_ctx, plan.n_threads, extra_buffers=False))) as rival:
+        reference = rival.score(tokens)
+    batched_kl = list(map(kl_divergence, batched, reference))
+    single_kl = list(map(kl_divergence, single, reference))
+    return {
+        "mean": float(np.mean(batched_kl)),
+        "max": max(batched_kl),
+        "single_mean": float(np.mean(single_kl)),
+        "single_max": max(single_kl),
+        "repacked_bytes": repacked,
+    }
+
+
+def table(by_type: dict[str, dict[str, float]]) -> Table:
+    """The divergences, for a person."""
+    drawn = Table("type", "mean KL", "max KL", "mean KL, single", "max KL, single", title="ours from llama.cpp's")
+    for kind, figures in by_type.items():
+        drawn.add_row(kind, *(f"{figures[key]:.1e}" for key in ("mean", "max", "single_mean", "single_max")))
+    return drawn
+
+
+def measure(plan: Plan, console: Console) -> dict[str, Any]:
+    """All comparisons."""
+    document = compare_with_transformers(plan)
+    console.print(
+        f"transformers, F32: logits differ by at most {document['max_logit_difference']:.1e}; "
+        f"{document['greedy_tokens_equal']} of {plan.n_greedy} greedy tokens are equal"
+    )
+    by_type = {}
+    for kind in plan.types:
+        console.print(f"{kind} ...")
+        by_type[kind] = compare_with_llamacpp(plan, kind)
+    console.print(table(by_type))
+    return document | {"kl_by_type": by_type, "tokens": plan.n_tokens}
+
+
+def make_plan(directory: Path, checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...]) -> Plan:
+    """The whole comparison of `checkpoint`, or the smallest one of a random one."""
+    if checkpoint is not None:
+        return Plan(checkpoint, directory, prompts or PROMPTS, text, tuple(RECIPES), 512, 256, default_threads())
+    checkpoint = directory / "checkpoint"
+    write_random_checkpoint(checkpoint, SHAPES["smoke"])
+    return Plan(checkpoint, directory, (), None, SMOKE_TYPES, 16, 8, 1)
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face Mixtral, Mistral or Llama.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: random tokens]")
+@click.option("--prompt", "prompts", multiple=True, help="Begins greedy tokens; may be given several times.")
+@click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
+def main(checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...], smoke: bool) -> None:
+    """Compare the engine with transformers and llama.cpp."""
+    try:
+        if (checkpoint is None) != smoke:
+            raise UsageError("Name a --checkpoint, or use --smoke.")
+        with tempfile.TemporaryDirectory(prefix="slimoe-equality-") as directory:
+            document = measure(make_plan(Path(directory), checkpoint, text, prompts), Console(stderr=True))
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
