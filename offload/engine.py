@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.backend import CpuBackend, default_threads
-from offload.errors import ContextOverflowError, UsageError
+from offload.errors import ContextOverflowError, ModelFileError, UsageError
+from offload.file_keys import TOKENS
 from offload.generation import Event, GenerationRequest
 from offload.generator import Generator
 from offload.gguf_file import GGUFFile, read_gguf
@@ -62,6 +63,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     gguf = read_gguf(config.model)
     spec = ModelSpec.from_gguf(gguf)
     check_tensors(gguf, spec)
+    _check_vocabulary(gguf, spec)
     sources = model_sources(gguf, spec)
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
     n_threads = default_threads() if config.n_threads is None else config.n_threads
@@ -77,6 +79,13 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
 
 
+def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:
+    tokens = gguf.metadata.get(TOKENS)
+    if isinstance(tokens, list) and len(tokens) != spec.n_vocab:
+        problem = f"the tokenizer has {len(tokens)} tokens, the model {spec.n_vocab}."
+        raise ModelFileError(gguf.path, problem, "Convert the model again, with the tokenizer that belongs to it.")
+
+
 def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
     if config.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
         return {}
@@ -89,7 +98,7 @@ def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict
 
 def has_tokenizer(gguf: GGUFFile) -> bool:
     """Whether the file carries a vocabulary; without one only token ids go in and out."""
-    return "tokenizer.ggml.tokens" in gguf.metadata
+    return TOKENS in gguf.metadata
 
 
 class Engine:

@@ -32,7 +32,8 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Tensor addresses to fill before a run. The `out_` ones are 0 unless the shape trims the last layer.
+    """Tensor addresses to fill before a run. The `out_` ones are 0 unless the shape trims the last layer, and then
+    `mask` is 0 if there is no other layer.
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
     mask F16 [n_kv, n_tokens] (0 or -inf), out_rows and out_positions I32 [n_out], out_mask F16 [n_kv, n_out].
@@ -80,11 +81,13 @@ class _StepBuilder:
     def _inputs(self) -> StepInputs:
         n_tokens, n_kv, n_out = self.shape.n_tokens, self.shape.n_kv, self.shape.n_out
         trims = self.shape.trims_last_layer
+        # An input that no operation reads gets no memory.
+        is_masked = not trims or self.spec.n_layer > 1
         return StepInputs(
             tokens=self._input(Type.I32, n_tokens),
             positions=self._input(Type.I32, n_tokens),
             cells=self._input(Type.I64, n_tokens),
-            mask=self._input(Type.F16, n_kv, n_tokens),
+            mask=self._input(Type.F16, n_kv, n_tokens) if is_masked else 0,
             out_rows=self._input(Type.I32, n_out) if trims else 0,
             out_positions=self._input(Type.I32, n_out) if trims else 0,
             out_mask=self._input(Type.F16, n_kv, n_out) if trims else 0,

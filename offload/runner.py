@@ -81,7 +81,8 @@ class Runner:
         prepared.tokens[:] = tokens
         prepared.positions[:] = positions
         prepared.cells[:] = positions
-        _fill_causal(prepared.mask, positions)
+        if prepared.step.inputs.mask:
+            _fill_causal(prepared.mask, positions)
         if prepared.step.inputs.out_rows:
             prepared.out_rows[:] = range(n_tokens - n_out, n_tokens)
             prepared.out_positions[:] = positions[-n_out:]
