@@ -55,9 +55,7 @@ class BadLogitsError(SlimoeError):
     exit_code = 3
 
     def __init__(self) -> None:
-        super().__init__(
-            "The model computes no finite numbers: its file is damaged. Download or convert it again."
-        )
+        super().__init__("The model computes no finite numbers: its file is damaged. Download or convert it again.")
 
 
 class LibraryError(SlimoeError):

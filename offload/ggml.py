@@ -105,10 +105,6 @@ def ggml_build_forward_expand(graph: Ptr, tensor: Ptr) -> None: ...
 
 
 @c_function(_BASE)
-def ggml_graph_n_nodes(graph: Ptr) -> I32: ...
-
-
-@c_function(_BASE)
 def ggml_new_tensor_1d(ctx: Ptr, kind: I32, ne0: I64) -> Ptr: ...
 
 
@@ -184,6 +180,14 @@ def ggml_prec_set_acc(a: Ptr, precision: I32) -> Bool: ...
 
 
 @c_function(_BASE)
+def ggml_sum_rows(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_div(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_soft_max(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
@@ -221,10 +225,6 @@ def ggml_rope_ext(
 def ggml_flash_attn_ext(
     ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
 ) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_cont(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)

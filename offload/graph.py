@@ -1,9 +1,9 @@
 """Builds the computation of one step of a llama-architecture model, dense or mixture-of-experts.
 
-The operations are those of llama.cpp's `llama` architecture, with three differences that save work and change no
-result beyond rounding: expert weights are the softmax over the chosen router logits (llama.cpp takes the softmax over
-all and divides by the sum of the chosen, which is the same number); in the last layer only the rows whose logits are
-wanted pass through the queries and the feed-forward part; joined matrices are multiplied once.
+The operations are those of llama.cpp's `llama` architecture, in its order, so that the logits are its logits to the
+last bit: with quantised weights a difference in the last bit of a sum soon rounds an activation to another integer,
+and sometimes chooses another expert. Two things save work and change no result: in the last layer only the rows whose
+logits are wanted pass through the queries and the feed-forward part; joined matrices are multiplied once.
 """
 
 from dataclasses import dataclass
@@ -227,18 +227,22 @@ class _StepBuilder:
         """The chosen experts, I32 [n_expert_used, n_rows], and their shares, F32 [1, n_expert_used, n_rows]."""
         ctx, spec = self.ctx, self.spec
         logits = ggml.ggml_mul_mat(ctx, router, normed)
-        chosen = ggml.ggml_argsort_top_k(ctx, logits, spec.n_expert_used)
-        picked = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, logits, 1, spec.n_expert, n_rows), chosen)
-        shares = ggml.ggml_soft_max(ctx, ggml.ggml_reshape_2d(ctx, picked, spec.n_expert_used, n_rows))
+        probabilities = ggml.ggml_soft_max(ctx, logits)
+        chosen = ggml.ggml_argsort_top_k(ctx, probabilities, spec.n_expert_used)
+        picked = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, probabilities, 1, spec.n_expert, n_rows), chosen)
+        shares = ggml.ggml_reshape_2d(ctx, picked, spec.n_expert_used, n_rows)
+        shares = ggml.ggml_div(ctx, shares, ggml.ggml_sum_rows(ctx, shares))
         if spec.expert_weights_scale not in (0.0, 1.0):
             shares = ggml.ggml_scale(ctx, shares, spec.expert_weights_scale)
         return chosen, ggml.ggml_reshape_3d(ctx, shares, 1, spec.n_expert_used, n_rows)
 
     def _combine(self, outputs: int, residual: int, n_rows: int) -> int:
-        """Adds the experts' weighted outputs [n_embd, n_expert_used, n_rows] to the residual [n_embd, n_rows]."""
+        """Sums the experts' weighted outputs [n_embd, n_expert_used, n_rows], and the residual [n_embd, n_rows]."""
         strides = ggml.tensor_at(outputs).nb
-        total = residual
-        for index in range(self.spec.n_expert_used):
-            one = ggml.ggml_view_2d(self.ctx, outputs, self.spec.n_embd, n_rows, strides[2], index * strides[1])
+        total, *others = (
+            ggml.ggml_view_2d(self.ctx, outputs, self.spec.n_embd, n_rows, strides[2], index * strides[1])
+            for index in range(self.spec.n_expert_used)
+        )
+        for one in others:
             total = ggml.ggml_add(self.ctx, total, one)
-        return total
+        return int(ggml.ggml_add(self.ctx, total, residual))
