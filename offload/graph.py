@@ -2,8 +2,9 @@
 
 The operations are those of llama.cpp's `llama` architecture, in its order, so that the logits are its logits to the
 last bit: with quantised weights a difference in the last bit of a sum soon rounds an activation to another integer,
-and sometimes chooses another expert. Two things save work and change no result: in the last layer only the rows whose
-logits are wanted pass through the queries and the feed-forward part; joined matrices are multiplied once.
+and sometimes chooses another expert. Two things save work: joined matrices are multiplied once, and in the last layer
+only the rows whose logits are wanted pass through the queries and the feed-forward part (few rows may take another
+attention kernel than many, so these logits are equal within rounding; what the cache holds is the same).
 """
 
 from dataclasses import dataclass
