@@ -74,6 +74,7 @@ class Runner:
         """
         n_tokens = len(tokens)
         n_kv = -(-(n_past + n_tokens) // CELL_STEP) * CELL_STEP
+        assert self._allocator, "the engine is closed"
         assert 0 < n_out <= n_tokens
         assert n_kv <= self.cache.n_cells
         prepared = self._prepare(StepShape(n_tokens, n_kv, n_out))

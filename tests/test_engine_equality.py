@@ -162,7 +162,7 @@ def test_mixes_of_types_are_llama_cpps(tmp_path: Path, wide_checkpoint: Path, re
 def test_a_prompt_read_for_its_last_token_is_llama_cpps(tmp_path: Path, wide: GGUFContent) -> None:
     """The prompt's own logits within rounding, which quantised activations would magnify; what follows exactly."""
     tokens = random_tokens(230, 500)
-    for kind, bound in ((Type.F16, 1e-6), (Type.Q4_K, 1e-2)):
+    for kind, bound in ((Type.F16, 1e-5), (Type.Q4_K, 1e-2)):
         path = write_content(tmp_path / "m.gguf", wide.quantised(kind))
         with (
             closing(Engine.open(config(path, weights="mapped"))) as engine,
