@@ -169,27 +169,35 @@ def measure(plan: Plan, console: Console) -> dict[str, Any]:
     return document | {"kl_by_type": by_type, "tokens": plan.n_tokens}
 
 
-def make_plan(directory: Path, checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...]) -> Plan:
-    """The whole comparison of `checkpoint`, or the smallest one of a random one."""
-    if checkpoint is not None:
-        return Plan(checkpoint, directory, prompts or PROMPTS, text, tuple(RECIPES), 512, 256, default_threads())
+def smallest_plan(directory: Path) -> Plan:
+    """A comparison of a random checkpoint in a few seconds."""
     checkpoint = directory / "checkpoint"
     write_random_checkpoint(checkpoint, SHAPES["smoke"])
-    return Plan(checkpoint, directory, (), None, SMOKE_TYPES, 16, 8, 1)
+    return Plan(checkpoint, directory, (), None, SMOKE_TYPES, n_tokens=16, n_greedy=8, n_threads=1)
 
 
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face Mixtral, Mistral or Llama.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: random tokens]")
 @click.option("--prompt", "prompts", multiple=True, help="Begins greedy tokens; may be given several times.")
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
-def main(checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...], smoke: bool) -> None:
+def main(
+    checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...], threads: int | None, smoke: bool
+) -> None:
     """Compare the engine with transformers and llama.cpp."""
+    n_threads = threads or default_threads()
+    torch.set_num_threads(n_threads)
     try:
-        if (checkpoint is None) != smoke:
-            raise UsageError("Name a --checkpoint, or use --smoke.")
-        with tempfile.TemporaryDirectory(prefix="slimoe-equality-") as directory:
-            document = measure(make_plan(Path(directory), checkpoint, text, prompts), Console(stderr=True))
+        with tempfile.TemporaryDirectory(prefix="slimoe-equality-") as name:
+            directory = Path(name)
+            if smoke:
+                plan = smallest_plan(directory)
+            elif checkpoint is not None:
+                plan = Plan(checkpoint, directory, prompts or PROMPTS, text, tuple(RECIPES), 512, 256, n_threads)
+            else:
+                raise UsageError("Name a --checkpoint, or use --smoke.")
+            document = measure(plan, Console(stderr=True))
     except SlimoeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

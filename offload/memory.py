@@ -11,8 +11,9 @@ import psutil
 from offload.errors import DoesNotFitError
 
 _CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (("memory.max", "memory.current", "memory.stat"),)
-_LIMITS_V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_FILES = ("memory.max", "memory.current", "memory.stat")
+_FILES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
 
 
 def human(n_bytes: float) -> str:
@@ -25,24 +26,32 @@ def human(n_bytes: float) -> str:
 
 
 def available_bytes() -> int:
-    """Host memory that can be taken now: the system's, or the control group's if that is less."""
-    available = psutil.virtual_memory().available
-    for limit, used, stat in (*_LIMITS, _LIMITS_V1):
-        room = _cgroup_room(limit, used, stat)
-        if room is not None:
-            available = min(available, room)
-    return int(available)
+    """Host memory that can be taken now: the system's, or that of the tightest control group around this process."""
+    rooms = [_cgroup_room(group, *_FILES) for group in _cgroups()]
+    rooms.append(_cgroup_room(_CGROUP / "memory", *_FILES_V1))
+    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
 
 
-def _cgroup_room(limit: str, used: str, stat: str) -> int | None:
+def _cgroups() -> list[Path]:
+    """Directories of this process's control group and of those around it (cgroup v2)."""
     try:
-        maximum = (_CGROUP / limit).read_text().strip()
+        lines = _MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        lines = []
+    inside = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    own = _CGROUP / inside
+    return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUP)]
+
+
+def _cgroup_room(group: Path, limit: str, used: str, stat: str) -> int | None:
+    try:
+        maximum = (group / limit).read_text().strip()
         if maximum == "max":
             return None
-        fields = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
+        fields = dict(line.split() for line in (group / stat).read_text().splitlines())
         # Clean page cache counts as used there, but is given back on demand.
         reclaimable = int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
-        return max(0, int(maximum) - int((_CGROUP / used).read_text()) + reclaimable)
+        return max(0, int(maximum) - int((group / used).read_text()) + reclaimable)
     except (OSError, ValueError):
         return None
 
