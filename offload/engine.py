@@ -75,7 +75,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     available = available_bytes()
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
     speeds = _speeds(config, sources, n_threads)
-    placement = decide_placement(sources, spec, config.weights, speeds, kv, n_batch, available)
+    placement = decide_placement(sources, spec, config.weights, speeds, kv, n_cells, n_batch, available)
     return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
 
 

@@ -89,6 +89,7 @@ def decide_placement(
     mode: str,
     speeds: Mapping[str, KernelSpeed],
     kv: int,
+    n_cells: int,
     n_batch: int,
     available: int,
 ) -> Placement:
@@ -98,7 +99,7 @@ def decide_placement(
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
-    compute = _compute_bytes(spec, n_batch)
+    compute = _compute_bytes(spec, n_cells, n_batch)
     possible = frozenset(repackable_types(sources))
 
     def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
@@ -169,8 +170,8 @@ def _weights(sources: ModelSources) -> Iterator[WeightSource]:
         yield from _layer_weights(layer)
 
 
-def _compute_bytes(spec: ModelSpec, n_batch: int) -> int:
-    """An upper estimate of the intermediate results of a batch, F32."""
+def _compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
+    """An upper estimate of the intermediate results of a batch, F32, and of its attention mask, F16."""
     n_used = max(1, spec.n_expert_used)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
-    return 4 * (n_batch * per_token + spec.n_vocab) + (16 << 20)
+    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (16 << 20)
