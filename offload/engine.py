@@ -21,6 +21,7 @@ from offload.weight_source import ModelSources, join_layers, model_sources
 from offload.weights import ModelWeights, WeightStore, load_weights
 
 DEFAULT_CTX = 4096
+MAX_THREADS = 512  # ggml's own limit
 _PROBE_ABOVE_BYTES = 256 << 20
 """Smaller models answer before a measurement would be over."""
 
@@ -70,6 +71,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     for name, value in (("--ctx", n_ctx), ("--batch", config.n_batch), ("--threads", n_threads)):
         if value < 1:
             raise UsageError(f"{name} is {value}, but must be at least 1.")
+    if n_threads > MAX_THREADS:
+        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
     n_cells = -(-n_ctx // CELL_STEP) * CELL_STEP
     n_batch = min(config.n_batch, n_cells)
     available = available_bytes()

@@ -339,7 +339,8 @@ def test_contexts_of_any_size_are_used_to_their_end(model: Path, n_ctx: int) -> 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"n_ctx": 0}, {"n_batch": 0}, {"n_threads": 0}, {"kv_type": "q3"}, {"weights": "x"}]
+    "changed",
+    [{"n_ctx": 0}, {"n_batch": 0}, {"n_threads": 0}, {"n_threads": 10**5}, {"kv_type": "q3"}, {"weights": "x"}],
 )
 def test_settings_that_make_no_sense(model: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
