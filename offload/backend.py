@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from offload import ggml, ggml_backend
+from offload.memory import advise_huge_pages, out_of_memory
 
 REPACK_BUFFER = "CPU_REPACK"
 
@@ -26,6 +27,15 @@ def _log(level: int, text: bytes, user_data: int | None) -> None:
 
 _LOG = ggml.LOG_CALLBACK(_log)  # held for as long as ggml may call it
 ggml.ggml_log_set(_LOG, None)
+
+
+def allocate(buft: int | None, n_bytes: int) -> int:
+    """A buffer of a buffer type, on huge pages if the system likes; raises DoesNotFitError when it gives no memory."""
+    buffer: int | None = ggml_backend.ggml_backend_buft_alloc_buffer(buft, n_bytes)
+    if not buffer:
+        raise out_of_memory(n_bytes)
+    advise_huge_pages(ggml_backend.ggml_backend_buffer_get_base(buffer), n_bytes)
+    return buffer
 
 
 class EngineAbortedError(Exception):
@@ -77,9 +87,7 @@ def can_repack(kind: int, ne0: int, ne1: int) -> bool:
         return False
     ctx = ggml.ggml_init(ggml.InitParams(1 << 12, None, True))
     tensor = ggml.ggml_new_tensor_2d(ctx, kind, ne0, 64 + ne1 % 64)
-    buffer = ggml_backend.ggml_backend_buft_alloc_buffer(
-        buft, ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor) + 256
-    )
+    buffer = allocate(buft, ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor) + 256)
     ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, ggml_backend.ggml_backend_buffer_get_base(buffer))
     taken = bool(ggml.tensor_at(tensor).extra)
     ggml_backend.ggml_backend_buffer_free(buffer)

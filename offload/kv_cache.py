@@ -3,6 +3,7 @@
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload import ggml, ggml_backend
+from offload.backend import allocate
 from offload.errors import UsageError
 from offload.model_spec import ModelSpec
 
@@ -48,10 +49,7 @@ class KVCache:
     def _allocate(self) -> int:
         tensors = [*self.keys, *self.values]
         step = -(-ggml.ggml_nbytes(tensors[0]) // 64) * 64
-        buffer: int = ggml_backend.ggml_backend_buft_alloc_buffer(
-            ggml_backend.ggml_backend_cpu_buffer_type(), step * len(tensors)
-        )
-        assert buffer, "KV cache allocation"
+        buffer = allocate(ggml_backend.ggml_backend_cpu_buffer_type(), step * len(tensors))
         base = ggml_backend.ggml_backend_buffer_get_base(buffer)
         for index, tensor in enumerate(tensors):
             ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)

@@ -75,6 +75,17 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def out_of_memory(n_bytes: int) -> DoesNotFitError:
+    """The error for memory that was planned but not given, as when another program took it meanwhile."""
+    available = available_bytes()
+    return DoesNotFitError(
+        f"The system gave no {human(n_bytes)} of memory, though {human(available)} seem available. "
+        "Free some memory or raise the limit for this process (ulimit -v).",
+        required_bytes=n_bytes,
+        available_bytes=available,
+    )
+
+
 def require(required: int, available: int, what: str) -> None:
     """Raises DoesNotFitError, with both numbers, unless `required` bytes are available."""
     if required > available:

@@ -20,8 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from platformdirs import user_cache_dir
 
 from offload import ggml, ggml_backend
-from offload.backend import CpuBackend, can_repack, repack_buffer_type
-from offload.memory import advise_huge_pages
+from offload.backend import CpuBackend, allocate, can_repack, repack_buffer_type
 
 # More than a last-level cache holds, so that the single token finds its weights in memory, as in a real model.
 _N_COLUMNS, _N_ROWS, _N_STACK = 2048, 7168, 16
@@ -115,9 +114,8 @@ class _Bench:
         self._ctx = ggml.ggml_init(ggml.InitParams(1 << 20, None, True))
         self._stack = ggml.ggml_new_tensor_3d(self._ctx, kind, _N_COLUMNS, _N_ROWS, _N_STACK)
         n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, self._stack)
-        self._buffer = ggml_backend.ggml_backend_buft_alloc_buffer(buft, n_bytes)
+        self._buffer = allocate(buft, n_bytes)
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
-        advise_huge_pages(base, n_bytes)
         ggml_backend.ggml_backend_tensor_alloc(self._buffer, self._stack, base)
         ggml_backend.ggml_backend_tensor_set(self._stack, data.ctypes.data, 0, data.nbytes)
 

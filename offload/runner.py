@@ -13,6 +13,7 @@ from offload import ggml, ggml_backend
 from offload.backend import CpuBackend
 from offload.graph import StepGraph, StepShape, build_step
 from offload.kv_cache import CELL_STEP, KVCache
+from offload.memory import out_of_memory
 from offload.model_spec import ModelSpec
 from offload.weights import ModelWeights
 
@@ -101,8 +102,9 @@ class Runner:
     def _reserve(self, shape: StepShape) -> None:
         step = self._build(shape)
         reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, step.graph)
-        assert reserved, "compute buffer allocation"
         ggml.ggml_free(step.ctx)
+        if not reserved:
+            raise out_of_memory(self.compute_bytes)
 
     def _prepare(self, shape: StepShape) -> _Prepared:
         prepared = self._graphs.get(shape)
@@ -111,8 +113,9 @@ class Runner:
             return prepared
         step = self._build(shape)
         before = self.compute_bytes
-        allocated = ggml_backend.ggml_gallocr_alloc_graph(self._allocator, step.graph)
-        assert allocated, "compute buffer allocation"
+        if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, step.graph):
+            ggml.ggml_free(step.ctx)
+            raise out_of_memory(before)
         if self.compute_bytes != before:
             # The buffer has moved, and with it the tensors of every graph that was allocated in it.
             self._drop_graphs(keep=0)

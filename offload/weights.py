@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
-from offload.backend import repack_buffer_type
+from offload.backend import allocate, repack_buffer_type
 from offload.errors import ModelFileError
 from offload.gguf_file import GGUFFile
-from offload.memory import advise_huge_pages
 from offload.weight_source import LayerSources, LinearSource, ModelSources, Span, WeightSource
 
 Form = Literal["mapped", "copied", "repacked"]
@@ -182,12 +181,10 @@ class WeightStore:
 
     def _allocate(self, tensor: int, buft: int | None) -> int:
         n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor)
-        buffer = ggml_backend.ggml_backend_buft_alloc_buffer(buft, n_bytes)
-        assert buffer, "weight allocation"
+        buffer = allocate(buft, n_bytes)
         ggml_backend.ggml_backend_buffer_set_usage(buffer, ggml_backend.USAGE_WEIGHTS)
         self._buffers.append(buffer)
         base: int = ggml_backend.ggml_backend_buffer_get_base(buffer)
-        advise_huge_pages(base, n_bytes)
         ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base)
         return base
 
