@@ -60,6 +60,14 @@ def test_decode_prefill_measures_working_contenders(smoke: Smoke) -> None:
         assert figures["prefill_vs_llamacpp"] >= document["prefill_vs_llamacpp"]
 
 
+def test_the_engine_is_equal_to_others(smoke: Smoke) -> None:
+    document = smoke("equality")
+    assert document["max_logit_difference"] < 1e-3
+    assert document["greedy_tokens_equal"] == document["greedy_tokens"]
+    for figures in document["kl_by_type"].values():
+        assert max(figures["mean"], figures["single_mean"]) < 1e-4
+
+
 def test_server_and_engine_answer_alike(smoke: Smoke) -> None:
     document = smoke("server_latency")
     assert document["same_text"]
