@@ -71,6 +71,6 @@ class ContextOverflowError(SlimoeError):
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
         super().__init__(
-            f"The prompt is {n_prompt} tokens long, but the context window holds {n_ctx}. "
+            f"The prompt is {n_prompt} tokens long, but the context window holds {n_ctx}, answer included. "
             "Shorten the prompt or raise --ctx."
         )

@@ -33,11 +33,10 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Tensor addresses to fill before a run. The `out_` ones are 0 unless the shape trims the last layer, and then
-    `mask` is 0 if there is no other layer.
+    """Tensor addresses to fill before a run.
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
-    mask F16 [n_kv, n_tokens] (0 or -inf), out_rows and out_positions I32 [n_out], out_mask F16 [n_kv, n_out].
+    mask F16 [n_kv, n_tokens] (0 or -inf), out_rows I32 [n_out], 0 unless the shape trims the last layer.
     """
 
     tokens: int
@@ -45,8 +44,6 @@ class StepInputs:
     cells: int
     mask: int
     out_rows: int
-    out_positions: int
-    out_mask: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +78,13 @@ class _StepBuilder:
 
     def _inputs(self) -> StepInputs:
         n_tokens, n_kv, n_out = self.shape.n_tokens, self.shape.n_kv, self.shape.n_out
-        trims = self.shape.trims_last_layer
-        # An input that no operation reads gets no memory.
-        is_masked = not trims or self.spec.n_layer > 1
         return StepInputs(
             tokens=self._input(Type.I32, n_tokens),
             positions=self._input(Type.I32, n_tokens),
             cells=self._input(Type.I64, n_tokens),
-            mask=self._input(Type.F16, n_kv, n_tokens) if is_masked else 0,
-            out_rows=self._input(Type.I32, n_out) if trims else 0,
-            out_positions=self._input(Type.I32, n_out) if trims else 0,
-            out_mask=self._input(Type.F16, n_kv, n_out) if trims else 0,
+            mask=self._input(Type.F16, n_kv, n_tokens),
+            # An input that no operation reads gets no memory.
+            out_rows=self._input(Type.I32, n_out) if self.shape.trims_last_layer else 0,
         )
 
     def build(self) -> StepGraph:
@@ -105,8 +98,9 @@ class _StepBuilder:
         return StepGraph(self.ctx, self.graph, self.inputs, logits)
 
     def _layer(self, index: int, layer: LayerWeights, hidden: int, trims: bool) -> int:
-        attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm), trims)
+        attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm))
         if trims:
+            attention = ggml.ggml_get_rows(self.ctx, attention, self.inputs.out_rows)
             hidden = ggml.ggml_get_rows(self.ctx, hidden, self.inputs.out_rows)
         hidden = ggml.ggml_add(self.ctx, attention, hidden)
         normed = self._norm(hidden, layer.ffn_norm)
@@ -123,10 +117,10 @@ class _StepBuilder:
 
     # --- attention -----------------------------------------------------------------------------------------
 
-    def _attention(self, index: int, layer: LayerWeights, hidden: int, trims: bool) -> int:
+    def _attention(self, index: int, layer: LayerWeights, hidden: int) -> int:
         ctx, spec = self.ctx, self.spec
-        query, key, value = self._qkv(layer.qkv, hidden, trims)
-        query = self._rope(query, self.inputs.out_positions if trims else self.inputs.positions)
+        query, key, value = self._qkv(layer.qkv, hidden)
+        query = self._rope(query, self.inputs.positions)
         self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(
@@ -134,30 +128,25 @@ class _StepBuilder:
             ggml.ggml_permute(ctx, query, 0, 2, 1, 3),
             self._cached(self.cache.keys[index]),
             self._cached(self.cache.values[index]),
-            self.inputs.out_mask if trims else self.inputs.mask,
+            self.inputs.mask,
             spec.attention_scale,
             0.0,
             0.0,
         )
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
-        n_rows = self.shape.n_out if trims else self.shape.n_tokens
-        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, n_rows)
+        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, self.shape.n_tokens)
         return self._linear(layer.attn_output, joined)
 
-    def _qkv(self, qkv: tuple[Linear, ...], hidden: int, trims: bool) -> tuple[int, int, int]:
-        """Queries [n_embd_head, n_head, rows], keys and values [n_embd_head, n_head_kv, n_tokens]."""
+    def _qkv(self, qkv: tuple[Linear, ...], hidden: int) -> tuple[int, int, int]:
+        """Queries [n_embd_head, n_head, n_tokens], keys and values [n_embd_head, n_head_kv, n_tokens]."""
         spec, n_tokens = self.spec, self.shape.n_tokens
         heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
         if len(qkv) == 3:
-            rows = ggml.ggml_get_rows(self.ctx, hidden, self.inputs.out_rows) if trims else hidden
-            counts = (self.shape.n_out if trims else n_tokens, n_tokens, n_tokens)
-            parts = [self._linear(part, rows if i == 0 else hidden) for i, part in enumerate(qkv)]
             query, key, value = (
-                int(ggml.ggml_reshape_3d(self.ctx, part, spec.n_embd_head, n_head, count))
-                for part, n_head, count in zip(parts, heads, counts, strict=True)
+                int(ggml.ggml_reshape_3d(self.ctx, self._linear(part, hidden), spec.n_embd_head, n_head, n_tokens))
+                for part, n_head in zip(qkv, heads, strict=True)
             )
             return query, key, value
-        assert not trims, "the last layer's queries must stand alone"
         joined = self._linear(qkv[0], hidden)
         head_bytes = spec.n_embd_head * 4
         row_bytes = sum(heads) * head_bytes

@@ -19,6 +19,8 @@ Mode = Literal["mapped", "copied", "repacked", "both"]
 
 _OVERHEAD_BYTES = 256 << 20
 """Python, libraries, tokenizer and what a request holds for a while."""
+_JOINED = 2
+"""The largest weight that is repacked is gate and up, joined."""
 _WORTHWHILE = 0.97
 """A second copy must save at least 3 % of a step's time, or it is only memory."""
 _TYPICAL_PROMPT, _TYPICAL_ANSWER = 512, 128
@@ -130,7 +132,12 @@ def _place(sources: ModelSources, rule: Placement) -> Placement:
     }
     forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes
     totals = {wanted: sum(n for (_, form), n in forms.items() if form == wanted) for wanted in get_args(Form)}
-    return replace(rule, mapped=totals["mapped"], copied=totals["copied"], repacked=totals["repacked"])
+    # A weight is read whole before it is rearranged.
+    staging = max((n for (_, form), n in forms.items() if form == "repacked"), default=0)
+    overhead = rule.overhead + _JOINED * staging
+    return replace(
+        rule, mapped=totals["mapped"], copied=totals["copied"], repacked=totals["repacked"], overhead=overhead
+    )
 
 
 def _pays(speed: KernelSpeed) -> bool:

@@ -25,7 +25,7 @@ _MASKED = np.float16(-np.inf)
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """An allocated graph and its inputs as arrays; the `out_` arrays are empty unless the shape trims."""
+    """An allocated graph and its inputs as arrays; `out_rows` is empty unless the shape trims."""
 
     step: StepGraph
     tokens: NDArray[np.int32]
@@ -33,8 +33,6 @@ class _Prepared:
     cells: NDArray[np.int64]
     mask: NDArray[np.float16]
     out_rows: NDArray[np.int32]
-    out_positions: NDArray[np.int32]
-    out_mask: NDArray[np.float16]
     logits: Logits
 
 
@@ -83,12 +81,9 @@ class Runner:
         prepared.tokens[:] = tokens
         prepared.positions[:] = positions
         prepared.cells[:] = positions
-        if prepared.step.inputs.mask:
-            _fill_causal(prepared.mask, positions)
+        _fill_causal(prepared.mask, positions)
         if prepared.step.inputs.out_rows:
             prepared.out_rows[:] = range(n_tokens - n_out, n_tokens)
-            prepared.out_positions[:] = positions[-n_out:]
-            _fill_causal(prepared.out_mask, positions[-n_out:])
         if is_cancelled is None:
             self.backend.compute(prepared.step.graph)
         else:
@@ -145,8 +140,6 @@ def _arrays(step: StepGraph, shape: StepShape, n_vocab: int) -> _Prepared:
         cells=_array(inputs.cells, np.int64, shape.n_tokens),
         mask=_array(inputs.mask, np.float16, shape.n_tokens, shape.n_kv),
         out_rows=_array(inputs.out_rows, np.int32, shape.n_out),
-        out_positions=_array(inputs.out_positions, np.int32, shape.n_out),
-        out_mask=_array(inputs.out_mask, np.float16, shape.n_out, shape.n_kv),
         logits=_array(step.logits, np.float32, shape.n_out, n_vocab),
     )
 

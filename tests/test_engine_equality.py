@@ -160,15 +160,14 @@ def test_mixes_of_types_are_llama_cpps(tmp_path: Path, wide_checkpoint: Path, re
 
 
 def test_a_prompt_read_for_its_last_token_is_llama_cpps(tmp_path: Path, wide: GGUFContent) -> None:
-    """The prompt's own logits within rounding, which quantised activations would magnify; what follows exactly."""
     tokens = random_tokens(230, 500)
-    for kind, bound in ((Type.F16, 1e-5), (Type.Q4_K, 1e-2)):
+    for kind in (Type.F16, Type.Q4_K):
         path = write_content(tmp_path / "m.gguf", wide.quantised(kind))
         with (
             closing(Engine.open(config(path, weights="mapped"))) as engine,
             closing(Rival(RivalConfig(path, 256, 1, extra_buffers=False))) as rival,
         ):
-            assert kl_divergence(engine.prefill(tokens), rival.prefill(tokens)) < bound
+            assert kl_divergence(engine.prefill(tokens), rival.prefill(tokens)) < 1e-6
             for token in TOKENS[:20]:
                 assert kl_divergence(engine.decode(token), rival.decode(token)) < 1e-6
 
