@@ -1,6 +1,7 @@
 """The engine: a GGUF file, opened within a memory plan, and the tokens it has read so far."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,13 +114,19 @@ class Engine:
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
-        self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
-        self._backend = CpuBackend(plan.n_threads)
-        self._cache = KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type))
-        self._store = WeightStore(plan.gguf, plan.sources, _Counter(plan.placement, on_progress))
-        batched, single = self._load()
-        self._runner = Runner(plan.spec, self._backend, self._cache, batched, single, plan.n_batch)
         self._tokens: list[int] = []
+        with ExitStack() as opened:
+            self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
+            if self.tokenizer:
+                opened.callback(self.tokenizer.close)
+            self._backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
+            self._cache = opened.enter_context(closing(KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type))))
+            counter = _Counter(plan.placement, on_progress)
+            self._store = opened.enter_context(closing(WeightStore(plan.gguf, plan.sources, counter)))
+            weights = self._load()
+            self._runner = Runner(plan.spec, self._backend, self._cache, *weights, plan.n_batch)
+            opened.callback(self._runner.close)
+            self._opened = opened.pop_all()
 
     @classmethod
     def open(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> "Engine":
@@ -214,12 +221,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees weights, cache and threads."""
-        self._runner.close()
-        self._store.close()
-        self._cache.close()
-        self._backend.close()
-        if self.tokenizer:
-            self.tokenizer.close()
+        self._opened.close()
 
 
 class _Counter:
