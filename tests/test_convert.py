@@ -247,7 +247,9 @@ def test_interruption_leaves_nothing(tmp_path: Path, moe_checkpoint: Path) -> No
 
 def test_ctrl_c_in_the_terminal_leaves_nothing(tmp_path: Path, moe_checkpoint: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom converter.convert import ConvertOptions, convert\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom converter.convert import ConvertOptions, convert\n"
+        # Background jobs of a shell start with the signal ignored, and the tests may be one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def pause(done, total):\n    print('.', flush=True)\n    sys.stdin.readline()\n"
         "convert(ConvertOptions(Path(sys.argv[1]), Path(sys.argv[2]), 'F32'), pause)\n"
     )
