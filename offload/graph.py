@@ -16,6 +16,9 @@ from offload.kv_cache import KVCache
 from offload.model_spec import ModelSpec
 from offload.weights import LayerWeights, Linear, ModelWeights
 
+_BATCH_QUERIES = 64
+"""From so many queries on ggml's attention takes its kernel for batches, which rounds differently."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
@@ -26,9 +29,9 @@ class StepShape:
     n_out: int
 
     @property
-    def trims_last_layer(self) -> bool:
-        """Whether only some rows go through the last layer's second half."""
-        return self.n_out < self.n_tokens
+    def n_queries(self) -> int:
+        """Tokens, counted from the last, whose queries the last layer computes."""
+        return min(self.n_tokens, max(self.n_out, _BATCH_QUERIES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,13 @@ class StepInputs:
     """Tensor addresses to fill before a run.
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
-    mask F16 [n_kv, n_tokens] (0 or -inf), out_rows I32 [n_out], 0 unless the shape trims the last layer.
+    mask F16 [n_kv, n_tokens] (0 or -inf).
     """
 
     tokens: int
     positions: int
     cells: int
     mask: int
-    out_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,35 +79,40 @@ class _StepBuilder:
         return tensor
 
     def _inputs(self) -> StepInputs:
-        n_tokens, n_kv, n_out = self.shape.n_tokens, self.shape.n_kv, self.shape.n_out
+        n_tokens, n_kv = self.shape.n_tokens, self.shape.n_kv
         return StepInputs(
             tokens=self._input(Type.I32, n_tokens),
             positions=self._input(Type.I32, n_tokens),
             cells=self._input(Type.I64, n_tokens),
             mask=self._input(Type.F16, n_kv, n_tokens),
-            # An input that no operation reads gets no memory.
-            out_rows=self._input(Type.I32, n_out) if self.shape.trims_last_layer else 0,
         )
 
     def build(self) -> StepGraph:
         hidden = ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens)
         for index, layer in enumerate(self.weights.layers):
-            trims = self.shape.trims_last_layer and index == self.spec.n_layer - 1
-            hidden = self._layer(index, layer, hidden, trims)
+            hidden = self._layer(index, layer, hidden)
         logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(self.graph, logits)
         return StepGraph(self.ctx, self.graph, self.inputs, logits)
 
-    def _layer(self, index: int, layer: LayerWeights, hidden: int, trims: bool) -> int:
-        attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm))
-        if trims:
-            attention = ggml.ggml_get_rows(self.ctx, attention, self.inputs.out_rows)
-            hidden = ggml.ggml_get_rows(self.ctx, hidden, self.inputs.out_rows)
-        hidden = ggml.ggml_add(self.ctx, attention, hidden)
+    def _layer(self, index: int, layer: LayerWeights, hidden: int) -> int:
+        is_last = index == self.spec.n_layer - 1
+        n_queries = self.shape.n_queries if is_last else self.shape.n_tokens
+        n_rows = self.shape.n_out if is_last else self.shape.n_tokens
+        attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm), n_queries)
+        hidden = ggml.ggml_add(self.ctx, self._tail(attention, n_rows), self._tail(hidden, n_rows))
         normed = self._norm(hidden, layer.ffn_norm)
-        n_rows = self.shape.n_out if trims else self.shape.n_tokens
         return self._experts(layer, normed, hidden, n_rows) if layer.router else self._dense(layer, normed, hidden)
+
+    def _tail(self, matrix: int, n_rows: int) -> int:
+        """The last `n_rows` rows of a matrix."""
+        tensor = ggml.tensor_at(matrix)
+        n_skipped = tensor.ne[1] - n_rows
+        if not n_skipped:
+            return matrix
+        offset = n_skipped * tensor.nb[1]
+        return int(ggml.ggml_view_2d(self.ctx, matrix, tensor.ne[0], n_rows, tensor.nb[1], offset))
 
     def _norm(self, hidden: int, weight: int) -> int:
         normed = ggml.ggml_rms_norm(self.ctx, hidden, self.spec.rms_eps)
@@ -117,10 +124,10 @@ class _StepBuilder:
 
     # --- attention -----------------------------------------------------------------------------------------
 
-    def _attention(self, index: int, layer: LayerWeights, hidden: int) -> int:
+    def _attention(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
         ctx, spec = self.ctx, self.spec
-        query, key, value = self._qkv(layer.qkv, hidden)
-        query = self._rope(query, self.inputs.positions)
+        query, key, value = self._qkv(layer.qkv, hidden, n_queries)
+        query = self._rope(query, self._tail_positions(n_queries))
         self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(
@@ -128,25 +135,35 @@ class _StepBuilder:
             ggml.ggml_permute(ctx, query, 0, 2, 1, 3),
             self._cached(self.cache.keys[index]),
             self._cached(self.cache.values[index]),
-            self.inputs.mask,
+            self._tail(self.inputs.mask, n_queries),
             spec.attention_scale,
             0.0,
             0.0,
         )
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
-        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, self.shape.n_tokens)
+        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, n_queries)
         return self._linear(layer.attn_output, joined)
 
-    def _qkv(self, qkv: tuple[Linear, ...], hidden: int) -> tuple[int, int, int]:
-        """Queries [n_embd_head, n_head, n_tokens], keys and values [n_embd_head, n_head_kv, n_tokens]."""
+    def _tail_positions(self, n_rows: int) -> int:
+        """Positions of the last `n_rows` tokens, I32 [n_rows]."""
+        if n_rows == self.shape.n_tokens:
+            return self.inputs.positions
+        offset = (self.shape.n_tokens - n_rows) * 4
+        return int(ggml.ggml_view_2d(self.ctx, self.inputs.positions, n_rows, 1, n_rows * 4, offset))
+
+    def _qkv(self, qkv: tuple[Linear, ...], hidden: int, n_queries: int) -> tuple[int, int, int]:
+        """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens]."""
         spec, n_tokens = self.spec, self.shape.n_tokens
         heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
         if len(qkv) == 3:
+            counts = (n_queries, n_tokens, n_tokens)
+            parts = [self._linear(part, self._tail(hidden, count)) for part, count in zip(qkv, counts, strict=True)]
             query, key, value = (
-                int(ggml.ggml_reshape_3d(self.ctx, self._linear(part, hidden), spec.n_embd_head, n_head, n_tokens))
-                for part, n_head in zip(qkv, heads, strict=True)
+                int(ggml.ggml_reshape_3d(self.ctx, part, spec.n_embd_head, n_head, count))
+                for part, n_head, count in zip(parts, heads, counts, strict=True)
             )
             return query, key, value
+        assert n_queries == n_tokens, "the last layer's queries must stand alone"
         joined = self._linear(qkv[0], hidden)
         head_bytes = spec.n_embd_head * 4
         row_bytes = sum(heads) * head_bytes

@@ -25,14 +25,13 @@ _MASKED = np.float16(-np.inf)
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """An allocated graph and its inputs as arrays; `out_rows` is empty unless the shape trims."""
+    """An allocated graph and its inputs as arrays."""
 
     step: StepGraph
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     cells: NDArray[np.int64]
     mask: NDArray[np.float16]
-    out_rows: NDArray[np.int32]
     logits: Logits
 
 
@@ -82,8 +81,6 @@ class Runner:
         prepared.positions[:] = positions
         prepared.cells[:] = positions
         _fill_causal(prepared.mask, positions)
-        if prepared.step.inputs.out_rows:
-            prepared.out_rows[:] = range(n_tokens - n_out, n_tokens)
         if is_cancelled is None:
             self.backend.compute(prepared.step.graph)
         else:
@@ -139,15 +136,12 @@ def _arrays(step: StepGraph, shape: StepShape, n_vocab: int) -> _Prepared:
         positions=_array(inputs.positions, np.int32, shape.n_tokens),
         cells=_array(inputs.cells, np.int64, shape.n_tokens),
         mask=_array(inputs.mask, np.float16, shape.n_tokens, shape.n_kv),
-        out_rows=_array(inputs.out_rows, np.int32, shape.n_out),
         logits=_array(step.logits, np.float32, shape.n_out, n_vocab),
     )
 
 
 def _array(tensor: int, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
-    """A tensor's memory as an array; an empty array for tensor 0."""
-    if not tensor:
-        return np.empty(0, dtype)
+    """A tensor's memory as an array."""
     n_bytes = ggml.ggml_nbytes(tensor)
     memory = (ctypes.c_uint8 * n_bytes).from_address(ggml.ggml_get_data(tensor))
     return np.frombuffer(memory, dtype).reshape(shape)

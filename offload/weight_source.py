@@ -194,10 +194,12 @@ def _rows(source: WeightSource, name: str, begin: int, end: int) -> WeightSource
 
 
 def join_layers(sources: ModelSources) -> ModelSources:
-    """The same model with Q, K and V joined in every layer, and gate and up, where their types allow it."""
-    layers = tuple(
-        replace(layer, qkv=join_rows(layer.qkv), gate_up=join_rows(layer.gate_up)) for layer in sources.layers
-    )
+    """The same model with gate and up joined in every layer, and Q, K and V, where their types allow it.
+
+    The last layer's Q stays alone: of a prompt only the end needs it.
+    """
+    *inner, last = (replace(layer, gate_up=join_rows(layer.gate_up)) for layer in sources.layers)
+    layers = (*(replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
     return replace(sources, layers=layers)
 
 

@@ -167,7 +167,7 @@ def test_a_prompt_read_for_its_last_token_is_llama_cpps(tmp_path: Path, wide: GG
             closing(Engine.open(config(path, weights="mapped"))) as engine,
             closing(Rival(RivalConfig(path, 256, 1, extra_buffers=False))) as rival,
         ):
-            assert kl_divergence(engine.prefill(tokens), rival.prefill(tokens)) < 1e-6
+            np.testing.assert_array_equal(engine.prefill(tokens), rival.prefill(tokens))
             for token in TOKENS[:20]:
                 assert kl_divergence(engine.decode(token), rival.decode(token)) < 1e-6
 

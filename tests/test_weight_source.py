@@ -98,7 +98,7 @@ def test_joined_rows_are_the_matrices_below_each_other(tmp_path: Path, content: 
     np.testing.assert_array_equal(floats(tmp_path, qkv.weight), expected)
     stacks = [content.values(f"blk.0.ffn_{name}_exps.weight") for name in ("gate", "up")]
     np.testing.assert_array_equal(floats(tmp_path, gate_up.weight), np.concatenate(stacks, axis=1))
-    assert len(last.qkv) == 1
+    assert len(last.qkv) == 3, "the last layer's queries stand alone"
     assert len(last.gate_up) == 1
 
 
