@@ -1,5 +1,8 @@
 """What the HTTP server adds to a token: the time per token over SSE, less the engine's own.
 
+`sse_overhead_ms` compares with what the engine in the server counted meanwhile; `..._over_engine_alone_ms` with an
+engine that has the machine to itself, so that it also holds what server and client take from the cores.
+
 Starts `slimoe serve` as a child on a free port and reads completions from it as a client does, in turn with an
 engine on the same model in this process. Both read the same prompt and answer greedily, so the text must be the
 same. The time per token is the mean over a stream, the first token left out. The last line of stdout is one JSON
@@ -58,10 +61,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One answer: its text and the seconds from each token to the next, in the mean."""
+    """One answer: its text, the seconds from each token to the next, in the mean, and those that the engine itself
+    counted meanwhile.
+    """
 
     text: str
     seconds_per_token: float
+    engine_seconds_per_token: float
 
 
 @asynccontextmanager
@@ -100,26 +106,21 @@ async def stream_from_server(session: aiohttp.ClientSession, url: str, prompt: l
         "stream": True,
         "ignore_eos": True,
     }
-    begin, pieces = None, []
+    lines = []
     async with session.post(f"{url}/v1/completions", json=body) as response:
         if response.status != 200:
             raise ServerFailedError(f"The server answered {response.status}: {await response.text()}")
+        # Only read here and parsed afterwards: what the client computes, it takes from the engine's cores.
         async for line in response.content:
-            choice = _choice(line)
-            if choice is None:
-                continue
-            pieces.append(choice["text"] or "")
-            begin = begin or time.perf_counter()
-            if choice["finish_reason"]:
-                return Stream("".join(pieces), (time.perf_counter() - begin) / (n_tokens - 1))
-    raise ServerFailedError("The server's stream broke off.")
-
-
-def _choice(line: bytes) -> Any:
-    if not line.startswith(b"data: {"):
-        return None
-    choices = json.loads(line[6:]).get("choices")
-    return choices[0] if choices else None
+            lines.append((time.perf_counter(), line))
+    chunks = [(at, json.loads(line[6:])) for at, line in lines if line.startswith(b"data: {")]
+    chunks = [(at, chunk) for at, chunk in chunks if chunk.get("choices")]
+    if not chunks or not chunks[-1][1]["choices"][0]["finish_reason"]:
+        raise ServerFailedError("The server's stream broke off.")
+    text = "".join(chunk["choices"][0]["text"] or "" for _, chunk in chunks)
+    engine_seconds = chunks[-1][1]["timings"]["predicted_ms"] / 1000
+    seconds = chunks[-1][0] - chunks[0][0]
+    return Stream(text, seconds / (n_tokens - 1), engine_seconds / (n_tokens - 1))
 
 
 def stream_from_engine(engine: Engine, prompt: list[int], n_tokens: int) -> Stream:
@@ -131,7 +132,8 @@ def stream_from_engine(engine: Engine, prompt: list[int], n_tokens: int) -> Stre
         if isinstance(event, TokenStep | Finished):
             times.append(time.perf_counter())
             pieces.append(event.text)
-    return Stream("".join(pieces), (times[-1] - times[0]) / (n_tokens - 1))
+    seconds = (times[-1] - times[0]) / (n_tokens - 1)
+    return Stream("".join(pieces), seconds, seconds)
 
 
 async def run(plan: Plan, engine: Engine) -> tuple[list[Stream], list[Stream]]:
@@ -150,9 +152,11 @@ async def run(plan: Plan, engine: Engine) -> tuple[list[Stream], list[Stream]]:
 
 def as_json(plan: Plan, served: list[Stream], own: list[Stream]) -> dict[str, Any]:
     """Medians over the rounds, in milliseconds."""
-    overheads = [over.seconds_per_token - alone.seconds_per_token for over, alone in zip(served, own, strict=True)]
+    over_own = [stream.seconds_per_token - stream.engine_seconds_per_token for stream in served]
+    over_alone = [over.seconds_per_token - alone.seconds_per_token for over, alone in zip(served, own, strict=True)]
     return {
-        "sse_overhead_ms": 1e3 * statistics.median(overheads),
+        "sse_overhead_ms": 1e3 * statistics.median(over_own),
+        "sse_overhead_over_engine_alone_ms": 1e3 * statistics.median(over_alone),
         "sse_ms_per_token": 1e3 * statistics.median(stream.seconds_per_token for stream in served),
         "engine_ms_per_token": 1e3 * statistics.median(stream.seconds_per_token for stream in own),
         "same_text": all(over.text == alone.text for over, alone in zip(served, own, strict=True)),
