@@ -13,7 +13,7 @@ from offload import ggml, ggml_backend
 from offload.backend import CpuBackend
 from offload.graph import StepGraph, StepShape, build_step
 from offload.kv_cache import CELL_STEP, KVCache
-from offload.memory import out_of_memory
+from offload.memory import advise_huge_pages, out_of_memory
 from offload.model_spec import ModelSpec
 from offload.weights import ModelWeights
 
@@ -108,12 +108,18 @@ class Runner:
         if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, step.graph):
             ggml.ggml_free(step.ctx)
             raise out_of_memory(before)
+        self._advise(step)
         if self.compute_bytes != before:
             # The buffer has moved, and with it the tensors of every graph that was allocated in it.
             self._drop_graphs(keep=0)
         self._drop_graphs(keep=_MAX_GRAPHS - 1)
         self._graphs[shape] = prepared = _arrays(step, shape, self.spec.n_vocab)
         return prepared
+
+    def _advise(self, step: StepGraph) -> None:
+        """Wishes for huge pages under the compute buffer, which only a graph allocated in it leads to."""
+        buffer = ggml.tensor_at(step.logits).buffer
+        advise_huge_pages(ggml_backend.ggml_backend_buffer_get_base(buffer), self.compute_bytes)
 
     def _drop_graphs(self, keep: int) -> None:
         while len(self._graphs) > keep:
