@@ -49,10 +49,6 @@ def ggml_backend_buft_get_alloc_size(buft: Ptr, tensor: Ptr) -> Size: ...
 
 
 @c_function(_BASE)
-def ggml_backend_buft_get_alignment(buft: Ptr) -> Size: ...
-
-
-@c_function(_BASE)
 def ggml_backend_buffer_free(buffer: Ptr) -> None: ...
 
 
@@ -78,10 +74,6 @@ def ggml_backend_tensor_alloc(buffer: Ptr, tensor: Ptr, address: Ptr) -> I32: ..
 
 @c_function(_BASE)
 def ggml_backend_tensor_set(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
-
-
-@c_function(_BASE)
-def ggml_backend_tensor_get(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
 
 
 @c_function(_BASE)
@@ -131,10 +123,6 @@ def ggml_backend_reg_dev_get(registry: Ptr, index: Size) -> Ptr: ...
 def ggml_backend_reg_get_proc_address(registry: Ptr, name: Str) -> Ptr: ...
 
 
-@c_function(_BASE)
-def ggml_backend_dev_supports_op(device: Ptr, op: Ptr) -> Bool: ...
-
-
 @c_function(_CPU)
 def ggml_backend_cpu_init() -> Ptr: ...
 
@@ -165,11 +153,3 @@ def ggml_threadpool_new(params: Ptr) -> Ptr: ...
 
 @c_function(_CPU)
 def ggml_threadpool_free(threadpool: Ptr) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_pause(threadpool: Ptr) -> None: ...
-
-
-@c_function(_CPU)
-def ggml_threadpool_resume(threadpool: Ptr) -> None: ...

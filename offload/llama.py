@@ -7,7 +7,7 @@ Sources: llama.h and gguf.h of the pinned version. Models, vocabularies and GGUF
 
 import ctypes
 
-from offload.library import F32, I32, U32, Bool, Ptr, Size, Str, c_function, open_library
+from offload.library import I32, U32, Bool, Ptr, Size, Str, c_function, open_library
 
 _BASE = open_library("ggml-base")
 _LLAMA = open_library("llama")
@@ -54,10 +54,6 @@ def gguf_free(ctx: Ptr) -> None: ...
 
 @c_function(_BASE)
 def gguf_set_val_u32(ctx: Ptr, key: Str, value: U32) -> None: ...
-
-
-@c_function(_BASE)
-def gguf_set_val_f32(ctx: Ptr, key: Str, value: F32) -> None: ...
 
 
 @c_function(_BASE)
@@ -113,10 +109,6 @@ def llama_vocab_eos(vocab: Ptr) -> I32: ...
 
 @c_function(_LLAMA)
 def llama_vocab_get_add_bos(vocab: Ptr) -> Bool: ...
-
-
-@c_function(_LLAMA)
-def llama_vocab_is_eog(vocab: Ptr, token: I32) -> Bool: ...
 
 
 @c_function(_LLAMA)

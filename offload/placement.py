@@ -8,7 +8,6 @@ from gguf import GGMLQuantizationType
 
 from offload.backend import can_repack
 from offload.errors import UsageError
-from offload.memory import human
 from offload.model_spec import ModelSpec
 from offload.probe import KernelSpeed
 from offload.weight_source import LayerSources, ModelSources, WeightSource
@@ -61,18 +60,6 @@ class Placement:
 
     def _repacks(self, source: WeightSource) -> bool:
         return source.type in self.repacked_types and _repackable(source)
-
-    def describe(self) -> str:
-        """One line for a person."""
-        parts = {
-            "file": self.mapped,
-            "weights": self.copied,
-            "repacked weights": self.repacked,
-            "KV cache": self.kv,
-            "compute": self.compute,
-        }
-        listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items() if n)
-        return f"{human(self.required)} of memory: {listed}, rest {human(self.overhead)}"
 
 
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
