@@ -31,7 +31,8 @@ from bench.stepping import kl_divergence, random_tokens
 from converter.convert import ConvertOptions, convert
 from converter.type_recipe import RECIPES
 from offload.backend import default_threads
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from offload.errors import SlimoeError, UsageError
 
 PROMPTS = ("The river", "In the beginning", "def read(path):", "function add(a, b) {", "[INST] Define a noun. [/INST]")

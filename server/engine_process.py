@@ -256,7 +256,8 @@ def _describe(engine: ServedEngine) -> frames.ModelInfo:
 
 def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:
     """Opens the real engine; what `request` leaves open takes the engine's defaults."""
-    from offload.engine import Engine, EngineConfig
+    from offload.engine import Engine
+    from offload.engine_plan import EngineConfig
 
     chosen: dict[str, Any] = {
         "n_ctx": request.n_ctx,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import msgspec
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from server.engine_options import EngineOptions
 from server.terminal import loading_progress
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from offload.generation import GenerationRequest, TokenStep
 from offload.sampling import SamplingParams
 from server.engine_options import DEMO

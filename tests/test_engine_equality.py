@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType as Type
 from bench.rival import Rival, RivalConfig
 from bench.stepping import kl_divergence, random_tokens
 from converter.convert import ConvertOptions, convert
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from offload.errors import UsageError
 from tests.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content, write_shards
 from tests.tiny_checkpoint import TinyConfig, logits, save_checkpoint

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from offload.errors import BadLogitsError, ContextOverflowError, ModelFileError, UsageError
 from offload.generation import (
     Event,

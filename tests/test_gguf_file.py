@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from offload.engine import EngineConfig, has_tokenizer, plan_engine
+from offload.engine_plan import EngineConfig, has_tokenizer, plan_engine
 from offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.tokenizer import Tokenizer

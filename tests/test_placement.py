@@ -8,7 +8,8 @@ from gguf import GGMLQuantizationType as Type
 import offload.engine
 from offload import ggml_backend
 from offload.backend import can_repack
-from offload.engine import Engine, EngineConfig, plan_engine
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig, plan_engine
 from offload.errors import DoesNotFitError, UsageError
 from offload.gguf_file import read_gguf
 from offload.model_spec import ModelSpec

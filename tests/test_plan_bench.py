@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
 from server.cli import run
 from server.engine_options import DEMO
 

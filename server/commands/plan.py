@@ -6,7 +6,7 @@ from typing import Any
 import click
 import msgspec
 
-from offload.engine import EnginePlan, plan_engine
+from offload.engine_plan import EnginePlan, plan_engine
 from offload.memory import human, require
 from server.engine_options import OptionsCommand, engine_flags, engine_options
 from server.local_engine import engine_config
