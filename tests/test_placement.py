@@ -6,6 +6,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import offload.engine
+import offload.engine_plan
 from offload import ggml_backend
 from offload.backend import can_repack
 from offload.engine import Engine
@@ -138,11 +139,11 @@ def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, mon
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(offload.engine, "load_weights", load)
-    monkeypatch.setattr(offload.engine, "available_bytes", lambda: required - 1)
+    monkeypatch.setattr(offload.engine_plan, "available_bytes", lambda: required - 1)
     with pytest.raises(DoesNotFitError, match=r"needs .* MiB of memory, but .* MiB are available") as caught:
         Engine.open(config)
     assert (caught.value.required_bytes, caught.value.available_bytes) == (required, required - 1)
-    monkeypatch.setattr(offload.engine, "available_bytes", lambda: required)
+    monkeypatch.setattr(offload.engine_plan, "available_bytes", lambda: required)
     with pytest.raises(AssertionError, match="a weight was loaded"):
         Engine.open(config)
 
