@@ -60,10 +60,12 @@ class StepGraph:
 
 def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> StepGraph:
     """Builds the graph of one step; nothing is allocated for it yet."""
-    return _StepBuilder(spec, weights, cache, shape).build()
+    return StepBuilder(spec, weights, cache, shape).build()
 
 
-class _StepBuilder:
+class StepBuilder:
+    """Adds a model's operations to one graph; tensors are addresses."""
+
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> None:
         self.spec, self.weights, self.cache, self.shape = spec, weights, cache, shape
         n_nodes = 64 + spec.n_layer * (48 + 2 * spec.n_expert_used)
@@ -88,22 +90,33 @@ class _StepBuilder:
         )
 
     def build(self) -> StepGraph:
+        """The whole step as one graph."""
         hidden = ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens)
-        for index, layer in enumerate(self.weights.layers):
-            hidden = self._layer(index, layer, hidden)
+        for index in range(self.spec.n_layer):
+            hidden = self._feed_forward(index, self._attend(index, hidden))
         logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(self.graph, logits)
         return StepGraph(self.ctx, self.graph, self.inputs, logits)
 
-    def _layer(self, index: int, layer: LayerWeights, hidden: int) -> int:
-        is_last = index == self.spec.n_layer - 1
-        n_queries = self.shape.n_queries if is_last else self.shape.n_tokens
-        n_rows = self.shape.n_out if is_last else self.shape.n_tokens
+    def _n_rows(self, index: int) -> int:
+        """Rows that leave a layer: in the last one only those whose logits are wanted."""
+        return self.shape.n_out if index == self.spec.n_layer - 1 else self.shape.n_tokens
+
+    def _attend(self, index: int, hidden: int) -> int:
+        """The first half of a block: [n_embd, n_tokens] to [n_embd, n_rows]."""
+        layer, n_rows = self.weights.layers[index], self._n_rows(index)
+        n_queries = self.shape.n_queries if index == self.spec.n_layer - 1 else self.shape.n_tokens
         attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm), n_queries)
-        hidden = ggml.ggml_add(self.ctx, self._tail(attention, n_rows), self._tail(hidden, n_rows))
+        return int(ggml.ggml_add(self.ctx, self._tail(attention, n_rows), self._tail(hidden, n_rows)))
+
+    def _feed_forward(self, index: int, hidden: int) -> int:
+        """The second half of a block, [n_embd, n_rows]."""
+        layer = self.weights.layers[index]
         normed = self._norm(hidden, layer.ffn_norm)
-        return self._experts(layer, normed, hidden, n_rows) if layer.router else self._dense(layer, normed, hidden)
+        if not layer.router:
+            return self._dense(layer, normed, hidden)
+        return self._experts(layer, normed, hidden, self._n_rows(index))
 
     def _tail(self, matrix: int, n_rows: int) -> int:
         """The last `n_rows` rows of a matrix."""
