@@ -1,0 +1,98 @@
+"""What opening a model will take, decided from its header before a weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.backend import CpuBackend, default_threads
+from offload.errors import ModelFileError, UsageError
+from offload.file_keys import TOKENS
+from offload.gguf_file import GGUFFile, read_gguf
+from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
+from offload.memory import available_bytes
+from offload.model_spec import ModelSpec, check_tensors
+from offload.placement import Placement, decide_placement, matrix_bytes, repackable_types
+from offload.probe import KernelSpeed, measured_speeds
+from offload.weight_source import ModelSources, model_sources
+
+DEFAULT_CTX = 4096
+MAX_THREADS = 512  # ggml's own limit
+_PROBE_ABOVE_BYTES = 256 << 20
+"""Smaller models answer before a measurement would be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to open a model; None means: decide for me.
+
+    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `weights` a mode of `Placement` or auto.
+    """
+
+    model: Path
+    n_ctx: int | None = None
+    n_batch: int = 512
+    n_threads: int | None = None
+    kv_type: str = "f16"
+    weights: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """Everything decided before the first weight is loaded."""
+
+    gguf: GGUFFile
+    spec: ModelSpec
+    sources: ModelSources
+    n_ctx: int
+    n_cells: int
+    n_batch: int
+    n_threads: int
+    placement: Placement
+    available: int
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """Reads the header and decides; loads nothing.
+
+    Raises ModelFileError, UnsupportedModelError and UsageError.
+    """
+    gguf = read_gguf(config.model)
+    spec = ModelSpec.from_gguf(gguf)
+    check_tensors(gguf, spec)
+    _check_vocabulary(gguf, spec)
+    sources = model_sources(gguf, spec)
+    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
+    n_threads = default_threads() if config.n_threads is None else config.n_threads
+    for name, value in (("--ctx", n_ctx), ("--batch", config.n_batch), ("--threads", n_threads)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}, but must be at least 1.")
+    if n_threads > MAX_THREADS:
+        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
+    n_cells = -(-n_ctx // CELL_STEP) * CELL_STEP
+    n_batch = min(config.n_batch, n_cells)
+    available = available_bytes()
+    kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
+    speeds = _speeds(config, sources, n_threads)
+    placement = decide_placement(sources, spec, config.weights, speeds, kv, n_cells, n_batch, available)
+    return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
+
+
+def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:
+    tokens = gguf.metadata.get(TOKENS)
+    if isinstance(tokens, list) and len(tokens) != spec.n_vocab:
+        problem = f"the tokenizer has {len(tokens)} tokens, the model {spec.n_vocab}."
+        raise ModelFileError(gguf.path, problem, "Convert the model again, with the tokenizer that belongs to it.")
+
+
+def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
+    if config.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
+        return {}
+    backend = CpuBackend(n_threads)
+    try:
+        return measured_speeds(repackable_types(sources), backend)
+    finally:
+        backend.close()
+
+
+def has_tokenizer(gguf: GGUFFile) -> bool:
+    """Whether the file carries a vocabulary; without one only token ids go in and out."""
+    return TOKENS in gguf.metadata
