@@ -211,16 +211,18 @@ def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
     if len(parts) == 1 or not alike or any(part.bias for part in parts):
         return tuple(parts)
     n_stack = first.ne[2] if len(first.ne) > 2 else 1
-    spans = tuple(span for index in range(n_stack) for w in weights for span in _slice(w, index, n_stack))
+    spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
     ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
     return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
 
 
-def _slice(weight: WeightSource, index: int, n_stack: int) -> tuple[Span, ...]:
-    """The bytes of matrix `index` of a stack of `n_stack`."""
-    if len(weight.spans) == n_stack:
-        return (weight.spans[index],)
-    assert len(weight.spans) == 1, weight.name
-    span = weight.spans[0]
-    n_bytes = span.n_bytes // n_stack
-    return (Span(span.shard, span.offset + index * n_bytes, n_bytes),)
+def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
+    """Matrix `index` of a stack, as a weight of its own; a single matrix is a stack of one."""
+    n_stack = stack.ne[2] if len(stack.ne) > 2 else 1
+    if len(stack.spans) == n_stack:
+        span = stack.spans[index]
+    else:
+        assert len(stack.spans) == 1, stack.name
+        n_bytes = stack.n_bytes // n_stack
+        span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
+    return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
