@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from offload.backend import CpuBackend
+from offload.batch import single_batch
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
 from offload.errors import ContextOverflowError
 from offload.generation import Event, GenerationRequest
@@ -92,7 +93,7 @@ class Engine:
         """
         if self.n_past + len(tokens) > self.n_ctx:
             raise ContextOverflowError(self.n_past + len(tokens), self.n_ctx)
-        logits = self._runner.run(tokens, self.n_past, n_out, is_cancelled)
+        logits = self._runner.run(single_batch(tokens, self.n_past, n_out), is_cancelled)
         self._tokens.extend(tokens)
         return logits
 

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.backend import CpuBackend
+from offload.batch import Batch, fill_mask
 from offload.graph import StepGraph, StepShape, build_step
-from offload.kv_cache import CELL_STEP, KVCache
+from offload.kv_cache import KVCache
 from offload.memory import advise_huge_pages, out_of_memory
 from offload.model_spec import ModelSpec
 from offload.weights import ModelWeights
@@ -20,7 +21,6 @@ from offload.weights import ModelWeights
 Logits = NDArray[np.float32]
 
 _MAX_GRAPHS = 24
-_MASKED = np.float16(-np.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +63,18 @@ class Runner:
         """Size of the buffer that all intermediate results share."""
         return int(ggml_backend.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
-    def run(
-        self, tokens: Sequence[int], n_past: int, n_out: int, is_cancelled: Callable[[], bool] | None = None
-    ) -> Logits:
-        """Reads `tokens` after the `n_past` cached ones; logits [n_out, n_vocab] of the last `n_out` of them.
+    def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
+        """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens.
 
         The array is the engine's own memory and is overwritten by the next step. Raises EngineAbortedError.
         """
-        n_tokens = len(tokens)
-        n_kv = -(-(n_past + n_tokens) // CELL_STEP) * CELL_STEP
         assert self._allocator, "the engine is closed"
-        assert 0 < n_out <= n_tokens
-        assert n_kv <= self.cache.n_cells
-        prepared = self._prepare(StepShape(n_tokens, n_kv, n_out))
-        positions = np.arange(n_past, n_past + n_tokens, dtype=np.int32)
-        prepared.tokens[:] = tokens
-        prepared.positions[:] = positions
-        prepared.cells[:] = positions
-        _fill_causal(prepared.mask, positions)
+        assert batch.n_kv <= self.cache.n_cells
+        prepared = self._prepare(StepShape(batch.n_tokens, batch.n_kv, batch.n_out))
+        prepared.tokens[:] = batch.tokens
+        prepared.positions[:] = batch.positions
+        prepared.cells[:] = batch.cells
+        fill_mask(prepared.mask, batch)
         if is_cancelled is None:
             self.backend.compute(prepared.step.graph)
         else:
@@ -151,12 +145,3 @@ def _array(tensor: int, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
     n_bytes = ggml.ggml_nbytes(tensor)
     memory = (ctypes.c_uint8 * n_bytes).from_address(ggml.ggml_get_data(tensor))
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _fill_causal(mask: NDArray[np.float16], positions: NDArray[np.int32]) -> None:
-    """Row t sees the cells up to position t."""
-    begin = int(positions[0])
-    mask[:, :begin] = 0
-    mask[:, begin:] = _MASKED
-    for row, position in enumerate(positions):
-        mask[row, begin : position + 1] = 0
