@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import psutil
+from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.memory import advise_huge_pages, out_of_memory
@@ -95,6 +97,35 @@ def can_repack(kind: int, ne0: int, ne1: int) -> bool:
     return taken
 
 
+class Backend(Protocol):
+    """Whatever computes graphs: the CPU, or another device with memory of its own."""
+
+    seconds: float
+
+    @property
+    def buft(self) -> int:
+        """The ggml buffer type of its memory."""
+
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory can be looked at."""
+
+    def allocate(self, n_bytes: int) -> int:
+        """A buffer; raises DoesNotFitError."""
+
+    def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Copies an array into a tensor, `offset` in bytes."""
+
+    def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Fills an array from a tensor."""
+
+    def compute(self, graph: int) -> None:
+        """Runs a whole graph."""
+
+    def compute_until(self, graph: int, is_cancelled: Callable[[], bool]) -> None:
+        """Runs a graph and stops where it can when `is_cancelled` says so, with EngineAbortedError."""
+
+
 class CpuBackend:
     """Runs graphs on `n_threads` threads of its own pool; the calling thread is one of them.
 
@@ -111,6 +142,28 @@ class CpuBackend:
         ggml_backend.ggml_backend_cpu_set_n_threads(self._handle, n_threads)
         ggml_backend.ggml_backend_cpu_set_threadpool(self._handle, self._pool)
         self._no_callback = ggml_backend.ABORT_CALLBACK(0)
+
+    @property
+    def buft(self) -> int:
+        """Plain host memory."""
+        return int(ggml_backend.ggml_backend_cpu_buffer_type() or 0)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory can be looked at: it can."""
+        return True
+
+    def allocate(self, n_bytes: int) -> int:
+        """A buffer of plain memory; raises DoesNotFitError."""
+        return allocate(self.buft, n_bytes)
+
+    def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Copies an array into a tensor, `offset` in bytes."""
+        ctypes.memmove(ggml.ggml_get_data(tensor) + offset, values.ctypes.data, values.nbytes)
+
+    def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Fills an array from a tensor."""
+        ctypes.memmove(values.ctypes.data, ggml.ggml_get_data(tensor) + offset, values.nbytes)
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""

@@ -13,6 +13,10 @@ from typing import Annotated, Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload.errors import LibraryError
+from offload.ggml_struct import InitParams as InitParams
+from offload.ggml_struct import Tensor as Tensor
+from offload.ggml_struct import array_at as array_at
+from offload.ggml_struct import tensor_at as tensor_at
 from offload.library import (
     F32,
     GGML_VERSION,
@@ -31,42 +35,11 @@ _BASE = open_library("ggml-base")
 
 _NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
 PREC_F32 = 10
-
-
-class InitParams(ctypes.Structure):
-    """`struct ggml_init_params`."""
-
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-class Tensor(ctypes.Structure):
-    """`struct ggml_tensor`, read only through `tensor_at`."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-        ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    )
+SORT_DESCENDING = 1
 
 
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LogCallback = Annotated[Any, LOG_CALLBACK]
-
-
-def tensor_at(address: int) -> Tensor:
-    """The tensor structure at `address`."""
-    return Tensor.from_address(address)
 
 
 # --- contexts, tensors, graphs -----------------------------------------------------------------------------
@@ -192,7 +165,7 @@ def ggml_soft_max(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
-def ggml_argsort_top_k(ctx: Ptr, a: Ptr, k: I32) -> Ptr: ...
+def ggml_argsort(ctx: Ptr, a: Ptr, order: I32) -> Ptr: ...
 
 
 @c_function(_BASE)
@@ -228,11 +201,23 @@ def ggml_flash_attn_ext(
 
 
 @c_function(_BASE)
+def ggml_cpy(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_1d(ctx: Ptr, a: Ptr, ne0: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_reshape_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
 
 
 @c_function(_BASE)
 def ggml_reshape_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_1d(ctx: Ptr, a: Ptr, ne0: I64, offset: Size) -> Ptr: ...
 
 
 @c_function(_BASE)

@@ -245,16 +245,25 @@ class StepBuilder:
 
     def _route(self, router: int, normed: int, n_rows: int) -> tuple[int, int]:
         """The chosen experts, I32 [n_expert_used, n_rows], and their shares, F32 [1, n_expert_used, n_rows]."""
+        ranked, shares = self._ranked(router, normed, n_rows)
+        stride = ggml.tensor_at(ranked).nb[1]
+        chosen = ggml.ggml_view_2d(self.ctx, ranked, self.spec.n_expert_used, n_rows, stride, 0)
+        return chosen, shares
+
+    def _ranked(self, router: int, normed: int, n_rows: int) -> tuple[int, int]:
+        """All experts from the likeliest on, I32 [n_expert, n_rows], and the chosen ones' shares."""
         ctx, spec = self.ctx, self.spec
         logits = ggml.ggml_mul_mat(ctx, router, normed)
+        n_expert = int(ggml.tensor_at(logits).ne[0])
         probabilities = ggml.ggml_soft_max(ctx, logits)
-        chosen = ggml.ggml_argsort_top_k(ctx, probabilities, spec.n_expert_used)
-        picked = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, probabilities, 1, spec.n_expert, n_rows), chosen)
+        ranked = int(ggml.ggml_argsort(ctx, probabilities, ggml.SORT_DESCENDING))
+        chosen = ggml.ggml_view_2d(ctx, ranked, spec.n_expert_used, n_rows, ggml.tensor_at(ranked).nb[1], 0)
+        picked = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_rows), chosen)
         shares = ggml.ggml_reshape_2d(ctx, picked, spec.n_expert_used, n_rows)
         shares = ggml.ggml_div(ctx, shares, ggml.ggml_sum_rows(ctx, shares))
         if spec.expert_weights_scale not in (0.0, 1.0):
             shares = ggml.ggml_scale(ctx, shares, spec.expert_weights_scale)
-        return chosen, ggml.ggml_reshape_3d(ctx, shares, 1, spec.n_expert_used, n_rows)
+        return ranked, int(ggml.ggml_reshape_3d(ctx, shares, 1, spec.n_expert_used, n_rows))
 
     def _combine(self, outputs: int, residual: int, n_rows: int) -> int:
         """Sums the experts' weighted outputs [n_embd, n_expert_used, n_rows], and the residual [n_embd, n_rows]."""

@@ -1,0 +1,114 @@
+"""Tensors that outlive a graph: what the segments of a step, the experts between them and the host pass each other.
+
+They lie in one buffer of the backend that runs the segments, at fixed addresses, big enough for the largest batch.
+Where that memory is the host's own, reading one is looking at it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from offload import ggml, ggml_backend
+from offload.backend import Backend
+
+_ALIGNMENT = 256
+_DTYPES: dict[int, type[np.generic]] = {
+    Type.F32: np.float32,
+    Type.F16: np.float16,
+    Type.I32: np.int32,
+    Type.I64: np.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeShape:
+    """The largest step: tokens, cells looked at, experts to choose from and chosen, later layers that are asked."""
+
+    n_embd: int
+    n_tokens: int
+    n_cells: int
+    n_expert: int
+    n_used: int
+    n_ahead: int
+
+
+class Exchange:
+    """The tensors, by purpose; all are one-dimensional, and used through views of the step's shape.
+
+    tokens, positions I32 and cells I64 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
+    residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
+    shares F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's choice.
+    ahead F32 [n_expert * n_ahead]: what later layers' routers say.
+    outputs F32 [n_embd * n_used * n_tokens]: each pick's weighted result, in the router's order.
+    """
+
+    def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
+        self._backend = backend
+        n_tokens, n_embd = shape.n_tokens, shape.n_embd
+        wanted = {
+            "tokens": (Type.I32, n_tokens),
+            "positions": (Type.I32, n_tokens),
+            "cells": (Type.I64, n_tokens),
+            "mask": (Type.F16, shape.n_cells * n_tokens),
+            "residual": (Type.F32, n_embd * n_tokens),
+            "normed": (Type.F32, n_embd * n_tokens),
+            "shares": (Type.F32, shape.n_used * n_tokens),
+            "ranked": (Type.I32, shape.n_expert * n_tokens),
+            "ahead": (Type.F32, max(1, shape.n_expert * shape.n_ahead)),
+            "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
+        }
+        self._ctx = ggml.ggml_init(ggml.InitParams(len(wanted) * ggml.ggml_tensor_overhead() + 1024, None, True))
+        self._tensors = {name: ggml.ggml_new_tensor_1d(self._ctx, *kind) for name, kind in wanted.items()}
+        sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors.values()]
+        self.n_bytes = sum(sizes) + _ALIGNMENT
+        self._buffer = backend.allocate(self.n_bytes)
+        base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
+        address = -(-base // _ALIGNMENT) * _ALIGNMENT
+        for tensor, size in zip(self._tensors.values(), sizes, strict=True):
+            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, address)
+            address += size
+        self._dtypes = {name: _DTYPES[kind[0]] for name, kind in wanted.items()}
+        self._views = {name: self._view(name) for name in wanted} if backend.is_host else {}
+
+    def _view(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        return ggml.array_at(ggml.ggml_get_data(tensor), self._dtypes[name], ggml.tensor_at(tensor).ne[0])
+
+    def tensor(self, name: str) -> int:
+        """The whole tensor's address, for graphs to take views of."""
+        tensor: int = self._tensors[name]
+        return tensor
+
+    def view(self, ctx: int, name: str, ne: Sequence[int]) -> int:
+        """A view [ne0, ne1] of a tensor's beginning, in a graph's context."""
+        tensor, row_bytes = self._tensors[name], ne[0] * np.dtype(self._dtypes[name]).itemsize
+        return int(ggml.ggml_view_2d(ctx, tensor, ne[0], ne[1], row_bytes, 0))
+
+    def read(self, name: str, *shape: int) -> NDArray[Any]:
+        """The beginning of a tensor as an array of a shape (slowest axis first); good until the next graph."""
+        n = int(np.prod(shape))
+        if self._views:
+            return self._views[name][:n].reshape(shape)
+        values = np.empty(shape, self._dtypes[name])
+        self._backend.get(self._tensors[name], values)
+        return values
+
+    def write(self, name: str, values: NDArray[Any], begin: int = 0) -> None:
+        """Writes values from element `begin` on."""
+        flat = np.ascontiguousarray(values, self._dtypes[name]).reshape(-1)
+        if self._views:
+            self._views[name][begin : begin + flat.size] = flat
+        else:
+            self._backend.set(self._tensors[name], flat, begin * flat.itemsize)
+
+    def close(self) -> None:
+        """Frees the memory."""
+        if self._buffer:
+            self._views.clear()
+            ggml_backend.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._ctx)
+            self._buffer = 0

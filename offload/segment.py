@@ -1,0 +1,133 @@
+"""Builds the graphs of a step that is cut at routers whose experts are not all at hand.
+
+A segment begins with the token rows, or with the sum of the experts' outputs of the layer where the one before ended.
+It ends at the next cut layer's router, or with the logits. Everything between is `StepBuilder`'s, in llama.cpp's order,
+so that the cut changes no bit. The last operation of a cut layer also asks the routers of the next layers what they
+would choose for this layer's input, since most of a model changes its mind little from layer to layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload import ggml
+from offload.exchange import Exchange
+from offload.graph import StepBuilder, StepInputs, StepShape
+from offload.kv_cache import KVCache
+from offload.model_spec import ModelSpec
+from offload.weights import ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers `begin` to `end`: of layer `begin` only the sum of its experts, of `end` all up to its router.
+
+    `begin` is -1 for the segment that begins with the tokens, `end` is n_layer for the segment that computes the logits. `ahead` are the layers whose routers are asked early.
+    """
+
+    begin: int
+    end: int
+    ahead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGraph:
+    """A built graph; `logits` is 0 but in the last segment: F32 [n_vocab, n_out]."""
+
+    ctx: int
+    graph: int
+    logits: int
+
+
+def cut_into_segments(n_layer: int, cut_layers: Sequence[int], n_ahead: int) -> tuple[Segment, ...]:
+    """The segments of a step that is cut at `cut_layers`, each asking the routers of the next `n_ahead` of them."""
+    ends = [*cut_layers, n_layer]
+    begins = [-1, *cut_layers]
+    return tuple(
+        Segment(begin, end, tuple(cut_layers[index + 1 : index + 1 + n_ahead]))
+        for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
+    )
+
+
+class SegmentBuilder(StepBuilder):
+    """Builds one segment of a step."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape, exchange: Exchange
+    ) -> None:
+        self.exchange = exchange
+        super().__init__(spec, weights, cache, shape)
+
+    def _inputs(self) -> StepInputs:
+        n_tokens, n_kv = self.shape.n_tokens, self.shape.n_kv
+        return StepInputs(
+            tokens=self._vector("tokens", n_tokens),
+            positions=self._vector("positions", n_tokens),
+            cells=self._vector("cells", n_tokens),
+            mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)),
+        )
+
+    def _vector(self, name: str, n: int) -> int:
+        return int(ggml.ggml_view_1d(self.ctx, self.exchange.tensor(name), n, 0))
+
+    def build_segment(self, segment: Segment) -> SegmentGraph:
+        """The graph of one segment."""
+        hidden = self._combined(segment.begin) if segment.begin >= 0 else self._embedded()
+        for index in range(segment.begin + 1, segment.end):
+            hidden = self._feed_forward(index, self._attend(index, hidden))
+        if segment.end == self.spec.n_layer:
+            logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
+            ggml.ggml_set_output(logits)
+            ggml.ggml_build_forward_expand(self.graph, logits)
+            return SegmentGraph(self.ctx, self.graph, logits)
+        self._choose(segment, self._attend(segment.end, hidden))
+        return SegmentGraph(self.ctx, self.graph, 0)
+
+    def _embedded(self) -> int:
+        return int(ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens))
+
+    def _combined(self, index: int) -> int:
+        """The sum of a layer's expert outputs and its residual."""
+        spec, n_rows = self.spec, self._n_rows(index)
+        row_bytes = 4 * spec.n_embd
+        outputs = ggml.ggml_view_3d(
+            self.ctx,
+            self.exchange.tensor("outputs"),
+            spec.n_embd,
+            spec.n_expert_used,
+            n_rows,
+            row_bytes,
+            row_bytes * spec.n_expert_used,
+            0,
+        )
+        return self._combine(outputs, self.exchange.view(self.ctx, "residual", (spec.n_embd, n_rows)), n_rows)
+
+    def _choose(self, segment: Segment, hidden: int) -> None:
+        """Hands out the residual, the experts' input and the router's choice."""
+        spec, n_rows = self.spec, self._n_rows(segment.end)
+        layer = self.weights.layers[segment.end]
+        plain = ggml.ggml_rms_norm(self.ctx, hidden, spec.rms_eps)
+        normed = int(ggml.ggml_mul(self.ctx, plain, layer.ffn_norm))
+        ranked, shares = self._ranked(layer.router, normed, n_rows)
+        n_expert = int(ggml.tensor_at(ranked).ne[0])
+        self._hand_out(hidden, "residual", (spec.n_embd, n_rows))
+        self._hand_out(normed, "normed", (spec.n_embd, n_rows))
+        self._hand_out(shares, "shares", (spec.n_expert_used, n_rows))
+        self._hand_out(ranked, "ranked", (n_expert, n_rows))
+        if n_rows == 1:
+            self._look_ahead(segment, int(plain))
+
+    def _look_ahead(self, segment: Segment, plain: int) -> None:
+        """What the next routers say to this layer's input, one row of `n_expert` each in `ahead`."""
+        stride = 4 * self.spec.n_expert
+        for row, index in enumerate(segment.ahead):
+            layer = self.weights.layers[index]
+            logits = ggml.ggml_mul_mat(self.ctx, layer.router, ggml.ggml_mul(self.ctx, plain, layer.ffn_norm))
+            n_expert = int(ggml.tensor_at(logits).ne[0])
+            target = ggml.ggml_view_1d(self.ctx, self.exchange.tensor("ahead"), n_expert, row * stride)
+            flat = ggml.ggml_reshape_1d(self.ctx, logits, n_expert)
+            ggml.ggml_build_forward_expand(self.graph, ggml.ggml_cpy(self.ctx, flat, target))
+
+    def _hand_out(self, tensor: int, name: str, ne: tuple[int, int]) -> None:
+        target = self.exchange.view(self.ctx, name, ne)
+        shaped = ggml.ggml_reshape_2d(self.ctx, tensor, *ne)
+        ggml.ggml_build_forward_expand(self.graph, ggml.ggml_cpy(self.ctx, shaped, target))
