@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from converter.checkpoint import Checkpoint, CheckpointTensor
 from offload.errors import ModelFileError, UnsupportedModelError
-from offload.model_spec import ROPE_FREQS, AttentionSpec, ExpertSpec, ModelSpec, RopeSpec
+from offload.model_spec import ROPE_FREQS, AttentionSpec, ExpertSpec, ModelSpec
+from offload.rope_spec import RopeSpec
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 """Hugging Face class names, and the GGUF architecture that holds such a model."""

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "offload", "converter", "bench", "tests")
-SHARED_LEAVES = {"errors", "file_keys", "ggml", "gguf_file", "library", "model_spec"}
+SHARED_LEAVES = {"errors", "file_keys", "gguf_file", "library", "metadata_keys", "model_spec", "rope_spec"}
+SHARED_LEAVES |= {"ggml", "ggml_struct"}
 MAY_IMPORT = {
     "offload": {"offload"},
     "converter": {"converter", "offload"},

@@ -7,7 +7,8 @@ import pytest
 
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, read_gguf
-from offload.model_spec import AttentionSpec, ExpertSpec, ModelSpec, RopeSpec, check_tensors
+from offload.model_spec import AttentionSpec, ExpertSpec, ModelSpec, check_tensors
+from offload.rope_spec import RopeSpec
 
 SPEC = ModelSpec(
     architecture="llama",
