@@ -24,7 +24,11 @@ _PROBE_ABOVE_BYTES = 256 << 20
 class EngineConfig:
     """How to open a model; None means: decide for me.
 
-    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `weights` a mode of `Placement` or auto.
+    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `weights` a mode of `Placement` or auto. `ram` and
+    `vram` (one for each device, or one for all) are sizes as `budget.parse_size` reads them; `device` is auto, none or
+    names with commas between, `rpc` are endpoints HOST:PORT. `trace` is the file to record routing to, `policy` the
+    name of a cache policy, `max_kl` the loss allowed in nats per token, `lossy` the name of a lossy mode and, after a
+    colon, its value. `reserve_bytes` are taken by other processes of ours and count inside `ram`.
     """
 
     model: Path
@@ -33,6 +37,16 @@ class EngineConfig:
     n_threads: int | None = None
     kv_type: str = "f16"
     weights: str = "auto"
+    ram: str | None = None
+    vram: tuple[str, ...] = ()
+    device: str = "auto"
+    rpc: tuple[str, ...] = ()
+    trace: Path | None = None
+    policy: str = "heat"
+    max_kl: float | None = None
+    lossy: str | None = None
+    direct_io: bool = True
+    reserve_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

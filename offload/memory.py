@@ -69,6 +69,11 @@ def advise_huge_pages(address: int, n_bytes: int) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
 
 
+def resident_bytes() -> int:
+    """The memory this process holds resident now, mapped file pages included."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_resident_bytes() -> int:
     """The most memory this process ever held resident, mapped file pages included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,6 +10,7 @@ import click
 DEMO = Path(__file__).parent / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
 WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
+POLICIES = ("heat", "lru", "lfu", "static")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,6 +25,15 @@ class EngineOptions:
     n_threads: int | None = None
     kv_type: str | None = None
     weights: str | None = None
+    ram: str | None = None
+    vram: tuple[str, ...] = ()
+    device: str | None = None
+    rpc: tuple[str, ...] = ()
+    trace: Path | None = None
+    policy: str | None = None
+    max_kl: float | None = None
+    lossy: str | None = None
+    direct_io: bool = True
 
     @property
     def path(self) -> Path:
@@ -38,6 +48,25 @@ class OptionsCommand(click.Command):
         """Calls the function with the mapping."""
         assert self.callback is not None
         return ctx.invoke(self.callback, dict(ctx.params))
+
+
+class CommaSeparated(click.ParamType[tuple[str, ...]]):
+    """Words with commas between."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The words; a comma without one is a mistake."""
+        if isinstance(value, tuple):
+            return value
+        words = tuple(word.strip() for word in value.split(","))
+        if not all(words):
+            self.fail(f"{value!r} has nothing before or after a comma.", param, ctx)
+        return words
+
+
+def _joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(word for words in lists for word in words)
 
 
 _FLAGS: tuple[Callable[[Any], Any], ...] = (
@@ -56,6 +85,50 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         type=click.Choice(WEIGHT_MODES),
         help="How weights lie in memory: mapped from the file and shared, copied to huge pages, repacked for this "
         "CPU's decoding, or both (default: auto, the fastest measured that fits).",
+    ),
+    click.option(
+        "--ram",
+        metavar="SIZE",
+        help="Memory that the whole program may take, such as 16GiB, 50% or auto (default: auto, what is free).",
+    ),
+    click.option(
+        "--vram",
+        type=CommaSeparated(),
+        multiple=True,
+        callback=_joined,
+        metavar="SIZE",
+        help="The same on the device; several devices take several, with commas between (default: auto).",
+    ),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="Devices to compute on besides the CPU: auto takes every GPU there is, none takes none (default: auto).",
+    ),
+    click.option(
+        "--rpc",
+        type=CommaSeparated(),
+        multiple=True,
+        callback=_joined,
+        metavar="HOST:PORT",
+        help="Use another machine's device, where ggml's rpc-server runs; may be given several times.",
+    ),
+    click.option("--policy", type=click.Choice(POLICIES), help="Which experts to keep in fast memory (default: heat)."),
+    click.option(
+        "--max-kl",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Loss allowed for speed, as a divergence in nats per token (default: none, answers are exact).",
+    ),
+    click.option("--lossy", metavar="NAME[:VALUE]", help="A lossy mode by its name (default: none)."),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Record which experts are chosen to this file.",
+    ),
+    click.option(
+        "--direct-io/--no-direct-io",
+        default=True,
+        help="Read experts from disk past the system's page cache (default: where the file system can).",
     ),
 )
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from offload.errors import ContextOverflowError, DoesNotFitError, SlimoeError, UsageError
 from offload.generation import (
     Event,
@@ -259,15 +261,9 @@ def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -
     from offload.engine import Engine
     from offload.engine_plan import EngineConfig
 
-    chosen: dict[str, Any] = {
-        "n_ctx": request.n_ctx,
-        "n_batch": request.n_batch,
-        "n_threads": request.n_threads,
-        "kv_type": request.kv_type,
-        "weights": request.weights,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return Engine.open(EngineConfig(Path(request.model), **given), on_progress)
+    given = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
+    config: EngineConfig = msgspec.convert(given, EngineConfig, dec_hook=lambda kind, value: kind(value))
+    return Engine.open(config, on_progress)
 
 
 def settle_in(parent_pid: int) -> None:

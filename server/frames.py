@@ -19,7 +19,10 @@ class Frame(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(Frame, frozen=True):
-    """Front to engine, first: which model to open and how. None leaves the choice to the engine."""
+    """Front to engine, first: which model to open and how. None leaves the choice to the engine.
+
+    The fields are those of `EngineConfig`.
+    """
 
     model: str
     n_ctx: int | None = None
@@ -27,6 +30,16 @@ class Open(Frame, frozen=True):
     n_threads: int | None = None
     kv_type: str | None = None
     weights: str | None = None
+    ram: str | None = None
+    vram: tuple[str, ...] = ()
+    device: str | None = None
+    rpc: tuple[str, ...] = ()
+    trace: str | None = None
+    policy: str | None = None
+    max_kl: float | None = None
+    lossy: str | None = None
+    direct_io: bool = True
+    reserve_bytes: int = 0
 
 
 class TextPrompt(Frame, frozen=True):
