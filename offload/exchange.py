@@ -44,6 +44,7 @@ class Exchange:
     shares F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's choice.
     ahead F32 [n_expert * n_ahead]: what later layers' routers say.
     outputs F32 [n_embd * n_used * n_tokens]: each pick's weighted result, in the router's order.
+    zeros I32 [n_used * n_tokens]: ids for a stack of one expert.
     """
 
     def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
@@ -60,12 +61,14 @@ class Exchange:
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "ahead": (Type.F32, max(1, shape.n_expert * shape.n_ahead)),
             "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
+            "zeros": (Type.I32, shape.n_used * n_tokens),
         }
         self._ctx = ggml.ggml_init(ggml.InitParams(len(wanted) * ggml.ggml_tensor_overhead() + 1024, None, True))
         self._tensors = {name: ggml.ggml_new_tensor_1d(self._ctx, *kind) for name, kind in wanted.items()}
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors.values()]
         self.n_bytes = sum(sizes) + _ALIGNMENT
         self._buffer = backend.allocate(self.n_bytes)
+        ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
         address = -(-base // _ALIGNMENT) * _ALIGNMENT
         for tensor, size in zip(self._tensors.values(), sizes, strict=True):

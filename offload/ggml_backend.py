@@ -45,6 +45,10 @@ def ggml_backend_buft_alloc_buffer(buft: Ptr, n_bytes: Size) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_backend_buft_is_host(buft: Ptr) -> Bool: ...
+
+
+@c_function(_BASE)
 def ggml_backend_buft_get_alloc_size(buft: Ptr, tensor: Ptr) -> Size: ...
 
 

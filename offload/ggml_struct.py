@@ -42,5 +42,6 @@ def tensor_at(address: int) -> Tensor:
 def array_at(address: int, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
     """The host memory at `address` as an array; whoever owns the memory must outlive it."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = (ctypes.c_uint8 * n_bytes).from_address(address)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    memory: Any = (ctypes.c_uint8 * n_bytes).from_address(address)
+    array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
+    return array

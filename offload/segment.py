@@ -21,7 +21,8 @@ from offload.weights import ModelWeights
 class Segment:
     """Layers `begin` to `end`: of layer `begin` only the sum of its experts, of `end` all up to its router.
 
-    `begin` is -1 for the segment that begins with the tokens, `end` is n_layer for the segment that computes the logits. `ahead` are the layers whose routers are asked early.
+    `begin` is -1 for the segment that begins with the tokens, `end` is n_layer for the one that computes the logits.
+    `ahead` are the layers whose routers are asked early.
     """
 
     begin: int
