@@ -4,12 +4,14 @@ An expert has one or several *copies*, encodings of the same three matrices, the
 point at is a table, so that an engine never needs to know how a file came to have fewer experts than rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
 
 from offload.model_spec import ModelSpec
-from offload.weight_source import LayerSources, ModelSources, WeightSource, stacked_matrix
+from offload.native_layout import NO_HINTS, LayerHints
+from offload.weight_source import BucketSources, LayerSources, ModelSources, WeightSource, stacked_matrix
 
 MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 """Type and shape of one matrix."""
@@ -38,31 +40,6 @@ class ExpertCopy:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerHints:
-    """What a converter measured, None where it did not; one value per stored expert unless it says otherwise.
-
-    `use`: expected picks per token. Errors are expected rises in KL divergence (nats per token) when for every pick of
-    the expert the action is taken: `low_error` its last copy in place of its best one, `fallback_error` its fallback,
-    `skip_error` nothing at all. `fallback`: the novice that can stand in for a stored expert, -1 for none.
-    For the whole layer: `sensitivity`, KL per unit of squared error of the layer's output; `skip_ratio`, the share of a
-    pick relative to the token's largest one below which it may be skipped; `low_share`, the share below which a pick
-    may use the low copy.
-    """
-
-    use: tuple[float, ...] | None = None
-    low_error: tuple[float, ...] | None = None
-    fallback: tuple[int, ...] | None = None
-    fallback_error: tuple[float, ...] | None = None
-    skip_error: tuple[float, ...] | None = None
-    sensitivity: float | None = None
-    skip_ratio: float | None = None
-    low_share: float | None = None
-
-
-NO_HINTS = LayerHints()
-
-
-@dataclass(frozen=True, slots=True)
 class ExpertLayer:
     """The experts of one layer.
 
@@ -85,15 +62,31 @@ class ExpertLayer:
 
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
-    """The experts of every layer, None where a layer has none."""
-    return tuple(_stacked_layer(layer, spec) if layer.router else None for layer in sources.layers)
+    """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
+    return tuple(_expert_layer(layer, spec.n_expert_used) for layer in sources.layers)
 
 
-def _stacked_layer(layer: LayerSources, spec: ModelSpec) -> ExpertLayer:
-    """A layer whose experts are all alike, in stacks."""
-    assert layer.router
-    assert len(layer.gate_up) == 2, "experts are found before matrices are joined"
+def _expert_layer(layer: LayerSources, n_used: int) -> ExpertLayer | None:
+    if not layer.router:
+        return None
+    if layer.buckets:
+        return _bucketed_layer(layer.router, layer.buckets, n_used)
+    assert layer.down
+    assert len(layer.gate_up) == 2, "the matrices are joined already"
     stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
     n_expert = layer.router.ne[1]
-    experts = tuple((ExpertCopy(*(stacked_matrix(stack, e) for stack in stacks)),) for e in range(n_expert))
-    return ExpertLayer(layer.router, experts, tuple(range(n_expert)), None, spec.n_expert_used)
+    experts = tuple((_copy(stacks, expert),) for expert in range(n_expert))
+    return ExpertLayer(layer.router, experts, tuple(range(n_expert)), None, n_used)
+
+
+def _bucketed_layer(router: WeightSource, sources: BucketSources, n_used: int) -> ExpertLayer:
+    experts: list[list[ExpertCopy]] = [[] for _ in sources.layout.buckets]
+    for expert, _copy_number, bucket, slot in sources.layout.slots():
+        experts[expert].append(_copy(sources.buckets[bucket], slot))
+    copies = tuple(tuple(expert) for expert in experts)
+    return ExpertLayer(router, copies, sources.layout.target, sources.novices, n_used, sources.layout.hints)
+
+
+def _copy(stacks: Sequence[WeightSource], slot: int) -> ExpertCopy:
+    gate, up, down = (stacked_matrix(stack, slot) for stack in stacks)
+    return ExpertCopy(gate, up, down)

@@ -111,8 +111,10 @@ class StepBuilder:
         return int(ggml.ggml_add(self.ctx, self._tail(attention, n_rows), self._tail(hidden, n_rows)))
 
     def _feed_forward(self, index: int, hidden: int) -> int:
-        """The second half of a block, [n_embd, n_rows]."""
+        """The second half of a block, [n_embd, n_rows]; a block can be without one."""
         layer = self.weights.layers[index]
+        if not layer.ffn_norm:
+            return hidden
         normed = self._norm(hidden, layer.ffn_norm)
         if not layer.router:
             return self._dense(layer, normed, hidden)

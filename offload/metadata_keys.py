@@ -46,6 +46,10 @@ class MetadataKeys:
             raise ModelFileError(self.gguf.path, problem, AGAIN)
         return float(value)
 
+    def has(self, name: str) -> bool:
+        """Whether the key is there."""
+        return self.prefix + name in self.gguf.metadata
+
     def integers(self, name: str, n: int, least: int = 0) -> tuple[int, ...]:
         """An array of `n` integers, each at least `least`."""
         values = self._array(name, n, "iu", "integers")
@@ -55,7 +59,7 @@ class MetadataKeys:
 
     def numbers(self, name: str, n: int) -> tuple[float, ...] | None:
         """An array of `n` finite numbers from 0 on; None when the key is absent."""
-        if self.prefix + name not in self.gguf.metadata:
+        if not self.has(name):
             return None
         values = self._array(name, n, "fiu", "numbers")
         bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))

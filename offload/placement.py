@@ -145,11 +145,12 @@ def _repackable(source: WeightSource) -> bool:
 
 
 def _layer_weights(layer: LayerSources) -> Iterator[WeightSource]:
-    linears = (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down)
+    linears = [*layer.qkv, layer.attn_output, *layer.gate_up, *([layer.down] if layer.down else [])]
     yield from (linear.weight for linear in linears)
     yield from (linear.bias for linear in linears if linear.bias)
     yield layer.attn_norm
-    yield layer.ffn_norm
+    if layer.ffn_norm:
+        yield layer.ffn_norm
     if layer.router:
         yield layer.router
 

@@ -12,7 +12,9 @@ from gguf import GGMLQuantizationType
 
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, TensorInfo
-from offload.model_spec import ModelSpec
+from offload.model_spec import NATIVE, ModelSpec
+from offload.native_format import PROJECTIONS, novice_name, read_layout, stack_name
+from offload.native_layout import NativeLayer, NativeLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,30 @@ class LinearSource:
 
 
 @dataclass(frozen=True, slots=True)
+class BucketSources:
+    """A native layer's experts: per bucket the stacks of gate, up and down, and what of it is which expert."""
+
+    layout: NativeLayer
+    buckets: tuple[tuple[WeightSource, WeightSource, WeightSource], ...]
+    novices: WeightSource | None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSources:
-    """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block."""
+    """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
+
+    A block without a feed-forward part has no `ffn_norm`. In a native file `buckets` has all experts; `gate_up` and
+    `down` are the best copies if these are one stack in the router's order, and otherwise absent.
+    """
 
     attn_norm: WeightSource
     qkv: tuple[LinearSource, ...]
     attn_output: LinearSource
-    ffn_norm: WeightSource
+    ffn_norm: WeightSource | None
     router: WeightSource | None
     gate_up: tuple[LinearSource, ...]
-    down: LinearSource
+    down: LinearSource | None
+    buckets: BucketSources | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +156,7 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
     Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
     """
     reader = _Reader(gguf)
+    layout = read_layout(gguf, spec) if spec.architecture == NATIVE else None
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
     sources = ModelSources(
@@ -147,15 +164,19 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
         output_norm=reader.weight("output_norm.weight"),
         output=reader.linear("output") if has_output else LinearSource(token_embd),
         rope_freqs=reader.optional("rope_freqs.weight"),
-        layers=tuple(_layer_sources(reader, spec, layer) for layer in range(spec.n_layer)),
+        layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
     )
     reader.refuse_unread()
     return sources
 
 
-def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int) -> LayerSources:
+def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
     block = f"blk.{layer}"
-    if spec.n_expert:
+    buckets = _buckets(reader, layer, layout.layers[layer]) if layout else None
+    has_ffn = spec.layer_shape(layer).n_ff > 0
+    if buckets:
+        gate_up, down = _plain_stacks(buckets)
+    elif spec.n_expert:
         gate_up = tuple(reader.experts(layer, name, spec.n_expert) for name in ("ffn_gate", "ffn_up"))
         down = reader.experts(layer, "ffn_down", spec.n_expert)
     else:
@@ -165,11 +186,26 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int) -> LayerSources
         attn_norm=reader.weight(f"{block}.attn_norm.weight"),
         qkv=_qkv(reader, spec, block),
         attn_output=reader.linear(f"{block}.attn_output"),
-        ffn_norm=reader.weight(f"{block}.ffn_norm.weight"),
-        router=reader.weight(f"{block}.ffn_gate_inp.weight") if spec.n_expert else None,
+        ffn_norm=reader.weight(f"{block}.ffn_norm.weight") if has_ffn else None,
+        router=reader.weight(f"{block}.ffn_gate_inp.weight") if has_ffn and spec.n_expert else None,
         gate_up=gate_up,
         down=down,
+        buckets=buckets,
     )
+
+
+def _buckets(reader: _Reader, index: int, layer: NativeLayer) -> BucketSources:
+    names = (tuple(stack_name(index, part, bucket) for part in PROJECTIONS) for bucket in range(layer.n_bucket))
+    buckets = tuple((reader.weight(gate), reader.weight(up), reader.weight(down)) for gate, up, down in names)
+    return BucketSources(layer, buckets, reader.optional(novice_name(index)) if layer.target else None)
+
+
+def _plain_stacks(sources: BucketSources) -> tuple[tuple[LinearSource, ...], LinearSource | None]:
+    """The best copies as a stock file would have them, if they lie that way."""
+    if not sources.layout.is_plain:
+        return (), None
+    gate, up, down = sources.buckets[sources.layout.buckets[0][0]]
+    return (LinearSource(gate), LinearSource(up)), LinearSource(down)
 
 
 def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
@@ -206,10 +242,10 @@ def join_layers(sources: ModelSources) -> ModelSources:
 def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
     """Joins matrices of one input, type and expert count below each other, or returns them as they are."""
     weights = [part.weight for part in parts]
-    first = weights[0]
     alike = len({(w.type, w.ne[0], *w.ne[2:]) for w in weights}) == 1
-    if len(parts) == 1 or not alike or any(part.bias for part in parts):
+    if len(parts) < 2 or not alike or any(part.bias for part in parts):
         return tuple(parts)
+    first = weights[0]
     n_stack = first.ne[2] if len(first.ne) > 2 else 1
     spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
     ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])

@@ -37,7 +37,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Tensor addresses of one block, shaped as in `LayerSources`; `router` is 0 in a dense block."""
+    """Tensor addresses of one block, shaped as in `LayerSources`; 0 for what a block does not have."""
 
     attn_norm: int
     qkv: tuple[Linear, ...]
@@ -218,10 +218,10 @@ def load_weights(store: WeightStore, sources: ModelSources, form: FormRule) -> M
             attn_norm=weight(source.attn_norm),
             qkv=tuple(linear(part) for part in source.qkv),
             attn_output=linear(source.attn_output),
-            ffn_norm=weight(source.ffn_norm),
+            ffn_norm=weight(source.ffn_norm) if source.ffn_norm else 0,
             router=weight(source.router) if source.router else 0,
             gate_up=tuple(linear(part) for part in source.gate_up),
-            down=linear(source.down),
+            down=linear(source.down) if source.down else Linear(0),
         )
 
     return ModelWeights(
