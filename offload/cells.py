@@ -116,6 +116,8 @@ class Cells:
     def remember(self, sequence: Sequence) -> None:
         """Ends the use of a sequence, which stays known until its cells are needed."""
         del self._live[sequence]
+        if not len(sequence):
+            return
         for other in list(self._remembered):
             n_common = common_prefix(sequence.tokens, other.tokens)
             if n_common == len(sequence):
@@ -124,8 +126,6 @@ class Cells:
                 return
             if n_common == len(other):
                 self._forget(other)
-        if not len(sequence):
-            return
         self._remembered[sequence] = None
         if len(self._remembered) > _MAX_REMEMBERED:
             self._forget(next(iter(self._remembered)))

@@ -1,33 +1,42 @@
-"""The engine: a GGUF file, opened within a memory plan, and the tokens it has read so far."""
+"""The engine: a GGUF file, opened within a memory plan, and the sequences of tokens it has read so far."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
+import numpy as np
+
 from offload.backend import CpuBackend
-from offload.batch import single_batch
+from offload.batch import make_batch
+from offload.cells import Cells, common_prefix
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
 from offload.errors import ContextOverflowError
 from offload.generation import Event, GenerationRequest
-from offload.generator import Generator
+from offload.generator import Generator, ModelFacts
 from offload.kv_cache import KVCache, kv_type
 from offload.memory import peak_resident_bytes, require
 from offload.placement import Placement
 from offload.runner import Logits, Runner
+from offload.scheduler import Failed, Outcome, Scheduler
 from offload.tokenizer import Tokenizer
 from offload.weight_source import join_layers
 from offload.weights import ModelWeights, WeightStore, load_weights
 
 
 class Engine:
-    """An open model and one sequence of tokens in its KV cache.
+    """An open model and the sequences in its KV cache.
 
-    Not for several threads at once. `close` gives everything back.
+    One sequence is the caller's own: `read`, `prefill`, `decode` and `generate` go on from it. `submit` and `step`
+    answer several requests at once, each in a sequence of its own, `plan.n_parallel` at a time. The two ways do not mix
+    while requests are being answered. Not for several threads at once. `close` gives everything back.
     """
 
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
-        self._tokens: list[int] = []
+        self._cells = Cells(plan.n_cells)
+        self._own = self._cells.begin()
+        self._ids = itertools.count(1)
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
             if self.tokenizer:
@@ -39,6 +48,8 @@ class Engine:
             weights = self._load()
             self._runner = Runner(plan.spec, self._backend, self._cache, *weights, plan.n_batch)
             opened.callback(self._runner.close)
+            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory)
+            self._scheduler = Scheduler(self._cells, self._runner.run, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -61,12 +72,12 @@ class Engine:
         self._store.release_staging()
         return batched, single
 
-    # --- the sequence --------------------------------------------------------------------------------------
+    # --- the caller's own sequence -------------------------------------------------------------------------
 
     @property
     def n_past(self) -> int:
-        """Tokens in the KV cache."""
-        return len(self._tokens)
+        """Tokens in the sequence."""
+        return len(self._own)
 
     @property
     def compute_seconds(self) -> float:
@@ -75,27 +86,27 @@ class Engine:
 
     def truncate(self, n_past: int) -> None:
         """Forgets all but the first `n_past` tokens."""
-        del self._tokens[n_past:]
+        self._cells.truncate(self._own, n_past)
 
     def common_prefix(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens`, from the first on, are in the KV cache already."""
-        n_common = 0
-        for ours, theirs in zip(self._tokens, tokens, strict=False):
-            if ours != theirs:
-                break
-            n_common += 1
-        return n_common
+        """How many of `tokens`, from the first on, are in the sequence already."""
+        return common_prefix(self._own.tokens, np.asarray(tokens, np.int32))
 
     def read(self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Appends at most `n_batch` tokens; F32 logits [n_out, n_vocab] of the last `n_out`, valid until the next step.
 
         Raises ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
         """
-        if self.n_past + len(tokens) > self.n_ctx:
-            raise ContextOverflowError(self.n_past + len(tokens), self.n_ctx)
-        logits = self._runner.run(single_batch(tokens, self.n_past, n_out), is_cancelled)
-        self._tokens.extend(tokens)
-        return logits
+        assert self._scheduler.is_idle, "requests are being answered"
+        n_past = self.n_past
+        if n_past + len(tokens) > self.n_ctx:
+            raise ContextOverflowError(n_past + len(tokens), self.n_ctx)
+        self._cells.append(self._own, tokens)
+        try:
+            return self._runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
+        except BaseException:
+            self.truncate(n_past)
+            raise
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Appends any number of tokens in batches; F32 logits [n_vocab] of the last one."""
@@ -113,10 +124,47 @@ class Engine:
     def generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Answers a request, event by event; the last one is `Finished`.
 
-        What the KV cache shares with the prompt is not computed again. Raises UsageError for parameters out of
+        What the sequence shares with the prompt is not computed again. Raises UsageError for parameters out of
         range and ContextOverflowError for a prompt that does not fit.
         """
-        return Generator(self, request, is_cancelled).events()
+        return self._answer(Generator(request, self._facts, is_cancelled))
+
+    def _answer(self, job: Generator) -> Iterator[Event]:
+        assert self._scheduler.is_idle, "requests are being answered"
+        self.truncate(self.common_prefix(job.shareable))
+        self._scheduler.submit(job, self._own)
+        try:
+            while not job.is_over:
+                for _, event in self._scheduler.step():
+                    if isinstance(event, Failed):
+                        raise event.error
+                    yield event
+        finally:
+            self._scheduler.drop(job)
+
+    # --- several requests ----------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Queues a request; its id in what `step` tells. `is_cancelled` is asked again and again, at every step.
+
+        What any sequence shares with the prompt is not computed again. Raises UsageError for parameters out of
+        range and ContextOverflowError for a prompt that does not fit.
+        """
+        job = Generator(request, self._facts, is_cancelled, next(self._ids))
+        if self.n_past:
+            self._cells.remember(self._own)
+            self._own = self._cells.begin()
+        self._scheduler.submit(job)
+        return job.id
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is there."""
+        return self._scheduler.is_idle
+
+    def step(self) -> list[Outcome]:
+        """Reads one batch for all requests and tells what came of it; a request ends with `Finished` or `Failed`."""
+        return self._scheduler.step()
 
     # --- memory --------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from offload.weight_source import ModelSources, model_sources
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 512  # ggml's own limit
+MAX_PARALLEL = 256
 _PROBE_ABOVE_BYTES = 256 << 20
 """Smaller models answer before a measurement would be over."""
 
@@ -24,16 +25,18 @@ _PROBE_ABOVE_BYTES = 256 << 20
 class EngineConfig:
     """How to open a model; None means: decide for me.
 
-    `n_ctx` and `n_batch` are tokens, `kv_type` is f32, f16 or q8_0, `weights` a mode of `Placement` or auto. `ram` and
-    `vram` (one for each device, or one for all) are sizes as `budget.parse_size` reads them; `device` is auto, none or
-    names with commas between, `rpc` are endpoints HOST:PORT. `trace` is the file to record routing to, `policy` the
-    name of a cache policy, `max_kl` the loss allowed in nats per token, `lossy` the name of a lossy mode and, after a
-    colon, its value. `reserve_bytes` are taken by other processes of ours and count inside `ram`.
+    `n_ctx` are the tokens of each of `n_parallel` requests at once, `n_batch` those of a step; `kv_type` is f32, f16 or
+    q8_0, `weights` a mode of `Placement` or auto. `ram` and `vram` (one for each device, or one for all) are sizes as
+    `budget.parse_size` reads them; `device` is auto, none or names with commas between, `rpc` are endpoints HOST:PORT.
+    `trace` is the file to record routing to, `policy` the name of a cache policy, `max_kl` the loss allowed in nats per
+    token, `lossy` the name of a lossy mode and, after a colon, its value. `reserve_bytes` are taken by other processes
+    of ours and count inside `ram`.
     """
 
     model: Path
     n_ctx: int | None = None
     n_batch: int = 512
+    n_parallel: int = 1
     n_threads: int | None = None
     kv_type: str = "f16"
     weights: str = "auto"
@@ -59,6 +62,7 @@ class EnginePlan:
     n_ctx: int
     n_cells: int
     n_batch: int
+    n_parallel: int
     n_threads: int
     placement: Placement
     available: int
@@ -76,18 +80,22 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     sources = model_sources(gguf, spec)
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
     n_threads = default_threads() if config.n_threads is None else config.n_threads
-    for name, value in (("--ctx", n_ctx), ("--batch", config.n_batch), ("--threads", n_threads)):
+    settings = {"--ctx": n_ctx, "--batch": config.n_batch, "--parallel": config.n_parallel, "--threads": n_threads}
+    for name, value in settings.items():
         if value < 1:
             raise UsageError(f"{name} is {value}, but must be at least 1.")
     if n_threads > MAX_THREADS:
         raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
-    n_cells = -(-n_ctx // CELL_STEP) * CELL_STEP
-    n_batch = min(config.n_batch, n_cells)
+    if config.n_parallel > MAX_PARALLEL:
+        raise UsageError(f"--parallel is {config.n_parallel}, but must be at most {MAX_PARALLEL}.")
+    n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
+    # A step has room for a token of everyone.
+    n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
     available = available_bytes()
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
     speeds = _speeds(config, sources, n_threads)
     placement = decide_placement(sources, spec, config.weights, speeds, kv, n_cells, n_batch, available)
-    return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, n_threads, placement, available)
+    return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, config.n_parallel, n_threads, placement, available)
 
 
 def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:
