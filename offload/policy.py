@@ -55,10 +55,10 @@ class Policy(Protocol):
     values: Values
 
     def decode(self, layer: int, experts: Sequence[int]) -> None:
-        """A decode step used these experts in a layer; one that several sequences picked counts once."""
+        """A decode step used these experts in a layer; within one call, an expert counts once."""
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
-        """A batch of a prompt picked the layer's experts this often, int64 [n_expert]."""
+        """A batch of a prompt picked the layer's experts this often, int64 [number of the layer's experts]."""
 
     def end_token(self) -> None:
         """A decode step is over. Not called for prompts."""
@@ -97,7 +97,7 @@ class Heat:
         if not self._is_open[layer]:
             seen[:] = 0
             self._is_open[layer] = True
-        seen += counts
+        seen[: len(counts)] += counts
         n_tokens = float(seen.sum()) / self._n_used
         if n_tokens == 0:
             return

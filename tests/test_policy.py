@@ -165,6 +165,13 @@ def test_batches_of_one_prompt_count_alike_and_the_next_prompt_starts_anew() -> 
     assert whole.values == pytest.approx(never.values), "the first prompt has left a trace"
 
 
+def test_a_layer_with_fewer_experts_reports_only_those() -> None:
+    policy, padded = Heat(CONTEXT), Heat(CONTEXT)
+    policy.prompt(2, np.array([3, 0, 5]))
+    padded.prompt(2, np.array([3, 0, 5, 0, 0]))
+    assert np.array_equal(policy.values, padded.values)
+
+
 def test_an_empty_prompt_changes_nothing() -> None:
     policy = Heat(CONTEXT)
     policy.prompt(0, np.zeros(N_EXPERT, np.int64))
