@@ -1,7 +1,7 @@
 """What goes into a generation and what comes out of it: plain frozen values that cross process borders."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from offload.sampling import SamplingParams
 
@@ -87,3 +87,17 @@ class Finished:
 
 
 Event = PromptProgress | PromptLogprobs | TokenStep | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request could not go on, and why; nothing follows."""
+
+    error: Exception
+
+
+class Outcome(NamedTuple):
+    """Something that happened to one of several requests."""
+
+    id: int
+    event: Event | Failed

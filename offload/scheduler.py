@@ -7,13 +7,12 @@ part of a prompt takes, and no prompt waits behind a long one.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from offload.backend import EngineAbortedError
 from offload.batch import Batch, make_batch
 from offload.cells import Cells, Sequence
-from offload.generation import Event
+from offload.generation import Failed, Outcome
 from offload.generator import Generator
 from offload.runner import Logits
 
@@ -21,20 +20,6 @@ Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
 
 _PROMPT_SHARE = 4
 """While others write, a step reads one part in so many of a full batch: short enough for them, and not much slower."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A request that could not go on, and why; nothing follows."""
-
-    error: Exception
-
-
-class Outcome(NamedTuple):
-    """Something that happened to a request."""
-
-    id: int
-    event: Event | Failed
 
 
 class _Part(NamedTuple):

@@ -22,6 +22,7 @@ class EngineOptions:
     model: Path | None = None
     n_ctx: int | None = None
     n_batch: int | None = None
+    n_parallel: int | None = None
     n_threads: int | None = None
     kv_type: str | None = None
     weights: str | None = None
@@ -78,6 +79,12 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         help="Context window in tokens (default: the model's, at most 4096).",
     ),
     click.option("--batch", "n_batch", type=click.IntRange(min=1), help="Prompt tokens read at a time."),
+    click.option(
+        "--parallel",
+        "n_parallel",
+        type=click.IntRange(min=1),
+        help="Requests that serve answers at once, each with a context window of its own (default: 1).",
+    ),
     click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads to compute with."),
     click.option("--kv-type", type=click.Choice(KV_TYPES), help="Precision of the KV cache (default: f16)."),
     click.option(

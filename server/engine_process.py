@@ -1,7 +1,7 @@
-"""The engine's own process: opens one model and generates for the HTTP side, one request at a time.
+"""The engine's own process: opens one model and generates for the HTTP side, several requests at once.
 
 Two threads. The main thread sits in the engine. The other reads messages, so that a cancellation is seen in the
-middle of a prefill, prompts are checked while another answer is being written, and a closed pipe ends the
+middle of a prefill, prompts are checked while other answers are being written, and a closed pipe ends the
 process whatever it is doing. Run as `python -m server.engine_process PARENT_PID`.
 """
 
@@ -12,49 +12,36 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from offload.errors import ContextOverflowError, DoesNotFitError, SlimoeError, UsageError
-from offload.generation import (
-    Event,
-    Finished,
-    GenerationRequest,
-    PromptLogprobs,
-    PromptProgress,
-    TokenLogprob,
-    TokenStep,
-)
-from offload.gguf_file import GGUFFile
-from offload.model_spec import ModelSpec
-from offload.tokenizer import Tokenizer
+from offload.errors import SlimoeError
+from offload.generation import Event, Failed, Finished, GenerationRequest, Outcome
 from server import frames
 from server.pipe import Pipe, leave
-from server.prompts import Prompts, RequestError, conversation
-from server.template import ChatTemplateError
+from server.prompts import Prompts, conversation
+from server.replies import OpenModel, Replies, describe, failure_of
 
 PR_SET_PDEATHSIG = 1
 OOM_SCORE = 500
 PROGRESS_SECONDS = 0.1
 
 
-class ServedEngine(Protocol):
+class ServedEngine(OpenModel, Protocol):
     """What this process uses of an engine; `offload.engine.Engine` is one."""
 
-    n_ctx: int
-    spec: ModelSpec
-    gguf: GGUFFile
-    tokenizer: Tokenizer | None
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is there."""
 
-    def memory(self) -> dict[str, int]:
-        """Bytes held per tier."""
+    def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> int:
+        """Queues a request and gives it an id."""
 
-    def generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
-        """Runs one request to its end."""
+    def step(self) -> list[Outcome]:
+        """Moves requests on and tells what happened to them."""
 
 
 OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
@@ -63,9 +50,8 @@ OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
 class _Job:
     """One accepted generation."""
 
-    def __init__(self, id: int, request: GenerationRequest) -> None:
-        self.id = id
-        self.request = request
+    def __init__(self, replies: Replies) -> None:
+        self.replies = replies
         self.cancelled = threading.Event()
 
 
@@ -78,6 +64,7 @@ class EngineProcess:
         self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
+        self._running: dict[int, _Job] = {}
         self._handlers: Mapping[type[frames.ToEngine], Callable[[Any], None]] = {
             frames.Open: self._opening.put,
             frames.Submit: self._submit,
@@ -93,15 +80,12 @@ class EngineProcess:
         try:
             engine = open_engine(self._opening.get(), self._progress())
             self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
-            info = _describe(engine)
+            info = describe(engine)
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))
             return
         self._pipe.send(frames.Ready(info))
-        while True:
-            job = self._waiting.get()
-            self._generate(engine, job)
-            self._jobs.pop(job.id, None)
+        self._serve(engine)
 
     def _read(self) -> None:
         try:
@@ -128,7 +112,7 @@ class EngineProcess:
         except Exception as error:
             self._pipe.send(failure_of(frame.id, error, frame.request.max_tokens))
             return
-        job = self._jobs[frame.id] = _Job(frame.id, request)
+        job = self._jobs[frame.id] = _Job(Replies(frame.id, request, self._prompts.piece))
         self._pipe.send(frames.Accepted(frame.id, len(request.prompt_ids)))
         self._waiting.put(job)
 
@@ -165,95 +149,33 @@ class EngineProcess:
         except Exception as error:
             self._pipe.send(failure_of(frame.id, error))
 
-    def _generate(self, engine: ServedEngine, job: _Job) -> None:
-        if job.cancelled.is_set():
-            return
+    # --- generating ----------------------------------------------------------------------------------------
+
+    def _serve(self, engine: ServedEngine) -> None:
+        """Starts what has come and moves on what is running; sleeps while there is neither."""
+        while True:
+            if engine.is_idle:
+                self._start(engine, self._waiting.get())
+            while not self._waiting.empty():
+                self._start(engine, self._waiting.get())
+            for id, event in engine.step():
+                self._tell(id, event)
+
+    def _start(self, engine: ServedEngine, job: _Job) -> None:
         try:
-            for event in engine.generate(job.request, job.cancelled.is_set):
-                frame = self._frame(job, event)
-                if frame is not None:
-                    self._pipe.send(frame)
+            self._running[engine.submit(job.replies.request, job.cancelled.is_set)] = job
         except Exception as error:
-            self._pipe.send(failure_of(job.id, error, job.request.max_tokens))
+            self._pipe.send(job.replies.failure(error))
+            self._jobs.pop(job.replies.id, None)
 
-    def _frame(self, job: _Job, event: Event) -> frames.Frame | None:
-        match event:
-            case TokenStep(_, text, logprob):
-                scored = None if logprob is None else self._scored(logprob)
-                return frames.Step(job.id, text, scored) if text or scored else None
-            case PromptProgress(n_done, n_total, n_cached):
-                return frames.Progress(job.id, n_done, n_total, n_cached)
-            case PromptLogprobs(tokens):
-                return frames.PromptScores(job.id, self._prompt_scores(job.request.prompt_ids, tokens))
-            case Finished(reason, text, timings, memory):
-                return frames.Done(job.id, reason, text, timings, memory)
-
-    def _prompt_scores(
-        self, ids: tuple[int, ...], scores: tuple[TokenLogprob | None, ...]
-    ) -> tuple[frames.ScoredToken, ...]:
-        assert self._prompts is not None
-        piece = self._prompts.piece
-        return tuple(
-            frames.ScoredToken(token, piece(token), None) if score is None else self._scored(score)
-            for token, score in zip(ids, scores, strict=True)
-        )
-
-    def _scored(self, score: TokenLogprob) -> frames.ScoredToken:
-        assert self._prompts is not None
-        piece = self._prompts.piece
-        top = tuple((token, piece(token), logprob) for token, logprob in score.top)
-        return frames.ScoredToken(score.token, piece(score.token), score.logprob, top)
-
-
-def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> frames.Failure:
-    """The message that tells the other side of `error`; a bug of ours also leaves its traceback in the log."""
-    match error:
-        case ContextOverflowError():
-            n_completion = max_tokens or 0
-            return frames.Failure(
-                id,
-                "context_overflow",
-                str(error),
-                n_prompt=error.n_prompt,
-                n_completion=n_completion,
-                n_ctx=error.n_ctx,
-            )
-        case DoesNotFitError():
-            return frames.Failure(
-                id,
-                "does_not_fit",
-                str(error),
-                exit_code=error.exit_code,
-                required_bytes=error.required_bytes,
-                available_bytes=error.available_bytes,
-            )
-        case RequestError():
-            return frames.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
-        case ChatTemplateError():
-            return frames.Failure(id, "template", str(error), "messages", error.exit_code)
-        case UsageError():
-            return frames.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
-        case SlimoeError():
-            return frames.Failure(id, "model", str(error), exit_code=error.exit_code)
-    traceback.print_exception(error)
-    return frames.Failure(id, "internal", f"The engine failed ({type(error).__name__}). The log says more.")
-
-
-def _describe(engine: ServedEngine) -> frames.ModelInfo:
-    tokenizer, spec = engine.tokenizer, engine.spec
-    names = [None, None] if tokenizer is None else [tokenizer.bos, tokenizer.eos]
-    texts = ["" if tokenizer is None or token is None else tokenizer.token_text(token) for token in names]
-    return frames.ModelInfo(
-        n_ctx=engine.n_ctx,
-        n_ctx_train=spec.n_ctx_train,
-        n_vocab=spec.n_vocab,
-        n_params=sum(tensor.n_elements for tensor in engine.gguf.tensors.values()),
-        n_bytes=engine.gguf.n_bytes,
-        bos=texts[0],
-        eos=texts[1],
-        chat_template=None if tokenizer is None else tokenizer.chat_template,
-        memory=engine.memory(),
-    )
+    def _tell(self, id: int, event: Event | Failed) -> None:
+        job = self._running[id]
+        frame = job.replies.failure(event.error) if isinstance(event, Failed) else job.replies.event(event)
+        if frame is not None:
+            self._pipe.send(frame)
+        if isinstance(event, Failed | Finished):
+            del self._running[id]
+            self._jobs.pop(job.replies.id, None)
 
 
 def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:

@@ -27,6 +27,7 @@ class Open(Frame, frozen=True):
     model: str
     n_ctx: int | None = None
     n_batch: int | None = None
+    n_parallel: int | None = None
     n_threads: int | None = None
     kv_type: str | None = None
     weights: str | None = None

@@ -85,7 +85,7 @@ class InfoApi:
             "build_info": f"slimoe {self._model.version}",
             "pid": os.getpid(),
             "engine_pid": self._supervisor.pid,
-            "total_slots": 1,
+            "total_slots": self._supervisor.n_parallel,
             "is_sleeping": False,
             "n_ctx": None if info is None else info.n_ctx,
             "chat_template": None if info is None else info.chat_template,

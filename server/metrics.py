@@ -29,9 +29,9 @@ class Metrics:
         self._whole = _histogram("slimoe_e2e_request_latency_seconds", "From the request to its end.", registry)
         self._memory = Gauge("slimoe_memory_used_bytes", "Memory the engine holds.", ["tier"], registry=registry)
         running = Gauge("slimoe_num_requests_running", "Requests the engine works on.", registry=registry)
-        running.set_function(lambda: min(1, supervisor.n_busy))
+        running.set_function(lambda: min(supervisor.n_parallel, supervisor.n_busy))
         waiting = Gauge("slimoe_num_requests_waiting", "Requests that wait for the engine.", registry=registry)
-        waiting.set_function(lambda: max(0, supervisor.n_busy - 1))
+        waiting.set_function(lambda: max(0, supervisor.n_busy - supervisor.n_parallel))
         restarts = Gauge("slimoe_engine_restarts", "Times the engine's process was started again.", registry=registry)
         restarts.set_function(lambda: supervisor.n_restarts)
 

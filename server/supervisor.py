@@ -40,6 +40,7 @@ class Supervisor:
         self.failure: frames.Failure | None = None
         self.n_admitted = 0
         self.n_restarts = 0
+        self.n_parallel = model.n_parallel or 1
         self._model = model
         self._n_queue = n_queue
         self._command = command
@@ -77,8 +78,9 @@ class Supervisor:
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
         """Holds a place in the queue for one client's request; raises QueueFullError when there is none."""
-        if self.n_admitted > self._n_queue:
-            raise QueueFullError(self.n_admitted - 1)
+        n_waiting = self.n_admitted - self.n_parallel
+        if n_waiting >= self._n_queue:
+            raise QueueFullError(n_waiting)
         self.n_admitted += 1
         try:
             yield

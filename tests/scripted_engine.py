@@ -6,6 +6,7 @@ does, `bug` raises. A model file named `slow.gguf` is open once a file `go` lies
 and `broken.gguf` ends the process.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from offload.errors import DoesNotFitError
 from offload.generation import (
     Event,
+    Failed,
     Finished,
     FinishReason,
     GenerationRequest,
+    Outcome,
     PromptLogprobs,
     PromptProgress,
     Timings,
@@ -52,11 +55,35 @@ class ScriptedEngine:
         self.spec = ModelSpec.from_gguf(self.gguf)
         self.tokenizer: Tokenizer | None = Tokenizer.open(self.gguf)
         self.n_ctx = request.n_ctx or self.spec.n_ctx_train
+        self._n_parallel = request.n_parallel or 1
+        self._ids = itertools.count()
+        self._answers: dict[int, Iterator[Event]] = {}
 
     def memory(self) -> dict[str, int]:
         return {"weights": self.gguf.n_bytes}
 
-    def generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
+    @property
+    def is_idle(self) -> bool:
+        return not self._answers
+
+    def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> int:
+        id = next(self._ids)
+        self._answers[id] = self._generate(request, is_cancelled)
+        return id
+
+    def step(self) -> list[Outcome]:
+        outcomes = []
+        for id, events in list(self._answers.items())[: self._n_parallel]:
+            try:
+                outcomes.append(Outcome(id, next(events)))
+            except StopIteration:
+                del self._answers[id]
+            except ZeroDivisionError as bug:
+                del self._answers[id]
+                outcomes.append(Outcome(id, Failed(bug)))
+        return outcomes
+
+    def _generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> Iterator[Event]:
         assert self.tokenizer is not None
         words = self.tokenizer.decode(request.prompt_ids)
         if "abort" in words:

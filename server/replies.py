@@ -1,0 +1,123 @@
+"""What the engine's process says: events, errors and the model itself as messages."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from offload.errors import ContextOverflowError, DoesNotFitError, SlimoeError, UsageError
+from offload.generation import (
+    Event,
+    Finished,
+    GenerationRequest,
+    PromptLogprobs,
+    PromptProgress,
+    TokenLogprob,
+    TokenStep,
+)
+from offload.gguf_file import GGUFFile
+from offload.model_spec import ModelSpec
+from offload.tokenizer import Tokenizer
+from server import frames
+from server.prompts import RequestError
+from server.template import ChatTemplateError
+
+
+class OpenModel(Protocol):
+    """What is told of an engine."""
+
+    n_ctx: int
+    spec: ModelSpec
+    gguf: GGUFFile
+    tokenizer: Tokenizer | None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held per tier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """The messages about one generation; `piece` gives a token's bytes."""
+
+    id: int
+    request: GenerationRequest
+    piece: Callable[[int], bytes]
+
+    def event(self, event: Event) -> frames.Frame | None:
+        """The message of an event; None when it has nothing to say."""
+        match event:
+            case TokenStep(_, text, logprob):
+                scored = None if logprob is None else self._scored(logprob)
+                return frames.Step(self.id, text, scored) if text or scored else None
+            case PromptProgress(n_done, n_total, n_cached):
+                return frames.Progress(self.id, n_done, n_total, n_cached)
+            case PromptLogprobs(tokens):
+                return frames.PromptScores(self.id, self._prompt_scores(tokens))
+            case Finished(reason, text, timings, memory):
+                return frames.Done(self.id, reason, text, timings, memory)
+
+    def failure(self, error: Exception) -> frames.Failure:
+        """The message of an error that ended the generation."""
+        return failure_of(self.id, error, self.request.max_tokens)
+
+    def _prompt_scores(self, scores: tuple[TokenLogprob | None, ...]) -> tuple[frames.ScoredToken, ...]:
+        return tuple(
+            frames.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
+            for token, score in zip(self.request.prompt_ids, scores, strict=True)
+        )
+
+    def _scored(self, score: TokenLogprob) -> frames.ScoredToken:
+        top = tuple((token, self.piece(token), logprob) for token, logprob in score.top)
+        return frames.ScoredToken(score.token, self.piece(score.token), score.logprob, top)
+
+
+def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> frames.Failure:
+    """The message that tells the other side of `error`; a bug of ours also leaves its traceback in the log."""
+    match error:
+        case ContextOverflowError():
+            n_completion = max_tokens or 0
+            return frames.Failure(
+                id,
+                "context_overflow",
+                str(error),
+                n_prompt=error.n_prompt,
+                n_completion=n_completion,
+                n_ctx=error.n_ctx,
+            )
+        case DoesNotFitError():
+            return frames.Failure(
+                id,
+                "does_not_fit",
+                str(error),
+                exit_code=error.exit_code,
+                required_bytes=error.required_bytes,
+                available_bytes=error.available_bytes,
+            )
+        case RequestError():
+            return frames.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
+        case ChatTemplateError():
+            return frames.Failure(id, "template", str(error), "messages", error.exit_code)
+        case UsageError():
+            return frames.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
+        case SlimoeError():
+            return frames.Failure(id, "model", str(error), exit_code=error.exit_code)
+    traceback.print_exception(error)
+    return frames.Failure(id, "internal", f"The engine failed ({type(error).__name__}). The log says more.")
+
+
+def describe(engine: OpenModel) -> frames.ModelInfo:
+    """What the other side tells about an open model."""
+    tokenizer, spec = engine.tokenizer, engine.spec
+    names = [None, None] if tokenizer is None else [tokenizer.bos, tokenizer.eos]
+    texts = ["" if tokenizer is None or token is None else tokenizer.token_text(token) for token in names]
+    return frames.ModelInfo(
+        n_ctx=engine.n_ctx,
+        n_ctx_train=spec.n_ctx_train,
+        n_vocab=spec.n_vocab,
+        n_params=sum(tensor.n_elements for tensor in engine.gguf.tensors.values()),
+        n_bytes=engine.gguf.n_bytes,
+        bos=texts[0],
+        eos=texts[1],
+        chat_template=None if tokenizer is None else tokenizer.chat_template,
+        memory=engine.memory(),
+    )
