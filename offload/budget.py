@@ -1,6 +1,125 @@
 """Budgets: how many bytes of host and device memory this program may hold, out of what a person wrote."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Protocol
+
 import psutil
+
+from offload.errors import UsageError
+from offload.memory import holdable_bytes, human, memory_limit_bytes
+
+AUTO = "auto"
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
+_POWERS = {letter: power for power, letter in enumerate("kmgt", start=1)}
+_LARGEST_DEVICE_MARGIN = 1 << 30
+
+
+class DeviceMemory(Protocol):
+    """What a budget needs to know about a device; `offload.devices.Device` is one."""
+
+    @property
+    def name(self) -> str:
+        """The name it goes by in messages."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody holds."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All memory of the device."""
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether what it holds is taken from the host's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be held at most: `ram` by the process that asks, and one number of `vram` for each device.
+
+    `notes` are sentences for the person who set the budget: where less is free than they allowed.
+    """
+
+    ram: int
+    vram: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
+    """The bytes that a person wrote, None for auto.
+
+    Units are KiB, MiB, GiB and TiB or just K, M, G and T for powers of 1024, KB, MB, GB and TB for powers of 1000, B or
+    none for bytes, and % for a share of `total`. Raises UsageError, which names `flag`.
+    """
+    if text.strip().lower() == AUTO:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{flag} is {text!r}, which is no size. Write one like 8GiB, 500MB or 50%, or auto.")
+    number, unit = Decimal(match[1]), match[2].lower()
+    if unit == "%":
+        if number > 100:
+            raise UsageError(f"{flag} is {text}, more than there is. Write at most 100%, or a size like 8GiB.")
+        return int(number * total / 100)
+    step = 1000 if len(unit) == 2 and unit.endswith("b") else 1024
+    return int(number * step ** _POWERS.get(unit[:1], 0))
+
+
+def decide_budget(
+    ram: str | None, vram: Sequence[str], devices: Sequence[DeviceMemory], reserve_bytes: int = 0
+) -> Budget:
+    """The budget that flags and free memory allow, the less of the two.
+
+    `ram` is for all our processes, so `reserve_bytes`, which others of them take, are taken off. `vram` has one size
+    for all devices or one for each. auto is what is free, less a margin: `holdable_bytes` says which on the host; a
+    device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its driver allocates while it
+    computes. What devices take that share the host's memory is taken off the host's. Raises UsageError.
+    """
+    notes: list[str] = []
+    holdable = holdable_bytes()
+    sizes = _per_device(vram, devices)
+    taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
+    shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
+    free = max(0, holdable - shared)
+    asked = parse_size(ram or AUTO, memory_limit_bytes())
+    if asked is not None and asked > free:
+        notes.append(_short("--ram", asked, free, "the host"))
+    return Budget(max(0, (free if asked is None else min(asked, free)) - reserve_bytes), taken, tuple(notes))
+
+
+def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequence[str]:
+    if not vram or all(size == AUTO for size in vram):
+        return (AUTO,) * len(devices)
+    if not devices:
+        raise UsageError("--vram is given, but no device is used that it could be for. Leave it out, or see --device.")
+    if len(vram) == 1:
+        return (*vram,) * len(devices)
+    if len(vram) != len(devices):
+        names = ", ".join(device.name for device in devices)
+        raise UsageError(
+            f"--vram has {len(vram)} sizes, but the devices are {len(devices)} ({names}). "
+            "Give one size for all, or one for each."
+        )
+    return vram
+
+
+def _device_budget(size: str, device: DeviceMemory, holdable: int, notes: list[str]) -> int:
+    asked = parse_size(size, device.total_bytes, "--vram")
+    if asked is None:
+        free = device.free_bytes - min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
+        # Apple's limit for what a device may hold of the memory it shares is about as much.
+        return max(0, min(free, holdable * 3 // 4) if device.shares_host_memory else free)
+    if asked > device.free_bytes:
+        notes.append(_short("--vram", asked, device.free_bytes, device.name))
+    return min(asked, device.free_bytes)
+
+
+def _short(flag: str, asked: int, free: int, where: str) -> str:
+    return f"{flag} is {human(asked)}, but {where} has {human(free)} to give now: taking no more than that."
 
 
 def tree_resident_bytes(pid: int | None = None) -> int:
@@ -8,7 +127,8 @@ def tree_resident_bytes(pid: int | None = None) -> int:
 
     On Linux a page shared by several processes counts in equal parts in each (proportional set size), so that the
     code which our two processes share counts once in the sum. Elsewhere it counts in each of them, and the sum is an
-    upper bound.
+    upper bound. There is no such figure for a peak, since processes peak at different times: a control group's own
+    counter is the honest one.
     """
     process = psutil.Process(pid)
     return sum(_resident(member) for member in (process, *process.children(recursive=True)))

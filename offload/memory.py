@@ -1,9 +1,12 @@
 """How much host memory there is, and how much of it this process has used."""
 
+import contextlib
 import ctypes
 import mmap
 import resource
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -12,8 +15,37 @@ from offload.errors import DoesNotFitError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
-_FILES = ("memory.max", "memory.current", "memory.stat")
-_FILES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+_MEMINFO = Path("/proc/meminfo")
+
+LEFT_FREE_BYTES = 64 << 20
+"""In a full control group of 256 MiB another Python could start and read files, with no page fault that went to disk,
+when 16 MiB were left; with 8 MiB left the kernel ended it. This is four times as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Where a version of control groups writes the limit and the use of memory, and how it names kinds of use.
+
+    `summed` stands before the fields that count the groups inside as well.
+    """
+
+    limit: str
+    used: str
+    summed: str
+    mapped: str
+
+
+_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_", "mapped_file")
+_V2 = _Version("memory.max", "memory.current", "", "file_mapped")
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Bytes that a system or a control group may use, that it could give now, and of file pages mapped in it."""
+
+    limit: int
+    available: int
+    mapped: int
 
 
 def human(n_bytes: float) -> str:
@@ -27,33 +59,64 @@ def human(n_bytes: float) -> str:
 
 def available_bytes() -> int:
     """Host memory that can be taken now: the system's, or that of the tightest control group around this process."""
-    rooms = [_cgroup_room(group, *_FILES) for group in _cgroups()]
-    rooms.append(_cgroup_room(_CGROUP / "memory", *_FILES_V1))
-    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
+    return min(room.available for room in _rooms())
 
 
-def _cgroups() -> list[Path]:
-    """Directories of this process's control group and of those around it (cgroup v2)."""
+def memory_limit_bytes() -> int:
+    """The most host memory that this process can ever hold: the system's, or the tightest control group's limit."""
+    return min(room.limit for room in _rooms())
+
+
+def holdable_bytes() -> int:
+    """Host memory that this process can hold in all, what it holds already included, without harm to anybody.
+
+    What is available, less the file pages that running programs have mapped: they count as available, for they could
+    be dropped, but they are those programs' code, and the machine crawls once it reads its code from disk again and
+    again. Our own mapped pages are among both. A page table takes 8 bytes for each page of 4 KiB. On systems that do
+    not tell what is mapped a sixteenth of the memory stands for it.
+    """
+    room = min(room.available - room.mapped for room in _rooms())
+    return max(0, room - room // 512 - LEFT_FREE_BYTES + resident_bytes())
+
+
+def _rooms() -> list[_Room]:
+    memory = psutil.virtual_memory()
+    system = _Room(int(memory.total), int(memory.available), _mapped_bytes(int(memory.total)))
+    rooms = [_room(group, version) for group, version in _groups()]
+    return [system, *(room for room in rooms if room is not None)]
+
+
+def _mapped_bytes(total: int) -> int:
     try:
-        lines = _MEMBERSHIP.read_text().splitlines()
-    except OSError:
-        lines = []
-    inside = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    own = _CGROUP / inside
-    return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUP)]
+        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+        return int(fields["Mapped"].removesuffix("kB")) << 10
+    except (OSError, KeyError, ValueError):
+        return total // 16
 
 
-def _cgroup_room(group: Path, limit: str, used: str, stat: str) -> int | None:
+def _groups() -> Iterator[tuple[Path, _Version]]:
+    """Directories of this process's control groups and of those around them, and who wrote the files in them."""
+    inside = {"memory": "", "": ""}
+    with contextlib.suppress(OSError):
+        for line in _MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            inside |= {name: path for name in controllers.split(",") if name in inside}
+    for top, name, version in ((_CGROUP, "", _V2), (_CGROUP / "memory", "memory", _V1)):
+        own = top / inside[name].lstrip("/")
+        yield from ((group, version) for group in (own, *own.parents) if group.is_relative_to(top))
+
+
+def _room(group: Path, version: _Version) -> _Room | None:
     try:
-        maximum = (group / limit).read_text().strip()
-        if maximum == "max":
-            return None
-        fields = dict(line.split() for line in (group / stat).read_text().splitlines())
-        # Clean page cache counts as used there, but is given back on demand.
-        reclaimable = int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
-        return max(0, int(maximum) - int((group / used).read_text()) + reclaimable)
+        limit = int((group / version.limit).read_text())  # says max where there is none
+        used = int((group / version.used).read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        names = ("inactive_file", "active_file", version.mapped)
+        inactive, active, mapped = (int(fields.get(version.summed + name, fields.get(name, 0))) for name in names)
     except (OSError, ValueError):
         return None
+    # Clean page cache counts as used there, but is given back on demand.
+    return _Room(limit, max(0, limit - used + inactive + active), mapped)
 
 
 def advise_huge_pages(address: int, n_bytes: int) -> None:

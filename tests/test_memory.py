@@ -5,7 +5,16 @@ import pytest
 
 from offload import memory
 from offload.errors import DoesNotFitError
-from offload.memory import available_bytes, human, peak_resident_bytes, require
+from offload.memory import (
+    LEFT_FREE_BYTES,
+    available_bytes,
+    holdable_bytes,
+    human,
+    memory_limit_bytes,
+    peak_resident_bytes,
+    require,
+    resident_bytes,
+)
 
 GIB = 1 << 30
 LITTLE = 1 << 20
@@ -17,13 +26,14 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A control group's directory without files, in place of the system's."""
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     return tmp_path
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         path = directory / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
@@ -70,14 +80,85 @@ def test_the_tightest_of_the_groups_around_decides(cgroup: Path, limits: tuple[i
     assert available_bytes() == expected * LITTLE
 
 
-def test_the_older_kind_of_control_group(cgroup: Path) -> None:
-    files = {
-        "memory/memory.limit_in_bytes": f"{2 * LITTLE}\n",
-        "memory/memory.usage_in_bytes": f"{LITTLE}\n",
-        "memory/memory.stat": "inactive_file 1000\n",
+def older(group: str, limit: int, used: int, stat: str = "") -> dict[str, str]:
+    """The files of a group of version 1."""
+    return {
+        f"memory{group}/memory.limit_in_bytes": f"{limit}\n",
+        f"memory{group}/memory.usage_in_bytes": f"{used}\n",
+        f"memory{group}/memory.stat": stat,
     }
-    write(cgroup, files)
+
+
+def test_the_older_kind_of_control_group(cgroup: Path) -> None:
+    write(cgroup, older("", 2 * LITTLE, LITTLE, "inactive_file 1000\n"))
     assert available_bytes() == LITTLE + 1000
+    assert memory_limit_bytes() == 2 * LITTLE
+
+
+@pytest.mark.parametrize(("limits", "expected"), [((4, 2, 3), 1), ((2, 4, 3), 1), ((3, 1 << 42, 3), 2)])
+def test_the_older_kind_inside_others(cgroup: Path, limits: tuple[int, ...], expected: int) -> None:
+    """The limit of a batch system's job stands some directories below the top."""
+    write(cgroup, {"membership": "9:name=systemd:/\n4:cpuset,memory:/slurm/job_1\n0::/\n"})
+    for group, limit in zip(("", "/slurm", "/slurm/job_1"), limits, strict=True):
+        write(cgroup, older(group, limit * LITTLE, LITTLE))
+    write(cgroup, older("/slurm/job_2", 1, 1))
+    assert available_bytes() == expected * LITTLE
+    assert memory_limit_bytes() == min(limits) * LITTLE
+
+
+def test_a_path_that_is_not_mounted_here(cgroup: Path) -> None:
+    """A container sees its own group at the top, but may read its path outside."""
+    write(cgroup, {"membership": "4:memory:/docker/0123abcd\n0::/docker/0123abcd\n"} | older("", 5 * LITTLE, LITTLE))
+    assert available_bytes() == 4 * LITTLE
+
+
+def test_page_cache_of_groups_inside_can_be_had(cgroup: Path) -> None:
+    stat = f"inactive_file 0\nactive_file 0\ntotal_inactive_file {LITTLE // 2}\ntotal_active_file {LITTLE // 4}\n"
+    write(cgroup, older("", 3 * LITTLE, 3 * LITTLE, stat))
+    assert available_bytes() == LITTLE // 2 + LITTLE // 4
+
+
+def test_the_limit_is_the_systems_without_a_control_group(cgroup: Path) -> None:
+    assert memory_limit_bytes() == psutil.virtual_memory().total
+    write(cgroup, {"memory.max": f"{LITTLE}", "memory.current": "0", "memory.stat": ""})
+    assert memory_limit_bytes() == LITTLE
+
+
+@pytest.fixture
+def held(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What this process holds, on a machine of 100 GiB of which 80 are available and nothing is mapped."""
+    memory_now = psutil.virtual_memory()._replace(total=100 * GIB, available=80 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_now)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: GIB)
+    write(cgroup, {"meminfo": "MemTotal:  104857600 kB\nMapped:        0 kB\n"})
+    return GIB
+
+
+def holdable(room: int, held: int) -> int:
+    """`room` less page tables and what is always left, and what is held."""
+    return room - room // 512 - LEFT_FREE_BYTES + held
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "mapped"), [("Mapped: 0 kB", 0), ("Mapped:  3145728 kB\nShmem: 1 kB", 3 * GIB), ("", 100 * GIB // 16)]
+)
+def test_what_the_system_has_mapped_is_not_for_holding(cgroup: Path, held: int, meminfo: str, mapped: int) -> None:
+    write(cgroup, {"meminfo": meminfo})
+    assert holdable_bytes() == holdable(80 * GIB - mapped, held)
+
+
+def test_what_a_control_group_has_mapped_is_not_for_holding(cgroup: Path, held: int) -> None:
+    write(cgroup, older("", 20 * GIB, 4 * GIB, f"mapped_file 1\ntotal_mapped_file {2 * GIB}\ntotal_active_file {GIB}"))
+    assert holdable_bytes() == holdable(15 * GIB, held)
+    write(cgroup, {"memory.max": f"{10 * GIB}", "memory.current": "0", "memory.stat": f"file_mapped {GIB}"})
+    assert holdable_bytes() == holdable(9 * GIB, held)
+
+
+def test_a_full_control_group_lets_us_hold_no_more(cgroup: Path, held: int) -> None:
+    write(cgroup, {"memory.max": f"{GIB}", "memory.current": f"{2 * GIB}", "memory.stat": f"file_mapped {GIB // 2}"})
+    assert 0 < holdable_bytes() < held
+    write(cgroup, {"memory.stat": f"file_mapped {3 * GIB}"})
+    assert holdable_bytes() == 0
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
