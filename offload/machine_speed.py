@@ -1,0 +1,119 @@
+"""What this machine does in a second, as far as running a model asks: values only, measured by `calibration`."""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+from gguf import GGMLQuantizationType
+
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixKernel:
+    """Products with matrices of one type and row length; `is_expert` for `mul_mat_id`, whose kernels are others."""
+
+    type: GGMLQuantizationType
+    n_columns: int
+    is_expert: bool
+
+    @property
+    def name(self) -> str:
+        """What its speed is known by."""
+        return f"{self.type.name} {self.n_columns} {'expert' if self.is_expert else 'dense'}"
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedCurve:
+    """Seconds per byte of a matrix for a product with so many rows of activations (pairs of an expert, tokens).
+
+    `n_rows` ascends. All rows together are meant: reading the matrix costs once, multiplying costs for each row.
+    """
+
+    n_rows: tuple[int, ...]
+    seconds_per_byte: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        if (
+            not self.n_rows
+            or len(self.n_rows) != len(self.seconds_per_byte)
+            or list(self.n_rows) != sorted(set(self.n_rows))
+        ):
+            raise ValueError("a curve needs as many speeds as ascending row counts")
+
+    def seconds(self, n_bytes: float, n_rows: float) -> float:
+        """Seconds for a matrix of `n_bytes` and `n_rows` rows; straight between the measured points.
+
+        Below the first point, and above the last one, in proportion to the rows: fewer rows than one are a share of
+        the steps, and where a product is bound by arithmetic each further row costs the same.
+        """
+        points, speeds = self.n_rows, self.seconds_per_byte
+        if n_rows <= points[0]:
+            return n_bytes * speeds[0] * n_rows / points[0]
+        if n_rows >= points[-1]:
+            return n_bytes * speeds[-1] * n_rows / points[-1]
+        right = bisect_right(points, n_rows)
+        share = (n_rows - points[right - 1]) / (points[right] - points[right - 1])
+        return n_bytes * (speeds[right - 1] + share * (speeds[right] - speeds[right - 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What is paid however little is computed.
+
+    `graph_seconds`: to hand a small input over, compute a graph of two operations and read the result, Python
+    included. `op_seconds`: for each further operation of a graph, on a vector of some thousand values.
+    """
+
+    graph_seconds: Positive
+    op_seconds: Positive
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorSpeed:
+    """One backend: the CPU with so many threads, or a device.
+
+    `kernels` by the kernel's name; `attention_seconds` for one token's attention to one cell of the KV cache in one
+    layer.
+    """
+
+    kernels: Mapping[str, SpeedCurve]
+    overheads: Overheads
+    attention_seconds: Positive
+
+    def seconds(self, kernel: MatrixKernel, n_bytes: float, n_rows: float) -> float:
+        """Seconds for matrices of `n_bytes` in all, each multiplied with `n_rows` rows."""
+        return self.kernels[kernel.name].seconds(n_bytes, n_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """Bytes per second between host memory and a device."""
+
+    to_device: Positive
+    from_device: Positive
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpeed:
+    """The machine: its CPU, its devices by name with the links to them, and the disk the model lies on.
+
+    `disk` is bytes per second of whole experts read around the page cache; None where the file is not to be read while
+    the model runs.
+    """
+
+    cpu: ProcessorSpeed
+    devices: Mapping[str, ProcessorSpeed] = field(default_factory=dict)
+    links: Mapping[str, LinkSpeed] = field(default_factory=dict)
+    disk: Positive | None = None
+
+    def to_json(self) -> bytes:
+        """All of it, for a report."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> "MachineSpeed":
+        """The opposite; raises ValueError for what is none."""
+        return msgspec.json.decode(text, type=cls)
