@@ -100,7 +100,8 @@ def read_content(path: Path) -> GGUFContent:
 
 def write_content(path: Path, content: GGUFContent, *, endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path:
     """Writes it to `path`."""
-    writer = gguf.GGUFWriter(path, "llama", endianess=endianess)
+    architecture = content.keys.get("general.architecture")
+    writer = gguf.GGUFWriter(path, architecture.value if architecture else "llama", endianess=endianess)
     for name, key in content.keys.items():
         if name != "general.architecture":
             writer.add_key_value(name, key.value, key.kind, key.item)
