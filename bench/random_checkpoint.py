@@ -2,18 +2,22 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from bench.random_model import Shape
+from bench.topics import STYLES, RoutingStyle, topical_rows
 
 _CHUNK = 1 << 22
 
 
-def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0) -> None:
-    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of numbered words."""
+def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing: str = "uniform") -> None:
+    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of numbered words.
+
+    `routing` is one of STYLES.
+    """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(_config(shape)))
     vocabulary = {f"▁w{number}": number for number in range(shape.n_vocab)}
@@ -29,14 +33,28 @@ def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0) -> None:
     generator = np.random.default_rng(seed)
     with (path / "model.safetensors").open("wb") as file:
         file.write(len(packed).to_bytes(8, "little") + packed)
-        for tensor_shape in shapes.values():
-            _write_values(file, math.prod(tensor_shape), tensor_shape[-1] ** -0.5, generator)
+        for name, tensor_shape in shapes.items():
+            for values in _values(name, tensor_shape, STYLES[routing], generator):
+                file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def _write_values(file: BinaryIO, n_values: int, deviation: float, generator: np.random.Generator) -> None:
-    for begin in range(0, n_values, _CHUNK):
-        values = generator.standard_normal(min(_CHUNK, n_values - begin), np.float32) * np.float32(deviation)
-        file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+def _values(
+    name: str, shape: tuple[int, ...], style: RoutingStyle, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """A tensor's values, float32, some millions at a time."""
+    if "embed_tokens" in name:
+        n_rows, n_embd = shape
+        yield from topical_rows(n_rows, n_embd, style.topical, int(generator.integers(1 << 32)), _CHUNK // n_embd)
+        return
+    mean, deviation = (1.0, 0.1) if "norm" in name else (0.0, _factor(name, style) * shape[-1] ** -0.5)
+    for begin in range(0, math.prod(shape), _CHUNK):
+        drawn = generator.standard_normal(min(_CHUNK, math.prod(shape) - begin), np.float32)
+        yield drawn * np.float32(deviation) + np.float32(mean)
+
+
+def _factor(name: str, style: RoutingStyle) -> float:
+    factors = {"o_proj": style.attention, "w2": style.feed_forward, "gate": style.router}
+    return factors.get(name.split(".")[-2], 1.0)
 
 
 def _config(shape: Shape) -> dict[str, object]:

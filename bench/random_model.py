@@ -3,16 +3,15 @@
 Speed does not depend on the weights' values, so none have to be downloaded. Values are drawn with the deviation
 that keeps activations and logits near 1. A pool of blocks is quantised once for each kind of tensor and every
 tensor is filled with random picks from it, so that a file is written about as fast as the disk takes it and
-experts differ from each other. llama.cpp loads the files, with a made-up vocabulary or without any.
+experts differ from each other. llama.cpp loads the files, with a made-up vocabulary or without any. Experts are
+chosen evenly, or about as a trained model chooses them (`bench.topics`).
 
     python -m bench.random_model mixtral2 /tmp/mixtral2.gguf --seed 1 --type Q4_K
 """
 
-import math
 import os
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,15 +19,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
+from bench.random_blocks import RandomTensor, block_pool, random_pieces, topical_pieces
 from bench.random_vocabulary import add_random_vocabulary
+from bench.topics import STYLES, RoutingStyle
 from offload.errors import SlimoeError, UsageError
-from offload.ggml import ggml_quantize_chunk
 
-CHUNK = 256  # weights picked from the pool at once: the longest block of any ggml type
-POOL_CHUNKS = 4096
-WRITE_CHUNKS = 1 << 14
 TYPES = (
     "F32",
     "F16",
@@ -71,78 +68,37 @@ SHAPES = {
     "mixtral2": Shape(2, 4096, 14336, 32, 8, 128, 8, 2, 32000),
     "mixtral": Shape(32, 4096, 14336, 32, 8, 128, 8, 2, 32000),
     "finegrained": Shape(8, 2048, 768, 32, 4, 128, 128, 8, 32000),
+    "natural_small": Shape(8, 256, 512, 4, 2, 64, 8, 2, 4096),
     "smoke": Shape(2, 256, 512, 4, 2, 64, 4, 2, 512),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RandomTensor:
-    """One tensor to write: `ne` in ggml's order, normal values of `mean` and deviation `std`."""
-
-    name: str
-    ne: tuple[int, ...]
-    type: GGMLQuantizationType
-    std: float
-    mean: float = 0.0
-
-    @property
-    def n_chunks(self) -> int:
-        """Chunks of the pool that fill it."""
-        return math.prod(self.ne) // CHUNK
-
-    @property
-    def n_bytes(self) -> int:
-        """Size in the file."""
-        return self.n_chunks * chunk_bytes(self.type)
-
-
-def chunk_bytes(kind: GGMLQuantizationType) -> int:
-    """Bytes of CHUNK weights of a type."""
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return CHUNK // int(block) * int(block_bytes)
-
-
-def random_tensors(shape: Shape, kind: GGMLQuantizationType, output: GGMLQuantizationType) -> Iterator[RandomTensor]:
+def random_tensors(
+    shape: Shape, kind: GGMLQuantizationType, output: GGMLQuantizationType, style: RoutingStyle
+) -> Iterator[RandomTensor]:
     """All tensors of a model, in the order of the file; the router and the norms are F32."""
     d, n_ff, n_expert = shape.n_embd, shape.n_ff, shape.n_expert
     n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
     f32 = GGMLQuantizationType.F32
 
-    def matrix(name: str, *ne: int) -> RandomTensor:
-        return RandomTensor(f"{name}.weight", ne, kind, ne[0] ** -0.5)
+    def matrix(name: str, *ne: int, factor: float = 1.0) -> RandomTensor:
+        return RandomTensor(f"{name}.weight", ne, kind, factor * ne[0] ** -0.5)
 
-    yield replace(matrix("token_embd", d, shape.n_vocab), std=1.0)
+    yield replace(matrix("token_embd", d, shape.n_vocab), std=1.0, topical=style.topical)
     for layer in range(shape.n_layer):
         blk = f"blk.{layer}."
         yield RandomTensor(f"{blk}attn_norm.weight", (d,), f32, 0.1, mean=1.0)
         yield matrix(f"{blk}attn_q", d, n_q)
         yield matrix(f"{blk}attn_k", d, n_kv)
         yield matrix(f"{blk}attn_v", d, n_kv)
-        yield matrix(f"{blk}attn_output", n_q, d)
+        yield matrix(f"{blk}attn_output", n_q, d, factor=style.attention)
         yield RandomTensor(f"{blk}ffn_norm.weight", (d,), f32, 0.1, mean=1.0)
-        yield RandomTensor(f"{blk}ffn_gate_inp.weight", (d, n_expert), f32, d**-0.5)
+        yield RandomTensor(f"{blk}ffn_gate_inp.weight", (d, n_expert), f32, style.router * d**-0.5)
         yield matrix(f"{blk}ffn_gate_exps", d, n_ff, n_expert)
         yield matrix(f"{blk}ffn_up_exps", d, n_ff, n_expert)
-        yield matrix(f"{blk}ffn_down_exps", n_ff, d, n_expert)
+        yield matrix(f"{blk}ffn_down_exps", n_ff, d, n_expert, factor=style.feed_forward)
     yield RandomTensor("output_norm.weight", (d,), f32, 0.1, mean=1.0)
     yield replace(matrix("output", d, shape.n_vocab), type=output)
-
-
-def block_pool(kind: GGMLQuantizationType, std: float, mean: float, seed: int) -> np.ndarray:
-    """Quantised random chunks, uint8 of shape (POOL_CHUNKS, bytes of a chunk)."""
-    rng = np.random.default_rng([seed, kind.value])
-    values = rng.standard_normal((POOL_CHUNKS, CHUNK), np.float32) * np.float32(std) + np.float32(mean)
-    pool = np.empty((POOL_CHUNKS, chunk_bytes(kind)), np.uint8)
-    ggml_quantize_chunk(kind, values.ctypes.data, pool.ctypes.data, 0, POOL_CHUNKS, CHUNK, None)
-    return pool
-
-
-def random_pieces(tensor: RandomTensor, pool: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """The tensor's bytes, a few megabytes at a time; the same for the same seed and name."""
-    rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
-    for begin in range(0, tensor.n_chunks, WRITE_CHUNKS):
-        n_chunks = min(WRITE_CHUNKS, tensor.n_chunks - begin)
-        yield pool.take(rng.integers(0, POOL_CHUNKS, n_chunks, np.uint16), axis=0)
 
 
 def describe(writer: GGUFWriter, shape: Shape) -> None:
@@ -173,13 +129,14 @@ def write_random_model(
     kind: str = "Q4_K",
     output: str | None = None,
     vocabulary: bool = False,
+    routing: str = "uniform",
 ) -> int:
     """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
 
-    Without a `vocabulary` it can only be spoken to in token ids.
+    Without a `vocabulary` it can only be spoken to in token ids. `routing` is one of STYLES.
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
-    tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind)))
+    tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind), STYLES[routing]))
     part = path.with_name(path.name + ".part")
     writer = GGUFWriter(part, "llama")
     describe(writer, shape)
@@ -206,10 +163,11 @@ def _write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -
     file = writer.fout[0]
     for tensor in tensors:
         key = (tensor.type, tensor.std, tensor.mean)
-        if key not in pools:
+        if not tensor.topical and key not in pools:
             pools[key] = block_pool(*key, seed)
         writer.write_padding(file, file.tell())
-        for piece in random_pieces(tensor, pools[key], seed):
+        pieces = topical_pieces(tensor, seed) if tensor.topical else random_pieces(tensor, pools[key], seed)
+        for piece in pieces:
             piece.tofile(file)
     writer.write_padding(file, file.tell())
 
@@ -229,11 +187,13 @@ def shape_named(name: str, n_layer: int | None = None) -> Shape:
 
 
 @contextmanager
-def random_model_file(shape: str, kind: str, *, vocabulary: bool = False, keep: bool = False) -> Iterator[Path]:
+def random_model_file(
+    shape: str, kind: str, *, vocabulary: bool = False, keep: bool = False, routing: str = "uniform"
+) -> Iterator[Path]:
     """A random model in the temporary directory, deleted at the end unless it is to `keep`."""
     path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
     try:
-        write_random_model(path, shape_named(shape), kind=kind, vocabulary=vocabulary)
+        write_random_model(path, shape_named(shape), kind=kind, vocabulary=vocabulary, routing=routing)
         yield path
     finally:
         if not keep:
@@ -247,14 +207,29 @@ def random_model_file(shape: str, kind: str, *, vocabulary: bool = False, keep: 
 @click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
 @click.option("--output-type", help="Type of the output matrix.  [default: the same]")
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
+@click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
 @click.option("--vocabulary", is_flag=True, help="Add a made-up vocabulary, so that text goes in and out.")
 def main(
-    shape: str, path: Path, seed: int, kind: str, output_type: str | None, layers: int | None, vocabulary: bool
+    shape: str,
+    path: Path,
+    seed: int,
+    kind: str,
+    output_type: str | None,
+    layers: int | None,
+    routing: str,
+    vocabulary: bool,
 ) -> None:
     """Write a random model of SHAPE to PATH."""
     try:
-        chosen = shape_named(shape, layers)
-        n_bytes = write_random_model(path, chosen, seed=seed, kind=kind, output=output_type, vocabulary=vocabulary)
+        n_bytes = write_random_model(
+            path,
+            shape_named(shape, layers),
+            seed=seed,
+            kind=kind,
+            output=output_type,
+            vocabulary=vocabulary,
+            routing=routing,
+        )
     except (SlimoeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"{os.fspath(path)}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)

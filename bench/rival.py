@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -18,6 +19,9 @@ from offload import ggml_backend
 from offload.errors import ModelFileError
 
 N_BATCH = 512
+EvalCallback = Any
+"""A function of the C type `llama.ggml_backend_sched_eval_callback`."""
+_NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,17 @@ def _log_errors(level: int, text: bytes, _: int | None) -> None:
 
 
 class Rival:
-    """A llama.cpp model with one sequence in its KV cache. Has the stepping interface of the engine."""
+    """A llama.cpp model with one sequence in its KV cache. Has the stepping interface of the engine.
 
-    def __init__(self, config: RivalConfig) -> None:
+    `watch` is asked about every tensor that is computed, as llama.cpp's `cb_eval` is, and must outlive the rival.
+    """
+
+    def __init__(self, config: RivalConfig, watch: EvalCallback = _NO_CALLBACK) -> None:
         self.config = config
         self.n_past = 0
         llama.llama_log_set(_log_errors, ctypes.c_void_p(0))
         self._model = _open_model(config)
-        self._context = _open_context(self._model, config)
+        self._context = _open_context(self._model, config, watch)
         self._pool = _attach_threads(self._context, config.n_threads)
         self.n_vocab = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model)))
 
@@ -100,8 +107,9 @@ def _open_model(config: RivalConfig) -> ctypes.c_void_p:
     return model  # type: ignore[no-any-return]
 
 
-def _open_context(model: ctypes.c_void_p, config: RivalConfig) -> ctypes.c_void_p:
+def _open_context(model: ctypes.c_void_p, config: RivalConfig, watch: EvalCallback) -> ctypes.c_void_p:
     params = llama.llama_context_default_params()
+    params.cb_eval = watch
     params.n_ctx = config.n_ctx
     params.n_batch = params.n_ubatch = N_BATCH
     params.n_threads = params.n_threads_batch = config.n_threads
