@@ -4,89 +4,71 @@ Nothing about it can be assumed: with AVX-512, repacked Q4_K is 1.4 times as fas
 2.5 times as slow for a batch; elsewhere it is another number.
 """
 
-import contextlib
 import ctypes
-import json
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from platformdirs import user_cache_dir
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.backend import CpuBackend, allocate, can_repack, repack_buffer_type
+from offload.kernel_bench import random_rows
+from offload.machine_speed import Positive
+from offload.measurement_cache import MeasurementCache
 
 # More than a last-level cache holds, so that the single token finds its weights in memory, as in a real model.
 _N_COLUMNS, _N_ROWS, _N_STACK = 2048, 7168, 16
 _N_BATCH, _N_BATCH_STACK = 256, 4
 _ROUNDS = 5
+_MOST_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpeed:
     """Seconds for a fixed amount of work with each arrangement, for one token and for a batch of them."""
 
-    single_plain: float
-    single_repacked: float
-    batch_plain: float
-    batch_repacked: float
+    single_plain: Positive
+    single_repacked: Positive
+    batch_plain: Positive
+    batch_repacked: Positive
 
 
-def measured_speeds(kinds: Iterable[GGMLQuantizationType], backend: CpuBackend) -> dict[str, KernelSpeed]:
-    """Speeds by type name, of those of `kinds` that can be repacked here; measures what is not known, a second each."""
-    path = Path(os.environ.get("SLIMOE_CACHE") or user_cache_dir("slimoe")) / "kernel-speeds.json"
-    known = _read(path)
-    machine = known.setdefault(_machine(backend.n_threads), {})
-    missing = [k for k in kinds if k.name not in machine and can_repack(k, _N_COLUMNS, _N_ROWS)]
-    for kind in missing:
-        machine[kind.name] = asdict(_measure(kind, backend))
-    if missing:
-        _write(path, known)
-    return {name: KernelSpeed(**speeds) for name, speeds in machine.items()}
+def measured_speeds(
+    kinds: Iterable[GGMLQuantizationType],
+    backend: CpuBackend,
+    max_bytes: int = _MOST_BYTES,
+    cache: MeasurementCache | None = None,
+) -> dict[str, KernelSpeed]:
+    """Speeds by type name, of those of `kinds` that can be repacked here.
+
+    Measures what is not known, a second each, in `max_bytes` of memory but not less than three stacks of four matrices.
+    Raises DoesNotFitError.
+    """
+    cache = cache or MeasurementCache()
+    speeds = {}
+    for kind in kinds:
+        if not can_repack(kind, _N_COLUMNS, _N_ROWS):
+            continue
+        name = f"CPU, {backend.n_threads} threads: {kind.name} plain and repacked"
+        speed = cache.get(name, KernelSpeed)
+        if speed is None:
+            speed = _measure(kind, backend, max_bytes)
+            cache.put({name: speed})
+        speeds[kind.name] = speed
+    return speeds
 
 
-def _machine(n_threads: int) -> str:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return f"{cpu}, {n_threads} threads, ggml {ggml.ggml_version().decode()}"
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    try:
-        known = json.loads(path.read_text())
-        for machine in known.values():
-            for speeds in machine.values():
-                KernelSpeed(**speeds)
-        return dict(known)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # no cache yet, or one of another version: measure again
-
-
-def _write(path: Path, known: dict[str, dict[str, dict[str, float]]]) -> None:
-    # A cache that cannot be written costs a second at the next start and nothing else.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file, indent=1)
-        os.replace(file.name, path)
-
-
-def _measure(kind: GGMLQuantizationType, backend: CpuBackend) -> KernelSpeed:
-    data = _random_stack(kind)
+def _measure(kind: GGMLQuantizationType, backend: CpuBackend, max_bytes: int) -> KernelSpeed:
+    data = _random_stack(kind, max_bytes)
     benches = [_Bench(kind, buft, data) for buft in (ggml_backend.ggml_backend_cpu_buffer_type(), repack_buffer_type())]
     single: list[list[float]] = [[], []]
     batch: list[list[float]] = [[], []]
     for _ in range(_ROUNDS):
         # In turn, so that each finds the caches full of the other's weights, as one layer finds another's.
-        for first in range(0, _N_STACK, 2):
+        for first in range(0, len(data) - 1, 2):
             for index, bench in enumerate(benches):
                 single[index].append(bench.seconds(backend, 1, first))
         for index, bench in enumerate(benches):
@@ -97,22 +79,20 @@ def _measure(kind: GGMLQuantizationType, backend: CpuBackend) -> KernelSpeed:
     return KernelSpeed(*medians)
 
 
-def _random_stack(kind: GGMLQuantizationType) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Bytes of a stack of matrices: 64 random rows quantised, and repeated."""
+def _random_stack(kind: GGMLQuantizationType, max_bytes: int) -> NDArray[np.uint8]:
+    """Bytes [n_stack, bytes of a matrix]: 64 random rows quantised, and repeated. Two buffers will hold as much."""
     n_rows = 64
-    rows = np.random.default_rng(0).standard_normal((n_rows, _N_COLUMNS), np.float32)
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    quantised = np.empty(rows.size // block * block_bytes, np.uint8)
-    ggml.ggml_quantize_chunk(kind, rows.ctypes.data, quantised.ctypes.data, 0, n_rows, _N_COLUMNS, None)
-    return np.tile(quantised, _N_STACK * _N_ROWS // n_rows)
+    matrix = np.tile(random_rows(kind, _N_COLUMNS, n_rows), _N_ROWS // n_rows)
+    n_stack = min(_N_STACK, max(_N_BATCH_STACK, max_bytes // (3 * matrix.nbytes)))
+    return np.tile(matrix, (n_stack, 1))
 
 
 class _Bench:
     """A stack of expert matrices in one kind of buffer, and products with it."""
 
-    def __init__(self, kind: int, buft: int | None, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    def __init__(self, kind: int, buft: int | None, data: NDArray[np.uint8]) -> None:
         self._ctx = ggml.ggml_init(ggml.InitParams(1 << 20, None, True))
-        self._stack = ggml.ggml_new_tensor_3d(self._ctx, kind, _N_COLUMNS, _N_ROWS, _N_STACK)
+        self._stack = ggml.ggml_new_tensor_3d(self._ctx, kind, _N_COLUMNS, _N_ROWS, len(data))
         n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, self._stack)
         self._buffer = allocate(buft, n_bytes)
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
