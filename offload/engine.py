@@ -6,21 +6,17 @@ from contextlib import ExitStack, closing
 
 import numpy as np
 
-from offload.backend import CpuBackend
 from offload.batch import make_batch
 from offload.cells import Cells, common_prefix
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
 from offload.errors import ContextOverflowError
-from offload.generation import Event, GenerationRequest
+from offload.generation import Event, Failed, GenerationRequest, Outcome
 from offload.generator import Generator, ModelFacts
-from offload.kv_cache import KVCache, kv_type
-from offload.memory import peak_resident_bytes, require
-from offload.placement import Placement
-from offload.runner import Logits, Runner
-from offload.scheduler import Failed, Outcome, Scheduler
+from offload.loaded_model import LoadedModel
+from offload.memory import require
+from offload.runner import Logits
+from offload.scheduler import Scheduler
 from offload.tokenizer import Tokenizer
-from offload.weight_source import join_layers
-from offload.weights import ModelWeights, WeightStore, load_weights
 
 
 class Engine:
@@ -41,15 +37,9 @@ class Engine:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
             if self.tokenizer:
                 opened.callback(self.tokenizer.close)
-            self._backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
-            self._cache = opened.enter_context(closing(KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type))))
-            counter = _Counter(plan.placement, on_progress)
-            self._store = opened.enter_context(closing(WeightStore(plan.gguf, plan.sources, counter)))
-            weights = self._load()
-            self._runner = Runner(plan.spec, self._backend, self._cache, *weights, plan.n_batch)
-            opened.callback(self._runner.close)
+            self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress)))
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory)
-            self._scheduler = Scheduler(self._cells, self._runner.run, plan.n_parallel, plan.n_batch)
+            self._scheduler = Scheduler(self._cells, self._model.runner.run, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -59,18 +49,9 @@ class Engine:
         Raises ModelFileError, UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
         """
         plan = plan_engine(config)
-        require(plan.placement.required, plan.available, f"{config.model} with {plan.n_ctx} tokens of context")
+        if plan.tiers is None:
+            require(plan.placement.required, plan.available, f"{config.model} with {plan.n_ctx} tokens of context")
         return cls(config, plan, on_progress or (lambda done, total: None))
-
-    def _load(self) -> tuple[ModelWeights, ModelWeights]:
-        """Weights for batches and for single tokens: two arrangements, or twice the same one."""
-        placement, sources = self.plan.placement, self.plan.sources
-        if placement.mode != "mapped":
-            sources = join_layers(sources)
-        batched = load_weights(self._store, sources, placement.batch_form)
-        single = load_weights(self._store, sources, placement.single_form)
-        self._store.release_staging()
-        return batched, single
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 
@@ -82,7 +63,7 @@ class Engine:
     @property
     def compute_seconds(self) -> float:
         """Running total of time spent inside graphs; the rest of a step is this program's own."""
-        return self._backend.seconds
+        return self._model.backend.seconds
 
     def truncate(self, n_past: int) -> None:
         """Forgets all but the first `n_past` tokens."""
@@ -103,7 +84,7 @@ class Engine:
             raise ContextOverflowError(n_past + len(tokens), self.n_ctx)
         self._cells.append(self._own, tokens)
         try:
-            return self._runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
+            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
         except BaseException:
             self.truncate(n_past)
             raise
@@ -170,29 +151,12 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier: as planned and allocated, and the process's peak."""
-        placement = self.plan.placement
-        return {
-            "mapped": placement.mapped,
-            "copied": placement.copied,
-            "repacked": placement.repacked,
-            "kv": self._cache.n_bytes,
-            "compute": self._runner.compute_bytes,
-            "process_peak": peak_resident_bytes(),
-        }
+        return self._model.memory()
+
+    def counters(self) -> dict[str, float]:
+        """Running totals of the tiers by name, empty when everything is resident."""
+        return self._model.counters()
 
     def close(self) -> None:
         """Frees weights, cache and threads."""
         self._opened.close()
-
-
-class _Counter:
-    """Turns bytes that were made ready into done and total."""
-
-    def __init__(self, placement: Placement, on_progress: Callable[[int, int], None]) -> None:
-        self._total = placement.mapped + placement.copied + placement.repacked
-        self._done = 0
-        self._on_progress = on_progress
-
-    def __call__(self, n_bytes: int) -> None:
-        self._done = min(self._total, self._done + n_bytes)
-        self._on_progress(self._done, self._total)

@@ -1,18 +1,24 @@
 """What opening a model will take, decided from its header before a weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from offload.backend import CpuBackend, default_threads
+from offload.budget import decide_budget
 from offload.errors import ModelFileError, UsageError
+from offload.expert_source import ExpertLayer, expert_layers
 from offload.file_keys import TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
-from offload.memory import available_bytes
+from offload.memory import resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
-from offload.placement import Placement, decide_placement, matrix_bytes, repackable_types
+from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
 from offload.probe import KernelSpeed, measured_speeds
-from offload.weight_source import ModelSources, model_sources
+from offload.tier_plan import TierPlan, plan_tiers, program_bytes, tiered_compute_bytes, widest
+from offload.weight_source import ModelSources, model_sources, without_experts
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 512  # ggml's own limit
@@ -66,6 +72,9 @@ class EnginePlan:
     n_threads: int
     placement: Placement
     available: int
+    layers: tuple[ExpertLayer | None, ...]
+    tiers: TierPlan | None = None
+    priors: NDArray[np.float64] | None = None
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -91,11 +100,56 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
-    available = available_bytes()
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
-    speeds = _speeds(config, sources, n_threads)
-    placement = decide_placement(sources, spec, config.weights, speeds, kv, n_cells, n_batch, available)
-    return EnginePlan(gguf, spec, sources, n_ctx, n_cells, n_batch, config.n_parallel, n_threads, placement, available)
+    budget = decide_budget(config.ram, config.vram, (), config.reserve_bytes)
+    program = program_bytes(resident_bytes(), spec.n_vocab)
+    speeds = {} if is_budgeted(config) else _speeds(config, sources, n_threads)
+    for fewer in _batch_sizes(n_batch, config.n_parallel):
+        needs = Needs(kv, program, n_cells, fewer)
+        placement = decide_placement(sources, spec, config.weights, speeds, needs, budget.ram)
+        if placement.required <= budget.ram:
+            n_batch = fewer
+            break
+    plan = EnginePlan(
+        gguf=gguf,
+        spec=spec,
+        sources=sources,
+        n_ctx=n_ctx,
+        n_cells=n_cells,
+        n_batch=n_batch,
+        n_parallel=config.n_parallel,
+        n_threads=n_threads,
+        placement=placement,
+        available=budget.ram,
+        layers=expert_layers(sources, spec),
+    )
+    if placement.required <= budget.ram or not any(plan.layers) or config.weights not in ("auto", "copied"):
+        return plan
+    return replace(plan, tiers=_tiers(config, plan, program))
+
+
+def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
+    """Batches to try: a smaller one may be what lets a model stay resident, and costs little."""
+    return [n_batch, *(n for n in (256, 128) if max(n_parallel, 1) <= n < n_batch)]
+
+
+def is_budgeted(config: EngineConfig) -> bool:
+    """Whether the kernels must be those that every budget can have, so that all budgets give the same tokens."""
+    return config.ram is not None or bool(config.vram)
+
+
+def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan:
+    """Tiers for a model that does not fit whole. Raises DoesNotFitError."""
+    spec = plan.spec
+    return plan_tiers(
+        plan.layers,
+        plan.available,
+        program=program,
+        weights=matrix_bytes(without_experts(plan.sources)),
+        kv=plan.placement.kv,
+        compute=tiered_compute_bytes(spec, plan.n_cells, plan.n_batch, widest(plan.layers)),
+        what=f"{config.model} with {plan.n_ctx} tokens of context",
+    )
 
 
 def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:

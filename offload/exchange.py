@@ -48,7 +48,7 @@ class Exchange:
     """
 
     def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
-        self._backend = backend
+        self._backend, self.shape, self.is_host = backend, shape, backend.is_host
         n_tokens, n_embd = shape.n_tokens, shape.n_embd
         wanted = {
             "tokens": (Type.I32, n_tokens),

@@ -2,8 +2,8 @@
 
 A *pair* is one token and one of the experts chosen for it. An expert's pairs are gathered, multiplied and written to
 their columns of the outputs. Each expert is a stack of one for `mul_mat_id`, whose ids are then all 0: nothing
-negative, stale or repeated can reach it, and its kernels, unlike those of `mul_mat`, are the ones the uncut graph takes. The
-matrices' addresses are set before each run, so that a graph serves every expert of its types and shapes.
+negative, stale or repeated can reach it, and its kernels, unlike those of `mul_mat`, are the ones the uncut graph
+takes. The matrices' addresses are set before each run, so that a graph serves every expert of its types and shapes.
 """
 
 from collections.abc import Callable, Iterator, Sequence

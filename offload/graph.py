@@ -68,11 +68,15 @@ class StepBuilder:
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> None:
         self.spec, self.weights, self.cache, self.shape = spec, weights, cache, shape
-        n_nodes = 64 + spec.n_layer * (48 + 2 * spec.n_expert_used)
+        n_nodes = 64 + self._n_layers() * (48 + 2 * spec.n_expert_used)
         n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
         self.ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         self.graph = ggml.ggml_new_graph_custom(self.ctx, n_nodes, False)
         self.inputs = self._inputs()
+
+    def _n_layers(self) -> int:
+        """Layers of this graph."""
+        return self.spec.n_layer
 
     def _input(self, kind: Type, *ne: int) -> int:
         make = ggml.ggml_new_tensor_1d if len(ne) == 1 else ggml.ggml_new_tensor_2d

@@ -16,8 +16,6 @@ from offload.weights import Form
 WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 Mode = Literal["mapped", "copied", "repacked", "both"]
 
-_OVERHEAD_BYTES = 256 << 20
-"""Python, libraries, tokenizer and what a request holds for a while."""
 _JOINED = 2
 """The largest weight that is repacked is gate and up, joined."""
 _WORTHWHILE = 0.97
@@ -41,16 +39,17 @@ class Placement:
     repacked: int
     kv: int
     compute: int
-    overhead: int = _OVERHEAD_BYTES
+    program: int
+    staging: int = 0
 
     @property
     def required(self) -> int:
         """All of it."""
-        return self.mapped + self.copied + self.repacked + self.kv + self.compute + self.overhead
+        return self.mapped + self.copied + self.repacked + self.kv + self.compute + self.program + self.staging
 
     def batch_form(self, source: WeightSource) -> Form:
         """The form of a weight for steps of several tokens."""
-        if self.mode == "mapped" or not source.is_matrix:
+        if self.mode == "mapped":
             return "mapped"
         return "repacked" if self.mode == "repacked" and self._repacks(source) else "copied"
 
@@ -60,6 +59,16 @@ class Placement:
 
     def _repacks(self, source: WeightSource) -> bool:
         return source.type in self.repacked_types and _repackable(source)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of the KV cache and of the program itself, cells of the cache and tokens of a batch."""
+
+    kv: int
+    program: int
+    n_cells: int
+    n_batch: int
 
 
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
@@ -77,9 +86,7 @@ def decide_placement(
     spec: ModelSpec,
     mode: str,
     speeds: Mapping[str, KernelSpeed],
-    kv: int,
-    n_cells: int,
-    n_batch: int,
+    needs: Needs,
     available: int,
 ) -> Placement:
     """The placement that `mode` names, or for auto the fastest that fits into `available` bytes.
@@ -88,11 +95,11 @@ def decide_placement(
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
-    compute = _compute_bytes(spec, n_cells, n_batch)
+    compute = _compute_bytes(spec, needs.n_cells, needs.n_batch)
     possible = frozenset(repackable_types(sources))
 
     def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
-        return _place(sources, Placement(chosen, kinds, 0, 0, 0, kv, compute))
+        return _place(sources, Placement(chosen, kinds, 0, 0, 0, needs.kv, compute, needs.program))
 
     named: dict[str, Callable[[], Placement]] = {
         "mapped": lambda: place("mapped", frozenset()),
@@ -117,13 +124,17 @@ def _place(sources: ModelSources, rule: Placement) -> Placement:
         for source in _weights(sources)
         for form in (rule.batch_form(source), rule.single_form(source))
     }
-    forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes
+    if rule.mode == "mapped":
+        forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes
     totals = {wanted: sum(n for (_, form), n in forms.items() if form == wanted) for wanted in get_args(Form)}
     # A weight is read whole before it is rearranged.
     staging = max((n for (_, form), n in forms.items() if form == "repacked"), default=0)
-    overhead = rule.overhead + _JOINED * staging
     return replace(
-        rule, mapped=totals["mapped"], copied=totals["copied"], repacked=totals["repacked"], overhead=overhead
+        rule,
+        mapped=totals["mapped"],
+        copied=totals["copied"],
+        repacked=totals["repacked"],
+        staging=_JOINED * staging,
     )
 
 

@@ -14,6 +14,7 @@ from offload.graph import StepGraph, StepShape, build_step
 from offload.graph_pool import BuiltGraph, GraphPool
 from offload.kv_cache import KVCache
 from offload.model_spec import ModelSpec
+from offload.token_rows import TokenRows
 from offload.weights import ModelWeights
 
 Logits = NDArray[np.float32]
@@ -37,7 +38,7 @@ class Runner:
     """Computes steps over one KV cache.
 
     `batched` weights serve steps of several tokens, `single` ones those of one: the same numbers, arranged for the
-    kernels that are faster there. One allocator serves all graphs, since only one runs at a time.
+    kernels that are faster there. With `rows`, their token table is that tensor, filled for each step.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Runner:
         cache: KVCache,
         batched: ModelWeights,
         single: ModelWeights,
+        rows: TokenRows | None,
         n_batch: int,
     ) -> None:
         self.spec, self.backend, self.cache = spec, backend, cache
-        self._batched, self._single = batched, single
+        self._batched, self._single, self._rows = batched, single, rows
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
         self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
         self._graphs.reserve(StepShape(1, cache.n_cells, 1))
@@ -67,7 +69,11 @@ class Runner:
         """
         assert batch.n_kv <= self.cache.n_cells
         prepared = self._graphs.get(StepShape(batch.n_tokens, batch.n_kv, batch.n_out))
-        prepared.tokens[:] = batch.tokens
+        if self._rows is None:
+            prepared.tokens[:] = batch.tokens
+        else:
+            self._rows.load(batch.tokens)
+            prepared.tokens[:] = np.arange(batch.n_tokens)
         prepared.positions[:] = batch.positions
         prepared.cells[:] = batch.cells
         fill_mask(prepared.mask, batch)

@@ -53,9 +53,15 @@ class SegmentBuilder(StepBuilder):
     """Builds one segment of a step."""
 
     def __init__(
-        self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape, exchange: Exchange
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        cache: KVCache,
+        shape: StepShape,
+        exchange: Exchange,
+        segment: Segment,
     ) -> None:
-        self.exchange = exchange
+        self.exchange, self.segment = exchange, segment
         super().__init__(spec, weights, cache, shape)
 
     def _inputs(self) -> StepInputs:
@@ -67,11 +73,15 @@ class SegmentBuilder(StepBuilder):
             mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)),
         )
 
+    def _n_layers(self) -> int:
+        return self.segment.end - self.segment.begin
+
     def _vector(self, name: str, n: int) -> int:
         return int(ggml.ggml_view_1d(self.ctx, self.exchange.tensor(name), n, 0))
 
-    def build_segment(self, segment: Segment) -> SegmentGraph:
-        """The graph of one segment."""
+    def build_segment(self) -> SegmentGraph:
+        """The graph of the segment."""
+        segment = self.segment
         hidden = self._combined(segment.begin) if segment.begin >= 0 else self._embedded()
         for index in range(segment.begin + 1, segment.end):
             hidden = self._feed_forward(index, self._attend(index, hidden))

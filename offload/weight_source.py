@@ -262,3 +262,11 @@ def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
         n_bytes = stack.n_bytes // n_stack
         span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
     return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
+
+
+def without_experts(sources: ModelSources) -> ModelSources:
+    """The same model with nothing but routers where its experts were."""
+    layers = tuple(
+        replace(layer, gate_up=(), down=None) if layer.router is not None else layer for layer in sources.layers
+    )
+    return replace(sources, layers=layers)

@@ -204,8 +204,13 @@ FormRule = Callable[[WeightSource], Form]
 """Says in which form a weight is wanted."""
 
 
-def load_weights(store: WeightStore, sources: ModelSources, form: FormRule) -> ModelWeights:
-    """Makes every weight of a model ready. The token table stays mapped: a step looks up a few of its rows."""
+def load_weights(
+    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None
+) -> ModelWeights:
+    """Makes every weight of a model ready. The token table stays mapped: a step looks up a few of its rows.
+
+    With `token_embd`, that tensor takes the table's place.
+    """
 
     def weight(source: WeightSource) -> int:
         return store.weight(source, form(source))
@@ -225,9 +230,14 @@ def load_weights(store: WeightStore, sources: ModelSources, form: FormRule) -> M
         )
 
     return ModelWeights(
-        token_embd=store.weight(sources.token_embd, "mapped"),
+        token_embd=_token_table(store, sources, form) if token_embd is None else token_embd,
         output_norm=weight(sources.output_norm),
         output=linear(sources.output),
         rope_freqs=weight(sources.rope_freqs) if sources.rope_freqs else 0,
         layers=tuple(layer(source) for source in sources.layers),
     )
+
+
+def _token_table(store: WeightStore, sources: ModelSources, form: FormRule) -> int:
+    is_output = sources.output.weight is sources.token_embd
+    return store.weight(sources.token_embd, form(sources.token_embd) if is_output else "mapped")

@@ -42,7 +42,7 @@ def _as_json(plan: EnginePlan) -> dict[str, Any]:
             "repacked": placement.repacked,
             "kv": placement.kv,
             "compute": placement.compute,
-            "overhead": placement.overhead,
+            "program": placement.program + placement.staging,
         },
         "required_bytes": placement.required,
         "available_bytes": plan.available,
@@ -58,7 +58,7 @@ def _lines(plan: EnginePlan) -> list[str]:
         "weights, repacked": placement.repacked,
         f"KV cache, {plan.n_ctx} tokens": placement.kv,
         f"compute, batches of {plan.n_batch}": placement.compute,
-        "program, at most": placement.overhead,
+        "program, at most": placement.program + placement.staging,
         "in all": placement.required,
         "free now": plan.available,
     }

@@ -1,0 +1,205 @@
+"""Experts in host memory: slots that are filled from disk, and which expert is in which.
+
+Which one leaves is `residency`'s and `policy`'s decision; here bytes move. The engine's thread alone calls this; the
+reader's threads only fill slots.
+"""
+
+import mmap
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from offload.disk_reader import PAGE, DiskReader, Read, ReadFailedError, padded
+from offload.expert_source import ExpertCopy, SlotClass
+from offload.memory import advise_huge_pages, out_of_memory
+from offload.policy import Policy
+from offload.residency import Key, SlotCache
+
+Addresses = tuple[int, int, int]
+"""Where gate, up and down begin."""
+
+
+@dataclass(slots=True)
+class ArenaCounters:
+    """What the arena has done since it was opened.
+
+    `hits` picks found in memory, `ahead` picks whose read had begun before they were chosen, `misses` the others;
+    `n_prefetched` and `n_cancelled` reads begun ahead and dropped again; `stall_seconds` spent waiting for the disk.
+    """
+
+    hits: int = 0
+    ahead: int = 0
+    misses: int = 0
+    n_prefetched: int = 0
+    n_cancelled: int = 0
+    stall_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A slot and its expert: the read that fills it, where the matrices begin, and whether they were read ahead."""
+
+    address: int
+    key: Key = (-1, -1)
+    read: Read | None = None
+    addresses: Addresses = (0, 0, 0)
+    is_ahead: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its bytes are all there."""
+        return self.read is None or self.read.is_done
+
+
+def slot_bytes(slot_class: SlotClass) -> int:
+    """Memory of one slot, for matrices that may begin anywhere in a page of the file."""
+    return sum(padded(matrix_bytes(kind, ne)) for kind, ne in slot_class)
+
+
+def matrix_bytes(kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
+    """Bytes of a matrix of a type and shape."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(ne)) // int(block) * int(block_bytes)
+
+
+class _Pool:
+    """Slots of one class, in one stretch of memory."""
+
+    def __init__(self, slot_class: SlotClass, n_slots: int, policy: Policy) -> None:
+        self.slot_class = slot_class
+        self.cache = SlotCache(n_slots, policy)
+        size = slot_bytes(slot_class)
+        self.n_bytes = n_slots * size
+        try:
+            self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes))
+        except OSError:
+            raise out_of_memory(self.n_bytes) from None
+        self._base = np.frombuffer(self._memory, np.uint8)
+        base = int(self._base.ctypes.data)
+        advise_huge_pages(base, self.n_bytes)
+        self.slots = [Loaded(base + index * size) for index in range(n_slots)]
+
+    def can_take(self, pinned: set[Key]) -> bool:
+        """Whether another expert finds a slot."""
+        return len(self.cache) < self.cache.n_slots or self.cache.victim(pinned) is not None
+
+    def close(self) -> None:
+        del self._base
+        self._memory.close()
+
+
+class Arena:
+    """Pools by slot class, the reader that fills them, and the copies they hold."""
+
+    def __init__(self, reader: DiskReader, policy: Policy, n_slots: Mapping[SlotClass, int]) -> None:
+        self._reader = reader
+        self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
+        self._pinned: set[Key] = set()
+        self.counters = ArenaCounters()
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(pool.n_bytes for pool in self._pools.values())
+
+    @property
+    def least_slots(self) -> int:
+        """Slots of the smallest pool: so many experts can be held at once whatever their class."""
+        return min(pool.cache.n_slots for pool in self._pools.values())
+
+    def holds(self, key: Key, copy: ExpertCopy) -> bool:
+        """Whether a copy is here, complete."""
+        pool = self._pools.get(copy.slot_class)
+        index = pool.cache.lookup(key) if pool else None
+        if pool is None or index is None:
+            return False
+        read = pool.slots[index].read
+        return read is None or read.is_done
+
+    def fill(self, wanted: Iterable[tuple[Key, ExpertCopy]], on_progress: Callable[[int], None]) -> None:
+        """Reads copies into free slots, as many as there are, before the first step."""
+        begun: list[tuple[Loaded, ExpertCopy]] = []
+        for key, copy in wanted:
+            pool = self._pools[copy.slot_class]
+            if len(pool.cache) < pool.cache.n_slots:
+                begun.append((self._begin(pool, key, copy, demanded=True), copy))
+        for slot, copy in begun:
+            self._complete(slot)
+            on_progress(copy.n_bytes)
+
+    def pin(self, keys: set[Key]) -> None:
+        """Keeps these, and only these, from leaving until the next call."""
+        self._pinned = keys
+
+    def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
+        """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""
+        pool = self._pools[copy.slot_class]
+        index = pool.cache.lookup(key)
+        if index is None:
+            self.counters.misses += counts
+            return self._begin(pool, key, copy, demanded=True)
+        slot = pool.slots[index]
+        if slot.read is not None and not slot.read.is_done:
+            self._reader.demand(slot.read)
+        if slot.is_ahead:
+            self.counters.ahead += counts
+        else:
+            self.counters.hits += counts
+        slot.is_ahead = False
+        return slot
+
+    def prefetch(self, key: Key, copy: ExpertCopy) -> None:
+        """Begins to read a copy if it is not here; only pinned keys survive until they are needed."""
+        pool = self._pools[copy.slot_class]
+        if key not in pool.cache and pool.can_take(self._pinned):
+            self._begin(pool, key, copy, demanded=False).is_ahead = True
+            self.counters.n_prefetched += 1
+
+    def addresses(self, slot: Loaded) -> Addresses:
+        """Where the matrices begin; waits for them. Raises ReadFailedError, and the slot is free again."""
+        if not slot.is_ready:
+            begin = time.perf_counter()
+            self._complete(slot)
+            self.counters.stall_seconds += time.perf_counter() - begin
+        else:
+            self._complete(slot)
+        return slot.addresses
+
+    def _complete(self, slot: Loaded) -> None:
+        read, slot.read = slot.read, None
+        if read is None:
+            return
+        try:
+            self._reader.wait(read)
+        except ReadFailedError:
+            pool = next(pool for pool in self._pools.values() if slot in pool.slots)
+            pool.cache.free(slot.key)
+            raise
+
+    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool) -> Loaded:
+        index, _ = pool.cache.acquire(key, self._pinned)
+        slot = pool.slots[index]
+        slot.key = key
+        if slot.read is not None:
+            if not slot.read.is_done:
+                self.counters.n_cancelled += 1
+            self._reader.cancel(slot.read)
+        parts, begins, address = [], [], slot.address
+        for matrix in (copy.gate, copy.up, copy.down):
+            (span,) = matrix.spans
+            parts.append((span, address))
+            begins.append(address + span.offset % PAGE)
+            address += padded(span.n_bytes)
+        slot.addresses = (begins[0], begins[1], begins[2])
+        slot.read = self._reader.submit(parts, demanded=demanded)
+        slot.is_ahead = False
+        return slot
+
+    def close(self) -> None:
+        """Frees the memory; the reader must have been closed."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()

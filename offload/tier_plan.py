@@ -1,0 +1,135 @@
+"""Decides how a model lies in memory that does not hold it whole: what is fixed, and how many experts have a slot."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from offload.arena import slot_bytes
+from offload.errors import DoesNotFitError
+from offload.expert_source import ExpertLayer, SlotClass
+from offload.memory import human
+from offload.model_spec import ModelSpec
+
+MAX_AHEAD = 2
+"""Layers whose routers are asked early: beyond the second they know too little."""
+_GROWTH_BYTES = 40 << 20
+"""What the program takes after planning: tokenizer, graphs, ggml's scratch memory, a request's own."""
+_BYTES_PER_TOKEN_TEXT = 400
+"""Memory of one vocabulary entry, measured with libllama's vocabularies of 32,000 and 128,000 tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """Bytes of host memory by use, within `budget`, and slots for experts by class.
+
+    `program` is Python and libraries; `weights` everything that is no expert.
+    """
+
+    budget: int
+    program: int
+    weights: int
+    kv: int
+    compute: int
+    n_slots: tuple[tuple[SlotClass, int], ...]
+    n_experts: int
+    expert_bytes: int
+    n_ahead: int
+
+    @property
+    def fixed(self) -> int:
+        """All but the slots."""
+        return self.program + self.weights + self.kv + self.compute
+
+    @property
+    def arena(self) -> int:
+        """Bytes of all slots."""
+        return sum(n * slot_bytes(kind) for kind, n in self.n_slots)
+
+    @property
+    def n_resident(self) -> int:
+        """Experts that have a slot."""
+        return sum(n for _, n in self.n_slots)
+
+
+def plan_tiers(
+    layers: Sequence[ExpertLayer | None], budget: int, *, program: int, weights: int, kv: int, compute: int, what: str
+) -> TierPlan:
+    """The plan for a budget.
+
+    Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
+    """
+    fixed = program + weights + kv + compute
+    classes = slot_classes(layers)
+    n_used = max(layer.n_expert_used for layer in layers if layer is not None)
+    least = {kind: min(n, n_used) for kind, n in classes.items()}
+    required = fixed + sum(n * slot_bytes(kind) for kind, n in least.items())
+    if required > budget:
+        raise DoesNotFitError(
+            f"{what} needs at least {human(required)} of memory, of which {human(fixed)} are for everything but "
+            f"experts, but the budget is {human(budget)}. Raise --ram to {human_up(required)}, lower --ctx or --batch.",
+            required_bytes=required,
+            available_bytes=budget,
+        )
+    n_slots = share_slots(classes, least, budget - fixed)
+    copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
+    room = min(n_slots[kind] // max(1, n) for kind, n in least.items())
+    return TierPlan(
+        budget=budget,
+        program=program,
+        weights=weights,
+        kv=kv,
+        compute=compute,
+        n_slots=tuple(n_slots.items()),
+        n_experts=len(copies),
+        expert_bytes=sum(copy.n_bytes for copy in copies),
+        n_ahead=max(0, min(MAX_AHEAD, room - 1)),
+    )
+
+
+def slot_classes(layers: Iterable[ExpertLayer | None]) -> dict[SlotClass, int]:
+    """How many experts there are of each class, by their best copies."""
+    return dict(
+        Counter(copies[0].slot_class for layer in layers if layer is not None for copies in layer.experts if copies)
+    )
+
+
+def share_slots(classes: Mapping[SlotClass, int], least: Mapping[SlotClass, int], room: int) -> dict[SlotClass, int]:
+    """Slots by class for `room` bytes: the same share of every class, at least `least`, at most all."""
+    total = sum(n * slot_bytes(kind) for kind, n in classes.items())
+    share = min(1.0, room / total)
+    n_slots = {kind: max(least[kind], int(n * share)) for kind, n in classes.items()}
+    while sum(n * slot_bytes(kind) for kind, n in n_slots.items()) > room:
+        kind = max((kind for kind in n_slots if n_slots[kind] > least[kind]), key=lambda kind: n_slots[kind])
+        n_slots[kind] -= 1
+    left = room - sum(n * slot_bytes(kind) for kind, n in n_slots.items())
+    for kind in sorted(classes, key=slot_bytes, reverse=True):
+        more = min(classes[kind] - n_slots[kind], left // slot_bytes(kind))
+        n_slots[kind] += more
+        left -= more * slot_bytes(kind)
+    return n_slots
+
+
+def program_bytes(resident: int, n_vocab: int) -> int:
+    """What the program itself will take: what it holds now, and what it will still take."""
+    return resident + _GROWTH_BYTES + n_vocab * _BYTES_PER_TOKEN_TEXT
+
+
+def widest(layers: Iterable[ExpertLayer | None]) -> int:
+    """The largest n_ff of all experts."""
+    return max(copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
+
+
+def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int) -> int:
+    """An upper estimate of the buffers that a cut step uses: exchange, segments, and one expert's batch."""
+    n_used, d = max(1, spec.n_expert_used), spec.n_embd
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_cells + 8 * max(1, spec.n_expert) + 32)
+    heads = (2 * spec.n_head + 4 * spec.n_head_kv) * spec.n_embd_head
+    segment = 4 * (n_batch * (6 * d + heads) + spec.n_vocab)
+    expert = 4 * n_batch * (3 * n_ff + 3 * d)
+    scratch = n_batch * max(n_ff, d) * 2
+    return exchange + segment + expert + scratch + (8 << 20)
+
+
+def human_up(n_bytes: int) -> str:
+    """A size for a flag that is certainly enough: whole MiB, rounded up."""
+    return f"{-(-n_bytes // (1 << 20))}MiB"

@@ -1,0 +1,62 @@
+"""The rows of the token table that a step needs, read from the file: the table itself is a waste of a tight budget."""
+
+import contextlib
+import os
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from offload import ggml, ggml_backend
+from offload.backend import Backend
+from offload.disk_reader import ReadFailedError
+from offload.gguf_file import GGUFFile
+from offload.weight_source import WeightSource
+
+
+class TokenRows:
+    """A tensor [n_embd, n_batch] of the table's type, filled with the rows of a step's tokens."""
+
+    def __init__(self, gguf: GGUFFile, table: WeightSource, backend: Backend, n_batch: int) -> None:
+        (span,) = table.spans
+        self._backend = backend
+        self._path = gguf.paths[span.shard]
+        self._offset, self._row_bytes = span.offset, table.n_bytes // table.ne[1]
+        self._file = os.open(self._path, os.O_RDONLY)
+        with contextlib.suppress(OSError, AttributeError):
+            # A row is one page or two; reading ahead around it would only push others out.
+            os.posix_fadvise(self._file, span.offset, span.n_bytes, os.POSIX_FADV_RANDOM)
+        self._ctx = ggml.ggml_init(ggml.InitParams(4 * ggml.ggml_tensor_overhead(), None, True))
+        kind: GGMLQuantizationType = table.type
+        self.tensor: int = ggml.ggml_new_tensor_2d(self._ctx, kind, table.ne[0], n_batch)
+        self._buffer = backend.allocate(self._row_bytes * n_batch + 256)
+        base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
+        ggml_backend.ggml_backend_tensor_alloc(self._buffer, self.tensor, base)
+        self._rows = np.empty(self._row_bytes * n_batch, np.uint8)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the rows, here and on the device."""
+        return 2 * self._rows.nbytes
+
+    def load(self, tokens: NDArray[np.int32]) -> None:
+        """Makes row i of the tensor that of `tokens[i]`. Raises ReadFailedError."""
+        size = self._row_bytes
+        view = self._rows.data
+        for index, token in enumerate(tokens.tolist()):
+            target = view[index * size : (index + 1) * size]
+            try:
+                n_read = os.preadv(self._file, [target], self._offset + token * size)
+            except OSError as error:
+                raise ReadFailedError(f"{self._path}: reading failed ({error.strerror}). Check the disk.") from None
+            if n_read < size:
+                raise ReadFailedError(f"{self._path}: the file was changed while it was open. Start again.")
+        self._backend.set(self.tensor, self._rows[: len(tokens) * size])
+
+    def close(self) -> None:
+        """Frees the tensor and closes the file."""
+        if self._buffer:
+            ggml_backend.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._ctx)
+            os.close(self._file)
+            self._buffer = 0
