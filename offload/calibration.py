@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,9 +17,10 @@ from offload.gguf_file import GGUFFile
 from offload.kernel_bench import MIN_BYTES, AttentionShape, Clock, KernelBench
 from offload.machine_speed import LinkSpeed, MachineSpeed, MatrixKernel, Overheads, Positive, ProcessorSpeed, SpeedCurve
 from offload.measurement_cache import MeasurementCache
+from offload.model_load import expert_matrices, layer_matrices
 from offload.model_spec import ModelSpec
 from offload.transfer_bench import MAX_PIECE, disk_bytes_per_second, link_speed
-from offload.weight_source import ModelSources, WeightSource
+from offload.weight_source import ModelSources
 
 T = TypeVar("T")
 
@@ -54,31 +55,14 @@ def workload(
     """The kernels that a model's matrices need, and their sizes."""
     kernels: dict[MatrixKernel, int] = {}
     n_bytes = 0
-    for source, is_expert in (*((s, False) for s in dense_matrices(sources)), *((s, True) for s in _experts(layers))):
+    dense = (*layer_matrices(sources), sources.output.weight)
+    for source, is_expert in (*((s, False) for s in dense), *((s, True) for s in expert_matrices(layers))):
         kernel = MatrixKernel(source.type, source.ne[0], is_expert)
         kernels[kernel] = max(kernels.get(kernel, 0), source.ne[1])
         n_bytes += source.n_bytes
     copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
     attention = AttentionShape(spec.n_head, spec.n_head_kv, spec.n_embd_head, kv_type)
     return Workload(kernels, attention, max(copies, default=0), n_bytes)
-
-
-def dense_matrices(sources: ModelSources) -> Iterator[WeightSource]:
-    """Every matrix that each token is multiplied with, whatever it is routed to."""
-    for layer in sources.layers:
-        yield from (linear.weight for linear in (*layer.qkv, layer.attn_output))
-        if layer.router:
-            yield layer.router
-        elif layer.down:
-            yield from (linear.weight for linear in (*layer.gate_up, layer.down))
-    yield sources.output.weight
-
-
-def _experts(layers: Sequence[ExpertLayer | None]) -> Iterator[WeightSource]:
-    for layer in layers:
-        for copies in layer.experts if layer else ():
-            for copy in copies:
-                yield from (copy.gate, copy.up, copy.down)
 
 
 class Calibration:
