@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.plan import ConvertPlan, plan_conversion
+from converter.plan import ConvertPlan, plan_conversion, plan_pair
 from converter.writer import Progress, check_target, write_gguf
 
 __all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_out", "convert", "plan"]
@@ -14,13 +14,17 @@ __all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What to convert: the checkpoint directory, the file to write, the recipe's name; 0 threads means one a core."""
+    """What to convert: the checkpoint directory, the file to write, the recipe's name; 0 threads means one a core.
+
+    `pair`, if any, is in place of `type`: the recipes "HIGH,LOW" of a native file's two copies of every expert.
+    """
 
     source: Path
     target: Path
     type: str = "Q4_K_M"
     n_threads: int = 0
     force: bool = False
+    pair: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,10 @@ def plan(options: ConvertOptions) -> ConvertPlan:
 
     Raises UsageError, ModelFileError, UnsupportedModelError or DoesNotFitError.
     """
-    planned = plan_conversion(options.source, options.type)
+    if options.pair is None:
+        planned = plan_conversion(options.source, options.type)
+    else:
+        planned = plan_pair(options.source, options.pair)
     check_target(planned, options.target, force=options.force)
     return planned
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType
 
-from offload.gguf_file import MAGIC, Value
+from offload.gguf_file import DEFAULT_ALIGNMENT, MAGIC, Value
 
-ALIGNMENT = 32
+ALIGNMENT_KEY = "general.alignment"
 _VERSION = 3
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
@@ -26,9 +26,14 @@ class HeaderTensor:
     offset: int
 
 
-def padded(n_bytes: int) -> int:
+def padded(n_bytes: int, alignment: int) -> int:
     """The next multiple of the alignment."""
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    return -(-n_bytes // alignment) * alignment
+
+
+def alignment_of(metadata: Mapping[str, Value]) -> int:
+    """What tensors' offsets are multiples of: a key's value, or GGUF's default."""
+    return int(metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT))
 
 
 def pack_header(metadata: Mapping[str, Value], tensors: Sequence[HeaderTensor]) -> bytes:
@@ -40,7 +45,7 @@ def pack_header(metadata: Mapping[str, Value], tensors: Sequence[HeaderTensor]) 
         parts.append(_string(tensor.name))
         parts.append(struct.pack(f"<I{len(tensor.ne)}QIQ", len(tensor.ne), *tensor.ne, tensor.type, tensor.offset))
     header = b"".join(parts)
-    return header.ljust(padded(len(header)), b"\0")
+    return header.ljust(padded(len(header), alignment_of(metadata)), b"\0")
 
 
 def _string(text: str) -> bytes:

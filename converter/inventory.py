@@ -1,19 +1,24 @@
 """What a model file or checkpoint holds, from its headers alone: sizes, types, bytes by kind, tokenizer, provenance."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoint import DTYPE_BYTES, Checkpoint
 from offload import file_keys as keys
-from offload.gguf_file import GGUFFile, Value, read_gguf
+from offload.gguf_file import GGUFFile, TensorInfo, Value, read_gguf
+from offload.model_spec import NATIVE, ModelSpec
+from offload.native_format import PROJECTIONS, read_layout, stack_name
+from offload.native_layout import NO_HINTS, NativeLayout
 
 _KINDS = (
     ("router", r"ffn_gate_inp(?!_shexp)|(mlp|block_sparse_moe)\.gate\."),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert"),
+    ("novices", r"ffn_novice"),
     ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\."),
     ("attention", r"attn|ssm"),
     ("embeddings", r"embd|embed"),
@@ -65,7 +70,10 @@ class KindCount:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only."""
+    """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only.
+
+    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have.
+    """
 
     path: Path
     format: str
@@ -76,6 +84,7 @@ class Inventory:
     n_bytes: int
     tokenizer: dict[str, Any]
     provenance: dict[str, Any]
+    experts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_weights(self) -> int:
@@ -99,10 +108,14 @@ def take_inventory(path: Path) -> Inventory:
 def _of_gguf(gguf: GGUFFile) -> Inventory:
     metadata = gguf.metadata
     architecture = str(metadata.get("general.architecture", "unknown"))
-    tensors = ((t.name, t.type.name, t.n_elements, t.n_bytes) for t in gguf.tensors.values())
+    layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
+    copies = _copies_by_stack(layout) if layout else {}
+    tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
-    own = {key: metadata[key] for key in metadata if key.startswith("slimoe.") and key != keys.PREFIX_AFTER_SPECIAL}
+    own = {key: metadata[key] for key in keys.PROVENANCE if key in metadata}
+    if layout and layout.measured_kl is not None:
+        own[f"{NATIVE}.measured_kl"] = list(layout.measured_kl)
     return Inventory(
         path=gguf.path,
         format="GGUF",
@@ -113,7 +126,47 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         n_bytes=gguf.n_bytes,
         tokenizer=_gguf_tokenizer(metadata),
         provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
+        experts=_native_experts(layout) if layout else {},
     )
+
+
+def _copies_by_stack(layout: NativeLayout) -> dict[str, Counter[int]]:
+    """How many copies of each number (0 the best) a stack of a native file holds, by its tensor's name."""
+    counts: dict[str, Counter[int]] = {}
+    for index, layer in enumerate(layout.layers):
+        for _expert, copy, bucket, _slot in layer.slots():
+            for projection in PROJECTIONS:
+                counts.setdefault(stack_name(index, projection, bucket), Counter())[copy] += 1
+    return counts
+
+
+def _parts(tensor: TensorInfo, copies: Counter[int] | None) -> Iterator[tuple[str, str, int, int]]:
+    """(kind, type, weights, bytes) of a tensor, or of the best and the low copies in it."""
+    if copies is None:
+        yield _kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes
+        return
+    for copy, n_slot in sorted(copies.items()):
+        share = n_slot, copies.total()
+        n_weights, n_bytes = (amount * share[0] // share[1] for amount in (tensor.n_elements, tensor.n_bytes))
+        yield ("low experts" if copy else "experts"), tensor.type.name, n_weights, n_bytes
+
+
+def _native_experts(layout: NativeLayout) -> dict[str, Any]:
+    layers = layout.layers
+    meant = [[target for target in layer.target if target >= 0] for layer in layers]
+    counts = {
+        "stored": _alike([len(layer.buckets) for layer in layers]),
+        "copies": layout.n_copy,
+        "layers_without": sum(not layer.target for layer in layers),
+        "aliases": sum(len(targets) - len(set(targets)) for targets in meant),
+        "novice_rows": sum(target < 0 for layer in layers for target in layer.target),
+    }
+    return counts | {"hints": any(layer.hints != NO_HINTS for layer in layers)}
+
+
+def _alike(values: list[Any]) -> Any:
+    """One value in place of a list of equal ones."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
@@ -130,7 +183,8 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
 def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
     config = checkpoint.config
     tensors = (
-        (t.name, t.dtype, t.n_elements, t.n_elements * DTYPE_BYTES[t.dtype]) for t in checkpoint.tensors.values()
+        (_kind_of(t.name), t.dtype, t.n_elements, t.n_elements * DTYPE_BYTES[t.dtype])
+        for t in checkpoint.tensors.values()
     )
     files = {tensor.path for tensor in checkpoint.tensors.values()}
     return Inventory(
@@ -148,13 +202,13 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
 
 def _plain(value: Value) -> Any:
     """A value as JSON knows it."""
-    return value if isinstance(value, int | float | str | list) else value.tolist()
+    return value if isinstance(value, int | float | str | list) else _alike(value.tolist())
 
 
 def _counts(tensors: Iterator[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:
     sums: dict[tuple[str, str], list[int]] = {}
-    for name, kind, n_weights, n_bytes in tensors:
-        entry = sums.setdefault((_kind_of(name), kind), [0, 0, 0])
+    for kind, type_name, n_weights, n_bytes in tensors:
+        entry = sums.setdefault((kind, type_name), [0, 0, 0])
         for index, amount in enumerate((1, n_weights, n_bytes)):
             entry[index] += amount
     counts = (KindCount(kind, type_name, *entry) for (kind, type_name), entry in sums.items())

@@ -12,13 +12,15 @@ from gguf.utility import size_label
 
 from converter.architecture import TargetTensor, model_spec, target_tensors
 from converter.checkpoint import Checkpoint
-from converter.gguf_header import HeaderTensor, pack_header, padded
+from converter.gguf_header import ALIGNMENT_KEY, HeaderTensor, alignment_of, pack_header, padded
+from converter.pair import find_pair, pair_layout, pair_spec, pair_targets
 from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
 from converter.vocabulary import tokenizer_metadata
 from offload import file_keys as keys
-from offload.errors import ModelFileError, UnsupportedModelError
+from offload.errors import ModelFileError, UnsupportedModelError, UsageError
 from offload.gguf_file import GGUFFile, TensorInfo, Value
 from offload.model_spec import ModelSpec, check_tensors
+from offload.native_format import ALIGNMENT, layout_metadata, read_layout
 
 _QUANTIZATION_VERSION = 2
 _ALWAYS_F32 = ("ffn_gate_inp", "attn_norm", "ffn_norm", "output_norm", "rope_freqs")
@@ -61,36 +63,90 @@ def plan_conversion(source: Path, type_name: str) -> ConvertPlan:
     the checkpoint, or does not fit the type.
     """
     recipe = find_recipe(type_name)
+    model = _open(source)
+    metadata = _metadata(model, model.spec, recipe, recipe.name)
+    return _placed(model, recipe.name, model.spec, metadata, [(target, recipe) for target in model.targets])
+
+
+def plan_pair(source: Path, names: str) -> ConvertPlan:
+    """Plans a native file with two copies of every expert; `names` are their recipes, "HIGH,LOW".
+
+    Whatever is no expert has the types of the first. Raises as `plan_conversion` does, and UsageError if the second
+    copies would not be smaller.
+    """
+    pair = find_pair(names)
+    model = _open(source)
+    if not model.spec.n_expert:
+        raise UnsupportedModelError(source, "the model has no experts to store twice.", "Convert it with --type.")
+    recipe = ",".join(one.name for one in pair)
+    spec = pair_spec(model.spec)
+    metadata = _metadata(model, spec, pair[0], recipe) | {ALIGNMENT_KEY: ALIGNMENT}
+    metadata |= layout_metadata(pair_layout(spec))
+    planned = _placed(model, recipe, spec, metadata, pair_targets(model.targets, pair))
+    _check_pair(planned)
+    infos = (TensorInfo(t.target.name, t.target.ne, t.type, 0, t.offset, t.n_bytes) for t in planned.tensors)
+    file = GGUFFile((source,), metadata, {info.name: info for info in infos})
+    read_layout(file, ModelSpec.from_gguf(file))
+    return planned
+
+
+def _check_pair(planned: ConvertPlan) -> None:
+    for layer in range(planned.spec.n_layer):
+        sizes: Counter[str] = Counter()
+        for tensor in planned.tensors:
+            if tensor.target.name.startswith(f"blk.{layer}.") and "_exps." in tensor.target.name:
+                sizes[tensor.target.name.split(".")[-2]] += tensor.n_bytes
+        if sizes["b0"] <= sizes["b1"]:
+            problem = f"The second copies of --pair {planned.recipe} are not smaller than the first in layer {layer}."
+            raise UsageError(f"{problem} Name the better type first, and a smaller one second.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A checkpoint, its sizes, and the stock tensors that it makes."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    targets: list[TargetTensor]
+
+    @property
+    def is_tied(self) -> bool:
+        return all(target.name != "output.weight" for target in self.targets)
+
+
+def _open(source: Path) -> _Model:
     checkpoint = Checkpoint.open(source)
     spec = model_spec(checkpoint)
     targets = target_tensors(checkpoint, spec)
     _check_shapes(checkpoint, spec, targets)
-    tied = all(target.name != "output.weight" for target in targets)
-    types = [_type(source, recipe, spec, target, tied=tied) for target in targets]
-    metadata = _general(checkpoint, spec, recipe, targets)
-    metadata |= dict(spec.metadata()) | tokenizer_metadata(checkpoint, spec.n_vocab)
-    return _placed(source, recipe, spec, metadata, list(zip(targets, types, strict=True)))
+    return _Model(checkpoint, spec, targets)
+
+
+def _metadata(model: _Model, spec: ModelSpec, recipe: TypeRecipe, recipe_name: str) -> dict[str, Value]:
+    metadata = _general(model.checkpoint, spec, recipe, model.targets) | {keys.RECIPE: recipe_name}
+    return metadata | spec.metadata() | tokenizer_metadata(model.checkpoint, spec.n_vocab)
 
 
 def _placed(
-    source: Path,
-    recipe: TypeRecipe,
+    model: _Model,
+    recipe: str,
     spec: ModelSpec,
     metadata: dict[str, Value],
-    typed: list[tuple[TargetTensor, GGMLQuantizationType]],
+    targets: list[tuple[TargetTensor, TypeRecipe]],
 ) -> ConvertPlan:
     entries, sizes, offset = [], [], 0
-    for target, kind in typed:
+    for target, one in targets:
+        kind = _type(model.checkpoint.path, one, spec, target, tied=model.is_tied)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         entries.append(HeaderTensor(target.name, target.ne, kind, offset))
         sizes.append(math.prod(target.ne) // block * block_bytes)
-        offset += padded(sizes[-1])
+        offset += padded(sizes[-1], alignment_of(metadata))
     header = pack_header(metadata, entries)
     tensors = tuple(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
-        for (target, _), entry, n_bytes in zip(typed, entries, sizes, strict=True)
+        for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)
     )
-    return ConvertPlan(source, recipe.name, spec, header, tensors, len(header) + offset)
+    return ConvertPlan(model.checkpoint.path, recipe, spec, header, tensors, len(header) + offset)
 
 
 def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, targets: list[TargetTensor]) -> None:
@@ -139,7 +195,6 @@ def _general(
         "general.file_type": int(recipe.file_type),
         "general.quantization_version": _QUANTIZATION_VERSION,
         keys.SLIMOE_VERSION: version("slimoe"),
-        keys.RECIPE: recipe.name,
         keys.SOURCE_HASH: checkpoint.source_hash,
     }
     licence = _licence(checkpoint.path)

@@ -20,6 +20,10 @@ SLIMOE_VERSION = "slimoe.version"
 RECIPE = "slimoe.recipe"
 SOURCE_HASH = "slimoe.source.sha256"
 """sha256 of the checkpoint's config.json and of the headers of its safetensors files, in name order."""
+CALIBRATION_HASH = "slimoe.calibration.sha256"
+CALIBRATION_TOKENS = "slimoe.calibration.tokens"
+"""The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""
+PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, CALIBRATION_HASH, CALIBRATION_TOKENS)
 
 
 def token_id_key(role: str) -> str:

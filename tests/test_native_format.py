@@ -13,6 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from converter.convert import ConvertOptions, convert
+from converter.inventory import take_inventory
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import ModelFileError, UnsupportedModelError
@@ -156,6 +157,19 @@ def test_a_layer_can_be_novices_only(tmp_path: Path, stock: GGUFContent) -> None
     layer = opened(path)[2][1]
     assert layer is not None
     assert (layer.experts, layer.target) == ((), (-1, -2, -3))
+
+
+def test_the_inventory_counts_copies_and_not_tensors(tmp_path: Path, stock: GGUFContent) -> None:
+    inventory = take_inventory(write_native(tmp_path / "m.gguf", stock, [MIXED, None], measured_kl=(0.5, 1.5)))
+    weights = {(count.kind, count.type): count.n_weights for count in inventory.counts}
+    full, cut = 3 * 64 * 96, 3 * 64 * 64
+    assert (weights["experts", "Q8_0"], weights["low experts", "Q8_0"]) == (full, full), "they share a bucket"
+    assert (weights["experts", "F16"], weights["experts", "Q4_0"], weights["low experts", "Q4_0"]) == (full, cut, full)
+    assert weights["novices", "F32"] == 2 * 64
+    expected = {"stored": [3, 0], "copies": 2, "layers_without": 1, "aliases": 1, "novice_rows": 2, "hints": True}
+    assert inventory.experts == expected
+    assert inventory.sizes["n_expert"] == [6, 0]
+    assert inventory.provenance["slimoe.measured_kl"] == [0.5, 1.5]
 
 
 # --- layers that a single graph runs -----------------------------------------------------------------------

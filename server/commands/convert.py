@@ -18,19 +18,32 @@ from converter.type_recipe import RECIPES
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("-t", "--type", "type_name", default="Q4_K_M", show_default=True, help="One of the types below.")
+@click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; one a core if not given.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, exactly, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+@click.pass_context
 def command(
-    source: Path, target: Path, type_name: str, threads: int | None, force: bool, dry_run: bool, as_json: bool
+    ctx: click.Context,
+    source: Path,
+    target: Path,
+    type_name: str,
+    pair: str | None,
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Convert the Hugging Face checkpoint directory SRC to the GGUF file DST.
 
     SRC holds config.json, safetensors in BF16, F16 or F32, and a tokenizer of a Mixtral, Mistral or Llama model. The
-    file loads in llama.cpp too. DST appears under its name only when it is whole.
+    file loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes of
+    both. DST appears under its name only when it is whole.
     """
-    options = ConvertOptions(source, target, type_name, threads or 0, force)
+    if pair and ctx.get_parameter_source("type_name") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--pair names the types of everything. Leave --type out.")
+    options = ConvertOptions(source, target, type_name, threads or 0, force, pair)
     planned = conversion.plan(options)
     _announce(planned, target)
     if dry_run:

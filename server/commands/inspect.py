@@ -37,6 +37,7 @@ def _as_json(inventory: Inventory) -> dict[str, Any]:
         "n_bytes": inventory.n_bytes,
         "bits_per_weight": round(inventory.bits_per_weight, 4),
         "tensors": [msgspec.to_builtins(count) for count in inventory.counts],
+        "experts": inventory.experts,
         "tokenizer": inventory.tokenizer,
         "provenance": inventory.provenance,
     }
@@ -57,8 +58,10 @@ def _lines(inventory: Inventory) -> list[str]:
         for c in inventory.counts
     ]
     tokenizer = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.tokenizer.items())
+    experts = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.experts.items())
     origin = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.provenance.items())
-    return [*lines, "", f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
+    lines += ["", f"experts     {experts}"] if experts else [""]
+    return [*lines, f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
 
 
 def _shown(value: Any) -> str:
