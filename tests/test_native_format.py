@@ -18,7 +18,7 @@ from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.expert_source import ExpertLayer, expert_layers
-from offload.gguf_file import read_gguf
+from offload.gguf_file import GGUFFile, read_gguf
 from offload.model_spec import LayerShape, ModelSpec, check_tensors
 from offload.native_format import read_layout
 from offload.native_layout import NO_HINTS, LayerHints
@@ -71,7 +71,10 @@ MIXED = NativeFfn(
 
 
 def opened(path: Path) -> tuple[ModelSpec, ModelSources, tuple[ExpertLayer | None, ...]]:
-    file = read_gguf(path)
+    return read(read_gguf(path))
+
+
+def read(file: GGUFFile) -> tuple[ModelSpec, ModelSources, tuple[ExpertLayer | None, ...]]:
     spec = ModelSpec.from_gguf(file)
     check_tensors(file, spec)
     sources = model_sources(file, spec)
@@ -335,6 +338,29 @@ def test_a_wrong_tensor_is_named(
 def test_a_tensor_without_a_place_is_refused(tmp_path: Path, native: GGUFContent, name: str) -> None:
     added = native.with_values({name: np.ones((1, 32, 32), np.float32)})
     refused(tmp_path, added, f"tensor {name} has no place", UnsupportedModelError)
+
+
+def test_no_damage_to_the_keys_is_more_than_an_error(tmp_path: Path, stock: GGUFContent) -> None:
+    hints = replace(HINTS, use=(0.5, 0.5, 0.5))
+    path = write_native(tmp_path / "m.gguf", stock, [replace(MIXED, hints=hints), None], measured_kl=(0.5, 1.5))
+    file = read_gguf(path)
+    names = [name for name in file.metadata if name.startswith("slimoe.") and "tokenizer" not in name]
+    rng = np.random.default_rng(7)
+    junk: tuple[Any, ...] = (-1, 0, 3, 1 << 31, -(1 << 40), 0.5, float("nan"), True, "x", [], ["a"], None)
+    n_refused = 0
+    for _ in range(400):
+        name = names[rng.integers(len(names))]
+        value = file.metadata[name]
+        damaged = np.array(value) if isinstance(value, np.ndarray) and rng.random() < 0.7 else None
+        if damaged is not None:
+            damaged[rng.integers(damaged.size)] = rng.choice([-2, -1, 0, 2, 5, 99, 1 << 30])
+        other = damaged if damaged is not None else junk[rng.integers(len(junk))]
+        metadata = {key: v for key, v in (file.metadata | {name: other}).items() if v is not None}
+        try:
+            read(replace(file, metadata=metadata))
+        except ModelFileError:
+            n_refused += 1
+    assert 200 < n_refused < 400
 
 
 def test_experts_of_a_layer_without_feed_forward_part(tmp_path: Path, stock: GGUFContent) -> None:
