@@ -64,6 +64,12 @@ class LibraryError(SlimoeError):
     exit_code = 5
 
 
+class DeviceError(SlimoeError):
+    """A device, or the server that lends it, does not answer or is not one that can be used."""
+
+    exit_code = 6
+
+
 class ContextOverflowError(SlimoeError):
     """The prompt does not fit into the context window; all counts are tokens."""
 

@@ -13,7 +13,6 @@ from offload.memory import (
     memory_limit_bytes,
     peak_resident_bytes,
     require,
-    resident_bytes,
 )
 
 GIB = 1 << 30
