@@ -4,14 +4,21 @@ The engine and the offline replay use this same class, so that a recorded trace,
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.policy import Policy, Values
+from offload.policy import Values
 
 Key = tuple[int, int]
 """Layer and stored expert. A pool holds copies of one slot class, so an expert has at most one copy in it."""
+
+
+class Valued(Protocol):
+    """What gives experts their values, [n_layer, n_expert]: any `policy.Policy`."""
+
+    values: Values
 
 
 class SlotCache:
@@ -22,7 +29,7 @@ class SlotCache:
     that rarely used experts pass through without driving out the others.
     """
 
-    def __init__(self, n_slots: int, policy: Policy) -> None:
+    def __init__(self, n_slots: int, policy: Valued) -> None:
         assert n_slots > 0
         self.n_slots = n_slots
         self._policy = policy

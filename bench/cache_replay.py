@@ -1,0 +1,183 @@
+"""Runs a trace through a cache: what is found, what is missed, what is moved, and what that costs.
+
+The decisions are the engine's own (`residency.SlotCache`, `swap_rule.SwapRule`), asked in the order in which the engine
+asks them. What it reads ahead on a guess is not in a trace: a right guess changes when a miss is read, not whether.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.contender import Contender
+from bench.demand import Demand, Visit
+from offload.residency import Key, SlotCache, most_valuable
+from offload.swap_rule import SwapRule
+from offload.trace import TraceHeader
+
+IN_FLIGHT = 2
+"""Experts of a batch that the engine reads while it multiplies another."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Visits to experts, each counted once per step and layer, and bytes moved for them."""
+
+    n_tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    hit_bytes: int = 0
+    miss_bytes: int = 0
+    moved_bytes: int = 0
+
+    @property
+    def hit_share(self) -> float:
+        """Share of the visits that found the expert; 0 without visits."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Fast memory. Rates are bytes per second: of moving experts in, and of multiplying with those here and not here.
+
+    `computes_misses`: a missed expert is multiplied where it lies and moved in only if that pays; otherwise each miss
+    is moved in first.
+    """
+
+    move_rate: float
+    hit_rate: float
+    miss_rate: float
+    computes_misses: bool
+
+    def seconds(self, tally: Tally) -> tuple[float, float]:
+        """Of moving, and of multiplying, if nothing overlaps."""
+        return tally.moved_bytes / self.move_rate, tally.hit_bytes / self.hit_rate + tally.miss_bytes / self.miss_rate
+
+    def swap_rule(self, n_bytes: int) -> SwapRule:
+        """The rule for experts of so many bytes."""
+        return SwapRule(n_bytes / self.miss_rate - n_bytes / self.hit_rate, n_bytes / self.move_rate)
+
+
+def experts_by_size(header: TraceHeader) -> Counter[int]:
+    """How many experts there are of each size in bytes."""
+    return Counter(n_bytes for layer in header.expert_bytes for n_bytes in layer)
+
+
+def pool_sizes(header: TraceHeader, n_slots: int) -> dict[int, int]:
+    """Slots by expert size. Experts of one size share a pool; all pools hold about the same share of their experts."""
+    experts = experts_by_size(header)
+    total = experts.total()
+    ends = np.cumsum(list(experts.values())) * min(n_slots, total) // total
+    return dict(zip(experts, np.diff(ends, prepend=0).tolist(), strict=True))
+
+
+def pools_within(header: TraceHeader, n_bytes: int) -> dict[int, int]:
+    """The same for memory in bytes instead of slots, which is not exceeded."""
+    experts = experts_by_size(header)
+    total = sum(size * n for size, n in experts.items())
+    return {size: n * min(n_bytes, total) // total for size, n in experts.items()}
+
+
+class CacheReplay:
+    """One contender's pools. They start full of what it values most, which costs nothing."""
+
+    def __init__(self, header: TraceHeader, slots: Mapping[int, int], contender: Contender, tier: Tier) -> None:
+        self._bytes, self._contender, self._tier = header.expert_bytes, contender, tier
+        self._pools = {n_bytes: SlotCache(n, contender) for n_bytes, n in slots.items() if n}
+        for n_bytes, cache in self._pools.items():
+            for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
+                cache.acquire(key)
+        self._swaps = tier.computes_misses and contender.in_uses_per_token
+
+    def _keys(self, n_bytes: int) -> Iterator[Key]:
+        for layer, sizes in enumerate(self._bytes):
+            yield from ((layer, expert) for expert, size in enumerate(sizes) if size == n_bytes)
+
+    def run(self, steps: Sequence[Demand]) -> dict[str, Tally]:
+        """Tallies of the steps of `prompt` and `answer`."""
+        tallies = {"prompt": Tally(), "answer": Tally()}
+        for step in steps:
+            tally = tallies["answer" if step.is_answer else "prompt"]
+            tally.n_tokens += step.n_tokens
+            for visit in step.visits:
+                self._contender.observe(visit)
+                self._serve(visit, tally)
+            self._contender.end_step(step)
+            if self._swaps:
+                self._swap(tally)
+        return tallies
+
+    def check(self) -> None:
+        """Asserts that the pools are sound."""
+        for cache in self._pools.values():
+            cache.check()
+
+    def _serve(self, visit: Visit, tally: Tally) -> None:
+        here = [key for key in visit.keys if self._is_here(key)]
+        absent = [key for key in visit.keys if not self._is_here(key)]
+        tally.hits += len(here)
+        tally.misses += len(absent)
+        tally.hit_bytes += self._n_bytes(here)
+        tally.miss_bytes += self._n_bytes(absent)
+        if not self._tier.computes_misses:
+            tally.moved_bytes += self._n_bytes(absent)
+        if self._contender.is_choosy:
+            self._load_if_worth(absent, tally)
+        elif not self._swaps:
+            loaded = self._load_batch(here, absent) if len(visit.picks) > 1 else self._load(absent, set(visit.keys))
+            if self._tier.computes_misses:
+                tally.moved_bytes += self._n_bytes(loaded)
+
+    def _is_here(self, key: Key) -> bool:
+        cache = self._pool(key)
+        return cache is not None and key in cache
+
+    def _pool(self, key: Key) -> SlotCache | None:
+        return self._pools.get(self._bytes[key[0]][key[1]])
+
+    def _n_bytes(self, keys: Iterable[Key]) -> int:
+        return sum(self._bytes[layer][expert] for layer, expert in keys)
+
+    def _load_if_worth(self, keys: Sequence[Key], tally: Tally) -> None:
+        for key in keys:
+            cache = self._pool(key)
+            if cache is None:
+                continue
+            victim = cache.victim()
+            if victim is None or cache.value(victim) < cache.value(key):
+                cache.acquire(key)
+                if self._tier.computes_misses:
+                    tally.moved_bytes += self._n_bytes([key])
+
+    def _load(self, keys: Sequence[Key], pinned: set[Key]) -> list[Key]:
+        """Loads all that have a pool; in one too small for what is pinned, the step's own experts take turns."""
+        loaded = []
+        for key in keys:
+            cache = self._pool(key)
+            if cache is None:
+                continue
+            is_full = len(cache) == cache.n_slots
+            cache.acquire(key, () if is_full and cache.victim(pinned) is None else pinned)
+            loaded.append(key)
+        return loaded
+
+    def _load_batch(self, here: list[Key], absent: list[Key]) -> list[Key]:
+        """Those that are here first, the others read while they are multiplied; what is done may leave."""
+        queue = here + [key for key in absent if self._pool(key) is not None]
+        loaded: list[Key] = []
+        for at in range(len(queue)):
+            end = max(at + 1, len(here)) + IN_FLIGHT
+            loaded += self._load(queue[len(here) + len(loaded) : end], set(queue[at:end]))
+        return loaded
+
+    def _swap(self, tally: Tally) -> None:
+        values = self._contender.values
+        for n_bytes, cache in self._pools.items():
+            resident, movable = np.zeros(values.shape, np.bool_), np.zeros(values.shape, np.bool_)
+            resident[tuple(zip(*cache, strict=True))] = True
+            movable[tuple(zip(*self._keys(n_bytes), strict=True))] = True
+            for victim, newcomer in self._tier.swap_rule(n_bytes).choose(values, resident, movable):
+                cache.free(victim)
+                cache.acquire(newcomer)
+                tally.moved_bytes += n_bytes
