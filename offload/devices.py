@@ -10,7 +10,7 @@ from offload.ggml_backend import ggml_backend_reg_dev_get
 from offload.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
 
 _HAVE_THEIR_OWN_GRAPHS = (ggml_device.TYPE_GPU, ggml_device.TYPE_IGPU)
-_UNIFIED_PREFIXES = ("MTL", "Metal")
+_METAL = "MTL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _described(handle: int) -> Device:
         props.memory_total,
         handle,
         is_integrated,
-        shares_host_memory=is_integrated or name.startswith(_UNIFIED_PREFIXES),
+        shares_host_memory=is_integrated or name.startswith(_METAL),
         hardware_id=(props.device_id or b"").decode(),
     )
 
