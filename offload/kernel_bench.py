@@ -39,6 +39,8 @@ _SMALL = 4096
 _MANY_PAIRS = 65
 _N_CELLS = 1024
 _STEADY = 1.25
+_TABLE_TYPES = ("IQ1", "IQ2", "IQ3")
+"""Types with tables that ggml computes for up to half a minute before it quantises; any bytes are rows of them."""
 _LEAST = 1e-15  # where starting the graph took as long as all of it
 
 
@@ -234,12 +236,13 @@ def _row_bytes(kind: Type, n_columns: int) -> int:
 
 
 def random_rows(kind: Type, n_columns: int, n_rows: int) -> NDArray[np.uint8]:
-    """Bytes of random rows, quantised; for types that want to know what matters, everything does."""
-    rows = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
+    """Bytes of random rows of a type."""
+    random = np.random.default_rng(0)
+    if kind.name.startswith(_TABLE_TYPES):
+        return random.integers(0, 256, n_rows * _row_bytes(kind, n_columns), np.uint8)
+    rows = random.standard_normal((n_rows, n_columns), np.float32)
     quantised = np.empty(n_rows * _row_bytes(kind, n_columns), np.uint8)
-    importance = np.ones(n_columns, np.float32)
-    addresses = (rows.ctypes.data, quantised.ctypes.data)
-    ggml.ggml_quantize_chunk(kind, *addresses, 0, n_rows, n_columns, importance.ctypes.data)
+    ggml.ggml_quantize_chunk(kind, rows.ctypes.data, quantised.ctypes.data, 0, n_rows, n_columns, None)
     return quantised
 
 
