@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +84,9 @@ class ExpertStage:
     def _observe(self, index: int, stored: NDArray[np.int64], n_rows: int) -> None:
         """Tells the policy what was chosen: answers count, prompts at most seed."""
         is_decode = self._is_decode[-n_rows:]
+        for row in stored[is_decode]:
+            self._policy.decode(index, [int(expert) for expert in row if expert >= 0])
         if is_decode.all():
-            for row in stored:
-                self._policy.decode(index, [int(expert) for expert in row if expert >= 0])
             return
         layer = self._layers[index]
         assert layer is not None
@@ -155,9 +155,10 @@ class ExpertStage:
 
     def _batch(self, picks: list[_Picks], n_rows: int, index: int, is_cancelled: Callable[[], bool] | None) -> None:
         """Visits each expert once: those that are here first, while the others are read."""
-        here = [pick for pick in picks if self._arena.holds(pick.key, pick.copy)]
-        absent = [pick for pick in picks if not self._arena.holds(pick.key, pick.copy)]
-        queue = here + absent
+        # Asked once: an expert that arrives between two questions would be on neither list.
+        is_here = [self._arena.holds(pick.key, pick.copy) for pick in picks]
+        here = list(compress(picks, is_here))
+        queue = here + [pick for pick, held in zip(picks, is_here, strict=True) if not held]
         coming = self._following(index)
         loaded: list[Loaded] = []
         for at, pick in enumerate(queue):
