@@ -123,7 +123,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         available=budget.ram,
         layers=expert_layers(sources, spec),
     )
-    if placement.required <= budget.ram or not any(plan.layers) or config.weights not in ("auto", "copied"):
+    is_resident = placement.required <= budget.ram or config.weights not in ("auto", "copied")
+    if not any(plan.layers) or (is_resident and all(layer.is_stacked for layer in sources.layers)):
         return plan
     return replace(plan, tiers=_tiers(config, plan, program))
 

@@ -13,6 +13,7 @@ from offload.batch import Batch
 from offload.exchange import Exchange
 from offload.expert_graph import ExpertGraphs, ExpertWork
 from offload.expert_source import ExpertCopy, ExpertLayer
+from offload.novice import Novices, write_novices
 from offload.policy import Policy
 from offload.residency import Key
 from offload.segment import Segment
@@ -43,9 +44,10 @@ class ExpertStage:
         arena: Arena,
         policy: Policy,
         n_ahead: int,
+        novices: Novices,
     ) -> None:
         self._layers, self._exchange, self._graphs, self._arena = layers, exchange, graphs, arena
-        self._policy = policy
+        self._policy, self._novices = policy, novices
         self.layers, self.n_ahead = tuple(cut), n_ahead
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, list[Key]] = {}
@@ -70,6 +72,8 @@ class ExpertStage:
         rows = self._exchange.read("ranked", n_rows, n_expert)[:, :n_used]
         stored = np.asarray(layer.target, np.int64)[rows]
         self._observe(index, stored, n_rows)
+        if index in self._novices:
+            write_novices(self._exchange, self._novices[index], stored)
         picks = self._picks(index, layer, stored)
         if n_rows == 1:
             self._single(picks, segment, is_cancelled)

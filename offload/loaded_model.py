@@ -16,6 +16,7 @@ from offload.expert_source import ExpertCopy
 from offload.expert_stage import ExpertStage
 from offload.kv_cache import KVCache, kv_type
 from offload.memory import peak_resident_bytes
+from offload.novice import read_novices
 from offload.policy import PolicyContext, make_policy
 from offload.residency import Key, most_valuable
 from offload.runner import Logits, Runner
@@ -113,7 +114,8 @@ class LoadedModel:
         }
         best = most_valuable(policy.values, copies, len(copies))
         self._arena.fill(((key, copies[key]) for key in best), on_progress)
-        stage = ExpertStage(layers, cut, exchange, graphs, self._arena, policy, tiers.n_ahead)
+        novices = read_novices(plan.gguf, layers)
+        stage = ExpertStage(layers, cut, exchange, graphs, self._arena, policy, tiers.n_ahead, novices)
         return TieredRunner(plan.spec, self.backend, self._cache, weights, exchange, stage, rows, plan.n_batch)
 
     def memory(self) -> dict[str, int]:

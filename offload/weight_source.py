@@ -80,6 +80,11 @@ class LayerSources:
     down: LinearSource | None
     buckets: BucketSources | None = None
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a graph of the whole model can compute it: its experts, if any, are one stack per projection."""
+        return self.router is None or self.down is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSources:
