@@ -13,7 +13,6 @@ from offload.errors import ContextOverflowError
 from offload.generation import Event, Failed, GenerationRequest, Outcome
 from offload.generator import Generator, ModelFacts
 from offload.loaded_model import LoadedModel
-from offload.memory import require
 from offload.runner import Logits
 from offload.scheduler import Scheduler
 from offload.tokenizer import Tokenizer
@@ -49,8 +48,8 @@ class Engine:
         Raises ModelFileError, UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
         """
         plan = plan_engine(config)
-        if plan.tiers is None:
-            require(plan.placement.required, plan.available, f"{config.model} with {plan.n_ctx} tokens of context")
+        if plan.shortfall is not None:
+            raise plan.shortfall
         return cls(config, plan, on_progress or (lambda done, total: None))
 
     # --- the caller's own sequence -------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from offload.backend import CpuBackend, default_threads
 from offload.budget import decide_budget
-from offload.errors import ModelFileError, UsageError
+from offload.errors import DoesNotFitError, ModelFileError, UsageError
 from offload.expert_source import ExpertLayer, expert_layers
 from offload.file_keys import TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
-from offload.memory import resident_bytes
+from offload.memory import require, resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
 from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
 from offload.probe import KernelSpeed, measured_speeds
@@ -60,7 +60,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Everything decided before the first weight is loaded."""
+    """Everything decided before the first weight is loaded; with a `shortfall` it cannot be loaded at all."""
 
     gguf: GGUFFile
     spec: ModelSpec
@@ -74,6 +74,7 @@ class EnginePlan:
     available: int
     layers: tuple[ExpertLayer | None, ...]
     tiers: TierPlan | None = None
+    shortfall: DoesNotFitError | None = None
     priors: NDArray[np.float64] | None = None
 
 
@@ -123,10 +124,19 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         available=budget.ram,
         layers=expert_layers(sources, spec),
     )
-    is_resident = placement.required <= budget.ram or config.weights not in ("auto", "copied")
-    if not any(plan.layers) or (is_resident and all(layer.is_stacked for layer in sources.layers)):
-        return plan
-    return replace(plan, tiers=_tiers(config, plan, program))
+    return _within_budget(config, plan, program)
+
+
+def _within_budget(config: EngineConfig, plan: EnginePlan, program: int) -> EnginePlan:
+    """The plan with tiers if it needs them, or with what it lacks."""
+    is_resident = plan.placement.required <= plan.available or config.weights not in ("auto", "copied")
+    try:
+        if any(plan.layers) and not (is_resident and all(layer.is_stacked for layer in plan.sources.layers)):
+            return replace(plan, tiers=_tiers(config, plan, program))
+        require(plan.placement.required, plan.available, _what(config, plan))
+    except DoesNotFitError as error:
+        return replace(plan, shortfall=error.with_traceback(None))
+    return plan
 
 
 def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
@@ -149,8 +159,12 @@ def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan:
         weights=matrix_bytes(without_experts(plan.sources)),
         kv=plan.placement.kv,
         compute=tiered_compute_bytes(spec, plan.n_cells, plan.n_batch, widest(plan.layers)),
-        what=f"{config.model} with {plan.n_ctx} tokens of context",
+        what=_what(config, plan),
     )
+
+
+def _what(config: EngineConfig, plan: EnginePlan) -> str:
+    return f"{config.model} with {plan.n_ctx} tokens of context"
 
 
 def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from offload.engine_plan import EnginePlan, plan_engine
-from offload.memory import human, require
+from offload.memory import human
 from server.engine_options import OptionsCommand, engine_flags, engine_options
 from server.local_engine import engine_config
 
@@ -20,47 +20,57 @@ def command(values: Mapping[str, Any]) -> None:
 
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
     """
-    config = engine_config(engine_options(values))
-    plan = plan_engine(config)
+    plan = plan_engine(engine_config(engine_options(values)))
     if values["as_json"]:
         click.echo(msgspec.json.encode(_as_json(plan)))
     else:
         click.echo("\n".join(_lines(plan)))
-    require(plan.placement.required, plan.available, f"{config.model} with {plan.n_ctx} tokens of context")
+    if plan.shortfall is not None:
+        raise plan.shortfall
+
+
+def _bytes(plan: EnginePlan) -> dict[str, int]:
+    """What it takes, by use."""
+    placement, tiers = plan.placement, plan.tiers
+    if tiers is not None:
+        sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
+        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program}
+    return {
+        "mapped": placement.mapped,
+        "copied": placement.copied,
+        "repacked": placement.repacked,
+        "kv": placement.kv,
+        "compute": placement.compute,
+        "program": placement.program + placement.staging,
+    }
 
 
 def _as_json(plan: EnginePlan) -> dict[str, Any]:
-    placement = plan.placement
+    sizes = _bytes(plan)
     return {
         "model": str(plan.gguf.path),
         "n_ctx": plan.n_ctx,
         "n_threads": plan.n_threads,
-        "weights": placement.mode,
-        "bytes": {
-            "mapped": placement.mapped,
-            "copied": placement.copied,
-            "repacked": placement.repacked,
-            "kv": placement.kv,
-            "compute": placement.compute,
-            "program": placement.program + placement.staging,
-        },
-        "required_bytes": placement.required,
+        "weights": plan.placement.mode,
+        "bytes": sizes,
+        "required_bytes": sum(sizes.values()) if plan.shortfall is None else plan.shortfall.required_bytes,
         "available_bytes": plan.available,
-        "fits": placement.required <= plan.available,
+        "fits": plan.shortfall is None,
     }
 
 
 def _lines(plan: EnginePlan) -> list[str]:
-    placement = plan.placement
+    sizes = _bytes(plan)
     rows = {
-        "weights, mapped": placement.mapped,
-        "weights, copied": placement.copied,
-        "weights, repacked": placement.repacked,
-        f"KV cache, {plan.n_ctx} tokens": placement.kv,
-        f"compute, batches of {plan.n_batch}": placement.compute,
-        "program, at most": placement.program + placement.staging,
-        "in all": placement.required,
+        "weights, mapped": sizes["mapped"],
+        "weights, copied": sizes["copied"],
+        "weights, repacked": sizes["repacked"],
+        "experts, read from disk": sizes.get("arena", 0),
+        f"KV cache, {plan.n_ctx} tokens": sizes["kv"],
+        f"compute, batches of {plan.n_batch}": sizes["compute"],
+        "program, at most": sizes["program"],
+        "in all": sum(sizes.values()),
         "free now": plan.available,
     }
-    head = f"{plan.gguf.path.name}: weights {placement.mode}, {plan.n_threads} threads"
+    head = f"{plan.gguf.path.name}: weights {plan.placement.mode}, {plan.n_threads} threads"
     return [head, *(f"{name:<28}{human(n_bytes):>12}" for name, n_bytes in rows.items() if n_bytes)]
