@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from offload.backend import CpuBackend, default_threads
 from offload.budget import decide_budget
 from offload.errors import DoesNotFitError, ModelFileError, UsageError
-from offload.expert_source import ExpertLayer, expert_layers
+from offload.expert_source import ExpertLayer, cache_priors, expert_layers
 from offload.file_keys import TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
@@ -111,6 +111,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         if placement.required <= budget.ram:
             n_batch = fewer
             break
+    layers = expert_layers(sources, spec)
     plan = EnginePlan(
         gguf=gguf,
         spec=spec,
@@ -122,7 +123,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         n_threads=n_threads,
         placement=placement,
         available=budget.ram,
-        layers=expert_layers(sources, spec),
+        layers=layers,
+        priors=cache_priors(layers),
     )
     return _within_budget(config, plan, program)
 

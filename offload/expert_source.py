@@ -7,7 +7,9 @@ point at is a table, so that an engine never needs to know how a file came to ha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
 
 from offload.model_spec import ModelSpec
 from offload.native_layout import NO_HINTS, LayerHints
@@ -64,6 +66,21 @@ class ExpertLayer:
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
     """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
     return tuple(_expert_layer(layer, spec.n_expert_used) for layer in sources.layers)
+
+
+def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | None:
+    """Expected picks per token as the file has them, [n_layer, most router rows]; None if a layer has none.
+
+    Columns are stored experts; those that a layer does not have are 0, as are layers without experts.
+    """
+    present = [layer for layer in layers if layer is not None and layer.experts]
+    if not present or any(layer.hints.use is None for layer in present):
+        return None
+    priors = np.zeros((len(layers), max(len(layer.target) for layer in layers if layer is not None)))
+    for row, layer in zip(priors, layers, strict=True):
+        if layer is not None and layer.hints.use is not None:
+            row[: len(layer.experts)] = layer.hints.use
+    return priors
 
 
 def _expert_layer(layer: LayerSources, n_used: int) -> ExpertLayer | None:

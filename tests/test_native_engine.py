@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType as Type
 from bench.stepping import kl_divergence
 from converter.convert import ConvertOptions, convert
 from offload.engine import Engine
-from offload.engine_plan import EngineConfig
+from offload.engine_plan import EngineConfig, plan_engine
+from offload.native_layout import LayerHints
 from tests.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.native_files import NativeFfn, StoredExpert, native_logits, plain_ffn, write_native
 
@@ -99,3 +100,18 @@ def test_a_novice_is_what_an_expert_of_constant_output_is(tmp_path: Path, stock:
     path = write_native(tmp_path / "m.gguf", stock, [layer, plain_ffn(6)])
     expected = scores(write_content(tmp_path / "zeroed.gguf", zeroed), len(TOKENS))
     np.testing.assert_allclose(scores(path, len(TOKENS)), expected, atol=1e-4)
+
+
+def test_the_files_priors_reach_the_plan(tmp_path: Path, stock: GGUFContent) -> None:
+    uses = ((0.5, 0.75, 0.0, 0.25), (0.5,) * 6)
+    layers = [
+        replace(ALIASES, hints=LayerHints(use=uses[0])),
+        plain_ffn(6, hints=LayerHints(use=uses[1])),
+    ]
+    path = write_native(tmp_path / "m.gguf", stock, layers)
+    priors = plan_engine(EngineConfig(path, n_ctx=256, n_threads=1)).priors
+    assert priors is not None
+    assert priors.tolist() == [[*uses[0], 0.0, 0.0], [*uses[1]]]
+    scores(path, 5)
+    without = write_native(tmp_path / "w.gguf", stock, [ALIASES, None])
+    assert plan_engine(EngineConfig(without, n_ctx=256, n_threads=1)).priors is None
