@@ -41,7 +41,7 @@ class NoControlGroupError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The files of a memory control group, and the fields in them where there are several.
+    """The files of a memory control group, and the fields to read in those that have several.
 
     `swap_limit` limits swap alone, or memory and swap together where `swap_counts_memory`.
     """
@@ -50,8 +50,8 @@ class Version:
     peak: str
     swap_limit: str
     swap_counts_memory: bool
-    limit_hits: tuple[str, str]
-    oom_kills: tuple[str, str]
+    limit_hits: tuple[tuple[str, str], ...]
+    oom_kills: tuple[tuple[str, str], ...]
 
 
 V1 = Version(
@@ -59,16 +59,16 @@ V1 = Version(
     peak="memory.max_usage_in_bytes",
     swap_limit="memory.memsw.limit_in_bytes",
     swap_counts_memory=True,
-    limit_hits=("memory.failcnt", ""),
-    oom_kills=("memory.oom_control", "oom_kill"),
+    limit_hits=(("memory.failcnt", ""), ("memory.memsw.failcnt", "")),  # of two equal limits one is met first
+    oom_kills=(("memory.oom_control", "oom_kill"),),
 )
 V2 = Version(
     limit="memory.max",
     peak="memory.peak",
     swap_limit="memory.swap.max",
     swap_counts_memory=False,
-    limit_hits=("memory.events", "max"),
-    oom_kills=("memory.events", "oom_kill"),
+    limit_hits=(("memory.events", "max"),),
+    oom_kills=(("memory.events", "oom_kill"),),
 )
 
 
@@ -101,12 +101,15 @@ class MemoryGroup:
         return Usage(
             limit_bytes=self.limit_bytes,
             peak_bytes=int((self.path / self.version.peak).read_text()),
-            n_limit_hits=self._count(*self.version.limit_hits),
-            n_oom_kills=self._count(*self.version.oom_kills),
+            n_limit_hits=sum(self._count(*source) for source in self.version.limit_hits),
+            n_oom_kills=sum(self._count(*source) for source in self.version.oom_kills),
         )
 
     def _count(self, file: str, field: str) -> int:
-        text = (self.path / file).read_text()
+        try:
+            text = (self.path / file).read_text()
+        except FileNotFoundError:  # the kernel counts no swap
+            return 0
         if not field:
             return int(text)
         fields = dict(line.split() for line in text.splitlines())

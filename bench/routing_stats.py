@@ -23,8 +23,7 @@ from rich.table import Table
 
 from bench.random_model import SHAPES, random_model_file
 from bench.routing import Floats, Picks, Routers, Routing, best, observe
-from bench.stepping import random_tokens
-from bench.topics import STYLES, natural_tokens
+from bench.topics import STYLES, TOKENS
 from converter.convert import ConvertOptions, convert
 from offload.backend import default_threads
 from offload.errors import SlimoeError, UsageError
@@ -34,7 +33,6 @@ from offload.tokenizer import Tokenizer
 AHEAD = (1, 2)
 LRU_SHARES = (0.25, 0.5, 0.75)
 N_RANDOM_TEXTS = 4
-TOKENS = {"uniform": random_tokens, "natural": natural_tokens}
 
 
 def pick_shares(routings: Sequence[Routing]) -> Floats:

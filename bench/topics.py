@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.stepping import random_tokens
+
 N_TOPICS = 32
 TOPIC_TOKENS = 50
 """How long a topic lasts in the mean."""
@@ -55,6 +57,10 @@ def natural_tokens(n_tokens: int, n_vocab: int, seed: int = 1) -> list[int]:
     subjects = rng.integers(0, N_TOPICS, n_tokens)[np.maximum.accumulate(np.where(changes, np.arange(n_tokens), 0))]
     topics = np.where(strays, rng.integers(0, N_TOPICS, n_tokens), subjects)
     return [int(token) for token in (words * N_TOPICS + topics) % n_vocab]
+
+
+TOKENS = {"uniform": random_tokens, "natural": natural_tokens}
+"""The tokens that belong to each of STYLES: (n_tokens, n_vocab, seed) to token ids."""
 
 
 def topical_rows(n_rows: int, n_embd: int, topical: float, seed: int, rows_at_once: int) -> Iterator[np.ndarray]:

@@ -38,7 +38,8 @@ def test_version_1_is_limited_and_read(tmp_path: Path) -> None:
         memory__limit_in_bytes="9223372036854771712",
         memory__memsw__limit_in_bytes="9223372036854771712",
         memory__max_usage_in_bytes="99",
-        memory__failcnt="17",
+        memory__failcnt="3",
+        memory__memsw__failcnt="14",
         memory__oom_control="oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
     )
     usage = MemoryGroup(path, V1, 1000).usage()

@@ -1,0 +1,112 @@
+"""How fast a file comes from its disk: pieces at random places, read around the page cache into plain memory.
+
+The yardstick for what is read while a model runs, so it owes nothing to the engine's own reader: threads that do
+nothing but read, as many as bring the most. Run it under the limit that the contenders have. The last line of stdout
+is one JSON document.
+
+    python -m bench.disk_speed model.gguf --piece-mib 8
+"""
+
+import json
+import mmap
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+from offload.errors import ModelFileError, SlimoeError
+
+THREADS = (1, 2, 4, 8)
+_ALIGNED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """The most bytes per second, the number of threads that reached it, and whether reads were direct."""
+
+    bytes_per_second: float
+    n_threads: int
+    is_direct: bool
+
+
+def disk_speed(path: Path, piece_bytes: int, seconds: float) -> DiskSpeed:
+    """Reads for `seconds` with each number of threads; raises ModelFileError for a file that cannot be read."""
+    try:
+        file, is_direct = _open(path)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
+    try:
+        size = os.fstat(file).st_size // _ALIGNED * _ALIGNED
+        piece = min(piece_bytes // _ALIGNED * _ALIGNED, size)
+        if not piece:
+            raise ModelFileError(path, "the file is too small to time its disk.")
+        speeds = {n: _speed(file, size, piece, n, seconds) for n in THREADS}
+    finally:
+        os.close(file)
+    best = max(speeds, key=lambda n: speeds[n])
+    return DiskSpeed(speeds[best], best, is_direct)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError:
+        return os.open(path, os.O_RDONLY), False
+
+
+def _speed(file: int, size: int, piece: int, n_threads: int, seconds: float) -> float:
+    """Bytes per second of so many threads, each with memory of its own that is touched before the clock starts."""
+    memories = [mmap.mmap(-1, piece) for _ in range(n_threads)]
+    for memory in memories:
+        memory[::_ALIGNED] = bytes(len(range(0, piece, _ALIGNED)))
+    read = [0] * n_threads
+    begin = time.perf_counter()
+
+    def work(index: int) -> None:
+        rng = np.random.default_rng([index, n_threads])
+        while time.perf_counter() - begin < seconds:
+            offset = int(rng.integers(0, (size - piece) // _ALIGNED + 1)) * _ALIGNED
+            read[index] += os.preadv(file, [memories[index]], offset)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - begin
+    for memory in memories:
+        memory.close()
+    return sum(read) / elapsed
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--piece-mib", default=8.0, show_default=True, help="Size of one read, as of a matrix of an expert.")
+@click.option("--seconds", default=1.0, show_default=True, help="For each number of threads.")
+@click.option("--smoke", is_flag=True, help="Moments only, on a small file of its own.")
+def main(path: Path | None, piece_mib: float, seconds: float, smoke: bool) -> None:
+    """Time the disk that PATH lies on."""
+    try:
+        if smoke:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(os.urandom(1 << 20))
+                file.flush()
+                speed = disk_speed(Path(file.name), 1 << 16, 0.02)
+        elif path is None:
+            raise click.UsageError("Name a file.")
+        else:
+            speed = disk_speed(path, int(piece_mib * (1 << 20)), seconds)
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(asdict(speed)))
+
+
+if __name__ == "__main__":
+    main()

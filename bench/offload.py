@@ -1,0 +1,157 @@
+"""A model larger than its memory, next to llama.cpp: both in turn, each alone in a process under the same hard limit.
+
+The limit is the file's size over the ratio (2: the file is twice as large as the memory). It counts the page cache,
+which is emptied of the file before every run. Both read the same tokens, so that they need the same experts: random
+ones (--routing uniform, the adversarial case), or ones whose experts last and can be foreseen about as a trained
+model's (natural). llama.cpp maps the file; its rearranged weights, which it keeps in memory of its own besides, are
+tried where the file fits. The bound is what the machine allows: the longer of computing a token with everything in
+memory and of reading what the cache missed as fast as the disk gives it. The table goes to stderr, the last line of
+stdout is one JSON document. A ratio of times above 1 means that ours is faster. Linux only, see `bench.cgroup`.
+
+    python -m bench.offload --model design8 --ratio 1.4 --ratio 2
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from bench import machine
+from bench.cgroup import NoControlGroupError, memory_group
+from bench.engine_changes import parse_changes
+from bench.limited_runs import Limit, Plan, measure
+from bench.offload_report import as_json, table
+from bench.random_model import SHAPES, random_model_file
+from bench.topics import STYLES, TOKENS
+from offload.backend import default_threads
+from offload.errors import SlimoeError, UsageError
+from offload.gguf_file import read_gguf
+from offload.memory import available_bytes
+
+RATIOS = (0.9, 1.4, 2.0)
+N_PROMPT, N_WARM = 64, 16
+_SMOKE_LIMIT = Limit("smoke", 1 << 30, fits=True)
+_WITHOUT_LIMIT = 1.5
+"""So many times the file's size must be free for runs without a limit: the file, and a rearranged copy of most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How much is run: rounds, and tokens of the prompt, to warm up with, and to measure."""
+
+    n_rounds: int
+    n_prompt: int
+    n_warm: int
+    n_measured: int
+
+
+def make_plan(model: Path, own_model: Path, limits: tuple[Limit, ...], routing: str, lengths: Lengths) -> Plan:
+    """What to run with one thread; raises ModelFileError."""
+    n_tokens = lengths.n_prompt + lengths.n_warm + lengths.n_measured
+    tokens = TOKENS[routing](n_tokens, read_gguf(model).tensors["token_embd.weight"].ne[1])
+    return Plan(
+        model,
+        own_model,
+        limits,
+        n_threads=1,
+        n_rounds=lengths.n_rounds,
+        prompt=tuple(tokens[: lengths.n_prompt]),
+        tokens=tuple(tokens[lengths.n_prompt :]),
+        n_warm=lengths.n_warm,
+        piece_bytes=expert_matrix_bytes(own_model),
+    )
+
+
+def limits_for(model: Path, ratios: tuple[float, ...]) -> tuple[Limit, ...]:
+    """No limit, where the machine holds the file, and the file's size over each ratio.
+
+    Raises UsageError and ModelFileError.
+    """
+    if min(ratios) <= 0:
+        raise UsageError("--ratio must be above 0: it is the file's size over the memory's.")
+    size = read_gguf(model).n_bytes
+    limits = tuple(Limit(f"{ratio:g}", int(size / ratio), fits=ratio < 1) for ratio in ratios)
+    return (Limit("unlimited", None, fits=True), *limits) if _WITHOUT_LIMIT * size < available_bytes() else limits
+
+
+def expert_matrix_bytes(model: Path) -> int:
+    """The size of the largest matrix of an expert, or of any matrix where there are no experts."""
+    tensors = read_gguf(model).tensors.values()
+    sizes = [tensor.n_bytes // tensor.ne[2] for tensor in tensors if len(tensor.ne) > 2 and tensor.ne[2] > 1]
+    return max(sizes or [tensor.n_bytes for tensor in tensors])
+
+
+@contextmanager
+def opened(model: str, routing: str) -> Iterator[Path]:
+    """The file of that name, or a random model of that shape, deleted at the end."""
+    if model not in SHAPES:
+        yield Path(model)
+        return
+    with random_model_file(model, "Q4_K", routing=routing) as path:
+        yield path
+
+
+def smoke_limits() -> tuple[Limit, ...]:
+    """No limit and a wide one, or only none where none can be set."""
+    free = Limit("unlimited", None, fits=True)
+    try:
+        with memory_group(1 << 30):
+            return (free, _SMOKE_LIMIT)
+    except NoControlGroupError as error:
+        print(error, file=sys.stderr)
+        return (free,)
+
+
+@click.command()
+@click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights in Q4_K.")
+@click.option("--pair", type=click.Path(path_type=Path), help="Our engine reads this file of two copies per expert.")
+@click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
+@click.option("--ratio", "ratios", type=float, multiple=True, default=RATIOS, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Measured tokens of a run.")
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--engine", multiple=True, metavar="FIELD=VALUE", help="Changes our engine's configuration.")
+@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+def main(
+    model: str,
+    pair: Path | None,
+    routing: str,
+    ratios: tuple[float, ...],
+    rounds: int,
+    tokens: int,
+    threads: int | None,
+    engine: tuple[str, ...],
+    smoke: bool,
+    allow_busy: bool,
+) -> None:
+    """Measure decoding of a model that is larger than its memory against llama.cpp."""
+    console = Console(stderr=True)
+    lengths = Lengths(1, 8, 1, 4) if smoke else Lengths(rounds, N_PROMPT, N_WARM, tokens)
+    try:
+        changes = parse_changes(engine)
+        with ExitStack() as stack:
+            path = stack.enter_context(opened("smoke" if smoke else model, routing))
+            limits = smoke_limits() if smoke else limits_for(path, ratios)
+            plan = make_plan(path, pair or path, limits, routing, lengths)
+            plan = replace(plan, n_threads=threads or default_threads(), engine=changes)
+            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            load = machine.OtherLoad()
+            runs = measure(plan, console.print)
+            document = as_json(plan, runs)
+            console.print(table(plan, document))
+            loads = {"other_cores_before": load_before, "other_cores_during": load.cores()}
+    except SlimoeError as error:
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    about = {"model": path.name, "routing": routing, "machine": machine.describe()}
+    print(json.dumps(document | loads | about))
+
+
+if __name__ == "__main__":
+    main()
