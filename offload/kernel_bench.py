@@ -76,8 +76,8 @@ class KernelBench:
         self._filled: tuple[Type, int] | None = None
         self._at = 0
         self.is_steady = True
-        self._graph_seconds = 0.0
-        self._graph_seconds = self.overheads().graph_seconds
+        overheads = self.overheads()
+        self._empty_seconds = max(0.0, overheads.graph_seconds - 2 * overheads.op_seconds)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -114,7 +114,7 @@ class KernelBench:
             ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
             return [query, mask], [attended]
 
-        return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._graph_seconds) / n_cells
+        return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._empty_seconds) / n_cells
 
     def overheads(self) -> Overheads:
         """What the smallest graph costs, and each operation more."""
@@ -142,11 +142,11 @@ class KernelBench:
         fitting = self._n_bytes // row_bytes // _STEP * _STEP
         assert fitting, "a matrix row is larger than expected"
         height = min(-(-min(n_matrix_rows, max(most, _STEP)) // _STEP) * _STEP, fitting)
-        once = self._seconds(self._products(kernel, height, n_rows, 1), 1) - self._graph_seconds
+        once = self._seconds(self._products(kernel, height, n_rows, 1), 1) - self._empty_seconds
         results = max(1, self._n_bytes // 4 // (4 * height * n_rows))
         n_products = int(min(_LONG_SECONDS / max(once, 1e-6) + 1, _MAX_PRODUCTS, fitting // height, results))
         rounds = _ROUNDS if n_rows == 1 else _FEW_ROUNDS
-        seconds = self._seconds(self._products(kernel, height, n_rows, n_products), rounds) - self._graph_seconds
+        seconds = self._seconds(self._products(kernel, height, n_rows, n_products), rounds) - self._empty_seconds
         return max(seconds, _LEAST) / (n_products * height * row_bytes)
 
     def _products(self, kernel: MatrixKernel, height: int, n_rows: int, n_products: int) -> Nodes:

@@ -11,7 +11,7 @@ from offload.backend import CpuBackend
 from offload.library import I32, Ptr, c_function, open_library
 from offload.machine_speed import LinkSpeed, MachineSpeed, MatrixKernel, Overheads, ProcessorSpeed, SpeedCurve
 
-GRAPH_SECONDS, OP_SECONDS = 20e-6, 1e-6
+GRAPH_SECONDS, OP_SECONDS, CELL_SECONDS = 2e-3, 1e-4, 1e-6
 BYTE_SECONDS, ROW_SECONDS = 1e-9, 1e-11
 _BASE = open_library("ggml-base")
 
@@ -39,7 +39,7 @@ class Clock:
 
 
 class KnownBackend(CpuBackend):
-    """Computes nothing, but takes its time: so much for a graph, an operation, and a byte of each matrix by rows."""
+    """Computes nothing but takes its time: by graph, operation, byte and row of matrices, cell of attention."""
 
     def __init__(self, clock: Clock, noise: Callable[[int], float] = lambda n: 1.0) -> None:
         super().__init__(1)
@@ -50,8 +50,11 @@ class KnownBackend(CpuBackend):
         seconds = GRAPH_SECONDS
         for index in range(ggml_graph_n_nodes(graph)):
             tensor = ggml.tensor_at(ggml_graph_node(graph, index))
-            matrix = ggml.tensor_at(tensor.src[0]) if tensor.src[0] else None
-            if matrix is not None and matrix.type != Type.F32:
+            matrix = ggml.tensor_at(tensor.src[0])
+            other = ggml.tensor_at(tensor.src[1]) if tensor.src[1] else matrix
+            if other.type == Type.F16:
+                seconds += other.ne[1] * CELL_SECONDS
+            elif matrix.type != Type.F32:
                 n_rows = ggml.ggml_nbytes(tensor.src[1]) // (4 * matrix.ne[0])
                 seconds += ggml.ggml_nbytes(tensor.src[0]) * (BYTE_SECONDS + n_rows * ROW_SECONDS)
                 self.addresses.append(int(matrix.data or 0))

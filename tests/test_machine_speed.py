@@ -26,6 +26,7 @@ from offload.transfer_bench import MAX_PIECE, disk_bytes_per_second, link_speed,
 from offload.weight_source import Span, model_sources
 from tests.measured_machine import (
     BYTE_SECONDS,
+    CELL_SECONDS,
     GRAPH_SECONDS,
     OP_SECONDS,
     ROW_SECONDS,
@@ -163,7 +164,7 @@ def test_the_speed_of_products_is_found(kernel: MatrixKernel, every: int) -> Non
     with closing(backend), closing(KernelBench(backend, 16 << 20, clock)) as bench:
         curve = bench.curve(kernel, 1000)
     for n_rows, seconds in zip(curve.n_rows, curve.seconds_per_byte, strict=True):
-        assert seconds == pytest.approx(BYTE_SECONDS + n_rows * ROW_SECONDS, rel=0.02)
+        assert seconds == pytest.approx(BYTE_SECONDS + n_rows * ROW_SECONDS, rel=1e-3)
 
 
 def test_the_overheads_are_found() -> None:
@@ -174,6 +175,14 @@ def test_the_overheads_are_found() -> None:
         assert bench.is_steady
     assert overheads.graph_seconds == pytest.approx(GRAPH_SECONDS + 2 * OP_SECONDS)
     assert overheads.op_seconds == pytest.approx(OP_SECONDS)
+
+
+@pytest.mark.parametrize("shape", [ATTENTION, AttentionShape(64, 64, 128, Type.F16)], ids=lambda shape: shape.name)
+def test_the_speed_of_attention_is_found(shape: AttentionShape) -> None:
+    """With little memory and large heads over fewer cells."""
+    clock = Clock()
+    with closing(KnownBackend(clock)) as backend, closing(KernelBench(backend, 0, clock)) as bench:
+        assert bench.attention(shape) == pytest.approx(CELL_SECONDS)
 
 
 def test_weights_are_not_found_in_a_cache() -> None:
