@@ -40,7 +40,7 @@ async def text_of(client: AsyncOpenAI, prompt: str, max_tokens: int = 40) -> str
 
 async def test_others_are_answered_while_one_answer_goes_on(url: str) -> None:
     """With one place, nobody would be answered before the endless answers end."""
-    async with client_of(url) as client:
+    async with asyncio.timeout(DEADLINE), client_of(url) as client:
         endless = [await stream_of(client, prompt, 40_000) for prompt in PROMPTS[:2]]
         for stream in endless:
             await anext(aiter(stream))
@@ -60,7 +60,7 @@ async def test_streams_at_once_are_the_streams_of_each_alone(url: str) -> None:
 
 
 async def test_clients_that_leave_make_room(url: str) -> None:
-    async with client_of(url) as client:
+    async with asyncio.timeout(DEADLINE), client_of(url) as client:
         for _ in range(3):
             streams = [await stream_of(client, prompt, 40_000) for prompt in PROMPTS[:3]]
             waiting = asyncio.create_task(text_of(client, PROMPTS[4], 5))
