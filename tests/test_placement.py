@@ -5,16 +5,17 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import offload.engine
 import offload.engine_plan
+import offload.loaded_model
 from offload import ggml_backend
 from offload.backend import can_repack
+from offload.budget import Budget
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig, plan_engine
 from offload.errors import DoesNotFitError, UsageError
 from offload.gguf_file import read_gguf
 from offload.model_spec import ModelSpec
-from offload.placement import Placement, decide_placement, matrix_bytes, repackable_types
+from offload.placement import Needs, Placement, decide_placement, repackable_types
 from offload.probe import KernelSpeed
 from offload.weight_source import ModelSources, model_sources
 from tests.gguf_content import read_content, write_content
@@ -48,11 +49,18 @@ def decide(model: Path, mode: str, speed: KernelSpeed | None = None, available: 
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
     speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
-    return decide_placement(sources, spec, mode, speeds, kv=1000, n_cells=256, n_batch=32, available=available)
+    needs = Needs(kv=1000, program=100, n_cells=256, n_batch=32)
+    return decide_placement(sources, spec, mode, speeds, needs, available)
 
 
 def tensor_bytes(model: Path) -> int:
+    """All tensors."""
     return sum(tensor.n_bytes for tensor in read_gguf(model).tensors.values())
+
+
+def loaded_bytes(model: Path) -> int:
+    """All tensors but the token table, whose rows are read as they are needed."""
+    return tensor_bytes(model) - read_gguf(model).tensors["token_embd.weight"].n_bytes
 
 
 def test_this_machine_repacks(sources: ModelSources) -> None:
@@ -63,20 +71,27 @@ def test_this_machine_repacks(sources: ModelSources) -> None:
     assert not can_repack(Type.Q4_K, 256, 37)
 
 
-def test_mapped_and_copied(model: Path, sources: ModelSources) -> None:
+def test_mapped_and_copied(model: Path) -> None:
     mapped, copied = decide(model, "mapped"), decide(model, "copied")
-    assert (mapped.mapped, mapped.copied, mapped.repacked) == (tensor_bytes(model), 0, 0)
-    assert (copied.copied, copied.repacked) == (matrix_bytes(sources), 0)
-    assert copied.mapped + copied.copied == tensor_bytes(model)
+    assert (mapped.mapped, mapped.copied, mapped.repacked, mapped.staging) == (tensor_bytes(model), 0, 0, 0)
+    assert (copied.mapped, copied.copied, copied.repacked, copied.staging) == (0, loaded_bytes(model), 0, 0)
 
 
 def test_repacked_and_both(model: Path, sources: ModelSources) -> None:
     repacked, both = decide(model, "repacked"), decide(model, "both")
     assert repacked.repacked > 0
-    assert repacked.copied + repacked.repacked == matrix_bytes(sources)
-    assert (both.copied, both.repacked) == (matrix_bytes(sources), repacked.repacked)
+    assert repacked.mapped == both.mapped == 0
+    assert repacked.copied + repacked.repacked == loaded_bytes(model)
+    assert (both.copied, both.repacked) == (loaded_bytes(model), repacked.repacked)
     square = sources.layers[0].attn_output.weight
     assert (both.batch_form(square), both.single_form(square)) == ("copied", "repacked")
+
+
+def test_a_table_that_is_the_output_too_is_copied_once(tmp_path: Path, model: Path) -> None:
+    path = write_content(tmp_path / "tied.gguf", read_content(model).with_values({"output.weight": None}))
+    mapped, copied = decide(path, "mapped"), decide(path, "copied")
+    assert mapped.mapped == copied.copied == tensor_bytes(path)
+    assert mapped.copied == copied.mapped == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,8 @@ def test_unknown_mode(model: Path) -> None:
 def test_what_is_required_is_the_sum(model: Path) -> None:
     placement = decide(model, "both")
     parts = (placement.mapped, placement.copied, placement.repacked, placement.kv, placement.compute)
-    assert placement.required == sum(parts) + placement.overhead
+    assert placement.required == sum(parts) + placement.staging + 100
+    assert placement.staging > 0
 
 
 @pytest.mark.parametrize("mode", ["mapped", "copied", "repacked", "both"])
@@ -110,7 +126,7 @@ def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: di
     config = EngineConfig(model, n_ctx=300, n_threads=1, weights=mode)
     engine = Engine.open(dataclasses.replace(config, **changed))
     placement = engine.plan.placement
-    buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._store._buffers]
+    buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._model._store._buffers]
     assert sum(buffers) == placement.copied + placement.repacked
     assert engine.memory()["kv"] == placement.kv
     engine.prefill([1] * 250)
@@ -130,24 +146,38 @@ def test_progress_ends_with_all_bytes(model: Path) -> None:
     assert 0.99 * total <= seen[-1][0] <= total
 
 
-@pytest.mark.parametrize("mode", ["auto", "mapped", "both"])
+@pytest.mark.parametrize("mode", ["mapped", "repacked", "both"])
 def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(model, n_threads=1, weights=mode)
+    """Modes that keep a model whole; others read what does not fit from disk."""
+    monkeypatch.setattr(offload.engine_plan, "program_bytes", lambda *_: 1 << 20)
+    config = EngineConfig(model, n_threads=1, n_batch=64, weights=mode)
     required = plan_engine(config).placement.required
 
     def load(*_: object) -> None:
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr(offload.engine, "load_weights", load)
-    monkeypatch.setattr(offload.engine_plan, "available_bytes", lambda: required - 1)
+    monkeypatch.setattr(offload.loaded_model, "load_weights", load)
+    monkeypatch.setattr(offload.engine_plan, "decide_budget", lambda *_: Budget(required - 1, ()))
     with pytest.raises(DoesNotFitError, match=r"needs .* MiB of memory, but .* MiB are available") as caught:
         Engine.open(config)
     assert (caught.value.required_bytes, caught.value.available_bytes) == (required, required - 1)
-    monkeypatch.setattr(offload.engine_plan, "available_bytes", lambda: required)
+    monkeypatch.setattr(offload.engine_plan, "decide_budget", lambda *_: Budget(required, ()))
     with pytest.raises(AssertionError, match="a weight was loaded"):
         Engine.open(config)
 
 
+def test_smaller_batches_come_before_reading_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload.engine_plan, "program_bytes", lambda *_: 1 << 20)
+    config = EngineConfig(model, n_threads=1, n_batch=512)
+    plans = []
+    for _ in range(4):
+        plans.append(plan_engine(config))
+        budget = Budget(plans[-1].placement.required - 1, ())
+        monkeypatch.setattr(offload.engine_plan, "decide_budget", lambda *_, budget=budget: budget)
+    assert [plan.n_batch for plan in plans[:3]] == [512, 256, 128]
+    assert [plan.tiers is None for plan in plans] == [True, True, True, False]
+
+
 def test_a_huge_context_is_refused(model: Path) -> None:
-    with pytest.raises(DoesNotFitError, match="with 1000000000 tokens of context"):
+    with pytest.raises(DoesNotFitError, match=r"with 1000000000 tokens of context needs at least"):
         Engine.open(EngineConfig(model, n_threads=1, n_ctx=10**9))

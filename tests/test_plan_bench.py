@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import offload.engine_plan
+from offload.budget import Budget
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from server.cli import run
@@ -27,9 +29,28 @@ def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str])
 def test_plan_that_does_not_fit_ends_with_4_and_both_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--json", "--ctx", "1000000000"]) == 4
     out, err = capsys.readouterr()
-    assert json.loads(out)["fits"] is False
+    plan = json.loads(out)
+    assert plan["fits"] is False
+    assert plan["required_bytes"] > plan["available_bytes"]
     assert "TiB" in err or "GiB" in err
     assert "--ctx" in err
+
+
+def test_plan_of_a_model_that_does_not_fit_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.engine_plan, "program_bytes", lambda *_: 1000)
+    monkeypatch.setattr(offload.engine_plan, "decide_budget", lambda *_: Budget(0, ()))
+    assert run(["plan", "--json", "--batch", "64"]) == 4
+    least = json.loads(capsys.readouterr().out)["required_bytes"]
+    monkeypatch.setattr(offload.engine_plan, "decide_budget", lambda *_: Budget(least, ()))
+    assert run(["plan", "--json", "--batch", "64"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"] is True
+    assert planned["bytes"]["arena"] > 0
+    assert planned["required_bytes"] == sum(planned["bytes"].values()) == planned["available_bytes"]
+    assert run(["plan", "--batch", "64"]) == 0
+    assert "experts, read from disk" in capsys.readouterr().out
 
 
 def test_plan_without_json_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
