@@ -12,7 +12,9 @@ stdout is one JSON document. A ratio of times above 1 means that ours is faster.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,8 +28,10 @@ from bench.cgroup import NoControlGroupError, memory_group
 from bench.engine_changes import parse_changes
 from bench.limited_runs import Limit, Plan, measure
 from bench.offload_report import as_json, table
+from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import SHAPES, random_model_file
 from bench.topics import STYLES, TOKENS
+from converter.convert import ConvertOptions, convert
 from offload.backend import default_threads
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
@@ -87,13 +91,31 @@ def expert_matrix_bytes(model: Path) -> int:
 
 
 @contextmanager
-def opened(model: str, routing: str) -> Iterator[Path]:
-    """The file of that name, or a random model of that shape, deleted at the end."""
-    if model not in SHAPES:
-        yield Path(model)
-        return
-    with random_model_file(model, "Q4_K", routing=routing) as path:
-        yield path
+def opened(model: str, pair: str | None, routing: str) -> Iterator[tuple[Path, Path]]:
+    """llama.cpp's file and ours: files of these names, or random ones of that shape, deleted at the end.
+
+    Raises UsageError, and ModelFileError and UnsupportedModelError as the conversion does.
+    """
+    if pair is not None and "," in pair:
+        if model not in SHAPES:
+            raise UsageError(f"--pair {pair} is made of random weights: --model must be one of {' '.join(SHAPES)}.")
+        with tempfile.TemporaryDirectory(prefix="slimoe-pair-") as directory:
+            yield write_pair(Path(directory), model, pair, routing)
+    elif model in SHAPES:
+        with random_model_file(model, "Q4_K", routing=routing) as path:
+            yield path, Path(pair or path)
+    else:
+        yield Path(model), Path(pair or model)
+
+
+def write_pair(directory: Path, shape: str, pair: str, routing: str) -> tuple[Path, Path]:
+    """The same random weights twice: a stock file of the better type, and one with both copies of every expert."""
+    checkpoint, stock, native = directory / "checkpoint", directory / f"{shape}.gguf", directory / f"{shape}-pair.gguf"
+    write_random_checkpoint(checkpoint, SHAPES[shape], routing=routing)
+    convert(ConvertOptions(checkpoint, stock, pair.partition(",")[0]))
+    convert(ConvertOptions(checkpoint, native, pair=pair))
+    shutil.rmtree(checkpoint)
+    return stock, native
 
 
 def smoke_limits() -> tuple[Limit, ...]:
@@ -109,7 +131,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 
 @click.command()
 @click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights in Q4_K.")
-@click.option("--pair", type=click.Path(path_type=Path), help="Our engine reads this file of two copies per expert.")
+@click.option("--pair", help="Two copies of each expert for our engine: types such as Q4_K,Q2_K, or a native file.")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--ratio", "ratios", type=float, multiple=True, default=RATIOS, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
@@ -120,7 +142,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 @click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
 def main(
     model: str,
-    pair: Path | None,
+    pair: str | None,
     routing: str,
     ratios: tuple[float, ...],
     rounds: int,
@@ -136,9 +158,9 @@ def main(
     try:
         changes = parse_changes(engine)
         with ExitStack() as stack:
-            path = stack.enter_context(opened("smoke" if smoke else model, routing))
+            path, own = stack.enter_context(opened("smoke" if smoke else model, pair, routing))
             limits = smoke_limits() if smoke else limits_for(path, ratios)
-            plan = make_plan(path, pair or path, limits, routing, lengths)
+            plan = make_plan(path, own, limits, routing, lengths)
             plan = replace(plan, n_threads=threads or default_threads(), engine=changes)
             load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
             load = machine.OtherLoad()
@@ -149,7 +171,7 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    about = {"model": path.name, "routing": routing, "machine": machine.describe()}
+    about = {"model": path.name, "pair": pair, "routing": routing, "machine": machine.describe()}
     print(json.dumps(document | loads | about))
 
 

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from bench.disk_speed import DiskSpeed, disk_speed
 from bench.engine_changes import changed, parse_changes
 from bench.limited_runs import Limit, Plan, Run, Runs, run_contender
 from bench.lone_run import OURS, Job, Outcome, carry_out
-from bench.offload import expert_matrix_bytes, limits_for
+from bench.offload import expert_matrix_bytes, limits_for, opened
 from bench.offload_report import as_json
 from bench.random_model import SHAPES, write_random_model
 from bench.rival import Rival, RivalConfig
@@ -157,6 +158,20 @@ def test_a_run_without_enough_memory_is_killed_and_told(model: Path) -> None:
         assert run.failure == "killed, because it needed more memory than the limit"
         assert run.usage is not None
         assert run.usage.n_oom_kills >= 1
+
+
+def test_a_random_pair_is_one_model_in_two_files() -> None:
+    """The better copies of ours are llama.cpp's file's experts, byte for byte; both files go in the end."""
+    with opened("smoke", "Q8_0,Q4_K", "natural") as (stock, native):
+        theirs, ours = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (stock, native))
+        stack = theirs["blk.1.ffn_down_exps.weight"]
+        high, low = (ours[f"blk.1.ffn_down_exps.b{bucket}.weight"] for bucket in (0, 1))
+        assert np.array_equal(stack.data.ravel(), high.data.ravel())
+        assert (high.tensor_type.name, low.tensor_type.name) == ("Q8_0", "Q4_K")
+        del theirs, ours, stack, high, low
+    assert not stock.parent.exists()
+    with pytest.raises(UsageError, match="--model must be one of"), opened("file.gguf", "Q8_0,Q4_K", "natural"):
+        pass
 
 
 def test_engine_changes_are_fields_and_values() -> None:
