@@ -66,7 +66,7 @@ def _lines(plan: EnginePlan) -> list[str]:
         "weights, copied": sizes["copied"],
         "weights, repacked": sizes["repacked"],
         "experts, read from disk": sizes.get("arena", 0),
-        f"KV cache, {plan.n_ctx} tokens": sizes["kv"],
+        f"KV cache, {_contexts(plan)}": sizes["kv"],
         f"compute, batches of {plan.n_batch}": sizes["compute"],
         "program, at most": sizes["program"],
         "in all": sum(sizes.values()),
@@ -74,3 +74,8 @@ def _lines(plan: EnginePlan) -> list[str]:
     }
     head = f"{plan.gguf.path.name}: weights {plan.placement.mode}, {plan.n_threads} threads"
     return [head, *(f"{name:<28}{human(n_bytes):>12}" for name, n_bytes in rows.items() if n_bytes)]
+
+
+def _contexts(plan: EnginePlan) -> str:
+    times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
+    return f"{times}{plan.n_ctx} tokens"
