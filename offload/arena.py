@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from offload.disk_reader import PAGE, DiskReader, Read, ReadFailedError, padded
+from offload.disk_reader import PAGE, DiskReader, Read, padded
 from offload.expert_source import ExpertCopy, SlotClass
 from offload.memory import advise_huge_pages, out_of_memory
 from offload.policy import Policy
@@ -50,8 +50,18 @@ class Loaded:
 
     @property
     def is_ready(self) -> bool:
-        """Whether its bytes are all there."""
+        """Whether nothing is under way to it."""
         return self.read is None or self.read.is_done
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its bytes are all there."""
+        return self.read is None or self.read.is_complete
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its bytes will never be all there."""
+        return self.is_ready and not self.is_complete
 
 
 def slot_bytes(slot_class: SlotClass) -> int:
@@ -74,13 +84,19 @@ class _Pool:
         size = slot_bytes(slot_class)
         self.n_bytes = n_slots * size
         try:
-            self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes))
+            # Shared memory, mmap's default, would not get huge pages.
+            self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:
             raise out_of_memory(self.n_bytes) from None
         self._base = np.frombuffer(self._memory, np.uint8)
         base = int(self._base.ctypes.data)
         advise_huge_pages(base, self.n_bytes)
         self.slots = [Loaded(base + index * size) for index in range(n_slots)]
+
+    def slot(self, key: Key) -> Loaded | None:
+        """The slot of an expert, None if it has none."""
+        index = self.cache.lookup(key)
+        return None if index is None else self.slots[index]
 
     def can_take(self, pinned: set[Key]) -> bool:
         """Whether another expert finds a slot."""
@@ -113,11 +129,8 @@ class Arena:
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""
         pool = self._pools.get(copy.slot_class)
-        index = pool.cache.lookup(key) if pool else None
-        if pool is None or index is None:
-            return False
-        read = pool.slots[index].read
-        return read is None or read.is_done
+        slot = pool.slot(key) if pool else None
+        return slot is not None and slot.is_complete
 
     def fill(self, wanted: Iterable[tuple[Key, ExpertCopy]], on_progress: Callable[[int], None]) -> None:
         """Reads copies into free slots, as many as there are, before the first step."""
@@ -137,12 +150,15 @@ class Arena:
     def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
         """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""
         pool = self._pools[copy.slot_class]
-        index = pool.cache.lookup(key)
-        if index is None:
+        slot = pool.slot(key)
+        if slot is not None and slot.has_failed:
+            # Ahead of time, or for somebody who did not wait for it: whoever needs it now shall know from his own read.
+            pool.cache.free(key)
+            slot = None
+        if slot is None:
             self.counters.misses += counts
             return self._begin(pool, key, copy, demanded=True)
-        slot = pool.slots[index]
-        if slot.read is not None and not slot.read.is_done:
+        if slot.read is not None:
             self._reader.demand(slot.read)
         if slot.is_ahead:
             self.counters.ahead += counts
@@ -169,15 +185,17 @@ class Arena:
         return slot.addresses
 
     def _complete(self, slot: Loaded) -> None:
-        read, slot.read = slot.read, None
-        if read is None:
+        if slot.read is None:
             return
         try:
-            self._reader.wait(read)
-        except ReadFailedError:
-            pool = next(pool for pool in self._pools.values() if slot in pool.slots)
-            pool.cache.free(slot.key)
-            raise
+            self._reader.wait(slot.read)
+        finally:
+            # Whatever ends the waiting, a slot that is not filled must not pass for one that is.
+            if slot.has_failed:
+                pool = next(pool for pool in self._pools.values() if slot in pool.slots)
+                pool.cache.free(slot.key)
+            if slot.is_ready:
+                slot.read = None
 
     def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool) -> Loaded:
         index, _ = pool.cache.acquire(key, self._pinned)
@@ -199,7 +217,10 @@ class Arena:
         return slot
 
     def close(self) -> None:
-        """Frees the memory; the reader must have been closed."""
+        """Ends what is under way to the slots, then frees them."""
         for pool in self._pools.values():
+            for slot in pool.slots:
+                if slot.read is not None:
+                    self._reader.cancel(slot.read)
             pool.close()
         self._pools.clear()

@@ -6,12 +6,15 @@ cache would compete with the arena for the same bytes, and copying out of it tak
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from offload.errors import ModelFileError, SlimoeError
 from offload.gguf_file import GGUFFile
@@ -43,7 +46,7 @@ class Read:
     n_left: int
     is_demanded: bool
     is_cancelled: bool = False
-    error: SlimoeError | None = None
+    error: Exception | None = None
     n_taken: int = field(default=0)
 
     @property
@@ -51,26 +54,49 @@ class Read:
         """Whether nothing of it is under way any more."""
         return self.n_left == 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it was read."""
+        return self.n_left == 0 and self.error is None and not self.is_cancelled
+
 
 @dataclass(frozen=True, slots=True)
-class _Stamp:
+class FileStamp:
     """What tells a file that was written to from the one that was opened."""
 
     n_bytes: int
     modified_ns: int
 
+    @classmethod
+    def of(cls, file: int) -> "FileStamp":
+        """That of an open file now."""
+        status = os.fstat(file)
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+def changed_file(path: Path) -> ReadFailedError:
+    """The error for a file that is not what it was when it was opened."""
+    return ReadFailedError(f"{path}: the file was changed while it was open. Start again with the new file.")
+
+
+def unreadable_file(path: Path, error: OSError) -> ReadFailedError:
+    """The error for a read that the system refused."""
+    return ReadFailedError(f"{path}: reading failed ({error.strerror}). Check the disk, then start again.")
+
 
 class DiskReader:
     """Threads that read spans of a GGUF file to addresses.
 
-    `n_read` counts bytes read, `n_wasted` those of cancelled reads, `busy_seconds` the time with reads under way.
+    `n_read` counts bytes read, `n_wasted` those of reads that were cancelled, even if they were complete by then,
+    `busy_seconds` the time with reads under way.
     """
 
     def __init__(self, gguf: GGUFFile, n_threads: int = 2, direct: bool = True) -> None:
         self._paths = gguf.paths
-        self._opened = contextlib.ExitStack()
-        self._files = [self._open(index, direct) for index in range(len(gguf.paths))]
-        self._stamps = [_stamp(file) for file in self._files]
+        with contextlib.ExitStack() as opened:
+            self._files = [_open(path, direct, opened) for path in gguf.paths]
+            self._stamps = [FileStamp.of(file) for file in self._files]
+            self._opened = opened.pop_all()
         self._demanded: deque[Read] = deque()
         self._likely: deque[Read] = deque()
         self._changed = threading.Condition()
@@ -82,17 +108,6 @@ class DiskReader:
         for thread in self._threads:
             thread.start()
 
-    def _open(self, index: int, direct: bool) -> int:
-        path = self._paths[index]
-        try:
-            file = _open_direct(path) if direct else None
-            if file is None:
-                file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
-        self._opened.callback(os.close, file)
-        return file
-
     # --- for the engine's thread ---------------------------------------------------------------------------
 
     def submit(self, parts: Sequence[tuple[Span, int]], *, demanded: bool) -> Read:
@@ -100,6 +115,7 @@ class DiskReader:
         chunks = deque(chunk for span, address in parts for chunk in _chunks(span, address))
         read = Read(chunks, sum(chunk[3] for chunk in chunks), len(chunks), demanded)
         with self._changed:
+            assert not self._is_closed
             (self._demanded if demanded else self._likely).append(read)
             self._changed.notify_all()
         return read
@@ -122,7 +138,7 @@ class DiskReader:
             self.n_wasted += read.n_taken
 
     def wait(self, read: Read) -> None:
-        """Returns when the read is complete; raises ReadFailedError when it failed."""
+        """Returns when the read is complete; raises ReadFailedError when it failed or the reader was closed."""
         if not read.is_done:
             self.demand(read)
             with self._changed:
@@ -152,7 +168,7 @@ class DiskReader:
                 if self._is_closed:
                     return
                 read, chunk = self._take()
-            error = self._read(*chunk)
+            error = self._try_to_read(*chunk)
             with self._changed:
                 self._finish(read, chunk, error)
 
@@ -168,48 +184,76 @@ class DiskReader:
         self._n_active += 1
         return read, chunk
 
-    def _finish(self, read: Read, chunk: tuple[int, int, int, int], error: SlimoeError | None) -> None:
+    def _finish(self, read: Read, chunk: tuple[int, int, int, int], error: Exception | None) -> None:
         self._n_active -= 1
         if not self._n_active:
             self.busy_seconds += time.perf_counter() - self._began
-        self.n_read += chunk[3]
-        if error is not None:
+        if error is None:
+            self.n_read += chunk[3]
+        else:
             read.error = error
             self._drop(read)
         read.n_left -= 1
         if read.is_done:
             self._changed.notify_all()
 
-    def _read(self, shard: int, offset: int, address: int, n_bytes: int) -> SlimoeError | None:
+    def _try_to_read(self, shard: int, offset: int, address: int, n_bytes: int) -> Exception | None:
         """Reads a chunk; `n_bytes` may reach past the end of the file by less than a page."""
-        path = self._paths[shard]
-        target = memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B")
         try:
-            stamp = _stamp(self._files[shard])
             n_wanted = min(n_bytes, self._stamps[shard].n_bytes - offset)
-            n_done = 0
-            while n_done < n_wanted:
-                n_read = os.preadv(self._files[shard], [target[n_done:]], offset + n_done)
-                n_done += n_read
-                if not n_read:
-                    break
+            n_done = self._read(shard, offset, address, n_bytes, n_wanted)
+            # Asked afterwards, this covers all that was written before the bytes were read, and while they were.
+            is_same = n_done >= n_wanted and FileStamp.of(self._files[shard]) == self._stamps[shard]
         except OSError as error:
-            return ReadFailedError(f"{path}: reading failed ({error.strerror}). Check the disk, then start again.")
-        if n_done < n_wanted or stamp != self._stamps[shard]:
-            return ReadFailedError(f"{path}: the file was changed while it was open. Start again with the new file.")
-        return None
+            return unreadable_file(self._paths[shard], error)
+        except Exception as error:  # whoever waits for the read would wait for ever
+            return error
+        return None if is_same else changed_file(self._paths[shard])
+
+    def _read(self, shard: int, offset: int, address: int, n_bytes: int, n_wanted: int) -> int:
+        """Reads until `n_wanted` bytes are there or the file ends; how many there are."""
+        file = self._files[shard]
+        target = memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B")
+        n_done, is_buffered = 0, False
+        while n_done < n_wanted:
+            try:
+                n_read = os.preadv(file, [target[n_done:]], offset + n_done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or is_buffered:
+                    raise
+                _make_buffered(file)
+                is_buffered = True
+                continue
+            if not n_read:
+                break
+            n_done += n_read
+        return n_done
 
     def close(self) -> None:
-        """Ends the threads and closes the files; reads that are under way are finished first."""
+        """Ends the threads and closes the files; chunks that are under way are finished, whole reads are not."""
         with self._changed:
             self._is_closed = True
+            for read in (*self._demanded, *self._likely):
+                read.error = ReadFailedError("The model was closed while it was being read.")
+                self._drop(read)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         self._opened.close()
 
 
-def _open_direct(path: os.PathLike[str]) -> int | None:
+def _open(path: Path, direct: bool, opened: contextlib.ExitStack) -> int:
+    try:
+        file = _open_direct(path) if direct else None
+        if file is None:
+            file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
+    opened.callback(os.close, file)
+    return file
+
+
+def _open_direct(path: Path) -> int | None:
     """The file opened for direct reads, None where the system or the file system has none."""
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
@@ -220,9 +264,9 @@ def _open_direct(path: os.PathLike[str]) -> int | None:
         return None
 
 
-def _stamp(file: int) -> _Stamp:
-    status = os.fstat(file)
-    return _Stamp(status.st_size, status.st_mtime_ns)
+def _make_buffered(file: int) -> None:
+    """Turns direct reads off, for a file system that opens a file for them but takes none of this alignment."""
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
 
 def _chunks(span: Span, address: int) -> Iterator[tuple[int, int, int, int]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.backend import Backend
-from offload.disk_reader import ReadFailedError
+from offload.disk_reader import FileStamp, changed_file, unreadable_file
 from offload.gguf_file import GGUFFile
 from offload.weight_source import WeightSource
 
@@ -23,6 +23,7 @@ class TokenRows:
         self._path = gguf.paths[span.shard]
         self._offset, self._row_bytes = span.offset, table.n_bytes // table.ne[1]
         self._file = os.open(self._path, os.O_RDONLY)
+        self._stamp = FileStamp.of(self._file)
         with contextlib.suppress(OSError, AttributeError):
             # A row is one page or two; reading ahead around it would only push others out.
             os.posix_fadvise(self._file, span.offset, span.n_bytes, os.POSIX_FADV_RANDOM)
@@ -48,9 +49,11 @@ class TokenRows:
             try:
                 n_read = os.preadv(self._file, [target], self._offset + token * size)
             except OSError as error:
-                raise ReadFailedError(f"{self._path}: reading failed ({error.strerror}). Check the disk.") from None
+                raise unreadable_file(self._path, error) from None
             if n_read < size:
-                raise ReadFailedError(f"{self._path}: the file was changed while it was open. Start again.")
+                raise changed_file(self._path)
+        if FileStamp.of(self._file) != self._stamp:
+            raise changed_file(self._path)
         self._backend.set(self.tensor, self._rows[: len(tokens) * size])
 
     def close(self) -> None:
