@@ -15,8 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from offload.disk_reader import PAGE, DiskReader, Read, padded
 from offload.expert_source import ExpertCopy, SlotClass
 from offload.memory import advise_huge_pages, out_of_memory
-from offload.policy import Policy
-from offload.residency import Key, SlotCache
+from offload.residency import Key, SlotCache, Valued
 
 Addresses = tuple[int, int, int]
 """Where gate, up and down begin."""
@@ -78,7 +77,7 @@ def matrix_bytes(kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
 class _Pool:
     """Slots of one class, in one stretch of memory."""
 
-    def __init__(self, slot_class: SlotClass, n_slots: int, policy: Policy) -> None:
+    def __init__(self, slot_class: SlotClass, n_slots: int, policy: Valued) -> None:
         self.slot_class = slot_class
         self.cache = SlotCache(n_slots, policy)
         size = slot_bytes(slot_class)
@@ -110,7 +109,7 @@ class _Pool:
 class Arena:
     """Pools by slot class, the reader that fills them, and the copies they hold."""
 
-    def __init__(self, reader: DiskReader, policy: Policy, n_slots: Mapping[SlotClass, int]) -> None:
+    def __init__(self, reader: DiskReader, policy: Valued, n_slots: Mapping[SlotClass, int]) -> None:
         self._reader = reader
         self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
         self._pinned: set[Key] = set()
@@ -142,6 +141,12 @@ class Arena:
         for slot, copy in begun:
             self._complete(slot)
             on_progress(copy.n_bytes)
+
+    def forget(self) -> None:
+        """Empties all slots; nothing may be on its way."""
+        for pool in self._pools.values():
+            for key in list(pool.cache):
+                pool.cache.free(key)
 
     def pin(self, keys: set[Key]) -> None:
         """Keeps these, and only these, from leaving until the next call."""

@@ -1,5 +1,6 @@
 """What opening a model will take, decided from its header before a weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from numpy.typing import NDArray
 
 from offload.backend import CpuBackend, default_threads
 from offload.budget import decide_budget
+from offload.device_plan import DeviceNeeds, DevicePlan, plan_devices
+from offload.devices import Device, choose_devices
 from offload.errors import DoesNotFitError, ModelFileError, UsageError
 from offload.expert_source import ExpertLayer, cache_priors, expert_layers
 from offload.file_keys import TOKENS
@@ -73,9 +76,38 @@ class EnginePlan:
     placement: Placement
     available: int
     layers: tuple[ExpertLayer | None, ...]
+    devices: tuple[DevicePlan, ...] = ()
     tiers: TierPlan | None = None
     shortfall: DoesNotFitError | None = None
     priors: NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the whole model is in host memory and a step is one graph."""
+        return self.tiers is None and not self.devices
+
+    @property
+    def is_tied_on_host(self) -> bool:
+        """Whether the token table is the output matrix, and in host memory as such."""
+        return not self.devices and self.sources.output.weight is self.sources.token_embd
+
+    @property
+    def host_bytes(self) -> dict[str, int]:
+        """Bytes in host memory by use, without experts' slots and intermediate results."""
+        if self.is_resident:
+            placement = self.placement
+            by_form = {"mapped": placement.mapped, "copied": placement.copied, "repacked": placement.repacked}
+            return {**by_form, "kv": placement.kv}
+        return {"copied": self.tiers.weights if self.tiers else 0, "kv": self.tiers.kv if self.tiers else 0}
+
+    @property
+    def load_bytes(self) -> int:
+        """What is read from the file before the first step."""
+        on_devices = sum(device.weights + device.slots for device in self.devices)
+        if self.is_resident:
+            return self.placement.mapped + self.placement.copied + self.placement.repacked
+        return on_devices + (self.tiers.weights + self.tiers.arena if self.tiers else 0)
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -102,7 +134,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     # A step has room for a token of everyone.
     n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
-    budget = decide_budget(config.ram, config.vram, (), config.reserve_bytes)
+    devices = choose_devices(config.device, config.rpc)
+    budget = decide_budget(config.ram, config.vram, devices, config.reserve_bytes)
     program = program_bytes(resident_bytes(), spec.n_vocab)
     speeds = {} if is_budgeted(config) else _speeds(config, sources, n_threads)
     for fewer in _batch_sizes(n_batch, config.n_parallel):
@@ -125,20 +158,46 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         available=budget.ram,
         layers=layers,
         priors=cache_priors(layers),
+        notes=budget.notes,
     )
+    plan = _with_devices(config, plan, tuple(zip(devices, budget.vram, strict=True)))
     return _within_budget(config, plan, program)
+
+
+def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]]) -> EnginePlan:
+    """The plan with what lies on devices. One that is too small is left out and noted, or with a name, refused."""
+    if not devices:
+        return plan
+    kv = kv_type(config.kv_type)
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch)
+    try:
+        return replace(plan, devices=plan_devices(needs, devices))
+    except DoesNotFitError as error:
+        if config.device != "auto" or config.vram:
+            return replace(plan, shortfall=error.with_traceback(None))
+        return replace(plan, notes=(*plan.notes, f"Computing on the CPU: {error}"))
 
 
 def _within_budget(config: EngineConfig, plan: EnginePlan, program: int) -> EnginePlan:
     """The plan with tiers if it needs them, or with what it lacks."""
-    is_resident = plan.placement.required <= plan.available or config.weights not in ("auto", "copied")
+    if plan.shortfall is not None:
+        return plan
     try:
-        if any(plan.layers) and not (is_resident and all(layer.is_stacked for layer in plan.sources.layers)):
+        if plan.devices or _needs_tiers(config, plan):
             return replace(plan, tiers=_tiers(config, plan, program))
         require(plan.placement.required, plan.available, _what(config, plan))
     except DoesNotFitError as error:
         return replace(plan, shortfall=error.with_traceback(None))
     return plan
+
+
+def _needs_tiers(config: EngineConfig, plan: EnginePlan) -> bool:
+    """Whether steps must stop at routers: for memory, for experts that no one graph computes, or to be watched."""
+    if not any(plan.layers):
+        return False
+    fits = plan.placement.required <= plan.available or config.weights not in ("auto", "copied")
+    is_watched = config.trace is not None or config.lossy is not None or config.max_kl is not None
+    return is_watched or not fits or not all(layer.is_stacked for layer in plan.sources.layers)
 
 
 def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
@@ -151,18 +210,19 @@ def is_budgeted(config: EngineConfig) -> bool:
     return config.ram is not None or bool(config.vram)
 
 
-def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan:
-    """Tiers for a model that does not fit whole. Raises DoesNotFitError."""
-    spec = plan.spec
-    return plan_tiers(
-        plan.layers,
-        plan.available,
-        program=program,
-        weights=matrix_bytes(without_experts(plan.sources)),
-        kv=plan.placement.kv,
-        compute=tiered_compute_bytes(spec, plan.n_cells, plan.n_batch, widest(plan.layers)),
-        what=_what(config, plan),
-    )
+def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | None:
+    """Tiers in host memory, None if devices hold everything. Raises DoesNotFitError."""
+    whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
+    layers = [None if index in whole else layer for index, layer in enumerate(plan.layers)]
+    spec, n_cells = plan.spec, 1 if plan.devices else plan.n_cells
+    fixed = {"program": program, "weights": 0, "kv": 0}
+    if not plan.devices:
+        fixed |= {"weights": matrix_bytes(without_experts(plan.sources)), "kv": plan.placement.kv}
+    compute = tiered_compute_bytes(spec, n_cells, plan.n_batch, widest(plan.layers))
+    if not any(layers):
+        require(program + compute, plan.available, _what(config, plan))
+        return None
+    return plan_tiers(layers, plan.available, **fixed, compute=compute, what=_what(config, plan))
 
 
 def _what(config: EngineConfig, plan: EnginePlan) -> str:

@@ -66,7 +66,7 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
 class StepBuilder:
     """Adds a model's operations to one graph; tensors are addresses."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache | None, shape: StepShape) -> None:
         self.spec, self.weights, self.cache, self.shape = spec, weights, cache, shape
         n_nodes = 64 + self._n_layers() * (48 + 2 * spec.n_expert_used)
         n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
@@ -147,6 +147,7 @@ class StepBuilder:
         ctx, spec = self.ctx, self.spec
         query, key, value = self._qkv(layer.qkv, hidden, n_queries)
         query = self._rope(query, self._tail_positions(n_queries))
+        assert self.cache is not None
         self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(

@@ -1,9 +1,11 @@
 """Keys and values of the tokens read so far, in one buffer that is allocated once."""
 
+from collections.abc import Sequence
+
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload import ggml, ggml_backend
-from offload.backend import allocate
+from offload.backend import Backend
 from offload.errors import UsageError
 from offload.model_spec import ModelSpec
 
@@ -12,6 +14,7 @@ KV_TYPES = {
     "f16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
+_ALIGNMENT = 256
 CELL_STEP = 256
 """The cache is read in steps of so many cells, so that one graph serves as many tokens."""
 
@@ -32,30 +35,38 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> int:
 
 
 class KVCache:
-    """One K and one V tensor per layer, each [n_embd_head, n_cells, n_head_kv].
+    """One K and one V tensor for each of the `layers`, by default all, each [n_embd_head, n_cells, n_head_kv].
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
     """
 
-    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        n_cells: int,
+        kind: GGMLQuantizationType,
+        backend: Backend,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
         self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
         shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)
-        self.keys = [ggml.ggml_new_tensor_3d(self._ctx, *shape) for _ in range(spec.n_layer)]
-        self.values = [ggml.ggml_new_tensor_3d(self._ctx, *shape) for _ in range(spec.n_layer)]
-        self._buffer = self._allocate()
+        own = range(spec.n_layer) if layers is None else layers
+        self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
+        self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
+        self._buffer = self._allocate(backend)
 
-    def _allocate(self) -> int:
-        tensors = [*self.keys, *self.values]
-        step = -(-ggml.ggml_nbytes(tensors[0]) // 64) * 64
-        buffer = allocate(ggml_backend.ggml_backend_cpu_buffer_type(), step * len(tensors))
-        base = ggml_backend.ggml_backend_buffer_get_base(buffer)
+    def _allocate(self, backend: Backend) -> int:
+        tensors = [*self.keys.values(), *self.values.values()]
+        step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT
+        self.n_bytes = step * len(tensors)
+        buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
+        base = -(-ggml_backend.ggml_backend_buffer_get_base(buffer) // _ALIGNMENT) * _ALIGNMENT
         for index, tensor in enumerate(tensors):
             ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
         ggml_backend.ggml_backend_buffer_clear(buffer, 0)
-        self.n_bytes = step * len(tensors)
         return buffer
 
     def close(self) -> None:

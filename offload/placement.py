@@ -95,7 +95,7 @@ def decide_placement(
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
-    compute = _compute_bytes(spec, needs.n_cells, needs.n_batch)
+    compute = compute_bytes(spec, needs.n_cells, needs.n_batch)
     possible = frozenset(repackable_types(sources))
 
     def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
@@ -176,7 +176,7 @@ def _weights(sources: ModelSources) -> Iterator[WeightSource]:
         yield from _layer_weights(layer)
 
 
-def _compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
+def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
     """An upper estimate of the intermediate results of a batch, F32, and of its attention mask, F16."""
     n_used = max(1, spec.n_expert_used)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head

@@ -16,9 +16,11 @@ Key = tuple[int, int]
 
 
 class Valued(Protocol):
-    """What gives experts their values, [n_layer, n_expert]: any `policy.Policy`."""
+    """What says how much each expert is worth keeping; a policy, for one."""
 
-    values: Values
+    @property
+    def values(self) -> Values:
+        """float64 [n_layer, n_expert], the higher the better."""
 
 
 class SlotCache:

@@ -1,13 +1,15 @@
 """Builds the graphs of a step that is cut at routers whose experts are not all at hand.
 
 A segment begins with the token rows, or with the sum of the experts' outputs of the layer where the one before ended.
-It ends at the next cut layer's router, or with the logits. Everything between is `StepBuilder`'s, in llama.cpp's order,
-so that the cut changes no bit. The last operation of a cut layer also asks the routers of the next layers what they
-would choose for this layer's input, since most of a model changes its mind little from layer to layer.
+It ends at the next cut layer's router, at the last layer of a backend, or with the logits. Everything between is
+`StepBuilder`'s, in llama.cpp's order, so that the cut changes no bit. The last operation of a cut layer also asks the
+routers of the next layers what they would choose for this layer's input, since most of a model changes its mind little
+from layer to layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from offload import ggml
 from offload.exchange import Exchange
@@ -16,17 +18,23 @@ from offload.kv_cache import KVCache
 from offload.model_spec import ModelSpec
 from offload.weights import ModelWeights
 
+End = Literal["router", "hidden", "logits"]
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Layers `begin` to `end`: of layer `begin` only the sum of its experts, of `end` all up to its router.
+    """Layers `first` to `last`, on the backend number `part`; `first` is `last` + 1 where there is none.
 
-    `begin` is -1 for the segment that begins with the tokens, `end` is n_layer for the one that computes the logits.
-    `ahead` are the layers whose routers are asked early.
+    It begins with the sum of layer `summed`'s experts or, where that is -1, with the tokens or what another backend
+    handed over. It ends with the router of layer `last`, with that layer's whole output, or with the logits.
+    `ahead` are layers whose routers are asked early.
     """
 
-    begin: int
-    end: int
+    part: int
+    summed: int
+    first: int
+    last: int
+    end: End
     ahead: tuple[int, ...] = ()
 
 
@@ -39,14 +47,28 @@ class SegmentGraph:
     logits: int
 
 
-def cut_into_segments(n_layer: int, cut_layers: Sequence[int], n_ahead: int) -> tuple[Segment, ...]:
-    """The segments of a step that is cut at `cut_layers`, each asking the routers of the next `n_ahead` of them."""
-    ends = [*cut_layers, n_layer]
-    begins = [-1, *cut_layers]
+def cut_into_segments(parts: Sequence[Sequence[int]], cut_layers: Collection[int], n_ahead: int) -> tuple[Segment, ...]:
+    """The segments of a step.
+
+    `parts` are the consecutive layers of each backend, none for one that only looks tokens up, `cut_layers` those whose
+    experts are not all in a graph; each segment asks the routers of the next `n_ahead` of them on its backend.
+    """
     return tuple(
-        Segment(begin, end, tuple(cut_layers[index + 1 : index + 1 + n_ahead]))
-        for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
+        segment
+        for part, layers in enumerate(parts)
+        for segment in _segments(part, layers, cut_layers, n_ahead, "logits" if part == len(parts) - 1 else "hidden")
     )
+
+
+def _segments(
+    part: int, layers: Sequence[int], cut_layers: Collection[int], n_ahead: int, end: End
+) -> Iterator[Segment]:
+    own = [layer for layer in layers if layer in cut_layers]
+    summed, first, last = -1, *((layers[0], layers[-1]) if layers else (0, -1))
+    for index, layer in enumerate(own):
+        yield Segment(part, summed, first, layer, "router", tuple(own[index + 1 : index + 1 + n_ahead]))
+        summed, first = layer, layer + 1
+    yield Segment(part, summed, first, last, end)
 
 
 class SegmentBuilder(StepBuilder):
@@ -56,7 +78,7 @@ class SegmentBuilder(StepBuilder):
         self,
         spec: ModelSpec,
         weights: ModelWeights,
-        cache: KVCache,
+        cache: KVCache | None,
         shape: StepShape,
         exchange: Exchange,
         segment: Segment,
@@ -70,28 +92,39 @@ class SegmentBuilder(StepBuilder):
             tokens=self._vector("tokens", n_tokens),
             positions=self._vector("positions", n_tokens),
             cells=self._vector("cells", n_tokens),
-            mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)),
+            mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)) if self.cache else 0,
         )
 
     def _n_layers(self) -> int:
-        return self.segment.end - self.segment.begin
+        return 1 + self.segment.last - self.segment.first
 
     def _vector(self, name: str, n: int) -> int:
         return int(ggml.ggml_view_1d(self.ctx, self.exchange.tensor(name), n, 0))
 
     def build_segment(self) -> SegmentGraph:
         """The graph of the segment."""
-        segment = self.segment
-        hidden = self._combined(segment.begin) if segment.begin >= 0 else self._embedded()
-        for index in range(segment.begin + 1, segment.end):
-            hidden = self._feed_forward(index, self._attend(index, hidden))
-        if segment.end == self.spec.n_layer:
+        segment, hidden = self.segment, self._first()
+        for index in range(segment.first, segment.last + 1):
+            hidden = self._attend(index, hidden)
+            if index < segment.last or segment.end != "router":
+                hidden = self._feed_forward(index, hidden)
+        if segment.end == "logits":
             logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
             ggml.ggml_set_output(logits)
             ggml.ggml_build_forward_expand(self.graph, logits)
             return SegmentGraph(self.ctx, self.graph, logits)
-        self._choose(segment, self._attend(segment.end, hidden))
+        if segment.end == "router":
+            self._choose(segment, hidden)
+        else:
+            self._hand_out(hidden, "residual", (self.spec.n_embd, self.shape.n_tokens))
         return SegmentGraph(self.ctx, self.graph, 0)
+
+    def _first(self) -> int:
+        if self.segment.summed >= 0:
+            return self._combined(self.segment.summed)
+        if self.segment.part == 0:
+            return self._embedded()
+        return self.exchange.view(self.ctx, "residual", (self.spec.n_embd, self.shape.n_tokens))
 
     def _embedded(self) -> int:
         return int(ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens))
@@ -114,8 +147,8 @@ class SegmentBuilder(StepBuilder):
 
     def _choose(self, segment: Segment, hidden: int) -> None:
         """Hands out the residual, the experts' input and the router's choice."""
-        spec, n_rows = self.spec, self._n_rows(segment.end)
-        layer = self.weights.layers[segment.end]
+        spec, n_rows = self.spec, self._n_rows(segment.last)
+        layer = self.weights.layers[segment.last]
         plain = ggml.ggml_rms_norm(self.ctx, hidden, spec.rms_eps)
         normed = int(ggml.ggml_mul(self.ctx, plain, layer.ffn_norm))
         ranked, shares = self._ranked(layer.router, normed, n_rows)

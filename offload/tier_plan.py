@@ -1,7 +1,7 @@
 """Decides how a model lies in memory that does not hold it whole: what is fixed, and how many experts have a slot."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.arena import slot_bytes
@@ -93,19 +93,27 @@ def slot_classes(layers: Iterable[ExpertLayer | None]) -> dict[SlotClass, int]:
     )
 
 
-def share_slots(classes: Mapping[SlotClass, int], least: Mapping[SlotClass, int], room: int) -> dict[SlotClass, int]:
-    """Slots by class for `room` bytes: the same share of every class, at least `least`, at most all."""
-    total = sum(n * slot_bytes(kind) for kind, n in classes.items())
+def share_slots(
+    classes: Mapping[SlotClass, int],
+    least: Mapping[SlotClass, int],
+    room: int,
+    size: Callable[[SlotClass], int] = slot_bytes,
+) -> dict[SlotClass, int]:
+    """Slots by class for `room` bytes: the same share of every class, at least `least`, at most all.
+
+    `size` says what a slot takes. The least must fit.
+    """
+    total = sum(n * size(kind) for kind, n in classes.items())
     share = min(1.0, room / total)
-    n_slots = {kind: max(least[kind], int(n * share)) for kind, n in classes.items()}
-    while sum(n * slot_bytes(kind) for kind, n in n_slots.items()) > room:
+    n_slots = {kind: max(min(least[kind], n), int(n * share)) for kind, n in classes.items()}
+    while sum(n * size(kind) for kind, n in n_slots.items()) > room:
         kind = max((kind for kind in n_slots if n_slots[kind] > least[kind]), key=lambda kind: n_slots[kind])
         n_slots[kind] -= 1
-    left = room - sum(n * slot_bytes(kind) for kind, n in n_slots.items())
-    for kind in sorted(classes, key=slot_bytes, reverse=True):
-        more = min(classes[kind] - n_slots[kind], left // slot_bytes(kind))
+    left = room - sum(n * size(kind) for kind, n in n_slots.items())
+    for kind in sorted(classes, key=size, reverse=True):
+        more = min(classes[kind] - n_slots[kind], left // size(kind))
         n_slots[kind] += more
-        left -= more * slot_bytes(kind)
+        left -= more * size(kind)
     return n_slots
 
 
@@ -116,7 +124,8 @@ def program_bytes(resident: int, n_vocab: int) -> int:
 
 def widest(layers: Iterable[ExpertLayer | None]) -> int:
     """The largest n_ff of all experts."""
-    return max(copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
+    widths = (copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
+    return max(widths, default=0)
 
 
 def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int) -> int:

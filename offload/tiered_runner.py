@@ -1,15 +1,15 @@
-"""Runs steps of a model that is not resident everywhere: segment, experts, segment, experts, ..., logits."""
+"""Runs steps of a model that is not resident in one memory: segment, experts, segment, experts, ..., logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from offload import ggml
-from offload.backend import Backend, EngineAbortedError
+from offload.backend import EngineAbortedError
 from offload.batch import Batch, fill_mask
 from offload.exchange import Exchange
-from offload.expert_stage import ExpertStage
+from offload.expert_stage import ExpertStage, Site
 from offload.graph import StepShape
 from offload.graph_pool import BuiltGraph, GraphPool
 from offload.kv_cache import KVCache
@@ -21,6 +21,16 @@ from offload.weights import ModelWeights
 
 _MAX_STEPS = 6
 """So many shapes of steps are kept; one costs some 60 KB a layer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Consecutive layers on one backend, with their weights and KV cache; the first may only look tokens up."""
+
+    site: Site
+    layers: Sequence[int]
+    cache: KVCache | None
+    weights: ModelWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,88 +46,108 @@ class _Prepared:
 
 
 class TieredRunner:
-    """Computes steps over one KV cache, with `stage` for the experts of the cut layers.
+    """Computes steps over parts, with `stage` for the experts of the cut layers.
 
-    With `rows`, the model's token table is that tensor, and holds the rows of a step's tokens in their order.
+    With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        backend: Backend,
-        cache: KVCache,
-        weights: ModelWeights,
-        exchange: Exchange,
-        stage: ExpertStage,
+        parts: Sequence[Part],
+        cut_layers: Collection[int],
+        n_ahead: int,
+        stage: ExpertStage | None,
         rows: TokenRows | None,
         n_batch: int,
     ) -> None:
-        self.spec, self.backend, self.cache = spec, backend, cache
-        self._weights, self._exchange, self._stage, self._rows = weights, exchange, stage, rows
-        self._segments = cut_into_segments(spec.n_layer, stage.layers, stage.n_ahead)
-        self._graphs = GraphPool(backend.buft, self._build, _MAX_STEPS * len(self._segments))
+        self.spec, self._parts, self._stage, self._rows = spec, parts, stage, rows
+        self._segments = cut_into_segments([part.layers for part in parts], cut_layers, n_ahead)
+        n_graphs = _MAX_STEPS * len(self._segments)
+        self._graphs = [GraphPool(part.site.backend.buft, self._build, n_graphs) for part in parts]
+        self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
         for segment in self._segments:
-            self._graphs.reserve(_Key(segment, StepShape(n_batch, cache.n_cells, 1)))
-            self._graphs.reserve(_Key(segment, StepShape(1, cache.n_cells, 1)))
+            for n_tokens in (n_batch, 1):
+                self._graphs[segment.part].reserve(_Key(segment, StepShape(n_tokens, self._n_cells, 1)))
 
     @property
     def compute_bytes(self) -> int:
-        """Size of the buffers that all intermediate results share."""
-        return int(self._graphs.n_bytes + self._exchange.n_bytes + self._stage.compute_bytes)
+        """Size of the buffers in host memory that intermediate results share."""
+        parts = zip(self._graphs, self._parts, strict=True)
+        on_host = [(graphs, part) for graphs, part in parts if part.site.backend.is_host]
+        n_bytes = sum(graphs.n_bytes + part.site.exchange.n_bytes for graphs, part in on_host)
+        return int(n_bytes) + (0 if self._stage is None else self._stage.compute_bytes)
 
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens, valid until the next step.
 
         Raises EngineAbortedError, which `is_cancelled` causes between two layers at the latest, and ReadFailedError.
         """
-        assert batch.n_kv <= self.cache.n_cells
+        assert batch.n_kv <= self._n_cells
         shape = StepShape(batch.n_tokens, batch.n_kv, batch.n_out)
         self._write_inputs(batch)
-        self._stage.begin(batch)
-        for segment in self._segments:
-            prepared = self._graphs.get(_Key(segment, shape))
+        if self._stage is not None:
+            self._stage.begin(batch)
+        for index, segment in enumerate(self._segments):
+            part = self._parts[segment.part]
+            if index and segment.part != self._segments[index - 1].part:
+                self._hand_over(self._parts[segment.part - 1].site.exchange, part.site.exchange, batch.n_tokens)
+            prepared = self._graphs[segment.part].get(_Key(segment, shape))
             if is_cancelled is None:
-                self.backend.compute(prepared.graph)
+                part.site.backend.compute(prepared.graph)
             elif is_cancelled():
                 raise EngineAbortedError
             else:
-                self.backend.compute_until(prepared.graph, is_cancelled)
-            if segment.end < self.spec.n_layer:
-                is_last = segment.end == self.spec.n_layer - 1
+                part.site.backend.compute_until(prepared.graph, is_cancelled)
+            if segment.end == "router":
+                assert self._stage is not None
+                is_last = segment.last == self.spec.n_layer - 1
                 self._stage.run(segment, batch.n_out if is_last else batch.n_tokens, is_cancelled)
-        self._stage.end()
+        if self._stage is not None:
+            self._stage.end()
         return self._logits(prepared.logits, batch.n_out)
 
     def _write_inputs(self, batch: Batch) -> None:
-        exchange = self._exchange
-        if self._rows is None:
-            exchange.write("tokens", batch.tokens)
-        else:
+        """Tokens go to the first part, where they lie in the cache to all."""
+        if self._rows is not None:
             self._rows.load(batch.tokens)
-            exchange.write("tokens", np.arange(batch.n_tokens))
-        exchange.write("positions", batch.positions)
-        exchange.write("cells", batch.cells)
-        if exchange.is_host:
-            fill_mask(exchange.read("mask", batch.n_tokens, batch.n_kv), batch)
-        else:
-            mask = np.empty((batch.n_tokens, batch.n_kv), np.float16)
-            fill_mask(mask, batch)
-            exchange.write("mask", mask)
+        first = self._parts[0].site.exchange
+        first.write("tokens", batch.tokens if self._rows is None else np.arange(batch.n_tokens))
+        for part in self._parts:
+            if not part.layers:
+                continue
+            exchange = part.site.exchange
+            exchange.write("positions", batch.positions)
+            exchange.write("cells", batch.cells)
+            if exchange.is_host:
+                fill_mask(exchange.read("mask", batch.n_tokens, batch.n_kv), batch)
+            else:
+                mask = np.empty((batch.n_tokens, batch.n_kv), np.float16)
+                fill_mask(mask, batch)
+                exchange.write("mask", mask)
+
+    def _hand_over(self, source: Exchange, target: Exchange, n_tokens: int) -> None:
+        target.write("residual", source.read("residual", n_tokens, self.spec.n_embd))
 
     def _logits(self, tensor: int, n_out: int) -> Logits:
-        if self.backend.is_host:
+        backend = self._parts[-1].site.backend
+        if backend.is_host:
             return ggml.array_at(ggml.ggml_get_data(tensor), np.float32, n_out, self.spec.n_vocab)
         logits = np.empty((n_out, self.spec.n_vocab), np.float32)
-        self.backend.get(tensor, logits)
+        backend.get(tensor, logits)
         return logits
 
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
-        builder = SegmentBuilder(self.spec, self._weights, self.cache, key.shape, self._exchange, key.segment)
+        part = self._parts[key.segment.part]
+        builder = SegmentBuilder(self.spec, part.weights, part.cache, key.shape, part.site.exchange, key.segment)
         built = builder.build_segment()
         return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
 
     def close(self) -> None:
-        """Frees graphs and buffers; weights and experts are their owners' business."""
-        self._graphs.close()
-        self._stage.close()
-        self._exchange.close()
+        """Frees graphs and buffers; weights and experts' memory are their owners' business."""
+        for graphs in self._graphs:
+            graphs.close()
+        if self._stage is not None:
+            self._stage.close()
+        for part in self._parts:
+            part.site.exchange.close()

@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
-from offload.backend import allocate, repack_buffer_type
+from offload.backend import Backend, allocate, repack_buffer_type
 from offload.errors import ModelFileError
 from offload.gguf_file import GGUFFile
 from offload.weight_source import LayerSources, LinearSource, ModelSources, Span, WeightSource
@@ -125,10 +125,14 @@ class WeightFile:
 
 
 class WeightStore:
-    """Makes weights ready, each at most once per form, and owns their memory."""
+    """Makes weights ready, each at most once per form, and owns their memory, a backend's.
 
-    def __init__(self, gguf: GGUFFile, sources: ModelSources, progress: Progress) -> None:
+    Memory that is not the host's takes copies only.
+    """
+
+    def __init__(self, gguf: GGUFFile, sources: ModelSources, progress: Progress, backend: Backend) -> None:
         self._file = WeightFile(gguf)
+        self._backend = backend
         self._progress = progress
         capacity = 64 + 48 * len(sources.layers)
         self._ctx = ggml.ggml_init(ggml.InitParams(capacity * ggml.ggml_tensor_overhead(), None, True))
@@ -164,15 +168,23 @@ class WeightStore:
         self._file.populate(span, self._progress)
 
     def _copy(self, tensor: int, source: WeightSource) -> None:
-        self._read(source, self._allocate(tensor, ggml_backend.ggml_backend_cpu_buffer_type()))
+        address = self._allocate(tensor, self._backend.buft)
+        if self._backend.is_host:
+            self._read(source, address)
+        else:
+            self._stage(source)
+            self._backend.set(tensor, self._staging[: source.n_bytes])
 
     def _repack(self, tensor: int, source: WeightSource) -> None:
         self._allocate(tensor, repack_buffer_type())
+        self._stage(source)
+        # The repack buffer takes whole tensors only.
+        ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
+
+    def _stage(self, source: WeightSource) -> None:
         if self._staging.nbytes < source.n_bytes:
             self._staging = np.empty(source.n_bytes, np.uint8)
         self._read(source, self._staging.ctypes.data)
-        # The repack buffer takes whole tensors only.
-        ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
 
     def _read(self, source: WeightSource, address: int) -> None:
         for span in source.spans:
@@ -181,8 +193,10 @@ class WeightStore:
 
     def _allocate(self, tensor: int, buft: int | None) -> int:
         n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(buft, tensor)
-        buffer = allocate(buft, n_bytes)
-        ggml_backend.ggml_backend_buffer_set_usage(buffer, ggml_backend.USAGE_WEIGHTS)
+        is_own = buft == self._backend.buft
+        buffer = self._backend.allocate(n_bytes) if is_own else allocate(buft, n_bytes)
+        if self._backend.is_host:
+            ggml_backend.ggml_backend_buffer_set_usage(buffer, ggml_backend.USAGE_WEIGHTS)
         self._buffers.append(buffer)
         base: int = ggml_backend.ggml_backend_buffer_get_base(buffer)
         ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base)
@@ -204,12 +218,24 @@ FormRule = Callable[[WeightSource], Form]
 """Says in which form a weight is wanted."""
 
 
-def load_weights(
-    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None
-) -> ModelWeights:
-    """Makes every weight of a model ready. The token table stays mapped: a step looks up a few of its rows.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a model is wanted: its `layers`, and whether the output matrix; all of it by default."""
 
-    With `token_embd`, that tensor takes the table's place.
+    layers: Collection[int] | None = None
+    output: bool = True
+
+
+ALL = Share()
+_ABSENT = LayerWeights(0, (), Linear(0), 0, 0, (), Linear(0))
+
+
+def load_weights(
+    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None, share: Share = ALL
+) -> ModelWeights:
+    """Makes a share of the weights ready. The token table stays mapped: a step looks up a few of its rows.
+
+    With `token_embd`, that tensor takes the table's place; 0 is for a share without.
     """
 
     def weight(source: WeightSource) -> int:
@@ -231,10 +257,13 @@ def load_weights(
 
     return ModelWeights(
         token_embd=_token_table(store, sources, form) if token_embd is None else token_embd,
-        output_norm=weight(sources.output_norm),
-        output=linear(sources.output),
+        output_norm=weight(sources.output_norm) if share.output else 0,
+        output=linear(sources.output) if share.output else Linear(0),
         rope_freqs=weight(sources.rope_freqs) if sources.rope_freqs else 0,
-        layers=tuple(layer(source) for source in sources.layers),
+        layers=tuple(
+            layer(source) if share.layers is None or index in share.layers else _ABSENT
+            for index, source in enumerate(sources.layers)
+        ),
     )
 
 

@@ -1,0 +1,101 @@
+"""Experts in a device's slots: multiplied there while the CPU does the others, and exchanged when that pays."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from offload.arena import Addresses
+from offload.expert_source import ExpertCopy
+from offload.picks import Picks
+from offload.residency import Key
+from offload.slot_graph import SlotGraphs, SlotWork
+from offload.slot_pool import Pools, SlotPool
+
+
+class DeviceExperts:
+    """One device's slots. `copies` are those that its layers could have here.
+
+    Counters: `hits` picks multiplied here, `bytes_uploaded` and `n_swaps` since it was opened.
+    """
+
+    def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
+        self._pools, self._graphs, self.copies = pools, graphs, copies
+        self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the graphs' buffer."""
+        return self._graphs.compute_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(pool.n_bytes for pool in self._pools.values())
+
+    def __iter__(self) -> Iterator[Key]:
+        for pool in self._pools.values():
+            yield from pool
+
+    def holds(self, key: Key) -> bool:
+        """Whether an expert is in a slot here."""
+        copy = self.copies.get(key)
+        return copy is not None and copy.slot_class in self._pools and self._pool(key).slot(key) is not None
+
+    def begin(self, picks: Sequence[Picks], n_rows: int) -> None:
+        """Begins to fill the columns of picks whose experts are here."""
+        self._graphs.begin([self._work(group) for group in self._by_class(picks)], n_rows)
+        self.hits += sum(len(pick.columns) for pick in picks)
+
+    def _by_class(self, picks: Sequence[Picks]) -> list[list[Picks]]:
+        groups: dict[object, list[Picks]] = {}
+        for pick in picks:
+            groups.setdefault(pick.copy.slot_class, []).append(pick)
+        return list(groups.values())
+
+    def _work(self, picks: list[Picks]) -> SlotWork:
+        slots = [np.full(len(pick.columns), self._slot(pick.key), np.int32) for pick in picks]
+        return SlotWork(
+            picks[0].copy.slot_class,
+            np.concatenate([pick.tokens for pick in picks]),
+            np.concatenate(slots),
+            np.concatenate([pick.columns for pick in picks]),
+        )
+
+    def _slot(self, key: Key) -> int:
+        slot = self._pool(key).slot(key)
+        assert slot is not None, f"{key} is not on the device"
+        return slot
+
+    def _pool(self, key: Key) -> SlotPool:
+        return self._pools[self.copies[key].slot_class]
+
+    # --- what lies where ------------------------------------------------------------------------------------
+
+    def has_room(self, key: Key) -> bool:
+        """Whether an expert finds a slot without another's leaving."""
+        return self.copies[key].slot_class in self._pools and self._pool(key).n_free > 0
+
+    def are_alike(self, key: Key, other: Key) -> bool:
+        """Whether two experts fit each other's slots."""
+        return self.copies[key].slot_class == self.copies[other].slot_class
+
+    def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
+        """Copies an expert from host memory into a free slot, or into its victim's."""
+        self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
+        self.n_swaps += victim is not None
+
+    def stream(self, pick: Picks, addresses: Addresses, n_rows: int) -> None:
+        """Copies an expert to the slot kept for passing through, and begins to multiply its picks there."""
+        pool = self._pools[pick.copy.slot_class]
+        slot = pool.next_passing()
+        pool.write(slot, addresses)
+        self.bytes_uploaded += pick.copy.n_bytes
+        self.n_streamed += 1
+        slots = np.full(len(pick.columns), slot, np.int32)
+        self._graphs.begin([SlotWork(pick.copy.slot_class, pick.tokens, slots, pick.columns)], n_rows)
+
+    def close(self) -> None:
+        """Frees graphs and slots."""
+        self._graphs.close()
+        for pool in self._pools.values():
+            pool.close()

@@ -1,0 +1,128 @@
+"""Experts that the CPU multiplies: found in the arena or read into it, the likely next ones ahead of time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.arena import Arena, Loaded
+from offload.backend import EngineAbortedError
+from offload.expert_graph import ExpertGraphs, ExpertWork
+from offload.expert_source import ExpertCopy, ExpertLayer
+from offload.picks import Picks, first_choices
+from offload.residency import Key
+
+_IN_FLIGHT = 2
+"""Experts of a batch that are read while another is multiplied."""
+
+Cancelled = Callable[[], bool] | None
+Wanted = tuple[Key, ExpertCopy]
+
+
+class HostExperts:
+    """The host's part of every cut layer.
+
+    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer | None],
+        cut: Sequence[int],
+        graphs: ExpertGraphs,
+        arena: Arena,
+        is_elsewhere: Callable[[Key], bool],
+    ) -> None:
+        self._layers, self._graphs, self._arena = layers, graphs, arena
+        self._is_elsewhere = is_elsewhere
+        self._next = dict(pairwise(cut))
+        self._predicted: dict[int, list[Wanted]] = {}
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the graphs' buffer."""
+        return self._graphs.compute_bytes
+
+    def begin(self) -> None:
+        """A step begins: what the last one foresaw is void."""
+        self._predicted.clear()
+
+    # --- one token ------------------------------------------------------------------------------------------
+
+    def run_single(
+        self, index: int, picks: Sequence[Picks], ahead: Mapping[int, NDArray[np.float32]], is_cancelled: Cancelled
+    ) -> None:
+        """Fills the columns of one token's picks. `ahead`: by later layer, its router's scores for this one's input.
+
+        Raises EngineAbortedError and ReadFailedError.
+        """
+        self._predicted.pop(index, None)
+        needed = {pick.key for pick in picks}
+        self._arena.pin(needed | self._foreseen())
+        loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
+        self._look_ahead(ahead, needed)
+        ready = [one.is_ready for one in loaded]
+        works = [self._work(pick, one) for pick, one, is_ready in zip(picks, loaded, ready, strict=True) if is_ready]
+        if works:
+            self._graphs.run(works, 1, is_cancelled)
+        for pick, one, is_ready in zip(picks, loaded, ready, strict=True):
+            if not is_ready:
+                self._graphs.run([self._work(pick, one)], 1, is_cancelled)
+
+    def _foreseen(self) -> set[Key]:
+        return {key for wanted in self._predicted.values() for key, _ in wanted}
+
+    def _look_ahead(self, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
+        """Has experts read that the next layers' routers would choose now; the nearest layer's first."""
+        if not ahead:
+            return
+        for index, scores in ahead.items():
+            layer = self._layers[index]
+            assert layer is not None
+            keys = [(index, expert) for expert in first_choices(layer, scores)]
+            self._predicted[index] = [(key, layer.experts[key[1]][0]) for key in keys if not self._is_elsewhere(key)]
+        self._arena.pin(needed | self._foreseen())
+        for index in ahead:
+            for key, copy in self._predicted[index]:
+                self._arena.prefetch(key, copy)
+
+    def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
+        addresses = self._arena.addresses(loaded)
+        return ExpertWork(pick.copy.slot_class, addresses, pick.tokens, pick.columns)
+
+    # --- a batch --------------------------------------------------------------------------------------------
+
+    def run_batch(self, index: int, picks: Sequence[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Fills the columns of a batch's picks, each expert visited once: those that are here while others are read."""
+        # Asked once: an expert that arrives between two questions would be on neither list.
+        is_here = [self._arena.holds(pick.key, pick.copy) for pick in picks]
+        here = list(compress(picks, is_here))
+        queue = here + [pick for pick, held in zip(picks, is_here, strict=True) if not held]
+        coming = self._following(index)
+        loaded: list[Loaded] = []
+        for at, pick in enumerate(queue):
+            if is_cancelled is not None and is_cancelled():
+                raise EngineAbortedError
+            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._arena.least_slots)
+            after = coming[: max(0, n_wanted - len(queue))]
+            self._arena.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
+            while len(loaded) < min(n_wanted, len(queue)):
+                one = queue[len(loaded)]
+                loaded.append(self._arena.demand(one.key, one.copy, counts=len(one.columns)))
+            for key, copy in after:
+                self._arena.prefetch(key, copy)
+            self._graphs.run([self._work(pick, loaded[at])], n_rows, is_cancelled)
+
+    def _following(self, index: int) -> list[Wanted]:
+        """Experts of the next layer that are not here: a batch is taken to need them all."""
+        following = self._next.get(index)
+        layer = None if following is None else self._layers[following]
+        if following is None or layer is None:
+            return []
+        wanted = [((following, expert), copies[0]) for expert, copies in enumerate(layer.experts)]
+        return [(key, copy) for key, copy in wanted if not self._is_elsewhere(key) and not self._arena.holds(key, copy)]
+
+    def close(self) -> None:
+        """Frees the graphs."""
+        self._graphs.close()

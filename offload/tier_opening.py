@@ -1,0 +1,220 @@
+"""Opens a model in tiers: experts in device slots, in the arena and on disk, and the runner over them."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+
+from offload.arena import Arena
+from offload.backend import Backend, CpuBackend
+from offload.device_backend import DeviceBackend
+from offload.device_experts import DeviceExperts
+from offload.device_plan import N_PASSING, DevicePlan
+from offload.disk_reader import DiskReader
+from offload.engine_plan import EngineConfig, EnginePlan
+from offload.exchange import Exchange, ExchangeShape
+from offload.expert_graph import ExpertGraphs
+from offload.expert_source import ExpertCopy
+from offload.expert_stage import ExpertStage, Site
+from offload.host_experts import HostExperts
+from offload.kv_cache import KVCache, kv_type
+from offload.novice import read_novices
+from offload.policy import Policy, PolicyContext, Values, make_policy
+from offload.residency import Key, most_valuable
+from offload.slot_graph import SlotGraphs
+from offload.slot_pool import SlotPool
+from offload.tiered_runner import Part, TieredRunner
+from offload.token_rows import TokenRows
+from offload.weight_source import ModelSources, join_layers, without_experts
+from offload.weights import Share, WeightStore, load_weights
+
+Count = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiers:
+    """What was opened, as far as anyone asks afterwards."""
+
+    runner: TieredRunner
+    plan: EnginePlan
+    arena: Arena | None
+    reader: DiskReader | None
+    devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by tier; a device's under its name."""
+        arena = {} if self.arena is None else {"arena": self.arena.n_bytes}
+        on_devices = {device.device.name: device.required for device, _ in self.devices}
+        return {**self.plan.host_bytes, **arena, **on_devices}
+
+    def counters(self) -> dict[str, float]:
+        """Running totals since the model was opened."""
+        totals: dict[str, float] = {}
+        if self.arena is not None and self.reader is not None:
+            reader = self.reader
+            totals |= asdict(self.arena.counters)
+            totals |= {"bytes_read": reader.n_read, "bytes_wasted": reader.n_wasted}
+            totals["read_seconds"] = reader.busy_seconds
+        experts = [one for _, one in self.devices if one is not None]
+        if experts:
+            totals["device_hits"] = sum(one.hits for one in experts)
+            totals["bytes_uploaded"] = sum(one.bytes_uploaded for one in experts)
+            totals["swaps"] = sum(one.n_swaps for one in experts)
+            totals["streamed"] = sum(one.n_streamed for one in experts)
+        return totals
+
+
+class _Elsewhere:
+    """A policy's values as the arena sees them: what a device has is worth nothing there."""
+
+    def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
+        self._policy, self._devices = policy, devices
+
+    @property
+    def values(self) -> Values:
+        if not self._devices:
+            return self._policy.values
+        values = self._policy.values.copy()
+        for device in self._devices:
+            for key in device:
+                values[key] = -1.0
+        return values
+
+
+def open_tiers(
+    config: EngineConfig, plan: EnginePlan, cpu: CpuBackend, rows: TokenRows | None, opened: ExitStack, count: Count
+) -> Tiers:
+    """Opens everything; what was opened is closed with `opened`, also after an error."""
+    return _Opening(config, plan, cpu, rows, opened, count).open()
+
+
+class _Opening:
+    """The steps of opening, which share most of what they need."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        plan: EnginePlan,
+        cpu: CpuBackend,
+        rows: TokenRows | None,
+        opened: ExitStack,
+        count: Count,
+    ) -> None:
+        self._config, self._plan, self._cpu, self._rows = config, plan, cpu, rows
+        self._opened, self._count = opened, count
+        whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
+        self._cut = [index for index, layer in enumerate(plan.layers) if layer is not None and index not in whole]
+        self._copies: dict[Key, ExpertCopy] = {
+            (index, expert): copies[0]
+            for index in self._cut
+            if (layer := plan.layers[index]) is not None
+            for expert, copies in enumerate(layer.experts)
+        }
+        n_expert = max((len(layer.target) for layer in plan.layers if layer is not None), default=1)
+        context = PolicyContext(len(plan.layers), n_expert, max(1, plan.spec.n_expert_used), plan.priors)
+        self._policy = make_policy(config.policy, context)
+        self._n_expert = n_expert
+
+    def open(self) -> Tiers:
+        plan = self._plan
+        n_ahead = 0 if plan.tiers is None else plan.tiers.n_ahead
+        host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, n_ahead)
+        parts = [self._device_part(device, n_ahead) for device in plan.devices]
+        parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
+        experts = [part.site.experts for part in parts if part.site.experts is not None]
+        reader = arena = stage = None
+        if self._cut:
+            reader = DiskReader(plan.gguf, direct=self._config.direct_io)
+            self._opened.callback(reader.close)
+            assert plan.tiers is not None
+            arena = Arena(reader, _Elsewhere(self._policy, experts), dict(plan.tiers.n_slots))
+            self._opened.callback(arena.close)
+            # Its threads must have ended before the memory goes that they fill.
+            self._opened.callback(reader.close)
+            self._fill(arena, experts)
+            stage = self._stage(parts, host, arena, experts)
+        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, stage, self._rows, plan.n_batch)
+        self._opened.callback(runner.close)
+        by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
+        return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else ())
+
+    def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
+        spec, plan = self._plan.spec, self._plan
+        n_used = max(1, spec.n_expert_used)
+        return Exchange(backend, ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, n_ahead))
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _host_part(self, exchange: Exchange) -> Part:
+        """All layers on the CPU."""
+        plan = self._plan
+        sources = join_layers(without_experts(plan.sources))
+        store = self._store(self._cpu)
+        weights = load_weights(store, sources, lambda _: "copied", None if self._rows is None else self._rows.tensor)
+        layers = range(plan.spec.n_layer)
+        return Part(Site(self._cpu, exchange), layers, self._cache(self._cpu, layers), weights)
+
+    def _table_part(self, exchange: Exchange) -> Part:
+        """The token table on the CPU: devices do not look rows of every type up."""
+        assert self._rows is not None
+        share = Share((), output=False)
+        weights = load_weights(self._store(self._cpu), self._plan.sources, lambda _: "copied", self._rows.tensor, share)
+        return Part(Site(self._cpu, exchange), (), None, weights)
+
+    def _device_part(self, device: DevicePlan, n_ahead: int) -> Part:
+        plan = self._plan
+        backend = self._opened.enter_context(closing(DeviceBackend(device.device)))
+        sources: ModelSources = plan.sources if device.is_whole else without_experts(plan.sources)
+        share = Share(device.layers, output=device.layers[-1] == plan.spec.n_layer - 1)
+        store = self._store(backend)
+        weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, share)
+        store.release_staging()
+        exchange = self._exchange(backend, plan.n_cells, n_ahead)
+        cache = self._cache(backend, device.layers)
+        experts = None if device.is_whole else self._device_experts(device, backend, exchange)
+        return Part(Site(backend, exchange, experts), device.layers, cache, weights)
+
+    def _device_experts(self, device: DevicePlan, backend: DeviceBackend, exchange: Exchange) -> DeviceExperts:
+        spec = self._plan.spec
+        pools = {kind: SlotPool(backend, kind, n, N_PASSING) for kind, n in device.n_slots}
+        graphs = SlotGraphs(backend, exchange, pools, spec.n_embd, spec.n_expert_used, self._plan.n_batch)
+        own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
+        return DeviceExperts(pools, graphs, own)
+
+    def _store(self, backend: Backend) -> WeightStore:
+        return self._opened.enter_context(
+            closing(WeightStore(self._plan.gguf, self._plan.sources, self._count, backend))
+        )
+
+    def _cache(self, backend: Backend, layers: range | tuple[int, ...]) -> KVCache:
+        plan = self._plan
+        cache = KVCache(plan.spec, plan.n_cells, kv_type(self._config.kv_type), backend, layers)
+        return self._opened.enter_context(closing(cache))
+
+    # --- experts --------------------------------------------------------------------------------------------
+
+    def _fill(self, arena: Arena, devices: list[DeviceExperts]) -> None:
+        """The most valuable experts go to the devices, the next ones to the arena."""
+        best = most_valuable(self._policy.values, self._copies, len(self._copies))
+        for key in best:
+            for device in devices:
+                if key in device.copies and device.has_room(key):
+                    arena.pin({key})
+                    device.put(key, arena.addresses(arena.demand(key, self._copies[key], counts=0)))
+                    self._count(self._copies[key].n_bytes)
+        arena.pin(set())
+        arena.forget()
+        on_devices = {key for device in devices for key in device}
+        order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
+        arena.fill(((key, self._copies[key]) for key in order), self._count)
+
+    def _stage(self, parts: list[Part], host: Exchange, arena: Arena, devices: list[DeviceExperts]) -> ExpertStage:
+        plan, spec = self._plan, self._plan.spec
+        assert plan.tiers is not None
+        classes = {kind for kind, _ in plan.tiers.n_slots}
+        graphs = ExpertGraphs(self._cpu, host, spec.n_embd, spec.n_expert_used, plan.n_batch, classes)
+        sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}
+        host_experts = HostExperts(
+            plan.layers, self._cut, graphs, arena, lambda key: any(device.holds(key) for device in devices)
+        )
+        novices = read_novices(plan.gguf, plan.layers)
+        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices)
