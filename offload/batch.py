@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ _MASKED = np.float16(-np.inf)
 class Run:
     """Consecutive tokens of one sequence.
 
-    `visible` I64 are the sequence's cells in the order of positions, this run's own at its end: token i of the run
+    `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i of the run
     sees `visible[: len(visible) - n_tokens + i + 1]`.
     """
 
@@ -55,9 +56,9 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
     assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
     n_cells = 1 + max(int(run.visible.max()) for run in runs)
     return Batch(
-        tokens=np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in parts]),
-        positions=np.concatenate([_positions(run) for run in runs]),
-        cells=np.concatenate([run.visible[-run.n_tokens :] for run in runs]),
+        tokens=_joined([np.array(tokens, np.int32) for tokens, _ in parts]),
+        positions=_joined([_positions(run) for run in runs]),
+        cells=_joined([run.visible[-run.n_tokens :] for run in runs]),
         runs=runs,
         n_kv=-(-n_cells // CELL_STEP) * CELL_STEP,
         n_out=n_out,
@@ -67,6 +68,10 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
 def single_batch(tokens: Sequence[int], n_past: int, n_out: int = 1) -> Batch:
     """The batch of the only sequence, whose first `n_past` tokens lie in as many first cells."""
     return make_batch([(tokens, np.arange(n_past + len(tokens), dtype=np.int64))], n_out)
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _positions(run: Run) -> NDArray[np.int32]:
@@ -87,12 +92,18 @@ def _fill_run(rows: Mask, run: Run) -> None:
     n_before = len(run.visible) - run.n_tokens
     before, own = run.visible[:n_before], run.visible[n_before:]
     rows[0] = _MASKED
-    rows[0, before] = 0
+    if n_before and before.max() == n_before - 1:
+        rows[0, :n_before] = 0
+    else:
+        rows[0, before] = 0
+    if run.n_tokens == 1:
+        rows[0, own[0]] = 0
+        return
     rows[1:] = rows[0]
     first = int(own[0])
-    if own[-1] - first == run.n_tokens - 1 and (own[1:] > own[:-1]).all():
-        for index in range(run.n_tokens):
+    is_one_stretch = own[-1] - first == run.n_tokens - 1 and (own[1:] > own[:-1]).all()
+    for index in range(run.n_tokens):
+        if is_one_stretch:
             rows[index, first : first + index + 1] = 0
-    else:
-        for index in range(run.n_tokens):
+        else:
             rows[index, own[: index + 1]] = 0

@@ -89,7 +89,7 @@ class Cells:
         added = np.asarray(tokens, np.int32)
         self._make_room(len(added))
         assert len(added) <= len(self._free), "more cells are in use than were promised"
-        cells = np.array([heapq.heappop(self._free) for _ in added], np.int64)
+        cells = np.array([heapq.heappop(self._free) for _ in range(len(added))], np.int64)
         self._n_users[cells] = 1
         sequence._append(added, cells)
 
