@@ -19,8 +19,8 @@ _MASKED = np.float16(-np.inf)
 class Run:
     """Consecutive tokens of one sequence.
 
-    `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i of the run
-    sees `visible[: len(visible) - n_tokens + i + 1]`.
+    `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i
+    of the run sees `visible[: len(visible) - n_tokens + i + 1]`.
     """
 
     n_tokens: int
