@@ -1,0 +1,217 @@
+"""What saved bytes cost: divergence from the unquantised model, of uniform types and of an engine that is lossy.
+
+A checkpoint is converted to F32, which llama.cpp reads for reference, to several uniform types, and to a native file
+with two copies of every expert. Our engine reads the texts token by token with each file, the cache of experts live
+and room for a share of the better copies' bytes, the same for all modes; twice, cold and again warm, since what a
+lossy mode answers may depend on what is in memory. The second half of each text is scored. A mode is a name, a file
+and changes of the engine's configuration; further ones of the pair are named with --mode. Bytes per token are those
+of the experts that were multiplied, and those read from disk and used. The table goes to stderr, the last line of
+stdout is one JSON document. Divergences are in nats.
+
+    python -m bench.pair_quality --checkpoint ~/models/mixtral --room 0.5 --mode "kl 0.01:max_kl=0.01"
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bench.engine_changes import Changes, changed, parse_changes
+from bench.pair_scores import PASSES, Text, expert_bytes, score
+from bench.random_checkpoint import write_random_checkpoint
+from bench.random_model import SHAPES
+from bench.rival import Rival, RivalConfig
+from bench.topics import natural_tokens
+from converter.convert import ConvertOptions, convert
+from converter.pair import find_pair
+from offload.backend import default_threads
+from offload.engine_plan import EngineConfig, plan_engine
+from offload.errors import SlimoeError, UsageError
+from offload.gguf_file import read_gguf
+from offload.tokenizer import Tokenizer
+
+UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
+ROOMS = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One row of the table: a file's type, or two with a comma for a pair, and changes of the configuration."""
+
+    name: str
+    kind: str
+    changes: Changes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared, over `texts` of token ids, each mode with room for each share of `pair`'s better copies."""
+
+    checkpoint: Path
+    directory: Path
+    pair: str
+    modes: tuple[Mode, ...]
+    rooms: tuple[float, ...]
+    texts: tuple[tuple[int, ...], ...]
+    n_threads: int
+
+    @property
+    def n_ctx(self) -> int:
+        """The context, in the steps of 256 tokens that llama.cpp takes."""
+        return -(-max(map(len, self.texts)) // 256) * 256
+
+    def file(self, kind: str) -> Path:
+        """The checkpoint as a file of that type or pair, converted when it is first asked for."""
+        path = self.directory / f"{kind}.gguf"
+        if not path.exists():
+            pair = kind if "," in kind else None
+            convert(ConvertOptions(self.checkpoint, path, "F32" if pair else kind, self.n_threads, pair=pair))
+        return path
+
+
+def parse_mode(text: str, pair: str) -> Mode:
+    """A mode of the pair written as NAME:FIELD=VALUE, with spaces between several changes; raises UsageError."""
+    name, separator, changes = text.partition(":")
+    if not separator:
+        raise UsageError(f"--mode takes NAME:FIELD=VALUE, not {text!r}.")
+    return Mode(name, pair, parse_changes(changes.split()))
+
+
+def reference(plan: Plan) -> list[Text]:
+    """The texts and llama.cpp's logits of the F32 file, which is deleted."""
+    path = plan.file("F32")
+    texts = []
+    with closing(Rival(RivalConfig(path, plan.n_ctx, plan.n_threads, extra_buffers=False))) as rival:
+        for tokens in plan.texts:
+            rival.truncate(0)
+            texts.append(Text(tokens, rival.score(tokens)))
+    path.unlink()
+    return texts
+
+
+def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row per mode and room; a mode that the engine refuses has its sentence in place of figures."""
+    texts = reference(plan)
+    whole = total_expert_bytes(plan.file(plan.pair))
+    rows = []
+    for mode in plan.modes:
+        config = EngineConfig(plan.file(mode.kind), n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+        for room in plan.rooms:
+            say(f"{mode.name}, room {room:g}")
+            row = {"mode": mode.name, "file": mode.kind, "changes": dict(mode.changes), "room": room}
+            try:
+                row |= score(changed(config, mode.changes), texts, int(room * whole))
+            except SlimoeError as error:
+                row["failure"] = str(error)
+            rows.append(row)
+    return rows
+
+
+def total_expert_bytes(model: Path) -> float:
+    """Bytes of all experts of a file, each in its better copy."""
+    plan = plan_engine(EngineConfig(model))
+    return expert_bytes(plan, 0) * sum(len(layer.experts) for layer in plan.layers if layer is not None)
+
+
+def read_texts(checkpoint: Path, files: Sequence[Path], n_tokens: int, directory: Path) -> list[tuple[int, ...]]:
+    """The first tokens of each file, or of the .txt files of the checkpoint's text folder but its calibration."""
+    found = files or sorted((checkpoint / "text").glob("*.txt"))
+    chosen = [file for file in found if files or "calibration" not in file.name]
+    if not chosen:
+        raise UsageError(f"{checkpoint} has no folder of texts. Name some with --text.")
+    smallest = convert(ConvertOptions(checkpoint, directory / "vocabulary.gguf", UNIFORM[-1])).path
+    with closing(Tokenizer.open(read_gguf(smallest))) as tokenizer:
+        texts = [tuple(tokenizer.encode(file.read_text("utf-8"), add_bos=True)[:n_tokens]) for file in chosen]
+    smallest.unlink()
+    if min(map(len, texts)) < 2:
+        raise UsageError("A text holds no two tokens. Name longer ones.")
+    return texts
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The figures for a person, cheapest first among those of one room."""
+    columns = (
+        "room",
+        "mode",
+        "file MB",
+        "expert MB/token",
+        "read MB/token",
+        "KL cold",
+        "KL warm",
+        "99.9 %",
+        "same top",
+    )
+    drawn = Table(*columns, title="Divergence and bytes")
+    for row in sorted(rows, key=lambda row: (-row["room"], row.get("warm", {}).get("expert_bytes", 0.0))):
+        if "failure" in row:
+            drawn.add_row(f"{row['room']:g}", row["mode"], row["failure"])
+            continue
+        cold, warm = (row[name] for name in PASSES)
+        megabytes = (row["file_bytes"], warm["expert_bytes"], warm["missed_bytes"])
+        kls = (cold["kl_mean"], warm["kl_mean"], warm["kl_99.9%"])
+        cells = (*(f"{1e-6 * value:.2f}" for value in megabytes), *(f"{value:.2e}" for value in kls))
+        drawn.add_row(f"{row['room']:g}", row["mode"], *cells, f"{warm['same_top']:.4f}")
+    return drawn
+
+
+def smallest_plan(directory: Path) -> Plan:
+    """A comparison on a random checkpoint in a few seconds."""
+    checkpoint, shape = directory / "checkpoint", SHAPES["smoke"]
+    write_random_checkpoint(checkpoint, shape, routing="natural")
+    modes = (Mode("Q8_0", "Q8_0"), Mode("pair, exact", "Q8_0,Q4_K"))
+    texts = (tuple(natural_tokens(24, shape.n_vocab)),)
+    return Plan(checkpoint, directory, "Q8_0,Q4_K", modes, (1.0, 0.25), texts, n_threads=1)
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face Mixtral.")
+@click.option("--text", "files", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens of each text.")
+@click.option("--pair", default="Q4_K,Q2_K_PURE", show_default=True, help="Types of the two copies, the better first.")
+@click.option("--mode", "modes", multiple=True, metavar="NAME:FIELD=VALUE", help="A lossy mode of the pair.")
+@click.option("--room", "rooms", type=click.FloatRange(0), multiple=True, default=ROOMS, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
+def main(
+    checkpoint: Path | None,
+    files: tuple[Path, ...],
+    tokens: int,
+    pair: str,
+    modes: tuple[str, ...],
+    rooms: tuple[float, ...],
+    threads: int | None,
+    smoke: bool,
+) -> None:
+    """Compare lossy modes of a pair with uniform types, in divergence and bytes."""
+    console = Console(stderr=True, width=120)
+    try:
+        with tempfile.TemporaryDirectory(prefix="slimoe-pair-") as name:
+            directory = Path(name)
+            if smoke:
+                plan = smallest_plan(directory)
+            elif checkpoint is not None:
+                find_pair(pair)
+                own = (Mode("pair, exact", pair), *(parse_mode(mode, pair) for mode in modes))
+                texts = tuple(read_texts(checkpoint, files, tokens, directory))
+                uniform = tuple(Mode(kind, kind) for kind in UNIFORM)
+                plan = Plan(checkpoint, directory, pair, uniform + own, rooms, texts, threads or default_threads())
+            else:
+                raise UsageError("Name a --checkpoint, or use --smoke.")
+            rows = measure(plan, console.print)
+    except SlimoeError as error:
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    console.print(table(rows))
+    print(json.dumps({"rows": rows, "pair": plan.pair, "n_texts": len(plan.texts), "n_tokens": len(plan.texts[0])}))
+
+
+if __name__ == "__main__":
+    main()

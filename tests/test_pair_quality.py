@@ -1,0 +1,62 @@
+"""The bench of lossy modes: figures by hand, and an exact pair that is its better copy to the last bit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.pair_quality import Mode, measure, parse_mode, smallest_plan, table
+from bench.pair_scores import bytes_per_token, divergences, least_bytes
+from offload.engine_plan import EngineConfig, plan_engine
+from offload.errors import UsageError
+
+
+def test_divergences_by_hand() -> None:
+    figures = divergences([(0.0, True), (0.2, True), (0.4, False), (1.0, True)])
+    assert figures["kl_mean"] == pytest.approx(0.4)
+    assert figures["kl_median"] == pytest.approx(0.3)
+    assert figures["kl_max"] == 1.0
+    assert 0.9 < figures["kl_99.9%"] < 1.0
+    assert figures["same_top"] == 0.75
+
+
+def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
+    plan = smallest_plan(tmp_path)
+    refused = Mode("no such cache", "Q8_0", {"kv_type": "q1"})
+    rows = measure(replace(plan, modes=(*plan.modes, refused)), lambda _: None)
+    assert [(row["mode"], row["room"]) for row in rows] == [
+        (mode, room) for mode in ("Q8_0", "pair, exact", "no such cache") for room in plan.rooms
+    ]
+    scored = [row for row in rows if row["mode"] != "no such cache"]
+    divergence = {row[name]["kl_mean"] for row in scored for name in ("cold", "warm")}
+    assert len(divergence) == 1, "exact in every room, cold and warm, and the pair is its better copy"
+    assert 0 < divergence.pop() < 0.1
+    for row in scored:
+        assert row["warm"]["expert_bytes"] == pytest.approx(2 * 2 * 3 * 256 * 512 * 34 / 32)
+        assert (row["warm"]["missed_bytes"] > 0) == (row["room"] < 1)
+    assert all("kv" in row["failure"].lower() for row in rows if row["mode"] == "no such cache")
+    assert table(rows).row_count == len(rows)
+    assert not (tmp_path / "F32.gguf").exists()
+
+
+def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
+    """A pick by the smaller copy saves the difference, a skipped one all."""
+    model = smallest_plan(tmp_path).file("Q8_0,Q4_K")
+    plan = plan_engine(EngineConfig(model, n_ctx=256))
+    weights = 3 * 256 * 512
+    high, low = weights * 34 // 32, weights * 144 // 256
+    counters = {"low_picks": 1.5, "skipped_picks": 0.5, "bytes_read": 900.0, "bytes_wasted": 100.0}
+    figures = bytes_per_token(plan, counters)
+    assert figures["saved_bytes"] == pytest.approx(1.5 * (high - low) + 0.5 * high)
+    assert figures["expert_bytes"] == pytest.approx(4 * high - figures["saved_bytes"])
+    assert figures["missed_bytes"] == 800
+    least = least_bytes(EngineConfig(model, n_ctx=256))
+    assert plan_engine(EngineConfig(model, n_ctx=256, ram=f"{int(1.2 * least)}B")).shortfall is None
+
+
+def test_modes_are_written_as_names_and_changes() -> None:
+    assert parse_mode("kl 0.01:max_kl=0.01 policy=lru", "Q4_K,Q2_K") == Mode(
+        "kl 0.01", "Q4_K,Q2_K", {"max_kl": 0.01, "policy": "lru"}
+    )
+    with pytest.raises(UsageError, match="NAME:FIELD=VALUE"):
+        parse_mode("low", "Q4_K,Q2_K")
