@@ -55,10 +55,14 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass: so many tokens, with so many before them. `look_ahead`: the share of the reads known in time."""
+    """One pass: so many tokens, with so many before them, and logits of the last `n_out`.
+
+    The last layer is computed for these only. `look_ahead`: the share of the reads known in time.
+    """
 
     n_tokens: int = 1
     n_past: int = 0
+    n_out: int = 1
     look_ahead: float = LOOK_AHEAD
 
 
@@ -81,8 +85,8 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
-class _Experts:
-    """One layer's experts: seconds until all are done, and seconds of each tier."""
+class _Layer:
+    """One layer's experts: seconds until all are done, cuts included, and what each tier is busy with."""
 
     seconds: float
     tiers: Mapping[str, float]
@@ -97,75 +101,100 @@ def predict(
     step of many tokens, with a look-ahead of 1: each of its experts computes long enough for the next to be read.
     """
     step = step or Step()
-    main = speed.devices[device] if device else speed.cpu
-    experts = _experts(load, residency, speed, step, device)
-    fixed = _dense_seconds(load, main, step)
-    tiers = {tier: load.n_routed * seconds for tier, seconds in experts.tiers.items()}
-    tiers[device or CPU] = tiers.get(device or CPU, 0.0) + fixed
-    if residency.disk:
-        assert speed.disk, "experts on a disk that was not measured"
-        tiers[DISK] = load.n_routed * _visited(load, step) * residency.disk * load.read_bytes / speed.disk
+    setting = _Setting(load, residency, speed, device)
+    fixed = setting.dense_seconds(step)
+    computing, tiers = fixed + setting.op_seconds(), {device or CPU: fixed}
+    for n_layers, n_tokens in ((load.n_routed - 1, step.n_tokens), (1, step.n_out)):
+        layer = setting.layer(n_tokens)
+        n_routed = min(max(0, n_layers), load.n_routed)
+        computing += n_routed * layer.seconds
+        for tier, seconds in layer.tiers.items():
+            tiers[tier] = tiers.get(tier, 0.0) + n_routed * seconds
     reading = tiers.get(DISK, 0.0)
-    computing = fixed + _overhead_seconds(load, residency, speed, step, device) + load.n_routed * experts.seconds
     taken = max(reading, computing + (1 - step.look_ahead) * reading)
     tier_ms = {tier: 1000 * seconds / step.n_tokens for tier, seconds in tiers.items()}
     bound_name = max(tier_ms, key=lambda tier: tier_ms[tier])
     return Prediction(1000 * taken / step.n_tokens, tier_ms[bound_name], bound_name, tier_ms)
 
 
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A model on a machine; `main` computes everything but the experts on the CPU."""
+
+    load: ModelLoad
+    residency: Residency
+    speed: MachineSpeed
+    device: str | None
+
+    @property
+    def main(self) -> ProcessorSpeed:
+        return self.speed.devices[self.device] if self.device else self.speed.cpu
+
+    def dense_seconds(self, step: Step) -> float:
+        """Matrices that every token meets, and attention to the tokens before."""
+        load, main = self.load, self.main
+        last = 1 / load.n_layer
+        pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
+        pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
+        attention = ((load.n_layer - 1) * pairs + pairs_of_last) * main.attention_seconds
+        inner = (1 - last) * _seconds(main, load.dense, step.n_tokens)
+        return (
+            inner + last * _seconds(main, load.dense, step.n_out) + _seconds(main, load.output, step.n_out) + attention
+        )
+
+    def op_seconds(self) -> float:
+        """Starting the graph, and its small operations."""
+        overheads = self.main.overheads
+        return overheads.graph_seconds + self.load.n_layer * _OPS_PER_LAYER * overheads.op_seconds
+
+    def layer(self, n_tokens: int) -> _Layer:
+        """The experts of one layer."""
+        visited = _visited(self.load, n_tokens)
+        n_pairs = n_tokens * self.load.n_used / visited if visited else 0.0
+        layer = self._experts(n_tokens, visited, n_pairs)
+        tiers = dict(layer.tiers)
+        if self.residency.disk:
+            assert self.speed.disk, "experts on a disk that was not measured"
+            tiers[DISK] = visited * self.residency.disk * self.load.read_bytes / self.speed.disk
+        cut = self._cut_seconds(n_tokens, visited) if self.residency.is_cut else 0.0
+        return _Layer(layer.seconds + cut, tiers)
+
+    def _experts(self, n_tokens: int, visited: float, n_pairs: float) -> _Layer:
+        on_cpu, share = _seconds(self.speed.cpu, self.load.host_expert, n_pairs), self.residency.device
+        if not self.device:
+            assert not share, "experts on a device that is not used"
+            return _Layer(visited * on_cpu, {CPU: visited * on_cpu})
+        on_device = _seconds(self.main, self.load.device_expert, n_pairs)
+        tiers = {self.device: visited * share * on_device, CPU: visited * (1 - share) * on_cpu}
+        if n_tokens == 1:
+            return _Layer(_slower_side(self.load.n_used, share, on_device, on_cpu), tiers)
+        beside = _Layer(max(tiers.values()), tiers)
+        copied = visited * (1 - share) * sum(self.load.device_expert.values()) / self.speed.links[self.device].to_device
+        tiers = {self.device: visited * on_device, LINK: copied}
+        return min(beside, _Layer(max(tiers.values()), tiers), key=lambda layer: layer.seconds)
+
+    def _cut_seconds(self, n_tokens: int, visited: float) -> float:
+        """Reading the choice back, the experts' graphs, and activations over the link."""
+        load, of_cpu = self.load, self.speed.cpu.overheads
+        n_graphs = 1.0 if n_tokens == 1 else visited
+        seconds = self.main.overheads.graph_seconds + n_graphs * of_cpu.graph_seconds
+        seconds += visited * _OPS_PER_CUT_EXPERT * of_cpu.op_seconds
+        if self.device:
+            link, row_bytes = self.speed.links[self.device], 4 * load.n_embd * n_tokens
+            seconds += row_bytes / link.from_device
+            seconds += row_bytes * load.n_used * (1 - self.residency.device) / link.to_device
+        return seconds
+
+
 def _seconds(processor: ProcessorSpeed, matrices: Matrices, n_rows: float) -> float:
     return sum(processor.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
 
 
-def _dense_seconds(load: ModelLoad, main: ProcessorSpeed, step: Step) -> float:
-    """Matrices that every token meets, and attention to all tokens before."""
-    n_pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
-    attention = load.n_layer * n_pairs * main.attention_seconds
-    return _seconds(main, load.dense, step.n_tokens) + _seconds(main, load.output, 1) + attention
-
-
-def _overhead_seconds(
-    load: ModelLoad, residency: Residency, speed: MachineSpeed, step: Step, device: str | None
-) -> float:
-    """Small operations, and at each cut: reading back, the experts' graphs, and activations over the link."""
-    main = speed.devices[device] if device else speed.cpu
-    seconds = main.overheads.graph_seconds + load.n_layer * _OPS_PER_LAYER * main.overheads.op_seconds
-    if not residency.is_cut:
-        return seconds
-    visited = _visited(load, step)
-    n_graphs = 1.0 if step.n_tokens == 1 else visited
-    cut = main.overheads.graph_seconds + n_graphs * speed.cpu.overheads.graph_seconds
-    cut += visited * _OPS_PER_CUT_EXPERT * speed.cpu.overheads.op_seconds
-    if device:
-        row_bytes = 4 * load.n_embd * step.n_tokens
-        cut += row_bytes / speed.links[device].from_device
-        cut += row_bytes * load.n_used * (1 - residency.device) / speed.links[device].to_device
-    return seconds + load.n_routed * cut
-
-
-def _visited(load: ModelLoad, step: Step) -> float:
+def _visited(load: ModelLoad, n_tokens: int) -> float:
     """Expected number of different experts of a layer in a step, for picks that are independent of each other."""
-    if step.n_tokens == 1 or not load.n_expert:
+    if n_tokens == 1 or not load.n_expert:
         return load.n_used
-    return load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** step.n_tokens)
-
-
-def _experts(load: ModelLoad, residency: Residency, speed: MachineSpeed, step: Step, device: str | None) -> _Experts:
-    visited = _visited(load, step)
-    n_pairs = step.n_tokens * load.n_used / visited if visited else 0.0
-    on_cpu = _seconds(speed.cpu, load.host_expert, n_pairs)
-    if not device:
-        assert not residency.device, "experts on a device that is not used"
-        return _Experts(visited * on_cpu, {CPU: visited * on_cpu})
-    on_device = _seconds(speed.devices[device], load.device_expert, n_pairs)
-    share = residency.device
-    tiers = {device: visited * share * on_device, CPU: visited * (1 - share) * on_cpu}
-    if step.n_tokens == 1:
-        return _Experts(_slower_side(load.n_used, share, on_device, on_cpu), tiers)
-    beside = _Experts(max(tiers.values()), tiers)
-    copied = visited * (1 - share) * sum(load.device_expert.values()) / speed.links[device].to_device
-    tiers = {device: visited * on_device, LINK: copied}
-    return min(beside, _Experts(max(tiers.values()), tiers), key=lambda experts: experts.seconds)
+    return load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** n_tokens)
 
 
 def _slower_side(n_used: int, share: float, on_device: float, on_cpu: float) -> float:

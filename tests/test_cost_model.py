@@ -107,19 +107,34 @@ def test_attention_grows_with_what_came_before() -> None:
 
 def test_a_batch_visits_each_expert_once() -> None:
     """A thousand tokens visit all eight experts, 250 pairs each, with which 101 rows take twice as long as one."""
-    prediction = predict(LOAD, IN_RAM, machine(CPU), Step(n_tokens=1000))
+    prediction = predict(LOAD, IN_RAM, machine(CPU), Step(n_tokens=1000, n_out=1000))
     experts = 4 * 8 * 1.0 * 2 * 250 / 101
-    dense = 1.0 * 2 * 1000 / 101 + 0.1
+    dense = (1.0 + 0.1) * 2 * 1000 / 101
+    assert prediction.ms_per_token == pytest.approx((experts + dense) / 1000)
+    step = Step(n_tokens=1000, n_out=1000)
+    reading = predict(LOAD, Residency(0, 0.25), machine(CPU, 1e9), step).tier_ms["disk"]
+    assert reading == pytest.approx(4 * 8 * 0.75 / 1000)
+
+
+def test_of_a_prompt_the_last_layer_is_computed_for_its_end_only() -> None:
+    prediction = predict(LOAD, IN_RAM, machine(CPU), Step(n_tokens=1000))
+    experts = 3 * 8 * 1.0 * 2 * 250 / 101 + 2 * 1.0
+    dense = 0.8 * 2 * 1000 / 101 + 0.2 + 0.1
     assert prediction.ms_per_token == pytest.approx((experts + dense) / 1000)
     reading = predict(LOAD, Residency(0, 0.25), machine(CPU, 1e9), Step(n_tokens=1000)).tier_ms["disk"]
-    assert reading == pytest.approx(4 * 8 * 0.75 / 1000)
+    assert reading == pytest.approx((3 * 8 + 2) * 0.75 / 1000)
+    cpu = dataclasses.replace(CPU, attention_seconds=1e-6)
+    seen = 4 * (10 * 7 + 55) + 17
+    attention = predict(LOAD, IN_RAM, machine(cpu), Step(10, 7)).ms_per_token * 10
+    attention -= predict(LOAD, IN_RAM, machine(CPU), Step(10, 7)).ms_per_token * 10
+    assert attention == pytest.approx(seen * 1e-3)
 
 
 def test_a_batch_streams_experts_when_that_is_faster() -> None:
     speed = machine(CPU, None, GPU)
     few, many = (predict(LOAD, Residency(0.5, 0.5), speed, Step(n_tokens=n), "GPU0") for n in (2, 1000))
-    assert many.tier_ms["link"] == pytest.approx(4 * 8 * 0.5 * 0.1 / 1000)
-    assert "cpu" not in many.tier_ms
+    assert many.tier_ms["link"] == pytest.approx(3 * 8 * 0.5 * 0.1 / 1000)
+    assert many.tier_ms["cpu"] == pytest.approx(2 * 0.5 * 1.0 / 1000)
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e8, 1e8)})
     assert "link" in few.tier_ms
     assert "link" not in predict(LOAD, Residency(0.5, 0.5), slow_link, Step(n_tokens=2), "GPU0").tier_ms
@@ -138,7 +153,7 @@ def test_more_memory_is_never_slower_and_nothing_beats_the_bound() -> None:
         cpu = dataclasses.replace(cpu, overheads=Overheads(10 ** rng.uniform(-6, -3), 10 ** rng.uniform(-7, -5)))
         speed = machine(cpu, 10 ** rng.uniform(7, 10), gpu)
         load = dataclasses.replace(LOAD, n_used=int(rng.integers(1, 9)), read_bytes=10 ** rng.uniform(5, 8))
-        step = Step(int(rng.integers(1, 4)) ** 5, int(rng.integers(0, 5000)), rng.uniform())
+        step = Step(int(rng.integers(1, 4)) ** 5, int(rng.integers(0, 5000)), look_ahead=rng.uniform())
         device = rng.choice(["GPU0", ""]) or None
         on_device = rng.uniform(0, 0.5) if device else 0.0
         times = []
