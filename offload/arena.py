@@ -6,7 +6,7 @@ reader's threads only fill slots.
 
 import mmap
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,6 +113,7 @@ class Arena:
         self._reader = reader
         self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
         self._pinned: set[Key] = set()
+        self._held: frozenset[Key] = frozenset()
         self.counters = ArenaCounters()
 
     @property
@@ -121,9 +122,9 @@ class Arena:
         return sum(pool.n_bytes for pool in self._pools.values())
 
     @property
-    def least_slots(self) -> int:
-        """Slots of the smallest pool: so many experts can be held at once whatever their class."""
-        return min(pool.cache.n_slots for pool in self._pools.values())
+    def n_free_to_pin(self) -> int:
+        """So many experts can be pinned at once, whatever their class, beside those that are held."""
+        return min(pool.cache.n_slots for pool in self._pools.values()) - len(self._held)
 
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""
@@ -149,8 +150,13 @@ class Arena:
                 pool.cache.free(key)
 
     def pin(self, keys: set[Key]) -> None:
-        """Keeps these, and only these, from leaving until the next call."""
-        self._pinned = keys
+        """Keeps these, and only these and those that are held, from leaving until the next call."""
+        self._pinned = keys | self._held
+
+    def hold(self, keys: Collection[Key]) -> None:
+        """Keeps these from leaving whatever is pinned, until the next call."""
+        self._held = frozenset(keys)
+        self._pinned |= self._held
 
     def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
         """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""

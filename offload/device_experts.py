@@ -1,13 +1,16 @@
 """Experts in a device's slots: multiplied there while the CPU does the others, and exchanged when that pays."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from offload.arena import Addresses
-from offload.expert_source import ExpertCopy
+from offload.expert_source import ExpertCopy, SlotClass
+from offload.expert_times import LinkTimes
 from offload.picks import Picks
 from offload.residency import Key
+from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs, SlotWork
 from offload.slot_pool import Pools, SlotPool
 
@@ -15,11 +18,14 @@ from offload.slot_pool import Pools, SlotPool
 class DeviceExperts:
     """One device's slots. `copies` are those that its layers could have here.
 
-    Counters: `hits` picks multiplied here, `bytes_uploaded` and `n_swaps` since it was opened.
+    Counters since it was opened: `hits` picks multiplied here, `bytes_uploaded`, `n_swaps`, and `n_streamed` experts
+    that passed through for a batch. `times` and `swaps` are None until measured: nothing is streamed or exchanged.
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
         self._pools, self._graphs, self.copies = pools, graphs, copies
+        self.times: LinkTimes | None = None
+        self.swaps: SlotExchange | None = None
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
 
     @property
@@ -75,6 +81,10 @@ class DeviceExperts:
         """Whether an expert finds a slot without another's leaving."""
         return self.copies[key].slot_class in self._pools and self._pool(key).n_free > 0
 
+    def takes(self, copy: ExpertCopy) -> bool:
+        """Whether there are slots for experts like this."""
+        return copy.slot_class in self._pools
+
     def are_alike(self, key: Key, other: Key) -> bool:
         """Whether two experts fit each other's slots."""
         return self.copies[key].slot_class == self.copies[other].slot_class
@@ -84,15 +94,35 @@ class DeviceExperts:
         self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
         self.n_swaps += victim is not None
 
-    def stream(self, pick: Picks, addresses: Addresses, n_rows: int) -> None:
-        """Copies an expert to the slot kept for passing through, and begins to multiply its picks there."""
-        pool = self._pools[pick.copy.slot_class]
-        slot = pool.next_passing()
-        pool.write(slot, addresses)
-        self.bytes_uploaded += pick.copy.n_bytes
-        self.n_streamed += 1
-        slots = np.full(len(pick.columns), slot, np.int32)
-        self._graphs.begin([SlotWork(pick.copy.slot_class, pick.tokens, slots, pick.columns)], n_rows)
+    def stream(self, work: Sequence[tuple[Picks, Addresses]], n_rows: int) -> None:
+        """Copies experts to slots kept for passing through, one after the other, and begins to multiply their picks."""
+        for pick, addresses in work:
+            pool = self._pools[pick.copy.slot_class]
+            slot = pool.next_passing()
+            pool.write(slot, addresses)
+            self.bytes_uploaded += pick.copy.n_bytes
+            self.n_streamed += 1
+            slots = np.full(len(pick.columns), slot, np.int32)
+            self._graphs.begin([SlotWork(pick.copy.slot_class, pick.tokens, slots, pick.columns)], n_rows)
+
+    # --- measuring ------------------------------------------------------------------------------------------
+
+    def seconds_per_copy(self, addresses: Addresses, slot_class: SlotClass) -> float:
+        """Time to copy an expert of a class over, into a slot for passing through."""
+        pool = self._pools[slot_class]
+        taken = []
+        for _ in range(2):  # the first may find the memory untouched
+            begin = time.perf_counter()
+            pool.write(pool.next_passing(), addresses)
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+
+    def run_passing(self, slot_class: SlotClass, n_picks: int, synchronize: Callable[[], None]) -> None:
+        """Computes whatever lies in a slot for passing through, for as many tokens as picks, and waits for it."""
+        slots = np.full(n_picks, self._pools[slot_class].next_passing(), np.int32)
+        tokens = np.arange(n_picks, dtype=np.int32)
+        self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_picks)
+        synchronize()
 
     def close(self) -> None:
         """Frees graphs and slots."""

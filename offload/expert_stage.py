@@ -1,6 +1,7 @@
 """Between two segments: takes the router's choice and has every expert multiplied where it lies."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,15 @@ from offload.batch import Batch
 from offload.device_experts import DeviceExperts
 from offload.exchange import Exchange
 from offload.expert_source import ExpertLayer
+from offload.expert_times import choose_streams
 from offload.host_experts import HostExperts
 from offload.novice import Novices, write_novices
 from offload.picks import Picks, group_picks
 from offload.policy import Policy
+from offload.residency import Key
 from offload.segment import Segment
+from offload.slot_exchange import SlotExchange
+from offload.trace import ANSWER, PROMPT, TraceRun, TraceWriter
 
 Cancelled = Callable[[], bool] | None
 
@@ -40,9 +45,13 @@ class ExpertStage:
         host_experts: HostExperts,
         policy: Policy,
         novices: Novices,
+        trace: TraceWriter | None,
     ) -> None:
         self._layers, self._sites, self._host, self._host_experts = layers, sites, host, host_experts
-        self._policy, self._novices = policy, novices
+        self._policy, self._novices, self._trace = policy, novices, trace
+        self._missed: list[Key] = []
+        # A device that fills its slots over the link would keep the CPU from its own share.
+        self._link = ThreadPoolExecutor(1, "link")
         self._is_decode = np.zeros(0, np.bool_)
 
     @property
@@ -54,6 +63,15 @@ class ExpertStage:
         """Notes which rows of a batch continue an answer, and which read a prompt."""
         self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
         self._host_experts.begin()
+        self._missed.clear()
+        if self._trace is not None:
+            firsts = np.cumsum([0, *(run.n_tokens for run in batch.runs)])
+            self._trace.step(
+                [
+                    TraceRun(ANSWER if run.n_tokens == 1 else PROMPT, index, int(batch.positions[first]), run.n_tokens)
+                    for index, (run, first) in enumerate(zip(batch.runs, firsts, strict=False))
+                ]
+            )
 
     def run(self, segment: Segment, n_rows: int, is_cancelled: Cancelled) -> None:
         """Fills the outputs of layer `segment.last`. Raises EngineAbortedError and ReadFailedError."""
@@ -63,22 +81,68 @@ class ExpertStage:
         ranked = site.exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
         stored = np.asarray(layer.target, np.int64)[ranked]
         self._observe(index, stored, n_rows)
+        if self._trace is not None:
+            shares = site.exchange.read("shares", n_rows, layer.n_expert_used)
+            self._trace.layer(index, np.maximum(stored, -1), shares)
         if index in self._novices:
             write_novices(site.exchange, self._novices[index], stored)
         picks = group_picks(index, layer, stored)
-        on_device = [pick for pick in picks if site.experts is not None and site.experts.holds(pick.key)]
-        if on_device:
-            assert site.experts is not None
-            site.experts.begin(on_device, n_rows)
-        on_host = [pick for pick in picks if site.experts is None or not site.experts.holds(pick.key)]
-        self._run_on_host(segment, on_host, n_rows, is_cancelled)
+        device = site.experts
+        on_device = [pick for pick in picks if device is not None and device.holds(pick.key)]
+        on_host = [pick for pick in picks if device is None or not device.holds(pick.key)]
+        if device is not None:
+            if on_device:
+                device.begin(on_device, n_rows)
+            if n_rows > 1 and device.times is not None:
+                streamed = self._streamed(device, on_device, on_host)
+                on_host = [pick for pick in on_host if pick not in streamed]
+                return self._beside(
+                    device, streamed, n_rows, lambda: self._on_host(segment, on_host, n_rows, is_cancelled)
+                )
+            self._missed += [pick.key for pick in on_host if self._is_decode[-1]]
+        self._on_host(segment, on_host, n_rows, is_cancelled)
 
     def end(self) -> None:
-        """A step is complete."""
-        if self._is_decode.any():
-            self._policy.end_token()
+        """A step is complete: what is worth more than what a device has takes its place."""
+        if not self._is_decode.any():
+            return
+        for site in {id(site): site for site in self._sites.values()}.values():
+            device = site.experts
+            if device is not None and device.swaps is not None:
+                self._swap(device, device.swaps)
+        self._policy.end_token()
 
-    def _run_on_host(self, segment: Segment, picks: list[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
+    def _swap(self, device: DeviceExperts, exchange: SlotExchange) -> None:
+        def can_come(key: Key) -> bool:
+            return key in device.copies and self._host_experts.has(key)
+
+        for victim, newcomer in exchange.choose(set(device), self._missed, can_come):
+            device.put(newcomer, self._host_experts.addresses(newcomer), victim)
+            self._host_experts.replace(newcomer, victim)
+
+    # --- the two sides --------------------------------------------------------------------------------------
+
+    def _streamed(self, device: DeviceExperts, on_device: list[Picks], on_host: list[Picks]) -> list[Picks]:
+        """Experts of a batch that are worth being copied to the device for it."""
+        assert device.times is not None
+        here = [pick for pick in on_host if device.takes(pick.copy) and self._host_experts.has(pick.key)]
+        n_host, n_device = ([len(pick.columns) for pick in picks] for picks in (here, on_device))
+        return [here[index] for index in choose_streams(n_host, n_device, device.times)]
+
+    def _beside(self, device: DeviceExperts, streamed: list[Picks], n_rows: int, rest: Callable[[], None]) -> None:
+        """Streams experts while the host does its own."""
+        if not streamed:
+            rest()
+            return
+        with self._host_experts.held(pick.key for pick in streamed):
+            work = [(pick, self._host_experts.addresses(pick.key)) for pick in streamed]
+            streaming = self._link.submit(device.stream, work, n_rows)
+            try:
+                rest()
+            finally:
+                streaming.result()
+
+    def _on_host(self, segment: Segment, picks: list[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
         site = self._sites[segment.last]
         is_apart = site.exchange is not self._host
         if is_apart and picks:
@@ -123,8 +187,11 @@ class ExpertStage:
         self._policy.prompt(index, np.bincount(read[read >= 0].ravel(), minlength=len(layer.experts)))
 
     def close(self) -> None:
-        """Frees the graphs."""
+        """Frees the graphs and ends the trace."""
+        self._link.shutdown()
         self._host_experts.close()
+        if self._trace is not None:
+            self._trace.close()
         for site in {id(site): site for site in self._sites.values()}.values():
             if site.experts is not None:
                 site.experts.close()

@@ -1,12 +1,13 @@
 """Experts that the CPU multiplies: found in the arena or read into it, the likely next ones ahead of time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.arena import Arena, Loaded
+from offload.arena import Addresses, Arena, Loaded
 from offload.backend import EngineAbortedError
 from offload.expert_graph import ExpertGraphs, ExpertWork
 from offload.expert_source import ExpertCopy, ExpertLayer
@@ -104,7 +105,7 @@ class HostExperts:
         for at, pick in enumerate(queue):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
-            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._arena.least_slots)
+            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._arena.n_free_to_pin)
             after = coming[: max(0, n_wanted - len(queue))]
             self._arena.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
             while len(loaded) < min(n_wanted, len(queue)):
@@ -122,6 +123,42 @@ class HostExperts:
             return []
         wanted = [((following, expert), copies[0]) for expert, copies in enumerate(layer.experts)]
         return [(key, copy) for key, copy in wanted if not self._is_elsewhere(key) and not self._arena.holds(key, copy)]
+
+    # --- for devices ----------------------------------------------------------------------------------------
+
+    def has(self, key: Key) -> bool:
+        """Whether an expert is in memory here, complete."""
+        return self._arena.holds(key, self._copy(key))
+
+    def addresses(self, key: Key) -> Addresses:
+        """Where an expert that is here lies."""
+        return self._arena.addresses(self._arena.demand(key, self._copy(key), counts=0))
+
+    @contextmanager
+    def held(self, keys: Iterable[Key]) -> Iterator[None]:
+        """Keeps experts here for as long as something reads them."""
+        self._arena.hold(list(keys))
+        try:
+            yield
+        finally:
+            self._arena.hold(())
+
+    def replace(self, gone: Key, come: Key) -> None:
+        """An expert went to a device, and another has come back from there: it is read when nothing else is."""
+        self._arena.pin(set())
+        self._arena.prefetch(come, self._copy(come))
+
+    def run_one(self, key: Key, n_picks: int) -> None:
+        """Computes an expert that is here for as many tokens as picks, whatever they hold."""
+        tokens = np.arange(n_picks, dtype=np.int32)
+        copy = self._copy(key)
+        work = ExpertWork(copy.slot_class, self.addresses(key), tokens, tokens.astype(np.int64))
+        self._graphs.run([work], n_picks)
+
+    def _copy(self, key: Key) -> ExpertCopy:
+        layer = self._layers[key[0]]
+        assert layer is not None
+        return layer.experts[key[1]][0]
 
     def close(self) -> None:
         """Frees the graphs."""

@@ -67,7 +67,9 @@ class LoadedModel:
     ) -> tuple[ModelWeights, ModelWeights]:
         """Weights for batches and for single tokens: two arrangements, or twice the same one."""
         placement, sources = self._plan.placement, self._plan.sources
-        store = opened.enter_context(closing(WeightStore(self._plan.gguf, sources, on_progress, self.backend)))
+        store = self._store = opened.enter_context(
+            closing(WeightStore(self._plan.gguf, sources, on_progress, self.backend))
+        )
         if placement.mode != "mapped":
             sources = join_layers(sources)
         table = None if rows is None else rows.tensor

@@ -15,15 +15,19 @@ from offload.exchange import Exchange, ExchangeShape
 from offload.expert_graph import ExpertGraphs
 from offload.expert_source import ExpertCopy
 from offload.expert_stage import ExpertStage, Site
+from offload.expert_times import LinkTimes, measure_times
 from offload.host_experts import HostExperts
 from offload.kv_cache import KVCache, kv_type
 from offload.novice import read_novices
 from offload.policy import Policy, PolicyContext, Values, make_policy
 from offload.residency import Key, most_valuable
+from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs
 from offload.slot_pool import SlotPool
+from offload.swap_rule import SwapRule
 from offload.tiered_runner import Part, TieredRunner
 from offload.token_rows import TokenRows
+from offload.trace import TraceHeader, TraceWriter, routers_hash
 from offload.weight_source import ModelSources, join_layers, without_experts
 from offload.weights import Share, WeightStore, load_weights
 
@@ -216,5 +220,30 @@ class _Opening:
         host_experts = HostExperts(
             plan.layers, self._cut, graphs, arena, lambda key: any(device.holds(key) for device in devices)
         )
+        for part in parts:
+            if part.site.experts is not None:
+                self._measure(part.site.experts, part.site.backend, host_experts)
         novices = read_novices(plan.gguf, plan.layers)
-        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices)
+        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace())
+
+    def _measure(self, device: DeviceExperts, backend: Backend, host: HostExperts) -> None:
+        """Finds out what it costs to move an expert to a device, and what it gains."""
+        key = next((key for key in device.copies if host.has(key) and device.takes(self._copies[key])), None)
+        if key is None:
+            return
+        assert isinstance(backend, DeviceBackend)
+        kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
+        there = measure_times(lambda n: device.run_passing(kind, n, backend.synchronize), n_batch)
+        here = measure_times(lambda n: host.run_one(key, n), n_batch)
+        device.times = LinkTimes(here, there, device.seconds_per_copy(host.addresses(key), kind))
+        rule = SwapRule(max(0.0, here.one - there.one), device.times.copy_seconds)
+        device.swaps = SlotExchange(self._policy, rule, device.are_alike)
+
+    def _trace(self) -> TraceWriter | None:
+        path, plan = self._config.trace, self._plan
+        if path is None:
+            return None
+        sizes = tuple(
+            () if layer is None else tuple(copies[0].n_bytes for copies in layer.experts) for layer in plan.layers
+        )
+        return TraceWriter(path, TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes))
