@@ -14,6 +14,8 @@ from gguf import GGMLQuantizationType as Type
 
 from offload.backend import CpuBackend
 from offload.calibration import Calibration, Limits, Workload, workload
+from offload.device_backend import DeviceBackend
+from offload.devices import available_devices
 from offload.disk_reader import PAGE, Read
 from offload.expert_source import expert_layers
 from offload.gguf_file import GGUFFile, read_gguf
@@ -36,6 +38,7 @@ from tests.measured_machine import (
     machine,
     processor,
 )
+from tests.rpc_server import rpc_server
 from tests.tiny_gguf import write_tiny_gguf
 
 Q8 = MatrixKernel(Type.Q8_0, 256, True)
@@ -378,3 +381,19 @@ def test_the_probe_remembers_through_the_cache(cache: MeasurementCache) -> None:
     cache.put({"CPU, 1 threads: Q4_K plain and repacked": known})
     with closing(CpuBackend(1)) as backend:
         assert measured_speeds([Type.Q4_K, Type.F32], backend, cache=cache) == {"Q4_K": known}
+
+
+def test_a_device_is_measured_through_its_link(gguf: GGUFFile, cache: MeasurementCache) -> None:
+    """One whose memory is not the host's, so that nothing can be done behind its back."""
+    with rpc_server() as server:
+        device = available_devices([server.endpoint])[-1]
+        needs = dataclasses.replace(needs_of(gguf), kernels={Q8: 64, MatrixKernel(Type.Q4_K, 256, False): 64})
+        limits = Limits(ram=8 << 20, vram=8 << 20)
+        with closing(DeviceBackend(device)) as backend, closing(CpuBackend(1)) as cpu:
+            speed = Calibration(needs, limits, cache).machine(None, cpu, {"RPC": backend})
+    assert speed.disk is None
+    far = speed.devices["RPC"]
+    flat = [value for curve in far.kernels.values() for value in curve.seconds_per_byte]
+    flat += [*dataclasses.astuple(far.overheads), far.attention_seconds, *dataclasses.astuple(speed.links["RPC"])]
+    assert len(flat) == 5 + 3 + 5
+    assert all(0 < value < math.inf for value in flat)
