@@ -26,6 +26,8 @@ from offload.weight_source import ModelSources, model_sources, without_experts
 DEFAULT_CTX = 4096
 MAX_THREADS = 512  # ggml's own limit
 MAX_PARALLEL = 256
+TIERED_BATCH = 256
+"""Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
 _PROBE_ABOVE_BYTES = 256 << 20
 """Smaller models answer before a measurement would be over."""
 
@@ -184,6 +186,8 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, program: int) -> Engi
         return plan
     try:
         if plan.devices or _needs_tiers(config, plan):
+            if not plan.devices:
+                plan = replace(plan, n_batch=max(plan.n_parallel, min(plan.n_batch, TIERED_BATCH)))
             return replace(plan, tiers=_tiers(config, plan, program))
         require(plan.placement.required, plan.available, _what(config, plan))
     except DoesNotFitError as error:

@@ -13,11 +13,12 @@ from offload.disk_reader import DiskReader
 from offload.engine_plan import EngineConfig, EnginePlan
 from offload.exchange import Exchange, ExchangeShape
 from offload.expert_graph import ExpertGraphs
-from offload.expert_source import ExpertCopy
+from offload.expert_source import ExpertCopy, SlotClass
 from offload.expert_stage import ExpertStage, Site
 from offload.expert_times import LinkTimes, measure_times
 from offload.host_experts import HostExperts
 from offload.kv_cache import KVCache, kv_type
+from offload.memory import resident_bytes
 from offload.novice import read_novices
 from offload.policy import Policy, PolicyContext, Values, make_policy
 from offload.residency import Key, most_valuable
@@ -25,6 +26,7 @@ from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs
 from offload.slot_pool import SlotPool
 from offload.swap_rule import SwapRule
+from offload.tier_plan import TierPlan, fit_slots, request_bytes
 from offload.tiered_runner import Part, TieredRunner
 from offload.token_rows import TokenRows
 from offload.trace import TraceHeader, TraceWriter, routers_hash
@@ -125,19 +127,22 @@ class _Opening:
         parts = [self._device_part(device, n_ahead) for device in plan.devices]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
         experts = [part.site.experts for part in parts if part.site.experts is not None]
-        reader = arena = stage = None
-        if self._cut:
+        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch)
+        self._opened.callback(runner.close)
+        reader = arena = None
+        if plan.tiers is not None:
+            n_used, classes = plan.spec.n_expert_used, {kind for kind, _ in plan.tiers.n_slots}
+            graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, classes)
+            self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.direct_io)
             self._opened.callback(reader.close)
-            assert plan.tiers is not None
-            arena = Arena(reader, _Elsewhere(self._policy, experts), dict(plan.tiers.n_slots))
+            n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes)
+            arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots)
             self._opened.callback(arena.close)
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)
             self._fill(arena, experts)
-            stage = self._stage(parts, host, arena, experts)
-        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, stage, self._rows, plan.n_batch)
-        self._opened.callback(runner.close)
+            runner.attach(self._stage(parts, host, graphs, arena, experts))
         by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
         return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else ())
 
@@ -211,11 +216,16 @@ class _Opening:
         order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
         arena.fill(((key, self._copies[key]) for key in order), self._count)
 
-    def _stage(self, parts: list[Part], host: Exchange, arena: Arena, devices: list[DeviceExperts]) -> ExpertStage:
-        plan, spec = self._plan, self._plan.spec
-        assert plan.tiers is not None
-        classes = {kind for kind, _ in plan.tiers.n_slots}
-        graphs = ExpertGraphs(self._cpu, host, spec.n_embd, spec.n_expert_used, plan.n_batch, classes)
+    def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
+        """Slots for the room there really is, now that everything else has its memory; raises DoesNotFitError."""
+        layers = [self._plan.layers[index] for index in self._cut]
+        taken = resident_bytes() + untouched + request_bytes(self._plan.spec, self._plan.n_batch, self._plan.n_parallel)
+        return fit_slots(layers, tiers.budget, taken, str(self._config.model))
+
+    def _stage(
+        self, parts: list[Part], host: Exchange, graphs: ExpertGraphs, arena: Arena, devices: list[DeviceExperts]
+    ) -> ExpertStage:
+        plan = self._plan
         sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}
         host_experts = HostExperts(
             plan.layers, self._cut, graphs, arena, lambda key: any(device.holds(key) for device in devices)

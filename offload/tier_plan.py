@@ -14,6 +14,9 @@ MAX_AHEAD = 2
 """Layers whose routers are asked early: beyond the second they know too little."""
 _GROWTH_BYTES = 40 << 20
 """What the program takes after planning: tokenizer, graphs, ggml's scratch memory, a request's own."""
+_REQUEST_BYTES = 16 << 20
+_LOGIT_ROWS = 64
+"""Rows of logits at once for the probabilities of a prompt's tokens."""
 _BYTES_PER_TOKEN_TEXT = 400
 """Memory of one vocabulary entry, measured with libllama's vocabularies of 32,000 and 128,000 tokens."""
 
@@ -58,21 +61,10 @@ def plan_tiers(
 
     Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
     """
-    fixed = program + weights + kv + compute
-    classes = slot_classes(layers)
+    n_slots = fit_slots(layers, budget, program + weights + kv + compute, what)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
-    least = {kind: min(n, n_used) for kind, n in classes.items()}
-    required = fixed + sum(n * slot_bytes(kind) for kind, n in least.items())
-    if required > budget:
-        raise DoesNotFitError(
-            f"{what} needs at least {human(required)} of memory, of which {human(fixed)} are for everything but "
-            f"experts, but the budget is {human(budget)}. Raise --ram to {human_up(required)}, lower --ctx or --batch.",
-            required_bytes=required,
-            available_bytes=budget,
-        )
-    n_slots = share_slots(classes, least, budget - fixed)
+    room = min(n // min(n_used, n) for n in n_slots.values())
     copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
-    room = min(n_slots[kind] // max(1, n) for kind, n in least.items())
     return TierPlan(
         budget=budget,
         program=program,
@@ -84,6 +76,25 @@ def plan_tiers(
         expert_bytes=sum(copy.n_bytes for copy in copies),
         n_ahead=max(0, min(MAX_AHEAD, room - 1)),
     )
+
+
+def fit_slots(layers: Sequence[ExpertLayer | None], budget: int, taken: int, what: str) -> dict[SlotClass, int]:
+    """Slots by class for what a budget leaves beside `taken` bytes.
+
+    Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
+    """
+    classes = slot_classes(layers)
+    n_used = max(layer.n_expert_used for layer in layers if layer is not None)
+    least = {kind: min(n, n_used) for kind, n in classes.items()}
+    required = taken + sum(n * slot_bytes(kind) for kind, n in least.items())
+    if required > budget:
+        raise DoesNotFitError(
+            f"{what} needs at least {human(required)} of memory, of which {human(taken)} are for everything but "
+            f"experts, but the budget is {human(budget)}. Raise --ram to {human_up(required)}, lower --ctx or --batch.",
+            required_bytes=required,
+            available_bytes=budget,
+        )
+    return share_slots(classes, least, budget - taken)
 
 
 def slot_classes(layers: Iterable[ExpertLayer | None]) -> dict[SlotClass, int]:
@@ -120,6 +131,17 @@ def share_slots(
 def program_bytes(resident: int, n_vocab: int) -> int:
     """What the program itself will take: what it holds now, and what it will still take."""
     return resident + _GROWTH_BYTES + n_vocab * _BYTES_PER_TOKEN_TEXT
+
+
+def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
+    """What steps and requests take beside the buffers planned for them: ggml's scratch memory, logits, and Python's."""
+    scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)
+    return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _REQUEST_BYTES
+
+
+def widest_row(spec: ModelSpec) -> int:
+    """The longest row that is quantised before it is multiplied."""
+    return max(spec.layer_shape(layer).n_ff for layer in range(spec.n_layer))
 
 
 def widest(layers: Iterable[ExpertLayer | None]) -> int:

@@ -46,7 +46,7 @@ class _Prepared:
 
 
 class TieredRunner:
-    """Computes steps over parts, with `stage` for the experts of the cut layers.
+    """Computes steps over parts; the experts of the cut layers are a stage's, which must be attached.
 
     With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
     """
@@ -57,11 +57,11 @@ class TieredRunner:
         parts: Sequence[Part],
         cut_layers: Collection[int],
         n_ahead: int,
-        stage: ExpertStage | None,
         rows: TokenRows | None,
         n_batch: int,
     ) -> None:
-        self.spec, self._parts, self._stage, self._rows = spec, parts, stage, rows
+        self.spec, self._parts, self._rows = spec, parts, rows
+        self._stage: ExpertStage | None = None
         self._segments = cut_into_segments([part.layers for part in parts], cut_layers, n_ahead)
         n_graphs = _MAX_STEPS * len(self._segments)
         self._graphs = [GraphPool(part.site.backend.buft, self._build, n_graphs) for part in parts]
@@ -70,13 +70,21 @@ class TieredRunner:
             for n_tokens in (n_batch, 1):
                 self._graphs[segment.part].reserve(_Key(segment, StepShape(n_tokens, self._n_cells, 1)))
 
+    def attach(self, stage: ExpertStage) -> None:
+        """Hands over the experts' stage; it is closed with the runner."""
+        self._stage = stage
+
+    @property
+    def graph_bytes(self) -> int:
+        """Host memory for the graphs of segments, which is not touched before the first step."""
+        parts = zip(self._graphs, self._parts, strict=True)
+        return sum(graphs.n_bytes for graphs, part in parts if part.site.backend.is_host)
+
     @property
     def compute_bytes(self) -> int:
         """Size of the buffers in host memory that intermediate results share."""
-        parts = zip(self._graphs, self._parts, strict=True)
-        on_host = [(graphs, part) for graphs, part in parts if part.site.backend.is_host]
-        n_bytes = sum(graphs.n_bytes + part.site.exchange.n_bytes for graphs, part in on_host)
-        return int(n_bytes) + (0 if self._stage is None else self._stage.compute_bytes)
+        exchanges: int = sum(part.site.exchange.n_bytes for part in self._parts if part.site.backend.is_host)
+        return self.graph_bytes + exchanges + (0 if self._stage is None else self._stage.compute_bytes)
 
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens, valid until the next step.
