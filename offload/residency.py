@@ -16,11 +16,11 @@ Key = tuple[int, int]
 
 
 class Valued(Protocol):
-    """What says how much each expert is worth keeping; a policy, for one."""
+    """What says which experts to keep: any `policy.Policy`."""
 
     @property
-    def values(self) -> Values:
-        """float64 [n_layer, n_expert], the higher the better."""
+    def keeping(self) -> Values:
+        """What each expert is worth now, [n_layer, n_expert]; the higher, the better worth keeping."""
 
 
 class SlotCache:
@@ -35,7 +35,7 @@ class SlotCache:
         assert n_slots > 0
         self.n_slots = n_slots
         self._policy = policy
-        self._n_expert: int = policy.values.shape[1]
+        self._n_expert: int = policy.keeping.shape[1]
         self._slot_of: dict[Key, int] = {}
         self._index_of: NDArray[np.intp] = np.full(n_slots, -1, np.intp)
         self._free = list(range(n_slots - 1, -1, -1))
@@ -56,7 +56,7 @@ class SlotCache:
 
     def value(self, key: Key) -> float:
         """What the policy gives for an expert now."""
-        return float(self._policy.values[key])
+        return float(self._policy.keeping[key])
 
     def victim(self, pinned: Collection[Key] = ()) -> Key | None:
         """What a load would evict now: None while a slot is free, or when everything is pinned."""
@@ -104,7 +104,7 @@ class SlotCache:
         return divmod(int(self._index_of[slot]), self._n_expert)
 
     def _lowest(self, pinned: Collection[Key]) -> int | None:
-        values = self._policy.values.ravel()[self._index_of]
+        values = self._policy.keeping.ravel()[self._index_of]
         for key in pinned:
             slot = self._slot_of.get(key)
             if slot is not None:

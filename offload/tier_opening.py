@@ -76,10 +76,10 @@ class _Elsewhere:
         self._policy, self._devices = policy, devices
 
     @property
-    def values(self) -> Values:
+    def keeping(self) -> Values:
         if not self._devices:
-            return self._policy.values
-        values = self._policy.values.copy()
+            return self._policy.keeping
+        values = self._policy.keeping.copy()
         for device in self._devices:
             for key in device:
                 values[key] = -1.0

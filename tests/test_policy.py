@@ -88,12 +88,35 @@ def test_evictions_are_those_of_a_plain_reference(
         assert evicted == reference(n_slots, steps)
 
 
-def test_a_cache_below_one_tokens_needs_never_hits_with_lru_but_does_with_heat() -> None:
-    """The cyclic scan: each layer uses the same expert every time, and the pool lacks one slot."""
+def test_a_cache_below_one_tokens_needs_never_hits_with_lru_but_every_second_time_with_heat() -> None:
+    """The cyclic scan: each layer uses the same expert every time, and the pool lacks one of three slots.
+
+    The best that is possible is one hit in two: of two residents, the one whose turn is next is kept each time.
+    """
     steps = [(layer, [1]) for _ in range(20) for layer in range(N_LAYER)]
     assert len(evictions(POLICIES["lru"](CONTEXT), N_LAYER - 1, steps)) == len(steps)
-    assert len(evictions(POLICIES["heat"](CONTEXT), N_LAYER - 1, steps)) == 1 + 2 * 20
+    assert len(evictions(POLICIES["heat"](CONTEXT), N_LAYER - 1, steps)) == 1 + len(steps) // 2
     assert len(evictions(POLICIES["heat"](CONTEXT), N_LAYER, steps)) == N_LAYER
+
+
+def test_heat_keeps_what_has_its_turn_next_but_values_say_nothing_of_turns() -> None:
+    """Layer 1 of 3 is being computed: layer 2 is next, then 0, and 1 itself comes last."""
+    policy = Heat(CONTEXT)
+    assert policy.keeping[:, 0].tolist() == sorted(policy.keeping[:, 0], reverse=True), "a step begins with layer 0"
+    policy.prompt(1, np.zeros(N_EXPERT, np.int64))
+    assert policy.keeping[2] == pytest.approx(policy.values[2])
+    assert np.argsort(policy.keeping[:, 0]).tolist() == [1, 0, 2]
+    policy.decode(2, [3])
+    assert np.argsort(policy.keeping[:, 0]).tolist() == [2, 1, 0]
+    assert policy.values[:, 0].tolist() == [N_USED / N_EXPERT] * 3
+    assert (policy.keeping > 0.15 * policy.values).all()
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "static"])
+def test_the_plain_policies_keep_what_they_value(name: str) -> None:
+    policy = make_policy(name, CONTEXT)
+    policy.decode(1, [2, 3])
+    assert np.array_equal(policy.keeping, policy.values)
 
 
 def test_static_keeps_what_the_file_says_and_lets_the_rest_pass_through_one_slot() -> None:
