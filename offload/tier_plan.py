@@ -63,7 +63,9 @@ def plan_tiers(
     """
     n_slots = fit_slots(layers, budget, program + weights + kv + compute, what)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
-    room = min(n // min(n_used, n) for n in n_slots.values())
+    classes = slot_classes(layers)
+    # Where all have room nobody is driven out, and nothing is read.
+    rooms = [n // min(n_used, classes[kind]) for kind, n in n_slots.items() if n < classes[kind]]
     copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
     return TierPlan(
         budget=budget,
@@ -74,7 +76,7 @@ def plan_tiers(
         n_slots=tuple(n_slots.items()),
         n_experts=len(copies),
         expert_bytes=sum(copy.n_bytes for copy in copies),
-        n_ahead=max(0, min(MAX_AHEAD, room - 1)),
+        n_ahead=max(0, min(MAX_AHEAD, *(room - 1 for room in rooms))) if rooms else 0,
     )
 
 

@@ -1,0 +1,46 @@
+"""Engines of a chosen number of expert slots, whatever memory the machine has."""
+
+from dataclasses import replace
+
+import pytest
+
+from offload.arena import slot_bytes
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
+from offload.errors import DoesNotFitError
+from offload.tier_opening import _Opening
+from offload.tier_plan import TierPlan, plan_tiers, slot_classes
+
+
+def resident_engine(config: EngineConfig) -> Engine:
+    """The whole model in memory, with the kernels that every budget can have."""
+    return Engine.open(replace(config, weights="copied", device="none"))
+
+
+def tiered_engine(config: EngineConfig, share: float) -> Engine:
+    """Reads experts from disk: with 0 there are slots for no more than a step of one token, with 1 for all experts."""
+    config = replace(config, device="none")
+    plan = tiered_plan(config, share)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_planned_slots(monkeypatch)
+        return Engine(config, plan, lambda done, total: None)
+
+
+def take_planned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a model takes the slots that were planned, and not those that this process then has room for."""
+    monkeypatch.setattr(_Opening, "_n_slots", lambda opening, tiers, untouched: dict(tiers.n_slots))
+
+
+def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
+    """The plan of such an engine."""
+    plan = plan_engine(config)
+    whole = sum(n * slot_bytes(kind) for kind, n in slot_classes(plan.layers).items())
+    try:
+        _tiers(plan, 0)
+    except DoesNotFitError as error:
+        least = error.required_bytes
+    return replace(plan, tiers=_tiers(plan, int(least + share * (whole - least))), shortfall=None)
+
+
+def _tiers(plan: EnginePlan, budget: int) -> TierPlan:
+    return plan_tiers(plan.layers, budget, program=0, weights=0, kv=0, compute=0, what="a test's model")
