@@ -16,6 +16,7 @@ from offload.errors import DoesNotFitError
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 
 LEFT_FREE_BYTES = 64 << 20
 """In a full control group of 256 MiB another Python could start and read files, with no page fault that went to disk,
@@ -138,7 +139,13 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process ever held resident, mapped file pages included."""
+    """The most memory this process ever held resident, mapped file pages included.
+
+    Linux counts in `ru_maxrss` what the process that started this one held at that moment, hence its other counter.
+    """
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].removesuffix("kB")) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,5 +1,8 @@
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -15,6 +18,7 @@ from offload.memory import (
     require,
 )
 
+ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
 LITTLE = 1 << 20
 """Less than any machine has, so that the control group decides."""
@@ -178,4 +182,16 @@ def test_bytes_for_people() -> None:
 
 
 def test_the_peak_is_at_least_what_is_resident_now() -> None:
+    assert peak_resident_bytes() >= 0.9 * psutil.Process().memory_info().rss
+
+
+def test_the_peak_of_a_child_is_not_its_parents() -> None:
+    held = np.ones(256 << 20, np.uint8)
+    code = "from offload.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 1 << 20 < int(told) < held.nbytes
+
+
+def test_the_peak_where_the_system_keeps_no_other(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_STATUS", cgroup / "status")
     assert peak_resident_bytes() >= 0.9 * psutil.Process().memory_info().rss
