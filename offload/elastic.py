@@ -1,0 +1,121 @@
+"""Elastic files: of every expert the one copy that stays in memory, chosen for a budget when a model is opened.
+
+Nothing is read from disk while such a model runs, and what it answers depends on the mix alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.arena import slot_bytes
+from offload.copy_choice import Copies, choose_copies
+from offload.copy_decision import Choice, Decision, LowSlots, Memory, unchanged
+from offload.errors import DoesNotFitError
+from offload.expert_source import ExpertCopy, ExpertLayer
+from offload.loss_table import LossTable
+from offload.memory import human
+from offload.residency import Key
+from offload.tier_plan import human_up
+
+Layers = Sequence[ExpertLayer | None]
+
+_STEPS = 32
+"""Mixes that a budget is rounded down to: what a process takes differs by some megabytes from run to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elastic:
+    """Every pick uses the copy that was chosen for its expert.
+
+    `share` is the part of the room between all experts in their last copies and all in their best ones; None: as much
+    as there is.
+    """
+
+    share: float | None = None
+    low_slots: LowSlots = "none"
+    invests = False
+
+    def choose(self, choice: Choice, memory: Memory) -> Decision:
+        """The only copy there is."""
+        return unchanged(choice)
+
+    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+        """The only one as well."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mix:
+    """Layers whose experts have one copy each; `lowered` [n_stored] by layer says where that is not the best."""
+
+    layers: tuple[ExpertLayer | None, ...]
+    lowered: dict[int, NDArray[np.bool_]]
+    share: float
+
+    @property
+    def n_lowered(self) -> int:
+        """Experts that are not in their best copy."""
+        return sum(int(mask.sum()) for mask in self.lowered.values())
+
+
+def share_within(layers: Layers, room: int, required: int, what: str) -> float:
+    """The share for `room` bytes of slots, 1 where the best copies all fit.
+
+    `required` is what everything else takes. Raises DoesNotFitError when not even the last copies fit.
+    """
+    least, most = (_slots_bytes(layers, copy) for copy in (-1, 0))
+    if least > room:
+        needed = required + least
+        raise DoesNotFitError(
+            f"{what} needs at least {human(needed)} of memory with every expert in its smallest copy "
+            f"({human(least)}), but the budget is {human(required + room)}. Raise --ram to {human_up(needed)}, or "
+            "choose another --lossy mode, which reads what is missing from the disk.",
+            required_bytes=needed,
+            available_bytes=required + room,
+        )
+    return 1.0 if most <= room else (room - least) * _STEPS // (most - least) / _STEPS
+
+
+def mix_copies(layers: Layers, share: float, priors: NDArray[np.float64] | None) -> Mix:
+    """Chooses each expert's copy, most expected loss saved per byte first.
+
+    `priors` [n_layer, n_expert] are expected picks per token, None if all are alike.
+    """
+    experts = [(index, number) for index, layer in enumerate(layers) if layer for number in range(len(layer.experts))]
+    copies = [_layer(layers, index).experts[number] for index, number in experts]
+    high, low = (np.array([slot_bytes(one[copy].slot_class) for one in copies], np.int64) for copy in (0, -1))
+    values = np.array([1.0 if priors is None else priors[key] for key in experts], np.float64)
+    errors = [_layer(layers, index).low_error for index in dict.fromkeys(index for index, _ in experts)]
+    known = None if any(one is None for one in errors) else np.concatenate([np.array(one) for one in errors])
+    budget = int(low.sum()) + int(share * int((high - low).sum()))
+    chosen = choose_copies(values, high, low, known, budget)
+    assert (chosen != Copies.NONE).all()
+    is_lowered = (chosen == Copies.LOW) & (high > low)
+    kept = [(one[-1 if lowered else 0],) for one, lowered in zip(copies, is_lowered, strict=True)]
+    return _mix(layers, kept, is_lowered, share)
+
+
+def _mix(layers: Layers, kept: list[tuple[ExpertCopy]], is_lowered: NDArray[np.bool_], share: float) -> Mix:
+    mixed: list[ExpertLayer | None] = []
+    lowered, begin = {}, 0
+    for index, layer in enumerate(layers):
+        if layer is None:
+            mixed.append(None)
+            continue
+        end = begin + len(layer.experts)
+        mixed.append(replace(layer, experts=tuple(kept[begin:end])))
+        lowered[index] = is_lowered[begin:end]
+        begin = end
+    return Mix(tuple(mixed), lowered, share)
+
+
+def _layer(layers: Layers, index: int) -> ExpertLayer:
+    layer = layers[index]
+    assert layer is not None
+    return layer
+
+
+def _slots_bytes(layers: Layers, copy: int) -> int:
+    return sum(slot_bytes(one[copy].slot_class) for layer in layers if layer is not None for one in layer.experts)

@@ -1,0 +1,83 @@
+"""A lossy mode at work: decides the picks of each layer, and keeps account of what that cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.copy_decision import SKIPPED, Choice, Chooser, Decision, Memory, unchanged
+from offload.expert_source import ExpertCopy, ExpertLayer
+from offload.loss_table import LossTable
+from offload.residency import Key
+
+Layers = Sequence[ExpertLayer | None]
+Tables = Sequence[LossTable | None]
+
+
+@dataclass(slots=True)
+class LossyCounters:
+    """What was saved on since the model was opened.
+
+    `low_picks` used a copy that is not the file's best, `skipped_picks` nothing, `novice_picks` the expert's fallback.
+    `expected_kl` is the sum of what the file says these cost, in nats: infinite where it does not say.
+    """
+
+    low_picks: int = 0
+    skipped_picks: int = 0
+    novice_picks: int = 0
+    expected_kl: float = 0.0
+
+
+class LossyPicks:
+    """Decides with `chooser`; where the mean loss per token has come to `limit` nats, with the best copies alone."""
+
+    def __init__(
+        self, layers: Layers, tables: Tables, chooser: Chooser, memory: Memory, limit: float | None = None
+    ) -> None:
+        self._layers, self._tables, self._chooser, self._memory = layers, tables, chooser, memory
+        self._limit, self._n_tokens = limit, 0
+        self.counters = LossyCounters()
+
+    @property
+    def invests(self) -> bool:
+        """Whether missing best copies are to be read while the disk has nothing else to do."""
+        return self._chooser.invests
+
+    def begin(self, n_tokens: int) -> None:
+        """A step of so many tokens begins."""
+        self._n_tokens += n_tokens
+
+    def decide(self, index: int, stored: NDArray[np.int64], shares: NDArray[np.float32]) -> Decision:
+        """What is done for a layer's picks, both arrays [n_rows, n_used] as in `copy_decision.Choice`."""
+        layer, table = self._layers[index], self._tables[index]
+        assert layer is not None
+        assert table is not None
+        choice = Choice(index, layer, table, stored, shares)
+        is_spent = self._limit is not None and self.counters.expected_kl > self._limit * self._n_tokens
+        decision = unchanged(choice) if is_spent else self._chooser.choose(choice, self._memory)
+        self._count(choice, decision)
+        return decision
+
+    def copy_ahead(self, key: Key) -> ExpertCopy:
+        """The copy to read of an expert that will perhaps be chosen soon."""
+        layer, table = self._layers[key[0]], self._tables[key[0]]
+        assert layer is not None
+        assert table is not None
+        return layer.experts[key[1]][self._chooser.ahead(key, table, self._memory)]
+
+    def _count(self, choice: Choice, decision: Decision) -> None:
+        table, rows = choice.table, choice.table.rows(choice.stored)
+        is_replaced = decision.stored != choice.stored
+        is_skipped = decision.stored == SKIPPED
+        is_low = ~is_replaced & ((decision.copies > 0) | table.is_lowered[rows])
+        losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.novice))
+        counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
+        if not any(counts):
+            return
+        counters = self.counters
+        counters.low_picks += counts[0]
+        counters.skipped_picks += counts[1]
+        counters.novice_picks += counts[2]
+        squares = choice.shares.astype(np.float64) ** 2
+        counters.expected_kl += sum(float((rates[rows[mask]] * squares[mask]).sum()) for mask, rates in losses)
