@@ -17,6 +17,8 @@ from offload.expert_source import ExpertCopy, SlotClass
 from offload.memory import advise_huge_pages, out_of_memory
 from offload.residency import Key, SlotCache, Valued
 
+_WORTH_FINISHING = 0.3
+"""A read that is not needed goes on if no more than this share of it is left."""
 Addresses = tuple[int, int, int]
 """Where gate, up and down begin."""
 
@@ -178,12 +180,24 @@ class Arena:
         slot.is_ahead = False
         return slot
 
-    def prefetch(self, key: Key, copy: ExpertCopy) -> None:
+    def prefetch(self, key: Key, copy: ExpertCopy, *, is_sure: bool = True) -> None:
         """Begins to read a copy if it is not here; only pinned keys survive until they are needed."""
         pool = self._pools[copy.slot_class]
         if key not in pool.cache and pool.can_take(self._pinned):
-            self._begin(pool, key, copy, demanded=False).is_ahead = True
+            self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_ahead = True
             self.counters.n_prefetched += 1
+
+    def abandon(self, key: Key, copy: ExpertCopy) -> None:
+        """A copy that was prefetched is not needed now: unless it is nearly here, it is not read on."""
+        pool = self._pools[copy.slot_class]
+        slot = pool.slot(key)
+        if slot is None or not slot.is_ahead:
+            return
+        slot.is_ahead = False
+        if slot.read is not None and slot.read.share_left > _WORTH_FINISHING:
+            self._reader.drop(slot.read)
+            pool.cache.free(key)
+            self.counters.n_cancelled += 1
 
     def addresses(self, slot: Loaded) -> Addresses:
         """Where the matrices begin; waits for them. Raises ReadFailedError, and the slot is free again."""
@@ -208,12 +222,12 @@ class Arena:
             if slot.is_ready:
                 slot.read = None
 
-    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool) -> Loaded:
+    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> Loaded:
         index, _ = pool.cache.acquire(key, self._pinned)
         slot = pool.slots[index]
         slot.key = key
         if slot.read is not None:
-            if not slot.read.is_done:
+            if not slot.read.is_done and not slot.read.is_cancelled:
                 self.counters.n_cancelled += 1
             self._reader.cancel(slot.read)
         parts, begins, address = [], [], slot.address
@@ -223,7 +237,7 @@ class Arena:
             begins.append(address + span.offset % PAGE)
             address += padded(span.n_bytes)
         slot.addresses = (begins[0], begins[1], begins[2])
-        slot.read = self._reader.submit(parts, demanded=demanded)
+        slot.read = self._reader.submit(parts, demanded=demanded, is_sure=is_sure)
         slot.is_ahead = False
         return slot
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 from offload.errors import ModelFileError, SlimoeError
@@ -37,6 +38,14 @@ class ReadFailedError(SlimoeError):
     exit_code = 3
 
 
+class Urgency(IntEnum):
+    """Which reads go before which: what is waited for, what will most probably be, and what perhaps will be."""
+
+    DEMANDED = 0
+    SURE = 1
+    LIKELY = 2
+
+
 @dataclass(slots=True, eq=False)
 class Read:
     """One expert on its way: chunks not yet taken, and how many are not yet done."""
@@ -44,7 +53,7 @@ class Read:
     chunks: deque[tuple[int, int, int, int]]
     n_bytes: int
     n_left: int
-    is_demanded: bool
+    urgency: Urgency
     is_cancelled: bool = False
     error: Exception | None = None
     n_taken: int = field(default=0)
@@ -53,6 +62,11 @@ class Read:
     def is_done(self) -> bool:
         """Whether nothing of it is under way any more."""
         return self.n_left == 0
+
+    @property
+    def share_left(self) -> float:
+        """Share of it that nobody has begun to read."""
+        return 1 - self.n_taken / self.n_bytes
 
     @property
     def is_complete(self) -> bool:
@@ -97,8 +111,7 @@ class DiskReader:
             self._files = [_open(path, direct, opened) for path in gguf.paths]
             self._stamps = [FileStamp.of(file) for file in self._files]
             self._opened = opened.pop_all()
-        self._demanded: deque[Read] = deque()
-        self._likely: deque[Read] = deque()
+        self._queues: tuple[deque[Read], ...] = tuple(deque() for _ in Urgency)
         self._changed = threading.Condition()
         self._is_closed = False
         self._n_active, self._began = 0, 0.0
@@ -110,25 +123,35 @@ class DiskReader:
 
     # --- for the engine's thread ---------------------------------------------------------------------------
 
-    def submit(self, parts: Sequence[tuple[Span, int]], *, demanded: bool) -> Read:
-        """Begins to read spans, each to a page-aligned address; the data begins at `offset % PAGE` behind it."""
+    def submit(self, parts: Sequence[tuple[Span, int]], *, demanded: bool, is_sure: bool = True) -> Read:
+        """Begins to read spans, each to a page-aligned address; the data begins at `offset % PAGE` behind it.
+
+        What is not `demanded` waits for all that is, and what is not even sure to be demanded for all that is sure.
+        """
+        urgency = Urgency.DEMANDED if demanded else Urgency.SURE if is_sure else Urgency.LIKELY
         chunks = deque(chunk for span, address in parts for chunk in _chunks(span, address))
-        read = Read(chunks, sum(chunk[3] for chunk in chunks), len(chunks), demanded)
+        read = Read(chunks, sum(chunk[3] for chunk in chunks), len(chunks), urgency)
         with self._changed:
             assert not self._is_closed
-            (self._demanded if demanded else self._likely).append(read)
+            self._queues[urgency].append(read)
             self._changed.notify_all()
         return read
 
     def demand(self, read: Read) -> None:
-        """Lets a read that was only likely go before all that still are."""
-        if read.is_demanded:
+        """Lets a read go before all that nobody waits for."""
+        if read.urgency is Urgency.DEMANDED:
             return
         with self._changed:
-            read.is_demanded = True
-            if read in self._likely:
-                self._likely.remove(read)
-                self._demanded.append(read)
+            waiting = self._queues[read.urgency]
+            read.urgency = Urgency.DEMANDED
+            if read in waiting:
+                waiting.remove(read)
+                self._queues[Urgency.DEMANDED].append(read)
+
+    def drop(self, read: Read) -> None:
+        """Drops what is not yet under way, without waiting for what is: the memory stays taken until `cancel`."""
+        with self._changed:
+            self._drop(read)
 
     def cancel(self, read: Read) -> None:
         """Drops what is not yet under way and returns when nothing writes to the addresses any more."""
@@ -149,13 +172,12 @@ class DiskReader:
     @property
     def is_idle(self) -> bool:
         """Whether no demanded read waits to be taken."""
-        return not self._demanded
+        return not self._queues[Urgency.DEMANDED]
 
     def _drop(self, read: Read) -> None:
         read.is_cancelled = True
-        for queue in (self._demanded, self._likely):
-            if read in queue:
-                queue.remove(read)
+        if read in self._queues[read.urgency]:
+            self._queues[read.urgency].remove(read)
         read.n_left -= len(read.chunks)
         read.chunks.clear()
 
@@ -164,7 +186,7 @@ class DiskReader:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._demanded or self._likely)
+                self._changed.wait_for(lambda: self._is_closed or any(self._queues))
                 if self._is_closed:
                     return
                 read, chunk = self._take()
@@ -173,7 +195,7 @@ class DiskReader:
                 self._finish(read, chunk, error)
 
     def _take(self) -> tuple[Read, tuple[int, int, int, int]]:
-        queue = self._demanded or self._likely
+        queue = next(queue for queue in self._queues if queue)
         read = queue[0]
         chunk = read.chunks.popleft()
         if not read.chunks:
@@ -233,7 +255,7 @@ class DiskReader:
         """Ends the threads and closes the files; chunks that are under way are finished, whole reads are not."""
         with self._changed:
             self._is_closed = True
-            for read in (*self._demanded, *self._likely):
+            for read in [read for queue in self._queues for read in queue]:
                 read.error = ReadFailedError("The model was closed while it was being read.")
                 self._drop(read)
             self._changed.notify_all()

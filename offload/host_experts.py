@@ -11,11 +11,14 @@ from offload.arena import Addresses, Arena, Loaded
 from offload.backend import EngineAbortedError
 from offload.expert_graph import ExpertGraphs, ExpertWork
 from offload.expert_source import ExpertCopy, ExpertLayer
-from offload.picks import Picks, first_choices
+from offload.foresight import Foresight, Guess
+from offload.picks import Picks
 from offload.residency import Key
 
 _IN_FLIGHT = 2
 """Experts of a batch that are read while another is multiplied."""
+_WORTH_READING, _SURE = 0.5, 0.8
+"""Probabilities from which an expert is read ahead when nothing better is to be read, and before others."""
 
 Cancelled = Callable[[], bool] | None
 Wanted = tuple[Key, ExpertCopy]
@@ -38,7 +41,8 @@ class HostExperts:
         self._layers, self._graphs, self._arena = layers, graphs, arena
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
-        self._predicted: dict[int, list[Wanted]] = {}
+        self._predicted: dict[int, set[Key]] = {}
+        self._foresight = Foresight()
 
     @property
     def compute_bytes(self) -> int:
@@ -47,7 +51,9 @@ class HostExperts:
 
     def begin(self) -> None:
         """A step begins: what the last one foresaw is void."""
+        self._abandon(self._foreseen())
         self._predicted.clear()
+        self._foresight.begin()
 
     # --- one token ------------------------------------------------------------------------------------------
 
@@ -58,11 +64,11 @@ class HostExperts:
 
         Raises EngineAbortedError and ReadFailedError.
         """
-        self._predicted.pop(index, None)
         needed = {pick.key for pick in picks}
+        self._settle(index, needed)
         self._arena.pin(needed | self._foreseen())
         loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
-        self._look_ahead(ahead, needed)
+        self._look_ahead(index, ahead, needed)
         ready = [one.is_ready for one in loaded]
         works = [self._work(pick, one) for pick, one, is_ready in zip(picks, loaded, ready, strict=True) if is_ready]
         if works:
@@ -72,21 +78,37 @@ class HostExperts:
                 self._graphs.run([self._work(pick, one)], 1, is_cancelled)
 
     def _foreseen(self) -> set[Key]:
-        return {key for wanted in self._predicted.values() for key, _ in wanted}
+        return {key for keys in self._predicted.values() for key in keys}
 
-    def _look_ahead(self, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
-        """Has experts read that the next layers' routers would choose now; the nearest layer's first."""
-        if not ahead:
-            return
-        for index, scores in ahead.items():
-            layer = self._layers[index]
+    def _settle(self, index: int, needed: set[Key]) -> None:
+        """What was foreseen for this layer and is not needed is not read on."""
+        layer = self._layers[index]
+        assert layer is not None
+        self._foresight.settle(index, layer, {expert for _, expert in needed})
+        self._abandon(self._predicted.pop(index, set()) - needed)
+
+    def _abandon(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._arena.abandon(key, self._copy(key))
+
+    def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
+        """Has experts read that the next layers' routers would probably choose: the sure ones first, then the near."""
+        wanted: list[Guess] = []
+        for distance, (later, scores) in enumerate(ahead.items(), start=1):
+            layer = self._layers[later]
             assert layer is not None
-            keys = [(index, expert) for expert in first_choices(layer, scores)]
-            self._predicted[index] = [(key, layer.experts[key[1]][0]) for key in keys if not self._is_elsewhere(key)]
+            guesses = [
+                guess
+                for guess in self._foresight.guess(later, distance, layer, scores)
+                if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
+            ]
+            keys = {guess.key for guess in guesses[: layer.n_expert_used]}
+            self._abandon(self._predicted.get(later, set()) - keys)
+            self._predicted[later] = keys
+            wanted += guesses[: layer.n_expert_used]
         self._arena.pin(needed | self._foreseen())
-        for index in ahead:
-            for key, copy in self._predicted[index]:
-                self._arena.prefetch(key, copy)
+        for guess in sorted(wanted, key=lambda guess: guess.probability < _SURE):
+            self._arena.prefetch(guess.key, self._copy(guess.key), is_sure=guess.probability >= _SURE)
 
     def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
         addresses = self._arena.addresses(loaded)

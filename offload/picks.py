@@ -1,6 +1,5 @@
 """What a layer's router chose, sorted by expert: the work of one stop between two segments."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +56,3 @@ def _picks(
     index: int, layer: ExpertLayer, expert: int, copy: int, tokens: NDArray[np.int32], columns: NDArray[np.int64]
 ) -> Picks:
     return Picks((index, expert), layer.experts[expert][copy], copy, tokens, columns)
-
-
-def first_choices(layer: ExpertLayer, scores: NDArray[np.float32]) -> Sequence[int]:
-    """The stored experts that a router's scores [n_row] choose, best first."""
-    n_used = layer.n_expert_used
-    rows = np.argpartition(-scores, n_used - 1)[:n_used]
-    ordered = rows[np.argsort(-scores[rows], kind="stable")]
-    return [layer.target[row] for row in ordered.tolist() if layer.target[row] >= 0]

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.arena import slot_bytes
+from offload.copy_decision import LowSlots
 from offload.errors import DoesNotFitError
 from offload.expert_source import ExpertLayer, SlotClass
 from offload.memory import human
 from offload.model_spec import ModelSpec
 
-MAX_AHEAD = 2
-"""Layers whose routers are asked early: beyond the second they know too little."""
+MAX_AHEAD = 3
+"""Layers whose routers are asked early: beyond the third they know too little."""
 _GROWTH_BYTES = 40 << 20
 """What the program takes after planning: tokenizer, graphs, ggml's scratch memory, a request's own."""
 _REQUEST_BYTES = 16 << 20
@@ -37,6 +38,7 @@ class TierPlan:
     n_experts: int
     expert_bytes: int
     n_ahead: int
+    low: LowSlots = "none"
 
     @property
     def fixed(self) -> int:
@@ -50,20 +52,28 @@ class TierPlan:
 
     @property
     def n_resident(self) -> int:
-        """Experts that have a slot."""
+        """Copies of experts that have a slot."""
         return sum(n for _, n in self.n_slots)
 
 
 def plan_tiers(
-    layers: Sequence[ExpertLayer | None], budget: int, *, program: int, weights: int, kv: int, compute: int, what: str
+    layers: Sequence[ExpertLayer | None],
+    budget: int,
+    *,
+    program: int,
+    weights: int,
+    kv: int,
+    compute: int,
+    what: str,
+    low: LowSlots = "none",
 ) -> TierPlan:
     """The plan for a budget.
 
     Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
     """
-    n_slots = fit_slots(layers, budget, program + weights + kv + compute, what)
+    n_slots = fit_slots(layers, budget, program + weights + kv + compute, what, low)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
-    classes = slot_classes(layers)
+    classes = slot_classes(layers) + low_classes(layers, low)
     # Where all have room nobody is driven out, and nothing is read.
     rooms = [n // min(n_used, classes[kind]) for kind, n in n_slots.items() if n < classes[kind]]
     copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
@@ -77,17 +87,21 @@ def plan_tiers(
         n_experts=len(copies),
         expert_bytes=sum(copy.n_bytes for copy in copies),
         n_ahead=max(0, min(MAX_AHEAD, *(room - 1 for room in rooms))) if rooms else 0,
+        low=low,
     )
 
 
-def fit_slots(layers: Sequence[ExpertLayer | None], budget: int, taken: int, what: str) -> dict[SlotClass, int]:
-    """Slots by class for what a budget leaves beside `taken` bytes.
+def fit_slots(
+    layers: Sequence[ExpertLayer | None], budget: int, taken: int, what: str, low: LowSlots = "none"
+) -> dict[SlotClass, int]:
+    """Slots by class for what a budget leaves beside `taken` bytes; low copies have the part of it that `low` says.
 
     Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
     """
-    classes = slot_classes(layers)
+    high, lows = slot_classes(layers), low_classes(layers, low)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
-    least = {kind: min(n, n_used) for kind, n in classes.items()}
+    least_high, least_low = (Counter({kind: min(n, n_used) for kind, n in of.items()}) for of in (high, lows))
+    least = least_high + least_low
     required = taken + sum(n * slot_bytes(kind) for kind, n in least.items())
     if required > budget:
         raise DoesNotFitError(
@@ -96,13 +110,27 @@ def fit_slots(layers: Sequence[ExpertLayer | None], budget: int, taken: int, wha
             required_bytes=required,
             available_bytes=budget,
         )
-    return share_slots(classes, least, budget - taken)
+    room = budget - taken
+    if low != "first":
+        return share_slots(high + lows, least, room)
+    kept = share_slots(lows, least_low, room - _bytes_of(least_high)) if lows else {}
+    return dict(Counter(kept) + Counter(share_slots(high, least_high, room - _bytes_of(kept))))
 
 
-def slot_classes(layers: Iterable[ExpertLayer | None]) -> dict[SlotClass, int]:
+def _bytes_of(slots: Mapping[SlotClass, int]) -> int:
+    return sum(n * slot_bytes(kind) for kind, n in slots.items())
+
+
+def slot_classes(layers: Iterable[ExpertLayer | None]) -> Counter[SlotClass]:
     """How many experts there are of each class, by their best copies."""
-    return dict(
-        Counter(copies[0].slot_class for layer in layers if layer is not None for copies in layer.experts if copies)
+    return Counter(copies[0].slot_class for layer in layers if layer is not None for copies in layer.experts if copies)
+
+
+def low_classes(layers: Iterable[ExpertLayer | None], low: LowSlots) -> Counter[SlotClass]:
+    """The same of last copies that are not the best ones, if they have memory at all."""
+    layers = () if low == "none" else layers
+    return Counter(
+        copies[-1].slot_class for layer in layers if layer is not None for copies in layer.experts if len(copies) > 1
     )
 
 

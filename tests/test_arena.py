@@ -169,7 +169,7 @@ def test_it_is_filled_in_order_as_far_as_there_is_room(bench: Bench) -> None:
     bench.demand(*bench.held)
     assert bench.counts() == (7, 0, 0)
     assert bench.arena.n_bytes == sum(n * slot_bytes(kind) for kind, n in zip(bench.arena._pools, (4, 3), strict=True))
-    assert bench.arena.least_slots == 3
+    assert bench.arena.n_free_to_pin == 3
     bench.check()
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import offload.disk_reader
-from offload.disk_reader import PAGE, DiskReader, Read, ReadFailedError, padded
+from offload.disk_reader import PAGE, DiskReader, Read, ReadFailedError, Urgency, padded
 from offload.errors import ModelFileError
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.weight_source import Span
@@ -238,7 +238,7 @@ def test_waiting_for_a_likely_read_demands_it(path: Path, gate: Gate) -> None:
         wanted = reader.submit([pages(4, 2).part], demanded=False)
         gate.wait_for(1)
         waiting = in_background(lambda: reader.wait(wanted))
-        while not wanted.is_demanded:
+        while wanted.urgency is not Urgency.DEMANDED:
             waiting.join(0.001)
         gate.open(3)
         assert soon_over(waiting)
@@ -452,6 +452,5 @@ def test_reads_come_and_go_at_random(path: Path, direct: bool) -> None:
     with closing(DiskReader(read_gguf(path), n_threads=3, direct=direct)) as reader:
         assert soon_over(in_background(lambda: live(reader)))
         assert done
-        assert not reader._demanded
-        assert not reader._likely
+        assert not any(reader._queues)
         assert reader._n_active == 0
