@@ -114,6 +114,7 @@ class Arena:
     def __init__(self, reader: DiskReader, policy: Valued, n_slots: Mapping[SlotClass, int]) -> None:
         self._reader = reader
         self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
+        self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
         self.counters = ArenaCounters()
@@ -151,13 +152,18 @@ class Arena:
             for key in list(pool.cache):
                 pool.cache.free(key)
 
-    def pin(self, keys: set[Key]) -> None:
-        """Keeps these, and only these and those that are held, from leaving until the next call."""
-        self._pinned = keys | self._held
+    def pin(self, keys: set[Key], likely: Collection[Key] = ()) -> None:
+        """Keeps these, and only these and those that are held, from leaving until the next call.
+
+        The `likely` ones stay as well, as long as what is demanded finds room beside them.
+        """
+        self._needed = keys | self._held
+        self._pinned = self._needed.union(likely)
 
     def hold(self, keys: Collection[Key]) -> None:
         """Keeps these from leaving whatever is pinned, until the next call."""
         self._held = frozenset(keys)
+        self._needed |= self._held
         self._pinned |= self._held
 
     def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
@@ -223,7 +229,8 @@ class Arena:
                 slot.read = None
 
     def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> Loaded:
-        index, _ = pool.cache.acquire(key, self._pinned)
+        is_tight = demanded and not pool.can_take(self._pinned)
+        index, _ = pool.cache.acquire(key, self._needed if is_tight else self._pinned)
         slot = pool.slots[index]
         slot.key = key
         if slot.read is not None:

@@ -127,7 +127,9 @@ class ExpertStage:
         assert device.times is not None
         here = [pick for pick in on_host if device.takes(pick.copy) and self._host_experts.has(pick.key)]
         n_host, n_device = ([len(pick.columns) for pick in picks] for picks in (here, on_device))
-        return [here[index] for index in choose_streams(n_host, n_device, device.times)]
+        # What is streamed keeps its slot, and the host needs one for the others.
+        n_most = max(0, self._host_experts.n_free_to_pin - 1)
+        return [here[index] for index in choose_streams(n_host, n_device, device.times)[:n_most]]
 
     def _beside(self, device: DeviceExperts, streamed: list[Picks], n_rows: int, rest: Callable[[], None]) -> None:
         """Streams experts while the host does its own."""

@@ -66,7 +66,7 @@ class HostExperts:
         """
         needed = {pick.key for pick in picks}
         self._settle(index, needed)
-        self._arena.pin(needed | self._foreseen())
+        self._arena.pin(needed, self._foreseen())
         loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
         self._look_ahead(index, ahead, needed)
         ready = [one.is_ready for one in loaded]
@@ -106,7 +106,7 @@ class HostExperts:
             self._abandon(self._predicted.get(later, set()) - keys)
             self._predicted[later] = keys
             wanted += guesses[: layer.n_expert_used]
-        self._arena.pin(needed | self._foreseen())
+        self._arena.pin(needed, self._foreseen())
         for guess in sorted(wanted, key=lambda guess: guess.probability < _SURE):
             self._arena.prefetch(guess.key, self._copy(guess.key), is_sure=guess.probability >= _SURE)
 
@@ -147,6 +147,11 @@ class HostExperts:
         return [(key, copy) for key, copy in wanted if not self._is_elsewhere(key) and not self._arena.holds(key, copy)]
 
     # --- for devices ----------------------------------------------------------------------------------------
+
+    @property
+    def n_free_to_pin(self) -> int:
+        """Experts that can be held at once."""
+        return self._arena.n_free_to_pin
 
     def has(self, key: Key) -> bool:
         """Whether an expert is in memory here, complete."""

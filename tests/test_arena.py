@@ -199,6 +199,24 @@ def test_reading_ahead_takes_no_pinned_slot(bench: Bench) -> None:
     bench.check()
 
 
+def test_what_is_needed_drives_out_what_is_only_likely(bench: Bench) -> None:
+    bench.fill()
+    likely: set[Key] = {(0, 0), (0, 1), (0, 2)}
+    bench.arena.pin({(1, 0)}, likely)
+    bench.arena.demand((1, 0), bench.copies[1, 0])
+    assert bench.held >= likely | {(1, 0)}
+    bench.arena.pin({(1, 0), (1, 1), (1, 2)}, likely)
+    for key in ((1, 0), (1, 1), (1, 2)):
+        bench.arena.demand(key, bench.copies[key])
+    assert bench.held >= {(1, 0), (1, 1), (1, 2)}
+    assert len(bench.held & likely) == 1
+    bench.arena.hold({(1, 0), (1, 1), (1, 2)})
+    bench.arena.pin({(0, 3)})
+    bench.arena.demand((0, 3), bench.copies[0, 3])
+    assert bench.held >= {(1, 0), (1, 1), (1, 2), (0, 3)}
+    bench.check()
+
+
 # --- counters ----------------------------------------------------------------------------------------------
 
 

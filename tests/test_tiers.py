@@ -173,6 +173,21 @@ def test_layers_that_are_not_alike_in_any_budget(directory: Path) -> None:
             np.testing.assert_array_equal(conversation(engine), expected)
 
 
+def test_looking_further_ahead_than_there_are_slots(directory: Path) -> None:
+    """As when there is less room for slots when the model is opened than when it was planned.
+
+    A layer that needs one expert leaves slots to those of the layers after it, and the next one then needs three.
+    """
+    stock = content_of(directory, TinyShape(n_layer=4))
+    novices = NativeFfn((StoredExpert(0),), (0, -1, -2), np.ones((2, 64), np.float32))
+    layers = [novices, plain_ffn(6), plain_ffn(6), plain_ffn(6)]
+    path = write_native(directory / "narrow.gguf", stock, layers)
+    with closing(tiered_engine(config(path), 1.0)) as engine:
+        expected = conversation(engine)
+    with closing(tiered_engine(config(path), 0.0, n_ahead=3)) as engine:
+        np.testing.assert_array_equal(conversation(engine), expected)
+
+
 def test_several_requests_at_once_get_the_same_bits(mixed: Path) -> None:
     """Batches of a prompt's part and other requests' tokens, in cells that lie apart."""
     case = config(mixed, n_parallel=3, n_batch=16)

@@ -17,10 +17,16 @@ def resident_engine(config: EngineConfig) -> Engine:
     return Engine.open(replace(config, weights="copied", device="none"))
 
 
-def tiered_engine(config: EngineConfig, share: float) -> Engine:
-    """Reads experts from disk: with 0 there are slots for no more than a step of one token, with 1 for all experts."""
+def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None) -> Engine:
+    """Reads experts from disk: with 0 there are slots for no more than a step of one token, with 1 for all experts.
+
+    `n_ahead` layers are asked early, or as many as the plan says.
+    """
     config = replace(config, device="none")
     plan = tiered_plan(config, share)
+    if n_ahead is not None:
+        assert plan.tiers is not None
+        plan = replace(plan, tiers=replace(plan.tiers, n_ahead=n_ahead))
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_planned_slots(monkeypatch)
         return Engine(config, plan, lambda done, total: None)
