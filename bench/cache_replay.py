@@ -1,8 +1,8 @@
 """Runs a trace through a cache: what is found, what is missed, what is moved, and what that costs.
 
 The decisions are the engine's own (`residency.SlotCache`, `slot_exchange.SlotExchange`), asked in the order in which it
-asks them. What it reads ahead on a guess is not in a trace: a right guess changes when a miss is read, not whether.
-A device is taken to be the only one, and every expert that it lacks to be in memory.
+asks them. What the engine foresaw is in its traces and takes slots here as it did there; only how fast the disk was is
+not. A device is taken to be the only one, and every expert that it lacks to be in memory.
 """
 
 from collections import Counter
@@ -24,11 +24,15 @@ IN_FLIGHT = 2
 
 @dataclass(slots=True)
 class Tally:
-    """Visits to experts, each counted once per step and layer, and bytes moved for them."""
+    """Visits to experts, each counted once per step and layer, and bytes moved for them.
+
+    `ahead` are those of the misses that had been foreseen; what was foreseen in vain is in `moved_bytes` as well.
+    """
 
     n_tokens: int = 0
     hits: int = 0
     misses: int = 0
+    ahead: int = 0
     hit_bytes: int = 0
     miss_bytes: int = 0
     moved_bytes: int = 0
@@ -91,6 +95,8 @@ class CacheReplay:
             for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
                 cache.acquire(key)
         self._missed: list[Key] = []
+        self._foreseen: dict[int, set[Key]] = {}
+        self._read_ahead: set[Key] = set()
         self._exchange = None
         if tier.computes_misses and isinstance(contender, Online):
             rule = tier.swap_rule(max(slots, default=0))
@@ -108,6 +114,7 @@ class CacheReplay:
         for step in steps:
             tally = tallies["answer" if step.is_answer else "prompt"]
             tally.n_tokens += step.n_tokens
+            self._foreseen.clear()
             for visit in step.visits:
                 self._contender.observe(visit)
                 self._serve(visit, tally)
@@ -124,8 +131,10 @@ class CacheReplay:
     def _serve(self, visit: Visit, tally: Tally) -> None:
         here = [key for key in visit.keys if self._is_here(key)]
         absent = [key for key in visit.keys if not self._is_here(key)]
-        tally.hits += len(here)
-        tally.misses += len(absent)
+        ahead = [key for key in here if key in self._read_ahead]
+        tally.hits += len(here) - len(ahead)
+        tally.misses += len(absent) + len(ahead)
+        tally.ahead += len(ahead)
         tally.hit_bytes += self._n_bytes(here)
         tally.miss_bytes += self._n_bytes(absent)
         if not self._tier.computes_misses:
@@ -135,9 +144,10 @@ class CacheReplay:
         elif self._tier.computes_misses:
             self._missed += absent if len(visit.picks) == 1 and visit.is_answer[-1] else []
         elif len(visit.picks) == 1:
-            self._load(absent, set(visit.keys))
+            self._load_single(visit, absent, tally)
         else:
             self._load_batch(here, absent)
+        self._read_ahead.difference_update(visit.keys)
 
     def _are_alike(self, key: Key, other: Key) -> bool:
         return self._pool(key) is self._pool(other)
@@ -168,8 +178,29 @@ class CacheReplay:
         for key in keys:
             cache = self._pool(key)
             if cache is not None:
-                is_full = len(cache) == cache.n_slots
-                cache.acquire(key, () if is_full and cache.victim(pinned) is None else pinned)
+                self._acquire(cache, key, pinned if _can_take(cache, pinned) else set())
+
+    def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> None:
+        _, evicted = cache.acquire(key, pinned)
+        if evicted is not None:
+            self._read_ahead.discard(evicted)
+
+    def _load_single(self, visit: Visit, absent: list[Key], tally: Tally) -> None:
+        """One token's misses, and then what is foreseen for its later layers, while slots are not pinned."""
+        self._read_ahead -= self._foreseen.pop(visit.layer, set())
+        self._load(absent, {*visit.keys, *self._all_foreseen()})
+        for layer in {layer for layer, _ in visit.ahead}:
+            self._foreseen[layer] = {key for key in visit.ahead if key[0] == layer}
+        pinned = {*visit.keys, *self._all_foreseen()}
+        for key in visit.ahead:
+            cache = self._pool(key)
+            if cache is not None and key not in cache and _can_take(cache, pinned):
+                self._acquire(cache, key, pinned)
+                self._read_ahead.add(key)
+                tally.moved_bytes += self._n_bytes([key])
+
+    def _all_foreseen(self) -> Iterator[Key]:
+        return (key for keys in self._foreseen.values() for key in keys)
 
     def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
         """Those that are here first, the others read while they are multiplied; what is done may leave."""
@@ -188,3 +219,7 @@ class CacheReplay:
             cache.acquire(newcomer)
             tally.moved_bytes += self._n_bytes([newcomer])
         self._missed.clear()
+
+
+def _can_take(cache: SlotCache, pinned: set[Key]) -> bool:
+    return len(cache) < cache.n_slots or cache.victim(pinned) is not None

@@ -13,13 +13,14 @@ from offload.trace import Trace, TraceLayer, TraceStep
 class Visit:
     """What a step wants of a layer: `keys`, distinct, in the engine's order, and whose they are.
 
-    `picks` int32 [n_rows, n_used], `is_answer` bool [n_rows].
+    `picks` int32 [n_rows, n_used], `is_answer` bool [n_rows]. `ahead` is what the engine then foresaw for later layers.
     """
 
     layer: int
     keys: tuple[Key, ...]
     picks: NDArray[np.int32]
     is_answer: NDArray[np.bool_]
+    ahead: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,4 +49,5 @@ def _visit(part: TraceLayer, is_answer: NDArray[np.bool_]) -> Visit:
     """One token's experts in the router's order, a batch's in the order of their numbers."""
     chosen = part.picks[part.picks >= 0].tolist()
     distinct = dict.fromkeys(chosen) if len(part.picks) == 1 else sorted(set(chosen))
-    return Visit(part.layer, tuple((part.layer, expert) for expert in distinct), part.picks, is_answer)
+    keys = tuple((part.layer, expert) for expert in distinct)
+    return Visit(part.layer, keys, part.picks, is_answer, part.ahead)

@@ -3,8 +3,8 @@
 Layout, little-endian: MAGIC, version u32, length u32 of a JSON header, the header. Then for each step: length u32 of
 what follows, number of runs u16, the runs (kind u8, sequence, first position and number of tokens u32), and for each
 layer in the order of computation: layer u16, picks per token u16, rows u32, then per pick the expert (u8, or u16 from
-255 experts up; the largest value means none) and its share (float16). A writer that was killed leaves a partial last
-step, which a reader leaves out.
+255 experts up; the largest value means none) and its share (float16), then the number u16 of experts foreseen, and of
+each its layer and number u16. A writer that was killed leaves a partial last step, which a reader leaves out.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ _LENGTH = struct.Struct("<I")
 _COUNT = struct.Struct("<H")
 _RUN = struct.Struct("<BIII")
 _LAYER = struct.Struct("<HHI")
+_PAIR = struct.Struct("<HH")
 _BUFFER_BYTES = 1 << 16
 _MAX_TOKENS = 1 << 20  # no step is larger; a damaged count would otherwise be believed
 _ROUTER_SUFFIX = ".ffn_gate_inp.weight"
@@ -81,12 +82,14 @@ class TraceRun:
 class TraceLayer:
     """A layer's choice: `picks` int32 [n_rows, n_used], stored experts or -1 for none, `shares` float16 beside them.
 
-    The rows are the step's last tokens: all of them, unless the layer computed no others.
+    The rows are the step's last tokens: all of them, unless the layer computed no others. `ahead` are (layer, expert)
+    that were foreseen there for later layers, in the order in which they were to be read.
     """
 
     layer: int
     picks: NDArray[np.int32]
     shares: NDArray[np.float16]
+    ahead: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,16 +111,6 @@ class Trace:
 
     header: TraceHeader
     steps: tuple[TraceStep, ...]
-
-    def picks(self, layer: int, kind: int) -> NDArray[np.int32]:
-        """All choices of a layer for tokens of one kind, in order, int32 [n, n_used]."""
-        found = [
-            part.picks[step.is_answer(len(part.picks)) == (kind == ANSWER)]
-            for step in self.steps
-            for part in step.layers
-            if part.layer == layer
-        ]
-        return np.concatenate(found) if found else np.empty((0, self.header.n_expert_used), np.int32)
 
     def rates(self) -> NDArray[np.float64]:
         """Mean picks per token of every expert, prompts and answers alike, float64 [n_layer, n_expert]."""
@@ -144,9 +137,6 @@ def routers_hash(gguf: GGUFFile) -> str:
 
 def _expert_type(header: TraceHeader) -> Any:
     return np.dtype("<u1") if header.n_expert < 255 else np.dtype("<u2")
-
-
-# --- writing -------------------------------------------------------------------------------------------------
 
 
 class TraceWriter:
@@ -199,6 +189,11 @@ class TraceWriter:
         self._parts.append(_LAYER.pack(layer, n_used, n_rows))
         self._parts.append(picks.astype(self._type).tobytes())
         self._parts.append(shares.astype("<f2").tobytes())
+        self._parts.append(_COUNT.pack(0))
+
+    def ahead(self, keys: Sequence[tuple[int, int]]) -> None:
+        """Records what was foreseen at the layer just recorded: (layer, expert), the first to be read first."""
+        self._parts[-1] = _COUNT.pack(len(keys)) + b"".join(_PAIR.pack(*key) for key in keys)
 
     def _end_step(self) -> None:
         parts, self._parts = self._parts, []
@@ -219,9 +214,6 @@ class TraceWriter:
             self._file.close()
         except OSError as error:
             self._fail(error)
-
-
-# --- reading -------------------------------------------------------------------------------------------------
 
 
 def read_trace(path: str | Path, model: str | None = None) -> Trace:
@@ -290,5 +282,14 @@ def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
         picks = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int32))
         if (picks >= len(header.expert_bytes[layer])).any():
             raise ValueError(layer)
-        layers.append(TraceLayer(layer, picks, shares))
+        (n_ahead,) = _COUNT.unpack_from(data, at)
+        at += _COUNT.size + n_ahead * _PAIR.size
+        ahead = tuple(_PAIR.iter_unpack(data[at - n_ahead * _PAIR.size : at]))
+        if len(ahead) != n_ahead or any(not _has(header, *key) for key in ahead):
+            raise ValueError(layer)
+        layers.append(TraceLayer(layer, picks, shares, ahead))
     return TraceStep(runs, tuple(layers))
+
+
+def _has(header: TraceHeader, layer: int, expert: int) -> bool:
+    return layer < header.n_layer and expert < len(header.expert_bytes[layer])

@@ -72,14 +72,14 @@ def test_what_was_written_is_read(tmp_path: Path, n_expert: int) -> None:
 
 
 def test_a_decoded_token_takes_few_bytes(tmp_path: Path) -> None:
-    """The file grows by a pick's byte and its share's two, and a header of 8 bytes for a layer."""
+    """The file grows by a pick's byte and its share's two, and by 10 bytes for a layer."""
     header = TraceHeader("abc", 2, ((7,) * 8,) * 32)
     picks, shares = np.array([[3, 5]]), np.array([[0.75, 0.25]])
     step = ([TraceRun(ANSWER, 0, 9, 1)], [(layer, picks, shares) for layer in range(32)])
     write(tmp_path / "one", header, [step])
     write(tmp_path / "eleven", header, [step] * 11)
     sizes = [(tmp_path / name).stat().st_size for name in ("one", "eleven")]
-    assert sizes[1] - sizes[0] == 10 * (4 + 2 + 13 + 32 * (8 + 2 * 3))
+    assert sizes[1] - sizes[0] == 10 * (4 + 2 + 13 + 32 * (10 + 2 * 3))
 
 
 def test_a_file_that_ends_anywhere_gives_its_whole_steps(tmp_path: Path) -> None:
@@ -95,17 +95,38 @@ def test_a_file_that_ends_anywhere_gives_its_whole_steps(tmp_path: Path) -> None
         assert len(read_trace(path).steps) == sum(end <= size for end in ends) - 1
 
 
-def test_picks_of_prompts_and_answers_are_told_apart(tmp_path: Path) -> None:
+def test_rows_of_prompts_and_answers_are_told_apart(tmp_path: Path) -> None:
     """The last layer computes the step's last rows only: here the answer's and the last of the prompt's."""
     path = tmp_path / "trace"
     rows = np.array([[0, 1, 2], [1, 2, 3], [2, 3, 0], [3, 0, 1]])
     runs = [TraceRun(PROMPT, 0, 0, 3), TraceRun(ANSWER, 1, 50, 1)]
     write(path, HEADER, [(runs, [(0, rows, rows), (2, rows[2:], rows[2:])])])
-    trace = read_trace(path)
-    assert trace.picks(0, PROMPT).tolist() == rows[:3].tolist()
-    assert trace.picks(0, ANSWER).tolist() == rows[3:].tolist()
-    assert trace.picks(2, PROMPT).tolist() == rows[2:3].tolist()
-    assert trace.picks(1, ANSWER).shape == (0, N_USED)
+    (step,) = read_trace(path).steps
+    assert [step.is_answer(len(part.picks)).tolist() for part in step.layers] == [[False] * 3 + [True], [False, True]]
+
+
+def test_what_was_foreseen_stays_with_its_layer_in_its_order(tmp_path: Path) -> None:
+    picks = np.array([[0, 1, 2]])
+    writer = TraceWriter(tmp_path / "trace", HEADER)
+    writer.step([TraceRun(ANSWER, 0, 0, 1)])
+    writer.layer(0, picks, picks)
+    writer.ahead([(2, 3), (0, 5), (2, 0)])
+    writer.layer(2, picks, picks)
+    writer.close()
+    (step,) = read_trace(tmp_path / "trace").steps
+    assert [part.ahead for part in step.layers] == [((2, 3), (0, 5), (2, 0)), ()]
+    assert [part.picks.tolist() for part in step.layers] == [picks.tolist()] * 2
+
+
+@pytest.mark.parametrize("key", [(1, 0), (2, 4), (3, 0)])
+def test_foreseen_experts_that_the_model_does_not_have_are_damage(tmp_path: Path, key: tuple[int, int]) -> None:
+    writer = TraceWriter(tmp_path / "trace", HEADER)
+    writer.step([TraceRun(ANSWER, 0, 0, 1)])
+    writer.layer(0, np.array([[0, 1, 2]]), np.array([[0, 1, 2]]))
+    writer.ahead([(0, 0), key])
+    writer.close()
+    with pytest.raises(TraceFileError, match="damaged"):
+        read_trace(tmp_path / "trace")
 
 
 def test_rates_are_picks_per_token(tmp_path: Path) -> None:
@@ -184,7 +205,6 @@ def test_random_damage_is_never_a_traceback(tmp_path: Path) -> None:
         except TraceFileError:
             continue
         trace.rates()
-        trace.picks(0, PROMPT)
 
 
 def test_another_models_trace_is_refused(tmp_path: Path) -> None:
