@@ -4,6 +4,7 @@ They lie in one buffer of the backend that runs the segments, at fixed addresses
 Where that memory is the host's own, reading one is looking at it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ class Exchange:
             ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, address)
             address += size
         self._dtypes = {name: _DTYPES[kind[0]] for name, kind in wanted.items()}
+        self._shaped: dict[tuple[str | int, ...], NDArray[Any]] = {}
         self._views = {name: self._view(name) for name in wanted} if backend.is_host else {}
 
     def _view(self, name: str) -> NDArray[Any]:
@@ -93,9 +95,11 @@ class Exchange:
 
     def read(self, name: str, *shape: int) -> NDArray[Any]:
         """The beginning of a tensor as an array of a shape (slowest axis first); good until the next graph."""
-        n = int(np.prod(shape))
         if self._views:
-            return self._views[name][:n].reshape(shape)
+            view = self._shaped.get((name, *shape))
+            if view is None:
+                view = self._shaped[name, *shape] = self._views[name][: math.prod(shape)].reshape(shape)
+            return view
         values = np.empty(shape, self._dtypes[name])
         self._backend.get(self._tensors[name], values)
         return values
@@ -112,6 +116,7 @@ class Exchange:
         """Frees the memory."""
         if self._buffer:
             self._views.clear()
+            self._shaped.clear()
             ggml_backend.ggml_backend_buffer_free(self._buffer)
             ggml.ggml_free(self._ctx)
             self._buffer = 0

@@ -4,8 +4,9 @@ An expert has one or several *copies*, encodings of the same three matrices, the
 point at is a table, so that an engine never needs to know how a file came to have fewer experts than rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -17,28 +18,55 @@ from offload.weight_source import BucketSources, LayerSources, ModelSources, Wei
 
 MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 """Type and shape of one matrix."""
-SlotClass = tuple[MatrixClass, MatrixClass, MatrixClass]
-"""Type and shape of gate, up and down: copies of one class can take each other's place in memory."""
+
+
+class SlotClass:
+    """Type and shape of gate, up and down: copies of one class can take each other's place in memory.
+
+    There is one object for each class, so that looking one up, as happens for every pick, hashes no types and shapes.
+    """
+
+    __slots__ = ("matrices",)
+    _known: ClassVar[dict[tuple[MatrixClass, MatrixClass, MatrixClass], "SlotClass"]] = {}
+
+    matrices: tuple[MatrixClass, MatrixClass, MatrixClass]
+
+    @classmethod
+    def of(cls, gate: MatrixClass, up: MatrixClass, down: MatrixClass) -> "SlotClass":
+        """The class of such matrices."""
+        known = cls._known.get((gate, up, down))
+        if known is None:
+            known = cls._known[gate, up, down] = cls()
+            known.matrices = (gate, up, down)
+        return known
+
+    def __iter__(self) -> Iterator[MatrixClass]:
+        return iter(self.matrices)
+
+    def __repr__(self) -> str:
+        return f"SlotClass{self.matrices}"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCopy:
-    """One encoding of an expert: gate and up [n_embd, n_ff], down [n_ff, n_embd], moved and replaced together."""
+    """One encoding of an expert: gate and up [n_embd, n_ff], down [n_ff, n_embd], moved and replaced together.
+
+    `slot_class` is what must agree for two copies to share a slot.
+    """
 
     gate: WeightSource
     up: WeightSource
     down: WeightSource
+    slot_class: SlotClass = field(init=False, compare=False)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all three matrices."""
         return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
 
-    @property
-    def slot_class(self) -> SlotClass:
-        """What must agree for two copies to share a slot."""
+    def __post_init__(self) -> None:
         gate, up, down = ((part.type, part.ne) for part in (self.gate, self.up, self.down))
-        return gate, up, down
+        object.__setattr__(self, "slot_class", SlotClass.of(gate, up, down))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from offload.graph_pool import BuiltGraph, GraphPool
 from offload.kv_cache import KVCache
 from offload.model_spec import ModelSpec
 from offload.runner import Logits
-from offload.segment import Segment, SegmentBuilder, cut_into_segments
+from offload.segment import SegmentBuilder, cut_into_segments
 from offload.token_rows import TokenRows
 from offload.weights import ModelWeights
 
@@ -33,10 +33,8 @@ class Part:
     weights: ModelWeights
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    segment: Segment
-    shape: StepShape
+_Key = tuple[int, int, int, int]
+"""Number of a segment, and its step's tokens, cells and rows of logits; hashed many times per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +64,9 @@ class TieredRunner:
         n_graphs = _MAX_STEPS * len(self._segments)
         self._graphs = [GraphPool(part.site.backend.buft, self._build, n_graphs) for part in parts]
         self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
-        for segment in self._segments:
+        for index, segment in enumerate(self._segments):
             for n_tokens in (n_batch, 1):
-                self._graphs[segment.part].reserve(_Key(segment, StepShape(n_tokens, self._n_cells, 1)))
+                self._graphs[segment.part].reserve((index, n_tokens, self._n_cells, 1))
 
     def attach(self, stage: ExpertStage) -> None:
         """Hands over the experts' stage; it is closed with the runner."""
@@ -92,7 +90,7 @@ class TieredRunner:
         Raises EngineAbortedError, which `is_cancelled` causes between two layers at the latest, and ReadFailedError.
         """
         assert batch.n_kv <= self._n_cells
-        shape = StepShape(batch.n_tokens, batch.n_kv, batch.n_out)
+        shape = (batch.n_tokens, batch.n_kv, batch.n_out)
         self._write_inputs(batch)
         if self._stage is not None:
             self._stage.begin(batch)
@@ -100,7 +98,7 @@ class TieredRunner:
             part = self._parts[segment.part]
             if index and segment.part != self._segments[index - 1].part:
                 self._hand_over(self._parts[segment.part - 1].site.exchange, part.site.exchange, batch.n_tokens)
-            prepared = self._graphs[segment.part].get(_Key(segment, shape))
+            prepared = self._graphs[segment.part].get((index, *shape))
             if is_cancelled is None:
                 part.site.backend.compute(prepared.graph)
             elif is_cancelled():
@@ -146,8 +144,9 @@ class TieredRunner:
         return logits
 
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
-        part = self._parts[key.segment.part]
-        builder = SegmentBuilder(self.spec, part.weights, part.cache, key.shape, part.site.exchange, key.segment)
+        segment, shape = self._segments[key[0]], StepShape(*key[1:])
+        part = self._parts[segment.part]
+        builder = SegmentBuilder(self.spec, part.weights, part.cache, shape, part.site.exchange, segment)
         built = builder.build_segment()
         return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
 

@@ -319,7 +319,7 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
         draw.standard_normal((n_expert, *ne), np.float32) / 8 for ne in ((n_ff, n_embd),) * 2 + ((n_embd, n_ff),)
     ]
     stored = [GGUFContent({}, {"m": StoredTensor(m, Type.F32)}).quantised(kind).tensors["m"].data for m in matrices]
-    slot_class: SlotClass = ((kind, (n_embd, n_ff)), (kind, (n_embd, n_ff)), (kind, (n_ff, n_embd)))
+    slot_class = SlotClass.of((kind, (n_embd, n_ff)), (kind, (n_embd, n_ff)), (kind, (n_ff, n_embd)))
     with (
         closing(CpuBackend(1)) as backend,
         closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
