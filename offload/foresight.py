@@ -5,8 +5,10 @@ border between chosen and not chosen tells how sure it is; how sure that makes u
 distance of layers by itself.
 """
 
+from bisect import bisect
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from heapq import nlargest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +34,13 @@ class Guess:
 class _Book:
     """Guesses and hits by margin, for one distance; recent ones count most."""
 
-    guesses: NDArray[np.float64] = field(default_factory=lambda: np.full(len(_BORDERS) + 1, _PRIOR_WEIGHT))
-    hits: NDArray[np.float64] = field(
-        default_factory=lambda: _PRIOR_WEIGHT * np.linspace(0.05, 0.95, len(_BORDERS) + 1)
+    guesses: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * (len(_BORDERS) + 1))
+    hits: list[float] = field(
+        default_factory=lambda: [_PRIOR_WEIGHT * (n + 0.5) / (len(_BORDERS) + 1) for n in range(len(_BORDERS) + 1)]
     )
 
     def probability(self, column: int) -> float:
-        return float(self.hits[column] / self.guesses[column])
+        return self.hits[column] / self.guesses[column]
 
     def settle(self, columns: list[int], hits: list[bool]) -> None:
         for column, hit in zip(columns, hits, strict=True):
@@ -59,19 +61,18 @@ class Foresight:
 
     def guess(self, index: int, distance: int, layer: ExpertLayer, scores: NDArray[np.float32]) -> list[Guess]:
         """Experts of layer `index`, likeliest first, from its router's scores [n_row] for an earlier layer's input."""
-        order = np.argsort(-scores, kind="stable")
-        n_used = layer.n_expert_used
-        if len(order) > n_used:
-            border = (scores[order[n_used - 1]] + scores[order[n_used]]) / 2
+        listed, n_used = scores.tolist(), layer.n_expert_used
+        candidates = nlargest(2 * n_used, range(len(listed)), key=listed.__getitem__)
+        if len(listed) > n_used:
+            border = (listed[candidates[n_used - 1]] + listed[candidates[n_used]]) / 2
         else:
-            border = scores[order[-1]] - 1
-        candidates = order[: 2 * n_used]
-        columns = np.searchsorted(_BORDERS, scores[candidates] - border).tolist()
+            border = listed[candidates[-1]] - 1
+        columns = [bisect(_BORDERS, listed[row] - border) for row in candidates]
         book = self._books.setdefault(distance, _Book())
-        self._open.setdefault(index, {})[distance] = list(zip(candidates.tolist(), columns, strict=True))
+        self._open.setdefault(index, {})[distance] = list(zip(candidates, columns, strict=True))
         return [
             Guess((index, layer.target[row]), book.probability(column))
-            for row, column in zip(candidates.tolist(), columns, strict=True)
+            for row, column in zip(candidates, columns, strict=True)
             if layer.target[row] >= 0
         ]
 

@@ -106,9 +106,11 @@ class Heat:
     def decode(self, layer: int, experts: Sequence[int]) -> None:
         """Raises the experts' means."""
         self._layer = layer
-        indices = list(experts)
-        self._decoded[layer, indices] += 1 - self._keep
-        self.values[layer, indices] += 1 - self._keep
+        # One by one: for the few experts of a token that is several times as fast as by index arrays.
+        decoded, values, gain = self._decoded[layer], self.values[layer], 1 - self._keep
+        for expert in experts:
+            decoded[expert] += gain
+            values[expert] += gain
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
         """Mixes in the picks of the prompt so far; batches that no decoded token parts are one prompt."""

@@ -74,7 +74,7 @@ def test_one_expert_is_a_stack_of_one(tmp_path: Path) -> None:
 def test_a_class_is_types_and_shapes(tmp_path: Path, content: GGUFContent) -> None:
     mixed = content.quantised(Type.Q8_0, lambda name: name == "blk.1.ffn_down_exps.weight")
     first, second = layers_of(write_content(tmp_path / "m.gguf", mixed))
-    classes = [{copy.slot_class for (copy,) in layer.experts} for layer in (first, second)]
+    classes = [{copy.slot_class.matrices for (copy,) in layer.experts} for layer in (first, second)]
     f32 = (Type.F32, (32, 64))
     assert classes == [{(f32, f32, (Type.F32, (64, 32)))}, {(f32, f32, (Type.Q8_0, (64, 32)))}]
 
