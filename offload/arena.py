@@ -117,6 +117,7 @@ class Arena:
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
+        self._invested: Loaded | None = None
         self.counters = ArenaCounters()
 
     @property
@@ -192,6 +193,21 @@ class Arena:
         if key not in pool.cache and pool.can_take(self._pinned):
             self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_ahead = True
             self.counters.n_prefetched += 1
+
+    def invest(self, key: Key, copy: ExpertCopy, margin: float) -> bool:
+        """Begins to read a copy that nobody waits for, if it is worth `margin` times what leaves for it.
+
+        One at a time, and behind all other reads.
+        """
+        pool = self._pools[copy.slot_class]
+        is_busy = self._invested is not None and not self._invested.is_ready
+        if is_busy or key in pool.cache or not pool.can_take(self._pinned):
+            return False
+        victim = pool.cache.victim(self._pinned)
+        if victim is not None and pool.cache.value(key) <= margin * pool.cache.value(victim):
+            return False
+        self._invested = self._begin(pool, key, copy, demanded=False, is_sure=False)
+        return True
 
     def abandon(self, key: Key, copy: ExpertCopy) -> None:
         """A copy that was prefetched is not needed now: unless it is nearly here, it is not read on."""

@@ -58,7 +58,7 @@ class Chooser(Protocol):
     """A lossy mode.
 
     `low_slots` is the memory it wants for low copies; `invests` says whether missing high ones are to be read while the
-    disk has nothing else to do.
+    disk has nothing else to do; `is_steady` whether it decides by shares alone, and so must see those of all layers.
     """
 
     @property
@@ -67,6 +67,10 @@ class Chooser(Protocol):
 
     @property
     def invests(self) -> bool:
+        """See above."""
+
+    @property
+    def is_steady(self) -> bool:
         """See above."""
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:

@@ -52,7 +52,10 @@ class DevicePlan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceNeeds:
-    """A model and how it is run, as far as devices need to know; `n_cells` and `n_batch` in tokens."""
+    """A model and how it is run, as far as devices need to know; `n_cells` and `n_batch` in tokens.
+
+    `may_be_whole`: whether a device that has room for all experts of its layers computes them in graphs without cuts.
+    """
 
     spec: ModelSpec
     sources: ModelSources
@@ -60,6 +63,7 @@ class DeviceNeeds:
     kv_type: GGMLQuantizationType
     n_cells: int
     n_batch: int
+    may_be_whole: bool = True
 
 
 def plan_devices(needs: DeviceNeeds, devices: Sequence[tuple[Device, int]]) -> tuple[DevicePlan, ...]:
@@ -85,7 +89,7 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     is_last = layers[-1] == spec.n_layer - 1
     kv = kv_bytes(spec, needs.n_cells, needs.kv_type) * len(layers) // spec.n_layer
     plan = DevicePlan(device, budget, layers, True, _weights(needs.sources, layers, is_last), kv, _compute(needs, True))
-    is_stacked = all(needs.sources.layers[layer].is_stacked for layer in layers)
+    is_stacked = needs.may_be_whole and all(needs.sources.layers[layer].is_stacked for layer in layers)
     if is_stacked and plan.required <= budget:
         return plan
     own = [needs.experts[layer] for layer in layers]

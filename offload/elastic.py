@@ -36,6 +36,23 @@ class Elastic:
     share: float | None = None
     low_slots: LowSlots = "none"
     invests = False
+    is_steady = False
+
+    def mix(self, layers: Layers, room: int, required: int, priors: NDArray[np.float64] | None, what: str) -> "Mix":
+        """The mix for `room` bytes of slots, `required` being what everything else takes.
+
+        Raises DoesNotFitError when not even the last copies fit, or the mix that was asked for does not.
+        """
+        most = share_within(layers, room, required, what)
+        if self.share is not None and self.share > most:
+            needed = required + _mix_bytes(layers, self.share)
+            raise DoesNotFitError(
+                f"{what} with --lossy elastic:{self.share:g} needs {human(needed)} of memory, but the budget is "
+                f"{human(required + room)}. Raise --ram to {human_up(needed)}, or use --lossy elastic:{most:g}.",
+                required_bytes=needed,
+                available_bytes=required + room,
+            )
+        return mix_copies(layers, most if self.share is None else self.share, priors)
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """The only copy there is."""
@@ -53,6 +70,11 @@ class Mix:
     layers: tuple[ExpertLayer | None, ...]
     lowered: dict[int, NDArray[np.bool_]]
     share: float
+
+    @property
+    def n_experts(self) -> int:
+        """All of them."""
+        return sum(mask.size for mask in self.lowered.values())
 
     @property
     def n_lowered(self) -> int:
@@ -83,14 +105,18 @@ def mix_copies(layers: Layers, share: float, priors: NDArray[np.float64] | None)
 
     `priors` [n_layer, n_expert] are expected picks per token, None if all are alike.
     """
-    experts = [(index, number) for index, layer in enumerate(layers) if layer for number in range(len(layer.experts))]
+    experts = [
+        (index, number)
+        for index, layer in enumerate(layers)
+        if layer is not None
+        for number in range(len(layer.experts))
+    ]
     copies = [_layer(layers, index).experts[number] for index, number in experts]
     high, low = (np.array([slot_bytes(one[copy].slot_class) for one in copies], np.int64) for copy in (0, -1))
     values = np.array([1.0 if priors is None else priors[key] for key in experts], np.float64)
     errors = [_layer(layers, index).low_error for index in dict.fromkeys(index for index, _ in experts)]
     known = None if any(one is None for one in errors) else np.concatenate([np.array(one) for one in errors])
-    budget = int(low.sum()) + int(share * int((high - low).sum()))
-    chosen = choose_copies(values, high, low, known, budget)
+    chosen = choose_copies(values, high, low, known, _mix_bytes(layers, share))
     assert (chosen != Copies.NONE).all()
     is_lowered = (chosen == Copies.LOW) & (high > low)
     kept = [(one[-1 if lowered else 0],) for one, lowered in zip(copies, is_lowered, strict=True)]
@@ -115,6 +141,11 @@ def _layer(layers: Layers, index: int) -> ExpertLayer:
     layer = layers[index]
     assert layer is not None
     return layer
+
+
+def _mix_bytes(layers: Layers, share: float) -> int:
+    least, most = (_slots_bytes(layers, copy) for copy in (-1, 0))
+    return least + int(share * (most - least))
 
 
 def _slots_bytes(layers: Layers, copy: int) -> int:

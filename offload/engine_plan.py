@@ -11,11 +11,13 @@ from offload.backend import CpuBackend, default_threads
 from offload.budget import decide_budget
 from offload.device_plan import DeviceNeeds, DevicePlan, plan_devices
 from offload.devices import Device, choose_devices
+from offload.elastic import Elastic
 from offload.errors import DoesNotFitError, ModelFileError, UsageError
 from offload.expert_source import ExpertLayer, cache_priors, expert_layers
 from offload.file_keys import TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
+from offload.lossy import Lossy, make_lossy, mixed_lossy, with_resident
 from offload.memory import require, resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
 from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
@@ -83,6 +85,13 @@ class EnginePlan:
     shortfall: DoesNotFitError | None = None
     priors: NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()
+    lossy: Lossy | None = None
+
+    @property
+    def cut_layers(self) -> list[ExpertLayer | None]:
+        """The layers whose experts are not all in one graph, None in place of others."""
+        whole = {layer for device in self.devices if device.is_whole for layer in device.layers}
+        return [None if index in whole else layer for index, layer in enumerate(self.layers)]
 
     @property
     def is_resident(self) -> bool:
@@ -161,9 +170,10 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         layers=layers,
         priors=cache_priors(layers),
         notes=budget.notes,
+        lossy=make_lossy(config.lossy, config.max_kl, layers),
     )
-    plan = _with_devices(config, plan, tuple(zip(devices, budget.vram, strict=True)))
-    return _within_budget(config, plan, program)
+    chosen = tuple(zip(devices, budget.vram, strict=True))
+    return _within_budget(config, _with_devices(config, plan, chosen), chosen, program)
 
 
 def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]]) -> EnginePlan:
@@ -171,7 +181,9 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Sequence[tupl
     if not devices:
         return plan
     kv = kv_type(config.kv_type)
-    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch)
+    # A mode that goes by shares must see those of every layer.
+    may_be_whole = plan.lossy is None or not plan.lossy.chooser.is_steady
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, may_be_whole)
     try:
         return replace(plan, devices=plan_devices(needs, devices))
     except DoesNotFitError as error:
@@ -180,7 +192,9 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Sequence[tupl
         return replace(plan, notes=(*plan.notes, f"Computing on the CPU: {error}"))
 
 
-def _within_budget(config: EngineConfig, plan: EnginePlan, program: int) -> EnginePlan:
+def _within_budget(
+    config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]], program: int
+) -> EnginePlan:
     """The plan with tiers if it needs them, or with what it lacks."""
     if plan.shortfall is not None:
         return plan
@@ -188,7 +202,8 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, program: int) -> Engi
         if plan.devices or _needs_tiers(config, plan):
             if not plan.devices:
                 plan = replace(plan, n_batch=max(plan.n_parallel, min(plan.n_batch, TIERED_BATCH)))
-            return replace(plan, tiers=_tiers(config, plan, program))
+            plan = _mixed(config, plan, devices, program)
+            return _settled(replace(plan, tiers=_tiers(config, plan, program)))
         require(plan.placement.required, plan.available, _what(config, plan))
     except DoesNotFitError as error:
         return replace(plan, shortfall=error.with_traceback(None))
@@ -200,8 +215,9 @@ def _needs_tiers(config: EngineConfig, plan: EnginePlan) -> bool:
     if not any(plan.layers):
         return False
     fits = plan.placement.required <= plan.available or config.weights not in ("auto", "copied")
-    is_watched = config.trace is not None or config.lossy is not None or config.max_kl is not None
-    return is_watched or not fits or not all(layer.is_stacked for layer in plan.sources.layers)
+    is_stacked = all(layer.is_stacked for layer in plan.sources.layers)
+    is_exact = plan.lossy is None or (plan.lossy.is_best_that_fits and fits)
+    return config.trace is not None or not is_exact or not fits or not is_stacked
 
 
 def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
@@ -216,17 +232,42 @@ def is_budgeted(config: EngineConfig) -> bool:
 
 def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | None:
     """Tiers in host memory, None if devices hold everything. Raises DoesNotFitError."""
-    whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
-    layers = [None if index in whole else layer for index, layer in enumerate(plan.layers)]
-    spec, n_cells = plan.spec, 1 if plan.devices else plan.n_cells
-    fixed = {"program": program, "weights": 0, "kv": 0}
+    layers, fixed = plan.cut_layers, _fixed(plan, program)
+    if not any(layers):
+        require(sum(fixed.values()), plan.available, _what(config, plan))
+        return None
+    low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
+    return plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
+
+
+def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
+    """Bytes of host memory that experts cannot have."""
+    n_cells = 1 if plan.devices else plan.n_cells
+    compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
+    fixed = {"program": program, "weights": 0, "kv": 0, "compute": compute}
     if not plan.devices:
         fixed |= {"weights": matrix_bytes(without_experts(plan.sources)), "kv": plan.placement.kv}
-    compute = tiered_compute_bytes(spec, n_cells, plan.n_batch, widest(plan.layers))
-    if not any(layers):
-        require(program + compute, plan.available, _what(config, plan))
-        return None
-    return plan_tiers(layers, plan.available, **fixed, compute=compute, what=_what(config, plan))
+    return fixed
+
+
+def _mixed(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]], program: int) -> EnginePlan:
+    """Of an elastic file, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
+    if plan.lossy is None or not isinstance(plan.lossy.chooser, Elastic):
+        return plan
+    fixed = sum(_fixed(plan, program).values())
+    mix = plan.lossy.chooser.mix(plan.cut_layers, plan.available - fixed, fixed, plan.priors, _what(config, plan))
+    layers = tuple(mixed or layer for mixed, layer in zip(mix.layers, plan.layers, strict=True))
+    plan = replace(plan, layers=layers, lossy=mixed_lossy(mix, config.max_kl))
+    # Which classes of slots a device needs is known only now.
+    return _with_devices(config, replace(plan, devices=()), devices) if plan.devices else plan
+
+
+def _settled(plan: EnginePlan) -> EnginePlan:
+    """The plan whose lossy mode knows what is in memory from the start."""
+    if plan.lossy is None or plan.tiers is None:
+        return plan
+    lossy = with_resident(plan.lossy, plan.cut_layers, plan.tiers, plan.priors)
+    return replace(plan, lossy=lossy, notes=(*plan.notes, lossy.note))
 
 
 def _what(config: EngineConfig, plan: EnginePlan) -> str:

@@ -14,6 +14,7 @@ from offload.exchange import Exchange
 from offload.expert_source import ExpertLayer
 from offload.expert_times import choose_streams
 from offload.host_experts import HostExperts
+from offload.lossy_picks import LossyPicks
 from offload.novice import Novices, write_novices
 from offload.picks import Picks, group_picks
 from offload.policy import Policy
@@ -21,6 +22,9 @@ from offload.residency import Key
 from offload.segment import Segment
 from offload.slot_exchange import SlotExchange
 from offload.trace import ANSWER, PROMPT, TraceRun, TraceWriter
+
+_INVEST_MARGIN = 1.3
+"""How much more often an expert must be used than the one whose place it takes for good."""
 
 Cancelled = Callable[[], bool] | None
 
@@ -32,6 +36,11 @@ class Site:
     backend: Backend
     exchange: Exchange
     experts: DeviceExperts | None = None
+
+
+def _is_on(device: DeviceExperts | None, pick: Picks) -> bool:
+    """Devices have best copies only."""
+    return device is not None and not pick.copy_index and device.holds(pick.key)
 
 
 class ExpertStage:
@@ -46,10 +55,13 @@ class ExpertStage:
         policy: Policy,
         novices: Novices,
         trace: TraceWriter | None,
+        lossy: LossyPicks | None = None,
     ) -> None:
         self._layers, self._sites, self._host, self._host_experts = layers, sites, host, host_experts
         self._policy, self._novices, self._trace = policy, novices, trace
+        self._lossy = lossy
         self._missed: list[Key] = []
+        self._lowered: set[Key] = set()
         # A device that fills its slots over the link would keep the CPU from its own share.
         self._link = ThreadPoolExecutor(1, "link")
         self._is_decode = np.zeros(0, np.bool_)
@@ -64,6 +76,9 @@ class ExpertStage:
         self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
         self._host_experts.begin()
         self._missed.clear()
+        self._lowered.clear()
+        if self._lossy is not None:
+            self._lossy.begin(batch.n_tokens)
         if self._trace is not None:
             firsts = np.cumsum([0, *(run.n_tokens for run in batch.runs)])
             self._trace.step(
@@ -80,16 +95,19 @@ class ExpertStage:
         assert layer is not None
         ranked = site.exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
         stored = np.asarray(layer.target, np.int64)[ranked]
-        self._observe(index, stored, n_rows)
         if self._trace is not None:
             shares = site.exchange.read("shares", n_rows, layer.n_expert_used)
             self._trace.layer(index, np.maximum(stored, -1), shares)
-        if index in self._novices:
-            write_novices(site.exchange, self._novices[index], stored)
-        picks = group_picks(index, layer, stored)
+        copies = None
+        if self._lossy is not None:
+            stored, copies = self._decide(self._lossy, site.exchange, index, stored)
+        self._observe(index, stored, n_rows)
+        if index in self._novices or self._lossy is not None:
+            write_novices(site.exchange, self._novices.get(index), stored)
+        picks = group_picks(index, layer, stored, copies)
         device = site.experts
-        on_device = [pick for pick in picks if device is not None and device.holds(pick.key)]
-        on_host = [pick for pick in picks if device is None or not device.holds(pick.key)]
+        on_device = [pick for pick in picks if _is_on(device, pick)]
+        on_host = [pick for pick in picks if not _is_on(device, pick)]
         if device is not None:
             if on_device:
                 device.begin(on_device, n_rows)
@@ -101,9 +119,15 @@ class ExpertStage:
                 )
             self._missed += [pick.key for pick in on_host if self._is_decode[-1]]
         self._on_host(segment, on_host, n_rows, is_cancelled)
+        if self._trace is not None and n_rows == 1:
+            self._trace.ahead(self._host_experts.foreseen)
 
     def end(self) -> None:
         """A step is complete: what is worth more than what a device has takes its place."""
+        if self._lossy is not None and self._lossy.invests:
+            values = self._policy.values
+            margin = _INVEST_MARGIN if self._policy.in_uses_per_token else 1.0
+            self._host_experts.invest(sorted(self._lowered, key=lambda key: -values[key]), margin)
         if not self._is_decode.any():
             return
         for site in {id(site): site for site in self._sites.values()}.values():
@@ -120,12 +144,26 @@ class ExpertStage:
             device.put(newcomer, self._host_experts.addresses(newcomer), victim)
             self._host_experts.replace(newcomer, victim)
 
+    def _decide(
+        self, lossy: LossyPicks, exchange: Exchange, index: int, stored: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What a lossy mode makes of a layer's picks: stored experts and the copies to use, both [n_rows, n_used]."""
+        decision = lossy.decide(index, stored, exchange.read("shares", *stored.shape))
+        if decision.shares is not None:
+            exchange.write("shares", decision.shares)
+        self._lowered |= {(index, int(expert)) for expert in decision.stored[decision.copies > 0]}
+        return decision.stored, decision.copies
+
     # --- the two sides --------------------------------------------------------------------------------------
 
     def _streamed(self, device: DeviceExperts, on_device: list[Picks], on_host: list[Picks]) -> list[Picks]:
         """Experts of a batch that are worth being copied to the device for it."""
         assert device.times is not None
-        here = [pick for pick in on_host if device.takes(pick.copy) and self._host_experts.has(pick.key)]
+        here = [
+            pick
+            for pick in on_host
+            if not pick.copy_index and device.takes(pick.copy) and self._host_experts.has(pick.key)
+        ]
         n_host, n_device = ([len(pick.columns) for pick in picks] for picks in (here, on_device))
         # What is streamed keeps its slot, and the host needs one for the others.
         n_most = max(0, self._host_experts.n_free_to_pin - 1)

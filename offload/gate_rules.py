@@ -25,6 +25,7 @@ class Gate:
     high: float
     low: float = 1.0
     invests = False
+    is_steady = True
 
     @property
     def low_slots(self) -> LowSlots:
@@ -55,6 +56,7 @@ class SmallShares:
     novices: bool = False
     low_slots: LowSlots = "none"
     invests = False
+    is_steady = True
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """By each pick's share next to the first one's."""
@@ -77,6 +79,7 @@ class Sensitivity:
     sensitivities: Mapping[int, float]
     low_slots: LowSlots = "none"
     invests = False
+    is_steady = True
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """By what each pick's share weighs in this layer."""

@@ -27,7 +27,8 @@ Wanted = tuple[Key, ExpertCopy]
 class HostExperts:
     """The host's part of every cut layer.
 
-    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here.
+    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `copy_ahead` which copy
+    to read of one that will perhaps be chosen, the best one without it.
     """
 
     def __init__(
@@ -37,12 +38,16 @@ class HostExperts:
         graphs: ExpertGraphs,
         arena: Arena,
         is_elsewhere: Callable[[Key], bool],
+        copy_ahead: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
+        self._copy_ahead = copy_ahead or self._copy
         self._layers, self._graphs, self._arena = layers, graphs, arena
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, set[Key]] = {}
         self._foresight = Foresight()
+        self.foreseen: list[Key] = []
+        """What the last layer of a single token had read ahead, the first to be read first."""
 
     @property
     def compute_bytes(self) -> int:
@@ -107,8 +112,10 @@ class HostExperts:
             self._predicted[later] = keys
             wanted += guesses[: layer.n_expert_used]
         self._arena.pin(needed, self._foreseen())
-        for guess in sorted(wanted, key=lambda guess: guess.probability < _SURE):
-            self._arena.prefetch(guess.key, self._copy(guess.key), is_sure=guess.probability >= _SURE)
+        wanted.sort(key=lambda guess: guess.probability < _SURE)
+        self.foreseen = [guess.key for guess in wanted]
+        for guess in wanted:
+            self._arena.prefetch(guess.key, self._copy_ahead(guess.key), is_sure=guess.probability >= _SURE)
 
     def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
         addresses = self._arena.addresses(loaded)
@@ -143,8 +150,13 @@ class HostExperts:
         layer = None if following is None else self._layers[following]
         if following is None or layer is None:
             return []
-        wanted = [((following, expert), copies[0]) for expert, copies in enumerate(layer.experts)]
-        return [(key, copy) for key, copy in wanted if not self._is_elsewhere(key) and not self._arena.holds(key, copy)]
+        keys = [(following, expert) for expert in range(len(layer.experts))]
+        wanted = [(key, self._copy_ahead(key)) for key in keys if not self._is_elsewhere(key)]
+        return [(key, copy) for key, copy in wanted if not self._arena.holds(key, copy)]
+
+    def invest(self, keys: Iterable[Key], margin: float) -> None:
+        """Has the first best copy read that is worth it, while the disk has nothing else to do."""
+        any(self._arena.invest(key, self._copy(key), margin) for key in keys)
 
     # --- for devices ----------------------------------------------------------------------------------------
 

@@ -1,18 +1,23 @@
 """The lossy modes by name, as `--lossy NAME[:VALUE]` and `--max-kl X` ask for them."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from offload.copy_decision import Chooser
-from offload.elastic import Elastic
+from offload.elastic import Elastic, Mix
 from offload.errors import UsageError
-from offload.expert_source import ExpertLayer
+from offload.expert_source import ExpertLayer, SlotClass
 from offload.gate_rules import Gate, Sensitivity, SmallShares
-from offload.loss_limit import gate_within, price_within
+from offload.loss_limit import gate_within, lowered_loss, price_within
 from offload.loss_table import LossTable, loss_tables
 from offload.lossy_rule import NeverWait, Rule
-from offload.residency import Key
+from offload.policy import Values
+from offload.residency import Key, most_valuable
+from offload.tier_plan import TierPlan, low_classes
 
 Layers = Sequence[ExpertLayer | None]
 
@@ -26,7 +31,13 @@ class Lossy:
     name: str
     chooser: Chooser
     tables: tuple[LossTable | None, ...]
+    note: str
     limit: float | None = None
+
+    @property
+    def is_best_that_fits(self) -> bool:
+        """Whether it is exact where the best copies all fit."""
+        return isinstance(self.chooser, Elastic) and self.chooser.share in (None, 1.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,14 +189,42 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     chooser = LOSSY[name](request)
     if chooser is None or (max_kl == 0 and name != "elastic"):
         return None
-    return Lossy(text or f"rule within {max_kl:g} nats", chooser, request.tables, max_kl if name == "rule" else None)
+    asked = " ".join([*(f"--lossy {text}" for _ in (text,) if text), *(f"--max-kl {x:g}" for x in (max_kl,) if x)])
+    return Lossy(asked, chooser, request.tables, f"Lossy: {asked}.", max_kl if name == "rule" else None)
 
 
-def with_resident(lossy: Lossy, layers: Layers, resident: set[Key]) -> Lossy:
+def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values | None) -> Lossy:
     """The mode when it is known which experts are in their best copies in memory from the start."""
     if lossy.limit is None:
         return lossy
+    resident = _resident(layers, tiers, priors)
     return replace(lossy, chooser=Rule(price=price_within(lossy.limit, layers, lossy.tables, resident)))
+
+
+def mixed_lossy(mix: Mix, max_kl: float | None) -> Lossy:
+    """The mode of an elastic file whose mix is known; raises UsageError if it is expected to cost more than allowed."""
+    tables = loss_tables(mix.layers, mix.lowered)
+    loss = lowered_loss(tables)
+    if max_kl is not None and loss > max_kl:
+        raise UsageError(
+            f"With this memory --lossy elastic is expected to cost {loss:.3g} nats per token, more than the "
+            f"{max_kl:g} of --max-kl. Raise --ram, or leave --lossy out and let --max-kl choose what is read from disk."
+        )
+    cost = f", expected to cost {loss:.3g} nats per token" if loss < math.inf else ""
+    note = f"Elastic mix {mix.share:g}: {mix.n_lowered} of {mix.n_experts} experts in their smaller copy{cost}."
+    return Lossy(f"elastic:{mix.share:g}", Elastic(mix.share), tables, note)
+
+
+def _resident(layers: Layers, tiers: TierPlan, priors: Values | None) -> set[Key]:
+    """The most valuable experts of each class that have slots beside the low copies."""
+    n_expert = max(len(layer.experts) for layer in layers if layer is not None)
+    values = np.zeros((len(layers), n_expert)) if priors is None else priors
+    free = Counter(dict(tiers.n_slots)) - low_classes(layers, tiers.low)
+    keys: dict[SlotClass, list[Key]] = {}
+    for index, layer in enumerate(layers):
+        for expert, copies in enumerate(layer.experts if layer is not None else ()):
+            keys.setdefault(copies[0].slot_class, []).append((index, expert))
+    return {key for kind, own in keys.items() for key in most_valuable(values, own, free[kind])}
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

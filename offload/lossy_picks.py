@@ -1,7 +1,8 @@
 """A lossy mode at work: decides the picks of each layer, and keeps account of what that cost."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,10 @@ class LossyCounters:
     skipped_picks: int = 0
     novice_picks: int = 0
     expected_kl: float = 0.0
+
+    def known(self) -> dict[str, float]:
+        """By name, without an expectation that nobody has."""
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 class LossyPicks:

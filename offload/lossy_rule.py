@@ -33,6 +33,7 @@ class NeverWait:
 
     low_slots: LowSlots = "first"
     invests = True
+    is_steady = False
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """By what is here."""
@@ -54,6 +55,7 @@ class Rule:
     price: float = 0.0
     low_slots: LowSlots = "first"
     invests = True
+    is_steady = False
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Expert by expert, since each is read once whatever the others do."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.copy_decision import SKIPPED
 from offload.errors import ModelFileError
 from offload.exchange import Exchange
 from offload.expert_source import ExpertLayer
@@ -37,13 +38,21 @@ def _read(gguf: GGUFFile, source: WeightSource) -> NDArray[np.float32]:
     return values.astype(np.float32, copy=False).reshape(n_novice, n_embd)
 
 
-def write_novices(exchange: Exchange, novices: NDArray[np.float32], stored: NDArray[np.int64]) -> None:
-    """Fills the outputs of the picks `stored` [n_rows, n_used] that mean a novice (-1 - n), times their shares."""
+def write_novices(exchange: Exchange, novices: NDArray[np.float32] | None, stored: NDArray[np.int64]) -> None:
+    """Fills the outputs of the picks `stored` [n_rows, n_used] that mean a novice (-1 - n), times their shares.
+
+    Those of picks that are `SKIPPED` become zero.
+    """
     flat = stored.ravel()
     columns = np.flatnonzero(flat < 0)
     if not columns.size:
         return
     shares = exchange.read("shares", flat.size)
-    values = novices[-1 - flat[columns]] * shares[columns, None]
+    values = np.zeros((columns.size, exchange.shape.n_embd), np.float32)
+    is_novice = flat[columns] != SKIPPED
+    if is_novice.any():
+        assert novices is not None, "the layer has no novices"
+        named = columns[is_novice]
+        values[is_novice] = novices[-1 - flat[named]] * shares[named, None]
     for column, value in zip(columns.tolist(), values, strict=True):
         exchange.write("outputs", value, column * value.size)

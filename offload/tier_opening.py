@@ -10,14 +10,17 @@ from offload.device_backend import DeviceBackend
 from offload.device_experts import DeviceExperts
 from offload.device_plan import N_PASSING, DevicePlan
 from offload.disk_reader import DiskReader
+from offload.elastic import Elastic
 from offload.engine_plan import EngineConfig, EnginePlan
 from offload.exchange import Exchange, ExchangeShape
 from offload.expert_graph import ExpertGraphs
 from offload.expert_source import ExpertCopy, SlotClass
 from offload.expert_stage import ExpertStage, Site
 from offload.expert_times import LinkTimes, measure_times
+from offload.held_copies import HeldCopies
 from offload.host_experts import HostExperts
 from offload.kv_cache import KVCache, kv_type
+from offload.lossy_picks import LossyPicks
 from offload.memory import resident_bytes
 from offload.novice import read_novices
 from offload.policy import Policy, PolicyContext, Values, make_policy
@@ -45,6 +48,7 @@ class Tiers:
     arena: Arena | None
     reader: DiskReader | None
     devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
+    lossy: LossyPicks | None = None
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier; a device's under its name."""
@@ -66,6 +70,8 @@ class Tiers:
             totals["bytes_uploaded"] = sum(one.bytes_uploaded for one in experts)
             totals["swaps"] = sum(one.n_swaps for one in experts)
             totals["streamed"] = sum(one.n_streamed for one in experts)
+        if self.lossy is not None:
+            totals |= self.lossy.counters.known()
         return totals
 
 
@@ -129,7 +135,7 @@ class _Opening:
         experts = [part.site.experts for part in parts if part.site.experts is not None]
         runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch)
         self._opened.callback(runner.close)
-        reader = arena = None
+        reader = arena = lossy = None
         if plan.tiers is not None:
             n_used, classes = plan.spec.n_expert_used, {kind for kind, _ in plan.tiers.n_slots}
             graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, classes)
@@ -142,9 +148,10 @@ class _Opening:
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)
             self._fill(arena, experts)
-            runner.attach(self._stage(parts, host, graphs, arena, experts))
+            lossy = self._lossy(HeldCopies(plan.layers, arena, reader, experts))
+            runner.attach(self._stage(parts, host, graphs, arena, experts, lossy))
         by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
-        return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else ())
+        return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else (), lossy)
 
     def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
@@ -214,27 +221,54 @@ class _Opening:
         arena.forget()
         on_devices = {key for device in devices for key in device}
         order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
-        arena.fill(((key, self._copies[key]) for key in order), self._count)
+        arena.fill([*self._low_copies(order), *((key, self._copies[key]) for key in order)], self._count)
+
+    def _low_copies(self, order: list[Key]) -> list[tuple[Key, ExpertCopy]]:
+        """Last copies that are not the best ones, if they have slots."""
+        assert self._plan.tiers is not None
+        if self._plan.tiers.low == "none":
+            return []
+        last = ((key, layer.experts[key[1]][-1]) for key in order if (layer := self._plan.layers[key[0]]) is not None)
+        return [(key, copy) for key, copy in last if copy is not self._copies[key]]
 
     def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
         """Slots for the room there really is, now that everything else has its memory; raises DoesNotFitError."""
+        if self._plan.lossy is not None and isinstance(self._plan.lossy.chooser, Elastic):
+            return dict(tiers.n_slots)  # the mix was made for these
         layers = [self._plan.layers[index] for index in self._cut]
         taken = resident_bytes() + untouched + request_bytes(self._plan.spec, self._plan.n_batch, self._plan.n_parallel)
-        return fit_slots(layers, tiers.budget, taken, str(self._config.model))
+        return fit_slots(layers, tiers.budget, taken, str(self._config.model), tiers.low)
+
+    def _lossy(self, held: HeldCopies) -> LossyPicks | None:
+        lossy = self._plan.lossy
+        if lossy is None:
+            return None
+        return LossyPicks(self._plan.layers, lossy.tables, lossy.chooser, held, lossy.limit)
 
     def _stage(
-        self, parts: list[Part], host: Exchange, graphs: ExpertGraphs, arena: Arena, devices: list[DeviceExperts]
+        self,
+        parts: list[Part],
+        host: Exchange,
+        graphs: ExpertGraphs,
+        arena: Arena,
+        devices: list[DeviceExperts],
+        lossy: LossyPicks | None,
     ) -> ExpertStage:
         plan = self._plan
         sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}
         host_experts = HostExperts(
-            plan.layers, self._cut, graphs, arena, lambda key: any(device.holds(key) for device in devices)
+            plan.layers,
+            self._cut,
+            graphs,
+            arena,
+            lambda key: any(device.holds(key) for device in devices),
+            None if lossy is None else lossy.copy_ahead,
         )
         for part in parts:
             if part.site.experts is not None:
                 self._measure(part.site.experts, part.site.backend, host_experts)
         novices = read_novices(plan.gguf, plan.layers)
-        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace())
+        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace(), lossy)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host: HostExperts) -> None:
         """Finds out what it costs to move an expert to a device, and what it gains."""

@@ -1,0 +1,38 @@
+"""Which copies of experts are in some memory now, and how long it takes to read one that is not."""
+
+from collections.abc import Sequence
+
+from offload.arena import Arena
+from offload.device_experts import DeviceExperts
+from offload.disk_reader import DiskReader
+from offload.expert_source import ExpertLayer
+from offload.residency import Key
+
+_SECONDS_PER_BYTE = 1e-9
+"""Until something was read."""
+
+
+class HeldCopies:
+    """The arena's and the devices' copies, as `copy_decision.Memory` asks for them."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer | None],
+        arena: Arena,
+        reader: DiskReader,
+        devices: Sequence[DeviceExperts],
+    ) -> None:
+        self._layers, self._arena, self._reader, self._devices = layers, arena, reader, devices
+
+    def holds(self, key: Key, copy_index: int) -> bool:
+        """Whether a copy is here, complete; devices have best copies only."""
+        if copy_index == 0 and any(device.holds(key) for device in self._devices):
+            return True
+        layer = self._layers[key[0]]
+        assert layer is not None
+        return self._arena.holds(key, layer.experts[key[1]][copy_index])
+
+    def read_seconds(self, n_bytes: int) -> float:
+        """At the mean speed so far, which the reads at the start give already."""
+        n_read = self._reader.n_read
+        return n_bytes * (self._reader.busy_seconds / n_read if n_read else _SECONDS_PER_BYTE)
