@@ -108,7 +108,7 @@ class Heat:
         self._layer = layer
         # One by one: for the few experts of a token that is several times as fast as by index arrays.
         decoded, values, gain = self._decoded[layer], self.values[layer], 1 - self._keep
-        for expert in experts:
+        for expert in set(experts):
             decoded[expert] += gain
             values[expert] += gain
 
