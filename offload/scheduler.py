@@ -12,6 +12,7 @@ from typing import NamedTuple
 from offload.backend import EngineAbortedError
 from offload.batch import Batch, make_batch
 from offload.cells import Cells, Sequence
+from offload.disk_reader import ReadFailedError
 from offload.generation import Failed, Outcome
 from offload.generator import Generator
 from offload.runner import Logits
@@ -125,6 +126,12 @@ class Scheduler:
         except EngineAbortedError:
             self._undo(parts, before)
             return [self._cancel(part.job) for part in parts]
+        except ReadFailedError as error:
+            if len(parts) == 1:
+                return [self._fail(parts[0].job, error)]
+            # Only who needs what cannot be read shall fail.
+            self._undo(parts, before)
+            return [outcome for part in parts for outcome in self._read([part])]
         except Exception as error:
             return [self._fail(part.job, error) for part in parts]
         outcomes = []

@@ -9,6 +9,7 @@ import pytest
 
 from offload.batch import Batch
 from offload.cells import Cells
+from offload.disk_reader import ReadFailedError
 from offload.errors import BadLogitsError, ContextOverflowError, UsageError
 from offload.generation import Event, Failed, Finished, GenerationRequest, PromptLogprobs, PromptProgress, TokenStep
 from offload.generator import Generator, ModelFacts
@@ -279,6 +280,29 @@ def test_an_error_of_the_device_ends_those_in_the_batch() -> None:
     assert isinstance(ends[0], Failed)
     assert "gone" in str(ends[0].error)
     assert [bench.tokens(id) for id in ids[2:]] == [answer_to((n, n), 5) for n in (2, 3)]
+    bench.assert_nothing_is_held()
+
+
+def test_what_cannot_be_read_ends_only_who_needs_it() -> None:
+    bench = Bench(n_parallel=3)
+    ids = [bench.submit(greedy((n, n + 1), max_tokens=6)) for n in (10, 20, 30)]
+    while not all(bench.tokens(id) for id in ids):
+        bench.step()
+    victim = next(job.sequence for job in bench.scheduler._active if job.id == ids[1])
+    assert victim is not None
+    first = int(victim.cells[0])
+
+    def fail(batch: Batch) -> None:
+        if any(int(run.visible[0]) == first for run in batch.runs):
+            raise ReadFailedError("the disk is broken")
+
+    bench.model.before_each = fail
+    bench.finish()
+    ends = [bench.end(id) for id in ids]
+    assert [type(end) for end in ends] == [Finished, Failed, Finished]
+    assert isinstance(ends[1], Failed)
+    assert "disk is broken" in str(ends[1].error)
+    assert [bench.tokens(ids[n]) for n in (0, 2)] == [answer_to((m, m + 1), 6) for m in (10, 30)]
     bench.assert_nothing_is_held()
 
 

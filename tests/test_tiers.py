@@ -24,6 +24,7 @@ from offload.generation import Failed, GenerationRequest, TokenStep
 from offload.policy import POLICIES
 from offload.sampling import SamplingParams
 from offload.segment import Segment
+from offload.tier_plan import MAX_AHEAD
 from tests.gguf_content import GGUFContent, StoredTensor, read_content, write_content, write_shards
 from tests.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.tiered import resident_engine, take_planned_slots, tiered_engine, tiered_plan
@@ -256,7 +257,7 @@ def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:
     tiers = tiered_plan(config(path), 0.9).tiers
     assert tiers is not None
     assert min(n for _, n in tiers.n_slots) == 1
-    assert tiers.n_ahead == 2
+    assert tiers.n_ahead == MAX_AHEAD
 
 
 # --- what is multiplied ------------------------------------------------------------------------------------
