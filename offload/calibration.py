@@ -66,13 +66,23 @@ def workload(
 
 
 class Calibration:
-    """Answers from the cache, and measures what it does not know. `n_measured` counts what was not known."""
+    """Answers from the cache, and measures what it does not know. `n_measured` counts what was not known.
 
-    def __init__(self, needs: Workload, limits: Limits | None = None, cache: MeasurementCache | None = None) -> None:
+    `on_measure` is told what is about to be measured, and may raise to prevent it.
+    """
+
+    def __init__(
+        self,
+        needs: Workload,
+        limits: Limits | None = None,
+        cache: MeasurementCache | None = None,
+        on_measure: Callable[[str], None] | None = None,
+    ) -> None:
         self.n_measured = 0
         self._needs = needs
         self._limits = limits or Limits()
         self._cache = cache or MeasurementCache()
+        self._on_measure = on_measure or (lambda name: None)
 
     def machine(self, gguf: GGUFFile | None, cpu: CpuBackend, devices: Mapping[str, Backend]) -> MachineSpeed:
         """The whole machine; `gguf` is the file that will be read from, None when it is not.
@@ -131,6 +141,7 @@ class Calibration:
     ) -> T:
         value = self._cache.get(name, kind)
         if value is None:
+            self._on_measure(name)
             value = measure()
             self.n_measured += 1
             # What was measured while others computed serves this once.

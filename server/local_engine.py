@@ -1,7 +1,9 @@
 """The engine in the command's own process, as `run`, `plan` and `bench` use it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import click
 import msgspec
 
 from offload.engine import Engine
@@ -18,9 +20,17 @@ def engine_config(options: EngineOptions) -> EngineConfig:
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """Opens the model, with a progress line on a terminal."""
+    """Opens the model, with a progress line on a terminal, and says what the plan has to say."""
     with loading_progress(options.path.name) as progress:
-        return Engine.open(engine_config(options), progress)
+        engine = Engine.open(engine_config(options), progress)
+    say_notes(engine.plan.notes)
+    return engine
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Tells a plan's notes on standard error."""
+    for note in notes:
+        click.echo(note, err=True)
 
 
 def _as_is(kind: type, value: object) -> object:

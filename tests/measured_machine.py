@@ -1,6 +1,7 @@
 """A machine whose every speed is known: a clock that only moves when told, and a backend that moves it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from gguf import GGMLQuantizationType as Type
@@ -8,8 +9,10 @@ from numpy.typing import NDArray
 
 from offload import ggml
 from offload.backend import CpuBackend
+from offload.engine_plan import EnginePlan
 from offload.library import I32, Ptr, c_function, open_library
 from offload.machine_speed import LinkSpeed, MachineSpeed, MatrixKernel, Overheads, ProcessorSpeed, SpeedCurve
+from offload.model_load import expert_matrices, layer_matrices
 
 GRAPH_SECONDS, OP_SECONDS, CELL_SECONDS = 2e-3, 1e-4, 1e-6
 BYTE_SECONDS, ROW_SECONDS = 1e-9, 1e-11
@@ -85,3 +88,14 @@ def machine(cpu: ProcessorSpeed, disk: float | None = None, device: ProcessorSpe
     if device is None:
         return MachineSpeed(cpu, disk=disk)
     return MachineSpeed(cpu, {"GPU0": device}, {"GPU0": LinkSpeed(1e10, 1e10)}, disk)
+
+
+def machine_for(plan: EnginePlan, *devices: str, disk: float | None = None) -> MachineSpeed:
+    """A machine whose CPU reads 1 GB/s and whose devices 10 GB/s."""
+    dense = [*layer_matrices(plan.sources), plan.sources.output.weight]
+    kernels = [MatrixKernel(source.type, source.ne[0], False) for source in dense]
+    kernels += [MatrixKernel(source.type, source.ne[0], True) for source in expert_matrices(plan.layers)]
+    one = machine(processor(1e9, kernels), disk, processor(1e10, kernels))
+    return replace(
+        one, devices=dict.fromkeys(devices, one.devices["GPU0"]), links=dict.fromkeys(devices, one.links["GPU0"])
+    )

@@ -1,81 +1,93 @@
-"""`slimoe plan`: what opening a model would take."""
+"""`slimoe plan`: what opening a model would take, what lies where, and how fast it would be."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
 import msgspec
 
-from offload.engine_plan import EnginePlan, plan_engine
-from offload.memory import human
+from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
+from offload.errors import SlimoeError
+from offload.prediction import PlanPrediction, measure_machine, predict_plan
 from server.engine_options import OptionsCommand, engine_flags, engine_options
-from server.local_engine import engine_config
+from server.local_engine import engine_config, say_notes
+from server.plan_report import PlanReport
+
+_LEAST_CTX = 256
+
+
+class _UnmeasuredError(SlimoeError):
+    """Something is not known of this machine, and nobody wants to wait for it."""
 
 
 @click.command("plan", cls=OptionsCommand)
 @engine_flags
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Measure this machine for a prediction of speed, some seconds the first time; without it only what is known "
+    "from earlier is used.",
+)
 def command(values: Mapping[str, Any]) -> None:
-    """Say what opening MODEL would take, without loading it.
+    """Say what opening MODEL would take, what would lie where, and how fast it would be, without loading it.
 
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
     """
-    plan = plan_engine(engine_config(engine_options(values)))
-    if values["as_json"]:
-        click.echo(msgspec.json.encode(_as_json(plan)))
-    else:
-        click.echo("\n".join(_lines(plan)))
+    config = engine_config(engine_options(values))
+    plan = plan_engine(config)
+    say_notes(plan.notes)
     if plan.shortfall is not None:
+        _tell(PlanReport(plan, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
         raise plan.shortfall
+    if values["as_json"]:
+        _tell(PlanReport(plan, _prediction(config, plan, measures=values["measure"])), as_json=True)
+        return
+    _tell(PlanReport(plan), as_json=False)
+    speed = PlanReport(plan, _prediction(config, plan, measures=values["measure"])).speed_lines()
+    click.echo("\n".join(["", *speed]) if speed else "")
 
 
-def _bytes(plan: EnginePlan) -> dict[str, int]:
-    """What it takes, by use."""
-    placement, tiers = plan.placement, plan.tiers
-    if tiers is not None:
-        sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
-        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program}
-    return {
-        "mapped": placement.mapped,
-        "copied": placement.copied,
-        "repacked": placement.repacked,
-        "kv": placement.kv,
-        "compute": placement.compute,
-        "program": placement.program + placement.staging,
-    }
+def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
+    """The largest of ever halved context windows that fits, None if the context is not what is too large."""
+    n_ctx = plan.n_ctx // 2
+    while n_ctx >= _LEAST_CTX:
+        if plan_engine(replace(config, n_ctx=n_ctx)).shortfall is None:
+            return n_ctx
+        n_ctx //= 2
+    return None
 
 
-def _as_json(plan: EnginePlan) -> dict[str, Any]:
-    sizes = _bytes(plan)
-    return {
-        "model": str(plan.gguf.path),
-        "n_ctx": plan.n_ctx,
-        "n_threads": plan.n_threads,
-        "weights": plan.placement.mode,
-        "bytes": sizes,
-        "required_bytes": sum(sizes.values()) if plan.shortfall is None else plan.shortfall.required_bytes,
-        "available_bytes": plan.available,
-        "fits": plan.shortfall is None,
-    }
+def _tell(report: PlanReport, *, as_json: bool) -> None:
+    click.echo(msgspec.json.encode(report.as_json()) if as_json else "\n".join(report.memory_lines()))
+    if report.nearest_ctx is not None and not as_json:
+        click.echo(f"It would fit with --ctx {report.nearest_ctx}.", err=True)
 
 
-def _lines(plan: EnginePlan) -> list[str]:
-    sizes = _bytes(plan)
-    rows = {
-        "weights, mapped": sizes["mapped"],
-        "weights, copied": sizes["copied"],
-        "weights, repacked": sizes["repacked"],
-        "experts, read from disk": sizes.get("arena", 0),
-        f"KV cache, {_contexts(plan)}": sizes["kv"],
-        f"compute, batches of {plan.n_batch}": sizes["compute"],
-        "program, at most": sizes["program"],
-        "in all": sum(sizes.values()),
-        "free now": plan.available,
-    }
-    head = f"{plan.gguf.path.name}: weights {plan.placement.mode}, {plan.n_threads} threads"
-    return [head, *(f"{name:<28}{human(n_bytes):>12}" for name, n_bytes in rows.items() if n_bytes)]
+def _prediction(config: EngineConfig, plan: EnginePlan, *, measures: bool) -> PlanPrediction | None:
+    """What to expect; None when it is not known and not to be measured, or cannot be."""
+    told = False
 
+    def before(name: str) -> None:
+        nonlocal told
+        if not measures:
+            raise _UnmeasuredError(f"{name} is not known.")
+        if not told:
+            click.echo(
+                "Measuring this machine: matrix kernels, links and the disk, some seconds. It is remembered; "
+                "--no-measure or Ctrl-C leaves the prediction out.",
+                err=True,
+            )
+        told = True
 
-def _contexts(plan: EnginePlan) -> str:
-    times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
-    return f"{times}{plan.n_ctx} tokens"
+    try:
+        return predict_plan(plan, measure_machine(config, plan, before))
+    except _UnmeasuredError:
+        click.echo("Speed is not predicted: this machine is not measured yet. Leave --no-measure out.", err=True)
+    except KeyboardInterrupt:
+        click.echo("Speed is not predicted: measuring was stopped.", err=True)
+    except SlimoeError as error:
+        click.echo(f"Speed is not predicted: {error}", err=True)
+    return None
