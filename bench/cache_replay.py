@@ -95,7 +95,7 @@ class CacheReplay:
             for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
                 cache.acquire(key)
         self._missed: list[Key] = []
-        self._foreseen: dict[int, set[Key]] = {}
+        self._foreseen: set[Key] = set()
         self._read_ahead: set[Key] = set()
         self._exchange = None
         if tier.computes_misses and isinstance(contender, Online):
@@ -114,7 +114,7 @@ class CacheReplay:
         for step in steps:
             tally = tallies["answer" if step.is_answer else "prompt"]
             tally.n_tokens += step.n_tokens
-            self._foreseen.clear()
+            self._foresee(set())
             for visit in step.visits:
                 self._contender.observe(visit)
                 self._serve(visit, tally)
@@ -173,12 +173,16 @@ class CacheReplay:
                 if self._tier.computes_misses:
                     tally.moved_bytes += self._n_bytes([key])
 
-    def _load(self, keys: Sequence[Key], pinned: set[Key]) -> None:
-        """Loads all that have a pool; in one too small for what is pinned, the step's own experts take turns."""
+    def _load(self, keys: Sequence[Key], needed: set[Key]) -> None:
+        """Loads all that have a pool, over what is foreseen if need be.
+
+        In a pool too small for one step, the step's own experts take turns.
+        """
         for key in keys:
             cache = self._pool(key)
             if cache is not None:
-                self._acquire(cache, key, pinned if _can_take(cache, pinned) else set())
+                levels = (needed | self._foreseen, needed, set[Key]())
+                self._acquire(cache, key, next(pinned for pinned in levels if _can_take(cache, pinned)))
 
     def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> None:
         _, evicted = cache.acquire(key, pinned)
@@ -186,12 +190,11 @@ class CacheReplay:
             self._read_ahead.discard(evicted)
 
     def _load_single(self, visit: Visit, absent: list[Key], tally: Tally) -> None:
-        """One token's misses, and then what is foreseen for its later layers, while slots are not pinned."""
-        self._read_ahead -= self._foreseen.pop(visit.layer, set())
-        self._load(absent, {*visit.keys, *self._all_foreseen()})
-        for layer in {layer for layer, _ in visit.ahead}:
-            self._foreseen[layer] = {key for key in visit.ahead if key[0] == layer}
-        pinned = {*visit.keys, *self._all_foreseen()}
+        """One token's misses, and then what is foreseen for its later layers, as long as there are slots to spare."""
+        self._foresee({key for key in self._foreseen if key[0] != visit.layer})
+        self._load(absent, set(visit.keys))
+        self._foresee(set(visit.ahead))
+        pinned = self._foreseen.union(visit.keys)
         for key in visit.ahead:
             cache = self._pool(key)
             if cache is not None and key not in cache and _can_take(cache, pinned):
@@ -199,8 +202,10 @@ class CacheReplay:
                 self._read_ahead.add(key)
                 tally.moved_bytes += self._n_bytes([key])
 
-    def _all_foreseen(self) -> Iterator[Key]:
-        return (key for keys in self._foreseen.values() for key in keys)
+    def _foresee(self, keys: set[Key]) -> None:
+        """Takes back what is no longer foreseen: should it be used one day, it was there before."""
+        self._read_ahead -= self._foreseen - keys
+        self._foreseen = keys
 
     def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
         """Those that are here first, the others read while they are multiplied; what is done may leave."""
