@@ -219,6 +219,20 @@ def test_demanded_reads_go_before_likely_ones(path: Path, gate: Gate) -> None:
         assert target.data == content(path, target.span)
 
 
+def test_what_is_sure_goes_before_what_is_not(path: Path, gate: Gate) -> None:
+    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+        first = reader.submit([pages(0, 1).part], demanded=True)
+        gate.wait_for(1)
+        unsure = [reader.submit([pages(n, 1).part], demanded=False, is_sure=False) for n in (10, 11)]
+        sure = reader.submit([pages(20, 1).part], demanded=False)
+        demanded = reader.submit([pages(30, 1).part], demanded=True)
+        reader.demand(unsure[1])
+        gate.open()
+        for read in (first, demanded, sure, *unsure):
+            reader.wait(read)
+    assert gate.begun == [0, 30, 11, 20, 10]
+
+
 def test_a_demanded_read_waits_only_for_the_chunks_under_way(path: Path, gate: Gate) -> None:
     with closing(DiskReader(read_gguf(path), n_threads=2)) as reader:
         likely = reader.submit([pages(0, 8).part], demanded=False)
@@ -285,6 +299,22 @@ def test_a_read_that_has_not_begun_is_cancelled_at_once(path: Path, gate: Gate) 
         reader.wait(first)
         assert gate.begun == [0]
         assert reader.n_wasted == 0
+
+
+def test_dropping_waits_for_nothing(path: Path, gate: Gate) -> None:
+    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+        target = pages(0, 6)
+        read = reader.submit([target.part], demanded=False)
+        gate.wait_for(1)
+        reader.drop(read)
+        assert not read.is_done, "a chunk is under way"
+        cancelling = in_background(lambda: reader.cancel(read))
+        gate.open()
+        assert soon_over(cancelling)
+        assert read.is_done
+        assert not read.is_complete
+        assert gate.begun == [0]
+        assert reader.n_wasted == PAGE
 
 
 def test_closing_ends_reads_and_whoever_waits_for_them(path: Path, gate: Gate) -> None:

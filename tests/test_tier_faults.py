@@ -313,13 +313,13 @@ class Visitor:
 def test_a_thousand_requests_come_and_go_and_nothing_stays(settled: Path, disk: Disk) -> None:
     """Admitted, cancelled and failed at random; what is answered is what the resident model answers."""
     draw, process = random.Random(4), psutil.Process()
-    prompts = [TOKENS[begin : begin + length] for begin, length in ((0, 1), (2, 4), (9, 12), (3, 9), (20, 3))]
+    prompts = [TOKENS[begin : begin + length] for begin, length in ((0, 1), (2, 4), (9, 7), (3, 5), (20, 3))]
     with closing(resident_engine(config(settled))) as engine:
         expected = {tuple(prompt): answer(engine, prompt, 5) for prompt in prompts}
     kinds = Counter[str]()
     held: dict[int, int] = {}
     visitors: dict[int, Visitor] = {}
-    with closing(tiered_engine(config(settled, n_parallel=4, n_ctx=64), 0.2)) as engine:
+    with closing(tiered_engine(config(settled, n_parallel=4, n_ctx=64, n_batch=5), 0.2)) as engine:
         n_come = 0
         while n_come < 1000 or visitors:
             if n_come < 1000 and len(visitors) < 8 and draw.random() < 0.6:
