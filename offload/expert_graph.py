@@ -47,9 +47,9 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One expert of a graph: its matrices' tensors and the inputs to fill."""
+    """One expert of a graph: the structures of its matrices' tensors, and the inputs to fill."""
 
-    matrices: tuple[int, int, int]
+    matrices: tuple[ggml.Tensor, ggml.Tensor, ggml.Tensor]
     tokens: NDArray[Any] | None
     columns: NDArray[Any]
     shares: NDArray[Any]
@@ -86,8 +86,8 @@ class ExpertGraphs:
         for shape, group in _grouped(works, n_tokens):
             prepared = self._graphs.get(shape)
             for part, work in zip(prepared.parts, group, strict=True):
-                for matrix, address in zip(part.matrices, work.addresses, strict=True):
-                    ggml.tensor_at(matrix).data = address
+                gate, up, down = part.matrices
+                gate.data, up.data, down.data = work.addresses
                 if part.tokens is not None:
                     part.tokens[:] = work.tokens
                 part.columns[:] = work.columns
@@ -141,8 +141,9 @@ class _Builder:
         def parts() -> Iterator[_Part]:
             for matrices, tokens, columns, shares in tensors:
                 n = int(ggml.tensor_at(columns).ne[0])
+                gate, up, down = matrices
                 yield _Part(
-                    matrices,
+                    (ggml.tensor_at(gate), ggml.tensor_at(up), ggml.tensor_at(down)),
                     ggml.array_at(ggml.ggml_get_data(tokens), np.int32, n) if tokens else None,
                     ggml.array_at(ggml.ggml_get_data(columns), np.int64, n),
                     ggml.array_at(ggml.ggml_get_data(shares), np.int32, n),

@@ -60,6 +60,9 @@ class ExpertStage:
         self._layers, self._sites, self._host, self._host_experts = layers, sites, host, host_experts
         self._policy, self._novices, self._trace = policy, novices, trace
         self._lossy = lossy
+        has_devices = any(site.experts is not None or site.exchange is not host for site in sites.values())
+        self._is_plain = not (novices or trace or lossy or has_devices)
+        self._single_picks: dict[tuple[int, int, int], Picks] = {}
         self._missed: list[Key] = []
         self._lowered: set[Key] = set()
         # A device that fills its slots over the link would keep the CPU from its own share.
@@ -94,6 +97,9 @@ class ExpertStage:
         layer, site = self._layers[index], self._sites[index]
         assert layer is not None
         ranked = site.exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
+        if n_rows == 1 and self._is_plain and self._is_decode[-1]:
+            self._run_plain(segment, layer, ranked[0].tolist(), is_cancelled)
+            return
         stored = np.asarray(layer.target, np.int64)[ranked]
         if self._trace is not None:
             shares = site.exchange.read("shares", n_rows, layer.n_expert_used)
@@ -121,6 +127,27 @@ class ExpertStage:
         self._on_host(segment, on_host, n_rows, is_cancelled)
         if self._trace is not None and n_rows == 1:
             self._trace.ahead(self._host_experts.foreseen)
+
+    def _run_plain(self, segment: Segment, layer: ExpertLayer, rows: list[int], is_cancelled: Cancelled) -> None:
+        """One token's experts, where nothing but the host's memory and the disk is there to find them.
+
+        The same as the long way, without what only other cases need: it runs for every layer of every token.
+        """
+        index = segment.last
+        experts = [layer.target[row] for row in rows]
+        self._policy.decode(index, experts)
+        picks = [self._one_pick(index, layer, expert, column) for column, expert in enumerate(experts)]
+        self._host_experts.run_single(index, picks, self._ahead(segment), is_cancelled)
+
+    def _one_pick(self, index: int, layer: ExpertLayer, expert: int, column: int) -> Picks:
+        key = (index, expert, column)
+        pick = self._single_picks.get(key)
+        if pick is None:
+            stored = np.full((1, column + 1), -1, np.int64)
+            stored[0, column] = expert
+            (pick,) = group_picks(index, layer, stored)
+            self._single_picks[key] = pick
+        return pick
 
     def end(self) -> None:
         """A step is complete: what is worth more than what a device has takes its place."""
