@@ -142,7 +142,8 @@ class _Opening:
             self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.direct_io)
             self._opened.callback(reader.close)
-            n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes)
+            rows = 0 if self._rows is None else self._rows.n_bytes
+            n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
             arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots)
             self._opened.callback(arena.close)
             # Its threads must have ended before the memory goes that they fill.

@@ -15,11 +15,11 @@ from offload.weight_source import WeightSource
 
 
 class TokenRows:
-    """A tensor [n_embd, n_batch] of the table's type, filled with the rows of a step's tokens."""
+    """A tensor [n_embd, n_batch] of the table's type in host memory, filled with the rows of a step's tokens."""
 
     def __init__(self, gguf: GGUFFile, table: WeightSource, backend: Backend, n_batch: int) -> None:
+        assert backend.is_host
         (span,) = table.spans
-        self._backend = backend
         self._path = gguf.paths[span.shard]
         self._offset, self._row_bytes = span.offset, table.n_bytes // table.ne[1]
         self._file = os.open(self._path, os.O_RDONLY)
@@ -33,12 +33,12 @@ class TokenRows:
         self._buffer = backend.allocate(self._row_bytes * n_batch + 256)
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
         ggml_backend.ggml_backend_tensor_alloc(self._buffer, self.tensor, base)
-        self._rows = np.empty(self._row_bytes * n_batch, np.uint8)
+        self._rows = ggml.array_at(base, np.uint8, self._row_bytes * n_batch)
 
     @property
     def n_bytes(self) -> int:
-        """Memory of the rows, here and on the device."""
-        return 2 * self._rows.nbytes
+        """Memory of the rows."""
+        return int(self._rows.nbytes)
 
     def load(self, tokens: NDArray[np.int32]) -> None:
         """Makes row i of the tensor that of `tokens[i]`. Raises ReadFailedError."""
@@ -54,7 +54,6 @@ class TokenRows:
                 raise changed_file(self._path)
         if FileStamp.of(self._file) != self._stamp:
             raise changed_file(self._path)
-        self._backend.set(self.tensor, self._rows[: len(tokens) * size])
 
     def close(self) -> None:
         """Frees the tensor and closes the file."""
