@@ -207,7 +207,7 @@ def _within_budget(
         require(plan.placement.required, plan.available, _what(config, plan))
     except DoesNotFitError as error:
         return replace(plan, shortfall=error.with_traceback(None))
-    return plan
+    return replace(plan, lossy=None)
 
 
 def _needs_tiers(config: EngineConfig, plan: EnginePlan) -> bool:

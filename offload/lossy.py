@@ -178,7 +178,7 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     """
     if text is None and max_kl is None:
         return None
-    name, _, values = (text or "rule").partition(":")
+    name, _, values = ("rule" if text is None else text).partition(":")
     if name not in LOSSY:
         raise UsageError(f"There is no lossy mode {name!r}. Choose one of {', '.join(LOSSY)}.")
     request = Request(name, _numbers(name, values), max_kl, layers, loss_tables(layers))
@@ -238,7 +238,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 def _check_limit(request: Request, max_kl: float) -> None:
     if not max_kl >= 0:
         raise UsageError(f"--max-kl is {max_kl:g}, but must be at least 0.")
-    if request.name not in _LIMITED or request.values:
+    if request.name not in _LIMITED or (request.values and request.name != "elastic"):
         raise UsageError(
             "--max-kl finds a mode's values itself. Use it alone, or with --lossy rule, gate or elastic and no value."
         )

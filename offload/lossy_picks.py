@@ -29,13 +29,20 @@ class LossyCounters:
     novice_picks: int = 0
     expected_kl: float = 0.0
 
+    def add(self, other: "LossyCounters") -> None:
+        """Counts further picks."""
+        self.low_picks += other.low_picks
+        self.skipped_picks += other.skipped_picks
+        self.novice_picks += other.novice_picks
+        self.expected_kl += other.expected_kl
+
     def known(self) -> dict[str, float]:
         """By name, without an expectation that nobody has."""
         return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 class LossyPicks:
-    """Decides with `chooser`; where the mean loss per token has come to `limit` nats, with the best copies alone."""
+    """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far."""
 
     def __init__(
         self, layers: Layers, tables: Tables, chooser: Chooser, memory: Memory, limit: float | None = None
@@ -59,9 +66,11 @@ class LossyPicks:
         assert layer is not None
         assert table is not None
         choice = Choice(index, layer, table, stored, shares)
-        is_spent = self._limit is not None and self.counters.expected_kl > self._limit * self._n_tokens
-        decision = unchanged(choice) if is_spent else self._chooser.choose(choice, self._memory)
-        self._count(choice, decision)
+        decision = self._chooser.choose(choice, self._memory)
+        cost = _cost(choice, decision)
+        if self._limit is not None and self.counters.expected_kl + cost.expected_kl > self._limit * self._n_tokens:
+            return unchanged(choice)
+        self.counters.add(cost)
         return decision
 
     def copy_ahead(self, key: Key) -> ExpertCopy:
@@ -71,18 +80,16 @@ class LossyPicks:
         assert table is not None
         return layer.experts[key[1]][self._chooser.ahead(key, table, self._memory)]
 
-    def _count(self, choice: Choice, decision: Decision) -> None:
-        table, rows = choice.table, choice.table.rows(choice.stored)
-        is_replaced = decision.stored != choice.stored
-        is_skipped = decision.stored == SKIPPED
-        is_low = ~is_replaced & ((decision.copies > 0) | table.is_lowered[rows])
-        losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.novice))
-        counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
-        if not any(counts):
-            return
-        counters = self.counters
-        counters.low_picks += counts[0]
-        counters.skipped_picks += counts[1]
-        counters.novice_picks += counts[2]
-        squares = choice.shares.astype(np.float64) ** 2
-        counters.expected_kl += sum(float((rates[rows[mask]] * squares[mask]).sum()) for mask, rates in losses)
+
+def _cost(choice: Choice, decision: Decision) -> LossyCounters:
+    """What a decision saves on."""
+    table, rows = choice.table, choice.table.rows(choice.stored)
+    is_replaced, is_skipped = decision.stored != choice.stored, decision.stored == SKIPPED
+    is_low = ~is_replaced & ((decision.copies > 0) | table.is_lowered[rows])
+    losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.novice))
+    counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
+    if not any(counts):
+        return LossyCounters()
+    squares = choice.shares.astype(np.float64) ** 2
+    expected = sum(float((rates[rows[mask]] * squares[mask]).sum()) for mask, rates in losses)
+    return LossyCounters(counts[0], counts[1], counts[2], expected)

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 
 from offload.arena import slot_bytes
+from offload.copy_decision import LowSlots
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
 from offload.errors import DoesNotFitError
+from offload.lossy import with_resident
 from offload.tier_opening import _Opening
-from offload.tier_plan import TierPlan, plan_tiers, slot_classes
+from offload.tier_plan import TierPlan, low_classes, plan_tiers, slot_classes
 
 
 def resident_engine(config: EngineConfig) -> Engine:
@@ -40,13 +42,21 @@ def take_planned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
     """The plan of such an engine."""
     plan = plan_engine(config)
-    whole = sum(n * slot_bytes(kind) for kind, n in slot_classes(plan.layers).items())
+    classes = slot_classes(plan.layers) + low_classes(plan.layers, _low(plan))
+    whole = sum(n * slot_bytes(kind) for kind, n in classes.items())
     try:
         _tiers(plan, 0)
     except DoesNotFitError as error:
         least = error.required_bytes
-    return replace(plan, tiers=_tiers(plan, int(least + share * (whole - least))), shortfall=None)
+    tiers = _tiers(plan, int(least + share * (whole - least)))
+    lossy = plan.lossy and with_resident(plan.lossy, plan.layers, tiers, plan.priors)
+    return replace(plan, tiers=tiers, shortfall=None, lossy=lossy)
 
 
 def _tiers(plan: EnginePlan, budget: int) -> TierPlan:
-    return plan_tiers(plan.layers, budget, program=0, weights=0, kv=0, compute=0, what="a test's model")
+    what = "a test's model"
+    return plan_tiers(plan.layers, budget, program=0, weights=0, kv=0, compute=0, what=what, low=_low(plan))
+
+
+def _low(plan: EnginePlan) -> LowSlots:
+    return "none" if plan.lossy is None else plan.lossy.chooser.low_slots
