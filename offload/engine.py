@@ -37,7 +37,7 @@ class Engine:
             if self.tokenizer:
                 opened.callback(self.tokenizer.close)
             self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress)))
-            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory)
+            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory, self.counters)
             self._scheduler = Scheduler(self._cells, self._model.runner.run, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 
@@ -51,6 +51,11 @@ class Engine:
         if plan.shortfall is not None:
             raise plan.shortfall
         return cls(config, plan, on_progress or (lambda done, total: None))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for a person about how it was opened, to be told once."""
+        return self.plan.notes
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 

@@ -74,6 +74,25 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TierUse:
+    """What the tiers did during an answer: by how much each of the engine's counters rose, by name.
+
+    Empty when the whole model is one graph. `is_shared`: other requests were being answered in the meantime, and what
+    was done for them is in the counts too.
+    """
+
+    counts: dict[str, float] = field(default_factory=dict)
+    is_shared: bool = False
+
+    @property
+    def hit_share(self) -> float | None:
+        """The share of the picks whose expert was in a device's slot or in host memory; None without picks."""
+        found = self.counts.get("hits", 0) + self.counts.get("device_hits", 0)
+        picks = found + self.counts.get("ahead", 0) + self.counts.get("misses", 0)
+        return found / picks if picks else None
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event: why it ended, the text that was still held back, and what it took.
 
@@ -84,6 +103,7 @@ class Finished:
     text: str
     timings: Timings
     memory: dict[str, int]
+    tiers: TierUse = TierUse()
 
 
 Event = PromptProgress | PromptLogprobs | TokenStep | Finished

@@ -13,6 +13,7 @@ from offload.generation import (
     GenerationRequest,
     PromptLogprobs,
     PromptProgress,
+    TierUse,
     Timings,
     TokenLogprob,
     TokenStep,
@@ -28,18 +29,20 @@ _LOGPROB_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a request must know of the model; `memory` tells the bytes held per tier."""
+    """What a request must know of the model; `memory` tells the bytes held per tier, `counters` running totals."""
 
     n_ctx: int
     n_vocab: int
     tokenizer: Tokenizer | None
     memory: Callable[[], dict[str, int]]
+    counters: Callable[[], dict[str, float]] = dict
 
 
 class Generator:
     """The state of one request. It computes nothing: a scheduler reads tokens for it and hands it their logits.
 
-    `sequence` holds its tokens from the moment it is admitted. It is over once it has made its `Finished`.
+    `sequence` holds its tokens from the moment it is admitted. It is over once it has made its `Finished`. Whoever
+    reads for others in the same time says so with `has_company`.
     Raises UsageError and ContextOverflowError.
     """
 
@@ -49,7 +52,7 @@ class Generator:
         _check(request, facts)
         self.request, self.is_cancelled, self.id = request, is_cancelled, id
         self.sequence: Sequence | None = None
-        self.is_over = False
+        self.is_over = self.has_company = False
         self._facts = facts
         tokenizer = facts.tokenizer
         piece = tokenizer.piece if tokenizer else lambda token: b""
@@ -63,6 +66,7 @@ class Generator:
         self._drawn = -1
         self._prompt_seconds = 0.0
         self._begin: float | None = None
+        self._counted: dict[str, float] = {}
 
     @property
     def is_reading(self) -> bool:
@@ -88,7 +92,9 @@ class Generator:
 
     def skip(self, n_known: int) -> None:
         """Notes that so many tokens of the prompt, from the first on, are in the sequence."""
-        self._begin = self._begin or time.perf_counter()
+        if self._begin is None:
+            self._begin = time.perf_counter()
+            self._counted = self._facts.counters()
         self._n_cached += n_known - self._n_done
         self._n_done = n_known
 
@@ -159,7 +165,14 @@ class Generator:
             predicted_ms=(total - prompt_seconds) * 1000,
             cached_n=self._n_cached,
         )
-        return Finished(reason, self._text.finish(), timings, self._facts.memory())
+        return Finished(reason, self._text.finish(), timings, self._facts.memory(), self._tier_use())
+
+    def _tier_use(self) -> TierUse:
+        if self._begin is None:
+            return TierUse()
+        counted = self._counted
+        counts = {name: value - counted.get(name, 0) for name, value in self._facts.counters().items()}
+        return TierUse(counts, self.has_company)
 
 
 def _check(request: GenerationRequest, facts: ModelFacts) -> None:

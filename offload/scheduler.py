@@ -89,6 +89,9 @@ class Scheduler:
             if job.sequence is None:
                 job.sequence = self._cells.begin()
             self._active.append(job)
+        if len(self._active) > 1:
+            for job in self._active:
+                job.has_company = True
 
     def _has_room(self, job: Generator) -> bool:
         promised = sum(_n_to_come(other) for other in self._active)

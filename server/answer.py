@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from offload.generation import GenerationRequest, Timings
@@ -97,11 +98,17 @@ class Letterhead:
         self,
         choices: list[wire.ChatChoice] | list[wire.ChatChunkChoice] | list[wire.CompletionChoice],
         usage: wire.Usage | UnsetType | None = UNSET,
-        timings: Timings | None = None,
+        first: Draft | None = None,
     ) -> wire.Document:
-        """A document under this head."""
-        told = UNSET if timings is None else wire.timings_info(timings)
-        return wire.Document(self.id, self.object, self.created, self.model, self.fingerprint, choices, usage, told)
+        """A document under this head; `first`, the first choice of a whole answer, gives it its figures."""
+        document = wire.Document(self.id, self.object, self.created, self.model, self.fingerprint, choices, usage)
+        return document if first is None or first.done is None else with_figures(document, first.done)
+
+
+def with_figures(document: wire.Document, done: frames.Done) -> wire.Document:
+    """The document with what the answer took and, where not all is in memory, what the tiers did for it."""
+    tiers = wire.tiers_info(done.tiers) or UNSET
+    return msgspec.structs.replace(document, timings=wire.timings_info(done.timings), tiers=tiers)
 
 
 class Shape(Protocol):

@@ -71,7 +71,7 @@ class ChatShape:
             assert draft.done is not None
             logprobs = wire.chat_logprobs(draft.scores) if self._is_scored else None
             choices.append(wire.ChatChoice(index, wire.ChatMessage(draft.text), logprobs, draft.done.reason))
-        return self.head.document(choices, usage_of(drafts), drafts[0].timings)
+        return self.head.document(choices, usage_of(drafts), drafts[0])
 
     def _chunk(self, index: int, delta: wire.Delta, scores: list[ScoredToken], reason: str | None) -> wire.Document:
         logprobs = wire.chat_logprobs(scores) if self._is_scored and scores else None

@@ -90,7 +90,7 @@ class CompletionShape:
             text = self._echoes[index] + draft.text
             logprobs = wire.completion_logprobs(scores, text, 0) if self._is_scored else None
             choices.append(wire.CompletionChoice(index, text, logprobs, draft.done.reason))
-        return self.head.document(choices, usage_of(drafts), drafts[0].timings)
+        return self.head.document(choices, usage_of(drafts), drafts[0])
 
     def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
         is_scored = self._is_scored and scores

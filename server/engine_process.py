@@ -61,6 +61,7 @@ class EngineProcess:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
         self._prompts: Prompts | None = None
+        self._counters: Callable[[], dict[str, float]] = dict
         self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}
@@ -80,6 +81,7 @@ class EngineProcess:
         try:
             engine = open_engine(self._opening.get(), self._progress())
             self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+            self._counters = engine.counters
             info = describe(engine)
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))
@@ -112,7 +114,7 @@ class EngineProcess:
         except Exception as error:
             self._pipe.send(failure_of(frame.id, error, frame.request.max_tokens))
             return
-        job = self._jobs[frame.id] = _Job(Replies(frame.id, request, self._prompts.piece))
+        job = self._jobs[frame.id] = _Job(Replies(frame.id, request, self._prompts.piece, self._counters))
         self._pipe.send(frames.Accepted(frame.id, len(request.prompt_ids)))
         self._waiting.put(job)
 

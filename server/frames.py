@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from offload.generation import FinishReason, GenerationRequest, Timings
+from offload.generation import FinishReason, GenerationRequest, TierUse, Timings
 
 HEADER_BYTES = 4
 
@@ -104,7 +104,7 @@ class Render(Frame, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the HTTP side tells about an open model."""
+    """What the HTTP side tells about an open model; `counters` are running totals of its tiers."""
 
     n_ctx: int
     n_ctx_train: int
@@ -115,6 +115,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     eos: str
     chat_template: str | None
     memory: dict[str, int]
+    notes: tuple[str, ...] = ()
+    counters: dict[str, float] = {}
 
 
 class Loading(Frame, frozen=True):
@@ -189,13 +191,18 @@ class Step(Frame, frozen=True):
 
 
 class Done(Frame, frozen=True):
-    """Engine to front: the last of a generation, with the text that was held back."""
+    """Engine to front: the last of a generation, with the text that was held back.
+
+    `tiers` are this generation's, `counters` the engine's totals.
+    """
 
     id: int
     reason: FinishReason
     text: str
     timings: Timings
     memory: dict[str, int]
+    tiers: TierUse = TierUse()
+    counters: dict[str, float] = {}
 
 
 class Encoded(Frame, frozen=True):
@@ -213,9 +220,9 @@ class Text(Frame, frozen=True):
     text: str
 
 
-def with_memory(info: ModelInfo, memory: dict[str, int]) -> ModelInfo:
-    """`info` with newer figures of the memory held."""
-    return msgspec.structs.replace(info, memory=memory)
+def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
+    """`info` with newer figures of the memory held and of the tiers."""
+    return msgspec.structs.replace(info, memory=done.memory, counters=done.counters)
 
 
 ToEngine = Open | Submit | Cancel | Encode | Decode | Render

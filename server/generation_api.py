@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from server import frames, wire
-from server.answer import Draft, Order, Shape, usage_of
+from server.answer import Draft, Order, Shape, usage_of, with_figures
 from server.api_error import SERVER, ApiError, ErrorInfo, from_failure, queue_full
 from server.event_stream import EventStream
 from server.metrics import Metrics
@@ -133,10 +133,10 @@ class _StreamWriter:
             case frames.Step(text=text, scored=scored):
                 self._unwritten += [] if scored is None else [scored]
                 return self._piece(index, text)
-            case frames.Done(reason=reason, text=text, timings=timings):
+            case frames.Done(reason=reason, text=text):
                 pieces = self._piece(index, text)
                 closing = self._shape.closing(index, reason, self._unwritten)
-                return [*pieces, msgspec.structs.replace(closing, timings=wire.timings_info(timings))]
+                return [*pieces, with_figures(closing, answer)]
         return []
 
     def _piece(self, index: int, text: str) -> list[wire.Document]:

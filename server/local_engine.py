@@ -23,7 +23,7 @@ def open_engine(options: EngineOptions) -> Engine:
     """Opens the model, with a progress line on a terminal, and says what the plan has to say."""
     with loading_progress(options.path.name) as progress:
         engine = Engine.open(engine_config(options), progress)
-    say_notes(engine.plan.notes)
+    say_notes(engine.notes)
     return engine
 
 

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from server.frames import Answer, Done, Step
 from server.supervisor import Supervisor
 from server.ticket import Ticket
+from server.tier_metrics import TierCollector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -34,6 +35,7 @@ class Metrics:
         waiting.set_function(lambda: max(0, supervisor.n_busy - supervisor.n_parallel))
         restarts = Gauge("slimoe_engine_restarts", "Times the engine's process was started again.", registry=registry)
         restarts.set_function(lambda: supervisor.n_restarts)
+        registry.register(TierCollector(lambda: {} if supervisor.info is None else supervisor.info.counters))
 
     def note(self, ticket: Ticket, answer: Answer) -> None:
         """Counts one answer of the engine."""

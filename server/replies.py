@@ -34,14 +34,22 @@ class OpenModel(Protocol):
     def memory(self) -> dict[str, int]:
         """Bytes held per tier."""
 
+    def counters(self) -> dict[str, float]:
+        """Running totals of the tiers."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about how it was opened."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """The messages about one generation; `piece` gives a token's bytes."""
+    """The messages about one generation; `piece` gives a token's bytes, `counters` the engine's totals."""
 
     id: int
     request: GenerationRequest
     piece: Callable[[int], bytes]
+    counters: Callable[[], dict[str, float]] = dict
 
     def event(self, event: Event) -> frames.Frame | None:
         """The message of an event; None when it has nothing to say."""
@@ -53,8 +61,8 @@ class Replies:
                 return frames.Progress(self.id, n_done, n_total, n_cached)
             case PromptLogprobs(tokens):
                 return frames.PromptScores(self.id, self._prompt_scores(tokens))
-            case Finished(reason, text, timings, memory):
-                return frames.Done(self.id, reason, text, timings, memory)
+            case Finished(reason, text, timings, memory, tiers):
+                return frames.Done(self.id, reason, text, timings, memory, tiers, self.counters())
 
     def failure(self, error: Exception) -> frames.Failure:
         """The message of an error that ended the generation."""
@@ -120,4 +128,6 @@ def describe(engine: OpenModel) -> frames.ModelInfo:
         eos=texts[1],
         chat_template=None if tokenizer is None else tokenizer.chat_template,
         memory=engine.memory(),
+        notes=engine.notes,
+        counters=engine.counters(),
     )

@@ -51,6 +51,7 @@ class Supervisor:
         self._pause = 0.0
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
+        self._told: set[str] = set()
 
     @property
     def pid(self) -> int | None:
@@ -171,10 +172,18 @@ class Supervisor:
 
     def _be_ready(self, info: frames.ModelInfo) -> None:
         self.info, self.failure = info, None
+        self._tell(info.notes)
         if self.phase != "stopped":
             self.phase = "ready"
         self._flush()
         self._note_change()
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        """Says on standard error what has not been said before."""
+        for note in notes:
+            if note not in self._told:
+                print(note, file=sys.stderr)
+        self._told.update(notes)
 
     def _deliver(self, answer: frames.Answer) -> None:
         ticket = self._tickets.get(answer.id)
@@ -183,7 +192,7 @@ class Supervisor:
         ticket.push(answer)
         if isinstance(answer, frames.Done):
             self._pause = 0.0
-            self.info = None if self.info is None else frames.with_memory(self.info, answer.memory)
+            self.info = None if self.info is None else frames.with_figures(self.info, answer)
 
     def _on_exit(self, returncode: int) -> None:
         self._child = None

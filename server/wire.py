@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from offload.generation import Timings
+from offload.generation import TierUse, Timings
 from server.frames import ScoredToken
 
 LOWEST_LOGPROB = -9999.0
@@ -124,6 +124,12 @@ class Document(msgspec.Struct, frozen=True):
     choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     timings: TimingsInfo | UnsetType = UNSET
+    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+
+
+def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
+    """What the tiers did for an answer, by name; empty when the whole model is in memory."""
+    return {**tiers.counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared} if tiers.counts else {}
 
 
 def timings_info(timings: Timings) -> TimingsInfo:

@@ -26,6 +26,7 @@ from offload.generation import (
     Outcome,
     PromptLogprobs,
     PromptProgress,
+    TierUse,
     Timings,
     TokenLogprob,
     TokenStep,
@@ -57,10 +58,15 @@ class ScriptedEngine:
         self.n_ctx = request.n_ctx or self.spec.n_ctx_train
         self._n_parallel = request.n_parallel or 1
         self._ids = itertools.count()
+        self._n_done = 0
+        self.notes = ("It is scripted.",)
         self._answers: dict[int, Iterator[Event]] = {}
 
     def memory(self) -> dict[str, int]:
         return {"weights": self.gguf.n_bytes}
+
+    def counters(self) -> dict[str, float]:
+        return {"hits": 3.0 * self._n_done, "misses": 1.0 * self._n_done, "bytes_read": 100.0 * self._n_done}
 
     @property
     def is_idle(self) -> bool:
@@ -124,7 +130,9 @@ class ScriptedEngine:
             if never_ends:
                 time.sleep(TICK_SECONDS)
         timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, cached_n=1)
-        yield Finished(reason, text.finish(), timings, self.memory())
+        self._n_done += 1
+        tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0})
+        yield Finished(reason, text.finish(), timings, self.memory(), tiers)
 
 
 def _score(token: int, request: GenerationRequest) -> TokenLogprob:

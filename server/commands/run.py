@@ -18,6 +18,7 @@ from server.prompts import Prompts
 from server.repl import Repl
 from server.sampling_options import sampling_flags, sampling_params
 from server.terminal import Outcome, generate, show_figures
+from server.wire import tiers_info
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def _report(outcome: Outcome) -> str:
         "tokens": outcome.tokens,
         "finish_reason": finished.reason,
         "timings": finished.timings,
+        "tiers": tiers_info(finished.tiers),
         "memory": finished.memory,
     }
     return msgspec.json.encode(report).decode()
