@@ -25,17 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.engine_changes import Changes, changed, parse_changes
-from bench.pair_scores import PASSES, Text, expert_bytes, score
+from bench.pair_scores import PASSES, Text, score
 from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import SHAPES
 from bench.rival import Rival, RivalConfig
 from bench.topics import natural_tokens
 from converter.convert import ConvertOptions, convert
 from converter.pair import find_pair
+from offload.arena import slot_bytes
 from offload.backend import default_threads
 from offload.engine_plan import EngineConfig, plan_engine
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
+from offload.tier_plan import slot_classes
 from offload.tokenizer import Tokenizer
 
 UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
@@ -115,10 +117,9 @@ def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
     return rows
 
 
-def total_expert_bytes(model: Path) -> float:
-    """Bytes of all experts of a file, each in its better copy."""
-    plan = plan_engine(EngineConfig(model))
-    return expert_bytes(plan, 0) * sum(len(layer.experts) for layer in plan.layers if layer is not None)
+def total_expert_bytes(model: Path) -> int:
+    """Memory of all experts of a file, each in its better copy."""
+    return sum(n * slot_bytes(kind) for kind, n in slot_classes(plan_engine(EngineConfig(model)).layers).items())
 
 
 def read_texts(checkpoint: Path, files: Sequence[Path], n_tokens: int, directory: Path) -> list[tuple[int, ...]]:
@@ -143,6 +144,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         "mode",
         "file MB",
         "expert MB/token",
+        "in memory MB",
         "read MB/token",
         "KL cold",
         "KL warm",
@@ -155,7 +157,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             drawn.add_row(f"{row['room']:g}", row["mode"], row["failure"])
             continue
         cold, warm = (row[name] for name in PASSES)
-        megabytes = (row["file_bytes"], warm["expert_bytes"], warm["missed_bytes"])
+        megabytes = (row["file_bytes"], warm["expert_bytes"], row["slot_bytes"], warm["missed_bytes"])
         kls = (cold["kl_mean"], warm["kl_mean"], warm["kl_99.9%"])
         cells = (*(f"{1e-6 * value:.2f}" for value in megabytes), *(f"{value:.2e}" for value in kls))
         drawn.add_row(f"{row['room']:g}", row["mode"], *cells, f"{warm['same_top']:.4f}")

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from bench.stepping import kl_divergence
+from offload.copy_decision import LowSlots
+from offload.elastic import share_within
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
+from offload.errors import DoesNotFitError
+from offload.lossy import with_resident
+from offload.tier_plan import TierPlan, plan_tiers
 
-LOW_PICKS, SKIPPED_PICKS = "low_picks", "skipped_picks"
-"""The engine's counters of picks that were answered by the smaller copy, or not at all."""
 PASSES = ("cold", "warm")
 
 
@@ -30,28 +33,45 @@ class Text:
 
 
 def score(config: EngineConfig, texts: Sequence[Text], room_bytes: int) -> dict[str, Any]:
-    """Divergences and bytes per token, cold and warm, with slots for `room_bytes` of experts besides the least.
+    """Divergences and bytes per token, cold and warm, with slots for `room_bytes` of experts, or the fewest possible.
 
     Raises as `Engine.open` does.
     """
-    config = replace(config, ram=f"{least_bytes(config) + room_bytes}B")
-    figures: dict[str, Any] = {"file_bytes": config.model.stat().st_size}
-    with closing(Engine.open(config)) as engine:
+    plan = planned(config, room_bytes)
+    assert plan.tiers is not None
+    sizes = picked_bytes(config)
+    figures: dict[str, Any] = {"file_bytes": config.model.stat().st_size, "slot_bytes": plan.tiers.arena}
+    with closing(Engine(config, plan, lambda done, total: None)) as engine:
         for name in PASSES:
             before = engine.counters()
             rows = [row for text in texts for row in read(engine, text)]
             counters = {key: value - before.get(key, 0.0) for key, value in engine.counters().items()}
             n_tokens = sum(len(text.tokens) for text in texts)
             per_token = {key: value / n_tokens for key, value in counters.items()}
-            figures[name] = divergences(rows) | bytes_per_token(engine.plan, per_token) | {"counters": per_token}
+            figures[name] = divergences(rows) | bytes_per_token(sizes, per_token) | {"counters": per_token}
     return figures
 
 
-def least_bytes(config: EngineConfig) -> int:
-    """The smallest budget that a model can be opened with."""
-    plan = plan_engine(replace(config, ram="1B"))
-    assert plan.shortfall is not None
-    return plan.shortfall.required_bytes
+def planned(config: EngineConfig, room_bytes: int) -> EnginePlan:
+    """The plan with so many bytes of slots, however much memory there is; an elastic file has the mix for them."""
+    if config.lossy == "elastic":
+        layers = plan_engine(replace(config, lossy=None, max_kl=None)).layers
+        share = share_within(layers, room_bytes, 0, str(config.model))
+        config = replace(config, lossy=f"elastic:{share}")
+    plan = plan_engine(config)
+    try:
+        tiers = tiers_within(plan, room_bytes)
+    except DoesNotFitError as error:
+        tiers = tiers_within(plan, error.required_bytes)
+    lossy = plan.lossy and with_resident(plan.lossy, plan.layers, tiers, plan.priors)
+    return replace(plan, tiers=tiers, lossy=lossy)
+
+
+def tiers_within(plan: EnginePlan, budget: int) -> TierPlan:
+    """Slots for a budget that has nothing else to hold; raises DoesNotFitError."""
+    low: LowSlots = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
+    tiers = plan_tiers(plan.layers, budget, program=0, weights=0, kv=0, compute=0, what="The model", low=low)
+    return replace(tiers, is_final=True)
 
 
 def read(engine: Engine, text: Text) -> list[tuple[float, bool]]:
@@ -84,10 +104,25 @@ def expert_bytes(plan: EnginePlan, copy: int) -> float:
     return float(np.mean(sizes))
 
 
-def bytes_per_token(plan: EnginePlan, per_token: dict[str, float]) -> dict[str, float]:
-    """Bytes of experts multiplied for a token, and bytes that were read from disk for it and used."""
-    high, low = expert_bytes(plan, 0), expert_bytes(plan, -1)
+@dataclass(frozen=True, slots=True)
+class PickedBytes:
+    """What a token multiplies: its picks, and the mean bytes of an expert in its best and in its last copy."""
+
+    n_picks: int
+    high: float
+    low: float
+
+
+def picked_bytes(config: EngineConfig) -> PickedBytes:
+    """As the file has it, whatever the mode."""
+    plan = plan_engine(replace(config, lossy=None, max_kl=None))
     n_picks = sum(layer.n_expert_used for layer in plan.layers if layer is not None)
-    saved = per_token.get(LOW_PICKS, 0.0) * (high - low) + per_token.get(SKIPPED_PICKS, 0.0) * high
+    return PickedBytes(n_picks, expert_bytes(plan, 0), expert_bytes(plan, -1))
+
+
+def bytes_per_token(sizes: PickedBytes, per_token: dict[str, float]) -> dict[str, float]:
+    """Bytes of experts multiplied for a token, and bytes that were read from disk for it and used."""
+    left_out = per_token.get("skipped_picks", 0.0) + per_token.get("novice_picks", 0.0)
+    saved = per_token.get("low_picks", 0.0) * (sizes.high - sizes.low) + left_out * sizes.high
     read = per_token.get("bytes_read", 0.0) - per_token.get("bytes_wasted", 0.0)
-    return {"expert_bytes": n_picks * high - saved, "saved_bytes": saved, "missed_bytes": read}
+    return {"expert_bytes": sizes.n_picks * sizes.high - saved, "saved_bytes": saved, "missed_bytes": read}

@@ -237,7 +237,9 @@ def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | N
         require(sum(fixed.values()), plan.available, _what(config, plan))
         return None
     low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
-    return plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
+    tiers = plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
+    # An elastic mix was made for just these slots.
+    return replace(tiers, is_final=plan.lossy is not None and isinstance(plan.lossy.chooser, Elastic))
 
 
 def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:

@@ -10,7 +10,6 @@ from offload.device_backend import DeviceBackend
 from offload.device_experts import DeviceExperts
 from offload.device_plan import N_PASSING, DevicePlan
 from offload.disk_reader import DiskReader
-from offload.elastic import Elastic
 from offload.engine_plan import EngineConfig, EnginePlan
 from offload.exchange import Exchange, ExchangeShape
 from offload.expert_graph import ExpertGraphs
@@ -234,8 +233,8 @@ class _Opening:
 
     def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
         """Slots for the room there really is, now that everything else has its memory; raises DoesNotFitError."""
-        if self._plan.lossy is not None and isinstance(self._plan.lossy.chooser, Elastic):
-            return dict(tiers.n_slots)  # the mix was made for these
+        if tiers.is_final:
+            return dict(tiers.n_slots)
         layers = [self._plan.layers[index] for index in self._cut]
         taken = resident_bytes() + untouched + request_bytes(self._plan.spec, self._plan.n_batch, self._plan.n_parallel)
         return fit_slots(layers, tiers.budget, taken, str(self._config.model), tiers.low)

@@ -26,7 +26,8 @@ _BYTES_PER_TOKEN_TEXT = 400
 class TierPlan:
     """Bytes of host memory by use, within `budget`, and slots for experts by class.
 
-    `program` is Python and libraries; `weights` everything that is no expert.
+    `program` is Python and libraries; `weights` everything that is no expert. `low` says which part the slots of low
+    copies have. If `is_final`, the slots are these; otherwise as many as there turns out to be room for.
     """
 
     budget: int
@@ -39,6 +40,7 @@ class TierPlan:
     expert_bytes: int
     n_ahead: int
     low: LowSlots = "none"
+    is_final: bool = False
 
     @property
     def fixed(self) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench.pair_quality import Mode, measure, parse_mode, smallest_plan, table
-from bench.pair_scores import bytes_per_token, divergences, least_bytes
-from offload.engine_plan import EngineConfig, plan_engine
+from bench.pair_scores import bytes_per_token, divergences, picked_bytes, planned
+from offload.engine_plan import EngineConfig
 from offload.errors import UsageError
 
 
@@ -42,16 +42,29 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
 def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
     """A pick by the smaller copy saves the difference, a skipped one all."""
     model = smallest_plan(tmp_path).file("Q8_0,Q4_K")
-    plan = plan_engine(EngineConfig(model, n_ctx=256))
+    config = EngineConfig(model, n_ctx=256)
     weights = 3 * 256 * 512
     high, low = weights * 34 // 32, weights * 144 // 256
-    counters = {"low_picks": 1.5, "skipped_picks": 0.5, "bytes_read": 900.0, "bytes_wasted": 100.0}
-    figures = bytes_per_token(plan, counters)
+    counters = {"low_picks": 1.5, "skipped_picks": 0.3, "novice_picks": 0.2, "bytes_read": 900.0, "bytes_wasted": 100.0}
+    figures = bytes_per_token(picked_bytes(config), counters)
     assert figures["saved_bytes"] == pytest.approx(1.5 * (high - low) + 0.5 * high)
     assert figures["expert_bytes"] == pytest.approx(4 * high - figures["saved_bytes"])
     assert figures["missed_bytes"] == 800
-    least = least_bytes(EngineConfig(model, n_ctx=256))
-    assert plan_engine(EngineConfig(model, n_ctx=256, ram=f"{int(1.2 * least)}B")).shortfall is None
+
+
+def test_slots_are_those_of_the_room(tmp_path: Path) -> None:
+    """With too little for any step, the fewest; low copies and elastic mixes have their part of the same room."""
+    model = smallest_plan(tmp_path).file("Q8_0,Q4_0")
+    whole = 4 * 2 * 3 * 256 * 512 * 34 // 32
+    sizes = {}
+    for lossy in (None, "low", "elastic"):
+        tiers = planned(EngineConfig(model, n_ctx=256, lossy=lossy), int(0.7 * whole)).tiers
+        assert tiers is not None
+        sizes[lossy] = tiers.arena
+        assert 0.4 * whole < tiers.arena < 0.9 * whole
+    fewest = planned(EngineConfig(model, n_ctx=256), 0).tiers
+    assert fewest is not None
+    assert fewest.n_resident == 2
 
 
 def test_modes_are_written_as_names_and_changes() -> None:
