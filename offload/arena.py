@@ -128,7 +128,7 @@ class Arena:
     @property
     def n_free_to_pin(self) -> int:
         """So many experts can be pinned at once, whatever their class, beside those that are held."""
-        return min(pool.cache.n_slots for pool in self._pools.values()) - len(self._held)
+        return min((pool.cache.n_slots for pool in self._pools.values()), default=0) - len(self._held)
 
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""

@@ -156,7 +156,8 @@ class _Opening:
     def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
-        return Exchange(backend, ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, n_ahead))
+        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, n_ahead)
+        return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------
 

@@ -147,7 +147,7 @@ def share_slots(
     `size` says what a slot takes. The least must fit.
     """
     total = sum(n * size(kind) for kind, n in classes.items())
-    share = min(1.0, room / total)
+    share = min(1.0, room / total) if total else 1.0
     n_slots = {kind: max(min(least[kind], n), int(n * share)) for kind, n in classes.items()}
     while sum(n * size(kind) for kind, n in n_slots.items()) > room:
         kind = max((kind for kind in n_slots if n_slots[kind] > least[kind]), key=lambda kind: n_slots[kind])

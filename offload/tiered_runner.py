@@ -151,10 +151,8 @@ class TieredRunner:
         return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
 
     def close(self) -> None:
-        """Frees graphs and buffers; weights and experts' memory are their owners' business."""
+        """Frees the graphs; weights, exchanges and experts' memory are their owners' business."""
         for graphs in self._graphs:
             graphs.close()
         if self._stage is not None:
             self._stage.close()
-        for part in self._parts:
-            part.site.exchange.close()
