@@ -16,15 +16,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bench.engine_changes import Changes, changed, parse_changes
+from bench.pair_hints import measure_hints, write_hints
 from bench.pair_scores import PASSES, Text, score
 from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import SHAPES
@@ -41,6 +43,7 @@ from offload.tier_plan import slot_classes
 from offload.tokenizer import Tokenizer
 
 UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
+_CALIBRATION_TOKENS = 1024
 ROOMS = (1.0, 0.5, 0.25)
 
 
@@ -64,6 +67,7 @@ class Plan:
     rooms: tuple[float, ...]
     texts: tuple[tuple[int, ...], ...]
     n_threads: int
+    calibration: tuple[int, ...] = ()
 
     @property
     def n_ctx(self) -> int:
@@ -76,7 +80,16 @@ class Plan:
         if not path.exists():
             pair = kind if "," in kind else None
             convert(ConvertOptions(self.checkpoint, path, "F32" if pair else kind, self.n_threads, pair=pair))
+            if pair and self.calibration:
+                self._measure(path)
         return path
+
+    def _measure(self, path: Path) -> None:
+        """Writes what saving on each expert costs into a pair."""
+        with_hints = path.with_suffix(".hints")
+        texts = [Text(self.calibration, np.empty((0, 0)))]
+        write_hints(path, with_hints, measure_hints(path, texts, self.n_threads, lambda line: None))
+        with_hints.replace(path)
 
 
 def parse_mode(text: str, pair: str) -> Mode:
@@ -179,6 +192,11 @@ def smallest_plan(directory: Path) -> Plan:
 @click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens of each text.")
 @click.option("--pair", default="Q4_K,Q2_K_PURE", show_default=True, help="Types of the two copies, the better first.")
 @click.option("--mode", "modes", multiple=True, metavar="NAME:FIELD=VALUE", help="A lossy mode of the pair.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to measure each expert's errors with, for modes that need them: 1024 tokens, read twice per expert.",
+)
 @click.option("--room", "rooms", type=click.FloatRange(0), multiple=True, default=ROOMS, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
@@ -188,6 +206,7 @@ def main(
     tokens: int,
     pair: str,
     modes: tuple[str, ...],
+    calibration: Path | None,
     rooms: tuple[float, ...],
     threads: int | None,
     smoke: bool,
@@ -205,6 +224,9 @@ def main(
                 texts = tuple(read_texts(checkpoint, files, tokens, directory))
                 uniform = tuple(Mode(kind, kind) for kind in UNIFORM)
                 plan = Plan(checkpoint, directory, pair, uniform + own, rooms, texts, threads or default_threads())
+                if calibration is not None:
+                    (tokens_read,) = read_texts(checkpoint, [calibration], _CALIBRATION_TOKENS, directory)
+                    plan = replace(plan, calibration=tokens_read)
             else:
                 raise UsageError("Name a --checkpoint, or use --smoke.")
             rows = measure(plan, console.print)

@@ -13,8 +13,8 @@ from offload.residency import Key
 SKIPPED = int(np.iinfo(np.int64).min)
 """In place of a stored expert: nothing is computed or added for this pick."""
 
-LowSlots = Literal["none", "shared", "first"]
-"""The memory of low copies: none, as much of them as of the high ones, or all of them before any high one."""
+LowSlots = Literal["none", "shared", "first", "last"]
+"""The slots of low copies: none, as many as of high ones, all of them before any high one, or what these leave."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

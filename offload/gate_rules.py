@@ -13,6 +13,9 @@ from offload.copy_decision import Choice, Decision, LowSlots, Memory, without
 from offload.loss_table import LossTable
 from offload.residency import Key
 
+_MOSTLY_HIGH = 0.5
+"""From here on most picks use the best copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -29,8 +32,10 @@ class Gate:
 
     @property
     def low_slots(self) -> LowSlots:
-        """As much memory for low copies as for high ones: how often each is used is the router's business."""
-        return "none" if self.low <= self.high else "shared"
+        """A byte is worth more for what more picks use; which that is cannot be told for thresholds below one half."""
+        if self.low <= self.high:
+            return "none"
+        return "last" if self.high >= _MOSTLY_HIGH else "shared"
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """By the sum of the shares before each pick."""

@@ -75,9 +75,9 @@ def plan_tiers(
     """
     n_slots = fit_slots(layers, budget, program + weights + kv + compute, what, low)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
-    classes = slot_classes(layers) + low_classes(layers, low)
-    # Where all have room nobody is driven out, and nothing is read.
-    rooms = [n // min(n_used, classes[kind]) for kind, n in n_slots.items() if n < classes[kind]]
+    classes, lows = slot_classes(layers), low_classes(layers, low)
+    # Where all have room nobody is driven out, and nothing is read. Low copies are not read ahead in earnest.
+    rooms = [n_slots[kind] // min(n_used, n) for kind, n in classes.items() if n_slots[kind] < n + lows[kind]]
     copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
     return TierPlan(
         budget=budget,
@@ -113,10 +113,14 @@ def fit_slots(
             available_bytes=budget,
         )
     room = budget - taken
-    if low != "first":
+    if low == "shared" or not lows:
         return share_slots(high + lows, least, room)
-    kept = share_slots(lows, least_low, room - _bytes_of(least_high)) if lows else {}
-    return dict(Counter(kept) + Counter(share_slots(high, least_high, room - _bytes_of(kept))))
+    in_order = [(lows, least_low), (high, least_high)] if low == "first" else [(high, least_high), (lows, least_low)]
+    slots = Counter(least)
+    for classes, own in in_order:
+        others = slots - own
+        slots = others + Counter(share_slots(classes, own, room - _bytes_of(others)))
+    return dict(slots)
 
 
 def _bytes_of(slots: Mapping[SlotClass, int]) -> int:

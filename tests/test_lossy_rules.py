@@ -342,7 +342,7 @@ def test_low_copies_come_first_or_share() -> None:
         return got[high], got.get(low, 0)
 
     assert slots(whole, "none") == (20, 0)
-    assert slots(whole, "first") == slots(whole, "shared") == (20, 20)
+    assert slots(whole, "first") == slots(whole, "shared") == slots(whole, "last") == (20, 20)
     least = N_USED * sum(sizes.values())
     assert slots(least, "first") == slots(least, "shared") == (3, 3)
     few_high, all_low = slots(20 * sizes[low] + 5 * sizes[high], "first")
@@ -351,6 +351,8 @@ def test_low_copies_come_first_or_share() -> None:
     assert some == (3, 12)
     shared = slots(whole // 2, "shared")
     assert abs(shared[0] - shared[1]) <= 1
+    assert slots(20 * sizes[high] + 5 * sizes[low], "last") == (20, 5)
+    assert slots(12 * sizes[high] + N_USED * sizes[low], "last") == (12, 3)
     with pytest.raises(DoesNotFitError):
         slots(least - 1, "first")
 

@@ -3,12 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bench.pair_hints import measure_hints, write_hints
 from bench.pair_quality import Mode, measure, parse_mode, smallest_plan, table
-from bench.pair_scores import bytes_per_token, divergences, picked_bytes, planned
-from offload.engine_plan import EngineConfig
+from bench.pair_scores import Text, bytes_per_token, divergences, picked_bytes, planned
+from offload.engine_plan import EngineConfig, plan_engine
 from offload.errors import UsageError
+from offload.gguf_file import read_gguf
 
 
 def test_divergences_by_hand() -> None:
@@ -65,6 +68,30 @@ def test_slots_are_those_of_the_room(tmp_path: Path) -> None:
     fewest = planned(EngineConfig(model, n_ctx=256), 0).tiers
     assert fewest is not None
     assert fewest.n_resident == 2
+
+
+def test_hints_are_measured_and_written(tmp_path: Path) -> None:
+    """A divergence allowed can be kept with them; the weights are the same as before."""
+    small = smallest_plan(tmp_path)
+    model, target = small.file("Q8_0,Q4_0"), tmp_path / "hinted.gguf"
+    with pytest.raises(UsageError):
+        plan_engine(EngineConfig(model, n_ctx=256, max_kl=0.1))
+    text = Text(small.texts[0], np.empty((0, 0)))
+    hints = measure_hints(model, [text], 1, lambda line: None)
+    for hint in hints:
+        assert hint.use is not None
+        assert sum(hint.use) == pytest.approx(2)
+        assert hint.low_error is not None
+        assert hint.skip_error is not None
+        used = [expert for expert, use in enumerate(hint.use) if use > 0]
+        assert all(0 < hint.low_error[expert] < hint.skip_error[expert] for expert in used)
+    write_hints(model, target, hints)
+    assert plan_engine(EngineConfig(target, n_ctx=256, max_kl=0.1)).lossy is not None
+    before, after = read_gguf(model), read_gguf(target)
+    assert list(before.tensors) == list(after.tensors)
+    begins = [min(tensor.offset for tensor in file.tensors.values()) for file in (before, after)]
+    data = [path.read_bytes()[begin:] for path, begin in zip((model, target), begins, strict=True)]
+    assert data[0] == data[1]
 
 
 def test_modes_are_written_as_names_and_changes() -> None:
