@@ -94,9 +94,16 @@ class DeviceExperts:
         self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
         self.n_swaps += victim is not None
 
-    def stream(self, work: Sequence[tuple[Picks, Addresses]], n_rows: int) -> None:
-        """Copies experts to slots kept for passing through, one after the other, and begins to multiply their picks."""
+    def stream(
+        self, work: Sequence[tuple[Picks, Addresses]], n_rows: int, is_given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Copies experts to slots kept for passing through, one after the other, and begins to multiply their picks.
+
+        Does no more of them as soon as it `is_given_up`.
+        """
         for pick, addresses in work:
+            if is_given_up():
+                return
             pool = self._pools[pick.copy.slot_class]
             slot = pool.next_passing()
             pool.write(slot, addresses)

@@ -1,8 +1,10 @@
 """Between two segments: takes the router's choice and has every expert multiplied where it lies."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,17 +116,24 @@ class ExpertStage:
         device = site.experts
         on_device = [pick for pick in picks if _is_on(device, pick)]
         on_host = [pick for pick in picks if not _is_on(device, pick)]
-        if device is not None:
-            if on_device:
-                device.begin(on_device, n_rows)
-            if n_rows > 1 and device.times is not None:
-                streamed = self._streamed(device, on_device, on_host)
-                on_host = [pick for pick in on_host if pick not in streamed]
-                return self._beside(
-                    device, streamed, n_rows, lambda: self._on_host(segment, on_host, n_rows, is_cancelled)
-                )
-            self._missed += [pick.key for pick in on_host if self._is_decode[-1]]
-        self._on_host(segment, on_host, n_rows, is_cancelled)
+        if device is not None and self._is_decode[-n_rows:].all():
+            self._missed += [pick.key for pick in on_host]
+        streamed = self._streamed(device, on_device, on_host) if n_rows > 1 else []
+        on_host = [pick for pick in on_host if pick not in streamed]
+        # A device answers what it is asked after all that it was given: ask first, give it work then.
+        ahead = self._ahead(segment) if n_rows == 1 else {}
+        is_apart = site.exchange is not self._host and bool(on_host)
+        if is_apart:
+            self._fetch(site.exchange, n_rows)
+        if device is not None and on_device:
+            device.begin(on_device, n_rows)
+        with self._streaming(device, streamed, n_rows):
+            if n_rows == 1:
+                self._host_experts.run_single(index, on_host, ahead, is_cancelled)
+            elif on_host:
+                self._host_experts.run_batch(index, on_host, n_rows, is_cancelled)
+        if is_apart:
+            self._send(site.exchange, on_host)
         if self._trace is not None and n_rows == 1:
             self._trace.ahead(self._host_experts.foreseen)
 
@@ -183,9 +192,10 @@ class ExpertStage:
 
     # --- the two sides --------------------------------------------------------------------------------------
 
-    def _streamed(self, device: DeviceExperts, on_device: list[Picks], on_host: list[Picks]) -> list[Picks]:
+    def _streamed(self, device: DeviceExperts | None, on_device: list[Picks], on_host: list[Picks]) -> list[Picks]:
         """Experts of a batch that are worth being copied to the device for it."""
-        assert device.times is not None
+        if device is None or device.times is None:
+            return []
         here = [
             pick
             for pick in on_host
@@ -196,32 +206,29 @@ class ExpertStage:
         n_most = max(0, self._host_experts.n_free_to_pin - 1)
         return [here[index] for index in choose_streams(n_host, n_device, device.times)[:n_most]]
 
-    def _beside(self, device: DeviceExperts, streamed: list[Picks], n_rows: int, rest: Callable[[], None]) -> None:
-        """Streams experts while the host does its own."""
-        if not streamed:
-            rest()
+    @contextmanager
+    def _streaming(self, device: DeviceExperts | None, streamed: list[Picks], n_rows: int) -> Iterator[None]:
+        """Streams experts while the host does its own; nobody else may use the device meanwhile."""
+        if device is None or not streamed:
+            yield
             return
+        given_up = Event()
         with self._host_experts.held(pick.key for pick in streamed):
             work = [(pick, self._host_experts.addresses(pick.key)) for pick in streamed]
-            streaming = self._link.submit(device.stream, work, n_rows)
+            streaming = self._link.submit(device.stream, work, n_rows, given_up.is_set)
             try:
-                rest()
+                yield
+            except BaseException:
+                given_up.set()
+                raise
             finally:
                 streaming.result()
 
-    def _on_host(self, segment: Segment, picks: list[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
-        site = self._sites[segment.last]
-        is_apart = site.exchange is not self._host
-        if is_apart and picks:
-            n_embd, n_used = self._host.shape.n_embd, self._host.shape.n_used
-            self._host.write("normed", site.exchange.read("normed", n_rows, n_embd))
-            self._host.write("shares", site.exchange.read("shares", n_rows, n_used))
-        if n_rows == 1:
-            self._host_experts.run_single(segment.last, picks, self._ahead(segment), is_cancelled)
-        elif picks:
-            self._host_experts.run_batch(segment.last, picks, n_rows, is_cancelled)
-        if is_apart and picks:
-            self._send(site.exchange, picks)
+    def _fetch(self, exchange: Exchange, n_rows: int) -> None:
+        """Copies what the host's experts need from the site."""
+        shape = self._host.shape
+        self._host.write("normed", exchange.read("normed", n_rows, shape.n_embd))
+        self._host.write("shares", exchange.read("shares", n_rows, shape.n_used))
 
     def _ahead(self, segment: Segment) -> dict[int, NDArray[np.float32]]:
         """What later layers' routers say, by layer."""

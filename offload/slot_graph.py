@@ -6,6 +6,7 @@ id is the number of a slot that is filled.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -58,6 +59,7 @@ class SlotGraphs:
     ) -> None:
         self._backend, self._exchange, self._pools = backend, exchange, pools
         self._n_embd, self._n_used = n_embd, n_used
+        self._inputs: list[NDArray[Any]] = []
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
         for slot_class in pools:
             self._graphs.reserve(_Shape(slot_class, n_batch * n_used, n_batch))
@@ -69,15 +71,22 @@ class SlotGraphs:
 
     def begin(self, works: Sequence[SlotWork], n_tokens: int) -> None:
         """Begins to fill the columns of all pairs; later work of the backend comes after it."""
+        self._backend.synchronize()  # the inputs of the last time have been read, too
+        self._inputs.clear()
         for work in works:
             assert work.slots.size
             assert 0 <= work.slots.min() <= work.slots.max() < self._pools[work.slot_class].n_slots
             prepared = self._graphs.get(_Shape(work.slot_class, len(work.slots), n_tokens))
-            self._backend.set(prepared.tokens, work.tokens)
-            self._backend.set(prepared.slots, work.slots)
-            self._backend.set(prepared.shares, work.columns.astype(np.int32))
-            self._backend.set(prepared.columns, work.columns)
+            self._give(prepared.tokens, work.tokens)
+            self._give(prepared.slots, work.slots)
+            self._give(prepared.shares, work.columns.astype(np.int32))
+            self._give(prepared.columns, work.columns)
             self._backend.compute_async(prepared.graph)
+
+    def _give(self, tensor: int, values: NDArray[Any]) -> None:
+        """Sets an input without waiting for the graph before, which would keep the host from its own work."""
+        self._inputs.append(values)
+        self._backend.set_async(tensor, values)
 
     def _build(self, shape: _Shape) -> BuiltGraph[_Prepared]:
         n_bytes = 2 * _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
