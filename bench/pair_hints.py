@@ -66,7 +66,7 @@ def measure_hints(model: Path, texts: Sequence[Text], n_threads: int, say: Calla
     n_ctx = max(256, max(len(text.tokens) for text in texts))
     plan = plan_engine(EngineConfig(model, n_ctx=n_ctx, n_batch=n_ctx, n_threads=n_threads, device="none"))
     probe = Probe(plan.layers)
-    plan = replace(plan, lossy=Lossy("probe", probe, loss_tables(plan.layers), ""))
+    plan = replace(plan, lossy=Lossy(probe, loss_tables(plan.layers), ""))
     plan = replace(plan, tiers=tiers_within(plan, _ROOM), n_batch=n_ctx)
     with closing(Engine(EngineConfig(model, n_threads=n_threads), plan, lambda done, total: None)) as engine:
 

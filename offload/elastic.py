@@ -36,7 +36,11 @@ class Elastic:
     share: float | None = None
     low_slots: LowSlots = "none"
     invests = False
-    is_steady = False
+
+    @property
+    def is_steady(self) -> bool:
+        """A mix that was asked for is the same whatever a device has room for."""
+        return self.share is not None and self.share < 1
 
     def mix(self, layers: Layers, room: int, required: int, priors: NDArray[np.float64] | None, what: str) -> "Mix":
         """The mix for `room` bytes of slots, `required` being what everything else takes.

@@ -256,10 +256,12 @@ def _mixed(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Devic
     """Of an elastic file, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
     if plan.lossy is None or not isinstance(plan.lossy.chooser, Elastic):
         return plan
+    if not any(plan.cut_layers):
+        return replace(plan, lossy=None)
     fixed = sum(_fixed(plan, program).values())
     mix = plan.lossy.chooser.mix(plan.cut_layers, plan.available - fixed, fixed, plan.priors, _what(config, plan))
     layers = tuple(mixed or layer for mixed, layer in zip(mix.layers, plan.layers, strict=True))
-    plan = replace(plan, layers=layers, lossy=mixed_lossy(mix, config.max_kl))
+    plan = replace(plan, layers=layers, lossy=mixed_lossy(plan.lossy, mix, config.max_kl))
     # Which classes of slots a device needs is known only now.
     return _with_devices(config, replace(plan, devices=()), devices) if plan.devices else plan
 

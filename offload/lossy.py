@@ -26,9 +26,11 @@ _DEFAULT_GATE = 0.6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lossy:
-    """A mode, what it knows of the experts by layer, and the nats per token that it may cost if there is a limit."""
+    """A mode, what it knows of the experts by layer, and the nats per token that it may cost if there is a limit.
 
-    name: str
+    `note` tells a person what was chosen.
+    """
+
     chooser: Chooser
     tables: tuple[LossTable | None, ...]
     note: str
@@ -190,7 +192,7 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     if chooser is None or (max_kl == 0 and name != "elastic"):
         return None
     asked = " ".join([*(f"--lossy {text}" for _ in (text,) if text), *(f"--max-kl {x:g}" for x in (max_kl,) if x)])
-    return Lossy(asked, chooser, request.tables, f"Lossy: {asked}.", max_kl if name == "rule" else None)
+    return Lossy(chooser, request.tables, f"Lossy: {asked}.", max_kl if name == "rule" else None)
 
 
 def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values | None) -> Lossy:
@@ -201,7 +203,7 @@ def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values 
     return replace(lossy, chooser=Rule(price=price_within(lossy.limit, layers, lossy.tables, resident)))
 
 
-def mixed_lossy(mix: Mix, max_kl: float | None) -> Lossy:
+def mixed_lossy(lossy: Lossy, mix: Mix, max_kl: float | None) -> Lossy:
     """The mode of an elastic file whose mix is known; raises UsageError if it is expected to cost more than allowed."""
     tables = loss_tables(mix.layers, mix.lowered)
     loss = lowered_loss(tables)
@@ -212,7 +214,7 @@ def mixed_lossy(mix: Mix, max_kl: float | None) -> Lossy:
         )
     cost = f", expected to cost {loss:.3g} nats per token" if loss < math.inf else ""
     note = f"Elastic mix {mix.share:g}: {mix.n_lowered} of {mix.n_experts} experts in their smaller copy{cost}."
-    return Lossy(f"elastic:{mix.share:g}", Elastic(mix.share), tables, note)
+    return replace(lossy, tables=tables, note=note)
 
 
 def _resident(layers: Layers, tiers: TierPlan, priors: Values | None) -> set[Key]:

@@ -1,6 +1,6 @@
 """Lossy modes in the engine: exact where they should be, and otherwise what transformers computes of the same picks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from offload.native_layout import LayerHints
 from offload.trace import read_trace
 from tests.gguf_content import Array, GGUFContent, read_content, write_content
 from tests.native_files import PROJECTIONS, NativeFfn, StoredExpert, dequantised, write_native
+from tests.rpc_server import RpcServer, rpc_server
 from tests.tiered import resident_engine, tiered_engine
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -452,3 +453,26 @@ def test_a_model_without_experts(directory: Path, dense_checkpoint: Path) -> Non
     path = convert(ConvertOptions(dense_checkpoint, directory / "dense.gguf", "F32", n_threads=1)).path
     with pytest.raises(UsageError, match="no experts"):
         plan_engine(config(path, "skip:0.1"))
+
+
+# --- beside a device ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RpcServer]:
+    with rpc_server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["gate:0.4,0.7", "novice:0.5", "elastic:0.5", "low"])
+def test_devices_change_no_pick(file: Path, exact: Array, server: RpcServer, mode: str) -> None:
+    """All best copies are in the device's slots, low ones and novices are the host's; each has its own kernels."""
+    with closing(tiered_engine(config(file, mode), 1.0)) as engine:
+        expected, counters = conversation(engine), engine.counters()
+    with closing(Engine.open(config(file, mode, rpc=(server.endpoint,), device="auto"))) as engine:
+        got, beside = conversation(engine), engine.counters()
+        if mode != "low":
+            assert beside["device_hits"] > 0
+    assert np.abs(got - expected).max() < 1e-3
+    assert beside.get("low_picks", 0) == counters["low_picks"]
+    assert (np.abs(got - exact).max() > 1e-3) == (mode != "low")
