@@ -100,9 +100,7 @@ class CacheReplay:
         self._exchange = None
         if tier.computes_misses and isinstance(contender, Online):
             rule = tier.swap_rule(max(slots, default=0))
-            self._exchange = SlotExchange(
-                contender.policy, rule, lambda key, other: self._pool(key) is self._pool(other)
-            )
+            self._exchange = SlotExchange(contender.policy, rule, self._kind_of)
 
     def _keys(self, n_bytes: int) -> Iterator[Key]:
         for layer, sizes in enumerate(self._bytes):
@@ -142,15 +140,17 @@ class CacheReplay:
         if self._contender.is_choosy:
             self._load_if_worth(absent, tally)
         elif self._tier.computes_misses:
-            self._missed += absent if len(visit.picks) == 1 and visit.is_answer[-1] else []
+            self._missed += absent if visit.is_answer.all() else []
         elif len(visit.picks) == 1:
             self._load_single(visit, absent, tally)
         else:
             self._load_batch(here, absent)
         self._read_ahead.difference_update(visit.keys)
 
-    def _are_alike(self, key: Key, other: Key) -> bool:
-        return self._pool(key) is self._pool(other)
+    def _kind_of(self, key: Key) -> int | None:
+        layer, expert = key
+        n_bytes = self._bytes[layer][expert] if expert < len(self._bytes[layer]) else 0
+        return n_bytes if n_bytes in self._pools else None
 
     def _is_here(self, key: Key) -> bool:
         cache = self._pool(key)
@@ -217,7 +217,7 @@ class CacheReplay:
 
     def _swap(self, exchange: SlotExchange, tally: Tally) -> None:
         resident = {key for cache in self._pools.values() for key in cache}
-        for victim, newcomer in exchange.choose(resident, self._missed, lambda key: self._pool(key) is not None):
+        for victim, newcomer in exchange.choose(resident, self._missed, lambda key: True):
             cache = self._pool(victim)
             assert cache is not None
             cache.free(victim)

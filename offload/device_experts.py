@@ -44,8 +44,7 @@ class DeviceExperts:
 
     def holds(self, key: Key) -> bool:
         """Whether an expert is in a slot here."""
-        copy = self.copies.get(key)
-        return copy is not None and copy.slot_class in self._pools and self._pool(key).slot(key) is not None
+        return self.kind_of(key) is not None and self._pool(key).slot(key) is not None
 
     def begin(self, picks: Sequence[Picks], n_rows: int) -> None:
         """Begins to fill the columns of picks whose experts are here."""
@@ -79,15 +78,16 @@ class DeviceExperts:
 
     def has_room(self, key: Key) -> bool:
         """Whether an expert finds a slot without another's leaving."""
-        return self.copies[key].slot_class in self._pools and self._pool(key).n_free > 0
+        return self.kind_of(key) is not None and self._pool(key).n_free > 0
 
     def takes(self, copy: ExpertCopy) -> bool:
         """Whether there are slots for experts like this."""
         return copy.slot_class in self._pools
 
-    def are_alike(self, key: Key, other: Key) -> bool:
-        """Whether two experts fit each other's slots."""
-        return self.copies[key].slot_class == self.copies[other].slot_class
+    def kind_of(self, key: Key) -> SlotClass | None:
+        """Which slots an expert fits, None of one that has none here."""
+        copy = self.copies.get(key)
+        return copy.slot_class if copy is not None and copy.slot_class in self._pools else None
 
     def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
         """Copies an expert from host memory into a free slot, or into its victim's."""
@@ -115,17 +115,17 @@ class DeviceExperts:
     # --- measuring ------------------------------------------------------------------------------------------
 
     def seconds_per_copy(self, addresses: Addresses, slot_class: SlotClass) -> float:
-        """Time to copy an expert of a class over, into a slot for passing through."""
+        """Time to copy an expert of a class over; it is in all slots for passing through afterwards."""
         pool = self._pools[slot_class]
         taken = []
-        for _ in range(2):  # the first may find the memory untouched
+        for _ in range(max(2, pool.n_passing)):  # the first may find the memory untouched
             begin = time.perf_counter()
             pool.write(pool.next_passing(), addresses)
             taken.append(time.perf_counter() - begin)
         return min(taken)
 
     def run_passing(self, slot_class: SlotClass, n_picks: int, synchronize: Callable[[], None]) -> None:
-        """Computes whatever lies in a slot for passing through, for as many tokens as picks, and waits for it."""
+        """Computes an expert that `seconds_per_copy` left, for as many tokens as picks, and waits for it."""
         slots = np.full(n_picks, self._pools[slot_class].next_passing(), np.int32)
         tokens = np.arange(n_picks, dtype=np.int32)
         self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_picks)

@@ -3,9 +3,11 @@
 The engine and the offline replay use this same class, so that a recorded trace, replayed, moves what the engine did.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offload.policy import Policy
 from offload.residency import Key
@@ -19,11 +21,12 @@ class SlotExchange:
     """Decides swaps by a policy's values.
 
     Where these are uses per token, `rule` says which swaps earn their upload back. Policies that only rank take every
-    expert in that was missed, as a cache does that loads what it misses.
+    expert in that was missed, as a cache does that loads what it misses. `kind_of` says which experts fit each other's
+    slots, None of those that have none here.
     """
 
-    def __init__(self, policy: Policy, rule: SwapRule, are_alike: Callable[[Key, Key], bool]) -> None:
-        self._policy, self.rule, self._are_alike = policy, rule, are_alike
+    def __init__(self, policy: Policy, rule: SwapRule, kind_of: Callable[[Key], Hashable | None]) -> None:
+        self._policy, self.rule, self._kind_of = policy, rule, kind_of
 
     def choose(self, resident: Collection[Key], missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         """Swaps after a step: `missed` were used and not `resident`; `can_come` says whose bytes can be had now."""
@@ -36,19 +39,34 @@ class SlotExchange:
         is_resident = np.zeros(values.shape, np.bool_)
         for key in resident:
             is_resident[key] = True
-        hottest = values.copy()
-        hottest[is_resident] = -np.inf
-        if not resident or not self.rule.pays(float(hottest.max()), float(values[is_resident].min())):
-            return []  # nearly always, and much cheaper than to ask for everyone
-        can_move = is_resident.copy()
-        for layer, expert in zip(*np.nonzero(~is_resident), strict=True):
-            can_move[layer, expert] = can_come((int(layer), int(expert)))
-        return [swap for swap in self.rule.choose(values, is_resident, can_move) if self._are_alike(*swap)]
+        swaps: list[Swap] = []
+        for alike in self._kinds.values():
+            movable, outside = alike & is_resident, alike & ~is_resident
+            coldest = float(values.min(where=movable, initial=np.inf))
+            if not self.rule.pays(float(values.max(where=outside, initial=-np.inf)), coldest):
+                continue  # nearly always, and much cheaper than to ask for everyone
+            for layer, expert in np.argwhere(outside & (values > coldest)).tolist():
+                movable[layer, expert] = can_come((layer, expert))
+            swaps += self.rule.choose(values, is_resident, movable)
+        swaps.sort(key=lambda swap: values[swap[0]] - values[swap[1]])
+        return swaps[: self.rule.max_swaps]
+
+    @functools.cached_property
+    def _kinds(self) -> dict[Hashable, NDArray[np.bool_]]:
+        """Who fits each other's slots: masks [n_layer, n_expert] by kind."""
+        shape = self._policy.values.shape
+        masks: dict[Hashable, NDArray[np.bool_]] = {}
+        for key in np.ndindex(shape):
+            kind = self._kind_of((key[0], key[1]))
+            if kind is not None:
+                masks.setdefault(kind, np.zeros(shape, np.bool_))[key] = True
+        return masks
 
     def _inserted(self, resident: list[Key], missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         values, swaps = self._policy.values, []
         for key in dict.fromkeys(missed):
-            alike = [other for other in resident if self._are_alike(other, key)]
+            kind = self._kind_of(key)
+            alike = [] if kind is None else [other for other in resident if self._kind_of(other) == kind]
             if not alike or not can_come(key):
                 continue
             # Of equals the one of the latest layer leaves, as in `residency`.

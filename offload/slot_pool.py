@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from offload import ggml, ggml_backend
 from offload.arena import Addresses, matrix_bytes
 from offload.backend import Backend
+from offload.errors import DoesNotFitError
 from offload.expert_source import SlotClass
 from offload.residency import Key
 
@@ -30,13 +31,18 @@ class SlotPool:
 
     def __init__(self, backend: Backend, slot_class: SlotClass, n_slots: int, n_passing: int) -> None:
         assert 0 < n_passing < n_slots
-        self._backend, self.slot_class, self.n_slots = backend, slot_class, n_slots
+        self._backend, self.slot_class = backend, slot_class
+        self.n_slots, self.n_passing = n_slots, n_passing
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(n_slots - n_passing - 1, -1, -1))
         self._passing = itertools.cycle(range(n_slots - n_passing, n_slots))
         self._ctx = ggml.ggml_init(ggml.InitParams(4 * ggml.ggml_tensor_overhead(), None, True))
         self._buffers: list[int] = []
-        self.stacks = tuple(self._stack(kind, ne) for kind, ne in slot_class)
+        try:
+            self.stacks = tuple(self._stack(kind, ne) for kind, ne in slot_class)
+        except DoesNotFitError:
+            self.close()
+            raise
 
     def _stack(self, kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
         tensor: int = ggml.ggml_new_tensor_3d(self._ctx, kind, ne[0], ne[1], self.n_slots)
@@ -92,9 +98,10 @@ class SlotPool:
         """Frees the device's memory."""
         for buffer in self._buffers:
             ggml_backend.ggml_backend_buffer_free(buffer)
-        if self._buffers:
-            ggml.ggml_free(self._ctx)
         self._buffers.clear()
+        if self._ctx:
+            ggml.ggml_free(self._ctx)
+            self._ctx = 0
 
 
 def _bytes_at(address: int, n_bytes: int) -> NDArray[np.uint8]:

@@ -192,8 +192,10 @@ class _Opening:
 
     def _device_experts(self, device: DevicePlan, backend: DeviceBackend, exchange: Exchange) -> DeviceExperts:
         spec = self._plan.spec
-        pools = {kind: SlotPool(backend, kind, n, N_PASSING) for kind, n in device.n_slots}
-        graphs = SlotGraphs(backend, exchange, pools, spec.n_embd, spec.n_expert_used, self._plan.n_batch)
+        enter = self._opened.enter_context
+        pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
+        n_used, n_batch = spec.n_expert_used, self._plan.n_batch
+        graphs = enter(closing(SlotGraphs(backend, exchange, pools, spec.n_embd, n_used, n_batch)))
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
         return DeviceExperts(pools, graphs, own)
 
@@ -267,22 +269,26 @@ class _Opening:
         )
         for part in parts:
             if part.site.experts is not None:
-                self._measure(part.site.experts, part.site.backend, host_experts)
+                self._measure(part.site.experts, part.site.backend, arena, host_experts)
         novices = read_novices(plan.gguf, plan.layers)
         return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace(), lossy)
 
-    def _measure(self, device: DeviceExperts, backend: Backend, host: HostExperts) -> None:
+    def _measure(self, device: DeviceExperts, backend: Backend, arena: Arena, host: HostExperts) -> None:
         """Finds out what it costs to move an expert to a device, and what it gains."""
-        key = next((key for key in device.copies if host.has(key) and device.takes(self._copies[key])), None)
-        if key is None:
+        able = [key for key in device.copies if device.kind_of(key) is not None]
+        if not able:
             return
         assert isinstance(backend, DeviceBackend)
+        key = next((key for key in able if host.has(key)), able[0])
+        arena.pin({key})
         kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
+        copy_seconds = device.seconds_per_copy(host.addresses(key), kind)
         there = measure_times(lambda n: device.run_passing(kind, n, backend.synchronize), n_batch)
         here = measure_times(lambda n: host.run_one(key, n), n_batch)
-        device.times = LinkTimes(here, there, device.seconds_per_copy(host.addresses(key), kind))
-        rule = SwapRule(max(0.0, here.one - there.one), device.times.copy_seconds)
-        device.swaps = SlotExchange(self._policy, rule, device.are_alike)
+        arena.pin(set())
+        device.times = LinkTimes(here, there, copy_seconds)
+        rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
+        device.swaps = SlotExchange(self._policy, rule, device.kind_of)
 
     def _trace(self) -> TraceWriter | None:
         path, plan = self._config.trace, self._plan
