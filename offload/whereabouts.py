@@ -91,16 +91,21 @@ def _device_keys(plan: EnginePlan, device: DevicePlan, best: Sequence[Key]) -> s
 
 
 def _host_keys(plan: EnginePlan, best: Sequence[Key]) -> set[Key]:
-    return set() if plan.tiers is None else _fill(plan, best, dict(plan.tiers.n_slots))
+    """Experts that are multiplied without a read; a mode that keeps low copies first does not wait for better ones."""
+    if plan.tiers is None:
+        return set()
+    room = dict(plan.tiers.n_slots)
+    keys = _fill(plan, best, room)
+    return keys | _fill(plan, best, room, copy=-1) if plan.tiers.low == "first" else keys
 
 
-def _fill(plan: EnginePlan, best: Sequence[Key], room: dict[SlotClass, int]) -> set[Key]:
-    """The best ones that find a slot of their class."""
+def _fill(plan: EnginePlan, best: Sequence[Key], room: dict[SlotClass, int], copy: int = 0) -> set[Key]:
+    """The best ones that find a slot of their copy's class; these slots are then taken from `room`."""
     keys = set()
     for key in best:
         layer = plan.layers[key[0]]
         assert layer is not None
-        kind = layer.experts[key[1]][0].slot_class
+        kind = layer.experts[key[1]][copy].slot_class
         if room.get(kind, 0) > 0:
             room[kind] -= 1
             keys.add(key)

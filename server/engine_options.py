@@ -126,7 +126,12 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         metavar="X",
         help="Loss allowed for speed, as a divergence in nats per token (default: none, answers are exact).",
     ),
-    click.option("--lossy", metavar="NAME[:VALUE]", help="A lossy mode by its name (default: none)."),
+    click.option(
+        "--lossy",
+        metavar="NAME[:VALUE]",
+        help="Trade exactness for speed: low, gate:T1[,T2], skip:R, adap:T, novice:R, rule:MU or elastic[:SHARE] "
+        "(default: none, answers are exact).",
+    ),
     click.option(
         "--trace",
         type=click.Path(path_type=Path, dir_okay=False),
