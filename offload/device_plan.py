@@ -54,6 +54,7 @@ class DevicePlan:
 class DeviceNeeds:
     """A model and how it is run, as far as devices need to know; `n_cells` and `n_batch` in tokens.
 
+    `n_rows` are the rows of logits that a step makes at most.
     `may_be_whole`: whether a device that has room for all experts of its layers computes them in graphs without cuts.
     """
 
@@ -63,10 +64,28 @@ class DeviceNeeds:
     kv_type: GGMLQuantizationType
     n_cells: int
     n_batch: int
+    n_rows: int = 1
     may_be_whole: bool = True
 
 
-def plan_devices(needs: DeviceNeeds, devices: Sequence[tuple[Device, int]]) -> tuple[DevicePlan, ...]:
+Budgeted = Sequence[tuple[Device, int]]
+"""Devices, each with its budget in bytes."""
+
+
+def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[DevicePlan, ...], tuple[str, ...]]:
+    """Plans for devices without the smallest ones, as far as their budgets do not do, and notes about these."""
+    left, notes = list(devices), list[str]()
+    while left:
+        try:
+            return plan_devices(needs, left), tuple(notes)
+        except DoesNotFitError as error:
+            smallest = min(left, key=lambda one: one[1])
+            left.remove(smallest)
+            notes.append(f"{f'Without {smallest[0].name}' if left else 'Computing on the CPU'}: {error}")
+    return (), tuple(notes)
+
+
+def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...]:
     """Plans for devices, each with its budget in bytes; layers are shared out in proportion to the budgets.
 
     Raises DoesNotFitError for a budget that does not even hold what is no expert.
@@ -88,17 +107,19 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     spec = needs.spec
     is_last = layers[-1] == spec.n_layer - 1
     kv = kv_bytes(spec, needs.n_cells, needs.kv_type) * len(layers) // spec.n_layer
-    plan = DevicePlan(device, budget, layers, True, _weights(needs.sources, layers, is_last), kv, _compute(needs, True))
+    n_rows = needs.n_rows if is_last else 0
+    weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
+    plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
+    classes = slot_classes(needs.experts[layer] for layer in layers)
     is_stacked = needs.may_be_whole and all(needs.sources.layers[layer].is_stacked for layer in layers)
-    if is_stacked and plan.required <= budget:
+    if (is_stacked or not classes) and plan.required <= budget:
         return plan
-    own = [needs.experts[layer] for layer in layers]
-    weights = _weights(without_experts(needs.sources), layers, is_last)
-    plan = replace(plan, is_whole=False, weights=weights, compute=_compute(needs, False))
-    classes = slot_classes(own)
+    if classes:
+        weights = _weights(without_experts(needs.sources), layers, is_last)
+        plan = replace(plan, is_whole=False, weights=weights, compute=_compute(needs, n_rows, is_whole=False))
     least = dict.fromkeys(classes, N_PASSING + 1)
     required = plan.required + sum(n * device_slot_bytes(kind) for kind, n in least.items())
-    if not classes or required > budget:
+    if required > budget:
         raise DoesNotFitError(
             f"{device.name} needs at least {human(required)} for its {len(layers)} layers, but its budget is "
             f"{human(budget)}. Raise --vram to {human_up(required)}, lower --ctx or --batch, or use --device none.",
@@ -116,15 +137,15 @@ def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> i
     return every if is_last else every - sources.output.weight.n_bytes
 
 
-def _compute(needs: DeviceNeeds, is_whole: bool) -> int:
+def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     """Buffers on the device: a graph of all layers, or segments, what passes between them, and slots' graphs."""
     spec, n_batch = needs.spec, needs.n_batch
     d, n_used = spec.n_embd, max(1, spec.n_expert_used)
     exchange = n_batch * (4 * d * (2 + n_used) + 2 * needs.n_cells + 8 * max(1, spec.n_expert) + 64)
     rows = 5 * d * n_batch
     if is_whole:
-        return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + _GRAPH_BYTES
+        return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
     heads = (2 * spec.n_head + 4 * spec.n_head_kv) * spec.n_embd_head
-    segment = 4 * (n_batch * (6 * d + heads) + spec.n_vocab)
+    segment = 4 * (n_batch * (6 * d + heads) + n_rows * spec.n_vocab)
     experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)
     return exchange + rows + segment + experts + _GRAPH_BYTES

@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import numpy as np
 
 from offload.batch import make_batch
 from offload.cells import Cells, common_prefix
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
-from offload.errors import ContextOverflowError
+from offload.errors import ContextOverflowError, DeviceError, DoesNotFitError
 from offload.generation import Event, Failed, GenerationRequest, Outcome
 from offload.generator import Generator, ModelFacts
 from offload.loaded_model import LoadedModel
@@ -45,12 +46,23 @@ class Engine:
     def open(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> "Engine":
         """Opens a model; `on_progress` gets bytes made ready and their total.
 
-        Raises ModelFileError, UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
+        On the CPU, with a note, if a device then does not give what it seemed to have. Raises ModelFileError,
+        UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
         """
-        plan = plan_engine(config)
+        plan, progress = plan_engine(config), on_progress or (lambda done, total: None)
         if plan.shortfall is not None:
             raise plan.shortfall
-        return cls(config, plan, on_progress or (lambda done, total: None))
+        try:
+            return cls(config, plan, progress)
+        except (DeviceError, DoesNotFitError) as error:
+            if not plan.devices:
+                raise
+            config = replace(config, device="none", rpc=(), vram=())
+            on_cpu = plan_engine(config)
+            if on_cpu.shortfall is not None:
+                raise
+            plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {error}"))
+        return cls(config, plan, progress)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """What opening a model will take, decided from its header before a weight is read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from numpy.typing import NDArray
 
 from offload.backend import CpuBackend, default_threads
 from offload.budget import decide_budget
-from offload.device_plan import DeviceNeeds, DevicePlan, plan_devices
-from offload.devices import Device, choose_devices
+from offload.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
+from offload.devices import choose_devices
 from offload.elastic import Elastic
 from offload.errors import DoesNotFitError, ModelFileError, UsageError
 from offload.expert_source import ExpertLayer, cache_priors, expert_layers
@@ -22,7 +21,7 @@ from offload.memory import require, resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
 from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
 from offload.probe import KernelSpeed, measured_speeds
-from offload.tier_plan import TierPlan, plan_tiers, program_bytes, tiered_compute_bytes, widest
+from offload.tier_plan import TierPlan, most_logit_rows, plan_tiers, program_bytes, tiered_compute_bytes, widest
 from offload.weight_source import ModelSources, model_sources, without_experts
 
 DEFAULT_CTX = 4096
@@ -172,29 +171,28 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         notes=budget.notes,
         lossy=make_lossy(config.lossy, config.max_kl, layers),
     )
-    chosen = tuple(zip(devices, budget.vram, strict=True))
+    chosen = list(zip(devices, budget.vram, strict=True))
     return _within_budget(config, _with_devices(config, plan, chosen), chosen, program)
 
 
-def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]]) -> EnginePlan:
+def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
     """The plan with what lies on devices. One that is too small is left out and noted, or with a name, refused."""
     if not devices:
         return plan
-    kv = kv_type(config.kv_type)
-    # A mode that goes by shares must see those of every layer.
-    may_be_whole = plan.lossy is None or not plan.lossy.chooser.is_steady
-    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, may_be_whole)
+    # A mode that goes by shares must see those of every layer, and so must a trace.
+    may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
+    kv, n_rows = kv_type(config.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
+    if config.device == "auto" and not config.vram:
+        fitting, notes = plan_those_that_fit(needs, devices)
+        return replace(plan, devices=fitting, notes=(*plan.notes, *notes))
     try:
         return replace(plan, devices=plan_devices(needs, devices))
     except DoesNotFitError as error:
-        if config.device != "auto" or config.vram:
-            return replace(plan, shortfall=error.with_traceback(None))
-        return replace(plan, notes=(*plan.notes, f"Computing on the CPU: {error}"))
+        return replace(plan, shortfall=error.with_traceback(None))
 
 
-def _within_budget(
-    config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]], program: int
-) -> EnginePlan:
+def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
     """The plan with tiers if it needs them, or with what it lacks."""
     if plan.shortfall is not None:
         return plan
@@ -252,7 +250,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     return fixed
 
 
-def _mixed(config: EngineConfig, plan: EnginePlan, devices: Sequence[tuple[Device, int]], program: int) -> EnginePlan:
+def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
     """Of an elastic file, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
     if plan.lossy is None or not isinstance(plan.lossy.chooser, Elastic):
         return plan

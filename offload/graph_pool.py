@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from offload import ggml, ggml_backend
-from offload.memory import advise_huge_pages, out_of_memory
+from offload.errors import DoesNotFitError
+from offload.memory import advise_huge_pages, human, out_of_memory
 
 Shape = TypeVar("Shape", bound=Hashable)
 Prepared = TypeVar("Prepared")
@@ -28,7 +29,7 @@ class GraphPool(Generic[Shape, Prepared]):
         self._build, self._n_graphs = build, n_graphs
         self._graphs: OrderedDict[Shape, tuple[int, Prepared]] = OrderedDict()
         self._allocator = ggml_backend.ggml_gallocr_new(buft)
-        self._is_host = bool(ggml_backend.ggml_backend_buft_is_host(buft))
+        self._buft, self._is_host = buft, bool(ggml_backend.ggml_backend_buft_is_host(buft))
 
     @property
     def n_bytes(self) -> int:
@@ -41,7 +42,7 @@ class GraphPool(Generic[Shape, Prepared]):
         reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
         ggml.ggml_free(built.ctx)
         if not reserved:
-            raise out_of_memory(self.n_bytes)
+            raise self._out_of_memory()
 
     def get(self, shape: Shape) -> Prepared:
         """The graph of a shape, ready to run; raises DoesNotFitError."""
@@ -54,7 +55,7 @@ class GraphPool(Generic[Shape, Prepared]):
         before = self.n_bytes
         if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, built.graph):
             ggml.ggml_free(built.ctx)
-            raise out_of_memory(before)
+            raise self._out_of_memory()
         if self.n_bytes != before:
             # The buffer has moved, and with it the tensors of every graph that was allocated in it.
             self._drop(keep=0)
@@ -62,6 +63,17 @@ class GraphPool(Generic[Shape, Prepared]):
         prepared = built.prepare()
         self._graphs[shape] = (built.ctx, prepared)
         return prepared
+
+    def _out_of_memory(self) -> DoesNotFitError:
+        if self._is_host:
+            return out_of_memory(self.n_bytes)
+        name = ggml_backend.ggml_backend_buft_name(self._buft).decode()
+        return DoesNotFitError(
+            f"{name} gave no memory for graphs beside the {human(self.n_bytes)} that they have. Lower --vram or "
+            "--batch, or end what else uses it.",
+            required_bytes=self.n_bytes,
+            available_bytes=0,
+        )
 
     def advise(self, tensor: int) -> None:
         """Wishes for huge pages under the buffer, to which only a tensor allocated in it leads."""

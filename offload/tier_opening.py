@@ -28,7 +28,7 @@ from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs
 from offload.slot_pool import SlotPool
 from offload.swap_rule import SwapRule
-from offload.tier_plan import TierPlan, fit_slots, request_bytes
+from offload.tier_plan import TierPlan, fit_slots, most_logit_rows, request_bytes
 from offload.tiered_runner import Part, TieredRunner
 from offload.token_rows import TokenRows
 from offload.trace import TraceHeader, TraceWriter, routers_hash
@@ -132,7 +132,8 @@ class _Opening:
         parts = [self._device_part(device, n_ahead) for device in plan.devices]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
         experts = [part.site.experts for part in parts if part.site.experts is not None]
-        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch)
+        n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
+        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch, n_out)
         self._opened.callback(runner.close)
         reader = arena = lossy = None
         if plan.tiers is not None:
@@ -294,7 +295,6 @@ class _Opening:
         path, plan = self._config.trace, self._plan
         if path is None:
             return None
-        sizes = tuple(
-            () if layer is None else tuple(copies[0].n_bytes for copies in layer.experts) for layer in plan.layers
-        )
+        experts = (() if layer is None else layer.experts for layer in plan.layers)
+        sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
         return TraceWriter(path, TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes))

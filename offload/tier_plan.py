@@ -169,6 +169,11 @@ def program_bytes(resident: int, n_vocab: int) -> int:
     return resident + _GROWTH_BYTES + n_vocab * _BYTES_PER_TOKEN_TEXT
 
 
+def most_logit_rows(n_batch: int, n_parallel: int) -> int:
+    """Rows of logits that one step makes at most."""
+    return min(n_batch, _LOGIT_ROWS + n_parallel)
+
+
 def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
     """What steps and requests take beside the buffers planned for them: ggml's scratch memory, logits, and Python's."""
     scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)

@@ -8,6 +8,7 @@ import numpy as np
 from offload import ggml
 from offload.backend import EngineAbortedError
 from offload.batch import Batch, fill_mask
+from offload.errors import DoesNotFitError
 from offload.exchange import Exchange
 from offload.expert_stage import ExpertStage, Site
 from offload.graph import StepShape
@@ -47,6 +48,7 @@ class TieredRunner:
     """Computes steps over parts; the experts of the cut layers are a stage's, which must be attached.
 
     With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
+    `n_batch` and `n_out` are the most tokens and rows of logits of a step; a device has memory for them from the start.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TieredRunner:
         n_ahead: int,
         rows: TokenRows | None,
         n_batch: int,
+        n_out: int,
     ) -> None:
         self.spec, self._parts, self._rows = spec, parts, rows
         self._stage: ExpertStage | None = None
@@ -64,9 +67,17 @@ class TieredRunner:
         n_graphs = _MAX_STEPS * len(self._segments)
         self._graphs = [GraphPool(part.site.backend.buft, self._build, n_graphs) for part in parts]
         self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
+        try:
+            self._reserve(n_batch, n_out)
+        except DoesNotFitError:
+            self.close()
+            raise
+
+    def _reserve(self, n_batch: int, n_out: int) -> None:
         for index, segment in enumerate(self._segments):
-            for n_tokens in (n_batch, 1):
-                self._graphs[segment.part].reserve((index, n_tokens, self._n_cells, 1))
+            n_most = 1 if self._parts[segment.part].site.backend.is_host else n_out
+            for shape in ((n_batch, self._n_cells, n_most), (1, self._n_cells, 1)):
+                self._graphs[segment.part].reserve((index, *shape))
 
     def attach(self, stage: ExpertStage) -> None:
         """Hands over the experts' stage; it is closed with the runner."""
