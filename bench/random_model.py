@@ -107,7 +107,9 @@ def describe(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_context_length(32768)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
+    if shape.n_expert:  # a native file has a value for each layer in their place
+        writer.add_feed_forward_length(shape.n_ff)
+        writer.add_expert_count(shape.n_expert)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_key_length(shape.head_dim)
@@ -115,7 +117,6 @@ def describe(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
     writer.add_vocab_size(shape.n_vocab)
     writer.add_quantization_version(2)
@@ -150,7 +151,7 @@ def write_random_model(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, tensors, seed)
+        write_tensors(writer, tensors, seed)
         writer.close()
         part.replace(path)
     finally:
@@ -158,7 +159,8 @@ def write_random_model(
     return path.stat().st_size
 
 
-def _write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
+def write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
+    """Writes the tensors' data behind a header that announced them; equal kinds of tensors share a pool of blocks."""
     pools: dict[tuple[GGMLQuantizationType, float, float], np.ndarray] = {}
     file = writer.fout[0]
     for tensor in tensors:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from bench.lone_run import OURS, Job, Outcome, carry_out
 from bench.offload import expert_matrix_bytes, limits_for, opened
 from bench.offload_report import as_json
 from bench.random_model import SHAPES, write_random_model
+from bench.random_pair import write_random_pair
 from bench.rival import Rival, RivalConfig
+from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import ModelFileError, UsageError
 
@@ -204,3 +207,12 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
     assert done.returncode in (2, 3)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_random_pair_runs_exact_and_elastic(tmp_path: Path) -> None:
+    path = tmp_path / "pair.gguf"
+    n_bytes = write_random_pair(path, SHAPES["smoke"], "Q4_K", "Q2_K")
+    assert n_bytes == path.stat().st_size
+    for lossy in (None, "elastic"):
+        with closing(Engine.open(EngineConfig(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
+            assert np.isfinite(engine.prefill([1, 2, 3])).all()
