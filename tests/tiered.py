@@ -34,6 +34,33 @@ def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None
         return Engine(config, plan, lambda done, total: None)
 
 
+def least_vram(config: EngineConfig) -> int:
+    """The smallest --vram that each of the config's devices can do with, if all get the same."""
+    budget = 1
+    while (shortfall := plan_engine(replace(config, vram=(str(budget),))).shortfall) is not None:
+        budget = shortfall.required_bytes
+    return budget
+
+
+def device_engine(config: EngineConfig, on_device: float, in_memory: float = 1.0) -> Engine:
+    """Has slots on its devices for a share of the experts, and in host memory for a share as in `tiered_engine`.
+
+    With 0 a device has a slot for one expert of each class. Above 1 nothing is cut.
+    """
+    least = least_vram(config)
+    experts = [
+        copies[0].n_bytes
+        for layer in plan_engine(replace(config, device="none", rpc=())).layers
+        if layer
+        for copies in layer.experts
+    ]
+    budget = 1 << 30 if on_device > 1 else least + int(on_device * sum(experts))
+    config = replace(config, vram=(str(budget),))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_planned_slots(monkeypatch)
+        return Engine(config, tiered_plan(config, in_memory), lambda done, total: None)
+
+
 def take_planned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a model takes the slots that were planned, and not those that this process then has room for."""
     monkeypatch.setattr(_Opening, "_n_slots", lambda opening, tiers, untouched: dict(tiers.n_slots))
@@ -42,7 +69,9 @@ def take_planned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
     """The plan of such an engine."""
     plan = plan_engine(config)
-    classes = slot_classes(plan.layers) + low_classes(plan.layers, _low(plan))
+    if plan.devices and not any(plan.cut_layers):
+        return plan
+    classes = slot_classes(plan.cut_layers) + low_classes(plan.cut_layers, _low(plan))
     whole = sum(n * slot_bytes(kind) for kind, n in classes.items())
     try:
         _tiers(plan, 0)
@@ -55,7 +84,7 @@ def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
 
 def _tiers(plan: EnginePlan, budget: int) -> TierPlan:
     what = "a test's model"
-    return plan_tiers(plan.layers, budget, program=0, weights=0, kv=0, compute=0, what=what, low=_low(plan))
+    return plan_tiers(plan.cut_layers, budget, program=0, weights=0, kv=0, compute=0, what=what, low=_low(plan))
 
 
 def _low(plan: EnginePlan) -> LowSlots:
