@@ -9,7 +9,7 @@ from typing import Protocol
 import psutil
 
 from offload.errors import UsageError
-from offload.memory import holdable_bytes, human, memory_limit_bytes
+from offload.memory import LEAST_FREE_BYTES, LEFT_FREE_BYTES, holdable_bytes, human, memory_limit_bytes
 
 AUTO = "auto"
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
@@ -86,8 +86,11 @@ def decide_budget(
     shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
     free = max(0, holdable - shared)
     asked = parse_size(ram or AUTO, memory_limit_bytes())
-    if asked is not None and asked > free:
-        notes.append(_short("--ram", asked, free, "the host"))
+    if asked is not None:
+        # Whoever names a size has chosen their own margin, and needs only the least beside it.
+        free += LEFT_FREE_BYTES - LEAST_FREE_BYTES
+        if asked > free:
+            notes.append(_short("--ram", asked, free, "the host"))
     return Budget(max(0, (free if asked is None else min(asked, free)) - reserve_bytes), taken, tuple(notes))
 
 

@@ -146,7 +146,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
     devices = choose_devices(config.device, config.rpc)
     budget = decide_budget(config.ram, config.vram, devices, config.reserve_bytes)
-    program = program_bytes(resident_bytes(), spec.n_vocab)
+    program = program_bytes(resident_bytes(), spec.n_vocab if has_tokenizer(gguf) else 0)
     speeds = {} if is_budgeted(config) else _speeds(config, sources, n_threads)
     for fewer in _batch_sizes(n_batch, config.n_parallel):
         needs = Needs(kv, program, n_cells, fewer)

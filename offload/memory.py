@@ -18,9 +18,9 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 
-LEFT_FREE_BYTES = 64 << 20
+LEAST_FREE_BYTES, LEFT_FREE_BYTES = 32 << 20, 64 << 20
 """In a full control group of 256 MiB another Python could start and read files, with no page fault that went to disk,
-when 16 MiB were left; with 8 MiB left the kernel ended it. This is four times as much."""
+when 16 MiB were left; with 8 MiB left the kernel ended it. These are twice and four times as much."""
 
 
 @dataclass(frozen=True, slots=True)

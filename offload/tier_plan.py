@@ -13,9 +13,9 @@ from offload.model_spec import ModelSpec
 
 MAX_AHEAD = 3
 """Layers whose routers are asked early: beyond the third they know too little."""
-_GROWTH_BYTES = 40 << 20
+_GROWTH_BYTES = 20 << 20
 """What the program takes after planning: tokenizer, graphs, ggml's scratch memory, a request's own."""
-_REQUEST_BYTES = 16 << 20
+_REQUEST_BYTES = 8 << 20
 _LOGIT_ROWS = 64
 """Rows of logits at once for the probabilities of a prompt's tokens."""
 _BYTES_PER_TOKEN_TEXT = 400
