@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from offload import ggml_backend, ggml_device
 from offload.backend import EngineAbortedError
 from offload.devices import Device
-from offload.errors import DeviceError, DoesNotFitError
+from offload.errors import DeviceError, DeviceFullError
 from offload.memory import human
 
 
@@ -27,7 +27,7 @@ class DeviceBackend:
     and freeing a buffer, may still succeed once after the other side has gone, and the process ends with the next.
     A server that fails at a graph ends itself. A connection that falls silent, as when the other machine loses power,
     is noticed by nobody: `get` waits for as long as the system's TCP does. No error can be raised for any of this, so
-    an engine that uses such a device belongs in a process of its own that is started again.
+    an engine that uses such a device belongs in a process of its own that is started again; `abort` lets it say why.
     """
 
     def __init__(self, device: Device) -> None:
@@ -69,7 +69,7 @@ class DeviceBackend:
         return int(ggml_device.ggml_backend_buft_get_max_size(self._buft))
 
     def allocate(self, n_bytes: int) -> int:
-        """A buffer on the device; raises DoesNotFitError when it gives none.
+        """A buffer on the device; raises DeviceFullError when it gives none.
 
         Leave its usage at any: an RPC device hashes what is written to a buffer of weights, and asks for it first.
         """
@@ -80,11 +80,11 @@ class DeviceBackend:
             raise self._out_of_memory(n_bytes)
         return buffer
 
-    def _out_of_memory(self, n_bytes: int) -> DoesNotFitError:
+    def _out_of_memory(self, n_bytes: int) -> DeviceFullError:
         name, most = self.device.name, self.max_buffer_bytes
         free = min(self.free_bytes(), most)
         reason = f"{human(free)} of it seem free" if n_bytes <= most else f"one piece there has at most {human(most)}"
-        return DoesNotFitError(
+        return DeviceFullError(
             f"{name} gave no {human(n_bytes)} of memory, {reason}. Lower --vram, or end what else uses {name}.",
             required_bytes=n_bytes,
             available_bytes=free,

@@ -46,8 +46,9 @@ class Engine:
     def open(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> "Engine":
         """Opens a model; `on_progress` gets bytes made ready and their total.
 
-        On the CPU, with a note, if a device then does not give what it seemed to have. Raises ModelFileError,
-        UnsupportedModelError, UsageError, and DoesNotFitError before anything is loaded.
+        Devices that nobody asked for by name are left out, and a note says so, when they fail or are full after all.
+        Raises ModelFileError, UnsupportedModelError, UsageError, DeviceError, and DoesNotFitError before anything is
+        loaded.
         """
         plan, progress = plan_engine(config), on_progress or (lambda done, total: None)
         if plan.shortfall is not None:
@@ -55,9 +56,9 @@ class Engine:
         try:
             return cls(config, plan, progress)
         except (DeviceError, DoesNotFitError) as error:
-            if not plan.devices:
+            if not plan.devices or config.device != "auto" or config.vram:
                 raise
-            config = replace(config, device="none", rpc=(), vram=())
+            config = replace(config, device="none", rpc=())
             on_cpu = plan_engine(config)
             if on_cpu.shortfall is not None:
                 raise

@@ -49,6 +49,10 @@ class DoesNotFitError(SlimoeError):
         super().__init__(message)
 
 
+class DeviceFullError(DoesNotFitError):
+    """A device did not give the memory that was planned for it."""
+
+
 class BadLogitsError(SlimoeError):
     """The model's weights give no numbers."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from offload import ggml, ggml_backend
-from offload.errors import DoesNotFitError
+from offload.errors import DeviceFullError, DoesNotFitError
 from offload.memory import advise_huge_pages, human, out_of_memory
 
 Shape = TypeVar("Shape", bound=Hashable)
@@ -68,7 +68,7 @@ class GraphPool(Generic[Shape, Prepared]):
         if self._is_host:
             return out_of_memory(self.n_bytes)
         name = ggml_backend.ggml_backend_buft_name(self._buft).decode()
-        return DoesNotFitError(
+        return DeviceFullError(
             f"{name} gave no memory for graphs beside the {human(self.n_bytes)} that they have. Lower --vram or "
             "--batch, or end what else uses it.",
             required_bytes=self.n_bytes,

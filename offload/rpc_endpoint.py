@@ -66,6 +66,17 @@ def check_answers(endpoint: RpcEndpoint, version: tuple[int, int]) -> None:
     _check_version(endpoint, answer, version)
 
 
+def refuses(endpoint: RpcEndpoint) -> bool:
+    """Whether certainly nobody listens there any more."""
+    try:
+        socket.create_connection((endpoint.host, endpoint.port), PATIENCE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _received(connection: socket.socket, n_bytes: int) -> bytes:
     """What arrives until `n_bytes` are there or the other side is done."""
     data = b""

@@ -83,6 +83,8 @@ def from_failure(failure: Failure, prompt_param: str = "messages") -> ApiError:
         return ApiError(503, info, extra=sizes, headers={"X-Should-Retry": "false"})
     if kind == "model":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "model_failed"), headers=_retry())
+    if kind == "device":
+        return ApiError(503, ErrorInfo(message, "unavailable_error", None, "device_failed"), headers=_retry())
     if kind == "shutting_down":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "shutting_down"), headers=_retry())
     return ApiError(500, ErrorInfo(message, SERVER, None, kind))

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from offload.errors import SlimoeError
+from offload.abort import on_device_abort
+from offload.errors import DeviceError, DeviceFullError, SlimoeError
 from offload.generation import Event, Failed, Finished, GenerationRequest, Outcome
 from server import frames
 from server.pipe import Pipe, leave
@@ -78,8 +79,10 @@ class EngineProcess:
     def run(self, open_engine: OpenEngine) -> None:
         """Opens the model that the first message names, then generates until the pipe closes."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
+        request = self._opening.get()
+        on_device_abort(request.rpc, self._give_up)
         try:
-            engine = open_engine(self._opening.get(), self._progress())
+            engine = open_engine(request, self._progress())
             self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
             self._counters = engine.counters
             info = describe(engine)
@@ -161,7 +164,14 @@ class EngineProcess:
             while not self._waiting.empty():
                 self._start(engine, self._waiting.get())
             for id, event in engine.step():
+                if isinstance(event, Failed) and isinstance(event.error, DeviceError | DeviceFullError):
+                    self._give_up(event.error)
                 self._tell(id, event)
+
+    def _give_up(self, error: SlimoeError) -> None:
+        """Ends the process, which can no longer rely on a device; the other side tells all and starts another."""
+        self._pipe.send(failure_of(0, error))
+        leave()
 
     def _start(self, engine: ServedEngine, job: _Job) -> None:
         try:

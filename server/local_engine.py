@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from offload.abort import end_with_error, on_device_abort
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from server.engine_options import EngineOptions
@@ -21,6 +22,7 @@ def engine_config(options: EngineOptions) -> EngineConfig:
 
 def open_engine(options: EngineOptions) -> Engine:
     """Opens the model, with a progress line on a terminal, and says what the plan has to say."""
+    on_device_abort(options.rpc, end_with_error)
     with loading_progress(options.path.name) as progress:
         engine = Engine.open(engine_config(options), progress)
     say_notes(engine.notes)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from offload.errors import ContextOverflowError, DoesNotFitError, SlimoeError, UsageError
+from offload.errors import ContextOverflowError, DeviceError, DeviceFullError, DoesNotFitError, SlimoeError, UsageError
 from offload.generation import (
     Event,
     Finished,
@@ -95,7 +95,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
         case DoesNotFitError():
             return frames.Failure(
                 id,
-                "does_not_fit",
+                "device" if isinstance(error, DeviceFullError) else "does_not_fit",
                 str(error),
                 exit_code=error.exit_code,
                 required_bytes=error.required_bytes,
@@ -107,6 +107,8 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
             return frames.Failure(id, "template", str(error), "messages", error.exit_code)
         case UsageError():
             return frames.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
+        case DeviceError():
+            return frames.Failure(id, "device", str(error), exit_code=error.exit_code)
         case SlimoeError():
             return frames.Failure(id, "model", str(error), exit_code=error.exit_code)
     traceback.print_exception(error)

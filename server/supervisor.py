@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+import msgspec
+
 from offload.generation import GenerationRequest
 from server import frames
 from server.engine_child import COMMAND, EngineChild
@@ -202,18 +204,32 @@ class Supervisor:
             return
         crash = self.failure or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
         self._fail_all([id for id in self._tickets if id not in self._unsent], lambda id: _for(crash, id))
-        if self.info is None:
+        leaves_devices = crash.kind == "device" and self._leave_devices()
+        if self.info is None and not leaves_devices:
             self.failure, self.phase = crash, "failed"
             self._fail_all(list(self._tickets), lambda id: _for(crash, id))
         else:
-            self._restart(crash)
+            self._restart(crash, may_heal=leaves_devices or self._may_heal(crash))
         self._note_change()
 
-    def _restart(self, crash: frames.Failure) -> None:
+    def _leave_devices(self) -> bool:
+        """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
+        model = self._model
+        if model.device not in (None, "auto") or model.vram or model.rpc:
+            return False
+        self._model = msgspec.structs.replace(model, device="none")
+        self._tell(["Going on without devices. Start the server again to use them again."])
+        return True
+
+    def _may_heal(self, crash: frames.Failure) -> bool:
+        """Whether the next try may end otherwise: a device that failed in use may be back, not one that did at once."""
+        return crash.kind == "engine_crashed" or (crash.kind == "device" and self.phase == "ready")
+
+    def _restart(self, crash: frames.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
         print(f"slimoe: {crash.message}", file=sys.stderr)
         self.n_restarts += 1
-        is_hopeless = crash.kind != "engine_crashed" or self._pause > PATIENCE
+        is_hopeless = not may_heal or self._pause > PATIENCE
         self.failure = crash if is_hopeless else None
         self.phase = "failed" if is_hopeless else "loading"
         if is_hopeless:

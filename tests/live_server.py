@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 from aiohttp import web
 from openai import AsyncOpenAI
 
@@ -44,12 +45,13 @@ class LiveOptions:
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = 15.0
     waits: bool = True
+    engine: Open = field(default_factory=lambda: Open(""))
 
 
 @asynccontextmanager
 async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
     """The application over the scripted engine."""
-    supervisor = Supervisor(Open(str(path)), options.n_queue, SCRIPTED)
+    supervisor = Supervisor(msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED)
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
     runner = web.AppRunner(init_app(config, supervisor), handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()

@@ -35,12 +35,18 @@ class RpcServer:
         self.process.kill()
         self.process.wait()
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.endpoint.rpartition(":")[2])
+
 
 @contextmanager
-def rpc_server() -> Iterator[RpcServer]:
-    """Starts a server on a free port, waits until it answers, and ends it."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def rpc_server(port: int = 0) -> Iterator[RpcServer]:
+    """Starts a server on a port, or on a free one, waits until it answers, and ends it."""
+    if not port:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
     command = [sys.executable, "-m", "tests.rpc_server", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         try:

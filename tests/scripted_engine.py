@@ -2,8 +2,8 @@
 
 It answers with the prompt's own tokens, so that a test knows the text. Words in the prompt change that: `forever`
 writes until it is cancelled, `slowly` reads the prompt until it is cancelled, `abort` ends the process as C code
-does, `bug` raises. A model file named `slow.gguf` is open once a file `go` lies beside it, `huge.gguf` does not fit,
-and `broken.gguf` ends the process.
+does, `bug` raises, `device` finds a device full. A model file named `slow.gguf` is open once a file `go` lies beside
+it, `huge.gguf` does not fit, `broken.gguf` ends the process, and `unplugged.gguf` finds no device but opens without.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from offload.errors import DoesNotFitError
+from offload.errors import DeviceError, DeviceFullError, DoesNotFitError
 from offload.generation import (
     Event,
     Failed,
@@ -47,6 +47,8 @@ class ScriptedEngine:
         path = Path(request.model)
         if path.name == "huge.gguf":
             raise DoesNotFitError("It needs 9 bytes, but 5 are free.", required_bytes=9, available_bytes=5)
+        if path.name == "unplugged.gguf" and request.device != "none":
+            raise DeviceError("GPU0 cannot be opened.")
         if path.name == "broken.gguf":
             os.abort()
         while path.name == "slow.gguf" and not path.with_name("go").exists():
@@ -59,7 +61,7 @@ class ScriptedEngine:
         self._n_parallel = request.n_parallel or 1
         self._ids = itertools.count()
         self._n_done = 0
-        self.notes = ("It is scripted.",)
+        self.notes = ("It is scripted.", f"Its device is {request.device}.")
         self._answers: dict[int, Iterator[Event]] = {}
 
     def memory(self) -> dict[str, int]:
@@ -84,7 +86,7 @@ class ScriptedEngine:
                 outcomes.append(Outcome(id, next(events)))
             except StopIteration:
                 del self._answers[id]
-            except ZeroDivisionError as bug:
+            except (ZeroDivisionError, DeviceFullError) as bug:
                 del self._answers[id]
                 outcomes.append(Outcome(id, Failed(bug)))
         return outcomes
@@ -94,6 +96,8 @@ class ScriptedEngine:
         words = self.tokenizer.decode(request.prompt_ids)
         if "abort" in words:
             os.abort()
+        if "device" in words:
+            raise DeviceFullError("GPU0 gave no 9 B of memory.", required_bytes=9, available_bytes=5)
         if "bug" in words:
             raise ZeroDivisionError(words)
         while "slowly" in words and not is_cancelled():

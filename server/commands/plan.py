@@ -7,6 +7,7 @@ from typing import Any
 import click
 import msgspec
 
+from offload.abort import end_with_error, on_device_abort
 from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
 from offload.errors import SlimoeError
 from offload.prediction import PlanPrediction, measure_machine, predict_plan
@@ -37,6 +38,7 @@ def command(values: Mapping[str, Any]) -> None:
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
     """
     config = engine_config(engine_options(values))
+    on_device_abort(config.rpc, end_with_error)
     plan = plan_engine(config)
     say_notes(plan.notes)
     if plan.shortfall is not None:
