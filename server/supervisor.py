@@ -21,6 +21,7 @@ from server.ticket import EngineFailure, Ticket
 
 Phase = Literal["loading", "ready", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
+KILL_SECONDS = 2.0
 DEFAULT_N_QUEUE = 64
 
 
@@ -106,17 +107,22 @@ class Supervisor:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
         self._fail_all(list(self._unsent), _stopping)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                while self._tickets and self._child is not None:
-                    self._changed.clear()
-                    await self._changed.wait()
+        await self._wait(lambda: not self._tickets or self._child is None, grace)
         self._fail_all(list(self._tickets), _stopping)
         if self._launching is not None:
             self._launching.cancel()
         if self._child is not None:
             self._child.kill()
         self._note_change()
+        await self._wait(lambda: self._child is None, KILL_SECONDS)
+
+    async def _wait(self, is_true: Callable[[], bool], seconds: float) -> None:
+        """Until something is so, or at most for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not is_true():
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def _send(self, make: Callable[[int], frames.Frame]) -> Ticket:
         id = next(self._ids)
