@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.backend import Backend
+from offload.errors import DoesNotFitError
 
 _ALIGNMENT = 256
 _DTYPES: dict[int, type[np.generic]] = {
@@ -68,7 +69,11 @@ class Exchange:
         self._tensors = {name: ggml.ggml_new_tensor_1d(self._ctx, *kind) for name, kind in wanted.items()}
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors.values()]
         self.n_bytes = sum(sizes) + _ALIGNMENT
-        self._buffer = backend.allocate(self.n_bytes)
+        try:
+            self._buffer = backend.allocate(self.n_bytes)
+        except DoesNotFitError:
+            ggml.ggml_free(self._ctx)
+            raise
         ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
         address = -(-base // _ALIGNMENT) * _ALIGNMENT

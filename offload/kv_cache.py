@@ -6,7 +6,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload import ggml, ggml_backend
 from offload.backend import Backend
-from offload.errors import UsageError
+from offload.errors import DoesNotFitError, UsageError
 from offload.model_spec import ModelSpec
 
 KV_TYPES = {
@@ -55,7 +55,11 @@ class KVCache:
         own = range(spec.n_layer) if layers is None else layers
         self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
         self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
-        self._buffer = self._allocate(backend)
+        try:
+            self._buffer = self._allocate(backend)
+        except DoesNotFitError:
+            ggml.ggml_free(self._ctx)
+            raise
 
     def _allocate(self, backend: Backend) -> int:
         tensors = [*self.keys.values(), *self.values.values()]
