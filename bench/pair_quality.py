@@ -43,7 +43,8 @@ from offload.tier_plan import slot_classes
 from offload.tokenizer import Tokenizer
 
 UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
-_CALIBRATION_TOKENS = 1024
+_PIECES, _PIECE_TOKENS = 10, 64
+"""A calibration text is read in some places only, since its topics may change."""
 ROOMS = (1.0, 0.5, 0.25)
 
 
@@ -67,7 +68,7 @@ class Plan:
     rooms: tuple[float, ...]
     texts: tuple[tuple[int, ...], ...]
     n_threads: int
-    calibration: tuple[int, ...] = ()
+    calibration: tuple[tuple[int, ...], ...] = ()
 
     @property
     def n_ctx(self) -> int:
@@ -87,7 +88,7 @@ class Plan:
     def _measure(self, path: Path) -> None:
         """Writes what saving on each expert costs into a pair."""
         with_hints = path.with_suffix(".hints")
-        texts = [Text(self.calibration, np.empty((0, 0)))]
+        texts = [Text(tokens, np.empty((0, 0))) for tokens in self.calibration]
         write_hints(path, with_hints, measure_hints(path, texts, self.n_threads, lambda line: None))
         with_hints.replace(path)
 
@@ -150,6 +151,18 @@ def read_texts(checkpoint: Path, files: Sequence[Path], n_tokens: int, directory
     return texts
 
 
+def read_pieces(checkpoint: Path, file: Path, directory: Path) -> list[tuple[int, ...]]:
+    """Tokens from places that are spread over a text."""
+    text = file.read_text("utf-8")
+    pieces = []
+    for number in range(_PIECES):
+        path = directory / f"piece{number}.txt"
+        begin = len(text) * number // _PIECES
+        path.write_text(text[begin : begin + 32 * _PIECE_TOKENS], "utf-8")
+        pieces.append(path)
+    return read_texts(checkpoint, pieces, _PIECE_TOKENS, directory)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The figures for a person, cheapest first among those of one room."""
     columns = (
@@ -195,7 +208,7 @@ def smallest_plan(directory: Path) -> Plan:
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to measure each expert's errors with, for modes that need them: 1024 tokens, read twice per expert.",
+    help="Text to measure each expert's errors with, for modes that need them; some of it is read twice per expert.",
 )
 @click.option("--room", "rooms", type=click.FloatRange(0), multiple=True, default=ROOMS, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
@@ -225,8 +238,7 @@ def main(
                 uniform = tuple(Mode(kind, kind) for kind in UNIFORM)
                 plan = Plan(checkpoint, directory, pair, uniform + own, rooms, texts, threads or default_threads())
                 if calibration is not None:
-                    (tokens_read,) = read_texts(checkpoint, [calibration], _CALIBRATION_TOKENS, directory)
-                    plan = replace(plan, calibration=tokens_read)
+                    plan = replace(plan, calibration=tuple(read_pieces(checkpoint, calibration, directory)))
             else:
                 raise UsageError("Name a --checkpoint, or use --smoke.")
             rows = measure(plan, console.print)

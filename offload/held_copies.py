@@ -6,10 +6,8 @@ from offload.arena import Arena
 from offload.device_experts import DeviceExperts
 from offload.disk_reader import DiskReader
 from offload.expert_source import ExpertLayer
+from offload.lossy_rule import SECONDS_PER_BYTE
 from offload.residency import Key
-
-_SECONDS_PER_BYTE = 1e-9
-"""Until something was read."""
 
 
 class HeldCopies:
@@ -35,4 +33,4 @@ class HeldCopies:
     def read_seconds(self, n_bytes: int) -> float:
         """At the mean speed so far, which the reads at the start give already."""
         n_read = self._reader.n_read
-        return n_bytes * (self._reader.busy_seconds / n_read if n_read else _SECONDS_PER_BYTE)
+        return n_bytes * (self._reader.busy_seconds / n_read if n_read else SECONDS_PER_BYTE)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from offload.copy_decision import LowSlots
 from offload.expert_source import ExpertLayer
 from offload.loss_table import LossTable
 from offload.lossy_rule import NEVER
@@ -46,6 +47,13 @@ def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequ
         return sum(one.low_loss * min(1.0, rest**2 / one.share_square) for one in losing)
 
     return 1.0 - _largest(loss, limit, 1.0)
+
+
+def low_slots_at(price: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> LowSlots:
+    """Whether at a price most picks that miss their best copy would use the low one, which then comes first."""
+    experts = list(_experts(layers, tables))
+    low = sum(one.read_bytes for one in experts if one.low_loss <= price * one.read_bytes)
+    return "first" if 2 * low >= sum(one.read_bytes for one in experts) else "last"
 
 
 def lowered_loss(tables: Sequence[LossTable | None]) -> float:

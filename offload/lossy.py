@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +12,9 @@ from offload.elastic import Elastic, Mix
 from offload.errors import UsageError
 from offload.expert_source import ExpertLayer, SlotClass
 from offload.gate_rules import Gate, Sensitivity, SmallShares
-from offload.loss_limit import gate_within, lowered_loss, price_within
+from offload.loss_limit import gate_within, low_slots_at, lowered_loss, price_within
 from offload.loss_table import LossTable, loss_tables
-from offload.lossy_rule import NeverWait, Rule
+from offload.lossy_rule import NEVER, SECONDS_PER_BYTE, NeverWait, Rule
 from offload.policy import Values
 from offload.residency import Key, most_valuable
 from offload.tier_plan import TierPlan, low_classes
@@ -133,7 +133,7 @@ def _adap(request: Request) -> Chooser:
 def _rule(request: Request) -> Chooser | None:
     value = request.value(math.inf)
     if request.max_kl is not None:
-        return Rule(price=price_within(request.max_kl, request.layers, request.tables, ()))
+        return _priced(request.max_kl, request.layers, request.tables, ())
     if value is None:
         raise UsageError(f"--lossy rule needs a value, seconds of waiting worth one nat. Write {EXAMPLES['rule']}.")
     if value == math.inf:
@@ -141,7 +141,13 @@ def _rule(request: Request) -> Chooser | None:
     hints = [layer.hints for layer in request.layers if layer is not None and layer.experts]
     is_measured = all(hint.error or hint.skip_error or hint.fallback_error for hint in hints)
     request.need(is_measured, "measured errors", "Use --lossy low or --lossy gate, which need none.")
-    return Rule(mu=value)
+    price = SECONDS_PER_BYTE / value if value else NEVER
+    return Rule(mu=value, low_slots=low_slots_at(price, request.layers, request.tables))
+
+
+def _priced(limit: float, layers: Layers, tables: Sequence[LossTable | None], resident: Collection[Key]) -> Rule:
+    price = price_within(limit, layers, tables, resident)
+    return Rule(price=price, low_slots=low_slots_at(price, layers, tables))
 
 
 def _elastic(request: Request) -> Chooser:
@@ -199,8 +205,9 @@ def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values 
     """The mode when it is known which experts are in their best copies in memory from the start."""
     if lossy.limit is None:
         return lossy
-    resident = _resident(layers, tiers, priors)
-    return replace(lossy, chooser=Rule(price=price_within(lossy.limit, layers, lossy.tables, resident)))
+    rule = _priced(lossy.limit, layers, lossy.tables, _resident(layers, tiers, priors))
+    # The slots are planned already.
+    return replace(lossy, chooser=replace(rule, low_slots=tiers.low))
 
 
 def mixed_lossy(lossy: Lossy, mix: Mix, max_kl: float | None) -> Lossy:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from offload.copy_decision import SKIPPED, Choice, Chooser, Decision, Memory, unchanged
 from offload.expert_source import ExpertCopy, ExpertLayer
 from offload.loss_table import LossTable
+from offload.lossy_rule import Rule
 from offload.residency import Key
+
+_AIM = 0.9
+"""Share of the loss allowed that is aimed at, since no layer may pass it."""
+_STEP, _MOST = 1.1, 1e4
+"""How fast a price follows, by step, and how far above the one that bounds give."""
 
 Layers = Sequence[ExpertLayer | None]
 Tables = Sequence[LossTable | None]
@@ -42,13 +48,18 @@ class LossyCounters:
 
 
 class LossyPicks:
-    """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far."""
+    """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far.
+
+    A limit is for a `Rule`, whose price rises and falls so that what is allowed is used: it was set by bounds.
+    """
 
     def __init__(
         self, layers: Layers, tables: Tables, chooser: Chooser, memory: Memory, limit: float | None = None
     ) -> None:
         self._layers, self._tables, self._chooser, self._memory = layers, tables, chooser, memory
         self._limit, self._n_tokens = limit, 0
+        self._rule = chooser if limit is not None and isinstance(chooser, Rule) else None
+        self._scale = 1.0
         self.counters = LossyCounters()
 
     @property
@@ -58,6 +69,10 @@ class LossyPicks:
 
     def begin(self, n_tokens: int) -> None:
         """A step of so many tokens begins."""
+        if self._rule is not None and self._limit is not None and self._n_tokens:
+            is_within = self.counters.expected_kl < _AIM * self._limit * self._n_tokens
+            self._scale = min(_MOST, max(1.0, self._scale * (_STEP if is_within else 1 / _STEP)))
+            self._chooser = replace(self._rule, price=self._rule.price * self._scale)
         self._n_tokens += n_tokens
 
     def decide(self, index: int, stored: NDArray[np.int64], shares: NDArray[np.float32]) -> Decision:

@@ -21,6 +21,8 @@ from offload.residency import Key
 
 NEVER = 1e30
 """A price at which no byte is read if there is another way."""
+SECONDS_PER_BYTE = 1e-9
+"""What reading is taken to cost before it is measured."""
 _HIGH, _LOW, _NONE = 0, 1, 2
 
 

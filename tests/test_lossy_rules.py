@@ -14,7 +14,7 @@ from offload.elastic import Elastic, mix_copies, share_within
 from offload.errors import DoesNotFitError
 from offload.expert_source import ExpertCopy, ExpertLayer
 from offload.gate_rules import Gate, SmallShares, shares_before
-from offload.loss_limit import gate_within, lowered_loss, price_within
+from offload.loss_limit import gate_within, low_slots_at, lowered_loss, price_within
 from offload.loss_table import loss_tables
 from offload.lossy_picks import LossyPicks
 from offload.lossy_rule import NEVER, NeverWait, Rule
@@ -233,6 +233,29 @@ def test_a_limit_is_never_passed() -> None:
             assert account.counters.expected_kl <= limit * account._n_tokens
             assert limit or (decision.copies == 0).all()
         assert (account.counters.low_picks > 0) == (limit > 0)
+
+
+def test_a_price_rises_while_less_is_lost_than_allowed() -> None:
+    one = layer(Type.Q8_0, Type.Q4_0)
+    low_picks = []
+    for limit in (1e-4, 1e-2, 1.0):
+        account = LossyPicks([one], loss_tables([one]), Rule(price=1e-9), Held(), limit)
+        for step in range(200):
+            account.begin(1)
+            choice = choices(1, one, step)
+            account.decide(0, choice.stored, choice.shares)
+        assert account.counters.expected_kl <= 200 * limit
+        low_picks.append(account.counters.low_picks)
+    assert 0 < low_picks[0] < low_picks[1] < low_picks[2]
+
+
+def test_low_copies_come_first_where_most_picks_would_use_them() -> None:
+    layers = [layer(Type.Q8_0, Type.Q4_0)]
+    tables = loss_tables(layers)
+    assert low_slots_at(0.0, layers, tables) == "last"
+    assert low_slots_at(NEVER, layers, tables) == "first"
+    with pytest.raises(DoesNotFitError):
+        fit_slots(layers, 1, 0, "m", "last")
 
 
 def test_an_expert_that_was_never_picked_is_taken_for_the_worst() -> None:
