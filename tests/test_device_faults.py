@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from bench.rpc_server import ROOT, RpcServer, rpc_server
 from offload.abort import device_error
 from offload.device_backend import DeviceBackend
 from offload.engine import Engine
@@ -24,7 +25,6 @@ from server.cli import run
 from server.frames import Open
 from server.ticket import EngineFailure
 from tests.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
-from tests.rpc_server import ROOT, RpcServer, rpc_server
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
 LOST = "/src/ggml-rpc/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"

@@ -16,6 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import offload.engine_plan
+from bench.rpc_server import rpc_server
 from bench.stepping import kl_divergence
 from offload import ggml, ggml_backend, ggml_rpc
 from offload.backend import EngineAbortedError
@@ -38,7 +39,6 @@ from offload.slot_pool import SlotPool
 from offload.swap_rule import SwapRule
 from offload.trace import read_trace
 from tests.native_files import plain_ffn, write_native
-from tests.rpc_server import rpc_server
 from tests.test_tiers import TOKENS, answers, conversation
 from tests.tier_models import content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.tiered import device_engine, least_vram, resident_engine, tiered_engine

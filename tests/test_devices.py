@@ -17,13 +17,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from bench.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
 from offload import devices, ggml, ggml_backend, ggml_device, rpc_endpoint
 from offload.backend import Backend, CpuBackend, EngineAbortedError
 from offload.device_backend import DeviceBackend
 from offload.devices import Device, available_devices, choose_devices
 from offload.errors import DeviceError, DoesNotFitError, UsageError
 from offload.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
-from tests.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
 
 LOCAL = [device.name for device in available_devices()]
 VERSION = (7, 0)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
+from bench.rpc_server import RpcServer, rpc_server
 from converter.convert import ConvertOptions, convert
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig, plan_engine
@@ -20,7 +21,6 @@ from offload.native_layout import LayerHints
 from offload.trace import read_trace
 from tests.gguf_content import Array, GGUFContent, read_content, write_content
 from tests.native_files import PROJECTIONS, NativeFfn, StoredExpert, dequantised, write_native
-from tests.rpc_server import RpcServer, rpc_server
 from tests.tiered import resident_engine, tiered_engine
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from bench.rpc_server import rpc_server
 from offload.backend import CpuBackend
 from offload.calibration import Calibration, Limits, Workload, workload
 from offload.device_backend import DeviceBackend
@@ -38,7 +39,6 @@ from tests.measured_machine import (
     machine,
     processor,
 )
-from tests.rpc_server import rpc_server
 from tests.tiny_gguf import write_tiny_gguf
 
 Q8 = MatrixKernel(Type.Q8_0, 256, True)

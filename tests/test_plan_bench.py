@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import offload.engine_plan
+from bench.rpc_server import rpc_server
 from offload.budget import Budget
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig, EnginePlan
@@ -16,7 +17,6 @@ from server.cli import run
 from server.commands import plan
 from server.engine_options import DEMO
 from tests.measured_machine import machine_for
-from tests.rpc_server import rpc_server
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
 PLAN = ["plan", "--batch", "64", "--no-measure"]

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import offload.prediction
+from bench.rpc_server import rpc_server
 from offload.calibration import Calibration
 from offload.cost_model import Residency, Step, predict
 from offload.engine import Engine
@@ -24,7 +25,6 @@ from offload.whereabouts import Whereabouts, whereabouts
 from tests.gguf_content import read_content
 from tests.measured_machine import machine_for
 from tests.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
-from tests.rpc_server import rpc_server
 from tests.tiered import tiered_plan
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
