@@ -13,7 +13,7 @@ COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
     "convert": "Make a GGUF file of a Hugging Face checkpoint.",
     "inspect": "Show what a model file or checkpoint holds.",
-    "plan": "Say what opening a model would take, without loading it.",
+    "plan": "Say what a model would take, and how fast it would be, without loading it.",
     "run": "Complete a prompt, or chat in the terminal.",
     "serve": "Serve a model over HTTP as OpenAI's API.",
 }

@@ -101,7 +101,8 @@ def _host_rows(plan: EnginePlan) -> dict[str, int]:
         f"compute, batches of {plan.n_batch}": sizes["compute"],
         "program, at most": sizes["program"],
         "in all": sum(sizes.values()),
-        "may be taken" if plan.tiers else "free now": plan.available,
+        "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
+        "may be taken": plan.available,
     }
 
 

@@ -72,7 +72,7 @@ class Repl:
     def _generate(self, request: GenerationRequest) -> Outcome:
         outcome = generate(self._engine, request, shows_text=True)
         print(flush=True)
-        show_figures(outcome.finished.timings)
+        show_figures(outcome.finished)
         return outcome
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 from offload.engine import Engine
-from offload.generation import Finished, GenerationRequest, Timings, TokenStep
+from offload.generation import Finished, GenerationRequest, TokenStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,14 @@ def generate(engine: Engine, request: GenerationRequest, *, shows_text: bool) ->
     raise AssertionError("the engine ended a generation without saying so")
 
 
-def show_figures(timings: Timings) -> None:
-    """One line on standard error: tokens and speed of both phases."""
+def show_figures(finished: Finished) -> None:
+    """One line on standard error: tokens and speed of both phases, and how many experts had not to be waited for."""
+    timings, share = finished.timings, finished.tiers.hit_share
     known = f" ({timings.cached_n} known)" if timings.cached_n else ""
     read = f"read {timings.prompt_n} tokens{known}{_speed(timings.prompt_n, timings.prompt_ms)}"
     written = f"wrote {timings.predicted_n}{_speed(timings.predicted_n, timings.predicted_ms)}"
-    click.echo(click.style(f"[{read}, {written}]", dim=True), err=True)
+    found = "" if share is None else f", {100 * share:.0f} % of experts were in memory"
+    click.echo(click.style(f"[{read}, {written}{found}]", dim=True), err=True)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_plan_of_a_model_that_does_not_fit_whole(
 def test_plan_without_json_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(PLAN) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("weights, copied", "KV cache, 2048 tokens", "in all", "free now"))
+    assert all(word in out for word in ("weights, copied", "KV cache, 2048 tokens", "in all", "may be taken"))
 
 
 # --- what lies where ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,14 @@ def test_run_tells_of_the_tiers(
     assert sum(tiers[name] for name in PICKS) == 4 * PICKS_OF_A_STEP
     assert 0 <= tiers["hit_share"] < 1
     assert tiers["is_shared"] is False
+
+
+def test_a_person_sees_how_many_experts_were_there(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_command, "open_engine", lambda options: engine)
+    assert run(["run", "--prompt-ids", "5", "-n", "4", "--ignore-eos"]) == 0
+    assert re.search(r"wrote 4 at .*/s, \d+ % of experts were in memory\]", capsys.readouterr().err)
 
 
 @pytest.fixture

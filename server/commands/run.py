@@ -120,7 +120,7 @@ def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, 
         print(_report(outcome), flush=True)
     else:
         print(flush=True)
-        show_figures(outcome.finished.timings)
+        show_figures(outcome.finished)
     if outcome.finished.reason == "cancelled":
         raise KeyboardInterrupt
 
