@@ -150,7 +150,7 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
         lines.append(_row("host memory", f"{where.on_host} of {_count(where.n_experts, 'expert')}"))
     if where.on_disk:
         lines.append(_row("disk only", f"{where.on_disk} of {_count(where.n_experts, 'expert')}"))
-    return ["", *lines, _hits(plan, where)] if where.n_experts else ["", *lines]
+    return ["", *lines, _hits(plan, where)] if where.is_cut else ["", *lines]
 
 
 def _device_line(device: DevicePlan, n_experts: int) -> str:
@@ -162,9 +162,9 @@ def _device_line(device: DevicePlan, n_experts: int) -> str:
 
 def _hits(plan: EnginePlan, where: Whereabouts) -> str:
     shares = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
-    basis = "as often as the file says" if plan.priors is not None else "if all are used alike"
     told = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items() if share > 0)
-    return _row("experts are found", f"{told} ({basis}; the cache does better)")
+    basis = "used as often as the file says" if plan.priors is not None else "all used alike"
+    return _row("experts are found", f"{told} ({basis}; following the text does better)")
 
 
 # --- speed -------------------------------------------------------------------------------------------------
