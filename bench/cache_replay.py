@@ -86,9 +86,19 @@ def pools_within(header: TraceHeader, n_bytes: int) -> dict[int, int]:
 
 
 class CacheReplay:
-    """One contender's pools. They start full of what it values most, which costs nothing."""
+    """One contender's pools. They start full of what it values most, which costs nothing.
 
-    def __init__(self, header: TraceHeader, slots: Mapping[int, int], contender: Contender, tier: Tier) -> None:
+    `rule` says which swaps pay, by default those that do with experts of the largest size at the tier's rates.
+    """
+
+    def __init__(
+        self,
+        header: TraceHeader,
+        slots: Mapping[int, int],
+        contender: Contender,
+        tier: Tier,
+        rule: SwapRule | None = None,
+    ) -> None:
         self._bytes, self._contender, self._tier = header.expert_bytes, contender, tier
         self._pools = {n_bytes: SlotCache(n, contender) for n_bytes, n in slots.items() if n}
         for n_bytes, cache in self._pools.items():
@@ -99,7 +109,7 @@ class CacheReplay:
         self._read_ahead: set[Key] = set()
         self._exchange = None
         if tier.computes_misses and isinstance(contender, Online):
-            rule = tier.swap_rule(max(slots, default=0))
+            rule = rule or tier.swap_rule(max(slots, default=0))
             self._exchange = SlotExchange(contender.policy, rule, self._kind_of)
 
     def _keys(self, n_bytes: int) -> Iterator[Key]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from offload.batch import make_batch
 from offload.cells import Cells, common_prefix
+from offload.device_experts import DeviceExperts
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
 from offload.errors import ContextOverflowError, DeviceError, DoesNotFitError
 from offload.generation import Event, Failed, GenerationRequest, Outcome
@@ -173,6 +174,11 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers by name, empty when everything is resident."""
         return self._model.counters()
+
+    @property
+    def device_experts(self) -> tuple[DeviceExperts, ...]:
+        """The slots of each device that has a part of its experts; empty when there is none."""
+        return self._model.device_experts
 
     def close(self) -> None:
         """Frees weights, cache and threads."""

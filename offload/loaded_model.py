@@ -6,6 +6,7 @@ from typing import Protocol
 
 from offload.backend import CpuBackend
 from offload.batch import Batch
+from offload.device_experts import DeviceExperts
 from offload.engine_plan import EngineConfig, EnginePlan
 from offload.kv_cache import KVCache, kv_type
 from offload.memory import peak_resident_bytes
@@ -86,6 +87,12 @@ class LoadedModel:
     def counters(self) -> dict[str, float]:
         """Running totals by name, empty when everything is resident: picks, bytes and seconds of the tiers."""
         return {} if self._tiers is None else self._tiers.counters()
+
+    @property
+    def device_experts(self) -> tuple[DeviceExperts, ...]:
+        """The slots of each device that has some."""
+        devices = () if self._tiers is None else self._tiers.devices
+        return tuple(experts for _, experts in devices if experts is not None)
 
     def close(self) -> None:
         """Frees everything."""

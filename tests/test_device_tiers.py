@@ -140,22 +140,15 @@ def model(request: pytest.FixtureRequest) -> Model:
     return found
 
 
-def experts_of(engine: Engine) -> list[DeviceExperts]:
-    """The slots of all devices."""
-    tiers = engine._model._tiers
-    assert tiers is not None
-    return [one for _, one in tiers.devices if one is not None]
-
-
 def set_rule(engine: Engine, rule: SwapRule) -> None:
-    for device in experts_of(engine):
+    for device in engine.device_experts:
         assert device.swaps is not None
         device.swaps.rule = rule
 
 
 def set_times(engine: Engine, host_seconds: float) -> None:
     """How long the host is taken to need for an expert, where a device needs no time."""
-    for device in experts_of(engine):
+    for device in engine.device_experts:
         device.times = LinkTimes(ExpertTimes(host_seconds, host_seconds, 2), ExpertTimes(0, 0, 2), 1e-3)
 
 
@@ -193,7 +186,7 @@ def test_two_devices_share_the_layers(two: Where, model: Model, policy: str) -> 
         assert layers == list(range(engine.spec.n_layer))
         set_rule(engine, FREE_SWAPS)
         two.check(conversation(engine), model.expected)
-        assert all(device.hits for device in experts_of(engine))
+        assert all(device.hits for device in engine.device_experts)
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
@@ -315,7 +308,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 
 def assert_slots_hold_their_experts(engine: Engine) -> None:
     """Compares each slot of a device with the file."""
-    for device in experts_of(engine):
+    for device in engine.device_experts:
         for pool in device._pools.values():
             for key in pool:
                 copy, slot = device.copies[key], pool.slot(key)
@@ -380,7 +373,7 @@ def test_after_a_swap_both_are_used_where_they_are_now(
     used_there, used_here = set[Key](), set[Key]()
     with closing(device_engine(where.config(plain.path, policy=policy), 0.3, in_memory)) as engine:
         set_rule(engine, FREE_SWAPS)
-        (device,) = experts_of(engine)
+        (device,) = engine.device_experts
         n_slots = len(set(device))
         for token in TOKENS:
             held = set(device)

@@ -1,0 +1,265 @@
+"""Experts in a device's slots: the engine against the replay of what it recorded, and against the CPU.
+
+For each share of the experts that have room on the device, and each policy: a prompt and then natural tokens one by
+one, recorded, and the recording replayed with the same decisions (`bench.cache_replay`). Bytes uploaded per token and
+the share of picks found on the device must be the same; the logits must be the CPU's, to the last bit on an RPC device,
+whose kernels are the same. Without --device an RPC server over this machine's CPU stands in for a card: nothing here
+is a matter of time. A swap costs and gains what it would on a card (`bench.replay`) or, with --rule measured, what the
+engine measured. The table goes to stderr, the last line of stdout is one JSON document.
+
+    python -m bench.rpc_device --model natural_medium
+"""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from bench.cache_replay import CacheReplay, Tally, Tier
+from bench.contender import Online
+from bench.demand import demands
+from bench.random_model import SHAPES, random_model_file
+from bench.replay import GB, RATES
+from bench.rpc_server import rpc_server
+from bench.stepping import kl_divergence
+from bench.topics import STYLES, TOKENS
+from offload.device_plan import N_PASSING
+from offload.devices import available_devices
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
+from offload.errors import SlimoeError, UsageError
+from offload.gguf_file import read_gguf
+from offload.policy import POLICIES, PolicyContext, make_policy
+from offload.swap_rule import SwapRule
+from offload.trace import read_trace
+
+Logits = NDArray[np.float32]
+SHARES = (0.25, 0.5, 0.75)
+_MOVE, _HIT, _MISS = RATES["device"]
+CARD = Tier(GB * _MOVE, GB * _HIT, GB * _MISS, computes_misses=True)
+N_PROMPT, N_ANSWER = 64, 192
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is run: `tokens` are a prompt of `n_prompt`, and what is read one by one after it."""
+
+    config: EngineConfig
+    tokens: tuple[int, ...]
+    n_prompt: int
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was counted over the tokens read one by one."""
+
+    hit_share: float
+    uploaded_bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One engine and its replay; `kl` is the largest of a token's to the CPU's logits."""
+
+    share: float
+    policy: str
+    slots: int
+    engine: Figures
+    replay: Figures
+    swaps: int
+    swap_gain_seconds: float
+    swap_cost_seconds: float
+    is_exact: bool
+    kl: float
+
+    @property
+    def bytes_difference(self) -> float:
+        """The engine's bytes against the replay's, relative to the larger ones."""
+        counts = self.engine.uploaded_bytes_per_token, self.replay.uploaded_bytes_per_token
+        return abs(counts[0] - counts[1]) / max(1.0, *counts)
+
+    @property
+    def hit_difference(self) -> float:
+        """The difference of the hit shares."""
+        return abs(self.engine.hit_share - self.replay.hit_share)
+
+
+def plan_with_room(config: EngineConfig, share: float) -> EngineConfig:
+    """The configuration whose device has slots for so many of the experts; raises UsageError without experts."""
+    shortfall = plan_engine(replace(config, vram=("1",))).shortfall
+    layers = [layer for layer in plan_engine(replace(config, device="none", rpc=())).layers if layer is not None]
+    sizes = {copies[0].slot_class: copies[0].n_bytes for layer in layers for copies in layer.experts}
+    if shortfall is None or not sizes:
+        raise UsageError("The model has no experts that a device could hold a part of. Take a mixture of experts.")
+    wanted = share * sum(copies[0].n_bytes for layer in layers for copies in layer.experts)
+    # The least that a device takes has a slot for one expert of each kind already.
+    return replace(config, vram=(str(int(shortfall.required_bytes + wanted) - sum(sizes.values())),))
+
+
+def check(plan: EnginePlan) -> None:
+    """Raises the plan's error, and UsageError where host memory does not hold all experts: a replay takes it to."""
+    if plan.shortfall is not None:
+        raise plan.shortfall
+    if plan.tiers is not None and plan.tiers.n_resident < plan.tiers.n_experts:
+        raise UsageError("The experts do not all fit into host memory, which a replay cannot know. Free some memory.")
+
+
+def read_all(engine: Engine, job: Job) -> tuple[list[Logits], dict[str, float]]:
+    """The logits after the prompt and after each further token, and what was counted for these."""
+    logits = [engine.prefill(job.tokens[: job.n_prompt]).copy()]
+    before = engine.counters()
+    logits += [engine.decode(token).copy() for token in job.tokens[job.n_prompt :]]
+    return logits, {name: value - before.get(name, 0) for name, value in engine.counters().items()}
+
+
+def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], trace: Path) -> Run:
+    """Runs an engine and its replay."""
+    config = replace(plan_with_room(job.config, share), policy=policy, trace=trace)
+    check(plan_engine(config))
+    with closing(Engine.open(config)) as engine:
+        (device,) = engine.device_experts
+        assert device.swaps is not None
+        if job.rule == "card":
+            device.swaps.rule = CARD.swap_rule(max(copy.n_bytes for copy in device.copies.values()))
+        rule, plan = device.swaps.rule, engine.plan
+        logits, counted = read_all(engine, job)
+    n_tokens = len(job.tokens) - job.n_prompt
+    n_picks = counted["device_hits"] + counted["hits"] + counted["ahead"] + counted["misses"]
+    figures = Figures(counted["device_hits"] / n_picks, counted["bytes_uploaded"] / n_tokens)
+    tally = replayed(plan, trace, policy, rule)
+    return Run(
+        share,
+        policy,
+        sum(own_slots(plan).values()),
+        figures,
+        Figures(tally.hit_share, tally.moved_bytes / n_tokens),
+        int(counted["swaps"]),
+        rule.gain_seconds,
+        rule.cost_seconds,
+        all(np.array_equal(*pair) for pair in zip(logits, expected, strict=True)),
+        max(kl_divergence(*pair) for pair in zip(logits, expected, strict=True)),
+    )
+
+
+def own_slots(plan: EnginePlan) -> Counter[int]:
+    """The device's slots for experts that stay there, by an expert's bytes."""
+    slots: Counter[int] = Counter()
+    for kind, n in plan.devices[0].n_slots:
+        sizes = {copies[0].slot_class: copies[0].n_bytes for layer in plan.layers if layer for copies in layer.experts}
+        slots[sizes[kind]] += n - N_PASSING
+    return slots
+
+
+def replayed(plan: EnginePlan, path: Path, policy: str, rule: SwapRule) -> Tally:
+    """What the replay counts for the tokens that were read one by one."""
+    trace = read_trace(path)
+    header = trace.header
+    context = PolicyContext(header.n_layer, header.n_expert, header.n_expert_used, plan.priors)
+    cache = CacheReplay(header, own_slots(plan), Online(make_policy(policy, context)), CARD, rule)
+    tally = cache.run(demands(trace))["answer"]
+    cache.check()
+    return tally
+
+
+@contextmanager
+def device_config(config: EngineConfig, device: str | None) -> Iterator[EngineConfig]:
+    """The configuration with a device of this machine, or one lent by an RPC server that is ended afterwards."""
+    if device is not None:
+        yield replace(config, device=device)
+        return
+    with rpc_server() as server:
+        lent = available_devices([server.endpoint])[-1]
+        yield replace(config, device=lent.name, rpc=(server.endpoint,))
+
+
+def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[Run]:
+    """All runs, one after the other."""
+    with closing(Engine.open(replace(job.config, device="none", rpc=(), weights="copied"))) as engine:
+        expected, _ = read_all(engine, job)
+    with tempfile.TemporaryDirectory(prefix="slimoe-trace-") as directory:
+        return [
+            run_case(job, share, policy, expected, Path(directory) / f"{share}-{policy}")
+            for share in shares
+            for policy in policies
+        ]
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """The figures for a person."""
+    drawn = Table("room", "slots", "policy", "swaps", "hits %", "replay", "MB/token", "replay", "exact", "KL")
+    for run in runs:
+        hits = (f"{100 * one.hit_share:.2f}" for one in (run.engine, run.replay))
+        moved = (f"{one.uploaded_bytes_per_token / 1e6:.3f}" for one in (run.engine, run.replay))
+        cells = (*hits, *moved, "yes" if run.is_exact else "no", f"{run.kl:.1e}")
+        drawn.add_row(f"{run.share:.0%}", str(run.slots), run.policy, str(run.swaps), *cells)
+    return drawn
+
+
+def as_json(runs: Sequence[Run]) -> dict[str, Any]:
+    """All figures, and the worst of each kind."""
+    return {
+        "agrees": all(max(run.bytes_difference, run.hit_difference) <= TOLERANCE for run in runs),
+        "largest_bytes_difference": max(run.bytes_difference for run in runs),
+        "largest_hit_difference": max(run.hit_difference for run in runs),
+        "is_exact": all(run.is_exact for run in runs),
+        "largest_kl": max(run.kl for run in runs),
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+@click.command()
+@click.option("--model", default="natural_medium", show_default=True, help="A file, or a shape for random Q4_K.")
+@click.option("--share", "shares", type=click.FloatRange(0, 1, min_open=True, max_open=True), multiple=True)
+@click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, default=["heat", "lru"])
+@click.option("--rule", type=click.Choice(["card", "measured"]), default="card", show_default=True)
+@click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", help="A device of this machine.  [default: an RPC server over the CPU]")
+@click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random model.")
+def main(
+    model: str,
+    shares: tuple[float, ...],
+    policies: tuple[str, ...],
+    rule: str,
+    routing: str,
+    tokens: int,
+    threads: int,
+    device: str | None,
+    smoke: bool,
+) -> None:
+    """Compare an engine whose device holds a part of the experts with its replay and with the CPU."""
+    name, n_prompt, n_answer = ("smoke", 8, 40) if smoke else (model, N_PROMPT, tokens)
+    try:
+        with ExitStack() as stack:
+            is_shape = name in SHAPES
+            path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
+            n_tokens = n_prompt + n_answer
+            words = TOKENS[routing](n_tokens, read_gguf(path).tensors["token_embd.weight"].ne[1])
+            config = EngineConfig(path, n_ctx=-(-n_tokens // 256) * 256, n_batch=n_prompt, n_threads=threads)
+            config = stack.enter_context(device_config(config, device))
+            runs = measure(Job(config, tuple(words), n_prompt, rule), shares or SHARES, policies)
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 100).print(table(runs))
+    about = {"model": path.name, "routing": routing, "rule": rule, "machine": machine.describe()}
+    print(json.dumps(as_json(runs) | {"tokens": n_answer, "prompt_tokens": n_prompt} | about))
+
+
+if __name__ == "__main__":
+    main()
