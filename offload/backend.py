@@ -116,6 +116,12 @@ class Backend(Protocol):
     def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Copies an array into a tensor, `offset` in bytes."""
 
+    def set_async(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Begins to copy an array into a tensor; it must stay as it is until `synchronize`."""
+
+    def synchronize(self) -> None:
+        """Waits for what was begun."""
+
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""
 
@@ -160,6 +166,13 @@ class CpuBackend:
     def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Copies an array into a tensor, `offset` in bytes."""
         ctypes.memmove(ggml.ggml_get_data(tensor) + offset, values.ctypes.data, values.nbytes)
+
+    def set_async(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Copies an array into a tensor, at once."""
+        self.set(tensor, values, offset)
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
 
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""

@@ -117,6 +117,15 @@ class Exchange:
         else:
             self._backend.set(self._tensors[name], flat, begin * flat.itemsize)
 
+    def write_rows(self, name: str, numbers: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Writes rows [n, width] over those of these `numbers`, neighbours together."""
+        order = np.argsort(numbers)
+        ordered = np.ascontiguousarray(rows[order], self._dtypes[name])
+        begins = np.flatnonzero(np.diff(numbers[order], prepend=-2) != 1)
+        for begin, part in zip(begins, np.split(ordered, begins[1:]), strict=True):
+            self._backend.set_async(self._tensors[name], part, int(numbers[order[begin]]) * ordered.strides[0])
+        self._backend.synchronize()
+
     def close(self) -> None:
         """Frees the memory."""
         if self._buffer:

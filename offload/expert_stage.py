@@ -240,13 +240,10 @@ class ExpertStage:
         return {index: row[: len(layer.target)] for row, (index, layer) in zip(scores, layers, strict=True) if layer}
 
     def _send(self, exchange: Exchange, picks: list[Picks]) -> None:
-        """Copies the columns that the host computed to the site, neighbours together."""
-        n_embd = self._host.shape.n_embd
-        columns = np.sort(np.concatenate([pick.columns for pick in picks]))
-        outputs = self._host.read("outputs", int(columns[-1]) + 1, n_embd)
-        for stretch in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1):
-            begin, end = int(stretch[0]), int(stretch[-1]) + 1
-            exchange.write("outputs", outputs[begin:end], begin * n_embd)
+        """Copies the columns that the host computed to the site."""
+        columns = np.concatenate([pick.columns for pick in picks])
+        outputs = self._host.read("outputs", int(columns.max()) + 1, self._host.shape.n_embd)
+        exchange.write_rows("outputs", columns, outputs[columns])
 
     def _observe(self, index: int, stored: NDArray[np.int64], n_rows: int) -> None:
         """Tells the policy what was chosen: answers count, prompts at most seed."""

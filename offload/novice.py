@@ -54,5 +54,4 @@ def write_novices(exchange: Exchange, novices: NDArray[np.float32] | None, store
         assert novices is not None, "the layer has no novices"
         named = columns[is_novice]
         values[is_novice] = novices[-1 - flat[named]] * shares[named, None]
-    for column, value in zip(columns.tolist(), values, strict=True):
-        exchange.write("outputs", value, column * value.size)
+    exchange.write_rows("outputs", columns, values)

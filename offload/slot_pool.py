@@ -92,7 +92,8 @@ class SlotPool:
         """Fills a slot from host memory."""
         for stack, (kind, ne), address in zip(self.stacks, self.slot_class, addresses, strict=True):
             n_bytes = matrix_bytes(kind, ne)
-            self._backend.set(stack, _bytes_at(address, n_bytes), slot * n_bytes)
+            self._backend.set_async(stack, _bytes_at(address, n_bytes), slot * n_bytes)
+        self._backend.synchronize()
 
     def close(self) -> None:
         """Frees the device's memory."""
