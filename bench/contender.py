@@ -46,9 +46,9 @@ class Online:
 
     def observe(self, visit: Visit) -> None:
         """Answers count, prompts at most seed."""
+        for row in visit.picks[visit.is_answer]:
+            self.policy.decode(visit.layer, [int(expert) for expert in row if expert >= 0])
         if visit.is_answer.all():
-            for row in visit.picks:
-                self.policy.decode(visit.layer, [int(expert) for expert in row if expert >= 0])
             return
         read = visit.picks[~visit.is_answer]
         self.policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.values.shape[1]))

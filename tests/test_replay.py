@@ -215,7 +215,7 @@ def test_experts_of_several_sizes_have_pools_of_their_own(tmp_path: Path) -> Non
 
 
 def test_a_mixed_step_seeds_with_its_prompt_only() -> None:
-    """The answer's row in a batch with a prompt is not taken for the prompt's."""
+    """The answer's row in a batch with a prompt counts for itself, and is not taken for the prompt's."""
     header = header_of(4)
     picks = np.array([[3], [3], [1]], np.int32)
     runs = (TraceRun(PROMPT, 0, 0, 2), TraceRun(ANSWER, 1, 7, 1))
@@ -224,7 +224,10 @@ def test_a_mixed_step_seeds_with_its_prompt_only() -> None:
     contender = Online(policy)
     (demand,) = demands(Trace(header, (step,)))
     contender.observe(demand.visits[0])
-    assert policy.values[0, 3] > 0.25 > policy.values[0, 1]
+    told = make_policy("heat", PolicyContext(1, 4, 1))
+    told.decode(0, [1])
+    told.prompt(0, np.array([0, 0, 0, 2]))
+    np.testing.assert_array_equal(policy.values, told.values)
     assert not demand.is_answer
     assert demand.has_answer
 
