@@ -210,6 +210,7 @@ def smallest_plan(directory: Path) -> Plan:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text to measure each expert's errors with, for modes that need them; some of it is read twice per expert.",
 )
+@click.option("--uniform/--no-uniform", default=True, help="Compare with files of one type as well.", show_default=True)
 @click.option("--room", "rooms", type=click.FloatRange(0), multiple=True, default=ROOMS, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
@@ -220,6 +221,7 @@ def main(
     pair: str,
     modes: tuple[str, ...],
     calibration: Path | None,
+    uniform: bool,
     rooms: tuple[float, ...],
     threads: int | None,
     smoke: bool,
@@ -235,8 +237,8 @@ def main(
                 find_pair(pair)
                 own = (Mode("pair, exact", pair), *(parse_mode(mode, pair) for mode in modes))
                 texts = tuple(read_texts(checkpoint, files, tokens, directory))
-                uniform = tuple(Mode(kind, kind) for kind in UNIFORM)
-                plan = Plan(checkpoint, directory, pair, uniform + own, rooms, texts, threads or default_threads())
+                alone = tuple(Mode(kind, kind) for kind in UNIFORM if uniform)
+                plan = Plan(checkpoint, directory, pair, alone + own, rooms, texts, threads or default_threads())
                 if calibration is not None:
                     plan = replace(plan, calibration=tuple(read_pieces(checkpoint, calibration, directory)))
             else:
