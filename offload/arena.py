@@ -109,10 +109,19 @@ class _Pool:
 
 
 class Arena:
-    """Pools by slot class, the reader that fills them, and the copies they hold."""
+    """Pools by slot class, the reader that fills them, and the copies they hold; `n_copies` there are of each class."""
 
-    def __init__(self, reader: DiskReader, policy: Valued, n_slots: Mapping[SlotClass, int]) -> None:
+    def __init__(
+        self,
+        reader: DiskReader,
+        policy: Valued,
+        n_slots: Mapping[SlotClass, int],
+        n_copies: Mapping[SlotClass, int] | None = None,
+    ) -> None:
         self._reader = reader
+        # Where all have room nobody is driven out.
+        self._tight = [n for kind, n in n_slots.items() if n_copies is None or n < n_copies[kind]]
+        self._n_slots = sum(n_slots.values())
         self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
@@ -128,7 +137,7 @@ class Arena:
     @property
     def n_free_to_pin(self) -> int:
         """So many experts can be pinned at once, whatever their class, beside those that are held."""
-        return min((pool.cache.n_slots for pool in self._pools.values()), default=0) - len(self._held)
+        return min(self._tight, default=self._n_slots) - len(self._held)
 
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""

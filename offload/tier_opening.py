@@ -28,7 +28,7 @@ from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs
 from offload.slot_pool import SlotPool
 from offload.swap_rule import SwapRule
-from offload.tier_plan import TierPlan, fit_slots, most_logit_rows, request_bytes
+from offload.tier_plan import TierPlan, fit_slots, most_logit_rows, request_bytes, slot_kinds
 from offload.tiered_runner import Part, TieredRunner
 from offload.token_rows import TokenRows
 from offload.trace import TraceHeader, TraceWriter, routers_hash
@@ -137,14 +137,14 @@ class _Opening:
         self._opened.callback(runner.close)
         reader = arena = lossy = None
         if plan.tiers is not None:
-            n_used, classes = plan.spec.n_expert_used, {kind for kind, _ in plan.tiers.n_slots}
-            graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, classes)
+            n_used, possible = plan.spec.n_expert_used, slot_kinds(plan.cut_layers, plan.tiers.low)
+            graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, set(possible))
             self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.direct_io)
             self._opened.callback(reader.close)
             rows = 0 if self._rows is None else self._rows.n_bytes
             n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
-            arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots)
+            arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots, possible)
             self._opened.callback(arena.close)
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)

@@ -140,6 +140,11 @@ def low_classes(layers: Iterable[ExpertLayer | None], low: LowSlots) -> Counter[
     )
 
 
+def slot_kinds(layers: Sequence[ExpertLayer | None], low: LowSlots) -> Counter[SlotClass]:
+    """How many copies of each class may want a slot."""
+    return slot_classes(layers) + low_classes(layers, low)
+
+
 def share_slots(
     classes: Mapping[SlotClass, int],
     least: Mapping[SlotClass, int],
