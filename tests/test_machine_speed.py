@@ -247,7 +247,7 @@ class _KnownDisk:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         self.addresses.add(address)
-        return Read(deque(), span.n_bytes, 0, demanded)
+        return Read(deque(), span.n_bytes, 0, Urgency.DEMANDED)
 
     def wait(self, read: Read) -> None:
         self.under_way -= 1
