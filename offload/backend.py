@@ -125,6 +125,9 @@ class Backend(Protocol):
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""
 
+    def check(self, graph: int) -> None:
+        """Raises DeviceError if it cannot compute all of a graph."""
+
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""
 
@@ -177,6 +180,9 @@ class CpuBackend:
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""
         ctypes.memmove(values.ctypes.data, ggml.ggml_get_data(tensor) + offset, values.nbytes)
+
+    def check(self, graph: int) -> None:
+        """It can compute everything."""
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from offload import ggml_backend, ggml_device
+from offload import ggml, ggml_backend, ggml_device
 from offload.backend import EngineAbortedError
 from offload.devices import Device
 from offload.errors import DeviceError, DeviceFullError
@@ -122,6 +123,18 @@ class DeviceBackend:
     def supports(self, operation: int) -> bool:
         """Whether the device computes this tensor; an RPC device says so of everything."""
         return bool(ggml_device.ggml_backend_dev_supports_op(self.device.handle, operation))
+
+    def check(self, graph: int) -> None:
+        """Raises DeviceError if there is something in a graph that the device does not compute."""
+        for index in range(ggml.ggml_graph_n_nodes(graph)):
+            node = ggml.ggml_graph_node(graph, index)
+            if not self.supports(node):
+                source = ggml.tensor_at(node).src[0] or node
+                what = f"{ggml.ggml_op_desc(node).decode()} of {GGMLQuantizationType(ggml.tensor_at(source).type).name}"
+                raise DeviceError(
+                    f"{self.device.name} ({self.device.description}) does not compute {what}. "
+                    "Use --device none or another device, or a file of other types."
+                )
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""

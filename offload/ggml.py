@@ -78,6 +78,18 @@ def ggml_build_forward_expand(graph: Ptr, tensor: Ptr) -> None: ...
 
 
 @c_function(_BASE)
+def ggml_graph_n_nodes(graph: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
+def ggml_graph_node(graph: Ptr, index: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_op_desc(tensor: Ptr) -> Str: ...
+
+
+@c_function(_BASE)
 def ggml_new_tensor_1d(ctx: Ptr, kind: I32, ne0: I64) -> Ptr: ...
 
 

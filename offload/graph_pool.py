@@ -23,9 +23,19 @@ class BuiltGraph(Generic[Prepared]):
 
 
 class GraphPool(Generic[Shape, Prepared]):
-    """At most `n_graphs` graphs, the least recently used leave. `build` makes the graph of a shape."""
+    """At most `n_graphs` graphs, the least recently used leave. `build` makes the graph of a shape.
 
-    def __init__(self, buft: int | None, build: Callable[[Shape], BuiltGraph[Prepared]], n_graphs: int) -> None:
+    `check` is shown each graph that room is reserved for, and may raise.
+    """
+
+    def __init__(
+        self,
+        buft: int | None,
+        build: Callable[[Shape], BuiltGraph[Prepared]],
+        n_graphs: int,
+        check: Callable[[int], None] = lambda graph: None,
+    ) -> None:
+        self._check = check
         self._build, self._n_graphs = build, n_graphs
         self._graphs: OrderedDict[Shape, tuple[int, Prepared]] = OrderedDict()
         self._allocator = ggml_backend.ggml_gallocr_new(buft)
@@ -39,8 +49,11 @@ class GraphPool(Generic[Shape, Prepared]):
     def reserve(self, shape: Shape) -> None:
         """Makes the buffer big enough for a shape, so that it need not move later; raises DoesNotFitError."""
         built = self._build(shape)
-        reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
-        ggml.ggml_free(built.ctx)
+        try:
+            self._check(built.graph)
+            reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
+        finally:
+            ggml.ggml_free(built.ctx)
         if not reserved:
             raise self._out_of_memory()
 

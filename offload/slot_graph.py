@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from offload import ggml
 from offload.device_backend import DeviceBackend
-from offload.errors import DoesNotFitError
+from offload.errors import DeviceError, DoesNotFitError
 from offload.exchange import Exchange
 from offload.expert_source import SlotClass
 from offload.graph_pool import BuiltGraph, GraphPool
@@ -61,11 +61,11 @@ class SlotGraphs:
         self._backend, self._exchange, self._pools = backend, exchange, pools
         self._n_embd, self._n_used = n_embd, n_used
         self._inputs: list[NDArray[Any]] = []
-        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
+        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS, backend.check)
         try:
             for slot_class in pools:
                 self._graphs.reserve(_Shape(slot_class, n_batch * n_used, n_batch))
-        except DoesNotFitError:
+        except (DeviceError, DoesNotFitError):
             self.close()
             raise
 

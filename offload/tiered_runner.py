@@ -8,7 +8,7 @@ import numpy as np
 from offload import ggml
 from offload.backend import EngineAbortedError
 from offload.batch import Batch, fill_mask
-from offload.errors import DoesNotFitError
+from offload.errors import DeviceError, DoesNotFitError
 from offload.exchange import Exchange
 from offload.expert_stage import ExpertStage, Site
 from offload.graph import StepShape
@@ -65,11 +65,12 @@ class TieredRunner:
         self._stage: ExpertStage | None = None
         self._segments = cut_into_segments([part.layers for part in parts], cut_layers, n_ahead)
         n_graphs = _MAX_STEPS * len(self._segments)
-        self._graphs = [GraphPool(part.site.backend.buft, self._build, n_graphs) for part in parts]
+        backends = [part.site.backend for part in parts]
+        self._graphs = [GraphPool(one.buft, self._build, n_graphs, one.check) for one in backends]
         self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
         try:
             self._reserve(n_batch, n_out)
-        except DoesNotFitError:
+        except (DeviceError, DoesNotFitError):
             self.close()
             raise
 

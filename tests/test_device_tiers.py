@@ -177,7 +177,7 @@ def test_with_room_for_all_nothing_is_cut(where: Where, model: Model, uneven: Mo
         where.check(conversation(engine), model.expected)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["heat", "lru"])
 def test_two_devices_share_the_layers(two: Where, model: Model, policy: str) -> None:
     case = two.config(model.path, policy=policy)
     with closing(device_engine(case, 0.2, 0.3)) as engine:
@@ -553,6 +553,25 @@ def test_a_device_that_runs_out_while_it_is_loaded(
         n_cases += 1
         assert memory.is_all_free
     assert n_cases > 20
+
+
+def test_a_device_that_lacks_an_operation(
+    where: Where, mixed: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked before it computes: most end the process at what they do not know."""
+
+    def supports(backend: DeviceBackend, operation: int) -> bool:
+        return bool(ggml.ggml_op_desc(operation) != b"MUL_MAT_ID")
+
+    monkeypatch.setattr(DeviceBackend, "supports", supports)
+    for room in (least_vram(where.config(mixed.path)), 1 << 30):
+        with pytest.raises(DeviceError, match=r"does not compute MUL_MAT_ID of Q[45]_K.*--device none"):
+            Engine.open(where.config(mixed.path, vram=(str(room),)))
+        assert memory.is_all_free
+    with_free(monkeypatch, where, 40 << 20)
+    with closing(Engine.open(where.config(mixed.path, device="auto"))) as engine:
+        assert "does not compute MUL_MAT_ID" in engine.notes[0]
+        assert np.isfinite(engine.decode(1)).all()
 
 
 # --- faults ------------------------------------------------------------------------------------------------
