@@ -40,9 +40,8 @@ from offload.swap_rule import SwapRule
 from offload.trace import read_trace
 from tests.native_files import plain_ffn, write_native
 from tests.test_tiers import TOKENS, answers, conversation
-from tests.tier_models import content_of, mixed_model, plain_model, tied_model, uneven_model
+from tests.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.tiered import device_engine, least_vram, resident_engine, tiered_engine
-from tests.tiny_gguf import TinyShape
 
 Array = np.ndarray[Any, Any]
 LOCAL = [device.name for device in available_devices()]
@@ -192,7 +191,7 @@ def test_two_devices_share_the_layers(two: Where, model: Model, policy: str) -> 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
 def test_a_cut_device_before_a_whole_one(two: Where, directory: Path, kv_type: str) -> None:
     """Of five layers the first device, with a little room, has experts of two in slots; the other needs no cut."""
-    content = content_of(directory, TinyShape(n_layer=5, n_embd=128, n_ff=64))
+    content = content_of(directory, replace(WIDE, n_layer=5, n_ff=64))
     layers = [plain_ffn(6, Type.F32), plain_ffn(6, Type.F16), None, plain_ffn(6), None]
     path = write_native(directory / f"{kv_type}.gguf", content, layers)
     case = two.config(path, kv_type=kv_type)
@@ -231,7 +230,7 @@ def test_experts_that_pass_through_for_a_batch(
 
 def test_lossy_modes_decide_the_same_on_devices(where: Where, directory: Path) -> None:
     """Second copies are the host's; modes that go by shares alone give what they give without a device."""
-    stock = content_of(directory, TinyShape(n_layer=3))
+    stock = content_of(directory, replace(WIDE, n_layer=3))
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
     case = where.config(path, lossy="gate:0.6")
     with closing(tiered_engine(replace(case, rpc=()), 0.5)) as engine:

@@ -1,5 +1,6 @@
 """Small models that differ in what tiers must get right: types by layer, shards, tied matrices, uneven layers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from tests.gguf_content import GGUFContent, StoredTensor, read_content, write_co
 from tests.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
+WIDE = TinyShape(n_embd=128, n_head=2, n_head_kv=1)
+"""Heads of 64, since GPUs attend with heads of some sizes only."""
+
 
 def content_of(directory: Path, shape: TinyShape) -> GGUFContent:
     return read_content(write_tiny_gguf(directory / "stock.gguf", None, shape=shape))
@@ -16,7 +20,7 @@ def content_of(directory: Path, shape: TinyShape) -> GGUFContent:
 
 def plain_model(directory: Path) -> Path:
     """6 experts, top 3, F32."""
-    return write_tiny_gguf(directory / "plain.gguf", None, shape=TinyShape(n_layer=4))
+    return write_tiny_gguf(directory / "plain.gguf", None, shape=replace(WIDE, n_layer=4))
 
 
 def mixed_model(directory: Path) -> Path:
@@ -31,7 +35,7 @@ def mixed_model(directory: Path) -> Path:
 
 def tied_model(directory: Path) -> Path:
     """F16, the token table is the output as well, all 4 experts are used, and their shares are scaled."""
-    content = content_of(directory, TinyShape(n_expert=4, n_expert_used=4, n_layer=3))
+    content = content_of(directory, replace(WIDE, n_expert=4, n_expert_used=4, n_layer=3))
     content = content.with_values({"output.weight": None}).with_keys({"llama.expert_weights_scale": 1.75})
     return write_content(directory / "tied.gguf", content.quantised(Type.F16))
 
@@ -53,8 +57,8 @@ def apart_model(directory: Path) -> Path:
 
 def uneven_model(directory: Path) -> Path:
     """Types and widths that differ inside a layer, rows that mean one expert, novices, a layer without any."""
-    stock = content_of(directory, TinyShape(n_layer=4, n_ff=96))
-    novices = np.random.default_rng(1).standard_normal((2, 64), np.float32)
+    stock = content_of(directory, replace(WIDE, n_layer=4))
+    novices = np.random.default_rng(1).standard_normal((2, WIDE.n_embd), np.float32)
     layers = [
         NativeFfn((StoredExpert(4), StoredExpert(1, (Type.F16,)), StoredExpert(3, (Type.Q8_0,))), (1, 0, 2, 0, 1)),
         None,
