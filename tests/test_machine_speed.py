@@ -17,7 +17,7 @@ from offload.backend import CpuBackend
 from offload.calibration import Calibration, Limits, Workload, workload
 from offload.device_backend import DeviceBackend
 from offload.devices import available_devices
-from offload.disk_reader import PAGE, Read
+from offload.disk_reader import PAGE, Read, Urgency
 from offload.expert_source import expert_layers
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kernel_bench import AttentionShape, KernelBench
