@@ -529,17 +529,20 @@ def test_devices_hold_no_more_than_planned_and_nothing_in_the_end(
         check_answers(parse_endpoint(endpoint), ggml_rpc.PROTOCOL_VERSION)
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
 def test_a_device_that_runs_out_while_it_is_loaded(
-    where: Where, mixed: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    where: Where, mixed: Model, is_cut: bool, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it is that finds no room: nothing stays, and the CPU takes over, which is told once."""
+    room = least_vram(where.config(mixed.path))
     case = where.config(mixed.path, device="auto")
-    with_free(monkeypatch, where, 40 << 20)
+    with_free(monkeypatch, where, room * 6 // 5 if is_cut else 60 << 20)
     n_cases = 0
     while True:
         memory.n_until_full = n_cases
         with closing(Engine.open(case)) as engine:
             if memory.n_until_full >= 0:
+                assert engine.plan.devices[0].is_whole is not is_cut
                 break
             (note,) = engine.notes
             assert note.startswith("Computing on the CPU: ")
