@@ -12,6 +12,7 @@ from bench import page_cache
 from bench.cgroup import MemoryGroup, Usage, memory_group
 from bench.disk_speed import DiskSpeed
 from bench.engine_changes import Changes
+from bench.lone_plan import Expected
 from bench.lone_run import OURS, RIVALS, Job, Outcome
 from offload.errors import SlimoeError
 
@@ -82,10 +83,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Everything measured: runs by limit and contender, and the disk's speed by limit; one of each per round."""
+    """Everything measured: runs by limit and contender, the disk's speed by limit, and what our plan expected by limit.
+
+    There is one of each per round.
+    """
 
     contenders: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     disk: dict[str, list[DiskSpeed]] = field(default_factory=dict)
+    expected: dict[str, list[Expected]] = field(default_factory=dict)
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
@@ -93,6 +98,8 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
     runs = Runs()
     for round_no in range(plan.n_rounds):
         for limit in plan.limits:
+            say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: what the plan expects")
+            runs.expected.setdefault(limit.name, []).append(expect(plan, limit))
             names = limit.contenders
             for name in names[round_no % len(names) :] + names[: round_no % len(names)]:
                 say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: {name}")
@@ -118,6 +125,17 @@ def run_contender(job: Job, limit_bytes: int | None) -> Run:
     if done.returncode == 0:
         return Run(Outcome(**json.loads(done.stdout.splitlines()[-1])), None, usage)
     return Run(None, _why(done, usage), usage)
+
+
+def expect(plan: Plan, limit: Limit) -> Expected:
+    """What our plan predicts of the run under the limit, measured under it; raises BenchChildError."""
+    with ExitStack() as stack:
+        group = stack.enter_context(memory_group(limit.n_bytes)) if limit.n_bytes is not None else None
+        done = _run("bench.lone_plan", [], group, json.dumps(asdict(plan.job(OURS, limit))))
+        usage = group.usage() if group else None
+    if done.returncode:
+        raise BenchChildError(f"The plan could not be asked: {_why(done, usage)}.")
+    return Expected(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def time_disk(plan: Plan, limit_bytes: int) -> DiskSpeed:

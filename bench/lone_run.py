@@ -66,12 +66,17 @@ class Outcome:
     checksum: int
 
 
+def engine_config(job: Job) -> EngineConfig:
+    """What a job asks of our engine."""
+    config = EngineConfig(Path(job.model), n_ctx=job.n_ctx, n_threads=job.n_threads, ram=job.ram)
+    return changed(config, job.engine)
+
+
 def open_contender(job: Job) -> Contender:
     """Opens the contender; raises as `Engine.open` and `Rival` do."""
     if job.contender in RIVALS:
         return Rival(RivalConfig(Path(job.model), job.n_ctx, job.n_threads, RIVALS[job.contender]))
-    config = EngineConfig(Path(job.model), n_ctx=job.n_ctx, n_threads=job.n_threads, ram=job.ram)
-    return Engine.open(changed(config, job.engine))
+    return Engine.open(engine_config(job))
 
 
 def carry_out(job: Job) -> Outcome:

@@ -5,7 +5,8 @@ which is emptied of the file before every run. Both read the same tokens, so tha
 ones (--routing uniform, the adversarial case), or ones whose experts last and can be foreseen about as a trained
 model's (natural). llama.cpp maps the file; its rearranged weights, which it keeps in memory of its own besides, are
 tried where the file fits. The bound is what the machine allows: the longer of computing a token with everything in
-memory and of reading what the cache missed as fast as the disk gives it. The table goes to stderr, the last line of
+memory and of reading what the cache missed as fast as the disk gives it. Before each run of ours its plan is asked how
+long a token will take. The table goes to stderr, the last line of
 stdout is one JSON document. A ratio of times above 1 means that ours is faster. Linux only, see `bench.cgroup`.
 
     python -m bench.offload --model design8 --ratio 1.4 --ratio 2
@@ -33,11 +34,12 @@ from bench.random_model import SHAPES, random_model_file
 from bench.topics import STYLES, TOKENS
 from converter.convert import ConvertOptions, convert
 from offload.backend import default_threads
+from offload.budget import parse_size
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
 from offload.memory import available_bytes
 
-RATIOS = (0.9, 1.4, 2.0)
+RATIOS = ("0.9", "1.4", "2")
 N_PROMPT, N_WARM = 64, 16
 _SMOKE_LIMIT = Limit("smoke", 1 << 30, fits=True)
 _WITHOUT_LIMIT = 1.5
@@ -71,16 +73,26 @@ def make_plan(model: Path, own_model: Path, limits: tuple[Limit, ...], routing: 
     )
 
 
-def limits_for(model: Path, ratios: tuple[float, ...]) -> tuple[Limit, ...]:
-    """No limit, where the machine holds the file, and the file's size over each ratio.
+def limits_for(model: Path, ratios: tuple[str, ...]) -> tuple[Limit, ...]:
+    """No limit, where the machine holds the file, and the file's size over each ratio, or that size in bytes.
 
     Raises UsageError and ModelFileError.
     """
-    if min(ratios) <= 0:
-        raise UsageError("--ratio must be above 0: it is the file's size over the memory's.")
     size = read_gguf(model).n_bytes
-    limits = tuple(Limit(f"{ratio:g}", int(size / ratio), fits=ratio < 1) for ratio in ratios)
+    limits = tuple(_limit(ratio, size) for ratio in ratios)
     return (Limit("unlimited", None, fits=True), *limits) if _WITHOUT_LIMIT * size < available_bytes() else limits
+
+
+def _limit(ratio: str, size: int) -> Limit:
+    try:
+        value = float(ratio)
+    except ValueError:
+        n_bytes = parse_size(ratio, size, "--ratio") or size
+    else:
+        if value <= 0:
+            raise UsageError("--ratio must be above 0: it is the file's size over the memory's.")
+        n_bytes = int(size / value)
+    return Limit(ratio, n_bytes, fits=n_bytes > size)
 
 
 def expert_matrix_bytes(model: Path) -> int:
@@ -133,7 +145,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 @click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights in Q4_K.")
 @click.option("--pair", help="Two copies of each expert for our engine: types such as Q4_K,Q2_K, or a native file.")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
-@click.option("--ratio", "ratios", type=float, multiple=True, default=RATIOS, show_default=True)
+@click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Or memory such as 12GiB.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Measured tokens of a run.")
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
@@ -144,7 +156,7 @@ def main(
     model: str,
     pair: str | None,
     routing: str,
-    ratios: tuple[float, ...],
+    ratios: tuple[str, ...],
     rounds: int,
     tokens: int,
     threads: int | None,
@@ -154,7 +166,7 @@ def main(
 ) -> None:
     """Measure decoding of a model that is larger than its memory against llama.cpp."""
     console = Console(stderr=True)
-    lengths = Lengths(1, 8, 1, 4) if smoke else Lengths(rounds, N_PROMPT, N_WARM, tokens)
+    lengths = Lengths(1, 8, 1, 4) if smoke else Lengths(rounds, N_PROMPT, min(N_WARM, tokens), tokens)
     try:
         changes = parse_changes(engine)
         with ExitStack() as stack:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.limited_runs import Limit, Plan, Run, Runs
+from bench.lone_plan import Expected
 from bench.lone_run import OURS, RIVALS, Outcome
 
 _PICKS = ("hits", "ahead", "misses")
@@ -19,6 +20,7 @@ def as_json(plan: Plan, runs: Runs) -> dict[str, Any]:
     return {
         "decode_vs_llamacpp": {name: figures["decode_vs_llamacpp"] for name, figures in by_limit.items()},
         "share_of_bound": {name: figures.get("share_of_bound") for name, figures in by_limit.items()},
+        "expected_vs_measured": {name: figures["expected_vs_measured"] for name, figures in by_limit.items()},
         "limits": by_limit,
         "file_bytes": plan.model.stat().st_size,
         "own_file_bytes": plan.own_model.stat().st_size,
@@ -39,6 +41,7 @@ def limit_figures(plan: Plan, limit: Limit, runs: Runs) -> dict[str, Any]:
     figures = {
         "limit_bytes": limit.n_bytes,
         "decode_vs_llamacpp": best / own if best and own else None,
+        **expected_figures(runs.expected.get(limit.name, ()), own),
         "contenders": contenders,
         "same_choices": same_choices(limit, runs),
         "same_logits": same_logits(plan, limit, runs),
@@ -66,6 +69,16 @@ def contender_figures(runs: Sequence[Run]) -> dict[str, Any]:
         "limit_hits": max((usage.n_limit_hits for usage in usages), default=None),
         "oom_kills": sum(usage.n_oom_kills for usage in usages),
         "failures": [run.failure for run in runs if run.failure is not None],
+    }
+
+
+def expected_figures(expected: Sequence[Expected], own: float | None) -> dict[str, Any]:
+    """What our plan expected, and its ratio to what came: above 1 the plan was too pessimistic."""
+    decode = _median([one.decode_ms for one in expected])
+    return {
+        "expected_ms": decode,
+        "expected_disk_share": _median([one.disk_share for one in expected]),
+        "expected_vs_measured": decode / own if decode and own else None,
     }
 
 
@@ -160,6 +173,7 @@ def table(plan: Plan, document: dict[str, Any]) -> Table:
                 _cell(row["peak_group_bytes"] or row["peak_resident_bytes"], 1e-6),
             )
             drawn.add_row(name, contender, *cells)
+        drawn.add_row("", "expected by our plan", _cell(figures["expected_ms"], 1))
         ratio, share = figures["decode_vs_llamacpp"], figures.get("share_of_bound")
         drawn.add_row("", "ratio, share of the bound", _cell(ratio, 1), _cell(share, 1), end_section=True)
     return drawn

@@ -28,12 +28,14 @@ def cached_bytes(path: Path) -> int:
     n_bytes = path.stat().st_size
     if not n_bytes:
         return 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_COPY) as mapped:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as mapped:
         flags = np.zeros(math.ceil(n_bytes / mmap.PAGESIZE), np.uint8)
-        first = ctypes.c_char.from_buffer(mapped)
-        address = ctypes.c_void_p(ctypes.addressof(first))
+        # A view of numpy's, since ctypes gives no address of a map that cannot be written; one that can be counts as
+        # memory that the system must have, more than there is for a large file.
+        view = np.frombuffer(mapped, np.uint8)
+        address = ctypes.c_void_p(view.ctypes.data)
         status = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(n_bytes), ctypes.c_void_p(flags.ctypes.data))
-        del first  # or the map cannot be closed
+        del view  # or the map cannot be closed
     assert status == 0, f"mincore fails on {path}"
     return int(np.count_nonzero(flags & 1)) * mmap.PAGESIZE
 

@@ -129,7 +129,8 @@ class ExpertStage:
             device.begin(on_device, n_rows)
         with self._streaming(device, streamed, n_rows):
             if n_rows == 1:
-                self._host_experts.run_single(index, on_host, ahead, is_cancelled)
+                elsewhere = [pick.key for pick in on_device]
+                self._host_experts.run_single(index, on_host, ahead, is_cancelled, elsewhere)
             elif on_host:
                 self._host_experts.run_batch(index, on_host, n_rows, is_cancelled)
         if is_apart:

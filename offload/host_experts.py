@@ -44,7 +44,7 @@ class HostExperts:
         self._layers, self._graphs, self._arena = layers, graphs, arena
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
-        self._predicted: dict[int, set[Key]] = {}
+        self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
         self._foresight = Foresight()
         self.foreseen: list[Key] = []
         """What the last layer of a single token had read ahead, the first to be read first."""
@@ -56,21 +56,28 @@ class HostExperts:
 
     def begin(self) -> None:
         """A step begins: what the last one foresaw is void."""
-        self._abandon(self._foreseen())
+        for foreseen in self._predicted.values():
+            self._abandon(foreseen)
         self._predicted.clear()
         self._foresight.begin()
 
     # --- one token ------------------------------------------------------------------------------------------
 
     def run_single(
-        self, index: int, picks: Sequence[Picks], ahead: Mapping[int, NDArray[np.float32]], is_cancelled: Cancelled
+        self,
+        index: int,
+        picks: Sequence[Picks],
+        ahead: Mapping[int, NDArray[np.float32]],
+        is_cancelled: Cancelled,
+        elsewhere: Iterable[Key] = (),
     ) -> None:
         """Fills the columns of one token's picks. `ahead`: by later layer, its router's scores for this one's input.
 
-        Raises EngineAbortedError and ReadFailedError.
+        `elsewhere` are the other experts that the token chose: they say which guesses were right. Raises
+        EngineAbortedError and ReadFailedError.
         """
         needed = {pick.key for pick in picks}
-        self._settle(index, needed)
+        self._settle(index, needed, elsewhere)
         self._arena.pin(needed, self._foreseen())
         loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
         self._look_ahead(index, ahead, needed)
@@ -85,16 +92,17 @@ class HostExperts:
     def _foreseen(self) -> set[Key]:
         return {key for keys in self._predicted.values() for key in keys}
 
-    def _settle(self, index: int, needed: set[Key]) -> None:
+    def _settle(self, index: int, needed: set[Key], elsewhere: Iterable[Key]) -> None:
         """What was foreseen for this layer and is not needed is not read on."""
         layer = self._layers[index]
         assert layer is not None
-        self._foresight.settle(index, layer, {expert for _, expert in needed})
-        self._abandon(self._predicted.pop(index, set()) - needed)
+        self._foresight.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
+        foreseen = self._predicted.pop(index, {})
+        self._abandon({key: copy for key, copy in foreseen.items() if key not in needed})
 
-    def _abandon(self, keys: Iterable[Key]) -> None:
-        for key in keys:
-            self._arena.abandon(key, self._copy(key))
+    def _abandon(self, foreseen: Mapping[Key, ExpertCopy]) -> None:
+        for key, copy in foreseen.items():
+            self._arena.abandon(key, copy)
 
     def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
         """Has experts read that the next layers' routers would probably choose: the sure ones first, then the near."""
@@ -107,15 +115,17 @@ class HostExperts:
                 for guess in self._foresight.guess(later, distance, layer, scores)
                 if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
             ]
-            keys = {guess.key for guess in guesses[: layer.n_expert_used]}
-            self._abandon(self._predicted.get(later, set()) - keys)
-            self._predicted[later] = keys
+            foreseen = {guess.key: self._copy_ahead(guess.key) for guess in guesses[: layer.n_expert_used]}
+            gone = self._predicted.get(later, {})
+            self._abandon({key: copy for key, copy in gone.items() if foreseen.get(key) is not copy})
+            self._predicted[later] = foreseen
             wanted += guesses[: layer.n_expert_used]
         self._arena.pin(needed, self._foreseen())
         wanted.sort(key=lambda guess: guess.probability < _SURE)
         self.foreseen = [guess.key for guess in wanted]
         for guess in wanted:
-            self._arena.prefetch(guess.key, self._copy_ahead(guess.key), is_sure=guess.probability >= _SURE)
+            copy = self._predicted[guess.key[0]][guess.key]
+            self._arena.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
 
     def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
         addresses = self._arena.addresses(loaded)

@@ -133,59 +133,6 @@ class Heat:
         self._is_open = [False] * len(self._is_open)
 
 
-class LeastRecentlyUsed:
-    """The longer ago its last use by a decoded token, the less an expert is worth; prompts do not count."""
-
-    name = "lru"
-    in_uses_per_token = False
-
-    def __init__(self, context: PolicyContext) -> None:
-        self.values = context.start_values()
-        self._clock = math.ceil(self.values.max())
-
-    @property
-    def keeping(self) -> Values:
-        """The values."""
-        return self.values
-
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
-        """Makes the last named expert the most recent one."""
-        for expert in experts:
-            self._clock += 1
-            self.values[layer, expert] = self._clock
-
-    def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
-        """Changes nothing."""
-
-    def end_token(self) -> None:
-        """Changes nothing."""
-
-
-class LeastFrequentlyUsed:
-    """The number of decode steps that used an expert, ever; prompts do not count."""
-
-    name = "lfu"
-    in_uses_per_token = False
-
-    def __init__(self, context: PolicyContext) -> None:
-        self.values = context.start_values()
-
-    @property
-    def keeping(self) -> Values:
-        """The values."""
-        return self.values
-
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
-        """Counts one use."""
-        self.values[layer, list(experts)] += 1
-
-    def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
-        """Changes nothing."""
-
-    def end_token(self) -> None:
-        """Changes nothing."""
-
-
 class Static:
     """What the file says, whatever happens."""
 
@@ -208,6 +155,34 @@ class Static:
 
     def end_token(self) -> None:
         """Changes nothing."""
+
+
+class LeastRecentlyUsed(Static):
+    """The longer ago its last use by a decoded token, the less an expert is worth; prompts do not count."""
+
+    name = "lru"
+    in_uses_per_token = False
+
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self._clock = math.ceil(self.values.max())
+
+    def decode(self, layer: int, experts: Sequence[int]) -> None:
+        """Makes the last named expert the most recent one."""
+        for expert in experts:
+            self._clock += 1
+            self.values[layer, expert] = self._clock
+
+
+class LeastFrequentlyUsed(Static):
+    """The number of decode steps that used an expert, ever; prompts do not count."""
+
+    name = "lfu"
+    in_uses_per_token = False
+
+    def decode(self, layer: int, experts: Sequence[int]) -> None:
+        """Counts one use."""
+        self.values[layer, list(experts)] += 1
 
 
 POLICIES: dict[str, Callable[[PolicyContext], Policy]] = {

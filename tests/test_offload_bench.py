@@ -14,6 +14,7 @@ from bench.cgroup import NoControlGroupError, Usage, smallest_check
 from bench.disk_speed import DiskSpeed, disk_speed
 from bench.engine_changes import changed, parse_changes
 from bench.limited_runs import Limit, Plan, Run, Runs, run_contender
+from bench.lone_plan import Expected
 from bench.lone_run import OURS, Job, Outcome, carry_out
 from bench.offload import expert_matrix_bytes, limits_for, opened
 from bench.offload_report import as_json
@@ -63,6 +64,7 @@ def runs() -> Runs:
             (HALF.name, PLAIN): [run_of(outcome(2.0)), killed],
         },
         {HALF.name: [DiskSpeed(2000.0, 2, True), DiskSpeed(4000.0, 2, True)]},
+        {HALF.name: [Expected(230.0, 9.0, 0.1), Expected(250.0, 9.0, 0.1)]},
     )
 
 
@@ -72,6 +74,7 @@ def test_figures_by_hand(plan: Plan, runs: Runs) -> None:
     assert document["decode_vs_llamacpp"] == {"unlimited": pytest.approx(0.9), "2": pytest.approx(2.0 / 0.3)}
     assert document["share_of_bound"] == {"unlimited": None, "2": pytest.approx(2 / 3)}
     half = document["limits"]["2"]
+    assert half["expected_vs_measured"] == pytest.approx(0.8)
     assert half["hit_share"] == pytest.approx(0.6)
     assert half["missed_bytes_per_token"] == pytest.approx(600)
     assert half["bound_ms"] == pytest.approx(200)
@@ -113,14 +116,16 @@ def test_another_bit_is_noticed(plan: Plan, runs: Runs, checksums: tuple[int, in
 
 
 def test_limits_are_shares_of_the_file(model: Path) -> None:
-    free, wide, narrow = limits_for(model, (0.5, 2.0))
+    free, wide, narrow = limits_for(model, ("0.5", "2"))
     assert (free.n_bytes, free.contenders) == (None, (OURS, REARRANGED, PLAIN))
     size = model.stat().st_size
     assert wide.n_bytes == pytest.approx(2 * size, rel=0.01)
     assert narrow.n_bytes == pytest.approx(size / 2, rel=0.01)
     assert narrow.contenders == (OURS, PLAIN), "rearranged weights need as much memory again"
     with pytest.raises(UsageError, match="--ratio"):
-        limits_for(model, (0.0,))
+        limits_for(model, ("0.0",))
+    (size,) = [limit for limit in limits_for(model, ("3MiB",)) if limit.n_bytes is not None]
+    assert size.n_bytes == 3 << 20
 
 
 def test_the_expert_matrix_that_times_the_disk(model: Path) -> None:

@@ -1,0 +1,74 @@
+"""What a slimmed model will be: decisions as values, made by methods and the allocator, carried out by the writer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+Format = Literal["stock", "native"]
+"""stock: what an unmodified llama.cpp loads. native: our own format, which can hold all of this."""
+Types = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
+"""Of gate, up and down."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """One stored expert of the result. `low_types` is for a second copy of fewer bytes.
+
+    `members` are the source's stored experts: one, or several that are merged, with their `weights` (which sum to 1)
+    and for all but the first the order `neurons` of theirs that match the first's [n_ff]. `kept` are the neurons that
+    are left after trimming, all if None; `down` [n_embd, n_kept] is then the matrix fitted to them.
+    """
+
+    members: tuple[int, ...]
+    types: Types
+    low_types: Types | None = None
+    weights: tuple[float, ...] = (1.0,)
+    neurons: tuple[NDArray[np.int64], ...] = ()
+    kept: NDArray[np.int64] | None = None
+    down: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One block of the result, made of the source's `block`.
+
+    `rows` are the rows of the source's router that are kept, in order, `target` says for each which of `experts` it
+    means, or -1 - n for novice n. `router` [n_row, n_embd] replaces their values. `novices` [n_novice, n_embd] are
+    constant vectors. Without `experts` there is no feed-forward part (`rows` is then empty). `types` are those of the
+    attention's matrices by role: attn_q, attn_k, attn_v, attn_output. `hints` are for the engine, as `LayerHints` names
+    them.
+    """
+
+    block: int
+    experts: tuple[ExpertPlan, ...]
+    rows: tuple[int, ...]
+    target: tuple[int, ...]
+    types: Mapping[str, GGMLQuantizationType]
+    has_attention: bool = True
+    router: NDArray[np.float32] | None = None
+    novices: NDArray[np.float32] | None = None
+    hints: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SlimPlan:
+    """A whole result. `recipe` is what was asked for, in words that can be asked for again (TOML).
+
+    `importance`: types are fitted to what matrices read (needs statistics); `feedback`: errors of a block of columns
+    are made up for in the later ones, against inputs that the quantised layers before produce; `refit`: routers are
+    fitted to the quantised experts. `expected_kl` is what the statistics say, nats per token.
+    """
+
+    format: Format
+    layers: tuple[LayerPlan, ...]
+    token_type: GGMLQuantizationType
+    output_type: GGMLQuantizationType | None
+    recipe: str
+    importance: bool = False
+    feedback: bool = False
+    refit: bool = False
+    expected_kl: float | None = None
