@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.plan import ConvertPlan, plan_conversion, plan_pair
-from converter.writer import Progress, check_target, write_gguf
+from converter.plan_pieces import plan_pieces
+from converter.writer import Progress, check_target, write_pieces
 
 __all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_out", "convert", "plan"]
 
@@ -48,15 +49,23 @@ def plan(options: ConvertOptions) -> ConvertPlan:
         planned = plan_conversion(options.source, options.type)
     else:
         planned = plan_pair(options.source, options.pair)
-    check_target(planned, options.target, force=options.force)
+    check_target(options.target, planned.n_bytes, force=options.force)
     return planned
 
 
 def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progress) -> ConvertReport:
-    """Writes what was planned; raises as `write_gguf` does."""
+    """Writes what was planned; raises as `write_pieces` does."""
     begin = time.monotonic()
     n_threads = options.n_threads or _n_cores()
-    write_gguf(planned, options.target, n_threads=n_threads, force=options.force, on_progress=on_progress)
+    write_pieces(
+        planned.header,
+        plan_pieces(planned, n_threads),
+        options.target,
+        n_bytes=planned.n_bytes,
+        n_threads=n_threads,
+        force=options.force,
+        on_progress=on_progress,
+    )
     return ConvertReport(
         path=options.target,
         recipe=planned.recipe,
