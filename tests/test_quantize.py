@@ -36,7 +36,8 @@ def values() -> Matrix:
 
 @pytest.fixture
 def importance() -> Matrix:
-    return np.square(np.random.default_rng(2).random(512, np.float32)) + np.float32(1e-3)
+    squares: Matrix = np.square(np.random.default_rng(2).random(512, np.float32))
+    return squares + np.float32(1e-3)
 
 
 @pytest.fixture(scope="module")
