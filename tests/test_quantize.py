@@ -31,7 +31,7 @@ SHAPE = TinyShape(n_layer=1, n_embd=256, n_ff=512, n_head=4, n_head_kv=4, n_expe
 
 @pytest.fixture
 def values() -> Matrix:
-    return np.random.default_rng(1).standard_normal((6, 512), np.float32) / 16
+    return np.random.default_rng(1).standard_normal((6, 512), np.float32) * np.float32(1 / 16)
 
 
 @pytest.fixture
