@@ -45,13 +45,17 @@ class Attention:
 @dataclass(frozen=True, slots=True)
 class AttentionPass:
     """What attention saw and said: its normalised input, the heads' joined output [n, n_head * n_embd_head], the update
-    of the stream [n, n_embd], and what each token received from all later ones, summed over heads [n].
+    of the stream [n, n_embd], and what each token received from all later ones, summed over heads [n]. Queries, keys
+    and values [n, n_out] are those before rotation.
     """
 
     x: Tensor
     mixed: Tensor
     update: Tensor
     received: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +144,11 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     n, width = h.shape[0], spec.n_embd_head
     x = rms_norm(h, block.norm, spec.rms_eps)
     cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
-    q = rotate(block.q(x).view(n, spec.n_head, width), cos, sin)
-    k = rotate(block.k(x).view(n, spec.n_head_kv, width), cos, sin)
-    v = block.v(x).view(n, spec.n_head_kv, width)
-    mixed, received = _mix(q, k, v, spec.attention_scale)
-    return AttentionPass(x, mixed, block.out(mixed), received)
+    q, k, v = block.q(x), block.k(x), block.v(x)
+    queries = rotate(q.view(n, spec.n_head, width), cos, sin)
+    keys = rotate(k.view(n, spec.n_head_kv, width), cos, sin)
+    mixed, received = _mix(queries, keys, v.view(n, spec.n_head_kv, width), spec.attention_scale)
+    return AttentionPass(x, mixed, block.out(mixed), received, q, k, v)
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

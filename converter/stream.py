@@ -27,6 +27,7 @@ from converter.block import (
     rms_norm,
     route,
 )
+from converter.head import read_head
 from converter.model_source import MatrixKey, ModelSource
 
 _ROWS_AT_ONCE = 4096
@@ -188,9 +189,7 @@ def picks_by_expert(target: Sequence[int], routing: Routing) -> Iterator[tuple[i
 
 def final_logits(source: ModelSource, h: Tensor) -> Tensor:
     """Logits [n, n_vocab] of streams behind the last layer; raises ModelFileError."""
-    output = MatrixKey("output.weight")
-    table = read_tensor(source, output if output in source.shapes else MatrixKey("token_embd.weight"))
-    return rms_norm(h, read_tensor(source, MatrixKey("output_norm.weight")), source.spec.rms_eps) @ table.T
+    return read_head(source)(h)
 
 
 def run(source: ModelSource, sequences: Sequences, observer: Observer | None = None) -> Tensor:

@@ -1,0 +1,271 @@
+"""How much the model's answer hangs on each number in each layer, by a backward pass that reads one block at a time.
+
+The measure is the diagonal of Fisher's information, whose half is the second-order growth of the KL divergence: the
+squared gradient of the log-likelihood of a label that is drawn from the model's own prediction. Labels of different
+tokens are independent and their gradients have mean 0, so one backward pass of their sum serves all tokens: the
+products of different tokens' gradients cancel in the mean. GEMQ (arXiv 2605.23078) weighs experts' errors with it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converter.block import (
+    Attention,
+    Expert,
+    Router,
+    Routing,
+    attend,
+    read_attention,
+    read_dense,
+    read_expert,
+    read_router,
+    read_tensor,
+    rms_norm,
+    route,
+)
+from converter.head import Head, read_head
+from converter.layer_states import LayerStates, Progress, fill_states
+from converter.model_source import MatrixKey, ModelSource, expert_key
+from converter.statistics import Sensitivity, Single
+from converter.stream import HiddenStates, Sequences
+from offload.errors import BadLogitsError
+
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSensitivity:
+    """All layers; matrices that one lacks are empty, a dense feed-forward part is one expert that all tokens picked.
+
+    The mean squared error of a matrix's output times its numbers here, summed and halved, is the KL divergence in nats
+    per token; for an expert's matrices the mean runs over the tokens which picked it. Left out are products of errors,
+    those of one matrix in several tokens among them, and the choice of other experts. Experts narrower than the layer's
+    widest end in zeros. `output` [n_vocab] is by the logits, and exact: the mean of p (1 - p). `token` [n_embd] is by
+    the rows of the embeddings. `n_tokens` were looked at, `n_draws` times.
+    """
+
+    layers: tuple[Sensitivity, ...]
+    output: Single
+    token: Single
+    n_tokens: int
+    n_draws: int
+
+
+def measure_sensitivity(
+    source: ModelSource,
+    sequences: Sequences,
+    *,
+    seed: int = 0,
+    n_draws: int = 1,
+    device: str = "cpu",
+    directory: Path | None = None,
+    on_progress: Progress = lambda _done, _total: None,
+) -> ModelSensitivity:
+    """Runs the sequences forward, keeping the streams before all layers, and then backward `n_draws` times.
+
+    The streams lie in files of `directory`, or in memory without one (see `layer_states.state_bytes`). Raises
+    ModelFileError, and BadLogitsError where the model computes no finite numbers.
+    """
+    done, total = 0, (1 + n_draws) * source.spec.n_layer
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    with LayerStates(source, sequences.n_rows, directory) as states:
+        fill_states(source, sequences, states, device=device, directory=directory, on_layer=step)
+        backward = _Backward(source, sequences, states, device, directory)
+        try:
+            for draw in range(n_draws):
+                backward.run(seed + draw, step)
+        finally:
+            backward.close()
+    return backward.result(n_draws)
+
+
+def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A next token for each row [n] from the distribution that logits [n, n_vocab] give. `generator` is a CPU's."""
+    thresholds = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64)
+    sums = logits.double().softmax(-1).cumsum(-1)
+    labels = torch.searchsorted(sums, thresholds.to(logits.device) * sums[:, -1:])
+    return labels[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+class _Squares:
+    """Sums of squares over rows in double precision, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def declare(self, name: str, *shape: int) -> None:
+        """Zeros, where there are no sums yet."""
+        self.sums.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+
+    def add(self, name: str, gradient: Tensor, expert: int | None = None) -> None:
+        """Adds the rows of a gradient [n, m], to the first m sums of an expert where one is given."""
+        squares = gradient.detach().square().sum(0, dtype=torch.float64).cpu()
+        if expert is not None:
+            self.sums[name][expert, : squares.numel()] += squares
+        elif name in self.sums:
+            self.sums[name] += squares
+        else:
+            self.sums[name] = squares
+
+    def mean(self, name: str, count: int) -> Single:
+        """The sums over `count`, empty without any."""
+        found: Single = (self.sums.get(name, torch.zeros(0)) / count).float().numpy()
+        return found
+
+
+class _Backward:
+    """The gradient of the labels' likelihood by the stream, on its way from the last layer to the first."""
+
+    def __init__(
+        self, source: ModelSource, sequences: Sequences, states: LayerStates, device: str, directory: Path | None
+    ) -> None:
+        self.source, self.sequences, self.states, self.device = source, sequences, states, device
+        self._buffers = [HiddenStates(sequences.n_rows, source.spec.n_embd, directory) for _ in range(3)]
+        self._gradient, self._middle, self._by_input = (buffer.rows for buffer in self._buffers)
+        self._squares = [_Squares() for _ in range(source.spec.n_layer)]
+        self._ends = _Squares()
+
+    def close(self) -> None:
+        """Deletes what lies on disk."""
+        for buffer in self._buffers:
+            buffer.close()
+
+    def run(self, seed: int, on_layer: Callable[[], None]) -> None:
+        """One draw of labels, and their gradients' squares."""
+        self._head(read_head(self.source, self.device), torch.Generator().manual_seed(seed))
+        for layer in reversed(range(self.source.spec.n_layer)):
+            attention = read_attention(self.source, layer, self.device)
+            self._find_middle(layer, attention)
+            self._squares[layer].add("update", self._gradient)
+            router = read_router(self.source, layer, self.device)
+            if router is not None:
+                self._mixture(layer, router)
+            elif self.source.layers[layer].has_ffn:
+                self._dense(layer)
+            if attention is not None:
+                self._attention(layer, attention)
+            on_layer()
+        self._ends.add("token", self._gradient)
+
+    def result(self, n_draws: int) -> ModelSensitivity:
+        """The means of all that was added up."""
+        count = n_draws * self.sequences.n_rows
+        names = ("update", "gate", "up", "down", "q", "k", "v", "attention")
+        layers = tuple(Sensitivity(*(squares.mean(name, count) for name in names)) for squares in self._squares)
+        output, token = self._ends.mean("output", count), self._ends.mean("token", count)
+        return ModelSensitivity(layers, output, token, self.sequences.n_rows, n_draws)
+
+    def _head(self, head: Head, generator: torch.Generator) -> None:
+        last = self.states.before[-1]
+        for rows in head.spans(self.sequences.n_rows):
+            h = last[rows].to(self.device).requires_grad_()
+            logits = head(h)
+            if not bool(logits.isfinite().all()):
+                raise BadLogitsError
+            labels = draw_labels(logits.detach(), generator)
+            likelihood = -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            self._gradient[rows] = torch.autograd.grad(likelihood, h)[0].cpu()
+            chances = logits.detach().softmax(-1)
+            self._ends.add("output", (chances * (1 - chances)).sqrt())
+
+    def _find_middle(self, layer: int, attention: Attention | None) -> None:
+        """The stream between attention and feed-forward part once more."""
+        for begin, end in self.sequences.spans():
+            h = self.states.before[layer][begin:end].to(self.device)
+            if attention is not None:
+                with torch.no_grad():
+                    h = h + attend(attention, self.source.spec, h).update
+            self._middle[begin:end] = h
+
+    def _spans(self) -> Iterator[slice]:
+        n_rows = self.sequences.n_rows
+        yield from (slice(begin, min(begin + _ROWS_AT_ONCE, n_rows)) for begin in range(0, n_rows, _ROWS_AT_ONCE))
+
+    def _mixture(self, layer: int, router: Router) -> None:
+        """The gradient goes back through the experts, one after the other, and through the shares they had."""
+        with torch.no_grad():
+            parts = [self._route(router, self._middle[rows].to(self.device))[1] for rows in self._spans()]
+        picks, shares = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("picks", "shares"))
+        self._by_input.zero_()
+        by_share = torch.zeros_like(shares)
+        means = torch.tensor(self.source.layers[layer].target)[picks]
+        self._declare(layer, self.source.layers[layer].n_stored)
+        for expert in means.unique().tolist():
+            weights = self._read_expert(layer, expert)
+            rows, ranks = torch.nonzero(means == expert, as_tuple=True)
+            for some, at in zip(rows.split(_ROWS_AT_ONCE), ranks.split(_ROWS_AT_ONCE), strict=True):
+                if isinstance(weights, Expert):
+                    by_share[some, at] = self._expert(layer, expert, weights, router.norm, some, shares[some, at])
+                else:
+                    by_share[some, at] = (self._gradient[some].to(self.device) @ weights).cpu()
+        for span in self._spans():
+            self._through_router(router, span, by_share[span])
+
+    def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
+        x = rms_norm(middle, router.norm, self.source.spec.rms_eps)
+        return x, route(router.weight, self.source.spec, x)
+
+    def _read_expert(self, layer: int, expert: int) -> Expert | Tensor:
+        """A stored expert, or the vector of novice -1 - expert."""
+        if expert < 0:
+            return read_tensor(self.source, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert), self.device)
+        return read_expert(self.source, layer, expert, self.device)
+
+    def _declare(self, layer: int, n_stored: int) -> None:
+        shapes = self.source.shapes
+        width = max((shapes[expert_key(layer, "gate", expert)][0] for expert in range(n_stored)), default=0)
+        for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
+            self._squares[layer].declare(name, n_stored, n_out)
+
+    def _expert(self, layer: int, expert: int, weights: Expert, norm: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        """Adds an expert's squares and its part of the gradient by the experts' input; returns that by the shares."""
+        x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps).requires_grad_()
+        share = shares.to(self.device).requires_grad_()
+        gate, up = weights.gate(x), weights.up(x)
+        down = weights.down(torch.nn.functional.silu(gate) * up)
+        by_output = self._gradient[rows].to(self.device)
+        gradients = torch.autograd.grad(share[:, None] * down, (gate, up, down, x, share), by_output)
+        by_gate, by_up, by_down, by_input, by_share = gradients
+        for name, gradient in (("gate", by_gate), ("up", by_up), ("down", by_down)):
+            self._squares[layer].add(name, gradient, expert)
+        self._by_input.index_add_(0, rows, by_input.cpu())
+        return by_share.cpu()
+
+    def _through_router(self, router: Router, rows: slice, by_share: Tensor) -> None:
+        """Adds to the gradient what comes through norm and router, from the experts' input and from their shares."""
+        middle = self._middle[rows].to(self.device).requires_grad_()
+        x, routing = self._route(router, middle)
+        gradients = (self._by_input[rows].to(self.device), by_share.to(self.device))
+        self._gradient[rows] += torch.autograd.grad((x, routing.shares), middle, gradients)[0].cpu()
+
+    def _dense(self, layer: int) -> None:
+        norm, weights = read_dense(self.source, layer, self.device)
+        for name, linear in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+            self._squares[layer].declare(name, 1, linear.weight.shape[0])
+        self._by_input.zero_()
+        for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):
+            self._expert(layer, 0, weights, norm, rows, torch.ones(len(rows)))
+            middle = self._middle[rows].to(self.device).requires_grad_()
+            x = rms_norm(middle, norm, self.source.spec.rms_eps)
+            by_middle = torch.autograd.grad(x, middle, self._by_input[rows].to(self.device))[0]
+            self._gradient[rows] += by_middle.cpu()
+
+    def _attention(self, layer: int, attention: Attention) -> None:
+        self._squares[layer].add("attention", self._gradient)
+        for begin, end in self.sequences.spans():
+            h = self.states.before[layer][begin:end].to(self.device).requires_grad_()
+            seen = attend(attention, self.source.spec, h)
+            by_update = self._gradient[begin:end].to(self.device)
+            by_stream, *by_projection = torch.autograd.grad(seen.update, (h, seen.q, seen.k, seen.v), by_update)
+            for name, gradient in zip(("q", "k", "v"), by_projection, strict=True):
+                self._squares[layer].add(name, gradient)
+            self._gradient[begin:end] += by_stream.cpu()
