@@ -1,8 +1,8 @@
 """How fast a file comes from its disk: pieces at random places, read around the page cache into plain memory.
 
 The yardstick for what is read while a model runs, so it owes nothing to the engine's own reader: threads that do
-nothing but read, as many as bring the most. Run it under the limit that the contenders have. The last line of stdout
-is one JSON document.
+nothing but read, as many and with requests as large as bring the most. Run it under the limit that the contenders
+have. The last line of stdout is one JSON document.
 
     python -m bench.disk_speed model.gguf --piece-mib 8
 """
@@ -23,20 +23,26 @@ import numpy as np
 from offload.errors import ModelFileError, SlimoeError
 
 THREADS = (1, 2, 4, 8)
+REQUESTS = (1 << 21, 1 << 30)
+"""Bytes asked for at once, at most: some disks like whole pieces, others parts of them."""
 _ALIGNED = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
-    """The most bytes per second, the number of threads that reached it, and whether reads were direct."""
+    """The most bytes per second, with how many threads and how large requests, and whether reads were direct."""
 
     bytes_per_second: float
     n_threads: int
     is_direct: bool
+    request_bytes: int = REQUESTS[-1]
 
 
 def disk_speed(path: Path, piece_bytes: int, seconds: float) -> DiskSpeed:
-    """Reads for `seconds` with each number of threads; raises ModelFileError for a file that cannot be read."""
+    """Reads for `seconds` with each number of threads and size of request.
+
+    Raises ModelFileError for a file that cannot be read.
+    """
     try:
         file, is_direct = _open(path)
     except OSError as error:
@@ -46,11 +52,14 @@ def disk_speed(path: Path, piece_bytes: int, seconds: float) -> DiskSpeed:
         piece = min(piece_bytes // _ALIGNED * _ALIGNED, size)
         if not piece:
             raise ModelFileError(path, "the file is too small to time its disk.")
-        speeds = {n: _speed(file, size, piece, n, seconds) for n in THREADS}
+        requests = sorted({min(request, piece) for request in REQUESTS})
+        speeds = {
+            (n, request): _speed(file, size, (piece, request), n, seconds) for n in THREADS for request in requests
+        }
     finally:
         os.close(file)
-    best = max(speeds, key=lambda n: speeds[n])
-    return DiskSpeed(speeds[best], best, is_direct)
+    best = max(speeds, key=lambda way: speeds[way])
+    return DiskSpeed(speeds[best], best[0], is_direct, best[1])
 
 
 def _open(path: Path) -> tuple[int, bool]:
@@ -60,8 +69,12 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDONLY), False
 
 
-def _speed(file: int, size: int, piece: int, n_threads: int, seconds: float) -> float:
-    """Bytes per second of so many threads, each with memory of its own that is touched before the clock starts."""
+def _speed(file: int, size: int, pieces: tuple[int, int], n_threads: int, seconds: float) -> float:
+    """Bytes per second of so many threads, each with memory of its own that is touched before the clock starts.
+
+    `pieces`: bytes that lie together, and bytes of one request.
+    """
+    piece, request = pieces
     memories = [mmap.mmap(-1, piece) for _ in range(n_threads)]
     for memory in memories:
         memory[::_ALIGNED] = bytes(len(range(0, piece, _ALIGNED)))
@@ -72,7 +85,10 @@ def _speed(file: int, size: int, piece: int, n_threads: int, seconds: float) -> 
         rng = np.random.default_rng([index, n_threads])
         while time.perf_counter() - begin < seconds:
             offset = int(rng.integers(0, (size - piece) // _ALIGNED + 1)) * _ALIGNED
-            read[index] += os.preadv(file, [memories[index]], offset)
+            for begin_at in range(0, piece, request):
+                part = memoryview(memories[index])[begin_at : begin_at + request]
+                read[index] += os.preadv(file, [part], offset + begin_at)
+                part.release()
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(n_threads)]
     for thread in threads:
@@ -88,7 +104,7 @@ def _speed(file: int, size: int, piece: int, n_threads: int, seconds: float) -> 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--piece-mib", default=8.0, show_default=True, help="Size of one read, as of a matrix of an expert.")
-@click.option("--seconds", default=1.0, show_default=True, help="For each number of threads.")
+@click.option("--seconds", default=1.0, show_default=True, help="For each way of reading.")
 @click.option("--smoke", is_flag=True, help="Moments only, on a small file of its own.")
 def main(path: Path | None, piece_mib: float, seconds: float, smoke: bool) -> None:
     """Time the disk that PATH lies on."""

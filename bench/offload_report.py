@@ -95,10 +95,12 @@ def cache_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def bound_figures(plan: Plan, limit: Limit, runs: Runs, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The least time per token that the machine allows, given what the cache missed, and how near ours comes.
 
-    Computing takes no less than in the graphs of these runs or in whole steps without a limit, whichever was faster.
+    Computing takes no less than in the graphs of these runs or in whole steps without a limit, and reading no less than
+    at the speed of the disk alone or at that of these runs while they read, whichever was faster.
     """
     missed = _median_per_token(outcomes, missed_bytes)
-    speed = statistics.median(one.bytes_per_second for one in runs.disk[limit.name])
+    alone = statistics.median(one.bytes_per_second for one in runs.disk[limit.name])
+    speed = max(alone, _median(list(filter(None, map(read_speed, outcomes)))) or alone)
     free = next((limit for limit in plan.limits if limit.n_bytes is None), None)
     resident = [ms_per_token(one) for one in outcomes_of(runs.contenders[free.name, OURS])] if free else []
     graphs = 1e3 * _median_per_token(outcomes, lambda one: one.graph_seconds)
@@ -106,7 +108,8 @@ def bound_figures(plan: Plan, limit: Limit, runs: Runs, outcomes: Sequence[Outco
     bound = max(compute, disk)
     return {
         "missed_bytes_per_token": missed,
-        "disk_bytes_per_second": speed,
+        "disk_bytes_per_second": alone,
+        "read_bytes_per_second": speed,
         "disk_ms": disk,
         "compute_ms_without_limit": _median(resident),
         "compute_ms_in_graphs": graphs,
@@ -120,6 +123,12 @@ def missed_bytes(outcome: Outcome) -> float:
     """Bytes that had to come from the disk: what the engine read and used, nothing when all was resident."""
     counters = outcome.counters
     return counters.get("bytes_read", 0.0) - counters.get("bytes_wasted", 0.0)
+
+
+def read_speed(outcome: Outcome) -> float | None:
+    """Bytes per second while the engine had reads under way, None without any."""
+    seconds = outcome.counters.get("read_seconds")
+    return outcome.counters["bytes_read"] / seconds if seconds else None
 
 
 def same_choices(limit: Limit, runs: Runs) -> float | None:

@@ -88,6 +88,16 @@ def test_figures_by_hand(plan: Plan, runs: Runs) -> None:
     assert ours["peak_group_bytes"] == 900
 
 
+def test_the_bound_takes_the_fastest_reading_that_was_seen(plan: Plan, runs: Runs) -> None:
+    """3200 bytes in 0.2 seconds are 16000 bytes a second: more than the disk alone gave."""
+    cached = {"hits": 6.0, "bytes_read": 3200.0, "bytes_wasted": 0.0, "read_seconds": 0.2}
+    runs.contenders[HALF.name, OURS][:] = [run_of(outcome(0.2, cached))]
+    half = as_json(plan, runs)["limits"]["2"]
+    assert half["disk_bytes_per_second"] == 3000
+    assert half["read_bytes_per_second"] == pytest.approx(16_000)
+    assert half["disk_ms"] == pytest.approx(100)
+
+
 def test_a_contender_that_was_killed_is_told(plan: Plan, runs: Runs) -> None:
     rival = as_json(plan, runs)["limits"]["2"]["contenders"][PLAIN]
     assert rival["oom_kills"] == 1
