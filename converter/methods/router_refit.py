@@ -1,0 +1,121 @@
+"""Fits a layer's router to experts that are no longer what it was trained with: trimmed, merged or quantised.
+
+Forward only: experts are fixed, so that everything the rows can change is a token's shares, and the error of the mix is
+u^T G u with G the inner products of the experts' outputs and the wanted one, and u the shares and -1. No output is
+touched again after G. Picks are those of the rows as they are at every step; gradients flow through the shares.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from converter.block import route
+from offload.errors import UsageError
+from offload.model_spec import ModelSpec
+
+Single = NDArray[np.float32]
+
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RefitSpec:
+    """Adam takes `n_step` steps of `n_batch` tokens, of `rate` times the rows' root mean square, falling to 0; every
+    `n_between` steps the rows are judged by the `held_out` share of the tokens.
+    """
+
+    n_step: int = 400
+    n_batch: int = 1024
+    rate: float = 0.01
+    n_between: int = 20
+    held_out: float = 0.25
+    seed: int = 1
+
+
+_USUAL = RefitSpec()
+
+
+@dataclass(frozen=True, slots=True)
+class RefittedRouter:
+    """Rows [n_row, n_embd], and the mean squared errors of the layer's output on the held-out tokens, |y' - y|^2 over
+    |y|^2: `before` and `after`, which is never greater.
+    """
+
+    weight: Single
+    before: float
+    after: float
+
+
+def refit(
+    x: Tensor, outputs: Tensor, y: Tensor, router: Single, model: ModelSpec, spec: RefitSpec = _USUAL
+) -> RefittedRouter:
+    """The rows whose mix of `outputs` [n, n_row, n_embd] is nearest to `y` [n, n_embd], for inputs `x` [n, n_embd].
+
+    Starts from `router` [n_row, n_embd]; `outputs` go by rows, so aliases repeat their expert's. `model` says how many
+    rows a token picks and how their shares are scaled. Memory: n (n_row + 1)^2
+    floats beside the arguments. Raises UsageError for fewer than 8 tokens.
+    """
+    assert outputs.shape[1] == len(router)
+    if len(x) < 8:
+        raise UsageError(f"A router cannot be fitted to {len(x)} tokens. Give more calibration text.")
+    tokens = _Tokens(x.float(), _products(outputs, y), model)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(spec.seed))
+    n_held = max(int(len(x) * spec.held_out), 1)
+    held, train = order[:n_held], order[n_held:]
+    start = torch.from_numpy(router.copy())
+    best, before = start, tokens.judge(start, held)
+    after, most = before, tokens.judge(start, train)
+    for rows in _iterates(tokens, start, train, spec):
+        error = tokens.judge(rows, held)
+        if error < after and tokens.judge(rows, train) <= most:
+            best, after = rows, error
+    return RefittedRouter(best.numpy(), before, after)
+
+
+def _products(outputs: Tensor, y: Tensor) -> Tensor:
+    """Inner products [n, n_row + 1, n_row + 1] of every token's outputs and, last, what is wanted; over mean |y|^2."""
+    scale = y.double().square().sum(1).mean().clamp(min=1e-30).sqrt().float()
+    parts = zip(outputs.split(_TOKENS_AT_ONCE), y.split(_TOKENS_AT_ONCE), strict=True)
+    vectors = (torch.cat((some.float(), wanted[:, None].float()), 1) / scale for some, wanted in parts)
+    return torch.cat([part @ part.mT for part in vectors])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Inputs [n, n_embd] and inner products of a sample."""
+
+    x: Tensor
+    products: Tensor
+    model: ModelSpec
+
+    def error(self, router: Tensor, rows: Tensor) -> Tensor:
+        """Mean squared error of the mix of some tokens, differentiable where picks do not change."""
+        routing = route(router, self.model, self.x[rows])
+        mix = torch.zeros_like(routing.logits).scatter(-1, routing.picks, routing.shares)
+        mix = torch.cat((mix, -torch.ones(len(rows), 1)), -1)
+        return torch.einsum("ti,tij,tj->t", mix, self.products[rows], mix).mean()
+
+    def judge(self, router: Tensor, rows: Tensor) -> float:
+        """The error of all of these tokens."""
+        with torch.no_grad():
+            return sum(float(self.error(router, part)) * len(part) / len(rows) for part in rows.split(_TOKENS_AT_ONCE))
+
+
+def _iterates(tokens: _Tokens, start: Tensor, train: Tensor, spec: RefitSpec) -> Iterator[Tensor]:
+    """Rows after every few steps."""
+    rows = start.clone().requires_grad_()
+    rate = spec.rate * float(start.square().mean().sqrt())
+    adam = torch.optim.Adam([rows], lr=rate)
+    random = torch.Generator().manual_seed(spec.seed)
+    for step in range(1, spec.n_step + 1):
+        adam.param_groups[0]["lr"] = rate * (1 - (step - 1) / spec.n_step)
+        batch = train[torch.randint(len(train), (min(spec.n_batch, len(train)),), generator=random)]
+        adam.zero_grad()
+        tokens.error(rows, batch).backward()
+        adam.step()
+        if step % spec.n_between == 0 or step == spec.n_step:
+            yield rows.detach().clone()
