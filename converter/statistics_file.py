@@ -1,0 +1,180 @@
+"""Statistics in one file: safetensors whose metadata is JSON. Needs no torch.
+
+Every array lies under its field's name, such as `layers.3.router.share`; lists of names are JSON in bytes.
+"""
+
+import json
+import os
+import tempfile
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from converter.model_source import ModelSource
+from converter.statistics import LayerStatistics, Statistics
+from offload.errors import SlimoeError, UsageError
+
+T = TypeVar("T")
+Arrays = dict[str, NDArray[Any]]
+
+VERSION = 1
+_FORMAT = "slimoe statistics"
+_AGAIN = "Make it again with `slimoe calibrate`."
+
+
+class StatisticsError(SlimoeError):
+    """A statistics file is missing, damaged, or not one; `path` is the file, `problem` what is wrong."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, problem: str, hint: str = _AGAIN) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"{path}: {problem} {hint}")
+
+
+class OtherSourceError(StatisticsError):
+    """Statistics of another checkpoint than the one they were to be used for."""
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    """Writes `statistics` under a temporary name and renames it; raises UsageError where it cannot be written."""
+    tokens = [np.asarray(one, np.int32) for one in statistics.tokens]
+    arrays: Arrays = {
+        "tokens": np.concatenate(tokens) if tokens else np.empty(0, np.int32),
+        "lengths": np.array([len(one) for one in tokens], np.int64),
+    }
+    for name in ("output_input", "token_count", "output_gradient", "token_gradient"):
+        value = getattr(statistics, name)
+        if value is not None:
+            arrays[name] = value
+    for n, layer in enumerate(statistics.layers):
+        arrays |= to_arrays(layer, f"layers.{n}.")
+    about = {
+        "version": VERSION,
+        "source_hash": statistics.source_hash,
+        "text_hash": statistics.text_hash,
+        "domains": statistics.domains,
+        "n_layer": len(statistics.layers),
+        "notes": None if statistics.notes is None else dict(statistics.notes),
+    }
+    write_arrays(arrays, path, {"format": _FORMAT, "statistics": json.dumps(about)})
+
+
+def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics:
+    """Reads a file that `save_statistics` wrote.
+
+    Raises StatisticsError when it is none, damaged or of another version, and OtherSourceError when `source` is given
+    and is not the checkpoint that was calibrated.
+    """
+    arrays, metadata = read_arrays(path)
+    about = _about(path, metadata)
+    if source is not None and about["source_hash"] != source.source_hash:
+        problem = f"these are statistics of another checkpoint than {source.path}."
+        raise OtherSourceError(path, problem, "Run `slimoe calibrate` on this one.")
+    try:
+        bounds = np.cumsum(arrays["lengths"])[:-1]
+        return Statistics(
+            source_hash=about["source_hash"],
+            text_hash=about["text_hash"],
+            tokens=tuple(tuple(one.tolist()) for one in np.split(arrays["tokens"], bounds)) if bounds.size + 1 else (),
+            domains=tuple(about["domains"]),
+            layers=tuple(from_arrays(LayerStatistics, arrays, f"layers.{n}.") for n in range(about["n_layer"])),
+            output_input=arrays["output_input"],
+            token_count=arrays["token_count"],
+            output_gradient=arrays.get("output_gradient"),
+            token_gradient=arrays.get("token_gradient"),
+            notes=about["notes"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StatisticsError(path, f"the file is damaged ({error} is missing or not what it should be).") from None
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if metadata.get("format") != _FORMAT:
+        raise StatisticsError(path, "this is not a statistics file.", "Name a file that `slimoe calibrate` wrote.")
+    try:
+        about = json.loads(metadata["statistics"])
+        version = about["version"]
+    except (KeyError, TypeError, ValueError):
+        raise StatisticsError(path, "the file is damaged.") from None
+    if version != VERSION:
+        raise StatisticsError(path, f"the file is of version {version}; this program reads {VERSION}.")
+    assert isinstance(about, dict)
+    return about
+
+
+def to_arrays(value: object, prefix: str = "") -> Arrays:
+    """The arrays of a dataclass of arrays, numbers, tuples of names and further dataclasses, without what is None."""
+    arrays: Arrays = {}
+    for field in fields(value):  # type: ignore[arg-type]
+        item = getattr(value, field.name)
+        name = prefix + field.name
+        if isinstance(item, np.ndarray):
+            arrays[name] = np.ascontiguousarray(item)
+        elif isinstance(item, float):
+            arrays[name] = np.array([item], np.float64)
+        elif isinstance(item, tuple):
+            arrays[name] = np.frombuffer(json.dumps(item).encode(), np.uint8)
+        elif item is not None:
+            arrays |= to_arrays(item, name + ".")
+    return arrays
+
+
+def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> T:
+    """What `to_arrays` took apart; raises KeyError with the name of an array that is missing."""
+    values: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        full = prefix + name
+        if isinstance(hint, UnionType):
+            inner = next(part for part in typing.get_args(hint) if part is not type(None))
+            is_there = any(key.startswith(full + ".") for key in arrays)
+            values[name] = from_arrays(inner, arrays, full + ".") if is_there else None
+        elif hint is float:
+            values[name] = float(arrays[full][0])
+        elif typing.get_origin(hint) is tuple:
+            values[name] = tuple(json.loads(arrays[full].tobytes()))
+        elif typing.get_origin(hint) is np.ndarray:
+            values[name] = arrays[full]
+        else:
+            values[name] = from_arrays(hint, arrays, full + ".")
+    return kind(**values)
+
+
+def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all; raises UsageError where it cannot be written."""
+    part = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        save_file(arrays, part, dict(metadata))
+        part.chmod(0o644)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"{path} cannot be written ({reason}). Choose another place.") from None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """All arrays of a safetensors file, and its metadata; raises StatisticsError."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise StatisticsError(path, "there is no such file.") from None
+    except OSError as error:
+        raise StatisticsError(path, f"the file cannot be read ({error.strerror or error}).") from None
+    except (SafetensorError, ValueError) as error:
+        problem = f"this is not a whole statistics file ({error})."
+        raise StatisticsError(path, problem, _AGAIN) from None
