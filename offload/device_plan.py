@@ -106,7 +106,7 @@ def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...
 def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[int, ...]) -> DevicePlan:
     spec = needs.spec
     is_last = layers[-1] == spec.n_layer - 1
-    kv = kv_bytes(spec, needs.n_cells, needs.kv_type) * len(layers) // spec.n_layer
+    kv = kv_bytes(spec, needs.n_cells, needs.kv_type, layers)
     n_rows = needs.n_rows if is_last else 0
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)

@@ -108,8 +108,10 @@ class StepBuilder:
         return self.shape.n_out if index == self.spec.n_layer - 1 else self.shape.n_tokens
 
     def _attend(self, index: int, hidden: int) -> int:
-        """The first half of a block: [n_embd, n_tokens] to [n_embd, n_rows]."""
+        """The first half of a block: [n_embd, n_tokens] to [n_embd, n_rows]; a block can be without one."""
         layer, n_rows = self.weights.layers[index], self._n_rows(index)
+        if not layer.attn_norm:
+            return self._tail(hidden, n_rows)
         n_queries = self.shape.n_queries if index == self.spec.n_layer - 1 else self.shape.n_tokens
         attention = self._attention(index, layer, self._norm(hidden, layer.attn_norm), n_queries)
         return int(ggml.ggml_add(self.ctx, self._tail(attention, n_rows), self._tail(hidden, n_rows)))

@@ -1,6 +1,6 @@
 """Keys and values of the tokens read so far, in one buffer that is allocated once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -26,16 +26,26 @@ def kv_type(name: str) -> GGMLQuantizationType:
     return KV_TYPES[name]
 
 
-def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> int:
-    """Bytes of a cache of `n_cells` tokens; raises UsageError for a type that does not divide the heads."""
+def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: Collection[int] | None = None) -> int:
+    """Bytes of a cache of `n_cells` tokens, for some `layers` or all; those without attention need none.
+
+    Raises UsageError for a type that does not divide the heads.
+    """
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if spec.n_embd_head % block:
         raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
-    return int(2 * spec.n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
+    n_layer = len(_with_attention(spec, layers))
+    return int(2 * n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
+
+
+def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int]:
+    return [layer for layer in spec.attention_layers if layers is None or layer in layers]
 
 
 class KVCache:
-    """One K and one V tensor for each of the `layers`, by default all, each [n_embd_head, n_cells, n_head_kv].
+    """One K and one V tensor for each of the `layers`, by default all, that have attention.
+
+    Each is [n_embd_head, n_cells, n_head_kv].
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
     """
@@ -46,13 +56,13 @@ class KVCache:
         n_cells: int,
         kind: GGMLQuantizationType,
         backend: Backend,
-        layers: Sequence[int] | None = None,
+        layers: Collection[int] | None = None,
     ) -> None:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
         self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
         shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)
-        own = range(spec.n_layer) if layers is None else layers
+        own = _with_attention(spec, layers)
         self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
         self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
         try:
@@ -63,7 +73,7 @@ class KVCache:
 
     def _allocate(self, backend: Backend) -> int:
         tensors = [*self.keys.values(), *self.values.values()]
-        step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT
+        step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT if tensors else 0
         self.n_bytes = step * len(tensors)
         buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
         base = -(-ggml_backend.ggml_backend_buffer_get_base(buffer) // _ALIGNMENT) * _ALIGNMENT

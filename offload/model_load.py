@@ -59,7 +59,7 @@ def model_load(
 def layer_matrices(sources: ModelSources) -> Iterator[WeightSource]:
     """Every matrix of the layers that each token is multiplied with, whatever it is routed to."""
     for layer in sources.layers:
-        yield from (linear.weight for linear in (*layer.qkv, layer.attn_output))
+        yield from (linear.weight for linear in (*layer.qkv, layer.attn_output) if linear)
         if layer.router:
             yield layer.router
         elif layer.down:

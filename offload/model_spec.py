@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, Value
 from offload.metadata_keys import AGAIN, MetadataKeys
@@ -34,10 +36,14 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One layer's router rows, and the width of its widest expert; both 0 in a layer without a feed-forward part."""
+    """One layer's router rows, and the width of its widest expert; both 0 in a layer without a feed-forward part.
+
+    A layer without attention passes the stream on to its feed-forward part unchanged.
+    """
 
     n_expert: int
     n_ff: int
+    has_attention: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +113,13 @@ class ModelSpec:
         return self.experts.weights_scale
 
     def layer_shape(self, layer: int) -> LayerShape:
-        """Router rows and width of one layer."""
+        """Router rows and width of one layer, and whether it has attention."""
         return self.experts.layers[layer] if self.experts.layers else LayerShape(self.n_expert, self.n_ff)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have attention, and so keys and values."""
+        return tuple(layer for layer in range(self.n_layer) if self.layer_shape(layer).has_attention)
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile) -> "ModelSpec":
@@ -160,11 +171,15 @@ class ModelSpec:
         }
         if self.n_expert:
             values |= {"expert_count": self.n_expert, "expert_used_count": self.n_expert_used}
+        if self.expert_weights_scale != 1.0:
+            values["expert_weights_scale"] = self.expert_weights_scale
         if self.architecture == NATIVE:
             shapes = [self.layer_shape(layer) for layer in range(self.n_layer)]
             values["format.version"] = NATIVE_VERSION
             values["expert_count"] = [shape.n_expert for shape in shapes]
             values["feed_forward_length"] = [shape.n_ff for shape in shapes]
+            if not all(shape.has_attention for shape in shapes):
+                values["attention.present"] = [int(shape.has_attention) for shape in shapes]
         if self.rope.scaling != "none":
             values |= {"rope.scaling.type": self.rope.scaling, "rope.scaling.factor": self.rope.factor}
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
@@ -191,7 +206,8 @@ def _layer_shapes(keys: MetadataKeys, n_layer: int) -> tuple[LayerShape, ...]:
         problem = f"the file is of format version {version}, but this program reads versions up to {NATIVE_VERSION}."
         raise UnsupportedModelError(keys.gguf.path, problem, "Update slimoe, or convert the model again.")
     counts = keys.integers("expert_count", n_layer), keys.integers("feed_forward_length", n_layer)
-    layers = tuple(LayerShape(n_expert, n_ff) for n_expert, n_ff in zip(*counts, strict=True))
+    attention = _layers_with_attention(keys, n_layer)
+    layers = tuple(LayerShape(*shape) for shape in zip(*counts, attention, strict=True))
     for layer, shape in enumerate(layers):
         if bool(shape.n_expert) != bool(shape.n_ff):
             problem = f"layer {layer} has {shape.n_expert} experts of width {shape.n_ff}."
@@ -199,6 +215,17 @@ def _layer_shapes(keys: MetadataKeys, n_layer: int) -> tuple[LayerShape, ...]:
     if not any(shape.n_expert for shape in layers):
         raise ModelFileError(keys.gguf.path, "no layer has experts.", AGAIN)
     return layers
+
+
+def _layers_with_attention(keys: MetadataKeys, n_layer: int) -> list[bool]:
+    if not keys.has("attention.present"):
+        return [True] * n_layer
+    present = keys.integers("attention.present", n_layer)
+    if max(present) > 1:
+        raise keys.bad_entry("attention.present", np.asarray(present), int(np.argmax(present)))
+    if not any(present):
+        raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
+    return [bool(one) for one in present]
 
 
 def _experts(keys: MetadataKeys, layers: tuple[LayerShape, ...]) -> ExpertSpec:
@@ -234,11 +261,12 @@ def _expected_tensors(spec: ModelSpec) -> Iterator[list[_Layout]]:
     n_q, n_kv = spec.n_head * spec.n_embd_head, spec.n_head_kv * spec.n_embd_head
     for layer in range(spec.n_layer):
         block = f"blk.{layer}."
-        yield [{block + "attn_norm.weight": (spec.n_embd,)}]
-        separate = {"attn_q.weight": n_q, "attn_k.weight": n_kv, "attn_v.weight": n_kv}
-        fused: _Layout = {block + "attn_qkv.weight": (spec.n_embd, n_q + 2 * n_kv)}
-        yield [{block + name: (spec.n_embd, n_out) for name, n_out in separate.items()}, fused]
-        yield [{block + "attn_output.weight": (n_q, spec.n_embd)}]
+        if spec.layer_shape(layer).has_attention:
+            yield [{block + "attn_norm.weight": (spec.n_embd,)}]
+            separate = {"attn_q.weight": n_q, "attn_k.weight": n_kv, "attn_v.weight": n_kv}
+            fused: _Layout = {block + "attn_qkv.weight": (spec.n_embd, n_q + 2 * n_kv)}
+            yield [{block + name: (spec.n_embd, n_out) for name, n_out in separate.items()}, fused]
+            yield [{block + "attn_output.weight": (n_q, spec.n_embd)}]
         yield from _expected_ffn(spec, layer, block)
 
 

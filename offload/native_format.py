@@ -11,6 +11,9 @@ Sizes (read by `model_spec`)
                                                 no ffn tensors, the residual passes through
     slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert; 0 like expert_count
     slimoe.expert_used_count    u32             picks per token
+    slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
+                                                passes through; absent: all have. Never 0 for all. (A reader that does
+                                                not know the key misses tensors, and refuses: the version stays.)
 
 Experts. A layer stores experts, numbered from 0. Each has copy 0, the best, and perhaps further ones of fewer bytes.
 Copies of equal types and width share a *bucket* of the layer; buckets are numbered from 0 without gaps. Copies of a

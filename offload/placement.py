@@ -156,14 +156,10 @@ def _repackable(source: WeightSource) -> bool:
 
 
 def _layer_weights(layer: LayerSources) -> Iterator[WeightSource]:
-    linears = [*layer.qkv, layer.attn_output, *layer.gate_up, *([layer.down] if layer.down else [])]
+    linears = [linear for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down) if linear]
     yield from (linear.weight for linear in linears)
     yield from (linear.bias for linear in linears if linear.bias)
-    yield layer.attn_norm
-    if layer.ffn_norm:
-        yield layer.ffn_norm
-    if layer.router:
-        yield layer.router
+    yield from (part for part in (layer.attn_norm, layer.ffn_norm, layer.router) if part)
 
 
 def _weights(sources: ModelSources) -> Iterator[WeightSource]:

@@ -124,7 +124,11 @@ class SegmentBuilder(StepBuilder):
             return self._combined(self.segment.summed)
         if self.segment.part == 0:
             return self._embedded()
-        return self.exchange.view(self.ctx, "residual", (self.spec.n_embd, self.shape.n_tokens))
+        residual = self.exchange.view(self.ctx, "residual", (self.spec.n_embd, self.shape.n_tokens))
+        if self.spec.layer_shape(self.segment.first).has_attention:
+            return residual
+        # Without attention, rows of it would be handed out over themselves: they must lie elsewhere.
+        return int(ggml.ggml_scale(self.ctx, residual, 1.0))
 
     def _embedded(self) -> int:
         return int(ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens))

@@ -67,13 +67,14 @@ class BucketSources:
 class LayerSources:
     """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
 
-    A block without a feed-forward part has no `ffn_norm`. In a native file `buckets` has all experts; `gate_up` and
-    `down` are the best copies if these are one stack in the router's order, and otherwise absent.
+    A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`. In a native file
+    `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the router's order,
+    and otherwise absent.
     """
 
-    attn_norm: WeightSource
+    attn_norm: WeightSource | None
     qkv: tuple[LinearSource, ...]
-    attn_output: LinearSource
+    attn_output: LinearSource | None
     ffn_norm: WeightSource | None
     router: WeightSource | None
     gate_up: tuple[LinearSource, ...]
@@ -178,7 +179,8 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
     block = f"blk.{layer}"
     buckets = _buckets(reader, layer, layout.layers[layer]) if layout else None
-    has_ffn = spec.layer_shape(layer).n_ff > 0
+    shape = spec.layer_shape(layer)
+    has_ffn = shape.n_ff > 0
     if buckets:
         gate_up, down = _plain_stacks(buckets)
     elif spec.n_expert:
@@ -188,9 +190,9 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         gate_up = tuple(reader.linear(f"{block}.{name}") for name in ("ffn_gate", "ffn_up"))
         down = reader.linear(f"{block}.ffn_down")
     return LayerSources(
-        attn_norm=reader.weight(f"{block}.attn_norm.weight"),
-        qkv=_qkv(reader, spec, block),
-        attn_output=reader.linear(f"{block}.attn_output"),
+        attn_norm=reader.weight(f"{block}.attn_norm.weight") if shape.has_attention else None,
+        qkv=_qkv(reader, spec, block) if shape.has_attention else (),
+        attn_output=reader.linear(f"{block}.attn_output") if shape.has_attention else None,
         ffn_norm=reader.weight(f"{block}.ffn_norm.weight") if has_ffn else None,
         router=reader.weight(f"{block}.ffn_gate_inp.weight") if has_ffn and spec.n_expert else None,
         gate_up=gate_up,

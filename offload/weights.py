@@ -246,9 +246,9 @@ def load_weights(
 
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
-            attn_norm=weight(source.attn_norm),
+            attn_norm=weight(source.attn_norm) if source.attn_norm else 0,
             qkv=tuple(linear(part) for part in source.qkv),
-            attn_output=linear(source.attn_output),
+            attn_output=linear(source.attn_output) if source.attn_output else Linear(0),
             ffn_norm=weight(source.ffn_norm) if source.ffn_norm else 0,
             router=weight(source.router) if source.router else 0,
             gate_up=tuple(linear(part) for part in source.gate_up),
