@@ -13,6 +13,7 @@ from offload.gguf_file import DEFAULT_ALIGNMENT, MAGIC, Value
 
 ALIGNMENT_KEY = "general.alignment"
 _VERSION = 3
+_START_BYTES = 24
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
@@ -38,14 +39,28 @@ def alignment_of(metadata: Mapping[str, Value]) -> int:
 
 def pack_header(metadata: Mapping[str, Value], tensors: Sequence[HeaderTensor]) -> bytes:
     """The header up to the first byte of tensor data, padding included."""
-    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
-    for key, value in metadata.items():
-        parts += [_string(key), _value(value)]
+    start = MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))
+    header = start + pack_keys(metadata) + pack_tensors(tensors)
+    return header.ljust(padded(len(header), alignment_of(metadata)), b"\0")
+
+
+def header_bytes(n_key_bytes: int, tensors: Sequence[HeaderTensor], alignment: int) -> int:
+    """What `pack_header` makes of keys that pack to so many bytes, counted."""
+    return padded(_START_BYTES + n_key_bytes + len(pack_tensors(tensors)), alignment)
+
+
+def pack_keys(metadata: Mapping[str, Value]) -> bytes:
+    """Keys and values, as they follow each other in a header."""
+    return b"".join(part for key, value in metadata.items() for part in (_string(key), _value(value)))
+
+
+def pack_tensors(tensors: Sequence[HeaderTensor]) -> bytes:
+    """The tensors' entries, as they follow each other in a header."""
+    parts = []
     for tensor in tensors:
         parts.append(_string(tensor.name))
         parts.append(struct.pack(f"<I{len(tensor.ne)}QIQ", len(tensor.ne), *tensor.ne, tensor.type, tensor.offset))
-    header = b"".join(parts)
-    return header.ljust(padded(len(header), alignment_of(metadata)), b"\0")
+    return b"".join(parts)
 
 
 def _string(text: str) -> bytes:

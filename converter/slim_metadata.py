@@ -1,0 +1,79 @@
+"""The keys of a slimmed file: sizes, the layout of its experts, what it was made of and how."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+
+import numpy as np
+from gguf.utility import size_label
+
+from converter.gguf_header import ALIGNMENT_KEY
+from converter.model_source import ModelSource
+from converter.slim_layer import Matrix, layer_shape, native_layer
+from converter.slim_plan import SlimPlan
+from converter.statistics import Statistics
+from offload import file_keys as keys
+from offload.gguf_file import Value
+from offload.model_spec import NATIVE, ModelSpec
+from offload.native_format import ALIGNMENT, layout_metadata
+from offload.native_layout import NativeLayout
+
+_QUANTIZATION_VERSION = 2
+_OF_ITS_OWN = ("general.architecture", "general.file_type", "general.size_label", ALIGNMENT_KEY, *keys.PROVENANCE)
+
+
+def carried_metadata(source: ModelSource) -> dict[str, Value]:
+    """What the result takes over from the source unchanged, arrays as lists."""
+    kept = {key: value for key, value in source.metadata.items() if key not in _OF_ITS_OWN}
+    lists = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in kept.items()}
+    return {key: value for key, value in lists.items() if value != []}
+
+
+def result_spec(source: ModelSource, plan: SlimPlan) -> ModelSpec:
+    """Sizes of the result: the stock format's are those of the first layer, which all are alike."""
+    shapes = tuple(layer_shape(source, layer) for layer in plan.layers)
+    is_native = plan.format == "native"
+    n_expert = max(shape.n_expert for shape in shapes)
+    experts = replace(source.spec.experts, n_expert=n_expert, layers=shapes if is_native else ())
+    return replace(
+        source.spec,
+        architecture=NATIVE if is_native else "llama",
+        n_layer=len(shapes),
+        n_ff=max(shape.n_ff for shape in shapes),
+        experts=experts,
+    )
+
+
+def own_metadata(
+    source: ModelSource, plan: SlimPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
+) -> dict[str, Value]:
+    """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
+    values: dict[str, Value] = {
+        "general.architecture": spec.architecture,
+        "general.size_label": _size_label(spec, matrices),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        keys.SLIMOE_VERSION: version("slimoe"),
+        keys.RECIPE: plan.recipe,
+        keys.SOURCE_HASH: source.source_hash,
+    }
+    if statistics is not None:
+        values |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
+    values |= spec.metadata()
+    if plan.format == "native":
+        layout = NativeLayout(tuple(native_layer(source, layer) for layer in plan.layers))
+        values |= {ALIGNMENT_KEY: ALIGNMENT} | layout_metadata(layout)
+    return values
+
+
+def merged_metadata(carried: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
+    """All keys, the architecture first."""
+    return {**own, **{key: value for key, value in carried.items() if key not in own}}
+
+
+def _size_label(spec: ModelSpec, matrices: Iterable[Matrix]) -> str:
+    """Parameters as people say them, second copies not counted."""
+    counts = [(math.prod(m.shape), m.key.expert >= 0) for m in matrices if not m.copy]
+    n_all, n_experts = sum(n for n, _ in counts), sum(n for n, is_expert in counts if is_expert)
+    label: str = size_label(n_all, n_all - n_experts, n_experts // spec.n_expert, spec.n_expert)
+    return label
