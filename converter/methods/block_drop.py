@@ -1,0 +1,21 @@
+"""Block Drop: leaving out whole blocks, those first behind which the stream points as before.
+
+Source: arXiv 2406.02500. Spans of blocks that follow each other would need cosines across the span, which do not follow
+from those of single blocks and are not among the statistics: only single blocks are ranked.
+"""
+
+from collections.abc import Sequence
+
+from converter.methods.removal import Removal, ranked
+from converter.model_source import SourceLayer
+from converter.statistics import Statistics
+
+
+def block_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
+    """Every block that has anything, the most dispensable first. What it costs in nats is not known."""
+    pairs = enumerate(zip(statistics.layers, layers, strict=True))
+    return ranked(
+        Removal("block", index, one.similarity.block_cosine / statistics.n_tokens)
+        for index, (one, layer) in pairs
+        if layer.has_ffn or layer.has_attention
+    )

@@ -1,0 +1,109 @@
+"""Expert Drop: which experts of each layer stay, by any score, and what becomes of the router's rows.
+
+Sources: Unified MoE Compression (arXiv 2406.02500) layer by layer and globally; REAP (arXiv 2510.13999) for experts
+that are never dropped. Scores are [E] per layer, the best highest; a layer without experts has none.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.methods.parts import outputs_of
+from converter.statistics import Double, LayerStatistics
+from offload.errors import UsageError
+
+Kept = tuple[tuple[int, ...], ...]
+"""Stored experts of the source that stay, ascending, by layer."""
+
+_SUPER_QUANTILE = 0.995
+_SUPER_PART = 0.1
+_SUPER_DEPTH = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """A layer after some experts are gone, as a `LayerPlan` has it.
+
+    `experts` are the source's that stay, `rows` those of the source's router, and `target` says for each row its place
+    in `experts`, or -1 - n for novice n. Novices of the source come first, then one for each expert of `replaced`.
+    """
+
+    experts: tuple[int, ...]
+    rows: tuple[int, ...]
+    target: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+
+
+def redirect(target: Sequence[int], kept: Iterable[int]) -> Survivors:
+    """Rows of dropped experts leave the router, so that tokens pick among the others."""
+    experts = tuple(sorted(kept))
+    place = {expert: index for index, expert in enumerate(experts)}
+    rows = tuple(row for row, expert in enumerate(target) if expert < 0 or expert in place)
+    return Survivors(experts, rows, tuple(place.get(target[row], target[row]) for row in rows))
+
+
+def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
+    """All rows stay; those of dropped experts mean a novice each (MoNE, arXiv 2507.00390)."""
+    experts = tuple(sorted(kept))
+    n_before = max((-expert for expert in target if expert < 0), default=0)
+    replaced = tuple(sorted({expert for expert in target if expert >= 0} - set(experts)))
+    place = {expert: index for index, expert in enumerate(experts)}
+    place |= {expert: -1 - n_before - n for n, expert in enumerate(replaced)}
+    return Survivors(experts, tuple(range(len(target))), tuple(place.get(one, one) for one in target), replaced)
+
+
+def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
+    """The best `n_keep` of every layer; raises UsageError for fewer than `least` or more than a layer has."""
+    fewest = min((one.size for one in scores if one.size), default=0)
+    if not least <= n_keep <= fewest:
+        raise UsageError(f"Keeping {n_keep} experts in each layer is not possible. Keep {least} to {fewest} of them.")
+    return tuple(tuple(sorted(_best(one)[:n_keep])) for one in scores)
+
+
+def keep_overall(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
+    """The best `n_keep` of all layers together, but at least `least` in each, usually the picks per token.
+
+    Scores must mean the same in all layers: those of routing do; norms of outputs only times `layer_weight`. Raises
+    UsageError for a number that cannot be kept.
+    """
+    order = [_best(one) for one in scores]
+    fewest, most = sum(min(least, one.size) for one in scores), sum(one.size for one in scores)
+    if not fewest <= n_keep <= most:
+        raise UsageError(f"Keeping {n_keep} experts in all is not possible. Keep {fewest} to {most} of them.")
+    kept = [set(experts[:least]) for experts in order]
+    others = [(-scores[layer][expert], layer, expert) for layer, one in enumerate(order) for expert in one[least:]]
+    for _, layer, expert in sorted(others)[: n_keep - fewest]:
+        kept[layer].add(expert)
+    return tuple(tuple(sorted(experts)) for experts in kept)
+
+
+def _best(scores: Double) -> list[int]:
+    """All experts, the best first; of equals the first."""
+    assert not np.isnan(scores).any(), "a score is not a number"
+    best: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return best
+
+
+def super_experts(layers: Sequence[LayerStatistics]) -> frozenset[tuple[int, int]]:
+    """(layer, expert) of those whose greatest absolute output stands out: dropping them breaks a model.
+
+    That is above the 99.5th percentile of all experts and a tenth of the greatest, in the first three quarters of the
+    layers (arXiv 2510.13999). Raises UsageError.
+    """
+    largest: list[NDArray[np.float64]] = [
+        outputs_of(one).largest if one.router is not None else np.zeros(0) for one in layers
+    ]
+    everything = np.concatenate([*largest, np.zeros(1)])
+    limit = max(float(np.quantile(everything, _SUPER_QUANTILE)), _SUPER_PART * float(everything.max()))
+    early = enumerate(largest[: int(_SUPER_DEPTH * len(layers))])
+    return frozenset((layer, expert) for layer, one in early for expert in np.flatnonzero(one > limit).tolist())
+
+
+def protect(scores: Sequence[Double], experts: Collection[tuple[int, int]]) -> tuple[Double, ...]:
+    """The scores, infinite for some (layer, expert)."""
+    guarded = tuple(one.copy() for one in scores)
+    for layer, expert in experts:
+        guarded[layer][expert] = np.inf
+    return guarded

@@ -1,0 +1,30 @@
+"""All parts of all blocks in one order, by the same measure.
+
+Source: LLM-Drop (arXiv 2406.15786), which joins attentions and feed-forward parts. A block's cosine is lower than those
+of its parts, so that adding blocks changes little; and parts differ much in bytes, which `removal.removed_keys` names.
+"""
+
+from collections.abc import Collection, Sequence
+
+from converter.methods.attention_drop import attention_removals
+from converter.methods.block_drop import block_removals
+from converter.methods.layer_drop import layer_removals
+from converter.methods.removal import Part, Removal, ranked
+from converter.model_source import SourceLayer
+from converter.statistics import Statistics
+from offload.model_spec import ExpertSpec
+
+
+def joint_removals(
+    statistics: Statistics,
+    layers: Sequence[SourceLayer],
+    experts: ExpertSpec,
+    parts: Collection[Part] = ("ffn", "attention"),
+) -> tuple[Removal, ...]:
+    """Everything of these kinds, the most dispensable first; raises UsageError as `layer_removals` does."""
+    found: dict[Part, tuple[Removal, ...]] = {
+        "ffn": layer_removals(statistics, layers, experts),
+        "attention": attention_removals(statistics, layers),
+        "block": block_removals(statistics, layers),
+    }
+    return ranked(removal for part in parts for removal in found[part])

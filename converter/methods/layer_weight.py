@@ -1,0 +1,57 @@
+"""What an error in a layer's output costs, so that layers can be compared: nats of KL divergence per token.
+
+To second order the divergence is half the sum over the output's components of squared error times sensitivity (C1 of
+the statistics; GEMQ, arXiv 2605.23078, and AdapMoE, arXiv 2408.10284, weigh layers like this). Most errors are known
+as one sum over the components, so that their profile has to be assumed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from converter.statistics import Double, LayerStatistics, Single
+from offload.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeight:
+    """`per_square` is nats per token for each unit of squared error of the layer's output y, per token.
+
+    Where no sensitivity `is_measured` it is one over the stream's mean square instead: good for comparing options, but
+    no divergence.
+    """
+
+    per_square: float
+    is_measured: bool
+
+    def cost(self, squared_error: float) -> float:
+        """Nats per token of a mean squared error |y' - y|^2 per token."""
+        return self.per_square * squared_error
+
+
+def layer_weight(layer: LayerStatistics, profile: Single | Double | None = None) -> LayerWeight:
+    """The weight of errors that are spread over the components of y as `profile` [d] is, evenly if None.
+
+    Raises UsageError when the statistics have nothing to weigh with.
+    """
+    if layer.sensitivity is None:
+        return LayerWeight(_inverse_stream(layer), False)
+    update = layer.sensitivity.update.astype(np.float64)
+    if profile is None or not np.any(profile):
+        return LayerWeight(0.5 * float(update.mean()), True)
+    return LayerWeight(0.5 * float(np.average(update, weights=profile.astype(np.float64))), True)
+
+
+def _inverse_stream(layer: LayerStatistics) -> float:
+    """One over the mean square of the stream that y is added to."""
+    if layer.sketch is not None:
+        square = float(layer.sketch.gram[:, -1, -1].mean(dtype=np.float64))
+        return 1.0 / square if square else 0.0
+    if layer.outputs is None:
+        raise UsageError(
+            "The statistics have neither sensitivities nor sums of the experts' outputs, so that layers cannot be "
+            "compared. Calibrate again, leaving nothing out."
+        )
+    # Outputs of different experts are taken for orthogonal.
+    square = float(layer.outputs.share_square_norm_square.sum())
+    return layer.similarity.relative_update / square if square else 0.0

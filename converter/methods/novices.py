@@ -1,0 +1,60 @@
+"""Constants in place of experts: which experts hardly vary, the best constant for each, and what it costs.
+
+Source: MoNE (arXiv 2507.00390). Its constant is the mean output over picks; the one here minimises the sum of
+share^2 |f - c|^2, which is what the layer's output loses. The router keeps all rows, so that no token moves.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from converter.methods.parts import outputs_of, routed_tokens
+from converter.methods.scores import share
+from converter.statistics import Double, LayerStatistics, OutputSums, Single
+
+
+def novice_vectors(layer: LayerStatistics) -> Single:
+    """The constants [E, d], sum of share^2 f over sum of share^2; that of all experts for one that was never picked.
+
+    Raises UsageError.
+    """
+    outputs = outputs_of(layer)
+    sums, weights = outputs.share_square_output.astype(np.float64), outputs.share_square[:, None]
+    common = sums.sum(0) / max(float(weights.sum()), np.finfo(np.float64).tiny)
+    vectors = np.divide(sums, weights, out=np.tile(common, (sums.shape[0], 1)), where=weights > 0)
+    result: Single = vectors.astype(np.float32)
+    return result
+
+
+def novice_errors(layer: LayerStatistics) -> Double:
+    """Mean squared errors [E] per token of the layer's output if each expert alone became its constant.
+
+    In the units of `LayerSketch.error`, for whose cross terms this is the diagonal. Raises UsageError.
+    """
+    outputs = outputs_of(layer)
+    constant = np.square(outputs.share_square_output.astype(np.float64)).sum(1)
+    saved = np.divide(constant, outputs.share_square, out=np.zeros_like(constant), where=outputs.share_square > 0)
+    errors: Double = np.maximum(outputs.share_square_norm_square - saved, 0.0) / max(1, routed_tokens(layer))
+    return errors
+
+
+def absence_errors(layer: LayerStatistics) -> Double:
+    """The same if each expert's part of the sum just went missing, the shares of the others as they are."""
+    errors: Double = outputs_of(layer).share_square_norm_square / max(1, routed_tokens(layer))
+    return errors
+
+
+def variances(outputs: OutputSums) -> Double:
+    """Variance [E, d] of each component of the experts' outputs over their picks."""
+    n = np.maximum(outputs.n_pick, 1)[:, None]
+    means = outputs.output.astype(np.float64) / n
+    return np.maximum(outputs.output_square.astype(np.float64) / n - np.square(means), 0.0)
+
+
+def fusion(layer: LayerStatistics, target: Sequence[int]) -> Double:
+    """MoNE's score [E], low for what a constant can replace: share per token times the standard deviation of f.
+
+    A `scores.Score` like any other, and comparable between layers as the paper has it. Raises UsageError.
+    """
+    deviations: Double = np.sqrt(variances(outputs_of(layer)).sum(1))
+    return share(layer, target) * deviations
