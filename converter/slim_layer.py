@@ -44,6 +44,11 @@ class Matrix:
         """gate, up or down of an expert."""
         return self.key.name.split("_")[1]
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing is multiplied with it: norms, biases, and vectors that stand for experts."""
+        return self.is_vector or ".ffn_novice." in self.tensor
+
 
 def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
     """All of a matrix of the source, as the tensor `name` of the result; vectors are always F32."""

@@ -3,6 +3,7 @@
 `lay_out` says all of it, `PlanSize` only how much it is, cheaply enough for who compares many plans.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,13 +39,21 @@ class SlimTensor:
 
 @dataclass(frozen=True, slots=True)
 class SlimLayout:
-    """A whole file: its `header`, then the tensors; `n_bytes` altogether. `n_layer` counts the result's layers."""
+    """A whole file: its `header`, then the tensors; `n_bytes` altogether."""
 
     spec: ModelSpec
     metadata: dict[str, Value]
     header: bytes
     tensors: tuple[SlimTensor, ...]
     n_bytes: int
+
+    @property
+    def bytes_by_type(self) -> dict[str, int]:
+        """Tensor bytes by type, the largest first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.type.name] += tensor.n_bytes
+        return dict(counts.most_common())
 
 
 def lay_out(source: ModelSource, plan: SlimPlan, statistics: Statistics | None = None) -> SlimLayout:
