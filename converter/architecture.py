@@ -2,14 +2,17 @@
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.checkpoint import Checkpoint, CheckpointTensor
+from converter.bnb import stored_matrices
+from converter.checkpoint import Checkpoint
+from converter.model_source import MatrixKey
+from converter.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix, StoredRows
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.model_spec import ROPE_FREQS, AttentionSpec, ExpertSpec, ModelSpec
 from offload.rope_spec import RopeSpec
@@ -41,29 +44,6 @@ _IGNORED = ("rotary_emb.inv_freq",)
 _AGAIN = "Download the checkpoint again."
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRows:
-    """`n_rows` rows of a stored tensor, seen as a matrix, from `first_row` on."""
-
-    tensor: CheckpointTensor
-    first_row: int
-    n_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class TargetTensor:
-    """A GGUF tensor of shape `ne` (ggml's order) and what it is made of, in order: stored rows, or given values.
-
-    `n_rotated_head` is the head size when rows must be reordered for ggml's rotation (see `rotation_order`), else 0.
-    """
-
-    name: str
-    ne: tuple[int, ...]
-    sources: tuple[SourceRows, ...]
-    n_rotated_head: int = 0
-    values: NDArray[np.float32] | None = None
-
-
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The sizes that config.json gives; raises UnsupportedModelError for what the target cannot express."""
     config = checkpoint.config
@@ -71,8 +51,6 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     if name not in ARCHITECTURES:
         problem = f"the architecture {name!r} is not supported, only {', '.join(ARCHITECTURES)}."
         raise UnsupportedModelError(checkpoint.path, problem)
-    if config.get("quantization_config"):
-        raise UnsupportedModelError(checkpoint.path, "the weights are quantised already.", "Use the original ones.")
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(checkpoint.path, f"the activation {config['hidden_act']!r} is not supported.")
     sizes = _Sizes(checkpoint)
@@ -154,85 +132,78 @@ def rope_factors(config: dict[str, Any], n_rot: int) -> NDArray[np.float32] | No
     return np.asarray(1.0 / (kept + (1.0 - kept) / parameters["factor"]), np.float32)
 
 
-def rotation_order(rows: NDArray[np.float32], n_embd_head: int) -> NDArray[np.float32]:
-    """Reorders rows within each head [.., n_embd_head]: Hugging Face rotates (i, i + half), ggml (2i, 2i + 1)."""
-    halves = rows.reshape(-1, 2, n_embd_head // 2, rows.shape[-1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+def checkpoint_matrices(checkpoint: Checkpoint, spec: ModelSpec) -> dict[MatrixKey, StoredMatrix]:
+    """Every matrix and vector of the GGUF model in file order; experts one by one.
 
-
-def target_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[TargetTensor]:
-    """Every GGUF tensor in file order; raises UnsupportedModelError for a stored tensor that has no place.
-
-    Shapes are the stored ones: whether they are right is for `check_tensors` to say.
+    Shapes are the stored ones: whether they are right is for `check_tensors` to say. Raises UnsupportedModelError for a
+    stored tensor that has no place, ModelFileError for a missing expert, and as `stored_matrices` does.
     """
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    parts: dict[str, dict[int, SourceRows]] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith(_IGNORED) or (tied and tensor.name == "lm_head.weight"):
+    found: dict[MatrixKey, StoredMatrix] = {}
+    for name, stored in stored_matrices(checkpoint).items():
+        if name.endswith(_IGNORED) or (tied and name == "lm_head.weight"):
             continue
-        for name, expert, rows in _places(tensor):
-            parts.setdefault(name, {})[expert] = rows
-    targets = [_target(checkpoint, spec, name, by_expert) for name, by_expert in parts.items()]
+        for key, matrix in _places(name, stored):
+            rotated = key.name.split(".")[-2] in ("attn_q", "attn_k")
+            found[key] = replace(matrix, rows=RotatedRows(matrix.rows, spec.n_embd_head)) if rotated else matrix
     factors = rope_factors(checkpoint.config, spec.rope.n_rot)
     if factors is not None:
-        targets.append(TargetTensor(ROPE_FREQS, (factors.size,), (), values=factors))
-    return sorted(targets, key=lambda target: _file_order(target.name))
+        rows = GivenRows(ROPE_FREQS, checkpoint.path / "config.json", factors)
+        found[MatrixKey(ROPE_FREQS)] = StoredMatrix(factors.shape, rows)
+    _check_experts(checkpoint, spec, found)
+    return {key: found[key] for key in sorted(found, key=file_order)}
 
 
-def _places(tensor: CheckpointTensor) -> Iterator[tuple[str, int, SourceRows]]:
-    """(GGUF name, expert, rows) for each GGUF matrix that a stored tensor holds; expert -1 for no stack."""
-    whole = SourceRows(tensor, 0, tensor.n_elements // tensor.shape[-1])
-    if tensor.name in _WHOLE:
-        yield _WHOLE[tensor.name], -1, whole
+def _places(name: str, stored: StoredMatrix) -> Iterator[tuple[MatrixKey, StoredMatrix]]:
+    """Each GGUF matrix that a stored tensor holds."""
+    if name in _WHOLE:
+        yield MatrixKey(_WHOLE[name]), stored
         return
-    match = _LAYER_NAME.fullmatch(tensor.name)
+    match = _LAYER_NAME.fullmatch(name)
     inner = match[2].replace("block_sparse_moe.", "mlp.") if match else ""
     block = f"blk.{match[1]}." if match else ""
     stem, _, suffix = inner.rpartition(".")
     if stem in _IN_LAYER and suffix in ("weight", "bias"):
-        yield f"{block}{_IN_LAYER[stem]}.{suffix}", -1, whole
+        yield MatrixKey(f"{block}{_IN_LAYER[stem]}.{suffix}"), stored
     elif expert := _EXPERT_NAME.fullmatch(inner):
-        yield f"{block}{_EXPERT[expert[2]]}_exps.weight", int(expert[1]), whole
-    elif inner in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") and len(tensor.shape) == 3:
-        yield from _stacked_places(block, inner, tensor)
+        yield MatrixKey(f"{block}{_EXPERT[expert[2]]}_exps.weight", int(expert[1])), stored
+    elif inner in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") and len(stored.shape) == 3:
+        yield from _stacked_places(block, inner, stored)
     else:
-        raise UnsupportedModelError(tensor.path, f"tensor {tensor.name} has no place in this architecture.")
+        raise UnsupportedModelError(stored.rows.path, f"tensor {name} has no place in this architecture.")
 
 
-def _stacked_places(block: str, inner: str, tensor: CheckpointTensor) -> Iterator[tuple[str, int, SourceRows]]:
+def _stacked_places(block: str, inner: str, stored: StoredMatrix) -> Iterator[tuple[MatrixKey, StoredMatrix]]:
     """The layout of newer transformers: all experts in one tensor, gate above up."""
-    n_expert, n_rows, _ = tensor.shape
+    n_expert, n_rows, n_per_row = stored.shape
     names = ("ffn_gate", "ffn_up") if inner.endswith("gate_up_proj") else ("ffn_down",)
     n_each = n_rows // len(names)
     for expert in range(n_expert):
         for index, name in enumerate(names):
-            yield f"{block}{name}_exps.weight", expert, SourceRows(tensor, expert * n_rows + index * n_each, n_each)
+            rows = PartRows(stored.rows, expert * n_rows + index * n_each, n_each)
+            yield MatrixKey(f"{block}{name}_exps.weight", expert), StoredMatrix((n_each, n_per_row), rows)
 
 
-def _target(checkpoint: Checkpoint, spec: ModelSpec, name: str, by_expert: dict[int, SourceRows]) -> TargetTensor:
-    first = next(iter(by_expert.values()))
-    n_per_row = first.tensor.shape[-1]
-    rotated = spec.n_embd_head if ".attn_q." in name or ".attn_k." in name else 0
-    if -1 in by_expert:
-        shape = first.tensor.shape
-        return TargetTensor(name, shape[::-1], (first,), rotated)
-    for expert in range(spec.n_expert):
-        if expert not in by_expert:
-            raise ModelFileError(checkpoint.path, f"expert {expert} of {name} is missing.", _AGAIN)
-        rows = by_expert[expert]
-        if (rows.n_rows, rows.tensor.shape[-1]) != (first.n_rows, n_per_row):
-            raise ModelFileError(rows.tensor.path, f"tensor {rows.tensor.name} differs in shape from its like.", _AGAIN)
-    sources = tuple(by_expert[expert] for expert in sorted(by_expert))
-    return TargetTensor(name, (n_per_row, first.n_rows, len(sources)), sources)
+def _check_experts(checkpoint: Checkpoint, spec: ModelSpec, found: Mapping[MatrixKey, StoredMatrix]) -> None:
+    """Stacks have all experts, of one shape; how many there may be at most is for `check_tensors`."""
+    for key, matrix in found.items():
+        if key.expert < 0:
+            continue
+        for expert in range(spec.n_expert):
+            if MatrixKey(key.name, expert) not in found:
+                raise ModelFileError(checkpoint.path, f"expert {expert} of {key.name} is missing.", _AGAIN)
+        if matrix.shape != found[MatrixKey(key.name, 0)].shape:
+            rows: StoredRows = matrix.rows
+            raise ModelFileError(rows.path, f"tensor {rows.name} differs in shape from its like.", _AGAIN)
 
 
 _ROLE_ORDER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate_inp")
 
 
-def _file_order(name: str) -> tuple[int, int, str]:
+def file_order(key: MatrixKey) -> tuple[int, int, str, int]:
     """Blocks in order, and in a block the order of use, so that reading follows the computation."""
-    parts = name.split(".")
+    parts = key.name.split(".")
     if parts[0] != "blk":
-        return (-1 if parts[0] in ("token_embd", "rope_freqs") else 1 << 30), 0, name
+        return (-1 if parts[0] in ("token_embd", "rope_freqs") else 1 << 30), 0, key.name, key.expert
     rank = _ROLE_ORDER.index(parts[2]) if parts[2] in _ROLE_ORDER else len(_ROLE_ORDER)
-    return int(parts[1]), rank, name
+    return int(parts[1]), rank, key.name, key.expert

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.source_digest import add_samples
 from offload.errors import ModelFileError, UnsupportedModelError
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes that are read, and bytes per value."""
+"""The dtypes of weights, and bytes per value."""
+_PACKED_BYTES = {"U8": 1, "I8": 1}
+"""Further ones that hold quantised weights."""
+_BITSANDBYTES = "bitsandbytes"
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000
@@ -38,10 +42,20 @@ class CheckpointTensor:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.n_elements * (DTYPE_BYTES | _PACKED_BYTES)[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its values are the weights themselves."""
+        return self.dtype in DTYPE_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory's configuration and tensors; `source_hash` covers config.json and all headers."""
+    """A directory's configuration and tensors; `source_hash` covers config.json, all headers and some weights."""
 
     path: Path
     config: dict[str, Any]
@@ -52,7 +66,8 @@ class Checkpoint:
     def open(cls, path: Path) -> "Checkpoint":
         """Reads config.json and the safetensors headers.
 
-        Raises ModelFileError for a directory that is no checkpoint, a missing shard or tensor, and a damaged file.
+        Raises ModelFileError for a directory that is no checkpoint, a missing shard or tensor, and a damaged file,
+        UnsupportedModelError for weights in a form that is not read.
         """
         if not path.is_dir():
             problem = "this is a file, not a checkpoint directory." if path.exists() else "there is no such directory."
@@ -61,17 +76,34 @@ class Checkpoint:
         if not config_path.is_file():
             raise ModelFileError(path, "this directory is no checkpoint: it has no config.json.")
         config = read_json(config_path)
+        dtypes = _dtypes(config_path, config)
         digest = hashlib.sha256(config_path.read_bytes())
         tensors: dict[str, CheckpointTensor] = {}
         owners = _weight_map(path)
         for shard in sorted(set(owners.values())) if owners else [_SINGLE]:
-            header, found = _read_shard(path / shard)
+            header, found = _read_shard(path / shard, dtypes)
             digest.update(header)
             tensors |= {tensor.name: tensor for tensor in found}
         for name, shard in owners.items():
             if name not in tensors:
                 raise ModelFileError(path / shard, f"tensor {name} is missing, the index says it is here.", _AGAIN)
+        add_samples(digest, ((tensor.path, tensor.offset, tensor.n_bytes) for tensor in tensors.values()))
         return cls(path, config, tensors, digest.hexdigest())
+
+
+def _dtypes(path: Path, config: dict[str, Any]) -> dict[str, int]:
+    """What tensors may be stored as, and bytes per value; refuses quantisation that is not read."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return DTYPE_BYTES
+    if not isinstance(settings, dict):
+        raise ModelFileError(path, "quantization_config is no object.", _AGAIN)
+    is_old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = settings.get("quant_method", _BITSANDBYTES if is_old else None)
+    if method != _BITSANDBYTES:
+        problem = f"the weights are quantised by {method or 'an unnamed method'}; only {_BITSANDBYTES} is read."
+        raise UnsupportedModelError(path.parent, problem, "Use the checkpoint before it was quantised.")
+    return DTYPE_BYTES | _PACKED_BYTES
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,7 +135,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     raise ModelFileError(path, f"this directory holds no weights ({_SINGLE} or {_INDEX}).")
 
 
-def _read_shard(path: Path) -> tuple[bytes, list[CheckpointTensor]]:
+def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[CheckpointTensor]]:
     try:
         with path.open("rb") as file:
             n_file = os.fstat(file.fileno()).st_size
@@ -119,10 +151,12 @@ def _read_shard(path: Path) -> tuple[bytes, list[CheckpointTensor]]:
     if not isinstance(header, dict):
         raise ModelFileError(path, "the safetensors header is damaged.", _AGAIN)
     header.pop("__metadata__", None)
-    return raw, [_tensor(path, 8 + n_header, n_file, name, entry) for name, entry in header.items()]
+    return raw, [_tensor(path, 8 + n_header, n_file, dtypes, name, entry) for name, entry in header.items()]
 
 
-def _tensor(path: Path, data_begin: int, n_file: int, name: str, entry: Any) -> CheckpointTensor:
+def _tensor(
+    path: Path, data_begin: int, n_file: int, dtypes: dict[str, int], name: str, entry: Any
+) -> CheckpointTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sound = isinstance(begin, int) and isinstance(end, int) and all(isinstance(n, int) and n > 0 for n in shape)
@@ -130,10 +164,10 @@ def _tensor(path: Path, data_begin: int, n_file: int, name: str, entry: Any) -> 
         sound = False
     if not sound:
         raise ModelFileError(path, f"the header's entry for tensor {name} is damaged.", _AGAIN)
-    if dtype not in DTYPE_BYTES:
-        problem = f"tensor {name} is stored as {dtype}; {', '.join(DTYPE_BYTES)} are read."
+    if dtype not in dtypes:
+        problem = f"tensor {name} is stored as {dtype}; {', '.join(dtypes)} are read."
         raise UnsupportedModelError(path, problem, "Use the checkpoint before it was quantised.")
-    if begin < 0 or end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if begin < 0 or end - begin != math.prod(shape) * dtypes[dtype]:
         raise ModelFileError(path, f"the header's entry for tensor {name} is damaged.", _AGAIN)
     if data_begin + end > n_file:
         problem = f"the file is truncated: tensor {name} ends at byte {data_begin + end}, the file at {n_file}."

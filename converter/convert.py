@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint directory into a GGUF file: the room's front door."""
+"""Converts a Hugging Face checkpoint directory or a GGUF file into a GGUF file: the room's front door."""
 
 import os
 import sys
@@ -15,8 +15,9 @@ __all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What to convert: the checkpoint directory, the file to write, the recipe's name; 0 threads means one a core.
+    """What to convert: the checkpoint directory or GGUF file, the file to write, the recipe's name.
 
+    0 threads means one a core.
     `pair`, if any, is in place of `type`: the recipes "HIGH,LOW" of a native file's two copies of every expert.
     """
 
@@ -30,7 +31,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What was written: path, bytes, seconds it took, number of tensors, and tensor bytes by type."""
+    """What was written: path, bytes, seconds it took, number of tensors, tensor bytes by type.
+
+    `n_copied_bytes` of these were taken over from a GGUF file as they were.
+    """
 
     path: Path
     recipe: str
@@ -38,6 +42,7 @@ class ConvertReport:
     seconds: float
     n_tensors: int
     bytes_by_type: dict[str, int]
+    n_copied_bytes: int = 0
 
 
 def plan(options: ConvertOptions) -> ConvertPlan:
@@ -73,6 +78,7 @@ def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progre
         seconds=time.monotonic() - begin,
         n_tensors=len(planned.tensors),
         bytes_by_type=planned.bytes_by_type,
+        n_copied_bytes=planned.n_copied_bytes,
     )
 
 

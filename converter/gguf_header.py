@@ -14,7 +14,7 @@ from offload.gguf_file import DEFAULT_ALIGNMENT, MAGIC, Value
 ALIGNMENT_KEY = "general.alignment"
 _VERSION = 3
 _START_BYTES = 24
-_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,12 @@ def _array(values: list[Value]) -> bytes:
 
 
 def _kind(value: Value) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 32:
+        return _U64 if value > 0 else _I64
     return {bool: _BOOL, int: _U32, float: _F32, str: _STRING}[type(value)]
 
 
 def _scalar(kind: int, value: Value) -> bytes:
     if kind == _STRING:
         return _string(value)
-    return struct.pack({_U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?"}[kind], value)
+    return struct.pack({_U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?", _U64: "<Q", _I64: "<q"}[kind], value)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoint import DTYPE_BYTES, Checkpoint
+from converter.bnb import type_sizes
+from converter.checkpoint import Checkpoint
 from offload import file_keys as keys
 from offload.gguf_file import GGUFFile, TensorInfo, Value, read_gguf
 from offload.model_spec import NATIVE, ModelSpec
@@ -182,10 +183,7 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
     config = checkpoint.config
-    tensors = (
-        (_kind_of(t.name), t.dtype, t.n_elements, t.n_elements * DTYPE_BYTES[t.dtype])
-        for t in checkpoint.tensors.values()
-    )
+    tensors = ((_kind_of(name), kind, n, n_bytes) for name, kind, n, n_bytes in type_sizes(checkpoint))
     files = {tensor.path for tensor in checkpoint.tensors.values()}
     return Inventory(
         path=checkpoint.path,

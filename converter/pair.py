@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from converter.architecture import TargetTensor
+from converter.stored_model import StockTensor
 from converter.type_recipe import TypeRecipe, find_recipe
 from offload.errors import UsageError
 from offload.model_spec import NATIVE, ModelSpec
@@ -35,11 +35,11 @@ def pair_layout(spec: ModelSpec) -> NativeLayout:
     return NativeLayout((layer,) * spec.n_layer)
 
 
-def pair_targets(targets: Iterable[TargetTensor], pair: Pair) -> list[tuple[TargetTensor, TypeRecipe]]:
+def pair_targets(targets: Iterable[StockTensor], pair: Pair) -> list[tuple[StockTensor, TypeRecipe]]:
     """Every tensor of the native file and the recipe that decides its type; a layer's low copies come last."""
     high, low = pair
-    result: list[tuple[TargetTensor, TypeRecipe]] = []
-    lows: list[tuple[TargetTensor, TypeRecipe]] = []
+    result: list[tuple[StockTensor, TypeRecipe]] = []
+    lows: list[tuple[StockTensor, TypeRecipe]] = []
     for target in targets:
         if "_exps." not in target.name:
             result += [*lows, (target, high)]

@@ -1,26 +1,29 @@
 """Decides everything about a conversion before a byte is written: each tensor's type and place, the exact size."""
 
 import math
-import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.utility import size_label
 
-from converter.architecture import TargetTensor, model_spec, target_tensors
-from converter.checkpoint import Checkpoint
 from converter.gguf_header import ALIGNMENT_KEY, HeaderTensor, alignment_of, pack_header, padded
+from converter.model_source import expert_key
+from converter.open_source import open_source
 from converter.pair import find_pair, pair_layout, pair_spec, pair_targets
+from converter.stored_model import StockTensor, StoredModel, stock_tensors
+from converter.stored_rows import StoredRows
 from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
-from converter.vocabulary import tokenizer_metadata
 from offload import file_keys as keys
-from offload.errors import ModelFileError, UnsupportedModelError, UsageError
+from offload.errors import UnsupportedModelError, UsageError
 from offload.gguf_file import GGUFFile, TensorInfo, Value
-from offload.model_spec import ModelSpec, check_tensors
+from offload.model_spec import NATIVE, ModelSpec
 from offload.native_format import ALIGNMENT, layout_metadata, read_layout
+
+STOCK = "llama"
+"""The architecture that an unmodified llama.cpp runs."""
 
 _QUANTIZATION_VERSION = 2
 _ALWAYS_F32 = ("ffn_gate_inp", "attn_norm", "ffn_norm", "output_norm", "rope_freqs")
@@ -30,10 +33,19 @@ _ALWAYS_F32 = ("ffn_gate_inp", "attn_norm", "ffn_norm", "output_norm", "rope_fre
 class TensorPlan:
     """One tensor of the file: what it is made of, its type, and its bytes from `offset` (of the file) on."""
 
-    target: TargetTensor
+    target: StockTensor
     type: GGMLQuantizationType
     offset: int
     n_bytes: int
+
+    def is_copied(self, rows: StoredRows) -> bool:
+        """Whether such rows of it are taken over byte for byte: they are blocks of its type already."""
+        return rows.blocks is not None and rows.blocks.type is self.type
+
+    @property
+    def n_copied_bytes(self) -> int:
+        """Bytes of it that are taken over."""
+        return sum(rows.blocks.n_bytes for rows in self.target.sources if rows.blocks and self.is_copied(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +67,24 @@ class ConvertPlan:
             counts[tensor.type.name] += tensor.n_bytes
         return dict(counts.most_common())
 
+    @property
+    def n_copied_bytes(self) -> int:
+        """Tensor bytes that are taken over as they are in the source."""
+        return sum(tensor.n_copied_bytes for tensor in self.tensors)
+
 
 def plan_conversion(source: Path, type_name: str) -> ConvertPlan:
-    """Plans the conversion of the checkpoint directory `source` with the recipe `type_name`.
+    """Plans the conversion of the checkpoint directory or GGUF file `source` with the recipe `type_name`.
 
-    Raises UsageError for an unknown type, and ModelFileError or UnsupportedModelError for whatever is wrong with
-    the checkpoint, or does not fit the type.
+    Raises UsageError for an unknown type, LibraryError where bitsandbytes is needed and absent, and ModelFileError or
+    UnsupportedModelError for whatever is wrong with the source, or does not fit the type.
     """
     recipe = find_recipe(type_name)
-    model = _open(source)
-    metadata = _metadata(model, model.spec, recipe, recipe.name)
-    return _placed(model, recipe.name, model.spec, metadata, [(target, recipe) for target in model.targets])
+    model = open_source(source)
+    spec = stock_spec(model)
+    targets = stock_tensors(model.matrices)
+    metadata = _metadata(model, spec, targets, recipe) | {keys.RECIPE: recipe.name}
+    return _placed(model, recipe.name, spec, metadata, [(target, recipe) for target in targets])
 
 
 def plan_pair(source: Path, names: str) -> ConvertPlan:
@@ -75,19 +94,34 @@ def plan_pair(source: Path, names: str) -> ConvertPlan:
     copies would not be smaller.
     """
     pair = find_pair(names)
-    model = _open(source)
+    model = open_source(source)
     if not model.spec.n_expert:
         raise UnsupportedModelError(source, "the model has no experts to store twice.", "Convert it with --type.")
     recipe = ",".join(one.name for one in pair)
-    spec = pair_spec(model.spec)
-    metadata = _metadata(model, spec, pair[0], recipe) | {ALIGNMENT_KEY: ALIGNMENT}
+    targets = stock_tensors(model.matrices)
+    spec = pair_spec(stock_spec(model))
+    metadata = _metadata(model, spec, targets, pair[0]) | {keys.RECIPE: recipe, ALIGNMENT_KEY: ALIGNMENT}
     metadata |= layout_metadata(pair_layout(spec))
-    planned = _placed(model, recipe, spec, metadata, pair_targets(model.targets, pair))
+    planned = _placed(model, recipe, spec, metadata, pair_targets(targets, pair))
     _check_pair(planned)
     infos = (TensorInfo(t.target.name, t.target.ne, t.type, 0, t.offset, t.n_bytes) for t in planned.tensors)
     file = GGUFFile((source,), metadata, {info.name: info for info in infos})
     read_layout(file, ModelSpec.from_gguf(file))
     return planned
+
+
+def stock_spec(model: StoredModel) -> ModelSpec:
+    """The sizes in a stock file; raises UnsupportedModelError for a native model that such a file cannot hold."""
+    spec = model.spec
+    if spec.architecture != NATIVE:
+        return spec
+    for index, layer in enumerate(model.layers):
+        widths = {model.shapes[expert_key(index, "up", expert)][0] for expert in range(layer.n_stored)}
+        rows = tuple(range(spec.n_expert))
+        if not layer.has_attention or widths != {spec.n_ff} or (layer.target, layer.n_stored) != (rows, len(rows)):
+            problem = f"layer {index} is slimmed in a way that a stock file cannot hold."
+            raise UnsupportedModelError(model.path, problem, "Convert the model that this one was made of.")
+    return replace(spec, architecture=STOCK, experts=replace(spec.experts, layers=()))
 
 
 def _check_pair(planned: ConvertPlan) -> None:
@@ -101,42 +135,16 @@ def _check_pair(planned: ConvertPlan) -> None:
             raise UsageError(f"{problem} Name the better type first, and a smaller one second.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A checkpoint, its sizes, and the stock tensors that it makes."""
-
-    checkpoint: Checkpoint
-    spec: ModelSpec
-    targets: list[TargetTensor]
-
-    @property
-    def is_tied(self) -> bool:
-        return all(target.name != "output.weight" for target in self.targets)
-
-
-def _open(source: Path) -> _Model:
-    checkpoint = Checkpoint.open(source)
-    spec = model_spec(checkpoint)
-    targets = target_tensors(checkpoint, spec)
-    _check_shapes(checkpoint, spec, targets)
-    return _Model(checkpoint, spec, targets)
-
-
-def _metadata(model: _Model, spec: ModelSpec, recipe: TypeRecipe, recipe_name: str) -> dict[str, Value]:
-    metadata = _general(model.checkpoint, spec, recipe, model.targets) | {keys.RECIPE: recipe_name}
-    return metadata | spec.metadata() | tokenizer_metadata(model.checkpoint, spec.n_vocab)
-
-
 def _placed(
-    model: _Model,
+    model: StoredModel,
     recipe: str,
     spec: ModelSpec,
     metadata: dict[str, Value],
-    targets: list[tuple[TargetTensor, TypeRecipe]],
+    targets: list[tuple[StockTensor, TypeRecipe]],
 ) -> ConvertPlan:
     entries, sizes, offset = [], [], 0
     for target, one in targets:
-        kind = _type(model.checkpoint.path, one, spec, target, tied=model.is_tied)
+        kind = _type(model.path, one, spec, target, tied=model.is_tied)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         entries.append(HeaderTensor(target.name, target.ne, kind, offset))
         sizes.append(math.prod(target.ne) // block * block_bytes)
@@ -146,19 +154,11 @@ def _placed(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
         for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)
     )
-    return ConvertPlan(model.checkpoint.path, recipe, spec, header, tensors, len(header) + offset)
-
-
-def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, targets: list[TargetTensor]) -> None:
-    f32 = GGMLQuantizationType.F32
-    infos = {t.name: TensorInfo(t.name, t.ne, f32, 0, 0, 4 * math.prod(t.ne)) for t in targets}
-    check_tensors(GGUFFile((checkpoint.path,), {}, infos), spec)
-    if not checkpoint.config.get("tie_word_embeddings") and "output.weight" not in infos:
-        raise ModelFileError(checkpoint.path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
+    return ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
 
 
 def _type(
-    source: Path, recipe: TypeRecipe, spec: ModelSpec, target: TargetTensor, *, tied: bool
+    source: Path, recipe: TypeRecipe, spec: ModelSpec, target: StockTensor, *, tied: bool
 ) -> GGMLQuantizationType:
     n_per_row = target.ne[0]
     if len(target.ne) == 1 or any(part in _ALWAYS_F32 for part in target.name.split(".")):
@@ -181,32 +181,16 @@ def _suggestions(spec: ModelSpec) -> list[str]:
     return fitting_types(math.gcd(spec.n_embd, spec.n_ff, spec.n_head * spec.n_embd_head))[-3:]
 
 
-def _general(
-    checkpoint: Checkpoint, spec: ModelSpec, recipe: TypeRecipe, targets: list[TargetTensor]
-) -> dict[str, Value]:
+def _metadata(model: StoredModel, spec: ModelSpec, targets: list[StockTensor], recipe: TypeRecipe) -> dict[str, Value]:
     n_all = sum(math.prod(target.ne) for target in targets)
     n_experts = sum(math.prod(target.ne) for target in targets if "_exps." in target.name)
     per_expert = n_experts // spec.n_expert if spec.n_expert else 0
-    values: dict[str, Value] = {
+    general: dict[str, Value] = {
         "general.architecture": spec.architecture,
-        "general.type": "model",
-        "general.name": checkpoint.path.resolve().name,
         "general.size_label": size_label(n_all, n_all - n_experts, per_expert, spec.n_expert),
         "general.file_type": int(recipe.file_type),
         "general.quantization_version": _QUANTIZATION_VERSION,
         keys.SLIMOE_VERSION: version("slimoe"),
-        keys.SOURCE_HASH: checkpoint.source_hash,
+        keys.SOURCE_HASH: model.source_hash,
     }
-    licence = _licence(checkpoint.path)
-    return values | ({"general.license": licence} if licence else {})
-
-
-def _licence(path: Path) -> str | None:
-    """The licence that a model card names in its front matter."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    with card.open("rb") as file:
-        head = file.read(4096).decode("utf-8", "replace")
-    match = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n", head)
-    return match[1] if match else None
+    return general | spec.metadata() | dict(model.metadata)

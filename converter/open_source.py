@@ -1,0 +1,34 @@
+"""Opens whatever holds a model: a checkpoint directory or a GGUF file."""
+
+from pathlib import Path
+
+from converter.checkpoint_source import checkpoint_source
+from converter.gguf_source import gguf_source
+from converter.stored_model import StoredModel
+from offload.errors import ModelFileError
+from offload.gguf_file import MAGIC
+
+_NAME_ONE = "Name the directory of a Hugging Face checkpoint, or a .gguf file."
+
+
+def open_source(path: Path) -> StoredModel:
+    """The model at `path`, a ModelSource.
+
+    Raises ModelFileError for what is no model or is damaged, UnsupportedModelError for one that is not read, and
+    LibraryError where bitsandbytes is needed and absent.
+    """
+    if path.is_dir():
+        return checkpoint_source(path)
+    if not path.exists():
+        raise ModelFileError(path, "there is no such directory or file.", _NAME_ONE)
+    if path.is_file() and _first_bytes(path) != MAGIC:
+        raise ModelFileError(path, "this is neither a checkpoint directory nor a GGUF file.", _NAME_ONE)
+    return gguf_source(path)
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None

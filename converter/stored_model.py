@@ -1,0 +1,72 @@
+"""A model whose matrices lie in files: what all checkpoints and files have in common once their parts are found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.model_source import Blocks, MatrixKey, SourceLayer
+from converter.stored_rows import StoredMatrix, StoredRows
+from offload.errors import ModelFileError
+from offload.gguf_file import Value
+from offload.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A ModelSource, and for converters the rows behind each matrix."""
+
+    path: Path
+    spec: ModelSpec
+    source_hash: str
+    metadata: Mapping[str, Value]
+    layers: Sequence[SourceLayer]
+    matrices: Mapping[MatrixKey, StoredMatrix]
+    shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", {key: matrix.shape for key, matrix in self.matrices.items()})
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the token table is the output matrix too."""
+        return MatrixKey("output.weight") not in self.matrices
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        """The values of a matrix; raises ModelFileError, also for NaN and infinity."""
+        matrix = self.matrices[key]
+        values = matrix.rows.read(0, matrix.rows.n_rows)
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            problem = f"tensor {matrix.rows.name} holds NaN or infinity; the checkpoint is damaged."
+            raise ModelFileError(matrix.rows.path, problem)
+        return values.reshape(matrix.shape)
+
+    def blocks(self, key: MatrixKey) -> Blocks | None:
+        """Where the matrix lies in ggml's own blocks, if it does."""
+        return self.matrices[key].rows.blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StockTensor:
+    """A tensor of a stock GGUF file, of shape `ne` (ggml's order), and whose rows it is made of, in order."""
+
+    name: str
+    ne: tuple[int, ...]
+    sources: tuple[StoredRows, ...]
+
+
+def stock_tensors(matrices: Mapping[MatrixKey, StoredMatrix]) -> list[StockTensor]:
+    """What matrices make in their order, experts of one shape stacked in theirs."""
+    stacks: dict[str, list[StoredMatrix]] = {}
+    for key, matrix in matrices.items():
+        stacks.setdefault(key.name, []).append(matrix)
+    return [
+        StockTensor(
+            name,
+            (*stack[0].shape[::-1], len(stack)) if MatrixKey(name) not in matrices else stack[0].shape[::-1],
+            tuple(matrix.rows for matrix in stack),
+        )
+        for name, stack in stacks.items()
+    ]
