@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import NoReturn
 
+from gguf import GGML_QUANT_SIZES
+
 from converter.model_source import ModelSource
 from converter.slim_layer import matrix_width
-from converter.slim_plan import LayerPlan, SlimPlan
+from converter.slim_plan import LayerPlan, SlimPlan, Types
 from offload.errors import UnsupportedModelError
 
 _NATIVE = "Write the native format, which can."
@@ -27,6 +29,13 @@ def check_plan(source: ModelSource, plan: SlimPlan) -> None:
         assert all(-len(_novices(layer)) <= target < len(layer.experts) for target in layer.target)
         assert len(layer.target) == len(layer.rows)
         check.layer(layer)
+        assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
+
+
+def _bits(types: Types) -> float:
+    """Bits per weight, of the three matrices together, which are of one size."""
+    sizes = (GGML_QUANT_SIZES[kind] for kind in types)
+    return float(sum(8 * n_bytes / n for n, n_bytes in sizes))
 
 
 def _novices(layer: LayerPlan) -> range:
@@ -43,6 +52,10 @@ class _Check:
         n_used, n_kept = self.source.spec.n_expert_used, len(set(layer.target))
         if layer.rows and n_kept < n_used:
             self.refuse(layer, f"would keep {n_kept} experts, but {n_used} are used per token", "Keep as many.")
+        for number, expert in enumerate(layer.experts):
+            if expert.low_types and _bits(expert.low_types) >= _bits(expert.types):
+                problem = f"would have a second copy of expert {number} that is not smaller than the first"
+                self.refuse(layer, problem, "Choose a smaller type for it.")
 
     def refuse(self, layer: LayerPlan, problem: str, hint: str) -> NoReturn:
         raise UnsupportedModelError(self.source.path, f"layer {layer.block} {problem}.", hint)

@@ -64,7 +64,7 @@ class RandomPlans:
         return SlimPlan("native", tuple(layers), self._type(), None if tied else self._type(), "random")
 
     def _type(self) -> Type:
-        return self.types[self.rng.integers(len(self.types))]
+        return self.types[int(self.rng.integers(len(self.types)))]
 
     def _types(self) -> Types:
         return self._type(), self._type(), self._type()
@@ -101,6 +101,7 @@ class RandomPlans:
         if self._chance(0.3):
             n_kept = int(self.rng.integers(1, spec.n_ff // self.multiple)) * self.multiple
             kept = np.sort(self.rng.permutation(spec.n_ff)[:n_kept])
-            down = self.rng.standard_normal((spec.n_embd, n_kept), np.float32) / 8 if self._chance(0.5) else None
-            plan = replace(plan, kept=kept, down=down)
+            plan = replace(plan, kept=kept)
+            if self._chance(0.5):
+                plan = replace(plan, down=self.rng.standard_normal((spec.n_embd, n_kept), np.float32) / np.float32(8))
         return plan
