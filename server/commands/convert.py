@@ -1,4 +1,4 @@
-"""`slimoe convert`: a Hugging Face checkpoint to a GGUF file."""
+"""`slimoe convert`: a Hugging Face checkpoint or a GGUF file to a GGUF file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,11 +35,12 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert the Hugging Face checkpoint directory SRC to the GGUF file DST.
+    """Convert the Hugging Face checkpoint directory or GGUF file SRC to the GGUF file DST.
 
-    SRC holds config.json, safetensors in BF16, F16 or F32, and a tokenizer of a Mixtral, Mistral or Llama model. The
-    file loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes of
-    both. DST appears under its name only when it is whole.
+    A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer of a
+    Mixtral, Mistral or Llama model. Of a GGUF file, tensors that have the right type already are copied byte for byte.
+    The result loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes
+    of both. DST appears under its name only when it is whole.
     """
     if pair and ctx.get_parameter_source("type_name") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--pair names the types of everything. Leave --type out.")
@@ -48,7 +49,15 @@ def command(
     _announce(planned, target)
     if dry_run:
         _report(
-            ConvertReport(target, planned.recipe, planned.n_bytes, 0.0, len(planned.tensors), planned.bytes_by_type),
+            ConvertReport(
+                target,
+                planned.recipe,
+                planned.n_bytes,
+                0.0,
+                len(planned.tensors),
+                planned.bytes_by_type,
+                planned.n_copied_bytes,
+            ),
             as_json,
         )
         return
@@ -63,7 +72,8 @@ command.epilog = "Types: " + " ".join(RECIPES) + "."
 
 def _announce(planned: ConvertPlan, target: Path) -> None:
     parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in planned.bytes_by_type.items())
-    click.echo(f"{target}: {planned.n_bytes:,} bytes will be written, {planned.recipe} ({parts})", err=True)
+    copied = f", {planned.n_copied_bytes:,} of them copied" if planned.n_copied_bytes else ""
+    click.echo(f"{target}: {planned.n_bytes:,} bytes will be written{copied}, {planned.recipe} ({parts})", err=True)
 
 
 def _report(report: ConvertReport, as_json: bool) -> None:
@@ -76,6 +86,7 @@ def _report(report: ConvertReport, as_json: bool) -> None:
         "n_tensors": report.n_tensors,
         "seconds": round(report.seconds, 3),
         "bytes_by_type": report.bytes_by_type,
+        "n_copied_bytes": report.n_copied_bytes,
     }
     click.echo(msgspec.json.encode(fields))
 
