@@ -8,12 +8,12 @@ from typing import Protocol
 
 import psutil
 
+from offload.byte_size import parse_bytes
 from offload.errors import UsageError
 from offload.memory import LEAST_FREE_BYTES, LEFT_FREE_BYTES, holdable_bytes, human, memory_limit_bytes
 
 AUTO = "auto"
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
-_POWERS = {letter: power for power, letter in enumerate("kmgt", start=1)}
+_SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
 _LARGEST_DEVICE_MARGIN = 1 << 30
 
 
@@ -52,21 +52,20 @@ class Budget:
 def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
     """The bytes that a person wrote, None for auto.
 
-    Units are KiB, MiB, GiB and TiB or just K, M, G and T for powers of 1024, KB, MB, GB and TB for powers of 1000, B or
-    none for bytes, and % for a share of `total`. Raises UsageError, which names `flag`.
+    Units are those of `parse_bytes`, and % for a share of `total`. Raises UsageError, which names `flag`.
     """
     if text.strip().lower() == AUTO:
         return None
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{flag} is {text!r}, which is no size. Write one like 8GiB, 500MB or 50%, or auto.")
-    number, unit = Decimal(match[1]), match[2].lower()
-    if unit == "%":
-        if number > 100:
+    share = _SHARE.fullmatch(text.strip())
+    if share is not None:
+        percent = Decimal(share[1])
+        if percent > 100:
             raise UsageError(f"{flag} is {text}, more than there is. Write at most 100%, or a size like 8GiB.")
-        return int(number * total / 100)
-    step = 1000 if len(unit) == 2 and unit.endswith("b") else 1024
-    return int(number * step ** _POWERS.get(unit[:1], 0))
+        return int(percent * total / 100)
+    size = parse_bytes(text)
+    if size is None:
+        raise UsageError(f"{flag} is {text!r}, which is no size. Write one like 8GiB, 500MB or 50%, or auto.")
+    return size
 
 
 def decide_budget(
