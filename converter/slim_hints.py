@@ -1,0 +1,51 @@
+"""What a native file tells the engine of its experts: use, cost of each copy, thresholds of the lossy modes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from converter.methods.expert_drop import Survivors
+from converter.methods.layer_hints import SkipRules, hints_for
+from converter.methods.sketch_policy import layer_sketch
+from converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
+from converter.model_source import ModelSource, expert_key
+from converter.slim_plan import LayerPlan, Types
+from converter.statistics import Statistics
+from converter.type_costs import TypeCosts
+
+_FIELDS = ("use", "share_square", "skip_error", "sensitivity", "skip_ratio", "low_share")
+
+
+def with_hints(source: ModelSource, statistics: Statistics, layer: LayerPlan, costs: TypeCosts | None) -> LayerPlan:
+    """The layer with what the engine's caches and lossy modes want to know; merged experts get none."""
+    one, target = statistics.layers[layer.block], source.layers[layer.block].target
+    if not layer.experts or one.outputs is None or one.router is None:
+        return layer
+    if any(len(expert.members) > 1 for expert in layer.experts) or any(expert < 0 for expert in target):
+        return layer
+    kept = tuple(expert.members[0] for expert in layer.experts)
+    gone = sorted({expert for expert in target if expert >= 0} - set(kept))
+    replaced = () if layer.novices is None else tuple(gone)
+    survivors = Survivors(kept, layer.rows, layer.target, replaced)
+    sketch = layer_sketch(one, target, source.spec.experts) if one.sketch is not None else None
+    rules = SkipRules(skip_ratio(one.router), low_share(gate_thresholds(statistics.layers)))
+    hints = hints_for(one, survivors, sketch, rules)
+    found = {name: getattr(hints, name) for name in _FIELDS}
+    values: dict[str, object] = {name: value for name, value in found.items() if value is not None}
+    if costs is not None:
+        values["error"] = tuple(
+            _copy_errors(layer.block, costs, expert.members[0], (expert.types, expert.low_types))
+            for expert in layer.experts
+        )
+    return replace(layer, hints=values)
+
+
+def _copy_errors(block: int, costs: TypeCosts, expert: int, copies: Sequence[Types | None]) -> tuple[float, ...]:
+    """Nats per token if all picks used a copy, for each copy."""
+    return tuple(
+        sum(
+            costs.of(expert_key(block, name, expert), kind) if kind.name in costs.types else 0.0
+            for name, kind in zip(("gate", "up", "down"), types, strict=True)
+        )
+        for types in copies
+        if types is not None
+    )
