@@ -3,10 +3,9 @@
 What is done of a pass lies beside its result until that is whole, so that an interrupted pass continues where it was.
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,16 +14,19 @@ import torch
 from torch import Tensor
 
 from converter.block import read_tensor, rms_norm
+from converter.calibration_text import CalibrationText
 from converter.input_sums import column_squares
 from converter.layer_observer import LayerFindings, LayerObserver, Samples
 from converter.model_source import MatrixKey, ModelSource
 from converter.partial_pass import PartialPass
 from converter.routing_sums import link
+from converter.sensitivity import measure_sensitivity
+from converter.sketch import spread_rows
 from converter.statistics import Int, LayerStatistics, Single, Statistics
 from converter.stream import Sequences, Stream
 
-Progress = Callable[[int, int], None]
-"""Called with (layers done, layers of the model)."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is done now, the steps of it that are done, and all of them."""
 
 _ROWS_AT_ONCE = 4096
 N_STREAMS = 4
@@ -32,23 +34,13 @@ N_STREAMS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationText:
-    """Sequences of token ids, and the name of each one's text."""
-
-    tokens: tuple[tuple[int, ...], ...]
-    domains: tuple[str, ...]
-
-    @property
-    def hash(self) -> str:
-        """A digest of all of it."""
-        return hashlib.sha256(json.dumps([self.tokens, self.domains]).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """How to learn: a torch device, threads of the quantiser, and beyond how many bytes streams lie on disk."""
+    """How to learn: what on samples; of how many tokens the sensitivity, 0 for none; a torch device; threads of the
+    quantiser; and beyond how many bytes streams lie on disk.
+    """
 
     samples: Samples = field(default_factory=Samples)
+    n_sensitivity: int = 16384
     device: str = "cpu"
     n_threads: int = 1
     max_state_bytes: int = 1 << 31
@@ -59,42 +51,82 @@ def calibrate(
     text: CalibrationText,
     settings: CalibrationSettings,
     partial: Path,
-    on_progress: Progress = lambda _done, _all: None,
+    on_progress: Progress = lambda _what, _done, _all: None,
 ) -> Statistics:
-    """Everything but the sensitivity, of texts that pass `source`; `partial` is a directory for what is done so far.
+    """Everything about texts that pass `source`; `partial` is a directory for what is done so far.
 
     A pass of the same texts and settings that was interrupted goes on from there; the caller deletes the directory when
-    it has saved the result. Raises ModelFileError for weights that give no numbers, DoesNotFitError when the disk is
-    too small for the streams.
+    it has saved the result. Raises ModelFileError or BadLogitsError for weights that give no numbers, DoesNotFitError
+    when the disk is too small for the streams.
     """
     begin = time.monotonic()
-    sequences = Sequences(text.tokens)
     kept = PartialPass(partial, {"source": source.source_hash, "text": text.hash, "samples": asdict(settings.samples)})
-    n_bytes = N_STREAMS * 4 * sequences.n_rows * source.spec.n_embd
-    directory = kept.path if n_bytes > settings.max_state_bytes else None
-    stream = Stream(source, sequences, settings.device, directory)
+    statistics = _pass(source, text, settings, kept, on_progress)
+    if settings.n_sensitivity:
+        statistics = _with_sensitivity(statistics, source, settings, kept, on_progress)
+    return replace(statistics, notes=_notes(statistics, settings, time.monotonic() - begin))
+
+
+def _pass(
+    source: ModelSource, text: CalibrationText, settings: CalibrationSettings, kept: PartialPass, on_progress: Progress
+) -> Statistics:
+    sequences, n_layer = Sequences(text.tokens), source.spec.n_layer
+    stream = Stream(source, sequences, settings.device, _directory(N_STREAMS, sequences, source, settings, kept))
     try:
         findings = kept.restore(stream.h)
         if not findings:
             stream.embed()
-        for layer in range(len(findings), source.spec.n_layer):
-            on_progress(layer, source.spec.n_layer)
+        for layer in range(len(findings), n_layer):
+            on_progress("layers", layer, n_layer)
             findings.append(_pass_layer(stream, layer, settings))
             kept.add(findings[-1], stream.h)
-        on_progress(source.spec.n_layer, source.spec.n_layer)
-        layers = link([one.statistics for one in findings], [one.foreseen for one in findings])
-        statistics = Statistics(
+        on_progress("layers", n_layer, n_layer)
+        return Statistics(
             source_hash=source.source_hash,
             text_hash=text.hash,
             tokens=text.tokens,
             domains=text.domains,
-            layers=tuple(layers),
+            layers=tuple(link([one.statistics for one in findings], [one.foreseen for one in findings])),
             output_input=_output_input(source, stream.h),
             token_count=_token_count(text, source),
         )
     finally:
         stream.close()
-    return replace(statistics, notes=_notes(statistics, settings, time.monotonic() - begin))
+
+
+def _directory(
+    n_streams: int, sequences: Sequences, source: ModelSource, settings: CalibrationSettings, kept: PartialPass
+) -> Path | None:
+    """Where so many streams are to lie; None for memory."""
+    n_bytes = n_streams * 4 * sequences.n_rows * source.spec.n_embd
+    return kept.path if n_bytes > settings.max_state_bytes else None
+
+
+def _with_sensitivity(
+    statistics: Statistics,
+    source: ModelSource,
+    settings: CalibrationSettings,
+    kept: PartialPass,
+    on_progress: Progress,
+) -> Statistics:
+    sequences = Sequences(_some(statistics.tokens, settings.n_sensitivity))
+    directory = _directory(source.spec.n_layer + 8, sequences, source, settings, kept)
+    found = measure_sensitivity(
+        source,
+        sequences,
+        device=settings.device,
+        directory=directory,
+        on_progress=lambda done, steps: on_progress("sensitivity", done, steps),
+    )
+    pairs = zip(statistics.layers, found.layers, strict=True)
+    layers = tuple(replace(layer, sensitivity=sensitivity) for layer, sensitivity in pairs)
+    return replace(statistics, layers=layers, output_gradient=found.output, token_gradient=found.token)
+
+
+def _some(tokens: Sequence[tuple[int, ...]], n_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Evenly spread sequences that have about so many tokens."""
+    share = min(1.0, n_tokens / sum(map(len, tokens)))
+    return tuple(tokens[row] for row in spread_rows(len(tokens), max(1, round(share * len(tokens)))))
 
 
 def _pass_layer(stream: Stream, layer: int, settings: CalibrationSettings) -> LayerFindings:
@@ -123,6 +155,7 @@ def _notes(statistics: Statistics, settings: CalibrationSettings, seconds: float
     return {
         "coverage": f"{seen} of {n_experts} experts were routed to",
         "device": settings.device,
+        "sensitivity": f"{settings.n_sensitivity} tokens",
         "samples": json.dumps(asdict(settings.samples)),
         "seconds": f"{seconds:.1f}",
         "torch": str(torch.__version__),

@@ -4,19 +4,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.model_source import ModelSource
+from converter.model_source import ModelSource, expert_key
 from converter.statistics import InputSums
 
 
 class InputTotals:
-    """Gathers one layer's `InputSums` in double precision."""
+    """Gathers one layer's `InputSums` in double precision; experts narrower than the widest end in zeros."""
 
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
         n_mixed = spec.n_head * spec.n_embd_head
         self._expert = np.zeros((of.n_stored, spec.n_embd))
-        self._hidden: NDArray[np.float64] | None = None
-        self._n_stored = of.n_stored
+        self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
+        self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
         self._attention, self._mixed = (np.zeros(n if of.has_attention else 0) for n in (spec.n_embd, n_mixed))
         self._router = np.zeros(spec.n_embd if of.target else 0)
 
@@ -31,20 +31,16 @@ class InputTotals:
 
     def add_expert(self, expert: int, x: Tensor, hidden: Tensor) -> None:
         """Inputs of an expert [n, n_embd], and of its down [n, n_ff]."""
-        if self._hidden is None:
-            self._hidden = np.zeros((self._n_stored, hidden.shape[-1]))
         self._expert[expert] += column_squares(x)
-        self._hidden[expert] += column_squares(hidden)
+        self._hidden[expert, : self._n_ff[expert]] += column_squares(hidden)
 
     def of_expert(self, expert: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What is known so far of the inputs of one expert, and of its down."""
-        assert self._hidden is not None
-        return self._expert[expert].astype(np.float32), self._hidden[expert].astype(np.float32)
+        return self._expert[expert].astype(np.float32), self._hidden[expert, : self._n_ff[expert]].astype(np.float32)
 
     def finish(self) -> InputSums:
         """The sums."""
-        hidden = np.zeros((self._n_stored, 0)) if self._hidden is None else self._hidden
-        sums = (self._expert, hidden, self._attention, self._mixed, self._router)
+        sums = (self._expert, self._hidden, self._attention, self._mixed, self._router)
         return InputSums(*(one.astype(np.float32) for one in sums))
 
 

@@ -22,12 +22,13 @@ from offload.errors import ModelFileError
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What is measured on a sample of tokens: errors of `types` on so many picks of each expert, none if empty, and the
-    sketch of so many tokens, none if 0.
+    """What is measured on a sample: errors of `types` on so many picks of each expert and so many rows of its matrices,
+    none if empty, and the sketch of so many tokens, none if 0.
     """
 
     types: tuple[str, ...] = DEFAULT_TYPES
     n_picks: int = 512
+    n_rows: int = 512
     n_sketch: int = 2048
 
 
@@ -119,7 +120,9 @@ class _ExpertObserver:
         self._foresight = Foresight(source, layer, n_rows, device)
         self.trace = TraceRows(n_rows, source.spec.n_expert_used)
         self.outputs = OutputTotals(n_stored, n_embd)
-        self._errors = TypeErrorTable(source, layer, samples.types, n_threads) if samples.types else None
+        self._errors: TypeErrorTable | None = None
+        if samples.types:
+            self._errors = TypeErrorTable(source, layer, samples.types, samples.n_rows, n_threads)
         self.sketch: SketchRows | None = None
         if samples.n_sketch:
             rows = spread_rows(n_rows, sketch_size(samples.n_sketch, n_rows, n_stored, n_embd))

@@ -1,7 +1,13 @@
-"""What ggml types would cost an expert: squared errors of its answers by requantised matrices, on a sample of picks."""
+"""What ggml types would cost an expert: squared errors of its answers by requantised matrices, on a sample.
+
+Quantisers of few bits take far longer than the pass itself, so of large matrices only some rows are tried: neurons of
+gate and up, outputs of down. A sum over all neurons is estimated from its square over the sampled ones, without bias,
+since how often a neuron and how often a pair of them is sampled is known.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,94 +15,89 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.block import Expert, Linear
+from converter.block import Expert
 from converter.model_source import ModelSource, expert_key
 from converter.quantize import BadWeightsError, dequantize_rows, quantize_rows
+from converter.sketch import spread_rows
 from offload.errors import ModelFileError, UsageError
 
 Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Of the columns of gate and up, and of those of down."""
 
-DEFAULT_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-_ROWS_AT_ONCE = 256
-_FLOATS = {"F32", "F16", "BF16"}
+_FEW_BITS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K")
+DEFAULT_TYPES = (*_FEW_BITS, "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_ROWS_AT_ONCE = 64
+_OF_ACTIVATIONS = ("Q8_1", "Q8_K")
 
 
 def type_by_name(name: str) -> GGMLQuantizationType:
     """A ggml type that quantises; raises UsageError with those that there are."""
-    known = {kind.name: kind for kind in GGML_QUANT_SIZES if _is_quantised(kind)}
+    known = {k.name: k for k, (block, _) in GGML_QUANT_SIZES.items() if block > 1 and k.name not in _OF_ACTIVATIONS}
     if name not in known:
         raise UsageError(f"{name!r} is no type that weights are quantised to. Choose from {', '.join(known)}.")
     return known[name]
 
 
-def _is_quantised(kind: GGMLQuantizationType) -> bool:
-    activations = {"Q8_K", "Q8_1"}
-    return GGML_QUANT_SIZES[kind][0] > 1 and kind.name not in activations
+@dataclass(frozen=True, slots=True)
+class _Picks:
+    """An expert's answers for some picks: products with sampled rows of gate and up [n, neurons], all activations
+    [n, n_ff], and each pick's share [n]. `down` and `reduced` are down's sampled rows, the latter of sampled neurons.
+    """
+
+    x: Tensor
+    shares: Tensor
+    gate: Tensor
+    up: Tensor
+    hidden: Tensor
+    down: Tensor
+    reduced: Tensor
+    sampled: Tensor
 
 
 class TypeErrorTable:
-    """Measures one layer's `TypeErrors`, expert after expert.
+    """Measures one layer's `TypeErrors`, expert after expert, by `n_rows` rows of each matrix.
 
     A type's error is infinite for matrices whose rows do not divide into its blocks.
     """
 
-    def __init__(self, source: ModelSource, layer: int, types: Sequence[str], n_threads: int) -> None:
-        self._source, self._layer, self._n_threads = source, layer, n_threads
+    def __init__(self, source: ModelSource, layer: int, types: Sequence[str], n_rows: int, n_threads: int) -> None:
+        self._source, self._layer, self._n_rows, self._n_threads = source, layer, n_rows, n_threads
         self.types = tuple(types)
         self.error = np.zeros((len(types), source.layers[layer].n_stored, 4))
 
     def measure(self, number: int, expert: Expert, x: Tensor, shares: Tensor, importance: Importance) -> float:
         """Sets an expert's errors over the picks given; the sum over them of share^2 |f|^2, to scale errors by."""
-        gate, up = expert.gate(x), expert.up(x)
-        hidden = torch.nn.functional.silu(gate) * up
-        output = expert.down(hidden)
+        n_embd, n_ff = expert.down.weight.shape
+        neurons, outputs = (torch.from_numpy(spread_rows(n, self._n_rows)).to(x.device) for n in (n_ff, n_embd))
+        gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
+        hidden = expert.hidden(x)
+        picks = _Picks(x, shares, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons])
+        all_outputs = n_embd / len(outputs)
         for row, name in enumerate(self.types):
-            self.error[row, number] = self._errors(
-                name, number, expert, importance, (x, gate, up, hidden, output, shares)
-            )
-        return _weighted_square(output, shares)
+            kind = type_by_name(name)
+            changed = [
+                self._requantised(kind, number, projection, rows, columns)
+                for projection, rows, columns in (
+                    ("gate", gate, importance[0]),
+                    ("up", up, importance[0]),
+                    ("down", down, importance[1]),
+                )
+            ]
+            errors = _errors(picks, changed, neurons, n_ff)
+            self.error[row, number] = [all_outputs * error for error in errors]
+        return _weighted_square(expert.down(hidden), shares)
 
     def scale(self, number: int, factor: float) -> None:
         """From the sample of an expert's picks to all."""
         self.error[:, number] *= factor
 
-    def _errors(
-        self, name: str, number: int, expert: Expert, importance: Importance, values: tuple[Tensor, ...]
-    ) -> list[float]:
-        """Of gate, up and down alone, and of all three."""
-        x, gate, up, hidden, output, shares = values
-        kind, silu = type_by_name(name), torch.nn.functional.silu
-        reads_x, reads_hidden = importance
-
-        def changed(projection: str, matrix: Linear, columns: NDArray[np.float32]) -> Linear | None:
-            return self._requantised(kind, projection, number, matrix, columns)
-
-        def error(found: Tensor) -> float:
-            return _weighted_square(found - output, shares)
-
-        errors = [np.inf] * 4
-        other_gate = other_up = None
-        if (matrix := changed("gate", expert.gate, reads_x)) is not None:
-            other_gate = matrix(x)
-            errors[0] = error(expert.down(silu(other_gate) * up))
-        if (matrix := changed("up", expert.up, reads_x)) is not None:
-            other_up = matrix(x)
-            errors[1] = error(expert.down(silu(gate) * other_up))
-        if (matrix := changed("down", expert.down, reads_hidden)) is not None:
-            errors[2] = error(matrix(hidden))
-            if other_gate is not None and other_up is not None:
-                errors[3] = error(matrix(silu(other_gate) * other_up))
-        return errors
-
     def _requantised(
-        self, kind: GGMLQuantizationType, projection: str, number: int, matrix: Linear, columns: NDArray[np.float32]
-    ) -> Linear | None:
-        """The matrix after a round trip through the type; None where its rows do not divide into blocks."""
-        weight = matrix.weight
-        if weight.shape[1] % GGML_QUANT_SIZES[kind][0]:
+        self, kind: GGMLQuantizationType, number: int, projection: str, rows: Tensor, columns: NDArray[np.float32]
+    ) -> Tensor | None:
+        """Rows of a matrix after a round trip through the type; None where they do not divide into blocks."""
+        if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
             return None
-        values = weight.cpu().contiguous().numpy()
+        values = rows.cpu().contiguous().numpy()
         target = np.empty_like(values)
 
         def convert(begin: int) -> None:
@@ -108,8 +109,45 @@ class TypeErrorTable:
                 list(pool.map(convert, range(0, len(values), _ROWS_AT_ONCE)))
         except BadWeightsError as error:
             key = expert_key(self._layer, projection, number)
-            raise ModelFileError(self._source.path, f"{key} {error}.") from None
-        return Linear(torch.from_numpy(target).to(weight.device))
+            raise ModelFileError(self._source.path, f"tensor {key} {error}.") from None
+        return torch.from_numpy(target).to(rows.device)
+
+
+def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor, n_ff: int) -> list[float]:
+    """Of gate, up and down alone, and of all three, over the sampled outputs."""
+    silu, (gate, up, down) = torch.nn.functional.silu, changed
+    other_gate = None if gate is None else picks.x @ gate.T
+    other_up = None if up is None else picks.x @ up.T
+
+    def of_neurons(sampled: Tensor, matrix: Tensor) -> float:
+        return _estimate(picks, sampled, matrix, n_ff)
+
+    errors = [np.inf] * 4
+    if other_gate is not None:
+        errors[0] = of_neurons(silu(other_gate) * picks.up, picks.reduced)
+    if other_up is not None:
+        errors[1] = of_neurons(silu(picks.gate) * other_up, picks.reduced)
+    if down is not None:
+        errors[2] = _weighted_square(picks.hidden @ (down - picks.down).T, picks.shares)
+        if other_gate is not None and other_up is not None:
+            errors[3] = of_neurons(silu(other_gate) * other_up, down[:, neurons])
+    return errors
+
+
+def _estimate(picks: _Picks, sampled: Tensor, matrix: Tensor, n_ff: int) -> float:
+    """The error of all neurons, where the sampled ones are `sampled` [n, neurons] and meet `matrix`."""
+    found = _weighted_square(sampled @ matrix.T - picks.sampled @ picks.reduced.T, picks.shares)
+    n_neurons = sampled.shape[1]
+    if n_neurons == n_ff:
+        return found
+    before, after, a, b = (t.double() for t in (picks.reduced, matrix, picks.sampled, sampled))
+    squares = b.square() * after.square().sum(0) - 2 * a * b * (before * after).sum(0)
+    squares += a.square() * before.square().sum(0)
+    alone = float(picks.shares.double().square() @ squares.sum(-1))
+    one = n_neurons / n_ff
+    pair = one * (n_neurons - 1) / (n_ff - 1)
+    estimate = alone / one + (found - alone) / pair
+    return float(estimate if estimate > 0 else alone / one)
 
 
 def _weighted_square(vectors: Tensor, shares: Tensor) -> float:

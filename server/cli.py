@@ -11,6 +11,7 @@ from offload.errors import SlimoeError
 
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
+    "calibrate": "Measure on texts what the layers and experts of a checkpoint do.",
     "convert": "Make a GGUF file of a Hugging Face checkpoint.",
     "inspect": "Show what a model file or checkpoint holds.",
     "plan": "Say what a model would take, and how fast it would be, without loading it.",

@@ -1,0 +1,128 @@
+"""`slimoe calibrate`: what a checkpoint's layers and experts do, measured on texts."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from offload.errors import UsageError
+from server.text_encoder import TokenizerEncoder
+
+if TYPE_CHECKING:
+    from converter.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
+    from converter.calibration import Progress as OnProgress
+
+_MANY_TOKENS = 32768
+
+
+@click.command("calibrate")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="STATS", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option(
+    "--text", "texts", metavar="[NAME=]FILE", multiple=True, help="Plain text, or .jsonl of chats. Repeatable."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=131072, show_default=True, help="Tokens at most.")
+@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
+@click.option("--types", metavar="LIST", help="ggml types to try, such as Q2_K,Q4_K; none for none.")
+@click.option("--no-sensitivity", is_flag=True, help="Leave out the backward pass.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite STATS.")
+@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+def command(
+    source: Path,
+    output: Path,
+    texts: tuple[str, ...],
+    tokens: int,
+    length: int,
+    device: str,
+    types: str | None,
+    no_sensitivity: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure on texts what the layers and experts of SRC do, and keep it in STATS.
+
+    SRC is a checkpoint directory or a GGUF file. One layer is in memory at a time. Texts of your own use are best;
+    without any, a small mixture is taken. When interrupted, the same command goes on where it was.
+    """
+    _check_installed()
+    from converter import calibrate as calibration
+
+    options = calibration.CalibrateOptions(
+        source, output, texts, tokens, length, calibration.settings(device, types, not no_sensitivity), force
+    )
+    planned = calibration.plan(options, TokenizerEncoder)
+    _announce(planned, options)
+    try:
+        with _progress_bar() as on_progress:
+            report = calibration.carry_out(planned, output, on_progress)
+    except KeyboardInterrupt:
+        click.echo(
+            f"What is done lies in {calibration.partial_path(output)}; the same command goes on there.", err=True
+        )
+        raise
+    _announce_result(report)
+    if as_json:
+        fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}
+        click.echo(msgspec.json.encode(fields))
+
+
+def _check_installed() -> None:
+    for name in ("torch", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"Calibration needs {name}. Install it: pip install 'slimoe[convert]'")
+
+
+def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
+    text, expected = planned.text, planned.estimate
+    parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in expected.seconds.items())
+    place = "on disk" if expected.state_bytes > planned.settings.max_state_bytes else "in memory"
+    click.echo(
+        f"{options.source}: {text.n_tokens:,} tokens in {len(text.tokens)} sequences on {planned.settings.device}, "
+        f"about {_duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}",
+        err=True,
+    )
+    if not options.texts:
+        click.echo("The texts are the mixture that comes along. Texts of your own use (--text) are better.", err=True)
+    elif text.n_tokens < min(_MANY_TOKENS, options.n_tokens):
+        click.echo(f"That is little text: {_MANY_TOKENS:,} tokens or more show what rare experts do.", err=True)
+
+
+def _announce_result(report: "CalibrateReport") -> None:
+    click.echo(
+        f"{report.path}: {report.n_bytes:,} bytes in {_duration(report.seconds)}; "
+        f"{report.n_seen} of {report.n_experts} experts were routed to",
+        err=True,
+    )
+    if report.n_seen < report.n_experts:
+        click.echo("Nothing is known of the others; more or more varied text may reach them.", err=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _progress_bar() -> "Iterator[OnProgress]":
+    """A bar on standard error for each part of the work; nothing when that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show
