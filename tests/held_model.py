@@ -10,8 +10,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from converter.architecture import rotation_order
 from converter.model_source import Blocks, MatrixKey, SourceLayer, block_key, expert_key
+from converter.stored_rows import rotation_order
 from offload.gguf_file import Value
 from offload.model_spec import AttentionSpec, ExpertSpec, ModelSpec
 from offload.rope_spec import RopeSpec
