@@ -28,6 +28,8 @@ from offload.errors import DoesNotFitError
 
 _TOKENS, _OUTPUT = MatrixKey("token_embd.weight"), MatrixKey("output.weight")
 _ROUNDS = 8
+_NEAR = 2000
+"""A file within such a part of its budget is large enough."""
 NOVICE = "novice"
 """The option that puts a constant in place of an expert."""
 
@@ -81,48 +83,56 @@ class TypeAllocator:
         names = recipe.types.candidates or costs.types
         self._types = tuple(sorted((Type[name] for name in names), key=_bits))
         self.size = PlanSize(source, statistics)
-        self._parts = list(self._outer_parts())
+        self.parts = list(self._outer_parts())
         self._groups: list[Group] = []
         for index, layer in enumerate(self._layers):
-            self._parts += self._attention_parts(index, layer)
+            self.parts += self._attention_parts(index, layer)
             if recipe.format == "stock":
-                self._parts += self._stack_parts(index, layer)
+                self.parts += self._stack_parts(index, layer)
             else:
-                self._parts += self._expert_parts(index, layer)
+                self.parts += self._expert_parts(index, layer)
         if recipe.free_layers:
             self._groups = self._layer_groups()
 
-    def fit(self, plan: SlimPlan, budget: int) -> SlimPlan:
-        """The plan with the types that cost least, its file of at most `budget` bytes.
+    def fit(self, plan: SlimPlan, budget: int) -> tuple[SlimPlan, Allocation]:
+        """The plan with the types that cost least, its file of at most `budget` bytes, and what was allocated.
 
         Raises DoesNotFitError, which says the least that is possible.
         """
-        room, best = budget, None
+        goal = budget
+        while (best := self._near(plan, goal, budget)) is None:
+            # Alignment goes up and down with what is chosen: the goal falls until the file fits.
+            goal -= max(1, budget // _NEAR)
+        return best
+
+    def _near(self, plan: SlimPlan, goal: int, budget: int) -> tuple[SlimPlan, Allocation] | None:
+        """The best of some tries to come close to a file of `goal` bytes; None if all were larger."""
+        room, best = goal, None
         for _ in range(_ROUNDS):
             try:
-                found = allocate(self._parts, room, self._groups)
+                found = allocate(self.parts, room, self._groups)
             except DoesNotFitError as error:
                 if best is not None:
                     break
-                raise self._too_small(error, plan, budget, room) from None
-            typed = self._typed(plan, found)
+                raise self._too_small(error, plan, budget) from None
+            typed = self.typed(plan, found)
             n_bytes = self.size.of(typed)
-            if n_bytes <= budget and (best is None or _cost(typed) <= _cost(best)):
-                best = typed
-            if n_bytes == budget or (best is not None and n_bytes <= budget and budget - n_bytes < budget // 2000):
+            if n_bytes <= goal and (best is None or found.cost <= best[1].cost):
+                best = typed, found
+            if best is not None and 0 <= goal - n_bytes < goal // _NEAR:
                 break
-            room += budget - n_bytes
-        assert best is not None
+            room += goal - n_bytes
         return best
 
-    def _too_small(self, error: DoesNotFitError, plan: SlimPlan, budget: int, room: int) -> DoesNotFitError:
+    def _too_small(self, error: DoesNotFitError, plan: SlimPlan, budget: int) -> DoesNotFitError:
         assert error.required_bytes is not None
-        least = self.size.of(self._typed(plan, allocate(self._parts, error.required_bytes, self._groups)))
+        least = self.size.of(self.typed(plan, allocate(self.parts, error.required_bytes, self._groups)))
         message = f"The smallest file that this can become has {least:,} bytes, but --target-size allows {budget:,}."
         hint = "Ask for more, or leave more out (slimoe convert --help says how)."
         return DoesNotFitError(f"{message} {hint}", required_bytes=least, available_bytes=budget)
 
-    def _typed(self, plan: SlimPlan, found: Allocation) -> SlimPlan:
+    def typed(self, plan: SlimPlan, found: Allocation) -> SlimPlan:
+        """The plan with the types, novices and feed-forward parts of an allocation."""
         chosen = {name: option.choice for name, option in found.chosen.items()}
         experts: dict[tuple[int, int], Types | None] = {}
         for index, layer in enumerate(self._layers):
@@ -131,13 +141,11 @@ class TypeAllocator:
             for number in range(len(layer.experts)):
                 experts[index, number] = self._chosen_types(chosen, index, number)
         roles = {(index, role): chosen[index, role] for index, layer in enumerate(self._layers) for role in layer.types}
-        choices = Choices(
-            experts,
-            roles,
-            chosen["token"],
-            chosen.get("output"),
-            frozenset(index for index in range(len(self._layers)) if index in found.given_up),
-        )
+        dropped = frozenset(index for index in range(len(self._layers)) if index in found.given_up)
+        token, output = chosen["token"], chosen.get("output")
+        assert isinstance(token, Type)
+        assert output is None or isinstance(output, Type)
+        choices = Choices(experts, roles, token, output, dropped)
         typed = apply(plan, choices, self._source, self._statistics)
         return replace(typed, expected_kl=(plan.expected_kl or 0.0) + found.cost)
 
@@ -256,11 +264,6 @@ class TypeAllocator:
             for index, layer in enumerate(self._layers)
             if layer.experts and (price := nats.get(layer.block)) is not None
         ]
-
-
-def _cost(plan: SlimPlan) -> float:
-    assert plan.expected_kl is not None
-    return plan.expected_kl
 
 
 def _bits(kind: Type) -> float:

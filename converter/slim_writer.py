@@ -132,17 +132,7 @@ class SlimPieces:
                 yield coming[0], coming[1].result()
 
     def _weights(self, matrix: Matrix) -> NDArray[np.float32] | None:
-        if stored_blocks(self._source, matrix):
-            return None
-        if matrix.values is not None:
-            weights = matrix.values
-        elif matrix.expert is not None:
-            weights = merged_matrix(self._source, matrix.block, matrix.expert, matrix.projection)
-        else:
-            assert matrix.origin is not None
-            weights = self._source.read(matrix.origin)
-            weights = weights if matrix.rows is None else weights[list(matrix.rows)]
-        return np.ascontiguousarray(weights, np.float32).reshape(matrix.shape)
+        return None if stored_blocks(self._source, matrix) else read_matrix(self._source, matrix)
 
     def _copies(self, matrix: Matrix, offset: int) -> Iterator[Piece]:
         blocks, rows = stored_blocks(self._source, matrix), _kept_rows(matrix)
@@ -154,6 +144,19 @@ class SlimPieces:
         for begin in range(0, blocks.n_bytes, _COPY_BYTES):
             n_bytes = min(_COPY_BYTES, blocks.n_bytes - begin)
             yield Piece(offset + begin, n_bytes, partial(read_bytes, blocks.path, blocks.offset + begin, n_bytes))
+
+
+def read_matrix(source: ModelSource, matrix: Matrix) -> NDArray[np.float32]:
+    """The values of a result's matrix or vector, of its shape, before they are fitted; raises ModelFileError."""
+    if matrix.values is not None:
+        weights = matrix.values
+    elif matrix.expert is not None:
+        weights = merged_matrix(source, matrix.block, matrix.expert, matrix.projection)
+    else:
+        assert matrix.origin is not None
+        weights = source.read(matrix.origin)
+        weights = weights if matrix.rows is None else weights[list(matrix.rows)]
+    return np.ascontiguousarray(weights, np.float32).reshape(matrix.shape)
 
 
 def stored_blocks(source: ModelSource, matrix: Matrix) -> Blocks | None:

@@ -79,7 +79,7 @@ def _within(
     """The completed plan of at most `budget` bytes: what completing it adds is taken off before types are chosen."""
     room = budget
     while True:
-        completed = complete(allocator.fit(plan, room))
+        completed = complete(allocator.fit(plan, room)[0])
         excess = allocator.size.of(completed) - budget
         if excess <= 0:
             return completed
@@ -145,4 +145,4 @@ def with_low_copies(plan: SlimPlan, low: Type) -> SlimPlan:
 
 def _is_smaller(low: Types, high: Types) -> bool:
     bits = [sum(GGML_QUANT_SIZES[kind][1] / GGML_QUANT_SIZES[kind][0] for kind in types) for types in (low, high)]
-    return bits[0] < bits[1]
+    return bool(bits[0] < bits[1])

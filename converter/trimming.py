@@ -26,7 +26,7 @@ _SAMPLE = 2048
 def trimmed(
     source: ModelSource, statistics: Statistics | None, structure: Structure, width: int, on_progress: Progress
 ) -> Structure:
-    """The structure with experts of `width` neurons; raises UsageError for a width that cannot be, and ModelFileError."""
+    """The structure with experts of `width` neurons; raises UsageError, as for a width that cannot be."""
     if statistics is None:
         raise UsageError("Neurons are chosen by what they do. Run slimoe calibrate first, and give --stats FILE.")
     by_block = {layer.block: layer for layer in structure.layers}
