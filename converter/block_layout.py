@@ -1,0 +1,161 @@
+"""Which bits of a ggml block are the weights' codes, so that codes can be replaced while the scales stay.
+
+Source: the structures of ggml-common.h and the decoders of ggml-quants.c (ggml 0.25.3). What scales mean is left to
+ggml's decoder; see `block_grid`.
+"""
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+Bits = NDArray[np.int64]
+"""[n_codes, n_bits]: where the bits of each code of a block are, from the lowest on, counted from the block's first
+byte's lowest bit."""
+
+
+def _run(first_bit: Bits, width: int) -> Bits:
+    """Codes of `width` bits in a row."""
+    return first_bit[:, None] + np.arange(width)
+
+
+def _index(n: int = 256) -> Bits:
+    return np.arange(n, dtype=np.int64)
+
+
+def _bytes(first: int, n: int) -> Bits:
+    return _run(8 * (first + _index(n)), 8)
+
+
+def _nibbles(first: int, run: int, n: int = 256) -> Bits:
+    """Runs of 2 * `run` codes in `run` bytes: first all low halves, then all high ones."""
+    i = _index(n)
+    return _run(8 * (first + i // (2 * run) * run + i % run) + i // run % 2 * 4, 4)
+
+
+def _crumbs(first: int) -> Bits:
+    """Runs of 128 codes in 32 bytes: first the lowest two bits of all, then the next."""
+    i = _index()
+    return _run(8 * (first + i // 128 * 32 + i % 32) + i // 32 % 4 * 2, 2)
+
+
+def _planes(first: int) -> Bits:
+    """A bit of each code in 32 bytes: first the lowest of all bytes, then the next."""
+    i = _index()
+    return _run(8 * (first + i % 32) + i // 32, 1)
+
+
+def _single(first: int) -> Bits:
+    return _run(8 * first + _index(32), 1)
+
+
+def _joined(*parts: Bits) -> Bits:
+    """Codes whose lower bits are in the first part, higher ones in the next."""
+    return np.concatenate(parts, axis=1)
+
+
+def _q6_low() -> Bits:
+    i = _index()
+    return _run(8 * (i // 128 * 64 + i % 64) + i // 64 % 2 * 4, 4)
+
+
+def _signs7(first: int) -> Bits:
+    """Four times seven bits in every fourth to eighth byte after `first`; the caller says the stride."""
+    i = _index(32)
+    stride = 8 if first == 6 else 4
+    return _run(8 * (first + i // 4 * stride) + i % 4 * 7, 7)
+
+
+def _iq2_xxs() -> Bits:
+    i = _index(32)
+    return _joined(_run(8 * (2 + i // 4 * 8 + i % 4), 8), _signs7(6))
+
+
+def _iq2_s() -> Bits:
+    return _joined(_bytes(2, 32), _run(8 * 66 + 2 * _index(32), 2), _bytes(34, 32))
+
+
+def _iq3_xxs() -> Bits:
+    indices = _bytes(2, 64)
+    return _joined(indices[0::2], indices[1::2], _signs7(66))
+
+
+def _iq3_s() -> Bits:
+    indices = _joined(_bytes(2, 64), _run(8 * 66 + _index(64), 1))
+    return _joined(indices[0::2], indices[1::2], _bytes(74, 32))
+
+
+def _iq1_s() -> Bits:
+    i = _index(32)
+    return _joined(_bytes(2, 32), _run(8 * 34 + i // 4 * 16 + i % 4 * 3, 3))
+
+
+BITS: dict[Type, Bits] = {
+    Type.Q4_0: _nibbles(2, 16, 32),
+    Type.Q4_1: _nibbles(4, 16, 32),
+    Type.Q5_0: _joined(_nibbles(6, 16, 32), _single(2)),
+    Type.Q5_1: _joined(_nibbles(8, 16, 32), _single(4)),
+    Type.Q8_0: _bytes(2, 32),
+    Type.Q2_K: _crumbs(16),
+    Type.Q3_K: _joined(_crumbs(32), _planes(0)),
+    Type.Q4_K: _nibbles(16, 32),
+    Type.Q5_K: _joined(_nibbles(48, 32), _planes(16)),
+    Type.Q6_K: _joined(_q6_low(), _crumbs(128)),
+    Type.IQ4_NL: _nibbles(2, 16, 32),
+    Type.IQ4_XS: _nibbles(8, 16),
+    Type.IQ1_S: _iq1_s(),
+    Type.IQ1_M: _joined(_bytes(0, 32), _run(8 * 32 + 4 * _index(32), 4)),
+    Type.IQ2_XXS: _iq2_xxs(),
+    Type.IQ2_XS: _run(8 * 2 + 16 * _index(32), 16),
+    Type.IQ2_S: _iq2_s(),
+    Type.IQ3_XXS: _iq3_xxs(),
+    Type.IQ3_S: _iq3_s(),
+}
+"""A code is for one weight, or in the types of codebooks for 8: the entry's number, or those of two entries of 4
+weights, then signs (or in IQ1_M the side to which the entry is moved)."""
+SCALES: dict[Type, tuple[int, ...]] = {
+    Type.Q4_0: (0,),
+    Type.Q4_1: (0, 2),
+    Type.Q5_0: (0,),
+    Type.Q5_1: (0, 2),
+    Type.Q8_0: (0,),
+    Type.Q2_K: (80, 82),
+    Type.Q3_K: (108,),
+    Type.Q4_K: (0, 2),
+    Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,),
+    Type.IQ4_NL: (0,),
+    Type.IQ4_XS: (0,),
+    Type.IQ1_S: (0,),
+    Type.IQ1_M: (),
+    Type.IQ2_XXS: (0,),
+    Type.IQ2_XS: (0,),
+    Type.IQ2_S: (0,),
+    Type.IQ3_XXS: (0,),
+    Type.IQ3_S: (0,),
+}
+"""The byte of the block's F16 scale, and of its offset's where it has one; IQ1_M's is in pieces."""
+
+
+def write_codes(blocks: NDArray[np.uint8], kind: Type, codes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Blocks [n_blocks, bytes] with other codes [n_blocks, n_codes]."""
+    places = BITS[kind]
+    bits = np.unpackbits(blocks, axis=1, bitorder="little")
+    for bit, place in enumerate(places.T):
+        bits[:, place] = codes >> bit & 1
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def read_codes(blocks: NDArray[np.uint8], kind: Type) -> NDArray[np.int64]:
+    """The codes [n_blocks, n_codes] of blocks [n_blocks, bytes]."""
+    places = BITS[kind]
+    bits = np.unpackbits(blocks, axis=1, bitorder="little")
+    codes = np.zeros((len(blocks), len(places)), np.int64)
+    for bit, place in enumerate(places.T):
+        codes |= bits[:, place].astype(np.int64) << bit
+    return codes
+
+
+def weights_per_code(kind: Type) -> int:
+    """1, or 8 in the types of codebooks."""
+    return int(GGML_QUANT_SIZES[kind][0]) // len(BITS[kind])
