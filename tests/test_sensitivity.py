@@ -10,12 +10,12 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from converter.architecture import rotation_order
 from converter.block import AttentionPass, attend, read_attention, rms_norm
 from converter.head import read_head
 from converter.model_source import MatrixKey, SourceLayer, block_key, expert_key
 from converter.sensitivity import ModelSensitivity, draw_labels, measure_sensitivity
 from converter.statistics import Sensitivity
+from converter.stored_rows import rotation_order
 from converter.stream import Observer, Sequences, run
 from offload.errors import BadLogitsError
 from tests.held_model import HeldModel, hold, random_mixtral
