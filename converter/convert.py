@@ -54,7 +54,7 @@ def plan(options: ConvertOptions) -> ConvertPlan:
         planned = plan_conversion(options.source, options.type)
     else:
         planned = plan_pair(options.source, options.pair)
-    check_target(options.target, planned.n_bytes, force=options.force)
+    check_target(options.target, planned.n_bytes, force=options.force, sources=planned.source_files)
     return planned
 
 

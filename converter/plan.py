@@ -68,6 +68,11 @@ class ConvertPlan:
         return dict(counts.most_common())
 
     @property
+    def source_files(self) -> set[Path]:
+        """The files that weights are read from."""
+        return {rows.path for tensor in self.tensors for rows in tensor.target.sources}
+
+    @property
     def n_copied_bytes(self) -> int:
         """Tensor bytes that are taken over as they are in the source."""
         return sum(tensor.n_copied_bytes for tensor in self.tensors)

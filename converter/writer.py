@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -61,10 +61,12 @@ def write_pieces(
         part.unlink(missing_ok=True)
 
 
-def check_target(target: Path, n_bytes: int, *, force: bool) -> None:
-    """Refuses a target before anything is written: existing, impossible, or too large for the disk."""
+def check_target(target: Path, n_bytes: int, *, force: bool, sources: Collection[Path] = ()) -> None:
+    """Refuses a target before anything is written: existing, a source, impossible, or too large for the disk."""
     if target.is_dir():
         raise UsageError(f"{target} is a directory. Name the file to write, such as {target / 'model.gguf'}.")
+    if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
+        raise UsageError(f"{target} is the model that is converted. Choose another name.")
     if target.exists() and not force:
         raise UsageError(f"{target} exists. Choose another name, or overwrite it with --force.")
     if not target.parent.is_dir():
