@@ -9,6 +9,7 @@ import numpy as np
 from gguf.utility import size_label
 
 from converter.gguf_header import ALIGNMENT_KEY
+from converter.late_keys import room_for_late_keys
 from converter.model_source import ModelSource
 from converter.slim_layer import Matrix, layer_shape, native_layer
 from converter.slim_plan import SlimPlan
@@ -20,7 +21,14 @@ from offload.native_format import ALIGNMENT, layout_metadata
 from offload.native_layout import NativeLayout
 
 _QUANTIZATION_VERSION = 2
-_OF_ITS_OWN = ("general.architecture", "general.file_type", "general.size_label", ALIGNMENT_KEY, *keys.PROVENANCE)
+_OF_ITS_OWN = (
+    "general.architecture",
+    "general.file_type",
+    "general.size_label",
+    ALIGNMENT_KEY,
+    *keys.PROVENANCE,
+    keys.RESERVED,
+)
 
 
 def carried_metadata(source: ModelSource) -> dict[str, Value]:
@@ -49,8 +57,7 @@ def own_metadata(
     source: ModelSource, plan: SlimPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
 ) -> dict[str, Value]:
     """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
-    values: dict[str, Value] = {
-        "general.architecture": spec.architecture,
+    values: dict[str, Value] = room_for_late_keys(spec.architecture) | {
         "general.size_label": _size_label(spec, matrices),
         "general.quantization_version": _QUANTIZATION_VERSION,
         keys.SLIMOE_VERSION: version("slimoe"),

@@ -24,6 +24,10 @@ files alone), in name order, and of the first 4096 bytes of every tensor."""
 CALIBRATION_HASH = "slimoe.calibration.sha256"
 CALIBRATION_TOKENS = "slimoe.calibration.tokens"
 """The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""
+RESERVED = "slimoe.reserved"
+"""Spaces, in place of which keys are written that are known only once the file is there, such as its quality."""
+QUALITY = "slimoe.quality"
+"""What the file was measured to have lost against its source, as JSON."""
 PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, CALIBRATION_HASH, CALIBRATION_TOKENS)
 
 
