@@ -128,7 +128,7 @@ def settings(device: str = "auto", types: str | None = None, sensitivity: bool =
         samples = replace(samples, types=names)
     n_threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     made = CalibrationSettings(samples=samples, device=choose_device(device), n_threads=n_threads)
-    return made if sensitivity else replace(made, n_sensitivity=0)
+    return replace(made, prices=True) if sensitivity else replace(made, n_sensitivity=0)
 
 
 def choose_device(name: str) -> str:

@@ -24,6 +24,7 @@ from converter.sensitivity import measure_sensitivity
 from converter.sketch import spread_rows
 from converter.statistics import Int, LayerStatistics, Single, Statistics
 from converter.stream import Sequences, Stream
+from converter.type_costs import measure_type_costs, packed_costs
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, the steps of it that are done, and all of them."""
@@ -36,7 +37,7 @@ N_STREAMS = 4
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
     """How to learn: what on samples; of how many tokens the sensitivity, 0 for none; a torch device; threads of the
-    quantiser; and beyond how many bytes streams lie on disk.
+    quantiser; beyond how many bytes streams lie on disk; and whether to find what every type costs every matrix.
     """
 
     samples: Samples = field(default_factory=Samples)
@@ -44,6 +45,7 @@ class CalibrationSettings:
     device: str = "cpu"
     n_threads: int = 1
     max_state_bytes: int = 1 << 31
+    prices: bool = False
 
 
 def calibrate(
@@ -64,6 +66,8 @@ def calibrate(
     statistics = _pass(source, text, settings, kept, on_progress)
     if settings.n_sensitivity:
         statistics = _with_sensitivity(statistics, source, settings, kept, on_progress)
+        if settings.prices:
+            statistics = _with_costs(statistics, source, settings, on_progress)
     return replace(statistics, notes=_notes(statistics, settings, time.monotonic() - begin))
 
 
@@ -121,6 +125,18 @@ def _with_sensitivity(
     pairs = zip(statistics.layers, found.layers, strict=True)
     layers = tuple(replace(layer, sensitivity=sensitivity) for layer, sensitivity in pairs)
     return replace(statistics, layers=layers, output_gradient=found.output, token_gradient=found.token)
+
+
+def _with_costs(
+    statistics: Statistics, source: ModelSource, settings: CalibrationSettings, on_progress: Progress
+) -> Statistics:
+    costs = measure_type_costs(
+        source,
+        statistics,
+        n_threads=settings.n_threads,
+        on_progress=lambda done, matrices: on_progress("prices", done, matrices),
+    )
+    return replace(statistics, matrix_costs=packed_costs(costs))
 
 
 def _some(tokens: Sequence[tuple[int, ...]], n_tokens: int) -> tuple[tuple[int, ...], ...]:

@@ -13,6 +13,7 @@ from converter.calibration_text import CalibrationText
 from converter.model_source import ModelSource, block_key
 from converter.quantize import quantize_rows
 from converter.sketch import sketch_size
+from converter.type_costs import CANDIDATES, priced_matrices, sampled_weights
 from converter.type_errors import type_by_name
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     if settings.n_sensitivity:
         n_tokens = min(settings.n_sensitivity, text.n_tokens)
         seconds["sensitivity"] = _SENSITIVITY_PASSES * passes * n_tokens + 2 * seconds["read"]
+        if settings.prices:
+            n_priced = sum(map(sampled_weights, (source.shapes[key] for key in priced_matrices(source))))
+            seconds["prices"] = _type_seconds(expert.down.weight, CANDIDATES) * n_priced / settings.n_threads
     return Estimate(seconds, state_bytes)
 
 

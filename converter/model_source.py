@@ -27,6 +27,12 @@ class MatrixKey:
         return self.name if self.expert < 0 else f"{self.name}[{self.expert}]"
 
 
+def parse_key(text: str) -> MatrixKey:
+    """What `str` of a key says."""
+    name, _, expert = text.rstrip("]").partition("[")
+    return MatrixKey(name, int(expert) if expert else -1)
+
+
 def expert_key(layer: int, projection: str, expert: int) -> MatrixKey:
     """One of the matrices of a stored expert."""
     return MatrixKey(f"blk.{layer}.ffn_{projection}_exps.weight", expert)

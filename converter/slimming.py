@@ -15,7 +15,7 @@ from converter.slim_types import Choices, TypeAllocator, apply
 from converter.statistics import Statistics
 from converter.structure import ROLES, Structure, build_structure
 from converter.trimming import Progress, trimmed
-from converter.type_costs import CANDIDATES, TypeCosts, measure_type_costs
+from converter.type_costs import CANDIDATES, TypeCosts, measure_type_costs, stored_costs
 from converter.type_recipe import find_recipe
 from offload.errors import UsageError
 
@@ -89,11 +89,12 @@ def _within(
 def statistics_costs(
     source: ModelSource, statistics: Statistics, recipe: Recipe, n_threads: int, on_progress: Progress
 ) -> TypeCosts:
-    """What the recipe's candidates cost; raises UsageError as `measure_type_costs` does."""
-    return measure_type_costs(
+    """What the recipe's candidates cost, if the statistics have no answer; raises as `measure_type_costs` does."""
+    types = recipe.types.candidates or CANDIDATES
+    return stored_costs(statistics, types) or measure_type_costs(
         source,
         statistics,
-        types=recipe.types.candidates or CANDIDATES,
+        types=types,
         n_threads=n_threads,
         on_progress=lambda done, total: on_progress("measuring what each type costs", done, total),
     )

@@ -160,6 +160,17 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixCosts:
+    """Nats of KL divergence per token that each matrix costs in each type: `nats` [matrices, types], infinite where a
+    type does not divide the rows. `matrices` are keys as text, `types` names of ggml types.
+    """
+
+    types: tuple[str, ...]
+    matrices: tuple[str, ...]
+    nats: Double
+
+
+@dataclass(frozen=True, slots=True)
 class LayerStatistics:
     """All of one layer; None for what the layer lacks or the pass left out."""
 
@@ -191,6 +202,7 @@ class Statistics:
     token_count: Int
     output_gradient: Single | None = None
     token_gradient: Single | None = None
+    matrix_costs: MatrixCosts | None = None
     notes: Mapping[str, str] | None = None
 
     @property

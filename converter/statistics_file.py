@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from converter.model_source import ModelSource
-from converter.statistics import LayerStatistics, Statistics
+from converter.statistics import LayerStatistics, MatrixCosts, Statistics
 from offload.errors import SlimoeError, UsageError
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 
 VERSION = 1
+_COSTS = "matrix_costs."
 _FORMAT = "slimoe statistics"
 _AGAIN = "Make it again with `slimoe calibrate`."
 
@@ -57,6 +58,8 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
             arrays[name] = value
     for n, layer in enumerate(statistics.layers):
         arrays |= to_arrays(layer, f"layers.{n}.")
+    if statistics.matrix_costs is not None:
+        arrays |= to_arrays(statistics.matrix_costs, _COSTS)
     about = {
         "version": VERSION,
         "source_hash": statistics.source_hash,
@@ -91,6 +94,7 @@ def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics
             token_count=arrays["token_count"],
             output_gradient=arrays.get("output_gradient"),
             token_gradient=arrays.get("token_gradient"),
+            matrix_costs=from_arrays(MatrixCosts, arrays, _COSTS) if _COSTS + "nats" in arrays else None,
             notes=about["notes"],
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -13,9 +13,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from converter.model_source import MatrixKey, ModelSource
+from converter.model_source import MatrixKey, ModelSource, parse_key
 from converter.quantize import type_error
-from converter.statistics import LayerStatistics, Sensitivity, Statistics
+from converter.statistics import LayerStatistics, MatrixCosts, Sensitivity, Statistics
 from converter.type_recipe import fits, layer_and_role
 from offload.errors import UsageError
 
@@ -52,6 +52,22 @@ class TypeCosts:
 
 Progress = Callable[[int, int], None]
 """Called with matrices done and all."""
+
+
+def packed_costs(costs: TypeCosts) -> MatrixCosts:
+    """The costs as a part of statistics."""
+    nats = np.stack(list(costs.costs.values())) if costs.costs else np.empty((0, len(costs.types)))
+    return MatrixCosts(costs.types, tuple(map(str, costs.costs)), nats)
+
+
+def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | None:
+    """What the statistics have of these types; None where any is missing."""
+    known = statistics.matrix_costs
+    if known is None or not set(types) <= set(known.types):
+        return None
+    columns = [known.types.index(name) for name in types]
+    keys = map(parse_key, known.matrices)
+    return TypeCosts(tuple(types), {key: row[columns] for key, row in zip(keys, known.nats, strict=True)})
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
@@ -101,6 +117,13 @@ def _matrix_costs(values: NDArray[np.float32], weights: MatrixWeights, types: Se
         if fits(Type[name], n_per_row) and (needs_small or name not in _SMALL_BLOCKS):
             costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
     return costs
+
+
+def sampled_weights(shape: tuple[int, ...]) -> int:
+    """How many weights of a matrix are quantised to every type."""
+    n_rows, n_per_row = shape
+    step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
+    return len(range(step // 2, n_rows, step)) * n_per_row
 
 
 def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) -> MatrixWeights:
