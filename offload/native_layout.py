@@ -14,8 +14,8 @@ class LayerHints:
     `use` is the expected number of picks per token, `share_square` the mean square of the share at a pick. Errors are
     rises of the KL divergence from the source model, nats per token, if every pick of the expert took an action:
     `error` the use of each copy [stored expert][copy], `fallback_error` that of its fallback, `skip_error` of nothing.
-    `fallback` is the novice that can stand in for an expert, or -1. For the layer: `sensitivity`, KL per unit of
-    squared error of its output; `skip_ratio`, a pick whose share is below this part of the token's largest may be
+    `fallback` is the novice that can stand in for an expert, or -1. For the layer: `sensitivity`, KL per squared share
+    of picks that are skipped; `skip_ratio`, a pick whose share is below this part of the token's largest may be
     skipped; `low_share`, a pick whose share is below it may use the last copy.
     """
 

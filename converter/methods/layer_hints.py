@@ -14,11 +14,11 @@ from converter.methods.layer_weight import layer_weight
 from converter.methods.novices import novice_errors, variances
 from converter.methods.parts import outputs_of, routed_tokens, router_of
 from converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
-from converter.statistics import Double, LayerStatistics
+from converter.statistics import Double, Int, LayerStatistics
 from offload.native_layout import LayerHints
 
 _FEWEST_PICKS = 16
-"""With fewer picks in the sketch, the sums over all tokens say more."""
+"""With fewer picks in the sketch, the sums over all tokens say more, unless it has all picks that there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,17 @@ def _skip_rates(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketc
         # In f's place comes the mean of the token's other experts, taken for orthogonal to it and to each other.
         rates += outputs.norm_square.sum() / outputs.n_pick.sum() / n_others
     if sketch is not None:
-        rates = _sketched_rates(sketch, survivors, rates)
+        rates = _sketched_rates(sketch, survivors, rates, np.minimum(outputs.n_pick, _FEWEST_PICKS))
     return rates * _weights(layer, outputs.output_square.astype(np.float64))
 
 
-def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double) -> Double:
-    """Squared errors per squared share [E]: exact for experts with picks enough, else `rates`."""
+def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fewest: Int) -> Double:
+    """Squared errors per squared share [E]: exact for experts of which the sketch has `fewest` picks, or `rates`."""
     result, shares = rates.copy(), _shares(sketch, survivors)
     for expert in survivors.experts:
         is_own = sketch.rows_of((expert,))
         tokens = np.flatnonzero((shares[:, is_own] > 0).any(1))
-        if tokens.size >= _FEWEST_PICKS:
+        if tokens.size >= max(1, fewest[expert]):
             before = shares[tokens]
             after = grown(np.where(is_own, 0.0, before), before)
             change = sketch.coefficients(after - before, survivors.replaced)

@@ -3,6 +3,10 @@
 To second order the divergence is half the sum over the output's components of squared error times sensitivity (C1 of
 the statistics; GEMQ, arXiv 2605.23078, and AdapMoE, arXiv 2408.10284, weigh layers like this). Most errors are known
 as one sum over the components, so that their profile has to be assumed.
+
+For noise this is what comes of it, but two things raise the cost of real errors: experts answer in directions in which
+the model listens, so that leaving one out costs two to three times as much; and a changed stream moves tokens to other
+experts in later layers, which no gradient sees. Compare options of one kind and layer by it; measure across them.
 """
 
 from dataclasses import dataclass
