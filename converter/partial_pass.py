@@ -69,10 +69,10 @@ class PartialPass:
             return []
         try:
             findings = [self._read(layer) for layer in range(n_done)]
-            rows = np.load(self._stream_path(n_done), mmap_mode="r")
+            rows = np.load(self._stream_path(n_done), mmap_mode="c")
         except (StatisticsError, KeyError, OSError, ValueError):
             return []
-        h.copy_(torch.from_numpy(np.asarray(rows)))
+        h.copy_(torch.from_numpy(rows))
         return findings
 
     def add(self, findings: LayerFindings, h: Tensor) -> None:

@@ -1,8 +1,8 @@
 """What ggml types would cost an expert: squared errors of its answers by requantised matrices, on a sample.
 
 Quantisers of few bits take far longer than the pass itself, so of large matrices only some rows are tried: neurons of
-gate and up, outputs of down. A sum over all neurons is estimated from its square over the sampled ones, without bias,
-since how often a neuron and how often a pair of them is sampled is known.
+gate and up, outputs of down. Neurons that matter more are taken more likely, and the square of the sum over all is
+estimated without bias from the sampled ones (Horvitz and Thompson's estimator, for neurons and for pairs of them).
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
 _FEW_BITS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K")
 DEFAULT_TYPES = (*_FEW_BITS, "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _ROWS_AT_ONCE = 64
+_LEAST_WEIGHT = 0.1
 _OF_ACTIVATIONS = ("Q8_1", "Q8_K")
 
 
@@ -41,7 +42,8 @@ def type_by_name(name: str) -> GGMLQuantizationType:
 @dataclass(frozen=True, slots=True)
 class _Picks:
     """An expert's answers for some picks: products with sampled rows of gate and up [n, neurons], all activations
-    [n, n_ff], and each pick's share [n]. `down` and `reduced` are down's sampled rows, the latter of sampled neurons.
+    [n, n_ff], and each pick's share [n]. `down` and `reduced` are down's sampled rows, the latter of sampled neurons,
+    which are in the sample with their probability `chance` [neurons].
     """
 
     x: Tensor
@@ -52,6 +54,7 @@ class _Picks:
     down: Tensor
     reduced: Tensor
     sampled: Tensor
+    chance: Tensor
 
 
 class TypeErrorTable:
@@ -67,11 +70,11 @@ class TypeErrorTable:
 
     def measure(self, number: int, expert: Expert, x: Tensor, shares: Tensor, importance: Importance) -> float:
         """Sets an expert's errors over the picks given; the sum over them of share^2 |f|^2, to scale errors by."""
-        n_embd, n_ff = expert.down.weight.shape
-        neurons, outputs = (torch.from_numpy(spread_rows(n, self._n_rows)).to(x.device) for n in (n_ff, n_embd))
+        n_embd, hidden = expert.down.weight.shape[0], expert.hidden(x)
+        outputs = torch.from_numpy(spread_rows(n_embd, self._n_rows)).to(x.device)
+        neurons, chance = self._some_neurons(number, expert, hidden, shares)
         gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
-        hidden = expert.hidden(x)
-        picks = _Picks(x, shares, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons])
+        picks = _Picks(x, shares, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons], chance)
         all_outputs = n_embd / len(outputs)
         for row, name in enumerate(self.types):
             kind = type_by_name(name)
@@ -83,9 +86,16 @@ class TypeErrorTable:
                     ("down", down, importance[1]),
                 )
             ]
-            errors = _errors(picks, changed, neurons, n_ff)
+            errors = _errors(picks, changed, neurons)
             self.error[row, number] = [all_outputs * error for error in errors]
         return _weighted_square(expert.down(hidden), shares)
+
+    def _some_neurons(self, number: int, expert: Expert, hidden: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Neurons to try, about `n_rows`, and how likely each was: in proportion to what it adds to answers."""
+        adds = (shares.square() @ hidden.square() * expert.down.weight.square().sum(0)).sqrt().double().cpu().numpy()
+        chance = inclusion(adds, self._n_rows)
+        neurons = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(chance)) < chance)
+        return torch.from_numpy(neurons).to(hidden.device), torch.from_numpy(chance[neurons]).to(hidden.device)
 
     def scale(self, number: int, factor: float) -> None:
         """From the sample of an expert's picks to all."""
@@ -113,14 +123,14 @@ class TypeErrorTable:
         return torch.from_numpy(target).to(rows.device)
 
 
-def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor, n_ff: int) -> list[float]:
+def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
     """Of gate, up and down alone, and of all three, over the sampled outputs."""
     silu, (gate, up, down) = torch.nn.functional.silu, changed
     other_gate = None if gate is None else picks.x @ gate.T
     other_up = None if up is None else picks.x @ up.T
 
     def of_neurons(sampled: Tensor, matrix: Tensor) -> float:
-        return _estimate(picks, sampled, matrix, n_ff)
+        return _estimate(picks, sampled, matrix)
 
     errors = [np.inf] * 4
     if other_gate is not None:
@@ -134,20 +144,31 @@ def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor, n_
     return errors
 
 
-def _estimate(picks: _Picks, sampled: Tensor, matrix: Tensor, n_ff: int) -> float:
+def _estimate(picks: _Picks, sampled: Tensor, matrix: Tensor) -> float:
     """The error of all neurons, where the sampled ones are `sampled` [n, neurons] and meet `matrix`."""
-    found = _weighted_square(sampled @ matrix.T - picks.sampled @ picks.reduced.T, picks.shares)
-    n_neurons = sampled.shape[1]
-    if n_neurons == n_ff:
+    before, after, a, b, chance = (t.double() for t in (picks.reduced, matrix, picks.sampled, sampled, picks.chance))
+    found = _weighted_square((b / chance) @ after.T - (a / chance) @ before.T, picks.shares)
+    if bool((chance == 1).all()):
         return found
-    before, after, a, b = (t.double() for t in (picks.reduced, matrix, picks.sampled, sampled))
     squares = b.square() * after.square().sum(0) - 2 * a * b * (before * after).sum(0)
     squares += a.square() * before.square().sum(0)
-    alone = float(picks.shares.double().square() @ squares.sum(-1))
-    one = n_neurons / n_ff
-    pair = one * (n_neurons - 1) / (n_ff - 1)
-    estimate = alone / one + (found - alone) / pair
-    return float(estimate if estimate > 0 else alone / one)
+    of_neuron = picks.shares.double().square() @ squares
+    estimate = found - float((of_neuron * (1 - chance) / chance.square()).sum())
+    return estimate if estimate > 0 else float((of_neuron / chance).sum())
+
+
+def inclusion(weights: NDArray[np.float64], n_sample: int) -> NDArray[np.float64]:
+    """Probabilities [n] in proportion to `weights`, but at most 1 and never 0, whose sum is `n_sample`."""
+    if n_sample >= len(weights):
+        return np.ones(len(weights))
+    weights = weights + _LEAST_WEIGHT * weights.mean() + np.finfo(np.float64).tiny
+    chance = np.zeros(len(weights))
+    while True:
+        free = chance < 1
+        scaled = weights * (n_sample - np.count_nonzero(~free)) / weights[free].sum()
+        chance = np.where(free, np.minimum(scaled, 1.0), 1.0)
+        if not (chance[free] >= 1).any():
+            return chance
 
 
 def _weighted_square(vectors: Tensor, shares: Tensor) -> float:
