@@ -1,0 +1,22 @@
+"""Which way of fitting a plan asks for."""
+
+from converter.fit import Fit, PlainFit
+from converter.model_source import ModelSource
+from converter.slim_plan import SlimPlan
+from converter.statistics import Statistics
+from offload.errors import UsageError
+
+
+def chosen_fit(source: ModelSource, plan: SlimPlan, statistics: Statistics | None, n_threads: int) -> Fit:
+    """The fit that carries the plan out; raises UsageError for one that needs statistics without them."""
+    plain = PlainFit(statistics if plan.importance else None, is_tied=plan.output_type is None, n_threads=n_threads)
+    if not plan.feedback and not plan.refit:
+        return plain
+    if statistics is None:
+        raise UsageError(
+            "Feedback and refitted routers need calibration tokens. Run slimoe calibrate, give --stats FILE."
+        )
+    # torch is heavy, and all other ways of converting do without.
+    from converter.feedback_fit import FeedbackFit
+
+    return FeedbackFit(source, plan, statistics, plain)
