@@ -83,11 +83,12 @@ def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics
         problem = f"these are statistics of another checkpoint than {source.path}."
         raise OtherSourceError(path, problem, "Run `slimoe calibrate` on this one.")
     try:
-        bounds = np.cumsum(arrays["lengths"])[:-1]
+        ends = np.cumsum(arrays["lengths"])
+        pieces = np.split(arrays["tokens"], ends)[: len(ends)]
         return Statistics(
             source_hash=about["source_hash"],
             text_hash=about["text_hash"],
-            tokens=tuple(tuple(one.tolist()) for one in np.split(arrays["tokens"], bounds)) if bounds.size + 1 else (),
+            tokens=tuple(tuple(piece.tolist()) for piece in pieces),
             domains=tuple(about["domains"]),
             layers=tuple(from_arrays(LayerStatistics, arrays, f"layers.{n}.") for n in range(about["n_layer"])),
             output_input=arrays["output_input"],

@@ -1,0 +1,192 @@
+"""Statistics in a file: all of it comes back, and what is no such file is told in a sentence."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, get_type_hints
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from converter.model_source import ModelSource
+from converter.statistics import (
+    InputSums,
+    LayerStatistics,
+    MatrixCosts,
+    OutputSums,
+    RouterSums,
+    Sensitivity,
+    SimilaritySums,
+    Sketch,
+    Statistics,
+    TokenTrace,
+    TypeErrors,
+)
+from converter.statistics_file import (
+    OtherSourceError,
+    StatisticsError,
+    load_statistics,
+    save_statistics,
+    to_arrays,
+)
+from offload.errors import UsageError
+
+
+def made(kind: type[Any], random: np.random.Generator) -> Any:
+    """An instance with other numbers in every field."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        dtype = str(hint)
+        if hint is float:
+            values[name] = random.random()
+        elif "tuple" in dtype:
+            values[name] = ("Q2_K", "IQ3_S")
+        else:
+            wanted = next(t for t in ("float16", "float32", "float64", "uint16", "int64") if t in dtype)
+            values[name] = (100 * random.random((2, 3))).astype(wanted)
+    return kind(**values)
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    random = np.random.default_rng(0)
+    groups = {
+        "router": RouterSums,
+        "outputs": OutputSums,
+        "trace": TokenTrace,
+        "type_errors": TypeErrors,
+        "sketch": Sketch,
+        "sensitivity": Sensitivity,
+    }
+    full = LayerStatistics(
+        made(SimilaritySums, random), made(InputSums, random), **{n: made(kind, random) for n, kind in groups.items()}
+    )
+    assert all(getattr(full, field.name) is not None for field in fields(full))
+    return Statistics(
+        source_hash="abc",
+        text_hash="def",
+        tokens=((1, 2, 3), (4,), (70000, 5)),
+        domains=("prose", "código", "prose"),
+        layers=(full, LayerStatistics(made(SimilaritySums, random), made(InputSums, random)), full),
+        output_input=np.ones(4, np.float32),
+        token_count=np.arange(9),
+        output_gradient=np.zeros(9, np.float32),
+        matrix_costs=made(MatrixCosts, random),
+        notes={"coverage": "5 of 6"},
+    )
+
+
+@pytest.fixture
+def saved(statistics: Statistics, tmp_path: Path) -> Path:
+    save_statistics(statistics, tmp_path / "a.stats")
+    return tmp_path / "a.stats"
+
+
+def test_everything_comes_back(statistics: Statistics, saved: Path) -> None:
+    loaded = load_statistics(saved)
+    plain = ("source_hash", "text_hash", "tokens", "domains", "notes", "n_tokens")
+    assert [getattr(loaded, name) for name in plain] == [getattr(statistics, name) for name in plain]
+    assert loaded.token_gradient is None
+    for name in ("output_input", "token_count", "output_gradient"):
+        assert np.array_equal(getattr(loaded, name), getattr(statistics, name))
+    assert statistics.matrix_costs is not None
+    assert loaded.matrix_costs is not None
+    pairs = [(statistics.matrix_costs, loaded.matrix_costs), *zip(statistics.layers, loaded.layers, strict=True)]
+    for one, other in pairs:
+        first, second = to_arrays(one), to_arrays(other)
+        assert set(first) == set(second)
+        for name, values in first.items():
+            assert values.dtype == second[name].dtype
+            assert np.array_equal(values, second[name])
+    assert loaded.layers[1].router is None
+    assert loaded.layers[0].type_errors is not None
+    assert loaded.layers[0].type_errors.types == ("Q2_K", "IQ3_S")
+
+
+def test_no_text_at_all(statistics: Statistics, tmp_path: Path) -> None:
+    save_statistics(replace(statistics, tokens=(), domains=(), layers=()), tmp_path / "a.stats")
+    assert load_statistics(tmp_path / "a.stats").tokens == ()
+
+
+def test_writing_is_whole_or_not_at_all(statistics: Statistics, saved: Path, tmp_path: Path) -> None:
+    assert [path.name for path in tmp_path.iterdir()] == ["a.stats"]
+    save_statistics(replace(statistics, source_hash="xyz"), saved)
+    assert load_statistics(saved).source_hash == "xyz"
+    with pytest.raises(UsageError, match="cannot be written"):
+        save_statistics(statistics, tmp_path / "nowhere" / "a.stats")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        save_statistics(statistics, tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.stats", "folder"]
+
+
+def test_statistics_of_another_checkpoint(saved: Path) -> None:
+    same, other = (
+        cast(ModelSource, SimpleNamespace(source_hash=digest, path=Path("/models/mine"))) for digest in ("abc", "fed")
+    )
+    assert load_statistics(saved, same).source_hash == "abc"
+    with pytest.raises(OtherSourceError, match=r"another checkpoint than /models/mine\..*slimoe calibrate"):
+        load_statistics(saved, other)
+
+
+def rewritten(path: Path, change: Any) -> Path:
+    with safe_open(path, "numpy") as file:
+        metadata = dict(file.metadata())
+    arrays = dict(load_file(path))
+    change(arrays, metadata)
+    save_file(arrays, path, metadata)
+    return path
+
+
+def about(**changes: Any) -> Any:
+    def change(_arrays: Any, metadata: dict[str, str]) -> None:
+        metadata["statistics"] = json.dumps(json.loads(metadata["statistics"]) | changes)
+
+    return change
+
+
+DAMAGES = {
+    "no format": (lambda arrays, metadata: metadata.pop("format"), "not a statistics file"),
+    "no text": (lambda arrays, metadata: metadata.pop("statistics"), "damaged"),
+    "no json": (lambda arrays, metadata: metadata.update(statistics="{"), "damaged"),
+    "a later version": (about(version=99), "version 99; this program reads 1"),
+    "more layers": (about(n_layer=4), "layers.3.* damaged|damaged.*layers.3"),
+    "an array less": (lambda arrays, metadata: arrays.pop("layers.0.router.share"), "layers.0.router.share"),
+    "no tokens": (lambda arrays, metadata: arrays.pop("tokens"), "damaged"),
+    "no names": (lambda arrays, metadata: arrays.update({"layers.2.type_errors.types": np.zeros(3, "u1")}), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_are_named(saved: Path, name: str) -> None:
+    change, words = DAMAGES[name]
+    with pytest.raises(StatisticsError, match=words) as caught:
+        load_statistics(rewritten(saved, change))
+    assert str(caught.value).startswith(f"{saved}: ")
+    assert caught.value.exit_code == 3
+
+
+def test_what_is_no_file_of_statistics(saved: Path, tmp_path: Path) -> None:
+    whole = saved.read_bytes()
+    for content in (b"", b"GGUF" + bytes(100), whole[:20], whole[: len(whole) // 2], whole[:-1]):
+        saved.write_bytes(content)
+        with pytest.raises(StatisticsError, match="not a whole statistics file"):
+            load_statistics(saved)
+    with pytest.raises(StatisticsError, match="no such file"):
+        load_statistics(tmp_path / "b.stats")
+    with pytest.raises(StatisticsError):
+        load_statistics(tmp_path)
+
+
+def test_reading_needs_no_torch(saved: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from converter.statistics_file import load_statistics\n"
+        "load_statistics(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
