@@ -146,41 +146,50 @@ def _recoded(start: Fit, target: Tensor, metric: Tensor, factor: Tensor, kind: T
     """Other codes with the same scales: feedback, then coordinate descent."""
     grid = grid_of(start.blocks.reshape(-1), kind, len(target), str(target.device))
     codes, values = feed_back(grid, target, factor)
-    for _ in range(effort.sweeps):
-        _descend(grid, target, metric, codes, values)
+    if effort.sweeps:
+        _descend(grid, target, metric, codes, values, effort.sweeps)
     return _fit(coded(start.blocks.reshape(-1), kind, codes.cpu().numpy()), kind, target)
+
+
+def _group_blocks(matrix: Tensor, width: int) -> Tensor:
+    """The blocks [n_groups, width, width] on the diagonal."""
+    n = len(matrix) // width
+    group = torch.arange(n, device=matrix.device)
+    return matrix.view(n, width, n, width)[group, :, group]
 
 
 def feed_back(grid: Grid, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [n_rows, n_groups] and values, group after group, for about the least |(target - values) factor|^2."""
     width = grid.width
-    left = torch.zeros_like(target)
-    values = torch.empty_like(target)
-    codes = torch.empty((len(target), target.shape[1] // width), dtype=torch.long, device=target.device)
-    for group in range(codes.shape[1]):
-        part = slice(group * width, (group + 1) * width)
-        own = factor[part, part]
-        wanted = target[:, part] + torch.linalg.solve_triangular(own, left[:, part], upper=True, left=False)
-        codes[:, group], values[:, part] = grid.nearest(group, wanted, own)
-        error = target[:, part] - values[:, part]
-        left[:, part.stop :] += error @ factor[part, part.stop :]
-    return codes, values
+    wanted = target.T.contiguous()
+    own = _group_blocks(factor, width)
+    spread = torch.linalg.solve_triangular(own, torch.eye(width, device=own.device).expand_as(own), upper=True)
+    left, values, codes = torch.zeros_like(wanted), torch.empty_like(wanted), []
+    for group in range(len(own)):
+        part, rest = slice(group * width, (group + 1) * width), slice((group + 1) * width, None)
+        code, value = grid.nearest(group, (wanted[part] + spread[group].T @ left[part]).T, own[group])
+        codes.append(code)
+        values[part] = value.T
+        left[rest].addmm_(factor[part, rest].T, wanted[part] - values[part])
+    return torch.stack(codes, 1), values.T
 
 
-def _descend(grid: Grid, target: Tensor, metric: Tensor, codes: Tensor, values: Tensor) -> None:
-    width = grid.width
-    pull = (target - values) @ metric
-    for group in range(codes.shape[1]):
+def _descend(grid: Grid, target: Tensor, metric: Tensor, codes: Tensor, values: Tensor, n_sweeps: int) -> None:
+    """Chooses each group's code again, given all others; changes `codes` and `values`."""
+    width, by_column = grid.width, values.T
+    own = _group_blocks(metric, width)
+    factors = torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2)
+    inverses = torch.linalg.inv(own)
+    pull = metric @ (target - values).T
+    for group in list(range(len(own))) * n_sweeps:
         part = slice(group * width, (group + 1) * width)
-        own = metric[part, part]
-        factor = upper_factor(own)
-        wanted = values[:, part] + torch.linalg.solve(own, pull[:, part], left=False)
-        code, value = grid.nearest(group, wanted, factor)
-        old = ((values[:, part] - wanted) @ factor).square().sum(1)
-        wins = ((value - wanted) @ factor).square().sum(1) < old
-        change = torch.where(wins[:, None], value - values[:, part], 0)
-        pull -= change @ metric[part]
-        values[:, part] += change
+        wanted = by_column[part] + inverses[group] @ pull[part]
+        code, value = grid.nearest(group, wanted.T, factors[group])
+        old, new = (factors[group].T @ (one - wanted) for one in (by_column[part], value.T))
+        wins = new.square().sum(0) < old.square().sum(0)
+        change = torch.where(wins, value.T - by_column[part], 0)
+        pull.addmm_(metric[:, part], change, alpha=-1)
+        by_column[part] += change
         codes[:, group] = torch.where(wins, code, codes[:, group])
 
 

@@ -1,5 +1,7 @@
 """Error feedback: codes at their places, textbook GPTQ, and a smaller loss in every type."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,20 @@ from converter.block_grid import coded, grid_of
 from converter.block_layout import BITS, read_codes, weights_per_code, write_codes
 from converter.feedback import Effort, damped, feed_back, quantize_with_feedback, upper_factor
 from converter.quantize import dequantize_rows, quantize_rows
+from tests.test_quantize import random_blocks
 
 Matrix = NDArray[np.float32]
 KINDS = list(BITS)
+TRIED = [Type[name] for name in "Q5_1 Q8_0 Q2_K Q3_K Q4_K Q6_K IQ4_XS IQ2_XXS IQ3_XXS IQ3_S".split()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products do not gain from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def names(kind: Type) -> str:
@@ -40,8 +53,8 @@ def loss(error: Matrix, x: Matrix) -> float:
 
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_codes_lie_where_the_layout_says(kind: Type) -> None:
-    block, n_bytes = GGML_QUANT_SIZES[kind]
-    blocks = quantize_rows(weights(3, 256), kind, np.ones(256, np.float32)).reshape(-1, n_bytes)
+    block = GGML_QUANT_SIZES[kind][0]
+    blocks = random_blocks(kind, 3)
     codes = read_codes(blocks, kind)
     assert np.array_equal(write_codes(blocks, kind, codes), blocks)
     before = dequantize_rows(blocks.reshape(-1), kind, block)
@@ -56,21 +69,21 @@ def test_codes_lie_where_the_layout_says(kind: Type) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=names)
 def test_a_grid_tells_what_its_codes_decode_to(kind: Type) -> None:
-    w = weights(5, 256)
-    blocks = quantize_rows(w, kind, np.ones(256, np.float32))
-    grid = grid_of(blocks, kind, len(w))
-    target = torch.from_numpy(w) * 1.5
-    found = [
-        grid.nearest(n, target[:, n * grid.width : (n + 1) * grid.width], torch.eye(grid.width))
-        for n in range(256 // grid.width)
-    ]
+    blocks = random_blocks(kind, 5)
+    n_columns = GGML_QUANT_SIZES[kind][0]
+    values = dequantize_rows(blocks.reshape(-1), kind, n_columns)
+    target = torch.from_numpy(values * np.linspace(0.5, 1.5, n_columns, dtype=np.float32))
+    grid = grid_of(blocks.reshape(-1), kind, 5)
+    found = [grid.nearest(n, part, torch.eye(grid.width)) for n, part in enumerate(target.split(grid.width, 1))]
     codes = torch.stack([code for code, _ in found], 1).numpy()
-    values = torch.cat([value for _, value in found], 1).numpy()
-    decoded = dequantize_rows(coded(blocks, kind, codes), kind, 256)
-    np.testing.assert_allclose(decoded, values, rtol=1e-5, atol=1e-6)
-    already, _ = grid.nearest(0, torch.from_numpy(decoded[:, : grid.width]), torch.eye(grid.width))
-    codes[:, 0] = already.numpy()
-    np.testing.assert_allclose(dequantize_rows(coded(blocks, kind, codes), kind, 256), decoded, rtol=1e-5, atol=1e-6)
+    found_values = torch.cat([value for _, value in found], 1)
+    values = found_values.numpy()
+    decoded = dequantize_rows(coded(blocks, kind, codes), kind, n_columns)
+    np.testing.assert_allclose(decoded, values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
+    again = [
+        grid.nearest(n, part, torch.eye(grid.width))[1] for n, part in enumerate(found_values.split(grid.width, 1))
+    ]
+    np.testing.assert_allclose(torch.cat(again, 1).numpy(), values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
 
 
 def textbook_gptq(weight: Matrix, hessian: NDArray[np.float64], levels: Matrix) -> NDArray[np.float64]:
@@ -99,9 +112,9 @@ def test_feedback_is_textbook_gptq(kind: Type) -> None:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=names)
+@pytest.mark.parametrize("kind", TRIED, ids=names)
 def test_the_loss_falls_and_the_blocks_hold_the_values(kind: Type) -> None:
-    x, w = inputs(512), weights(6, 512)
+    x, w = inputs(512), weights(4, 512)
     hessian = x.T @ x
     plain = dequantize_rows(quantize_rows(w, kind, hessian.diagonal().copy()), kind, 512)
     blocks, values = quantize_with_feedback(w, hessian, kind)
@@ -110,14 +123,14 @@ def test_the_loss_falls_and_the_blocks_hold_the_values(kind: Type) -> None:
 
 
 def test_more_passes_lower_the_loss() -> None:
-    x, w = inputs(512), weights(6, 512)
-    once, twice = (quantize_with_feedback(w, x.T @ x, Type.Q3_K, Effort(passes=n))[1] for n in (0, 2))
-    assert loss(w - twice, x) < 0.97 * loss(w - once, x)
+    x, w = inputs(512), weights(4, 512)
+    once, twice = (quantize_with_feedback(w, x.T @ x, Type.Q3_K, Effort(passes=n))[1] for n in (0, 1))
+    assert loss(w - twice, x) < 0.99 * loss(w - once, x)
 
 
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.IQ2_XXS], ids=names)
 def test_few_tokens_and_none_are_survived(kind: Type) -> None:
-    x, w = inputs(512, n_tokens=9), weights(6, 512)
+    x, w = inputs(512, n_tokens=9), weights(4, 512)
     x[:, 256:] = 0
     hessian = x.T @ x
     plain = dequantize_rows(quantize_rows(w, kind, hessian.diagonal().copy()), kind, 512)

@@ -7,8 +7,8 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
-from gguf import LlamaFileType
 from numpy.typing import NDArray
 
 from converter.quantize import (
@@ -71,7 +71,6 @@ def llama_quantize(source: Path, target: Path, file_type: LlamaFileType, imatrix
         (Type.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS, False),
         (Type.IQ3_S, LlamaFileType.MOSTLY_IQ3_S, True),
         (Type.IQ2_XXS, LlamaFileType.MOSTLY_IQ2_XXS, True),
-        (Type.IQ1_M, LlamaFileType.MOSTLY_IQ1_M, True),
     ],
 )
 def test_blocks_are_llama_cpps(
@@ -96,12 +95,22 @@ def test_blocks_are_llama_cpps(
             assert np.array_equal(ours, their), f"{name}[{expert}]"
 
 
+def random_blocks(kind: Type, n_blocks: int) -> NDArray[np.uint8]:
+    """Bytes that decode to numbers; so codebooks, which take ggml long to search, need not be searched."""
+    rng = np.random.default_rng(6)
+    blocks = rng.integers(0, 256, (8 * n_blocks, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    size = np.abs(dequantize_rows(blocks.reshape(-1), kind, GGML_QUANT_SIZES[kind][0])).max(1)
+    good: NDArray[np.uint8] = blocks[np.isfinite(size) & (size < 1e9)][:n_blocks]
+    assert len(good) == n_blocks
+    return good
+
+
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-def test_values_are_those_of_the_public_reader(values: Matrix, importance: Matrix, kind: Type) -> None:
-    blocks = quantize_rows(values, kind, importance)
-    theirs = gguf.dequantize(blocks.reshape(len(values), -1), kind)
-    ours = dequantize_rows(blocks, kind, values.shape[1])
-    assert np.array_equal(ours, theirs.reshape(values.shape))
+def test_values_are_those_of_the_public_reader(kind: Type) -> None:
+    block = GGML_QUANT_SIZES[kind][0]
+    blocks = random_blocks(kind, 12)
+    theirs = gguf.dequantize(blocks, kind)
+    assert np.array_equal(dequantize_rows(blocks.reshape(-1), kind, 4 * block), theirs.reshape(3, 4 * block))
 
 
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q4_0, Type.IQ3_S, Type.IQ4_XS], ids=lambda kind: kind.name)
@@ -112,7 +121,7 @@ def test_importance_lowers_the_weighted_error(values: Matrix, importance: Matrix
     assert cost(quantize_rows(values, kind, importance)) < cost(quantize_rows(values, kind))
 
 
-@pytest.mark.parametrize("kind", [Type[name] for name in CODEBOOKS.split()], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Type.IQ2_XXS, Type.IQ3_XXS, Type.IQ4_XS, Type.Q2_K], ids=lambda kind: kind.name)
 def test_unseen_columns_count_like_the_mean_one(values: Matrix, importance: Matrix, kind: Type) -> None:
     zeros = np.zeros_like(importance)
     assert np.array_equal(quantize_rows(values, kind, zeros), quantize_rows(values, kind, zeros + 1))
@@ -122,7 +131,7 @@ def test_unseen_columns_count_like_the_mean_one(values: Matrix, importance: Matr
 
 
 def test_the_scale_of_importance_does_not_matter(values: Matrix, importance: Matrix) -> None:
-    for kind in (Type.Q2_K, Type.IQ1_S, Type.IQ2_XS, Type.IQ3_XXS):
+    for kind in (Type.Q2_K, Type.IQ2_XXS, Type.IQ3_XXS):
         expected = quantize_rows(values, kind, importance)
         for exponent in (-70, 70):
             assert np.array_equal(quantize_rows(values, kind, np.ldexp(importance, exponent)), expected)
@@ -163,5 +172,5 @@ def test_the_cost_of_a_type_is_the_double_loops(importance: Matrix) -> None:
         for i in range(600)
     )
     assert type_error(values, Type.Q3_K, rows, importance, n_threads=2) == pytest.approx(expected, rel=1e-5)
-    costs = [type_error(values, kind, rows, importance) for kind in (Type.Q6_K, Type.Q4_K, Type.Q2_K, Type.IQ1_S)]
+    costs = [type_error(values, kind, rows, importance) for kind in (Type.Q6_K, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS)]
     assert costs == sorted(costs)
