@@ -10,7 +10,8 @@ from converter.plan import ConvertPlan, plan_conversion, plan_pair
 from converter.plan_pieces import plan_pieces
 from converter.writer import Progress, check_target, write_pieces
 
-__all__ = ["ConvertOptions", "ConvertPlan", "ConvertReport", "Progress", "carry_out", "convert", "plan"]
+DEFAULT_TYPE = "Q4_K_M"
+"""Where nobody names one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class ConvertOptions:
 
     source: Path
     target: Path
-    type: str = "Q4_K_M"
+    type: str = DEFAULT_TYPE
     n_threads: int = 0
     force: bool = False
     pair: str | None = None
@@ -61,7 +62,7 @@ def plan(options: ConvertOptions) -> ConvertPlan:
 def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progress) -> ConvertReport:
     """Writes what was planned; raises as `write_pieces` does."""
     begin = time.monotonic()
-    n_threads = options.n_threads or _n_cores()
+    n_threads = options.n_threads or n_cores()
     write_pieces(
         planned.header,
         plan_pieces(planned, n_threads),
@@ -82,7 +83,8 @@ def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progre
     )
 
 
-def _n_cores() -> int:
+def n_cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -1,73 +1,94 @@
 """`slimoe convert`: a Hugging Face checkpoint or a GGUF file to a GGUF file."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from converter import convert as conversion
-from converter.convert import ConvertOptions, ConvertPlan, ConvertReport
+from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport, n_cores
+from converter.plan import ConvertPlan
 from converter.type_recipe import RECIPES
+from server.engine_options import OptionsCommand
+from server.installed import CONVERTERS, check_installed
+from server.progress_bars import byte_bar
+from server.slim_options import slim_flags, slim_options, with_type
 
 
-@click.command("convert")
+@click.command("convert", cls=OptionsCommand)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("-t", "--type", "type_name", default="Q4_K_M", show_default=True, help="One of the types below.")
+@click.option("-t", "--type", "type_name", help="One of the types below (default: Q4_K_M).")
 @click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
+@slim_flags
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; one a core if not given.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, exactly, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
-@click.pass_context
-def command(
-    ctx: click.Context,
-    source: Path,
-    target: Path,
-    type_name: str,
-    pair: str | None,
-    threads: int | None,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def command(values: Mapping[str, Any]) -> None:
     """Convert the Hugging Face checkpoint directory or GGUF file SRC to the GGUF file DST.
 
     A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer of a
     Mixtral, Mistral or Llama model. Of a GGUF file, tensors that have the right type already are copied byte for byte.
     The result loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes
     of both. DST appears under its name only when it is whole.
+
+    With --target-size, a recipe or any other flag from --stats to --refit the model is slimmed, by what slimoe
+    calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
+    is given.
     """
-    if pair and ctx.get_parameter_source("type_name") is not click.core.ParameterSource.DEFAULT:
+    slim, type_name, pair = slim_options(values), values["type_name"], values["pair"]
+    if pair and type_name:
         raise click.UsageError("--pair names the types of everything. Leave --type out.")
-    options = ConvertOptions(source, target, type_name, threads or 0, force, pair)
-    planned = conversion.plan(options)
-    _announce(planned, target)
-    if dry_run:
-        _report(
-            ConvertReport(
-                target,
-                planned.recipe,
-                planned.n_bytes,
-                0.0,
-                len(planned.tensors),
-                planned.bytes_by_type,
-                planned.n_copied_bytes,
-            ),
-            as_json,
-        )
-        return
-    with _progress_bar(planned.n_bytes) as on_progress:
-        report = conversion.carry_out(planned, options, on_progress)
-    click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
-    _report(report, as_json)
+    if not slim.is_asked:
+        _convert(values)
+    elif pair:
+        raise click.UsageError("--pair is for a model that is not slimmed. The recipe hobbit has second copies.")
+    else:
+        check_installed("Slimming", *CONVERTERS)
+        from server.slim_convert import convert_slim
+
+        convert_slim(values, with_type(slim, type_name) if type_name else slim, values["threads"] or n_cores())
 
 
 command.epilog = "Types: " + " ".join(RECIPES) + "."
+
+
+def _convert(values: Mapping[str, Any]) -> None:
+    """Converts everything to types by name."""
+    target = values["target"]
+    options = ConvertOptions(
+        values["source"],
+        target,
+        values["type_name"] or DEFAULT_TYPE,
+        values["threads"] or n_cores(),
+        values["force"],
+        values["pair"],
+    )
+    planned = conversion.plan(options)
+    _announce(planned, target)
+    if values["dry_run"]:
+        _report(_expected(planned, target), values["as_json"])
+        return
+    with byte_bar(planned.n_bytes) as on_progress:
+        report = conversion.carry_out(planned, options, on_progress)
+    click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
+    _report(report, values["as_json"])
+
+
+def _expected(planned: ConvertPlan, target: Path) -> ConvertReport:
+    """The report of what was not written."""
+    return ConvertReport(
+        path=target,
+        recipe=planned.recipe,
+        n_bytes=planned.n_bytes,
+        seconds=0.0,
+        n_tensors=len(planned.tensors),
+        bytes_by_type=planned.bytes_by_type,
+        n_copied_bytes=planned.n_copied_bytes,
+    )
 
 
 def _announce(planned: ConvertPlan, target: Path) -> None:
@@ -89,13 +110,3 @@ def _report(report: ConvertReport, as_json: bool) -> None:
         "n_copied_bytes": report.n_copied_bytes,
     }
     click.echo(msgspec.json.encode(fields))
-
-
-@contextmanager
-def _progress_bar(n_bytes: int) -> Iterator[conversion.Progress]:
-    """A bar on standard error with bytes, speed and time left; nothing when that is no terminal."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=n_bytes)
-        yield lambda done, _total: progress.update(task, completed=done)

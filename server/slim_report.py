@@ -1,0 +1,183 @@
+"""What is told of a slimmed file before it is made: what is kept, in which types, bytes, expected loss, loaders."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from converter.model_source import PROJECTIONS
+from converter.slim_layout import SlimLayout
+from converter.slim_plan import ExpertPlan, LayerPlan
+from converter.type_recipe import layer_and_role
+from offload.memory import human
+from server.slim_work import SlimWork
+
+_LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
+_ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
+
+
+def loaders(work: SlimWork) -> tuple[str, ...]:
+    """Programs that load the file."""
+    return _LOADERS[work.plan.format]
+
+
+def bits_per_weight(work: SlimWork) -> float:
+    """The file's bits for each weight of the source."""
+    return 8 * work.layout.n_bytes / sum(math.prod(shape) for shape in work.source.shapes.values())
+
+
+def layer_bytes(layout: SlimLayout) -> Counter[int]:
+    """Tensor bytes by layer of the result, -1 for what belongs to none."""
+    sizes: Counter[int] = Counter()
+    for tensor in layout.tensors:
+        sizes[layer_and_role(tensor.name)[0]] += tensor.n_bytes
+    return sizes
+
+
+# --- for programs ------------------------------------------------------------------------------------------
+
+
+def work_fields(work: SlimWork) -> dict[str, Any]:
+    """All of it as JSON has it. `block` and `members` are the source's numbers, sizes are bytes, the loss nats."""
+    plan, layout, sizes = work.plan, work.layout, layer_bytes(work.layout)
+    return {
+        "source": str(work.source.path),
+        "format": plan.format,
+        "loads_in": list(loaders(work)),
+        "n_bytes": layout.n_bytes,
+        "bits_per_weight": round(bits_per_weight(work), 4),
+        "expected_kl": plan.expected_kl,
+        "bytes_by_type": layout.bytes_by_type,
+        "token_type": plan.token_type.name,
+        "output_type": None if plan.output_type is None else plan.output_type.name,
+        "layers": [_layer_fields(layer, sizes[index]) for index, layer in enumerate(plan.layers)],
+        "recipe": plan.recipe,
+    }
+
+
+def _layer_fields(layer: LayerPlan, n_bytes: int) -> dict[str, Any]:
+    return {
+        "block": layer.block,
+        "attention": {role: kind.name for role, kind in layer.types.items()} if layer.has_attention else None,
+        "experts": [_expert_fields(expert) for expert in layer.experts],
+        "n_novices": _n_novices(layer),
+        "n_bytes": n_bytes,
+    }
+
+
+def _expert_fields(expert: ExpertPlan) -> dict[str, Any]:
+    return {
+        "members": list(expert.members),
+        "types": [kind.name for kind in expert.types],
+        "low_types": None if expert.low_types is None else [kind.name for kind in expert.low_types],
+        "width": None if expert.kept is None else len(expert.kept),
+    }
+
+
+def _n_novices(layer: LayerPlan) -> int:
+    return 0 if layer.novices is None else len(layer.novices)
+
+
+# --- for people --------------------------------------------------------------------------------------------
+
+
+def work_lines(work: SlimWork) -> list[str]:
+    """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
+    head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "each layer")
+    rows = [head, *_layer_rows(work)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*table, "", *_missing(work), *_whole(work)]
+
+
+def _whole(work: SlimWork) -> Iterable[str]:
+    plan, layout = work.plan, work.layout
+    by_type = ", ".join(f"{name} {human(n_bytes)}" for name, n_bytes in layout.bytes_by_type.items())
+    output = "" if plan.output_type is None else f", output {plan.output_type.name}"
+    yield f"token table {plan.token_type.name}{output}; by type: {by_type}"
+    bits = f"{bits_per_weight(work):.2f} bits for each weight of the source"
+    yield f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}"
+    if plan.expected_kl is None:
+        yield "what it loses is not foretold: there are no statistics"
+    else:
+        yield f"expected loss {plan.expected_kl:.4f} nats of KL per token, {_trust(work)}"
+    yield f"{plan.format} format: loads in {' and '.join(loaders(work))}"
+
+
+def _trust(work: SlimWork) -> str:
+    """What the number does not say."""
+    recipe = work.recipe
+    uncounted = {
+        "merging": recipe.experts.merge is not None,
+        "trimming": recipe.experts.width is not None,
+        "dropped blocks": recipe.drop_blocks > 0,
+        "dropped attention": recipe.drop_attention > 0,
+    }
+    missing = [what for what, is_there in uncounted.items() if is_there]
+    return f"without {' and '.join(missing)}" if missing else "as the statistics have it"
+
+
+def _missing(work: SlimWork) -> Iterable[str]:
+    kept = {layer.block for layer in work.plan.layers}
+    gone = [block for block in range(work.source.spec.n_layer) if block not in kept]
+    if gone:
+        yield f"left out whole: {_numbers(gone)} of the source's {work.source.spec.n_layer} layers"
+
+
+def _layer_rows(work: SlimWork) -> Iterable[tuple[str, ...]]:
+    sizes = layer_bytes(work.layout)
+    rows = [(layer.block, _layer_row(work, layer, sizes[index])) for index, layer in enumerate(work.plan.layers)]
+    for row, group in groupby(rows, key=lambda pair: pair[1]):
+        yield (_numbers([block for block, _ in group]), *row)
+
+
+def _layer_row(work: SlimWork, layer: LayerPlan, n_bytes: int) -> tuple[str, ...]:
+    kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
+    attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
+    projections = [_types(layer.experts, index) for index in range(len(PROJECTIONS))]
+    return attention, _experts(work, layer), *projections, human(n_bytes)
+
+
+def _experts(work: SlimWork, layer: LayerPlan) -> str:
+    if not layer.experts:
+        return "none"
+    n_before = work.source.layers[layer.block].n_stored
+    n_members = sum(len(expert.members) for expert in layer.experts)
+    text = f"{len(layer.experts)} of {n_before}"
+    text += " merged" if n_members > len(layer.experts) else ""
+    n_novices = _n_novices(layer)
+    text += f" + {n_novices} novice{'s' if n_novices > 1 else ''}" if n_novices else ""
+    widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
+    return text + (f", {max(widths)} wide" if widths else "")
+
+
+def _types(experts: Sequence[ExpertPlan], projection: int) -> str:
+    """`Q4_K`, or how many experts have which; second copies behind a plus."""
+    names = Counter(_name(expert, projection) for expert in experts)
+    if not names:
+        return "-"
+    if len(names) == 1:
+        return next(iter(names))
+    return " ".join(f"{n}x{name}" for name, n in names.most_common())
+
+
+def _name(expert: ExpertPlan, projection: int) -> str:
+    kinds = [expert.types[projection], *([expert.low_types[projection]] if expert.low_types else [])]
+    return "+".join(kind.name for kind in kinds)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """`0-2, 5`."""
+    spans = [
+        [number for _, number in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+def announced(work: SlimWork, target: Path) -> str:
+    """One line on what will be written."""
+    loss = "" if work.plan.expected_kl is None else f", expected loss {work.plan.expected_kl:.4f} nats"
+    names = " and ".join(loaders(work))
+    return f"{target}: {work.layout.n_bytes:,} bytes will be written{loss}, {work.plan.format} format for {names}"

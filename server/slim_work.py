@@ -1,0 +1,57 @@
+"""From flags to the plan of a slimmed file, with all that carrying it out needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.model_source import ModelSource
+from converter.open_source import open_source
+from converter.recipe import Recipe
+from converter.recipe_check import needs_statistics
+from converter.recipe_fields import SourceSizes
+from converter.recipe_file import make_recipe, recipe_tables
+from converter.slim_layout import SlimLayout, lay_out
+from converter.slim_plan import SlimPlan
+from converter.slimming import plan_slim
+from converter.statistics import Statistics
+from converter.statistics_file import load_statistics
+from offload.errors import UsageError
+from server.progress_bars import step_bar
+from server.slim_options import SlimOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SlimWork:
+    """A model, what was measured of it, what is asked for, and the plan and layout of the file."""
+
+    source: ModelSource
+    statistics: Statistics | None
+    recipe: Recipe
+    plan: SlimPlan
+    layout: SlimLayout
+
+
+def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
+    """Opens, measures what types cost where that decides, and plans; writes nothing.
+
+    Raises UsageError, StatisticsError, DoesNotFitError, and ModelFileError or UnsupportedModelError for the model.
+    """
+    source = open_source(model)
+    recipe = recipe_of(source, options)
+    if options.stats is None and needs_statistics(recipe):
+        raise UsageError(
+            "What matters in the model is not known yet. Measure it once, for all sizes: "
+            f"slimoe calibrate {model} -o STATS, and give --stats STATS."
+        )
+    statistics = None if options.stats is None else load_statistics(options.stats, source)
+    with step_bar() as on_progress:
+        plan = plan_slim(source, statistics, recipe, n_threads=n_threads, on_progress=on_progress)
+    return SlimWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
+
+
+def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
+    """The recipe that flags name, with what other flags say in its place; raises UsageError."""
+    sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert)
+    if options.recipe is None:
+        return make_recipe(options.merged({}), sizes, "the command line")
+    tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
+    return make_recipe(options.merged(tables), sizes, options.recipe)
