@@ -136,8 +136,8 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"torch has no device {name!r} here ({reason}). Use --device cpu.") from None
     return name
