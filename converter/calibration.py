@@ -101,9 +101,12 @@ def _pass(
 def _directory(
     n_streams: int, sequences: Sequences, source: ModelSource, settings: CalibrationSettings, kept: PartialPass
 ) -> Path | None:
-    """Where so many streams are to lie; None for memory."""
+    """Where so many streams are to lie; None for memory. Raises DoesNotFitError."""
     n_bytes = n_streams * 4 * sequences.n_rows * source.spec.n_embd
-    return kept.path if n_bytes > settings.max_state_bytes else None
+    if n_bytes <= settings.max_state_bytes:
+        return None
+    kept.reserve(n_bytes)
+    return kept.path
 
 
 def _with_sensitivity(

@@ -56,14 +56,20 @@ class PartialPass:
         """Layers that are finished."""
         return int(self._state().get("n_done", 0))
 
-    def restore(self, h: Tensor) -> list[LayerFindings]:
-        """What finished layers gave; `h` becomes the stream behind them. Nothing if it cannot be read."""
-        n_bytes = _STATES_AT_ONCE * h.numel() * 4
+    def reserve(self, n_bytes: int) -> None:
+        """Raises DoesNotFitError when the disk has fewer bytes free: files that are mapped must not find it full."""
         available = shutil.disk_usage(self.path).free
         if available < n_bytes:
             message = f"The pass needs up to {n_bytes:,} bytes of disk, but {self.path} has only {available:,} free."
             message += " Free some space or use fewer --tokens."
             raise DoesNotFitError(message, required_bytes=n_bytes, available_bytes=available)
+
+    def restore(self, h: Tensor) -> list[LayerFindings]:
+        """What finished layers gave; `h` becomes the stream behind them. Nothing if it cannot be read.
+
+        Raises DoesNotFitError.
+        """
+        self.reserve(_STATES_AT_ONCE * h.numel() * 4)
         n_done = self.n_done
         if not n_done:
             return []

@@ -119,8 +119,8 @@ class TokenTrace:
 class TypeErrors:
     """Squared errors of an expert's output times share^2, over its picks, if matrices had another type. (B3)
 
-    `types` are names of ggml types; `error` [types, E, 4]: of gate, up and down alone, and of all three. Estimates where
-    only a sample was tried; infinite where a type does not divide the rows; 0 for experts that no token picked.
+    `types` are names of ggml types; `error` [types, E, 4]: of gate, up and down alone, and of all three. Estimates
+    where only a sample was tried; infinite where a type does not divide the rows; 0 for experts that no token picked.
     """
 
     types: tuple[str, ...]

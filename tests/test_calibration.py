@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -20,7 +21,7 @@ from converter.sketch import spread_rows
 from converter.statistics import LayerStatistics, Statistics
 from converter.statistics_file import to_arrays
 from converter.type_errors import TypeErrorTable, inclusion
-from offload.errors import ModelFileError
+from offload.errors import DoesNotFitError, ModelFileError
 from tests.naive_statistics import Array, NaiveModel, expected_sums, hidden_and_output
 from tests.tiny_checkpoint import TinyConfig, save_checkpoint
 
@@ -223,6 +224,15 @@ def test_an_interrupted_pass_goes_on(checkpoint: Path, learnt: Statistics, tmp_p
     for one, two in zip(statistics.layers, learnt.layers, strict=True):
         assert_same(one, two)
     close(statistics.output_input, learnt.output_input, 0)
+
+
+def test_a_disk_that_is_too_small(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(EXACT, max_state_bytes=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(DoesNotFitError, match="bytes of disk, but .* has only 1,000 free") as caught:
+        learn(checkpoint, tmp_path, random_text(), settings)
+    assert caught.value.required_bytes == 4 * 4 * 54 * 64
+    assert caught.value.available_bytes == 1000
 
 
 def test_what_another_pass_left_is_not_taken(checkpoint: Path, tmp_path: Path) -> None:
