@@ -152,9 +152,14 @@ def engine_flags(function: F) -> F:
     return function
 
 
+def engine_values(values: Mapping[str, Any]) -> EngineOptions:
+    """The flags' values out of a command's."""
+    return EngineOptions(**{name: values[name] for name in EngineOptions.__slots__})
+
+
 def engine_options(values: Mapping[str, Any]) -> EngineOptions:
-    """The flags' values out of a command's; says on standard error when the demo model is used."""
-    options = EngineOptions(**{name: values[name] for name in EngineOptions.__slots__})
+    """The same; says on standard error when the demo model is used."""
+    options = engine_values(values)
     if options.model is None:
         click.echo("No model named: using the built-in demo model, which is tiny and knows little.", err=True)
     return options

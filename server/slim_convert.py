@@ -1,4 +1,4 @@
-"""`slimoe convert` with a size, a recipe or a method: the slimmed file, after what it will be has been told."""
+"""`slimoe convert` with a size, a recipe or a method, and `slimoe plan` of the same: what the file will be, and it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +7,13 @@ from typing import Any
 import click
 import msgspec
 
+from converter.convert import n_cores
+from converter.fit_choice import chosen_fit
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
+from server.engine_options import EngineOptions, engine_values
 from server.progress_bars import byte_bar
-from server.slim_options import SlimOptions
+from server.slim_options import SlimOptions, with_type
 from server.slim_report import announced, work_fields, work_lines
 from server.slim_work import SlimWork, plan_work
 
@@ -29,6 +32,25 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
         click.echo(msgspec.json.encode(work_fields(work) | _written(target, report)))
 
 
+def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
+    """Tells what `convert_slim` would write; raises UsageError for flags that are for a model that is opened."""
+    model, n_threads = values["model"], values["n_threads"]
+    if model is None:
+        raise click.UsageError("Which model is to be slimmed? Name its directory or GGUF file.")
+    if not options.is_asked:
+        hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
+        raise click.UsageError(f"{model} is a checkpoint. {hint}")
+    opened, asked = EngineOptions(model, n_threads=n_threads), engine_values(values)
+    other = [name for name in EngineOptions.__slots__ if getattr(opened, name) != getattr(asked, name)]
+    if other:
+        flag = other[0].removeprefix("n_").replace("_", "-")
+        raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
+    if values["type_name"]:
+        options = with_type(options, values["type_name"])
+    work = plan_work(model, options, n_threads or n_cores())
+    click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
+
+
 def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> SlimReport:
     with byte_bar(work.layout.n_bytes) as on_progress:
         return slim(
@@ -36,6 +58,7 @@ def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> Slim
             work.plan,
             target,
             work.statistics,
+            fit=chosen_fit(work.source, work.plan, work.statistics, n_threads),
             n_threads=n_threads,
             force=force,
             on_progress=on_progress,

@@ -12,8 +12,10 @@ from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
 from offload.errors import SlimoeError
 from offload.prediction import PlanPrediction, measure_machine, predict_plan
 from server.engine_options import OptionsCommand, engine_flags, engine_options
+from server.installed import CONVERTERS, check_installed
 from server.local_engine import engine_config, say_notes
 from server.plan_report import PlanReport
+from server.slim_options import slim_flags, slim_options
 
 _LEAST_CTX = 256
 
@@ -24,6 +26,8 @@ class _UnmeasuredError(SlimoeError):
 
 @click.command("plan", cls=OptionsCommand)
 @engine_flags
+@slim_flags
+@click.option("-t", "--type", "type_name", help="As of slimoe convert, where no target chooses types.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option(
     "--measure/--no-measure",
@@ -36,7 +40,17 @@ def command(values: Mapping[str, Any]) -> None:
     """Say what opening MODEL would take, what would lie where, and how fast it would be, without loading it.
 
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
+
+    With a checkpoint directory, or any flag from --stats to --refit: say what slimoe convert would make of MODEL with
+    these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
+    slim, model = slim_options(values), values["model"]
+    if slim.is_asked or (model is not None and model.is_dir()):
+        check_installed("Slimming", *CONVERTERS)
+        from server.slim_convert import tell_plan
+
+        tell_plan(values, slim)
+        return
     config = engine_config(engine_options(values))
     on_device_abort(config.rpc, end_with_error)
     plan = plan_engine(config)
