@@ -17,7 +17,8 @@ from tests.test_quantize import random_blocks
 
 Matrix = NDArray[np.float32]
 KINDS = list(BITS)
-TRIED = [Type[name] for name in "Q5_1 Q8_0 Q2_K Q3_K Q4_K Q6_K IQ4_XS IQ2_XXS IQ3_XXS IQ3_S".split()]
+TRIED = [Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q6_K]
+TRIED += [Type.IQ4_XS, Type.IQ2_XXS, Type.IQ3_XXS, Type.IQ3_S]
 
 
 @pytest.fixture(autouse=True, scope="module")
