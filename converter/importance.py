@@ -14,12 +14,15 @@ _ATTENTION = {"attn_q": "attention", "attn_k": "attention", "attn_v": "attention
 def matrix_importance(statistics: Statistics, matrix: Matrix, *, is_tied: bool = False) -> NDArray[np.float32] | None:
     """Sums of squares [n_per_row] of what a matrix is multiplied with; None where nothing is known.
 
+    Of the token table, which is only read, they are the sensitivities to its columns.
     An expert that no token picked reads what its layer's others read; its neurons all count the same (zeros).
     `is_tied` tells that the token table is the output matrix as well.
     """
     _, role = layer_and_role(matrix.key.name)
     if role == "output" or (role == "token_embd" and is_tied):
         return statistics.output_input
+    if role == "token_embd":
+        return statistics.token_gradient
     if matrix.block < 0 or matrix.is_vector:
         return None
     inputs = statistics.layers[matrix.block].inputs

@@ -15,13 +15,20 @@ from converter.type_costs import TypeCosts
 _FIELDS = ("use", "share_square", "skip_error", "sensitivity", "skip_ratio", "low_share")
 
 
-def with_hints(source: ModelSource, statistics: Statistics, layer: LayerPlan, costs: TypeCosts | None) -> LayerPlan:
-    """The layer with what the engine's caches and lossy modes want to know; merged experts get none."""
+def with_hints(
+    source: ModelSource, statistics: Statistics, layer: LayerPlan, costs: TypeCosts | None
+) -> LayerPlan | None:
+    """The layer with what the engine's caches and lossy modes want to know.
+
+    None where that is not known, as of merged experts.
+    """
     one, target = statistics.layers[layer.block], source.layers[layer.block].target
-    if not layer.experts or one.outputs is None or one.router is None:
+    if not layer.experts:
         return layer
-    if any(len(expert.members) > 1 for expert in layer.experts) or any(expert < 0 for expert in target):
-        return layer
+    if one.outputs is None or one.router is None or any(expert < 0 for expert in target):
+        return None
+    if any(len(expert.members) > 1 for expert in layer.experts):
+        return None
     kept = tuple(expert.members[0] for expert in layer.experts)
     gone = sorted({expert for expert in target if expert >= 0} - set(kept))
     replaced = () if layer.novices is None else tuple(gone)

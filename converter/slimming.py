@@ -70,7 +70,10 @@ def _completed(
         plan = with_low_copies(plan, Type[recipe.types.low])
     if not recipe.hints or recipe.format != "native" or statistics is None:
         return plan
-    return replace(plan, layers=tuple(with_hints(source, statistics, layer, costs) for layer in plan.layers))
+    hinted = [with_hints(source, statistics, layer, costs) for layer in plan.layers]
+    # The format has hints for all layers or for none.
+    layers = [layer for layer in hinted if layer is not None]
+    return replace(plan, layers=tuple(layers)) if len(layers) == len(hinted) else plan
 
 
 def _within(

@@ -181,7 +181,7 @@ class _Builder:
         layers = [self.statistics.layers[block] for block in blocks]
         targets = [self.source.layers[block].target for block in blocks]
         if how == "m-smoe" and self.recipe.format == "native":
-            found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), 1)
+            found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), self.source.spec.n_expert_used)
         elif how == "m-smoe":
             # The stock format has as many experts in every layer.
             pairs = zip(layers, targets, strict=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from converter.block import Routing, read_expert
 from converter.methods.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance
-from converter.methods.trim import trim
+from converter.methods.trim import TrimmedExpert, trim
 from converter.model_source import ModelSource, expert_key
 from converter.slim_plan import LayerPlan
 from converter.statistics import Statistics
@@ -38,38 +38,48 @@ def trimmed(
         stream.embed()
         for block in range(source.spec.n_layer):
             layer = by_block.get(block)
-            seen = _LayerSums(block)
-            stream.pass_layer(block, seen if layer and layer.experts else Observer())
-            seen.finish()
+            if layer is None or not layer.experts:
+                stream.pass_layer(block, Observer())
+            else:
+                trimmer = _Trimmer(source, layer, width)
+                stream.pass_layer(block, trimmer)
+                trimmer.finish()
+                layer = trimmer.trimmed()
             if layer is not None:
-                layers[block] = _trim_layer(source, layer, seen, width) if layer.experts else layer
+                layers[block] = layer
             on_progress("trimming experts", block + 1, source.spec.n_layer)
     finally:
         stream.close()
     return replace(structure, layers=tuple(layers[layer.block] for layer in structure.layers))
 
 
-class _LayerSums(HiddenCollector):
-    """One layer's sums by expert, and inputs of some of its tokens."""
+class _Trimmer(HiddenCollector):
+    """Trims one layer's experts, each when its tokens have passed, so that one covariance is held at a time."""
 
-    def __init__(self, layer: int) -> None:
-        self.sums: dict[int, HiddenSums] = {}
-        self.inputs: list[Tensor] = []
-        super().__init__(layer, self.sums.__setitem__)
+    def __init__(self, source: ModelSource, layer: LayerPlan, width: int) -> None:
+        self._source, self._plan, self._width = source, layer, width
+        self._inputs: list[Tensor] = []
+        self._wanted = {expert.members[0] for expert in layer.experts}
+        self._found: dict[int, TrimmedExpert] = {}
+        super().__init__(layer.block, self._trim)
 
     def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
-        if sum(map(len, self.inputs)) < _SAMPLE:
-            self.inputs.append(x)
+        if sum(map(len, self._inputs)) < _SAMPLE:
+            self._inputs.append(x)
 
+    def trimmed(self) -> LayerPlan:
+        """The layer; experts that no token picked are judged by any tokens."""
+        for number in sorted(self._wanted - self._found.keys()):
+            self._trim(number, None)
+        found = ((expert, self._found[expert.members[0]]) for expert in self._plan.experts)
+        return replace(
+            self._plan, experts=tuple(replace(expert, kept=one.kept, down=one.down) for expert, one in found)
+        )
 
-def _trim_layer(source: ModelSource, layer: LayerPlan, seen: _LayerSums, width: int) -> LayerPlan:
-    """Each expert by the covariance of its own tokens, drawn towards that of any tokens of the layer."""
-    x = torch.cat(seen.inputs)[:_SAMPLE]
-    experts = []
-    for expert in layer.experts:
-        number = expert.members[0]
-        anyone = hidden_sums(read_expert(source, layer.block, number), x)
-        covariance = shrunk_covariance(seen.sums.get(number, anyone), anyone)
-        (found,) = trim(source.read(expert_key(layer.block, "down", number)), covariance, [width])
-        experts.append(replace(expert, kept=found.kept, down=found.down))
-    return replace(layer, experts=tuple(experts))
+    def _trim(self, number: int, sums: HiddenSums | None) -> None:
+        if number not in self._wanted:
+            return
+        block = self._plan.block
+        anyone = hidden_sums(read_expert(self._source, block, number), torch.cat(self._inputs)[:_SAMPLE])
+        covariance = shrunk_covariance(sums or anyone, anyone)
+        (self._found[number],) = trim(self._source.read(expert_key(block, "down", number)), covariance, [self._width])

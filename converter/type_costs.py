@@ -7,6 +7,7 @@ arXiv 2605.23078, has it by expert). Errors are measured by quantising, of large
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,14 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from converter.model_source import MatrixKey, ModelSource, parse_key
-from converter.quantize import type_error
+from converter.quantize import BadWeightsError, type_error
 from converter.statistics import LayerStatistics, MatrixCosts, Sensitivity, Statistics
 from converter.type_recipe import fits, layer_and_role
 from offload.errors import UsageError
 
 CANDIDATES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
-    *("Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q4_0", "Q5_0"),
+    *("Q5_K", "Q6_K", "Q8_0", "F16", "IQ4_NL", "Q4_0", "Q5_0"),
 )
 """Types to choose from. The last ones are for rows that are no multiple of 256."""
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
@@ -115,7 +116,8 @@ def _matrix_costs(values: NDArray[np.float32], weights: MatrixWeights, types: Se
     costs = np.full(len(types), np.inf)
     for index, name in enumerate(types):
         if fits(Type[name], n_per_row) and (needs_small or name not in _SMALL_BLOCKS):
-            costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
+            with suppress(BadWeightsError):  # beyond F16's range
+                costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
     return costs
 
 
