@@ -229,7 +229,7 @@ def test_an_interrupted_pass_goes_on(checkpoint: Path, learnt: Statistics, tmp_p
 def test_a_disk_that_is_too_small(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(EXACT, max_state_bytes=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
-    with pytest.raises(DoesNotFitError, match="bytes of disk, but .* has only 1,000 free") as caught:
+    with pytest.raises(DoesNotFitError, match=r"bytes of disk, but .* has only 1,000 free") as caught:
         learn(checkpoint, tmp_path, random_text(), settings)
     assert caught.value.required_bytes == 4 * 4 * 54 * 64
     assert caught.value.available_bytes == 1000
