@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from converter.model_source import PROJECTIONS
 from converter.slim_layout import SlimLayout
 from converter.slim_plan import ExpertPlan, LayerPlan
@@ -87,7 +89,9 @@ def work_lines(work: SlimWork) -> list[str]:
     """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
     head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "each layer")
     rows = [head, *_layer_rows(work)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    if all(row[3] == row[4] for row in rows[1:]):
+        rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [*table, "", *_missing(work), *_whole(work)]
 
@@ -109,7 +113,9 @@ def _whole(work: SlimWork) -> Iterable[str]:
 def _trust(work: SlimWork) -> str:
     """What the number does not say."""
     recipe = work.recipe
+    has_target = recipe.target_size is not None or recipe.target_bpw is not None
     uncounted = {
+        "types": not has_target,
         "merging": recipe.experts.merge is not None,
         "trimming": recipe.experts.width is not None,
         "dropped blocks": recipe.drop_blocks > 0,
@@ -123,7 +129,7 @@ def _missing(work: SlimWork) -> Iterable[str]:
     kept = {layer.block for layer in work.plan.layers}
     gone = [block for block in range(work.source.spec.n_layer) if block not in kept]
     if gone:
-        yield f"left out whole: {_numbers(gone)} of the source's {work.source.spec.n_layer} layers"
+        yield f"layers left out whole: {_numbers(gone)}"
 
 
 def _layer_rows(work: SlimWork) -> Iterable[tuple[str, ...]]:
@@ -154,18 +160,25 @@ def _experts(work: SlimWork, layer: LayerPlan) -> str:
 
 
 def _types(experts: Sequence[ExpertPlan], projection: int) -> str:
-    """`Q4_K`, or how many experts have which; second copies behind a plus."""
-    names = Counter(_name(expert, projection) for expert in experts)
-    if not names:
-        return "-"
-    if len(names) == 1:
-        return next(iter(names))
-    return " ".join(f"{n}x{name}" for name, n in names.most_common())
+    """`Q4_K`; how many experts have which of two; of more the span and the mean. Second copies behind a plus."""
+    text = _span(Counter(expert.types[projection] for expert in experts))
+    low = _span(Counter(expert.low_types[projection] for expert in experts if expert.low_types))
+    return f"{text}+{low}" if low else text or "-"
 
 
-def _name(expert: ExpertPlan, projection: int) -> str:
-    kinds = [expert.types[projection], *([expert.low_types[projection]] if expert.low_types else [])]
-    return "+".join(kind.name for kind in kinds)
+def _span(kinds: Counter[GGMLQuantizationType]) -> str:
+    if len(kinds) > 2:
+        order = sorted(kinds, key=_bits)
+        mean = sum(n * _bits(kind) for kind, n in kinds.items()) / kinds.total()
+        return f"{order[0].name} to {order[-1].name}, {mean:.1f} bits"
+    if len(kinds) == 2:
+        return " ".join(f"{n}x{kind.name}" for kind, n in kinds.most_common())
+    return "".join(kind.name for kind in kinds)
+
+
+def _bits(kind: GGMLQuantizationType) -> float:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / n_weights)
 
 
 def _numbers(numbers: Sequence[int]) -> str:
