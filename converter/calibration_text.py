@@ -18,6 +18,8 @@ _SHORTEST = 16
 """Tokens that a text's last sequence needs to count, unless it is all there is."""
 _CHARACTERS_PER_TOKEN = 32
 _EXCERPTS = 64
+_HELD_OUT = 0.1
+"""The share of our own mixture that is not calibrated on: the last lines of each file, for judging what was made."""
 _OWN = Path(__file__).with_name("texts")
 
 
@@ -35,10 +37,12 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file of texts, and what its kind of text is called."""
+    """A file of texts, and what its kind of text is called; only the lines from one share of it to another count."""
 
     domain: str
     path: Path
+    begin: float = 0.0
+    end: float = 1.0
 
     @classmethod
     def parse(cls, value: str) -> "TextFile":
@@ -69,7 +73,17 @@ class CalibrationText:
 
 def default_texts() -> tuple[TextFile, ...]:
     """The mixture that comes with the program; where its parts are from stands beside them."""
-    return tuple(TextFile(path.stem, path) for path in sorted(_OWN.iterdir()) if path.suffix in (".txt", ".jsonl"))
+    return _own_texts(0.0, 1.0 - _HELD_OUT)
+
+
+def held_out_texts() -> tuple[TextFile, ...]:
+    """What `default_texts` leaves out of the mixture."""
+    return _own_texts(1.0 - _HELD_OUT, 1.0)
+
+
+def _own_texts(begin: float, end: float) -> tuple[TextFile, ...]:
+    paths = sorted(path for path in _OWN.iterdir() if path.suffix in (".txt", ".jsonl"))
+    return tuple(TextFile(path.stem, path, begin, end) for path in paths)
 
 
 def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int) -> CalibrationText:
@@ -85,7 +99,7 @@ def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, l
                 piece
                 for file in files
                 if file.domain == domain
-                for ids in _documents(file, encoder, n_characters)
+                for ids in documents(file, encoder, n_characters)
                 for piece in _cut(ids, length)
             ]
         )
@@ -130,9 +144,13 @@ def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
             yield piece
 
 
-def _documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterator[list[int]]:
-    """The ids of each text in a file; of a long one, about so many characters from all over it."""
-    text = _read(file.path)
+def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterator[list[int]]:
+    """The ids of each text in a file; of a long one, about so many characters from all over it.
+
+    Raises UsageError for a file that is no text, or lines that are neither texts nor conversations.
+    """
+    whole = _read(file.path)
+    text = whole[_line_at(whole, file.begin) : _line_at(whole, file.end)]
     if file.path.suffix == ".jsonl":
         yield from (_entry(file.path, n, line, encoder) for n, line in enumerate(text.splitlines(), 1) if line.strip())
         return
@@ -147,6 +165,12 @@ def _read(path: Path) -> str:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Name a text file.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text. Give plain text, or .jsonl with messages.") from None
+
+
+def _line_at(text: str, share: float) -> int:
+    """Where the first line begins that is behind a share of the text."""
+    at = round(share * len(text))
+    return at if at in (0, len(text)) else (text.find("\n", at) + 1 or len(text))
 
 
 def _excerpts(text: str, n_characters: int) -> Iterator[tuple[int, str]]:

@@ -31,12 +31,12 @@ _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version"
 _CARRIED = (keys.PREFIX_AFTER_SPECIAL, keys.CALIBRATION_HASH, keys.CALIBRATION_TOKENS)
 
 
-def gguf_source(path: Path) -> StoredModel:
+def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     """Opens a GGUF file by its name, or by that of its first shard; only headers are read now.
 
-    Of an expert with several copies the best one counts. The digest covers all headers and the first 4096 bytes of
-    every tensor: files of different types made of one checkpoint are different sources. Raises ModelFileError and
-    UnsupportedModelError as the engine does that would run the file.
+    Of an expert with several copies number `copy` counts, or its last one; 0 is the best. The digest covers all headers
+    and the first 4096 bytes of every tensor: files of different types made of one checkpoint are different sources.
+    Raises ModelFileError and UnsupportedModelError as the engine does that would run the file.
     """
     gguf = read_gguf(path)
     spec = ModelSpec.from_gguf(gguf)
@@ -48,7 +48,7 @@ def gguf_source(path: Path) -> StoredModel:
     for weight in (*(one for one in whole if one), *output):
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
     for index, layer in enumerate(sources.layers):
-        found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer)}
+        found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
     return StoredModel(
         path,
         spec,
@@ -59,13 +59,13 @@ def gguf_source(path: Path) -> StoredModel:
     )
 
 
-def _layer_weights(index: int, layer: LayerSources) -> Iterator[tuple[MatrixKey, WeightSource]]:
+def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
     vectors = (one for one in (layer.attn_norm, layer.ffn_norm, layer.router) if one)
     linears = (*layer.qkv, *((layer.attn_output,) if layer.attn_output else ()))
     for weight in (*vectors, *(part for linear in linears for part in _linear(linear))):
         yield MatrixKey(weight.name), weight
     if layer.buckets:
-        yield from _best_copies(index, layer.buckets)
+        yield from _copies(index, layer.buckets, copy)
     elif layer.router:
         yield from _stacked(index, layer)
     else:
@@ -85,10 +85,10 @@ def _stacked(index: int, layer: LayerSources) -> Iterator[tuple[MatrixKey, Weigh
             yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
 
 
-def _best_copies(index: int, buckets: BucketSources) -> Iterator[tuple[MatrixKey, WeightSource]]:
+def _copies(index: int, buckets: BucketSources, wanted: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
     for expert, copy, bucket, slot in buckets.layout.slots():
         for projection, stack in zip(PROJECTIONS, buckets.buckets[bucket], strict=True):
-            if copy == 0:
+            if copy == min(wanted, len(buckets.layout.buckets[expert]) - 1):
                 yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
     novices = buckets.novices
     if novices:

@@ -1,0 +1,117 @@
+"""The front door of reports: judges a written file, keeps its quality in the file, and writes all of it beside it."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from converter.calibration import Progress
+from converter.late_keys import add_late_keys
+from converter.model_card import model_card
+from converter.report import Report
+from converter.report_making import ReportMaker, file_hash
+from converter.report_markdown import markdown
+from offload import file_keys as keys
+from offload.errors import UsageError
+from offload.gguf_file import Value, read_gguf
+from offload.model_spec import NATIVE
+
+_ROOM = 640
+"""Characters of JSON about quality, at most: what the header's room surely has beside the losses of two copies."""
+
+
+def write_report(
+    maker: ReportMaker, *, record: bool = True, on_progress: Progress = lambda _what, _done, _total: None
+) -> Report:
+    """Measures, and writes TARGET.report.json, TARGET.report.md with pictures in TARGET.report, and TARGET.card.md.
+
+    With `record` the file's header gets its quality, if it has room for it. Raises as `ReportMaker.make` does, and
+    UsageError where nothing can be written.
+    """
+    report = maker.make(on_progress)
+    if record and keys.RESERVED in read_gguf(maker.target).metadata:
+        add_late_keys(maker.target, quality_keys(report))
+    on_progress("writing the report", 0, 1)
+    report = replace(report, file=replace(report.file, sha256=file_hash(maker.target)))
+    save_report(report, maker.target)
+    on_progress("writing the report", 1, 1)
+    return report
+
+
+def report_paths(target: Path) -> dict[str, Path]:
+    """Where the report of a file lies: json, markdown, plots (a directory) and card."""
+    ends = {"json": ".report.json", "markdown": ".report.md", "plots": ".report", "card": ".card.md"}
+    return {what: target.with_name(target.name + end) for what, end in ends.items()}
+
+
+def save_report(report: Report, target: Path) -> None:
+    """Writes a report's files beside the file that it is about; raises UsageError where that cannot be."""
+    from converter.report_plots import save_plots
+
+    paths = report_paths(target)
+    try:
+        plots = save_plots(report, paths["plots"])
+        names = {title: quote(f"{path.parent.name}/{path.name}") for title, path in plots.items()}
+        _replace(paths["json"], msgspec.json.format(msgspec.json.encode(report_fields(report)), indent=2))
+        _replace(paths["markdown"], markdown(report, names).encode())
+        _replace(paths["card"], model_card(report, paths["markdown"].name).encode())
+    except OSError as error:
+        raise UsageError(f"The report cannot be written beside {target} ({error.strerror}). Free the place.") from None
+
+
+def report_fields(report: Report) -> dict[str, Any]:
+    """The report as JSON has it."""
+    fields: dict[str, Any] = msgspec.to_builtins(report)
+    fields["file"]["share"] = report.file.share
+    return {"version": 1, **fields}
+
+
+def quality_keys(report: Report) -> Mapping[str, Value]:
+    """What the file's header says of its quality: the losses of its copies, and more in one line of JSON."""
+    total = report.quality.total
+    told: dict[str, Any] = {
+        "kl": total.divergence.mean,
+        "kl_error": total.divergence.error,
+        "kl_median": total.divergence.median,
+        "kl_99": total.divergence.percentile_99,
+        "same_top": total.same_top,
+        "perplexity": [total.reference_perplexity, total.perplexity],
+        "n_tokens": total.n_tokens,
+        "texts": report.judged.hash,
+    }
+    by_domain = {name: [one.reference_perplexity, one.perplexity] for name, one in report.quality.domains.items()}
+    values: dict[str, Value] = {keys.QUALITY: _short({**told, "domains": by_domain})}
+    if len(str(values[keys.QUALITY]).encode()) > _ROOM:
+        values[keys.QUALITY] = _short(told)
+    if report.file.format == "native":
+        copies = [total] if report.low_quality is None else [total, report.low_quality]
+        # Of models that differ in nothing, rounding can make a divergence a little less than zero.
+        values[f"{NATIVE}.measured_kl"] = [max(0.0, one.divergence.mean) for one in copies]
+    return values
+
+
+def _short(values: object) -> str:
+    return json.dumps(_rounded(values), separators=(",", ":"))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """A file, whole or as it was."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

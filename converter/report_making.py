@@ -1,0 +1,294 @@
+"""Measures what a written file has lost: its own bytes are read back and judged, not the plan that they stem from."""
+
+import hashlib
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from converter.block_facts import block_facts
+from converter.calibration import Progress, coverage
+from converter.calibration_text import CalibrationText
+from converter.descent import likely_descent, planned_descent
+from converter.evaluation import TRACED_TOKENS, Reference
+from converter.generation_check import Continue, check_generation, greedy
+from converter.gguf_source import gguf_source
+from converter.inventory import take_inventory
+from converter.judged_text import JudgedText
+from converter.layer_swap import divergence_by_block
+from converter.model_source import ModelSource
+from converter.probes import Cloze, cloze, content_tokens
+from converter.quality import Comparison, DomainQuality, summarise
+from converter.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
+from converter.report_estimate import estimate_seconds
+from converter.slim_plan import SlimPlan
+from converter.statistics import Statistics
+from converter.windows import Windows, cut_windows
+from offload import file_keys as keys
+from offload.gguf_file import Value, read_gguf
+from offload.model_spec import NATIVE
+from offload.native_format import read_layout
+
+LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
+"""Programs that load a format."""
+_LIBRARIES = ("slimoe", "numpy", "torch", "gguf", "llama-cpp-python")
+_HELD_BYTES = 1 << 30
+"""Models of so many bytes in float32 are held in memory to write texts where there is no engine for them."""
+_PROMPTS, _PROMPT_TOKENS = 6, 16
+_BLOCK_LENGTH = 128
+_HASHED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSettings:
+    """How to judge: a torch device; tokens for what each block's changes cost, and tokens that each text is continued
+    by, 0 for neither; beyond how many bytes streams lie on disk, beside the file.
+    """
+
+    device: str = "cpu"
+    n_block_tokens: int = 1024
+    n_written: int = 64
+    max_state_bytes: int = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What continues texts with the file and with its source; None: done in memory if the model is small, or not."""
+
+    model: Continue | None = None
+    source: Continue | None = None
+
+
+class ReportMaker:
+    """Everything about the file `target` that was made of `source`. Without `plan` equal blocks are taken for each
+    other, and of a model with fewer blocks nothing is said by block.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        target: Path,
+        judged: JudgedText,
+        *,
+        statistics: Statistics | None = None,
+        plan: SlimPlan | None = None,
+        settings: ReportSettings = ReportSettings(),
+        engines: Engines = Engines(),
+    ) -> None:
+        """Opens the file; raises ModelFileError."""
+        self.source, self.target, self.judged = source, target, judged
+        self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
+        self.model = gguf_source(target)
+        self.descent = planned_descent(plan) if plan else likely_descent(self.model, source)
+        gguf = read_gguf(target)
+        self.metadata = gguf.metadata
+        is_native = self.model.spec.architecture == NATIVE
+        self.n_copy = read_layout(gguf, self.model.spec).n_copy if is_native else 1
+        self.format = "native" if is_native else "stock"
+
+    @property
+    def seconds(self) -> float:
+        """What it will take, without the writing of texts, tried for a moment."""
+        return estimate_seconds(
+            self.source, self.judged.windows, self._block_windows(), self.n_copy, self.settings.device
+        )
+
+    def make(self, on_progress: Progress = lambda _what, _done, _total: None) -> Report:
+        """Judges. Raises ModelFileError, UsageError for a file of another model, and BadLogitsError."""
+        begin = time.monotonic()
+        with self._directory() as directory:
+            compared, low = self._compare(directory, on_progress)
+            block_kl = self._block_kl(directory, on_progress)
+        writing, source_writing = self._writings(on_progress)
+        return Report(
+            file=self._file(),
+            provenance=self._provenance(),
+            judged=self._judged_on(),
+            quality=summarise(compared),
+            low_quality=low,
+            expected_kl=self.plan.expected_kl if self.plan else None,
+            blocks=block_facts(self.target, self.source, self.descent),
+            block_kl=block_kl,
+            probes=self._probes(compared),
+            writing=writing,
+            source_writing=source_writing,
+            coverage=None if self.statistics is None else expert_coverage(self.statistics),
+            seconds=time.monotonic() - begin,
+        )
+
+    # --- measuring -----------------------------------------------------------------------------------------
+
+    def _compare(self, directory: Path | None, on_progress: Progress) -> tuple[Comparison, DomainQuality | None]:
+        device = self.settings.device
+        reference = Reference(
+            self.source,
+            self.judged.windows,
+            device=device,
+            directory=directory,
+            on_progress=_named(on_progress, "the source's answers"),
+        )
+        try:
+            compared = reference.compare(self.model, self.descent, _named(on_progress, "the file's answers"))
+            if self.n_copy == 1:
+                return compared, None
+            low = gguf_source(self.target, self.n_copy - 1)
+            found = reference.compare(low, self.descent, _named(on_progress, "the second copies' answers"))
+            return compared, summarise(found).total
+        finally:
+            reference.close()
+
+    def _block_windows(self) -> Windows | None:
+        """Shorter texts than those of the other figures, some of each domain."""
+        n_tokens = self.settings.n_block_tokens
+        if self.descent is None or not n_tokens:
+            return None
+        texts: dict[str, list[int]] = {}
+        windows = self.judged.windows
+        for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
+            texts.setdefault(domain, []).extend(tokens)
+        return cut_windows(texts, _BLOCK_LENGTH, max(1, n_tokens // (_BLOCK_LENGTH * len(texts))))
+
+    def _block_kl(self, directory: Path | None, on_progress: Progress) -> tuple[float, ...] | None:
+        windows = self._block_windows()
+        if windows is None:
+            return None
+        return divergence_by_block(
+            self.model,
+            self.source,
+            windows,
+            descent=self.descent,
+            device=self.settings.device,
+            directory=directory,
+            on_progress=_named(on_progress, "each block alone"),
+        )
+
+    def _writings(self, on_progress: Progress) -> tuple[Writing | None, Writing | None]:
+        if not self.settings.n_written:
+            return None, None
+        on_progress("writing texts", 0, 2)
+        writing = self._writing(self.engines.model, self.model)
+        on_progress("writing texts", 1, 2)
+        return writing, self._writing(self.engines.source, self.source)
+
+    def _writing(self, continue_: Continue | None, model: ModelSource) -> Writing | None:
+        ends = end_tokens(self.model.metadata)
+        if continue_ is None:
+            if 4 * _n_weights(model) > _HELD_BYTES:
+                return None
+            continue_ = greedy(model, ends)
+        tokens = self.judged.windows.sequences.tokens
+        rows = np.unique(np.linspace(0, len(tokens) - 1, _PROMPTS).round().astype(int))
+        # A prompt leaves room for its continuation in short contexts.
+        prompts = [tokens[row][: min(_PROMPT_TOKENS, max(1, len(tokens[row]) // 2))] for row in rows.tolist()]
+        n_tokens = min(self.settings.n_written, max(1, model.spec.n_ctx_train - _PROMPT_TOKENS))
+        found = check_generation(continue_, prompts, n_tokens, ends)
+        return Writing(len(prompts), found.n_looped, found.n_ended, found.distinct, n_tokens)
+
+    def _probes(self, compared: Comparison) -> dict[str, Cloze]:
+        if keys.TOKENS not in self.source.metadata:
+            return {}
+        if self.statistics is not None:
+            counts = self.statistics.token_count
+        else:
+            tokens = [token for one in self.judged.windows.sequences.tokens for token in one]
+            counts = np.bincount(tokens, minlength=self.source.spec.n_vocab)
+        return cloze(compared, content_tokens(self.source.metadata), counts)
+
+    @contextmanager
+    def _directory(self) -> Iterator[Path | None]:
+        """Where streams lie, if they are large."""
+        spec, n_rows = self.source.spec, self.judged.windows.sequences.n_rows
+        n_kept = 6 * n_rows + spec.n_layer * max(min(TRACED_TOKENS, n_rows), self.settings.n_block_tokens)
+        if 4 * n_kept * spec.n_embd <= self.settings.max_state_bytes:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix=self.target.name + ".", dir=self.target.parent) as name:
+            yield Path(name)
+
+    # --- facts ---------------------------------------------------------------------------------------------
+
+    def _file(self) -> FileFacts:
+        n_bytes, n_weights = self.target.stat().st_size, _n_weights(self.source)
+        return FileFacts(
+            name=self.target.name,
+            format=self.format,
+            loads_in=LOADERS[self.format],
+            n_bytes=n_bytes,
+            source_bytes=2 * n_weights,
+            bits_per_weight=8 * n_bytes / n_weights,
+            parts=take_inventory(self.target).counts,
+        )
+
+    def _provenance(self) -> Provenance:
+        known, statistics = self.metadata, self.statistics
+        domains: Counter[str] = Counter()
+        if statistics is not None:
+            for domain, tokens in zip(statistics.domains, statistics.tokens, strict=True):
+                domains[domain] += len(tokens)
+        return Provenance(
+            source_name=str(self.source.metadata.get("general.name", self.source.path.name)),
+            source_hash=self.source.source_hash,
+            licence=str(self.source.metadata.get("general.license", "")),
+            recipe=str(known.get(keys.RECIPE, "")),
+            calibration_hash=str(known.get(keys.CALIBRATION_HASH, "")),
+            calibration_tokens=int(str(known.get(keys.CALIBRATION_TOKENS, 0))),
+            calibration_domains=dict(domains),
+            versions={name: version(name) for name in _LIBRARIES},
+        )
+
+    def _judged_on(self) -> JudgedOn:
+        windows = self.judged.windows
+        tokens = windows.sequences.tokens
+        return JudgedOn(
+            hash=CalibrationText(tokens, windows.domains).hash,
+            n_tokens=windows.sequences.n_rows,
+            n_scored=windows.n_scored,
+            length=max(map(len, tokens)),
+            is_own=self.judged.is_own,
+            seen=self.judged.seen,
+        )
+
+
+def expert_coverage(statistics: Statistics) -> Coverage:
+    """What a calibration saw of the experts."""
+    n_seen, n_experts = coverage(statistics.layers)
+    unseen = [
+        (index, expert)
+        for index, layer in enumerate(statistics.layers)
+        if layer.outputs is not None
+        for expert in np.flatnonzero(layer.outputs.n_pick == 0).tolist()
+    ]
+    picks = tuple(
+        None if layer.router is None else tuple(layer.router.rank_count.sum(1).tolist()) for layer in statistics.layers
+    )
+    return Coverage(n_seen, n_experts, tuple(unseen), picks)
+
+
+def end_tokens(metadata: Mapping[str, Value]) -> set[int]:
+    """The tokens that end a text."""
+    found = (metadata.get(keys.token_id_key(role)) for role in ("eos", "eot", "eom"))
+    return {token for token in found if isinstance(token, int)}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _n_weights(source: ModelSource) -> int:
+    return sum(math.prod(shape) for shape in source.shapes.values())
+
+
+def _named(on_progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(what, done, total)
