@@ -18,6 +18,8 @@ from converter.stream import Sequences, final_logits, run
 
 _POOL_SEQUENCES = 64
 _ROWS_AT_ONCE = 512
+_CACHE_BYTES = 1 << 32
+"""Of values of matrices that were fitted to some type: more makes candidates of large models faster."""
 
 
 class _Judge:
@@ -67,7 +69,7 @@ def refine(
     *,
     budget: int,
     seconds: float,
-    cache_bytes: int,
+    cache_bytes: int = _CACHE_BYTES,
     n_threads: int = 1,
     on_progress: Callable[[int, float], None] = lambda _generation, _divergence: None,
 ) -> tuple[SlimPlan, Found]:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
+from converter.allocation import Allocation
 from converter.model_source import ModelSource
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
+from converter.refinement import refine
 from converter.slim_hints import with_hints
 from converter.slim_plan import SlimPlan, Types
 from converter.slim_types import Choices, TypeAllocator, apply
@@ -29,9 +31,11 @@ def plan_slim(
     *,
     n_threads: int = 1,
     costs: TypeCosts | None = None,
+    search_seconds: float = 0.0,
     on_progress: Progress = lambda _what, _done, _total: None,
 ) -> SlimPlan:
-    """What a recipe makes of a model. `costs` are measured if they are needed and not given.
+    """What a recipe makes of a model. `costs` are measured if they are needed and not given. The types that meet a size
+    are improved by measured divergence for `search_seconds`.
 
     Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
     which names the least, and UnsupportedModelError for what the format cannot hold.
@@ -58,7 +62,22 @@ def plan_slim(
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
         costs = costs or statistics_costs(source, statistics, recipe, n_threads, on_progress)
         allocator = TypeAllocator(source, statistics, costs, recipe, structure)
-        return _within(budget, allocator, plan, lambda typed: _completed(source, statistics, recipe, typed, costs))
+        fitted, allocation, room = _within(
+            budget, allocator, plan, lambda typed: _completed(source, statistics, recipe, typed, costs)
+        )
+        if search_seconds:
+            fitted, _ = refine(
+                source,
+                statistics,
+                allocator,
+                plan,
+                allocation,
+                budget=room,
+                seconds=search_seconds,
+                n_threads=n_threads,
+                on_progress=lambda generation, nats: on_progress(f"searching: {nats:.5f} nats", generation, 0),
+            )
+        plan = fitted
     return _completed(source, statistics, recipe, plan, costs)
 
 
@@ -78,14 +97,14 @@ def _completed(
 
 def _within(
     budget: int, allocator: TypeAllocator, plan: SlimPlan, complete: Callable[[SlimPlan], SlimPlan]
-) -> SlimPlan:
-    """The completed plan of at most `budget` bytes: what completing it adds is taken off before types are chosen."""
+) -> tuple[SlimPlan, Allocation, int]:
+    """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that."""
     room = budget
     while True:
-        completed = complete(allocator.fit(plan, room)[0])
-        excess = allocator.size.of(completed) - budget
+        typed, allocation = allocator.fit(plan, room)
+        excess = allocator.size.of(complete(typed)) - budget
         if excess <= 0:
-            return completed
+            return typed, allocation, room
         room -= excess
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class SlimOptions:
     recipe: str | None = None
     stock: bool = False
     novices: bool = False
+    search: float = 0.0
     tables: Tables = field(default_factory=dict)
 
     @property
@@ -138,6 +139,13 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--drop-layers", type=AmountType(), metavar="N|%", help="Layers to leave the experts of out."),
     click.option("--drop-attention", type=AmountType(), metavar="N|%", help="Layers to leave the attention of out."),
     click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Whole layers to leave out."),
+    click.option(
+        "--search",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        metavar="MINUTES",
+        help="Improve the choice of types by measuring, for so long.",
+    ),
     click.option("--feedback/--no-feedback", default=None, help="Make up for errors of rounding in later columns."),
     click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
 )
@@ -156,7 +164,7 @@ def slim_options(values: Mapping[str, Any]) -> SlimOptions:
     for name, (section, key) in _KEYS.items():
         if values[name] is not None:
             (tables.setdefault(section, {}) if section else tables)[key] = values[name]
-    return SlimOptions(values["stats"], values["recipe"], values["stock"], values["novices"], tables)
+    return SlimOptions(values["stats"], values["recipe"], values["stock"], values["novices"], values["search"], tables)
 
 
 def with_type(options: SlimOptions, type_name: str) -> SlimOptions:
@@ -164,6 +172,4 @@ def with_type(options: SlimOptions, type_name: str) -> SlimOptions:
     if {"target_size", "target_bpw"} & options.tables.keys():
         raise click.UsageError("A target size chooses types by itself. Leave --type out.")
     types = {**options.tables.get("types", {}), "expert": type_name}
-    return SlimOptions(
-        options.stats, options.recipe, options.stock, options.novices, {**options.tables, "types": types}
-    )
+    return replace(options, tables={**options.tables, "types": types})

@@ -44,7 +44,14 @@ def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
         )
     statistics = None if options.stats is None else load_statistics(options.stats, source)
     with step_bar() as on_progress:
-        plan = plan_slim(source, statistics, recipe, n_threads=n_threads, on_progress=on_progress)
+        plan = plan_slim(
+            source,
+            statistics,
+            recipe,
+            n_threads=n_threads,
+            search_seconds=60 * options.search,
+            on_progress=on_progress,
+        )
     return SlimWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
 
 
