@@ -51,6 +51,7 @@ def work_fields(work: SlimWork) -> dict[str, Any]:
         "n_bytes": layout.n_bytes,
         "bits_per_weight": round(bits_per_weight(work), 4),
         "expected_kl": plan.expected_kl,
+        "expected_kl_lacks": uncounted(work),
         "bytes_by_type": layout.bytes_by_type,
         "token_type": plan.token_type.name,
         "output_type": None if plan.output_type is None else plan.output_type.name,
@@ -103,26 +104,33 @@ def _whole(work: SlimWork) -> Iterable[str]:
     yield f"token table {plan.token_type.name}{output}; by type: {by_type}"
     bits = f"{bits_per_weight(work):.2f} bits for each weight of the source"
     yield f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}"
-    if plan.expected_kl is None:
-        yield "what it loses is not foretold: there are no statistics"
-    else:
-        yield f"expected loss {plan.expected_kl:.4f} nats of KL per token, {_trust(work)}"
+    yield expected_loss(work)
     yield f"{plan.format} format: loads in {' and '.join(loaders(work))}"
 
 
-def _trust(work: SlimWork) -> str:
-    """What the number does not say."""
+def expected_loss(work: SlimWork) -> str:
+    """What the statistics say, and what they do not."""
+    nats, missing = work.plan.expected_kl, " and ".join(uncounted(work))
+    if nats is None:
+        return "expected loss unknown: there are no statistics"
+    if not missing:
+        return f"expected loss {nats:.4f} nats of KL per token"
+    if nats == 0:
+        return f"expected loss unknown: {missing} are not counted"
+    return f"expected loss {nats:.4f} nats of KL per token, and what {missing} cost"
+
+
+def uncounted(work: SlimWork) -> list[str]:
+    """What was done that the expected loss says nothing of."""
     recipe = work.recipe
-    has_target = recipe.target_size is not None or recipe.target_bpw is not None
-    uncounted = {
-        "types": not has_target,
-        "merging": recipe.experts.merge is not None,
-        "trimming": recipe.experts.width is not None,
+    done = {
+        "types": recipe.target_size is None and recipe.target_bpw is None,
+        "merged experts": recipe.experts.merge is not None,
+        "trimmed experts": recipe.experts.width is not None,
         "dropped blocks": recipe.drop_blocks > 0,
-        "dropped attention": recipe.drop_attention > 0,
+        "dropped attentions": recipe.drop_attention > 0,
     }
-    missing = [what for what, is_there in uncounted.items() if is_there]
-    return f"without {' and '.join(missing)}" if missing else "as the statistics have it"
+    return [what for what, is_there in done.items() if is_there]
 
 
 def _missing(work: SlimWork) -> Iterable[str]:
@@ -191,6 +199,8 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 def announced(work: SlimWork, target: Path) -> str:
     """One line on what will be written."""
-    loss = "" if work.plan.expected_kl is None else f", expected loss {work.plan.expected_kl:.4f} nats"
     names = " and ".join(loaders(work))
-    return f"{target}: {work.layout.n_bytes:,} bytes will be written{loss}, {work.plan.format} format for {names}"
+    return (
+        f"{target}: {work.layout.n_bytes:,} bytes will be written, {expected_loss(work)}; "
+        f"{work.plan.format} format for {names}"
+    )

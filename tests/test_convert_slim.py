@@ -1,5 +1,6 @@
 """`slimoe convert` and `slimoe plan` with a size, a recipe or methods: what is told and written, and every mistake."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -69,6 +70,7 @@ def test_a_size_is_planned_and_written(
     assert planned["n_bytes"] == report["n_bytes"] == target.stat().st_size <= 450_000
     assert planned["layers"] == report["layers"]
     assert planned["expected_kl"] == report["expected_kl"] > 0
+    assert report["expected_kl_lacks"] == []
     assert f"{target}: {report['n_bytes']:,} bytes will be written, expected loss" in err
     assert report["loads_in"] == (["llama.cpp", "slimoe"] if flags else ["slimoe"])
     assert read_gguf(target).metadata["general.architecture"] == ("llama" if flags else "slimoe")
@@ -89,7 +91,7 @@ def test_the_plan_is_a_table_of_layers(model: Path, stats: Path, capsys: pytest.
     assert lines[1].split()[1:6] == ["Q8_0", "6", "of", "6", "Q8_0"]
     gone = {0, 1, 2} - {layer["block"] for layer in json.loads(told([*asked, "--json"], capsys)[1])["layers"]}
     assert f"layers left out whole: {gone.pop()}\n" in out
-    assert "without types and dropped blocks" in out
+    assert "expected loss unknown: types and dropped blocks are not counted" in out
     assert "native format: loads in slimoe" in out
     assert f"{json.loads(told([*asked, '--json'], capsys)[1])['n_bytes']:,} bytes" in out
 
@@ -104,6 +106,8 @@ def test_what_the_plan_keeps_is_in_the_file(
     assert status == 0
     assert [len(layer["experts"]) for layer in report["layers"]] == [4, 4, 4]
     assert [layer["n_novices"] for layer in report["layers"]] == [2, 2, 2]
+    assert report["expected_kl_lacks"] == ["types", "dropped attentions"]
+    assert report["expected_kl"] > 0
     assert sum(layer["attention"] is None for layer in report["layers"]) == 1
     tensors = read_gguf(target).tensors
     for index, layer in enumerate(report["layers"]):
@@ -157,7 +161,7 @@ def test_second_copies_need_no_statistics(model: Path, tmp_path: Path, capsys: p
     status, out, err = told(["plan", model, "--recipe", recipe], capsys)
     assert (status, err) == (0, "")
     assert "Q8_0+Q4_0" in out
-    assert "not foretold" in out
+    assert "expected loss unknown: there are no statistics" in out
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,3 +329,11 @@ def test_help_names_every_key_of_a_recipe_that_has_a_flag() -> None:
 def test_the_recipe_in_a_plan_is_toml(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = told(["plan", model, "--drop-layers", "34%", "--type", "q8_0", "--stats", stats, "--json"], capsys)[1]
     assert tomllib.loads(json.loads(out)["recipe"])["drop_ffn"] == 1
+
+
+def test_what_must_be_installed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    status, _, err = told(["convert", model, tmp_path / "m.gguf", "--drop-layers", "1"], capsys)
+    assert (status, err) == (2, "slimoe: Slimming needs torch. Install it: pip install 'slimoe[convert]'")

@@ -1,6 +1,5 @@
 """`slimoe calibrate`: what a checkpoint's layers and experts do, measured on texts."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from offload.errors import UsageError
+from server.installed import check_installed
 from server.text_encoder import TokenizerEncoder
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def command(
     SRC is a checkpoint directory or a GGUF file. One layer is in memory at a time. Texts of your own use are best;
     without any, a small mixture is taken. When interrupted, the same command goes on where it was.
     """
-    _check_installed()
+    check_installed("Calibration", "torch", "safetensors")
     from converter import calibrate as calibration
 
     options = calibration.CalibrateOptions(
@@ -72,12 +71,6 @@ def command(
     if as_json:
         fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}
         click.echo(msgspec.json.encode(fields))
-
-
-def _check_installed() -> None:
-    for name in ("torch", "safetensors"):
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"Calibration needs {name}. Install it: pip install 'slimoe[convert]'")
 
 
 def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
