@@ -12,6 +12,8 @@ from converter.fit_choice import chosen_fit
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from server.engine_options import EngineOptions, engine_values
+from server.judging import Judge, report_summary
+from server.judging_options import judging_options
 from server.progress_bars import byte_bar
 from server.slim_options import SlimOptions, with_type
 from server.slim_report import announced, work_fields, work_lines
@@ -22,14 +24,19 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
     target: Path = values["target"]
     check_target(target, 0, force=values["force"])
+    judging = judging_options(values)
     work = plan_work(values["source"], options, n_threads)
     click.echo("\n".join([*work_lines(work), "", announced(work, target)]), err=True)
     check_target(target, work.layout.n_bytes, force=values["force"])
-    report = None if values["dry_run"] else _write(work, target, n_threads, force=values["force"])
-    if report is not None:
-        click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
+    # Texts are read first: what is wrong with them is told before hours of work.
+    is_judged = values["report"] and not values["dry_run"]
+    judge = Judge(work.source, work.statistics, judging) if is_judged else None
+    written = None if values["dry_run"] else _write(work, target, n_threads, force=values["force"])
+    if written is not None:
+        click.echo(f"{target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s", err=True)
+    quality = _judge(judge, work, target) if judge is not None else {}
     if values["as_json"]:
-        click.echo(msgspec.json.encode(work_fields(work) | _written(target, report)))
+        click.echo(msgspec.json.encode(work_fields(work) | _written(target, written) | quality))
 
 
 def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
@@ -63,6 +70,15 @@ def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> Slim
             force=force,
             on_progress=on_progress,
         )
+
+
+def _judge(judge: Judge, work: SlimWork, target: Path) -> dict[str, Any]:
+    """Writes the report; the file is there whatever happens."""
+    try:
+        return {"quality": report_summary(judge.report(target, work.plan, record=True), target)}
+    except KeyboardInterrupt:
+        click.echo(f"{target} is whole, but has no report. slimoe report makes one.", err=True)
+        raise
 
 
 def _written(target: Path, report: SlimReport | None) -> dict[str, Any]:

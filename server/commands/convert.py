@@ -13,6 +13,7 @@ from converter.plan import ConvertPlan
 from converter.type_recipe import RECIPES
 from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
+from server.judging_options import judging_flags
 from server.progress_bars import byte_bar
 from server.slim_options import slim_flags, slim_options, with_type
 
@@ -23,6 +24,8 @@ from server.slim_options import slim_flags, slim_options, with_type
 @click.option("-t", "--type", "type_name", help="One of the types below (default: Q4_K_M).")
 @click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
 @slim_flags
+@click.option("--report/--no-report", default=True, help="Judge a slimmed file by SRC, in a report beside it.")
+@judging_flags
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to use; one a core if not given.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, exactly, and write nothing.")
@@ -37,17 +40,19 @@ def command(values: Mapping[str, Any]) -> None:
 
     With --target-size, a recipe or any other flag from --stats to --refit the model is slimmed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
-    is given.
+    is given. Then it is judged by SRC on texts, in a report and a model card beside DST.
     """
     slim, type_name, pair = slim_options(values), values["type_name"], values["pair"]
     if pair and type_name:
         raise click.UsageError("--pair names the types of everything. Leave --type out.")
     if not slim.is_asked:
+        if values["eval_texts"]:
+            raise click.UsageError("--eval-text is for a model that is slimmed. slimoe report judges any file.")
         _convert(values)
     elif pair:
         raise click.UsageError("--pair is for a model that is not slimmed. The recipe hobbit has second copies.")
     else:
-        check_installed("Slimming", *CONVERTERS)
+        check_installed("Slimming", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
         from server.slim_convert import convert_slim
 
         convert_slim(values, with_type(slim, type_name) if type_name else slim, values["threads"] or n_cores())

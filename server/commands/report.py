@@ -1,0 +1,42 @@
+"""`slimoe report`: what a file has lost against the model that it was made of."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from server.engine_options import OptionsCommand
+from server.installed import CONVERTERS, check_installed
+from server.judging_options import judging_flags, judging_options
+
+
+@click.command("report", cls=OptionsCommand)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--stats", metavar="STATS", type=click.Path(path_type=Path), help="What slimoe calibrate measured of SRC."
+)
+@judging_flags
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine that writes texts with FILE.")
+@click.option("--record", is_flag=True, help="Keep the figures in FILE too, if its header has room for them.")
+@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+def command(values: dict[str, Any]) -> None:
+    """Judge the GGUF file FILE by SRC, the checkpoint directory or GGUF file that it was made of.
+
+    Both read the same texts, layer by layer. Beside FILE are written FILE.report.md with pictures, FILE.report.json and
+    FILE.card.md, a model card for hubs. Files of slimoe convert have a report already, which knows what was left out;
+    here a file must have as many layers as SRC for figures by layer.
+    """
+    check_installed("A report", *CONVERTERS, "matplotlib")
+    from converter.open_source import open_source
+    from converter.statistics_file import load_statistics
+    from server.judging import Judge, report_summary
+
+    source = open_source(values["source"])
+    statistics = None if values["stats"] is None else load_statistics(values["stats"], source)
+    judge = Judge(source, statistics, judging_options(values, values["device"]))
+    report = judge.report(values["model"], None, record=values["record"])
+    if values["as_json"]:
+        click.echo(msgspec.json.encode(report_summary(report, values["model"])))

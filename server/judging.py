@@ -1,0 +1,114 @@
+"""Judges a file by the model that it was made of, and tells what it will take and what came of it."""
+
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.calibrate import choose_device
+from converter.calibration_text import TextFile
+from converter.generation_check import Continue
+from converter.judged_text import JudgedText, read_judged
+from converter.model_source import ModelSource
+from converter.report import Report
+from converter.report_files import report_paths, write_report
+from converter.report_making import Engines, ReportMaker, ReportSettings, end_tokens
+from converter.slim_plan import SlimPlan
+from converter.statistics import Statistics
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig
+from server.judging_options import JudgingOptions
+from server.progress_bars import step_bar
+from server.text_encoder import TokenizerEncoder
+
+_N_CTX = 256
+
+
+class Judge:
+    """Texts, read and counted before anything is made, and the model that a file will be held against."""
+
+    def __init__(self, source: ModelSource, statistics: Statistics | None, options: JudgingOptions) -> None:
+        """Raises UsageError for texts or a device that cannot be used, ModelFileError for a model without tokenizer."""
+        self.source, self.statistics, self.device = source, statistics, choose_device(options.device)
+        self.n_threads = options.n_threads
+        self.judged = _read(source, statistics, options)
+
+    def report(self, target: Path, plan: SlimPlan | None, *, record: bool) -> Report:
+        """Judges the file and writes the report beside it; raises as `write_report` does."""
+        maker = ReportMaker(
+            self.source,
+            target,
+            self.judged,
+            statistics=self.statistics,
+            plan=plan,
+            settings=ReportSettings(self.device),
+            engines=self._engines(target),
+        )
+        n_tokens = self.judged.windows.sequences.n_rows
+        click.echo(f"judging it on {n_tokens:,} tokens: about {_duration(maker.seconds)}", err=True)
+        with step_bar() as on_progress:
+            report = write_report(maker, record=record, on_progress=on_progress)
+        click.echo(_told(report, target), err=True)
+        return report
+
+    def _engines(self, target: Path) -> Engines:
+        """The file is run as it is served, and so is its source if that is a file."""
+        ends, n_ctx_train = end_tokens(self.source.metadata), self.source.spec.n_ctx_train
+        models = [target, *([self.source.path] if self.source.path.is_file() else [])]
+        return Engines(*(engine_writer(model, n_ctx_train, ends, self.n_threads) for model in models))
+
+
+def report_summary(report: Report, target: Path) -> dict[str, Any]:
+    """What programs are told of a report; all of it lies in the file at `json`."""
+    total = report.quality.total
+    return {
+        "kl": total.divergence.mean,
+        "kl_99": total.divergence.percentile_99,
+        "same_top": total.same_top,
+        "perplexity": total.perplexity,
+        "source_perplexity": total.reference_perplexity,
+        **{name: str(path) for name, path in report_paths(target).items()},
+    }
+
+
+def _read(source: ModelSource, statistics: Statistics | None, options: JudgingOptions) -> JudgedText:
+    files = tuple(map(TextFile.parse, options.texts))
+    with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
+        return read_judged(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
+
+
+def engine_writer(model: Path, n_ctx_train: int, ends: Collection[int], n_threads: int | None = None) -> Continue:
+    """Continues texts by the likeliest tokens, in an engine that is open only meanwhile; raises as opening it does."""
+
+    def continue_(prompts: Sequence[Sequence[int]], n_tokens: int) -> list[tuple[int, ...]]:
+        with closing(Engine.open(EngineConfig(model, min(_N_CTX, n_ctx_train), n_threads=n_threads))) as engine:
+            return [_greedy(engine, prompt, n_tokens, ends) for prompt in prompts]
+
+    return continue_
+
+
+def _greedy(engine: Engine, prompt: Sequence[int], n_tokens: int, ends: Collection[int]) -> tuple[int, ...]:
+    engine.truncate(0)
+    logits, tokens = engine.prefill(prompt), list[int]()
+    while True:
+        tokens.append(int(logits.argmax()))
+        if len(tokens) == n_tokens or tokens[-1] in ends:
+            return tuple(tokens)
+        logits = engine.decode(tokens[-1])
+
+
+def _told(report: Report, target: Path) -> str:
+    total = report.quality.total
+    error = "" if total.divergence.error is None else f" ± {total.divergence.error:.4f}"
+    return (
+        f"{report_paths(target)['markdown']}: KL {total.divergence.mean:.4f}{error} nats per token, perplexity "
+        f"{100 * total.perplexity_rise:+.1f} %, {100 * total.same_top:.1f} % the same likeliest token"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
