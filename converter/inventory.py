@@ -114,7 +114,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
-    own = {key: metadata[key] for key in keys.PROVENANCE if key in metadata}
+    own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.QUALITY) if key in metadata}
     if layout and layout.measured_kl is not None:
         own[f"{NATIVE}.measured_kl"] = list(layout.measured_kl)
     return Inventory(

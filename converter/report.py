@@ -83,6 +83,7 @@ class JudgedOn:
 class Report:
     """Everything. `quality` is that of the best copies, `low_quality` that of the second ones. KL is in nats per token.
 
+    `expected_lacks` is what was done that the expected KL says nothing of.
     By block of the source, None where there is nothing to say: `block_kl`, what a block's changes alone cost.
     """
 
@@ -92,6 +93,7 @@ class Report:
     quality: Quality
     low_quality: DomainQuality | None
     expected_kl: float | None
+    expected_lacks: tuple[str, ...]
     blocks: tuple[BlockFacts, ...]
     block_kl: tuple[float, ...] | None
     probes: Mapping[str, Cloze]

@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -81,8 +81,10 @@ class ReportMaker:
         plan: SlimPlan | None = None,
         settings: ReportSettings = ReportSettings(),
         engines: Engines = Engines(),
+        expected_lacks: Sequence[str] = (),
     ) -> None:
-        """Opens the file; raises ModelFileError."""
+        """Opens the file; raises ModelFileError. `expected_lacks` is what the plan's expected KL does not count."""
+        self.expected_lacks = tuple(expected_lacks)
         self.source, self.target, self.judged = source, target, judged
         self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
         self.model = gguf_source(target)
@@ -114,6 +116,7 @@ class ReportMaker:
             quality=summarise(compared),
             low_quality=low,
             expected_kl=self.plan.expected_kl if self.plan else None,
+            expected_lacks=self.expected_lacks,
             blocks=block_facts(self.target, self.source, self.descent),
             block_kl=block_kl,
             probes=self._probes(compared),

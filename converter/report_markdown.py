@@ -63,7 +63,6 @@ def divergence(one: DomainQuality) -> str:
 
 def _summary(report: Report) -> Iterator[str]:
     file, total = report.file, report.quality.total
-    expected = "not foretold" if report.expected_kl is None else f"{report.expected_kl:.4f}"
     flips = [one for one in report.quality.flips if one is not None]
     yield from table(
         [
@@ -75,7 +74,7 @@ def _summary(report: Report) -> Iterator[str]:
             ("Format", f"{file.format}, loads in {' and '.join(file.loads_in)}"),
             ("KL divergence, nats per token", divergence(total)),
             ("median; 99 %", f"{total.divergence.median:.4f}; {total.divergence.percentile_99:.4f}"),
-            ("KL expected by the plan", expected),
+            ("KL expected by the plan", _expected(report)),
             ("Perplexity, source", f"{total.reference_perplexity:.3f}"),
             ("Perplexity, this file", f"{total.perplexity:.3f} ({100 * total.perplexity_rise:+.1f} %)"),
             ("Same likeliest token", percent(total.same_top)),
@@ -91,6 +90,13 @@ def _summary(report: Report) -> Iterator[str]:
         )
     yield ""
     yield from _judged(report)
+
+
+def _expected(report: Report) -> str:
+    nats, lacks = report.expected_kl, " and ".join(report.expected_lacks)
+    if nats is None or (lacks and nats == 0):
+        return "not foretold"
+    return f"{nats:.4f}" + (f", and what {lacks} cost" if lacks else "")
 
 
 def _judged(report: Report) -> Iterator[str]:

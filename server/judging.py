@@ -35,8 +35,11 @@ class Judge:
         self.n_threads = options.n_threads
         self.judged = _read(source, statistics, options)
 
-    def report(self, target: Path, plan: SlimPlan | None, *, record: bool) -> Report:
-        """Judges the file and writes the report beside it; raises as `write_report` does."""
+    def report(self, target: Path, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False) -> Report:
+        """Judges the file and writes the report beside it; raises as `write_report` does.
+
+        `lacks` is what the plan's expected KL does not count; with `record` the file keeps the figures too.
+        """
         maker = ReportMaker(
             self.source,
             target,
@@ -45,6 +48,7 @@ class Judge:
             plan=plan,
             settings=ReportSettings(self.device),
             engines=self._engines(target),
+            expected_lacks=lacks,
         )
         n_tokens = self.judged.windows.sequences.n_rows
         click.echo(f"judging it on {n_tokens:,} tokens: about {_duration(maker.seconds)}", err=True)

@@ -47,6 +47,7 @@ def test_a_slimmed_file_comes_with_its_report(
     assert told["quality"]["markdown"] == str(report_paths(target)["markdown"])
     assert list(report["quality"]["domains"]) == ["animals"]
     assert report["expected_kl"] == told["expected_kl"] > 0
+    assert report["expected_lacks"] == told["expected_kl_lacks"] == []
     assert report["file"]["n_bytes"] == target.stat().st_size <= 300_000
     assert report["writing"]["n_texts"] == 2
     assert report["judged"]["n_tokens"] == 256
