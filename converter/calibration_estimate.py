@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from gguf import GGMLQuantizationType
 
 from converter.block import read_expert
 from converter.calibration import N_STREAMS, CalibrationSettings
@@ -14,7 +15,6 @@ from converter.model_source import ModelSource, block_key
 from converter.quantize import quantize_rows
 from converter.sketch import sketch_size
 from converter.type_costs import CANDIDATES, priced_matrices, sampled_weights
-from converter.type_errors import type_by_name
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:
     """Of all types, for one weight."""
     rows = weight[:_N_ROWS].cpu().contiguous().numpy()
     importance = abs(rows[0]) + 1.0
-    kinds = [kind for kind in map(type_by_name, types) if rows.shape[1] % 256 == 0]
+    kinds = [GGMLQuantizationType[name] for name in types if rows.shape[1] % 256 == 0]
     total = 0.0
     for kind in kinds:
         quantize_rows(rows[:1], kind, importance)

@@ -224,3 +224,5 @@ def test_an_estimate_counts_all_kinds_of_work(moe_checkpoint: Path, k_quant_chec
     few = estimate(open_source(moe_checkpoint), text, replace(settings, n_sensitivity=0))
     assert few.seconds["types"] == 0, "its rows are no blocks of that type"
     assert "sensitivity" not in few.seconds
+    priced = estimate(open_source(moe_checkpoint), text, CalibrationSettings(Samples(()), prices=True))
+    assert "prices" in priced.seconds, "which tries all types that a plan may choose, F16 among them"
