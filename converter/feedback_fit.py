@@ -26,7 +26,7 @@ from converter.block import (
     route,
 )
 from converter.block_layout import BITS
-from converter.feedback import quantize_with_feedback
+from converter.feedback import Effort, quantize_with_feedback
 from converter.fit import PlainFit
 from converter.methods.router_refit import refit
 from converter.model_source import MatrixKey, ModelSource
@@ -39,6 +39,8 @@ from converter.stream import Sequences, picks_by_expert
 from converter.type_recipe import layer_and_role
 
 _ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
+_EFFORT = Effort(sweeps=1, rescale=0)
+"""More takes twice as long and more, for some percent less of the loss."""
 _REFIT_TOKENS = 2048
 _FEW = 256
 """Tokens of the layer that stand in for those that an expert has too few of."""
@@ -83,7 +85,7 @@ class FeedbackFit:
             blocks = self._plain.fit(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
-            blocks, values = quantize_with_feedback(weights, hessian.numpy(), matrix.type)
+            blocks, values = quantize_with_feedback(weights, hessian.numpy(), matrix.type, _EFFORT)
         self._take(matrix, torch.from_numpy(values))
         return blocks
 

@@ -1,0 +1,284 @@
+"""What slimming costs, at equal bytes: llama.cpp's quantizer with an importance matrix, our files, other people's ways.
+
+All start from one checkpoint and from statistics of the same texts; all files are judged by what their bytes say of
+other texts: windows of 512 tokens, the second half of each scored against the checkpoint in float32, the mean
+divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
+budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
+to meet them. A ratio of divergences above 1 means that ours is smaller. Progress goes to stderr, the last line of
+stdout is one JSON document.
+
+    python -m bench.slim_quality --checkpoint ~/models/mixtral --stats STATS --text news=news.txt --text code=code.txt
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+
+from bench import machine
+from bench.llama_quantizer import FILE_TYPES, llama_quantize
+from bench.random_checkpoint import write_random_checkpoint
+from bench.random_model import SHAPES
+from converter.calibration import CalibrationSettings, calibrate
+from converter.calibration_text import CalibrationText, TextFile
+from converter.convert import ConvertOptions, convert
+from converter.evaluation import Reference
+from converter.fit_choice import chosen_fit
+from converter.imatrix_file import imatrix_of
+from converter.layer_observer import Samples
+from converter.model_source import ModelSource
+from converter.open_source import open_source
+from converter.quality import Quality, summarise
+from converter.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from converter.slim_layout import plan_bytes
+from converter.slim_writer import slim
+from converter.slimming import plan_slim, target_bytes
+from converter.statistics import Statistics
+from converter.statistics_file import load_statistics
+from converter.windows import cut_windows
+from offload.backend import default_threads
+from offload.errors import DoesNotFitError, SlimoeError, UsageError
+from server.text_encoder import TokenizerEncoder
+
+BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
+SHARES = (0.229, 0.12)
+"""Of the checkpoint's bytes in bf16: the paper's 77.1 % less, and about half of that."""
+PARTS = ("rivals", "budgets", "recipes")
+_WINDOW = 512
+MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
+"""One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
+
+Say = Callable[[str], None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """A checkpoint, what is known of it, and its own answers to the texts."""
+
+    checkpoint: Path
+    source: ModelSource
+    statistics: Statistics
+    reference: Reference
+    directory: Path
+    n_threads: int
+
+    @property
+    def bf16_bytes(self) -> int:
+        """All weights in 16 bits."""
+        return 2 * sum(int(np.prod(shape)) for shape in self.source.shapes.values())
+
+    def judged(self, path: Path) -> Row:
+        """A file's figures; the file is deleted."""
+        n_bytes = path.stat().st_size
+        quality: Quality = summarise(self.reference.compare(open_source(path)))
+        path.unlink()
+        return {
+            "n_bytes": n_bytes,
+            "kl": quality.total.divergence.mean,
+            "kl_error": quality.total.divergence.error,
+            "same_top": quality.total.same_top,
+            "perplexity_rise": {name: one.perplexity_rise for name, one in quality.domains.items()},
+        }
+
+    def ours(self, recipe: Recipe) -> Row:
+        """The file of a recipe; its bytes never exceed the budget."""
+        plan = plan_slim(self.source, self.statistics, recipe, n_threads=self.n_threads)
+        path = self.directory / "ours.gguf"
+        fit = chosen_fit(self.source, plan, self.statistics, self.n_threads)
+        slim(self.source, plan, path, self.statistics, fit=fit, n_threads=self.n_threads, force=True)
+        budget = target_bytes(self.source, recipe)
+        assert budget is None or path.stat().st_size <= budget
+        return {"expected_kl": plan.expected_kl} | self.judged(path)
+
+
+def rivals(lab: Lab, say: Say) -> list[Row]:
+    """llama.cpp's mixes, and ours of the same bytes: stock and native, the latter with feedback as well."""
+    whole, rows = lab.directory / "whole.gguf", []
+    convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
+    importance = {
+        name: np.stack([entry.means(index) for index in range(len(entry.counts))]).astype(np.float32)
+        for name, entry in imatrix_of(lab.statistics).entries.items()
+    }
+    for name in FILE_TYPES:
+        path = lab.directory / f"{name}.gguf"
+        llama_quantize(whole, path, name, importance, lab.n_threads)
+        theirs = lab.judged(path)
+        rows.append({"name": f"llama.cpp {name}"} | theirs)
+        say(_line(rows[-1]))
+        for kind, feedback in (("stock", False), ("native", False), ("native", True)):
+            recipe = _sized(kind, theirs["n_bytes"], feedback)
+            row = {"name": f"{kind}{', feedback' if feedback else ''} at {name}", "at": name} | lab.ours(recipe)
+            rows.append(row | {"kl_vs_llamacpp": theirs["kl"] / row["kl"]})
+            say(_line(rows[-1]))
+    whole.unlink()
+    return rows
+
+
+def _sized(kind: str, n_bytes: int, feedback: bool) -> Recipe:
+    recipe = Recipe(target_size=n_bytes, fit=FitRecipe(feedback=feedback, refit=feedback))
+    return replace(recipe, format="stock") if kind == "stock" else recipe
+
+
+def budgets(lab: Lab, say: Say) -> list[Row]:
+    """More and more bits: the divergence must not rise."""
+    rows = []
+    for bits in BITS:
+        row: Row = {"name": f"{bits} bits", "bits": bits}
+        try:
+            row |= lab.ours(Recipe(target_bpw=bits))
+        except DoesNotFitError as error:
+            row["refused"] = str(error)
+        rows.append(row)
+        say(_line(row))
+    return rows
+
+
+def recipes(lab: Lab, say: Say) -> list[Row]:
+    """Two tight budgets, spent our way and by the recipes of others."""
+    rows = []
+    for share in SHARES:
+        budget = int(share * lab.bf16_bytes)
+        for name, recipe in ways(lab, budget):
+            row: Row = {"name": f"{name} at {100 * share:.1f} %", "share": share}
+            rows.append(row | (lab.ours(recipe) if recipe else {"refused": "nothing it can leave out is enough"}))
+            say(_line(rows[-1]))
+    return rows
+
+
+def ways(lab: Lab, budget: int) -> Iterator[tuple[str, Recipe | None]]:
+    """Ours, and recipes of others that give up as little as meets the budget; None if nothing does."""
+    yield "ours", Recipe(target_size=budget)
+    yield "ours, feedback", Recipe(target_size=budget, fit=FitRecipe(feedback=True, refit=True))
+    yield "ours, stock", _sized("stock", budget, feedback=False)
+    mc = StorageRecipe(attention="Q4_K", token="Q4_K", output="Q4_K", candidates=MC_TYPES)
+    yield "Mixture Compressor's types", _meeting(lab, budget, [Recipe(target_size=budget, types=mc)])
+    four = StorageRecipe(expert="Q4_K", attention="Q4_K", token="Q4_K", output="Q4_K")
+    n_expert, n_used = lab.source.spec.n_expert, lab.source.spec.n_expert_used
+    drops = [Recipe(drop_ffn=n, types=four, hints=False) for n in range(lab.source.spec.n_layer)]
+    yield "Layer Drop, 4 bits", _meeting(lab, budget, drops)
+    for score in ("frequency", "subset"):
+        experts = [ExpertRecipe(keep=keep, score=score) for keep in range(n_expert, n_used - 1, -1)]
+        kept = [Recipe(experts=one, types=four, hints=False) for one in experts]
+        yield f"Expert Drop by {score}, 4 bits", _meeting(lab, budget, kept)
+
+
+def _meeting(lab: Lab, budget: int, tried: list[Recipe]) -> Recipe | None:
+    """The first recipe whose file is within the budget."""
+    for recipe in tried:
+        try:
+            plan = plan_slim(lab.source, lab.statistics, recipe, n_threads=lab.n_threads)
+        except (DoesNotFitError, UsageError):
+            continue
+        if plan_bytes(plan, lab.source, lab.statistics) <= budget:
+            return recipe
+    return None
+
+
+def _line(row: Row) -> str:
+    if "refused" in row:
+        return f"{row['name']:<40} {row['refused']}"
+    worst = max(row["perplexity_rise"].values())
+    ratio = f"  {row['kl_vs_llamacpp']:.2f} times" if "kl_vs_llamacpp" in row else ""
+    return f"{row['name']:<40} {row['n_bytes']:>12,} bytes  KL {row['kl']:.5f}  perplexity {100 * worst:+.1f} %{ratio}"
+
+
+def as_json(found: Mapping[str, list[Row]]) -> Row:
+    """All rows; ratios by name at the top, and whether divergences fall as budgets grow."""
+    ratios = {row["name"]: row["kl_vs_llamacpp"] for row in found.get("rivals", []) if "kl_vs_llamacpp" in row}
+    document: Row = {"kl_vs_llamacpp": ratios}
+    rows = [row for row in found.get("budgets", []) if "kl" in row]
+    document["kl_falls"] = all(after["kl"] <= before["kl"] for before, after in pairwise(rows)) if rows else None
+    return document | dict(found)
+
+
+def read_windows(source: ModelSource, texts: tuple[str, ...], n_windows: int) -> dict[str, list[int]]:
+    """The first windows of each text, as token ids; raises as reading and the tokenizer do."""
+    with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
+        files = [TextFile.parse(text) for text in texts]
+        return {
+            file.domain: encoder.text(file.path.read_text("utf-8"), at_start=True)[: n_windows * _WINDOW]
+            for file in files
+        }
+
+
+def smoke(lab: Lab, say: Say) -> list[Row]:
+    """One small budget, and a recipe that others would spend it by."""
+    few = StorageRecipe(candidates=("Q4_0", "Q8_0"))
+    drop = Recipe(drop_ffn=1, types=StorageRecipe(expert="Q4_0"), hints=False)
+    rows = [
+        {"name": name} | lab.ours(one) for name, one in (("ours", Recipe(target_bpw=12, types=few)), ("drop", drop))
+    ]
+    say("\n".join(map(_line, rows)))
+    return rows
+
+
+def smoke_lab(directory: Path) -> Lab:
+    """A random model, learnt from random tokens."""
+    write_random_checkpoint(directory / "checkpoint", SHAPES["smoke"])
+    source = open_source(directory / "checkpoint")
+    rng = np.random.default_rng(1)
+    tokens = tuple(tuple(rng.integers(0, source.spec.n_vocab, 32).tolist()) for _ in range(4))
+    settings = CalibrationSettings(Samples(types=()), n_sensitivity=128)
+    statistics = calibrate(source, CalibrationText(tokens, ("random",) * 4), settings, directory / "partial")
+    reference = Reference(source, cut_windows({"random": sum(tokens, ())}, length=32))
+    return Lab(directory / "checkpoint", source, statistics, reference, directory, 1)
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
+@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
+@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To judge by: not what was calibrated on.")
+@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+def main(
+    checkpoint: Path | None,
+    stats: Path | None,
+    texts: tuple[str, ...],
+    windows: int,
+    parts: tuple[str, ...],
+    threads: int | None,
+    is_smoke: bool,
+) -> None:
+    """Measure what slimming costs at equal bytes."""
+    console = Console(stderr=True)
+    steps = {"rivals": rivals, "budgets": budgets, "recipes": recipes, "smoke": smoke}
+    try:
+        with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
+            if is_smoke:
+                lab, parts = smoke_lab(Path(name)), ("smoke",)
+            elif checkpoint is None or stats is None or not texts:
+                raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
+            else:
+                source = open_source(checkpoint)
+                reference = Reference(source, cut_windows(read_windows(source, texts, windows)))
+                lab = Lab(
+                    checkpoint,
+                    source,
+                    load_statistics(stats, source),
+                    reference,
+                    Path(name),
+                    threads or default_threads(),
+                )
+            found = {part: steps[part](lab, lambda line: console.print(line, markup=False)) for part in parts}
+            about = {"n_windows": windows, "texts": list(texts), "bf16_bytes": lab.bf16_bytes}
+            lab.reference.close()
+    except SlimoeError as error:
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    print(json.dumps(as_json(found) | about | {"machine": machine.describe()}))
+
+
+if __name__ == "__main__":
+    main()
