@@ -26,7 +26,8 @@ from offload.model_load import Matrices, ModelLoad
 LOOK_AHEAD = 0.8
 """Share of picks that the next layer's router names one layer early; 0.8 to 0.9 are published for Mixtral."""
 CPU, DISK, LINK = "cpu", "disk", "link"
-_OPS_PER_LAYER = 18
+_OPS_PER_ATTENTION = 10
+_OPS_PER_FEED_FORWARD = 8
 _OPS_PER_CUT_EXPERT = 4
 _MAX_PAIRS = 1 << 14
 
@@ -104,9 +105,9 @@ def predict(
     setting = _Setting(load, residency, speed, device)
     fixed = setting.dense_seconds(step)
     computing, tiers = fixed + setting.op_seconds(), {device or CPU: fixed}
-    for n_layers, n_tokens in ((load.n_routed - 1, step.n_tokens), (1, step.n_out)):
+    n_last = int(load.n_layer - 1 in load.routed_layers)
+    for n_routed, n_tokens in ((load.n_routed - n_last, step.n_tokens), (n_last, step.n_out)):
         layer = setting.layer(n_tokens)
-        n_routed = min(max(0, n_layers), load.n_routed)
         computing += n_routed * layer.seconds
         for tier, seconds in layer.tiers.items():
             tiers[tier] = tiers.get(tier, 0.0) + n_routed * seconds
@@ -133,10 +134,12 @@ class _Setting:
     def dense_seconds(self, step: Step) -> float:
         """Matrices that every token meets, and attention to the tokens before."""
         load, main = self.load, self.main
-        last = 1 / load.n_layer
+        n_last = int(load.n_layer - 1 in load.attention_layers)
+        last = n_last / len(load.attention_layers)
         pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
         pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
-        attention = ((load.n_layer - 1) * pairs + pairs_of_last) * main.attention_seconds
+        n_before = len(load.attention_layers) - n_last
+        attention = (n_before * pairs + n_last * pairs_of_last) * main.attention_seconds
         inner = (1 - last) * _seconds(main, load.dense, step.n_tokens)
         return (
             inner + last * _seconds(main, load.dense, step.n_out) + _seconds(main, load.output, step.n_out) + attention
@@ -144,8 +147,10 @@ class _Setting:
 
     def op_seconds(self) -> float:
         """Starting the graph, and its small operations."""
-        overheads = self.main.overheads
-        return overheads.graph_seconds + self.load.n_layer * _OPS_PER_LAYER * overheads.op_seconds
+        load, overheads = self.load, self.main.overheads
+        n_feed_forward = load.n_routed or load.n_layer  # a model without experts is dense in every layer
+        n_ops = len(load.attention_layers) * _OPS_PER_ATTENTION + n_feed_forward * _OPS_PER_FEED_FORWARD
+        return overheads.graph_seconds + n_ops * overheads.op_seconds
 
     def layer(self, n_tokens: int) -> _Layer:
         """The experts of one layer."""

@@ -14,7 +14,7 @@ Matrices = Mapping[MatrixKernel, float]
 
 @dataclass(frozen=True, slots=True)
 class ModelLoad:
-    """Sizes and sums over a model of `n_layer` layers, of which `n_routed` have experts.
+    """Sizes and sums over a model of `n_layer` layers, of which some attend and some have experts.
 
     `dense`: all matrices that every token is multiplied with, but for the `output`, with which only those are whose
     logits are wanted. `host_expert`: one expert in the copy that the CPU computes, averaged over experts and picks;
@@ -22,7 +22,8 @@ class ModelLoad:
     """
 
     n_layer: int
-    n_routed: int
+    attention_layers: tuple[int, ...]
+    routed_layers: tuple[int, ...]
     n_embd: int
     n_expert: float
     n_used: int
@@ -31,6 +32,11 @@ class ModelLoad:
     host_expert: Matrices
     device_expert: Matrices
     read_bytes: float
+
+    @property
+    def n_routed(self) -> int:
+        """Layers that have experts."""
+        return len(self.routed_layers)
 
 
 def model_load(
@@ -44,7 +50,8 @@ def model_load(
     host = {k: (1 - low_share) * best.get(k, 0.0) + low_share * low.get(k, 0.0) for k in kernels}
     return ModelLoad(
         n_layer=len(layers),
-        n_routed=len(routed),
+        attention_layers=spec.attention_layers,
+        routed_layers=tuple(index for index, layer in enumerate(layers) if layer),
         n_embd=spec.n_embd,
         n_expert=sum(len(layer.experts) for layer in routed) / max(1, len(routed)),
         n_used=max((layer.n_expert_used for layer in routed), default=0),

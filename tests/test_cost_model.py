@@ -18,13 +18,15 @@ from offload.model_spec import ModelSpec
 from offload.weight_source import model_sources
 from tests.gguf_content import read_content, write_content
 from tests.measured_machine import machine, processor
+from tests.native_files import native_content, plain_ffn, set_array
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
 DENSE, EXPERT = MatrixKernel(Type.Q8_0, 256, False), MatrixKernel(Type.Q4_K, 256, True)
 KERNELS = [DENSE, EXPERT]
 LOAD = ModelLoad(
     n_layer=5,
-    n_routed=4,
+    attention_layers=(0, 1, 2, 3, 4),
+    routed_layers=(1, 2, 3, 4),
     n_embd=1000,
     n_expert=8,
     n_used=2,
@@ -85,7 +87,8 @@ def test_the_published_limit_of_a_12_gb_card() -> None:
     """Mixtral 8x7B, Q4_K, RTX 3060, a cache that costs nothing to fill: 12.0 tokens/s in the published tables."""
     expert, rest, kv = 3 * 4096 * 14336 * 4.5 / 8, 1.06e9, 0.268e9
     share = ((11.2e9 - rest - 0.131e9 - kv) / expert / 256) ** 0.66
-    load = ModelLoad(32, 32, 4096, 8, 2, {DENSE: rest + kv / 2}, {}, {EXPERT: expert}, {EXPERT: expert}, expert)
+    experts = {EXPERT: expert}
+    load = ModelLoad(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, experts, expert)
     speed = machine(processor(42e9, KERNELS), None, processor(306e9, KERNELS))
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e18 / 2, 1e18 / 2)})
     prediction = predict(load, Residency(share, 1 - share), slow_link, device="GPU0")
@@ -103,6 +106,38 @@ def test_attention_grows_with_what_came_before() -> None:
     cpu = dataclasses.replace(CPU, attention_seconds=1e-6)
     short, long = (predict(LOAD, IN_RAM, machine(cpu), Step(n_past=n)).ms_per_token for n in (0, 1000))
     assert long - short == pytest.approx(5 * 1000 * 1e-3)
+
+
+def test_layers_without_attention_attend_to_nothing() -> None:
+    cpu = dataclasses.replace(CPU, attention_seconds=1e-6)
+    for layers in ((0,), (1, 3), (2, 4), (0, 1, 2, 3, 4)):
+        load = dataclasses.replace(LOAD, attention_layers=layers)
+        short, long = (predict(load, IN_RAM, machine(cpu), Step(n_past=n)).ms_per_token for n in (0, 1000))
+        assert long - short == pytest.approx(len(layers) * 1000 * 1e-3)
+        prompt = (predict(load, IN_RAM, machine(one), Step(10, 7)).ms_per_token * 10 for one in (CPU, cpu))
+        seen = sum(17 if layer == 4 else 10 * 7 + 55 for layer in layers)
+        assert -np.subtract(*prompt) == pytest.approx(seen * 1e-3)
+
+
+def test_small_operations_are_those_of_the_parts_that_there_are() -> None:
+    slow = dataclasses.replace(CPU, overheads=Overheads(1e-12, 1e-3))
+
+    def op_ms(attention: tuple[int, ...], routed: tuple[int, ...]) -> float:
+        load = dataclasses.replace(LOAD, attention_layers=attention, routed_layers=routed)
+        return predict(load, IN_RAM, machine(slow)).ms_per_token - predict(load, IN_RAM, machine(CPU)).ms_per_token
+
+    whole = op_ms((0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
+    without_attention, without_experts = op_ms((0, 1, 2), (0, 1, 2, 3, 4)), op_ms((0, 1, 2, 3, 4), (1, 2))
+    assert 0 < without_attention < whole
+    assert 0 < without_experts < whole
+    assert op_ms((0, 1, 2), (1, 2)) == pytest.approx(without_attention + without_experts - whole)
+
+
+def test_a_last_layer_without_experts_saves_none_of_the_others() -> None:
+    load = dataclasses.replace(LOAD, routed_layers=(0, 1, 2))
+    whole, prompt = (predict(load, Residency(0, 0.25), machine(CPU, 1e9), Step(1000, 0, n)) for n in (1000, 1))
+    assert whole.tier_ms["disk"] == pytest.approx(3 * 8 * 0.75 / 1000)
+    assert prompt.tier_ms["disk"] == whole.tier_ms["disk"]
 
 
 def test_a_batch_visits_each_expert_once() -> None:
@@ -141,7 +176,7 @@ def test_a_batch_streams_experts_when_that_is_faster() -> None:
 
 
 def test_a_model_without_experts() -> None:
-    load = ModelLoad(5, 0, 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, {}, 0)
+    load = ModelLoad(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, {}, 0)
     assert predict(load, IN_RAM, machine(CPU)).ms_per_token == pytest.approx(1.1)
     assert predict(load, IN_RAM, machine(CPU), Step(n_tokens=10)).ms_per_token > 0
 
@@ -244,6 +279,7 @@ def test_the_load_of_a_file(tmp_path: Path) -> None:
     sources = model_sources(gguf, spec)
     load = model_load(spec, sources, expert_layers(sources, spec))
     assert (load.n_layer, load.n_routed, load.n_expert, load.n_used) == (2, 2, 3, 2)
+    assert load.attention_layers == (0, 1)
     up, down = (gguf.tensors[f"blk.0.ffn_{name}_exps.weight"].n_bytes / 3 for name in ("up", "down"))
     expected = {MatrixKernel(Type.F32, 256, True): 2 * up, MatrixKernel(Type.Q6_K, 512, True): down}
     assert (load.host_expert, load.device_expert) == (expected, expected)
@@ -252,6 +288,22 @@ def test_the_load_of_a_file(tmp_path: Path) -> None:
     dense = sum(gguf.tensors[f"blk.{n}.{name}.weight"].n_bytes for n in range(2) for name in names)
     assert load.dense == {MatrixKernel(Type.F32, 256, False): dense}
     assert load.output == {MatrixKernel(Type.F32, 256, False): gguf.tensors["output.weight"].n_bytes}
+
+
+def test_the_load_of_a_native_file_that_lacks_parts(tmp_path: Path) -> None:
+    stock = read_content(write_tiny_gguf(tmp_path / "f32.gguf", None, shape=TinyShape(n_layer=3)))
+    n_expert = stock.values("blk.0.ffn_gate_inp.weight").shape[0]
+    ffn = plain_ffn(n_expert)
+    content = set_array(native_content(tmp_path / "scratch", stock, (ffn, None, ffn)), "attention.present", [1, 1, 0])
+    kept = {name: tensor for name, tensor in content.tensors.items() if not name.startswith("blk.2.attn_")}
+    gguf = read_gguf(write_content(tmp_path / "m.gguf", dataclasses.replace(content, tensors=kept)))
+    spec = ModelSpec.from_gguf(gguf)
+    sources = model_sources(gguf, spec)
+    load = model_load(spec, sources, expert_layers(sources, spec))
+    assert (load.n_layer, load.attention_layers, load.routed_layers) == (3, (0, 1), (0, 2))
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
+    dense = sum(tensor.n_bytes for name, tensor in gguf.tensors.items() if name.split(".")[-2] in names)
+    assert sum(load.dense.values()) == dense
 
 
 # --- copies ------------------------------------------------------------------------------------------------
