@@ -152,7 +152,8 @@ def _words(report: Report) -> Iterator[str]:
     if not report.probes:
         yield "There are no content words in the texts."
         return
-    yield "Content words as cloze tests, by how often calibration met them; rare ones are the first that models forget."
+    where = "these texts have" if report.coverage is None else "calibration met"
+    yield f"Content words as cloze tests, by how often {where} them; rare ones are the first that models forget."
     yield ""
     rows = [("Words", "Asked", "At most", "Source first", "File first", "Known", "Kept", "Lost nats")]
     for name, one in report.probes.items():
