@@ -14,6 +14,9 @@ FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}
 """llama.cpp's numbers of the mixes that are compared with."""
 
 
+_SILENT = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
+
+
 class QuantizerError(SlimoeError):
     """llama.cpp did not make the file."""
 
@@ -22,6 +25,7 @@ def llama_quantize(source: Path, target: Path, name: str, importance: Mapping[st
     """Makes the mix `name` of a GGUF file in F32 or F16; `importance` has the mean squares of what each tensor reads,
     [matrices, n_per_row] float32. Raises QuantizerError.
     """
+    llama_cpp.llama_log_set(_SILENT, None)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[name], n_threads
     rows = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
