@@ -359,6 +359,30 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
     return uses
 
 
+def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are read-only: one that leaves its slot is still in the file, so that only newcomers cross the link."""
+    stacks, read, make, get = set[int](), set[int](), SlotPool._stack, DeviceBackend.get
+
+    def note_stack(pool: SlotPool, *shape: Any) -> int:
+        stacks.add(stack := make(pool, *shape))
+        return stack
+
+    def note_read(backend: DeviceBackend, tensor: int, *values: Any) -> None:
+        read.add(tensor)
+        get(backend, tensor, *values)
+
+    monkeypatch.setattr(SlotPool, "_stack", note_stack)
+    monkeypatch.setattr(DeviceBackend, "get", note_read)
+    with closing(device_engine(where.config(plain.path), 0.3, 0.0)) as engine:
+        set_rule(engine, FREE_SWAPS)
+        for token in TOKENS:
+            engine.decode(token)
+        assert engine.device_experts[0].n_swaps > 5
+        assert stacks
+        assert read
+        assert not stacks & read
+
+
 @pytest.mark.parametrize("policy", ["heat", "lru"])
 @pytest.mark.parametrize("in_memory", [0.0, 1.0], ids=["disk", "memory"])
 def test_after_a_swap_both_are_used_where_they_are_now(
