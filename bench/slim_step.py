@@ -1,0 +1,213 @@
+"""One step of slimming alone in its process, so that its time and its peak of memory are its own.
+
+The step is an argument, its job comes as JSON on stdin, what it took goes as JSON to stdout; `run_step` does all that.
+Steps import what they use themselves: what others need would count into their memory.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from offload.errors import SlimoeError
+from offload.memory import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from converter.model_source import ModelSource
+
+
+class StepFailedError(SlimoeError):
+    """A step ended without the figures that it was started for."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationJob:
+    """Learns from texts of token ids, `n_sensitivity` of them backwards too, and prices `types`.
+
+    The pass tries no types on experts; `tried` are tried on the first expert alone, to know how long that takes.
+    """
+
+    source: str
+    target: str
+    texts: list[list[int]]
+    types: list[str]
+    tried: list[str]
+    n_sensitivity: int
+    n_sketch: int
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionJob:
+    """Converts everything to the type `kind`."""
+
+    source: str
+    target: str
+    kind: str
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlimmingJob:
+    """Carries out a recipe, which is the text of its TOML file."""
+
+    source: str
+    target: str
+    recipe: str
+    statistics: str
+    n_threads: int
+
+
+Job = CalibrationJob | ConversionJob | SlimmingJob
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Seconds by part of the work, the peak of resident memory, and the result's bytes, by type too for a model.
+
+    Starting Python and loading its libraries counts into memory only.
+    """
+
+    parts: dict[str, float]
+    peak_resident: int
+    n_bytes: int
+    bytes_by_type: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+class Laps:
+    """Times parts of work that follow each other."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._what, self._begin = "", time.perf_counter()
+
+    def now(self, what: str, _done: int = 0, _all: int = 0) -> None:
+        """What is done now; whatever was done before is over if it had another name."""
+        if what != self._what:
+            end = time.perf_counter()
+            if self._what:
+                self.parts[self._what] = self.parts.get(self._what, 0.0) + end - self._begin
+            self._what, self._begin = what, end
+
+
+def calibration(job: CalibrationJob, laps: Laps) -> dict[str, int]:
+    """Measures and saves; raises as `calibrate` does."""
+    import torch
+
+    from converter.calibration import CalibrationSettings, calibrate
+    from converter.calibration_text import CalibrationText
+    from converter.layer_observer import Samples
+    from converter.open_source import open_source
+    from converter.statistics_file import save_statistics
+    from converter.type_costs import measure_type_costs, packed_costs
+
+    target, texts = Path(job.target), tuple(map(tuple, job.texts))
+    torch.set_num_threads(job.n_threads)
+    laps.now("open")
+    source = open_source(Path(job.source))
+    samples = Samples(types=(), n_sketch=job.n_sketch)
+    settings = CalibrationSettings(samples, n_sensitivity=job.n_sensitivity, n_threads=job.n_threads)
+    text = CalibrationText(texts, ("random",) * len(texts))
+    statistics = calibrate(source, text, settings, target.with_suffix(".partial"), laps.now)
+    if job.types:
+        laps.now("prices")
+        costs = measure_type_costs(source, statistics, types=job.types, n_threads=job.n_threads)
+        statistics = replace(statistics, matrix_costs=packed_costs(costs))
+    if job.tried:
+        laps.now("types")
+        try_types(source, job)
+    laps.now("save")
+    save_statistics(statistics, target)
+    return {}
+
+
+def try_types(source: "ModelSource", job: CalibrationJob) -> None:
+    """Does for one expert what a calibration does for each, on as many inputs."""
+    import torch
+
+    from converter.block import read_expert
+    from converter.layer_observer import Samples
+    from converter.type_errors import TypeErrorTable
+
+    samples, spec = Samples(), source.spec
+    table = TypeErrorTable(source, 0, tuple(job.tried), samples.n_rows, job.n_threads)
+    expert = read_expert(source, 0, 0)
+    x, shares = torch.randn(samples.n_picks, spec.n_embd), torch.full((samples.n_picks,), 0.5)
+    importance = np.ones(spec.n_embd, np.float32), np.ones(expert.down.weight.shape[1], np.float32)
+    table.measure(0, expert, x, shares, importance)
+
+
+def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
+    """Converts; raises as `convert` does."""
+    from converter.convert import ConvertOptions, convert
+
+    laps.now("write")
+    return convert(ConvertOptions(Path(job.source), Path(job.target), job.kind, job.n_threads)).bytes_by_type
+
+
+def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
+    """Plans and writes; raises as `plan_slim` and `slim` do."""
+    from converter.fit_choice import chosen_fit
+    from converter.open_source import open_source
+    from converter.recipe_fields import SourceSizes
+    from converter.recipe_file import parse_recipe
+    from converter.slim_writer import slim
+    from converter.slimming import plan_slim
+    from converter.statistics_file import load_statistics
+
+    laps.now("plan")
+    source = open_source(Path(job.source))
+    statistics = load_statistics(Path(job.statistics), source)
+    recipe = parse_recipe(job.recipe, SourceSizes(source.spec.n_layer, source.spec.n_expert))
+    plan = plan_slim(source, statistics, recipe, n_threads=job.n_threads)
+    laps.now("write")
+    fit = chosen_fit(source, plan, statistics, job.n_threads)
+    done = slim(source, plan, Path(job.target), statistics, fit=fit, n_threads=job.n_threads)
+    return done.bytes_by_type
+
+
+STEPS: dict[str, tuple[type[Any], Callable[[Any, Laps], dict[str, int]]]] = {
+    "calibrate": (CalibrationJob, calibration),
+    "convert": (ConversionJob, conversion),
+    "slim": (SlimmingJob, slimming),
+}
+
+
+def run_step(job: Job) -> Taken:
+    """Carries out a job in a process of its own; raises StepFailedError."""
+    step = next(name for name, (kind, _) in STEPS.items() if isinstance(job, kind))
+    command = [sys.executable, "-m", "bench.slim_step", step]
+    done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise StepFailedError(f"The step {step} of {Path(job.target).name} failed: {why}")
+    return Taken(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Carries out the job on stdin; exits as the `slimoe` command does."""
+    kind, step = STEPS[sys.argv[1]]
+    job, laps = kind(**json.load(sys.stdin)), Laps()
+    try:
+        bytes_by_type = step(job, laps)
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    laps.now("")
+    n_bytes = Path(job.target).stat().st_size
+    print(json.dumps(asdict(Taken(laps.parts, peak_resident_bytes(), n_bytes, bytes_by_type))))
+
+
+if __name__ == "__main__":
+    main()
