@@ -29,7 +29,7 @@ from bench.random_model import SHAPES
 from bench.rival import Rival, RivalConfig
 from bench.stepping import kl_divergence, random_tokens
 from converter.convert import ConvertOptions, convert
-from converter.type_recipe import RECIPES
+from converter.type_recipe import FOR_IMPORTANCE, RECIPES
 from offload.backend import default_threads
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
@@ -195,7 +195,8 @@ def main(
             if smoke:
                 plan = smallest_plan(directory)
             elif checkpoint is not None:
-                plan = Plan(checkpoint, directory, prompts or PROMPTS, text, tuple(RECIPES), 512, 256, n_threads)
+                types = tuple(name for name in RECIPES if name not in FOR_IMPORTANCE)
+                plan = Plan(checkpoint, directory, prompts or PROMPTS, text, types, 512, 256, n_threads)
             else:
                 raise UsageError("Name a --checkpoint, or use --smoke.")
             document = measure(plan, Console(stderr=True))

@@ -23,6 +23,7 @@ from converter.calibration_text import (
     default_texts,
     read_texts,
 )
+from converter.imatrix_file import imatrix_of, write_imatrix
 from converter.layer_observer import Samples
 from converter.model_source import ModelSource
 from converter.open_source import open_source
@@ -38,7 +39,10 @@ OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """What to calibrate on what: `texts` are FILE or DOMAIN=FILE, none for the mixture that comes along."""
+    """What to calibrate on what: `texts` are FILE or DOMAIN=FILE, none for the mixture that comes along.
+
+    `imatrix` is where llama.cpp's importance matrix is written too, if anywhere.
+    """
 
     source: Path
     target: Path
@@ -47,16 +51,18 @@ class CalibrateOptions:
     length: int = DEFAULT_LENGTH
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     force: bool = False
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CalibratePlan:
-    """The model, the texts as tokens, how to learn, and what it will take."""
+    """The model, the texts as tokens, how to learn, what it will take, and where an importance matrix is written."""
 
     source: ModelSource
     text: CalibrationText
     settings: CalibrationSettings
     estimate: Estimate
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +100,18 @@ def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
     UnsupportedModelError for the model.
     """
     check_target(options.target, 0, force=options.force)
+    if options.imatrix is not None:
+        check_target(options.imatrix, 0, force=options.force)
+        if options.imatrix.absolute() == options.target.absolute():
+            raise UsageError(f"{options.target} cannot be both files. Choose another name for the imatrix.")
     for name in options.settings.samples.types:
         type_by_name(name)
     source = open_source(options.source)
     files = tuple(map(TextFile.parse, options.texts)) or default_texts()
     encoder = open_encoder(source.path, source.metadata)
     text = read_texts(files, encoder, options.n_tokens, min(options.length, source.spec.n_ctx_train))
-    return CalibratePlan(source, text, options.settings, estimate(source, text, options.settings))
+    expected = estimate(source, text, options.settings)
+    return CalibratePlan(source, text, options.settings, expected, options.imatrix)
 
 
 def partial_path(target: Path) -> Path:
@@ -109,10 +120,12 @@ def partial_path(target: Path) -> Path:
 
 
 def carry_out(planned: CalibratePlan, target: Path, on_progress: Progress) -> CalibrateReport:
-    """Learns and saves; raises as `calibrate` and `save_statistics` do."""
+    """Learns and saves; raises as `calibrate`, `save_statistics` and `write_imatrix` do."""
     begin = time.monotonic()
     statistics = calibrate(planned.source, planned.text, planned.settings, partial_path(target), on_progress)
     save_statistics(statistics, target)
+    if planned.imatrix is not None:
+        write_imatrix(imatrix_of(statistics), planned.imatrix)
     shutil.rmtree(partial_path(target), ignore_errors=True)
     return _report(statistics, target, time.monotonic() - begin)
 

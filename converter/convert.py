@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.given_importance import Fitted
 from converter.plan import ConvertPlan, plan_conversion, plan_pair
 from converter.plan_pieces import plan_pieces
 from converter.writer import Progress, check_target, write_pieces
@@ -20,6 +21,7 @@ class ConvertOptions:
 
     0 threads means one a core.
     `pair`, if any, is in place of `type`: the recipes "HIGH,LOW" of a native file's two copies of every expert.
+    `imatrix` is the file of an importance matrix, or of statistics, to fit weights to.
     """
 
     source: Path
@@ -28,13 +30,15 @@ class ConvertOptions:
     n_threads: int = 0
     force: bool = False
     pair: str | None = None
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
     """What was written: path, bytes, seconds it took, number of tensors, tensor bytes by type.
 
-    `n_copied_bytes` of these were taken over from a GGUF file as they were.
+    `n_copied_bytes` of these were taken over from a GGUF file as they were. `fitted` says how far the importance matrix
+    reached, if one was given.
     """
 
     path: Path
@@ -44,17 +48,18 @@ class ConvertReport:
     n_tensors: int
     bytes_by_type: dict[str, int]
     n_copied_bytes: int = 0
+    fitted: Fitted | None = None
 
 
 def plan(options: ConvertOptions) -> ConvertPlan:
     """Everything that will be written, exactly, and that it can be; reads only headers and writes nothing.
 
-    Raises UsageError, ModelFileError, UnsupportedModelError or DoesNotFitError.
+    Raises UsageError, ModelFileError, UnsupportedModelError, StatisticsError or DoesNotFitError.
     """
     if options.pair is None:
-        planned = plan_conversion(options.source, options.type)
+        planned = plan_conversion(options.source, options.type, options.imatrix)
     else:
-        planned = plan_pair(options.source, options.pair)
+        planned = plan_pair(options.source, options.pair, options.imatrix)
     check_target(options.target, planned.n_bytes, force=options.force, sources=planned.source_files)
     return planned
 
@@ -80,6 +85,7 @@ def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progre
         n_tensors=len(planned.tensors),
         bytes_by_type=planned.bytes_by_type,
         n_copied_bytes=planned.n_copied_bytes,
+        fitted=planned.fitted,
     )
 
 

@@ -121,7 +121,7 @@ def _layer_entries(layer: int, one: LayerStatistics, n_tokens: int) -> dict[str,
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
-    """Writes llama.cpp's GGUF form; the file appears whole or not at all."""
+    """Writes llama.cpp's GGUF form, whole or not at all; raises UsageError where it cannot be written."""
     metadata: dict[str, Value] = {
         "general.type": "imatrix",
         "imatrix.datasets": list(imatrix.datasets) or ["unknown"],
@@ -139,6 +139,8 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     try:
         part.write_bytes(pack_header(metadata, headers) + payload)
         os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}). Choose another place.") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -152,8 +154,10 @@ def read_imatrix(path: Path) -> Imatrix:
         raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
     imatrix = _from_gguf(read_gguf(path)) if magic == b"GGUF" else _from_old(path)
     for name, entry in imatrix.entries.items():
-        numbers = np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()
-        if not numbers or entry.sums.min(initial=0) < 0 or entry.counts.min(initial=0) < 0:
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = np.isfinite(entry.sums.sum(0)).all() and np.isfinite(entry.counts.sum())
+        counts = entry.counts[entry.counts != 0]
+        if not numbers or entry.sums.min(initial=0) < 0 or counts.min(initial=1) < 1:
             raise ModelFileError(path, f"{name} holds what are no sums of squares.", "Make the imatrix again.")
     return imatrix
 

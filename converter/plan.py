@@ -10,9 +10,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.utility import size_label
 
 from converter.gguf_header import ALIGNMENT_KEY, HeaderTensor, alignment_of, pack_header, padded
+from converter.given_importance import Fitted, GivenImportance, Importance, read_importance
 from converter.model_source import expert_key
 from converter.open_source import open_source
 from converter.pair import find_pair, pair_layout, pair_spec, pair_targets
+from converter.quantize import needs_importance
 from converter.stored_model import StockTensor, StoredModel, stock_tensors
 from converter.stored_rows import StoredRows
 from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
@@ -26,17 +28,34 @@ STOCK = "llama"
 """The architecture that an unmodified llama.cpp runs."""
 
 _QUANTIZATION_VERSION = 2
+_NOT_QUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _ALWAYS_F32 = ("ffn_gate_inp", "attn_norm", "ffn_norm", "output_norm", "rope_freqs")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One tensor of the file: what it is made of, its type, and its bytes from `offset` (of the file) on."""
+    """One tensor of the file: what it is made of, its type, and its bytes from `offset` (of the file) on.
+
+    `importance` [n_per_row] of each of its sources' columns, nothing where none is known.
+    """
 
     target: StockTensor
     type: GGMLQuantizationType
     offset: int
     n_bytes: int
+    importance: tuple[Importance, ...] = ()
+
+    @property
+    def importances(self) -> tuple[Importance | None, ...]:
+        """One for each source."""
+        return self.importance or (None,) * len(self.target.sources)
+
+    @property
+    def n_quantised(self) -> int:
+        """Sources whose weights become blocks here."""
+        if self.type in _NOT_QUANTISED:
+            return 0
+        return sum(not self.is_copied(rows) for rows in self.target.sources)
 
     def is_copied(self, rows: StoredRows) -> bool:
         """Whether such rows of it are taken over byte for byte: they are blocks of its type already."""
@@ -50,7 +69,10 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ConvertPlan:
-    """A whole conversion: the header's bytes, the tensors in file order, and the file's size."""
+    """A whole conversion: the header's bytes, the tensors in file order, and the file's size.
+
+    `fitted` says how far the importance matrix reaches, if one was given.
+    """
 
     source: Path
     recipe: str
@@ -58,6 +80,7 @@ class ConvertPlan:
     header: bytes
     tensors: tuple[TensorPlan, ...]
     n_bytes: int
+    fitted: Fitted | None = None
 
     @property
     def bytes_by_type(self) -> dict[str, int]:
@@ -78,21 +101,25 @@ class ConvertPlan:
         return sum(tensor.n_copied_bytes for tensor in self.tensors)
 
 
-def plan_conversion(source: Path, type_name: str) -> ConvertPlan:
+def plan_conversion(source: Path, type_name: str, imatrix: Path | None = None) -> ConvertPlan:
     """Plans the conversion of the checkpoint directory or GGUF file `source` with the recipe `type_name`.
 
-    Raises UsageError for an unknown type, LibraryError where bitsandbytes is needed and absent, and ModelFileError or
-    UnsupportedModelError for whatever is wrong with the source, or does not fit the type.
+    `imatrix` is the file of an importance matrix to fit weights to. Raises UsageError for an unknown type and for one
+    that needs importance and has none, LibraryError where bitsandbytes is needed and absent, ModelFileError or
+    UnsupportedModelError for whatever is wrong with the source, or does not fit the type, and what `read_importance`
+    raises.
     """
     recipe = find_recipe(type_name)
     model = open_source(source)
     spec = stock_spec(model)
     targets = stock_tensors(model.matrices)
-    metadata = _metadata(model, spec, targets, recipe) | {keys.RECIPE: recipe.name}
-    return _placed(model, recipe.name, spec, metadata, [(target, recipe) for target in targets])
+    given = read_importance(imatrix, model, targets) if imatrix else None
+    metadata = _metadata(model, spec, targets, recipe, given) | {keys.RECIPE: recipe.name}
+    planned = _placed(model, recipe.name, spec, metadata, [(target, recipe) for target in targets])
+    return _fitted(planned, model, given)
 
 
-def plan_pair(source: Path, names: str) -> ConvertPlan:
+def plan_pair(source: Path, names: str, imatrix: Path | None = None) -> ConvertPlan:
     """Plans a native file with two copies of every expert; `names` are their recipes, "HIGH,LOW".
 
     Whatever is no expert has the types of the first. Raises as `plan_conversion` does, and UsageError if the second
@@ -105,14 +132,15 @@ def plan_pair(source: Path, names: str) -> ConvertPlan:
     recipe = ",".join(one.name for one in pair)
     targets = stock_tensors(model.matrices)
     spec = pair_spec(stock_spec(model))
-    metadata = _metadata(model, spec, targets, pair[0]) | {keys.RECIPE: recipe, ALIGNMENT_KEY: ALIGNMENT}
+    given = read_importance(imatrix, model, targets) if imatrix else None
+    metadata = _metadata(model, spec, targets, pair[0], given) | {keys.RECIPE: recipe, ALIGNMENT_KEY: ALIGNMENT}
     metadata |= layout_metadata(pair_layout(spec))
     planned = _placed(model, recipe, spec, metadata, pair_targets(targets, pair))
     _check_pair(planned)
     infos = (TensorInfo(t.target.name, t.target.ne, t.type, 0, t.offset, t.n_bytes) for t in planned.tensors)
     file = GGUFFile((source,), metadata, {info.name: info for info in infos})
     read_layout(file, ModelSpec.from_gguf(file))
-    return planned
+    return _fitted(planned, model, given)
 
 
 def stock_spec(model: StoredModel) -> ModelSpec:
@@ -162,6 +190,28 @@ def _placed(
     return ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
 
 
+def _fitted(planned: ConvertPlan, model: StoredModel, given: GivenImportance | None) -> ConvertPlan:
+    """The plan with the importance of what is quantised; raises UsageError where a type needs it and has none."""
+    tensors = []
+    for tensor in planned.tensors:
+        known = given.of(tensor.target, tied=model.is_tied) if given and tensor.n_quantised else ()
+        if tensor.n_quantised and not known and needs_importance(tensor.type):
+            raise UsageError(_lack_of_importance(tensor, given))
+        tensors.append(replace(tensor, importance=known))
+    n_matrices = sum(tensor.n_quantised for tensor in tensors)
+    n_fitted = sum(tensor.n_quantised for tensor in tensors if tensor.importance)
+    n_experts = sum(layer.n_stored for layer in model.layers)
+    fitted = given.reach(n_matrices, n_fitted, n_experts) if given else None
+    return replace(planned, tensors=tuple(tensors), fitted=fitted)
+
+
+def _lack_of_importance(tensor: TensorPlan, given: GivenImportance | None) -> str:
+    kind, larger = tensor.type.name, "use IQ3_S or a larger type"
+    if given is None:
+        return f"{kind} is only of use if it is known which weights matter. Give --imatrix, or {larger}."
+    return f"{given.path} knows nothing of {tensor.target.name}, which {kind} needs. Give another imatrix, or {larger}."
+
+
 def _type(
     source: Path, recipe: TypeRecipe, spec: ModelSpec, target: StockTensor, *, tied: bool
 ) -> GGMLQuantizationType:
@@ -186,7 +236,13 @@ def _suggestions(spec: ModelSpec) -> list[str]:
     return fitting_types(math.gcd(spec.n_embd, spec.n_ff, spec.n_head * spec.n_embd_head))[-3:]
 
 
-def _metadata(model: StoredModel, spec: ModelSpec, targets: list[StockTensor], recipe: TypeRecipe) -> dict[str, Value]:
+def _metadata(
+    model: StoredModel,
+    spec: ModelSpec,
+    targets: list[StockTensor],
+    recipe: TypeRecipe,
+    given: GivenImportance | None,
+) -> dict[str, Value]:
     n_all = sum(math.prod(target.ne) for target in targets)
     n_experts = sum(math.prod(target.ne) for target in targets if "_exps." in target.name)
     per_expert = n_experts // spec.n_expert if spec.n_expert else 0
@@ -198,4 +254,4 @@ def _metadata(model: StoredModel, spec: ModelSpec, targets: list[StockTensor], r
         keys.SLIMOE_VERSION: version("slimoe"),
         keys.SOURCE_HASH: model.source_hash,
     }
-    return general | spec.metadata() | dict(model.metadata)
+    return general | spec.metadata() | dict(model.metadata) | dict(given.metadata if given else {})

@@ -29,7 +29,7 @@ def plan_pieces(plan: ConvertPlan, n_threads: int) -> Iterator[Piece]:
 def _tensor_pieces(tensor: TensorPlan, n_elements: int) -> Iterator[Piece]:
     block, block_bytes = GGML_QUANT_SIZES[tensor.type]
     offset = tensor.offset
-    for rows in tensor.target.sources:
+    for rows, importance in zip(tensor.target.sources, tensor.importances, strict=True):
         row_bytes = rows.n_per_row // block * block_bytes
         n_at_once = max(1, n_elements // (rows.n_per_row * rows.step)) * rows.step
         for first in range(0, rows.n_rows, n_at_once):
@@ -38,15 +38,17 @@ def _tensor_pieces(tensor: TensorPlan, n_elements: int) -> Iterator[Piece]:
                 part = Blocks(rows.blocks.type, rows.path, rows.blocks.offset + first * row_bytes, n_rows * row_bytes)
                 make = partial(copy_blocks, part, rows.name)
             else:
-                make = partial(convert_rows, rows, first, n_rows, tensor.type)
+                make = partial(convert_rows, rows, first, n_rows, tensor.type, importance)
             yield Piece(offset, n_rows * row_bytes, make)
             offset += n_rows * row_bytes
 
 
-def convert_rows(rows: StoredRows, first: int, n_rows: int, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+def convert_rows(
+    rows: StoredRows, first: int, n_rows: int, kind: GGMLQuantizationType, importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
     """Blocks of some rows; raises ModelFileError for weights that cannot be read or are no numbers."""
     try:
-        return quantize_rows(rows.read(first, n_rows), kind)
+        return quantize_rows(rows.read(first, n_rows), kind, importance)
     except BadWeightsError as error:
         raise ModelFileError(rows.path, f"tensor {rows.name} {error}.") from None
 

@@ -50,11 +50,15 @@ class StoredModel:
 
 @dataclass(frozen=True, slots=True)
 class StockTensor:
-    """A tensor of a stock GGUF file, of shape `ne` (ggml's order), and whose rows it is made of, in order."""
+    """A tensor of shape `ne` (ggml's order), and whose rows it is made of, in order.
+
+    `stock_name` is what a stock GGUF file calls it, `name` the file that is written.
+    """
 
     name: str
     ne: tuple[int, ...]
     sources: tuple[StoredRows, ...]
+    stock_name: str
 
 
 def stock_tensors(matrices: Mapping[MatrixKey, StoredMatrix]) -> list[StockTensor]:
@@ -67,6 +71,7 @@ def stock_tensors(matrices: Mapping[MatrixKey, StoredMatrix]) -> list[StockTenso
             name,
             (*stack[0].shape[::-1], len(stack)) if MatrixKey(name) not in matrices else stack[0].shape[::-1],
             tuple(matrix.rows for matrix in stack),
+            name,
         )
         for name, stack in stacks.items()
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
+from converter.quantize import needs_importance
 from offload.errors import UsageError
 
 Rule = Callable[[int, int], Type]
@@ -92,7 +93,18 @@ _FILE_TYPES = {
     Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     Type.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
     Type.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
+    Type.IQ3_S: LlamaFileType.MOSTLY_IQ3_S,
 }
+_CODEBOOKS = {
+    Type.IQ3_XXS: LlamaFileType.MOSTLY_IQ3_XXS,
+    Type.IQ2_S: LlamaFileType.MOSTLY_IQ2_S,
+    Type.IQ2_XS: LlamaFileType.MOSTLY_IQ2_XS,
+    Type.IQ2_XXS: LlamaFileType.MOSTLY_IQ2_XXS,
+    Type.IQ1_M: LlamaFileType.MOSTLY_IQ1_M,
+    Type.IQ1_S: LlamaFileType.MOSTLY_IQ1_S,
+}
+# A token table is only read, so that no importance is known of its columns.
+_CODEBOOK_ROLES = {"token_embd": always(Type.IQ3_S), "attn_v": always(Type.Q4_K)}
 _MIXES = (
     TypeRecipe(
         "Q4_K_M",
@@ -123,8 +135,14 @@ _MIXES = (
 )
 RECIPES = {kind.name: TypeRecipe(kind.name, kind, file_type) for kind, file_type in _FILE_TYPES.items()}
 RECIPES |= {mix.name: mix for mix in _MIXES}
+RECIPES |= {
+    kind.name: TypeRecipe(kind.name, kind, file_type, _CODEBOOK_ROLES, _SHIELD | {"attn_q": always(Type.Q4_K)})
+    for kind, file_type in _CODEBOOKS.items()
+}
 """Every value of --type. A plain type is for all matrices but the output (see `output_type`); Q2_K is, as everywhere,
-the mix, and Q2_K_PURE the plain type."""
+the mix, and Q2_K_PURE the plain type. Types that need importance are mixes too: attention is shielded from them."""
+FOR_IMPORTANCE = tuple(name for name, recipe in RECIPES.items() if needs_importance(recipe.base))
+"""Those that can be made only where an importance matrix is given."""
 
 
 def find_recipe(name: str) -> TypeRecipe:
@@ -141,6 +159,6 @@ def fits(kind: Type, n_per_row: int) -> bool:
 
 
 def fitting_types(n_per_row: int) -> list[str]:
-    """The names of the plain types whose blocks divide such rows, the smallest ones last."""
+    """The names of the plain types whose blocks divide such rows, the smallest ones last; none needs importance."""
     kinds = sorted(_FILE_TYPES, key=lambda kind: -GGML_QUANT_SIZES[kind][1] / GGML_QUANT_SIZES[kind][0])
     return [kind.name for kind in kinds if fits(kind, n_per_row)]

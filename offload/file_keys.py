@@ -24,11 +24,18 @@ files alone), in name order, and of the first 4096 bytes of every tensor."""
 CALIBRATION_HASH = "slimoe.calibration.sha256"
 CALIBRATION_TOKENS = "slimoe.calibration.tokens"
 """The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""
+IMATRIX_FILE = "quantize.imatrix.file"
+IMATRIX_DATASET = "quantize.imatrix.dataset"
+IMATRIX_ENTRIES = "quantize.imatrix.entries_count"
+IMATRIX_CHUNKS = "quantize.imatrix.chunks_count"
+"""The importance matrix that weights were fitted to, under llama.cpp's own keys: its file's name, the texts that it is
+from, how many tensors it knows, and from how many chunks of text."""
 RESERVED = "slimoe.reserved"
 """Spaces, in place of which keys are written that are known only once the file is there, such as its quality."""
 QUALITY = "slimoe.quality"
 """What the file was measured to have lost against its source, as JSON."""
-PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, CALIBRATION_HASH, CALIBRATION_TOKENS)
+IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
+PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
 
 
 def token_id_key(role: str) -> str:

@@ -1,16 +1,17 @@
 """`slimoe calibrate`: what a checkpoint's layers and experts do, measured on texts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from server.engine_options import OptionsCommand
 from server.installed import check_installed
 from server.text_encoder import TokenizerEncoder
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _MANY_TOKENS = 32768
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=OptionsCommand)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.option("-o", "--output", metavar="STATS", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option(
@@ -32,20 +33,12 @@ _MANY_TOKENS = 32768
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
 @click.option("--types", metavar="LIST", help="ggml types to try, such as Q2_K,Q4_K; none for none.")
 @click.option("--no-sensitivity", is_flag=True, help="Leave out the backward pass.")
-@click.option("-f", "--force", is_flag=True, help="Overwrite STATS.")
+@click.option(
+    "--imatrix", metavar="FILE", type=click.Path(path_type=Path), help="Write llama.cpp's importance matrix too."
+)
+@click.option("-f", "--force", is_flag=True, help="Overwrite STATS and the importance matrix.")
 @click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
-def command(
-    source: Path,
-    output: Path,
-    texts: tuple[str, ...],
-    tokens: int,
-    length: int,
-    device: str,
-    types: str | None,
-    no_sensitivity: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+def command(values: Mapping[str, Any]) -> None:
     """Measure on texts what the layers and experts of SRC do, and keep it in STATS.
 
     SRC is a checkpoint directory or a GGUF file. One layer is in memory at a time. Texts of your own use are best;
@@ -54,8 +47,16 @@ def command(
     check_installed("Calibration", "torch", "safetensors")
     from converter import calibrate as calibration
 
+    output: Path = values["output"]
     options = calibration.CalibrateOptions(
-        source, output, texts, tokens, length, calibration.settings(device, types, not no_sensitivity), force
+        values["source"],
+        output,
+        values["texts"],
+        values["tokens"],
+        values["length"],
+        calibration.settings(values["device"], values["types"], not values["no_sensitivity"]),
+        values["force"],
+        values["imatrix"],
     )
     planned = calibration.plan(options, TokenizerEncoder)
     _announce(planned, options)
@@ -68,7 +69,7 @@ def command(
         )
         raise
     _announce_result(report)
-    if as_json:
+    if values["as_json"]:
         fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}
         click.echo(msgspec.json.encode(fields))
 

@@ -1,6 +1,7 @@
 """`slimoe convert`: a Hugging Face checkpoint or a GGUF file to a GGUF file."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import msgspec
 
 from converter import convert as conversion
 from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport, n_cores
+from converter.given_importance import Fitted
 from converter.plan import ConvertPlan
-from converter.type_recipe import RECIPES
+from converter.type_recipe import FOR_IMPORTANCE, RECIPES
 from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags
@@ -23,6 +25,12 @@ from server.slim_options import slim_flags, slim_options, with_type
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("-t", "--type", "type_name", help="One of the types below (default: Q4_K_M).")
 @click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
+@click.option(
+    "--imatrix",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Fit weights to an importance matrix: llama.cpp's, or what slimoe calibrate measured.",
+)
 @slim_flags
 @click.option("--report/--no-report", default=True, help="Judge a slimmed file by SRC, in a report beside it.")
 @judging_flags
@@ -49,6 +57,8 @@ def command(values: Mapping[str, Any]) -> None:
         if values["eval_texts"]:
             raise click.UsageError("--eval-text is for a model that is slimmed. slimoe report judges any file.")
         _convert(values)
+    elif values["imatrix"]:
+        raise click.UsageError("--imatrix is for a model that is not slimmed. Slimming takes importance from --stats.")
     elif pair:
         raise click.UsageError("--pair is for a model that is not slimmed. The recipe hobbit has second copies.")
     else:
@@ -58,7 +68,7 @@ def command(values: Mapping[str, Any]) -> None:
         convert_slim(values, with_type(slim, type_name) if type_name else slim, values["threads"] or n_cores())
 
 
-command.epilog = "Types: " + " ".join(RECIPES) + "."
+command.epilog = f"Types: {' '.join(RECIPES)}. With --imatrix only: {' '.join(FOR_IMPORTANCE)}."
 
 
 def _convert(values: Mapping[str, Any]) -> None:
@@ -71,9 +81,10 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["threads"] or n_cores(),
         values["force"],
         values["pair"],
+        values["imatrix"],
     )
     planned = conversion.plan(options)
-    _announce(planned, target)
+    _announce(planned, options)
     if values["dry_run"]:
         _report(_expected(planned, target), values["as_json"])
         return
@@ -93,13 +104,25 @@ def _expected(planned: ConvertPlan, target: Path) -> ConvertReport:
         n_tensors=len(planned.tensors),
         bytes_by_type=planned.bytes_by_type,
         n_copied_bytes=planned.n_copied_bytes,
+        fitted=planned.fitted,
     )
 
 
-def _announce(planned: ConvertPlan, target: Path) -> None:
+def _announce(planned: ConvertPlan, options: ConvertOptions) -> None:
     parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in planned.bytes_by_type.items())
     copied = f", {planned.n_copied_bytes:,} of them copied" if planned.n_copied_bytes else ""
-    click.echo(f"{target}: {planned.n_bytes:,} bytes will be written{copied}, {planned.recipe} ({parts})", err=True)
+    size = f"{planned.n_bytes:,} bytes will be written{copied}"
+    click.echo(f"{options.target}: {size}, {planned.recipe} ({parts})", err=True)
+    if planned.fitted:
+        click.echo(f"{options.imatrix}: {_reach(planned.fitted)}", err=True)
+
+
+def _reach(fitted: Fitted) -> str:
+    known = f"{fitted.n_fitted:,} of {fitted.n_matrices:,} quantised matrices are fitted to it"
+    if not fitted.n_experts:
+        return known
+    unmet = f"{fitted.n_unmet} of {fitted.n_experts} experts were never met"
+    return f"{known}, {unmet}" + (" and count like the others of their layer" if fitted.n_unmet else "")
 
 
 def _report(report: ConvertReport, as_json: bool) -> None:
@@ -113,5 +136,6 @@ def _report(report: ConvertReport, as_json: bool) -> None:
         "seconds": round(report.seconds, 3),
         "bytes_by_type": report.bytes_by_type,
         "n_copied_bytes": report.n_copied_bytes,
+        "fitted": None if report.fitted is None else asdict(report.fitted),
     }
     click.echo(msgspec.json.encode(fields))
