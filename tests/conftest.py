@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 
 from tests.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
+
+torch.set_num_threads(1)
+"""Products of tiny matrices do not gain from more, and files of tests run side by side."""
 
 _WORDS = """
 the quick brown fox jumps over a lazy dog </s </span> </script> <s <un <sub> [INST] tell me [/INST] def return import

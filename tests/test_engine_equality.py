@@ -98,7 +98,6 @@ def test_logits_and_greedy_tokens_are_transformers(
     np.testing.assert_allclose(scores(path, kv_type="f32"), logits(source, TOKENS).numpy(), atol=1e-3)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    torch.set_num_threads(1)
     prompt = TOKENS[:8]
     expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=96)[0, 8:].tolist()
     with closing(Engine.open(config(path, kv_type="f32"))) as engine:

@@ -1,6 +1,5 @@
 """Routers fitted to changed experts: better where they can be, never worse."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -43,15 +42,6 @@ def mixed(x: torch.Tensor, outputs: torch.Tensor, router: NDArray[np.float32], s
 
 def relative_error(x: torch.Tensor, outputs: torch.Tensor, y: torch.Tensor, router: NDArray[np.float32]) -> float:
     return float((mixed(x, outputs, router) - y.double()).square().sum() / y.double().square().sum())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps are so small that threads would mostly wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")
