@@ -71,6 +71,7 @@ class Lab:
     reference: Reference
     directory: Path
     n_threads: int
+    feedback: bool = True
 
     @property
     def bf16_bytes(self) -> int:
@@ -115,7 +116,7 @@ def rivals(lab: Lab, say: Say) -> list[Row]:
         theirs = lab.judged(path)
         rows.append({"name": f"llama.cpp {name}"} | theirs)
         say(_line(rows[-1]))
-        for kind, feedback in (("stock", False), ("native", False), ("native", True)):
+        for kind, feedback in (("stock", False), ("native", False), ("native", True))[: 2 + lab.feedback]:
             recipe = _sized(kind, theirs["n_bytes"], feedback)
             row = {"name": f"{kind}{', feedback' if feedback else ''} at {name}", "at": name} | lab.ours(recipe)
             rows.append(row | {"kl_vs_llamacpp": theirs["kl"] / row["kl"]})
@@ -158,7 +159,8 @@ def recipes(lab: Lab, say: Say) -> list[Row]:
 def ways(lab: Lab, budget: int) -> Iterator[tuple[str, Recipe | None]]:
     """Ours, and recipes of others that give up as little as meets the budget; None if nothing does."""
     yield "ours", Recipe(target_size=budget)
-    yield "ours, feedback", Recipe(target_size=budget, fit=FitRecipe(feedback=True, refit=True))
+    if lab.feedback:
+        yield "ours, feedback", Recipe(target_size=budget, fit=FitRecipe(feedback=True, refit=True))
     yield "ours, stock", _sized("stock", budget, feedback=False)
     mc = StorageRecipe(attention="Q4_K", token="Q4_K", output="Q4_K", candidates=MC_TYPES)
     yield "Mixture Compressor's types", _meeting(lab, budget, [Recipe(target_size=budget, types=mc)])
@@ -240,6 +242,9 @@ def smoke_lab(directory: Path) -> Lab:
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To judge by: not what was calibrated on.")
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
+@click.option(
+    "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
+)
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
 @click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
@@ -248,6 +253,7 @@ def main(
     texts: tuple[str, ...],
     windows: int,
     parts: tuple[str, ...],
+    feedback: bool,
     threads: int | None,
     is_smoke: bool,
 ) -> None:
@@ -270,6 +276,7 @@ def main(
                     reference,
                     Path(name),
                     threads or default_threads(),
+                    feedback,
                 )
             found = {part: steps[part](lab, lambda line: console.print(line, markup=False)) for part in parts}
             about = {"n_windows": windows, "texts": list(texts), "bf16_bytes": lab.bf16_bytes}
