@@ -26,7 +26,7 @@ from converter.calibration_text import (
 from converter.imatrix_file import imatrix_of, write_imatrix
 from converter.layer_observer import Samples
 from converter.model_source import ModelSource
-from converter.open_source import open_source
+from converter.open_source import model_files, open_source
 from converter.statistics import Statistics
 from converter.statistics_file import save_statistics
 from converter.type_errors import type_by_name
@@ -107,6 +107,9 @@ def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
     for name in options.settings.samples.types:
         type_by_name(name)
     source = open_source(options.source)
+    for target in (options.target, options.imatrix):
+        if target is not None:
+            check_target(target, 0, force=options.force, sources=model_files(source))
     files = tuple(map(TextFile.parse, options.texts)) or default_texts()
     encoder = open_encoder(source.path, source.metadata)
     text = read_texts(files, encoder, options.n_tokens, min(options.length, source.spec.n_ctx_train))

@@ -37,7 +37,8 @@ N_STREAMS = 4
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
     """How to learn: what on samples; of how many tokens the sensitivity, 0 for none; a torch device; threads of the
-    quantiser; beyond how many bytes streams lie on disk; and whether to find what every type costs every matrix.
+    quantiser; beyond how many bytes streams lie on disk; and whether to find what every type costs every matrix
+    of a model that has experts to slim.
     """
 
     samples: Samples = field(default_factory=Samples)
@@ -66,7 +67,7 @@ def calibrate(
     statistics = _pass(source, text, settings, kept, on_progress)
     if settings.n_sensitivity:
         statistics = _with_sensitivity(statistics, source, settings, kept, on_progress)
-        if settings.prices:
+        if settings.prices and source.spec.n_expert:
             statistics = _with_costs(statistics, source, settings, on_progress)
     return replace(statistics, notes=_notes(statistics, settings, time.monotonic() - begin))
 

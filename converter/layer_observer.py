@@ -14,6 +14,7 @@ from converter.routing_sums import Foresight, Picks, RoutingSums
 from converter.similarity_sums import SimilarityTotals
 from converter.sketch import SketchRows, sketch_size, spread_rows
 from converter.statistics import LayerStatistics, SimilaritySums, TypeErrors
+from converter.statistics_file import to_arrays
 from converter.stream import Observer
 from converter.token_trace import TraceRows
 from converter.type_errors import DEFAULT_TYPES, TypeErrorTable
@@ -95,16 +96,26 @@ class LayerObserver(Observer):
 
     def _check(self, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
-            problem = f"layer {self._layer} computes NaN or infinity."
-            hint = "Its weights are damaged, or too large for float32; download or convert it again."
-            raise ModelFileError(self._source.path, problem, hint)
+            raise self._no_numbers()
+
+    def _no_numbers(self) -> ModelFileError:
+        problem = f"layer {self._layer} computes NaN or infinity."
+        hint = "Its weights are damaged, or too large for float32; download or convert it again."
+        return ModelFileError(self._source.path, problem, hint)
 
     def finish(self) -> LayerFindings:
-        """Everything; the pass must be over."""
+        """Everything; the pass must be over. Raises ModelFileError for sums beyond float32."""
         similarity = self._similarity.finish()
-        if self._experts is None:
-            return LayerFindings(LayerStatistics(similarity, self._inputs.finish()), None)
-        return self._experts.finish(similarity, self._inputs)
+        with np.errstate(over="ignore"):
+            if self._experts is None:
+                return LayerFindings(LayerStatistics(similarity, self._inputs.finish()), None)
+            found = self._experts.finish(similarity, self._inputs)
+        parts = (found.statistics.inputs, found.statistics.outputs, found.statistics.sketch)
+        # The squares of large answers overflow where the answers themselves do not.
+        arrays = [array for part in parts if part is not None for array in to_arrays(part).values()]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise self._no_numbers()
+        return found
 
 
 class _ExpertObserver:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from converter.checkpoint_source import checkpoint_source
 from converter.gguf_source import gguf_source
+from converter.model_source import ModelSource
 from converter.stored_model import StoredModel
 from offload.errors import ModelFileError
 from offload.gguf_file import MAGIC
 
+_OF_A_CHECKPOINT = (".safetensors", ".json", ".model")
 _NAME_ONE = "Name the directory of a Hugging Face checkpoint, or a .gguf file."
 
 
@@ -24,6 +26,13 @@ def open_source(path: Path) -> StoredModel:
     if path.is_file() and _first_bytes(path) != MAGIC:
         raise ModelFileError(path, "this is neither a checkpoint directory nor a GGUF file.", _NAME_ONE)
     return gguf_source(path)
+
+
+def model_files(source: ModelSource) -> set[Path]:
+    """The files that a model lies in, which nothing that is made of it may take the place of."""
+    path = source.path
+    own = {one for one in path.iterdir() if one.suffix in _OF_A_CHECKPOINT} if path.is_dir() else {path}
+    return own | {blocks.path for key in source.shapes if (blocks := source.blocks(key)) is not None}
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -47,6 +47,8 @@ def _layers(value: object, sizes: SourceSizes) -> int:
 
 
 def _experts(value: object, sizes: SourceSizes) -> int:
+    if not sizes.n_expert:
+        raise NotExpectedError("left out, as the model has no experts")
     return read_amount(value, sizes.n_expert, 1, "experts")
 
 

@@ -133,7 +133,7 @@ class TypeAllocator:
         least = self.size.of(typed)
         if least <= goal:
             return typed, found
-        message = f"The smallest file that this can become has {least:,} bytes, but --target-size allows {budget:,}."
+        message = f"The smallest file that this can become has {least:,} bytes, but the target allows {budget:,}."
         hint = "Ask for more, or leave more out (slimoe convert --help says how)."
         raise DoesNotFitError(f"{message} {hint}", required_bytes=least, available_bytes=budget) from None
 

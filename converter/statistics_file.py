@@ -173,6 +173,8 @@ def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str]) -> Non
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """All arrays of a safetensors file, and its metadata; raises StatisticsError."""
+    if path.is_dir():
+        raise StatisticsError(path, "this is a directory.", "Name a file that `slimoe calibrate` wrote.")
     try:
         with safe_open(path, "numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -29,6 +29,9 @@ def trimmed(
     """The structure with experts of `width` neurons; raises UsageError, as for a width that cannot be."""
     if statistics is None:
         raise UsageError("Neurons are chosen by what they do. Run slimoe calibrate first, and give --stats FILE.")
+    width_now = source.spec.n_ff
+    if width > width_now:
+        raise UsageError(f"Experts of {width_now} neurons cannot keep {width}. Choose a width from 1 to {width_now}.")
     by_block = {layer.block: layer for layer in structure.layers}
     if any(len(expert.members) > 1 for layer in structure.layers for expert in layer.experts):
         raise UsageError("Experts that are merged cannot be trimmed as well. Leave out --merge or --width.")

@@ -66,7 +66,7 @@ def check_target(target: Path, n_bytes: int, *, force: bool, sources: Collection
     if target.is_dir():
         raise UsageError(f"{target} is a directory. Name the file to write, such as {target / 'model.gguf'}.")
     if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
-        raise UsageError(f"{target} is the model that is converted. Choose another name.")
+        raise UsageError(f"{target} is a file of the model that is read. Choose another name.")
     if target.exists() and not force:
         raise UsageError(f"{target} exists. Choose another name, or overwrite it with --force.")
     if not target.parent.is_dir():

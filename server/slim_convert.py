@@ -9,6 +9,7 @@ import msgspec
 
 from converter.convert import n_cores
 from converter.fit_choice import chosen_fit
+from converter.open_source import model_files
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from server.engine_options import EngineOptions, engine_values
@@ -27,7 +28,7 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
     judging = judging_options(values)
     work = plan_work(values["source"], options, n_threads)
     click.echo("\n".join([*work_lines(work), "", announced(work, target)]), err=True)
-    check_target(target, work.layout.n_bytes, force=values["force"])
+    check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
     # Texts are read first: what is wrong with them is told before hours of work.
     is_judged = values["report"] and not values["dry_run"]
     judge = Judge(work.source, work.statistics, judging) if is_judged else None

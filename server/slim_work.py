@@ -16,7 +16,7 @@ from converter.statistics import Statistics
 from converter.statistics_file import load_statistics
 from offload.errors import UsageError
 from server.progress_bars import step_bar
-from server.slim_options import SlimOptions
+from server.slim_options import SlimOptions, Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,10 @@ def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
 def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
     """The recipe that flags name, with what other flags say in its place; raises UsageError."""
     sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert)
-    if options.recipe is None:
-        return make_recipe(options.merged({}), sizes, "the command line")
-    tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
-    return make_recipe(options.merged(tables), sizes, options.recipe)
+    tables: Tables = {}
+    if options.recipe is not None:
+        tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
+    recipe = make_recipe(options.merged(tables), sizes, options.recipe or "the command line")
+    if "score" in options.tables.get("experts", {}) and recipe.experts.keep is None:
+        raise UsageError("--score ranks experts that are dropped, and none is. Give --keep-experts.")
+    return recipe

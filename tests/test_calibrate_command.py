@@ -188,6 +188,26 @@ def test_an_interruption_keeps_what_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["a.stats"]
 
 
+def test_a_model_without_experts(dense_checkpoint: Path, tmp_path: Path, prose: Path) -> None:
+    """Nothing of it can be slimmed, but an importance matrix can be made of its statistics."""
+    target = tmp_path / "a.stats"
+    assert run(arguments(dense_checkpoint, target, prose)) == 0
+    statistics = load_statistics(target, open_source(dense_checkpoint))
+    assert statistics.layers[0].sensitivity is not None
+    assert statistics.matrix_costs is None
+
+
+@pytest.mark.parametrize("flag", ["-o", "--imatrix"])
+def test_the_model_is_not_overwritten(
+    moe_checkpoint: Path, tmp_path: Path, prose: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    weights = moe_checkpoint / "model.safetensors"
+    before = weights.read_bytes()
+    assert run([*arguments(moe_checkpoint, tmp_path / "a.stats", prose), flag, str(weights), "--force"]) == 2
+    assert "is a file of the model that is read" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [

@@ -302,6 +302,14 @@ def test_weights_that_give_no_numbers(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="layer 3 computes NaN or infinity"):
         learn(spoilt(checkpoint, tmp_path / "huge", put_huge), tmp_path, random_text())
 
+    def put_large(tensors: dict[str, torch.Tensor]) -> None:
+        """Answers that are numbers, whose squares are not."""
+        for name in [name for name in tensors if "layers.1" in name and "w2" in name]:
+            tensors[name][3, 3] = 1e30
+
+    with pytest.raises(ModelFileError, match="layer 1 computes NaN or infinity"):
+        learn(spoilt(checkpoint, tmp_path / "large", put_large), tmp_path, random_text())
+
 
 def test_rows_are_spread() -> None:
     rows = spread_rows(1000, 10)

@@ -211,10 +211,10 @@ def test_weights_that_are_no_numbers(tmp_path: Path, small: GGUFContent, stored:
 
 def test_a_file_cannot_become_itself(tmp_path: Path, small: GGUFContent) -> None:
     source = write_content(tmp_path / "m.gguf", small)
-    with pytest.raises(UsageError, match="is the model that is converted"):
+    with pytest.raises(UsageError, match="is a file of the model that is read"):
         convert(ConvertOptions(source, source, "Q8_0", force=True))
     shard = write_shards(tmp_path, small, 2)
-    with pytest.raises(UsageError, match="is the model that is converted"):
+    with pytest.raises(UsageError, match="is a file of the model that is read"):
         convert(ConvertOptions(shard, tmp_path / "m-00002-of-00002.gguf", "Q8_0", force=True))
 
 

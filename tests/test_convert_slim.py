@@ -210,6 +210,8 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "unknown recipe": (["--recipe", "12GB"], "Did you mean 12GiB?"),
     "unknown score": (["--keep-experts", "3", "--score", "luck"], "must be one of subset, frequency"),
     "too many": (["--keep-experts", "7"], "from 1 to 6"),
+    "score alone": (["--score", "reap"], "Give --keep-experts"),
+    "too wide": (["--width", "97"], "Choose a width from 1 to 96"),
     "too few": (["--keep-experts", "2", "--score", "reap"], "Keep 3 to 6 of them"),
     "all layers": (["--drop-layers", "4"], "from 0 to 3"),
     "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),
@@ -263,7 +265,7 @@ def test_a_size_that_no_plan_meets(
     target = tmp_path / "m.gguf"
     status, _, err = told(["convert", model, target, "--target-size", "20KB", "--stats", stats, *flags], capsys)
     assert status == 4
-    assert "but --target-size allows 20,000" in err
+    assert "but the target allows 20,000" in err
     assert not any(tmp_path.iterdir())
     least = next(word for word in err.split() if word[0].isdigit()).replace(",", "")
     assert told(["plan", model, "--target-size", least, "--stats", stats, *flags], capsys)[0] == 0
@@ -288,6 +290,25 @@ def test_what_exists_is_not_overwritten(
     status, _, err = told(["convert", model, target, "--drop-layers", "1", "--stats", stats], capsys)
     assert (status, "overwrite it with --force" in err) == (2, True)
     assert target.read_text() == "precious"
+
+
+def test_the_source_is_not_overwritten(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    flags: Arguments = ["--force", "--drop-layers", "1", "--type", "q8_0", "--stats", stats]
+    status, _, err = told(["convert", model, weights, *flags], capsys)
+    assert (status, "is a file of the model that is read" in err) == (2, True)
+    assert weights.read_bytes() == before
+
+
+def test_a_model_without_experts_is_not_slimmed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = told(["plan", dense_checkpoint, "--keep-experts", "2"], capsys)
+    assert (status, "the model has no experts" in err) == (2, True)
+
+
+def test_a_directory_is_no_statistics(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = told(["plan", model, "--target-size", "1MB", "--stats", model], capsys)
+    assert (status, "this is a directory" in err) == (3, True)
 
 
 def test_an_interruption_leaves_nothing(
