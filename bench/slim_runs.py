@@ -111,13 +111,19 @@ def measure(plan: Plan, say: Say) -> Report:
     for name, n_tokens in ((_SHORT, max(2, plan.n_tokens // _SHORTER)), (_LONG, plan.n_tokens)):
         say(f"calibrating on {n_tokens} tokens")
         report.calibrations.append(calibrated(plan, name, n_tokens))
+        say(_parts(report.calibrations[-1].taken))
     for name in (F16, Q4_K, *plan.slim):
         say(f"making {name}")
         report.made[name] = made(plan, name)
+        say(_parts(report.made[name]))
         report.densities[name] = Density.of(plan.file(name), plan.shape)
     shutil.rmtree(plan.checkpoint)
     decode(plan, report, say)
     return report
+
+
+def _parts(taken: Taken) -> str:
+    return "  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in taken.parts.items())
 
 
 def calibrated(plan: Plan, name: str, n_tokens: int) -> Calibrated:
