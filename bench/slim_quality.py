@@ -131,12 +131,12 @@ def _sized(kind: str, n_bytes: int, feedback: bool) -> Recipe:
 
 
 def budgets(lab: Lab, say: Say) -> list[Row]:
-    """More and more bits: the divergence must not rise."""
+    """More and more bits, and whatever may be left out for them: the divergence must not rise."""
     rows = []
     for bits in BITS:
         row: Row = {"name": f"{bits} bits", "bits": bits}
         try:
-            row |= lab.ours(Recipe(target_bpw=bits))
+            row |= lab.ours(Recipe(target_bpw=bits, free_novices=True, free_layers=True))
         except DoesNotFitError as error:
             row["refused"] = str(error)
         rows.append(row)
