@@ -134,8 +134,8 @@ def test_limits_are_shares_of_the_file(model: Path) -> None:
     assert narrow.contenders == (OURS, PLAIN), "rearranged weights need as much memory again"
     with pytest.raises(UsageError, match="--ratio"):
         limits_for(model, ("0.0",))
-    (size,) = [limit for limit in limits_for(model, ("3MiB",)) if limit.n_bytes is not None]
-    assert size.n_bytes == 3 << 20
+    (named,) = [limit for limit in limits_for(model, ("3MiB",)) if limit.n_bytes is not None]
+    assert named.n_bytes == 3 << 20
 
 
 def test_the_expert_matrix_that_times_the_disk(model: Path) -> None:

@@ -83,7 +83,9 @@ def test_repacked_and_both(model: Path, sources: ModelSources) -> None:
     assert repacked.mapped == both.mapped == 0
     assert repacked.copied + repacked.repacked == loaded_bytes(model)
     assert (both.copied, both.repacked) == (loaded_bytes(model), repacked.repacked)
-    square = sources.layers[0].attn_output.weight
+    output = sources.layers[0].attn_output
+    assert output is not None
+    square = output.weight
     assert (both.batch_form(square), both.single_form(square)) == ("copied", "repacked")
 
 
