@@ -71,7 +71,7 @@ def _plain(tensor: CheckpointTensor) -> StoredMatrix:
 
 def _require_bitsandbytes() -> None:
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401  # only whether it can be
     except ImportError:
         problem = "The checkpoint is quantised by bitsandbytes, which is not installed."
         raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None

@@ -12,6 +12,7 @@ from converter.fit_choice import chosen_fit
 from converter.open_source import model_files
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
+from offload.errors import UsageError
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
 from server.judging_options import judging_options
@@ -25,6 +26,8 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
     target: Path = values["target"]
     check_target(target, 0, force=values["force"])
+    if options.stats is not None and target.exists() and options.stats.exists() and target.samefile(options.stats):
+        raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
     judging = judging_options(values)
     work = plan_work(values["source"], options, n_threads)
     click.echo("\n".join([*work_lines(work), "", announced(work, target)]), err=True)

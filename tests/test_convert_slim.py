@@ -301,6 +301,13 @@ def test_the_source_is_not_overwritten(model: Path, stats: Path, capsys: pytest.
     assert weights.read_bytes() == before
 
 
+def test_the_statistics_are_not_overwritten(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stats.read_bytes()
+    status, _, err = told(["convert", model, stats, "--force", "--drop-layers", "1", "--stats", stats], capsys)
+    assert (status, "holds the statistics that are read" in err) == (2, True)
+    assert stats.read_bytes() == before
+
+
 def test_a_model_without_experts_is_not_slimmed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = told(["plan", dense_checkpoint, "--keep-experts", "2"], capsys)
     assert (status, "the model has no experts" in err) == (2, True)
