@@ -126,8 +126,8 @@ def _with_sensitivity(
         directory=directory,
         on_progress=lambda done, steps: on_progress("sensitivity", done, steps),
     )
-    pairs = zip(statistics.layers, found.layers, strict=True)
-    layers = tuple(replace(layer, sensitivity=sensitivity) for layer, sensitivity in pairs)
+    rows = zip(statistics.layers, found.layers, found.removals, strict=True)
+    layers = tuple(replace(layer, sensitivity=one, removals=removals) for layer, one, removals in rows)
     return replace(statistics, layers=layers, output_gradient=found.output, token_gradient=found.token)
 
 

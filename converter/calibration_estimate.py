@@ -15,6 +15,8 @@ from converter.model_source import ModelSource, block_key
 from converter.quantize import quantize_rows
 from converter.sketch import sketch_size
 from converter.type_costs import CANDIDATES, priced_matrices, sampled_weights
+from converter.type_errors import sampled_rows
+from converter.type_recipe import fits
 
 T = TypeVar("T")
 
@@ -59,9 +61,9 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
         "pass": passes * text.n_tokens + per_token * (n_sketch if samples.n_sketch else 0) * n_experts,
         "types": _type_seconds(expert.down.weight, samples.types) * n_experts / settings.n_threads,
     }
-    n_sampled = min(samples.n_rows, spec.n_embd) * expert.down.weight.shape[1]
-    n_sampled += 2 * min(samples.n_rows, expert.down.weight.shape[1]) * spec.n_embd
-    seconds["types"] *= n_sampled
+    n_ff = expert.down.weight.shape[1]
+    n_rows = sampled_rows(samples.n_rows, spec.n_embd, n_ff)
+    seconds["types"] *= min(n_rows, spec.n_embd) * n_ff + 2 * min(n_rows, n_ff) * spec.n_embd
     if settings.n_sensitivity:
         n_tokens = min(settings.n_sensitivity, text.n_tokens)
         seconds["sensitivity"] = _SENSITIVITY_PASSES * passes * n_tokens + 2 * seconds["read"]
@@ -80,7 +82,7 @@ def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:
     """Of all types, for one weight."""
     rows = weight[:_N_ROWS].cpu().contiguous().numpy()
     importance = abs(rows[0]) + 1.0
-    kinds = [GGMLQuantizationType[name] for name in types if rows.shape[1] % 256 == 0]
+    kinds = [GGMLQuantizationType[name] for name in types if fits(GGMLQuantizationType[name], rows.shape[1])]
     total = 0.0
     for kind in kinds:
         quantize_rows(rows[:1], kind, importance)

@@ -27,10 +27,11 @@ from converter.block import (
     rms_norm,
     route,
 )
+from converter.gradient_sums import Answers, RemovalSums, Squares
 from converter.head import Head, read_head
 from converter.layer_states import LayerStates, Progress, fill_states
 from converter.model_source import MatrixKey, ModelSource, expert_key
-from converter.statistics import Sensitivity, Single
+from converter.statistics import Removals, Sensitivity, Single
 from converter.stream import HiddenStates, Sequences
 from offload.errors import BadLogitsError
 
@@ -44,11 +45,13 @@ class ModelSensitivity:
     The mean squared error of a matrix's output times its numbers here, summed and halved, is the KL divergence in nats
     per token; for an expert's matrices the mean runs over the tokens which picked it. Left out are products of errors,
     those of one matrix in several tokens among them, and the choice of other experts. Experts narrower than the layer's
-    widest end in zeros. `output` [n_vocab] is by the logits, and exact: the mean of p (1 - p). `token` [n_embd] is by
-    the rows of the embeddings. `n_tokens` were looked at, `n_draws` times.
+    widest end in zeros. `removals` are what leaving parts of the layers out costs. `output` [n_vocab] is by the logits,
+    and exact: the mean of p (1 - p). `token` [n_embd] is by the rows of the embeddings. `n_tokens` were looked at,
+    `n_draws` times.
     """
 
     layers: tuple[Sensitivity, ...]
+    removals: tuple[Removals, ...]
     output: Single
     token: Single
     n_tokens: int
@@ -96,32 +99,6 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     return labels[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-class _Squares:
-    """Sums of squares over rows in double precision, by name."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def declare(self, name: str, *shape: int) -> None:
-        """Zeros, where there are no sums yet."""
-        self.sums.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-
-    def add(self, name: str, gradient: Tensor, expert: int | None = None) -> None:
-        """Adds the rows of a gradient [n, m], to the first m sums of an expert where one is given."""
-        squares = gradient.detach().square().sum(0, dtype=torch.float64).cpu()
-        if expert is not None:
-            self.sums[name][expert, : squares.numel()] += squares
-        elif name in self.sums:
-            self.sums[name] += squares
-        else:
-            self.sums[name] = squares
-
-    def mean(self, name: str, count: int) -> Single:
-        """The sums over `count`, empty without any."""
-        found: Single = (self.sums.get(name, torch.zeros(0)) / count).float().numpy()
-        return found
-
-
 class _Backward:
     """The gradient of the labels' likelihood by the stream, on its way from the last layer to the first."""
 
@@ -131,8 +108,9 @@ class _Backward:
         self.source, self.sequences, self.states, self.device = source, sequences, states, device
         self._buffers = [HiddenStates(sequences.n_rows, source.spec.n_embd, directory) for _ in range(3)]
         self._gradient, self._middle, self._by_input = (buffer.rows for buffer in self._buffers)
-        self._squares = [_Squares() for _ in range(source.spec.n_layer)]
-        self._ends = _Squares()
+        self._squares = [Squares() for _ in range(source.spec.n_layer)]
+        self._removals = [RemovalSums(layer.n_stored) for layer in source.layers]
+        self._ends = Squares()
 
     def close(self) -> None:
         """Deletes what lies on disk."""
@@ -146,11 +124,14 @@ class _Backward:
             attention = read_attention(self.source, layer, self.device)
             self._find_middle(layer, attention)
             self._squares[layer].add("update", self._gradient)
+            along_attention = self._along_attention(layer)
             router = read_router(self.source, layer, self.device)
+            along_ffn = torch.zeros(self.sequences.n_rows)
             if router is not None:
-                self._mixture(layer, router)
+                along_ffn = self._mixture(layer, router)
             elif self.source.layers[layer].has_ffn:
-                self._dense(layer)
+                along_ffn = self._dense(layer)
+            self._removals[layer].add_ffn(along_ffn, along_attention)
             if attention is not None:
                 self._attention(layer, attention)
             on_layer()
@@ -161,8 +142,9 @@ class _Backward:
         count = n_draws * self.sequences.n_rows
         names = ("update", "gate", "up", "down", "q", "k", "v", "attention")
         layers = tuple(Sensitivity(*(squares.mean(name, count) for name in names)) for squares in self._squares)
+        removals = tuple(sums.result(count) for sums in self._removals)
         output, token = self._ends.mean("output", count), self._ends.mean("token", count)
-        return ModelSensitivity(layers, output, token, self.sequences.n_rows, n_draws)
+        return ModelSensitivity(layers, removals, output, token, self.sequences.n_rows, n_draws)
 
     def _head(self, head: Head, generator: torch.Generator) -> None:
         last = self.states.before[-1]
@@ -190,8 +172,18 @@ class _Backward:
         n_rows = self.sequences.n_rows
         yield from (slice(begin, min(begin + _ROWS_AT_ONCE, n_rows)) for begin in range(0, n_rows, _ROWS_AT_ONCE))
 
-    def _mixture(self, layer: int, router: Router) -> None:
-        """The gradient goes back through the experts, one after the other, and through the shares they had."""
+    def _along_attention(self, layer: int) -> Tensor:
+        """The gradient along attention's update, by token."""
+        before, along = self.states.before[layer], torch.empty(self.sequences.n_rows)
+        for rows in self._spans():
+            along[rows] = (self._gradient[rows] * (self._middle[rows] - before[rows])).sum(1)
+        return along
+
+    def _mixture(self, layer: int, router: Router) -> Tensor:
+        """The gradient goes back through the experts, one after the other, and through the shares they had.
+
+        Returns that along the part's output, by token.
+        """
         with torch.no_grad():
             parts = [self._route(router, self._middle[rows].to(self.device))[1] for rows in self._spans()]
         picks, shares = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("picks", "shares"))
@@ -202,13 +194,19 @@ class _Backward:
         for expert in means.unique().tolist():
             weights = self._read_expert(layer, expert)
             rows, ranks = torch.nonzero(means == expert, as_tuple=True)
+            if isinstance(weights, Tensor):
+                by_share[rows, ranks] = self._gradient[rows] @ weights.cpu()
+                continue
+            answers = Answers(self.source.spec.n_embd)
             for some, at in zip(rows.split(_ROWS_AT_ONCE), ranks.split(_ROWS_AT_ONCE), strict=True):
-                if isinstance(weights, Expert):
-                    by_share[some, at] = self._expert(layer, expert, weights, router.norm, some, shares[some, at])
-                else:
-                    by_share[some, at] = (self._gradient[some].to(self.device) @ weights).cpu()
+                by_share[some, at] = self._expert(layer, expert, weights, router.norm, some, shares[some, at], answers)
+            own = shares[rows, ranks]
+            along_constant = self._gradient[rows] @ answers.constant()
+            self._removals[layer].add_novice(expert, own, by_share[rows, ranks], along_constant)
+        self._removals[layer].add_skips(means, shares, by_share)
         for span in self._spans():
             self._through_router(router, span, by_share[span])
+        return (shares * by_share).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
         x = rms_norm(middle, router.norm, self.source.spec.rms_eps)
@@ -226,10 +224,22 @@ class _Backward:
         for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
             self._squares[layer].declare(name, n_stored, n_out)
 
-    def _expert(self, layer: int, expert: int, weights: Expert, norm: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        """Adds an expert's squares and its part of the gradient by the experts' input; returns that by the shares."""
+    def _expert(
+        self,
+        layer: int,
+        expert: int,
+        weights: Expert,
+        norm: Tensor,
+        rows: Tensor,
+        shares: Tensor,
+        answers: Answers,
+    ) -> Tensor:
+        """Adds an expert's squares, its answers and its part of the gradient by the experts' input.
+
+        Returns that by the shares.
+        """
         x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps).requires_grad_()
-        share = shares.to(self.device).requires_grad_()
+        share = shares.to(self.device).detach().requires_grad_()
         gate, up = weights.gate(x), weights.up(x)
         down = weights.down(torch.nn.functional.silu(gate) * up)
         by_output = self._gradient[rows].to(self.device)
@@ -238,6 +248,7 @@ class _Backward:
         for name, gradient in (("gate", by_gate), ("up", by_up), ("down", by_down)):
             self._squares[layer].add(name, gradient, expert)
         self._by_input.index_add_(0, rows, by_input.cpu())
+        answers.add(shares, down.detach().cpu())
         return by_share.cpu()
 
     def _through_router(self, router: Router, rows: slice, by_share: Tensor) -> None:
@@ -247,20 +258,24 @@ class _Backward:
         gradients = (self._by_input[rows].to(self.device), by_share.to(self.device))
         self._gradient[rows] += torch.autograd.grad((x, routing.shares), middle, gradients)[0].cpu()
 
-    def _dense(self, layer: int) -> None:
+    def _dense(self, layer: int) -> Tensor:
+        """The same for a single expert of all tokens."""
+        along, answers = torch.zeros(self.sequences.n_rows), Answers(self.source.spec.n_embd)
         norm, weights = read_dense(self.source, layer, self.device)
         for name, linear in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
             self._squares[layer].declare(name, 1, linear.weight.shape[0])
         self._by_input.zero_()
         for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):
-            self._expert(layer, 0, weights, norm, rows, torch.ones(len(rows)))
+            along[rows] = self._expert(layer, 0, weights, norm, rows, torch.ones(len(rows)), answers)
             middle = self._middle[rows].to(self.device).requires_grad_()
             x = rms_norm(middle, norm, self.source.spec.rms_eps)
             by_middle = torch.autograd.grad(x, middle, self._by_input[rows].to(self.device))[0]
             self._gradient[rows] += by_middle.cpu()
+        return along
 
     def _attention(self, layer: int, attention: Attention) -> None:
         self._squares[layer].add("attention", self._gradient)
+        self._removals[layer].add_attention(self._along_attention(layer))
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device).requires_grad_()
             seen = attend(attention, self.source.spec, h)

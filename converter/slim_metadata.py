@@ -15,12 +15,15 @@ from converter.slim_layer import Matrix, layer_shape, native_layer
 from converter.slim_plan import SlimPlan
 from converter.statistics import Statistics
 from offload import file_keys as keys
-from offload.gguf_file import Value
+from offload.gguf_file import DEFAULT_ALIGNMENT, Value
 from offload.model_spec import NATIVE, ModelSpec
 from offload.native_format import ALIGNMENT, layout_metadata
 from offload.native_layout import NativeLayout
 
 _QUANTIZATION_VERSION = 2
+_SMALL_EXPERT = 1 << 22
+"""Weights of an expert below which padding to pages costs percents of a file, and reading around the cache saves
+nothing."""
 _OF_ITS_OWN = (
     "general.architecture",
     "general.file_type",
@@ -69,7 +72,8 @@ def own_metadata(
     values |= spec.metadata()
     if plan.format == "native":
         layout = NativeLayout(tuple(native_layer(source, layer) for layer in plan.layers))
-        values |= {ALIGNMENT_KEY: ALIGNMENT} | layout_metadata(layout)
+        alignment = ALIGNMENT if 3 * spec.n_ff * spec.n_embd >= _SMALL_EXPERT else DEFAULT_ALIGNMENT
+        values |= {ALIGNMENT_KEY: alignment} | layout_metadata(layout)
     return values
 
 

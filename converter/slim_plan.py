@@ -60,7 +60,8 @@ class SlimPlan:
 
     `importance`: types are fitted to what matrices read (needs statistics); `feedback`: errors of a block of columns
     are made up for in the later ones, against inputs that the quantised layers before produce; `refit`: routers are
-    fitted to the quantised experts. `expected_kl` is what the statistics say, nats per token.
+    fitted to the quantised experts. `expected_kl` is what the statistics say, nats per token, `uncounted` what they say
+    nothing of.
     """
 
     format: Format
@@ -72,3 +73,4 @@ class SlimPlan:
     feedback: bool = False
     refit: bool = False
     expected_kl: float | None = None
+    uncounted: tuple[str, ...] = ()

@@ -1,27 +1,31 @@
 """From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from converter.allocation import Allocation
-from converter.model_source import ModelSource
+from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
 from converter.refinement import refine
 from converter.slim_hints import with_hints
 from converter.slim_plan import SlimPlan, Types
-from converter.slim_types import Choices, TypeAllocator, apply
+from converter.slim_types import Choices, TypeAllocator, apply, too_large
 from converter.statistics import Statistics
 from converter.structure import ROLES, Structure, build_structure
 from converter.trimming import Progress, trimmed
-from converter.type_costs import CANDIDATES, TypeCosts, measure_type_costs, stored_costs
+from converter.type_costs import CANDIDATES, LOSSLESS, TypeCosts, joined_costs, measure_type_costs, stored_costs
 from converter.type_recipe import find_recipe
-from offload.errors import UsageError
+from offload.errors import DoesNotFitError, UsageError
 
 _DEFAULT_TYPE = "Q4_K_M"
+_BEYOND = 2.0
+"""So many times what the statistics foretell to second order is what slimming costs, measured on a trained model, types
+and parts left out alike: errors of layers go together, and tokens move to other experts. In the first layer it is more.
+"""
 
 
 def plan_slim(
@@ -42,6 +46,7 @@ def plan_slim(
     """
     structure = build_structure(source, statistics, recipe)
     if recipe.experts.width is not None:
+        _check_width(source, recipe, recipe.experts.width)
         structure = trimmed(source, statistics, structure, recipe.experts.width, on_progress)
     plan = SlimPlan(
         recipe.format,
@@ -57,6 +62,7 @@ def plan_slim(
     budget = target_bytes(source, recipe)
     if budget is None:
         plan = apply(plan, named_types(source, structure, recipe), source, statistics)
+        plan = _priced(plan, statistics)
     else:
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
@@ -78,7 +84,63 @@ def plan_slim(
                 on_progress=lambda generation, nats: on_progress(f"searching: {nats:.5f} nats", generation, 0),
             )
         plan = fitted
+    if plan.expected_kl is not None:
+        plan = replace(plan, expected_kl=_BEYOND * plan.expected_kl, uncounted=plan.uncounted + _uncounted(recipe))
     return _completed(source, statistics, recipe, plan, costs)
+
+
+def _check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
+    """Raises UsageError for a width that is no multiple of the blocks of its types, before neurons are chosen."""
+    if recipe.types.expert is None and recipe.types.candidates:
+        kinds = [Type[name] for name in recipe.types.candidates]
+    else:
+        kinds = [
+            find_recipe(recipe.types.expert or _DEFAULT_TYPE).type_of(
+                "blk.0.ffn_down_exps.weight", 1, moe=True, tied=False
+            )
+        ]
+    block = min(int(GGML_QUANT_SIZES[kind][0]) for kind in kinds)
+    if width % block == 0 or source.spec.n_ff % block:
+        return
+    below, above = width // block * block, -(-width // block) * block
+    near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if 0 < one <= source.spec.n_ff)
+    raise UsageError(
+        f"Experts of {width} neurons do not divide into blocks of {block}, as {kinds[0].name} has them. "
+        f"Keep {near}, or name a type of smaller blocks, such as Q8_0 (--type Q8_0)."
+    )
+
+
+def _priced(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
+    """The plan with what its types cost, if the statistics know it of all of them."""
+    kinds = {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types}
+    kinds |= {kind.name for layer in plan.layers for kind in layer.types.values()}
+    outer = {MatrixKey("token_embd.weight"): plan.token_type, MatrixKey("output.weight"): plan.output_type}
+    kinds |= {kind.name for kind in outer.values() if kind is not None}
+    kinds -= {kind.name for kind in LOSSLESS}
+    if not kinds:
+        return plan
+    costs = None if statistics is None else stored_costs(statistics, tuple(kinds))
+    if costs is None:
+        return replace(plan, uncounted=("types",))
+    pairs = ((key, kind) for key, kind in plan_types(plan, outer) if key in costs.costs and kind not in LOSSLESS)
+    nats = sum(costs.of(key, kind) for key, kind in pairs)
+    return replace(plan, expected_kl=(plan.expected_kl or 0.0) + nats)
+
+
+def plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Iterator[tuple[MatrixKey, Type]]:
+    """The source's matrices that are kept, and their types; of merged experts all that read the mean."""
+    yield from ((key, kind) for key, kind in outer.items() if kind is not None)
+    for layer in plan.layers:
+        yield from ((block_key(layer.block, role), kind) for role, kind in layer.types.items())
+        for expert in layer.experts:
+            for name, kind in zip(PROJECTIONS, expert.types, strict=True):
+                yield from ((expert_key(layer.block, name, member), kind) for member in expert.members)
+
+
+def _uncounted(recipe: Recipe) -> tuple[str, ...]:
+    """What nothing is known of."""
+    done = {"merged experts": recipe.experts.merge is not None, "trimmed experts": recipe.experts.width is not None}
+    return tuple(what for what, is_there in done.items() if is_there)
 
 
 def _completed(
@@ -98,10 +160,17 @@ def _completed(
 def _within(
     budget: int, allocator: TypeAllocator, plan: SlimPlan, complete: Callable[[SlimPlan], SlimPlan]
 ) -> tuple[SlimPlan, Allocation, int]:
-    """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that."""
+    """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that.
+
+    Raises DoesNotFitError with the bytes of the smallest one when it is complete.
+    """
     room = budget
     while True:
-        typed, allocation = allocator.fit(plan, room)
+        try:
+            typed, allocation = allocator.fit(plan, room)
+        except DoesNotFitError as error:
+            smallest, _ = allocator.fit(plan, error.required_bytes or 0)
+            raise too_large(allocator.size.of(complete(smallest)), budget) from None
         excess = allocator.size.of(complete(typed)) - budget
         if excess <= 0:
             return typed, allocation, room
@@ -111,15 +180,24 @@ def _within(
 def statistics_costs(
     source: ModelSource, statistics: Statistics, recipe: Recipe, n_threads: int, on_progress: Progress
 ) -> TypeCosts:
-    """What the recipe's candidates cost, if the statistics have no answer; raises as `measure_type_costs` does."""
+    """What the recipe's candidates cost, measured where the statistics have no answer; raises as
+    `measure_type_costs` does.
+    """
     types = recipe.types.candidates or CANDIDATES
-    return stored_costs(statistics, types) or measure_type_costs(
+    known = statistics.matrix_costs.types if statistics.matrix_costs is not None else ()
+    missing = tuple(name for name in types if name not in known)
+    stored = stored_costs(statistics, tuple(name for name in types if name in known))
+    if not missing and stored is not None:
+        return stored
+    what = f"measuring what {', '.join(missing)} cost" if stored is not None else "measuring what each type costs"
+    measured = measure_type_costs(
         source,
         statistics,
-        types=types,
+        types=missing,
         n_threads=n_threads,
-        on_progress=lambda done, total: on_progress("measuring what each type costs", done, total),
+        on_progress=lambda done, total: on_progress(what, done, total),
     )
+    return measured if stored is None else joined_costs(stored, measured)
 
 
 def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:

@@ -161,6 +161,22 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True)
+class Removals:
+    """What leaving parts of the layer out costs in nats of KL divergence per token, to second order.
+
+    Half the mean square of the gradient along that which goes, so that it counts in which directions the model listens,
+    as `Sensitivity` cannot. `attention`, `ffn` and `block` as a whole. For stored experts [E]: `skip`, where its picks
+    are skipped and the token's other shares grow, and `novice`, where the best constant answers in its place.
+    """
+
+    attention: float
+    ffn: float
+    block: float
+    skip: Double
+    novice: Double
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixCosts:
     """Nats of KL divergence per token that each matrix costs in each type: `nats` [matrices, types], infinite where a
     type does not divide the rows. `matrices` are keys as text, `types` names of ggml types.
@@ -183,6 +199,7 @@ class LayerStatistics:
     type_errors: TypeErrors | None = None
     sketch: Sketch | None = None
     sensitivity: Sensitivity | None = None
+    removals: Removals | None = None
 
 
 @dataclass(frozen=True, slots=True)

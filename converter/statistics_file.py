@@ -25,7 +25,7 @@ from offload.errors import SlimoeError, UsageError
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 
-VERSION = 1
+VERSION = 2
 _COSTS = "matrix_costs."
 _FORMAT = "slimoe statistics"
 _AGAIN = "Make it again with `slimoe calibrate`."

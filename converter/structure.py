@@ -19,8 +19,8 @@ from converter.methods.layer_weight import layer_weight
 from converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
 from converter.methods.msmoe import msmoe
 from converter.methods.naee import best_subset
-from converter.methods.novices import novice_errors, novice_vectors
-from converter.methods.removal import first
+from converter.methods.novices import novice_vectors
+from converter.methods.removal import Removal, first
 from converter.methods.scores import SCORES
 from converter.methods.sketch_policy import layer_sketch
 from converter.model_source import ModelSource, block_key
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True)
 class Structure:
     """The layers that are left, and what leaving out the rest is expected to cost in nats of KL per token, as far as
-    the statistics say: merges, trims, blocks and attentions count nothing.
+    the statistics say: merges and trims count nothing.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -95,9 +95,7 @@ class _Builder:
         self.nats = 0.0
 
     def build(self) -> Structure:
-        gone = {
-            one.layer for one in first(block_removals(self.statistics, self.source.layers), self.recipe.drop_blocks)
-        }
+        gone = self._chosen(block_removals(self.statistics, self.source.layers), self.recipe.drop_blocks)
         blocks = [block for block in range(self.source.spec.n_layer) if block not in gone]
         ffn, attention = self._ffn(blocks), self._attention(blocks)
         routed = [block for block in blocks if block not in ffn and self.source.layers[block].target]
@@ -110,15 +108,17 @@ class _Builder:
         return Structure(tuple(result), self.nats)
 
     def _ffn(self, blocks: Sequence[int]) -> set[int]:
-        spec = self.source.spec
-        ranking = layer_removals(self.statistics, self.source.layers, spec.experts) if self.recipe.drop_ffn else ()
-        chosen = first([one for one in ranking if one.layer in blocks], self.recipe.drop_ffn)
-        self.nats += sum(one.nats or 0.0 for one in chosen)
-        return {one.layer for one in chosen}
+        ranking = layer_removals(self.statistics, self.source.layers)
+        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_ffn)
 
     def _attention(self, blocks: Sequence[int]) -> set[int]:
         ranking = attention_removals(self.statistics, self.source.layers)
-        chosen = first([one for one in ranking if one.layer in blocks], self.recipe.drop_attention)
+        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_attention)
+
+    def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
+        """Layers of the first `n`, whose cost is added."""
+        chosen = first(ranking, n)
+        self.nats += sum(one.nats or 0.0 for one in chosen)
         return {one.layer for one in chosen}
 
     # --- experts --------------------------------------------------------------------------------------------
@@ -165,15 +165,18 @@ class _Builder:
         """Adds what dropping the others of a layer costs."""
         layer, target = self.statistics.layers[block], self.source.layers[block].target
         dropped = set(range(self.source.layers[block].n_stored)) - set(kept)
-        if not dropped or layer.sensitivity is None:
+        if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "novice":
-            error = float(novice_errors(layer)[list(dropped)].sum())
-        else:
-            sketch = layer_sketch(layer, target, self.source.spec.experts)
-            error = float(sketch.error(sketch.redirected(dropped)).mean())
+            self.nats += float(layer.removals.novice[list(dropped)].sum())
+            return
+        sketch = layer_sketch(layer, target, self.source.spec.experts)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
-        self.nats += layer_weight(layer, profile).cost(error)
+        weight = layer_weight(layer, profile)
+        whole = weight.cost(float(sketch.error(sketch.nothing()).mean()))
+        # How much more the model listens to what the layer says than to noise of the same size.
+        listening = layer.removals.ffn / whole if whole else 1.0
+        self.nats += listening * weight.cost(float(sketch.error(sketch.redirected(dropped)).mean()))
 
     def _merged(self, blocks: Sequence[int]) -> list[LayerPlan]:
         keep, how = self.recipe.experts.keep, self.recipe.experts.merge

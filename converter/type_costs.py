@@ -25,6 +25,8 @@ CANDIDATES = (
     *("Q5_K", "Q6_K", "Q8_0", "F16", "IQ4_NL", "Q4_0", "Q5_0"),
 )
 """Types to choose from. The last ones are for rows that are no multiple of 256."""
+LOSSLESS = (Type.F16, Type.BF16, Type.F32)
+"""Types that cost nothing worth counting."""
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
 _SAMPLED_WEIGHTS = 1 << 18
 _SEEN_TOKENS = 0.5
@@ -64,11 +66,17 @@ def packed_costs(costs: TypeCosts) -> MatrixCosts:
 def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | None:
     """What the statistics have of these types; None where any is missing."""
     known = statistics.matrix_costs
-    if known is None or not set(types) <= set(known.types):
+    if known is None or not types or not set(types) <= set(known.types):
         return None
     columns = [known.types.index(name) for name in types]
     keys = map(parse_key, known.matrices)
     return TypeCosts(tuple(types), {key: row[columns] for key, row in zip(keys, known.nats, strict=True)})
+
+
+def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
+    """Those of both, of the same matrices."""
+    costs = {key: np.concatenate((nats, other.costs[key])) for key, nats in one.costs.items()}
+    return TypeCosts(one.types + other.types, costs)
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:

@@ -27,6 +27,7 @@ Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
 _FEW_BITS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K")
 DEFAULT_TYPES = (*_FEW_BITS, "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _ROWS_AT_ONCE = 64
+_SAMPLED_WEIGHTS, _FEWEST_ROWS = 1 << 21, 64
 _LEAST_WEIGHT = 0.1
 _OF_ACTIVATIONS = ("Q8_1", "Q8_K")
 
@@ -37,6 +38,11 @@ def type_by_name(name: str) -> GGMLQuantizationType:
     if name not in known:
         raise UsageError(f"{name!r} is no type that weights are quantised to. Choose from {', '.join(known)}.")
     return known[name]
+
+
+def sampled_rows(n_rows: int, n_embd: int, n_ff: int) -> int:
+    """Rows of each matrix to try: `n_rows`, or fewer of large ones, which would take longer than the pass."""
+    return min(n_rows, max(_FEWEST_ROWS, _SAMPLED_WEIGHTS // (2 * n_embd + n_ff)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +64,14 @@ class _Picks:
 
 
 class TypeErrorTable:
-    """Measures one layer's `TypeErrors`, expert after expert, by `n_rows` rows of each matrix.
+    """Measures one layer's `TypeErrors`, expert after expert, by `n_rows` rows of each matrix or fewer of large ones.
 
     A type's error is infinite for matrices whose rows do not divide into its blocks.
     """
 
     def __init__(self, source: ModelSource, layer: int, types: Sequence[str], n_rows: int, n_threads: int) -> None:
-        self._source, self._layer, self._n_rows, self._n_threads = source, layer, n_rows, n_threads
+        self._source, self._layer, self._n_threads = source, layer, n_threads
+        self._n_rows = sampled_rows(n_rows, source.spec.n_embd, source.spec.layer_shape(layer).n_ff)
         self.types = tuple(types)
         self.error = np.zeros((len(types), source.layers[layer].n_stored, 4))
 

@@ -18,7 +18,7 @@ from server.judging import Judge, report_summary
 from server.judging_options import judging_options
 from server.progress_bars import byte_bar
 from server.slim_options import SlimOptions, with_type
-from server.slim_report import announced, uncounted, work_fields, work_lines
+from server.slim_report import announced, work_fields, work_lines
 from server.slim_work import SlimWork, plan_work
 
 
@@ -79,7 +79,7 @@ def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> Slim
 def _judge(judge: Judge, work: SlimWork, target: Path) -> dict[str, Any]:
     """Writes the report; the file is there whatever happens."""
     try:
-        report = judge.report(target, work.plan, lacks=uncounted(work), record=True)
+        report = judge.report(target, work.plan, lacks=list(work.plan.uncounted), record=True)
         return {"quality": report_summary(report, target)}
     except KeyboardInterrupt:
         click.echo(f"{target} is whole, but has no report. slimoe report makes one.", err=True)

@@ -51,7 +51,7 @@ def work_fields(work: SlimWork) -> dict[str, Any]:
         "n_bytes": layout.n_bytes,
         "bits_per_weight": round(bits_per_weight(work), 4),
         "expected_kl": plan.expected_kl,
-        "expected_kl_lacks": uncounted(work),
+        "expected_kl_lacks": list(plan.uncounted),
         "bytes_by_type": layout.bytes_by_type,
         "token_type": plan.token_type.name,
         "output_type": None if plan.output_type is None else plan.output_type.name,
@@ -110,7 +110,7 @@ def _whole(work: SlimWork) -> Iterable[str]:
 
 def expected_loss(work: SlimWork) -> str:
     """What the statistics say, and what they do not."""
-    nats, missing = work.plan.expected_kl, " and ".join(uncounted(work))
+    nats, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
     if nats is None:
         return "expected loss unknown: there are no statistics"
     if not missing:
@@ -118,19 +118,6 @@ def expected_loss(work: SlimWork) -> str:
     if nats == 0:
         return f"expected loss unknown: {missing} are not counted"
     return f"expected loss {nats:.4f} nats of KL per token, and what {missing} cost"
-
-
-def uncounted(work: SlimWork) -> list[str]:
-    """What was done that the expected loss says nothing of."""
-    recipe = work.recipe
-    done = {
-        "types": recipe.target_size is None and recipe.target_bpw is None,
-        "merged experts": recipe.experts.merge is not None,
-        "trimmed experts": recipe.experts.width is not None,
-        "dropped blocks": recipe.drop_blocks > 0,
-        "dropped attentions": recipe.drop_attention > 0,
-    }
-    return [what for what, is_there in done.items() if is_there]
 
 
 def _missing(work: SlimWork) -> Iterable[str]:

@@ -13,14 +13,13 @@ from converter.methods.block_drop import block_removals
 from converter.methods.expert_drop import keep_by_layer, keep_overall, protect, redirect, substitute, super_experts
 from converter.methods.joint_drop import joint_removals
 from converter.methods.layer_drop import layer_removals
-from converter.methods.layer_weight import layer_weight
 from converter.methods.naee import best_subset
 from converter.methods.novices import absence_errors, novice_vectors
 from converter.methods.removal import Removal, first, margin, ranked, removed_keys
 from converter.methods.scores import SCORES, unseen
 from converter.methods.sketch_policy import layer_sketch
 from converter.model_source import MatrixKey, block_key, expert_key
-from converter.statistics import LayerStatistics, OutputSums, RouterSums, Sensitivity
+from converter.statistics import LayerStatistics, OutputSums, Removals, RouterSums
 from offload.errors import UsageError
 from tests.held_model import HeldModel
 from tests.naive_layer import SIZES, biased_model, learn, logits, naive_layer, without_experts
@@ -227,7 +226,7 @@ def test_experts_with_outstanding_outputs_are_kept(some_layer: LayerStatistics) 
 
 def test_a_layer_that_does_nothing_goes_first_and_unnoticed(model: HeldModel, tmp_path: Path) -> None:
     planted = zeroed(model, *downs(1))
-    removals = layer_removals(learn(planted, tmp_path), planted.layers, planted.spec.experts)
+    removals = layer_removals(learn(planted, tmp_path), planted.layers)
     assert removals[0].layer == 1
     assert removals[0].similarity == pytest.approx(1.0, abs=1e-12)
     assert sorted(one.layer for one in removals) == [0, 1, 2]
@@ -250,10 +249,10 @@ def test_a_block_that_does_nothing_goes_first_and_unnoticed(model: HeldModel, tm
     removals = block_removals(statistics, planted.layers)
     assert (removals[0].part, removals[0].layer) == ("block", 0)
     assert torch.equal(logits(planted.with_blocks((1, 2))), logits(planted))
-    both = joint_removals(statistics, planted.layers, planted.spec.experts)
+    both = joint_removals(statistics, planted.layers)
     assert len(both) == 6
     assert {(one.part, one.layer) for one in both[:2]} == {("ffn", 0), ("attention", 0)}
-    everything = joint_removals(statistics, planted.layers, planted.spec.experts, ("ffn", "attention", "block"))
+    everything = joint_removals(statistics, planted.layers, ("ffn", "attention", "block"))
     assert [one.similarity for one in everything] == sorted((one.similarity for one in everything), reverse=True)
 
 
@@ -263,7 +262,7 @@ def test_similarities_are_cosines_of_the_streams_and_parts_that_are_gone_are_not
     lacking = model.with_layer(1, replace(model.layers[1], n_stored=0, target=(), has_ffn=False))
     lacking = lacking.with_layer(0, replace(model.layers[0], has_attention=False))
     statistics = learn(lacking, tmp_path)
-    found = {one.layer: one.similarity for one in layer_removals(statistics, lacking.layers, lacking.spec.experts)}
+    found = {one.layer: one.similarity for one in layer_removals(statistics, lacking.layers)}
     assert sorted(found) == [0, 2]
     for layer, similarity in found.items():
         naive = naive_layer(lacking, layer)
@@ -281,24 +280,24 @@ def test_similarity_of_input_and_output_does_not_rank_layers(model: HeldModel, t
         n = statistics.n_tokens
         cosines = replace(layer.similarity, ffn_cosine=n * (0.99 + 1e-5 * index), input_output_cosine=n * -0.1 * index)
         layers.append(replace(layer, similarity=cosines))
-    removals = layer_removals(replace(statistics, layers=tuple(layers)), model.layers, model.spec.experts)
+    removals = layer_removals(replace(statistics, layers=tuple(layers)), model.layers)
     assert [one.layer for one in removals] == [2, 1, 0]
     assert margin(removals, 1) == pytest.approx(1e-5)
     assert margin(removals, 3) == float("inf")
 
 
-def test_what_a_layer_costs_in_nats_is_its_weight_times_its_outputs_square(model: HeldModel, tmp_path: Path) -> None:
+def test_what_a_removal_costs_is_what_was_measured(model: HeldModel, tmp_path: Path) -> None:
     statistics = learn(model, tmp_path)
-    update, empty = np.linspace(1, 3, SIZES.n_embd, dtype=np.float32), np.zeros(0, np.float32)
-    layers = [replace(one, sensitivity=Sensitivity(update, *[empty] * 7)) for one in statistics.layers]
-    assert all(one.nats is None for one in layer_removals(statistics, model.layers, model.spec.experts))
-    found = layer_removals(replace(statistics, layers=tuple(layers)), model.layers, model.spec.experts)
-    for one in found:
-        outputs = layers[one.layer].outputs
-        assert outputs is not None
-        square = (naive_layer(model, one.layer).y ** 2).sum(-1).mean()
-        weight = layer_weight(layers[one.layer], outputs.output_square.sum(0))
-        assert one.nats == pytest.approx(weight.cost(square), rel=1e-4)
+    rankings = (layer_removals, attention_removals, block_removals)
+    assert all(one.nats is None for ranking in rankings for one in ranking(statistics, model.layers))
+    nothing = np.zeros(SIZES.n_expert)
+    layers = [
+        replace(one, removals=Removals(0.1 + n, 0.2 + n, 0.3 + n, nothing, nothing))
+        for n, one in enumerate(statistics.layers)
+    ]
+    measured = replace(statistics, layers=tuple(layers))
+    for ranking, part in zip(rankings, (0.2, 0.1, 0.3), strict=True):
+        assert all(one.nats == part + one.layer for one in ranking(measured, model.layers))
 
 
 def test_bytes_of_removals_are_those_of_their_matrices(model: HeldModel) -> None:

@@ -255,6 +255,8 @@ def test_without_sensitivities_there_are_no_nats(layer: LayerStatistics, sketch:
 def test_errors_are_weights_times_squared_errors_of_the_layer(
     layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
 ) -> None:
+    """Where a removal itself was not measured."""
+    layer = replace(layer, removals=None)
     hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
     assert hints.skip_error
     assert hints.fallback_error
@@ -274,7 +276,19 @@ def test_errors_are_weights_times_squared_errors_of_the_layer(
     assert hints.sensitivity == pytest.approx(sum(hints.skip_error) / squares.sum())
 
 
+def test_errors_are_those_that_were_measured(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    """Of all experts; when some are dropped, others are picked where they were not."""
+    assert layer.removals is not None
+    hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    np.testing.assert_allclose(hints.skip_error or (), layer.removals.skip, rtol=1e-6)
+    np.testing.assert_allclose(hints.fallback_error or (), layer.removals.novice, rtol=1e-6)
+    fewer = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch)
+    unmeasured = hints_for(replace(layer, removals=None), redirect(EVERY, (0, 2, 4)), sketch)
+    assert fewer.skip_error == unmeasured.skip_error
+
+
 def test_closed_forms_without_a_sketch_are_near(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    layer = replace(layer, removals=None)
     with_sketch = hints_for(layer, redirect(EVERY, EVERY), sketch).skip_error
     without = hints_for(layer, redirect(EVERY, EVERY)).skip_error
     np.testing.assert_allclose(without or (), with_sketch or (), rtol=0.6)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from converter.block import AttentionPass, attend, read_attention, rms_norm
+from converter.block import AttentionPass, attend, read_attention, read_expert, rms_norm
 from converter.head import read_head
 from converter.model_source import MatrixKey, SourceLayer, block_key, expert_key
 from converter.sensitivity import ModelSensitivity, draw_labels, measure_sensitivity
@@ -271,29 +271,82 @@ def test_blocks_may_lack_parts_and_have_novices_and_aliases() -> None:
     held, sequences = odd_model(), texts(SIZES, 21, 30)
     measured = measure_sensitivity(held, sequences, seed=SEED)
     labels = labels_of(held, sequences)
-    token, updates = np.zeros(SIZES.n_embd), np.zeros((4, SIZES.n_embd))
+    token, updates, removals = np.zeros(SIZES.n_embd), np.zeros((4, SIZES.n_embd)), np.zeros((4, 3))
     for tokens, (begin, end) in zip(sequences.tokens, sequences.spans(), strict=True):
         first = h = read(held, MatrixKey("token_embd.weight"))[list(tokens)].requires_grad_()
-        ys = []
+        ys, us = [], []
         for layer in range(held.spec.n_layer):
             attention = read_attention(held, layer)
-            h = h if attention is None else h + attend(attention, held.spec, h).update
+            us.append(0 * h if attention is None else attend(attention, held.spec, h).update)
+            h = h + us[-1]
             ys.append(torch.stack([naive_ffn(held, layer, row) for row in h]))
             h = h + ys[-1]
         likelihood = read_head(held)(h).log_softmax(-1).gather(1, labels[begin:end, None]).sum()
-        by_first, *by_ys = torch.autograd.grad(likelihood, (first, *ys), allow_unused=True, materialize_grads=True)
+        by_first, *by_parts = torch.autograd.grad(
+            likelihood, (first, *ys, *us), allow_unused=True, materialize_grads=True
+        )
+        by_ys, by_us = by_parts[:4], by_parts[4:]
         token += square(by_first)
         updates += np.stack([square(by_y) for by_y in by_ys])
+        for layer, (y, u, by_y, by_u) in enumerate(zip(ys, us, by_ys, by_us, strict=True)):
+            # Behind the block the gradient is that by the feed-forward part's output.
+            pairs = ((by_u, u), (by_y, y), (by_y, u + y))
+            removals[layer] += [float((gradient * part).sum(1).square().sum().detach()) for gradient, part in pairs]
     n = sequences.n_rows
     np.testing.assert_allclose(measured.token, token / n, rtol=1e-4)
     for layer, found in enumerate(measured.layers):
         np.testing.assert_allclose(found.update, updates[layer] / n, rtol=1e-4)
+        gone = measured.removals[layer]
+        np.testing.assert_allclose((gone.attention, gone.ffn, gone.block), removals[layer] / (2 * n), rtol=1e-3)
     assert measured.layers[0].gate.shape == (3, SIZES.n_ff)
     assert measured.layers[0].gate[1, :32].all()
     assert not measured.layers[0].gate[1, 32:].any(), "of a narrower expert"
     assert measured.layers[1].q.shape == (0,)
     assert measured.layers[2].down.shape == (0,)
     assert measured.layers[3].down.shape == (1, SIZES.n_embd)
+
+
+def test_giving_up_experts_costs_half_the_squared_slope_towards_it() -> None:
+    """Every pick alone, against a loop: skipped while the others grow, and answered by the best constant."""
+    held, sequences = hold(random_mixtral(SIZES, spread=0.2)), texts(SIZES, 30)
+    measured, layer = measure_sensitivity(held, sequences, seed=SEED).removals[1], 1
+    x, by_y = inner_gradient(held, sequences, layer)
+    chances = (x @ read(held, block_key(layer, "ffn_gate_inp")).T).softmax(-1)
+    shares = torch.zeros_like(chances).scatter(1, *chances.topk(SIZES.n_expert_used)[::-1])
+    shares /= shares.sum(1, keepdim=True)
+    experts = [read_expert(held, layer, number) for number in range(SIZES.n_expert)]
+    answers = torch.stack([expert(x) for expert in experts], 1)
+    skip, novice = np.zeros(SIZES.n_expert), np.zeros(SIZES.n_expert)
+    for expert in range(SIZES.n_expert):
+        own = shares[:, expert]
+        constant = (own.square()[:, None] * answers[:, expert]).sum(0) / own.square().sum().clamp(min=1e-30)
+        changes = own[:, None] * (constant - answers[:, expert])
+        novice[expert] = (by_y * changes).sum(1).square().sum()
+        for token in torch.nonzero(own)[:, 0].tolist():
+            left = shares[token].clone()
+            left[expert] = 0
+            change = (left / left.sum() - shares[token]) @ answers[token]
+            skip[expert] += float(by_y[token] @ change) ** 2
+    np.testing.assert_allclose(measured.skip, skip / 60, rtol=1e-3)
+    np.testing.assert_allclose(measured.novice, novice / 60, rtol=1e-3, atol=1e-9)
+
+
+def inner_gradient(held: HeldModel, sequences: Sequences, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer's experts read, and the gradient of the labels' likelihood by what they say."""
+    labels = labels_of(held, sequences)
+    h = read(held, MatrixKey("token_embd.weight"))[list(sequences.tokens[0])]
+    for index in range(held.spec.n_layer):
+        attention = read_attention(held, index)
+        assert attention is not None
+        h = h + attend(attention, held.spec, h).update
+        y = torch.stack([naive_ffn(held, index, row) for row in h])
+        if index == layer:
+            x = rms_norm(h, read(held, block_key(index, "ffn_norm")), held.spec.rms_eps)
+            y = y.detach().requires_grad_()
+            leaf = y
+        h = h + y
+    likelihood = read_head(held)(h).log_softmax(-1).gather(1, labels[:, None]).sum()
+    return x.detach(), torch.autograd.grad(likelihood, leaf)[0]
 
 
 def test_draws_are_averaged_and_files_deleted(tmp_path: Path) -> None:

@@ -90,8 +90,18 @@ def test_copies_of_one_kind_share_a_bucket(source: ModelSource) -> None:
     assert found["down_exps.b2.weight"].ne == (32, 64, 1)
     assert layout.metadata["slimoe.expert.bucket"][:8] == [0, 1, 0, -1, 1, -1, 2, -1]
     assert layout.metadata["slimoe.expert.target"][:4] == [3, 2, 1, 0]
-    assert all(tensor.offset % 4096 == 0 for tensor in layout.tensors)
-    assert len(layout.header) % 4096 == 0
+
+
+@pytest.mark.parametrize(("small", "alignment"), [(0, 4096), (1 << 22, 32)])
+def test_only_large_experts_begin_at_pages(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch, small: int, alignment: int
+) -> None:
+    """Padding to pages would be percents of a small file."""
+    monkeypatch.setattr("converter.slim_metadata._SMALL_EXPERT", small)
+    layout = lay_out(source, same_plan(source, "Q8_0", "native"))
+    assert layout.metadata["general.alignment"] == alignment
+    assert all(tensor.offset % alignment == 0 for tensor in layout.tensors)
+    assert len(layout.header) % alignment == 0
 
 
 def test_keys_say_where_a_file_comes_from(source: ModelSource) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
 
 from converter.evaluation import Reference
 from converter.fit import PlainFit
@@ -23,6 +24,7 @@ from converter.slim_writer import slim
 from converter.slimming import plan_slim, statistics_costs
 from converter.statistics import Statistics
 from converter.structure import build_structure
+from converter.type_costs import CANDIDATES, packed_costs, stored_costs
 from converter.windows import cut_windows
 from offload.errors import DoesNotFitError, UsageError
 from tests.slim_models import learnt, random_sequences
@@ -191,6 +193,69 @@ def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, s
     )
     assert plan_bytes(found, source, statistics) <= 320_000
     assert how.n_generations >= 1
+
+
+def dispensable(statistics: Statistics, **nats: float) -> Statistics:
+    """The statistics as if these parts of all layers cost so little."""
+    layers = []
+    for layer in statistics.layers:
+        assert layer.removals is not None
+        layers.append(replace(layer, removals=replace(layer.removals, **nats)))  # type: ignore[arg-type]
+    return replace(statistics, layers=tuple(layers))
+
+
+def test_a_budget_may_cost_whole_attentions_but_the_last(source: ModelSource, statistics: Statistics) -> None:
+    recipe = Recipe(target_size=320_000, free_layers=True)
+    plan = plan_slim(source, dispensable(statistics, attention=1e-12), recipe)
+    assert [layer.has_attention for layer in plan.layers].count(True) == 1
+    assert plan_bytes(plan, source, statistics) <= 320_000
+    kept = plan_slim(source, dispensable(statistics, attention=1e6), recipe)
+    assert all(layer.has_attention for layer in kept.layers)
+    never = plan_slim(source, dispensable(statistics, attention=1e-12), replace(recipe, free_layers=False))
+    assert all(layer.has_attention for layer in never.layers)
+
+
+def test_a_layer_without_anything_left_disappears(source: ModelSource, statistics: Statistics) -> None:
+    """One of both layers keeps its attention, and one its experts; if these are one, the other goes."""
+    layers = list(dispensable(statistics, attention=1e-12, ffn=1e6).layers)
+    assert layers[0].removals is not None
+    layers[0] = replace(layers[0], removals=replace(layers[0].removals, ffn=1e-12))
+    layers[1] = replace(layers[1], removals=replace(layers[0].removals, ffn=1e6, attention=1e6))
+    recipe = Recipe(target_size=320_000, free_layers=True)
+    plan = plan_slim(source, replace(statistics, layers=tuple(layers)), recipe)
+    assert 0 not in [layer.block for layer in plan.layers]
+    assert lay_out(source, plan, statistics).n_bytes <= 320_000
+
+
+def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statistics: Statistics) -> None:
+    named = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+    plan = plan_slim(source, statistics, Recipe(types=named))
+    assert plan.uncounted == ()
+    costs = stored_costs(statistics, ("Q8_0",))
+    assert costs is not None
+    assert plan.expected_kl == pytest.approx(2 * sum(float(nats[0]) for nats in costs.costs.values()))
+    unknown = plan_slim(source, replace(statistics, matrix_costs=None), Recipe(types=named))
+    assert unknown.uncounted == ("types",)
+
+
+def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics: Statistics) -> None:
+    whole = stored_costs(statistics, CANDIDATES)
+    assert whole is not None
+    eight = stored_costs(statistics, ("Q8_0",))
+    assert eight is not None
+    some = replace(statistics, matrix_costs=packed_costs(eight))
+    said: list[str] = []
+    recipe = Recipe(types=StorageRecipe(candidates=("Q8_0", "Q4_0")))
+    found = statistics_costs(source, some, recipe, 1, lambda what, _done, _total: said.append(what))
+    assert set(said) == {"measuring what Q4_0 cost"}
+    for key, nats in found.costs.items():
+        np.testing.assert_allclose(nats, [whole.of(key, Type.Q8_0), whole.of(key, Type.Q4_0)])
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused_at_once(source: ModelSource, statistics: Statistics) -> None:
+    width = ExpertRecipe(width=40)
+    with pytest.raises(UsageError, match="Keep 32 or 64, or name a type of smaller blocks"):
+        plan_slim(source, statistics, Recipe(experts=width, types=StorageRecipe(expert="Q8_0")))
 
 
 def test_bytes_of_types_are_those_of_ggml(source: ModelSource, statistics: Statistics) -> None:

@@ -19,6 +19,7 @@ from converter.statistics import (
     LayerStatistics,
     MatrixCosts,
     OutputSums,
+    Removals,
     RouterSums,
     Sensitivity,
     SimilaritySums,
@@ -62,6 +63,7 @@ def statistics() -> Statistics:
         "type_errors": TypeErrors,
         "sketch": Sketch,
         "sensitivity": Sensitivity,
+        "removals": Removals,
     }
     full = LayerStatistics(
         made(SimilaritySums, random), made(InputSums, random), **{n: made(kind, random) for n, kind in groups.items()}
@@ -154,7 +156,7 @@ DAMAGES = {
     "no format": (lambda arrays, metadata: metadata.pop("format"), "not a statistics file"),
     "no text": (lambda arrays, metadata: metadata.pop("statistics"), "damaged"),
     "no json": (lambda arrays, metadata: metadata.update(statistics="{"), "damaged"),
-    "a later version": (about(version=99), "version 99; this program reads 1"),
+    "a later version": (about(version=99), "version 99; this program reads 2"),
     "more layers": (about(n_layer=4), "layers.3.* damaged|damaged.*layers.3"),
     "an array less": (lambda arrays, metadata: arrays.pop("layers.0.router.share"), "layers.0.router.share"),
     "no tokens": (lambda arrays, metadata: arrays.pop("tokens"), "damaged"),

@@ -74,13 +74,13 @@ def test_every_parts_cosine_is_between_the_streams_on_its_own_two_sides(
         assert found(block_removals(statistics, model.layers))[n] == pytest.approx(cosines(h[n], following), abs=1e-10)
         attention = found(attention_removals(statistics, model.layers))[n]
         assert attention == pytest.approx(cosines(h[n], middle[n]), abs=1e-10)
-        ffn = found(layer_removals(statistics, model.layers, model.spec.experts))[n]
+        ffn = found(layer_removals(statistics, model.layers))[n]
         assert ffn == pytest.approx(cosines(middle[n], following), abs=1e-10)
 
 
 def test_cosines_that_are_nearly_the_same_are_told_apart(model: HeldModel, statistics: Statistics) -> None:
     """In half precision all of them would be 1."""
-    removals = layer_removals(statistics, model.layers, model.spec.experts)
+    removals = layer_removals(statistics, model.layers)
     assert [one.layer for one in removals] == [2, 1, 0]
     assert all(1 - 1e-5 < one.similarity < 1 for one in removals)
     assert all(0 < margin(removals, n) < 1e-5 for n in (1, 2))

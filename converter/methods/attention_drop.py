@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 from converter.methods.removal import Removal, ranked
 from converter.model_source import SourceLayer
-from converter.statistics import Statistics
+from converter.statistics import LayerStatistics, Statistics
 
 
 def attention_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
-    """Every attention, the most dispensable first; `layers` are the source's. What it costs in nats is not known."""
+    """Every attention, the most dispensable first; `layers` are the source's."""
     pairs = enumerate(zip(statistics.layers, layers, strict=True))
     return ranked(
-        Removal("attention", index, one.similarity.attention_cosine / statistics.n_tokens)
+        Removal("attention", index, one.similarity.attention_cosine / statistics.n_tokens, _nats(one))
         for index, (one, layer) in pairs
         if layer.has_attention
     )
+
+
+def _nats(layer: LayerStatistics) -> float | None:
+    return None if layer.removals is None else layer.removals.attention

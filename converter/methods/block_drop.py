@@ -8,14 +8,18 @@ from collections.abc import Sequence
 
 from converter.methods.removal import Removal, ranked
 from converter.model_source import SourceLayer
-from converter.statistics import Statistics
+from converter.statistics import LayerStatistics, Statistics
 
 
 def block_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
-    """Every block that has anything, the most dispensable first. What it costs in nats is not known."""
+    """Every block that has anything, the most dispensable first."""
     pairs = enumerate(zip(statistics.layers, layers, strict=True))
     return ranked(
-        Removal("block", index, one.similarity.block_cosine / statistics.n_tokens)
+        Removal("block", index, one.similarity.block_cosine / statistics.n_tokens, _nats(one))
         for index, (one, layer) in pairs
         if layer.has_ffn or layer.has_attention
     )
+
+
+def _nats(layer: LayerStatistics) -> float | None:
+    return None if layer.removals is None else layer.removals.block

@@ -12,18 +12,16 @@ from converter.methods.layer_drop import layer_removals
 from converter.methods.removal import Part, Removal, ranked
 from converter.model_source import SourceLayer
 from converter.statistics import Statistics
-from offload.model_spec import ExpertSpec
 
 
 def joint_removals(
     statistics: Statistics,
     layers: Sequence[SourceLayer],
-    experts: ExpertSpec,
     parts: Collection[Part] = ("ffn", "attention"),
 ) -> tuple[Removal, ...]:
-    """Everything of these kinds, the most dispensable first; raises UsageError as `layer_removals` does."""
+    """Everything of these kinds, the most dispensable first."""
     found: dict[Part, tuple[Removal, ...]] = {
-        "ffn": layer_removals(statistics, layers, experts),
+        "ffn": layer_removals(statistics, layers),
         "attention": attention_removals(statistics, layers),
         "block": block_removals(statistics, layers),
     }

@@ -92,6 +92,9 @@ def _shares(sketch: LayerSketch, survivors: Survivors) -> Double:
 def _skip_rates(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketch | None) -> Double:
     """Nats per squared share [E] of picks that are skipped, while the token's other shares grow."""
     outputs, n_others = outputs_of(layer), router_of(layer).rank_count.shape[1] - 1
+    if layer.removals is not None and len(survivors.rows) == router_of(layer).rank_count.shape[0]:
+        # All rows are left, so that tokens pick as they did when it was measured.
+        return _ratio(layer.removals.skip * max(1, routed_tokens(layer)), outputs.share_square)
     rates = _ratio(outputs.share_square_norm_square, outputs.share_square)
     if n_others and outputs.n_pick.any():
         # In f's place comes the mean of the token's other experts, taken for orthogonal to it and to each other.
@@ -118,6 +121,8 @@ def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fe
 def _novice_rates(layer: LayerStatistics) -> Double:
     """Nats per squared share [E] of picks for which the expert's constant stands in."""
     outputs = outputs_of(layer)
+    if layer.removals is not None:
+        return _ratio(layer.removals.novice * max(1, routed_tokens(layer)), outputs.share_square)
     errors = novice_errors(layer) * max(1, routed_tokens(layer))
     return _ratio(errors, outputs.share_square) * _weights(layer, variances(outputs))
 

@@ -11,8 +11,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from offload.errors import SlimoeError
 from server.engine_options import OptionsCommand
 from server.installed import check_installed
+from server.progress_bars import status
 from server.text_encoder import TokenizerEncoder
 
 if TYPE_CHECKING:
@@ -58,15 +60,15 @@ def command(values: Mapping[str, Any]) -> None:
         values["force"],
         values["imatrix"],
     )
-    planned = calibration.plan(options, TokenizerEncoder)
+    with status("reading, and trying what it will take (the quantiser's tables need up to a minute)"):
+        planned = calibration.plan(options, TokenizerEncoder)
     _announce(planned, options)
     try:
         with _progress_bar() as on_progress:
             report = calibration.carry_out(planned, output, on_progress)
-    except KeyboardInterrupt:
-        click.echo(
-            f"What is done lies in {calibration.partial_path(output)}; the same command goes on there.", err=True
-        )
+    except (KeyboardInterrupt, SlimoeError):
+        if (partial := calibration.partial_path(output)).exists():
+            click.echo(f"What is done lies in {partial}; the same command goes on there.", err=True)
         raise
     _announce_result(report)
     if values["as_json"]:

@@ -1,0 +1,193 @@
+"""What the allocator may choose: for every part of a structure the types it can have, with exact bytes and costs.
+
+Parts are the experts of the native format, each with types of neighbouring sizes for its matrices, so that slots stay
+interchangeable, or a constant in its place; the stacks of all experts of a layer in the stock one; and matrices of
+attention, the table and the output. Feed-forward parts and attentions can be given up as a whole.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from converter.allocation import Group, Option, Part
+from converter.methods.attention_drop import attention_removals
+from converter.methods.layer_drop import layer_removals
+from converter.model_source import MatrixKey, ModelSource, block_key, expert_key
+from converter.recipe import Recipe
+from converter.slim_layer import matrix_width
+from converter.slim_plan import ExpertPlan, LayerPlan, Types
+from converter.statistics import Statistics
+from converter.structure import ROLES
+from converter.type_costs import TypeCosts
+
+NOVICE = "novice"
+"""The option that puts a constant in place of an expert."""
+ATTENTION = "attention"
+"""Of the layer's number, the name of the group that is its attention; that of the feed-forward part is the number."""
+_TOKENS, _OUTPUT = MatrixKey("token_embd.weight"), MatrixKey("output.weight")
+
+
+class SlimParts:
+    """Parts and groups of the layers of one structure."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        statistics: Statistics,
+        costs: TypeCosts,
+        recipe: Recipe,
+        layers: Sequence[LayerPlan],
+    ) -> None:
+        self._source, self._statistics, self._costs, self._recipe = source, statistics, costs, recipe
+        self._layers = layers
+        names = recipe.types.candidates or costs.types
+        self._types = tuple(sorted((Type[name] for name in names), key=_bits))
+
+    def parts(self) -> list[Part]:
+        """Everything that has a type, in the file's order."""
+        parts = list(self._outer_parts())
+        for index, layer in enumerate(self._layers):
+            parts += self._attention_parts(index, layer)
+            if self._recipe.format == "stock":
+                parts += self._stack_parts(index, layer)
+            else:
+                parts += self._expert_parts(index, layer)
+        return [Part(part.name, _worthwhile(part.options), part.group) for part in parts]
+
+    def groups(self) -> list[Group]:
+        """What can be given up as a whole, if the recipe lets it; one attention always stays."""
+        if not self._recipe.free_layers:
+            return []
+        ffn = {one.layer: one.nats for one in layer_removals(self._statistics, self._source.layers)}
+        attention = {one.layer: one.nats for one in attention_removals(self._statistics, self._source.layers)}
+        of_attention = [
+            Group((ATTENTION, index), price)
+            for index, layer in enumerate(self._layers)
+            if layer.has_attention and (price := attention[layer.block]) is not None
+        ]
+        of_ffn = [
+            Group(index, price)
+            for index, layer in enumerate(self._layers)
+            if layer.experts and (price := ffn.get(layer.block)) is not None
+        ]
+        return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
+
+    def _outer_parts(self) -> Iterable[Part]:
+        named = self._recipe.types
+        yield Part("token", self._options([_TOKENS], named.token))
+        if _OUTPUT in self._source.shapes:
+            yield Part("output", self._options([_OUTPUT], named.output))
+
+    def _attention_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        for role in ROLES if layer.has_attention else ():
+            options = self._options([block_key(layer.block, role)], self._recipe.types.attention)
+            yield Part((index, role), options, (ATTENTION, index))
+
+    def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        for projection in ("gate", "up", "down") if layer.experts else ():
+            options = [
+                Option(
+                    kind,
+                    sum(self._bytes(layer, expert, projection, kind) for expert in layer.experts),
+                    sum(self._cost(layer, expert, projection, kind) for expert in layer.experts),
+                )
+                for kind in self._fitting(layer, layer.experts[0])
+            ]
+            yield Part((index, projection), tuple(options), index)
+
+    def _expert_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        free = self._replaceable(layer) if self._recipe.free_novices else {}
+        for number, expert in enumerate(layer.experts):
+            options = [self._expert_option(layer, expert, types) for types in self._neighbours(layer, expert)]
+            if number in free:
+                options.append(Option(NOVICE, 4 * self._source.spec.n_embd, free[number]))
+            yield Part((index, number), tuple(options), index)
+
+    def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:
+        """Triples of types of which none is more than a step larger than another."""
+        if self._recipe.types.expert is not None:
+            kind = Type[self._recipe.types.expert]
+            return [(kind, kind, kind)]
+        fitting = self._fitting(layer, expert)
+        triples = product(range(len(fitting)), repeat=3)
+        return [(fitting[i], fitting[j], fitting[k]) for i, j, k in triples if max(i, j, k) - min(i, j, k) < 2]
+
+    def _expert_option(self, layer: LayerPlan, expert: ExpertPlan, types: Types) -> Option:
+        pairs = list(zip(("gate", "up", "down"), types, strict=True))
+        n_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
+        if self._recipe.types.low is not None:
+            low = Type[self._recipe.types.low]
+            n_bytes += sum(self._bytes(layer, expert, projection, low) for projection, _ in pairs)
+        return Option(types, n_bytes, sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs))
+
+    def _options(self, keys: Sequence[MatrixKey], named: str | None) -> tuple[Option, ...]:
+        types = [Type[named]] if named else [kind for kind in self._types if self._is_priced(keys[0], kind)]
+        shape = self._source.shapes[keys[0]]
+        return tuple(
+            Option(kind, len(keys) * _n_bytes(shape, kind), sum(self._price(key, kind) for key in keys))
+            for kind in types or [Type.F16]
+        )
+
+    def _fitting(self, layer: LayerPlan, expert: ExpertPlan) -> list[Type]:
+        """Types whose blocks divide the rows of all three matrices."""
+        keys = [expert_key(layer.block, projection, expert.members[0]) for projection in ("gate", "down")]
+        width = matrix_width(self._source, layer.block, expert)
+        return [
+            kind
+            for kind in self._types
+            if all(self._is_priced(key, kind) for key in keys) and width % GGML_QUANT_SIZES[kind][0] == 0
+        ] or [Type.F16]
+
+    def _bytes(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> int:
+        n_rows, n_per_row = self._source.shapes[expert_key(layer.block, projection, expert.members[0])]
+        width = matrix_width(self._source, layer.block, expert)
+        return _n_bytes((n_rows, width) if projection == "down" else (width, n_per_row), kind)
+
+    def _cost(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> float:
+        """Of merged experts all that read the mean; of a trimmed one the part that is left."""
+        keys = [expert_key(layer.block, projection, member) for member in expert.members]
+        whole = self._source.shapes[expert_key(layer.block, "gate", expert.members[0])][0]
+        part = matrix_width(self._source, layer.block, expert) / whole
+        return part * sum(self._price(key, kind) for key in keys)
+
+    def _is_priced(self, key: MatrixKey, kind: Type) -> bool:
+        return kind.name in self._costs.types and self._costs.of(key, kind) < float("inf")
+
+    def _price(self, key: MatrixKey, kind: Type) -> float:
+        """Types that were not measured have more bits than all that were."""
+        return self._costs.of(key, kind) if self._is_priced(key, kind) else 0.0
+
+    def _replaceable(self, layer: LayerPlan) -> dict[int, float]:
+        """Experts that may become constants, and what that costs: all but as many as a token picks."""
+        removals = self._statistics.layers[layer.block].removals
+        if removals is None or any(target < 0 for target in layer.target):
+            return {}
+        prices = {
+            number: float(removals.novice[expert.members[0]])
+            for number, expert in enumerate(layer.experts)
+            if len(expert.members) == 1
+        }
+        n_free = max(0, len(layer.experts) - self._source.spec.n_expert_used)
+        return dict(sorted(prices.items(), key=lambda item: item[1])[:n_free])
+
+
+def _worthwhile(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Those that no smaller one costs less than, the smallest first; not all of a knapsack's others can be chosen."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda one: (one.n_bytes, one.cost)):
+        if not kept or option.cost < kept[-1].cost:
+            kept.append(option)
+    return tuple(kept)
+
+
+def _bits(kind: Type) -> float:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / n_weights)
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    result: int = shape[0] * (shape[1] // n_weights) * n_bytes
+    return result
