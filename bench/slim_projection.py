@@ -26,6 +26,7 @@ from converter.calibration_text import DEFAULT_TOKENS
 from converter.inventory import take_inventory
 from converter.layer_observer import Samples
 from converter.sketch import sketch_size
+from converter.type_errors import sampled_rows
 
 WHOLE = {
     "Mixtral-8x7B": Shape(32, 4096, 14336, 32, 8, 128, 8, 2, 32000),
@@ -144,7 +145,7 @@ def _stream_bytes(shape: Shape, n_tokens: int, n_sensitivity: int) -> int:
 
 def _tried(shape: Shape) -> int:
     """Weights of an expert that types are tried on."""
-    n_rows = Samples().n_rows
+    n_rows = sampled_rows(Samples().n_rows, shape.n_embd, shape.n_ff)
     return min(n_rows, shape.n_embd) * shape.n_ff + 2 * min(n_rows, shape.n_ff) * shape.n_embd
 
 

@@ -43,8 +43,8 @@ def parse_types(_context: click.Context, _option: click.Parameter, text: str) ->
 
 
 def smallest(plan: Plan) -> Plan:
-    """The same in seconds, with two files and types that are quick to make."""
-    slim, types = tuple(name for name in plan.slim if name != "stock") or plan.slim, ("Q3_K", "Q6_K")
+    """The same in seconds, with one slimmed file and types that are quick to make."""
+    slim, types = ("native",) if "native" in plan.slim else plan.slim[:1], ("Q3_K", "Q6_K")
     plan = replace(plan, shape=SHAPES["smoke"], slim=slim, types=types, priced=types, bits=4.0)
     return replace(plan, n_tokens=64, n_decode=4, n_rounds=1, n_threads=1)
 

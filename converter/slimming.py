@@ -10,16 +10,17 @@ from converter.allocation import Allocation
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
-from converter.refinement import refine
 from converter.slim_hints import with_hints
 from converter.slim_plan import SlimPlan, Types
 from converter.slim_types import Choices, TypeAllocator, apply, too_large
 from converter.statistics import Statistics
 from converter.structure import ROLES, Structure, build_structure
-from converter.trimming import Progress, trimmed
 from converter.type_costs import CANDIDATES, LOSSLESS, TypeCosts, joined_costs, measure_type_costs, stored_costs
 from converter.type_recipe import find_recipe
 from offload.errors import DoesNotFitError, UsageError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how much is done."""
 
 _DEFAULT_TYPE = "Q4_K_M"
 _BEYOND = 2.0
@@ -47,6 +48,9 @@ def plan_slim(
     structure = build_structure(source, statistics, recipe)
     if recipe.experts.width is not None:
         _check_width(source, recipe, recipe.experts.width)
+        # torch is heavy, and most plans do without.
+        from converter.trimming import trimmed
+
         structure = trimmed(source, statistics, structure, recipe.experts.width, on_progress)
     plan = SlimPlan(
         recipe.format,
@@ -72,6 +76,8 @@ def plan_slim(
             budget, allocator, plan, lambda typed: _completed(source, statistics, recipe, typed, costs)
         )
         if search_seconds:
+            from converter.refinement import refine
+
             fitted, _ = refine(
                 source,
                 statistics,
