@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from converter.model_source import ModelSource
 from converter.slim_plan import SlimPlan
+from offload import file_keys as keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,27 @@ def planned_descent(plan: SlimPlan) -> Descent:
 
 
 def likely_descent(model: ModelSource, ancestor: ModelSource) -> Descent | None:
-    """Block by block and row by row where there are equally many of both; None for fewer blocks.
+    """Block by block where there are equally many of both or the model says which it has of this ancestor, else None.
 
-    Rows of a block that has other numbers of them are unknown, and empty.
+    Row by row where there are equally many; otherwise they are unknown, and empty.
     """
-    if len(model.layers) != len(ancestor.layers):
+    blocks = _blocks(model, ancestor)
+    if blocks is None:
         return None
-    counts = [(len(one.target), len(other.target)) for one, other in zip(model.layers, ancestor.layers, strict=True)]
+    counts = [
+        (len(one.target), len(ancestor.layers[block].target)) for one, block in zip(model.layers, blocks, strict=True)
+    ]
     rows = tuple(tuple(range(n_row)) if n_row == n_old else () for n_row, n_old in counts)
-    return Descent(tuple(range(len(counts))), rows)
+    return Descent(blocks, rows)
+
+
+def _blocks(model: ModelSource, ancestor: ModelSource) -> tuple[int, ...] | None:
+    """The ancestor's blocks that the model's are made of."""
+    n_layer, said = len(ancestor.layers), model.metadata.get(keys.SOURCE_BLOCKS)
+    if len(model.layers) == n_layer:
+        return tuple(range(n_layer))
+    if said is None or model.metadata.get(keys.SOURCE_HASH) != ancestor.source_hash:
+        return None
+    blocks = tuple(int(block) for block in np.asarray(said))
+    is_sound = len(blocks) == len(model.layers) and list(blocks) == sorted(set(blocks) & set(range(n_layer)))
+    return blocks if is_sound else None

@@ -254,4 +254,5 @@ def _metadata(
         keys.SLIMOE_VERSION: version("slimoe"),
         keys.SOURCE_HASH: model.source_hash,
     }
-    return general | spec.metadata() | dict(model.metadata) | dict(given.metadata if given else {})
+    carried = {key: value for key, value in model.metadata.items() if key not in keys.DESCENT}
+    return general | spec.metadata() | carried | dict(given.metadata if given else {})

@@ -67,6 +67,9 @@ def own_metadata(
         keys.RECIPE: plan.recipe,
         keys.SOURCE_HASH: source.source_hash,
     }
+    blocks = [layer.block for layer in plan.layers]
+    if blocks != list(range(source.spec.n_layer)):
+        values[keys.SOURCE_BLOCKS] = blocks
     if statistics is not None:
         values |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
     values |= spec.metadata()

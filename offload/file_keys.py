@@ -21,6 +21,9 @@ RECIPE = "slimoe.recipe"
 SOURCE_HASH = "slimoe.source.sha256"
 """What tells the converted model apart: sha256 of config.json, of the headers of its safetensors files (or of its GGUF
 files alone), in name order, and of the first 4096 bytes of every tensor."""
+SOURCE_BLOCKS = "slimoe.source.blocks"
+"""i32: for each block the one of that model which it was made of; absent if it is the one of the same number."""
+DESCENT = (SOURCE_HASH, SOURCE_BLOCKS)
 CALIBRATION_HASH = "slimoe.calibration.sha256"
 CALIBRATION_TOKENS = "slimoe.calibration.tokens"
 """The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""
@@ -35,7 +38,7 @@ RESERVED = "slimoe.reserved"
 QUALITY = "slimoe.quality"
 """What the file was measured to have lost against its source, as JSON."""
 IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
-PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
+PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, SOURCE_BLOCKS, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
 
 
 def token_id_key(role: str) -> str:

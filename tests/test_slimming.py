@@ -8,6 +8,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
+from converter.descent import likely_descent, planned_descent
 from converter.evaluation import Reference
 from converter.fit import PlainFit
 from converter.fit_choice import chosen_fit
@@ -144,6 +145,14 @@ def test_layers_attentions_and_blocks_go(source: ModelSource, statistics: Statis
     assert sorted(bool(layer.experts) for layer in plan.layers) == [False, True]
     assert sorted(layer.has_attention for layer in plan.layers) == [False, True]
     assert len(plan_slim(source, statistics, Recipe(drop_blocks=1)).layers) == source.spec.n_layer - 1
+
+
+def test_a_file_says_which_blocks_it_was_made_of(source: ModelSource, statistics: Statistics, tmp_path: Path) -> None:
+    plan = plan_slim(source, statistics, Recipe(drop_blocks=1, types=StorageRecipe(expert="Q8_0")))
+    slim(source, plan, tmp_path / "a.gguf", statistics)
+    found = likely_descent(open_source(tmp_path / "a.gguf"), source)
+    assert found is not None
+    assert found.blocks == planned_descent(plan).blocks != (0, 1)
 
 
 def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) -> None:
