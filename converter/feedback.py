@@ -8,6 +8,7 @@ these scales span, and once more one at a time given all others (coordinate desc
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from converter.block_layout import SCALES
 from converter.quantize import dequantize_rows, quantize_rows
 
 _N_COLUMNS = 256
+_FEWEST_ROWS = 64
+"""With fewer for each, a thread spends its time on asking for its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +70,31 @@ def quantize_with_feedback(
     kind: Type,
     effort: Effort = Effort(),
     device: str = "cpu",
+    n_threads: int = 1,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Blocks of `weight` [n_out, n_in] and the values that they have; `hessian` [n_in, n_in] is the sum of x x^T.
 
-    For types with a row in `block_layout.BITS`. Holds three more matrices of the Hessian's size and four of the
-    weight's. Raises as `quantize_rows` does.
+    For types with a row in `block_layout.BITS`. Rows do not know of each other and are shared out between threads of
+    the processor. Holds three more matrices of the Hessian's size and four of the weight's. Raises as `quantize_rows`
+    does.
     """
-    w = torch.from_numpy(weight).to(device)
     h = damped(torch.from_numpy(hessian).to(device), effort.damp)
-    error, parts = torch.zeros_like(w), []
     factor = upper_factor(h)
+    n_parts = max(1, min(n_threads, len(weight) // _FEWEST_ROWS)) if device == "cpu" else 1
+    parts = np.array_split(weight, n_parts)
+    if n_parts == 1:
+        found = [_fit_rows(weight, h, factor, kind, effort)]
+    else:
+        # torch's own threads would have a row's few thousand numbers to share, again and again.
+        with ThreadPoolExecutor(n_parts, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(lambda part: _fit_rows(part, h, factor, kind, effort), parts))
+    blocks = np.concatenate([one.blocks for one in found])
+    return blocks.reshape(-1), torch.cat([one.values for one in found]).cpu().numpy()
+
+
+def _fit_rows(weight: NDArray[np.float32], h: Tensor, factor: Tensor, kind: Type, effort: Effort) -> Fit:
+    w = torch.from_numpy(weight).to(h.device)
+    error, parts = torch.zeros_like(w), []
     for begin, end in _spans(w.shape[1]):
         own = factor[begin:end, begin:end]
         carried = error[:, :begin] @ factor[:begin, begin:end]
@@ -86,7 +104,7 @@ def quantize_with_feedback(
         parts.append(fit.blocks)
     for _ in range(effort.passes):
         _pass(w, h, error, parts, kind, effort)
-    return np.concatenate(parts, 1).reshape(-1), (w - error).cpu().numpy()
+    return Fit(np.concatenate(parts, 1), w - error)
 
 
 def _pass(w: Tensor, h: Tensor, error: Tensor, parts: list[NDArray[np.uint8]], kind: Type, effort: Effort) -> None:

@@ -63,9 +63,15 @@ class FeedbackFit:
     """A `Fit` with error feedback, on at most `n_tokens` of the statistics' tokens; memory is 3 streams of them."""
 
     def __init__(
-        self, source: ModelSource, plan: SlimPlan, statistics: Statistics, plain: PlainFit, n_tokens: int = 16384
+        self,
+        source: ModelSource,
+        plan: SlimPlan,
+        statistics: Statistics,
+        plain: PlainFit,
+        n_tokens: int = 16384,
+        n_threads: int = 1,
     ) -> None:
-        self._source, self._plan, self._plain = source, plan, plain
+        self._source, self._plan, self._plain, self._n_threads = source, plan, plain, n_threads
         length = max(1, statistics.n_tokens // max(1, len(statistics.tokens)))
         step = max(1, len(statistics.tokens) * length // max(1, n_tokens))
         self._sequences = Sequences(statistics.tokens[::step])
@@ -85,7 +91,9 @@ class FeedbackFit:
             blocks = self._plain.fit(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
-            blocks, values = quantize_with_feedback(weights, hessian.numpy(), matrix.type, _EFFORT)
+            blocks, values = quantize_with_feedback(
+                weights, hessian.numpy(), matrix.type, _EFFORT, n_threads=self._n_threads
+            )
         self._take(matrix, torch.from_numpy(values))
         return blocks
 

@@ -19,4 +19,4 @@ def chosen_fit(source: ModelSource, plan: SlimPlan, statistics: Statistics | Non
     # torch is heavy, and all other ways of converting do without.
     from converter.feedback_fit import FeedbackFit
 
-    return FeedbackFit(source, plan, statistics, plain)
+    return FeedbackFit(source, plan, statistics, plain, n_threads=n_threads)
