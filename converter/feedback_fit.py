@@ -39,7 +39,7 @@ from converter.stream import Sequences, picks_by_expert
 from converter.type_recipe import layer_and_role
 
 _ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
-_EFFORT = Effort(sweeps=1, rescale=0)
+EFFORT = Effort(sweeps=1, rescale=0)
 """More takes twice as long and more, for some percent less of the loss."""
 _REFIT_TOKENS = 2048
 _FEW = 256
@@ -92,7 +92,7 @@ class FeedbackFit:
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
             blocks, values = quantize_with_feedback(
-                weights, hessian.numpy(), matrix.type, _EFFORT, n_threads=self._n_threads
+                weights, hessian.numpy(), matrix.type, EFFORT, n_threads=self._n_threads
             )
         self._take(matrix, torch.from_numpy(values))
         return blocks

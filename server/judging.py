@@ -20,7 +20,7 @@ from converter.statistics import Statistics
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from server.judging_options import JudgingOptions
-from server.progress_bars import step_bar
+from server.progress_bars import duration, step_bar
 from server.text_encoder import TokenizerEncoder
 
 _N_CTX = 256
@@ -51,7 +51,7 @@ class Judge:
             expected_lacks=lacks,
         )
         n_tokens = self.judged.windows.sequences.n_rows
-        click.echo(f"judging it on {n_tokens:,} tokens: about {_duration(maker.seconds)}", err=True)
+        click.echo(f"judging it on {n_tokens:,} tokens: about {duration(maker.seconds)}", err=True)
         with step_bar() as on_progress:
             report = write_report(maker, record=record, on_progress=on_progress)
         click.echo(_told(report, target), err=True)
@@ -110,9 +110,3 @@ def _told(report: Report, target: Path) -> str:
         f"{report_paths(target)['markdown']}: KL {total.divergence.mean:.4f}{error} nats per token, perplexity "
         f"{100 * total.perplexity_rise:+.1f} %, {100 * total.same_top:.1f} % the same likeliest token"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

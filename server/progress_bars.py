@@ -16,6 +16,13 @@ from rich.progress import (
 )
 
 
+def duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def status(what: str) -> Iterator[None]:
     """Says what is being done, where nothing tells how much of it there is."""

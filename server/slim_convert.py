@@ -10,13 +10,14 @@ import msgspec
 from converter.convert import n_cores
 from converter.fit_choice import chosen_fit
 from converter.open_source import model_files
+from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from offload.errors import UsageError
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
 from server.judging_options import judging_options
-from server.progress_bars import byte_bar
+from server.progress_bars import byte_bar, status
 from server.slim_options import SlimOptions, with_type
 from server.slim_report import announced, work_fields, work_lines
 from server.slim_work import SlimWork, plan_work
@@ -30,7 +31,9 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
         raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
     judging = judging_options(values)
     work = plan_work(values["source"], options, n_threads)
-    click.echo("\n".join([*work_lines(work), "", announced(work, target)]), err=True)
+    with status("trying how long it will take"):
+        seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
+    click.echo("\n".join([*work_lines(work), "", announced(work, target, seconds)]), err=True)
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
     # Texts are read first: what is wrong with them is told before hours of work.
     is_judged = values["report"] and not values["dry_run"]

@@ -14,6 +14,7 @@ from converter.slim_layout import SlimLayout
 from converter.slim_plan import ExpertPlan, LayerPlan
 from converter.type_recipe import layer_and_role
 from offload.memory import human
+from server.progress_bars import duration
 from server.slim_work import SlimWork
 
 _LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
@@ -184,10 +185,10 @@ def _numbers(numbers: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def announced(work: SlimWork, target: Path) -> str:
+def announced(work: SlimWork, target: Path, seconds: float) -> str:
     """One line on what will be written."""
     names = " and ".join(loaders(work))
     return (
-        f"{target}: {work.layout.n_bytes:,} bytes will be written, {expected_loss(work)}; "
+        f"{target}: {work.layout.n_bytes:,} bytes will be written in about {duration(seconds)}, {expected_loss(work)}; "
         f"{work.plan.format} format for {names}"
     )

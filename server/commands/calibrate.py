@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from offload.errors import SlimoeError
 from server.engine_options import OptionsCommand
 from server.installed import check_installed
-from server.progress_bars import status
+from server.progress_bars import duration, status
 from server.text_encoder import TokenizerEncoder
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def command(values: Mapping[str, Any]) -> None:
 
 def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
     text, expected = planned.text, planned.estimate
-    parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in expected.seconds.items())
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in expected.seconds.items())
     place = "on disk" if expected.state_bytes > planned.settings.max_state_bytes else "in memory"
     click.echo(
         f"{options.source}: {text.n_tokens:,} tokens in {len(text.tokens)} sequences on {planned.settings.device}, "
-        f"about {_duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}",
+        f"about {duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}",
         err=True,
     )
     if not options.texts:
@@ -93,18 +93,12 @@ def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
 
 def _announce_result(report: "CalibrateReport") -> None:
     click.echo(
-        f"{report.path}: {report.n_bytes:,} bytes in {_duration(report.seconds)}; "
+        f"{report.path}: {report.n_bytes:,} bytes in {duration(report.seconds)}; "
         f"{report.n_seen} of {report.n_experts} experts were routed to",
         err=True,
     )
     if report.n_seen < report.n_experts:
         click.echo("Nothing is known of the others; more or more varied text may reach them.", err=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
