@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.allocation import Allocation
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from converter.quantize import needs_importance
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
 from converter.slim_hints import with_hints
@@ -66,6 +67,7 @@ def plan_slim(
     budget = target_bytes(source, recipe)
     if budget is None:
         plan = apply(plan, named_types(source, structure, recipe), source, statistics)
+        _check_importance(plan, recipe.types.low)
         plan = _priced(plan, statistics)
     else:
         if statistics is None:
@@ -116,13 +118,26 @@ def _check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
     )
 
 
+def _check_importance(plan: SlimPlan, low: str | None) -> None:
+    """Raises UsageError for types that cannot be made without knowing which weights matter."""
+    asked = _kinds(plan) | ({Type[low]} if low else set())
+    kinds = sorted(kind.name for kind in asked if needs_importance(kind))
+    if kinds and not plan.importance:
+        problem = f"{', '.join(kinds)} cannot be made: it is not known which weights matter."
+        raise UsageError(f"{problem} Give --stats, or use IQ3_S or larger.")
+
+
+def _kinds(plan: SlimPlan) -> set[Type]:
+    """All types of a plan's best copies."""
+    kinds = {kind for layer in plan.layers for expert in layer.experts for kind in expert.types}
+    kinds |= {kind for layer in plan.layers for kind in layer.types.values()}
+    return kinds | ({plan.token_type, plan.output_type} - {None})
+
+
 def _priced(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
     """The plan with what its types cost, if the statistics know it of all of them."""
-    kinds = {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types}
-    kinds |= {kind.name for layer in plan.layers for kind in layer.types.values()}
     outer = {MatrixKey("token_embd.weight"): plan.token_type, MatrixKey("output.weight"): plan.output_type}
-    kinds |= {kind.name for kind in outer.values() if kind is not None}
-    kinds -= {kind.name for kind in LOSSLESS}
+    kinds = {kind.name for kind in _kinds(plan) - set(LOSSLESS)}
     if not kinds:
         return plan
     costs = None if statistics is None else stored_costs(statistics, tuple(kinds))

@@ -128,6 +128,9 @@ class _Builder:
         if experts.keep is None:
             return [whole_layer(self.source, block) for block in blocks]
         if experts.merge is not None:
+            n_used = self.source.spec.n_expert_used
+            if experts.keep < n_used:
+                raise UsageError(f"Merging down to {experts.keep} experts is not possible: a token picks {n_used}.")
             return self._merged(blocks)
         kept = self._kept(blocks, experts.keep)
         for block, one in zip(blocks, kept, strict=True):

@@ -212,6 +212,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "too many": (["--keep-experts", "7"], "from 1 to 6"),
     "score alone": (["--score", "reap"], "Give --keep-experts"),
     "too wide": (["--width", "97"], "Choose a width from 1 to 96"),
+    "too few merged": (["--keep-experts", "2", "--merge", "hc-smoe"], "a token picks 3"),
     "too few": (["--keep-experts", "2", "--score", "reap"], "Keep 3 to 6 of them"),
     "all layers": (["--drop-layers", "4"], "from 0 to 3"),
     "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from converter import slim_estimate
 from converter.convert import ConvertOptions, convert
@@ -34,5 +35,5 @@ def test_copies_cost_their_bytes_and_other_types_their_weights(
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q3_K", "F16"])
 def test_every_type_is_tried(kind: str) -> None:
-    seconds = slim_estimate._with_feedback(slim_estimate.Type[kind]), slim_estimate._plain(slim_estimate.Type[kind])
+    seconds = slim_estimate._with_feedback(GGMLQuantizationType[kind]), slim_estimate._plain(GGMLQuantizationType[kind])
     assert all(0 < one < 1e-3 for one in seconds)

@@ -247,6 +247,11 @@ def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statis
     assert unknown.uncounted == ("types",)
 
 
+def test_types_that_must_know_what_matters_are_refused_before_writing(source: ModelSource) -> None:
+    with pytest.raises(UsageError, match=r"IQ1_S, IQ2_XS cannot be made.* --stats"):
+        plan_slim(source, None, Recipe(types=StorageRecipe(expert="IQ2_XS", low="IQ1_S")))
+
+
 def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics: Statistics) -> None:
     whole = stored_costs(statistics, CANDIDATES)
     assert whole is not None
