@@ -26,7 +26,7 @@ _LADDERS: dict[Type, tuple[int, ...]] = {
 } | {kind: tuple(range(1 << BITS[kind].shape[1])) for kind in BITS if kind.name[0] == "Q" and kind is not Type.Q8_0}
 _SIGN_OF_8 = {Type.IQ2_XXS: 7, Type.IQ2_XS: 7, Type.IQ3_XXS: 7, Type.IQ2_S: 8, Type.IQ3_S: 8}
 """Bits of signs for 8 weights; with 7 the number of minuses is even."""
-_N_NEAR = {1: 4, 2: 3}
+_N_NEAR = {1: 4, 2: 4}
 """So many entries are looked at closely, by the number of entries in a code."""
 _FAR = 1e30
 
@@ -130,42 +130,55 @@ class Codebook(Grid):
             scale = (high - low) / float(entries[last, 0] - entries[first, 0])
             self._shift = (low - scale * float(entries[first, 0])).T.contiguous()
         self._scale = scale.T.contiguous()
-        self._flips = torch.cat((torch.ones(1, 8), 1 - 2 * torch.eye(8))).to(device)
+        self._places = torch.arange(8, device=device)
 
     def nearest(self, group: int, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Grid`; the best of the entries that are nearest if errors of columns were independent."""
+        """See `Grid`; the best of the entries that are near if errors of columns were independent."""
         scale, shift = self._scale[group][:, None], self._shift[group][:, None]
         wanted = (target - shift) / torch.where(scale == 0, 1, scale)
-        signs = torch.where(wanted < 0, -1.0, 1.0) if self._sign_bits else torch.ones_like(wanted)
+        minus = wanted < 0 if self._sign_bits else torch.zeros_like(wanted, dtype=torch.bool)
+        signs = torch.where(minus, -1.0, 1.0)
         index, values = self._near(wanted * signs, factor.square().sum(1))
+        values = values * signs[:, None]
+        left = (values - wanted[:, None]) @ factor
+        costs = left.square().sum(-1)[..., None]
         if self._sign_bits:
-            index, values = self._signed(index, values, signs)
-        cost = ((values - wanted[:, None]) @ factor).square().sum(-1)
-        if self._sign_bits == 7:
-            odd = (values < 0).sum(-1) % 2 == 1
-            cost = torch.where(odd, _FAR + cost, cost)
-        best = cost.argmin(1)
-        row = torch.arange(len(best), device=best.device)
-        return index[row, best], values[row, best] * scale + shift
+            costs = self._with_flips(costs, values, left, factor, minus)
+        best = costs.flatten(1).argmin(1)
+        row, near, flip = torch.arange(len(best), device=best.device), best // costs.shape[2], best % costs.shape[2]
+        code, value = index[row, near], values[row, near]
+        if self._sign_bits:
+            turned = self._places == flip[:, None] - 1
+            value, minus = torch.where(turned, -value, value), minus ^ turned
+            bits = (minus[:, : self._sign_bits].long() << self._places[: self._sign_bits]).sum(1)
+            code = code | bits << self._index_bits * self._halves
+        return code, value * scale + shift
 
     def _near(self, wanted: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers and values [n_rows, n_near, 8] of candidates for magnitudes."""
+        """Numbers and values [n_rows, n_near, 8] for magnitudes: the nearest of each part of the entries."""
         n_near, size = _N_NEAR[self._halves], 8 // self._halves
         found = []
         for half in range(self._halves):
             part = slice(half * size, (half + 1) * size)
-            products = (wanted[:, part] * weight[part]) @ self._entries.T
-            costs = (self._entries.square() @ weight[part]) - 2 * products
-            found.append(costs.topk(n_near, largest=False).indices)
+            costs = torch.addmm(
+                self._entries.square() @ weight[part], wanted[:, part] * weight[part], self._entries.T, alpha=-2
+            )
+            spread = costs.view(len(costs), -1, n_near).argmin(1)
+            found.append(spread * n_near + self._places[:n_near])
         if self._halves == 1:
             return found[0], self._entries[found[0]]
         left, right = found[0].repeat_interleave(n_near, 1), found[1].repeat(1, n_near)
         return left | right << self._index_bits, torch.cat((self._entries[left], self._entries[right]), -1)
 
-    def _signed(self, index: Tensor, values: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates with the wanted signs, and with each one turned."""
-        options = signs[:, None] * self._flips
-        places = torch.arange(self._sign_bits, device=signs.device)
-        codes = ((options[..., : self._sign_bits] < 0).long() << places).sum(-1) << self._index_bits * self._halves
-        both = (values[:, :, None] * options[:, None]).flatten(1, 2)
-        return (index[:, :, None] | codes[:, None]).flatten(1), both
+    def _with_flips(self, costs: Tensor, values: Tensor, left: Tensor, factor: Tensor, minus: Tensor) -> Tensor:
+        """Costs [n_rows, n_near, 9] of the candidates with the wanted signs, and with each one turned.
+
+        Turning a sign moves the error along one row of `factor`, so that the cost follows without a new product.
+        """
+        turned = costs + 4 * values * (values * factor.square().sum(1) - left @ factor.T)
+        costs = torch.cat((costs, turned), -1)
+        if self._sign_bits == 7:
+            odd = minus.sum(1) % 2 == 1
+            costs[..., 0] += torch.where(odd, _FAR, 0.0)[:, None]
+            costs[..., 1:] += torch.where(odd, 0.0, _FAR)[:, None, None]
+        return costs

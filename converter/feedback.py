@@ -30,13 +30,15 @@ _FEWEST_ROWS = 64
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How hard to try. `damp`: added to the Hessian's diagonal, times its mean. `sweeps`: rounds of coordinate descent
-    in each block of columns. `rescale`: rounds of fitting a block's scales to its codes. `passes`: rounds over all
-    blocks after the first, each as long as that.
+    in each block of columns. `rescale`: rounds of fitting a block's scales to its codes. `starts`: scales to begin
+    with, 1 or 2, of which each row keeps the better. `passes`: rounds over all blocks after the first, each as long as
+    that.
     """
 
     damp: float = 0.01
     sweeps: int = 2
     rescale: int = 1
+    starts: int = 2
     passes: int = 0
 
 
@@ -139,7 +141,7 @@ def fit_block(target: Tensor, metric: Tensor, kind: Type, effort: Effort) -> Fit
     """About the least tr((T - Q) M (T - Q)^T) for columns that no others follow: `target` T [n_rows, n], `metric` M."""
     factor = upper_factor(metric)
     best = None
-    for importance in (metric.diagonal(), factor.diagonal().square()):
+    for importance in (metric.diagonal(), factor.diagonal().square())[: effort.starts]:
         plain = _plain(target, importance, kind)
         fit = better(_recoded(plain, target, metric, factor, kind, effort), plain, target, metric)
         for _ in range(effort.rescale):
