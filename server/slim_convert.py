@@ -1,6 +1,7 @@
 """`slimoe convert` with a size, a recipe or a method, and `slimoe plan` of the same: what the file will be, and it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from offload.errors import UsageError
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
 from server.judging_options import judging_options
-from server.progress_bars import byte_bar, status
+from server.progress_bars import byte_bar, duration, status
 from server.slim_options import SlimOptions, with_type
 from server.slim_report import announced, work_fields, work_lines
 from server.slim_work import SlimWork, plan_work
+
+_LONG = 1800
+"""Seconds of writing from which on a quicker way is worth a line."""
 
 
 def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> None:
@@ -34,6 +38,9 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
     with status("trying how long it will take"):
         seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
     click.echo("\n".join([*work_lines(work), "", announced(work, target, seconds)]), err=True)
+    if work.plan.feedback and seconds > _LONG:
+        plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
+        click.echo(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.", err=True)
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
     # Texts are read first: what is wrong with them is told before hours of work.
     is_judged = values["report"] and not values["dry_run"]

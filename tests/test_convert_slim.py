@@ -77,6 +77,15 @@ def test_a_size_is_planned_and_written(
     assert read_gguf(target).metadata["general.architecture"] == ("llama" if flags else "slimoe")
 
 
+def test_long_feedback_has_a_quicker_way(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Arguments = ["convert", model, tmp_path / "m.gguf", "--type", "q8_0", "--stats", stats, "--dry-run"]
+    monkeypatch.setattr("server.slim_convert._LONG", 0)
+    assert "with --no-feedback it would be about" in told([*asked, "--feedback"], capsys)[2]
+    assert "--no-feedback" not in told([*asked, "--refit"], capsys)[2]
+
+
 def test_bits_per_weight(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = told(["plan", model, "--target-bpw", "8", "--stats", stats, "--json"], capsys)
     assert status == 0
