@@ -18,6 +18,7 @@ from converter.calibration_text import CalibrationText
 from converter.input_sums import column_squares
 from converter.layer_observer import LayerFindings, LayerObserver, Samples
 from converter.model_source import MatrixKey, ModelSource
+from converter.partial_backward import PartialBackward
 from converter.partial_pass import PartialPass
 from converter.routing_sums import link
 from converter.sensitivity import measure_sensitivity
@@ -124,6 +125,7 @@ def _with_sensitivity(
         sequences,
         device=settings.device,
         directory=directory,
+        partial=PartialBackward(kept.path, f"{sequences.n_rows} tokens", source.spec.n_layer),
         on_progress=lambda done, steps: on_progress("sensitivity", done, steps),
     )
     rows = zip(statistics.layers, found.layers, found.removals, strict=True)

@@ -1,6 +1,10 @@
 """What is summed of gradients over tokens: squares by component, and along what leaving parts out would change."""
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converter.statistics import Removals, Single
@@ -25,6 +29,14 @@ class Squares:
             self.sums[name] += squares
         else:
             self.sums[name] = squares
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """All of it, for `restore`."""
+        return {name: sums.numpy() for name, sums in self.sums.items()}
+
+    def restore(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        """Takes over what `arrays` gave."""
+        self.sums = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def mean(self, name: str, count: int) -> Single:
         """The sums over `count`, empty without any."""
@@ -84,6 +96,16 @@ class RemovalSums:
         squares = (grown * (answered.sum(1, keepdim=True) - answered) - answered).double().square()
         stored = meant >= 0
         self._skip.index_add_(0, meant[stored], squares[stored])
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """All of it, for `restore`."""
+        whole = {f"without.{name}": np.array([value]) for name, value in self._sums.items()}
+        return whole | {"skip": self._skip.numpy(), "novice": self._novice.numpy()}
+
+    def restore(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        """Takes over what `arrays` gave."""
+        self._sums = {name: float(arrays[f"without.{name}"][0]) for name in self._sums}
+        self._skip, self._novice = (torch.from_numpy(arrays[name]) for name in ("skip", "novice"))
 
     def result(self, count: int) -> Removals:
         """Half the means over `count` tokens."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import converter.calibration as calibration
+from converter.backward import Backward
 from converter.block import Expert, Linear
 from converter.calibration import CalibrationSettings, calibrate
 from converter.calibration_text import CalibrationText
@@ -254,6 +255,43 @@ def test_the_sensitivity_belongs_to_it(checkpoint: Path, tmp_path: Path) -> None
     assert statistics.output_gradient is not None
     assert statistics.output_gradient.shape == (520,)
     assert statistics.token_gradient is not None
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_sensitivity_goes_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    settings = replace(EXACT, n_sensitivity=64, samples=Samples(()))
+    source, text, partial = open_source(checkpoint), random_text(), tmp_path / "other.partial"
+    whole = learn(checkpoint, tmp_path, text, settings)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "sensitivity" and done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, text, settings, partial, interrupt)
+    if damaged:
+        next(partial.glob("backward-*.safetensors")).write_bytes(b"nothing")
+    heads: list[int] = []
+    head = Backward._head
+
+    def counted(*arguments: Any) -> None:
+        heads.append(1)
+        head(*arguments)
+
+    monkeypatch.setattr(Backward, "_head", counted)
+    steps: list[tuple[str, int, int]] = []
+    found = calibrate(source, text, settings, partial, lambda *step: steps.append(step))
+    assert len(heads) == damaged
+    n_steps = 2 * len(found.layers)
+    assert [done for what, done, _ in steps if what == "sensitivity"] == list(range(1, n_steps + 1))
+    for one, two in zip(found.layers, whole.layers, strict=True):
+        assert one.sensitivity is not None
+        assert one.removals is not None
+        assert_same(one, two)
+    close(found.output_gradient, whole.output_gradient, 0)
+    close(found.token_gradient, whole.token_gradient, 0)
 
 
 def spoilt(checkpoint: Path, target: Path, change: Any) -> Path:

@@ -10,10 +10,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from converter.backward import draw_labels
 from converter.block import AttentionPass, attend, read_attention, read_expert, rms_norm
 from converter.head import read_head
 from converter.model_source import MatrixKey, SourceLayer, block_key, expert_key
-from converter.sensitivity import ModelSensitivity, draw_labels, measure_sensitivity
+from converter.sensitivity import ModelSensitivity, measure_sensitivity
 from converter.statistics import Sensitivity
 from converter.stored_rows import rotation_order
 from converter.stream import Observer, Sequences, run
