@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class Lab:
 
 
 def rivals(lab: Lab, say: Say) -> list[Row]:
-    """llama.cpp's mixes, and ours of the same bytes: stock and native, the latter with feedback as well."""
+    """llama.cpp's mixes, and ours of the same bytes: stock and native, each with feedback as well."""
     whole, rows = lab.directory / "whole.gguf", []
     convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
     importance = {
@@ -116,7 +116,7 @@ def rivals(lab: Lab, say: Say) -> list[Row]:
         theirs = lab.judged(path)
         rows.append({"name": f"llama.cpp {name}"} | theirs)
         say(_line(rows[-1]))
-        for kind, feedback in (("stock", False), ("native", False), ("native", True))[: 2 + lab.feedback]:
+        for kind, feedback in product(("stock", "native"), (False, True)[: 1 + lab.feedback]):
             recipe = _sized(kind, theirs["n_bytes"], feedback)
             row = {"name": f"{kind}{', feedback' if feedback else ''} at {name}", "at": name} | lab.ours(recipe)
             rows.append(row | {"kl_vs_llamacpp": theirs["kl"] / row["kl"]})
@@ -159,9 +159,8 @@ def recipes(lab: Lab, say: Say) -> list[Row]:
 def ways(lab: Lab, budget: int) -> Iterator[tuple[str, Recipe | None]]:
     """Ours, and recipes of others that give up as little as meets the budget; None if nothing does."""
     yield "ours", Recipe(target_size=budget)
-    if lab.feedback:
-        yield "ours, feedback", Recipe(target_size=budget, fit=FitRecipe(feedback=True, refit=True))
-    yield "ours, stock", _sized("stock", budget, feedback=False)
+    for kind, feedback in product(("native", "stock"), (False, True)[: 1 + lab.feedback]):
+        yield f"ours, {kind}{', feedback' if feedback else ''}", _sized(kind, budget, feedback)
     mc = StorageRecipe(attention="Q4_K", token="Q4_K", output="Q4_K", candidates=MC_TYPES)
     yield "Mixture Compressor's types", _meeting(lab, budget, [Recipe(target_size=budget, types=mc)])
     four = StorageRecipe(expert="Q4_K", attention="Q4_K", token="Q4_K", output="Q4_K")

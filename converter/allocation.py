@@ -82,7 +82,7 @@ def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -
 
     Raises DoesNotFitError, which says the least that is possible.
     """
-    least = sum(min(option.n_bytes for option in part.options) for part in parts if not _can_go(part, groups))
+    least = least_bytes(parts, groups)
     if least > budget:
         message = f"The smallest that this can become is {least:,} bytes, but the budget leaves {budget:,} for it."
         raise DoesNotFitError(message, required_bytes=least, available_bytes=budget)
@@ -104,6 +104,11 @@ def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -
             break
     chosen = {part.name: part.options[i] for part, i in zip(parts, state.picks, strict=True) if i >= 0}
     return Allocation(chosen, frozenset(group.name for group in gone), sum(group.cost for group in gone))
+
+
+def least_bytes(parts: Sequence[Part], groups: Sequence[Group] = ()) -> int:
+    """What the parts have at least."""
+    return sum(min(option.n_bytes for option in part.options) for part in parts if not _can_go(part, groups))
 
 
 def _can_go(part: Part, groups: Sequence[Group]) -> bool:

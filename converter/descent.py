@@ -7,6 +7,7 @@ import numpy as np
 from converter.model_source import ModelSource
 from converter.slim_plan import SlimPlan
 from offload import file_keys as keys
+from offload.gguf_file import read_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,12 @@ def likely_descent(model: ModelSource, ancestor: ModelSource) -> Descent | None:
 
 def _blocks(model: ModelSource, ancestor: ModelSource) -> tuple[int, ...] | None:
     """The ancestor's blocks that the model's are made of."""
-    n_layer, said = len(ancestor.layers), model.metadata.get(keys.SOURCE_BLOCKS)
+    n_layer = len(ancestor.layers)
     if len(model.layers) == n_layer:
         return tuple(range(n_layer))
-    if said is None or model.metadata.get(keys.SOURCE_HASH) != ancestor.source_hash:
+    metadata = read_gguf(model.path).metadata if model.path.is_file() else {}
+    said = metadata.get(keys.SOURCE_BLOCKS)
+    if said is None or metadata.get(keys.SOURCE_HASH) != ancestor.source_hash:
         return None
     blocks = tuple(int(block) for block in np.asarray(said))
     is_sound = len(blocks) == len(model.layers) and list(blocks) == sorted(set(blocks) & set(range(n_layer)))

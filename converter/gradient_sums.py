@@ -111,7 +111,7 @@ class RemovalSums:
         """Half the means over `count` tokens."""
         halves = {name: value / (2 * count) for name, value in self._sums.items()}
         skip, novice = ((sums / (2 * count)).numpy() for sums in (self._skip, self._novice))
-        return Removals(**halves, skip=skip, novice=novice)
+        return Removals(**halves, skipped=skip, novice=novice)
 
     def _add(self, name: str, along: Tensor) -> None:
         self._sums[name] += float(along.double().square().sum())

@@ -254,5 +254,4 @@ def _metadata(
         keys.SLIMOE_VERSION: version("slimoe"),
         keys.SOURCE_HASH: model.source_hash,
     }
-    carried = {key: value for key, value in model.metadata.items() if key not in keys.DESCENT}
-    return general | spec.metadata() | carried | dict(given.metadata if given else {})
+    return general | spec.metadata() | dict(model.metadata) | dict(given.metadata if given else {})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as Type
 
-from converter.allocation import Allocation, allocate
+from converter.allocation import Allocation, allocate, least_bytes
 from converter.model_source import ModelSource
 from converter.recipe import Recipe
 from converter.slim_layout import PlanSize
@@ -90,10 +90,10 @@ class TypeAllocator:
 
         Raises DoesNotFitError, which says the least that is possible.
         """
-        goal = budget
+        goal, step = budget, max(1, budget // _NEAR)
         while (best := self._near(plan, goal, budget)) is None:
-            # Alignment goes up and down with what is chosen: the goal falls until the file fits.
-            goal -= max(1, budget // _NEAR)
+            # Alignment and the header go up and down with what is chosen: the goal falls until the file fits.
+            goal, step = goal - step, 2 * step
         return best
 
     def _near(self, plan: SlimPlan, goal: int, budget: int) -> tuple[SlimPlan, Allocation] | None:
@@ -113,13 +113,17 @@ class TypeAllocator:
             room += goal - n_bytes
         return best
 
+    def smallest(self, plan: SlimPlan) -> SlimPlan:
+        """The plan with the fewest bytes."""
+        return self.typed(plan, allocate(self.parts, least_bytes(self.parts, self._groups), self._groups))
+
     def _least(self, error: DoesNotFitError, plan: SlimPlan, goal: int, budget: int) -> tuple[SlimPlan, Allocation]:
         """The smallest of all, if it fits."""
         assert error.required_bytes is not None
         found = allocate(self.parts, error.required_bytes, self._groups)
         typed = self.typed(plan, found)
         least = self.size.of(typed)
-        if least <= goal:
+        if least <= budget:
             return typed, found
         raise too_large(least, budget) from None
 

@@ -165,14 +165,14 @@ class Removals:
     """What leaving parts of the layer out costs in nats of KL divergence per token, to second order.
 
     Half the mean square of the gradient along that which goes, so that it counts in which directions the model listens,
-    as `Sensitivity` cannot. `attention`, `ffn` and `block` as a whole. For stored experts [E]: `skip`, where its picks
-    are skipped and the token's other shares grow, and `novice`, where the best constant answers in its place.
+    as `Sensitivity` cannot. `attention`, `ffn` and `block` as a whole. For stored experts [E]: `skipped`, where its
+    picks are skipped and the token's other shares grow, and `novice`, where the best constant answers in its place.
     """
 
     attention: float
     ffn: float
     block: float
-    skip: Double
+    skipped: Double
     novice: Double
 
 

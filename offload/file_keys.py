@@ -23,7 +23,6 @@ SOURCE_HASH = "slimoe.source.sha256"
 files alone), in name order, and of the first 4096 bytes of every tensor."""
 SOURCE_BLOCKS = "slimoe.source.blocks"
 """i32: for each block the one of that model which it was made of; absent if it is the one of the same number."""
-DESCENT = (SOURCE_HASH, SOURCE_BLOCKS)
 CALIBRATION_HASH = "slimoe.calibration.sha256"
 CALIBRATION_TOKENS = "slimoe.calibration.tokens"
 """The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""

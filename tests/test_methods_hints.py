@@ -280,7 +280,7 @@ def test_errors_are_those_that_were_measured(layer: LayerStatistics, sketch: Lay
     """Of all experts; when some are dropped, others are picked where they were not."""
     assert layer.removals is not None
     hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
-    np.testing.assert_allclose(hints.skip_error or (), layer.removals.skip, rtol=1e-6)
+    np.testing.assert_allclose(hints.skip_error or (), layer.removals.skipped, rtol=1e-6)
     np.testing.assert_allclose(hints.fallback_error or (), layer.removals.novice, rtol=1e-6)
     fewer = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch)
     unmeasured = hints_for(replace(layer, removals=None), redirect(EVERY, (0, 2, 4)), sketch)

@@ -328,7 +328,7 @@ def test_giving_up_experts_costs_half_the_squared_slope_towards_it() -> None:
             left[expert] = 0
             change = (left / left.sum() - shares[token]) @ answers[token]
             skip[expert] += float(by_y[token] @ change) ** 2
-    np.testing.assert_allclose(measured.skip, skip / 60, rtol=1e-3)
+    np.testing.assert_allclose(measured.skipped, skip / 60, rtol=1e-3)
     np.testing.assert_allclose(measured.novice, novice / 60, rtol=1e-3, atol=1e-9)
 
 

@@ -94,7 +94,7 @@ def _skip_rates(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketc
     outputs, n_others = outputs_of(layer), router_of(layer).rank_count.shape[1] - 1
     if layer.removals is not None and len(survivors.rows) == router_of(layer).rank_count.shape[0]:
         # All rows are left, so that tokens pick as they did when it was measured.
-        return _ratio(layer.removals.skip * max(1, routed_tokens(layer)), outputs.share_square)
+        return _ratio(layer.removals.skipped * max(1, routed_tokens(layer)), outputs.share_square)
     rates = _ratio(outputs.share_square_norm_square, outputs.share_square)
     if n_others and outputs.n_pick.any():
         # In f's place comes the mean of the token's other experts, taken for orthogonal to it and to each other.
