@@ -4,6 +4,7 @@ import builtins
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
 
 from converter.convert import ConvertOptions, convert
@@ -24,6 +24,15 @@ from offload.errors import LibraryError, ModelFileError, SlimoeError, Unsupporte
 from tests.gguf_content import Array
 from tests.test_convert import PROMPT, llama_logits
 from tests.tiny_checkpoint import TinyConfig, save_checkpoint
+
+
+@cache
+def functional() -> Any:
+    """Takes seconds to load, which processes that run other tests do without."""
+    from bitsandbytes import functional
+
+    return functional
+
 
 WEIGHTS = "model.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
@@ -63,8 +72,8 @@ def decoded(linear: Any) -> Array:
     """The weights of one of transformers' quantised layers, by bitsandbytes."""
     weight = linear.weight
     if weight.dtype is torch.int8:
-        return np.asarray(functional.int8_vectorwise_dequant(weight.data, weight.SCB))
-    return np.asarray(functional.dequantize_4bit(weight.data, weight.quant_state).float())
+        return np.asarray(functional().int8_vectorwise_dequant(weight.data, weight.SCB))
+    return np.asarray(functional().dequantize_4bit(weight.data, weight.quant_state).float())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +123,7 @@ def test_llama_cpp_computes_what_transformers_does_of_these_weights(
 
 def naively_decoded(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """What the 4 bits mean: bitsandbytes' own CPU kernel is wrong for rows that are no multiples of its blocks."""
-    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales = functional().dequantize_blockwise(state.absmax, state.state2) + state.offset
     numbers = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
     return (state.code[numbers] * scales.repeat_interleave(state.blocksize)[: len(numbers)]).view(state.shape)
 
@@ -127,9 +136,11 @@ def quantise_experts(source: Path, target: Path, kind: str) -> None:
         if ".experts." not in name and not name.endswith("block_sparse_moe.gate.weight"):
             tensors[name] = value
         elif kind == "int8":
-            tensors[name], tensors[name.replace(".weight", ".SCB")], _ = functional.int8_vectorwise_quant(value.half())
+            tensors[name], tensors[name.replace(".weight", ".SCB")], _ = functional().int8_vectorwise_quant(
+                value.half()
+            )
         else:
-            packed, state = functional.quantize_4bit(value, quant_type=kind, compress_statistics=True)
+            packed, state = functional().quantize_4bit(value, quant_type=kind, compress_statistics=True)
             tensors[name] = packed
             tensors |= {f"{name}.{part}": one for part, one in state.as_dict(packed=True).items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, target / WEIGHTS)
@@ -146,9 +157,9 @@ def test_experts_and_routers_one_by_one(tmp_path: Path, moe_checkpoint: Path, ki
     for expert in (0, 5):
         value = original[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"]
         if kind == "int8":
-            expected = functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(value.half())[:2])
+            expected = functional().int8_vectorwise_dequant(*functional().int8_vectorwise_quant(value.half())[:2])
         else:
-            expected = naively_decoded(*functional.quantize_4bit(value, quant_type=kind, compress_statistics=True))
+            expected = naively_decoded(*functional().quantize_4bit(value, quant_type=kind, compress_statistics=True))
         np.testing.assert_array_equal(source.read(expert_key(1, "down", expert)), np.asarray(expected))
     router = original["model.layers.0.block_sparse_moe.gate.weight"].numpy()
     np.testing.assert_allclose(source.read(block_key(0, "ffn_gate_inp")), router, atol=0.2 * abs(router).max())

@@ -104,7 +104,8 @@ def test_feedback_is_textbook_gptq(kind: Type) -> None:
 
 @pytest.mark.parametrize("kind", TRIED, ids=names)
 def test_the_loss_falls_and_the_blocks_hold_the_values(kind: Type) -> None:
-    n_columns = 512 if GGML_QUANT_SIZES[kind][0] == 256 else 160
+    # Two blocks of columns in two of the types, as nothing between blocks depends on the type.
+    n_columns = 512 if kind in (Type.Q2_K, Type.IQ2_XXS) else 256 if GGML_QUANT_SIZES[kind][0] == 256 else 160
     x, w = inputs(n_columns), weights(4, n_columns)
     hessian = x.T @ x
     plain = dequantize_rows(quantize_rows(w, kind, hessian.diagonal().copy()), kind, n_columns)
@@ -146,10 +147,10 @@ def test_widths_of_whole_blocks_suffice(kind: Type, n_columns: int) -> None:
 
 
 def test_threads_share_rows_out_in_their_order() -> None:
-    x, w = inputs(256), weights(200, 256)
+    x, w = inputs(128), weights(192, 128)
     hessian = x.T @ x
-    alone, shared = (quantize_with_feedback(w, hessian, Type.Q3_K, n_threads=n) for n in (1, 3))
-    np.testing.assert_allclose(dequantize_rows(shared[0], Type.Q3_K, 256), shared[1], atol=1e-5)
+    alone, shared = (quantize_with_feedback(w, hessian, Type.Q4_0, n_threads=n) for n in (1, 3))
+    np.testing.assert_allclose(dequantize_rows(shared[0], Type.Q4_0, 128), shared[1], atol=1e-5)
     # Sums of products of other sizes are rounded otherwise, which turns a choice now and then.
     assert np.mean(alone[0] == shared[0]) > 0.98
     assert loss(w - shared[1], x) == pytest.approx(loss(w - alone[1], x), rel=1e-2)

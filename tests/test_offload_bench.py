@@ -1,7 +1,5 @@
 """The bench of models larger than their memory: its figures by hand, its children, its mistakes."""
 
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from bench.cgroup import NoControlGroupError, Usage, smallest_check
 from bench.disk_speed import DiskSpeed, disk_speed
@@ -16,7 +15,7 @@ from bench.engine_changes import changed, parse_changes
 from bench.limited_runs import Limit, Plan, Run, Runs, run_contender
 from bench.lone_plan import Expected
 from bench.lone_run import OURS, Job, Outcome, carry_out
-from bench.offload import expert_matrix_bytes, limits_for, opened
+from bench.offload import expert_matrix_bytes, limits_for, main, opened
 from bench.offload_report import as_json
 from bench.random_model import SHAPES, write_random_model
 from bench.random_pair import write_random_pair
@@ -217,10 +216,9 @@ def test_the_disk_is_timed_on_whole_pages(tmp_path: Path) -> None:
     "arguments", [["--model", "missing.gguf"], ["--model", "smoke", "--ratio", "-1"], ["--engine", "polcy=lru"]]
 )
 def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "bench.offload", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode in (2, 3)
-    assert "Traceback" not in done.stderr
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (2, 3)
+    assert isinstance(done.exception, SystemExit)
     assert done.stdout == ""
 
 

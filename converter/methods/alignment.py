@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from converter.methods.expert_matrices import ExpertMatrices, Int, Single
 
@@ -25,6 +24,9 @@ def align(reference: ExpertMatrices, other: ExpertMatrices, n_exact: int = N_EXA
 
     Beside the experts it holds the products of at most `n_exact` neurons squared, or of 512 with all of them.
     """
+    # It takes a second to load, and most plans align nothing.
+    from scipy.optimize import linear_sum_assignment
+
     assert reference.gate.shape == other.gate.shape
     order = np.full(reference.n_ff, -1, np.int64)
     free = np.arange(reference.n_ff)

@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
 
 from converter.methods.expert_groups import ExpertGroups, weighted_groups
 from converter.statistics import OutputSums
@@ -41,6 +40,9 @@ def merge_by_output(outputs: OutputSums, n_keep: int, metric: Metric = "euclidea
 
 def _tree(means: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
     """scipy's list of merges; directions are taken by hand, as an expert of zeros has none."""
+    # It takes a second to load, and most plans merge nothing.
+    from scipy.cluster.hierarchy import linkage
+
     if metric == "cosine":
         means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
         tree: NDArray[np.float64] = linkage(means, "average", "sqeuclidean")  # twice the distance by cosine
