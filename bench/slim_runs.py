@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from bench import lone_run
 from bench.limited_runs import BenchChildError, run_contender
-from bench.lone_run import OURS, Job, Outcome
+from bench.lone_run import OURS, Outcome
 from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import Shape
 from bench.slim_projection import Calibrated, Density, Weights
-from bench.slim_step import CalibrationJob, ConversionJob, SlimmingJob, Taken, run_step
+from bench.slim_step import CalibrationJob, ConversionJob, Job, SlimmingJob, Taken, run_here, run_step
 from bench.stepping import random_tokens
 from converter.calibration_text import DEFAULT_LENGTH
 from converter.recipe import FitRecipe, Recipe, StorageRecipe
@@ -35,7 +36,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is made and measured; all files lie in `directory`. `types` are chosen from, `priced` are priced."""
+    """What is made and measured; all files lie in `directory`. `types` are chosen from, `priced` are priced.
+
+    Each step is `alone` in a process, or all are in this one, where peaks of memory mean nothing.
+    """
 
     directory: Path
     shape: Shape
@@ -48,6 +52,7 @@ class Plan:
     n_decode: int
     n_rounds: int
     n_threads: int
+    alone: bool = True
 
     @property
     def checkpoint(self) -> Path:
@@ -145,15 +150,19 @@ def calibrated(plan: Plan, name: str, n_tokens: int) -> Calibrated:
         n_sketch,
         plan.n_threads,
     )
-    return Calibrated(plan.shape, n_tokens, n_sensitivity, n_sketch, run_step(job))
+    return Calibrated(plan.shape, n_tokens, n_sensitivity, n_sketch, _run(plan, job))
 
 
 def made(plan: Plan, name: str) -> Taken:
     """Makes a file."""
     source, target = str(plan.checkpoint), str(plan.file(name))
     if name not in SLIM:
-        return run_step(ConversionJob(source, target, name, plan.n_threads))
-    return run_step(SlimmingJob(source, target, recipe_text(plan.recipe(name)), str(plan.statistics), plan.n_threads))
+        return _run(plan, ConversionJob(source, target, name, plan.n_threads))
+    return _run(plan, SlimmingJob(source, target, recipe_text(plan.recipe(name)), str(plan.statistics), plan.n_threads))
+
+
+def _run(plan: Plan, job: Job) -> Taken:
+    return run_step(job) if plan.alone else run_here(job)
 
 
 def decode(plan: Plan, report: Report, say: Say) -> None:
@@ -165,7 +174,7 @@ def decode(plan: Plan, report: Report, say: Say) -> None:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             say(f"decoding, round {number + 1} of {plan.n_rounds}: {name}")
-            run = run_contender(Job(OURS, str(plan.file(name)), plan.n_threads, prompt, steps, _WARM), None)
+            run = run_contender(lone_run.Job(OURS, str(plan.file(name)), plan.n_threads, prompt, steps, _WARM), None)
             if run.outcome is None:
                 raise BenchChildError(f"{name} could not be decoded: {run.failure}.")
             report.rounds.setdefault(name, []).append(run.outcome)

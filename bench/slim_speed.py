@@ -46,7 +46,7 @@ def smallest(plan: Plan) -> Plan:
     """The same in seconds, with one slimmed file and types that are quick to make."""
     slim, types = ("native",) if "native" in plan.slim else plan.slim[:1], ("Q3_K", "Q6_K")
     plan = replace(plan, shape=SHAPES["smoke"], slim=slim, types=types, priced=types, bits=4.0)
-    return replace(plan, n_tokens=64, n_decode=4, n_rounds=1, n_threads=1)
+    return replace(plan, n_tokens=64, n_decode=4, n_rounds=1, n_threads=1, alone=False)
 
 
 @click.command()

@@ -186,27 +186,35 @@ STEPS: dict[str, tuple[type[Any], Callable[[Any, Laps], dict[str, int]]]] = {
 
 def run_step(job: Job) -> Taken:
     """Carries out a job in a process of its own; raises StepFailedError."""
-    step = next(name for name, (kind, _) in STEPS.items() if isinstance(job, kind))
-    command = [sys.executable, "-m", "bench.slim_step", step]
+    command = [sys.executable, "-m", "bench.slim_step", _name(job)]
     done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise StepFailedError(f"The step {step} of {Path(job.target).name} failed: {why}")
+        raise StepFailedError(f"The step {_name(job)} of {Path(job.target).name} failed: {why}")
     return Taken(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_here(job: Job) -> Taken:
+    """Carries out a job in this process, whose peak of memory is then everything's; raises as the step does."""
+    laps = Laps()
+    bytes_by_type = STEPS[_name(job)][1](job, laps)
+    laps.now("")
+    return Taken(laps.parts, peak_resident_bytes(), Path(job.target).stat().st_size, bytes_by_type)
+
+
+def _name(job: Job) -> str:
+    return next(name for name, (kind, _) in STEPS.items() if isinstance(job, kind))
 
 
 def main() -> None:
     """Carries out the job on stdin; exits as the `slimoe` command does."""
-    kind, step = STEPS[sys.argv[1]]
-    job, laps = kind(**json.load(sys.stdin)), Laps()
+    job: Job = STEPS[sys.argv[1]][0](**json.load(sys.stdin))
     try:
-        bytes_by_type = step(job, laps)
+        taken = run_here(job)
     except SlimoeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    laps.now("")
-    n_bytes = Path(job.target).stat().st_size
-    print(json.dumps(asdict(Taken(laps.parts, peak_resident_bytes(), n_bytes, bytes_by_type))))
+    print(json.dumps(asdict(taken)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bench.slim_projection import (
     decoding_of,
 )
 from bench.slim_speed import main
-from bench.slim_step import Laps, Taken
+from bench.slim_step import ConversionJob, Laps, StepFailedError, Taken, run_step
 
 SHAPE = replace(SHAPES["smoke"], n_layer=3)
 
@@ -140,3 +140,14 @@ def test_unknown_types_are_answered_in_a_sentence() -> None:
     done = CliRunner().invoke(main, ["--types", "Q2_K,Q9_K", "--smoke"])
     assert done.exit_code == 2
     assert "'Q9_K' is no type to choose from" in done.output
+
+
+def test_a_step_alone_says_what_it_took_or_why_it_failed(moe_checkpoint: Path, tmp_path: Path) -> None:
+    job = ConversionJob(str(moe_checkpoint), str(tmp_path / "a.gguf"), "Q8_0", 1)
+    taken = run_step(job)
+    assert taken.n_bytes == (tmp_path / "a.gguf").stat().st_size
+    assert taken.seconds > 0
+    assert taken.peak_resident > 1 << 20
+    assert set(taken.bytes_by_type) == {"Q8_0", "F32"}
+    with pytest.raises(StepFailedError, match=r"The step convert of a\.gguf failed: .*exists"):
+        run_step(job)
