@@ -45,11 +45,7 @@ def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
     if recipe.types.expert is None and recipe.types.candidates:
         kinds = [Type[name] for name in recipe.types.candidates]
     else:
-        kinds = [
-            find_recipe(recipe.types.expert or _DEFAULT_TYPE).type_of(
-                "blk.0.ffn_down_exps.weight", 1, moe=True, tied=False
-            )
-        ]
+        kinds = [find_recipe(recipe.types.expert or _DEFAULT_TYPE).base]
     block = min(int(GGML_QUANT_SIZES[kind][0]) for kind in kinds)
     if width % block == 0 or source.spec.n_ff % block:
         return
