@@ -101,10 +101,10 @@ def _open_model(config: RivalConfig) -> ctypes.c_void_p:
     params = llama.llama_model_default_params()
     params.use_extra_bufts = config.extra_buffers
     params.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(str(config.model).encode(), params)
+    model: ctypes.c_void_p | None = llama.llama_model_load_from_file(str(config.model).encode(), params)
     if not model:
         raise ModelFileError(config.model, "llama.cpp cannot load this file.", "Compare on a stock GGUF file.")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _open_context(model: ctypes.c_void_p, config: RivalConfig, watch: EvalCallback) -> ctypes.c_void_p:
@@ -114,9 +114,9 @@ def _open_context(model: ctypes.c_void_p, config: RivalConfig, watch: EvalCallba
     params.n_batch = params.n_ubatch = N_BATCH
     params.n_threads = params.n_threads_batch = config.n_threads
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
-    context = llama.llama_init_from_model(model, params)
+    context: ctypes.c_void_p | None = llama.llama_init_from_model(model, params)
     assert context, "llama.cpp made no context"
-    return context  # type: ignore[no-any-return]
+    return context
 
 
 def _attach_threads(context: ctypes.c_void_p, n_threads: int) -> int:

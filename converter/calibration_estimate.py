@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -86,7 +87,7 @@ def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:
     total = 0.0
     for kind in kinds:
         quantize_rows(rows[:1], kind, importance)
-        seconds, _ = _timed(lambda kind=kind: quantize_rows(rows, kind, importance))  # type: ignore[misc]
+        seconds, _ = _timed(partial(quantize_rows, rows, kind, importance))
         total += seconds
     return total / float(rows.size)
 

@@ -30,19 +30,19 @@ _NEVER_WITHOUT_IMPORTANCE = tuple(
 
 
 @c_function(_CPU)
-def ggml_cpu_fp16_to_fp32(source: Ptr, target: Ptr, n: I64) -> None: ...  # noqa: D103
+def ggml_cpu_fp16_to_fp32(source: Ptr, target: Ptr, n: I64) -> None: ...  # noqa: D103 (ggml's)
 
 
 @c_function(_CPU)
-def ggml_cpu_bf16_to_fp32(source: Ptr, target: Ptr, n: I64) -> None: ...  # noqa: D103
+def ggml_cpu_bf16_to_fp32(source: Ptr, target: Ptr, n: I64) -> None: ...  # noqa: D103 (ggml's)
 
 
 @c_function(_BASE)
-def ggml_validate_row_data(kind: I32, data: Ptr, n_bytes: Size) -> Bool: ...  # noqa: D103
+def ggml_validate_row_data(kind: I32, data: Ptr, n_bytes: Size) -> Bool: ...  # noqa: D103 (ggml's)
 
 
 @c_function(_BASE)
-def ggml_get_type_traits(kind: I32) -> Ptr: ...  # noqa: D103
+def ggml_get_type_traits(kind: I32) -> Ptr: ...  # noqa: D103 (ggml's)
 
 
 class _TypeTraits(ctypes.Structure):

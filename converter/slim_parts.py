@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from converter.allocation import Group, Option, Part
 from converter.methods.attention_drop import attention_removals
 from converter.methods.layer_drop import layer_removals
+from converter.methods.novices import novice_costs
 from converter.model_source import MatrixKey, ModelSource, block_key, expert_key
 from converter.recipe import Recipe
 from converter.slim_layer import matrix_width
@@ -161,11 +162,12 @@ class SlimParts:
 
     def _replaceable(self, layer: LayerPlan) -> dict[int, float]:
         """Experts that may become constants, and what that costs: all but as many as a token picks."""
-        removals = self._statistics.layers[layer.block].removals
-        if removals is None or any(target < 0 for target in layer.target):
+        one = self._statistics.layers[layer.block]
+        if one.removals is None or one.outputs is None or any(target < 0 for target in layer.target):
             return {}
+        costs = novice_costs(one)
         prices = {
-            number: float(removals.novice[expert.members[0]])
+            number: float(costs[expert.members[0]])
             for number, expert in enumerate(layer.experts)
             if len(expert.members) == 1
         }

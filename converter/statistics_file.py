@@ -119,7 +119,7 @@ def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def to_arrays(value: object, prefix: str = "") -> Arrays:
     """The arrays of a dataclass of arrays, numbers, tuples of names and further dataclasses, without what is None."""
     arrays: Arrays = {}
-    for field in fields(value):  # type: ignore[arg-type]
+    for field in fields(value):  # type: ignore[arg-type]  # any dataclass
         item = getattr(value, field.name)
         name = prefix + field.name
         if isinstance(item, np.ndarray):
@@ -177,7 +177,7 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         raise StatisticsError(path, "this is a directory.", "Name a file that `slimoe calibrate` wrote.")
     try:
         with safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
         raise StatisticsError(path, "there is no such file.") from None
     except OSError as error:

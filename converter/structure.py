@@ -19,7 +19,7 @@ from converter.methods.layer_weight import layer_weight
 from converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
 from converter.methods.msmoe import msmoe
 from converter.methods.naee import best_subset
-from converter.methods.novices import novice_vectors
+from converter.methods.novices import novice_costs, novice_vectors
 from converter.methods.removal import Removal, first
 from converter.methods.scores import SCORES
 from converter.methods.sketch_policy import layer_sketch
@@ -171,7 +171,7 @@ class _Builder:
         if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "novice":
-            self.nats += float(layer.removals.novice[list(dropped)].sum())
+            self.nats += float(novice_costs(layer)[list(dropped)].sum())
             return
         sketch = layer_sketch(layer, target, self.source.spec.experts)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)

@@ -73,7 +73,7 @@ class HiddenCollector(Observer):
         self._product = torch.zeros(0, 0)
         self._share_square, self._n_token = 0.0, 0
 
-    def expert(  # noqa: D102
+    def expert(  # noqa: D102 (the Observer's)
         self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor
     ) -> Tensor | None:
         if layer != self.layer:

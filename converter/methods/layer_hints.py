@@ -11,7 +11,7 @@ import numpy as np
 
 from converter.methods.expert_drop import Survivors
 from converter.methods.layer_weight import layer_weight
-from converter.methods.novices import novice_errors, variances
+from converter.methods.novices import novice_costs
 from converter.methods.parts import outputs_of, routed_tokens, router_of
 from converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
 from converter.statistics import Double, Int, LayerStatistics
@@ -92,16 +92,18 @@ def _shares(sketch: LayerSketch, survivors: Survivors) -> Double:
 def _skip_rates(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketch | None) -> Double:
     """Nats per squared share [E] of picks that are skipped, while the token's other shares grow."""
     outputs, n_others = outputs_of(layer), router_of(layer).rank_count.shape[1] - 1
-    if layer.removals is not None and len(survivors.rows) == router_of(layer).rank_count.shape[0]:
-        # All rows are left, so that tokens pick as they did when it was measured.
-        return _ratio(layer.removals.skipped * max(1, routed_tokens(layer)), outputs.share_square)
     rates = _ratio(outputs.share_square_norm_square, outputs.share_square)
     if n_others and outputs.n_pick.any():
         # In f's place comes the mean of the token's other experts, taken for orthogonal to it and to each other.
         rates += outputs.norm_square.sum() / outputs.n_pick.sum() / n_others
     if sketch is not None:
         rates = _sketched_rates(sketch, survivors, rates, np.minimum(outputs.n_pick, _FEWEST_PICKS))
-    return rates * _weights(layer, outputs.output_square.astype(np.float64))
+    rates *= _weights(layer, outputs.output_square.astype(np.float64))
+    if layer.removals is None or len(survivors.rows) < router_of(layer).rank_count.shape[0]:
+        return rates
+    # All rows are left: tokens pick as when it was measured, by fewer of them, which may not have picked every expert.
+    measured = _ratio(layer.removals.skipped * max(1, routed_tokens(layer)), outputs.share_square)
+    return np.where(measured > 0, measured, rates)
 
 
 def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fewest: Int) -> Double:
@@ -120,11 +122,7 @@ def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fe
 
 def _novice_rates(layer: LayerStatistics) -> Double:
     """Nats per squared share [E] of picks for which the expert's constant stands in."""
-    outputs = outputs_of(layer)
-    if layer.removals is not None:
-        return _ratio(layer.removals.novice * max(1, routed_tokens(layer)), outputs.share_square)
-    errors = novice_errors(layer) * max(1, routed_tokens(layer))
-    return _ratio(errors, outputs.share_square) * _weights(layer, variances(outputs))
+    return _ratio(novice_costs(layer) * max(1, routed_tokens(layer)), outputs_of(layer).share_square)
 
 
 def _ratio(errors: Double, squares: Double) -> Double:

@@ -36,11 +36,11 @@ class LayerSampler(Observer):
         self._x: list[Tensor] = []
         self._y: list[Tensor] = []
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:  # noqa: D102
+    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:  # noqa: D102 (the Observer's)
         if layer == self.layer:
             self._x.append(x[self._within(first_row, len(x))].cpu())
 
-    def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:  # noqa: D102
+    def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:  # noqa: D102 (the Observer's)
         if layer == self.layer:
             rows = self._within(first_row, len(middle))
             self._y.append((after[rows] - middle[rows]).cpu())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from converter.methods.layer_weight import layer_weight
 from converter.methods.parts import outputs_of, routed_tokens
 from converter.methods.scores import share
 from converter.statistics import Double, LayerStatistics, OutputSums, Single
@@ -36,6 +37,17 @@ def novice_errors(layer: LayerStatistics) -> Double:
     saved = np.divide(constant, outputs.share_square, out=np.zeros_like(constant), where=outputs.share_square > 0)
     errors: Double = np.maximum(outputs.share_square_norm_square - saved, 0.0) / max(1, routed_tokens(layer))
     return errors
+
+
+def novice_costs(layer: LayerStatistics) -> Double:
+    """Nats per token [E] if each expert alone became its constant; `layer` has sensitivities.
+
+    As measured along the change; by the squared error where that is more or all there is: gradients are those of fewer
+    tokens, which may not have picked every expert. Raises UsageError.
+    """
+    weights = [layer_weight(layer, profile).per_square for profile in variances(outputs_of(layer))]
+    costs: Double = novice_errors(layer) * np.array(weights)
+    return costs if layer.removals is None else np.maximum(costs, layer.removals.novice)
 
 
 def absence_errors(layer: LayerStatistics) -> Double:

@@ -65,7 +65,8 @@ def fit_down(down: Single, covariance: Double, kept: Int) -> Single:
     ridge = _ridge(covariance, _FIT_RIDGE)
     inner[np.diag_indices_from(inner)] += ridge
     wanted = covariance[kept] @ weights.T + ridge * weights[:, kept].T
-    return scipy.linalg.solve(inner, wanted, assume_a="pos").T.astype(np.float32)  # type: ignore[no-any-return]
+    fitted: Double = scipy.linalg.solve(inner, wanted, assume_a="pos").T
+    return fitted.astype(np.float32)
 
 
 def trim_error(down: Single, trimmed: TrimmedExpert, product: NDArray[np.floating]) -> float:
