@@ -1,0 +1,71 @@
+"""JSON and TOML that strangers wrote, decoded into types: the one door for checkpoints, statistics and recipes.
+
+A type is a msgspec Struct, or any other that msgspec knows. Fields that it does not name are skipped, whatever they
+hold; those that it names have its type, or the document is refused with the place and both types. Sizes are limited,
+and so is depth (by Python's limit on recursion), so that no document costs more memory or time than its kind may need.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from offload.errors import ModelFileError
+
+T = TypeVar("T")
+
+MAX_JSON_BYTES = 64 << 20
+"""Vocabularies of 260,000 tokens take some 35 MB."""
+MAX_TOML_BYTES = 16 << 10
+"""Python's TOML parser takes memory with the square of a key's length."""
+
+_AGAIN = "Download the checkpoint again."
+_PLACE = re.compile(r"(?P<message>.*) - at `(?P<place>.*)`", re.DOTALL)
+
+
+class BadDocumentError(ValueError):
+    """A document is too large, no JSON or TOML, or holds another type somewhere; the message says which and where."""
+
+
+def decode_json(data: bytes, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
+    """JSON as `kind`; raises BadDocumentError."""
+    return _decode(lambda: msgspec.json.decode(data, type=kind), "JSON", len(data), max_bytes)
+
+
+def decode_toml(data: bytes, kind: type[T], max_bytes: int = MAX_TOML_BYTES) -> T:
+    """TOML as `kind`; raises BadDocumentError."""
+    return _decode(lambda: msgspec.toml.decode(data, type=kind), "TOML", len(data), max_bytes)
+
+
+def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
+    """A JSON file of a checkpoint as `kind`; raises ModelFileError."""
+    try:
+        with path.open("rb") as file:
+            return decode_json(file.read(max_bytes + 1), kind, max_bytes)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+    except BadDocumentError as error:
+        raise ModelFileError(path, f"{error}.", _AGAIN) from None
+
+
+def _decode(decode: Callable[[], T], language: str, n_bytes: int, max_bytes: int) -> T:
+    if n_bytes > max_bytes:
+        raise BadDocumentError(f"this is larger than {max_bytes:,} bytes, the most that is read of such a file")
+    try:
+        return decode()
+    except msgspec.ValidationError as error:
+        raise BadDocumentError(_with_place(str(error))) from None
+    except RecursionError:
+        raise BadDocumentError(f"this is {language} that is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadDocumentError(f"this is not readable as {language} ({error})") from None
+
+
+def _with_place(message: str) -> str:
+    """msgspec's words with the place in front: "rms_norm_eps: expected float, got array"."""
+    match = _PLACE.fullmatch(message)
+    text, place = (match["message"], match["place"]) if match else (message, "$")
+    text = text.replace("`", "")
+    return f"{place.removeprefix('$').removeprefix('.') or 'the whole of it'}: {text[:1].lower()}{text[1:]}"
