@@ -26,9 +26,9 @@ from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import SHAPES
 from converter.convert import ConvertOptions, convert
 from converter.type_recipe import find_recipe
-from offload.backend import default_threads
 from offload.errors import SlimoeError
 from offload.gguf_file import read_gguf
+from offload.processors import default_threads
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 ALLOWANCE = 1 << 30

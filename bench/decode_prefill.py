@@ -26,12 +26,12 @@ from bench import machine
 from bench.random_model import SHAPES, random_model_file
 from bench.rival import Rival, RivalConfig
 from bench.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
-from offload.backend import default_threads
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
 from offload.memory import available_bytes
+from offload.processors import default_threads
 
 OURS = "slimoe"
 RIVALS = {"llama.cpp": True, "llama.cpp --no-repack": False}

@@ -30,10 +30,10 @@ from bench.rival import Rival, RivalConfig
 from bench.stepping import kl_divergence, random_tokens
 from converter.convert import ConvertOptions, convert
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
-from offload.backend import default_threads
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import SlimoeError, UsageError
+from offload.processors import default_threads
 
 PROMPTS = ("The river", "In the beginning", "def read(path):", "function add(a, b) {", "[INST] Define a noun. [/INST]")
 SMOKE_TYPES = ("F32", "Q8_0", "Q4_K_M")

@@ -33,11 +33,11 @@ from bench.random_checkpoint import write_random_checkpoint
 from bench.random_model import SHAPES, random_model_file
 from bench.topics import STYLES, TOKENS
 from converter.convert import ConvertOptions, convert
-from offload.backend import default_threads
 from offload.budget import parse_size
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
 from offload.memory import available_bytes
+from offload.processors import default_threads
 
 RATIOS = ("0.9", "1.4", "2")
 N_PROMPT, N_WARM = 64, 16

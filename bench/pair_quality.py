@@ -35,10 +35,10 @@ from bench.topics import natural_tokens
 from converter.convert import ConvertOptions, convert
 from converter.pair import find_pair
 from offload.arena import slot_bytes
-from offload.backend import default_threads
 from offload.engine_plan import EngineConfig, plan_engine
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
+from offload.processors import default_threads
 from offload.tier_plan import slot_classes
 from offload.tokenizer import Tokenizer
 

@@ -25,9 +25,9 @@ from bench.random_model import SHAPES, random_model_file
 from bench.routing import Floats, Picks, Routers, Routing, best, observe
 from bench.topics import STYLES, TOKENS
 from converter.convert import ConvertOptions, convert
-from offload.backend import default_threads
 from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import read_gguf
+from offload.processors import default_threads
 from offload.tokenizer import Tokenizer
 
 AHEAD = (1, 2)

@@ -28,11 +28,11 @@ import click
 from bench import machine
 from bench.random_model import SHAPES, random_model_file
 from bench.stepping import random_tokens
-from offload.backend import default_threads
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from offload.errors import SlimoeError
 from offload.generation import Finished, GenerationRequest, TokenStep
+from offload.processors import default_threads
 from offload.sampling import SamplingParams
 
 N_PROMPT = 16

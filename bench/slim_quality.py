@@ -45,8 +45,8 @@ from converter.slimming import plan_slim, target_bytes
 from converter.statistics import Statistics
 from converter.statistics_file import load_statistics
 from converter.windows import cut_windows
-from offload.backend import default_threads
 from offload.errors import DoesNotFitError, SlimoeError, UsageError
+from offload.processors import default_threads
 from server.text_encoder import TokenizerEncoder
 
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)

@@ -27,8 +27,8 @@ from bench.random_model import SHAPES
 from bench.slim_runs import SLIM, Plan, check_room, measure
 from bench.slim_speed_report import as_json, table
 from converter.type_costs import CANDIDATES
-from offload.backend import default_threads
 from offload.errors import SlimoeError
+from offload.processors import default_threads
 
 _DEFAULT_TYPES = "IQ1_M,IQ2_XXS,Q2_K,Q3_K,Q4_K,Q6_K"
 

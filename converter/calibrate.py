@@ -1,9 +1,7 @@
 """Calibrates a model and keeps what was learnt in a file: the front door of everything that is measured on texts."""
 
-import os
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +30,7 @@ from converter.statistics_file import save_statistics
 from converter.type_errors import type_by_name
 from converter.writer import check_target
 from offload.errors import UsageError
+from offload.processors import usable_processors
 
 OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
 """From a model's path and its metadata to its tokenizer."""
@@ -142,8 +141,7 @@ def settings(device: str = "auto", types: str | None = None, sensitivity: bool =
     if types is not None:
         names = () if types == "none" else tuple(name.strip().upper() for name in types.split(","))
         samples = replace(samples, types=names)
-    n_threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    made = CalibrationSettings(samples=samples, device=choose_device(device), n_threads=n_threads)
+    made = CalibrationSettings(samples=samples, device=choose_device(device), n_threads=usable_processors())
     return replace(made, prices=True) if sensitivity else replace(made, n_sensitivity=0)
 
 

@@ -1,7 +1,5 @@
 """Converts a Hugging Face checkpoint directory or a GGUF file into a GGUF file: the room's front door."""
 
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from converter.given_importance import Fitted
 from converter.plan import ConvertPlan, plan_conversion, plan_pair
 from converter.plan_pieces import plan_pieces
 from converter.writer import Progress, check_target, write_pieces
+from offload.processors import usable_processors
 
 DEFAULT_TYPE = "Q4_K_M"
 """Where nobody names one."""
@@ -67,7 +66,7 @@ def plan(options: ConvertOptions) -> ConvertPlan:
 def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progress) -> ConvertReport:
     """Writes what was planned; raises as `write_pieces` does."""
     begin = time.monotonic()
-    n_threads = options.n_threads or n_cores()
+    n_threads = options.n_threads or usable_processors()
     write_pieces(
         planned.header,
         plan_pieces(planned, n_threads),
@@ -87,11 +86,6 @@ def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progre
         n_copied_bytes=planned.n_copied_bytes,
         fitted=planned.fitted,
     )
-
-
-def n_cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def convert(options: ConvertOptions, on_progress: Progress = lambda _done, _total: None) -> ConvertReport:

@@ -2,14 +2,11 @@
 
 import ctypes
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
@@ -42,22 +39,6 @@ def allocate(buft: int | None, n_bytes: int) -> int:
 
 class EngineAbortedError(Exception):
     """A graph was stopped between two operations because its caller asked for it."""
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use: SMT siblings only get in each other's way in matrix products."""
-    allowed = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
-    physical = psutil.cpu_count(logical=False) or allowed
-    return max(1, min(allowed, physical, _cgroup_cpus() or allowed))
-
-
-def _cgroup_cpus() -> int | None:
-    """Whole CPUs of this control group's quota (cgroup v2 `cpu.max`), None without one."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.backend import CpuBackend, default_threads
+from offload.backend import CpuBackend
 from offload.budget import decide_budget
 from offload.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from offload.devices import choose_devices
@@ -21,6 +21,7 @@ from offload.memory import require, resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
 from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
 from offload.probe import KernelSpeed, measured_speeds
+from offload.processors import default_threads
 from offload.tier_plan import TierPlan, most_logit_rows, plan_tiers, program_bytes, tiered_compute_bytes, widest
 from offload.weight_source import ModelSources, model_sources, without_experts
 

@@ -5,16 +5,14 @@ import ctypes
 import mmap
 import resource
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from offload.control_groups import ControlGroup, control_groups
 from offload.errors import DoesNotFitError
 
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 
@@ -25,19 +23,22 @@ when 16 MiB were left; with 8 MiB left the kernel ended it. These are twice and 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """Where a version of control groups writes the limit and the use of memory, and how it names kinds of use.
+    """Where a version of control groups writes the limits and the use of memory, and how it names kinds of use.
 
     `summed` stands before the fields that count the groups inside as well.
     """
 
-    limit: str
+    limits: tuple[str, ...]
     used: str
     summed: str
     mapped: str
 
 
-_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_", "mapped_file")
-_V2 = _Version("memory.max", "memory.current", "", "file_mapped")
+_VERSIONS = {
+    1: _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_", "mapped_file"),
+    # Beyond memory.high nothing is killed, but processes are slowed down until they have given memory back.
+    2: _Version(("memory.max", "memory.high"), "memory.current", "", "file_mapped"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def holdable_bytes() -> int:
 def _rooms() -> list[_Room]:
     memory = psutil.virtual_memory()
     system = _Room(int(memory.total), int(memory.available), _mapped_bytes(int(memory.total)))
-    rooms = [_room(group, version) for group, version in _groups()]
+    rooms = [_room(group) for group in control_groups("memory")]
     return [system, *(room for room in rooms if room is not None)]
 
 
@@ -95,29 +96,28 @@ def _mapped_bytes(total: int) -> int:
         return total // 16
 
 
-def _groups() -> Iterator[tuple[Path, _Version]]:
-    """Directories of this process's control groups and of those around them, and who wrote the files in them."""
-    inside = {"memory": "", "": ""}
-    with contextlib.suppress(OSError):
-        for line in _MEMBERSHIP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            inside |= {name: path for name in controllers.split(",") if name in inside}
-    for top, name, version in ((_CGROUP, "", _V2), (_CGROUP / "memory", "memory", _V1)):
-        own = top / inside[name].lstrip("/")
-        yield from ((group, version) for group in (own, *own.parents) if group.is_relative_to(top))
-
-
-def _room(group: Path, version: _Version) -> _Room | None:
+def _room(group: ControlGroup) -> _Room | None:
+    """A group's room, None where it sets no limit."""
+    version = _VERSIONS[group.version]
+    limits = [limit for name in version.limits if (limit := _limit(group.path / name)) is not None]
     try:
-        limit = int((group / version.limit).read_text())  # says max where there is none
-        used = int((group / version.used).read_text())
-        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group.path / version.used).read_text())
+        fields = dict(line.split() for line in (group.path / "memory.stat").read_text().splitlines())
         names = ("inactive_file", "active_file", version.mapped)
         inactive, active, mapped = (int(fields.get(version.summed + name, fields.get(name, 0))) for name in names)
     except (OSError, ValueError):
         return None
+    if not limits:
+        return None
     # Clean page cache counts as used there, but is given back on demand.
-    return _Room(limit, max(0, limit - used + inactive + active), mapped)
+    return _Room(min(limits), max(0, min(limits) - used + inactive + active), mapped)
+
+
+def _limit(path: Path) -> int | None:
+    try:
+        return int(path.read_text())  # says max where there is none
+    except (OSError, ValueError):
+        return None
 
 
 def advise_huge_pages(address: int, n_bytes: int) -> None:

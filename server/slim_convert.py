@@ -8,13 +8,13 @@ from typing import Any
 import click
 import msgspec
 
-from converter.convert import n_cores
 from converter.fit_choice import chosen_fit
 from converter.open_source import model_files
 from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from offload.errors import UsageError
+from offload.processors import usable_processors
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
 from server.judging_options import judging_options
@@ -68,7 +68,7 @@ def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
         raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
     if values["type_name"]:
         options = with_type(options, values["type_name"])
-    work = plan_work(model, options, n_threads or n_cores())
+    work = plan_work(model, options, n_threads or usable_processors())
     click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
 
 

@@ -11,7 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "offload", "converter", "bench", "tests")
 SHARED_LEAVES = {"byte_size", "errors", "file_keys", "gguf_file", "library", "metadata_keys", "model_spec", "rope_spec"}
-SHARED_LEAVES |= {"ggml", "ggml_struct", "native_format", "native_layout", "weight_source"}
+SHARED_LEAVES |= {
+    "ggml",
+    "ggml_struct",
+    "native_format",
+    "native_layout",
+    "weight_source",
+    "processors",
+    "control_groups",
+}
 MAY_IMPORT = {
     "offload": {"offload"},
     "converter": {"converter", "offload"},

@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from offload import memory
+from offload import control_groups, memory
 from offload.errors import DoesNotFitError
 from offload.memory import (
     LEFT_FREE_BYTES,
@@ -26,9 +26,11 @@ LITTLE = 1 << 20
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A control group's directory without files, in place of the system's."""
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "membership")
+    """Where control groups of both kinds are mounted in place of the system's, without files."""
+    mounts = [(tmp_path, "cgroup2 cgroup2 rw"), (tmp_path / "memory", "cgroup cgroup rw,memory")]
+    mountinfo = "".join(f"31 22 0:28 / {point} rw,nosuid shared:4 - {kind}\n" for point, kind in mounts)
+    write(tmp_path, {"proc/mountinfo": mountinfo, "proc/cgroup": "4:memory:/\n0::/\n"})
+    monkeypatch.setattr(control_groups, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     return tmp_path
 
@@ -74,13 +76,23 @@ def test_no_limit_and_unreadable_limits(cgroup: Path, limit: str) -> None:
 @pytest.mark.parametrize(("limits", "expected"), [((4, 2, 3), 1), ((2, 4, 3), 1), ((3, "max", 3), 2)])
 def test_the_tightest_of_the_groups_around_decides(cgroup: Path, limits: tuple[int | str, ...], expected: int) -> None:
     """A service's own limit stands in its own directory, not at the top."""
-    write(cgroup, {"membership": "1:name=x:/elsewhere\n0::/user.slice/slimoe.scope\n"})
+    write(cgroup, {"proc/cgroup": "1:name=x:/elsewhere\n0::/user.slice/slimoe.scope\n"})
     (cgroup / "user.slice/slimoe.scope").mkdir(parents=True)
     for group, limit in zip(("", "user.slice/", "user.slice/slimoe.scope/"), limits, strict=True):
         maximum = limit if limit == "max" else int(limit) * LITTLE
         write(cgroup, {f"{group}memory.max": f"{maximum}", f"{group}memory.current": f"{LITTLE}"})
         write(cgroup, {f"{group}memory.stat": ""})
     assert available_bytes() == expected * LITTLE
+
+
+def test_where_processes_are_slowed_down_is_a_limit_too(cgroup: Path) -> None:
+    files = {"memory.high": f"{2 * LITTLE}\n", "memory.current": f"{LITTLE}\n", "memory.stat": ""}
+    write(cgroup, {**files, "memory.max": "max\n"})
+    assert (available_bytes(), memory_limit_bytes()) == (LITTLE, 2 * LITTLE)
+    write(cgroup, {"memory.max": f"{3 * LITTLE}\n"})
+    assert memory_limit_bytes() == 2 * LITTLE
+    write(cgroup, {"memory.high": "max\n"})
+    assert memory_limit_bytes() == 3 * LITTLE
 
 
 def older(group: str, limit: int, used: int, stat: str = "") -> dict[str, str]:
@@ -101,7 +113,7 @@ def test_the_older_kind_of_control_group(cgroup: Path) -> None:
 @pytest.mark.parametrize(("limits", "expected"), [((4, 2, 3), 1), ((2, 4, 3), 1), ((3, 1 << 42, 3), 2)])
 def test_the_older_kind_inside_others(cgroup: Path, limits: tuple[int, ...], expected: int) -> None:
     """The limit of a batch system's job stands some directories below the top."""
-    write(cgroup, {"membership": "9:name=systemd:/\n4:cpuset,memory:/slurm/job_1\n0::/\n"})
+    write(cgroup, {"proc/cgroup": "9:name=systemd:/\n4:cpuset,memory:/slurm/job_1\n0::/\n"})
     for group, limit in zip(("", "/slurm", "/slurm/job_1"), limits, strict=True):
         write(cgroup, older(group, limit * LITTLE, LITTLE))
     write(cgroup, older("/slurm/job_2", 1, 1))
@@ -111,7 +123,7 @@ def test_the_older_kind_inside_others(cgroup: Path, limits: tuple[int, ...], exp
 
 def test_a_path_that_is_not_mounted_here(cgroup: Path) -> None:
     """A container sees its own group at the top, but may read its path outside."""
-    write(cgroup, {"membership": "4:memory:/docker/0123abcd\n0::/docker/0123abcd\n"} | older("", 5 * LITTLE, LITTLE))
+    write(cgroup, {"proc/cgroup": "4:memory:/docker/0123abcd\n0::/docker/0123abcd\n"} | older("", 5 * LITTLE, LITTLE))
     assert available_bytes() == 4 * LITTLE
 
 

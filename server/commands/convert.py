@@ -9,10 +9,11 @@ import click
 import msgspec
 
 from converter import convert as conversion
-from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport, n_cores
+from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport
 from converter.given_importance import Fitted
 from converter.plan import ConvertPlan
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
+from offload.processors import usable_processors
 from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags
@@ -65,7 +66,9 @@ def command(values: Mapping[str, Any]) -> None:
         check_installed("Slimming", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
         from server.slim_convert import convert_slim
 
-        convert_slim(values, with_type(slim, type_name) if type_name else slim, values["threads"] or n_cores())
+        convert_slim(
+            values, with_type(slim, type_name) if type_name else slim, values["threads"] or usable_processors()
+        )
 
 
 command.epilog = f"Types: {' '.join(RECIPES)}. With --imatrix only: {' '.join(FOR_IMPORTANCE)}."
@@ -78,7 +81,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["source"],
         target,
         values["type_name"] or DEFAULT_TYPE,
-        values["threads"] or n_cores(),
+        values["threads"] or usable_processors(),
         values["force"],
         values["pair"],
         values["imatrix"],
