@@ -139,24 +139,20 @@ def write_random_model(
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
     tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind), STYLES[routing]))
-    part = path.with_name(path.name + ".part")
-    writer = GGUFWriter(part, "llama")
-    describe(writer, shape)
-    if vocabulary:
-        add_random_vocabulary(writer, shape.n_vocab)
-    else:
-        writer.add_tokenizer_model("none")
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
-    try:
+    with whole_file(path) as part:
+        writer = GGUFWriter(part, "llama")
+        describe(writer, shape)
+        if vocabulary:
+            add_random_vocabulary(writer, shape.n_vocab)
+        else:
+            writer.add_tokenizer_model("none")
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         write_tensors(writer, tensors, seed)
         writer.close()
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -1,7 +1,6 @@
 """Calibrates a model and keeps what was learnt in a file: the front door of everything that is measured on texts."""
 
 import resource
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from converter.type_errors import type_by_name
 from converter.writer import check_target
 from offload.errors import UsageError
 from offload.processors import usable_processors
+from offload.whole_file import Destination, real_path
 
 OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
 """From a model's path and its metadata to its tokenizer."""
@@ -98,11 +98,7 @@ def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
     Raises UsageError for a target that exists or cannot be, unknown types or too little text, and ModelFileError or
     UnsupportedModelError for the model.
     """
-    check_target(options.target, 0, force=options.force)
-    if options.imatrix is not None:
-        check_target(options.imatrix, 0, force=options.force)
-        if options.imatrix.absolute() == options.target.absolute():
-            raise UsageError(f"{options.target} cannot be both files. Choose another name for the imatrix.")
+    check_targets(options)
     for name in options.settings.samples.types:
         type_by_name(name)
     source = open_source(options.source)
@@ -116,20 +112,27 @@ def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
     return CalibratePlan(source, text, options.settings, expected, options.imatrix)
 
 
-def partial_path(target: Path) -> Path:
-    """Where what is done lies until the target is whole."""
-    return target.with_name(target.name + ".partial")
+def check_targets(options: CalibrateOptions) -> None:
+    """Raises UsageError for a target that exists or cannot be."""
+    check_target(options.target, 0, force=options.force)
+    if options.imatrix is not None:
+        check_target(options.imatrix, 0, force=options.force)
+        if real_path(options.imatrix) == real_path(options.target):
+            raise UsageError(f"{options.target} cannot be both files. Choose another name for the imatrix.")
 
 
-def carry_out(planned: CalibratePlan, target: Path, on_progress: Progress) -> CalibrateReport:
-    """Learns and saves; raises as `calibrate`, `save_statistics` and `write_imatrix` do."""
+def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Progress) -> CalibrateReport:
+    """Learns and saves; until that is done, what is lies in the destination's folder.
+
+    Raises as `calibrate`, `save_statistics` and `write_imatrix` do.
+    """
     begin = time.monotonic()
-    statistics = calibrate(planned.source, planned.text, planned.settings, partial_path(target), on_progress)
-    save_statistics(statistics, target)
+    statistics = calibrate(planned.source, planned.text, planned.settings, destination.folder, on_progress)
+    save_statistics(statistics, destination.target, destination.folder)
     if planned.imatrix is not None:
         write_imatrix(imatrix_of(statistics), planned.imatrix)
-    shutil.rmtree(partial_path(target), ignore_errors=True)
-    return _report(statistics, target, time.monotonic() - begin)
+    destination.forget()
+    return _report(statistics, destination.target, time.monotonic() - begin)
 
 
 def settings(device: str = "auto", types: str | None = None, sensitivity: bool = True) -> CalibrationSettings:

@@ -9,6 +9,7 @@ from converter.plan import ConvertPlan, plan_conversion, plan_pair
 from converter.plan_pieces import plan_pieces
 from converter.writer import Progress, check_target, write_pieces
 from offload.processors import usable_processors
+from offload.whole_file import Destination
 
 DEFAULT_TYPE = "Q4_K_M"
 """Where nobody names one."""
@@ -63,14 +64,16 @@ def plan(options: ConvertOptions) -> ConvertPlan:
     return planned
 
 
-def carry_out(planned: ConvertPlan, options: ConvertOptions, on_progress: Progress) -> ConvertReport:
-    """Writes what was planned; raises as `write_pieces` does."""
+def carry_out(
+    planned: ConvertPlan, options: ConvertOptions, on_progress: Progress, destination: Destination | None = None
+) -> ConvertReport:
+    """Writes what was planned, to the target or where it is reserved already; raises as `write_pieces` does."""
     begin = time.monotonic()
     n_threads = options.n_threads or usable_processors()
     write_pieces(
         planned.header,
         plan_pieces(planned, n_threads),
-        options.target,
+        destination or options.target,
         n_bytes=planned.n_bytes,
         n_threads=n_threads,
         force=options.force,

@@ -4,7 +4,6 @@ Reads and writes the GGUF form (`NAME.in_sum2` [n_matrices, n_per_row] sums of s
 tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and tools/quantize.
 """
 
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from converter.model_source import MatrixKey
 from converter.statistics import LayerStatistics, Statistics
 from offload.errors import ModelFileError, UsageError
 from offload.gguf_file import GGUFFile, Value, read_gguf
+from offload.regular_file import open_regular, read_regular, reason
+from offload.whole_file import write_whole
 
 Single = NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -121,7 +122,7 @@ def _layer_entries(layer: int, one: LayerStatistics, n_tokens: int) -> dict[str,
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
-    """Writes llama.cpp's GGUF form, whole or not at all; raises UsageError where it cannot be written."""
+    """Writes llama.cpp's GGUF form, whole or not at all; raises as `write_whole` does."""
     metadata: dict[str, Value] = {
         "general.type": "imatrix",
         "imatrix.datasets": list(imatrix.datasets) or ["unknown"],
@@ -135,23 +136,16 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
             headers.append(HeaderTensor(name + suffix, ne, GGMLQuantizationType.F32, len(payload)))
             payload += np.ascontiguousarray(values, "<f4").tobytes()
             payload += bytes(padded(len(payload), _ALIGNMENT) - len(payload))
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(pack_header(metadata, headers) + payload)
-        os.replace(part, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}). Choose another place.") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, pack_header(metadata, headers) + payload)
 
 
 def read_imatrix(path: Path) -> Imatrix:
     """Reads either form; raises ModelFileError for what is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     imatrix = _from_gguf(read_gguf(path)) if magic == b"GGUF" else _from_old(path)
     for name, entry in imatrix.entries.items():
         with np.errstate(over="ignore", invalid="ignore"):
@@ -191,8 +185,9 @@ def _values(file: GGUFFile, name: str) -> Single:
 
 def _from_old(path: Path) -> Imatrix:
     """The form of before 2025: whole tensors, whose sums are divided by their own counts already, times all calls."""
-    data, at, entries = path.read_bytes(), 4, {}
+    at, entries = 4, {}
     try:
+        data = read_regular(path)
         (n_entries,) = struct.unpack_from("<i", data, 0)
         if not 0 < n_entries < _OLD_LIMIT:
             raise ValueError
@@ -206,6 +201,8 @@ def _from_old(path: Path) -> Imatrix:
             sums = np.frombuffer(data, "<f4", n_values, at).reshape(1, -1)
             at += 4 * n_values
             entries[name] = InputSquares(sums, np.array([max(n_calls, 1)], np.float32))
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     except (struct.error, ValueError):
         raise ModelFileError(path, "this is no imatrix file.", "Give what llama-imatrix wrote.") from None
     return Imatrix(entries)

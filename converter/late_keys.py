@@ -16,6 +16,7 @@ from converter.gguf_header import pack_keys
 from offload import file_keys as keys
 from offload.errors import ModelFileError, UsageError
 from offload.gguf_file import Value, read_gguf
+from offload.regular_file import reason
 
 ROOM_BYTES = 1024
 _ARCHITECTURE = "general.architecture"
@@ -61,9 +62,26 @@ def _late(path: Path, metadata: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Changes a few bytes of a file, all of them or none; raises UsageError."""
+    before = read_bytes(path, offset, len(data)).tobytes()
     try:
         with path.open("r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), data, offset)
-            os.fsync(file.fileno())
+            try:
+                _write(file.fileno(), data, offset)
+            except OSError:
+                _write(file.fileno(), before, offset)
+                raise
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}). Check its permissions.") from None
+        if read_bytes(path, offset, len(data)).tobytes() not in (before, data):
+            raise ModelFileError(
+                path, f"its header could not be written ({reason(error)}).", "Convert again."
+            ) from None
+        raise UsageError(f"{path} cannot be written ({reason(error)}). Check its permissions.") from None
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        n_written = os.pwrite(descriptor, view, offset)
+        view, offset = view[n_written:], offset + n_written
+    os.fsync(descriptor)

@@ -1,7 +1,6 @@
 """A backward pass on disk while it runs: what each finished layer gave, and the gradient before the last of them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from converter.partial_pass import save_rows
 from converter.statistics_file import StatisticsError, read_arrays, write_arrays
-from offload.errors import UsageError
+from offload.whole_file import write_whole
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -41,16 +41,12 @@ class PartialBackward:
         return found
 
     def add(self, step: int, sums: Sums, gradient: Tensor) -> None:
-        """Keeps another step's sums, and the gradient before it in place of the one behind; raises UsageError."""
+        """Keeps another step's sums, and the gradient before it in place of the one behind; raises as
+        `PartialPass.add` does."""
         write_arrays(sums, self._sums(step), {})
         state: dict[str, Any] = {"key": self._key, "step": step}
-        try:
-            np.save(self._gradient(step), gradient.numpy())
-            part = self._path / (_STATE + ".part")
-            part.write_text(json.dumps(state))
-            os.replace(part, self._path / _STATE)
-        except OSError as error:
-            raise UsageError(f"{self._path} cannot be written ({error.strerror}). Choose another place.") from None
+        save_rows(self._gradient(step), gradient)
+        write_whole(self._path / _STATE, json.dumps(state).encode())
         self._gradient(step + 1).unlink(missing_ok=True)
 
     def _sums(self, step: int) -> Path:

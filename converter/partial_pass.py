@@ -1,7 +1,6 @@
 """A calibration pass on disk while it runs: what each finished layer gave, and the stream behind the last of them."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch import Tensor
 from converter.layer_observer import LayerFindings
 from converter.statistics import LayerStatistics
 from converter.statistics_file import StatisticsError, from_arrays, read_arrays, to_arrays, write_arrays
-from offload.errors import DoesNotFitError, UsageError
+from offload.errors import DoesNotFitError
+from offload.whole_file import clear, whole_file, write_error, write_whole
 
 _STATE, _FORESEEN = "state.json", "foreseen"
 _STATES_AT_ONCE = 6
@@ -24,7 +24,7 @@ _STATES_AT_ONCE = 6
 
 @dataclass(frozen=True, slots=True)
 class PartialPass:
-    """A directory that belongs to one pass; `key` says which.
+    """The folder of a destination, for one pass; `key` says which.
 
     What another pass left there is deleted.
     """
@@ -33,12 +33,12 @@ class PartialPass:
     key: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.path.exists() and not self.matches():
-            shutil.rmtree(self.path)
         try:
             self.path.mkdir(exist_ok=True)
+            if not self.matches():
+                clear(self.path)
         except OSError as error:
-            raise UsageError(f"{self.path} cannot be made ({error.strerror}). Choose another place.") from None
+            raise write_error(self.path, error) from None
 
     def matches(self) -> bool:
         """Whether what lies there is of this pass."""
@@ -82,24 +82,18 @@ class PartialPass:
         return findings
 
     def add(self, findings: LayerFindings, h: Tensor) -> None:
-        """Keeps another layer's findings, and the stream behind it in place of the one before; raises UsageError."""
+        """Keeps another layer's findings, and the stream behind it in place of the one before.
+
+        Raises UsageError or DoesNotFitError.
+        """
         layer = self.n_done
         arrays = to_arrays(findings.statistics)
         if findings.foreseen is not None:
             arrays[_FORESEEN] = findings.foreseen
         write_arrays(arrays, self._layer_path(layer), {})
-        try:
-            np.save(self._stream_path(layer + 1), h.numpy())
-            part = self.path / (_STATE + ".part")
-            part.write_text(json.dumps({"key": dict(self.key), "n_done": layer + 1}))
-            os.replace(part, self.path / _STATE)
-        except OSError as error:
-            raise UsageError(f"{self.path} cannot be written ({error.strerror}). Choose another place.") from None
+        save_rows(self._stream_path(layer + 1), h)
+        write_whole(self.path / _STATE, json.dumps({"key": dict(self.key), "n_done": layer + 1}).encode())
         self._stream_path(layer).unlink(missing_ok=True)
-
-    def delete(self) -> None:
-        """Removes everything, when the result is saved."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, layer: int) -> LayerFindings:
         arrays, _ = read_arrays(self._layer_path(layer))
@@ -110,3 +104,9 @@ class PartialPass:
 
     def _stream_path(self, n_done: int) -> Path:
         return self.path / f"stream-{n_done:04}.npy"
+
+
+def save_rows(path: Path, rows: Tensor) -> None:
+    """Writes a matrix as numpy's file, whole or not at all; raises as `whole_file` does."""
+    with whole_file(path) as part, part.open("wb") as file:
+        np.save(file, rows.numpy())

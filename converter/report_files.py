@@ -1,7 +1,6 @@
 """The front door of reports: judges a written file, keeps its quality in the file, and writes all of it beside it."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,30 +16,36 @@ from converter.report import Report
 from converter.report_making import ReportMaker, file_hash
 from converter.report_markdown import markdown
 from offload import file_keys as keys
-from offload.errors import UsageError
 from offload.gguf_file import Value, read_gguf
 from offload.model_spec import NATIVE
+from offload.whole_file import Destination, reserved, write_error, write_whole
 
 _ROOM = 640
 """Characters of JSON about quality, at most: what the header's room surely has beside the losses of two copies."""
 
 
 def write_report(
-    maker: ReportMaker, *, record: bool = True, on_progress: Progress = lambda _what, _done, _total: None
+    maker: ReportMaker,
+    *,
+    record: bool = True,
+    on_progress: Progress = lambda _what, _done, _total: None,
+    destination: Destination | None = None,
 ) -> Report:
     """Measures, and writes TARGET.report.json, TARGET.report.md with pictures in TARGET.report, and TARGET.card.md.
 
-    With `record` the file's header gets its quality, if it has room for it. Raises as `ReportMaker.make` does, and
-    UsageError where nothing can be written.
+    With `record` the file's header gets its quality, if it has room for it. No other run may write the file meanwhile:
+    `destination` is the target where that is reserved already. Raises as `ReportMaker.make` does, and UsageError or
+    DoesNotFitError where nothing can be written.
     """
-    report = maker.make(on_progress)
-    if record and keys.RESERVED in read_gguf(maker.target).metadata:
-        add_late_keys(maker.target, quality_keys(report))
-    on_progress("writing the report", 0, 1)
-    report = replace(report, file=replace(report.file, sha256=file_hash(maker.target)))
-    save_report(report, maker.target)
-    on_progress("writing the report", 1, 1)
-    return report
+    with reserved(destination or maker.target) as own:
+        report = maker.make(on_progress, own.folder)
+        if record and keys.RESERVED in read_gguf(maker.target).metadata:
+            add_late_keys(maker.target, quality_keys(report))
+        on_progress("writing the report", 0, 1)
+        report = replace(report, file=replace(report.file, sha256=file_hash(maker.target)))
+        save_report(report, maker.target, own.folder)
+        on_progress("writing the report", 1, 1)
+        return report
 
 
 def report_paths(target: Path) -> dict[str, Path]:
@@ -49,19 +54,25 @@ def report_paths(target: Path) -> dict[str, Path]:
     return {what: target.with_name(target.name + end) for what, end in ends.items()}
 
 
-def save_report(report: Report, target: Path) -> None:
-    """Writes a report's files beside the file that it is about; raises UsageError where that cannot be."""
-    from converter.report_plots import save_plots
+def save_report(report: Report, target: Path, folder: Path | None = None) -> None:
+    """Writes a report's files beside the file that it is about, each whole or not at all, made in `folder` if given.
+
+    Raises UsageError or DoesNotFitError where that cannot be.
+    """
+    from converter.report_plots import draw_plots
 
     paths = report_paths(target)
     try:
-        plots = save_plots(report, paths["plots"])
-        names = {title: quote(f"{path.parent.name}/{path.name}") for title, path in plots.items()}
-        _replace(paths["json"], msgspec.json.format(msgspec.json.encode(report_fields(report)), indent=2))
-        _replace(paths["markdown"], markdown(report, names).encode())
-        _replace(paths["card"], model_card(report, paths["markdown"].name).encode())
+        paths["plots"].mkdir(exist_ok=True)
     except OSError as error:
-        raise UsageError(f"The report cannot be written beside {target} ({error.strerror}). Free the place.") from None
+        raise write_error(paths["plots"], error) from None
+    names = {}
+    for title, (name, picture) in draw_plots(report).items():
+        write_whole(paths["plots"] / name, picture, folder)
+        names[title] = quote(f"{paths['plots'].name}/{name}")
+    write_whole(paths["json"], msgspec.json.format(msgspec.json.encode(report_fields(report)), indent=2), folder)
+    write_whole(paths["markdown"], markdown(report, names).encode(), folder)
+    write_whole(paths["card"], model_card(report, paths["markdown"].name).encode(), folder)
 
 
 def report_fields(report: Report) -> dict[str, Any]:
@@ -105,13 +116,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """A file, whole or as it was."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

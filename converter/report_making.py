@@ -2,11 +2,9 @@
 
 import hashlib
 import math
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +47,7 @@ _HASHED_BYTES = 1 << 24
 @dataclass(frozen=True, slots=True)
 class ReportSettings:
     """How to judge: a torch device; tokens for what each block's changes cost, and tokens that each text is continued
-    by, 0 for neither; beyond how many bytes streams lie on disk, beside the file.
+    by, 0 for neither; beyond how many bytes streams lie on disk.
     """
 
     device: str = "cpu"
@@ -102,12 +100,16 @@ class ReportMaker:
             self.source, self.judged.windows, self._block_windows(), self.n_copy, self.settings.device
         )
 
-    def make(self, on_progress: Progress = lambda _what, _done, _total: None) -> Report:
-        """Judges. Raises ModelFileError, UsageError for a file of another model, and BadLogitsError."""
+    def make(self, on_progress: Progress = lambda _what, _done, _total: None, directory: Path | None = None) -> Report:
+        """Judges; streams that are large lie in `directory`, if one is given.
+
+        Raises ModelFileError, UsageError for a file of another model, and BadLogitsError.
+        """
         begin = time.monotonic()
-        with self._directory() as directory:
-            compared, low = self._compare(directory, on_progress)
-            block_kl = self._block_kl(directory, on_progress)
+        if not self._is_large():
+            directory = None
+        compared, low = self._compare(directory, on_progress)
+        block_kl = self._block_kl(directory, on_progress)
         writing, source_writing = self._writings(on_progress)
         return Report(
             file=self._file(),
@@ -204,16 +206,11 @@ class ReportMaker:
             counts = np.bincount(tokens, minlength=self.source.spec.n_vocab)
         return cloze(compared, content_tokens(self.source.metadata), counts)
 
-    @contextmanager
-    def _directory(self) -> Iterator[Path | None]:
-        """Where streams lie, if they are large."""
+    def _is_large(self) -> bool:
+        """Whether streams are to lie on disk."""
         spec, n_rows = self.source.spec, self.judged.windows.sequences.n_rows
         n_kept = 6 * n_rows + spec.n_layer * max(min(TRACED_TOKENS, n_rows), self.settings.n_block_tokens)
-        if 4 * n_kept * spec.n_embd <= self.settings.max_state_bytes:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix=self.target.name + ".", dir=self.target.parent) as name:
-            yield Path(name)
+        return 4 * n_kept * spec.n_embd > self.settings.max_state_bytes
 
     # --- facts ---------------------------------------------------------------------------------------------
 

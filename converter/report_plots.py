@@ -1,7 +1,7 @@
 """The report's pictures, as PNG. Needs matplotlib, which only the extra `convert` installs."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,16 +22,16 @@ _NOVICE, _GONE = "#b07aa1", "#e8e8e8"
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
-def save_plots(report: Report, directory: Path) -> dict[str, Path]:
-    """Draws what the report has figures for; the files by the section that they belong to."""
-    directory.mkdir(exist_ok=True)
-    files = {}
+def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
+    """Draws what the report has figures for: names of PNG files and their bytes, by the section that they belong to."""
+    drawn = {}
     for title, (name, draw) in PLOTS.items():
         figure = draw(report)
         if figure is not None:
-            files[title] = directory / f"{name}.png"
-            figure.savefig(files[title], dpi=_DPI)
-    return files
+            picture = BytesIO()
+            figure.savefig(picture, dpi=_DPI, format="png")
+            drawn[title] = (f"{name}.png", picture.getvalue())
+    return drawn
 
 
 def bytes_by_layer(report: Report) -> Figure:

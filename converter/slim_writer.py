@@ -23,6 +23,7 @@ from converter.statistics import Statistics
 from converter.type_recipe import layer_and_role
 from converter.writer import Piece, Progress, write_pieces
 from offload.errors import ModelFileError, UsageError
+from offload.whole_file import Destination
 
 _COPY_BYTES = 1 << 24
 
@@ -42,7 +43,7 @@ class SlimReport:
 def slim(
     source: ModelSource,
     plan: SlimPlan,
-    target: Path,
+    target: Path | Destination,
     statistics: Statistics | None = None,
     *,
     fit: Fit | None = None,
@@ -74,8 +75,8 @@ def slim(
         force=force,
         on_progress=on_progress,
     )
-    seconds = time.monotonic() - begin
-    return SlimReport(target, layout.n_bytes, pieces.n_copied, seconds, len(layout.tensors), layout.bytes_by_type)
+    seconds, path = time.monotonic() - begin, target.target if isinstance(target, Destination) else target
+    return SlimReport(path, layout.n_bytes, pieces.n_copied, seconds, len(layout.tensors), layout.bytes_by_type)
 
 
 class SlimPieces:

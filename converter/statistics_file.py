@@ -4,8 +4,6 @@ Every array lies under its field's name, such as `layers.3.router.share`; lists 
 """
 
 import json
-import os
-import tempfile
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,6 +19,8 @@ from safetensors.numpy import save_file
 from converter.model_source import ModelSource
 from converter.statistics import LayerStatistics, MatrixCosts, Statistics
 from offload.errors import SlimoeError, UsageError
+from offload.regular_file import open_regular, reason
+from offload.whole_file import whole_file
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
@@ -45,8 +45,8 @@ class OtherSourceError(StatisticsError):
     """Statistics of another checkpoint than the one they were to be used for."""
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Writes `statistics` under a temporary name and renames it; raises UsageError where it cannot be written."""
+def save_statistics(statistics: Statistics, path: Path, folder: Path | None = None) -> None:
+    """Writes `statistics` whole or not at all; raises as `write_arrays` does."""
     tokens = [np.asarray(one, np.int32) for one in statistics.tokens]
     arrays: Arrays = {
         "tokens": np.concatenate(tokens) if tokens else np.empty(0, np.int32),
@@ -68,7 +68,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "n_layer": len(statistics.layers),
         "notes": None if statistics.notes is None else dict(statistics.notes),
     }
-    write_arrays(arrays, path, {"format": _FORMAT, "statistics": json.dumps(about)})
+    write_arrays(arrays, path, {"format": _FORMAT, "statistics": json.dumps(about)}, folder)
 
 
 def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics:
@@ -153,35 +153,27 @@ def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str =
     return kind(**values)
 
 
-def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all; raises UsageError where it cannot be written."""
-    part = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
-        os.close(handle)
-        part = Path(name)
-        save_file(arrays, part, dict(metadata))
-        part.chmod(0o644)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UsageError(f"{path} cannot be written ({reason}). Choose another place.") from None
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
+def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str], folder: Path | None = None) -> None:
+    """A safetensors file, whole or not at all, made in `folder` if one is given; raises as `whole_file` does."""
+    with whole_file(path, folder) as part:
+        try:
+            save_file(arrays, part, dict(metadata))
+        except SafetensorError as error:
+            raise UsageError(f"{path} cannot be written ({error}). Choose another place.") from None
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """All arrays of a safetensors file, and its metadata; raises StatisticsError."""
-    if path.is_dir():
-        raise StatisticsError(path, "this is a directory.", "Name a file that `slimoe calibrate` wrote.")
     try:
+        open_regular(path).close()
         with safe_open(path, "numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
         raise StatisticsError(path, "there is no such file.") from None
+    except IsADirectoryError:
+        raise StatisticsError(path, "this is a directory.", "Name a file that `slimoe calibrate` wrote.") from None
     except OSError as error:
-        raise StatisticsError(path, f"the file cannot be read ({error.strerror or error}).") from None
+        raise StatisticsError(path, f"the file cannot be read ({reason(error)}).") from None
     except (SafetensorError, ValueError) as error:
         problem = f"this is not a whole statistics file ({error})."
         raise StatisticsError(path, problem, _AGAIN) from None

@@ -29,6 +29,7 @@ from converter.block import (
 )
 from converter.head import read_head
 from converter.model_source import MatrixKey, ModelSource
+from offload.whole_file import write_error
 
 _ROWS_AT_ONCE = 4096
 
@@ -75,29 +76,28 @@ class Sequences:
 
 
 class HiddenStates:
-    """Streams [n_rows, n_embd] float32: in memory, or in a file of `directory` that is deleted at the end."""
+    """Streams [n_rows, n_embd] float32: in memory, or in a file of `directory` without a name, which leaves nothing."""
 
     def __init__(self, n_rows: int, n_embd: int, directory: Path | None = None) -> None:
-        self._path = None
+        """Raises UsageError or DoesNotFitError where the file cannot be made."""
         if directory is None:
             self.rows = torch.empty(n_rows, n_embd)
             return
-        handle, name = tempfile.mkstemp(prefix="slimoe-states-", dir=directory)
-        os.close(handle)
-        self._path = Path(name)
-        self.rows = torch.from_numpy(np.memmap(self._path, np.float32, "w+", shape=(n_rows, n_embd)))
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                # Whoever writes to a mapped file that finds the disk full is killed: the room is taken before.
+                os.posix_fallocate(file.fileno(), 0, 4 * n_rows * n_embd)
+                self.rows = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(n_rows, n_embd)))
+        except OSError as error:
+            raise write_error(directory, error) from None
 
     def close(self) -> None:
-        """Deletes the file."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        """Lets the file go."""
+        self.rows = torch.empty(0, 0)
 
 
 class Stream:
-    """The state of a pass between two layers: `h`, and buffers for the stream within a layer.
-
-    Closing it deletes its files.
-    """
+    """The state of a pass between two layers: `h`, and buffers for the stream within a layer."""
 
     def __init__(
         self, source: ModelSource, sequences: Sequences, device: str = "cpu", directory: Path | None = None
@@ -174,7 +174,7 @@ class Stream:
             self._after[rows] += expert(x).cpu()
 
     def close(self) -> None:
-        """Deletes what lies on disk."""
+        """Lets go what lies on disk."""
         for buffer in self._buffers:
             buffer.close()
 

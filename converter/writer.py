@@ -1,8 +1,6 @@
 """Writes a file from independent pieces in several threads, in bounded memory, all of it or nothing."""
 
-import errno
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.errors import DoesNotFitError, UsageError
+from offload.whole_file import Destination, free_bytes, real_path, reserved, whole_file
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes of the whole file)."""
@@ -30,7 +29,7 @@ class Piece:
 def write_pieces(
     header: bytes,
     pieces: Iterable[Piece],
-    target: Path,
+    target: Path | Destination,
     *,
     n_bytes: int,
     n_threads: int,
@@ -39,39 +38,33 @@ def write_pieces(
 ) -> None:
     """Writes a file of `n_bytes` under a temporary name, syncs it and renames it to `target`.
 
-    What neither header nor pieces cover is zero. Pieces are drawn in order by the calling thread, at most two a thread
-    ahead of those that are done, and made and written in any order. Whatever goes wrong, an interruption included,
-    leaves neither `target` nor the temporary file behind. Raises UsageError for a target that exists or cannot be,
-    DoesNotFitError when the disk lacks the space, and whatever a piece raises.
+    No other run may write `target` meanwhile. What neither header nor pieces cover is zero. Pieces are drawn in order
+    by the calling thread, at most two a thread ahead of those that are done, and made and written in any order.
+    Whatever goes wrong, an interruption included, leaves neither `target` nor the temporary file behind. Raises
+    UsageError for a target that exists, cannot be or is being written, DoesNotFitError when the disk lacks the space,
+    and whatever a piece raises.
     """
-    check_target(target, n_bytes, force=force)
-    part = target.with_name(target.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.truncate(n_bytes)
-            file.write(header)
-            file.flush()
-            _write_all(pieces, file.fileno(), n_threads, lambda done: on_progress(len(header) + done, n_bytes))
-            os.fsync(file.fileno())
-        os.replace(part, target)
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise _explained(error, target, n_bytes) from None
-    finally:
-        part.unlink(missing_ok=True)
+    with reserved(target) as destination:
+        path = destination.target
+        check_target(path, n_bytes, force=force)
+        try:
+            with whole_file(path, destination.folder) as part, part.open("r+b") as file:
+                file.truncate(n_bytes)
+                file.write(header)
+                file.flush()
+                _write_all(pieces, file.fileno(), n_threads, lambda done: on_progress(len(header) + done, n_bytes))
+        except DoesNotFitError as error:
+            raise _too_large(path, n_bytes, error.available_bytes) from None
 
 
 def check_target(target: Path, n_bytes: int, *, force: bool, sources: Collection[Path] = ()) -> None:
     """Refuses a target before anything is written: existing, a source, impossible, or too large for the disk."""
-    if target.is_dir():
-        raise UsageError(f"{target} is a directory. Name the file to write, such as {target / 'model.gguf'}.")
-    if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
+    real = real_path(target)
+    if real.exists() and any(source.exists() and real.samefile(source) for source in sources):
         raise UsageError(f"{target} is a file of the model that is read. Choose another name.")
-    if target.exists() and not force:
+    if real.exists() and not force:
         raise UsageError(f"{target} exists. Choose another name, or overwrite it with --force.")
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is no directory. Create it first.")
-    available = shutil.disk_usage(target.parent).free
+    available = free_bytes(real.parent)
     if available < n_bytes:
         raise _too_large(target, n_bytes, available)
 
@@ -83,22 +76,6 @@ def _too_large(target: Path, n_bytes: int, available: int) -> DoesNotFitError:
         required_bytes=n_bytes,
         available_bytes=available,
     )
-
-
-def _explained(error: OSError, target: Path, n_bytes: int) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _too_large(target, n_bytes, shutil.disk_usage(target.parent).free)
-    return UsageError(f"{target} cannot be written ({error.strerror}). Choose another place.")
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(pieces: Iterable[Piece], target: int, n_threads: int, on_progress: Callable[[int], None]) -> None:

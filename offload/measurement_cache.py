@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,10 @@ import msgspec
 import psutil
 from platformdirs import user_cache_dir
 
+from offload.errors import SlimoeError
 from offload.library import GGML_VERSION, library_directory
+from offload.regular_file import read_regular
+from offload.whole_file import Destination, write_whole
 
 T = TypeVar("T")
 
@@ -53,37 +55,28 @@ class MeasurementCache:
             return None
 
     def put(self, values: Mapping[str, object]) -> None:
-        """Remembers values; another process may read the file meanwhile and sees it whole."""
+        """Remembers values; what other processes read or remember meanwhile is whole and kept."""
         if not values:
             return
-        machines = self._read()
-        known = machines.get(self._machine)
-        machines[self._machine] = (known if isinstance(known, dict) else {}) | msgspec.to_builtins(dict(values))
         # A cache that cannot be written costs a measurement at the next start and nothing else.
-        with contextlib.suppress(OSError):
-            _replace(self._path, json.dumps({"format": _FORMAT, "machines": machines}, indent=1))
+        with contextlib.suppress(OSError, SlimoeError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with Destination(self._path) as destination:
+                machines = self._read()
+                known = machines.get(self._machine)
+                machines[self._machine] = (known if isinstance(known, dict) else {}) | msgspec.to_builtins(dict(values))
+                text = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
+                write_whole(self._path, text.encode(), destination.folder)
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._path.read_bytes())
+            content = json.loads(read_regular(self._path))
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             return {}
         machines = content.get("machines")
         return machines if isinstance(machines, dict) else {}
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
 
 
 @functools.cache

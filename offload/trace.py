@@ -8,8 +8,10 @@ each its layer and number u16. A writer that was killed leaves a partial last st
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.errors import SlimoeError
+from offload.errors import SlimoeError, UsageError
 from offload.gguf_file import GGUFFile
+from offload.regular_file import open_regular, read_regular, reason
+from offload.whole_file import real_path
 
 MAGIC = b"moeroute"
 VERSION = 1
@@ -35,6 +39,8 @@ _LAYER = struct.Struct("<HHI")
 _PAIR = struct.Struct("<HH")
 _BUFFER_BYTES = 1 << 16
 _MAX_TOKENS = 1 << 20  # no step is larger; a damaged count would otherwise be believed
+_RECORDING = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+_ANOTHER = "Name another file for --trace."
 _ROUTER_SUFFIX = ".ffn_gate_inp.weight"
 
 
@@ -129,7 +135,7 @@ def routers_hash(gguf: GGUFFile) -> str:
     for name, tensor in sorted(gguf.tensors.items()):
         if name.endswith(_ROUTER_SUFFIX):
             digest.update(f"{name} {tensor.ne}".encode())
-            with gguf.paths[tensor.shard].open("rb") as file:
+            with open_regular(gguf.paths[tensor.shard]) as file:
                 file.seek(tensor.offset)
                 digest.update(file.read(tensor.n_bytes))
     return digest.hexdigest()
@@ -143,36 +149,49 @@ class TraceWriter:
     """Records steps. A disk that refuses to take more ends the recording, not the engine: see `failure`."""
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
-        """Begins a file. An older recording is replaced, any other file is not; raises TraceFileError."""
+        """Begins a file. An older recording is replaced, unless it is still being made; any other file is not.
+
+        Raises TraceFileError.
+        """
         self.path = path
         self.failure: str | None = None
         self._type = _expert_type(header)
         self._parts: list[bytes] = []
         try:
-            self._require_trace_or_nothing()
-            self._file = path.open("wb", buffering=_BUFFER_BYTES)
-            self._begin(header)
+            real = real_path(path)
+            self._file = open(os.open(real, _RECORDING, 0o666), "r+b", buffering=_BUFFER_BYTES)  # noqa: SIM115
+            with contextlib.ExitStack() as opened:
+                opened.callback(self._file.close)
+                self._require_trace_or_nothing()
+                self._begin(header, real)
+                opened.pop_all()
+        except UsageError as error:
+            raise TraceFileError(path, f"routing cannot be recorded here: {error}", _ANOTHER) from None
         except OSError as error:
-            problem = f"routing cannot be recorded here: {error.strerror}."
-            raise TraceFileError(path, problem, "Name another file for --trace.") from None
+            problem = f"routing cannot be recorded here: {reason(error)}."
+            raise TraceFileError(path, problem, _ANOTHER) from None
 
     def _require_trace_or_nothing(self) -> None:
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return
-        with self.path.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise TraceFileError(self.path, "is not a trace.", "It was left alone; name another file for --trace.")
+        """Takes the file for this process, for as long as it is open."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TraceFileError(self.path, "is being recorded by another run.", _ANOTHER) from None
+        except OSError:
+            pass  # a file system without locks
+        start = self._file.read(len(MAGIC))
+        if start and start != MAGIC:
+            raise TraceFileError(self.path, "is not a trace.", f"It was left alone. {_ANOTHER}")
 
-    def _begin(self, header: TraceHeader) -> None:
+    def _begin(self, header: TraceHeader, real: Path) -> None:
         text = json.dumps(asdict(header)).encode()
+        self._file.seek(0)
+        self._file.truncate()
         try:
             self._file.write(_START.pack(MAGIC, VERSION, len(text)) + text)
             self._file.flush()
         except OSError:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            if self.path.is_file():
-                self.path.unlink()
+            real.unlink(missing_ok=True)
             raise
 
     def step(self, runs: Sequence[TraceRun]) -> None:
@@ -205,7 +224,7 @@ class TraceWriter:
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        self.failure = f"{self.path}: routing is no longer recorded: {error.strerror}."
+        self.failure = f"{self.path}: routing is no longer recorded: {reason(error)}."
 
     def close(self) -> None:
         """Ends the last step and the file."""
@@ -220,9 +239,9 @@ def read_trace(path: str | Path, model: str | None = None) -> Trace:
     """Reads all whole steps. Raises TraceFileError, also when the file belongs to another model than `model`."""
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
-        raise TraceFileError(path, f"cannot be read: {error.strerror}.", "Check the path.") from None
+        raise TraceFileError(path, f"cannot be read: {reason(error)}.", "Check the path.") from None
     header, begin = _read_header(path, data)
     if model is not None and model != header.model:
         raise TraceFileError(path, "was recorded from another model.", "Record this model with --trace.")

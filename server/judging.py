@@ -19,6 +19,7 @@ from converter.slim_plan import SlimPlan
 from converter.statistics import Statistics
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
+from offload.whole_file import Destination
 from server.judging_options import JudgingOptions
 from server.progress_bars import duration, step_bar
 from server.text_encoder import TokenizerEncoder
@@ -35,11 +36,14 @@ class Judge:
         self.n_threads = options.n_threads
         self.judged = _read(source, statistics, options)
 
-    def report(self, target: Path, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False) -> Report:
+    def report(
+        self, destination: Destination, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False
+    ) -> Report:
         """Judges the file and writes the report beside it; raises as `write_report` does.
 
         `lacks` is what the plan's expected KL does not count; with `record` the file keeps the figures too.
         """
+        target = destination.target
         maker = ReportMaker(
             self.source,
             target,
@@ -53,7 +57,7 @@ class Judge:
         n_tokens = self.judged.windows.sequences.n_rows
         click.echo(f"judging it on {n_tokens:,} tokens: about {duration(maker.seconds)}", err=True)
         with step_bar() as on_progress:
-            report = write_report(maker, record=record, on_progress=on_progress)
+            report = write_report(maker, record=record, on_progress=on_progress, destination=destination)
         click.echo(_told(report, target), err=True)
         return report
 

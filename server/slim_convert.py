@@ -10,11 +10,14 @@ import msgspec
 
 from converter.fit_choice import chosen_fit
 from converter.open_source import model_files
+from converter.report_files import report_paths
 from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from offload.errors import UsageError
 from offload.processors import usable_processors
+from offload.whole_file import Destination, real_path
+from server.destination import reserve
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
 from server.judging_options import judging_options
@@ -29,11 +32,32 @@ _LONG = 1800
 
 def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> None:
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
+    if values["dry_run"]:
+        work = _plan(values, options, n_threads)
+        written, quality = None, dict[str, Any]()
+    else:
+        with reserve(values["target"]) as destination:
+            work = _plan(values, options, n_threads)
+            # Texts are read first: what is wrong with them is told before hours of work.
+            judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
+            written = _write(work, destination, n_threads, force=values["force"])
+            click.echo(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s", err=True)
+            quality = _judge(judge, work, destination) if judge is not None else {}
+    if values["as_json"]:
+        click.echo(msgspec.json.encode(work_fields(work) | _written(values["target"], written) | quality))
+
+
+def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> SlimWork:
+    """What will be made, told, and that it can be."""
     target: Path = values["target"]
     check_target(target, 0, force=values["force"])
     if options.stats is not None and target.exists() and options.stats.exists() and target.samefile(options.stats):
         raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
-    judging = judging_options(values)
+    if values["report"]:
+        for path in report_paths(target).values():
+            if not path.is_dir():
+                real_path(path)
+    judging_options(values)
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
         seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
@@ -42,15 +66,7 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
         click.echo(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.", err=True)
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
-    # Texts are read first: what is wrong with them is told before hours of work.
-    is_judged = values["report"] and not values["dry_run"]
-    judge = Judge(work.source, work.statistics, judging) if is_judged else None
-    written = None if values["dry_run"] else _write(work, target, n_threads, force=values["force"])
-    if written is not None:
-        click.echo(f"{target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s", err=True)
-    quality = _judge(judge, work, target) if judge is not None else {}
-    if values["as_json"]:
-        click.echo(msgspec.json.encode(work_fields(work) | _written(target, written) | quality))
+    return work
 
 
 def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
@@ -72,7 +88,7 @@ def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
     click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
 
 
-def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> SlimReport:
+def _write(work: SlimWork, target: Destination, n_threads: int, *, force: bool) -> SlimReport:
     with byte_bar(work.layout.n_bytes) as on_progress:
         return slim(
             work.source,
@@ -86,10 +102,11 @@ def _write(work: SlimWork, target: Path, n_threads: int, *, force: bool) -> Slim
         )
 
 
-def _judge(judge: Judge, work: SlimWork, target: Path) -> dict[str, Any]:
+def _judge(judge: Judge, work: SlimWork, destination: Destination) -> dict[str, Any]:
     """Writes the report; the file is there whatever happens."""
+    target = destination.target
     try:
-        report = judge.report(target, work.plan, lacks=list(work.plan.uncounted), record=True)
+        report = judge.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
         return {"quality": report_summary(report, target)}
     except KeyboardInterrupt:
         click.echo(f"{target} is whole, but has no report. slimoe report makes one.", err=True)

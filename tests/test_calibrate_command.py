@@ -25,6 +25,7 @@ from converter.layer_observer import Samples
 from converter.open_source import open_source
 from converter.statistics_file import load_statistics
 from offload.errors import UsageError
+from offload.whole_file import Destination
 from server.cli import run
 from server.text_encoder import TokenizerEncoder
 from tests.tiny_gguf import MIXTRAL_TEMPLATE
@@ -172,7 +173,7 @@ def test_an_interruption_keeps_what_is_done(
     target = tmp_path / "a.stats"
     carry_out = front.carry_out
 
-    def interrupted(planned: front.CalibratePlan, path: Path, on_progress: Any) -> front.CalibrateReport:
+    def interrupted(planned: front.CalibratePlan, path: Destination, on_progress: Any) -> front.CalibrateReport:
         def stop(what: str, done: int, total: int) -> None:
             if done == 1:
                 raise KeyboardInterrupt

@@ -297,5 +297,5 @@ def test_texts_of_a_persons_own(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written(made: tuple[Path, SlimPlan, Report], tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     report_paths(target)["plots"].write_bytes(struct.pack("<I", 0))
-    with pytest.raises(UsageError, match="cannot be written beside"):
+    with pytest.raises(UsageError, match=r"m\.gguf\.report cannot be written"):
         save_report(made[2], target)

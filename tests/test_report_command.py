@@ -111,7 +111,7 @@ def test_an_interrupted_report_leaves_the_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupted(*_values: Any, record: bool, on_progress: Any) -> None:
+    def interrupted(*_values: Any, record: bool, on_progress: Any, destination: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(judging, "write_report", interrupted)

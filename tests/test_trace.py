@@ -1,6 +1,8 @@
 """Traces come back as they were written, and whatever else is in a file is an answer in a sentence."""
 
 import json
+import os
+import resource
 import struct
 from pathlib import Path
 
@@ -236,9 +238,32 @@ def test_a_trace_or_an_empty_file_is_replaced(tmp_path: Path) -> None:
     assert read_trace(path).steps == ()
 
 
-def test_a_full_disk_is_said_before_anything_runs() -> None:
-    with pytest.raises(TraceFileError, match="No space left"):
-        TraceWriter(Path("/dev/full"), HEADER)
+def test_a_full_disk_is_said_before_anything_runs(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        with pytest.raises(TraceFileError, match="File too large"):
+            TraceWriter(tmp_path / "trace", HEADER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_records_at_a_time(tmp_path: Path) -> None:
+    first = TraceWriter(tmp_path / "trace", HEADER)
+    first.step([TraceRun(ANSWER, 0, 0, 1)])
+    with pytest.raises(TraceFileError, match="another run"):
+        TraceWriter(tmp_path / "trace", HEADER)
+    first.close()
+    assert len(read_trace(tmp_path / "trace").steps) == 1
+    TraceWriter(tmp_path / "trace", HEADER).close()
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/null", "."])
+def test_what_is_no_file_is_not_recorded_to(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TraceFileError, match=r"(a pipe|a device|a directory)"):
+        TraceWriter(tmp_path / place, HEADER)
 
 
 def test_a_disk_that_fills_up_later_is_reported_and_not_raised(tmp_path: Path) -> None:

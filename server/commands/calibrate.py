@@ -1,7 +1,7 @@
 """`slimoe calibrate`: what a checkpoint's layers and experts do, measured on texts."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from offload.errors import SlimoeError
+from server.destination import reserve
 from server.engine_options import OptionsCommand
 from server.installed import check_installed
 from server.progress_bars import duration, status
@@ -60,16 +61,21 @@ def command(values: Mapping[str, Any]) -> None:
         values["force"],
         values["imatrix"],
     )
-    with status("reading, and trying what it will take (the quantiser's tables need up to a minute)"):
-        planned = calibration.plan(options, TokenizerEncoder)
-    _announce(planned, options)
-    try:
-        with _progress_bar() as on_progress:
-            report = calibration.carry_out(planned, output, on_progress)
-    except (KeyboardInterrupt, SlimoeError):
-        if (partial := calibration.partial_path(output)).exists():
-            click.echo(f"What is done lies in {partial}; the same command goes on there.", err=True)
-        raise
+    calibration.check_targets(options)
+    with ExitStack() as files:
+        destination = files.enter_context(reserve(output, resumes=True))
+        if options.imatrix is not None:
+            files.enter_context(reserve(options.imatrix))
+        with status("reading, and trying what it will take (the quantiser's tables need up to a minute)"):
+            planned = calibration.plan(options, TokenizerEncoder)
+        _announce(planned, options)
+        try:
+            with _progress_bar() as on_progress:
+                report = calibration.carry_out(planned, destination, on_progress)
+        except (KeyboardInterrupt, SlimoeError):
+            if not destination.is_empty:
+                click.echo(f"What is done lies in {destination.folder}; the same command goes on there.", err=True)
+            raise
     _announce_result(report)
     if values["as_json"]:
         fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}

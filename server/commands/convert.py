@@ -14,6 +14,7 @@ from converter.given_importance import Fitted
 from converter.plan import ConvertPlan
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
 from offload.processors import usable_processors
+from server.destination import reserve
 from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags
@@ -86,13 +87,16 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["pair"],
         values["imatrix"],
     )
-    planned = conversion.plan(options)
-    _announce(planned, options)
     if values["dry_run"]:
+        planned = conversion.plan(options)
+        _announce(planned, options)
         _report(_expected(planned, target), values["as_json"])
         return
-    with byte_bar(planned.n_bytes) as on_progress:
-        report = conversion.carry_out(planned, options, on_progress)
+    with reserve(target) as destination:
+        planned = conversion.plan(options)
+        _announce(planned, options)
+        with byte_bar(planned.n_bytes) as on_progress:
+            report = conversion.carry_out(planned, options, on_progress, destination)
     click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
     _report(report, values["as_json"])
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 import msgspec
 
+from server.destination import reserve
 from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags, judging_options
@@ -30,13 +31,16 @@ def command(values: dict[str, Any]) -> None:
     here a file must have as many layers as SRC for figures by layer.
     """
     check_installed("A report", *CONVERTERS, "matplotlib")
+    from converter.gguf_source import gguf_source
     from converter.open_source import open_source
     from converter.statistics_file import load_statistics
     from server.judging import Judge, report_summary
 
     source = open_source(values["source"])
     statistics = None if values["stats"] is None else load_statistics(values["stats"], source)
-    judge = Judge(source, statistics, judging_options(values, values["device"]))
-    report = judge.report(values["model"], None, record=values["record"])
+    gguf_source(values["model"])
+    with reserve(values["model"]) as destination:
+        judge = Judge(source, statistics, judging_options(values, values["device"]))
+        report = judge.report(destination, None, record=values["record"])
     if values["as_json"]:
         click.echo(msgspec.json.encode(report_summary(report, values["model"])))
