@@ -25,6 +25,7 @@ from bench.random_blocks import RandomTensor, block_pool, random_pieces, topical
 from bench.random_vocabulary import add_random_vocabulary
 from bench.topics import STYLES, RoutingStyle
 from offload.errors import SlimoeError, UsageError
+from offload.whole_file import whole_file
 
 TYPES = (
     "F32",
