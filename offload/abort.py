@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from offload.errors import DeviceError
 from offload.library import Ptr, c_function, open_library
+from offload.printable import printable
 from offload.rpc_endpoint import parse_endpoint, refuses
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
@@ -67,5 +68,5 @@ def device_error(message: str, rpc: Sequence[str]) -> DeviceError | None:
 def end_with_error(error: DeviceError) -> None:
     """Ends the process as the command ends for errors, whatever other threads do: one line, and the exit status."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{clear}slimoe: {error}", file=sys.stderr, flush=True)
+    print(f"{clear}slimoe: {printable(str(error))}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)

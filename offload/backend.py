@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from offload import ggml, ggml_backend
 from offload.memory import advise_huge_pages, out_of_memory
+from offload.printable import printable
 
 REPACK_BUFFER = "CPU_REPACK"
 
@@ -21,7 +22,7 @@ _LOG_WARN = 3
 def _log(level: int, text: bytes, user_data: int | None) -> None:
     """Passes on ggml's warnings and errors; it reports every repacked tensor otherwise."""
     if _LOG_WARN <= level <= _LOG_WARN + 1:
-        sys.stderr.write(text.decode("utf-8", "replace"))
+        sys.stderr.write("\n".join(map(printable, text.decode("utf-8", "replace").split("\n"))))
 
 
 _LOG = ggml.LOG_CALLBACK(_log)  # held for as long as ggml may call it

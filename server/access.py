@@ -6,18 +6,21 @@ a loopback address or a desktop app's own scheme, and not under a foreign host n
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
-from server.api_error import ApiError, ErrorInfo
+from server.api_error import ApiError, ErrorInfo, invalid
 
 APP_SCHEMES = frozenset({"tauri", "app", "file", "vscode-webview"})
 LOCAL_NAMES = frozenset({"localhost", "tauri.localhost"})
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_AUTHORITY = re.compile(r"(\[(?P<address>[^\[\]@/]+)\]|(?P<name>[^\s:/?#@\\\[\]]+))(:\d{0,5})?")
+_ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)/?")
+_OPAQUE_ORIGIN = "null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +33,34 @@ class AccessRules:
 
     def check(self, request: web.Request) -> None:
         """Raises ApiError for a request that may not be answered."""
-        origin = request.headers.get(hdrs.ORIGIN)
-        if origin is not None and not self.allows_origin(origin, request.host):
+        host, origin = _one(request, hdrs.HOST), _one(request, hdrs.ORIGIN)
+        if origin is not None and not self.allows_origin(origin, host):
             raise _forbidden(f"Pages from {origin} may not use this server. Allow them with --allowed-origin.")
         if self.key is None:
-            if not self.allows_host(request.host):
-                name = host_name(request.host)
-                raise _forbidden(f"The server does not go by the name {name!r}. Allow it with --allowed-host.")
+            if host is None:
+                raise invalid("The request names no host. Send a Host header.")
+            if not self.allows_host(host):
+                raise _forbidden(f"The server does not go by the name {host!r}. Allow it with --allowed-host.")
         elif request.method != hdrs.METH_OPTIONS and request.path not in PUBLIC_PATHS:
             _check_key(request, self.key)
 
     def allows_host(self, host: str) -> bool:
         """Whether a Host header names this machine: an address does, a name only if it is known."""
         name = host_name(host)
-        return name in LOCAL_NAMES or name in self.hosts or _is_address(name)
+        return name is not None and (name in LOCAL_NAMES or name in self.hosts or _is_address(name))
 
-    def allows_origin(self, origin: str, host: str) -> bool:
-        """Whether a page from `origin` may call the server that it knows as `host`."""
-        parts = urlsplit(origin)
-        name = host_name(parts.netloc)
-        is_local = parts.scheme in APP_SCHEMES or name in LOCAL_NAMES or _is_loopback(name)
+    def allows_origin(self, origin: str, host: str | None) -> bool:
+        """Whether a page from `origin` may call the server that it knows as `host`; raises ApiError for no origin."""
+        if origin == _OPAQUE_ORIGIN or origin in self.origins:
+            return origin in self.origins
+        parts = _ORIGIN.fullmatch(origin)
+        name = None if parts is None else host_name(parts["authority"])
+        if parts is None or (name is None and parts["authority"]):
+            raise invalid(f"The header Origin is {origin!r}, which is no web origin such as http://localhost:3000.")
+        is_local = parts["scheme"].lower() in APP_SCHEMES or (name is not None and _is_local(name))
         # A page that this very server gave out.
-        is_own = bool(parts.netloc) and parts.netloc == host and self.allows_host(host)
-        return origin in self.origins or is_local or is_own
+        is_own = host is not None and parts["authority"] == host and self.allows_host(host)
+        return is_local or is_own
 
 
 @web.middleware
@@ -67,7 +75,7 @@ async def access_middleware(request: web.Request, handler: Handler) -> web.Strea
 async def add_cors_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Lets the page that sent the request read the answer; credentials are never involved."""
     origin = request.headers.get(hdrs.ORIGIN)
-    if origin is None or not request.app[RULES].allows_origin(origin, request.host):
+    if origin is None or not _may_read(request.app[RULES], origin, request.headers.get(hdrs.HOST)):
         return
     response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
     response.headers[hdrs.VARY] = hdrs.ORIGIN
@@ -78,12 +86,14 @@ async def add_cors_headers(request: web.Request, response: web.StreamResponse) -
         response.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = "600"
 
 
-def host_name(host: str) -> str:
-    """The name in a Host header, without port, brackets and the last dot."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    name = host.partition(":")[0] if host.count(":") == 1 else host
-    return name.lower().rstrip(".")
+def host_name(authority: str) -> str | None:
+    """The name or address in a Host header or origin, without port, brackets and last dot; None when there is none."""
+    parts = _AUTHORITY.fullmatch(authority)
+    if parts is None:
+        return None
+    if parts["address"] is None:
+        return parts["name"].lower().removesuffix(".")
+    return parts["address"].lower() if _is_address(parts["address"]) and ":" in parts["address"] else None
 
 
 RULES = web.AppKey("rules", AccessRules)
@@ -101,13 +111,28 @@ def _forbidden(message: str) -> ApiError:
     return ApiError(403, ErrorInfo(message, "permission_error", None, "forbidden"))
 
 
+def _one(request: web.Request, header: str) -> str | None:
+    """A header's value; raises ApiError when it is there more than once."""
+    values = request.headers.getall(header, [])
+    if len(values) > 1:
+        raise invalid(f"The header {header} is there {len(values)} times. Send it once.")
+    return values[0] if values else None
+
+
+def _may_read(rules: AccessRules, origin: str, host: str | None) -> bool:
+    try:
+        return rules.allows_origin(origin, host)
+    except ApiError:
+        return False
+
+
+def _is_local(name: str) -> bool:
+    return name in LOCAL_NAMES or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(name: str) -> bool:
-    return _is_address(name) and ipaddress.ip_address(name).is_loopback

@@ -57,6 +57,11 @@ def unsupported(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, ErrorInfo(message, UNSUPPORTED, param, "unsupported_value"))
 
 
+def server_failed() -> ApiError:
+    """500: a bug of ours, which the log tells of."""
+    return ApiError(500, ErrorInfo("The server failed. Its log says more.", SERVER, None, "internal"))
+
+
 def not_found(message: str, code: str | None = None) -> ApiError:
     """404: no such route or model."""
     kind = INVALID if code else "not_found_error"

@@ -1,13 +1,10 @@
-"""The HTTP application: every route in one place, and errors as JSON."""
+"""The HTTP application: every route in one place."""
 
-import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from server.access import RULES, AccessRules, access_middleware, add_cors_headers
-from server.api_error import INVALID, SERVER, ApiError, ErrorInfo, not_found
 from server.chat_api import ChatApi
 from server.completion_api import CompletionApi
 from server.generation_api import PING_SECONDS, GenerationApi
@@ -17,7 +14,6 @@ from server.served_model import ServedModel
 from server.supervisor import Supervisor
 
 MAX_BODY = 64 * 1024 * 1024
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +27,7 @@ class AppConfig:
 
 def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     """The application over a started supervisor, which it neither starts nor stops."""
-    app = web.Application(middlewares=[error_middleware, access_middleware], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[access_middleware], client_max_size=MAX_BODY)
     app[RULES] = config.rules
     app.on_response_prepare.append(add_cors_headers)
     metrics = Metrics(supervisor)
@@ -63,34 +59,3 @@ def _info_routes(info: InfoApi) -> list[web.RouteDef]:
         web.post("/v1/detokenize", info.detokenize),
         web.post("/apply-template", info.apply_template),
     ]
-
-
-@web.middleware
-async def error_middleware(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Answers every error with the JSON that clients parse; a bug of ours also leaves its traceback in the log."""
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return error.response()
-    except web.HTTPException as error:
-        return _from_http(request, error).response()
-    except ConnectionError:
-        raise
-    except Exception:
-        _log.exception("%s %s failed.", request.method, request.path)
-        return ApiError(500, ErrorInfo("The server failed. Its log says more.", SERVER, None, "internal")).response()
-
-
-def _from_http(request: web.Request, error: web.HTTPException) -> ApiError:
-    if isinstance(error, web.HTTPNotFound):
-        return not_found(f"There is no {request.path}. See GET /v1/models and POST /v1/chat/completions.")
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        info = ErrorInfo(f"{request.path} takes {allowed}, not {request.method}.", "not_found_error")
-        return ApiError(405, info, headers={"Allow": allowed})
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        message = f"The body is larger than {MAX_BODY // 2**20} MiB."
-        return ApiError(413, ErrorInfo(message, "request_too_large"))
-    return ApiError(error.status, ErrorInfo(error.reason, INVALID))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from offload.errors import SlimoeError
+from offload.printable import printable
 
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
@@ -54,10 +55,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = cli.main(list(arguments), prog_name="slimoe", standalone_mode=False)
     except click.ClickException as error:
+        error.message = printable(error.message)
         error.show()
         return error.exit_code
     except SlimoeError as error:
-        print(f"slimoe: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"slimoe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print(file=sys.stderr)

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from server import frames, wire
 from server.answer import Draft, Order, Shape, usage_of, with_figures
-from server.api_error import SERVER, ApiError, ErrorInfo, from_failure, queue_full
+from server.api_error import from_failure, queue_full, server_failed
 from server.event_stream import EventStream
 from server.metrics import Metrics
 from server.request_body import StreamOptions
@@ -59,7 +59,7 @@ class GenerationApi:
             raise
         except Exception:
             _log.exception("A streamed answer failed.")
-            failure = ApiError(500, ErrorInfo("The server failed. Its log says more.", SERVER, None, "internal"))
+            failure = server_failed()
         if not writer.events.is_open:
             raise failure
         return await writer.events.fail(failure)

@@ -1,6 +1,6 @@
 """What the engine's process says: events, errors and the model itself as messages."""
 
-import traceback
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +19,7 @@ from offload.gguf_file import GGUFFile
 from offload.model_spec import ModelSpec
 from offload.tokenizer import Tokenizer
 from server import frames
+from server.log_format import log_text
 from server.prompts import RequestError
 from server.template import ChatTemplateError
 
@@ -111,7 +112,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
             return frames.Failure(id, "device", str(error), exit_code=error.exit_code)
         case SlimoeError():
             return frames.Failure(id, "model", str(error), exit_code=error.exit_code)
-    traceback.print_exception(error)
+    print(log_text("The engine failed.", error), file=sys.stderr)
     return frames.Failure(id, "internal", f"The engine failed ({type(error).__name__}). The log says more.")
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from msgspec import Meta
 
 from offload.generation import GenerationRequest
@@ -15,6 +15,7 @@ from offload.sampling import SamplingParams
 from server.api_error import invalid, unsupported
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
+_ENCODINGS = ("identity", "gzip", "deflate", "br", "zstd")
 _PATH = re.compile(r"^(?P<message>.*?) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -148,6 +149,9 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
     """The request's body as `kind`; raises ApiError that names the field at fault."""
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity")
+    if encoding.lower() not in _ENCODINGS:
+        raise invalid(f"The body's Content-Encoding is {encoding!r}. Send it as it is, or as gzip or deflate.")
     data = await request.read()
     try:
         return msgspec.json.decode(data, type=kind)

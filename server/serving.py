@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from offload.errors import SlimoeError
 from server.app import AppConfig, init_app
+from server.connection import ApiRunner
 from server.frames import ModelInfo
 from server.supervisor import Supervisor
 
@@ -53,9 +55,7 @@ async def serve(
     _stop_on_signals(stop)
     if exits_with_parent:
         _stop_at_end_of_input(stop)
-    runner = web.AppRunner(
-        init_app(config, supervisor), handler_cancellation=True, shutdown_timeout=FLUSH_SECONDS, access_log=None
-    )
+    runner = ApiRunner(init_app(config, supervisor), shutdown_timeout=FLUSH_SECONDS)
     await runner.setup()
     try:
         bound = await _listen(runner, address)
@@ -70,6 +70,15 @@ async def serve(
     finally:
         await supervisor.stop(grace)
         await runner.cleanup()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`; a name that is unknown reaches nobody."""
+    try:
+        found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return True
+    return all(ipaddress.ip_address(place[0]).is_loopback for *_, place in found)
 
 
 async def _listen(runner: web.AppRunner, address: Address) -> Address:

@@ -15,8 +15,10 @@ from typing import Literal
 import msgspec
 
 from offload.generation import GenerationRequest
+from offload.printable import printable
 from server import frames
 from server.engine_child import COMMAND, EngineChild
+from server.log_format import log_text
 from server.ticket import EngineFailure, Ticket
 
 Phase = Literal["loading", "ready", "failed", "stopped"]
@@ -190,7 +192,7 @@ class Supervisor:
         """Says on standard error what has not been said before."""
         for note in notes:
             if note not in self._told:
-                print(note, file=sys.stderr)
+                print(printable(note), file=sys.stderr)
         self._told.update(notes)
 
     def _deliver(self, answer: frames.Answer) -> None:
@@ -233,7 +235,7 @@ class Supervisor:
 
     def _restart(self, crash: frames.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
-        print(f"slimoe: {crash.message}", file=sys.stderr)
+        print(log_text(crash.message), file=sys.stderr)
         self.n_restarts += 1
         is_hopeless = not may_heal or self._pause > PATIENCE
         self.failure = crash if is_hopeless else None

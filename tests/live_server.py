@@ -17,6 +17,7 @@ from openai import AsyncOpenAI
 
 from server.access import AccessRules
 from server.app import AppConfig, init_app
+from server.connection import ApiRunner
 from server.frames import Open
 from server.served_model import ServedModel
 from server.supervisor import Supervisor
@@ -53,7 +54,7 @@ async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> Async
     """The application over the scripted engine."""
     supervisor = Supervisor(msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED)
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
-    runner = web.AppRunner(init_app(config, supervisor), handler_cancellation=True, shutdown_timeout=1)
+    runner = ApiRunner(init_app(config, supervisor), shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -178,6 +178,10 @@ def test_a_port_in_use(model: Path) -> None:
         (["MODEL", "--api-key-env", "NO_SUCH_VARIABLE"], 2, "NO_SUCH_VARIABLE"),
         (["MODEL", "--api-key-file", "missing.txt"], 2, "missing.txt"),
         (["MODEL", "--host", "no.such.host.invalid"], 69, "no.such.host.invalid"),
+        (["MODEL", "--host", "0.0.0.0"], 2, "--no-key"),
+        (["MODEL", "--host", "::"], 2, "--no-key"),
+        (["MODEL", "--host", ""], 2, "--no-key"),
+        (["MODEL", "--no-key", "--api-key-file", __file__], 2, "--no-key"),
     ],
 )
 def test_what_cannot_be_served(model: Path, arguments: list[str], status: int, words: str) -> None:
@@ -196,6 +200,21 @@ def test_the_key_is_asked_for(model: Path, tmp_path: Path) -> None:
             client.models.list()
         with openai.OpenAI(base_url=f"{url}/v1", api_key="sesame") as client:
             assert [model.id for model in client.models.list()] == ["mine"]
+
+
+def test_the_key_does_not_go_to_the_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMOE_TEST_KEY", "sesame")
+    with serving(model, "--host", "0.0.0.0", "--api-key-env", "SLIMOE_TEST_KEY") as (process, url):
+        (engine,) = children(process)
+        assert "PATH" in engine.environ()
+        assert "SLIMOE_TEST_KEY" not in engine.environ()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="sesame") as client:
+            assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_other_machines_are_let_in_when_that_is_wanted(model: Path) -> None:
+    with serving(model, "--host", "0.0.0.0", "--no-key") as (_, url), client_of(url) as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
 
 
 def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from server.access import AccessRules
 from server.app import AppConfig
 from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
 from server.frames import ModelInfo, Open
+from server.log_format import log_to_stderr
 from server.served_model import ServedModel, model_id
-from server.serving import GRACE_SECONDS, Address, serve
+from server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from server.supervisor import DEFAULT_N_QUEUE, Supervisor
 from server.version import version
 
@@ -36,6 +37,7 @@ class ServeOptions:
     n_queue: int
     api_key_env: str | None
     api_key_file: Path | None
+    no_key: bool
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
     exit_with_parent: bool
@@ -61,6 +63,7 @@ class ServeOptions:
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
 )
+@click.option("--no-key", is_flag=True, help="Let everyone who reaches a --host other than this machine in.")
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that clients may know this machine by.")
 @click.option("--allowed-origin", multiple=True, metavar="URL", help="A web origin whose pages may use the server.")
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
@@ -86,6 +89,8 @@ def command(values: Mapping[str, Any]) -> None:
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
         frozenset(options.allowed_origin),
     )
+    _check_exposure(options, rules)
+    log_to_stderr()
     asyncio.run(_serve(AppConfig(served, rules), engine, options))
 
 
@@ -127,10 +132,24 @@ def open_message(engine: EngineOptions) -> Open:
     return msgspec.convert({**asdict(engine), **own}, Open)
 
 
+def _check_exposure(options: ServeOptions, rules: AccessRules) -> None:
+    """Raises UsageError for a server that other machines reach and that asks nobody for a key, unless that is wanted."""
+    if rules.key is not None and options.no_key:
+        raise UsageError("--no-key serves without a key, but one is given. Leave one of the two out.")
+    if rules.key is None and not options.no_key and not is_loopback(options.host):
+        raise UsageError(
+            f"With --host {options.host or repr('')} other machines reach this server, and it has no key. "
+            "Give one with --api-key-env or --api-key-file, or say --no-key."
+        )
+
+
 def _key(options: ServeOptions) -> str | None:
-    """The key that was configured; raises UsageError when it is not there, for serving without one is no answer."""
+    """The key that was configured; raises UsageError when it is not there, for serving without one is no answer.
+
+    It is taken out of the environment, so that no child of this process finds it there.
+    """
     if options.api_key_env is not None:
-        key = os.environ.get(options.api_key_env, "").strip()
+        key = os.environ.pop(options.api_key_env, "").strip()
         where = f"The environment variable {options.api_key_env}"
     elif options.api_key_file is not None:
         try:
