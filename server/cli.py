@@ -1,6 +1,7 @@
 """The `slimoe` command: finds the command that was asked for and tells its errors in one line."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -55,8 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = cli.main(list(arguments), prog_name="slimoe", standalone_mode=False)
     except click.ClickException as error:
-        error.message = printable(error.message)
-        error.show()
+        shown, words = io.StringIO(), error.format_message()
+        error.show(shown)
+        sys.stderr.write(shown.getvalue().replace(words, printable(words)))
         return error.exit_code
     except SlimoeError as error:
         print(f"slimoe: {printable(' '.join(str(error).split()))}", file=sys.stderr)

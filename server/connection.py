@@ -47,7 +47,7 @@ class ApiServer(web.Server):
 
     def __call__(self) -> Connection:
         """The protocol of one accepted connection."""
-        return Connection(self, loop=asyncio.get_running_loop(), access_log=None)
+        return Connection(self, loop=asyncio.get_running_loop())
 
 
 class ApiRunner(web.AppRunner):
@@ -60,7 +60,7 @@ class ApiRunner(web.AppRunner):
 
 
 def answering_errors(handler: Handler) -> Handler:
-    """`handler`, with every error answered by JSON that clients parse; a bug of ours leaves its traceback in the log."""
+    """`handler`, with every error answered by JSON that clients parse; a bug of ours leaves a traceback in the log."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         try:

@@ -133,7 +133,7 @@ def open_message(engine: EngineOptions) -> Open:
 
 
 def _check_exposure(options: ServeOptions, rules: AccessRules) -> None:
-    """Raises UsageError for a server that other machines reach and that asks nobody for a key, unless that is wanted."""
+    """Raises UsageError for a server that other machines reach without a key, unless that is wanted."""
     if rules.key is not None and options.no_key:
         raise UsageError("--no-key serves without a key, but one is given. Leave one of the two out.")
     if rules.key is None and not options.no_key and not is_loopback(options.host):
