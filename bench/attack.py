@@ -1,0 +1,130 @@
+"""Attacks slimoe as strangers could: hostile requests to its server, and damaged or malicious files to its readers.
+
+A seed gives always the same attack. What did not hold is told on standard error, by kind; `--only NAME --case N`
+repeats one case. The last line of stdout is one JSON document, in which `holds` says whether everything did.
+
+    python -m bench.attack
+    python -m bench.attack --only files --kinds config,tokenizer --n-files 500
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from bench import machine
+from bench.body_attack import BodyPlan, attack_bodies
+from bench.file_attack import FilePlan, attack_files
+from bench.finding import Outcome, tell
+from bench.specimens import KINDS
+from offload.errors import SlimoeError
+
+ATTACKS = ("bodies", "files")
+_SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
+
+
+@dataclass(frozen=True, slots=True)
+class AttackOptions:
+    """How much of everything; a `case` is the only one."""
+
+    seed: int
+    n_bodies: int
+    n_files: int
+    kinds: tuple[str, ...]
+    n_jobs: int
+    model: Path | None
+    case: int | None
+    keeps: bool
+    is_smoke: bool = False
+
+
+def carry_out(name: str, options: AttackOptions) -> Outcome:
+    """One of the attacks; raises SlimoeError where it could not even begin."""
+    first = 0 if options.case is None else options.case
+
+    def count(number: int) -> int:
+        return number if options.case is None else 1
+
+    attacks: dict[str, Callable[[], Outcome]] = {
+        "bodies": lambda: attack_bodies(BodyPlan(options.seed, count(options.n_bodies), first, options.model)),
+        "files": lambda: attack_files(
+            FilePlan(
+                options.seed,
+                count(options.n_files),
+                first,
+                options.kinds,
+                options.n_jobs,
+                options.keeps,
+                tries_specimens=options.case is None and not options.is_smoke,
+            )
+        ),
+    }
+    return attacks[name]()
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Some of the names that there are, with commas between."""
+
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self.known = known
+
+    def convert(
+        self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names as a tuple."""
+        names = tuple(value.split(",")) if isinstance(value, str) else value
+        unknown = next((name for name in names if name not in self.known), None)
+        if unknown is not None:
+            self.fail(f"{unknown!r} is none of {', '.join(self.known)}.", param, ctx)
+        return names
+
+
+@click.command()
+@click.option("--only", type=Names(ATTACKS), default=ATTACKS, help=f"Some of {','.join(ATTACKS)}.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--case", type=click.IntRange(min=0), help="Only this one of bodies or files.")
+@click.option("--n-bodies", type=click.IntRange(1), default=20_000, show_default=True)
+@click.option("--n-files", type=click.IntRange(1), default=5_000, show_default=True)
+@click.option("--kinds", type=Names(KINDS), default=KINDS, help=f"Files of these kinds: {','.join(KINDS)}.")
+@click.option("--jobs", "n_jobs", type=click.IntRange(1), default=2, show_default=True, help="Files read at once.")
+@click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of the demo.")
+@click.option("--keep", "keeps", is_flag=True, help="Leave mutants and specimens where they are.")
+@click.option("--smoke", is_flag=True, help="Seconds only: shows that the attacks work, proves nothing.")
+def main(
+    only: tuple[str, ...],
+    seed: int,
+    case: int | None,
+    n_bodies: int,
+    n_files: int,
+    kinds: tuple[str, ...],
+    n_jobs: int,
+    model: Path | None,
+    keeps: bool,
+    smoke: bool,
+) -> None:
+    """Attack slimoe, and say what did not hold."""
+    options = AttackOptions(seed, n_bodies, n_files, kinds, n_jobs, model, case, keeps)
+    if smoke:
+        options = AttackOptions(seed, 60, len(_SMOKE_KINDS), _SMOKE_KINDS, 1, model, case, keeps, is_smoke=True)
+    document: dict[str, object] = {"seed": seed}
+    holds = True
+    try:
+        for name in only:
+            outcome = carry_out(name, options)
+            tell(name, outcome)
+            document[name] = outcome.as_json()
+            holds = holds and not outcome.findings
+    except SlimoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(document | {"holds": holds, "machine": machine.describe()}))
+    sys.exit(0 if holds or smoke else 1)
+
+
+if __name__ == "__main__":
+    main()
