@@ -169,7 +169,7 @@ def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
     laps.now("plan")
     source = open_source(Path(job.source))
     statistics = load_statistics(Path(job.statistics), source)
-    recipe = parse_recipe(job.recipe, SourceSizes(source.spec.n_layer, source.spec.n_expert))
+    recipe = parse_recipe(job.recipe, SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff))
     plan = plan_slim(source, statistics, recipe, n_threads=job.n_threads)
     laps.now("write")
     fit = chosen_fit(source, plan, statistics, job.n_threads)

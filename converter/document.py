@@ -59,7 +59,8 @@ def _decode(decode: Callable[[], T], language: str, n_bytes: int, max_bytes: int
         raise BadDocumentError(_with_place(str(error))) from None
     except RecursionError:
         raise BadDocumentError(f"this is {language} that is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError) as error:
+        # Of bytes that are no text, and of numbers with more digits than Python reads.
         raise BadDocumentError(f"this is not readable as {language} ({error})") from None
 
 

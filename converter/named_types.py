@@ -8,22 +8,22 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.quantize import needs_importance
-from converter.recipe import Recipe
+from converter.recipe import DEFAULT_EXPERT, Recipe
 from converter.slim_plan import SlimPlan, Types
 from converter.slim_types import Choices
-from converter.statistics import Statistics
 from converter.structure import ROLES, Structure
-from converter.type_costs import LOSSLESS, stored_costs
+from converter.type_costs import LOSSLESS, TypeCosts
 from converter.type_recipe import find_recipe
 from offload.errors import UsageError
 
-_DEFAULT_TYPE = "Q4_K_M"
+_SMALL_BLOCK = 32
+"""Weights in a block of the types that divide most rows."""
 
 
 def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Choices:
     """The types that a recipe names, those of `slimoe convert --type` where it leaves some open."""
     named = recipe.types
-    default = find_recipe(named.expert or _DEFAULT_TYPE)
+    default = find_recipe(named.expert or DEFAULT_EXPERT)
     n_layer, is_tied = len(structure.layers), not any(key.name == "output.weight" for key in source.shapes)
 
     def kind(name: str, override: str | None = None) -> Type:
@@ -42,37 +42,44 @@ def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Ch
 
 def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
     """Raises UsageError for a width that is no multiple of the blocks of its types, before neurons are chosen."""
-    if recipe.types.expert is None and recipe.types.candidates:
-        kinds = [Type[name] for name in recipe.types.candidates]
-    else:
-        kinds = [find_recipe(recipe.types.expert or _DEFAULT_TYPE).base]
-    block = min(int(GGML_QUANT_SIZES[kind][0]) for kind in kinds)
+    kinds = _width_kinds(recipe)
+    kind = max(kinds, key=lambda one: int(GGML_QUANT_SIZES[one][0]))
+    block = int(GGML_QUANT_SIZES[kind][0])
     if width % block == 0 or source.spec.n_ff % block:
         return
     below, above = width // block * block, -(-width // block) * block
     near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if 0 < one <= source.spec.n_ff)
+    is_free = block > _SMALL_BLOCK and recipe.target_size is None and recipe.target_bpw is None
+    smaller = ", or name types of smaller blocks, such as Q8_0 (--type Q8_0)" if is_free else ""
     raise UsageError(
-        f"Experts of {width} neurons do not divide into blocks of {block}, as {kinds[0].name} has them. "
-        f"Keep {near}, or name a type of smaller blocks, such as Q8_0 (--type Q8_0)."
+        f"Experts of {width} neurons do not divide into blocks of {block}, as {kind.name} has them. "
+        f"Keep {near}{smaller}."
     )
+
+
+def _width_kinds(recipe: Recipe) -> list[Type]:
+    """Types of which all must divide the rows of trimmed experts, or of candidates the one that does so best."""
+    low = [Type[recipe.types.low]] if recipe.types.low is not None else []
+    if recipe.types.expert is None and recipe.types.candidates:
+        best = min((Type[name] for name in recipe.types.candidates), key=lambda one: int(GGML_QUANT_SIZES[one][0]))
+        return [best, *low]
+    return [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base, *low]
 
 
 def check_importance(plan: SlimPlan, low: str | None) -> None:
     """Raises UsageError for types that cannot be made without knowing which weights matter."""
-    asked = _kinds(plan) | ({Type[low]} if low else set())
+    asked = plan_kinds(plan) | ({Type[low]} if low else set())
     kinds = sorted(kind.name for kind in asked if needs_importance(kind))
     if kinds and not plan.importance:
         problem = f"{', '.join(kinds)} cannot be made: it is not known which weights matter."
         raise UsageError(f"{problem} Give --stats, or use IQ3_S or larger.")
 
 
-def priced(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
-    """The plan with what its types cost, if the statistics know it of all of them."""
+def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
+    """The plan with what its types cost, if that is known."""
     outer = {MatrixKey("token_embd.weight"): plan.token_type, MatrixKey("output.weight"): plan.output_type}
-    kinds = {kind.name for kind in _kinds(plan) - set(LOSSLESS)}
-    if not kinds:
+    if not plan_kinds(plan) - set(LOSSLESS):
         return plan
-    costs = None if statistics is None else stored_costs(statistics, tuple(kinds))
     if costs is None:
         return replace(plan, uncounted=("types",))
     pairs = ((key, kind) for key, kind in _plan_types(plan, outer) if key in costs.costs and kind not in LOSSLESS)
@@ -90,7 +97,7 @@ def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Itera
                 yield from ((expert_key(layer.block, name, member), kind) for member in expert.members)
 
 
-def _kinds(plan: SlimPlan) -> set[Type]:
+def plan_kinds(plan: SlimPlan) -> set[Type]:
     """All types of a plan's best copies."""
     kinds = {kind for layer in plan.layers for expert in layer.experts for kind in expert.types}
     kinds |= {kind for layer in plan.layers for kind in layer.types.values()}

@@ -8,6 +8,8 @@ from typing import Literal
 
 from converter.slim_plan import Format
 
+DEFAULT_EXPERT = "Q4_K_M"
+"""The type, or mix of types, of experts where neither a recipe nor a target chooses one."""
 Merge = Literal["m-smoe", "hc-smoe"]
 Replacement = Literal["nothing", "novice"]
 

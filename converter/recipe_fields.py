@@ -1,6 +1,5 @@
 """What each key of a recipe's file may hold, and how it is read: one row a key."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from offload.byte_size import parse_bytes
 
 _SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
 _LARGE_TYPES = ("F16", "BF16", "F32")
+_MOST_BITS = 64
+_MOST_BYTES = 1 << 62
 TYPES = tuple(dict.fromkeys((*CANDIDATES, *_LARGE_TYPES)))
 """Types that a matrix may be stored in."""
 
@@ -22,10 +23,11 @@ class NotExpectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SourceSizes:
-    """What shares in a recipe are shares of: layers, and experts of a layer."""
+    """What numbers and shares in a recipe are of: layers, experts of a layer, and neurons of an expert."""
 
     n_layer: int
     n_expert: int
+    n_ff: int
 
 
 Read = Callable[[object, SourceSizes], object]
@@ -52,21 +54,21 @@ def _experts(value: object, sizes: SourceSizes) -> int:
     return read_amount(value, sizes.n_expert, 1, "experts")
 
 
-def _number(value: object, _sizes: SourceSizes) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise NotExpectedError("a number of neurons, from 1")
+def _neurons(value: object, sizes: SourceSizes) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sizes.n_ff:
+        raise NotExpectedError(f"a number of neurons from 1 to the {sizes.n_ff} of the model's experts")
     return value
 
 
 def _bits(value: object, _sizes: SourceSizes) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise NotExpectedError("a number of bits, such as 2.5")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _MOST_BITS:
+        raise NotExpectedError(f"a number of bits up to {_MOST_BITS}, such as 2.5")
     return float(value)
 
 
 def _size(value: object, _sizes: SourceSizes) -> int:
     size = parse_bytes(value) if isinstance(value, str) else value
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST_BYTES:
         raise NotExpectedError('a size such as "12GiB" or "500MB"')
     return size
 
@@ -126,7 +128,7 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "overall": _flag,
         "replacement": _word("nothing", "novice"),
         "merge": _word("m-smoe", "hc-smoe"),
-        "width": _number,
+        "width": _neurons,
     },
     "types": {
         "expert": _type(*dict.fromkeys((*TYPES, *RECIPES))),

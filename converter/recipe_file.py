@@ -15,21 +15,24 @@ feedback = true
 
 import difflib
 import json
-import tomllib
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.document import MAX_TOML_BYTES, BadDocumentError, decode_toml
 from converter.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
 from converter.recipe_check import check_recipe
 from converter.recipe_fields import SECTIONS, TOP, NotExpectedError, Read, SourceSizes
+from converter.recipe_words import Words
 from offload.byte_size import bytes_text
 from offload.errors import UsageError
 
 Tables = Mapping[str, Any]
 """A recipe as TOML has it, nothing checked."""
 
+_LONGEST_KEY = 40
 _OWN = Path(__file__).with_name("recipes")
 
 
@@ -44,60 +47,67 @@ def recipe_tables(name: str) -> Tables:
     ready = ready_recipes()
     path = _OWN / f"{name}.toml" if name in ready else Path(name)
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            text = file.read(MAX_TOML_BYTES + 1)
     except FileNotFoundError:
         hint = f"Name a file, or one of {', '.join(ready)}."
         raise UsageError(f"There is no recipe {name!r}.{_nearest(name, ready)} {hint}") from None
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read ({error.strerror}). Name a recipe's file.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{name} is no recipe: it is not UTF-8 text. Name a TOML file.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{name} cannot be read ({reason}). Name a recipe's file.") from None
     return text_tables(text, name)
 
 
-def text_tables(text: str, origin: str) -> Tables:
+def text_tables(text: bytes, origin: str) -> Tables:
     """TOML as tables; raises UsageError, which begins with `origin`."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{origin}: this is not TOML ({error}). Correct it there.") from None
+        return decode_toml(text, dict[str, Any])
+    except BadDocumentError as error:
+        raise UsageError(f"{origin}: {error}. Correct it there.") from None
 
 
-def make_recipe(tables: Tables, sizes: SourceSizes, origin: str) -> Recipe:
+def make_recipe(tables: Tables, sizes: SourceSizes, words: Words) -> Recipe:
     """The recipe that tables describe, its shares as numbers of a model of `sizes`.
 
-    Raises UsageError, which begins with `origin`, for a key that there is not, a value that its key does not hold, and
-    what contradicts itself.
+    Raises UsageError, in `words`, for a key that there is not, a value that its key does not hold, and what contradicts
+    itself.
     """
     top = {key: value for key, value in tables.items() if key not in SECTIONS}
     sections = {name: tables.get(name, {}) for name in SECTIONS}
     for name, section in sections.items():
         if not isinstance(section, Mapping):
-            raise UsageError(f"{origin}: {name} is {section!r}, but is a table. Begin it with [{name}].")
-    values = _values(top, TOP, sizes, origin, "")
-    experts, types, fit = (_values(sections[name], SECTIONS[name], sizes, origin, f"{name}.") for name in SECTIONS)
+            found = reprlib.repr(section)
+            raise UsageError(f"{words.origin}: {name} is {found}, but is a table. Begin it with [{name}].")
+    values = _values(top, TOP, sizes, words, "")
+    experts, types, fit = (_values(sections[name], SECTIONS[name], sizes, words, f"{name}.") for name in SECTIONS)
     recipe = Recipe(**values, experts=ExpertRecipe(**experts), types=StorageRecipe(**types), fit=FitRecipe(**fit))
-    check_recipe(recipe, origin)
+    check_recipe(recipe, words)
     return recipe
 
 
 def parse_recipe(text: str, sizes: SourceSizes, origin: str = "the recipe") -> Recipe:
     """The recipe in a text; raises UsageError as `make_recipe` and `text_tables` do."""
-    return make_recipe(text_tables(text, origin), sizes, origin)
+    return make_recipe(text_tables(text.encode(), origin), sizes, Words(origin))
 
 
-def _values(table: Tables, known: Mapping[str, Read], sizes: SourceSizes, origin: str, prefix: str) -> dict[str, Any]:
+def _values(table: Tables, known: Mapping[str, Read], sizes: SourceSizes, words: Words, prefix: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         if key not in known:
             names = [*known, *SECTIONS] if not prefix else list(known)
             hint = _nearest(key, names) or f" Those there are: {', '.join(names)}."
-            raise UsageError(f"{origin}: there is no key {prefix}{key}.{hint}")
+            raise UsageError(f"{words.origin}: there is no key {prefix}{_shown(key)}.{hint}")
         try:
             values[key] = known[key](value, sizes)
         except NotExpectedError as error:
-            raise UsageError(f"{origin}: {prefix}{key} is {value!r}, but must be {error}.") from None
+            problem = f"{words[key]} is {reprlib.repr(value)}, but must be {error}."
+            raise UsageError(words.message([key], problem)) from None
     return values
+
+
+def _shown(key: str) -> str:
+    """A stranger's key on one line."""
+    return key if key.isprintable() and len(key) <= _LONGEST_KEY else reprlib.repr(key)
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

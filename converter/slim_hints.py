@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from converter.methods.expert_drop import Survivors
 from converter.methods.layer_hints import SkipRules, hints_for
+from converter.methods.novices import novice_vectors
 from converter.methods.sketch_policy import layer_sketch
 from converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
 from converter.model_source import ModelSource, expert_key
@@ -12,7 +15,10 @@ from converter.slim_plan import LayerPlan, Types
 from converter.statistics import Statistics
 from converter.type_costs import TypeCosts
 
-_FIELDS = ("use", "share_square", "skip_error", "sensitivity", "skip_ratio", "low_share")
+_FIELDS = (
+    *("use", "share_square", "skip_error", "fallback", "fallback_error"),
+    *("sensitivity", "skip_ratio", "low_share"),
+)
 
 
 def with_hints(
@@ -31,10 +37,12 @@ def with_hints(
         return None
     kept = tuple(expert.members[0] for expert in layer.experts)
     gone = sorted({expert for expert in target if expert >= 0} - set(kept))
-    replaced = () if layer.novices is None else tuple(gone)
+    replaced = tuple(gone) if min(layer.target) < 0 else ()
     survivors = Survivors(kept, layer.rows, layer.target, replaced)
     sketch = layer_sketch(one, target, source.spec.experts) if one.sketch is not None else None
-    rules = SkipRules(skip_ratio(one.router), low_share(gate_thresholds(statistics.layers)))
+    # One pick a token leaves nothing for a gate to choose by.
+    share = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
+    rules = SkipRules(skip_ratio(one.router), share, _fallbacks(layer))
     hints = hints_for(one, survivors, sketch, rules)
     found = {name: getattr(hints, name) for name in _FIELDS}
     values: dict[str, object] = {name: value for name, value in found.items() if value is not None}
@@ -44,6 +52,22 @@ def with_hints(
             for expert in layer.experts
         )
     return replace(layer, hints=values)
+
+
+def with_fallbacks(statistics: Statistics, layer: LayerPlan) -> LayerPlan:
+    """The layer with a constant for each expert that it keeps, behind those that stand for experts already."""
+    one, stands = statistics.layers[layer.block], layer.novices is None and min(layer.target, default=0) < 0
+    if not layer.experts or one.outputs is None or stands or any(len(expert.members) > 1 for expert in layer.experts):
+        return layer
+    vectors = novice_vectors(one)[[expert.members[0] for expert in layer.experts]]
+    return replace(layer, novices=vectors if layer.novices is None else np.concatenate([layer.novices, vectors]))
+
+
+def _fallbacks(layer: LayerPlan) -> tuple[int, ...] | None:
+    """The number of each expert's own constant; None where only experts that are gone have one."""
+    n_stand = -min((0, *layer.target))
+    n_all = 0 if layer.novices is None else len(layer.novices)
+    return tuple(range(n_stand, n_all)) if n_all > n_stand else None
 
 
 def _copy_errors(block: int, costs: TypeCosts, expert: int, copies: Sequence[Types | None]) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gguf import GGML_QUANT_SIZES
@@ -8,15 +8,23 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.allocation import Allocation
 from converter.model_source import ModelSource
-from converter.named_types import check_importance, check_width, named_types, priced
+from converter.named_types import check_importance, check_width, named_types, plan_kinds, priced
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
-from converter.slim_hints import with_hints
+from converter.slim_hints import with_fallbacks, with_hints
 from converter.slim_plan import SlimPlan, Types
 from converter.slim_types import TypeAllocator, apply, too_large
 from converter.statistics import Statistics
 from converter.structure import Structure, build_structure
-from converter.type_costs import CANDIDATES, TypeCosts, joined_costs, measure_type_costs, stored_costs
+from converter.type_costs import (
+    CANDIDATES,
+    LOSSLESS,
+    TypeCosts,
+    joined_costs,
+    known_types,
+    measure_type_costs,
+    stored_costs,
+)
 from offload.errors import DoesNotFitError, UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -56,11 +64,13 @@ def plan_slim(
     if budget is None:
         plan = apply(open_plan, named_types(source, structure, recipe), source, statistics)
         check_importance(plan, recipe.types.low)
-        plan = priced(plan, statistics)
+        costs = costs or _named_costs(source, statistics, plan, recipe.types.low, n_threads, on_progress)
+        plan = priced(plan, costs)
     else:
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
-        costs = costs or statistics_costs(source, statistics, recipe, n_threads, on_progress)
+        types = recipe.types.candidates or CANDIDATES
+        costs = costs or statistics_costs(source, statistics, types, n_threads, on_progress)
         allocator = TypeAllocator(source, statistics, costs, recipe, structure)
         plan, allocation, room = _within(
             budget, allocator, open_plan, lambda typed: _completed(source, statistics, recipe, typed, costs)
@@ -105,6 +115,21 @@ def _uncounted(recipe: Recipe) -> tuple[str, ...]:
     return tuple(what for what, is_there in done.items() if is_there)
 
 
+def _named_costs(
+    source: ModelSource,
+    statistics: Statistics | None,
+    plan: SlimPlan,
+    low: str | None,
+    n_threads: int,
+    on_progress: Progress,
+) -> TypeCosts | None:
+    """What the types cost that a plan and its second copies have; None without the sensitivities that say it."""
+    if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
+        return None
+    kinds = {kind.name for kind in plan_kinds(plan) - set(LOSSLESS)} | ({low} if low else set())
+    return statistics_costs(source, statistics, sorted(kinds), n_threads, on_progress) if kinds else None
+
+
 def _completed(
     source: ModelSource, statistics: Statistics | None, recipe: Recipe, plan: SlimPlan, costs: TypeCosts | None
 ) -> SlimPlan:
@@ -113,10 +138,13 @@ def _completed(
         plan = with_low_copies(plan, Type[recipe.types.low])
     if not recipe.hints or recipe.format != "native" or statistics is None:
         return plan
-    hinted = [with_hints(source, statistics, layer, costs) for layer in plan.layers]
+    layers = plan.layers
+    if recipe.free_novices or recipe.experts.replacement == "novice":
+        layers = tuple(with_fallbacks(statistics, layer) for layer in layers)
+    hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
     # The format has hints for all layers or for none.
-    layers = [layer for layer in hinted if layer is not None]
-    return replace(plan, layers=tuple(layers)) if len(layers) == len(hinted) else plan
+    known = tuple(layer for layer in hinted if layer is not None)
+    return replace(plan, layers=known) if len(known) == len(hinted) else plan
 
 
 def _within(
@@ -139,15 +167,14 @@ def _within(
 
 
 def statistics_costs(
-    source: ModelSource, statistics: Statistics, recipe: Recipe, n_threads: int, on_progress: Progress
+    source: ModelSource, statistics: Statistics, types: Sequence[str], n_threads: int, on_progress: Progress
 ) -> TypeCosts:
-    """What the recipe's candidates cost, measured where the statistics have no answer; raises as
-    `measure_type_costs` does.
-    """
-    types = recipe.types.candidates or CANDIDATES
-    known = statistics.matrix_costs.types if statistics.matrix_costs is not None else ()
+    """What these types cost, measured where the statistics have no answer; raises as `measure_type_costs` does."""
+    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
+    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
+    known = set(tried) if types == CANDIDATES else known_types(source, statistics)
     missing = tuple(name for name in types if name not in known)
-    stored = stored_costs(statistics, tuple(name for name in types if name in known))
+    stored = stored_costs(statistics, tuple(name for name in types if name not in missing))
     if not missing and stored is not None:
         return stored
     what = f"measuring what {', '.join(missing)} cost" if stored is not None else "measuring what each type costs"

@@ -33,8 +33,7 @@ def trimmed(
     if width > width_now:
         raise UsageError(f"Experts of {width_now} neurons cannot keep {width}. Choose a width from 1 to {width_now}.")
     by_block = {layer.block: layer for layer in structure.layers}
-    if any(len(expert.members) > 1 for layer in structure.layers for expert in layer.experts):
-        raise UsageError("Experts that are merged cannot be trimmed as well. Leave out --merge or --width.")
+    assert all(len(expert.members) == 1 for layer in structure.layers for expert in layer.experts), "merged"
     layers: dict[int, LayerPlan] = {}
     stream = Stream(source, Sequences(statistics.tokens))
     try:

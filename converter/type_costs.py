@@ -5,7 +5,7 @@ the sum of r_i c_j (error_ij)^2: the diagonal of Fisher's information, taken as 
 arXiv 2605.23078, has it by expert). Errors are measured by quantising, of large matrices only rows evenly apart.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +63,19 @@ def packed_costs(costs: TypeCosts) -> MatrixCosts:
     return MatrixCosts(costs.types, tuple(map(str, costs.costs)), nats)
 
 
+def known_types(source: ModelSource, statistics: Statistics) -> frozenset[str]:
+    """Types that the statistics have a price of for every matrix whose rows they divide."""
+    known = statistics.matrix_costs
+    if known is None:
+        return frozenset()
+    widths = np.array([source.shapes[parse_key(name)][-1] for name in known.matrices])
+    return frozenset(
+        name
+        for name, nats in zip(known.types, known.nats.T, strict=True)
+        if np.isfinite(nats[[fits(Type[name], int(width)) for width in widths]]).all()
+    )
+
+
 def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | None:
     """What the statistics have of these types; None where any is missing."""
     known = statistics.matrix_costs
@@ -91,39 +104,43 @@ def measure_type_costs(
     source: ModelSource,
     statistics: Statistics,
     *,
-    types: Sequence[str] = CANDIDATES,
+    types: Sequence[str] | None = None,
     n_threads: int = 1,
     on_progress: Progress = lambda _done, _total: None,
 ) -> TypeCosts:
-    """Quantises every matrix to every type that fits it.
+    """Quantises every matrix to each of `types` that fits it; to those worth choosing from if they are not given.
 
     Raises UsageError for statistics without sensitivities, and ModelFileError.
     """
-    keys = priced_matrices(source)
+    keys, tried = priced_matrices(source), CANDIDATES if types is None else tuple(types)
     done = 0
 
     def price(key: MatrixKey) -> NDArray[np.float64]:
         nonlocal done
-        costs = _matrix_costs(source.read(key), matrix_weights(source, statistics, key), types)
+        values, weights = source.read(key), matrix_weights(source, statistics, key)
+        # Where types of 256 weights fit, those of small blocks are worth a price only to who asks for them.
+        left_out = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
+        costs = _matrix_costs(values, weights, tried, left_out)
         done += 1
         on_progress(done, len(keys))
         return costs
 
     with ThreadPoolExecutor(n_threads) as pool:
-        return TypeCosts(tuple(types), dict(zip(keys, pool.map(price, keys), strict=True)))
+        return TypeCosts(tried, dict(zip(keys, pool.map(price, keys), strict=True)))
 
 
-def _matrix_costs(values: NDArray[np.float32], weights: MatrixWeights, types: Sequence[str]) -> NDArray[np.float64]:
+def _matrix_costs(
+    values: NDArray[np.float32], weights: MatrixWeights, types: Sequence[str], left_out: Collection[str]
+) -> NDArray[np.float64]:
     n_rows, n_per_row = values.shape
     step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
     some = np.ascontiguousarray(values[step // 2 :: step])
     rows = weights.rows[step // 2 :: step]
     whole, part = float(weights.rows.sum(dtype=np.float64)), float(rows.sum(dtype=np.float64))
     grown = 0.5 * (whole / part if part else float(step))
-    needs_small = not fits(Type.Q4_K, n_per_row)
     costs = np.full(len(types), np.inf)
     for index, name in enumerate(types):
-        if fits(Type[name], n_per_row) and (needs_small or name not in _SMALL_BLOCKS):
+        if fits(Type[name], n_per_row) and name not in left_out:
             with suppress(BadWeightsError):  # beyond F16's range
                 costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
     return costs

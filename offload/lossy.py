@@ -22,6 +22,11 @@ from offload.tier_plan import TierPlan, low_classes
 Layers = Sequence[ExpertLayer | None]
 
 _DEFAULT_GATE = 0.6
+_WITH_COPIES = (
+    "Make a file that has them: slimoe convert SRC DST --recipe hobbit --stats STATS, "
+    "or --pair Q4_K,Q2_K without statistics."
+)
+_MEASURED = "Make a file that has them: slimoe calibrate SRC -o STATS, and slimoe convert SRC DST --stats STATS"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +79,7 @@ class Request:
     def need_low_copies(self) -> None:
         """Raises UsageError for a file of single copies."""
         has_low = any(len(copies) > 1 for layer in self.layers if layer is not None for copies in layer.experts)
-        self.need(has_low, "second copies of its experts", "Convert it with --pair, such as --pair Q4_K,Q2_K.")
+        self.need(has_low, "second copies of its experts", _WITH_COPIES)
 
     def by_layer(self, what: str, values: Sequence[float | None], remedy: str) -> dict[int, float]:
         """A hint of every layer that has experts; raises UsageError where one is missing."""
@@ -108,7 +113,8 @@ def _skip(request: Request) -> Chooser:
 def _novice(request: Request) -> Chooser:
     fallbacks = (layer.hints.fallback or () for layer in request.layers if layer is not None)
     has_fallbacks = any(novice >= 0 for fallback in fallbacks for novice in fallback)
-    request.need(has_fallbacks, "novices that stand in for experts", "Use --lossy skip in its place.")
+    remedy = f"{_MEASURED} --target-size SIZE --novices. --lossy skip does without."
+    request.need(has_fallbacks, "novices that stand in for experts", remedy)
     return SmallShares(_ratios(request), novices=True)
 
 
@@ -117,13 +123,14 @@ def _ratios(request: Request) -> dict[int, float]:
     if value is not None:
         return dict.fromkeys(range(len(request.layers)), value)
     hints = [None if layer is None else layer.hints.skip_ratio for layer in request.layers]
-    return request.by_layer("ratios of its own", hints, f"Give one: {EXAMPLES[request.name]}.")
+    remedy = f"Give one, as {EXAMPLES[request.name]}. {_MEASURED} --type Q4_K."
+    return request.by_layer("ratios of its own", hints, remedy)
 
 
 def _adap(request: Request) -> Chooser:
     value = request.value(math.inf)
     hints = [None if layer is None else layer.hints.sensitivity for layer in request.layers]
-    remedy = "Use --lossy skip:VALUE, which needs none."
+    remedy = f"{_MEASURED} --type Q4_K. --lossy skip:VALUE does without."
     sensitivities = request.by_layer("sensitivities of its layers", hints, remedy)
     if value is None:
         raise UsageError(f"--lossy adap needs a value. Write {EXAMPLES['adap']}.")
@@ -140,7 +147,8 @@ def _rule(request: Request) -> Chooser | None:
         return None
     hints = [layer.hints for layer in request.layers if layer is not None and layer.experts]
     is_measured = all(hint.error or hint.skip_error or hint.fallback_error for hint in hints)
-    request.need(is_measured, "measured errors", "Use --lossy low or --lossy gate, which need none.")
+    remedy = f"{_MEASURED} --recipe hobbit. --lossy low and --lossy gate do without."
+    request.need(is_measured, "measured errors", remedy)
     price = SECONDS_PER_BYTE / value if value else NEVER
     return Rule(mu=value, low_slots=low_slots_at(price, request.layers, request.tables))
 
@@ -254,6 +262,6 @@ def _check_limit(request: Request, max_kl: float) -> None:
     hints = [layer.hints for layer in request.layers if layer is not None and layer.experts]
     if not all(hint.error and hint.use for hint in hints):
         raise UsageError(
-            "The model's file does not say what its low copies cost, so that --max-kl cannot be kept. Convert it with "
-            f"measured errors, or name a mode with --lossy: {', '.join(LOSSY)}."
+            "The model's file does not say what doing with less of its experts costs, so that --max-kl cannot be kept. "
+            f"{_MEASURED} --recipe hobbit. Without it, name a mode and its value with --lossy: {', '.join(LOSSY)}."
         )

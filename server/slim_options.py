@@ -1,5 +1,6 @@
 """The command-line flags that say how to slim a model, as the tables of a recipe that they stand for."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,17 @@ _KEYS: Mapping[str, tuple[str, str]] = {
     "refit": ("fit", "refit"),
 }
 """Where the value of each flag stands in a recipe; absent flags are None."""
+FLAGS: Mapping[str, str] = {
+    **{key: f"--{name.replace('_', '-')}" for name, (_, key) in _KEYS.items()},
+    **{
+        "expert": "--type",
+        "low": "--pair",
+        "free_novices": "--novices",
+        "replacement": "--novices",
+        "format": "--stock",
+    },
+}
+"""How messages call what flags set, by the recipe's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,14 @@ class SlimOptions:
     def is_asked(self) -> bool:
         """Whether any of the flags was given."""
         return self != SlimOptions()
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """The flags that were given, by the recipe's key that they set."""
+        keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
+        keys |= {"free_novices", "replacement"} if self.novices else set()
+        keys |= {"format"} if self.stock else set()
+        return {key: FLAGS[key] for key in keys} | (dict.fromkeys(("expert", "low"), "--pair") if "low" in keys else {})
 
     def merged(self, tables: Mapping[str, Any]) -> Tables:
         """A recipe's tables with what the flags say in its place."""
@@ -71,6 +91,17 @@ def _let_novices(tables: Tables) -> None:
         experts["replacement"] = "novice"
     else:
         tables["free_novices"] = True
+
+
+class MinutesType(click.FloatRange):
+    """Minutes from 0; click's own range lets through what is no number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The minutes."""
+        minutes = float(super().convert(value, param, ctx))
+        if not math.isfinite(minutes):
+            self.fail(f"{value!r} is no number of minutes.", param, ctx)
+        return minutes
 
 
 class AmountType(click.ParamType[int | str]):
@@ -141,7 +172,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Whole layers to leave out."),
     click.option(
         "--search",
-        type=click.FloatRange(min=0),
+        type=MinutesType(min=0),
         default=0.0,
         metavar="MINUTES",
         help="Improve the choice of types by measuring, for so long.",
@@ -169,7 +200,18 @@ def slim_options(values: Mapping[str, Any]) -> SlimOptions:
 
 def with_type(options: SlimOptions, type_name: str) -> SlimOptions:
     """The options with one type for all experts, as --type names it; raises UsageError beside a size."""
+    return _with_types(options, {"expert": type_name}, "--type")
+
+
+def with_pair(options: SlimOptions, pair: str) -> SlimOptions:
+    """The options with two types for every expert, as --pair names them; raises UsageError beside a size."""
+    names = [name.strip() for name in pair.split(",")]
+    if len(names) != 2:
+        raise click.UsageError(f"--pair is {pair!r}, but takes two types: the better one first, such as Q4_K,Q2_K.")
+    return _with_types(options, dict(zip(("expert", "low"), names, strict=True)), "--pair")
+
+
+def _with_types(options: SlimOptions, types: Tables, flag: str) -> SlimOptions:
     if {"target_size", "target_bpw"} & options.tables.keys():
-        raise click.UsageError("A target size chooses types by itself. Leave --type out.")
-    types = {**options.tables.get("types", {}), "expert": type_name}
-    return replace(options, tables={**options.tables, "types": types})
+        raise click.UsageError(f"A target size chooses types by itself. Leave {flag} out.")
+    return replace(options, tables={**options.tables, "types": {**options.tables.get("types", {}), **types}})

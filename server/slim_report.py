@@ -81,7 +81,8 @@ def _expert_fields(expert: ExpertPlan) -> dict[str, Any]:
 
 
 def _n_novices(layer: LayerPlan) -> int:
-    return 0 if layer.novices is None else len(layer.novices)
+    """Those in the place of experts; constants that may stand in for experts that are kept are not counted."""
+    return -min((0, *layer.target))
 
 
 # --- for people --------------------------------------------------------------------------------------------

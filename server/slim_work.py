@@ -9,6 +9,7 @@ from converter.recipe import Recipe
 from converter.recipe_check import needs_statistics
 from converter.recipe_fields import SourceSizes
 from converter.recipe_file import make_recipe, recipe_tables
+from converter.recipe_words import Words
 from converter.slim_layout import SlimLayout, lay_out
 from converter.slim_plan import SlimPlan
 from converter.slimming import plan_slim
@@ -16,7 +17,7 @@ from converter.statistics import Statistics
 from converter.statistics_file import load_statistics
 from offload.errors import UsageError
 from server.progress_bars import step_bar
-from server.slim_options import SlimOptions, Tables
+from server.slim_options import FLAGS, SlimOptions, Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,18 @@ def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
 
 def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
     """The recipe that flags name, with what other flags say in its place; raises UsageError."""
-    sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert)
+    sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff)
     tables: Tables = {}
     if options.recipe is not None:
         tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
-    recipe = make_recipe(options.merged(tables), sizes, options.recipe or "the command line")
+    tables = options.merged(tables)
+    has_target = not tables.keys().isdisjoint(("target_size", "target_bpw"))
+    if options.novices and tables.get("free_novices") and not has_target:
+        problem = "--novices puts constants in place of experts that are left out, and nothing says how many"
+        raise UsageError(f"{problem}. Give --keep-experts, --target-size or --target-bpw.")
+    if options.search and not has_target:
+        raise UsageError("--search improves types that a target leaves open. Give --target-size or --target-bpw.")
+    recipe = make_recipe(tables, sizes, Words(options.recipe or "the command line", options.typed, FLAGS))
     if "score" in options.tables.get("experts", {}) and recipe.experts.keep is None:
         raise UsageError("--score ranks experts that are dropped, and none is. Give --keep-experts.")
     return recipe

@@ -24,7 +24,7 @@ from tests.slim_models import learnt
 from tests.tiny_checkpoint import TinyConfig, save_checkpoint
 
 SIZES = TinyConfig(n_layer=3)
-RECIPE_SIZES = SourceSizes(n_layer=3, n_expert=6)
+RECIPE_SIZES = SourceSizes(n_layer=3, n_expert=6, n_ff=96)
 
 
 @pytest.fixture(scope="module")
@@ -205,27 +205,64 @@ def test_a_recipe_is_not_changed_by_flags() -> None:
 # --- mistakes ----------------------------------------------------------------------------------------------
 
 CONTRADICTING: dict[str, tuple[list[str], str]] = {
-    "two budgets": (["--target-size", "1MB", "--target-bpw", "3"], "two budgets"),
-    "merge and novices": (["--merge", "hc-smoe", "--keep-experts", "3", "--novices"], "merge leaves no expert out"),
-    "merge alone": (["--merge", "hc-smoe"], "Give keep"),
+    "two budgets": (["--target-size", "1MB", "--target-bpw", "3"], "--target-size and --target-bpw are two budgets"),
+    "merge and novices": (
+        ["--merge", "hc-smoe", "--keep-experts", "3", "--novices"],
+        "--merge leaves no expert out, and --novices puts",
+    ),
+    "merge and free novices": (
+        ["--merge", "hc-smoe", "--target-size", "1MB", "--novices"],
+        "--novices would put constants in place of what --merge has just joined",
+    ),
+    "merge alone": (
+        ["--merge", "hc-smoe"],
+        "--merge does not say how many experts are to be left. Give --keep-",
+    ),
+    "merge and width": (["--merge", "hc-smoe", "--keep-experts", "3", "--width", "64"], "which --width cannot trim"),
+    "novices alone": (["--novices"], "nothing says how many. Give --keep-experts, --target-size or --target-bpw."),
+    "overall alone": (
+        ["--overall"],
+        "how experts are ranked that are dropped, and none is. Give --keep-",
+    ),
+    "overall subset": (["--overall", "--keep-experts", "4"], "Name another one with --score."),
     "type and size": (["--type", "q8_0", "--target-size", "1MB"], "chooses types by itself"),
-    "pair": (["--pair", "q8_0,q4_0", "--drop-layers", "1"], "--pair is for a model that is not slimmed"),
-    "stock and novices": (["--stock", "--keep-experts", "4", "--novices"], "cannot hold novices in place of experts"),
-    "stock and free novices": (["--stock", "--target-size", "1MB", "--novices"], "cannot hold novices"),
-    "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts"),
-    "stock and attention": (["--stock", "--drop-attention", "1"], "cannot hold layers without attention"),
-    "stock and copies": (["--stock", "--recipe", "hobbit"], "cannot hold second copies of experts"),
-    "stock and counts": (["--stock", "--recipe", "unified-expert-drop"], "differ in their number of experts"),
+    "no type": (["--type", "q9", "--drop-layers", "1"], "--type is 'q9', but must be a type"),
+    "pair and size": (["--pair", "q8_0,q4_0", "--target-size", "1MB"], "chooses types by itself. Leave --pair out"),
+    "pair of one": (["--pair", "q8_0", "--drop-layers", "1"], "--pair is 'q8_0', but takes two types"),
+    "pair upside down": (["--pair", "q4_0,q8_0"], "--pair is for second copies, which would be no smaller"),
+    "pair of mixes": (["--pair", "q8_0,q4_k_m"], "--pair is 'q4_k_m', but must be a type"),
+    "stock and novices": (
+        ["--stock", "--keep-experts", "4", "--novices"],
+        "--stock keeps to what llama.cpp loads, which cannot hold novices in place of experts (--novices). Leave one",
+    ),
+    "stock and free novices": (["--stock", "--target-size", "1MB", "--novices"], "in place of experts (--novices)"),
+    "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),
+    "stock and attention": (["--stock", "--drop-attention", "1"], "layers without attention (--drop-attention)"),
+    "stock and copies": (["--stock", "--recipe", "hobbit"], "hobbit: --stock keeps to what llama.cpp loads"),
+    "stock and pair": (["--stock", "--pair", "q8_0,q4_0"], "cannot hold second copies of experts (--pair)"),
+    "stock and counts": (
+        ["--stock", "--recipe", "unified-expert-drop"],
+        "number of experts (experts.overall)",
+    ),
     "unknown recipe": (["--recipe", "12GB"], "Did you mean 12GiB?"),
-    "unknown score": (["--keep-experts", "3", "--score", "luck"], "must be one of subset, frequency"),
-    "too many": (["--keep-experts", "7"], "from 1 to 6"),
+    "unknown score": (["--keep-experts", "3", "--score", "luck"], "--score is 'luck', but must be one of subset, freq"),
+    "unknown merge": (["--keep-experts", "3", "--merge", "glue"], "--merge is 'glue', but must be one of m-smoe"),
+    "too many": (["--keep-experts", "7"], "--keep-experts is 7, but must be a number of experts from 1 to 6"),
+    "none": (["--keep-experts", "0%"], "--keep-experts is '0%', but must be a number of experts from 1 to 6"),
     "score alone": (["--score", "reap"], "Give --keep-experts"),
-    "too wide": (["--width", "97"], "Choose a width from 1 to 96"),
+    "search alone": (["--search", "1"], "--search improves types that a target leaves open"),
+    "no search": (["--search", "nan", "--target-size", "1MB"], "'nan' is no number of minutes"),
+    "too wide": (["--width", "97"], "--width is 97, but must be a number of neurons from 1 to the 96 of the model's"),
+    "no bits": (["--target-bpw", "nan"], "--target-bpw is nan, but must be a number of bits up to 64"),
+    "many bits": (["--target-bpw", "1e300"], "--target-bpw is 1e+300, but must be a number of bits up to 64"),
     "too few merged": (["--keep-experts", "2", "--merge", "hc-smoe"], "a token picks 3"),
     "too few": (["--keep-experts", "2", "--score", "reap"], "Keep 3 to 6 of them"),
-    "all layers": (["--drop-layers", "4"], "from 0 to 3"),
+    "all layers": (["--drop-layers", "4"], "--drop-layers is 4, but must be a number of layers from 0 to 3"),
+    "all attention": (["--drop-attention", "4"], "--drop-attention is 4, but must be a number of layers from 0 to 3"),
+    "all blocks": (["--drop-blocks", "4"], "--drop-blocks is 4, but must be a number of layers from 0 to 3"),
     "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),
     "no size": (["--target-size", "12Gigs"], "Write one like 12GiB"),
+    "blocks": (["--width", "72", "--type", "q8_0"], "into blocks of 32, as Q8_0 has them. Keep 64 or 96."),
 }
 
 

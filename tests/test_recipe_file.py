@@ -12,9 +12,10 @@ from converter.recipe import ExpertRecipe, FitRecipe, Merge, Recipe, StorageReci
 from converter.recipe_check import check_recipe, needs_statistics
 from converter.recipe_fields import SECTIONS, TOP, SourceSizes
 from converter.recipe_file import make_recipe, parse_recipe, ready_recipes, recipe_tables, recipe_text
+from converter.recipe_words import Words
 from offload.errors import UsageError
 
-SIZES = SourceSizes(n_layer=32, n_expert=8)
+SIZES = SourceSizes(n_layer=32, n_expert=8, n_ff=14336)
 EVERYTHING = Recipe(
     name='a "name" with \\ and naïve 日本語 🙂',
     format="native",
@@ -46,7 +47,7 @@ def drawn(seed: int) -> Recipe:
         False,
         "novice" if is_novice else "nothing",
         merge,
-        rng.choice([None, 512]),
+        rng.choice([None, 512]) if not merge else None,
     )
     size = rng.choice([None, 1, 1000, 12 << 30, (12 << 30) + 1, 3 << 20])
     types = StorageRecipe(rng.choice([None, "Q4_K"]) if size is None else None, low=rng.choice([None, "Q2_K"]))
@@ -58,7 +59,7 @@ def drawn(seed: int) -> Recipe:
 def test_a_recipe_reads_back_equal(recipe: Recipe) -> None:
     text = recipe_text(recipe)
     assert parse_recipe(text, SIZES) == recipe
-    assert parse_recipe(text, SourceSizes(40, 60)) == recipe, "no share is left in it"
+    assert parse_recipe(text, SourceSizes(40, 60, 20000)) == recipe, "no share is left in it"
 
 
 def test_every_field_has_a_key() -> None:
@@ -88,7 +89,7 @@ def test_what_a_person_writes(text: str, expected: Recipe) -> None:
 
 def test_shares_are_of_the_model_at_hand() -> None:
     text = 'drop_ffn = "25%"\n[experts]\nkeep = "50%"'
-    recipe = parse_recipe(text, SourceSizes(n_layer=3, n_expert=60))
+    recipe = parse_recipe(text, SourceSizes(n_layer=3, n_expert=60, n_ff=512))
     assert (recipe.drop_ffn, recipe.experts.keep) == (1, 30)
 
 
@@ -116,6 +117,16 @@ def test_shares_are_of_the_model_at_hand() -> None:
         ('[experts]\nscore = "luck"', "must be one of subset, frequency"),
         ('[experts]\nmerge = "all"', "must be one of m-smoe, hc-smoe"),
         ("[experts]\nwidth = -256", "number of neurons"),
+        ("[experts]\nwidth = 14337", "from 1 to the 14336 of the model's experts"),
+        ("target_bpw = 1e308", "a number of bits up to 64"),
+        (f"target_size = {10**40}", r"target_size is 1000000\d*\.\.\.\d*, but must be a size"),
+        (f"target_size = {'9' * 5000}", r"^r\.toml: this is not readable as TOML"),
+        ("drop_ffn = " + "[" * 2000 + "]" * 2000, r"^r\.toml: this is TOML that is nested too deeply"),
+        ("drop_ffn = " + "[" * 90 + "]" * 90, r"^r\.toml: drop_ffn is \[+\.\.\.\]+, but must be"),
+        ("# " + "x" * 20000, r"^r\.toml: this is larger than 16,384 bytes"),
+        ('"a\\nb" = 1', r"^r\.toml: there is no key 'a\\nb'\. Those"),
+        ("name = 1979-05-27", "must be a text of one line"),
+        ("a" + ".a" * 1000 + " = 1", "there is no key a"),
         ('[types]\nexpert = "Q9"', r"types\.expert is 'Q9', but must be a type: one of"),
         ('[types]\nlow = "Q4_K_M"', "must be a type"),
         ('[types]\ncandidates = "Q4_K"', "a list of types"),
@@ -123,7 +134,7 @@ def test_shares_are_of_the_model_at_hand() -> None:
         ("hints = 1", "hints is 1, but must be true or false"),
         ('format = "gguf"', "one of native, stock"),
         ('name = "two\\nlines"', "a text of one line"),
-        ("drop_ffn = ", r"^r\.toml: this is not TOML"),
+        ("drop_ffn = ", r"^r\.toml: this is not readable as TOML"),
     ],
 )
 def test_mistakes(text: str, message: str) -> None:
@@ -136,20 +147,24 @@ CONTRADICTIONS = {
     "two budgets": (replace(FITTING, target_bpw=2.0), "two budgets"),
     "merge and novices": (
         Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", replacement="novice")),
-        "no expert out that a novice",
+        "experts.merge leaves no expert out",
     ),
     "merge and free novices": (
         replace(FITTING, experts=ExpertRecipe(keep=4, merge="hc-smoe"), free_novices=True),
-        "what merge has just joined",
+        "what experts.merge has just joined",
     ),
-    "merge into what": (Recipe(experts=ExpertRecipe(merge="m-smoe")), "Give keep"),
+    "merge into what": (Recipe(experts=ExpertRecipe(merge="m-smoe")), "Give experts.keep"),
+    "merged and trimmed": (
+        Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", width=512)),
+        "experts.merge joins experts, which experts.width cannot trim",
+    ),
     "novices for none": (Recipe(experts=ExpertRecipe(replacement="novice")), "none is dropped"),
-    "ranked but kept": (Recipe(experts=ExpertRecipe(score="reap", overall=True)), "Give keep"),
+    "ranked but kept": (Recipe(experts=ExpertRecipe(score="reap", overall=True)), "Give experts.keep"),
     "ranked and merged": (
         Recipe(experts=ExpertRecipe(keep=4, score="reap", merge="m-smoe", overall=True)),
-        "merge drops none",
+        "experts.merge drops none",
     ),
-    "subset overall": (Recipe(experts=ExpertRecipe(keep=4, overall=True)), "Name another score"),
+    "subset overall": (Recipe(experts=ExpertRecipe(keep=4, overall=True)), "Name another one with experts.score"),
     "type and target": (replace(FITTING, types=StorageRecipe("Q4_K")), "a target leaves types to the budget"),
     "mix and target": (
         replace(FITTING, free_layers=True, types=StorageRecipe("Q4_K_M")),
@@ -157,8 +172,8 @@ CONTRADICTIONS = {
     ),
     "free without target": (Recipe(free_novices=True), "there is none"),
     "candidates without target": (Recipe(types=StorageRecipe(candidates=("Q4_K",))), "there is none"),
-    "larger second copies": (Recipe(types=StorageRecipe("Q2_K", "Q4_K")), "not smaller than the first"),
-    "equal second copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "not smaller than the first"),
+    "larger second copies": (Recipe(types=StorageRecipe("Q2_K", "Q4_K")), "no smaller than the first"),
+    "equal second copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "no smaller than the first"),
 }
 BEYOND_STOCK = {
     "novices": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "novices in place of experts"),
@@ -178,7 +193,7 @@ BEYOND_STOCK = {
 def test_contradictions(case: str) -> None:
     recipe, message = CONTRADICTIONS[case]
     with pytest.raises(UsageError, match=message):
-        check_recipe(recipe, "r.toml")
+        check_recipe(recipe, Words("r.toml"))
     with pytest.raises(UsageError, match=r"^the recipe: "):
         parse_recipe(recipe_text(recipe), SIZES)
 
@@ -186,15 +201,17 @@ def test_contradictions(case: str) -> None:
 @pytest.mark.parametrize("case", BEYOND_STOCK)
 def test_what_stock_cannot_hold(case: str) -> None:
     recipe, message = BEYOND_STOCK[case]
-    check_recipe(recipe, "r.toml")
-    with pytest.raises(UsageError, match=f"the stock format, which llama.cpp loads, cannot hold {message}"):
-        check_recipe(replace(recipe, format="stock"), "r.toml")
+    check_recipe(recipe, Words("r.toml"))
+    with pytest.raises(UsageError, match=f"^r.toml: format keeps to what llama.cpp loads, which cannot hold {message}"):
+        check_recipe(replace(recipe, format="stock"), Words("r.toml"))
 
 
 def test_all_that_stock_cannot_hold_is_named_at_once() -> None:
     recipe = Recipe(format="stock", drop_ffn=1, drop_attention=1, types=StorageRecipe(low="Q2_K"))
-    with pytest.raises(UsageError, match="second copies of experts or layers without experts or layers without att"):
-        check_recipe(recipe, "r.toml")
+    with pytest.raises(
+        UsageError, match=r"copies of experts \(types.low\) or layers without experts \(drop_ffn\) or layers w"
+    ):
+        check_recipe(recipe, Words("r.toml"))
 
 
 def test_what_needs_statistics() -> None:
@@ -210,7 +227,7 @@ def test_what_needs_statistics() -> None:
 
 @pytest.mark.parametrize("name", ready_recipes())
 def test_ready_recipes_are_sound(name: str) -> None:
-    recipe = make_recipe(recipe_tables(name), SIZES, name)
+    recipe = make_recipe(recipe_tables(name), SIZES, Words(name))
     assert parse_recipe(recipe_text(recipe), SIZES) == recipe
     about = ready_recipes()[name]
     assert "arXiv" in about or recipe.target_size == int(name.removesuffix("GiB")) << 30
@@ -218,7 +235,7 @@ def test_ready_recipes_are_sound(name: str) -> None:
 
 def test_the_papers_numbers() -> None:
     def read(name: str) -> Recipe:
-        return make_recipe(recipe_tables(name), SIZES, name)
+        return make_recipe(recipe_tables(name), SIZES, Words(name))
 
     assert read("unified-expert-drop").experts.keep == 6
     assert read("unified-layer-drop").drop_ffn == 8
@@ -238,5 +255,5 @@ def test_files_and_names(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         recipe_tables(str(tmp_path))
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="not readable as TOML"):
         recipe_tables(str(path))

@@ -193,7 +193,7 @@ def test_feedback_lowers_the_divergence(
 def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, statistics: Statistics) -> None:
     recipe = Recipe(target_size=320_000, hints=False)
     structure = build_structure(source, statistics, recipe)
-    costs = statistics_costs(source, statistics, recipe, 1, lambda _what, _done, _total: None)
+    costs = statistics_costs(source, statistics, CANDIDATES, 1, lambda _what, _done, _total: None)
     allocator = TypeAllocator(source, statistics, costs, recipe, structure)
     bare = plan_slim(source, statistics, recipe)
     plan, allocation = allocator.fit(bare, 320_000)
@@ -243,7 +243,10 @@ def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statis
     costs = stored_costs(statistics, ("Q8_0",))
     assert costs is not None
     assert plan.expected_kl == pytest.approx(2 * sum(float(nats[0]) for nats in costs.costs.values()))
-    unknown = plan_slim(source, replace(statistics, matrix_costs=None), Recipe(types=named))
+    again = plan_slim(source, replace(statistics, matrix_costs=None), Recipe(types=named))
+    assert again.expected_kl == pytest.approx(plan.expected_kl), "what was not kept is measured"
+    bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
+    unknown = plan_slim(source, replace(statistics, matrix_costs=None, layers=bare), Recipe(types=named))
     assert unknown.uncounted == ("types",)
 
 
@@ -259,8 +262,7 @@ def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics:
     assert eight is not None
     some = replace(statistics, matrix_costs=packed_costs(eight))
     said: list[str] = []
-    recipe = Recipe(types=StorageRecipe(candidates=("Q8_0", "Q4_0")))
-    found = statistics_costs(source, some, recipe, 1, lambda what, _done, _total: said.append(what))
+    found = statistics_costs(source, some, ("Q8_0", "Q4_0"), 1, lambda what, _done, _total: said.append(what))
     assert set(said) == {"measuring what Q4_0 cost"}
     for key, nats in found.costs.items():
         np.testing.assert_allclose(nats, [whole.of(key, Type.Q8_0), whole.of(key, Type.Q4_0)])

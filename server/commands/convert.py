@@ -19,7 +19,7 @@ from server.engine_options import OptionsCommand
 from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags
 from server.progress_bars import byte_bar
-from server.slim_options import slim_flags, slim_options, with_type
+from server.slim_options import slim_flags, slim_options, with_pair, with_type
 
 
 @click.command("convert", cls=OptionsCommand)
@@ -61,15 +61,12 @@ def command(values: Mapping[str, Any]) -> None:
         _convert(values)
     elif values["imatrix"]:
         raise click.UsageError("--imatrix is for a model that is not slimmed. Slimming takes importance from --stats.")
-    elif pair:
-        raise click.UsageError("--pair is for a model that is not slimmed. The recipe hobbit has second copies.")
     else:
         check_installed("Slimming", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
         from server.slim_convert import convert_slim
 
-        convert_slim(
-            values, with_type(slim, type_name) if type_name else slim, values["threads"] or usable_processors()
-        )
+        slim = with_type(slim, type_name) if type_name else with_pair(slim, pair) if pair else slim
+        convert_slim(values, slim, values["threads"] or usable_processors())
 
 
 command.epilog = f"Types: {' '.join(RECIPES)}. With --imatrix only: {' '.join(FOR_IMPORTANCE)}."
