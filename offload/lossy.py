@@ -23,10 +23,10 @@ Layers = Sequence[ExpertLayer | None]
 
 _DEFAULT_GATE = 0.6
 _WITH_COPIES = (
-    "Make a file that has them: slimoe convert SRC DST --recipe hobbit --stats STATS, "
+    "This makes such a file: slimoe convert SRC DST --recipe hobbit --stats STATS, "
     "or --pair Q4_K,Q2_K without statistics."
 )
-_MEASURED = "Make a file that has them: slimoe calibrate SRC -o STATS, and slimoe convert SRC DST --stats STATS"
+_MEASURED = "This makes such a file: slimoe calibrate SRC -o STATS, then slimoe convert SRC DST --stats STATS"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -435,7 +435,7 @@ def test_a_file_of_single_copies(directory: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "value"), [(None, 0.1), ("rule", 0.1), ("gate", 0.1), ("elastic", 0.1)])
 def test_a_limit_that_nobody_can_reckon_with(bare: Path, mode: str | None, value: float) -> None:
-    with pytest.raises(UsageError, match="does not say what its low copies cost"):
+    with pytest.raises(UsageError, match="does not say what doing with less of its experts costs"):
         plan_engine(config(bare, mode, max_kl=value))
 
 

@@ -270,7 +270,7 @@ def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics:
 
 def test_a_width_that_blocks_do_not_divide_is_refused_at_once(source: ModelSource, statistics: Statistics) -> None:
     width = ExpertRecipe(width=40)
-    with pytest.raises(UsageError, match="Keep 32 or 64, or name a type of smaller blocks"):
+    with pytest.raises(UsageError, match=r"blocks of 32, as Q8_0 has them. Keep 32 or 64\.$"):
         plan_slim(source, statistics, Recipe(experts=width, types=StorageRecipe(expert="Q8_0")))
 
 
