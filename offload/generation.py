@@ -55,11 +55,16 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenStep:
-    """One generated token and the text it released: whole characters that can be no part of a stop string."""
+    """One generated token and the text it released: whole characters that can be no part of a stop string.
+
+    `piece` are the bytes it stands for in the answer, `added` the characters that they complete, released or not.
+    """
 
     token: int
     text: str
     logprob: TokenLogprob | None = None
+    piece: bytes = b""
+    added: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class Generator:
         if token in self._eog:
             return [self.finish("stop")]
         logprob = None if n_top is None else token_logprob(logits, token, n_top)
-        step = TokenStep(token, self._text.feed(token), logprob)
+        step = TokenStep(token, self._text.feed(token), logprob, self._text.piece, self._text.added)
         if self._text.stopped:
             return [step, self.finish("stop")]
         if self._n_predicted >= self._max_tokens:

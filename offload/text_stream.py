@@ -8,25 +8,29 @@ class TextStream:
     """Feeds on token ids and releases text.
 
     `piece` gives a token's bytes. After a stop string has appeared `stopped` is true, and neither it nor anything
-    behind it is released. With `strips_space` one space at the very beginning is left out.
+    behind it is released. With `strips_space` one space at the very beginning is left out. `piece` are the bytes that
+    the last token fed stands for here, `added` the characters that they complete.
     """
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str], strips_space: bool = False) -> None:
-        self._piece = piece
+        self._piece_of = piece
         self._strips_space = strips_space
         self._stop = [text for text in stop if text]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self.piece, self.added = b"", ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
         """The text that `token` releases; may be empty, and may contain what earlier tokens held back."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._piece(token))
-        if self._strips_space and self._held:
-            self._held = self._held.removeprefix(" ")
+        self.piece = self._piece_of(token)
+        if self._strips_space and self.piece:
+            self.piece = self.piece.removeprefix(b" ")
             self._strips_space = False
+        self.added = self._decoder.decode(self.piece)
+        self._held += self.added
         return self._release(keep=_possible_stop(self._held, self._stop))
 
     def finish(self) -> str:

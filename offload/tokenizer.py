@@ -83,9 +83,9 @@ class Tokenizer:
             self._pieces[token] = raw_bytes(text) if named else self._vocab.piece(token)
         return b"" if token in self._spec.control and not special else self._pieces[token]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without control tokens and without the space that `encode` puts first."""
-        text = b"".join(self.piece(token) for token in tokens).decode("utf-8", "replace")
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of `tokens` without the space that `encode` puts first; control tokens by name with `special`."""
+        text = b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
         return text[1:] if self._spec.add_space_prefix and text.startswith(" ") else text
 
     def token_text(self, token: int) -> str:

@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from offload.generation import GenerationRequest, Timings
 from server import frames, wire
+from server.scored_text import Piece, ScoredText
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,10 @@ class Draft:
     scores: list[frames.ScoredToken] = field(default_factory=list)
     prompt_scores: list[frames.ScoredToken] = field(default_factory=list)
     done: frames.Done | None = None
+    _released: ScoredText = field(default_factory=ScoredText)
 
-    def add(self, answer: frames.Answer) -> None:
-        """Takes in the engine's next word."""
+    def add(self, answer: frames.Answer) -> Piece:
+        """Takes in the engine's next word; what it adds to the answer."""
         match answer:
             case frames.Accepted(n_prompt=n_prompt):
                 self.n_prompt = n_prompt
@@ -54,11 +56,16 @@ class Draft:
                 self.prompt_scores.extend(tokens)
             case frames.Step(text=text, scored=scored):
                 self.n_steps += 1
-                self.parts.append(text)
-                self.scores += [] if scored is None else [scored]
+                return self._tell(self._released.add(text, scored))
             case frames.Done(text=text):
                 self.done = answer
-                self.parts.append(text)
+                return self._tell(self._released.finish(text))
+        return Piece("", [])
+
+    def _tell(self, piece: Piece) -> Piece:
+        self.parts.append(piece.text)
+        self.scores += piece.scores
+        return piece
 
     @property
     def text(self) -> str:
@@ -106,9 +113,10 @@ class Letterhead:
 
 
 def with_figures(document: wire.Document, done: frames.Done) -> wire.Document:
-    """The document with what the answer took and, where not all is in memory, what the tiers did for it."""
+    """The document with what the answer took, the memory held and, where not all is in it, what the tiers did."""
     tiers = wire.tiers_info(done.tiers) or UNSET
-    return msgspec.structs.replace(document, timings=wire.timings_info(done.timings), tiers=tiers)
+    timings = wire.timings_info(done.timings)
+    return msgspec.structs.replace(document, timings=timings, tiers=tiers, memory=done.memory)
 
 
 class Shape(Protocol):

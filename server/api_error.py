@@ -6,10 +6,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from offload.printable import printable
 from server.frames import Failure
 
 INVALID, UNSUPPORTED, SERVER = "invalid_request_error", "not_supported_error", "server_error"
 RETRY_SECONDS = 2
+MAX_MESSAGE = 1000
+"""Characters; a message may quote what a client sent."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -40,7 +43,9 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        return msgspec.json.encode({"error": {**msgspec.structs.asdict(self.info), **self.extra}})
+        message = printable(self.info.message)
+        shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        return msgspec.json.encode({"error": {**msgspec.structs.asdict(self.info), "message": shown, **self.extra}})
 
     def response(self) -> web.Response:
         """The whole answer."""
@@ -80,7 +85,7 @@ def from_failure(failure: Failure, prompt_param: str = "messages") -> ApiError:
     if kind == "context_overflow":
         return _overflow(failure, prompt_param)
     if kind in ("invalid_request", "template"):
-        return invalid(message, failure.param)
+        return invalid(message, prompt_param if failure.param == "prompt" else failure.param)
     if kind == "does_not_fit":
         sizes = {"required_bytes": failure.required_bytes, "available_bytes": failure.available_bytes}
         info = ErrorInfo(message, SERVER, None, "insufficient_memory")
@@ -101,7 +106,7 @@ def _overflow(failure: Failure, param: str) -> ApiError:
     message = (
         f"This model's maximum context length is {failure.n_ctx} tokens. However, you requested {asked} tokens "
         f"({failure.n_prompt} in the {param}, {failure.n_completion} in the completion), which exceeds the "
-        "available context size. Shorten the prompt, or start the server with a larger --ctx."
+        "available context size (context_length_exceeded). Shorten the prompt, or start the server with a larger --ctx."
     )
     counts = {"n_prompt_tokens": failure.n_prompt, "n_ctx": failure.n_ctx}
     return ApiError(400, ErrorInfo(message, INVALID, param, "context_length_exceeded"), extra=counts)

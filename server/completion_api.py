@@ -11,6 +11,7 @@ from server.api_error import from_failure, invalid, unsupported
 from server.frames import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
 from server.generation_api import GenerationApi
 from server.request_body import MAX_PROMPTS, CompletionBody, StreamOptions, read_body
+from server.scored_text import fitted
 from server.served_model import ServedModel
 from server.ticket import EngineFailure
 
@@ -71,7 +72,8 @@ class CompletionShape:
 
     def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
         """The prompt's text and its tokens' scores."""
-        return [self._chunk(index, self._echoes[index], scores, None)]
+        echo = self._echoes[index]
+        return [self._chunk(index, echo, fitted(scores, echo), None)]
 
     def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
         """A piece of the continuation."""
@@ -86,15 +88,16 @@ class CompletionShape:
         choices = []
         for index, draft in enumerate(drafts):
             assert draft.done is not None
-            scores = [*draft.prompt_scores, *draft.scores]
-            text = self._echoes[index] + draft.text
-            logprobs = wire.completion_logprobs(scores, text, 0) if self._is_scored else None
+            echo = self._echoes[index]
+            text = echo + draft.text
+            scores = [*fitted(draft.prompt_scores, echo), *draft.scores]
+            logprobs = wire.completion_logprobs(scores, 0) if self._is_scored else None
             choices.append(wire.CompletionChoice(index, text, logprobs, draft.done.reason))
         return self.head.document(choices, usage_of(drafts), drafts[0])
 
     def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
         is_scored = self._is_scored and scores
-        logprobs = wire.completion_logprobs(scores, text, self._written[index]) if is_scored else None
+        logprobs = wire.completion_logprobs(scores, self._written[index]) if is_scored else None
         self._written[index] += len(text)
         return self.head.document([wire.CompletionChoice(index, text, logprobs, reason)])
 

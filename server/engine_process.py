@@ -142,7 +142,7 @@ class EngineProcess:
         assert self._prompts is not None
         try:
             ids = self._prompts.prompt(frames.TokenPrompt(frame.ids)).ids if frame.ids else ()
-            self._pipe.send(frames.Text(frame.id, self._prompts.tokenizer.decode(ids)))
+            self._pipe.send(frames.Text(frame.id, self._prompts.tokenizer.decode(ids, special=frame.shows_control)))
         except Exception as error:
             self._pipe.send(failure_of(frame.id, error))
 

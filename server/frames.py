@@ -89,10 +89,11 @@ class Encode(Frame, frozen=True):
 
 
 class Decode(Frame, frozen=True):
-    """Front to engine: the text of ids."""
+    """Front to engine: the text of ids, with the names of control tokens among them if they are to be seen."""
 
     id: int
     ids: tuple[int, ...]
+    shows_control: bool = False
 
 
 class Render(Frame, frozen=True):
@@ -167,12 +168,16 @@ class Progress(Frame, frozen=True):
 
 
 class ScoredToken(msgspec.Struct, frozen=True, array_like=True):
-    """A token's bytes and natural-log probability, and the likeliest alternatives at its place, best first."""
+    """A token's bytes and natural-log probability, and the likeliest alternatives at its place, best first.
+
+    `text` is what it adds to the text that it stands in, None for a token that is not shown there.
+    """
 
     token: int
     piece: bytes
     logprob: float | None
     top: tuple[tuple[int, bytes, float], ...] = ()
+    text: str | None = None
 
 
 class PromptScores(Frame, frozen=True):

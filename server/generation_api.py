@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import aclosing
 
 import msgspec
 from aiohttp import web
@@ -9,11 +10,13 @@ from aiohttp import web
 from server import frames, wire
 from server.answer import Draft, Order, Shape, usage_of, with_figures
 from server.api_error import from_failure, queue_full, server_failed
+from server.choices import Arrival, arrivals
 from server.event_stream import EventStream
 from server.metrics import Metrics
 from server.request_body import StreamOptions
+from server.scored_text import Piece
 from server.supervisor import QueueFullError, Supervisor
-from server.ticket import EngineFailure, Ticket
+from server.ticket import EngineFailure
 
 PING_SECONDS = 15.0
 _encode = msgspec.json.Encoder().encode
@@ -30,11 +33,14 @@ class GenerationApi:
 
     async def whole(self, orders: Sequence[Order], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""
-        drafts = []
+        drafts = [Draft(order) for order in orders]
         try:
             with self.supervisor.admit():
-                for order in orders:
-                    drafts.append(await self._draft(order))
+                async with aclosing(arrivals(self.supervisor, self._metrics, orders)) as arriving:
+                    async for arrival in arriving:
+                        assert arrival is not None, "nobody asked to be told of silence"
+                        for answer in arrival.answers:
+                            drafts[arrival.index].add(answer)
         except QueueFullError as error:
             raise queue_full(error.n_waiting) from None
         except EngineFailure as error:
@@ -45,11 +51,12 @@ class GenerationApi:
         self, request: web.Request, orders: Sequence[Order], shape: Shape, options: StreamOptions
     ) -> web.StreamResponse:
         """All choices as server-sent events; raises ApiError as long as nothing is written."""
-        writer = _StreamWriter(EventStream(request), shape, options)
+        writer = _StreamWriter(EventStream(request), orders, shape, options)
         try:
             with self.supervisor.admit():
-                for index, order in enumerate(orders):
-                    await self._stream_choice(index, order, writer)
+                async with aclosing(arrivals(self.supervisor, self._metrics, orders, self._ping_seconds)) as arriving:
+                    async for arrival in arriving:
+                        await writer.write(arrival)
             return await writer.finish()
         except QueueFullError as error:
             failure = queue_full(error.n_waiting)
@@ -64,58 +71,28 @@ class GenerationApi:
             raise failure
         return await writer.events.fail(failure)
 
-    async def _draft(self, order: Order) -> Draft:
-        draft = Draft(order)
-        ticket = self.supervisor.submit(order.prompt, order.request)
-        try:
-            while draft.done is None:
-                for answer in await ticket.next():
-                    self._metrics.note(ticket, answer)
-                    draft.add(answer)
-        finally:
-            ticket.close()
-        return draft
-
-    async def _stream_choice(self, index: int, order: Order, writer: "_StreamWriter") -> None:
-        ticket: Ticket = self.supervisor.submit(order.prompt, order.request)
-        draft = writer.begin(order)
-        try:
-            while draft.done is None:
-                answers = await ticket.next(self._ping_seconds)
-                for answer in answers:
-                    self._metrics.note(ticket, answer)
-                await writer.write(index, answers)
-        finally:
-            ticket.close()
-
 
 class _StreamWriter:
     """Turns the engine's answers into chunks, and chunks into events."""
 
-    def __init__(self, events: EventStream, shape: Shape, options: StreamOptions) -> None:
+    def __init__(self, events: EventStream, orders: Sequence[Order], shape: Shape, options: StreamOptions) -> None:
         self.events = events
         self._shape = shape
         self._with_usage = bool(options.include_usage)
         self._keeps_counting = bool(options.include_usage and options.continuous_usage_stats)
-        self._drafts: list[Draft] = []
-        self._unwritten: list[frames.ScoredToken] = []
+        self._drafts = [Draft(order) for order in orders]
 
-    def begin(self, order: Order) -> Draft:
-        """Starts the next choice."""
-        self._unwritten = []
-        self._drafts.append(Draft(order))
-        return self._drafts[-1]
-
-    async def write(self, index: int, answers: Sequence[frames.Answer]) -> None:
-        """Writes what `answers` amount to, in one go; no answers at all are worth a ping."""
+    async def write(self, arrival: Arrival | None) -> None:
+        """Writes what has arrived, in one go; silence is worth a ping."""
+        if arrival is None:
+            await self.events.ping()
+            return
         documents: list[bytes] = []
-        for answer in answers:
-            self._drafts[-1].add(answer)
-            documents += [self._encoded(document) for document in self._documents(index, answer)]
+        for answer in arrival.answers:
+            piece = self._drafts[arrival.index].add(answer)
+            documents += [self._encoded(document) for document in self._documents(arrival.index, answer, piece)]
         if documents:
             await self.events.send(documents)
-        elif not answers:
-            await self.events.ping()
 
     async def finish(self) -> web.StreamResponse:
         """Writes what comes after the last choice."""
@@ -124,27 +101,17 @@ class _StreamWriter:
             await self.events.send([_encode(usage)])
         return await self.events.finish()
 
-    def _documents(self, index: int, answer: frames.Answer) -> list[wire.Document]:
+    def _documents(self, index: int, answer: frames.Answer, piece: Piece) -> list[wire.Document]:
+        written = [self._shape.piece(index, piece.text, piece.scores)] if piece.text else []
         match answer:
             case frames.Accepted():
                 return self._shape.opening(index)
             case frames.PromptScores(tokens=tokens):
                 return self._shape.prompt_scores(index, list(tokens))
-            case frames.Step(text=text, scored=scored):
-                self._unwritten += [] if scored is None else [scored]
-                return self._piece(index, text)
-            case frames.Done(reason=reason, text=text):
-                pieces = self._piece(index, text)
-                closing = self._shape.closing(index, reason, self._unwritten)
-                return [*pieces, with_figures(closing, answer)]
-        return []
-
-    def _piece(self, index: int, text: str) -> list[wire.Document]:
-        """The chunk of a text with the scores of all tokens since the last text, which was held back for them."""
-        if not text:
-            return []
-        scores, self._unwritten = self._unwritten, []
-        return [self._shape.piece(index, text, scores)]
+            case frames.Done(reason=reason):
+                closing = self._shape.closing(index, reason, [] if written else piece.scores)
+                return [*written, with_figures(closing, answer)]
+        return written
 
     def _encoded(self, document: wire.Document) -> bytes:
         if self._with_usage:

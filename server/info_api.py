@@ -120,7 +120,8 @@ class InfoApi:
         default = body.content is None
         chosen = body.add_special if body.add_special_tokens is None else body.add_special_tokens
         add_special = default if chosen is None else chosen
-        answer = await self._ask(lambda id: frames.Encode(id, text, add_special, body.parse_special))
+        param = "prompt" if body.content is None else "content"
+        answer = await self._ask(lambda id: frames.Encode(id, text, add_special, body.parse_special), param)
         assert isinstance(answer, frames.Encoded)
         tokens = _with_pieces(answer) if body.with_pieces else list(answer.ids)
         info = self._supervisor.info
@@ -128,11 +129,11 @@ class InfoApi:
         return _json({"tokens": tokens, "count": len(tokens), "max_model_len": n_ctx})
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """Token ids' text, under both names that clients look for; raises ApiError."""
+        """Token ids' text with the names of control tokens, under both names that clients look for; raises ApiError."""
         body = await read_body(request, DetokenizeBody)
         if any(not 0 <= token < 2**31 for token in body.tokens):
             raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
-        answer = await self._ask(lambda id: frames.Decode(id, tuple(body.tokens)))
+        answer = await self._ask(lambda id: frames.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
         assert isinstance(answer, frames.Text)
         return _json({"content": answer.text, "prompt": answer.text})
 
@@ -140,7 +141,7 @@ class InfoApi:
         """The text that a conversation becomes; raises ApiError."""
         body = await read_body(request, ChatBody)
         prompt = chat_prompt(body)
-        answer = await self._ask(lambda id: frames.Render(id, prompt))
+        answer = await self._ask(lambda id: frames.Render(id, prompt), "messages")
         assert isinstance(answer, frames.Text)
         return _json({"prompt": answer.text})
 
@@ -148,11 +149,12 @@ class InfoApi:
         """The counters in Prometheus' text format."""
         return web.Response(body=self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
 
-    async def _ask(self, question: Question) -> frames.Answer:
+    async def _ask(self, question: Question, param: str) -> frames.Answer:
+        """The engine's answer about the text in the field `param`."""
         try:
             return await self._supervisor.ask(question)
         except EngineFailure as error:
-            raise from_failure(error.failure, "prompt") from None
+            raise from_failure(error.failure, param) from None
 
     def _card(self) -> dict[str, Any]:
         card: dict[str, Any] = {

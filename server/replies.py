@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from offload.errors import ContextOverflowError, DeviceError, DeviceFullError, DoesNotFitError, SlimoeError, UsageError
 from offload.generation import (
     Event,
@@ -55,8 +57,8 @@ class Replies:
     def event(self, event: Event) -> frames.Frame | None:
         """The message of an event; None when it has nothing to say."""
         match event:
-            case TokenStep(_, text, logprob):
-                scored = None if logprob is None else self._scored(logprob)
+            case TokenStep(_, text, logprob, piece, added):
+                scored = None if logprob is None else self._in_answer(logprob, piece, added)
                 return frames.Step(self.id, text, scored) if text or scored else None
             case PromptProgress(n_done, n_total, n_cached):
                 return frames.Progress(self.id, n_done, n_total, n_cached)
@@ -74,6 +76,16 @@ class Replies:
             frames.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
             for token, score in zip(self.request.prompt_ids, scores, strict=True)
         )
+
+    def _in_answer(self, score: TokenLogprob, piece: bytes, text: str) -> frames.ScoredToken:
+        """The score of a token as it stands in the answer, where control tokens and a first space are not seen."""
+        scored = self._scored(score)
+        strips_space = scored.piece == b" " + piece
+        top = tuple(
+            (token, piece if token == score.token else name.removeprefix(b" ") if strips_space else name, logprob)
+            for token, name, logprob in scored.top
+        )
+        return msgspec.structs.replace(scored, piece=piece, top=top, text=text)
 
     def _scored(self, score: TokenLogprob) -> frames.ScoredToken:
         top = tuple((token, self.piece(token), logprob) for token, logprob in score.top)

@@ -1,5 +1,6 @@
 """The JSON documents that generations are answered with, in the shapes of OpenAI's API."""
 
+import itertools
 from typing import Literal
 
 import msgspec
@@ -125,11 +126,15 @@ class Document(msgspec.Struct, frozen=True):
     usage: Usage | UnsetType | None = UNSET
     timings: TimingsInfo | UnsetType = UNSET
     tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    memory: dict[str, int] | UnsetType = UNSET
 
 
 def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
     """What the tiers did for an answer, by name; empty when the whole model is in memory."""
-    return {**tiers.counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared} if tiers.counts else {}
+    if not tiers.counts:
+        return {}
+    counts = {name: value if name.endswith("_seconds") else round(value) for name, value in tiers.counts.items()}
+    return {**counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared}
 
 
 def timings_info(timings: Timings) -> TimingsInfo:
@@ -151,29 +156,20 @@ def chat_logprobs(scores: list[ScoredToken]) -> ChatLogprobs:
 
 
 def _token_info(score: ScoredToken) -> TokenLogprobInfo:
-    top = [TopLogprob(_text(piece), finite(logprob), list(piece)) for _, piece, logprob in score.top]
+    top = [
+        TopLogprob(_candidate(score, token, piece), finite(logprob), list(piece)) for token, piece, logprob in score.top
+    ]
     logprob = LOWEST_LOGPROB if score.logprob is None else finite(score.logprob)
-    return TokenLogprobInfo(_text(score.piece), logprob, list(score.piece), top)
+    return TokenLogprobInfo(_shown(score), logprob, list(score.piece), top)
 
 
-def completion_logprobs(scores: list[ScoredToken], text: str, begin: int) -> CompletionLogprobs:
-    """The scores in the older parallel-list shape; `text`, which the tokens make up, begins at character `begin`."""
-    tokens = [_text(score.piece) for score in scores]
+def completion_logprobs(scores: list[ScoredToken], begin: int) -> CompletionLogprobs:
+    """The scores in the older parallel-list shape; the text that the tokens make up begins at character `begin`."""
+    tokens = [_shown(score) for score in scores]
     values = [None if score.logprob is None else finite(score.logprob) for score in scores]
-    offsets = _offsets([score.piece for score in scores], text.encode("utf-8", "replace"), begin)
+    widths = [len(score.text or "") for score in scores]
+    offsets = list(itertools.accumulate(widths, initial=begin))[:-1]
     return CompletionLogprobs(tokens, values, [_candidates(score) for score in scores], offsets)
-
-
-def _offsets(pieces: list[bytes], text: bytes, begin: int) -> list[int]:
-    """At which character each piece begins; a control token and the space before a text are not in the text."""
-    offsets = []
-    at = n_chars = 0
-    for piece in pieces:
-        offsets.append(begin + n_chars)
-        found = next((form for form in (piece, piece.removeprefix(b" ")) if text.startswith(form, at)), b"")
-        n_chars += sum(byte & 0xC0 != 0x80 for byte in found)
-        at += len(found)
-    return offsets
 
 
 def _candidates(score: ScoredToken) -> dict[str, float] | None:
@@ -181,10 +177,19 @@ def _candidates(score: ScoredToken) -> dict[str, float] | None:
     if score.logprob is None:
         return None
     candidates: dict[str, float] = {}
-    for _, piece, logprob in score.top:
-        candidates.setdefault(_text(piece), finite(logprob))
-    candidates.setdefault(_text(score.piece), finite(score.logprob))
+    for token, piece, logprob in score.top:
+        candidates.setdefault(_candidate(score, token, piece), finite(logprob))
+    candidates.setdefault(_shown(score), finite(score.logprob))
     return candidates
+
+
+def _candidate(score: ScoredToken, token: int, piece: bytes) -> str:
+    """How one of the likeliest tokens reads in the place of `score`, which is the chosen one's."""
+    return _shown(score) if token == score.token else _text(piece)
+
+
+def _shown(score: ScoredToken) -> str:
+    return _text(score.piece) if score.text is None else score.text
 
 
 def finite(logprob: float) -> float:

@@ -128,7 +128,7 @@ class ScriptedEngine:
             token = answer[n_written % len(answer)]
             score = None if request.n_logprobs is None else _score(token, request)
             n_written += 1
-            yield TokenStep(token, text.feed(token), score)
+            yield TokenStep(token, text.feed(token), score, text.piece, text.added)
             if text.stopped:
                 break
             if never_ends:

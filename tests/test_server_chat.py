@@ -46,6 +46,19 @@ async def test_a_whole_answer(client: AsyncOpenAI) -> None:
     assert answer.usage.prompt_tokens_details.cached_tokens == 1
     assert answer.model_extra is not None
     assert answer.model_extra["timings"]["predicted_n"] == answer.usage.completion_tokens
+    assert answer.model_extra["memory"].keys() == {"weights"}
+
+
+async def test_figures_of_tiers_and_memory(server: LiveServer) -> None:
+    tiers = {"hits": 3, "misses": 1, "bytes_read": 100, "hit_share": 0.75, "is_shared": False}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO}) as response:
+            text = await response.text()
+        async with session.post(f"{server.url}/v1/completions", json={"prompt": "a", "stream": True}) as response:
+            last = (await response.text()).split("\n\n")[-3].removeprefix("data: ")
+    for answer in (json.loads(text), json.loads(last)):
+        assert json.dumps(answer["tiers"]) == json.dumps(tiers)
+        assert answer["memory"]["weights"] > 0
 
 
 async def test_chunks_keep_to_the_rules(client: AsyncOpenAI) -> None:

@@ -114,6 +114,8 @@ async def test_tokenize_in_both_spellings(server: LiveServer, processor: Any) ->
     assert [piece["piece"] for piece in pieces] == [" ", *([byte] for byte in "😀".encode())]
     text = await post(server, "/detokenize", {"tokens": ids})
     assert text == {"content": "hello 日本", "prompt": "hello 日本"}
+    text = await post(server, "/detokenize", {"tokens": [1, *ids, 2]})
+    assert text["content"] == text["prompt"] == "<s> hello 日本</s>"
 
 
 async def test_what_is_told_about_the_model(server: LiveServer) -> None:

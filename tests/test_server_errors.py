@@ -140,6 +140,21 @@ async def test_bad_completions(server: LiveServer, body: Any, param: str | None)
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/detokenize", {"tokens": [512]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+        ("/tokenize", {}, "content"),
+        ("/tokenize", {"content": 5}, "content"),
+    ],
+)
+async def test_bad_tokens(server: LiveServer, path: str, body: Any, param: str) -> None:
+    status, error = await send(server.url + path, json.dumps(body))
+    assert (status, error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
     "data",
     [b"", b"{", b"\xff\xfe", b'{"prompt": "a",}', b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 100000],
 )
@@ -160,6 +175,7 @@ async def test_overflow_is_told_in_all_words_that_clients_look_for(server: LiveS
     asked = error["n_prompt_tokens"] + 100
     assert f"maximum context length is 512 tokens. However, you requested {asked} tokens (" in error["message"]
     assert "exceeds the available context size" in error["message"]
+    assert "context_length_exceeded" in error["message"]
 
 
 async def test_a_prompt_that_just_fits(server: LiveServer) -> None:
@@ -191,6 +207,9 @@ async def test_the_clients_exceptions(server: LiveServer) -> None:
         ("GET", "/v1/models/a/b", 404),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
+        ("PUT", "/v1/%0a%1b[31m", 404),
+        ("GET", "/v1/models/%0a%1b[31m", 404),
+        ("GET", "/" + 7000 * "x", 404),
         ("POST", "/health", 405),
     ],
 )
@@ -199,6 +218,8 @@ async def test_wrong_addresses(server: LiveServer, method: str, path: str, statu
         assert response.status == status
         error = (await response.json())["error"]
     assert error["message"].endswith(".")
+    assert error["message"].isprintable()
+    assert len(error["message"]) < 1100
     assert error["type"] in ("not_found_error", "invalid_request_error")
 
 

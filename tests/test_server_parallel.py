@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 
 from tests.live_server import DEADLINE, serving
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
@@ -71,6 +71,55 @@ async def test_clients_that_leave_make_room(url: str) -> None:
             assert await waiting
             for stream in streams:
                 await stream.close()
+    await until_running(url, 0)
+
+
+@pytest.mark.parametrize("several", [{"prompt": PROMPTS[0], "n": 3}, {"prompt": PROMPTS[:2]}])
+async def test_choices_are_written_at_once(url: str, several: dict[str, Any]) -> None:
+    """Endless answers: with one after the other, there would never be a second one."""
+    n_choices = several.get("n", 2)
+    async with asyncio.timeout(DEADLINE), client_of(url) as client:
+        stream = await client.completions.create(
+            model="", max_tokens=40_000, stream=True, extra_body={"ignore_eos": True}, **several
+        )
+        seen = set[int]()
+        async for chunk in stream:
+            seen.add(chunk.choices[0].index)
+            if len(seen) == n_choices:
+                break
+        assert seen == set(range(n_choices))
+        await until_running(url, n_choices)
+        await stream.close()
+    await until_running(url, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_choices_keep_their_order(url: str, stream: bool) -> None:
+    """More prompts than places, of different lengths, and several choices of each."""
+    async with client_of(url) as client:
+        alone = [await text_of(client, prompt, 9) for prompt in PROMPTS]
+        answer: Any = await client.completions.create(
+            model="", prompt=PROMPTS, n=2, max_tokens=9, temperature=0, stream=stream, extra_body={"ignore_eos": True}
+        )
+        texts = [""] * 2 * len(PROMPTS)
+        if stream:
+            ends = list[int]()
+            async for chunk in answer:
+                (choice,) = chunk.choices
+                texts[choice.index] += choice.text
+                ends += [choice.index] if choice.finish_reason else []
+            assert sorted(ends) == list(range(len(texts)))
+        else:
+            assert [choice.index for choice in answer.choices] == list(range(len(texts)))
+            texts = [choice.text for choice in answer.choices]
+    assert texts == [text for text in alone for _ in range(2)]
+
+
+async def test_one_bad_prompt_ends_all_of_a_request(url: str) -> None:
+    async with client_of(url) as client:
+        with pytest.raises(BadRequestError) as failure:
+            await client.completions.create(model="", prompt=[[5], [5], [5, 99_999], [5]], max_tokens=40_000)
+        assert failure.value.param == "prompt"
     await until_running(url, 0)
 
 
