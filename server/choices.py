@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
 from server.answer import Order
@@ -15,15 +15,15 @@ _Waiting = dict[asyncio.Task[list[Answer]], tuple[int, Ticket]]
 
 
 class Arrival(NamedTuple):
-    """What the engine said of the choice with this index."""
+    """What the engine said of one choice, named by its index."""
 
-    index: int
+    choice: int
     answers: Sequence[Answer]
 
 
 async def arrivals(
     supervisor: Supervisor, metrics: Metrics, orders: Sequence[Order], patience: float | None = None
-) -> AsyncIterator[Arrival | None]:
+) -> AsyncGenerator[Arrival | None, None]:
     """What the engine says of all `orders` until they are done, and None after each `patience` seconds of silence.
 
     Raises EngineFailure when one of them fails. Close the iterator to give the others up.

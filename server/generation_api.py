@@ -40,7 +40,7 @@ class GenerationApi:
                     async for arrival in arriving:
                         assert arrival is not None, "nobody asked to be told of silence"
                         for answer in arrival.answers:
-                            drafts[arrival.index].add(answer)
+                            drafts[arrival.choice].add(answer)
         except QueueFullError as error:
             raise queue_full(error.n_waiting) from None
         except EngineFailure as error:
@@ -89,8 +89,8 @@ class _StreamWriter:
             return
         documents: list[bytes] = []
         for answer in arrival.answers:
-            piece = self._drafts[arrival.index].add(answer)
-            documents += [self._encoded(document) for document in self._documents(arrival.index, answer, piece)]
+            piece = self._drafts[arrival.choice].add(answer)
+            documents += [self._encoded(document) for document in self._documents(arrival.choice, answer, piece)]
         if documents:
             await self.events.send(documents)
 
