@@ -42,7 +42,7 @@ def _metadata(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Value]:
     licence = _licence(checkpoint.path)
     if licence:
         values["general.license"] = licence
-    return values | tokenizer_metadata(checkpoint, spec.n_vocab)
+    return values | tokenizer_metadata(checkpoint.path, spec.n_vocab)
 
 
 def _licence(path: Path) -> str | None:

@@ -1,78 +1,103 @@
 """Reads Hugging Face's `tokenizer.json`: byte-level BPE (GPT-2, Llama 3) and sentencepiece-like BPE (Llama 2)."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from gguf import TokenType
 
-from converter.checkpoint import read_json
+from converter.bpe_model import BYTES, BpeModel
+from converter.document import read_json
+from converter.space_prefix import SpacePrefix
+from converter.tokenizer_settings import AddedToken, TokenizerSettings
+from converter.tokenizer_steps import Step, Steps
 from offload import file_keys as keys
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import Value
 
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-_PRE_TOKENIZERS = {
-    f"{_ENGLISH}|{_WORD}|\\p{{N}}{{1,3}}|{_TAIL}": "llama-bpe",
-    f"{_ENGLISH}|{_WORD}|\\p{{N}}|{_TAIL}": "qwen2",
-    f"{_CASED}|\\p{{N}}|" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1): "tekken",
-}
-"""The regular expressions that split text before BPE, and llama.cpp's names for them."""
-
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_PLAIN = TokenizerSettings()
 _AGAIN = "Download the tokenizer again."
+
+
+class _Added(AddedToken, frozen=True, kw_only=True):
+    id: int
+
+
+class _Kind(msgspec.Struct):
+    type: str = "BPE"
+
+
+class _Outline(msgspec.Struct):
+    model: _Kind
+
+
+class _File(msgspec.Struct):
+    model: BpeModel
+    added_tokens: list[_Added] = []
+    normalizer: Step | None = None
+    pre_tokenizer: Step | None = None
+    post_processor: Step | None = None
+    decoder: Step | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
-    """The parsed file; `kind` is GGUF's name of the tokenizer model, `added_tokens` are id: (text, special)."""
+    """What the file says. `pre` is llama.cpp's name for how text is split; `added` are tokens added after training, by
+    id; `before` and `behind` the special tokens that are put around a whole text.
+    """
 
     path: Path
     kind: str
     pre: str
-    vocabulary: dict[str, int]
-    merges: tuple[tuple[str, str], ...]
-    added_tokens: dict[int, tuple[str, bool]]
-    add_space_prefix: bool
-    prefix_after_special: bool
-    adds_bos: bool
+    model: BpeModel
+    merges: list[tuple[str, str]]
+    added: dict[int, AddedToken]
+    has_normalizer: bool
+    space_prefix: SpacePrefix | None
+    before: list[str]
+    behind: list[str]
 
     @classmethod
-    def read(cls, path: Path) -> "TokenizerJson":
-        """Raises ModelFileError for a damaged file, UnsupportedModelError for one a GGUF cannot express."""
-        data = read_json(path)
-        try:
-            return cls._parse(path, data)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ModelFileError(path, "the tokenizer lacks parts that it needs.", _AGAIN) from None
-
-    @classmethod
-    def _parse(cls, path: Path, data: dict[str, Any]) -> "TokenizerJson":
-        model = data["model"]
-        if model.get("type", "BPE") != "BPE":
-            raise UnsupportedModelError(path, f"a tokenizer of type {model['type']} is not supported, only BPE.")
-        steps = [*_steps(data, "normalizer"), *_steps(data, "pre_tokenizer")]
-        byte_level = any(step["type"] == "ByteLevel" for step in steps)
-        prefixes = [scheme for step in steps if (scheme := _prefix_scheme(step))]
-        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-        template = next((s for s in _steps(data, "post_processor") if s["type"] == "TemplateProcessing"), {})
+    def read(cls, path: Path, settings: TokenizerSettings = _PLAIN) -> "TokenizerJson":
+        """Raises ModelFileError for a damaged file, UnsupportedModelError for one that a GGUF file cannot hold."""
+        kind = read_json(path, _Outline).model.type
+        if kind != "BPE":
+            raise UnsupportedModelError(path, f"a tokenizer of type {kind} is not supported, only BPE.")
+        file = read_json(path, _File)
+        parts = (file.normalizer, file.pre_tokenizer, file.post_processor, file.decoder)
+        model, steps = file.model, Steps.of(path, parts)
+        model.check(path)
+        before, behind = steps.around()
+        steps.check_decoder()
+        is_bytes = steps.is_byte_level
+        if is_bytes:
+            model.check_bytes(path)
         return cls(
             path=path,
-            kind=keys.BYTE_LEVEL if byte_level else keys.SENTENCEPIECE,
-            pre=_pre_tokenizer(path, steps) if byte_level else "default",
-            vocabulary=model["vocab"],
-            merges=tuple((left, right) for left, right in pairs),
-            added_tokens={t["id"]: (t["content"], bool(t["special"])) for t in data.get("added_tokens", [])},
-            add_space_prefix=bool(prefixes),
-            prefix_after_special=prefixes != ["first"],
-            adds_bos="SpecialToken" in next(iter(template.get("single", [])), {}),
+            kind=keys.BYTE_LEVEL if is_bytes else keys.SENTENCEPIECE,
+            pre=steps.pre_tokenizer_name(model.ignore_merges) if is_bytes else "default",
+            model=model,
+            merges=model.pairs(path),
+            added=_added(path, model, file.added_tokens),
+            has_normalizer=bool(steps.normalizer) and not settings.is_llama_class,
+            space_prefix=None if is_bytes else _space_prefix(steps, model, file.added_tokens, settings),
+            before=before,
+            behind=behind,
         )
+
+    @property
+    def highest_id(self) -> int:
+        """The last token's id; -1 without tokens."""
+        return max(self.model.vocab.values(), default=-1)
+
+    def check_merges(self, special: Iterable[str]) -> None:
+        """Raises UnsupportedModelError for a sentencepiece-like tokenizer that llama.cpp would merge otherwise.
+
+        `special` are further tokens that are never merged.
+        """
+        if self.space_prefix is not None:
+            self.model.check_merges(self.path, [*special, *(token.content for token in self.added.values())])
 
     def tokens(self) -> Iterator[tuple[str, float, int]]:
         """(text, score, type) in id order; ids without a token are unused ones.
@@ -82,58 +107,40 @@ class TokenizerJson:
         ranks: dict[str, int] = {}
         for rank, (left, right) in enumerate(self.merges):
             ranks.setdefault(left + right, rank)
-        texts = {token: text for text, token in self.vocabulary.items()}
-        for token in range(max(texts, default=-1) + 1):
+        texts = {token: text for text, token in self.model.vocab.items()}
+        is_sentencepiece, single_bytes = self.kind == keys.SENTENCEPIECE, frozenset(BYTES)
+        for token in range(self.highest_id + 1):
             text = texts.get(token)
             if text is None:
                 yield f"[PAD{token}]", -1000.0, TokenType.UNUSED
-            elif self.kind == keys.SENTENCEPIECE and _BYTE.fullmatch(text):
+            elif is_sentencepiece and text in single_bytes:
                 yield text, 0.0, TokenType.BYTE
-            elif self.kind == keys.SENTENCEPIECE and text == "<unk>":
+            elif is_sentencepiece and text == (self.model.unk_token or "<unk>"):
                 yield text, 0.0, TokenType.UNKNOWN
             else:
                 yield text, -float(ranks.get(text, len(self.merges))), TokenType.NORMAL
 
     def metadata(self) -> dict[str, Value]:
         """The keys that the file decides, without the tokens."""
-        values: dict[str, Value] = {
-            keys.TOKENIZER_MODEL: self.kind,
-            keys.TOKENIZER_PRE: self.pre,
-            keys.ADD_BOS: self.adds_bos,
-        }
-        if self.kind == keys.BYTE_LEVEL:
-            values[keys.MERGES] = [f"{left} {right}" for left, right in self.merges]
-        else:
-            values[keys.ADD_SPACE_PREFIX] = self.add_space_prefix
-            if not self.prefix_after_special:
-                values[keys.PREFIX_AFTER_SPECIAL] = False
-        return values
+        values: dict[str, Value] = {keys.TOKENIZER_MODEL: self.kind, keys.TOKENIZER_PRE: self.pre}
+        if self.space_prefix is None:
+            return values | {keys.MERGES: [f"{left} {right}" for left, right in self.merges]}
+        return values | self.space_prefix.metadata()
 
 
-def _steps(data: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    """A part's steps, whether it is one or a sequence."""
-    step = data.get(part)
-    if not step:
-        return []
-    inner = next((step[name] for name in ("normalizers", "pretokenizers", "processors") if name in step), None)
-    return list(inner) if inner is not None else [step]
+def _added(path: Path, model: BpeModel, tokens: list[_Added]) -> dict[int, AddedToken]:
+    added: dict[int, AddedToken] = {}
+    for token in tokens:
+        if token.id < 0 or token.id in added or model.vocab.get(token.content, token.id) != token.id:
+            raise ModelFileError(path, f"the added token {token.content!r:.100} cannot have id {token.id}.", _AGAIN)
+        fields = {name: getattr(token, name) for name in AddedToken.__struct_fields__}
+        added[token.id] = AddedToken(**fields)
+    return added
 
 
-def _prefix_scheme(step: dict[str, Any]) -> str | None:
-    """When a step puts a space before a text: "always" (after special tokens too), "first", or None for never."""
-    if step["type"] == "Prepend":
-        return "always"
-    if step["type"] == "Metaspace":
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        return None if scheme == "never" else str(scheme)
-    return None
-
-
-def _pre_tokenizer(path: Path, steps: list[dict[str, Any]]) -> str:
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
-    if not patterns and any(step["type"] == "ByteLevel" and step.get("use_regex", True) for step in steps):
-        return "gpt-2"
-    name = _PRE_TOKENIZERS.get("|".join(patterns))
-    if name is None:
-        raise UnsupportedModelError(path, "the tokenizer splits text by a pattern that is not known here.")
-    return name
+def _space_prefix(steps: Steps, model: BpeModel, added: list[_Added], settings: TokenizerSettings) -> SpacePrefix:
+    """Of a sentencepiece-like tokenizer, after whatever llama.cpp would not do was refused, but for its merges."""
+    prefix = steps.space_prefix()
+    splits_words = steps.splits_words and not settings.is_llama_class
+    model.check_characters(steps.path, [token.content for token in added], splits_words)
+    return settings.llama_prefix if settings.is_llama_class else prefix

@@ -1,16 +1,22 @@
-"""A checkpoint's tokenizer as GGUF metadata, from `tokenizer.model` or else from `tokenizer.json`."""
+"""A checkpoint's tokenizer as GGUF metadata, from `tokenizer.json` or else from `tokenizer.model`.
+
+transformers reads tokenizer.json where both are there. So it counts here too, but for the scores of tokens: those are
+tokenizer.model's where the other file's merges are not quite those of a sentencepiece model.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import TokenType
 
-from converter.checkpoint import Checkpoint, read_json
 from converter.sentencepiece_model import SentencePieceModel
+from converter.space_prefix import SpacePrefix
+from converter.tokenizer_check import check_json, check_model
 from converter.tokenizer_json import TokenizerJson
+from converter.tokenizer_settings import ROLES, AddedToken, TokenizerSettings
+from converter.tokenizer_steps import inexpressible
 from offload import file_keys as keys
-from offload.errors import ModelFileError
+from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import Value
 
 _ADDED_SCORE = -1000.0
@@ -23,118 +29,133 @@ class _Token:
     type: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """The small JSON files beside a tokenizer; each may be missing and is then empty."""
+def tokenizer_metadata(path: Path, n_vocab: int) -> dict[str, Value]:
+    """The keys of a checkpoint's tokenizer, padded to the `n_vocab` rows of the embedding.
 
-    tokenizer: dict[str, Any]
-    generation: dict[str, Any]
-    model: dict[str, Any]
-
-    def ids(self, role: str) -> list[int]:
-        """The ids that the model's and the generation's configuration give a role such as eos."""
-        values = [config.get(f"{role}_token_id") for config in (self.generation, self.model)]
-        flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
-        return [v for v in dict.fromkeys(flat) if isinstance(v, int) and v >= 0]
-
-
-def tokenizer_metadata(checkpoint: Checkpoint, n_vocab: int) -> dict[str, Value]:
-    """The keys of the tokenizer, padded to the `n_vocab` rows of the embedding.
-
-    Raises ModelFileError when the directory has no tokenizer, a damaged one, or one with more tokens than rows.
+    Raises ModelFileError when the directory has no tokenizer, a damaged one, or one with more tokens than rows, and
+    UnsupportedModelError for one that a GGUF file cannot hold.
     """
-    path = checkpoint.path
-    settings = _Settings(
-        _optional_json(path / "tokenizer_config.json"),
-        _optional_json(path / "generation_config.json"),
-        checkpoint.config,
-    )
-    json_file = TokenizerJson.read(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else None
-    tokens, metadata = _base_tokens(path, json_file)
-    _add_tokens(path, tokens, json_file, settings)
+    settings = TokenizerSettings.read(path)
+    json_path = path / "tokenizer.json"
+    json_file = TokenizerJson.read(json_path, settings) if json_path.is_file() else None
+    added = settings.older_added | (json_file.added if json_file else {}) | settings.added
+    _check_ids(path, json_file, added, n_vocab)
+    origin, tokens, metadata = _base_tokens(path, json_file, settings)
     if len(tokens) > n_vocab:
-        problem = f"the tokenizer has {len(tokens)} tokens, but the model only {n_vocab} embeddings."
-        raise ModelFileError(path, problem, "Use the tokenizer that belongs to these weights.")
+        raise _too_many(path, len(tokens), n_vocab)
+    _add_tokens(tokens, _named(tokens, settings) | added)
     tokens += [_Token(f"[PAD{n}]", _ADDED_SCORE, TokenType.UNUSED) for n in range(len(tokens), n_vocab)]
     metadata[keys.TOKENS] = [token.text for token in tokens]
     metadata[keys.TOKEN_TYPES] = [int(token.type) for token in tokens]
-    if metadata[keys.TOKENIZER_MODEL] == keys.SENTENCEPIECE:
+    is_bytes = metadata[keys.TOKENIZER_MODEL] == keys.BYTE_LEVEL
+    if not is_bytes:
         metadata[keys.SCORES] = [token.score for token in tokens]
-    metadata |= _special_ids(settings, {token.text: n for n, token in reversed(list(enumerate(tokens)))})
-    for key, name in ((keys.ADD_BOS, "add_bos_token"), (keys.ADD_EOS, "add_eos_token")):
-        if isinstance(settings.tokenizer.get(name), bool):
-            metadata[key] = settings.tokenizer[name]
-    return metadata | _chat_template(path, settings)
+    ids = {token.text: n for n, token in reversed(list(enumerate(tokens)))}
+    roles = {role: settings.role_id(short, ids, n_vocab) for role, short in ROLES.items()}
+    metadata |= _around(json_file, settings, ids, roles)
+    metadata |= {keys.token_id_key(role): token for role, token in roles.items() if token is not None}
+    metadata |= _ends([token for token in settings.end_ids(ids, n_vocab) if token != roles["eos"]])
+    if origin.suffix == ".json":
+        check_json(origin, metadata, settings.llama_prefix if settings.is_llama_class and not is_bytes else None)
+    else:
+        check_model(origin, metadata)
+    return metadata | ({keys.CHAT_TEMPLATE: settings.chat_template} if settings.chat_template else {})
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _check_ids(path: Path, json_file: TokenizerJson | None, added: dict[int, AddedToken], n_vocab: int) -> None:
+    """Refuses ids that the model has no embeddings for, and added tokens that are looked for in ways of their own."""
+    highest = max((json_file.highest_id if json_file else -1, *added))
+    if highest >= n_vocab:
+        raise _too_many(path, highest + 1, n_vocab)
+    for token, entry in added.items():
+        name = f"{entry.content!r:.100}"
+        if token < 0:
+            raise ModelFileError(path, f"the added token {name} has the id {token}.", "Download the tokenizer again.")
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if getattr(entry, flag):
+                raise inexpressible(path, "added token", f"{name} with {flag}")
+        if json_file and json_file.has_normalizer and entry.is_normalized:
+            raise inexpressible(path, "added token", f"{name} with normalized")
 
 
-def _base_tokens(path: Path, json_file: TokenizerJson | None) -> tuple[list[_Token], dict[str, Value]]:
-    """The tokens and the keys that only their kind decides. tokenizer.model is the authority where it exists."""
-    if (path / "tokenizer.model").is_file():
-        model = SentencePieceModel.read(path / "tokenizer.model")
-        # GGUF's user-defined tokens are matched in the raw text, sentencepiece's in the escaped one.
-        texts = [p.text.replace("▁", " ") if p.type == TokenType.USER_DEFINED else p.text for p in model.pieces]
-        tokens = [_Token(text, p.score, p.type) for text, p in zip(texts, model.pieces, strict=True)]
-        metadata: dict[str, Value] = {
-            keys.TOKENIZER_MODEL: keys.SENTENCEPIECE,
-            keys.TOKENIZER_PRE: "default",
-            keys.ADD_SPACE_PREFIX: model.add_dummy_prefix,
-        }
-        if json_file and json_file.kind == keys.SENTENCEPIECE and not json_file.prefix_after_special:
-            metadata[keys.PREFIX_AFTER_SPECIAL] = False
-        return tokens, metadata
+def _too_many(path: Path, n_tokens: int, n_vocab: int) -> ModelFileError:
+    problem = f"the tokenizer has {n_tokens} tokens, but the model only {n_vocab} embeddings."
+    return ModelFileError(path, problem, "Use the tokenizer that belongs to these weights.")
+
+
+def _base_tokens(
+    path: Path, json_file: TokenizerJson | None, settings: TokenizerSettings
+) -> tuple[Path, list[_Token], dict[str, Value]]:
+    """The tokens before any were added, where they stand, and the keys that only their kind decides."""
+    model_path = path / "tokenizer.model"
     if json_file is None:
-        raise ModelFileError(path, "the checkpoint has no tokenizer.model and no tokenizer.json.")
-    tokens = [_Token(text, score, kind) for text, score, kind in json_file.tokens()]
-    return tokens, json_file.metadata()
+        if not model_path.is_file():
+            raise ModelFileError(path, "the checkpoint has no tokenizer.model and no tokenizer.json.")
+        model = SentencePieceModel.read(model_path)
+        is_legacy = settings.legacy is not False
+        prefix = SpacePrefix(model.add_dummy_prefix, is_legacy, is_legacy)
+        kind: dict[str, Value] = {keys.TOKENIZER_MODEL: keys.SENTENCEPIECE, keys.TOKENIZER_PRE: "default"}
+        prefix = settings.llama_prefix if settings.is_llama_class else prefix
+        return model_path, _pieces(model), kind | prefix.metadata()
+    try:
+        json_file.check_merges(settings.texts.values())
+    except UnsupportedModelError:
+        if not model_path.is_file():
+            raise
+        tokens = _pieces(SentencePieceModel.read(model_path))
+        if {token.text: n for n, token in enumerate(tokens)} != json_file.model.vocab:
+            raise
+        return model_path, tokens, json_file.metadata()
+    return json_file.path, [_Token(text, score, kind) for text, score, kind in json_file.tokens()], json_file.metadata()
 
 
-def _add_tokens(path: Path, tokens: list[_Token], json_file: TokenizerJson | None, settings: _Settings) -> None:
-    """Appends the tokens that were added after training, and marks those that the settings call special."""
-    added: dict[int, tuple[str, bool]] = {}
-    for text, token in _optional_json(path / "added_tokens.json").items():
-        added[int(token)] = (text, False)
-    if json_file is not None:
-        added |= json_file.added_tokens
-    for token, entry in settings.tokenizer.get("added_tokens_decoder", {}).items():
-        added[int(token)] = (entry["content"], bool(entry.get("special")))
-    for token, (text, special) in sorted(added.items()):
-        kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
+def _pieces(model: SentencePieceModel) -> list[_Token]:
+    # GGUF's user-defined tokens are matched in the raw text, sentencepiece's in the escaped one.
+    texts = [p.text.replace("▁", " ") if p.type == TokenType.USER_DEFINED else p.text for p in model.pieces]
+    return [_Token(text, p.score, p.type) for text, p in zip(texts, model.pieces, strict=True)]
+
+
+def _named(tokens: list[_Token], settings: TokenizerSettings) -> dict[int, AddedToken]:
+    """The tokens that have a role, which are special even where no list of added tokens has them."""
+    ids = {token.text: n for n, token in enumerate(tokens)}
+    texts = [text for text in settings.texts.values() if text in ids]
+    return {ids[text]: AddedToken(text, special=True) for text in texts}
+
+
+def _add_tokens(tokens: list[_Token], added: dict[int, AddedToken]) -> None:
+    """Appends the tokens that were added after training, or puts them in the place of those of the same ids."""
+    for token, entry in sorted(added.items()):
+        kind = TokenType.CONTROL if entry.special else TokenType.USER_DEFINED
         while len(tokens) < token:
             tokens.append(_Token(f"[PAD{len(tokens)}]", _ADDED_SCORE, TokenType.UNUSED))
         if token == len(tokens):
-            tokens.append(_Token(text, _ADDED_SCORE, kind))
-        elif tokens[token].type in (TokenType.NORMAL, TokenType.USER_DEFINED) or tokens[token].text != text:
-            tokens[token] = _Token(text, tokens[token].score, kind)
+            tokens.append(_Token(entry.content, _ADDED_SCORE, kind))
+        elif tokens[token].type in (TokenType.NORMAL, TokenType.USER_DEFINED) or tokens[token].text != entry.content:
+            tokens[token] = _Token(entry.content, tokens[token].score, kind)
 
 
-def _special_ids(settings: _Settings, ids: dict[str, int]) -> dict[str, Value]:
-    """bos, eos, unknown and padding by the tokenizer's names for them, and further ends of generation as eot."""
-    found: dict[str, int] = {}
-    for role, short in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        name = settings.tokenizer.get(f"{short}_token")
-        text = name.get("content") if isinstance(name, dict) else name
-        numbers = [n for n in settings.ids(short) if n < len(ids)]
-        if isinstance(text, str) and text in ids:
-            found[role] = ids[text]
-        elif numbers:
-            found[role] = numbers[0]
-    further = [token for token in settings.ids("eos") if token != found.get("eos") and token < len(ids)]
-    if further:
-        found["eot"] = further[0]
-    return {keys.token_id_key(role): token for role, token in found.items()}
+def _around(
+    json_file: TokenizerJson | None, settings: TokenizerSettings, ids: dict[str, int], roles: dict[str, int | None]
+) -> dict[str, Value]:
+    """Whether a BOS is put before texts and an EOS behind: what the settings say replaces tokenizer.json's template."""
+    values: dict[str, Value] = {}
+    if json_file and settings.add_bos is None and settings.add_eos is None:
+        for key, role, names in ((keys.ADD_BOS, "bos", json_file.before), (keys.ADD_EOS, "eos", json_file.behind)):
+            if len(names) > 1 or (names and names[0] not in ids):
+                raise inexpressible(json_file.path, "post-processor", f"TemplateProcessing with {', '.join(names)}")
+            if names and roles[role] is None:
+                roles[role] = ids[names[0]]
+            if names and roles[role] != ids[names[0]]:
+                raise inexpressible(json_file.path, "post-processor", f"TemplateProcessing with {names[0]}")
+            values[key] = bool(names)
+    for key, flag in ((keys.ADD_BOS, settings.add_bos), (keys.ADD_EOS, settings.add_eos)):
+        if flag is not None:
+            values[key] = flag
+    return values
 
 
-def _chat_template(path: Path, settings: _Settings) -> dict[str, Value]:
-    template: Any = settings.tokenizer.get("chat_template")
-    if (path / "chat_template.jinja").is_file():
-        template = (path / "chat_template.jinja").read_text("utf-8")
-    elif (path / "chat_template.json").is_file():
-        template = read_json(path / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default") or next(iter(named.values()), None)
-    return {keys.CHAT_TEMPLATE: template} if isinstance(template, str) else {}
+def _ends(further: list[int]) -> dict[str, Value]:
+    """The ends of answers besides eos: llama.cpp knows two more, all others stand in a key of our own."""
+    known = zip(("eot", "eom"), further, strict=False)
+    values: dict[str, Value] = {keys.token_id_key(role): token for role, token in known}
+    return values | ({keys.END_TOKEN_IDS: further[2:]} if further[2:] else {})

@@ -6,15 +6,23 @@ text can spell, and they are placed by id. Likewise the space that sentencepiece
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from offload.gguf_file import GGUFFile
+import numpy as np
+
+from offload.gguf_file import GGUFFile, Value
 from offload.vocabulary import LlamaVocab, VocabularySpec, raw_bytes
 
 _END_OF_TURN = frozenset(
-    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"}
-    | {"<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>"}
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+    | {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "[e~["}
+    | {"<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"}
 )
+"""Tokens that llama.cpp takes for the end of an answer by their names, of whatever type they are."""
+_OF_A_TOKENIZER = ("tokenizer.", "slimoe.tokenizer.")
+_SPACES = (" ", "▁")
+"""sentencepiece has the second for the first, so that texts with either are one."""
 
 
 class Tokenizer:
@@ -43,21 +51,27 @@ class Tokenizer:
         spec = VocabularySpec.from_gguf(gguf)
         return cls(spec, LlamaVocab(gguf, spec))
 
+    @classmethod
+    def of_metadata(cls, path: Path, metadata: Mapping[str, Value]) -> "Tokenizer":
+        """The tokenizer that a file with these keys will hold; arrays may be lists. Raises as `open` does."""
+        values = {key: _as_in_file(value) for key, value in metadata.items() if key.startswith(_OF_A_TOKENIZER)}
+        return cls.open(GGUFFile((path,), values, {}))
+
     def close(self) -> None:
         """Frees libllama's copy; the tokenizer can no longer encode."""
         self._vocab.close()
 
     def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:
-        """The token ids of `text`; with `parse_special`, written-out special tokens become tokens."""
+        """The token ids of `text`, with a BOS if wanted; with `parse_special`, names of special tokens are them."""
         bos = [self.bos] if add_bos and self.bos is not None else []
-        parts = _split(self._any_special, text, self.special_tokens) if parse_special else [text]
-        return self.encode_segments([*bos, *parts])
+        parts = list(_split(self._any_special, text, self.special_tokens)) if parse_special else [text]
+        return bos + self.encode_segments(parts)
 
     def encode_segments(self, segments: Sequence[str | int]) -> list[int]:
         """The token ids of a prompt in pieces: an int is a token, a str is text that names no special token.
 
-        Neighbouring strings are one text. As sentencepiece does it, a text at the start, or after a token that
-        is not text, gets a space before it, if the tokenizer is of that kind.
+        Neighbouring strings are one text. Where the tokenizer is of that kind, a text at the start gets a space before
+        it, and so does one after a token that is not text.
         """
         tokens: list[int] = []
         for segment in _joined(segments):
@@ -68,7 +82,9 @@ class Tokenizer:
         return tokens
 
     def _encode_text(self, text: str, *, at_start: bool) -> list[int]:
-        if text and self._spec.add_space_prefix and (at_start or self._spec.prefix_after_special):
+        spec = self._spec
+        is_prefixed = spec.add_space_prefix and (at_start or spec.prefix_after_special)
+        if text and is_prefixed and (spec.prefix_before_space or text[0] not in _SPACES):
             text = " " + text
         tokens: list[int] = []
         for part in _split(self._user_defined, text, self.special_tokens):
@@ -95,8 +111,13 @@ class Tokenizer:
         return self._spec.texts[token]
 
     def _end_of_generation(self) -> frozenset[int]:
-        named = {i for text, i in self.special_tokens.items() if text in _END_OF_TURN}
+        named = {token for token, text in enumerate(self._spec.texts) if text in _END_OF_TURN}
         return frozenset(named | self._spec.ends | ({self.eos} if self.eos is not None else set()))
+
+
+def _as_in_file(value: Value) -> Value:
+    """Lists of numbers as the arrays that are read from a file."""
+    return np.array(value) if isinstance(value, list) and value and not isinstance(value[0], str) else value
 
 
 def utf8(text: str) -> bytes:

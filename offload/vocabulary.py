@@ -27,7 +27,8 @@ class VocabularySpec:
     """What the metadata says; `texts` and `types` have one entry per token, the sets hold token ids.
 
     `control` tokens have no text of their own (unused ones are such too), `user_defined` ones are always matched
-    in a text. `prefix_after_special` says whether the space prefix is repeated after each special token.
+    in a text. `prefix_after_special` says whether the space prefix is repeated after each special token,
+    `prefix_before_space` whether a text that begins with a space gets it too. `ends` end an answer.
     """
 
     model: str
@@ -38,6 +39,7 @@ class VocabularySpec:
     ends: frozenset[int]
     add_space_prefix: bool
     prefix_after_special: bool
+    prefix_before_space: bool
     chat_template: str | None
 
     @classmethod
@@ -59,9 +61,10 @@ class VocabularySpec:
             types=types,
             control=_of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED),
             user_defined=_of_type(types, TokenType.USER_DEFINED),
-            ends=frozenset(int(metadata[key]) for key in _END_KEYS if key in metadata),
-            add_space_prefix=bool(metadata.get(keys.ADD_SPACE_PREFIX, model == keys.SENTENCEPIECE)),
-            prefix_after_special=bool(metadata.get(keys.PREFIX_AFTER_SPECIAL, True)),
+            ends=_ends(gguf, len(texts)),
+            add_space_prefix=_flag(gguf, keys.ADD_SPACE_PREFIX) and model == keys.SENTENCEPIECE,
+            prefix_after_special=_flag(gguf, keys.PREFIX_AFTER_SPECIAL),
+            prefix_before_space=_flag(gguf, keys.PREFIX_BEFORE_SPACE),
             chat_template=template if isinstance(template, str) else None,
         )
 
@@ -85,10 +88,28 @@ def _types(gguf: GGUFFile, texts: list[str]) -> tuple[int, ...]:
         named = {"<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL, "<unk>": TokenType.UNKNOWN}
         named |= dict.fromkeys(_BYTES, TokenType.BYTE)
         return tuple(int(named.get(text, TokenType.NORMAL)) for text in texts)
-    if not isinstance(types, np.ndarray) or len(types) != len(texts):
+    if not isinstance(types, np.ndarray) or len(types) != len(texts) or types.dtype.kind not in "iu":
         problem = f"the tokenizer's {keys.TOKEN_TYPES} does not have one entry for each of the {len(texts)} tokens."
         raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
     return tuple(types.tolist())
+
+
+def _ends(gguf: GGUFFile, n_vocab: int) -> frozenset[int]:
+    """The ids that the file says end an answer; those that are no tokens are left out, as llama.cpp does it."""
+    ids = [gguf.metadata[key] for key in _END_KEYS if key in gguf.metadata]
+    further = np.asarray(gguf.metadata.get(keys.END_TOKEN_IDS, ()))
+    is_array = further.ndim == 1 and (not further.size or further.dtype.kind == "i")
+    if not is_array or any(type(token) is not int for token in ids):
+        problem = f"{', '.join((*_END_KEYS, keys.END_TOKEN_IDS))} are not all numbers of tokens."
+        raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
+    return frozenset(token for token in (*ids, *further.tolist()) if 0 <= token < n_vocab)
+
+
+def _flag(gguf: GGUFFile, key: str) -> bool:
+    value = gguf.metadata.get(key, True)
+    if not isinstance(value, bool):
+        raise ModelFileError(gguf.path, f"{key} is {value!r:.100}, but true or false belongs there.", _CONVERT_AGAIN)
+    return value
 
 
 def _of_type(types: tuple[int, ...], *wanted: TokenType) -> frozenset[int]:
@@ -202,7 +223,7 @@ def _set_arrays(target: int, gguf: GGUFFile, spec: VocabularySpec, names: list[b
     llama.gguf_set_arr_data(target, keys.TOKEN_TYPES.encode(), llama.GGUF_INT32, types.ctypes.data, len(types))
     scores = gguf.metadata.get(keys.SCORES)
     if scores is not None:
-        if len(scores) != len(spec.texts):
+        if not isinstance(scores, np.ndarray) or len(scores) != len(spec.texts) or not np.isfinite(scores).all():
             problem = f"the tokenizer's {keys.SCORES} does not have one entry for each of the {len(spec.texts)} tokens."
             raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
         padded = np.concatenate([np.asarray(scores, np.float32), np.zeros(n_extra, np.float32)])

@@ -71,7 +71,7 @@ class Chat:
         if self._template is None:
             bos = self._tokenizer.bos
             prefix = [bos] if self._tokenizer.add_bos and bos is not None else []
-            return Prompt(tuple(self._tokenizer.encode_segments([*prefix, *segments])), FALLBACK_STOP)
+            return Prompt((*prefix, *self._tokenizer.encode_segments(segments)), FALLBACK_STOP)
         return Prompt(tuple(self._tokenizer.encode_segments(segments)))
 
     def render(self, conversation: Conversation) -> str:

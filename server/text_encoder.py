@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from offload.gguf_file import GGUFFile
 from offload.tokenizer import Tokenizer
 from server.chat import Chat, Conversation, Message
 
@@ -16,8 +13,7 @@ class TokenizerEncoder:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Raises ModelFileError or UnsupportedModelError for a tokenizer that is absent, damaged or unknown."""
-        values = {key: _as_in_file(value) for key, value in metadata.items()}
-        self._tokenizer = Tokenizer.open(GGUFFile((path,), values, {}))
+        self._tokenizer = Tokenizer.of_metadata(path, metadata)
         self._chat = Chat(self._tokenizer)
 
     def text(self, text: str, *, at_start: bool) -> list[int]:
@@ -32,8 +28,3 @@ class TokenizerEncoder:
     def close(self) -> None:
         """Frees the vocabulary."""
         self._tokenizer.close()
-
-
-def _as_in_file(value: Any) -> Any:
-    """Lists of numbers as the arrays that are read from a file."""
-    return np.array(value) if isinstance(value, list) and value and not isinstance(value[0], str) else value

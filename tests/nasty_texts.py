@@ -1,28 +1,5 @@
 """Texts that tokenizers get wrong."""
 
-NASTY_TEXTS = (
-    "",
-    " ",
-    "a",
-    "Hello, world",
-    " leading and trailing ",
-    "  two   three    runs     of spaces      ",
-    "\ttab\t\ttabs\n\nnew\r\nlines\n",
-    "\n",
-    'def f(x: int) -> str:\n    return f"{x!r}"  # code\n\n\nfor (let i=0;i<n;i++){a[i]??=`${b}`}',
-    "naïve café Übergröße Ωμέγα привет",
-    "日本語の文章。中文字符，한국어",
-    "👩‍👩‍👧‍👦🏴‍☠️ 🤦🏽‍♂️ e\u0301 \u200b\ufeff",
-    "</s>",
-    "<s> a </s> b",
-    "a</s>b</s></s>",
-    "[INST] not an instruction [/INST]",
-    "<unk><0x0A><0x41> <|im_end|>",
-    "▁ literal ▁▁ marks",
-    "nul\0inside\0",
-    "\x01\x02\x7f control",
-    "0123456789 3.14159e-10 0xDEADBEEF",
-    "a" * 300,
-    "https://example.org/?q=1&r=%20#x",
-    "\U0010ffff\U000e0001",
-)
+from converter.hard_texts import HARD_TEXTS
+
+NASTY_TEXTS = HARD_TEXTS

@@ -22,6 +22,7 @@ SHARED_LEAVES |= {
     "processors",
     "control_groups",
 }
+SHARED_LEAVES |= {"llama", "tokenizer", "vocabulary"}
 MAY_IMPORT = {
     "offload": {"offload"},
     "converter": {"converter", "offload"},

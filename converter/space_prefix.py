@@ -1,0 +1,27 @@
+"""When a sentencepiece-like tokenizer puts a space before a text."""
+
+from dataclasses import dataclass
+
+from offload import file_keys as keys
+from offload.gguf_file import Value
+
+
+@dataclass(frozen=True, slots=True)
+class SpacePrefix:
+    """Whether there is one, also behind each special token, and also before a text that begins with a space.
+
+    llama.cpp knows the first alone, and does the other two always.
+    """
+
+    is_added: bool = True
+    after_special: bool = True
+    before_space: bool = True
+
+    def metadata(self) -> dict[str, Value]:
+        """The keys that say so; what llama.cpp does anyway has none."""
+        values: dict[str, Value] = {keys.ADD_SPACE_PREFIX: self.is_added}
+        if self.is_added and not self.after_special:
+            values[keys.PREFIX_AFTER_SPECIAL] = False
+        if self.is_added and not self.before_space:
+            values[keys.PREFIX_BEFORE_SPACE] = False
+        return values
