@@ -14,6 +14,7 @@ from gguf import TokenType
 from converter.bpe_model import BYTES
 from converter.tokenizer_steps import inexpressible
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.regular_file import open_regular, reason
 
 _PIECE, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
@@ -70,10 +71,10 @@ class SentencePieceModel:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     if len(data) > _MAX_BYTES:
         raise ModelFileError(path, f"this is larger than {_MAX_BYTES:,} bytes, the most that is read of such a file.")
     return data
