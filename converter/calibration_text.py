@@ -5,12 +5,14 @@ A file is plain text, or JSON lines: objects with `messages`, which the model's 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from offload.errors import UsageError
+from offload.regular_file import read_regular, reason
 
 MIN_TOKENS = 2048
 DEFAULT_TOKENS, DEFAULT_LENGTH = 131072, 512
@@ -48,7 +50,7 @@ class TextFile:
     def parse(cls, value: str) -> "TextFile":
         """From FILE or DOMAIN=FILE; a file's own name stands for its domain."""
         domain, equals, path = value.partition("=")
-        if equals and domain and not Path(value).exists():
+        if equals and domain and not os.path.lexists(value):
             return cls(domain, Path(path))
         return cls(Path(value).stem, Path(value))
 
@@ -160,9 +162,9 @@ def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterat
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_regular(path).decode("utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}). Name a text file.") from None
+        raise UsageError(f"{path} cannot be read ({reason(error)}). Name a text file.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text. Give plain text, or .jsonl with messages.") from None
 

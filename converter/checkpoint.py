@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.file_bytes import all_bytes
 from converter.source_digest import add_samples
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.regular_file import open_regular, reason
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """The dtypes of weights, and bytes per value."""
@@ -77,7 +79,7 @@ class Checkpoint:
             raise ModelFileError(path, "this directory is no checkpoint: it has no config.json.")
         config = read_json(config_path)
         dtypes = _dtypes(config_path, config)
-        digest = hashlib.sha256(config_path.read_bytes())
+        digest = hashlib.sha256(all_bytes(config_path))
         tensors: dict[str, CheckpointTensor] = {}
         owners = _weight_map(path)
         for shard in sorted(set(owners.values())) if owners else [_SINGLE]:
@@ -137,7 +139,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[CheckpointTensor]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             n_file = os.fstat(file.fileno()).st_size
             n_header = int.from_bytes(file.read(8), "little")
             if n_file < 8 or n_header > min(n_file - 8, _MAX_HEADER):
@@ -145,7 +147,7 @@ def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[Checkpo
             raw = file.read(n_header)
         header = json.loads(raw)
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     except ValueError:
         raise ModelFileError(path, "the safetensors header is damaged.", _AGAIN) from None
     if not isinstance(header, dict):

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType
 
 from converter.architecture import checkpoint_matrices, model_spec
 from converter.checkpoint import Checkpoint
+from converter.file_bytes import all_bytes
 from converter.model_source import MatrixKey, SourceLayer
 from converter.stored_model import StoredModel, stock_tensors
 from converter.vocabulary import tokenizer_metadata
@@ -50,7 +51,6 @@ def _licence(path: Path) -> str | None:
     card = path / "README.md"
     if not card.is_file():
         return None
-    with card.open("rb") as file:
-        head = file.read(4096).decode("utf-8", "replace")
+    head = all_bytes(card)[:4096].decode("utf-8", "replace")
     match = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n", head)
     return match[1] if match else None

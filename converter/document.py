@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from offload.errors import ModelFileError
+from offload.regular_file import open_regular, reason
 
 T = TypeVar("T")
 
@@ -42,10 +43,10 @@ def decode_toml(data: bytes, kind: type[T], max_bytes: int = MAX_TOML_BYTES) -> 
 def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
     """A JSON file of a checkpoint as `kind`; raises ModelFileError."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return decode_json(file.read(max_bytes + 1), kind, max_bytes)
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     except BadDocumentError as error:
         raise ModelFileError(path, f"{error}.", _AGAIN) from None
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.errors import ModelFileError
+from offload.regular_file import read_regular, reason
 
 
 def read_bytes(path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
@@ -16,8 +17,16 @@ def read_bytes(path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
         with path.open("rb", buffering=0) as file:
             _fill(file.fileno(), data.data, offset, path)
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     return data
+
+
+def all_bytes(path: Path) -> bytes:
+    """A small file; raises ModelFileError when it cannot be read."""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
 
 
 def _fill(source: int, view: memoryview, offset: int, path: Path) -> None:

@@ -14,6 +14,7 @@ from converter.type_recipe import layer_and_role
 from offload import file_keys as keys
 from offload.errors import LibraryError, UsageError
 from offload.gguf_file import Value
+from offload.regular_file import open_regular
 
 Importance = NDArray[np.float32]
 _OF_THIS_MODEL = "Give the imatrix of this model."
@@ -92,7 +93,7 @@ def read_importance(path: Path, model: StoredModel, targets: Iterable[StockTenso
 def _is_statistics(path: Path) -> bool:
     """Whether the file is safetensors, whose JSON stands where the others have numbers or names."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(9)[8:] == b"{"
     except OSError:
         return False

@@ -1,5 +1,6 @@
 """What a model file or checkpoint holds, from its headers alone: sizes, types, bytes by kind, tokenizer, provenance."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -103,7 +104,7 @@ def take_inventory(path: Path) -> Inventory:
 
     Raises ModelFileError for what is neither, or is damaged.
     """
-    return _of_checkpoint(Checkpoint.open(path)) if path.is_dir() else _of_gguf(read_gguf(path))
+    return _of_checkpoint(Checkpoint.open(path)) if os.path.isdir(path) else _of_gguf(read_gguf(path))
 
 
 def _of_gguf(gguf: GGUFFile) -> Inventory:

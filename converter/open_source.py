@@ -1,5 +1,6 @@
 """Opens whatever holds a model: a checkpoint directory or a GGUF file."""
 
+import os
 from pathlib import Path
 
 from converter.checkpoint_source import checkpoint_source
@@ -8,6 +9,7 @@ from converter.model_source import ModelSource
 from converter.stored_model import StoredModel
 from offload.errors import ModelFileError
 from offload.gguf_file import MAGIC
+from offload.regular_file import open_regular, reason
 
 _OF_A_CHECKPOINT = (".safetensors", ".json", ".model")
 _NAME_ONE = "Name the directory of a Hugging Face checkpoint, or a .gguf file."
@@ -19,11 +21,9 @@ def open_source(path: Path) -> StoredModel:
     Raises ModelFileError for what is no model or is damaged, UnsupportedModelError for one that is not read, and
     LibraryError where bitsandbytes is needed and absent.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return checkpoint_source(path)
-    if not path.exists():
-        raise ModelFileError(path, "there is no such directory or file.", _NAME_ONE)
-    if path.is_file() and _first_bytes(path) != MAGIC:
+    if _first_bytes(path) != MAGIC:
         raise ModelFileError(path, "this is neither a checkpoint directory nor a GGUF file.", _NAME_ONE)
     return gguf_source(path)
 
@@ -37,7 +37,9 @@ def model_files(source: ModelSource) -> set[Path]:
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(MAGIC))
+    except FileNotFoundError:
+        raise ModelFileError(path, "there is no such directory or file.", _NAME_ONE) from None
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).", _NAME_ONE) from None

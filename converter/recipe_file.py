@@ -28,6 +28,7 @@ from converter.recipe_fields import SECTIONS, TOP, NotExpectedError, Read, Sourc
 from converter.recipe_words import Words
 from offload.byte_size import bytes_text
 from offload.errors import UsageError
+from offload.regular_file import open_regular, reason
 
 Tables = Mapping[str, Any]
 """A recipe as TOML has it, nothing checked."""
@@ -47,14 +48,13 @@ def recipe_tables(name: str) -> Tables:
     ready = ready_recipes()
     path = _OWN / f"{name}.toml" if name in ready else Path(name)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(MAX_TOML_BYTES + 1)
     except FileNotFoundError:
         hint = f"Name a file, or one of {', '.join(ready)}."
         raise UsageError(f"There is no recipe {name!r}.{_nearest(name, ready)} {hint}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{name} cannot be read ({reason}). Name a recipe's file.") from None
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read ({reason(error)}). Name a recipe's file.") from None
     return text_tables(text, name)
 
 

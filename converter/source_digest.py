@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from offload.errors import ModelFileError
+from offload.regular_file import reason
 
 _SAMPLE_BYTES = 4096
 
@@ -29,4 +30,4 @@ def add_samples(digest: Digest, stretches: Iterable[tuple[Path, int, int]]) -> N
                 file.seek(offset)
                 digest.update(file.read(min(n_bytes, _SAMPLE_BYTES)))
         except OSError as error:
-            raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+            raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None

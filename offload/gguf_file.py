@@ -6,6 +6,7 @@ there before anything is allocated. Source: ggml's docs/gguf.md, versions 2 and 
 """
 
 import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.regular_file import open_regular, reason
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -129,7 +131,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     if not 1 <= int(match["no"]) <= count:
         raise ModelFileError(path, "the name counts its shards wrongly.", "Name them as NAME-00001-of-0000N.gguf.")
     paths = tuple(path.with_name(f"{match['stem']}-{no:05d}-of-{count:05d}.gguf") for no in range(1, count + 1))
-    missing = [p.name for p in paths if not p.is_file()]
+    missing = [p.name for p in paths if not os.path.isfile(p)]
     if missing:
         raise ModelFileError(path, f"shard {missing[0]} is missing.", "Put all shards into one directory.")
     return paths
@@ -174,8 +176,8 @@ def _count(path: Path, metadata: dict[str, Value], key: str, default: int) -> in
 
 def _read_shard(path: Path, shard: int) -> tuple[dict[str, Value], list[TensorInfo]]:
     try:
-        with path.open("rb") as file:
-            if path.stat().st_size < 24:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size < 24:
                 raise ModelFileError(path, "this is not a GGUF file: it is too short.", _DOWNLOAD_AGAIN)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(path, data), shard)
@@ -184,7 +186,7 @@ def _read_shard(path: Path, shard: int) -> tuple[dict[str, Value], list[TensorIn
     except IsADirectoryError:
         raise ModelFileError(path, "this is a directory, not a GGUF file.", "Name the .gguf file in it.") from None
     except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({error.strerror}).") from None
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
 
 
 def _parse(cursor: _Cursor, shard: int) -> tuple[dict[str, Value], list[TensorInfo]]:

@@ -10,6 +10,7 @@ import click
 
 from offload.errors import SlimoeError
 from offload.printable import printable
+from offload.regular_file import reason
 
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
@@ -72,6 +73,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         # Whoever read the output has left; the interpreter must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        print(f"slimoe: {where}{reason(error)}.", file=sys.stderr)
         return 1
     return status if isinstance(status, int) else 0
 

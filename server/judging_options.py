@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from converter.calibration_text import TextFile
+from offload.regular_file import open_regular, reason
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +55,10 @@ def judging_options(values: Mapping[str, Any], device: str = "auto") -> JudgingO
     """The flags' values out of a command's; raises click.UsageError for a file that is absent, before any long work."""
     for text in values["eval_texts"]:
         path = TextFile.parse(text).path
-        if not path.is_file():
-            raise click.UsageError(f"--eval-text: there is no file {path}.")
+        try:
+            open_regular(path).close()
+        except FileNotFoundError:
+            raise click.UsageError(f"--eval-text: there is no file {path}.") from None
+        except OSError as error:
+            raise click.UsageError(f"--eval-text: {path} cannot be read ({reason(error)}).") from None
     return JudgingOptions(values["eval_texts"], values["eval_tokens"], device, values["threads"])

@@ -1,5 +1,6 @@
 """`slimoe plan`: what opening a model would take, what lies where, and how fast it would be."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ def command(values: Mapping[str, Any]) -> None:
     these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
     slim, model = slim_options(values), values["model"]
-    if slim.is_asked or (model is not None and model.is_dir()):
+    if slim.is_asked or (model is not None and os.path.isdir(model)):
         check_installed("Slimming", *CONVERTERS)
         from server.slim_convert import tell_plan
 

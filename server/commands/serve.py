@@ -13,6 +13,7 @@ import msgspec
 
 from offload.errors import UsageError
 from offload.memory import resident_bytes
+from offload.regular_file import read_regular, reason
 from server.access import AccessRules
 from server.app import AppConfig
 from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
@@ -153,9 +154,11 @@ def _key(options: ServeOptions) -> str | None:
         where = f"The environment variable {options.api_key_env}"
     elif options.api_key_file is not None:
         try:
-            key = options.api_key_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"The key file {options.api_key_file} cannot be read ({error}).") from None
+            key = read_regular(options.api_key_file).decode().strip()
+        except OSError as error:
+            raise UsageError(f"The key file {options.api_key_file} cannot be read ({reason(error)}).") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"The key file {options.api_key_file} is no text ({error}).") from None
         where = f"The key file {options.api_key_file}"
     else:
         return None
