@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.errors import DoesNotFitError, UsageError
+from offload.gguf_file import SHARD_NAME
 from offload.whole_file import Destination, free_bytes, real_path, reserved, whole_file
 
 Progress = Callable[[int, int], None]
@@ -64,6 +65,8 @@ def check_target(target: Path, n_bytes: int, *, force: bool, sources: Collection
         raise UsageError(f"{target} is a file of the model that is read. Choose another name.")
     if real.exists() and not force:
         raise UsageError(f"{target} exists. Choose another name, or overwrite it with --force.")
+    if SHARD_NAME.match(target.name):
+        raise UsageError(f"{target} is the name of one file of several, and one is written. Choose another name.")
     available = free_bytes(real.parent)
     if available < n_bytes:
         raise _too_large(target, n_bytes, available)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import click
 
 from offload.errors import SlimoeError
-from offload.printable import printable
 from offload.regular_file import reason
+from server.telling import one_line, tell
 
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
@@ -23,6 +23,8 @@ COMMANDS = {
     "serve": "Serve a model over HTTP as OpenAI's API.",
 }
 """Each is `command` in `server/commands/NAME.py`, imported only when it is used."""
+_NO_THREAD = "can't start new thread"
+"""What Python says where the system refuses one, in a RuntimeError."""
 
 
 class LazyGroup(click.Group):
@@ -59,16 +61,16 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         shown, words = io.StringIO(), error.format_message()
         error.show(shown)
-        sys.stderr.write(shown.getvalue().replace(words, printable(words)))
+        sys.stderr.write(shown.getvalue().replace(words, one_line(words)))
         return error.exit_code
     except SlimoeError as error:
-        print(f"slimoe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        tell(f"slimoe: {' '.join(str(error).split())}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print(file=sys.stderr)
         return 130
     except MemoryError:
-        print("slimoe: There is not enough memory. Use a smaller model or a smaller --ctx.", file=sys.stderr)
+        tell("slimoe: There is not enough memory. Use a smaller model or a smaller --ctx.")
         return 4
     except BrokenPipeError:
         # Whoever read the output has left; the interpreter must not try to flush the rest.
@@ -76,7 +78,12 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        print(f"slimoe: {where}{reason(error)}.", file=sys.stderr)
+        tell(f"slimoe: {where}{reason(error)}. Check the disk, permissions and limits (ulimit -a).")
+        return 1
+    except RuntimeError as error:
+        if str(error) != _NO_THREAD:
+            raise
+        tell("slimoe: The system gives this program no further thread. Raise its limit (ulimit -u), or use fewer.")
         return 1
     return status if isinstance(status, int) else 0
 

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
-
 from offload.memory import human
 from offload.whole_file import Destination, abandoned
+from server.telling import tell
 
 _ADVICE = "The same command takes them up, or clears them away; rm -r does too."
 
@@ -18,8 +17,8 @@ def reserve(target: Path, *, resumes: bool = False) -> Iterator[Destination]:
     with Destination(target, resumes=resumes) as destination:
         if destination.left_bytes and not resumes:
             size = human(destination.left_bytes)
-            click.echo(f"{destination.folder}: {size} of a run that was interrupted were removed.", err=True)
+            tell(f"{destination.folder}: {size} of a run that was interrupted were removed.")
         for left in abandoned(destination.folder.parent):
             if left.n_bytes:
-                click.echo(f"{left.folder}: {human(left.n_bytes)} are left of an interrupted run. {_ADVICE}", err=True)
+                tell(f"{left.folder}: {human(left.n_bytes)} are left of an interrupted run. {_ADVICE}")
         yield destination

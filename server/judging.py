@@ -5,8 +5,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import click
-
 from converter.calibrate import choose_device
 from converter.calibration_text import TextFile
 from converter.generation_check import Continue
@@ -22,6 +20,7 @@ from offload.engine_plan import EngineConfig
 from offload.whole_file import Destination
 from server.judging_options import JudgingOptions
 from server.progress_bars import duration, step_bar
+from server.telling import tell
 from server.text_encoder import TokenizerEncoder
 
 _N_CTX = 256
@@ -55,10 +54,10 @@ class Judge:
             expected_lacks=lacks,
         )
         n_tokens = self.judged.windows.sequences.n_rows
-        click.echo(f"judging it on {n_tokens:,} tokens: about {duration(maker.seconds)}", err=True)
+        tell(f"judging it on {n_tokens:,} tokens: about {duration(maker.seconds)}")
         with step_bar() as on_progress:
             report = write_report(maker, record=record, on_progress=on_progress, destination=destination)
-        click.echo(_told(report, target), err=True)
+        tell(_told(report, target))
         return report
 
     def _engines(self, target: Path) -> Engines:

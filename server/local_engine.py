@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import click
 import msgspec
 
 from offload.abort import end_with_error, on_device_abort
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
-from offload.printable import printable
 from server.engine_options import EngineOptions
+from server.telling import tell
 from server.terminal import loading_progress
 
 
@@ -33,7 +32,7 @@ def open_engine(options: EngineOptions) -> Engine:
 def say_notes(notes: Iterable[str]) -> None:
     """Tells a plan's notes on standard error."""
     for note in notes:
-        click.echo(printable(note), err=True)
+        tell(note)
 
 
 def _as_is(kind: type, value: object) -> object:

@@ -25,6 +25,7 @@ from server.progress_bars import byte_bar, duration, status
 from server.slim_options import SlimOptions, with_type
 from server.slim_report import announced, work_fields, work_lines
 from server.slim_work import SlimWork, plan_work
+from server.telling import tell
 
 _LONG = 1800
 """Seconds of writing from which on a quicker way is worth a line."""
@@ -41,7 +42,7 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
             # Texts are read first: what is wrong with them is told before hours of work.
             judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
             written = _write(work, destination, n_threads, force=values["force"])
-            click.echo(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s", err=True)
+            tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
             quality = _judge(judge, work, destination) if judge is not None else {}
     if values["as_json"]:
         click.echo(msgspec.json.encode(work_fields(work) | _written(values["target"], written) | quality))
@@ -61,10 +62,11 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
         seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
-    click.echo("\n".join([*work_lines(work), "", announced(work, target, seconds)]), err=True)
+    for line in [*work_lines(work), "", announced(work, target, seconds)]:
+        tell(line)
     if work.plan.feedback and seconds > _LONG:
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
-        click.echo(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.", err=True)
+        tell(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.")
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
     return work
 
@@ -109,7 +111,7 @@ def _judge(judge: Judge, work: SlimWork, destination: Destination) -> dict[str, 
         report = judge.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
         return {"quality": report_summary(report, target)}
     except KeyboardInterrupt:
-        click.echo(f"{target} is whole, but has no report. slimoe report makes one.", err=True)
+        tell(f"{target} is whole, but has no report. slimoe report makes one.")
         raise
 
 

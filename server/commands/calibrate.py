@@ -16,6 +16,7 @@ from server.destination import reserve
 from server.engine_options import OptionsCommand
 from server.installed import check_installed
 from server.progress_bars import duration, status
+from server.telling import tell
 from server.text_encoder import TokenizerEncoder
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def command(values: Mapping[str, Any]) -> None:
                 report = calibration.carry_out(planned, destination, on_progress)
         except (KeyboardInterrupt, SlimoeError):
             if not destination.is_empty:
-                click.echo(f"What is done lies in {destination.folder}; the same command goes on there.", err=True)
+                tell(f"What is done lies in {destination.folder}; the same command goes on there.")
             raise
     _announce_result(report)
     if values["as_json"]:
@@ -86,25 +87,23 @@ def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
     text, expected = planned.text, planned.estimate
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in expected.seconds.items())
     place = "on disk" if expected.state_bytes > planned.settings.max_state_bytes else "in memory"
-    click.echo(
+    tell(
         f"{options.source}: {text.n_tokens:,} tokens in {len(text.tokens)} sequences on {planned.settings.device}, "
-        f"about {duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}",
-        err=True,
+        f"about {duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}"
     )
     if not options.texts:
-        click.echo("The texts are the mixture that comes along. Texts of your own use (--text) are better.", err=True)
+        tell("The texts are the mixture that comes along. Texts of your own use (--text) are better.")
     elif text.n_tokens < min(_MANY_TOKENS, options.n_tokens):
-        click.echo(f"That is little text: {_MANY_TOKENS:,} tokens or more show what rare experts do.", err=True)
+        tell(f"That is little text: {_MANY_TOKENS:,} tokens or more show what rare experts do.")
 
 
 def _announce_result(report: "CalibrateReport") -> None:
-    click.echo(
+    tell(
         f"{report.path}: {report.n_bytes:,} bytes in {duration(report.seconds)}; "
-        f"{report.n_seen} of {report.n_experts} experts were routed to",
-        err=True,
+        f"{report.n_seen} of {report.n_experts} experts were routed to"
     )
     if report.n_seen < report.n_experts:
-        click.echo("Nothing is known of the others; more or more varied text may reach them.", err=True)
+        tell("Nothing is known of the others; more or more varied text may reach them.")
 
 
 @contextmanager

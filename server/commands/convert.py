@@ -20,6 +20,7 @@ from server.installed import CONVERTERS, check_installed
 from server.judging_options import judging_flags
 from server.progress_bars import byte_bar
 from server.slim_options import slim_flags, slim_options, with_pair, with_type
+from server.telling import tell
 
 
 @click.command("convert", cls=OptionsCommand)
@@ -94,7 +95,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         _announce(planned, options)
         with byte_bar(planned.n_bytes) as on_progress:
             report = conversion.carry_out(planned, options, on_progress, destination)
-    click.echo(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s", err=True)
+    tell(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s")
     _report(report, values["as_json"])
 
 
@@ -116,9 +117,9 @@ def _announce(planned: ConvertPlan, options: ConvertOptions) -> None:
     parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in planned.bytes_by_type.items())
     copied = f", {planned.n_copied_bytes:,} of them copied" if planned.n_copied_bytes else ""
     size = f"{planned.n_bytes:,} bytes will be written{copied}"
-    click.echo(f"{options.target}: {size}, {planned.recipe} ({parts})", err=True)
+    tell(f"{options.target}: {size}, {planned.recipe} ({parts})")
     if planned.fitted:
-        click.echo(f"{options.imatrix}: {_reach(planned.fitted)}", err=True)
+        tell(f"{options.imatrix}: {_reach(planned.fitted)}")
 
 
 def _reach(fitted: Fitted) -> str:

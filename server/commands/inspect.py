@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from converter.inventory import Inventory, take_inventory
+from offload.printable import printable
 
 
 @click.command("inspect")
@@ -23,7 +24,7 @@ def command(model: Path, as_json: bool) -> None:
         click.echo(msgspec.json.encode(_as_json(inventory)))
         return
     for line in _lines(inventory):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def _as_json(inventory: Inventory) -> dict[str, Any]:

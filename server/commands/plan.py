@@ -12,11 +12,13 @@ from offload.abort import end_with_error, on_device_abort
 from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
 from offload.errors import SlimoeError
 from offload.prediction import PlanPrediction, measure_machine, predict_plan
+from offload.printable import printable
 from server.engine_options import OptionsCommand, engine_flags, engine_options
 from server.installed import CONVERTERS, check_installed
 from server.local_engine import engine_config, say_notes
 from server.plan_report import PlanReport
 from server.slim_options import slim_flags, slim_options
+from server.telling import tell
 
 _LEAST_CTX = 256
 
@@ -78,9 +80,9 @@ def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
 
 
 def _tell(report: PlanReport, *, as_json: bool) -> None:
-    click.echo(msgspec.json.encode(report.as_json()) if as_json else "\n".join(report.memory_lines()))
+    click.echo(msgspec.json.encode(report.as_json()) if as_json else "\n".join(map(printable, report.memory_lines())))
     if report.nearest_ctx is not None and not as_json:
-        click.echo(f"It would fit with --ctx {report.nearest_ctx}.", err=True)
+        tell(f"It would fit with --ctx {report.nearest_ctx}.")
 
 
 def _prediction(config: EngineConfig, plan: EnginePlan, *, measures: bool) -> PlanPrediction | None:
@@ -92,19 +94,18 @@ def _prediction(config: EngineConfig, plan: EnginePlan, *, measures: bool) -> Pl
         if not measures:
             raise _UnmeasuredError(f"{name} is not known.")
         if not told:
-            click.echo(
+            tell(
                 "Measuring this machine: matrix kernels, links and the disk, some seconds. It is remembered; "
-                "--no-measure or Ctrl-C leaves the prediction out.",
-                err=True,
+                "--no-measure or Ctrl-C leaves the prediction out."
             )
         told = True
 
     try:
         return predict_plan(plan, measure_machine(config, plan, before))
     except _UnmeasuredError:
-        click.echo("Speed is not predicted: this machine is not measured yet. Leave --no-measure out.", err=True)
+        tell("Speed is not predicted: this machine is not measured yet. Leave --no-measure out.")
     except KeyboardInterrupt:
-        click.echo("Speed is not predicted: measuring was stopped.", err=True)
+        tell("Speed is not predicted: measuring was stopped.")
     except SlimoeError as error:
-        click.echo(f"Speed is not predicted: {error}", err=True)
+        tell(f"Speed is not predicted: {error}")
     return None

@@ -22,6 +22,7 @@ from server.log_format import log_to_stderr
 from server.served_model import ServedModel, model_id
 from server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from server.supervisor import DEFAULT_N_QUEUE, Supervisor
+from server.telling import tell
 from server.version import version
 
 REQUEST_BYTES = 48 << 20
@@ -109,7 +110,7 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
             "version": config.model.version,
             "model": config.model.id,
         }
-        click.echo(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.", err=True)
+        tell(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.")
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
