@@ -88,7 +88,7 @@ class Tokenizer:
             text = " " + text
         tokens: list[int] = []
         for part in _split(self._user_defined, text, self.special_tokens):
-            tokens += [part] if isinstance(part, int) else self._vocab.encode(utf8(part))
+            tokens += [part] if isinstance(part, int) else self._vocab.encode(part)
         return tokens
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -118,14 +118,6 @@ class Tokenizer:
 def _as_in_file(value: Value) -> Value:
     """Lists of numbers as the arrays that are read from a file."""
     return np.array(value) if isinstance(value, list) and value and not isinstance(value[0], str) else value
-
-
-def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of `text`, in which half a surrogate pair, which JSON can hold, becomes U+FFFD."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:

@@ -15,10 +15,13 @@ from offload import file_keys as keys
 from offload import llama
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, Value
+from offload.text_blocks import TextBlocks, check_runs
 
 _NO_TOKENIZER = ("", "none", "no_vocab")
 _END_KEYS = tuple(keys.token_id_key(role) for role in ("eos", "eot", "eom"))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_OWN_SPLITTERS = ("gpt-2", "llama-bpe", "qwen2")
+"""Byte-level pre-tokenizers that libllama splits by code of its own, not by std::regex."""
 _CONVERT_AGAIN = "Convert the model again, from a directory with its tokenizer."
 
 
@@ -67,6 +70,14 @@ class VocabularySpec:
             prefix_before_space=_flag(gguf, keys.PREFIX_BEFORE_SPACE),
             chat_template=template if isinstance(template, str) else None,
         )
+
+
+def utf8(text: str) -> bytes:
+    """The UTF-8 bytes of `text`, in which half a surrogate pair, which JSON can hold, becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def raw_bytes(text: str) -> bytes:
@@ -122,6 +133,8 @@ class LlamaVocab:
     def __init__(self, gguf: GGUFFile, spec: VocabularySpec) -> None:
         names = _library_names(spec)
         self._n_vocab = len(spec.texts)
+        self._blocks = TextBlocks(spec.texts) if spec.model == keys.SENTENCEPIECE else None
+        self._splits_by_std_regex = gguf.metadata.get(keys.TOKENIZER_PRE) not in _OWN_SPLITTERS
         self._unknown = min(_of_type(spec.types, TokenType.UNKNOWN), default=0)
         self._model: int | None = _load(gguf, spec, names)
         self._vocab = llama.llama_model_get_vocab(self._model)
@@ -135,15 +148,26 @@ class LlamaVocab:
             llama.llama_model_free(self._model)
         self._model = self._vocab = None
 
-    def encode(self, text: bytes) -> list[int]:
-        """The tokens of UTF-8 `text`, without space prefix; runs of what no token can spell are one unknown."""
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without space prefix; runs of what no token can spell are one unknown.
+
+        Raises UsageError for one that libllama cannot split.
+        """
+        if self._blocks is None:
+            if self._splits_by_std_regex:
+                check_runs(text)
+            tokens = self._encode_block(utf8(text))
+        else:
+            tokens = [token for block in self._blocks.cut(text) for token in self._encode_block(utf8(block))]
+        return tokens if not tokens or max(tokens) < self._n_vocab else self._with_unknowns(tokens)
+
+    def _encode_block(self, text: bytes) -> list[int]:
         assert self._vocab is not None, "the tokenizer is closed"
         n_max = len(text) + 8
         buffer = (ctypes.c_int32 * n_max)()
         n = llama.llama_tokenize(self._vocab, text, len(text), ctypes.addressof(buffer), n_max, False, False)
         assert n >= 0, "a text has more tokens than bytes"
-        tokens = buffer[:n]
-        return tokens if not tokens or max(tokens) < self._n_vocab else self._with_unknowns(tokens)
+        return buffer[:n]
 
     def _with_unknowns(self, tokens: list[int]) -> list[int]:
         kept = [self._unknown if token >= self._n_vocab else token for token in tokens]
