@@ -20,9 +20,10 @@ from bench.body_attack import BodyPlan, attack_bodies
 from bench.file_attack import FilePlan, attack_files
 from bench.finding import Outcome, tell
 from bench.specimens import KINDS
+from bench.template_attack import attack_templates
 from offload.errors import SlimoeError
 
-ATTACKS = ("bodies", "files")
+ATTACKS = ("bodies", "files", "templates")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
 
 
@@ -33,6 +34,7 @@ class AttackOptions:
     seed: int
     n_bodies: int
     n_files: int
+    n_bombs: int
     kinds: tuple[str, ...]
     n_jobs: int
     model: Path | None
@@ -50,6 +52,7 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
 
     attacks: dict[str, Callable[[], Outcome]] = {
         "bodies": lambda: attack_bodies(BodyPlan(options.seed, count(options.n_bodies), first, options.model)),
+        "templates": lambda: attack_templates(options.n_bombs),
         "files": lambda: attack_files(
             FilePlan(
                 options.seed,
@@ -90,6 +93,7 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--case", type=click.IntRange(min=0), help="Only this one of bodies or files.")
 @click.option("--n-bodies", type=click.IntRange(1), default=20_000, show_default=True)
 @click.option("--n-files", type=click.IntRange(1), default=5_000, show_default=True)
+@click.option("--n-bombs", type=click.IntRange(2), default=65, show_default=True, help="Chat templates.")
 @click.option("--kinds", type=Names(KINDS), default=KINDS, help=f"Files of these kinds: {','.join(KINDS)}.")
 @click.option("--jobs", "n_jobs", type=click.IntRange(1), default=2, show_default=True, help="Files read at once.")
 @click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of the demo.")
@@ -101,6 +105,7 @@ def main(
     case: int | None,
     n_bodies: int,
     n_files: int,
+    n_bombs: int,
     kinds: tuple[str, ...],
     n_jobs: int,
     model: Path | None,
@@ -108,9 +113,9 @@ def main(
     smoke: bool,
 ) -> None:
     """Attack slimoe, and say what did not hold."""
-    options = AttackOptions(seed, n_bodies, n_files, kinds, n_jobs, model, case, keeps)
+    options = AttackOptions(seed, n_bodies, n_files, n_bombs, kinds, n_jobs, model, case, keeps)
     if smoke:
-        options = AttackOptions(seed, 60, len(_SMOKE_KINDS), _SMOKE_KINDS, 1, model, case, keeps, is_smoke=True)
+        options = AttackOptions(seed, 60, len(_SMOKE_KINDS), 2, _SMOKE_KINDS, 1, model, case, keeps, is_smoke=True)
     document: dict[str, object] = {"seed": seed}
     holds = True
     try:
