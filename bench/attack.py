@@ -9,11 +9,13 @@ repeats one case. The last line of stdout is one JSON document, in which `holds`
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 
 from bench import machine
 from bench.body_attack import BodyPlan, attack_bodies
@@ -22,6 +24,7 @@ from bench.finding import Outcome, tell
 from bench.specimens import KINDS
 from bench.template_attack import attack_templates
 from offload.errors import SlimoeError
+from server.engine_options import OptionsCommand
 
 ATTACKS = ("bodies", "files", "templates")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
@@ -40,7 +43,7 @@ class AttackOptions:
     model: Path | None
     case: int | None
     keeps: bool
-    is_smoke: bool = False
+    is_smoke: bool
 
 
 def carry_out(name: str, options: AttackOptions) -> Outcome:
@@ -87,7 +90,7 @@ class Names(click.ParamType[tuple[str, ...]]):
         return names
 
 
-@click.command()
+@click.command("attack", cls=OptionsCommand)
 @click.option("--only", type=Names(ATTACKS), default=ATTACKS, help=f"Some of {','.join(ATTACKS)}.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--case", type=click.IntRange(min=0), help="Only this one of bodies or files.")
@@ -98,25 +101,16 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--jobs", "n_jobs", type=click.IntRange(1), default=2, show_default=True, help="Files read at once.")
 @click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of the demo.")
 @click.option("--keep", "keeps", is_flag=True, help="Leave mutants and specimens where they are.")
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the attacks work, proves nothing.")
-def main(
-    only: tuple[str, ...],
-    seed: int,
-    case: int | None,
-    n_bodies: int,
-    n_files: int,
-    n_bombs: int,
-    kinds: tuple[str, ...],
-    n_jobs: int,
-    model: Path | None,
-    keeps: bool,
-    smoke: bool,
-) -> None:
+@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the attacks work, proves nothing.")
+def main(values: Mapping[str, Any]) -> None:
     """Attack slimoe, and say what did not hold."""
-    options = AttackOptions(seed, n_bodies, n_files, n_bombs, kinds, n_jobs, model, case, keeps)
-    if smoke:
-        options = AttackOptions(seed, 60, len(_SMOKE_KINDS), 2, _SMOKE_KINDS, 1, model, case, keeps, is_smoke=True)
-    document: dict[str, object] = {"seed": seed}
+    only, is_smoke = values["only"], values["is_smoke"]
+    options: AttackOptions = msgspec.convert(
+        {name: value for name, value in values.items() if name != "only"}, AttackOptions
+    )
+    if is_smoke:
+        options = replace(options, n_bodies=60, n_files=len(_SMOKE_KINDS), n_bombs=2, kinds=_SMOKE_KINDS, n_jobs=1)
+    document: dict[str, object] = {"seed": options.seed}
     holds = True
     try:
         for name in only:
@@ -128,7 +122,7 @@ def main(
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     print(json.dumps(document | {"holds": holds, "machine": machine.describe()}))
-    sys.exit(0 if holds or smoke else 1)
+    sys.exit(0 if holds or is_smoke else 1)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,14 @@ def test_answers_on_one_connection_are_told_apart() -> None:
     ],
 )
 def test_readings_are_judged(change: dict[str, Any], expected: str | None) -> None:
-    sound: dict[str, Any] = {"case": 1, "kind": "config", "target": "config.json", "status": 0, "signal": 0, "seconds": 0.1}
+    sound: dict[str, Any] = {
+        "case": 1,
+        "kind": "config",
+        "target": "config.json",
+        "status": 0,
+        "signal": 0,
+        "seconds": 0.1,
+    }
     sound |= {"growth": 0, "command": "inspect .", "fault": "", "text": ""}
     kinds = [finding.kind for finding in judged(Reading(**sound | change))]
     assert json.dumps(kinds).count("config:") == len(kinds) == (expected is not None)
