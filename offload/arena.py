@@ -139,6 +139,11 @@ class Arena:
         """So many experts can be pinned at once, whatever their class, beside those that are held."""
         return min(self._tight, default=self._n_slots) - len(self._held)
 
+    @property
+    def has_all(self) -> bool:
+        """Whether there is a slot for every copy that may want one."""
+        return not self._tight
+
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""
         pool = self._pools.get(copy.slot_class)

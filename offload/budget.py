@@ -10,7 +10,7 @@ import psutil
 
 from offload.byte_size import parse_bytes
 from offload.errors import UsageError
-from offload.memory import LEAST_FREE_BYTES, LEFT_FREE_BYTES, holdable_bytes, human, memory_limit_bytes
+from offload.memory import grantable_bytes, holdable_bytes, human, memory_limit_bytes
 
 AUTO = "auto"
 _SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
@@ -68,29 +68,25 @@ def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
     return size
 
 
-def decide_budget(
-    ram: str | None, vram: Sequence[str], devices: Sequence[DeviceMemory], reserve_bytes: int = 0
-) -> Budget:
+def decide_budget(ram: str | None, vram: Sequence[str], devices: Sequence[DeviceMemory], held_bytes: int = 0) -> Budget:
     """The budget that flags and free memory allow, the less of the two.
 
-    `ram` is for all our processes, so `reserve_bytes`, which others of them take, are taken off. `vram` has one size
-    for all devices or one for each. auto is what is free, less a margin: `holdable_bytes` says which on the host; a
-    device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its driver allocates while it
-    computes. What devices take that share the host's memory is taken off the host's. Raises UsageError.
+    `ram` is for all our processes: `held_bytes` are what others of them than this one hold already, and need not be
+    free. `vram` has one size for all devices or one for each. auto is what is free, less a margin: `holdable_bytes`
+    says which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its driver
+    allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
+    UsageError.
     """
     notes: list[str] = []
-    holdable = holdable_bytes()
+    holdable = holdable_bytes() + held_bytes
     sizes = _per_device(vram, devices)
     taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
     shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
-    free = max(0, holdable - shared)
     asked = parse_size(ram or AUTO, memory_limit_bytes())
-    if asked is not None:
-        # Whoever names a size has chosen their own margin, and needs only the least beside it.
-        free += LEFT_FREE_BYTES - LEAST_FREE_BYTES
-        if asked > free:
-            notes.append(_short("--ram", asked, free, "the host"))
-    return Budget(max(0, (free if asked is None else min(asked, free)) - reserve_bytes), taken, tuple(notes))
+    free = max(0, (holdable if asked is None else grantable_bytes() + held_bytes) - shared)
+    if asked is not None and asked > free:
+        notes.append(_short("--ram", asked, free, "the host"))
+    return Budget(free if asked is None else min(asked, free), taken, tuple(notes))
 
 
 def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequence[str]:

@@ -13,7 +13,7 @@ from offload.memory import human
 from offload.model_spec import ModelSpec
 from offload.placement import compute_bytes, matrix_bytes
 from offload.slot_pool import device_slot_bytes
-from offload.tier_plan import human_up, share_slots, slot_classes, widest
+from offload.tier_plan import share_slots, slot_classes, widest
 from offload.weight_source import ModelSources, without_experts
 
 N_PASSING = 2
@@ -81,7 +81,7 @@ def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[De
         except DoesNotFitError as error:
             smallest = min(left, key=lambda one: one[1])
             left.remove(smallest)
-            notes.append(f"{f'Without {smallest[0].name}' if left else 'Computing on the CPU'}: {error}")
+            notes.append(f"{f'Without {smallest[0].name}' if left else 'Computing on the CPU'}: {error.problem}")
     return (), tuple(notes)
 
 
@@ -122,9 +122,11 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     if required > budget:
         raise DoesNotFitError(
             f"{device.name} needs at least {human(required)} for its {len(layers)} layers, but its budget is "
-            f"{human(budget)}. Raise --vram to {human_up(required)}, lower --ctx or --batch, or use --device none.",
+            f"{human(budget)}.",
             required_bytes=required,
             available_bytes=budget,
+            device=device.name,
+            hint="Or use --device none.",
         )
     most = {kind: n + N_PASSING for kind, n in classes.items()}
     slots = share_slots(most, least, budget - plan.required, device_slot_bytes)

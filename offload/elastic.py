@@ -17,7 +17,6 @@ from offload.expert_source import ExpertCopy, ExpertLayer
 from offload.loss_table import LossTable
 from offload.memory import human
 from offload.residency import Key
-from offload.tier_plan import human_up
 
 Layers = Sequence[ExpertLayer | None]
 
@@ -52,9 +51,10 @@ class Elastic:
             needed = required + _mix_bytes(layers, self.share)
             raise DoesNotFitError(
                 f"{what} with --lossy elastic:{self.share:g} needs {human(needed)} of memory, but the budget is "
-                f"{human(required + room)}. Raise --ram to {human_up(needed)}, or use --lossy elastic:{most:g}.",
+                f"{human(required + room)}.",
                 required_bytes=needed,
                 available_bytes=required + room,
+                hint=f"Or use --lossy elastic:{most:g}.",
             )
         return mix_copies(layers, most if self.share is None else self.share, priors)
 
@@ -96,10 +96,10 @@ def share_within(layers: Layers, room: int, required: int, what: str) -> float:
         needed = required + least
         raise DoesNotFitError(
             f"{what} needs at least {human(needed)} of memory with every expert in its smallest copy "
-            f"({human(least)}), but the budget is {human(required + room)}. Raise --ram to {human_up(needed)}, or "
-            "choose another --lossy mode, which reads what is missing from the disk.",
+            f"({human(least)}), but the budget is {human(required + room)}.",
             required_bytes=needed,
             available_bytes=required + room,
+            hint="Or choose another --lossy mode, which reads what is missing from the disk.",
         )
     return 1.0 if most <= room else (room - least) * _STEPS // (most - least) / _STEPS
 

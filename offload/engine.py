@@ -11,7 +11,7 @@ from offload.batch import make_batch
 from offload.cells import Cells, common_prefix
 from offload.device_experts import DeviceExperts
 from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
-from offload.errors import ContextOverflowError, DeviceError, DoesNotFitError
+from offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, UsageError
 from offload.generation import Event, Failed, GenerationRequest, Outcome
 from offload.generator import Generator, ModelFacts
 from offload.loaded_model import LoadedModel
@@ -94,9 +94,11 @@ class Engine:
     def read(self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Appends at most `n_batch` tokens; F32 logits [n_out, n_vocab] of the last `n_out`, valid until the next step.
 
-        Raises ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
+        Raises UsageError for more tokens or logits than a step has and for what is no token of the vocabulary,
+        ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
         """
         assert self._scheduler.is_idle, "requests are being answered"
+        self._check_step(tokens, n_out)
         n_past = self.n_past
         if n_past + len(tokens) > self.n_ctx:
             raise ContextOverflowError(n_past + len(tokens), self.n_ctx)
@@ -106,6 +108,19 @@ class Engine:
         except BaseException:
             self.truncate(n_past)
             raise
+
+    def _check_step(self, tokens: Sequence[int], n_out: int) -> None:
+        n, n_batch = len(tokens), self.plan.n_batch
+        if not 0 < n <= n_batch:
+            raise UsageError(
+                f"A step reads 1 to {n_batch} tokens, not {n}. Read more with prefill, or open the model with a larger "
+                "n_batch (--batch)."
+            )
+        if not 0 < n_out <= n:
+            raise UsageError(f"A step of {n} tokens has the logits of 1 to {n} of them, not of {n_out}.")
+        wrong = next((token for token in tokens if not 0 <= token < self.spec.n_vocab), None)
+        if wrong is not None:
+            raise UsageError(f"Token {wrong} is not one of the model's {self.spec.n_vocab}.")
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Appends any number of tokens in batches; F32 logits [n_vocab] of the last one."""

@@ -1,28 +1,33 @@
 """What opening a model will take, decided from its header before a weight is read."""
 
+import contextlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.advice import advised
 from offload.backend import CpuBackend
 from offload.budget import decide_budget
+from offload.context_notes import context_notes
 from offload.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
-from offload.devices import choose_devices
+from offload.devices import Device, choose_devices
 from offload.elastic import Elastic
+from offload.engine_config import EngineConfig as EngineConfig
 from offload.errors import DoesNotFitError, ModelFileError, UsageError
 from offload.expert_source import ExpertLayer, cache_priors, expert_layers
-from offload.file_keys import TOKENS
+from offload.file_keys import MERGES, TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
 from offload.lossy import Lossy, make_lossy, mixed_lossy, with_resident
-from offload.memory import require, resident_bytes
+from offload.memory import human, resident_bytes
 from offload.model_spec import ModelSpec, check_tensors
-from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types
+from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types, staging_bytes
 from offload.probe import KernelSpeed, measured_speeds
 from offload.processors import default_threads
-from offload.tier_plan import TierPlan, most_logit_rows, plan_tiers, program_bytes, tiered_compute_bytes, widest
+from offload.program_memory import held_bytes, most_logit_rows, program_bytes, request_bytes
+from offload.tier_plan import TierPlan, plan_tiers, tiered_compute_bytes, widest
+from offload.token_rows import row_bytes
 from offload.weight_source import ModelSources, model_sources, without_experts
 
 DEFAULT_CTX = 4096
@@ -35,39 +40,11 @@ _PROBE_ABOVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How to open a model; None means: decide for me.
-
-    `n_ctx` are the tokens of each of `n_parallel` requests at once, `n_batch` those of a step; `kv_type` is f32, f16 or
-    q8_0, `weights` a mode of `Placement` or auto. `ram` and `vram` (one for each device, or one for all) are sizes as
-    `budget.parse_size` reads them; `device` is auto, none or names with commas between, `rpc` are endpoints HOST:PORT.
-    `trace` is the file to record routing to, `policy` the name of a cache policy, `max_kl` the loss allowed in nats per
-    token, `lossy` the name of a lossy mode and, after a colon, its value. `reserve_bytes` are taken by other processes
-    of ours and count inside `ram`.
-    """
-
-    model: Path
-    n_ctx: int | None = None
-    n_batch: int = 512
-    n_parallel: int = 1
-    n_threads: int | None = None
-    kv_type: str = "f16"
-    weights: str = "auto"
-    ram: str | None = None
-    vram: tuple[str, ...] = ()
-    device: str = "auto"
-    rpc: tuple[str, ...] = ()
-    trace: Path | None = None
-    policy: str = "heat"
-    max_kl: float | None = None
-    lossy: str | None = None
-    direct_io: bool = True
-    reserve_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Everything decided before the first weight is loaded; with a `shortfall` it cannot be loaded at all."""
+    """Everything decided before the first weight is loaded; with a `shortfall` it cannot be loaded at all.
+
+    `available` is the host memory for all our processes, and `reserve` what those beside the engine's take of it.
+    """
 
     gguf: GGUFFile
     spec: ModelSpec
@@ -79,6 +56,7 @@ class EnginePlan:
     n_threads: int
     placement: Placement
     available: int
+    reserve: int
     layers: tuple[ExpertLayer | None, ...]
     devices: tuple[DevicePlan, ...] = ()
     tiers: TierPlan | None = None
@@ -121,43 +99,70 @@ class EnginePlan:
         return on_devices + (self.tiers.weights + self.tiers.arena if self.tiers else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is known of a model and of this machine whatever the budget: of the program's bytes those of no batch."""
+
+    gguf: GGUFFile
+    spec: ModelSpec
+    sources: ModelSources
+    layers: tuple[ExpertLayer | None, ...]
+    devices: tuple[Device, ...]
+    program: int
+
+
 def plan_engine(config: EngineConfig) -> EnginePlan:
-    """Reads the header and decides; loads nothing.
+    """Reads the header and decides; loads nothing. The same for every command that asks with the same config.
 
     Raises ModelFileError, UnsupportedModelError and UsageError.
     """
+    model = _read(config)
+    plan = _decide(config, model)
+    if plan.shortfall is None:
+        return plan
+    names = [device.name for device in model.devices]
+    return replace(
+        plan, shortfall=advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
+    )
+
+
+def _read(config: EngineConfig) -> _Model:
+    resident = resident_bytes()
     gguf = read_gguf(config.model)
     spec = ModelSpec.from_gguf(gguf)
     check_tensors(gguf, spec)
     _check_vocabulary(gguf, spec)
     sources = model_sources(gguf, spec)
+    layers = expert_layers(sources, spec)
+    of_model = resident_bytes() - resident
+    devices = choose_devices(config.device, config.rpc)
+    n_texts = sum(len(texts) for key in (TOKENS, MERGES) if isinstance(texts := gguf.metadata.get(key), list))
+    n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
+    program = program_bytes(held_bytes(resident_bytes() - of_model), spec.n_layer, n_texts, n_copies)
+    return _Model(gguf, spec, sources, layers, devices, program + config.reserve_bytes)
+
+
+def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
+    """The plan for the config's budget, or with what it lacks."""
+    spec, sources, layers = model.spec, model.sources, model.layers
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
     n_threads = default_threads() if config.n_threads is None else config.n_threads
-    settings = {"--ctx": n_ctx, "--batch": config.n_batch, "--parallel": config.n_parallel, "--threads": n_threads}
-    for name, value in settings.items():
-        if value < 1:
-            raise UsageError(f"{name} is {value}, but must be at least 1.")
-    if n_threads > MAX_THREADS:
-        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
-    if config.n_parallel > MAX_PARALLEL:
-        raise UsageError(f"--parallel is {config.n_parallel}, but must be at most {MAX_PARALLEL}.")
+    _check_settings(config, n_ctx, n_threads)
     n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
-    devices = choose_devices(config.device, config.rpc)
-    budget = decide_budget(config.ram, config.vram, devices, config.reserve_bytes)
-    program = program_bytes(resident_bytes(), spec.n_vocab if has_tokenizer(gguf) else 0)
-    speeds = {} if is_budgeted(config) else _speeds(config, sources, n_threads)
+    budget = decide_budget(config.ram, config.vram, model.devices, config.held_bytes)
+    speeds = {} if config.is_budgeted else _speeds(config, sources, n_threads)
     for fewer in _batch_sizes(n_batch, config.n_parallel):
+        program = model.program + request_bytes(spec, fewer, config.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
         placement = decide_placement(sources, spec, config.weights, speeds, needs, budget.ram)
         if placement.required <= budget.ram:
             n_batch = fewer
             break
-    layers = expert_layers(sources, spec)
     plan = EnginePlan(
-        gguf=gguf,
+        gguf=model.gguf,
         spec=spec,
         sources=sources,
         n_ctx=n_ctx,
@@ -167,13 +172,25 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         n_threads=n_threads,
         placement=placement,
         available=budget.ram,
+        reserve=config.reserve_bytes,
         layers=layers,
         priors=cache_priors(layers),
-        notes=budget.notes,
+        notes=(*budget.notes, *context_notes(spec, n_ctx)),
         lossy=make_lossy(config.lossy, config.max_kl, layers),
     )
-    chosen = list(zip(devices, budget.vram, strict=True))
-    return _within_budget(config, _with_devices(config, plan, chosen), chosen, program)
+    chosen = list(zip(model.devices, budget.vram, strict=True))
+    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program)
+
+
+def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
+    settings = {"--ctx": n_ctx, "--batch": config.n_batch, "--parallel": config.n_parallel, "--threads": n_threads}
+    for name, value in settings.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}, but must be at least 1.")
+    if n_threads > MAX_THREADS:
+        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
+    if config.n_parallel > MAX_PARALLEL:
+        raise UsageError(f"--parallel is {config.n_parallel}, but must be at most {MAX_PARALLEL}.")
 
 
 def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
@@ -197,26 +214,66 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, pr
     """The plan with tiers if it needs them, or with what it lacks."""
     if plan.shortfall is not None:
         return plan
+    required = plan.placement.required
+    may_be_resident = not plan.devices and not _needs_tiers(config, plan, fits=True)
     try:
-        if plan.devices or _needs_tiers(config, plan):
-            if not plan.devices:
-                plan = replace(plan, n_batch=max(plan.n_parallel, min(plan.n_batch, TIERED_BATCH)))
-            plan = _mixed(config, plan, devices, program)
-            return _settled(replace(plan, tiers=_tiers(config, plan, program)))
-        require(plan.placement.required, plan.available, _what(config, plan))
+        if plan.devices or _needs_tiers(config, plan, fits=required <= plan.available):
+            return _in_tiers(config, plan, devices, program)
+        _require(config, plan, required)
     except DoesNotFitError as error:
+        if may_be_resident and required < error.required_bytes:
+            # A small model may need less as a whole than in parts that are read when they are asked for.
+            error = _lack(config, plan, required)
         return replace(plan, shortfall=error.with_traceback(None))
     return replace(plan, lossy=None)
 
 
-def _needs_tiers(config: EngineConfig, plan: EnginePlan) -> bool:
+def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    """The plan with experts in several places, or with all of the model on devices. Raises DoesNotFitError."""
+    plan = replace(plan, placement=replace(plan.placement, mode="copied"))
+    if plan.devices:
+        return _in_places(config, plan, devices, program)
+    sizes = _batch_sizes(min(plan.n_batch, max(plan.n_parallel, TIERED_BATCH)), plan.n_parallel)
+    for n_batch in sizes[:-1]:
+        with contextlib.suppress(DoesNotFitError):
+            return _in_places(config, replace(plan, n_batch=n_batch), devices, program)
+    return _in_places(config, replace(plan, n_batch=sizes[-1]), devices, program)
+
+
+def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    plan = _mixed(config, plan, devices, program)
+    tiers = _tiers(config, plan, program)
+    return _settled(replace(plan, tiers=tiers)) if tiers else _on_devices(plan, program)
+
+
+def _on_devices(plan: EnginePlan, program: int) -> EnginePlan:
+    """The plan whose host memory has nothing of the model."""
+    fixed = _fixed(plan, program)
+    nothing = replace(plan.placement, mapped=0, copied=0, repacked=0, kv=0, staging=0)
+    return replace(plan, placement=replace(nothing, compute=fixed["compute"], program=fixed["program"]))
+
+
+def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:
     """Whether steps must stop at routers: for memory, for experts that no one graph computes, or to be watched."""
     if not any(plan.layers):
         return False
-    fits = plan.placement.required <= plan.available or config.weights not in ("auto", "copied")
+    fits = fits or config.weights not in ("auto", "copied")
     is_stacked = all(layer.is_stacked for layer in plan.sources.layers)
     is_exact = plan.lossy is None or (plan.lossy.is_best_that_fits and fits)
     return config.trace is not None or not is_exact or not fits or not is_stacked
+
+
+def _require(config: EngineConfig, plan: EnginePlan, required: int) -> None:
+    if required > plan.available:
+        raise _lack(config, plan, required)
+
+
+def _lack(config: EngineConfig, plan: EnginePlan, required: int) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"{_what(config, plan)} needs at least {human(required)} of memory, but the budget is {human(plan.available)}.",
+        required_bytes=required,
+        available_bytes=plan.available,
+    )
 
 
 def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
@@ -224,16 +281,11 @@ def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
     return [n_batch, *(n for n in (256, 128) if max(n_parallel, 1) <= n < n_batch)]
 
 
-def is_budgeted(config: EngineConfig) -> bool:
-    """Whether the kernels must be those that every budget can have, so that all budgets give the same tokens."""
-    return config.ram is not None or bool(config.vram)
-
-
 def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | None:
     """Tiers in host memory, None if devices hold everything. Raises DoesNotFitError."""
     layers, fixed = plan.cut_layers, _fixed(plan, program)
     if not any(layers):
-        require(sum(fixed.values()), plan.available, _what(config, plan))
+        _require(config, plan, sum(fixed.values()))
         return None
     low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
     tiers = plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
@@ -245,10 +297,12 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     """Bytes of host memory that experts cannot have."""
     n_cells = 1 if plan.devices else plan.n_cells
     compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
-    fixed = {"program": program, "weights": 0, "kv": 0, "compute": compute}
-    if not plan.devices:
-        fixed |= {"weights": matrix_bytes(without_experts(plan.sources)), "kv": plan.placement.kv}
-    return fixed
+    compute += 0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch)
+    program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel)
+    if plan.devices:
+        return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}
+    weights = matrix_bytes(without_experts(plan.sources))
+    return {"program": program, "weights": weights, "kv": plan.placement.kv, "compute": compute}
 
 
 def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:

@@ -39,14 +39,21 @@ class UnsupportedModelError(ModelFileError):
 
 
 class DoesNotFitError(SlimoeError):
-    """Memory or disk does not hold what was asked for; both byte counts are fields."""
+    """Memory or disk does not hold what was asked for; both byte counts are fields.
+
+    `device` is the name of the device whose memory it is, empty for the host's and for the disk. `hint` is what to do.
+    """
 
     exit_code = 4
 
-    def __init__(self, message: str, *, required_bytes: int, available_bytes: int) -> None:
+    def __init__(
+        self, problem: str, *, required_bytes: int, available_bytes: int, device: str = "", hint: str = ""
+    ) -> None:
+        self.problem, self.hint = problem, hint
         self.required_bytes = required_bytes
         self.available_bytes = available_bytes
-        super().__init__(message)
+        self.device = device
+        super().__init__(f"{problem} {hint}".rstrip())
 
 
 class DeviceFullError(DoesNotFitError):

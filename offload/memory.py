@@ -59,6 +59,11 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.2f} GiB"
 
 
+def human_up(n_bytes: int) -> str:
+    """A size for a flag that is certainly enough: whole MiB, rounded up."""
+    return f"{-(-n_bytes // (1 << 20))}MiB"
+
+
 def available_bytes() -> int:
     """Host memory that can be taken now: the system's, or that of the tightest control group around this process."""
     return min(room.available for room in _rooms())
@@ -77,8 +82,21 @@ def holdable_bytes() -> int:
     again. Our own mapped pages are among both. A page table takes 8 bytes for each page of 4 KiB. On systems that do
     not tell what is mapped a sixteenth of the memory stands for it.
     """
-    room = min(room.available - room.mapped for room in _rooms())
-    return max(0, room - room // 512 - LEFT_FREE_BYTES + resident_bytes())
+    return _held_and(min(room.available - room.mapped for room in _rooms()) - LEFT_FREE_BYTES)
+
+
+def grantable_bytes() -> int:
+    """The same for a person who names a size, and so has chosen their own margin.
+
+    The system keeps only the least that it needs. A control group keeps nothing: its limit is a size that was named.
+    """
+    system, *groups = (room.available - room.mapped for room in _rooms())
+    return _held_and(min((system - LEAST_FREE_BYTES, *groups)))
+
+
+def _held_and(room: int) -> int:
+    """What this process holds and `room` more, less the page tables for it."""
+    return max(0, room - room // 512 + resident_bytes())
 
 
 def _rooms() -> list[_Room]:
@@ -136,6 +154,12 @@ def advise_huge_pages(address: int, n_bytes: int) -> None:
 def resident_bytes() -> int:
     """The memory this process holds resident now, mapped file pages included."""
     return int(psutil.Process().memory_info().rss)
+
+
+def private_bytes() -> int:
+    """The memory that this process holds resident now and shares with no other, as far as the system tells."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
 
 
 def peak_resident_bytes() -> int:

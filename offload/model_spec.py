@@ -63,6 +63,7 @@ class ExpertSpec:
 class ModelSpec:
     """A model's sizes. `n_ff` is the width of one expert, or of the dense FFN when `n_expert` is 0.
 
+    `n_window` are the tokens that the model's own attention looks back, 0 for all: here every token sees all before it.
     Where layers differ, `n_ff` and `n_expert` are those of the largest, and `layer_shape` has each layer's.
     """
 
@@ -76,6 +77,12 @@ class ModelSpec:
     attention: AttentionSpec
     experts: ExpertSpec
     rope: RopeSpec
+    n_window: int = 0
+
+    @property
+    def n_ctx_scaled(self) -> int:
+        """Tokens of context that the model can be expected to handle, with its rotation scaled as it is."""
+        return self.rope.n_ctx_reached(self.n_ctx_train)
 
     @property
     def n_head(self) -> int:
@@ -151,6 +158,7 @@ class ModelSpec:
             attention=attention,
             experts=_experts(keys, layers),
             rope=read_rope(keys, attention.n_embd_head, n_ctx_train),
+            n_window=keys.count("attention.sliding_window", 0),
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -171,6 +179,8 @@ class ModelSpec:
         }
         if self.n_expert:
             values |= {"expert_count": self.n_expert, "expert_used_count": self.n_expert_used}
+        if self.n_window:
+            values["attention.sliding_window"] = self.n_window
         if self.expert_weights_scale != 1.0:
             values["expert_weights_scale"] = self.expert_weights_scale
         if self.architecture == NATIVE:

@@ -10,8 +10,9 @@ from offload.backend import can_repack
 from offload.errors import UsageError
 from offload.model_spec import ModelSpec
 from offload.probe import KernelSpeed
+from offload.token_rows import row_bytes
 from offload.weight_source import LayerSources, ModelSources, WeightSource
-from offload.weights import Form
+from offload.weights import STAGED_BYTES, Form
 
 WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 Mode = Literal["mapped", "copied", "repacked", "both"]
@@ -81,6 +82,11 @@ def matrix_bytes(sources: ModelSources) -> int:
     return sum(source.n_bytes for source in _weights(sources) if source.is_matrix)
 
 
+def staging_bytes(sources: ModelSources) -> int:
+    """Host memory through which weights go to a device, piece by piece."""
+    return min(STAGED_BYTES, _JOINED * max(source.n_bytes for source in _weights(sources)))
+
+
 def decide_placement(
     sources: ModelSources,
     spec: ModelSpec,
@@ -96,6 +102,8 @@ def decide_placement(
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
     compute = compute_bytes(spec, needs.n_cells, needs.n_batch)
+    if mode != "mapped" and sources.output.weight is not sources.token_embd:
+        compute += row_bytes(sources.token_embd, needs.n_batch)
     possible = frozenset(repackable_types(sources))
 
     def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
@@ -176,4 +184,4 @@ def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
     """An upper estimate of the intermediate results of a batch, F32, and of its attention mask, F16."""
     n_used = max(1, spec.n_expert_used)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
-    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (16 << 20)
+    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (2 << 20)

@@ -20,6 +20,15 @@ class RopeSpec:
     factor: float = 1.0
     attn_multiplier: float = 1.0
 
+    def n_ctx_reached(self, n_ctx_train: int) -> int:
+        """Tokens that the scaled rotation was made for, in a file whose context length is `n_ctx_train`.
+
+        That length is the scaled one already where it is above the original one; with linear scaling, for which files
+        name no original one, always.
+        """
+        is_scaled = self.scaling == "yarn" or self.n_ctx_orig < n_ctx_train
+        return max(n_ctx_train, int(self.n_ctx_orig * self.factor) if is_scaled else 0)
+
     @property
     def freq_scale(self) -> float:
         """Factor on every rotation frequency."""

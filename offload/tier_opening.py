@@ -23,12 +23,13 @@ from offload.lossy_picks import LossyPicks
 from offload.memory import resident_bytes
 from offload.novice import read_novices
 from offload.policy import Policy, PolicyContext, Values, make_policy
+from offload.program_memory import most_logit_rows, request_bytes
 from offload.residency import Key, most_valuable
 from offload.slot_exchange import SlotExchange
 from offload.slot_graph import SlotGraphs
 from offload.slot_pool import SlotPool
 from offload.swap_rule import SwapRule
-from offload.tier_plan import TierPlan, fit_slots, most_logit_rows, request_bytes, slot_kinds
+from offload.tier_plan import TierPlan, fit_slots, slot_kinds
 from offload.tiered_runner import Part, TieredRunner
 from offload.token_rows import TokenRows
 from offload.trace import TraceHeader, TraceWriter, routers_hash
@@ -56,8 +57,10 @@ class Tiers:
         return {**self.plan.host_bytes, **arena, **on_devices}
 
     def counters(self) -> dict[str, float]:
-        """Running totals since the model was opened."""
+        """Running totals since the model was opened; none where host memory has room for all of it."""
         totals: dict[str, float] = {}
+        if self.arena is not None and self.arena.has_all and not self.devices and self.lossy is None:
+            return totals
         if self.arena is not None and self.reader is not None:
             reader = self.reader
             totals |= asdict(self.arena.counters)
@@ -236,12 +239,13 @@ class _Opening:
         return [(key, copy) for key, copy in last if copy is not self._copies[key]]
 
     def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
-        """Slots for the room there really is, now that everything else has its memory; raises DoesNotFitError."""
+        """Those that were planned, or fewer if the program takes more than was planned; raises DoesNotFitError."""
         if tiers.is_final:
             return dict(tiers.n_slots)
         layers = [self._plan.layers[index] for index in self._cut]
-        taken = resident_bytes() + untouched + request_bytes(self._plan.spec, self._plan.n_batch, self._plan.n_parallel)
-        return fit_slots(layers, tiers.budget, taken, str(self._config.model), tiers.low)
+        plan = self._plan
+        held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
+        return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
 
     def _lossy(self, held: HeldCopies) -> LossyPicks | None:
         lossy = self._plan.lossy

@@ -13,13 +13,6 @@ from offload.model_spec import ModelSpec
 
 MAX_AHEAD = 3
 """Layers whose routers are asked early: beyond the third they know too little."""
-_GROWTH_BYTES = 20 << 20
-"""What the program takes after planning: tokenizer, graphs, ggml's scratch memory, a request's own."""
-_REQUEST_BYTES = 8 << 20
-_LOGIT_ROWS = 64
-"""Rows of logits at once for the probabilities of a prompt's tokens."""
-_BYTES_PER_TOKEN_TEXT = 400
-"""Memory of one vocabulary entry, measured with libllama's vocabularies of 32,000 and 128,000 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +101,7 @@ def fit_slots(
     if required > budget:
         raise DoesNotFitError(
             f"{what} needs at least {human(required)} of memory, of which {human(taken)} are for everything but "
-            f"experts, but the budget is {human(budget)}. Raise --ram to {human_up(required)}, lower --ctx or --batch.",
+            f"experts, but the budget is {human(budget)}.",
             required_bytes=required,
             available_bytes=budget,
         )
@@ -169,27 +162,6 @@ def share_slots(
     return n_slots
 
 
-def program_bytes(resident: int, n_vocab: int) -> int:
-    """What the program itself will take: what it holds now, and what it will still take."""
-    return resident + _GROWTH_BYTES + n_vocab * _BYTES_PER_TOKEN_TEXT
-
-
-def most_logit_rows(n_batch: int, n_parallel: int) -> int:
-    """Rows of logits that one step makes at most."""
-    return min(n_batch, _LOGIT_ROWS + n_parallel)
-
-
-def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
-    """What steps and requests take beside the buffers planned for them: ggml's scratch memory, logits, and Python's."""
-    scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)
-    return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _REQUEST_BYTES
-
-
-def widest_row(spec: ModelSpec) -> int:
-    """The longest row that is quantised before it is multiplied."""
-    return max(spec.layer_shape(layer).n_ff for layer in range(spec.n_layer))
-
-
 def widest(layers: Iterable[ExpertLayer | None]) -> int:
     """The largest n_ff of all experts."""
     widths = (copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
@@ -203,10 +175,4 @@ def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int)
     heads = (2 * spec.n_head + 4 * spec.n_head_kv) * spec.n_embd_head
     segment = 4 * (n_batch * (6 * d + heads) + spec.n_vocab)
     expert = 4 * n_batch * (3 * n_ff + 3 * d)
-    scratch = n_batch * max(n_ff, d) * 2
-    return exchange + segment + expert + scratch + (8 << 20)
-
-
-def human_up(n_bytes: int) -> str:
-    """A size for a flag that is certainly enough: whole MiB, rounded up."""
-    return f"{-(-n_bytes // (1 << 20))}MiB"
+    return exchange + segment + expert + (2 << 20)

@@ -13,6 +13,13 @@ from offload.disk_reader import FileStamp, changed_file, unreadable_file
 from offload.gguf_file import GGUFFile
 from offload.weight_source import WeightSource
 
+_ALIGNMENT = 256
+
+
+def row_bytes(table: WeightSource, n_rows: int) -> int:
+    """Memory of so many rows of the token table."""
+    return table.n_bytes // table.ne[1] * n_rows + _ALIGNMENT
+
 
 class TokenRows:
     """A tensor [n_embd, n_batch] of the table's type in host memory, filled with the rows of a step's tokens."""
@@ -30,7 +37,7 @@ class TokenRows:
         self._ctx = ggml.ggml_init(ggml.InitParams(4 * ggml.ggml_tensor_overhead(), None, True))
         kind: GGMLQuantizationType = table.type
         self.tensor: int = ggml.ggml_new_tensor_2d(self._ctx, kind, table.ne[0], n_batch)
-        self._buffer = backend.allocate(self._row_bytes * n_batch + 256)
+        self._buffer = backend.allocate(row_bytes(table, n_batch))
         base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
         ggml_backend.ggml_backend_tensor_alloc(self._buffer, self.tensor, base)
         self._rows = ggml.array_at(base, np.uint8, self._row_bytes * n_batch)

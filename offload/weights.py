@@ -24,6 +24,8 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that were just made ready."""
 
 _STRIDE = 64 << 20
+STAGED_BYTES = 16 << 20
+"""A piece of a weight on its way to a device."""
 _MADV_POPULATE_READ = 22
 
 
@@ -172,8 +174,18 @@ class WeightStore:
         if self._backend.is_host:
             self._read(source, address)
         else:
-            self._stage(source)
-            self._backend.set(tensor, self._staging[: source.n_bytes])
+            self._send(tensor, source)
+
+    def _send(self, tensor: int, source: WeightSource) -> None:
+        """Copies a weight to a device, piece by piece: the host may not have room for a stack of experts."""
+        offset = 0
+        for span in source.spans:
+            for begin in range(0, span.n_bytes, STAGED_BYTES):
+                piece = Span(span.shard, span.offset + begin, min(STAGED_BYTES, span.n_bytes - begin))
+                self._make_staging(piece.n_bytes)
+                self._file.read(piece, self._staging.ctypes.data, self._progress)
+                self._backend.set(tensor, self._staging[: piece.n_bytes], offset)
+                offset += piece.n_bytes
 
     def _repack(self, tensor: int, source: WeightSource) -> None:
         self._allocate(tensor, repack_buffer_type())
@@ -182,9 +194,12 @@ class WeightStore:
         ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
 
     def _stage(self, source: WeightSource) -> None:
-        if self._staging.nbytes < source.n_bytes:
-            self._staging = np.empty(source.n_bytes, np.uint8)
+        self._make_staging(source.n_bytes)
         self._read(source, self._staging.ctypes.data)
+
+    def _make_staging(self, n_bytes: int) -> None:
+        if self._staging.nbytes < n_bytes:
+            self._staging = np.empty(n_bytes, np.uint8)
 
     def _read(self, source: WeightSource, address: int) -> None:
         for span in source.spans:

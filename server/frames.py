@@ -41,6 +41,7 @@ class Open(Frame, frozen=True):
     lossy: str | None = None
     direct_io: bool = True
     reserve_bytes: int = 0
+    held_bytes: int = 0
 
 
 class TextPrompt(Frame, frozen=True):

@@ -6,9 +6,9 @@ from typing import Any
 from offload.cost_model import CPU, DISK, LINK, Prediction
 from offload.device_plan import DevicePlan
 from offload.engine_plan import EnginePlan
+from offload.errors import DoesNotFitError
 from offload.memory import human
 from offload.prediction import PlanPrediction, known_as
-from offload.tier_plan import tiered_compute_bytes, widest
 from offload.whereabouts import Whereabouts, whereabouts
 
 _BOUNDS = {CPU: "the CPU", DISK: "the disk", LINK: "the link to the device"}
@@ -16,11 +16,15 @@ _BOUNDS = {CPU: "the CPU", DISK: "the disk", LINK: "the link to the device"}
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan that fits or does not, and what `nearest_ctx` would fit in place of its context."""
+    """A plan that fits or does not, and what `nearest_ctx` would fit in place of its context.
+
+    `serve_shortfall` is what serving the model lacks, None if it fits.
+    """
 
     plan: EnginePlan
     prediction: PlanPrediction | None = None
     nearest_ctx: int | None = None
+    serve_shortfall: DoesNotFitError | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All of it. Bytes are the host's unless they stand under a device."""
@@ -39,6 +43,10 @@ class PlanReport:
             "available_bytes": plan.available if plan.shortfall is None else plan.shortfall.available_bytes,
             "fits": fits,
             "shortfall": None if plan.shortfall is None else str(plan.shortfall),
+            "serve": {
+                "fits": self.serve_shortfall is None,
+                "shortfall": None if self.serve_shortfall is None else str(self.serve_shortfall),
+            },
             "nearest": None if self.nearest_ctx is None else {"n_ctx": self.nearest_ctx},
             "tiers": _tiers(plan) if fits else None,
             "prediction": None if self.prediction is None else _predicted(self.prediction),
@@ -70,23 +78,16 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     placement, tiers = plan.placement, plan.tiers
     if tiers is not None:
         sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
-        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program}
-    if plan.devices:
-        none = dict.fromkeys(("mapped", "copied", "repacked", "kv"), 0)
-        return {**none, "compute": _device_host_compute(plan), "program": placement.program}
+        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "server": plan.reserve}
     return {
         "mapped": placement.mapped,
         "copied": placement.copied,
         "repacked": placement.repacked,
         "kv": placement.kv,
         "compute": placement.compute,
-        "program": placement.program + placement.staging,
+        "program": placement.program + placement.staging - plan.reserve,
+        "server": plan.reserve,
     }
-
-
-def _device_host_compute(plan: EnginePlan) -> int:
-    """What passes through host memory when devices hold the whole model."""
-    return tiered_compute_bytes(plan.spec, 1, plan.n_batch, widest(plan.layers))
 
 
 def _host_rows(plan: EnginePlan) -> dict[str, int]:
@@ -100,6 +101,7 @@ def _host_rows(plan: EnginePlan) -> dict[str, int]:
         f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
         f"compute, batches of {plan.n_batch}": sizes["compute"],
         "program, at most": sizes["program"],
+        "server's other processes": sizes["server"],
         "in all": sum(sizes.values()),
         "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
         "may be taken": plan.available,

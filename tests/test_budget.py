@@ -9,11 +9,12 @@ import pytest
 from offload import budget
 from offload.budget import Budget, decide_budget, parse_size, tree_resident_bytes
 from offload.errors import UsageError
-from offload.memory import LEAST_FREE_BYTES, LEFT_FREE_BYTES
 
 GIB = 1 << 30
 TOTAL = 64 * GIB
 FREE = 32 * GIB
+LESS_FREE = GIB // 32
+"""What a person who names a size may have beyond what is taken without being asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Card:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "holdable_bytes", lambda: FREE)
+    monkeypatch.setattr(budget, "grantable_bytes", lambda: FREE + LESS_FREE)
     monkeypatch.setattr(budget, "memory_limit_bytes", lambda: TOTAL)
 
 
@@ -98,14 +100,10 @@ def test_ram_is_what_was_asked_for_or_what_is_free(ram: str | None, expected: in
     assert decide_budget(ram, (), ()) == Budget(expected, ())
 
 
-LESS_FREE = LEFT_FREE_BYTES - LEAST_FREE_BYTES
-"""What a person who names a size may have beyond what is taken without being asked."""
-
-
-def test_other_processes_of_ours_count_inside() -> None:
-    assert decide_budget("16GiB", (), (), reserve_bytes=GIB).ram == 15 * GIB
-    assert decide_budget(None, (), (), reserve_bytes=GIB).ram == FREE - GIB
-    assert decide_budget("1GiB", (), (), reserve_bytes=2 * GIB).ram == 0
+def test_what_other_processes_of_ours_hold_need_not_be_free() -> None:
+    assert decide_budget("16GiB", (), (), held_bytes=GIB).ram == 16 * GIB
+    assert decide_budget(None, (), (), held_bytes=GIB).ram == FREE + GIB
+    assert decide_budget("48GiB", (), (), held_bytes=GIB).ram == FREE + LESS_FREE + GIB
 
 
 def test_more_than_is_free_is_not_taken_and_said() -> None:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from offload.engine import Engine
@@ -15,6 +16,7 @@ from server.cli import run
 from server.commands import plan, serve
 from server.engine_options import EngineOptions
 from server.frames import Open, decode_to_engine, pack
+from server.serving_memory import serving_bytes
 
 FLAGS = [
     "--ctx",
@@ -99,7 +101,7 @@ def through_the_pipe(options: EngineOptions) -> None:
 def test_values_differ_from_the_defaults() -> None:
     """Or else this file would show nothing."""
     defaults = EngineConfig(Path("other.gguf"))
-    names = {item.name for item in fields(EngineConfig)} - {"reserve_bytes"}
+    names = {item.name for item in fields(EngineConfig)} - {"reserve_bytes", "held_bytes"}
     assert [name for name in names if getattr(EXPECTED, name) == getattr(defaults, name)] == []
 
 
@@ -118,8 +120,9 @@ def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: 
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
     assert config.trace == Path.cwd() / "picks.trace"
-    assert config.reserve_bytes > serve.REQUEST_BYTES
-    same: dict[str, Any] = {"model": EXPECTED.model, "trace": EXPECTED.trace, "reserve_bytes": 0}
+    assert config.reserve_bytes == serving_bytes()
+    assert 0 < config.held_bytes < psutil.Process().memory_info().rss
+    same: dict[str, Any] = {"model": EXPECTED.model, "trace": EXPECTED.trace, "reserve_bytes": 0, "held_bytes": 0}
     assert replace(config, **same) == EXPECTED
 
 
@@ -127,7 +130,7 @@ def test_what_is_not_said_is_the_engines_to_choose(seen: list[EngineConfig]) -> 
     options = EngineOptions(Path("/some.gguf"))
     through_the_pipe(options)
     (config,) = seen
-    assert replace(config, reserve_bytes=0) == EngineConfig(Path("/some.gguf"))
+    assert replace(config, reserve_bytes=0, held_bytes=0) == EngineConfig(Path("/some.gguf"))
     assert local_engine.engine_config(options) == EngineConfig(Path("/some.gguf"))
 
 

@@ -126,7 +126,7 @@ def test_in_exact_mode_low_copies_take_no_memory(file: Path) -> None:
         conversation(engine)
         assert engine.plan.tiers is not None
         assert {next(iter(kind))[0] for kind, _ in engine.plan.tiers.n_slots} == {Type.Q8_0}
-        assert engine.counters()["misses"] == 0
+        assert engine.counters() == {}  # nothing is missing
 
 
 # --- what is computed --------------------------------------------------------------------------------------

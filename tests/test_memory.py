@@ -9,8 +9,10 @@ import pytest
 from offload import control_groups, memory
 from offload.errors import DoesNotFitError
 from offload.memory import (
+    LEAST_FREE_BYTES,
     LEFT_FREE_BYTES,
     available_bytes,
+    grantable_bytes,
     holdable_bytes,
     human,
     memory_limit_bytes,
@@ -150,8 +152,9 @@ def held(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def holdable(room: int, held: int) -> int:
-    """`room` less page tables and what is always left, and what is held."""
-    return room - room // 512 - LEFT_FREE_BYTES + held
+    """`room` less what is always left and page tables, and what is held."""
+    room -= LEFT_FREE_BYTES
+    return room - room // 512 + held
 
 
 @pytest.mark.parametrize(
@@ -174,6 +177,14 @@ def test_a_full_control_group_lets_us_hold_no_more(cgroup: Path, held: int) -> N
     assert 0 < holdable_bytes() < held
     write(cgroup, {"memory.stat": f"file_mapped {3 * GIB}"})
     assert holdable_bytes() == 0
+
+
+def test_a_size_that_was_named_may_fill_its_control_group(cgroup: Path, held: int) -> None:
+    assert grantable_bytes() == holdable_bytes() + LEFT_FREE_BYTES - LEAST_FREE_BYTES
+    write(cgroup, {"memory.max": f"{10 * GIB}", "memory.current": f"{GIB}", "memory.stat": "file_mapped 0"})
+    room = 9 * GIB
+    assert grantable_bytes() == room - room // 512 + held
+    assert holdable_bytes() == room - LEFT_FREE_BYTES - (room - LEFT_FREE_BYTES) // 512 + held
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:

@@ -135,7 +135,7 @@ def test_layers_that_are_not_alike_in_any_budget(directory: Path) -> None:
     path = uneven_model(directory)
     with closing(tiered_engine(config(path), 1.0)) as engine:
         expected = conversation(engine)
-        assert engine.counters()["misses"] == 0
+        assert engine.counters() == {}  # all of it is in memory
     for share in (0.0, 0.5):
         with closing(tiered_engine(config(path), share)) as engine:
             np.testing.assert_array_equal(conversation(engine), expected)

@@ -17,6 +17,7 @@ from server.engine_options import OptionsCommand, engine_flags, engine_options
 from server.installed import CONVERTERS, check_installed
 from server.local_engine import engine_config, say_notes
 from server.plan_report import PlanReport
+from server.serving_memory import serving_bytes
 from server.slim_options import slim_flags, slim_options
 from server.telling import tell
 
@@ -39,10 +40,12 @@ class _UnmeasuredError(SlimoeError):
     help="Measure this machine for a prediction of speed, some seconds the first time; without it only what is known "
     "from earlier is used.",
 )
+@click.option("--serve", "for_serve", is_flag=True, help="Count what slimoe serve's other processes take as well.")
 def command(values: Mapping[str, Any]) -> None:
     """Say what opening MODEL would take, what would lie where, and how fast it would be, without loading it.
 
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
+    What lies where is told for slimoe run, and whether slimoe serve would fit as well; with --serve for serving.
 
     With a checkpoint directory, or any flag from --stats to --refit: say what slimoe convert would make of MODEL with
     these flags, layer by layer, how large, at what expected loss, and who loads it.
@@ -56,16 +59,19 @@ def command(values: Mapping[str, Any]) -> None:
         return
     config = engine_config(engine_options(values))
     on_device_abort(config.rpc, end_with_error)
+    served = replace(config, reserve_bytes=serving_bytes())
+    config = served if values["for_serve"] else config
     plan = plan_engine(config)
     say_notes(plan.notes)
+    report = PlanReport(plan, serve_shortfall=plan_engine(served).shortfall)
     if plan.shortfall is not None:
-        _tell(PlanReport(plan, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
+        _tell(replace(report, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
         raise plan.shortfall
     if values["as_json"]:
-        _tell(PlanReport(plan, _prediction(config, plan, measures=values["measure"])), as_json=True)
+        _tell(replace(report, prediction=_prediction(config, plan, measures=values["measure"])), as_json=True)
         return
-    _tell(PlanReport(plan), as_json=False)
-    speed = PlanReport(plan, _prediction(config, plan, measures=values["measure"])).speed_lines()
+    _tell(report, as_json=False)
+    speed = replace(report, prediction=_prediction(config, plan, measures=values["measure"])).speed_lines()
     click.echo("\n".join(["", *speed]) if speed else "")
 
 
@@ -81,6 +87,8 @@ def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
 
 def _tell(report: PlanReport, *, as_json: bool) -> None:
     click.echo(msgspec.json.encode(report.as_json()) if as_json else "\n".join(map(printable, report.memory_lines())))
+    if report.serve_shortfall is not None and not report.plan.reserve and not as_json:
+        tell(f"slimoe serve would not fit: {report.serve_shortfall}")
     if report.nearest_ctx is not None and not as_json:
         tell(f"It would fit with --ctx {report.nearest_ctx}.")
 

@@ -127,12 +127,14 @@ def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, 
 
 def _report(outcome: Outcome) -> str:
     finished = outcome.finished
-    report = {
+    report: dict[str, Any] = {
         "text": outcome.text,
         "tokens": outcome.tokens,
         "finish_reason": finished.reason,
         "timings": finished.timings,
-        "tiers": tiers_info(finished.tiers),
         "memory": finished.memory,
     }
+    tiers = tiers_info(finished.tiers)
+    if tiers:
+        report["tiers"] = tiers
     return msgspec.json.encode(report).decode()

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from offload.errors import UsageError
-from offload.memory import resident_bytes
+from offload.memory import private_bytes
 from offload.regular_file import read_regular, reason
 from server.access import AccessRules
 from server.app import AppConfig
@@ -21,12 +21,10 @@ from server.frames import ModelInfo, Open
 from server.log_format import log_to_stderr
 from server.served_model import ServedModel, model_id
 from server.serving import GRACE_SECONDS, Address, is_loopback, serve
+from server.serving_memory import serving_bytes
 from server.supervisor import DEFAULT_N_QUEUE, Supervisor
 from server.telling import tell
 from server.version import version
-
-REQUEST_BYTES = 48 << 20
-"""Sixty prompts of 200 kB at once took 42 MiB more than this process holds when it starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +125,11 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
 def open_message(engine: EngineOptions) -> Open:
     """The first message to the engine's process; paths are absolute in it.
 
-    What this process holds now and may hold later is taken off the engine's memory.
+    What the other processes take is part of what serving needs; of that this one holds something already.
     """
     trace = None if engine.trace is None else str(engine.trace.absolute())
-    own = {"model": str(engine.path.absolute()), "trace": trace, "reserve_bytes": resident_bytes() + REQUEST_BYTES}
+    own: dict[str, Any] = {"model": str(engine.path.absolute()), "trace": trace}
+    own |= {"reserve_bytes": serving_bytes(), "held_bytes": private_bytes()}
     return msgspec.convert({**asdict(engine), **own}, Open)
 
 
