@@ -7,14 +7,16 @@ from aiohttp import web
 from server import wire
 from server.answer import Draft, Letterhead, orders_for, usage_of
 from server.api_error import invalid, unsupported
+from server.chat_history import turns
 from server.frames import ChatPrompt, ScoredToken
 from server.generation_api import GenerationApi
-from server.request_body import ChatBody, Message, StreamOptions, read_body, refuse_unsupported
+from server.request_body import ChatBody, StreamOptions, read_body, refuse_unsupported
 from server.served_model import ServedModel
+from server.unkept_fields import CHAT, extended
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ChatRequest = extended(ChatBody, CHAT)
 MAX_DEPTH = 32
-_OLD_NAMES = {"function": "tool"}
+_OWN_VALUES = ("messages", "tools", "documents")
 
 
 class ChatApi:
@@ -26,10 +28,12 @@ class ChatApi:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""
-        body = await read_body(request, ChatBody)
+        body = await read_body(request, ChatRequest)
+        self._generation.unkept.refuse(body, CHAT)
         refuse_unsupported(body)
         prompt = chat_prompt(body)
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        _check_beginning(body)
+        max_tokens = body.limit()
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         orders = orders_for([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
@@ -80,18 +84,26 @@ class ChatShape:
 
 def chat_prompt(body: ChatBody) -> ChatPrompt:
     """The conversation as the engine's side takes it; raises ApiError for one that cannot be answered."""
-    if not body.messages:
-        raise invalid("There are no messages. Send at least one.", "messages")
-    turns = tuple(_turn(n, message) for n, message in enumerate(body.messages))
-    if len(turns) > 1 and turns[-1][0] == turns[-2][0] == "assistant":
-        raise invalid(
-            "The last two messages are both the assistant's. Join them to have the last continued.", "messages"
-        )
+    messages = turns(body.messages)
     values = dict(body.chat_template_kwargs or {})
     _check_values(values, MAX_DEPTH)
+    own = next((name for name in _OWN_VALUES if values.get(name)), None)
+    if own is not None:
+        raise unsupported(f"{own} is not for clients to set.", f"chat_template_kwargs.{own}")
     if body.reasoning_effort is not None:
         values.setdefault("reasoning_effort", body.reasoning_effort)
-    return ChatPrompt(turns, values)
+    return ChatPrompt(messages, values)
+
+
+def _check_beginning(body: ChatBody) -> None:
+    """Raises ApiError unless the answer begins where the client wants it to: after the last message, or in it."""
+    goes_on = body.messages[-1].role == "assistant"
+    if body.continue_final_message and not goes_on:
+        raise invalid("Only an assistant message can be continued. Let it be the last.", "continue_final_message")
+    if body.continue_final_message is False and goes_on:
+        raise unsupported("An assistant message that comes last is always continued.", "continue_final_message")
+    if body.add_generation_prompt is False and not goes_on:
+        raise unsupported("An answer is always the assistant's next message.", "add_generation_prompt")
 
 
 def _check_values(value: object, depth: int) -> None:
@@ -103,27 +115,3 @@ def _check_values(value: object, depth: int) -> None:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for element in inner:
         _check_values(element, depth - 1)
-
-
-def _turn(n: int, message: Message) -> tuple[str, str]:
-    if message.role not in ROLES:
-        raise invalid(f"The role {message.role!r} is not one of {', '.join(ROLES)}.", f"messages[{n}].role")
-    return _OLD_NAMES.get(message.role, message.role), _text(n, message)
-
-
-def _text(n: int, message: Message) -> str:
-    if message.content is None:
-        if message.role != "assistant":
-            raise invalid("A message needs content.", f"messages[{n}].content")
-        return ""
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for m, part in enumerate(message.content):
-        where = f"messages[{n}].content[{m}]"
-        if part.type not in ("text", "input_text"):
-            raise unsupported(f"This model reads text only, not a part of type {part.type!r}.", where)
-        if part.text is None:
-            raise invalid("A text part needs a text.", where)
-        texts.append(part.text)
-    return "\n".join(texts)

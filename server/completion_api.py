@@ -14,7 +14,9 @@ from server.request_body import MAX_PROMPTS, CompletionBody, StreamOptions, read
 from server.scored_text import fitted
 from server.served_model import ServedModel
 from server.ticket import EngineFailure
+from server.unkept_fields import COMPLETION, extended
 
+CompletionRequest = extended(CompletionBody, COMPLETION)
 DEFAULT_MAX_TOKENS = 16
 """What this endpoint generates when nothing is said, as OpenAI's does."""
 
@@ -28,11 +30,15 @@ class CompletionApi:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Continues one or many prompts; raises ApiError."""
-        body = await read_body(request, CompletionBody)
+        body = await read_body(request, CompletionRequest)
+        self._generation.unkept.refuse(body, COMPLETION)
         _refuse_unsupported(body)
         prompts = prompt_sources(body.prompt)
-        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        wanted = body.request(max_tokens, body.logprobs, bool(body.echo) and body.logprobs is not None)
+        if len(prompts) * body.n_choices > MAX_PROMPTS:
+            raise invalid(f"n times the prompts may be {MAX_PROMPTS:,}.", "n")
+        wanted = body.request(
+            body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and body.logprobs is not None
+        )
         orders = orders_for(prompts, wanted, body.n_choices)
         echoes = [await self._echo(order.prompt) if body.echo else "" for order in orders]
         head = Letterhead.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
@@ -137,5 +143,5 @@ def _ids(ids: list[int]) -> TokenPrompt:
 def _refuse_unsupported(body: CompletionBody) -> None:
     if body.suffix:
         raise unsupported("This server does not fill in the middle.", "suffix")
-    if body.best_of is not None and body.best_of > body.n_choices:
-        raise unsupported("This server returns every choice it generates: best_of must not exceed n.", "best_of")
+    if body.best_of is not None and body.best_of != body.n_choices:
+        raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")

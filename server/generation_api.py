@@ -17,6 +17,7 @@ from server.request_body import StreamOptions
 from server.scored_text import Piece
 from server.supervisor import QueueFullError, Supervisor
 from server.ticket import EngineFailure
+from server.unkept_fields import UnkeptFields
 
 PING_SECONDS = 15.0
 _encode = msgspec.json.Encoder().encode
@@ -28,6 +29,7 @@ class GenerationApi:
 
     def __init__(self, supervisor: Supervisor, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
         self.supervisor = supervisor
+        self.unkept = UnkeptFields()
         self._metrics = metrics
         self._ping_seconds = ping_seconds
 

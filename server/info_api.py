@@ -9,12 +9,13 @@ from aiohttp import web
 
 from server import frames
 from server.api_error import ErrorInfo, from_failure, invalid, not_found
-from server.chat_api import chat_prompt
+from server.chat_api import ChatRequest, chat_prompt
 from server.metrics import Metrics
-from server.request_body import ChatBody, read_body
+from server.request_body import read_body, refuse_unsupported
 from server.served_model import ServedModel
 from server.supervisor import Supervisor
 from server.ticket import EngineFailure
+from server.unkept_fields import CHAT, UnkeptFields
 
 Question = Callable[[int], frames.Encode | frames.Decode | frames.Render]
 
@@ -43,6 +44,7 @@ class InfoApi:
         self._model = model
         self._supervisor = supervisor
         self._metrics = metrics
+        self._unkept = UnkeptFields()
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when requests are answered; 503 with progress while loading, 500 when loading failed."""
@@ -139,9 +141,12 @@ class InfoApi:
 
     async def apply_template(self, request: web.Request) -> web.Response:
         """The text that a conversation becomes; raises ApiError."""
-        body = await read_body(request, ChatBody)
+        body = await read_body(request, ChatRequest)
+        self._unkept.refuse(body, CHAT)
+        refuse_unsupported(body)
         prompt = chat_prompt(body)
-        answer = await self._ask(lambda id: frames.Render(id, prompt), "messages")
+        generate = body.add_generation_prompt is not False
+        answer = await self._ask(lambda id: frames.Render(id, prompt, generate), "messages")
         assert isinstance(answer, frames.Text)
         return _json({"prompt": answer.text})
 

@@ -1,8 +1,9 @@
 """The bodies that clients send: their fields, types and ranges, and the request to the engine they amount to.
 
-Fields that are not listed are ignored, as are those that only a hosted service could honour.
+Fields that are neither listed here nor in `unkept_fields` are ignored, for they do no harm.
 """
 
+import asyncio
 import re
 from typing import Annotated, Any, TypeVar
 
@@ -13,12 +14,17 @@ from msgspec import Meta
 from offload.generation import GenerationRequest
 from offload.sampling import SamplingParams
 from server.api_error import invalid, unsupported
+from server.chat_history import Message
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
+MAX_STOP_CHARS, MAX_BIASES = 1024, 4096
+MAX_VALUES = 400_000
+"""Values in a body, of which Python makes objects before it can look at them: some tenths of a second of work."""
+_SLICE = 1 << 20
 _ENCODINGS = ("identity", "gzip", "deflate", "br", "zstd")
 _PATH = re.compile(r"^(?P<message>.*?) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e6)]
@@ -28,6 +34,9 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 LastN = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+FORMS = frozenset({"json_object", "json_schema", "grammar", "regex", "choice", "structural_tag", "lark", "ebnf"})
+_NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
 
 T = TypeVar("T")
 
@@ -45,20 +54,6 @@ class ResponseFormat(msgspec.Struct):
     type: str
 
 
-class Message(msgspec.Struct):
-    """One chat message; `content` is a text, a list of parts, or null beside tool calls."""
-
-    role: str
-    content: str | list["Part"] | None = None
-
-
-class Part(msgspec.Struct):
-    """One part of a message."""
-
-    type: str
-    text: str | None = None
-
-
 class GenerationBody(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions have in common, with the spellings that clients use."""
 
@@ -66,7 +61,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Choices | None = None
-    max_tokens: Count | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    n_predict: Limit | None = None
     temperature: NonNegative | None = None
     top_k: TopK | None = None
     top_p: Share | None = None
@@ -76,7 +73,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     repeat_last_n: LastN | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, float | bool] | None = None
+    logit_bias: msgspec.Raw = msgspec.Raw(b"null")
     seed: Seed | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
@@ -85,6 +82,12 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     def n_choices(self) -> int:
         """How many answers to each prompt."""
         return 1 if self.n is None else self.n
+
+    def limit(self, default: int | None = None) -> int | None:
+        """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
+        spellings = (self.max_completion_tokens, self.max_tokens, self.n_predict, default)
+        given = next((limit for limit in spellings if limit is not None), None)
+        return None if given == -1 else given
 
     def sampling(self) -> SamplingParams:
         """How to choose tokens; what the client leaves open takes the defaults. Raises ApiError."""
@@ -97,7 +100,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
             "repeat_last_n": self.repeat_last_n,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "logit_bias": _logit_bias(self.logit_bias or {}),
+            "logit_bias": _logit_bias(bytes(self.logit_bias)),
             "seed": None if self.seed == -1 else self.seed,
         }
         return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingParams)
@@ -107,6 +110,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > MAX_STOPS:
             raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", "stop")
+        if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+            raise invalid(f"A stop string may have {MAX_STOP_CHARS:,} characters.", "stop")
         return tuple(stop for stop in stops if stop)
 
     def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
@@ -126,13 +131,15 @@ class ChatBody(GenerationBody, kw_only=True):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message]
-    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
+    function_call: Any = None
     response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
@@ -153,27 +160,51 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
     if encoding.lower() not in _ENCODINGS:
         raise invalid(f"The body's Content-Encoding is {encoding!r}. Send it as it is, or as gzip or deflate.")
     data = await request.read()
+    await _check_values(data, kind)
+    body: T = _decoded(data, kind)
+    return body
+
+
+async def _check_values(data: bytes, kind: type) -> None:
+    """Raises ApiError for more values than there may be, which is found without making them."""
+    n_values = 1
+    for begin in range(0, len(data), _SLICE):
+        piece = data[begin : begin + _SLICE]
+        # Each value follows a comma or a bracket, or is the whole.
+        n_values += sum(piece.count(mark) for mark in (b",", b"{", b"["))
+        if n_values > MAX_VALUES:
+            names: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
+            last = max(names, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
+            raise invalid(f"{last} holds too many values: a body may have {MAX_VALUES:,} in all.", last)
+        await asyncio.sleep(0)
+
+
+def _decoded(data: bytes, kind: Any, where: str = "") -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         match = _PATH.match(str(error))
         if match is None:
-            raise invalid(f"{error}.") from None
-        raise invalid(f"{match['message']} at {match['path']}.", match["path"] or None) from None
+            raise invalid(f"{error}{where and f' at {where}'}.", where or None) from None
+        path = f"{where}{match['path']}"
+        raise invalid(f"{match['message']} at {path}.", path or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The body is not valid JSON: {error}.") from None
     except RecursionError:
-        raise invalid("The body is nested too deeply.") from None
+        raise invalid("The body is nested too deeply.", where or None) from None
 
 
 def refuse_unsupported(body: ChatBody) -> None:
     """Raises ApiError for what a chat client may ask for and this server does not do."""
-    wants_tools = bool(body.tools) and body.tool_choice != "none"
-    if wants_tools or body.functions:
-        param = "tools" if wants_tools else "functions"
-        raise unsupported("This server does not call tools. Leave the field out, or send tool_choice none.", param)
+    names_tool = body.tool_choice not in (None, "none", "auto")
+    if (body.tools and body.tool_choice != "none") or names_tool:
+        raise unsupported(_NO_TOOLS, "tools" if body.tools else "tool_choice")
+    if (body.functions and body.function_call != "none") or body.function_call not in (None, "none", "auto"):
+        raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")
     kind = "text" if body.response_format is None else body.response_format.type
-    if kind in ("json_object", "json_schema"):
+    if kind in FORMS:
         raise unsupported(
             f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
         )
@@ -181,9 +212,12 @@ def refuse_unsupported(body: ChatBody) -> None:
         raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")
 
 
-def _logit_bias(given: dict[str, float | bool]) -> dict[int, float]:
+def _logit_bias(data: bytes) -> dict[int, float]:
+    if data.count(b":") > MAX_BIASES:
+        raise invalid(f"logit_bias may name {MAX_BIASES:,} tokens.", "logit_bias")
+    given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
     biases = {}
-    for name, value in given.items():
+    for name, value in (given or {}).items():
         if not name.isascii() or not name.isdigit() or len(name) > 9:
             raise invalid(f"logit_bias maps token ids to numbers, but {name!r} is no token id.", "logit_bias")
         if value is True:
