@@ -1,5 +1,6 @@
 """The engine computes what transformers and llama.cpp compute, whatever the file's types and layout."""
 
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +21,7 @@ from offload.engine_plan import EngineConfig
 from offload.errors import UsageError
 from tests.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content, write_shards
 from tests.tiny_checkpoint import TinyConfig, logits, save_checkpoint
+from tests.tiny_gguf import write_tiny_gguf
 
 DEMO = Path(__file__).parents[1] / "server" / "demo" / "demo.gguf"
 TOKENS = random_tokens(24, 500)
@@ -328,3 +330,28 @@ def test_odd_sizes(tmp_path: Path, sentencepiece_path: Path, sizes: TinyConfig) 
     with closing(Engine.open(config(path, kv_type="f32"))) as engine:
         np.testing.assert_allclose(engine.prefill(TOKENS[:-1]), expected[-2], atol=1e-3)
         np.testing.assert_allclose(engine.decode(TOKENS[-1]), expected[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n_out", "problem"),
+    [
+        ([5] * 33, 1, "A step reads 1 to 32 tokens, not 33. Read more with prefill"),
+        ([5] * 300, 1, "A step reads 1 to 32 tokens, not 300"),
+        ([], 1, "A step reads 1 to 32 tokens, not 0"),
+        ([5, 6], 3, "A step of 2 tokens has the logits of 1 to 2 of them, not of 3"),
+        ([5, 6], 0, "not of 0"),
+        ([5, 300], 1, "Token 300 is not one of the model's 300"),
+        ([-1], 1, "Token -1 is not one"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_for_what_it_is(
+    tmp_path: Path, tokens: list[int], n_out: int, problem: str
+) -> None:
+    """Not for a file that changed; and what was read stays."""
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    with closing(Engine.open(config(path, n_batch=32, device="none"))) as engine:
+        engine.prefill([1, 2, 3])
+        with pytest.raises(UsageError, match=re.escape(problem)):
+            engine.read(tokens, n_out)
+        assert engine.n_past == 3
+        assert engine.read([5] * 32).shape == (1, 300)

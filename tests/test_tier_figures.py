@@ -19,6 +19,7 @@ from server.cli import run
 from server.commands import run as run_command
 from server.tier_metrics import TierCollector
 from tests.live_server import LiveServer, live_server, until
+from tests.tier_models import plain_model, uneven_model
 from tests.tiered import tiered_engine
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -105,6 +106,14 @@ def test_run_tells_of_the_tiers(
     assert sum(tiers[name] for name in PICKS) == 4 * PICKS_OF_A_STEP
     assert 0 <= tiers["hit_share"] < 1
     assert tiers["is_shared"] is False
+
+
+def test_what_is_all_in_memory_has_no_tiers_to_tell_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its format: the native one is computed in parts as well, but nothing is ever missing."""
+    for path in (plain_model(tmp_path), uneven_model(tmp_path)):
+        words = ["run", str(path), "--device", "none", "--prompt-ids", "5", "-n", "4", "--ignore-eos", "--json"]
+        assert run(words) == 0
+        assert "tiers" not in json.loads(capsys.readouterr().out)
 
 
 def test_a_person_sees_how_many_experts_were_there(

@@ -1,0 +1,136 @@
+"""A context window that is longer than what the model was made for is said, once, by every command that opens it."""
+
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.rival import Rival, RivalConfig
+from bench.stepping import kl_divergence, random_tokens
+from offload.context_notes import context_notes
+from offload.engine import Engine
+from offload.engine_plan import EngineConfig, plan_engine
+from offload.errors import ModelFileError
+from offload.gguf_file import read_gguf
+from offload.model_spec import AttentionSpec, ExpertSpec, ModelSpec
+from offload.rope_spec import RopeSpec
+from server.cli import run
+from server.engine_options import DEMO
+from tests.gguf_content import read_content, write_content
+from tests.tiny_gguf import TinyShape, write_tiny_gguf
+
+TRAINED = 1024
+SPEC = ModelSpec(
+    architecture="llama",
+    n_layer=2,
+    n_embd=32,
+    n_ff=48,
+    n_vocab=40,
+    n_ctx_train=TRAINED,
+    rms_eps=1e-5,
+    attention=AttentionSpec(4, 2, 8),
+    experts=ExpertSpec(3, 2),
+    rope=RopeSpec(n_rot=8, n_ctx_orig=TRAINED),
+)
+
+
+@pytest.mark.parametrize(
+    ("rope", "reached"),
+    [
+        (RopeSpec(8, TRAINED), TRAINED),
+        (RopeSpec(8, 256, scaling="yarn", factor=4.0), TRAINED),  # the length in the file is the scaled one
+        (RopeSpec(8, TRAINED, scaling="yarn", factor=4.0), 4 * TRAINED),  # or the original one
+        (RopeSpec(8, 512, scaling="yarn", factor=8.0), 4 * TRAINED),
+        (RopeSpec(8, 256, scaling="linear", factor=8.0), 2 * TRAINED),
+        (RopeSpec(8, TRAINED, scaling="linear", factor=8.0), TRAINED),
+    ],
+)
+def test_the_length_that_a_model_was_made_for(rope: RopeSpec, reached: int) -> None:
+    spec = replace(SPEC, rope=rope)
+    assert context_notes(spec, reached) == ()
+    (note,) = context_notes(spec, reached + 1)
+    assert f"context window of {reached + 1} tokens" in note
+    assert f"trained for {reached} tokens" in note
+    assert f"Use --ctx {reached}." in note
+
+
+@pytest.mark.parametrize(("window", "n_ctx"), [(0, TRAINED), (TRAINED, TRAINED), (2 * TRAINED, TRAINED), (64, 64)])
+def test_a_window_that_is_never_left_is_not_worth_a_word(window: int, n_ctx: int) -> None:
+    assert context_notes(replace(SPEC, n_window=window), n_ctx) == ()
+
+
+def test_a_window_that_is_left() -> None:
+    (note,) = context_notes(replace(SPEC, n_window=64), 65)
+    assert "looks back 64 tokens" in note
+    assert "full attention is used" in note
+    assert "trained for" not in note
+    assert note.endswith("Use --ctx 64.")
+
+
+def test_one_note_for_both() -> None:
+    (note,) = context_notes(replace(SPEC, n_window=512), 2 * TRAINED)
+    assert f"trained for {TRAINED} tokens" in note
+    assert "looks back 512 tokens" in note
+    assert note.endswith("Use --ctx 512.")
+
+
+# --- files and commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    directory = tmp_path_factory.mktemp("windowed")
+    content = read_content(write_tiny_gguf(directory / "plain.gguf", sentencepiece_path, shape=TinyShape(n_ctx=256)))
+    return write_content(directory / "windowed.gguf", content.with_keys({"llama.attention.sliding_window": 32}))
+
+
+def test_the_window_is_read_and_written(windowed: Path) -> None:
+    spec = ModelSpec.from_gguf(read_gguf(windowed))
+    assert spec.n_window == 32
+    assert spec.metadata()["llama.attention.sliding_window"] == 32
+    assert "llama.attention.sliding_window" not in replace(spec, n_window=0).metadata()
+
+
+def test_a_window_that_is_no_count_is_refused(tmp_path: Path, windowed: Path) -> None:
+    content = read_content(windowed).with_keys({"llama.attention.sliding_window": "wide"})
+    with pytest.raises(ModelFileError, match=r"attention\.sliding_window is 'wide'"):
+        ModelSpec.from_gguf(read_gguf(write_content(tmp_path / "bad.gguf", content)))
+
+
+def test_full_attention_is_what_llama_computes_too(windowed: Path) -> None:
+    tokens = random_tokens(200, 300)
+    with closing(Engine.open(EngineConfig(windowed, n_ctx=256, n_threads=1))) as engine:
+        assert "full attention is used" in "".join(engine.notes)
+        ours = engine.read(tokens, len(tokens)).copy()
+    with closing(Rival(RivalConfig(windowed, 256, 1, extra_buffers=False))) as rival:
+        theirs = rival.score(tokens)
+    assert max(kl_divergence(*rows) for rows in zip(ours, theirs, strict=True)) < 1e-4
+    assert np.ptp(theirs) > 1
+
+
+def test_a_default_window_is_told_as_well(windowed: Path) -> None:
+    (note,) = plan_engine(EngineConfig(windowed)).notes
+    assert "context window of 256 tokens" in note
+
+
+@pytest.mark.parametrize("words", [["plan", "--no-measure"], ["run", "-p", "x", "-n", "1"]], ids=["plan", "run"])
+def test_commands_say_it_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([words[0], str(DEMO), "--ctx", "2100", "--device", "none", *words[1:]]) == 0
+    assert capsys.readouterr().err.count("trained for 2048 tokens") == 1
+    assert run([words[0], str(DEMO), "--ctx", "2048", "--device", "none", *words[1:]]) == 0
+    assert "trained for" not in capsys.readouterr().err
+
+
+def test_serve_says_it_once() -> None:
+    words = ["serve", str(DEMO), "--ctx", "2100", "--device", "none", "--port", "0"]
+    command = [sys.executable, "-m", "server.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        served.stdout.readline()
+        served.send_signal(signal.SIGTERM)
+        assert served.communicate()[1].count("trained for 2048 tokens") == 1
