@@ -1,6 +1,7 @@
 """What opening a model will take, decided from its header before a weight is read."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,7 +109,9 @@ class _Model:
     sources: ModelSources
     layers: tuple[ExpertLayer | None, ...]
     devices: tuple[Device, ...]
+    n_threads: int
     program: int
+    speeds: Mapping[str, KernelSpeed]
 
 
 def plan_engine(config: EngineConfig) -> EnginePlan:
@@ -116,7 +119,18 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
 
     Raises ModelFileError, UnsupportedModelError and UsageError.
     """
-    model = _read(config)
+    return plan_each([config])[0]
+
+
+def plan_each(configs: Sequence[EngineConfig]) -> list[EnginePlan]:
+    """The plans for one model, whose header is read once, in several budgets and contexts; raises the same."""
+    if not configs:
+        return []
+    model = _read(configs[0])
+    return [_plan(config, model) for config in configs]
+
+
+def _plan(config: EngineConfig, model: _Model) -> EnginePlan:
     plan = _decide(config, model)
     if plan.shortfall is None:
         return plan
@@ -139,23 +153,24 @@ def _read(config: EngineConfig) -> _Model:
     n_texts = sum(len(texts) for key in (TOKENS, MERGES) if isinstance(texts := gguf.metadata.get(key), list))
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
     program = program_bytes(held_bytes(resident_bytes() - of_model), spec.n_layer, n_texts, n_copies)
-    return _Model(gguf, spec, sources, layers, devices, program + config.reserve_bytes)
+    n_threads = default_threads() if config.n_threads is None else config.n_threads
+    speeds = {} if config.is_budgeted else _speeds(config, sources, n_threads)
+    return _Model(gguf, spec, sources, layers, devices, n_threads, program, speeds)
 
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     """The plan for the config's budget, or with what it lacks."""
     spec, sources, layers = model.spec, model.sources, model.layers
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
-    n_threads = default_threads() if config.n_threads is None else config.n_threads
-    _check_settings(config, n_ctx, n_threads)
+    _check_settings(config, n_ctx, model.n_threads)
     n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
     kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
     budget = decide_budget(config.ram, config.vram, model.devices, config.held_bytes)
-    speeds = {} if config.is_budgeted else _speeds(config, sources, n_threads)
+    speeds = {} if config.is_budgeted else model.speeds
     for fewer in _batch_sizes(n_batch, config.n_parallel):
-        program = model.program + request_bytes(spec, fewer, config.n_parallel)
+        program = model.program + config.reserve_bytes + request_bytes(spec, fewer, config.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
         placement = decide_placement(sources, spec, config.weights, speeds, needs, budget.ram)
         if placement.required <= budget.ram:
@@ -169,7 +184,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         n_cells=n_cells,
         n_batch=n_batch,
         n_parallel=config.n_parallel,
-        n_threads=n_threads,
+        n_threads=model.n_threads,
         placement=placement,
         available=budget.ram,
         reserve=config.reserve_bytes,
@@ -179,7 +194,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         lossy=make_lossy(config.lossy, config.max_kl, layers),
     )
     chosen = list(zip(model.devices, budget.vram, strict=True))
-    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program)
+    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + config.reserve_bytes)
 
 
 def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:

@@ -101,7 +101,7 @@ def _host_rows(plan: EnginePlan) -> dict[str, int]:
         f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
         f"compute, batches of {plan.n_batch}": sizes["compute"],
         "program, at most": sizes["program"],
-        "server's other processes": sizes["server"],
+        "server, other processes": sizes["server"],
         "in all": sum(sizes.values()),
         "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
         "may be taken": plan.available,

@@ -14,6 +14,7 @@ from converter.report_files import report_paths
 from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
+from offload.context_notes import window_note
 from offload.errors import UsageError
 from offload.processors import usable_processors
 from offload.whole_file import Destination, real_path
@@ -62,7 +63,8 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
         seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
-    for line in [*work_lines(work), "", announced(work, target, seconds)]:
+    note = window_note(work.source.spec)
+    for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, seconds)]:
         tell(line)
     if work.plan.feedback and seconds > _LONG:
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)

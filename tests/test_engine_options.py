@@ -87,7 +87,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
         raise _SeenError("Seen.")
 
     monkeypatch.setattr(Engine, "open", see)
-    monkeypatch.setattr(plan, "plan_engine", see)
+    monkeypatch.setattr(plan, "plan_each", lambda configs: see(configs[0]))
     return configs
 
 

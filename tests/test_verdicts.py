@@ -234,3 +234,13 @@ def test_serving_needs_what_plan_says() -> None:
         served.send_signal(signal.SIGTERM)
         assert served.wait() == 0
     assert command("plan", str(DEMO), "--serve", "--no-measure", "--ram", f"{least}MiB", *flags).returncode == 0
+
+
+def test_a_context_that_is_said_to_fit_fits() -> None:
+    flags = ("--device", "none", "--ram", "110MiB")
+    no, why = told("plan", "--no-measure", "--ctx", "65536", *flags)
+    found = re.search(r"It would fit with --ctx (\d+)\.", why)
+    assert no == 4
+    assert found is not None
+    assert told("run", "-p", "x", "-n", "1", "--ctx", found[1], *flags)[0] == 0
+    assert told("run", "-p", "x", "-n", "1", "--ctx", str(2 * int(found[1])), *flags)[0] == 4

@@ -13,6 +13,7 @@ from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport
 from converter.given_importance import Fitted
 from converter.plan import ConvertPlan
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
+from offload.context_notes import window_note
 from offload.processors import usable_processors
 from server.destination import reserve
 from server.engine_options import OptionsCommand
@@ -118,6 +119,8 @@ def _announce(planned: ConvertPlan, options: ConvertOptions) -> None:
     copied = f", {planned.n_copied_bytes:,} of them copied" if planned.n_copied_bytes else ""
     size = f"{planned.n_bytes:,} bytes will be written{copied}"
     tell(f"{options.target}: {size}, {planned.recipe} ({parts})")
+    if note := window_note(planned.spec):
+        tell(note)
     if planned.fitted:
         tell(f"{options.imatrix}: {_reach(planned.fitted)}")
 

@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from offload.abort import end_with_error, on_device_abort
-from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
+from offload.engine_plan import EngineConfig, EnginePlan, plan_each
 from offload.errors import SlimoeError
 from offload.prediction import PlanPrediction, measure_machine, predict_plan
 from offload.printable import printable
@@ -61,9 +61,9 @@ def command(values: Mapping[str, Any]) -> None:
     on_device_abort(config.rpc, end_with_error)
     served = replace(config, reserve_bytes=serving_bytes())
     config = served if values["for_serve"] else config
-    plan = plan_engine(config)
+    plan, for_serving = plan_each([config, served])
     say_notes(plan.notes)
-    report = PlanReport(plan, serve_shortfall=plan_engine(served).shortfall)
+    report = PlanReport(plan, serve_shortfall=for_serving.shortfall)
     if plan.shortfall is not None:
         _tell(replace(report, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
         raise plan.shortfall
@@ -77,12 +77,9 @@ def command(values: Mapping[str, Any]) -> None:
 
 def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
     """The largest of ever halved context windows that fits, None if the context is not what is too large."""
-    n_ctx = plan.n_ctx // 2
-    while n_ctx >= _LEAST_CTX:
-        if plan_engine(replace(config, n_ctx=n_ctx)).shortfall is None:
-            return n_ctx
-        n_ctx //= 2
-    return None
+    sizes = [plan.n_ctx >> n for n in range(1, plan.n_ctx.bit_length()) if plan.n_ctx >> n >= _LEAST_CTX]
+    plans = plan_each([replace(config, n_ctx=n_ctx) for n_ctx in sizes])
+    return next((one.n_ctx for one in plans if one.shortfall is None), None)
 
 
 def _tell(report: PlanReport, *, as_json: bool) -> None:
