@@ -19,14 +19,17 @@ import msgspec
 
 from bench import machine
 from bench.body_attack import BodyPlan, attack_bodies
+from bench.budget_attack import BudgetPlan, attack_budget
 from bench.file_attack import FilePlan, attack_files
 from bench.finding import Outcome, tell
+from bench.greedy_clients import Greed
+from bench.soak import SoakPlan, soak
 from bench.specimens import KINDS
 from bench.template_attack import attack_templates
 from offload.errors import SlimoeError
 from server.engine_options import OptionsCommand
 
-ATTACKS = ("bodies", "files", "templates")
+ATTACKS = ("bodies", "files", "templates", "budget", "soak")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
 
 
@@ -38,6 +41,9 @@ class AttackOptions:
     n_bodies: int
     n_files: int
     n_bombs: int
+    budget_seconds: float
+    soak_seconds: float
+    n_kills: int
     kinds: tuple[str, ...]
     n_jobs: int
     model: Path | None
@@ -56,6 +62,8 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     attacks: dict[str, Callable[[], Outcome]] = {
         "bodies": lambda: attack_bodies(BodyPlan(options.seed, count(options.n_bodies), first, options.model)),
         "templates": lambda: attack_templates(options.n_bombs),
+        "budget": lambda: attack_budget(BudgetPlan(options.budget_seconds, _greed(options), options.model)),
+        "soak": lambda: soak(_soak_plan(options)),
         "files": lambda: attack_files(
             FilePlan(
                 options.seed,
@@ -69,6 +77,15 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
         ),
     }
     return attacks[name]()
+
+
+def _greed(options: AttackOptions) -> Greed:
+    return Greed(1 << 20, 1 << 20, 4, 10_000, 4, 4) if options.is_smoke else Greed()
+
+
+def _soak_plan(options: AttackOptions) -> SoakPlan:
+    n_streams = 8 if options.is_smoke else 50
+    return SoakPlan(options.seed, options.soak_seconds, n_streams, n_kills=options.n_kills)
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -97,6 +114,9 @@ class Names(click.ParamType[tuple[str, ...]]):
 @click.option("--n-bodies", type=click.IntRange(1), default=20_000, show_default=True)
 @click.option("--n-files", type=click.IntRange(1), default=5_000, show_default=True)
 @click.option("--n-bombs", type=click.IntRange(2), default=65, show_default=True, help="Chat templates.")
+@click.option("--budget-seconds", type=click.FloatRange(1), default=60, show_default=True)
+@click.option("--soak-seconds", type=click.FloatRange(1), default=600, show_default=True)
+@click.option("--kills", "n_kills", type=click.IntRange(0), default=5, show_default=True, help="Of the engine.")
 @click.option("--kinds", type=Names(KINDS), default=KINDS, help=f"Files of these kinds: {','.join(KINDS)}.")
 @click.option("--jobs", "n_jobs", type=click.IntRange(1), default=2, show_default=True, help="Files read at once.")
 @click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of the demo.")
@@ -110,6 +130,7 @@ def main(values: Mapping[str, Any]) -> None:
     )
     if is_smoke:
         options = replace(options, n_bodies=60, n_files=len(_SMOKE_KINDS), n_bombs=2, kinds=_SMOKE_KINDS, n_jobs=1)
+        options = replace(options, budget_seconds=1, soak_seconds=2, n_kills=1)
     document: dict[str, object] = {"seed": options.seed}
     holds = True
     try:

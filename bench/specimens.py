@@ -65,7 +65,7 @@ def make_specimens(root: Path, kinds: Sequence[str] = KINDS) -> list[Specimen]:
         shutil.copytree(source, other)
     _shard(sharded)
     for folder, tokenizer in ((by_json, _sentencepiece_like()), (by_bytes, _byte_level())):
-        (folder / "tokenizer.model").unlink()
+        _forget(folder)
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     made = _checkpoints(source, sharded, by_json, by_bytes) + _files(root, source, kinds)
     return [specimen for specimen in made if specimen.kind in kinds]
@@ -103,6 +103,15 @@ def _describe(source: Path) -> None:
     }
     for name, document in documents.items():
         (source / name).write_text(json.dumps(document, indent=1))
+
+
+def _forget(folder: Path) -> None:
+    """Takes away what belongs to the sentencepiece model alone."""
+    (folder / "tokenizer.model").unlink()
+    (folder / "added_tokens.json").unlink()
+    for name, changes in (("config", {"eos_token_id": 2}), ("special_tokens_map", {"additional_special_tokens": []})):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=1))
 
 
 def _shard(folder: Path) -> None:
@@ -170,13 +179,14 @@ def _byte_level() -> dict[str, Any]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [chr(256 + n) for n in range(256 - len(plain))]
     vocabulary, merges = _vocabulary("Ġ", [*names, *map(chr, plain), *rest])
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     return {
         "version": "1.0",
         "added_tokens": _added(names),
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "post_processor": {"type": "ByteLevel", "trim_offsets": False},
-        "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": step,
+        "post_processor": step,
+        "decoder": step,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": [merge.split() for merge in merges]},
     }
 
