@@ -10,7 +10,7 @@ from server.api_error import invalid, unsupported
 from server.chat_history import turns
 from server.frames import ChatPrompt, ScoredToken
 from server.generation_api import GenerationApi
-from server.request_body import ChatBody, StreamOptions, read_body, refuse_unsupported
+from server.request_body import MAX_CHAT_VALUES, ChatBody, StreamOptions, read_body, refuse_unsupported
 from server.served_model import ServedModel
 from server.unkept_fields import CHAT, extended
 
@@ -28,7 +28,7 @@ class ChatApi:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""
-        body = await read_body(request, ChatRequest)
+        body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unkept.refuse(body, CHAT)
         refuse_unsupported(body)
         prompt = chat_prompt(body)

@@ -24,21 +24,21 @@ Turn = tuple[str, str]
 """A role and a text."""
 
 
-class Function(msgspec.Struct):
+class Function(msgspec.Struct, gc=False):
     """A function's name and its arguments: JSON in a text, as OpenAI has it, or an object."""
 
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
-class CustomTool(msgspec.Struct):
+class CustomTool(msgspec.Struct, gc=False):
     """A call whose input is plain text."""
 
     name: str
     input: str | None = None
 
 
-class ToolCall(msgspec.Struct):
+class ToolCall(msgspec.Struct, gc=False):
     """One entry of `tool_calls`."""
 
     id: str | None = None
@@ -47,7 +47,7 @@ class ToolCall(msgspec.Struct):
     custom: CustomTool | None = None
 
 
-class Part(msgspec.Struct):
+class Part(msgspec.Struct, gc=False):
     """One part of a message."""
 
     type: str
@@ -55,7 +55,7 @@ class Part(msgspec.Struct):
     refusal: str | None = None
 
 
-class Message(msgspec.Struct):
+class Message(msgspec.Struct, gc=False):
     """One chat message; `content` is a text, a list of parts, or null where something else was said."""
 
     role: str

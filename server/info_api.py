@@ -11,7 +11,7 @@ from server import frames
 from server.api_error import ErrorInfo, from_failure, invalid, not_found
 from server.chat_api import ChatRequest, chat_prompt
 from server.metrics import Metrics
-from server.request_body import read_body, refuse_unsupported
+from server.request_body import MAX_CHAT_VALUES, read_body, refuse_unsupported
 from server.served_model import ServedModel
 from server.supervisor import Supervisor
 from server.ticket import EngineFailure
@@ -141,7 +141,7 @@ class InfoApi:
 
     async def apply_template(self, request: web.Request) -> web.Response:
         """The text that a conversation becomes; raises ApiError."""
-        body = await read_body(request, ChatRequest)
+        body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._unkept.refuse(body, CHAT)
         refuse_unsupported(body)
         prompt = chat_prompt(body)

@@ -45,7 +45,7 @@ _TEXT = Unkept("This server reads and writes text only.")
 _LORA = Unkept("This server loads no adapters.")
 _SCORES = Unkept("This server gives scores by logprobs alone, and a prompt's by echo with logprobs in /v1/completions.")
 _TOOLS = Unkept("This server does not call tools. Leave the field out.", (*_NOTHING, "none", "auto"))
-_OPTIONS = Unkept("Options are not read. Send each as a field of its own, such as max_tokens or temperature.")
+_OPTIONS = Unkept("What it holds is not read. Send each as a field of its own, such as max_tokens or temperature.")
 
 COMMON: Mapping[str, Unkept] = {
     **_all("grammar grammar_string grammar_triggers ebnf lark regex regex_pattern json_schema structural_tag", _FORM),
@@ -69,7 +69,7 @@ COMMON: Mapping[str, Unkept] = {
     **_all("n_probs post_sampling_probs return_tokens_as_token_ids return_token_ids return_logprob", _SCORES),
     "prompt_logprobs": Unkept(_SCORES.reason, (None, False)),
     "skip_special_tokens": Unkept("Control tokens are never part of an answer.", (None, True)),
-    "options": _OPTIONS,
+    **_all("options extra_body parameters sampling_params generation_config generationConfig nvext", _OPTIONS),
 }
 CHAT: Mapping[str, Unkept] = {
     **COMMON,

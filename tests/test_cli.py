@@ -115,6 +115,8 @@ def test_json_for_token_ids(tmp_path: Path) -> None:
     assert len(report["tokens"]) == 6
     assert report["timings"]["prompt_n"] == 3
     again = reported(path, "--prompt-ids", "5 6 7", "-n", "6", "--seed", "3", "--top-k", "1")
+    all_that_fit = reported(path, "--prompt-ids", "5,6,7", "-n", "-1", "--ctx", "32", "--ignore-eos")
+    assert len(all_that_fit["tokens"]) == 32 - 3 + 1
     assert again["tokens"] == report["tokens"]
 
 

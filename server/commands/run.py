@@ -56,7 +56,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
 @click.option("--chat", is_flag=True, help="Take the prompt as a chat message, with the model's template.")
 @click.option("--system", help="System message for a chat.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=0), help="Tokens to write at most.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=-1), help="Tokens to write at most; -1 for as many as fit.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
@@ -70,7 +70,7 @@ def command(values: Mapping[str, Any]) -> None:
     _check(options)
     request = GenerationRequest(
         prompt_ids=(),
-        max_tokens=options.max_tokens,
+        max_tokens=None if options.max_tokens == -1 else options.max_tokens,
         sampling=sampling_params(values),
         stop=options.stop,
         ignore_eos=options.ignore_eos,
