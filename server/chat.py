@@ -6,14 +6,15 @@ rendered text is split at the control tokens the template itself wrote, and only
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from offload.tokenizer import Tokenizer
-from server.template import ChatTemplate, ChatTemplateError
+from server.template_child import TemplateChild
+from server.template_messages import CONTINUED
 
-_OPEN, _CLOSE, _TAIL = "\ufdd0", "\ufdd1", "\ufdd2"
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _BLANK = "\n\n"
 FALLBACK_STOP = ("\nUser:",)
@@ -48,17 +49,22 @@ class Chat:
     """Builds prompts for one model."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Compiles the model's template; a template that does not compile is reported when it is first used."""
+        """The model's template is compiled when it is first used, in a process of its own."""
         self._tokenizer = tokenizer
         self._marks = _Marks(tuple(tokenizer.special_tokens))
         self._special_values = _special_values(tokenizer)
-        self._template: ChatTemplate | None = None
-        self._template_error: ChatTemplateError | None = None
-        if tokenizer.chat_template is not None:
-            try:
-                self._template = ChatTemplate(tokenizer.chat_template)
-            except ChatTemplateError as error:
-                self._template_error = error
+        source = tokenizer.chat_template
+        self._template = None if source is None else TemplateChild(source)
+
+    def check(self) -> None:
+        """Raises UnusableTemplateError or TemplateLimitError for a template that no chat is possible with."""
+        if self._template is not None:
+            self._template.check()
+
+    def close(self) -> None:
+        """Ends the template's process; it starts again when it is needed."""
+        if self._template is not None:
+            self._template.close()
 
     def prompt(self, conversation: Conversation) -> Prompt:
         """The ids of `conversation`, equal to those of Hugging Face's `apply_chat_template`.
@@ -80,13 +86,12 @@ class Chat:
 
     def text(self, conversation: Conversation) -> str:
         """The rendered text, in which control tokens are only those of the template."""
-        if self._template_error is not None:
-            raise self._template_error
         messages = tuple(Message(m.role, self._marks.hide(m.content)) for m in conversation.messages)
         if self._template is None:
             return _plain_text(messages, conversation.add_generation_prompt)
         values = {**_hide_in(dict(conversation.values), self._marks), **self._special_values}
-        return _render(self._template, messages, values, conversation.add_generation_prompt)
+        plain = [{"role": m.role, "content": m.content} for m in messages]
+        return self._template.render(plain, values, conversation.add_generation_prompt)
 
     def _segments(self, text: str) -> list[str | int]:
         ids = self._tokenizer.special_tokens
@@ -101,7 +106,7 @@ class _Marks:
     def __init__(self, special: tuple[str, ...]) -> None:
         names = sorted((name for name in special if name), key=len, reverse=True)
         # A vocabulary may hold runs of spaces as tokens of their own: those mean the same whoever wrote them.
-        hidden = (*(name for name in names if not name.isspace()), _OPEN, _CLOSE, _TAIL)
+        hidden = (*(name for name in names if not name.isspace()), _OPEN, _CLOSE, CONTINUED)
         heads = {name[n:] for name in names for n in range(1, len(name))}
         tails = {name[:n] for name in names for n in range(1, len(name))}
         edges = sorted((edge for edge in heads | tails if edge == edge.strip()), key=len, reverse=True)
@@ -151,61 +156,6 @@ def _hide_in(value: Any, marks: _Marks) -> Any:
     if isinstance(value, dict):
         return {name: _hide_in(inner, marks) for name, inner in value.items()}
     return [_hide_in(inner, marks) for inner in value] if isinstance(value, list) else value
-
-
-def _render(template: ChatTemplate, messages: tuple[Message, ...], values: Mapping[str, Any], generate: bool) -> str:
-    """The first of the conversation's forms that the template takes without dropping a system text."""
-    error: ChatTemplateError | None = None
-    for form in _forms(messages):
-        try:
-            text = _render_form(template, form, values, generate)
-        except ChatTemplateError as refusal:
-            error = refusal
-            continue
-        if all(m.content.strip() in text for m in messages if m.role in ("system", "developer")):
-            return text
-        error = ChatTemplateError("The model's chat template leaves out the system message.")
-    assert error is not None
-    raise error
-
-
-def _forms(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """The messages as they are, then in the words older templates know: system for developer, then two roles only."""
-    yield messages
-    roles = {message.role for message in messages}
-    if "developer" in roles:
-        yield tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in messages)
-    folded = _fold(messages)
-    if folded != messages:
-        yield folded
-
-
-def _fold(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Everything that is not the assistant's becomes the user's, and neighbours of one role become one message."""
-    turns: list[Message] = []
-    for message in messages:
-        role = "assistant" if message.role == "assistant" else "user"
-        if turns and turns[-1].role == role:
-            texts = (turns[-1].content, message.content)
-            turns[-1] = Message(role, _BLANK.join(text for text in texts if text))
-        else:
-            turns.append(Message(role, message.content))
-    return tuple(turns)
-
-
-def _render_form(
-    template: ChatTemplate, messages: tuple[Message, ...], values: Mapping[str, Any], generate: bool
-) -> str:
-    plain: list[dict[str, str]] = [{"role": m.role, "content": m.content} for m in messages]
-    if not messages or messages[-1].role != "assistant" or not generate:
-        return template.render(plain, values, generate)
-    # The blank after the mark shows whether the template strips what it is given.
-    plain[-1]["content"] += _TAIL + " "
-    text = template.render(plain, values, False)
-    at = text.rfind(_TAIL)
-    if at < 0:
-        raise ChatTemplateError("The model's chat template leaves out the assistant message to continue.")
-    return text[:at] if text[at : at + 2] == _TAIL + " " else text[:at].rstrip()
 
 
 def _plain_text(messages: tuple[Message, ...], generate: bool) -> str:

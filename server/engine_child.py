@@ -4,14 +4,13 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import msgspec
 
+from server.child_python import child_environment, module_command
 from server.frames import Frame, FrameBuffer, FromEngine, decode_from_engine, pack
 
-COMMAND = (sys.executable, "-P", "-m", "server.engine_process")
-_ROOT = str(Path(__file__).parent.parent)
+COMMAND = module_command("server.engine_process")
 
 
 class EngineChild(asyncio.SubprocessProtocol):
@@ -29,13 +28,12 @@ class EngineChild(asyncio.SubprocessProtocol):
         It searches for modules where this program lies and not in the working directory, and gets a session of
         its own, so that Ctrl-C in the terminal reaches this side only.
         """
-        path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
         await asyncio.get_running_loop().subprocess_exec(
             lambda: self,
             *command,
             str(os.getpid()),
             stderr=None,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(os.environ),
             start_new_session=True,
         )
 

@@ -1,8 +1,8 @@
 """The engine's own process: opens one model and generates for the HTTP side, several requests at once.
 
-Two threads. The main thread sits in the engine. The other reads messages, so that a cancellation is seen in the
-middle of a prefill, prompts are checked while other answers are being written, and a closed pipe ends the
-process whatever it is doing. Run as `python -m server.engine_process PARENT_PID`.
+The main thread sits in the engine. Another reads messages, so that a cancellation is seen in the middle of a prefill
+and a closed pipe ends the process whatever it is doing. Two more prepare prompts, see `server.preparer`.
+Run as `python -m server.engine_process PARENT_PID`.
 """
 
 import ctypes
@@ -23,7 +23,8 @@ from offload.errors import DeviceError, DeviceFullError, SlimoeError
 from offload.generation import Event, Failed, Finished, GenerationRequest, Outcome
 from server import frames
 from server.pipe import Pipe, leave
-from server.prompts import Prompts, conversation
+from server.preparer import Job, Preparer, Question
+from server.prompts import Prompts
 from server.replies import OpenModel, Replies, describe, failure_of
 
 PR_SET_PDEATHSIG = 1
@@ -48,32 +49,23 @@ class ServedEngine(OpenModel, Protocol):
 OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
 
 
-class _Job:
-    """One accepted generation."""
-
-    def __init__(self, replies: Replies) -> None:
-        self.replies = replies
-        self.cancelled = threading.Event()
-
-
 class EngineProcess:
     """Carries out the messages of one pipe with one engine."""
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
-        self._prompts: Prompts | None = None
-        self._counters: Callable[[], dict[str, float]] = dict
+        self._preparer: Preparer | None = None
         self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
-        self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._jobs: dict[int, _Job] = {}
-        self._running: dict[int, _Job] = {}
+        self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[int, Replies] = {}
         self._handlers: Mapping[type[frames.ToEngine], Callable[[Any], None]] = {
             frames.Open: self._opening.put,
             frames.Submit: self._submit,
             frames.Cancel: self._cancel,
-            frames.Encode: self._encode,
-            frames.Decode: self._decode,
-            frames.Render: self._render,
+            frames.Encode: self._answer,
+            frames.Decode: self._answer,
+            frames.Render: self._answer,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -83,14 +75,15 @@ class EngineProcess:
         on_device_abort(request.rpc, self._give_up)
         try:
             engine = open_engine(request, self._progress())
-            self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
-            self._counters = engine.counters
+            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
             info = describe(engine)
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))
             return
-        self._pipe.send(frames.Ready(info))
-        self._serve(engine)
+        self._preparer = Preparer(prompts, self._pipe.send, self._take)
+        problem = self._preparer.template_problem()
+        self._pipe.send(frames.Ready(frames.with_notes(info, () if problem is None else (problem,))))
+        self._serve(engine, prompts)
 
     def _read(self) -> None:
         try:
@@ -111,58 +104,35 @@ class EngineProcess:
         return report
 
     def _submit(self, frame: frames.Submit) -> None:
-        assert self._prompts is not None, "a request came before the model was ready"
-        try:
-            request = self._prompts.complete(frame.request, frame.prompt)
-        except Exception as error:
-            self._pipe.send(failure_of(frame.id, error, frame.request.max_tokens))
-            return
-        job = self._jobs[frame.id] = _Job(Replies(frame.id, request, self._prompts.piece, self._counters))
-        self._pipe.send(frames.Accepted(frame.id, len(request.prompt_ids)))
-        self._waiting.put(job)
+        assert self._preparer is not None, "a request came before the model was ready"
+        job = self._jobs[frame.id] = Job(frame)
+        self._preparer.prepare(job)
+
+    def _take(self, job: Job) -> None:
+        """Called by the preparer when it is done with a job."""
+        if job.request is None:
+            self._jobs.pop(job.frame.id, None)
+        else:
+            self._waiting.put(job)
+
+    def _answer(self, question: Question) -> None:
+        assert self._preparer is not None
+        self._preparer.answer(question)
 
     def _cancel(self, frame: frames.Cancel) -> None:
         job = self._jobs.get(frame.id)
         if job is not None:
             job.cancelled.set()
 
-    def _encode(self, frame: frames.Encode) -> None:
-        assert self._prompts is not None
-        try:
-            tokenizer = self._prompts.tokenizer
-            ids = tokenizer.encode(frame.text, parse_special=frame.parse_special)
-            if frame.add_special and tokenizer.add_bos and tokenizer.bos is not None:
-                ids.insert(0, tokenizer.bos)
-            pieces = tuple(self._prompts.piece(token) for token in ids)
-            self._pipe.send(frames.Encoded(frame.id, tuple(ids), pieces))
-        except Exception as error:
-            self._pipe.send(failure_of(frame.id, error))
-
-    def _decode(self, frame: frames.Decode) -> None:
-        assert self._prompts is not None
-        try:
-            ids = self._prompts.prompt(frames.TokenPrompt(frame.ids)).ids if frame.ids else ()
-            self._pipe.send(frames.Text(frame.id, self._prompts.tokenizer.decode(ids, special=frame.shows_control)))
-        except Exception as error:
-            self._pipe.send(failure_of(frame.id, error))
-
-    def _render(self, frame: frames.Render) -> None:
-        assert self._prompts is not None
-        try:
-            text = self._prompts.chat.render(conversation(frame.prompt, frame.add_generation_prompt))
-            self._pipe.send(frames.Text(frame.id, text))
-        except Exception as error:
-            self._pipe.send(failure_of(frame.id, error))
-
     # --- generating ----------------------------------------------------------------------------------------
 
-    def _serve(self, engine: ServedEngine) -> None:
+    def _serve(self, engine: ServedEngine, prompts: Prompts) -> None:
         """Starts what has come and moves on what is running; sleeps while there is neither."""
         while True:
             if engine.is_idle:
-                self._start(engine, self._waiting.get())
+                self._start(engine, prompts, self._waiting.get())
             while not self._waiting.empty():
-                self._start(engine, self._waiting.get())
+                self._start(engine, prompts, self._waiting.get())
             for id, event in engine.step():
                 if isinstance(event, Failed) and isinstance(event.error, DeviceError | DeviceFullError):
                     self._give_up(event.error)
@@ -173,21 +143,23 @@ class EngineProcess:
         self._pipe.send(failure_of(0, error))
         leave()
 
-    def _start(self, engine: ServedEngine, job: _Job) -> None:
+    def _start(self, engine: ServedEngine, prompts: Prompts, job: Job) -> None:
+        assert job.request is not None
+        replies = Replies(job.frame.id, job.request, prompts.piece, engine.counters)
         try:
-            self._running[engine.submit(job.replies.request, job.cancelled.is_set)] = job
+            self._running[engine.submit(job.request, job.cancelled.is_set)] = replies
         except Exception as error:
-            self._pipe.send(job.replies.failure(error))
-            self._jobs.pop(job.replies.id, None)
+            self._pipe.send(replies.failure(error))
+            self._jobs.pop(replies.id, None)
 
     def _tell(self, id: int, event: Event | Failed) -> None:
-        job = self._running[id]
-        frame = job.replies.failure(event.error) if isinstance(event, Failed) else job.replies.event(event)
+        replies = self._running[id]
+        frame = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
         if frame is not None:
             self._pipe.send(frame)
         if isinstance(event, Failed | Finished):
             del self._running[id]
-            self._jobs.pop(job.replies.id, None)
+            self._jobs.pop(replies.id, None)
 
 
 def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:

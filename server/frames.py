@@ -4,7 +4,7 @@ Neither side trusts the other to be alive, so every request carries an id of the
 answer repeats it; answers to ids that are no longer known are dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -224,6 +224,11 @@ class Text(Frame, frozen=True):
 
     id: int
     text: str
+
+
+def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
+    """`info` with further sentences for a person."""
+    return msgspec.structs.replace(info, notes=(*info.notes, *notes))
 
 
 def with_figures(info: ModelInfo, done: Done) -> ModelInfo:

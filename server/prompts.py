@@ -8,6 +8,7 @@ from offload.generation import GenerationRequest
 from offload.tokenizer import Tokenizer
 from server.chat import Chat, Conversation, Message, Prompt
 from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from server.template_error import ChatTemplateError
 
 
 class RequestError(SlimoeError):
@@ -79,6 +80,15 @@ class Prompts:
                 "messages", "This model has no tokenizer, so it cannot chat. Complete token ids instead."
             )
         return self._chat
+
+    def template_problem(self) -> str | None:
+        """Why the model's template cannot be used, None if it can or there is none."""
+        try:
+            if self._chat is not None:
+                self._chat.check()
+        except ChatTemplateError as error:
+            return str(error)
+        return None
 
     def piece(self, token: int) -> bytes:
         """The bytes of `token`, control tokens by name; empty without a tokenizer."""

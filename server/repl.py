@@ -10,7 +10,7 @@ from offload.errors import ContextOverflowError
 from offload.generation import GenerationRequest
 from server.frames import ChatPrompt
 from server.prompts import Prompts
-from server.template import ChatTemplateError
+from server.template_error import ChatTemplateError
 from server.terminal import Outcome, generate, show_figures
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves."
@@ -23,12 +23,12 @@ class Repl:
     def __init__(self, engine: Engine, request: GenerationRequest, system: str | None = None) -> None:
         """`request` holds everything but the prompt, `system` is said first.
 
-        Raises RequestError for a model without a tokenizer.
+        Raises RequestError for a model without a tokenizer, ChatTemplateError for one with an unusable template.
         """
         self._engine = engine
         self._request = request
         self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
-        self._prompts.chat  # noqa: B018 - says now, not after the first line, that the model cannot chat
+        self._prompts.chat.check()  # says now, not after the first line, that the model cannot chat
         self._opening = [] if system is None else [("system", system)]
         self._turns = list(self._opening)
 

@@ -23,7 +23,7 @@ from offload.tokenizer import Tokenizer
 from server import frames
 from server.log_format import log_text
 from server.prompts import RequestError
-from server.template import ChatTemplateError
+from server.template_error import ChatTemplateError
 
 
 class OpenModel(Protocol):

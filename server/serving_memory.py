@@ -4,8 +4,10 @@ _FRONT_BYTES = 56 << 20
 """The process that speaks HTTP, before the first request."""
 _BODIES_BYTES = 48 << 20
 """Sixty prompts of 200 kB at once took 42 MiB."""
+TEMPLATE_BYTES = 70 << 20
+"""The process that renders chat templates: 21 MiB as it starts, and what a template may take, see `TemplateLimits`."""
 
 
 def serving_bytes() -> int:
     """What the other processes of `slimoe serve` take at most, all together."""
-    return _FRONT_BYTES + _BODIES_BYTES
+    return _FRONT_BYTES + _BODIES_BYTES + TEMPLATE_BYTES

@@ -1,11 +1,13 @@
 """A model's own chat template, compiled once and run in a sandbox.
 
 The template comes with the model file, so it is somebody else's program. It sees plain values only, cannot change
-them, cannot reach Python's internals, and is refused when its source, a repeated string or its output grows past
-a fixed size. Extensions, filters and globals are those that Hugging Face's templates are written against.
+them and cannot reach Python's internals. The sandbox does not bound time and memory, and compiling runs parts of a
+template already: both are done in a process that can be killed, see `server.template_process`. Extensions, filters
+and globals are those that Hugging Face's templates are written against.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -16,16 +18,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from offload.errors import SlimoeError
+from server.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
 
 MAX_SOURCE = 256 * 1024
-MAX_OUTPUT = 64 * 1024 * 1024
+MAX_OUTPUT = 16 * 1024 * 1024
 MAX_REPEATED = 1024 * 1024
 MAX_EXPONENT = 64
-
-
-class ChatTemplateError(SlimoeError):
-    """The model's template cannot be compiled, or refuses the conversation."""
+_MAX_REASON = 500
 
 
 class _GenerationTag(Extension):
@@ -86,21 +85,30 @@ def _environment() -> _Sandbox:
 class ChatTemplate:
     """A compiled template; `render` turns messages into the text the model was trained on."""
 
-    def __init__(self, source: str) -> None:
-        """Compiles `source`; raises ChatTemplateError when it is too long or no valid template."""
+    def __init__(self, source: str, max_output: int = MAX_OUTPUT) -> None:
+        """Compiles `source`, which may write `max_output` characters for a conversation.
+
+        Raises UnusableTemplateError when it is too long or no valid template, and MemoryError.
+        """
+        self._max_output = max_output
         if len(source) > MAX_SOURCE:
-            raise ChatTemplateError(f"The model's chat template is longer than {MAX_SOURCE} characters.")
+            raise UnusableTemplateError(f"it is longer than {MAX_SOURCE} characters")
         try:
             self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise ChatTemplateError(f"The model's chat template does not compile: {error}.") from None
+        except RecursionError:
+            raise UnusableTemplateError("it is nested too deeply") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise UnusableTemplateError(f"it does not compile ({_reason(error)})") from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
         """The text of the conversation; `values` are further names the template may use, such as `bos_token`.
 
-        Raises ChatTemplateError with the template's own words when it refuses the conversation.
+        Raises ChatTemplateError with the template's own words when it refuses the conversation, TemplateLimitError
+        when it writes too much, and MemoryError.
         """
         scope = {**values, "messages": messages, "add_generation_prompt": add_generation_prompt}
         parts: list[str] = []
@@ -109,10 +117,18 @@ class ChatTemplate:
             for part in self._template.generate(scope):
                 parts.append(part)
                 n_chars += len(part)
-                if n_chars > MAX_OUTPUT:
-                    raise SecurityError("its output is too long")
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ChatTemplateError(f"The model's chat template refuses these messages: {error}.") from None
-        except (RecursionError, MemoryError):
-            raise ChatTemplateError("The model's chat template needs too much memory for these messages.") from None
+                if n_chars > self._max_output:
+                    raise TemplateLimitError(f"{self._max_output} characters of output")
+        except (MemoryError, TemplateLimitError):
+            raise
+        except RecursionError:
+            raise TemplateLimitError(f"{sys.getrecursionlimit()} nested calls") from None
+        except Exception as error:
+            raise ChatTemplateError(f"The model's chat template refuses these messages: {_reason(error)}.") from None
         return "".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    """The error's first words: they may be the template's own, and as many as it likes."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."

@@ -26,5 +26,6 @@ class TokenizerEncoder:
         return list(self._chat.prompt(Conversation(turns, add_generation_prompt=False)).ids)
 
     def close(self) -> None:
-        """Frees the vocabulary."""
+        """Frees the vocabulary, and ends the process that the template runs in."""
+        self._chat.close()
         self._tokenizer.close()

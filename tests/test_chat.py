@@ -15,7 +15,8 @@ from offload.file_keys import PREFIX_AFTER_SPECIAL
 from offload.gguf_file import read_gguf
 from offload.tokenizer import Tokenizer
 from server.chat import FALLBACK_STOP, Chat, Conversation, Message
-from server.template import MAX_SOURCE, ChatTemplate, ChatTemplateError
+from server.template import MAX_SOURCE, ChatTemplate
+from server.template_error import ChatTemplateError
 from tests.nasty_texts import NASTY_TEXTS
 from tests.tiny_gguf import MIXTRAL_TEMPLATE, add_vocabulary
 
@@ -165,7 +166,10 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         ("{{ 'a' * 10**9 }}", "too often"),
         ("{{ [1] * 10000000 }}", "too often"),
         ("{{ 9 ** 999999 }}", "too high a power"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "too long"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+            "characters of output",
+        ),
         ("{{ messages.append(1) }}", "refuses"),
         ("{{ ''.__class__.__mro__ }}", "refuses"),
         ("{{ messages[0].content + 1 }}", "refuses"),
@@ -179,7 +183,7 @@ def test_templates_are_kept_in_their_box(source: str, words: str) -> None:
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ 'x'", "x" * (MAX_SOURCE + 1)])
 def test_templates_that_are_none(source: str) -> None:
-    with pytest.raises(ChatTemplateError, match="The model's chat template"):
+    with pytest.raises(ChatTemplateError, match="This model cannot chat, for its chat template cannot be used"):
         ChatTemplate(source)
 
 

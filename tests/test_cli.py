@@ -183,3 +183,14 @@ def test_ctrl_c_ends_a_single_completion(model: Path) -> None:
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+def test_a_template_that_cannot_be_used_is_needed_for_chats_only(sentencepiece_path: Path, tmp_path: Path) -> None:
+    template = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", sentencepiece_path, template)
+    assert reported(path, "-p", "hello", "-n", "2", "--ignore-eos")["timings"]["predicted_n"] == 2
+    for arguments in ([], ["-p", "hello", "--chat"]):
+        status, out, err = told("run", path, "-n", "2", *arguments, text="hello\n")
+        assert (status, out) == (1, "")
+        assert "cannot chat, for its chat template cannot be used: it is nested too deeply." in err
+        assert "Traceback" not in err

@@ -219,3 +219,44 @@ async def test_the_end_of_the_server_is_told_in_open_streams(model: Path) -> Non
             await waiting
         assert refusal.value.status_code == 503
         await until(lambda: not psutil.pid_exists(pid))
+
+
+BOMB = (
+    "{% for m in messages %}{% if m.content == 'bomb' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endif %}[INST] {{ m.content }} [/INST]{% endfor %}"
+)
+
+
+async def test_a_template_that_does_not_end_is_one_requests_problem(sentencepiece_path: Path, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", sentencepiece_path, BOMB)
+    async with live_server(path) as server, server.client() as client:
+        bombs = [asyncio.create_task(answer(server, "bomb")) for _ in range(2)]
+        await until(lambda: server.supervisor.n_busy == 2)
+        completion = await client.completions.create(model="", prompt="hello")
+        assert completion.choices[0].text == " hello"
+        assert await health(server) == (200, "ok")
+        assert await answer(server, "next") == " [INST] next [/INST]"
+        for bomb in bombs:
+            with pytest.raises(openai.BadRequestError, match="chat template takes more than") as refusal:
+                await bomb
+            assert refusal.value.param == "messages"
+        url = f"{server.url}/apply-template"
+        async with aiohttp.ClientSession() as session:
+            async with session.post(url, json={"messages": messages("bomb")}) as response:
+                assert response.status == 400
+                assert "chat template" in (await response.json())["error"]["message"]
+            async with session.post(url, json={"messages": messages("x")}) as response:
+                assert await response.json() == {"prompt": "[INST] x [/INST]"}
+        assert server.supervisor.n_restarts == 0
+
+
+async def test_a_model_whose_template_cannot_be_used(sentencepiece_path: Path, tmp_path: Path) -> None:
+    template = "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", sentencepiece_path, template)
+    async with live_server(path) as server, server.client() as client:
+        assert server.supervisor.info is not None
+        assert "cannot chat, for its chat template cannot be used: it is nested" in server.supervisor.info.notes[-1]
+        with pytest.raises(openai.BadRequestError, match="cannot chat"):
+            await answer(server, "hello")
+        completion = await client.completions.create(model="", prompt="hello")
+        assert completion.choices[0].text == " hello"

@@ -1,0 +1,93 @@
+"""What comes before the engine's work: templates, tokens and checks, away from the threads that must answer at once.
+
+Two threads. One has conversations rendered, which a stranger's template decides the time of; the other reads plain
+texts, which a long one delays. Each takes its work in turn, and leaves out what nobody waits for any more.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from offload.generation import GenerationRequest
+from server import frames
+from server.prompts import Prompts, conversation
+from server.replies import failure_of
+
+Send = Callable[[frames.Frame], None]
+Question = frames.Encode | frames.Decode | frames.Render
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One generation: as it was asked for, and once it is prepared, as the engine takes it."""
+
+    frame: frames.Submit
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    request: GenerationRequest | None = None
+
+
+class Preparer:
+    """Prepares generations and answers questions about text.
+
+    `take` gets every job back, without a request if it has failed or nobody waits for it.
+    """
+
+    def __init__(self, prompts: Prompts, send: Send, take: Callable[[Job], None]) -> None:
+        self._prompts, self._send, self._take = prompts, send, take
+        self._chats: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._texts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for name, waiting in (("chats", self._chats), ("texts", self._texts)):
+            threading.Thread(target=_work, args=(waiting,), name=name, daemon=True).start()
+
+    def template_problem(self) -> str | None:
+        """Why no chat is possible with the model's template, None if one is; waits until that is known."""
+        problems: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._chats.put(lambda: problems.put(self._prompts.template_problem()))
+        return problems.get()
+
+    def prepare(self, job: Job) -> None:
+        """Queues a generation."""
+        is_chat = isinstance(job.frame.prompt, frames.ChatPrompt)
+        (self._chats if is_chat else self._texts).put(lambda: self._prepare(job))
+
+    def answer(self, question: Question) -> None:
+        """Queues a question."""
+        waiting = self._chats if isinstance(question, frames.Render) else self._texts
+        waiting.put(lambda: self._answer(question))
+
+    def _prepare(self, job: Job) -> None:
+        frame = job.frame
+        if not job.cancelled.is_set():
+            try:
+                job.request = self._prompts.complete(frame.request, frame.prompt)
+                self._send(frames.Accepted(frame.id, len(job.request.prompt_ids)))
+            except Exception as error:
+                self._send(failure_of(frame.id, error, frame.request.max_tokens))
+        self._take(job)
+
+    def _answer(self, question: Question) -> None:
+        try:
+            self._send(self._answered(question))
+        except Exception as error:
+            self._send(failure_of(question.id, error))
+
+    def _answered(self, question: Question) -> frames.Answer:
+        prompts = self._prompts
+        match question:
+            case frames.Encode(id, text, add_special, parse_special):
+                tokenizer = prompts.tokenizer
+                ids = tokenizer.encode(text, parse_special=parse_special)
+                if add_special and tokenizer.add_bos and tokenizer.bos is not None:
+                    ids.insert(0, tokenizer.bos)
+                return frames.Encoded(id, tuple(ids), tuple(prompts.piece(token) for token in ids))
+            case frames.Decode(id, ids, shows_control):
+                known = prompts.prompt(frames.TokenPrompt(ids)).ids if ids else ()
+                return frames.Text(id, prompts.tokenizer.decode(known, special=shows_control))
+            case frames.Render(id, prompt, add_generation_prompt):
+                return frames.Text(id, prompts.chat.render(conversation(prompt, add_generation_prompt)))
+
+
+def _work(waiting: "queue.SimpleQueue[Callable[[], None]]") -> None:
+    while True:
+        waiting.get()()
