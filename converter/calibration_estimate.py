@@ -35,6 +35,13 @@ class Estimate:
     state_bytes: int
 
     @property
+    def steps(self) -> dict[str, float]:
+        """Seconds by what a calibration says that it is doing."""
+        parts = dict(self.seconds)
+        layers = sum(parts.pop(name, 0.0) for name in ("read", "pass", "types"))
+        return {"layers": layers, **parts}
+
+    @property
     def total_seconds(self) -> float:
         """Of everything."""
         return sum(self.seconds.values())

@@ -9,8 +9,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import msgspec
+
+from converter.document import decode_json
 from offload.errors import UsageError
 from offload.regular_file import read_regular, reason
 
@@ -162,7 +165,7 @@ def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterat
 
 def _read(path: Path) -> str:
     try:
-        return read_regular(path).decode("utf-8")
+        return read_regular(path).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({reason(error)}). Name a text file.") from None
     except UnicodeDecodeError:
@@ -187,13 +190,28 @@ def _excerpts(text: str, n_characters: int) -> Iterator[tuple[int, str]]:
         yield (begin or at), text[begin or at : at + size]
 
 
+class _Message(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class _Entry(msgspec.Struct):
+    """A line of JSON: either of both."""
+
+    messages: tuple[_Message, ...] | None = None
+    text: str | None = None
+
+
 def _entry(path: Path, number: int, line: str, encoder: TextEncoder) -> list[int]:
     try:
-        entry: Any = json.loads(line)
-        if "messages" in entry:
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in entry["messages"]]
-            return encoder.chat(messages)
-        return encoder.text(str(entry["text"]), at_start=True)
-    except (KeyError, TypeError, ValueError):
+        entry = decode_json(line.encode(), _Entry)
+        if entry.messages is not None:
+            return encoder.chat([{"role": one.role, "content": one.content} for one in entry.messages])
+        if entry.text is not None:
+            return encoder.text(entry.text, at_start=True)
+        raise ValueError
+    except ValueError:
         hint = "Each line is an object with `messages`, of which each has a role and content, or with `text`."
         raise UsageError(f"{path}: line {number} is no text or conversation. {hint}") from None

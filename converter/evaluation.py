@@ -100,7 +100,8 @@ class Reference:
         head = read_head(model, self.device)
         scores = token_scores(head, last, self.windows.targets)
         divergence = divergences(read_head(self.source, self.device), self._last.rows, head, last)
-        return Comparison(self.windows, self.scores, scores, divergence, self._flips(picks, descent), errors)
+        flips, n_vocab = self._flips(picks, descent), self.source.spec.n_vocab
+        return Comparison(self.windows, self.scores, scores, divergence, flips, errors, n_vocab)
 
     def close(self) -> None:
         """Deletes what lies on disk."""

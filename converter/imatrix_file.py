@@ -196,7 +196,7 @@ def _from_old(path: Path) -> Imatrix:
             name = data[at + 4 : at + 4 + length].decode()
             n_calls, n_values = struct.unpack_from("<ii", data, at + 4 + length)
             at += 12 + length
-            if n_values < 1:
+            if length < 1 or n_values < 1:
                 raise ValueError
             sums = np.frombuffer(data, "<f4", n_values, at).reshape(1, -1)
             at += 4 * n_values

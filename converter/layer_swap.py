@@ -27,8 +27,8 @@ def divergence_by_block(
     """Mean KL divergence in nats per token by block of the reference; a block that is gone is left out there.
 
     All later blocks of the reference run once more for each: the cost is half its number of blocks in whole passes, so
-    a few thousand tokens are enough. Raises UsageError for a model whose blocks come from nobody knows where or that
-    has other sizes, and ModelFileError.
+    a few thousand tokens are enough. Progress counts passes of blocks. Raises UsageError for a model whose blocks come
+    from nobody knows where or that has other sizes, and ModelFileError.
     """
     check_alike(model, reference)
     descent = descent or likely_descent(model, reference)
@@ -39,6 +39,7 @@ def divergence_by_block(
         fill_states(reference, sequences, states, device=device, directory=directory)
         own, other = Stream(reference, sequences, device, directory), Stream(model, sequences, device, directory)
         head, rows, found = read_head(reference, device), torch.from_numpy(windows.rows), []
+        done, n_passes = 0, n_layer * (n_layer + 1) // 2
         expected = states.before[-1][rows]
         try:
             for block in range(n_layer):
@@ -49,7 +50,8 @@ def divergence_by_block(
                 for later in range(block + 1, n_layer):
                     own.pass_layer(later, Observer())
                 found.append(float(divergences(head, expected, head, own.h[rows]).mean()))
-                on_progress(block + 1, n_layer)
+                done += n_layer - block
+                on_progress(done, n_passes)
         finally:
             own.close()
             other.close()

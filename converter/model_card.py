@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from converter.report import Report
-from converter.report_markdown import FLATTERED, divergence, percent, table
+from converter.report_markdown import FLATTERED, divergence, percent, plain_kl, table, unread_text, yardstick_text
 
 
 def model_card(report: Report, report_name: str) -> str:
@@ -66,8 +66,11 @@ def _licence(report: Report) -> str:
 def _figures(report: Report) -> Iterator[str]:
     total = report.quality.total
     rows = [("Figure", "Value"), ("KL divergence from the original, nats per token", divergence(total))]
+    rows.append(("The same for one token in 1,000, at least", f"{total.divergence.percentile_999:.4f}"))
+    rows.append(("The whole model in plain types of as many bytes", plain_kl(report)))
     rows.append(("Same likeliest token", percent(total.same_top)))
-    for name, one in report.quality.domains.items():
+    read = [(name, one) for name, one in report.quality.domains.items() if name not in report.quality.unread]
+    for name, one in read or report.quality.domains.items():
         value = f"{one.reference_perplexity:.3f} to {one.perplexity:.3f} ({100 * one.perplexity_rise:+.1f} %)"
         rows.append((f"Perplexity, {name}", value))
     for name, probe in report.probes.items():
@@ -79,6 +82,7 @@ def _figures(report: Report) -> Iterator[str]:
     yield ""
     own = " of slimoe's own mixture" if report.judged.is_own else ""
     yield f"Measured on {report.judged.n_scored:,} tokens{own}. Other uses may suffer more or less."
+    yield from (text for text in (yardstick_text(report), unread_text(report)) if text)
     if report.judged.seen is not None and report.judged.seen >= FLATTERED:
         yield f"{percent(report.judged.seen)} of them were calibrated on, so the figures flatter."
 

@@ -39,6 +39,7 @@ class Comparison:
     divergence: Floats
     flips: tuple[float | None, ...]
     stream_error: tuple[float | None, ...]
+    n_vocab: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Divergence:
     mean: float
     median: float
     percentile_99: float
+    percentile_999: float
     largest: float
     error: float | None
 
@@ -73,19 +75,39 @@ class DomainQuality:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """All tokens together, each domain, and each block as in `Comparison`."""
+    """Each domain, each block as in `Comparison`, and in `total` the tokens of all domains but those `unread`.
+
+    Those are domains that the reference cannot read: what it predicts without understanding says nothing of what a
+    model lost. If it can read none, `total` is of all.
+    """
 
     total: DomainQuality
     domains: Mapping[str, DomainQuality]
+    unread: tuple[str, ...]
     flips: tuple[float | None, ...]
     stream_error: tuple[float | None, ...]
 
 
 def summarise(compared: Comparison) -> Quality:
     """The figures of a comparison."""
-    everything = np.ones(compared.windows.n_scored, np.bool_)
-    domains = {name: _of(compared, rows) for name, rows in compared.windows.domain_rows().items()}
-    return Quality(_of(compared, everything), domains, compared.flips, compared.stream_error)
+    rows, unread = compared.windows.domain_rows(), unread_domains(compared)
+    counted = [name for name in rows if name not in unread] or list(rows)
+    total = _of(compared, np.any([rows[name] for name in counted], axis=0))
+    domains = {name: _of(compared, found) for name, found in rows.items()}
+    return Quality(total, domains, unread, compared.flips, compared.stream_error)
+
+
+def unread_domains(compared: Comparison) -> tuple[str, ...]:
+    """Domains whose tokens the reference predicts no better than by how often they occur in the texts, context unseen.
+
+    How often is counted over all the texts, whole windows of them, every token of the vocabulary once more.
+    """
+    tokens = np.concatenate([np.array(one, np.int64) for one in compared.windows.sequences.tokens])
+    counts = np.bincount(tokens, minlength=compared.n_vocab) + 1.0
+    by_frequency = np.log(counts / counts.sum())[compared.windows.targets]
+    gain = compared.reference.log_probability - by_frequency
+    rows = compared.windows.domain_rows()
+    return tuple(name for name, found in rows.items() if float(gain[found].mean(dtype=np.float64)) <= 0)
 
 
 def _of(compared: Comparison, rows: Mask) -> DomainQuality:
@@ -112,5 +134,5 @@ def _divergence(values: NDArray[np.float64], owners: NDArray[np.int64]) -> Diver
     error = None
     if n_windows > 1:
         error = float(np.sqrt((excess**2).sum() * n_windows / (n_windows - 1)) / len(values))
-    median, percentile = np.quantile(values, (0.5, 0.99))
-    return Divergence(mean, float(median), float(percentile), float(values.max()), error)
+    median, *high = (float(value) for value in np.quantile(values, (0.5, 0.99, 0.999)))
+    return Divergence(mean, median, high[0], high[1], float(values.max()), error)

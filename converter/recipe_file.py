@@ -53,8 +53,9 @@ def recipe_tables(name: str) -> Tables:
     except FileNotFoundError:
         hint = f"Name a file, or one of {', '.join(ready)}."
         raise UsageError(f"There is no recipe {name!r}.{_nearest(name, ready)} {hint}") from None
-    except OSError as error:
-        raise UsageError(f"{name} cannot be read ({reason(error)}). Name a recipe's file.") from None
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise UsageError(f"{name} cannot be read ({why}). Name a recipe's file.") from None
     return text_tables(text, name)
 
 

@@ -7,6 +7,7 @@ from converter.block_facts import BlockFacts
 from converter.inventory import KindCount
 from converter.probes import Cloze
 from converter.quality import DomainQuality, Quality
+from converter.yardstick import Yardstick
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class JudgedOn:
 class Report:
     """Everything. `quality` is that of the best copies, `low_quality` that of the second ones. KL is in nats per token.
 
-    `expected_lacks` is what was done that the expected KL says nothing of.
+    `expected_lacks` is what was done that the expected KL says nothing of, `yardstick` what plain types would lose.
     By block of the source, None where there is nothing to say: `block_kl`, what a block's changes alone cost.
     """
 
@@ -100,4 +101,5 @@ class Report:
     writing: Writing | None
     source_writing: Writing | None
     coverage: Coverage | None
+    yardstick: Yardstick | None
     seconds: float

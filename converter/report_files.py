@@ -16,9 +16,10 @@ from converter.report import Report
 from converter.report_making import ReportMaker, file_hash
 from converter.report_markdown import markdown
 from offload import file_keys as keys
+from offload.errors import UsageError
 from offload.gguf_file import Value, read_gguf
 from offload.model_spec import NATIVE
-from offload.whole_file import Destination, reserved, write_error, write_whole
+from offload.whole_file import Destination, real_path, reserved, write_error, write_whole
 
 _ROOM = 640
 """Characters of JSON about quality, at most: what the header's room surely has beside the losses of two copies."""
@@ -54,6 +55,15 @@ def report_paths(target: Path) -> dict[str, Path]:
     return {what: target.with_name(target.name + end) for what, end in ends.items()}
 
 
+def check_reports(target: Path, hint: str, *, force: bool) -> None:
+    """Raises UsageError where a report of a file cannot lie, or would replace what lies there without `force`."""
+    for path in report_paths(target).values():
+        if path.is_dir() and not force and any(path.iterdir()):
+            raise UsageError(f"{path} holds pictures. {hint}")
+        if not path.is_dir() and real_path(path).exists() and not force:
+            raise UsageError(f"{path} exists. {hint}")
+
+
 def save_report(report: Report, target: Path, folder: Path | None = None) -> None:
     """Writes a report's files beside the file that it is about, each whole or not at all, made in `folder` if given.
 
@@ -79,7 +89,7 @@ def report_fields(report: Report) -> dict[str, Any]:
     """The report as JSON has it."""
     fields: dict[str, Any] = msgspec.to_builtins(report)
     fields["file"]["share"] = report.file.share
-    return {"version": 1, **fields}
+    return {"version": 2, **fields}
 
 
 def quality_keys(report: Report) -> Mapping[str, Value]:
@@ -90,6 +100,7 @@ def quality_keys(report: Report) -> Mapping[str, Value]:
         "kl_error": total.divergence.error,
         "kl_median": total.divergence.median,
         "kl_99": total.divergence.percentile_99,
+        "kl_999": total.divergence.percentile_999,
         "same_top": total.same_top,
         "perplexity": [total.reference_perplexity, total.perplexity],
         "n_tokens": total.n_tokens,

@@ -25,10 +25,14 @@ from converter.model_source import ModelSource
 from converter.probes import Cloze, cloze, content_tokens
 from converter.quality import Comparison, DomainQuality, summarise
 from converter.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
-from converter.report_estimate import estimate_seconds
+from converter.report_estimate import BLOCKS, FILE, PLAIN, SECOND, SOURCE, WRITING, ReportWork, estimate_seconds
+from converter.report_known import reported_descent
+from converter.slim_estimate import writing_seconds
+from converter.slim_layout import lay_out
 from converter.slim_plan import SlimPlan
 from converter.statistics import Statistics
 from converter.windows import Windows, cut_windows
+from converter.yardstick import PlainPlan, Yardstick, make_yardstick, plain_neighbours, planned_source
 from offload import file_keys as keys
 from offload.gguf_file import Value, read_gguf
 from offload.model_spec import NATIVE
@@ -38,7 +42,8 @@ LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
 """Programs that load a format."""
 _LIBRARIES = ("slimoe", "numpy", "torch", "gguf", "llama-cpp-python")
 _HELD_BYTES = 1 << 30
-"""Models of so many bytes in float32 are held in memory to write texts where there is no engine for them."""
+"""Models of so many bytes in float32 are small: they write texts in memory where there is no engine for them, and are
+quantised to plain types only to compare with."""
 _PROMPTS, _PROMPT_TOKENS = 6, 16
 _BLOCK_LENGTH = 128
 _HASHED_BYTES = 1 << 24
@@ -47,13 +52,14 @@ _HASHED_BYTES = 1 << 24
 @dataclass(frozen=True, slots=True)
 class ReportSettings:
     """How to judge: a torch device; tokens for what each block's changes cost, and tokens that each text is continued
-    by, 0 for neither; beyond how many bytes streams lie on disk.
+    by, 0 for neither; beyond how many bytes streams lie on disk; threads that quantise plain models to compare with.
     """
 
     device: str = "cpu"
     n_block_tokens: int = 1024
     n_written: int = 64
     max_state_bytes: int = 1 << 31
+    n_threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +70,36 @@ class Engines:
     source: Continue | None = None
 
 
+def block_windows(windows: Windows, n_tokens: int) -> Windows | None:
+    """Shorter texts than those of the other figures, some of each domain, for what each block's changes cost."""
+    if not n_tokens:
+        return None
+    texts: dict[str, list[int]] = {}
+    for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
+        texts.setdefault(domain, []).extend(tokens)
+    return cut_windows(texts, _BLOCK_LENGTH, max(1, n_tokens // (_BLOCK_LENGTH * len(texts))))
+
+
+def report_work(
+    source: ModelSource, windows: Windows, plain: Sequence[PlainPlan], n_copy: int, settings: ReportSettings
+) -> ReportWork:
+    """What a report of a file with so many copies takes, `plain` being the models that it may be compared with."""
+    measured = plain if is_small(source) else ()
+    seconds = [writing_seconds(source, one.plan, lay_out(source, one.plan), settings.n_threads) for one in measured]
+    n_written = settings.n_written if is_small(source) else 0
+    cut = block_windows(windows, settings.n_block_tokens)
+    return ReportWork(windows, cut, n_copy, len(measured), sum(seconds), _PROMPTS, n_written, n_models=1)
+
+
+def is_small(source: ModelSource) -> bool:
+    """Whether a model can be held in memory in float32."""
+    return 4 * _n_weights(source) <= _HELD_BYTES
+
+
 class ReportMaker:
-    """Everything about the file `target` that was made of `source`. Without `plan` equal blocks are taken for each
-    other, and of a model with fewer blocks nothing is said by block.
+    """Everything about the file `target` that was made of `source`. Without `plan` what an earlier report `known` of it
+    says is taken for the plan's; without both equal blocks are taken for each other, and of a model with fewer blocks
+    nothing is said by block.
     """
 
     def __init__(
@@ -80,13 +113,17 @@ class ReportMaker:
         settings: ReportSettings = ReportSettings(),
         engines: Engines = Engines(),
         expected_lacks: Sequence[str] = (),
+        known: Report | None = None,
     ) -> None:
         """Opens the file; raises ModelFileError. `expected_lacks` is what the plan's expected KL does not count."""
-        self.expected_lacks = tuple(expected_lacks)
+        self.known = known
+        self.expected_lacks = known.expected_lacks if known is not None and plan is None else tuple(expected_lacks)
         self.source, self.target, self.judged = source, target, judged
         self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
         self.model = gguf_source(target)
-        self.descent = planned_descent(plan) if plan else likely_descent(self.model, source)
+        told = None if known is None else reported_descent(known.blocks)
+        self.descent = planned_descent(plan) if plan else told or likely_descent(self.model, source)
+        self.plain = plain_neighbours(source, statistics, target.stat().st_size)
         gguf = read_gguf(target)
         self.metadata = gguf.metadata
         is_native = self.model.spec.architecture == NATIVE
@@ -94,11 +131,10 @@ class ReportMaker:
         self.format = "native" if is_native else "stock"
 
     @property
-    def seconds(self) -> float:
-        """What it will take, without the writing of texts, tried for a moment."""
-        return estimate_seconds(
-            self.source, self.judged.windows, self._block_windows(), self.n_copy, self.settings.device
-        )
+    def seconds(self) -> dict[str, float]:
+        """What it will take by kind of work, tried for a moment."""
+        work = report_work(self.source, self.judged.windows, self.plain, self.n_copy, self.settings)
+        return estimate_seconds(self.source, work, self.settings.device)
 
     def make(self, on_progress: Progress = lambda _what, _done, _total: None, directory: Path | None = None) -> Report:
         """Judges; streams that are large lie in `directory`, if one is given.
@@ -108,7 +144,7 @@ class ReportMaker:
         begin = time.monotonic()
         if not self._is_large():
             directory = None
-        compared, low = self._compare(directory, on_progress)
+        compared, low, yardstick = self._compare(directory, on_progress)
         block_kl = self._block_kl(directory, on_progress)
         writing, source_writing = self._writings(on_progress)
         return Report(
@@ -117,52 +153,58 @@ class ReportMaker:
             judged=self._judged_on(),
             quality=summarise(compared),
             low_quality=low,
-            expected_kl=self.plan.expected_kl if self.plan else None,
+            expected_kl=self.plan.expected_kl if self.plan else self.known.expected_kl if self.known else None,
             expected_lacks=self.expected_lacks,
             blocks=block_facts(self.target, self.source, self.descent),
             block_kl=block_kl,
             probes=self._probes(compared),
             writing=writing,
             source_writing=source_writing,
-            coverage=None if self.statistics is None else expert_coverage(self.statistics),
+            coverage=self._coverage(),
+            yardstick=yardstick,
             seconds=time.monotonic() - begin,
         )
 
     # --- measuring -----------------------------------------------------------------------------------------
 
-    def _compare(self, directory: Path | None, on_progress: Progress) -> tuple[Comparison, DomainQuality | None]:
+    def _compare(
+        self, directory: Path | None, on_progress: Progress
+    ) -> tuple[Comparison, DomainQuality | None, Yardstick | None]:
         device = self.settings.device
         reference = Reference(
             self.source,
             self.judged.windows,
             device=device,
             directory=directory,
-            on_progress=_named(on_progress, "the source's answers"),
+            on_progress=_named(on_progress, SOURCE),
         )
         try:
-            compared = reference.compare(self.model, self.descent, _named(on_progress, "the file's answers"))
-            if self.n_copy == 1:
-                return compared, None
-            low = gguf_source(self.target, self.n_copy - 1)
-            found = reference.compare(low, self.descent, _named(on_progress, "the second copies' answers"))
-            return compared, summarise(found).total
+            compared = reference.compare(self.model, self.descent, _named(on_progress, FILE))
+            low = None
+            if self.n_copy > 1:
+                second = gguf_source(self.target, self.n_copy - 1)
+                low = summarise(reference.compare(second, self.descent, _named(on_progress, SECOND))).total
+            return compared, low, self._yardstick(reference, on_progress)
         finally:
             reference.close()
 
-    def _block_windows(self) -> Windows | None:
-        """Shorter texts than those of the other figures, some of each domain."""
-        n_tokens = self.settings.n_block_tokens
-        if self.descent is None or not n_tokens:
-            return None
-        texts: dict[str, list[int]] = {}
-        windows = self.judged.windows
-        for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
-            texts.setdefault(domain, []).extend(tokens)
-        return cut_windows(texts, _BLOCK_LENGTH, max(1, n_tokens // (_BLOCK_LENGTH * len(texts))))
+    def _yardstick(self, reference: Reference, on_progress: Progress) -> Yardstick | None:
+        n_layer, done = self.source.spec.n_layer, 0
+        n_steps = n_layer * len(self.plain)
+
+        def measure(one: PlainPlan) -> float:
+            nonlocal done
+            model = planned_source(self.source, self.statistics, one.plan, self.settings.n_threads)
+            compared = reference.compare(model, None, lambda layer, _all: on_progress(PLAIN, done + layer, n_steps))
+            done += n_layer
+            return summarise(compared).total.divergence.mean
+
+        n_bytes = self.target.stat().st_size
+        return make_yardstick(self.plain, n_bytes, measure if is_small(self.source) else None)
 
     def _block_kl(self, directory: Path | None, on_progress: Progress) -> tuple[float, ...] | None:
-        windows = self._block_windows()
-        if windows is None:
+        windows = block_windows(self.judged.windows, self.settings.n_block_tokens)
+        if windows is None or self.descent is None:
             return None
         return divergence_by_block(
             self.model,
@@ -171,21 +213,23 @@ class ReportMaker:
             descent=self.descent,
             device=self.settings.device,
             directory=directory,
-            on_progress=_named(on_progress, "each block alone"),
+            on_progress=_named(on_progress, BLOCKS),
         )
 
     def _writings(self, on_progress: Progress) -> tuple[Writing | None, Writing | None]:
         if not self.settings.n_written:
             return None, None
-        on_progress("writing texts", 0, 2)
+        on_progress(WRITING, 0, 2)
         writing = self._writing(self.engines.model, self.model)
-        on_progress("writing texts", 1, 2)
-        return writing, self._writing(self.engines.source, self.source)
+        on_progress(WRITING, 1, 2)
+        source_writing = self._writing(self.engines.source, self.source)
+        on_progress(WRITING, 2, 2)
+        return writing, source_writing
 
     def _writing(self, continue_: Continue | None, model: ModelSource) -> Writing | None:
         ends = end_tokens(self.model.metadata)
         if continue_ is None:
-            if 4 * _n_weights(model) > _HELD_BYTES:
+            if not is_small(model):
                 return None
             continue_ = greedy(model, ends)
         tokens = self.judged.windows.sequences.tokens
@@ -232,6 +276,8 @@ class ReportMaker:
         if statistics is not None:
             for domain, tokens in zip(statistics.domains, statistics.tokens, strict=True):
                 domains[domain] += len(tokens)
+        if statistics is None and self.known is not None:
+            domains.update(self.known.provenance.calibration_domains)
         return Provenance(
             source_name=str(self.source.metadata.get("general.name", self.source.path.name)),
             source_hash=self.source.source_hash,
@@ -254,6 +300,11 @@ class ReportMaker:
             is_own=self.judged.is_own,
             seen=self.judged.seen,
         )
+
+    def _coverage(self) -> Coverage | None:
+        if self.statistics is not None:
+            return expert_coverage(self.statistics)
+        return None if self.known is None else self.known.coverage
 
 
 def expert_coverage(statistics: Statistics) -> Coverage:

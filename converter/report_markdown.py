@@ -73,8 +73,9 @@ def _summary(report: Report) -> Iterator[str]:
             ("Bits for each weight of the source", f"{file.bits_per_weight:.2f}"),
             ("Format", f"{file.format}, loads in {' and '.join(file.loads_in)}"),
             ("KL divergence, nats per token", divergence(total)),
-            ("median; 99 %", f"{total.divergence.median:.4f}; {total.divergence.percentile_99:.4f}"),
+            ("median; 99 %; 99.9 %", _quantiles(total)),
             ("KL expected by the plan", _expected(report)),
+            ("KL of plain types at as many bytes", plain_kl(report)),
             ("Perplexity, source", f"{total.reference_perplexity:.3f}"),
             ("Perplexity, this file", f"{total.perplexity:.3f} ({100 * total.perplexity_rise:+.1f} %)"),
             ("Same likeliest token", percent(total.same_top)),
@@ -88,8 +89,56 @@ def _summary(report: Report) -> Iterator[str]:
             f"With every expert's second copy: KL {divergence(low)} nats, perplexity {low.perplexity:.3f} "
             f"({100 * low.perplexity_rise:+.1f} %)."
         )
+    for text in (yardstick_text(report), unread_text(report)):
+        if text:
+            yield ""
+            yield text
     yield ""
     yield from _judged(report)
+
+
+def _quantiles(one: DomainQuality) -> str:
+    found = one.divergence
+    return f"{found.median:.4f}; {found.percentile_99:.4f}; {found.percentile_999:.4f}"
+
+
+def plain_kl(report: Report) -> str:
+    """What the yardstick says, in a cell of a table."""
+    found = report.yardstick
+    if found is None or found.kl is None:
+        return "not known"
+    return f"{found.kl:.4f}, {'measured' if found.is_measured else 'expected'}"
+
+
+def yardstick_text(report: Report) -> str:
+    """A sentence on the whole model in plain types; empty where there are none."""
+    found, kl = report.yardstick, report.quality.total.divergence.mean
+    if found is None:
+        return ""
+    models = " and ".join(
+        f"{one.type} of {one.n_bytes:,} bytes" + ("" if one.kl is None else f" (KL {one.kl:.4f})")
+        for one in found.models
+    )
+    if found.kl is None and found.models[0].n_bytes > report.file.n_bytes:
+        return f"No plain type of the whole model is so small: the smallest is {models}."
+    if found.kl is None:
+        why = "" if report.coverage is not None else " --stats says what to expect of them."
+        return f"The nearest plain types of the whole model are {models}.{why}"
+    how = "measured alike" if found.is_measured else "as the statistics foretell"
+    less = f": this file has {kl / found.kl:.2g} times that" if found.kl > 0 and kl > 0 else ""
+    return f"Plain types of the whole model at as many bytes, {how}: KL {found.kl:.4f}, from {models}{less}."
+
+
+def unread_text(report: Report) -> str:
+    """A sentence on texts that the source cannot read; empty without any."""
+    names = report.quality.unread
+    if not names:
+        return ""
+    told = ", ".join(f"{name} (perplexity {report.quality.domains[name].reference_perplexity:,.0f})" for name in names)
+    rule = "it predicts their tokens no better than by how often they occur"
+    if len(names) == len(report.quality.domains):
+        return f"The source cannot read any of the texts ({rule}): {told}. The figures say little."
+    return f"Left out of the mean, since the source cannot read them ({rule}): {told}."
 
 
 def _expected(report: Report) -> str:
@@ -116,15 +165,17 @@ def _judged(report: Report) -> Iterator[str]:
 
 
 def _domains(report: Report) -> Iterator[str]:
-    rows = [("Domain", "Tokens", "KL", "Median", "99 %", "Ppl source", "Ppl file", "Rise", "Same top")]
+    head = ("Domain", "Tokens", "KL", "Median", "99 %", "99.9 %", "Ppl source", "Ppl file", "Rise", "Same top")
+    rows = [head]
     for name, one in report.quality.domains.items():
         rows.append(
             (
-                name,
+                name + (" (unread)" if name in report.quality.unread else ""),
                 f"{one.n_tokens:,}",
                 divergence(one),
                 f"{one.divergence.median:.4f}",
                 f"{one.divergence.percentile_99:.4f}",
+                f"{one.divergence.percentile_999:.4f}",
                 f"{one.reference_perplexity:.3f}",
                 f"{one.perplexity:.3f}",
                 f"{100 * one.perplexity_rise:+.1f} %",

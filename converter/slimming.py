@@ -30,7 +30,7 @@ from offload.errors import DoesNotFitError, UsageError
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
 
-_BEYOND = 2.0
+BEYOND = 2.0
 """So many times what the statistics foretell to second order is what slimming costs, measured on a trained model, types
 and parts left out alike: errors of layers go together, and tokens move to other experts. In the first layer it is more.
 """
@@ -90,7 +90,7 @@ def plan_slim(
                 on_progress=lambda generation, nats: on_progress(f"searching: {nats:.5f} nats", generation, 0),
             )
     if plan.expected_kl is not None:
-        plan = replace(plan, expected_kl=_BEYOND * plan.expected_kl, uncounted=plan.uncounted + _uncounted(recipe))
+        plan = replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + _uncounted(recipe))
     return _completed(source, statistics, recipe, plan, costs)
 
 

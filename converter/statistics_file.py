@@ -3,6 +3,7 @@
 Every array lies under its field's name, such as `layers.3.router.share`; lists of names are JSON in bytes.
 """
 
+import hashlib
 import json
 import typing
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from converter.document import BadDocumentError, decode_json
 from converter.model_source import ModelSource
 from converter.statistics import LayerStatistics, MatrixCosts, Statistics
 from offload.errors import SlimoeError, UsageError
@@ -25,9 +28,11 @@ from offload.whole_file import whole_file
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 
-VERSION = 2
+VERSION = 3
 _COSTS = "matrix_costs."
 _FORMAT = "slimoe statistics"
+_MAY_BE_INFINITE = ("nats", "error", "received")
+"""Costs in types that do not divide the rows; sums of attention over long texts in few bits."""
 _AGAIN = "Make it again with `slimoe calibrate`."
 
 
@@ -60,15 +65,18 @@ def save_statistics(statistics: Statistics, path: Path, folder: Path | None = No
         arrays |= to_arrays(layer, f"layers.{n}.")
     if statistics.matrix_costs is not None:
         arrays |= to_arrays(statistics.matrix_costs, _COSTS)
-    about = {
-        "version": VERSION,
-        "source_hash": statistics.source_hash,
-        "text_hash": statistics.text_hash,
-        "domains": statistics.domains,
-        "n_layer": len(statistics.layers),
-        "notes": None if statistics.notes is None else dict(statistics.notes),
-    }
-    write_arrays(arrays, path, {"format": _FORMAT, "statistics": json.dumps(about)}, folder)
+    about = json.dumps(
+        {
+            "version": VERSION,
+            "source_hash": statistics.source_hash,
+            "text_hash": statistics.text_hash,
+            "domains": statistics.domains,
+            "n_layer": len(statistics.layers),
+            "notes": None if statistics.notes is None else dict(statistics.notes),
+        }
+    )
+    checksum = content_checksum(arrays, about)
+    write_arrays(arrays, path, {"format": _FORMAT, "statistics": about, "checksum": checksum}, folder)
 
 
 def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics:
@@ -78,42 +86,88 @@ def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics
     and is not the checkpoint that was calibrated.
     """
     arrays, metadata = read_arrays(path)
-    about = _about(path, metadata)
-    if source is not None and about["source_hash"] != source.source_hash:
+    about = _about(path, arrays, metadata)
+    if source is not None and about.source_hash != source.source_hash:
         problem = f"these are statistics of another checkpoint than {source.path}."
         raise OtherSourceError(path, problem, "Run `slimoe calibrate` on this one.")
+    if source is not None and about.n_layer != source.spec.n_layer:
+        raise StatisticsError(path, f"it is of {about.n_layer} layers, but {source.path} has {source.spec.n_layer}.")
     try:
-        ends = np.cumsum(arrays["lengths"])
-        pieces = np.split(arrays["tokens"], ends)[: len(ends)]
         return Statistics(
-            source_hash=about["source_hash"],
-            text_hash=about["text_hash"],
-            tokens=tuple(tuple(piece.tolist()) for piece in pieces),
-            domains=tuple(about["domains"]),
-            layers=tuple(from_arrays(LayerStatistics, arrays, f"layers.{n}.") for n in range(about["n_layer"])),
-            output_input=arrays["output_input"],
+            source_hash=about.source_hash,
+            text_hash=about.text_hash,
+            tokens=_sequences(arrays, len(about.domains)),
+            domains=about.domains,
+            layers=tuple(from_arrays(LayerStatistics, arrays, f"layers.{n}.") for n in range(about.n_layer)),
+            output_input=finite(arrays, "output_input"),
             token_count=arrays["token_count"],
-            output_gradient=arrays.get("output_gradient"),
-            token_gradient=arrays.get("token_gradient"),
+            output_gradient=finite(arrays, "output_gradient") if "output_gradient" in arrays else None,
+            token_gradient=finite(arrays, "token_gradient") if "token_gradient" in arrays else None,
             matrix_costs=from_arrays(MatrixCosts, arrays, _COSTS) if _COSTS + "nats" in arrays else None,
-            notes=about["notes"],
+            notes=about.notes,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StatisticsError(path, f"the file is damaged ({error} is missing or not what it should be).") from None
+    except KeyError as error:
+        raise StatisticsError(path, f"the file is damaged: {error.args[0]} is missing.") from None
+    except (TypeError, ValueError) as error:
+        raise StatisticsError(path, f"the file is damaged: {error}.") from None
 
 
-def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def content_checksum(arrays: Arrays, about: str) -> str:
+    """A digest of every array's name, type, shape and numbers, and of the text about them all."""
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class _Version(msgspec.Struct):
+    """What a file says of itself in every version."""
+
+    version: int
+
+
+class _About(msgspec.Struct):
+    """The rest of it."""
+
+    source_hash: str
+    text_hash: str
+    domains: tuple[str, ...]
+    n_layer: int
+    notes: dict[str, str] | None = None
+
+
+def _about(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> _About:
     if metadata.get("format") != _FORMAT:
         raise StatisticsError(path, "this is not a statistics file.", "Name a file that `slimoe calibrate` wrote.")
+    text = metadata.get("statistics", "")
     try:
-        about = json.loads(metadata["statistics"])
-        version = about["version"]
-    except (KeyError, TypeError, ValueError):
-        raise StatisticsError(path, "the file is damaged.") from None
-    if version != VERSION:
-        raise StatisticsError(path, f"the file is of version {version}; this program reads {VERSION}.")
-    assert isinstance(about, dict)
-    return about
+        version = decode_json(text.encode(), _Version).version
+        if version != VERSION:
+            raise StatisticsError(path, f"the file is of version {version}; this program reads {VERSION}.")
+        if metadata.get("checksum") != content_checksum(arrays, text):
+            raise StatisticsError(path, "the file is damaged: its checksum is not that of its contents.")
+        return decode_json(text.encode(), _About)
+    except BadDocumentError as error:
+        raise StatisticsError(path, f"the file is damaged ({error}).") from None
+
+
+def _sequences(arrays: Arrays, n_sequences: int) -> tuple[tuple[int, ...], ...]:
+    tokens, lengths = arrays["tokens"], arrays["lengths"]
+    kinds = {values.dtype.kind for values in (tokens, lengths)}
+    if kinds != {"i"} or len(lengths) != n_sequences or lengths.min(initial=0) < 0 or lengths.sum() != tokens.size:
+        raise ValueError("tokens and lengths do not belong together")
+    ends = np.cumsum(lengths)
+    return tuple(tuple(piece.tolist()) for piece in np.split(tokens, ends)[: len(ends)])
+
+
+def finite(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    """An array without anything that is no number; raises KeyError, or ValueError."""
+    values = arrays[name]
+    may_be_infinite = name.rpartition(".")[2] in _MAY_BE_INFINITE
+    if values.dtype.kind == "f" and not (~np.isnan(values) if may_be_infinite else np.isfinite(values)).all():
+        raise ValueError(f"{name} holds what are no numbers")
+    return values
 
 
 def to_arrays(value: object, prefix: str = "") -> Arrays:
@@ -134,7 +188,9 @@ def to_arrays(value: object, prefix: str = "") -> Arrays:
 
 
 def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> T:
-    """What `to_arrays` took apart; raises KeyError with the name of an array that is missing."""
+    """What `to_arrays` took apart; raises KeyError with the name of an array that is missing, ValueError for one that
+    is not what it should be.
+    """
     values: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         full = prefix + name
@@ -143,11 +199,16 @@ def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str =
             is_there = any(key.startswith(full + ".") for key in arrays)
             values[name] = from_arrays(inner, arrays, full + ".") if is_there else None
         elif hint is float:
-            values[name] = float(arrays[full][0])
+            if arrays[full].shape != (1,):
+                raise ValueError(f"{full} is of shape {arrays[full].shape}, not one number")
+            values[name] = float(finite(arrays, full)[0])
         elif typing.get_origin(hint) is tuple:
-            values[name] = tuple(json.loads(arrays[full].tobytes()))
+            values[name] = decode_json(arrays[full].tobytes(), tuple[str, ...])
         elif typing.get_origin(hint) is np.ndarray:
-            values[name] = arrays[full]
+            wanted = typing.get_args(typing.get_args(hint)[1])[0]
+            if arrays[full].dtype != wanted:
+                raise ValueError(f"{full} has numbers of type {arrays[full].dtype}, not {wanted.__name__}")
+            values[name] = finite(arrays, full)
         else:
             values[name] = from_arrays(hint, arrays, full + ".")
     return kind(**values)

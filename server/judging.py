@@ -11,12 +11,17 @@ from converter.generation_check import Continue
 from converter.judged_text import JudgedText, read_judged
 from converter.model_source import ModelSource
 from converter.report import Report
+from converter.report_estimate import estimate_seconds
 from converter.report_files import report_paths, write_report
-from converter.report_making import Engines, ReportMaker, ReportSettings, end_tokens
+from converter.report_known import known_report
+from converter.report_making import Engines, ReportMaker, ReportSettings, end_tokens, file_hash, report_work
+from converter.report_markdown import unread_text, yardstick_text
 from converter.slim_plan import SlimPlan
 from converter.statistics import Statistics
+from converter.yardstick import plain_neighbours
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
+from offload.processors import usable_processors
 from offload.whole_file import Destination
 from server.judging_options import JudgingOptions
 from server.progress_bars import duration, step_bar
@@ -33,7 +38,14 @@ class Judge:
         """Raises UsageError for texts or a device that cannot be used, ModelFileError for a model without tokenizer."""
         self.source, self.statistics, self.device = source, statistics, choose_device(options.device)
         self.n_threads = options.n_threads
+        self.settings = ReportSettings(self.device, n_threads=options.n_threads or usable_processors())
         self.judged = _read(source, statistics, options)
+
+    def seconds(self, n_bytes: int, n_copy: int) -> float:
+        """What judging a file of so many bytes and copies will take, tried for a moment; raises ModelFileError."""
+        plain = plain_neighbours(self.source, self.statistics, n_bytes)
+        work = report_work(self.source, self.judged.windows, plain, n_copy, self.settings)
+        return sum(estimate_seconds(self.source, work, self.device).values())
 
     def report(
         self, destination: Destination, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False
@@ -49,15 +61,17 @@ class Judge:
             self.judged,
             statistics=self.statistics,
             plan=plan,
-            settings=ReportSettings(self.device),
+            settings=self.settings,
             engines=self._engines(target),
             expected_lacks=lacks,
+            known=known_report(report_paths(target)["json"], self.source.source_hash, file_hash(target)),
         )
-        n_tokens = self.judged.windows.sequences.n_rows
-        tell(f"judging it on {n_tokens:,} tokens: about {duration(maker.seconds)}")
-        with step_bar() as on_progress:
+        n_tokens, seconds = self.judged.windows.sequences.n_rows, maker.seconds
+        tell(f"judging it on {n_tokens:,} tokens: about {duration(sum(seconds.values()))}")
+        with step_bar(seconds) as on_progress:
             report = write_report(maker, record=record, on_progress=on_progress, destination=destination)
-        tell(_told(report, target))
+        for line in _told(report, target):
+            tell(line)
         return report
 
     def _engines(self, target: Path) -> Engines:
@@ -73,6 +87,9 @@ def report_summary(report: Report, target: Path) -> dict[str, Any]:
     return {
         "kl": total.divergence.mean,
         "kl_99": total.divergence.percentile_99,
+        "kl_999": total.divergence.percentile_999,
+        "plain_kl": None if report.yardstick is None else report.yardstick.kl,
+        "unread": list(report.quality.unread),
         "same_top": total.same_top,
         "perplexity": total.perplexity,
         "source_perplexity": total.reference_perplexity,
@@ -106,10 +123,12 @@ def _greedy(engine: Engine, prompt: Sequence[int], n_tokens: int, ends: Collecti
         logits = engine.decode(tokens[-1])
 
 
-def _told(report: Report, target: Path) -> str:
+def _told(report: Report, target: Path) -> list[str]:
     total = report.quality.total
     error = "" if total.divergence.error is None else f" ± {total.divergence.error:.4f}"
-    return (
-        f"{report_paths(target)['markdown']}: KL {total.divergence.mean:.4f}{error} nats per token, perplexity "
-        f"{100 * total.perplexity_rise:+.1f} %, {100 * total.same_top:.1f} % the same likeliest token"
+    first = (
+        f"{report_paths(target)['markdown']}: KL {total.divergence.mean:.4f}{error} nats per token, "
+        f"{total.divergence.percentile_999:.3g} or more for one in 1,000; {100 * total.same_top:.1f} % the same "
+        f"likeliest token, perplexity {100 * total.perplexity_rise:+.1f} %"
     )
+    return [first, *(text for text in (yardstick_text(report), unread_text(report)) if text)]

@@ -10,14 +10,14 @@ import msgspec
 
 from converter.fit_choice import chosen_fit
 from converter.open_source import model_files
-from converter.report_files import report_paths
+from converter.report_files import check_reports
 from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
 from converter.writer import check_target
 from offload.context_notes import window_note
 from offload.errors import UsageError
 from offload.processors import usable_processors
-from offload.whole_file import Destination, real_path
+from offload.whole_file import Destination
 from server.destination import reserve
 from server.engine_options import EngineOptions, engine_values
 from server.judging import Judge, report_summary
@@ -42,6 +42,10 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
             work = _plan(values, options, n_threads)
             # Texts are read first: what is wrong with them is told before hours of work.
             judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
+            if judge is not None:
+                n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
+                seconds = judge.seconds(work.layout.n_bytes, n_copy)
+                tell(f"Judging it then will take about {duration(seconds)}; --no-report does without.")
             written = _write(work, destination, n_threads, force=values["force"])
             tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
             quality = _judge(judge, work, destination) if judge is not None else {}
@@ -56,9 +60,7 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     if options.stats is not None and target.exists() and options.stats.exists() and target.samefile(options.stats):
         raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
     if values["report"]:
-        for path in report_paths(target).values():
-            if not path.is_dir():
-                real_path(path)
+        check_reports(target, "Choose another name, or overwrite it with --force.", force=values["force"])
     judging_options(values)
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):

@@ -226,9 +226,42 @@ def comparison(divergence: list[float], owners: list[int]) -> Comparison:
     numbers: NDArray[np.int64] = np.arange(n)
     windows = Windows(Sequences(((0,) * n,)), ("a",) * (max(owners) + 1), numbers, numbers, np.array(owners))
     same = TokenScores(np.zeros(n, np.float32), np.zeros(n, np.int32), np.zeros(n, np.int32))
-    return Comparison(windows, same, same, np.array(divergence, np.float32), (), ())
+    return Comparison(windows, same, same, np.array(divergence, np.float32), (), (), n)
 
 
 def test_one_window_says_nothing_of_the_error() -> None:
     assert summarise(comparison([0.1, 0.3], [0, 0])).total.divergence.error is None
     assert summarise(comparison([0.1, 0.3], [0, 1])).total.divergence.error == pytest.approx(0.1)
+
+
+def read_by(probabilities: dict[str, float]) -> Comparison:
+    """Two domains of 8 tokens, all different, each of which a reference gives a probability."""
+    tokens = tuple(range(16)), tuple(range(16, 32))
+    owners = np.repeat([0, 1], 8)
+    rows = np.array([*range(8, 16), *range(24, 32)]) - 1
+    targets = rows + 1
+    windows = Windows(Sequences(tokens), tuple(probabilities), rows, targets, owners)
+    logs = np.log(np.repeat([*probabilities.values()], 8)).astype(np.float32)
+    scores = TokenScores(logs, np.zeros(16, np.int32), np.zeros(16, np.int32))
+    divergence = np.repeat(np.array([0.5, 2.0], np.float32), 8)
+    return Comparison(windows, scores, scores, divergence, (), (), 32)
+
+
+def test_domains_that_the_reference_cannot_read_are_left_out_of_the_whole() -> None:
+    """All 32 tokens occur once: without any context each has a probability of 1 in 32."""
+    found = summarise(read_by({"prose": 1 / 31, "klingon": 1 / 33}))
+    assert found.unread == ("klingon",)
+    assert found.total.n_tokens == 8
+    assert found.total.divergence.mean == 0.5
+    assert found.domains["klingon"].divergence.mean == 2.0
+    both = summarise(read_by({"prose": 1 / 2, "poems": 1 / 3}))
+    assert (both.unread, both.total.n_tokens) == ((), 16)
+    neither = summarise(read_by({"noise": 1 / 100, "more": 1 / 100}))
+    assert (neither.unread, neither.total.n_tokens) == (("noise", "more"), 16)
+
+
+def test_quantiles_are_over_tokens() -> None:
+    values = [*np.linspace(0, 1, 1001).tolist()]
+    found = summarise(comparison(values, [0] * 1001)).total.divergence
+    quantiles = found.median, found.percentile_99, found.percentile_999, found.largest
+    assert quantiles == pytest.approx((0.5, 0.99, 0.999, 1.0), abs=1e-6)

@@ -27,7 +27,7 @@ def compared(targets: list[int], reference: TokenScores, model: TokenScores) -> 
     n = len(targets)
     rows = np.arange(n)
     windows = Windows(Sequences((tuple(targets),)), ("a",), rows, np.array(targets), np.zeros(n, np.int64))
-    return Comparison(windows, reference, model, np.zeros(n, np.float32), (), ())
+    return Comparison(windows, reference, model, np.zeros(n, np.float32), (), (), 8)
 
 
 def test_words_are_counted_by_frequency() -> None:

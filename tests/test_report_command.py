@@ -57,6 +57,59 @@ def test_a_slimmed_file_comes_with_its_report(
     assert "nats per token" in captured.err
 
 
+def test_a_report_is_replaced_on_demand_and_keeps_what_converting_knew(
+    moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    judging_flags: list[str | Path] = ["--eval-text", text, "--eval-tokens", "400"]
+    assert convert(moe_checkpoint, target, stats, "--drop-layers", "1", *judging_flags, "--novices") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("m.gguf*") if path.is_file()}
+    first = json.loads(report_paths(target)["json"].read_text())
+    again = ["report", *map(str, [moe_checkpoint, target, "--eval-text", text, "--eval-tokens", "100"])]
+    capsys.readouterr()
+    assert run(again) == 2
+    assert "m.gguf.report.json exists. --force replaces the report" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("m.gguf*") if path.is_file()} == before
+    assert run([*again, "--force"]) == 0
+    second = json.loads(report_paths(target)["json"].read_text())
+    kept = ("expected_kl", "expected_lacks", "blocks", "coverage")
+    assert {key: second[key] for key in kept} == {key: first[key] for key in kept}
+    assert second["provenance"] == first["provenance"]
+    assert len(second["block_kl"]) == len(first["block_kl"])
+    assert second["judged"]["n_tokens"] < first["judged"]["n_tokens"]
+
+
+def test_converting_replaces_no_report_of_another_file(
+    moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    card = report_paths(target)["card"]
+    card.write_text("mine")
+    assert convert(moe_checkpoint, target, stats, "--eval-text", text) == 2
+    assert f"{card} exists. Choose another name, or overwrite it with --force." in capsys.readouterr().err
+    assert (card.read_text(), target.exists()) == ("mine", False)
+
+
+def test_every_report_has_a_yardstick(
+    moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    size = ["--target-size", "450KB"]
+    assert convert(moe_checkpoint, target, stats, *size, "--eval-text", text, "--eval-tokens", "200") == 0
+    captured, paths = capsys.readouterr(), report_paths(target)
+    told, report = json.loads(captured.out)["quality"], json.loads(paths["json"].read_text())
+    below, above = report["yardstick"]["models"]
+    assert below["n_bytes"] <= target.stat().st_size < above["n_bytes"]
+    assert below["measured_kl"] >= told["plain_kl"] == report["yardstick"]["kl"] >= above["measured_kl"]
+    assert told["kl_999"] == report["quality"]["total"]["divergence"]["percentile_999"]
+    assert "Judging it then will take about" in captured.err
+    for shown in (captured.err, paths["markdown"].read_text(), paths["card"].read_text()):
+        assert "Plain types of the whole model at as many bytes, measured alike: KL" in " ".join(shown.split())
+    for name in ("markdown", "card"):
+        assert f"{told['kl_999']:.4f}" in paths[name].read_text()
+        assert f"{told['plain_kl']:.4f}, measured" in paths[name].read_text()
+
+
 def test_what_an_engine_writes_is_what_the_weights_say(moe_checkpoint: Path, tmp_path: Path) -> None:
     source, target = open_source(moe_checkpoint), tmp_path / "plain.gguf"
     assert run(["convert", str(moe_checkpoint), str(target), "--type", "F32"]) == 0

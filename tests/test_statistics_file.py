@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from converter.statistics import (
 from converter.statistics_file import (
     OtherSourceError,
     StatisticsError,
+    content_checksum,
     load_statistics,
     save_statistics,
     to_arrays,
@@ -45,7 +46,7 @@ def made(kind: type[Any], random: np.random.Generator) -> Any:
         dtype = str(hint)
         if hint is float:
             values[name] = random.random()
-        elif "tuple" in dtype:
+        elif get_origin(hint) is tuple:
             values[name] = ("Q2_K", "IQ3_S")
         else:
             wanted = next(t for t in ("float16", "float32", "float64", "uint16", "int64") if t in dtype)
@@ -128,8 +129,10 @@ def test_writing_is_whole_or_not_at_all(statistics: Statistics, saved: Path, tmp
 
 
 def test_statistics_of_another_checkpoint(saved: Path) -> None:
+    spec = SimpleNamespace(n_layer=3)
     same, other = (
-        cast(ModelSource, SimpleNamespace(source_hash=digest, path=Path("/models/mine"))) for digest in ("abc", "fed")
+        cast(ModelSource, SimpleNamespace(source_hash=digest, path=Path("/models/mine"), spec=spec))
+        for digest in ("abc", "fed")
     )
     assert load_statistics(saved, same).source_hash == "abc"
     with pytest.raises(OtherSourceError, match=r"another checkpoint than /models/mine\..*slimoe calibrate"):
@@ -141,6 +144,8 @@ def rewritten(path: Path, change: Any) -> Path:
         metadata = dict(file.metadata())
     arrays = dict(load_file(path))
     change(arrays, metadata)
+    if "statistics" in metadata:
+        metadata["checksum"] = content_checksum(arrays, metadata["statistics"])
     save_file(arrays, path, metadata)
     return path
 
@@ -152,14 +157,31 @@ def about(**changes: Any) -> Any:
     return change
 
 
+def set_array(name: str, values: Any) -> Any:
+    return lambda arrays, metadata: arrays.update({name: np.asarray(values)})
+
+
 DAMAGES = {
     "no format": (lambda arrays, metadata: metadata.pop("format"), "not a statistics file"),
     "no text": (lambda arrays, metadata: metadata.pop("statistics"), "damaged"),
     "no json": (lambda arrays, metadata: metadata.update(statistics="{"), "damaged"),
-    "a later version": (about(version=99), "version 99; this program reads 2"),
+    "a later version": (about(version=99), "version 99; this program reads 3"),
     "more layers": (about(n_layer=4), "layers.3.* damaged|damaged.*layers.3"),
     "an array less": (lambda arrays, metadata: arrays.pop("layers.0.router.share"), "layers.0.router.share"),
     "no tokens": (lambda arrays, metadata: arrays.pop("tokens"), "damaged"),
+    "a version before checksums": (about(version=2), "version 2; this program reads 3. Make it again with `slimoe cal"),
+    "no digest": (lambda arrays, metadata: about(source_hash=None)(arrays, metadata), "source_hash: expected str"),
+    "domains of anything": (about(domains=[{"a": 1}, 2, 3]), "domains"),
+    "fewer domains": (about(domains=["prose"]), "do not belong together"),
+    "no number": (set_array("layers.0.router.share", np.full(3, np.nan)), "share holds what are no numbers"),
+    "infinite": (set_array("output_input", np.full(3, np.inf, np.float32)), "output_input holds what are no numbers"),
+    "nats of nothing": (set_array("matrix_costs.nats", np.full(3, np.nan)), "nats holds what are no numbers"),
+    "no dimension": (set_array("layers.0.similarity.ffn_cosine", np.float64(1)), "ffn_cosine is of shape"),
+    "another type": (
+        set_array("layers.0.router.share", np.zeros(3, "i8")),
+        "share has numbers of type int64",
+    ),
+    "negative lengths": (set_array("lengths", np.array([-1, 3, 4])), "do not belong together"),
     "no names": (lambda arrays, metadata: arrays.update({"layers.2.type_errors.types": np.zeros(3, "u1")}), "damaged"),
 }
 
@@ -171,6 +193,26 @@ def test_damaged_files_are_named(saved: Path, name: str) -> None:
         load_statistics(rewritten(saved, change))
     assert str(caught.value).startswith(f"{saved}: ")
     assert caught.value.exit_code == 3
+
+
+def test_a_flipped_bit_anywhere_is_found(saved: Path) -> None:
+    whole = saved.read_bytes()
+    random = np.random.default_rng(3)
+    places = random.choice(len(whole), 400, replace=False).tolist()
+    for place in [*range(9), *places]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(random.integers(8))
+        saved.write_bytes(changed)
+        with pytest.raises(StatisticsError):
+            load_statistics(saved)
+
+
+def test_costs_of_types_that_do_not_fit_are_infinite(statistics: Statistics, tmp_path: Path) -> None:
+    costs = MatrixCosts(("Q2_K",), ("a",), np.array([[np.inf]]))
+    save_statistics(replace(statistics, matrix_costs=costs), tmp_path / "a.stats")
+    loaded = load_statistics(tmp_path / "a.stats").matrix_costs
+    assert loaded is not None
+    assert np.isinf(loaded.nats).all()
 
 
 def test_what_is_no_file_of_statistics(saved: Path, tmp_path: Path) -> None:

@@ -1,27 +1,24 @@
 """`slimoe calibrate`: what a checkpoint's layers and experts do, measured on texts."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from offload.errors import SlimoeError
 from server.destination import reserve
 from server.engine_options import OptionsCommand
 from server.installed import check_installed
-from server.progress_bars import duration, status
+from server.progress_bars import duration, status, step_bar
 from server.telling import tell
 from server.text_encoder import TokenizerEncoder
 
 if TYPE_CHECKING:
     from converter.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
-    from converter.calibration import Progress as OnProgress
 
 _MANY_TOKENS = 32768
 
@@ -71,7 +68,7 @@ def command(values: Mapping[str, Any]) -> None:
             planned = calibration.plan(options, TokenizerEncoder)
         _announce(planned, options)
         try:
-            with _progress_bar() as on_progress:
+            with step_bar(planned.estimate.steps) as on_progress:
                 report = calibration.carry_out(planned, destination, on_progress)
         except (KeyboardInterrupt, SlimoeError):
             if not destination.is_empty:
@@ -104,20 +101,3 @@ def _announce_result(report: "CalibrateReport") -> None:
     )
     if report.n_seen < report.n_experts:
         tell("Nothing is known of the others; more or more varied text may reach them.")
-
-
-@contextmanager
-def _progress_bar() -> "Iterator[OnProgress]":
-    """A bar on standard error for each part of the work; nothing when that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what)
-            progress.update(tasks[what], completed=done, total=total)
-
-        yield show

@@ -22,20 +22,25 @@ from server.judging_options import judging_flags, judging_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine that writes texts with FILE.")
 @click.option("--record", is_flag=True, help="Keep the figures in FILE too, if its header has room for them.")
+@click.option("-f", "--force", is_flag=True, help="Replace a report that is there; what converting knew is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
 def command(values: dict[str, Any]) -> None:
     """Judge the GGUF file FILE by SRC, the checkpoint directory or GGUF file that it was made of.
 
     Both read the same texts, layer by layer. Beside FILE are written FILE.report.md with pictures, FILE.report.json and
-    FILE.card.md, a model card for hubs. Files of slimoe convert have a report already, which knows what was left out;
-    here a file must have as many layers as SRC for figures by layer.
+    FILE.card.md, a model card for hubs. Files of slimoe convert have a report already, which knows what was left out:
+    it is replaced with --force only, by one that knows it as well. Without such a report a file must have as many
+    layers as SRC for figures by layer.
     """
     check_installed("A report", *CONVERTERS, "matplotlib")
     from converter.gguf_source import gguf_source
     from converter.open_source import open_source
+    from converter.report_files import check_reports
     from converter.statistics_file import load_statistics
     from server.judging import Judge, report_summary
 
+    hint = "--force replaces the report by one on other texts, which keeps what converting knew of the file."
+    check_reports(values["model"], hint, force=values["force"])
     source = open_source(values["source"])
     statistics = None if values["stats"] is None else load_statistics(values["stats"], source)
     gguf_source(values["model"])
