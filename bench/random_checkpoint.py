@@ -9,20 +9,19 @@ import numpy as np
 
 from bench.random_model import Shape
 from bench.topics import STYLES, RoutingStyle, topical_rows
+from converter.bpe_model import ALPHABET
 
 _CHUNK = 1 << 22
 
 
 def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing: str = "uniform") -> None:
-    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of numbered words.
+    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of bytes and numbered words.
 
     `routing` is one of STYLES.
     """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(_config(shape)))
-    vocabulary = {f"▁w{number}": number for number in range(shape.n_vocab)}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
-    (path / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": {"type": "Prepend"}}))
+    (path / "tokenizer.json").write_text(json.dumps(_tokenizer(shape.n_vocab)))
     shapes = _tensor_shapes(shape)
     header, offset = {}, 0
     for name, tensor_shape in shapes.items():
@@ -36,6 +35,13 @@ def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing:
         for name, tensor_shape in shapes.items():
             for values in _values(name, tensor_shape, STYLES[routing], generator):
                 file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def _tokenizer(n_vocab: int) -> dict[str, object]:
+    words = (f"w{number}" for number in range(n_vocab))
+    tokens = list(dict.fromkeys(("w", "0", "w0", *sorted(ALPHABET), *words)))[:n_vocab]
+    model = {"type": "BPE", "vocab": {text: token for token, text in enumerate(tokens)}, "merges": ["w 0"]}
+    return {"model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
 
 
 def _values(

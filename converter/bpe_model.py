@@ -15,7 +15,7 @@ from offload.errors import ModelFileError, UnsupportedModelError
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """sentencepiece's tokens for single bytes."""
-_ALPHABET = frozenset(chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324)))
+ALPHABET = frozenset(chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324)))
 """The characters that byte-level tokenizers write bytes as: printable ones as themselves, the others from 256 on."""
 _MARK = "▁"
 _AGAIN = "Download the tokenizer again."
@@ -57,7 +57,7 @@ class BpeModel(msgspec.Struct, frozen=True):
     def check_bytes(self, path: Path) -> None:
         """Refuses a byte-level tokenizer that has something else for bytes without a token."""
         for name in ("unk_token", "byte_fallback"):
-            if getattr(self, name) and not self.vocab.keys() >= _ALPHABET:
+            if getattr(self, name) and not self.vocab.keys() >= ALPHABET:
                 raise inexpressible(path, "setting", f"{name} for bytes that have no token")
 
     def check_characters(self, path: Path, added: Collection[str], splits_words: bool) -> None:

@@ -67,8 +67,12 @@ def _check_ids(path: Path, json_file: TokenizerJson | None, added: dict[int, Add
     highest = max((json_file.highest_id if json_file else -1, *added))
     if highest >= n_vocab:
         raise _too_many(path, highest + 1, n_vocab)
+    texts = {token: text for text, token in json_file.model.vocab.items()} if json_file else {}
     for token, entry in added.items():
         name = f"{entry.content!r:.100}"
+        if texts.get(token, entry.content) != entry.content:
+            problem = f"the added token {name} has the id {token}, which is {texts[token]!r:.100} in tokenizer.json."
+            raise ModelFileError(path, problem, "Download the tokenizer again.")
         if token < 0:
             raise ModelFileError(path, f"the added token {name} has the id {token}.", "Download the tokenizer again.")
         for flag in ("lstrip", "rstrip", "single_word"):
