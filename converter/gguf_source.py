@@ -17,6 +17,7 @@ from offload import file_keys as keys
 from offload.gguf_file import GGUFFile, Value, read_gguf
 from offload.model_spec import ModelSpec, check_tensors
 from offload.native_format import novice_name
+from offload.tokenizer import Tokenizer
 from offload.weight_source import (
     BucketSources,
     LayerSources,
@@ -41,6 +42,8 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     gguf = read_gguf(path)
     spec = ModelSpec.from_gguf(gguf)
     check_tensors(gguf, spec)
+    if keys.TOKENS in gguf.metadata:
+        Tokenizer.open(gguf).close()
     sources = model_sources(gguf, spec)
     found: dict[MatrixKey, StoredMatrix] = {}
     whole = (sources.token_embd, sources.rope_freqs, sources.output_norm)

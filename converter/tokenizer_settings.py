@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from converter.document import read_json
+from converter.file_bytes import all_bytes
 from converter.space_prefix import SpacePrefix
 from offload.errors import ModelFileError, UnsupportedModelError
 
@@ -176,8 +177,8 @@ def _chat_template(path: Path, template: _Template) -> str | None:
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         try:
-            return jinja.read_text("utf-8")
-        except (OSError, UnicodeDecodeError):
+            return all_bytes(jinja).decode().replace("\r\n", "\n")
+        except UnicodeDecodeError:
             raise ModelFileError(jinja, "this is not readable as text.", "Download the checkpoint again.") from None
     if (path / "chat_template.json").is_file():
         template = read_json(path / "chat_template.json", _TemplateFile).chat_template

@@ -20,7 +20,7 @@ from offload.text_blocks import TextBlocks, check_runs
 _NO_TOKENIZER = ("", "none", "no_vocab")
 _END_KEYS = tuple(keys.token_id_key(role) for role in ("eos", "eot", "eom"))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_OWN_SPLITTERS = ("gpt-2", "llama-bpe", "qwen2")
+_OWN_SPLITTERS = ("gpt-2", "llama-bpe", "dbrx", "qwen2")
 """Byte-level pre-tokenizers that libllama splits by code of its own, not by std::regex."""
 _CONVERT_AGAIN = "Convert the model again, from a directory with its tokenizer."
 
@@ -99,7 +99,8 @@ def _types(gguf: GGUFFile, texts: list[str]) -> tuple[int, ...]:
         named = {"<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL, "<unk>": TokenType.UNKNOWN}
         named |= dict.fromkeys(_BYTES, TokenType.BYTE)
         return tuple(int(named.get(text, TokenType.NORMAL)) for text in texts)
-    if not isinstance(types, np.ndarray) or len(types) != len(texts) or types.dtype.kind not in "iu":
+    is_array = isinstance(types, np.ndarray) and types.dtype.kind in "iu" and len(types) == len(texts)
+    if not is_array or types.min() < 0 or types.max() > max(TokenType):
         problem = f"the tokenizer's {keys.TOKEN_TYPES} does not have one entry for each of the {len(texts)} tokens."
         raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
     return tuple(types.tolist())
