@@ -15,6 +15,7 @@ from converter.model_source import expert_key
 from converter.open_source import open_source
 from converter.pair import find_pair, pair_layout, pair_spec, pair_targets
 from converter.quantize import needs_importance
+from converter.space_prefix import notes
 from converter.stored_model import StockTensor, StoredModel, stock_tensors
 from converter.stored_rows import StoredRows
 from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
@@ -71,7 +72,7 @@ class TensorPlan:
 class ConvertPlan:
     """A whole conversion: the header's bytes, the tensors in file order, and the file's size.
 
-    `fitted` says how far the importance matrix reaches, if one was given.
+    `fitted` says how far the importance matrix reaches, if one was given. `notes` are for a person.
     """
 
     source: Path
@@ -81,6 +82,7 @@ class ConvertPlan:
     tensors: tuple[TensorPlan, ...]
     n_bytes: int
     fitted: Fitted | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_by_type(self) -> dict[str, int]:
@@ -187,7 +189,8 @@ def _placed(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
         for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)
     )
-    return ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
+    told = () if spec.architecture == NATIVE else notes(metadata)
+    return ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset, notes=told)
 
 
 def _fitted(planned: ConvertPlan, model: StoredModel, given: GivenImportance | None) -> ConvertPlan:

@@ -1,5 +1,6 @@
 """When a sentencepiece-like tokenizer puts a space before a text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offload import file_keys as keys
@@ -25,3 +26,18 @@ class SpacePrefix:
         if self.is_added and not self.before_space:
             values[keys.PREFIX_BEFORE_SPACE] = False
         return values
+
+
+def notes(metadata: Mapping[str, Value]) -> tuple[str, ...]:
+    """A sentence for a person about what llama.cpp will read otherwise than this program does, if there is anything."""
+    places = [
+        where
+        for key, where in (
+            (keys.PREFIX_AFTER_SPECIAL, "behind each control token"),
+            (keys.PREFIX_BEFORE_SPACE, "before a text that begins with one"),
+        )
+        if metadata.get(key) is False
+    ]
+    if not places:
+        return ()
+    return (f"llama.cpp will read a space {' and '.join(places)}, which this tokenizer does not add. slimoe does not.",)

@@ -16,17 +16,15 @@ from offload.errors import UnsupportedModelError
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _GPT_2 = ""
 _PRE_TOKENIZERS = {
     _GPT_2: ("gpt-2", None),
     f"{_ENGLISH}|{_WORD}|\\p{{N}}{{1,3}}|{_TAIL}": ("dbrx", "llama-bpe"),
     f"{_ENGLISH}|{_WORD}|\\p{{N}}|{_TAIL}": ("qwen2", None),
-    f"{_CASED}|\\p{{N}}|" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1): (None, "tekken"),
 }
 """The regular expressions that split text before BPE, and llama.cpp's names for them: for tokenizers that always merge,
-and for those that look for whole words in the vocabulary first (ignore_merges)."""
+and for those that look for whole words in the vocabulary first (ignore_merges). That of Mistral's tekken is not among
+them, since llama.cpp follows it only roughly: it splits before marks such as those of an emoji or an accent."""
 
 _MARK = "▁"
 _DECODERS = ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
@@ -84,8 +82,9 @@ class Steps:
                 self._refuse("pre-tokenizer", step.type)
             pattern = (step.pattern or {}).get("Regex", "")
             if not pattern or pattern not in _PRE_TOKENIZERS:
-                problem = "the tokenizer splits text by a pattern that is not known here."
-                raise UnsupportedModelError(self.path, f"{problem[:-1]}: {pattern or step.pattern!r:.200}.")
+                shown = pattern or str(step.pattern)
+                problem = f"the tokenizer splits text by a pattern that llama.cpp does not follow: {shown:.300}."
+                raise UnsupportedModelError(self.path, problem)
             if step.behavior != "Isolated" or step.invert:
                 self._refuse("pre-tokenizer", f"Split ({step.behavior})")
         last = self.pre_tokenizer[-1]
@@ -106,8 +105,8 @@ class Steps:
         for n, name in enumerate(done):
             if name in done[:n] or (name == "double" and done[:n] != ["escape"]):
                 self._refuse("normaliser", self.normalizer[n].type)
-        for step in self.pre_tokenizer:
-            if step.type != "Metaspace" or step.replacement != _MARK or len(self.pre_tokenizer) > 1:
+        for n, step in enumerate(self.pre_tokenizer):
+            if step.type != "Metaspace" or step.replacement != _MARK or n:
                 self._refuse("pre-tokenizer", step.type)
         scheme = _scheme(self.pre_tokenizer[0]) if self.pre_tokenizer else "never"
         if "escape" not in done and not self.pre_tokenizer:

@@ -99,6 +99,10 @@ def _base_tokens(
         is_legacy = settings.legacy is not False
         prefix = SpacePrefix(model.add_dummy_prefix, is_legacy, is_legacy)
         kind: dict[str, Value] = {keys.TOKENIZER_MODEL: keys.SENTENCEPIECE, keys.TOKENIZER_PRE: "default"}
+        user_defined = [piece.text for piece in model.pieces if piece.type == TokenType.USER_DEFINED]
+        if user_defined and prefix.is_added and not settings.is_llama_class:
+            # llama.cpp takes them out of a text before it adds spaces, sentencepiece and transformers after.
+            raise inexpressible(model_path, "setting", f"user_defined_symbols ({user_defined[0]!r:.100})")
         prefix = settings.llama_prefix if settings.is_llama_class else prefix
         return model_path, _pieces(model), kind | prefix.metadata()
     try:

@@ -13,6 +13,7 @@ from converter.open_source import model_files
 from converter.report_files import check_reports
 from converter.slim_estimate import writing_seconds
 from converter.slim_writer import SlimReport, slim
+from converter.space_prefix import notes
 from converter.writer import check_target
 from offload.context_notes import window_note
 from offload.errors import UsageError
@@ -68,6 +69,8 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     note = window_note(work.source.spec)
     for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, seconds)]:
         tell(line)
+    for note in notes(work.source.metadata) if work.plan.format == "stock" else ():
+        tell(note)
     if work.plan.feedback and seconds > _LONG:
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
         tell(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.")

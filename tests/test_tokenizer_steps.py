@@ -59,6 +59,10 @@ LIKE_SENTENCEPIECE = {
         "pre_tokenizer",
         as_json(pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace(split=False)])),
     ),
+    "pre-tokenizer Split": (
+        "pre_tokenizer",
+        as_json(pre_tokenizers.Sequence([pre_tokenizers.Metaspace(split=False), split_by("<code>")])),
+    ),
     "neither byte-level": ("pre_tokenizer", None),
     "dropout": ("model.dropout", 0.1),
     "ignore_merges": ("model.ignore_merges", True),
@@ -108,7 +112,8 @@ BYTE_LEVEL = {
     "add_prefix_space": ("pre_tokenizer", as_json(pre_tokenizers.ByteLevel(add_prefix_space=True))),
     "use_regex false": ("pre_tokenizer", BYTES),
     "use_regex true": ("pre_tokenizer", [as_json(split_by(GPT_4)), BYTES | {"use_regex": True}]),
-    "pattern that is not known": ("pre_tokenizer", [as_json(split_by(r"\w+")), BYTES]),
+    "pattern that llama.cpp does not follow": ("pre_tokenizer", [as_json(split_by(r"\w+")), BYTES]),
+    "does not follow: .*Lu": ("pre_tokenizer", [as_json(split_by(r"\p{Lu}*\p{Ll}+|\p{N}")), BYTES]),
     "Split .Removed": ("pre_tokenizer", [as_json(split_by(GPT_4, "removed")), BYTES]),
     "Split .Isolated": ("pre_tokenizer", [as_json(split_by(GPT_4, invert=True)), BYTES]),
     "Digits": ("pre_tokenizer", [as_json(pre_tokenizers.Digits()), BYTES]),
@@ -199,6 +204,7 @@ def test_words_may_be_split_where_no_token_goes_on_behind_a_space(tmp_path: Path
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces true"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix true"),
         ({"byte_fallback": False}, "byte_fallback false"),
+        ({"user_defined_symbols": ["<code>", "foo"]}, "user_defined_symbols"),
     ],
 )
 def test_settings_of_a_sentencepiece_model_are_refused(tmp_path: Path, settings: dict[str, Any], name: str) -> None:
@@ -206,7 +212,15 @@ def test_settings_of_a_sentencepiece_model_are_refused(tmp_path: Path, settings:
         tokenizer_metadata(write_files(tmp_path / "c", {"tokenizer.model": trained(settings)}), 600)
 
 
-@pytest.mark.parametrize("settings", [{"add_dummy_prefix": False}, {"split_digits": True}, {"split_by_number": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"add_dummy_prefix": False},
+        {"split_digits": True},
+        {"split_by_number": False},
+        {"add_dummy_prefix": False, "user_defined_symbols": ["<code>", "quick"]},
+    ],
+)
 def test_settings_of_a_sentencepiece_model_that_are_held(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = trained(settings)
     tokenizer = read_files(write_files(tmp_path / "c", {"tokenizer.model": model}))

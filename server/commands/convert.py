@@ -121,6 +121,8 @@ def _announce(planned: ConvertPlan, options: ConvertOptions) -> None:
     tell(f"{options.target}: {size}, {planned.recipe} ({parts})")
     if note := window_note(planned.spec):
         tell(note)
+    for note in planned.notes:
+        tell(note)
     if planned.fitted:
         tell(f"{options.imatrix}: {_reach(planned.fitted)}")
 
