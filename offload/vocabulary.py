@@ -164,10 +164,10 @@ class LlamaVocab:
 
     def _encode_block(self, text: bytes) -> list[int]:
         assert self._vocab is not None, "the tokenizer is closed"
-        n_max = len(text) + 8
+        n_max = len(text) + 2 * text.count(b" ") + 8  # a space is written ▁, of three bytes that may all be tokens
         buffer = (ctypes.c_int32 * n_max)()
         n = llama.llama_tokenize(self._vocab, text, len(text), ctypes.addressof(buffer), n_max, False, False)
-        assert n >= 0, "a text has more tokens than bytes"
+        assert n >= 0, "a text has more tokens than its bytes with spaces written out"
         return buffer[:n]
 
     def _with_unknowns(self, tokens: list[int]) -> list[int]:

@@ -159,7 +159,7 @@ def test_pieces_that_cannot_be(
     tmp_path: Path, sentencepiece_path: Path, text: str, score: float, kind: int, message: str
 ) -> None:
     model = bytearray(sentencepiece_path.read_bytes())
-    place = piece(model, text)
+    place = piece(bytes(model), text)
     name = b"\x0a" + bytes([len(text.encode())]) + text.encode()
     message_bytes = name + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
     model[place.start - 1 : place.stop] = bytes([len(message_bytes)]) + message_bytes
@@ -198,7 +198,7 @@ def test_mutants_of_json(tmp_path: Path, sentencepiece_path: Path) -> None:
     """Values of other types, anywhere: refused in a line, or read."""
     chance = random.Random(6)
     path = write_files(tmp_path / "c", {})
-    values = (None, -1, HUGE, 1.5, "x", [], {}, True, [[]], {"a": {}})
+    values: tuple[Any, ...] = (None, -1, HUGE, 1.5, "x", [], {}, True, [[]], {"a": {}})
     for file in (as_json(llama_2(sentencepiece_path, legacy=True)), as_json(byte_level())):
         for _ in range(150):
             mutant = json.loads(json.dumps(file))

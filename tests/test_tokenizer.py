@@ -185,3 +185,17 @@ def test_lists_of_unequal_length(tmp_path: Path, key: str) -> None:
     finish(writer)
     with pytest.raises(ModelFileError, match="one entry for each"):
         Tokenizer.open(read_gguf(tmp_path / "v.gguf"))
+
+
+def test_a_vocabulary_without_a_space(tmp_path: Path) -> None:
+    """Every space is then three tokens, one for each byte of sentencepiece's mark."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    writer.add_token_types([2, 3, 3, *[6] * 256])
+    writer.add_token_scores([0.0] * 259)
+    finish(writer)
+    tokenizer = Tokenizer.open(read_gguf(tmp_path / "v.gguf"))
+    text = "a " * 100
+    assert tokenizer.encode(text) == [3 + byte for byte in (" " + text).replace(" ", "▁").encode()]
+    tokenizer.close()
