@@ -23,6 +23,7 @@ from bench.budget_attack import BudgetPlan, attack_budget
 from bench.file_attack import FilePlan, attack_files
 from bench.finding import Outcome, tell
 from bench.greedy_clients import Greed
+from bench.random_model import SHAPES
 from bench.soak import SoakPlan, soak
 from bench.specimens import KINDS
 from bench.template_attack import attack_templates
@@ -31,6 +32,7 @@ from server.engine_options import OptionsCommand
 
 ATTACKS = ("bodies", "files", "templates", "budget", "soak")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
+_SMOKE_MIB = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     attacks: dict[str, Callable[[], Outcome]] = {
         "bodies": lambda: attack_bodies(BodyPlan(options.seed, count(options.n_bodies), first, options.model)),
         "templates": lambda: attack_templates(options.n_bombs),
-        "budget": lambda: attack_budget(BudgetPlan(options.budget_seconds, _greed(options), options.model)),
+        "budget": lambda: attack_budget(_budget_plan(options)),
         "soak": lambda: soak(_soak_plan(options)),
         "files": lambda: attack_files(
             FilePlan(
@@ -79,13 +81,16 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     return attacks[name]()
 
 
-def _greed(options: AttackOptions) -> Greed:
-    return Greed(1 << 20, 1 << 20, 4, 10_000, 4, 4) if options.is_smoke else Greed()
+def _budget_plan(options: AttackOptions) -> BudgetPlan:
+    if options.is_smoke:
+        return BudgetPlan(1, Greed(1 << 16, 1 << 16, 2, 1000, 1, 2), budget_mib=_SMOKE_MIB)
+    return BudgetPlan(options.budget_seconds, model=options.model)
 
 
 def _soak_plan(options: AttackOptions) -> SoakPlan:
-    n_streams = 8 if options.is_smoke else 50
-    return SoakPlan(options.seed, options.soak_seconds, n_streams, n_kills=options.n_kills)
+    if options.is_smoke:
+        return SoakPlan(options.seed, 1, 4, 2, n_kills=1, shape=SHAPES["smoke"], budget_mib=_SMOKE_MIB)
+    return SoakPlan(options.seed, options.soak_seconds, n_kills=options.n_kills)
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -130,7 +135,6 @@ def main(values: Mapping[str, Any]) -> None:
     )
     if is_smoke:
         options = replace(options, n_bodies=60, n_files=len(_SMOKE_KINDS), n_bombs=2, kinds=_SMOKE_KINDS, n_jobs=1)
-        options = replace(options, budget_seconds=1, soak_seconds=2, n_kills=1)
     document: dict[str, object] = {"seed": options.seed}
     holds = True
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from bench.cgroup import MemoryGroup, NoControlGroupError, memory_group
 from bench.finding import Finding, Outcome
 from bench.greedy_clients import Answers, Greed, greedy_clients
-from bench.least_budget import least_budget
+from bench.least_budget import LeastBudget, least_budget
 from bench.victim import Victim, victim, watched_health, watched_memory
 
 HEALTH_MS, WORST_HEALTH_MS = 100.0, 1000.0
@@ -24,11 +24,12 @@ _RESTARTS = re.compile(r"^slimoe_engine_restarts (\S+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
-    """So many seconds of `greed`, in a server of the demo or another model."""
+    """So many seconds of `greed`, in a server of the demo or another model; without a budget it is the least."""
 
     seconds: float
     greed: Greed = field(default_factory=Greed)
     model: Path | None = None
+    budget_mib: int | None = None
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Ordinary:
 
 def attack_budget(plan: BudgetPlan) -> Outcome:
     """Finds the least budget that the server advises, and attacks it there; raises VictimError."""
-    budget = least_budget(plan.model, *_FLAGS)
+    budget = LeastBudget((plan.budget_mib,)) if plan.budget_mib else least_budget(plan.model, *_FLAGS)
     findings = []
     if len(budget.tried) > 2:
         findings.append(Finding("the advised --ram does not start", "advice", str(budget.tried)))

@@ -37,20 +37,8 @@ _SHAPE = Shape(4, 256, 512, 4, 2, 64, 16, 2, 512)
 _KIND = "F32"  # in which no rounding of batches turns a close decision, so that answers are equal to the letter
 _SPARE_SHARE = 0.4  # of the experts, in memory beside what is needed at least
 _N_PARALLEL = 8
-_FLAGS = (
-    "--ctx",
-    "256",
-    "--parallel",
-    str(_N_PARALLEL),
-    "--queue",
-    "64",
-    "--threads",
-    "2",
-    "--weights",
-    "copied",
-    "--kv-type",
-    "f32",
-)
+_FLAGS = ("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1", "--weights", "copied")
+_FLAGS += ("--kv-type", "f32")
 _EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|ahead|misses)"\} (\S+)', re.MULTILINE)
 _RUNNING = re.compile(r"^slimoe_num_requests_running (\S+)", re.MULTILINE)
 _PATIENCE = aiohttp.ClientTimeout(total=120)
@@ -59,14 +47,19 @@ HEALTH_MS, WORST_HEALTH_MS = 100.0, 2000.0
 
 @dataclass(frozen=True, slots=True)
 class SoakPlan:
-    """So many seconds of so many streams, of which a share is cut off, and so many kills of the engine."""
+    """So many seconds of so many streams of `n_prompts`, a share of them cut off, and so many kills of the engine.
+
+    The budget is what the server needs at least and some more, unless it is given.
+    """
 
     seed: int
     seconds: float
     n_streams: int = 50
+    n_prompts: int = len(_WORDS)
     cut_share: float = 0.2
     n_kills: int = 5
     shape: Shape = _SHAPE
+    budget_mib: int | None = None
 
 
 @dataclass(slots=True)
@@ -82,14 +75,14 @@ class _Course:
 
 def soak(plan: SoakPlan) -> Outcome:
     """Asks all prompts alone with everything in memory, then under a budget for long; raises VictimError."""
-    prompts = [f"Define the noun {word}." for word in _WORDS]
+    prompts = [f"Define the noun {word}." for word in _WORDS[: plan.n_prompts]]
     course = _Course()
     with tempfile.TemporaryDirectory(prefix="slimoe-soak-") as folder:
         model = Path(folder) / "model.gguf"
         n_bytes = write_random_model(model, plan.shape, kind=_KIND, vocabulary=True)
         with victim(model, *_FLAGS) as server:
             expected = {prompt: asyncio.run(_alone(server, prompt)) for prompt in prompts}
-        budget = least_budget(model, *_FLAGS).mib + round(_SPARE_SHARE * n_bytes / 2**20)
+        budget = plan.budget_mib or least_budget(model, *_FLAGS).mib + round(_SPARE_SHARE * n_bytes / 2**20)
         with victim(model, "--ram", f"{budget}MiB", *_FLAGS) as server:
             with watched_health(server.url) as health:
                 asyncio.run(_run(plan, server, expected, course))
