@@ -175,7 +175,8 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
     if keys.TOKENIZER_MODEL not in metadata:
         return {}
     found: dict[str, Any] = {"model": metadata[keys.TOKENIZER_MODEL], "pre": metadata.get(keys.TOKENIZER_PRE)}
-    found["n_tokens"] = len(metadata.get(keys.TOKENS, ()))
+    tokens = metadata.get(keys.TOKENS)
+    found["n_tokens"] = len(tokens) if isinstance(tokens, list) else None
     for role in ("bos", "eos", "eot"):
         found[role] = metadata.get(keys.token_id_key(role))
     found["chat_template"] = keys.CHAT_TEMPLATE in metadata

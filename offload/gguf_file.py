@@ -71,6 +71,16 @@ class GGUFFile:
         return sum(path.stat().st_size for path in self.paths)
 
 
+def number_array(value: Value) -> np.ndarray | None:
+    """Numbers as an array of one dimension; None for a value that is something else.
+
+    numpy itself would make an array of texts that gives each one the longest one's room.
+    """
+    if isinstance(value, list) and not any(isinstance(one, str) for one in value):
+        value = np.asarray(value)
+    return value if isinstance(value, np.ndarray) and value.ndim == 1 else None
+
+
 class _Cursor:
     """A read position in mapped bytes that refuses to run past the end."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offload.errors import ModelFileError, UnsupportedModelError
-from offload.gguf_file import GGUFFile, Value
+from offload.gguf_file import GGUFFile, Value, number_array
 
 AGAIN = "Download or convert it again."
 """What to do about a damaged file."""
@@ -80,8 +80,8 @@ class MetadataKeys:
         stored = self.gguf.metadata.get(self.prefix + name)
         if stored is None:
             raise self.missing(name)
-        values = np.asarray(stored)
-        if values.ndim != 1 or values.dtype.kind not in kinds:
+        values = number_array(stored)
+        if values is None or values.dtype.kind not in kinds:
             raise ModelFileError(self.gguf.path, f"{self.prefix}{name} is no array of {what}.", AGAIN)
         if values.size != n:
             problem = f"{self.prefix}{name} has {values.size} entries, but {n} belong to this model."

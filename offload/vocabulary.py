@@ -14,7 +14,7 @@ from gguf import TokenType
 from offload import file_keys as keys
 from offload import llama
 from offload.errors import ModelFileError, UnsupportedModelError
-from offload.gguf_file import GGUFFile, Value
+from offload.gguf_file import GGUFFile, Value, number_array
 from offload.text_blocks import TextBlocks, check_runs
 
 _NO_TOKENIZER = ("", "none", "no_vocab")
@@ -109,9 +109,8 @@ def _types(gguf: GGUFFile, texts: list[str]) -> tuple[int, ...]:
 def _ends(gguf: GGUFFile, n_vocab: int) -> frozenset[int]:
     """The ids that the file says end an answer; those that are no tokens are left out, as llama.cpp does it."""
     ids = [gguf.metadata[key] for key in _END_KEYS if key in gguf.metadata]
-    further = np.asarray(gguf.metadata.get(keys.END_TOKEN_IDS, ()))
-    is_array = further.ndim == 1 and (not further.size or further.dtype.kind == "i")
-    if not is_array or any(type(token) is not int for token in ids):
+    further = number_array(gguf.metadata.get(keys.END_TOKEN_IDS, []))
+    if further is None or (further.size and further.dtype.kind != "i") or any(type(token) is not int for token in ids):
         problem = f"{', '.join((*_END_KEYS, keys.END_TOKEN_IDS))} are not all numbers of tokens."
         raise ModelFileError(gguf.path, problem, _CONVERT_AGAIN)
     return frozenset(token for token in (*ids, *further.tolist()) if 0 <= token < n_vocab)

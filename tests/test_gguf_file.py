@@ -1,7 +1,9 @@
 import contextlib
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from gguf import GGMLQuantizationType as Type
 
 from offload.engine_plan import EngineConfig, has_tokenizer, plan_engine
 from offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
-from offload.gguf_file import GGUFFile, read_gguf
+from offload.gguf_file import GGUFFile, number_array, read_gguf
+from offload.metadata_keys import MetadataKeys
 from offload.tokenizer import Tokenizer
 from tests.gguf_content import (
     GGUFContent,
@@ -223,6 +226,29 @@ def test_made_up_headers(tmp_path: Path, raw: bytes, error: type[Exception], mes
     path.write_bytes(raw.ljust(24, b"\0") if raw.startswith(b"GGUF") else raw)
     with pytest.raises(error, match=message):
         read_gguf(path)
+
+
+@pytest.mark.parametrize("value", [["a", "b"], "ab", 3, None, True, np.zeros((2, 2))])
+def test_what_is_no_array_of_numbers(value: Any) -> None:
+    assert number_array(value) is None
+
+
+def test_arrays_of_numbers() -> None:
+    for value in ([1, 2], np.array([1, 2], np.int32)):
+        array = number_array(value)
+        assert array is not None
+        assert array.tolist() == [1, 2]
+
+
+def test_long_texts_in_place_of_numbers_take_no_memory(tmp_path: Path, content: GGUFContent) -> None:
+    """numpy would give each of 3,000 texts the room of the longest: gigabytes."""
+    texts = StoredKey(["a" * 100_000, *["b"] * 3000], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)
+    path = write_content(tmp_path / "m.gguf", replace(content, keys=content.keys | {"llama.rope.extra": texts}))
+    tracemalloc.start()
+    with pytest.raises(ModelFileError, match="no array of integers"):
+        MetadataKeys(read_gguf(path), "llama.").integers("rope.extra", 3001)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 def test_a_big_endian_file(tmp_path: Path, content: GGUFContent) -> None:

@@ -65,3 +65,14 @@ def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["inspect", str(tmp_path)]) == 3
     assert run(["inspect", str(tmp_path / "absent")]) == 3
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_vocabulary_that_is_no_list_is_not_counted(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_uint32("tokenizer.ggml.tokens", 5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    assert take_inventory(tmp_path / "m.gguf").tokenizer == {"model": "llama", "chat_template": False}
