@@ -6,27 +6,55 @@ Source: the safetensors format, https://github.com/huggingface/safetensors.
 """
 
 import hashlib
-import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-from converter.file_bytes import all_bytes
+import msgspec
+
+from converter.checkpoint_files import check_directory, weight_files
+from converter.document import BadDocumentError, decode_json
 from converter.source_digest import add_samples
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.foreign_file import is_lfs_pointer, lfs_pointer
 from offload.regular_file import open_regular, reason
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+T = TypeVar("T")
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 """The dtypes of weights, and bytes per value."""
 _PACKED_BYTES = {"U8": 1, "I8": 1}
 """Further ones that hold quantised weights."""
 _BITSANDBYTES = "bitsandbytes"
+_UNREAD = {"I32": "packed integers, as GPTQ and AWQ have them", "F8_E4M3": "8-bit floats", "F8_E5M2": "8-bit floats"}
+"""What some other dtypes mean."""
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_MAX_HEADER = 100_000_000
+_MAX_CONFIG = 1 << 20
+_MAX_HEADER = 16 << 20
 _AGAIN = "Download the checkpoint again."
+_BEFORE = "Use the checkpoint before it was quantised, or one that bitsandbytes quantised."
+
+
+class _Quantisation(msgspec.Struct):
+    quant_method: str | None = None
+    load_in_4bit: bool | None = None
+    load_in_8bit: bool | None = None
+
+
+class _QuantisedConfig(msgspec.Struct):
+    quantization_config: _Quantisation | None = None
+    compression_config: _Quantisation | None = None
+
+
+class _Entry(msgspec.Struct):
+    """A tensor in a safetensors header."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+    data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +88,7 @@ class Checkpoint:
     """A directory's configuration and tensors; `source_hash` covers config.json, all headers and some weights."""
 
     path: Path
-    config: dict[str, Any]
+    config_json: bytes
     tensors: dict[str, CheckpointTensor]
     source_hash: str
 
@@ -74,104 +102,122 @@ class Checkpoint:
         if not path.is_dir():
             problem = "this is a file, not a checkpoint directory." if path.exists() else "there is no such directory."
             raise ModelFileError(path, problem, "Name the directory with config.json and the safetensors files.")
-        config_path = path / "config.json"
-        if not config_path.is_file():
-            raise ModelFileError(path, "this directory is no checkpoint: it has no config.json.")
-        config = read_json(config_path)
-        dtypes = _dtypes(config_path, config)
-        digest = hashlib.sha256(all_bytes(config_path))
+        check_directory(path)
+        config = _config_bytes(path / "config.json")
+        dtypes = _dtypes(path / "config.json", config)
+        digest = hashlib.sha256(config)
         tensors: dict[str, CheckpointTensor] = {}
-        owners = _weight_map(path)
-        for shard in sorted(set(owners.values())) if owners else [_SINGLE]:
+        shards, owners = weight_files(path)
+        for shard in shards:
             header, found = _read_shard(path / shard, dtypes)
             digest.update(header)
-            tensors |= {tensor.name: tensor for tensor in found}
+            for tensor in found:
+                if tensor.name in tensors:
+                    problem = f"tensor {tensor.name} is in {tensors[tensor.name].path.name} too."
+                    raise ModelFileError(path / shard, problem, _AGAIN)
+                tensors[tensor.name] = tensor
         for name, shard in owners.items():
             if name not in tensors:
                 raise ModelFileError(path / shard, f"tensor {name} is missing, the index says it is here.", _AGAIN)
         add_samples(digest, ((tensor.path, tensor.offset, tensor.n_bytes) for tensor in tensors.values()))
         return cls(path, config, tensors, digest.hexdigest())
 
+    @property
+    def config_path(self) -> Path:
+        """The file of the configuration."""
+        return self.path / "config.json"
 
-def _dtypes(path: Path, config: dict[str, Any]) -> dict[str, int]:
+    def read_config(self, kind: type[T]) -> T:
+        """The fields of config.json that `kind` has; raises ModelFileError."""
+        return _decode(self.config_path, self.config_json, kind)
+
+
+def _config_bytes(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            data = file.read(_MAX_CONFIG + 1)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+    if is_lfs_pointer(data):
+        raise lfs_pointer(path)
+    return data
+
+
+def _decode(path: Path, data: bytes, kind: type[T]) -> T:
+    try:
+        return decode_json(data, kind, _MAX_CONFIG)
+    except BadDocumentError as error:
+        raise ModelFileError(path, f"{error}.", _AGAIN) from None
+
+
+def _dtypes(path: Path, config: bytes) -> dict[str, int]:
     """What tensors may be stored as, and bytes per value; refuses quantisation that is not read."""
-    settings = config.get("quantization_config")
-    if not settings:
+    settings = _decode(path, config, _QuantisedConfig)
+    quantised = settings.quantization_config or settings.compression_config
+    if quantised is None or quantised == _Quantisation():
         return DTYPE_BYTES
-    if not isinstance(settings, dict):
-        raise ModelFileError(path, "quantization_config is no object.", _AGAIN)
-    is_old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    method = settings.get("quant_method", _BITSANDBYTES if is_old else None)
+    is_old = quantised.load_in_4bit or quantised.load_in_8bit
+    method = quantised.quant_method or (_BITSANDBYTES if is_old else None)
     if method != _BITSANDBYTES:
         problem = f"the weights are quantised by {method or 'an unnamed method'}; only {_BITSANDBYTES} is read."
-        raise UnsupportedModelError(path.parent, problem, "Use the checkpoint before it was quantised.")
+        raise UnsupportedModelError(path.parent, problem, _BEFORE)
     return DTYPE_BYTES | _PACKED_BYTES
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ModelFileError when it is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(path, f"this is not readable as JSON ({error}).", _AGAIN) from None
-    if not isinstance(value, dict):
-        raise ModelFileError(path, "this is JSON, but no object.", _AGAIN)
-    return value
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Which shard holds which tensor; empty when there is one file without an index."""
-    if (path / _INDEX).is_file():
-        owners = read_json(path / _INDEX).get("weight_map")
-        if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
-            raise ModelFileError(path / _INDEX, "the index has no weight_map.", _AGAIN)
-        for shard in sorted(set(owners.values())):
-            if Path(shard).name != shard or not (path / shard).is_file():
-                raise ModelFileError(path, f"shard {shard} is missing.", _AGAIN)
-        return owners
-    if (path / _SINGLE).is_file():
-        return {}
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-        problem = "the weights are PyTorch pickles, which are not read because they can run code."
-        raise UnsupportedModelError(path, problem, "Save the model as safetensors.")
-    raise ModelFileError(path, f"this directory holds no weights ({_SINGLE} or {_INDEX}).")
 
 
 def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[CheckpointTensor]]:
     try:
         with open_regular(path) as file:
             n_file = os.fstat(file.fileno()).st_size
-            n_header = int.from_bytes(file.read(8), "little")
+            start = file.read(32)
+            if is_lfs_pointer(start):
+                raise lfs_pointer(path)
+            n_header = int.from_bytes(start[:8], "little")
             if n_file < 8 or n_header > min(n_file - 8, _MAX_HEADER):
                 raise ModelFileError(path, "this is not a whole safetensors file.", _AGAIN)
+            file.seek(8)
             raw = file.read(n_header)
-        header = json.loads(raw)
+        header = decode_json(raw, dict[str, msgspec.Raw], _MAX_HEADER)
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
-    except ValueError:
-        raise ModelFileError(path, "the safetensors header is damaged.", _AGAIN) from None
-    if not isinstance(header, dict):
-        raise ModelFileError(path, "the safetensors header is damaged.", _AGAIN)
+    except BadDocumentError as error:
+        raise ModelFileError(path, f"the safetensors header is damaged ({error}).", _AGAIN) from None
     header.pop("__metadata__", None)
-    return raw, [_tensor(path, 8 + n_header, n_file, dtypes, name, entry) for name, entry in header.items()]
+    entries = {name: _entry(path, name, bytes(value)) for name, value in header.items()}
+    _check_offsets(path, entries, n_file - 8 - n_header)
+    return raw, [_tensor(path, 8 + n_header, dtypes, name, entry) for name, entry in entries.items()]
 
 
-def _tensor(
-    path: Path, data_begin: int, n_file: int, dtypes: dict[str, int], name: str, entry: Any
-) -> CheckpointTensor:
+def _entry(path: Path, name: str, data: bytes) -> _Entry:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = isinstance(begin, int) and isinstance(end, int) and all(isinstance(n, int) and n > 0 for n in shape)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ModelFileError(path, f"the header's entry for tensor {name} is damaged.", _AGAIN)
-    if dtype not in dtypes:
-        problem = f"tensor {name} is stored as {dtype}; {', '.join(dtypes)} are read."
-        raise UnsupportedModelError(path, problem, "Use the checkpoint before it was quantised.")
-    if begin < 0 or end - begin != math.prod(shape) * dtypes[dtype]:
-        raise ModelFileError(path, f"the header's entry for tensor {name} is damaged.", _AGAIN)
-    if data_begin + end > n_file:
-        problem = f"the file is truncated: tensor {name} ends at byte {data_begin + end}, the file at {n_file}."
-        raise ModelFileError(path, problem, _AGAIN)
-    return CheckpointTensor(name, dtype, shape, path, data_begin + begin)
+        return decode_json(data, _Entry)
+    except BadDocumentError as error:
+        problem = f"the header's entry for tensor {name} is damaged ({error})."
+        raise ModelFileError(path, problem, _AGAIN) from None
+
+
+def _check_offsets(path: Path, entries: Mapping[str, _Entry], n_data: int) -> None:
+    """Tensors fill the file's data without gaps or overlaps, as the format demands."""
+    expected = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if begin != expected or end < begin:
+            problem = f"tensor {name} lies at {begin} to {end} of the data, but belongs at {expected}."
+            raise ModelFileError(path, problem, _AGAIN)
+        if end > n_data:
+            problem = f"the file is truncated: tensor {name} ends at byte {end} of the data, which has {n_data}."
+            raise ModelFileError(path, problem, _AGAIN)
+        expected = end
+    if expected != n_data:
+        raise ModelFileError(path, f"{n_data - expected} bytes at the file's end belong to no tensor.", _AGAIN)
+
+
+def _tensor(path: Path, data_begin: int, dtypes: Mapping[str, int], name: str, entry: _Entry) -> CheckpointTensor:
+    begin, end = entry.data_offsets
+    if entry.dtype not in dtypes:
+        meaning = f" ({_UNREAD[entry.dtype]})" if entry.dtype in _UNREAD else ""
+        problem = f"tensor {name} is stored as {entry.dtype}{meaning}; {', '.join(dtypes)} are read."
+        raise UnsupportedModelError(path, problem, _BEFORE)
+    if end - begin != math.prod(entry.shape) * dtypes[entry.dtype]:
+        problem = f"the header's entry for tensor {name} is damaged: {list(entry.shape)} of {entry.dtype}"
+        raise ModelFileError(path, f"{problem} do not take {end - begin} bytes.", _AGAIN)
+    return CheckpointTensor(name, entry.dtype, entry.shape, path, data_begin + begin)

@@ -9,7 +9,9 @@ from gguf import GGMLQuantizationType
 from converter.architecture import checkpoint_matrices, model_spec
 from converter.checkpoint import Checkpoint
 from converter.file_bytes import all_bytes
+from converter.model_config import read_model_config
 from converter.model_source import MatrixKey, SourceLayer
+from converter.rotation import read_rotation
 from converter.stored_model import StoredModel, stock_tensors
 from converter.vocabulary import tokenizer_metadata
 from offload.errors import ModelFileError
@@ -24,13 +26,15 @@ def checkpoint_source(path: Path) -> StoredModel:
     is needed and absent.
     """
     checkpoint = Checkpoint.open(path)
-    spec = model_spec(checkpoint)
-    matrices = checkpoint_matrices(checkpoint, spec)
+    config = read_model_config(checkpoint)
+    rotation = read_rotation(checkpoint.config_path, config)
+    spec = model_spec(config, rotation.spec)
+    matrices = checkpoint_matrices(checkpoint, config, spec, rotation.divisors)
     tensors = stock_tensors(matrices)
     f32 = GGMLQuantizationType.F32
     infos = {t.name: TensorInfo(t.name, t.ne, f32, 0, 0, 4 * math.prod(t.ne)) for t in tensors}
     check_tensors(GGUFFile((path,), {}, infos), spec)
-    if not checkpoint.config.get("tie_word_embeddings") and MatrixKey("output.weight") not in matrices:
+    if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
     layer = SourceLayer(spec.n_expert, tuple(range(spec.n_expert)))
     return StoredModel(

@@ -15,7 +15,8 @@ from converter.stored_model import StoredModel
 from converter.stored_rows import BlockRows, StoredMatrix
 from offload import file_keys as keys
 from offload.gguf_file import GGUFFile, Value, read_gguf
-from offload.model_spec import ModelSpec, check_tensors
+from offload.model_file import ModelFile
+from offload.model_spec import ModelSpec
 from offload.native_format import novice_name
 from offload.tokenizer import Tokenizer
 from offload.weight_source import (
@@ -23,7 +24,6 @@ from offload.weight_source import (
     LayerSources,
     LinearSource,
     WeightSource,
-    model_sources,
     stacked_matrix,
 )
 
@@ -39,12 +39,10 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     and the first 4096 bytes of every tensor: files of different types made of one checkpoint are different sources.
     Raises ModelFileError and UnsupportedModelError as the engine does that would run the file.
     """
-    gguf = read_gguf(path)
-    spec = ModelSpec.from_gguf(gguf)
-    check_tensors(gguf, spec)
+    file = ModelFile.of(read_gguf(path))
+    gguf, spec, sources = file.gguf, file.spec, file.sources
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()
-    sources = model_sources(gguf, spec)
     found: dict[MatrixKey, StoredMatrix] = {}
     whole = (sources.token_embd, sources.rope_freqs, sources.output_norm)
     output = () if sources.output.weight is sources.token_embd else _linear(sources.output)

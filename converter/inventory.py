@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from converter.bnb import type_sizes
 from converter.checkpoint import Checkpoint
+from converter.model_config import ConfigClass
 from offload import file_keys as keys
 from offload.gguf_file import GGUFFile, TensorInfo, Value, read_gguf
 from offload.model_spec import NATIVE, ModelSpec
@@ -29,7 +32,8 @@ _KINDS = (
 )
 """Kinds of tensors and what their names contain, in GGUF and in Hugging Face; the first that matches counts."""
 
-_HF_SIZES = {
+
+_HF_NAMES = {
     "n_layer": "num_hidden_layers",
     "n_embd": "hidden_size",
     "n_ff": "intermediate_size",
@@ -40,6 +44,22 @@ _HF_SIZES = {
     "n_expert": "num_local_experts",
     "n_expert_used": "num_experts_per_tok",
 }
+
+
+class _HFSizes(msgspec.Struct, rename=_HF_NAMES):
+    """Sizes of a checkpoint of any class, as far as its configuration names them."""
+
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_ff: int | None = None
+    n_head: int | None = None
+    n_head_kv: int | None = None
+    n_ctx_train: int | None = None
+    n_vocab: int | None = None
+    n_expert: int | None = None
+    n_expert_used: int | None = None
+
+
 _GGUF_SIZES = {
     "n_layer": "block_count",
     "n_embd": "embedding_length",
@@ -184,15 +204,15 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
-    config = checkpoint.config
+    sizes = msgspec.structs.asdict(checkpoint.read_config(_HFSizes))
     tensors = ((_kind_of(name), kind, n, n_bytes) for name, kind, n, n_bytes in type_sizes(checkpoint))
     files = {tensor.path for tensor in checkpoint.tensors.values()}
     return Inventory(
         path=checkpoint.path,
         format="Hugging Face",
-        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        architecture=checkpoint.read_config(ConfigClass).name,
         name=checkpoint.path.resolve().name,
-        sizes={name: config[key] for name, key in _HF_SIZES.items() if config.get(key) is not None},
+        sizes={name: value for name, value in sizes.items() if value is not None},
         counts=_counts(tensors),
         n_bytes=sum(file.stat().st_size for file in files),
         tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},

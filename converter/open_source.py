@@ -8,11 +8,8 @@ from converter.gguf_source import gguf_source
 from converter.model_source import ModelSource
 from converter.stored_model import StoredModel
 from offload.errors import ModelFileError
-from offload.gguf_file import MAGIC
-from offload.regular_file import open_regular, reason
 
 _OF_A_CHECKPOINT = (".safetensors", ".json", ".model")
-_NAME_ONE = "Name the directory of a Hugging Face checkpoint, or a .gguf file."
 
 
 def open_source(path: Path) -> StoredModel:
@@ -23,8 +20,10 @@ def open_source(path: Path) -> StoredModel:
     """
     if os.path.isdir(path):
         return checkpoint_source(path)
-    if _first_bytes(path) != MAGIC:
-        raise ModelFileError(path, "this is neither a checkpoint directory nor a GGUF file.", _NAME_ONE)
+    if not os.path.exists(path):
+        raise ModelFileError(
+            path, "there is no such directory or file.", "Name a checkpoint's directory, or a GGUF file."
+        )
     return gguf_source(path)
 
 
@@ -33,13 +32,3 @@ def model_files(source: ModelSource) -> set[Path]:
     path = source.path
     own = {one for one in path.iterdir() if one.suffix in _OF_A_CHECKPOINT} if path.is_dir() else {path}
     return own | {blocks.path for key in source.shapes if (blocks := source.blocks(key)) is not None}
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            return file.read(len(MAGIC))
-    except FileNotFoundError:
-        raise ModelFileError(path, "there is no such directory or file.", _NAME_ONE) from None
-    except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).", _NAME_ONE) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.utility import size_label
 
+from converter.architecture import STOCK
 from converter.gguf_header import ALIGNMENT_KEY, HeaderTensor, alignment_of, pack_header, padded
 from converter.given_importance import Fitted, GivenImportance, Importance, read_importance
 from converter.model_source import expert_key
@@ -21,12 +22,10 @@ from converter.stored_rows import StoredRows
 from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
 from offload import file_keys as keys
 from offload.errors import UnsupportedModelError, UsageError
-from offload.gguf_file import GGUFFile, TensorInfo, Value
+from offload.gguf_file import Value
+from offload.model_file import check_header
 from offload.model_spec import NATIVE, ModelSpec
-from offload.native_format import ALIGNMENT, layout_metadata, read_layout
-
-STOCK = "llama"
-"""The architecture that an unmodified llama.cpp runs."""
+from offload.native_format import ALIGNMENT, layout_metadata
 
 _QUANTIZATION_VERSION = 2
 _NOT_QUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -139,9 +138,6 @@ def plan_pair(source: Path, names: str, imatrix: Path | None = None) -> ConvertP
     metadata |= layout_metadata(pair_layout(spec))
     planned = _placed(model, recipe, spec, metadata, pair_targets(targets, pair))
     _check_pair(planned)
-    infos = (TensorInfo(t.target.name, t.target.ne, t.type, 0, t.offset, t.n_bytes) for t in planned.tensors)
-    file = GGUFFile((source,), metadata, {info.name: info for info in infos})
-    read_layout(file, ModelSpec.from_gguf(file))
     return _fitted(planned, model, given)
 
 
@@ -185,6 +181,7 @@ def _placed(
         sizes.append(math.prod(target.ne) // block * block_bytes)
         offset += padded(sizes[-1], alignment_of(metadata))
     header = pack_header(metadata, entries)
+    check_header(model.path, header, len(header) + offset)
     tensors = tuple(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
         for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)

@@ -18,9 +18,9 @@ from converter.slim_plan import SlimPlan
 from converter.statistics import Statistics
 from converter.type_recipe import fits, fitting_types
 from offload.errors import UnsupportedModelError, UsageError
-from offload.gguf_file import GGUFFile, TensorInfo, Value
-from offload.model_spec import NATIVE, ROPE_FREQS, ModelSpec, check_tensors
-from offload.native_format import read_layout
+from offload.gguf_file import Value
+from offload.model_file import check_header
+from offload.model_spec import ROPE_FREQS, ModelSpec
 
 _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
 
@@ -72,7 +72,7 @@ def lay_out(source: ModelSource, plan: SlimPlan, statistics: Statistics | None =
     metadata = merged_metadata(carried_metadata(source), own)
     tensors, n_data = _placed(matrices, alignment_of(metadata))
     header = pack_header(metadata, _entries(tensors))
-    _check_readable(source, metadata, tensors)
+    check_header(source.path, header, len(header) + n_data)
     return SlimLayout(spec, metadata, header, tensors, len(header) + n_data)
 
 
@@ -175,13 +175,3 @@ def _ne(matrix: Matrix, n_slot: int) -> tuple[int, ...]:
 
 def _entries(tensors: Sequence[SlimTensor]) -> list[HeaderTensor]:
     return [HeaderTensor(tensor.name, tensor.ne, tensor.type, tensor.offset) for tensor in tensors]
-
-
-def _check_readable(source: ModelSource, metadata: dict[str, Value], tensors: Sequence[SlimTensor]) -> None:
-    """The reader's own checks: what passes them is what the engine takes."""
-    infos = {t.name: TensorInfo(t.name, t.ne, t.type, 0, t.offset, t.n_bytes) for t in tensors}
-    file = GGUFFile((source.path,), metadata, infos)
-    spec = ModelSpec.from_gguf(file)
-    check_tensors(file, spec)
-    if spec.architecture == NATIVE:
-        read_layout(file, spec)

@@ -15,21 +15,22 @@ from offload.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices,
 from offload.devices import Device, choose_devices
 from offload.elastic import Elastic
 from offload.engine_config import EngineConfig as EngineConfig
-from offload.errors import DoesNotFitError, ModelFileError, UsageError
+from offload.errors import DoesNotFitError, UsageError
 from offload.expert_source import ExpertLayer, cache_priors, expert_layers
 from offload.file_keys import MERGES, TOKENS
 from offload.gguf_file import GGUFFile, read_gguf
 from offload.kv_cache import CELL_STEP, kv_bytes, kv_type
 from offload.lossy import Lossy, make_lossy, mixed_lossy, with_resident
 from offload.memory import human, resident_bytes
-from offload.model_spec import ModelSpec, check_tensors
+from offload.model_file import ModelFile
+from offload.model_spec import ModelSpec
 from offload.placement import Needs, Placement, decide_placement, matrix_bytes, repackable_types, staging_bytes
 from offload.probe import KernelSpeed, measured_speeds
 from offload.processors import default_threads
 from offload.program_memory import held_bytes, most_logit_rows, program_bytes, request_bytes
 from offload.tier_plan import TierPlan, plan_tiers, tiered_compute_bytes, widest
 from offload.token_rows import row_bytes
-from offload.weight_source import ModelSources, model_sources, without_experts
+from offload.weight_source import ModelSources, without_experts
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 512  # ggml's own limit
@@ -142,11 +143,8 @@ def _plan(config: EngineConfig, model: _Model) -> EnginePlan:
 
 def _read(config: EngineConfig) -> _Model:
     resident = resident_bytes()
-    gguf = read_gguf(config.model)
-    spec = ModelSpec.from_gguf(gguf)
-    check_tensors(gguf, spec)
-    _check_vocabulary(gguf, spec)
-    sources = model_sources(gguf, spec)
+    file = ModelFile.of(read_gguf(config.model))
+    gguf, spec, sources = file.gguf, file.spec, file.sources
     layers = expert_layers(sources, spec)
     of_model = resident_bytes() - resident
     devices = choose_devices(config.device, config.rpc)
@@ -344,13 +342,6 @@ def _settled(plan: EnginePlan) -> EnginePlan:
 
 def _what(config: EngineConfig, plan: EnginePlan) -> str:
     return f"{config.model} with {plan.n_ctx} tokens of context"
-
-
-def _check_vocabulary(gguf: GGUFFile, spec: ModelSpec) -> None:
-    tokens = gguf.metadata.get(TOKENS)
-    if isinstance(tokens, list) and len(tokens) != spec.n_vocab:
-        problem = f"the tokenizer has {len(tokens)} tokens, the model {spec.n_vocab}."
-        raise ModelFileError(gguf.path, problem, "Convert the model again, with the tokenizer that belongs to it.")
 
 
 def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:

@@ -6,6 +6,9 @@ of our own are `assert`s and never appear here. `exit_code` is what the `slimoe`
 
 from pathlib import Path
 
+_LONGEST_PROBLEM = 700
+"""Characters: a file may hold names and values of any length, and a message quotes them."""
+
 
 class SlimoeError(Exception):
     """Base of all errors that are shown to a person without a traceback."""
@@ -29,9 +32,9 @@ class ModelFileError(SlimoeError):
 
     def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
         self.path = Path(path)
-        self.problem = problem
+        self.problem = problem if len(problem) <= _LONGEST_PROBLEM else problem[:_LONGEST_PROBLEM] + "..."
         self.hint = hint
-        super().__init__(f"{path}: {problem}" + (f" {hint}" if hint else ""))
+        super().__init__(f"{path}: {self.problem}" + (f" {hint}" if hint else ""))
 
 
 class UnsupportedModelError(ModelFileError):

@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.foreign_file import foreign_directory, foreign_file
 from offload.regular_file import open_regular, reason
 
 MAGIC = b"GGUF"
@@ -84,7 +85,7 @@ def number_array(value: Value) -> np.ndarray | None:
 class _Cursor:
     """A read position in mapped bytes that refuses to run past the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
         self.path = path
         self.data = data
         self.at = 0
@@ -167,6 +168,12 @@ def read_gguf(path: str | Path) -> GGUFFile:
     return GGUFFile(paths, metadata, tensors)
 
 
+def parse_gguf(path: Path, header: bytes, n_bytes: int) -> GGUFFile:
+    """What `read_gguf` would read of a file of `n_bytes` that begins with `header`; `path` is what errors name."""
+    metadata, tensors = _parse(_Cursor(path, header), 0, n_bytes)
+    return GGUFFile((path,), metadata, {tensor.name: tensor for tensor in tensors})
+
+
 def _check_shard_count(paths: tuple[Path, ...], metadata: dict[str, Value], tensors: dict[str, TensorInfo]) -> None:
     count = _count(paths[0], metadata, "split.count", 0) or 1
     if count != len(paths):
@@ -188,22 +195,25 @@ def _read_shard(path: Path, shard: int) -> tuple[dict[str, Value], list[TensorIn
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size < 24:
+                head = file.read()
+                if not head.startswith(MAGIC[: len(head)]):
+                    raise foreign_file(path, head)
                 raise ModelFileError(path, "this is not a GGUF file: it is too short.", _DOWNLOAD_AGAIN)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(path, data), shard)
+                return _parse(_Cursor(path, data), shard, len(data))
     except FileNotFoundError:
         raise ModelFileError(path, "there is no such file.", "Check the path.") from None
     except IsADirectoryError:
-        raise ModelFileError(path, "this is a directory, not a GGUF file.", "Name the .gguf file in it.") from None
+        raise foreign_directory(path) from None
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
 
 
-def _parse(cursor: _Cursor, shard: int) -> tuple[dict[str, Value], list[TensorInfo]]:
+def _parse(cursor: _Cursor, shard: int, n_bytes: int) -> tuple[dict[str, Value], list[TensorInfo]]:
     path = cursor.path
     begin = cursor.take(4)
     if cursor.data[begin : begin + 4] != MAGIC:
-        raise ModelFileError(path, "this is not a GGUF file.", "Convert it first: slimoe convert SRC DST.")
+        raise foreign_file(path, bytes(cursor.data[:32]))
     version = cursor.scalar("I")
     if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
         raise UnsupportedModelError(path, "this is a big-endian GGUF file.", "Get the little-endian one.")
@@ -221,7 +231,7 @@ def _parse(cursor: _Cursor, shard: int) -> tuple[dict[str, Value], list[TensorIn
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise ModelFileError(path, f"the alignment {alignment!r} is no power of two.", _DOWNLOAD_AGAIN)
     data_begin = -(-cursor.at // alignment) * alignment
-    infos = [_tensor_info(path, shard, len(cursor.data), data_begin, *header) for header in raw]
+    infos = [_tensor_info(path, shard, n_bytes, data_begin, *header) for header in raw]
     _check_offsets(path, infos, data_begin, alignment)
     return metadata, infos
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.foreign_file import foreign_model
 from offload.gguf_file import GGUFFile, Value
 from offload.metadata_keys import AGAIN, MetadataKeys
 from offload.rope_spec import RopeSpec, read_rope
@@ -136,6 +137,9 @@ class ModelSpec:
         contradictory values. Tensors are `check_tensors`' business.
         """
         architecture = gguf.metadata.get("general.architecture")
+        foreign = foreign_model(gguf.path, architecture, gguf.metadata.get("general.type"))
+        if foreign:
+            raise foreign
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             known = ", ".join(f"{name} ({models})" for name, models in ARCHITECTURES.items())
             problem = f"the architecture {architecture!r} is not supported, only {known}."
@@ -193,6 +197,7 @@ class ModelSpec:
         if self.rope.scaling != "none":
             values |= {"rope.scaling.type": self.rope.scaling, "rope.scaling.factor": self.rope.factor}
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
+        if self.rope.attn_multiplier != 1.0:
             values["rope.scaling.attn_factor"] = self.rope.attn_multiplier
         return {f"{self.architecture}.{key}": value for key, value in values.items()}
 

@@ -57,11 +57,18 @@ def truncate(name: str, n_bytes: int) -> Spoil:
 
 
 def only_index(path: Path) -> None:
+    (path / WEIGHTS).unlink()
     (path / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
 
 
 def index_of_too_much(path: Path) -> None:
-    (path / INDEX).write_text(json.dumps({"weight_map": {"model.absent.weight": WEIGHTS}}))
+    (path / WEIGHTS).rename(path / "all.safetensors")
+    (path / INDEX).write_text(json.dumps({"weight_map": {"model.absent.weight": "all.safetensors"}}))
+
+
+def index_without_map(path: Path) -> None:
+    (path / WEIGHTS).unlink()
+    (path / INDEX).write_text("{}")
 
 
 def pickles(path: Path) -> None:
@@ -94,34 +101,36 @@ def shift_offsets(header: dict[str, Any]) -> None:
 
 
 W2 = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
-YARN = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0}
 BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     "no config": (lambda path: (path / "config.json").unlink(), ModelFileError, "no checkpoint: it has no config.json"),
     "config is no json": (write("config.json", "{"), ModelFileError, "config.json: this is not readable as JSON"),
-    "config is a list": (write("config.json", "[]"), ModelFileError, "no object"),
+    "config is a list": (write("config.json", "[]"), ModelFileError, "expected object, got array"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), ModelFileError, "holds no weights"),
     "pickles": (pickles, UnsupportedModelError, "PyTorch pickles"),
     "empty weights": (truncate(WEIGHTS, 0), ModelFileError, "not a whole safetensors file"),
     "truncated header": (truncate(WEIGHTS, 100), ModelFileError, "not a whole safetensors file"),
     "truncated data": (truncate(WEIGHTS, 100_000), ModelFileError, "the file is truncated: tensor"),
     "corrupt header": (write(WEIGHTS, b"\x04" + b"\0" * 7 + b"{]}}"), ModelFileError, "header is damaged"),
-    "wrong offsets": (edit_header(shift_offsets), ModelFileError, r"entry for tensor model\.norm\.weight is damaged"),
+    "wrong offsets": (edit_header(shift_offsets), ModelFileError, r"norm\.weight (lies at|ends at)"),
     "fp8": (edit_header(lambda h: h["model.norm.weight"].update(dtype="F8_E4M3")), UnsupportedModelError, "F8_E4M3"),
     "missing shard": (only_index, ModelFileError, r"shard model-00001-of-00002\.safetensors is missing"),
     "missing in shard": (index_of_too_much, ModelFileError, r"model\.absent\.weight is missing, the index says"),
-    "index without map": (write(INDEX, "{}"), ModelFileError, "no weight_map"),
+    "index without map": (index_without_map, ModelFileError, "missing required field weight_map"),
     "missing expert": (edit_tensors(drop(W2)), ModelFileError, r"expert 2 of blk\.0\.ffn_down_exps\.weight is missing"),
-    "missing tensor": (edit_header(drop("model.norm.weight")), ModelFileError, r"output_norm\.weight is missing"),
-    "missing output": (edit_header(drop("lm_head.weight")), ModelFileError, r"lm_head\.weight is missing"),
+    "missing tensor": (edit_tensors(drop("model.norm.weight")), ModelFileError, r"output_norm\.weight is missing"),
+    "missing output": (edit_tensors(drop("lm_head.weight")), ModelFileError, r"lm_head\.weight is missing"),
     "unknown tensor": (edit_tensors(add("model.layers.0.extra.weight")), UnsupportedModelError, "has no place"),
     "wrong shape": (edit_config(intermediate_size=80), ModelFileError, r"ffn_\w+_exps\.weight has the shape"),
-    "no layers": (edit_config(num_hidden_layers=0), ModelFileError, "num_hidden_layers is 0"),
+    "no layers": (edit_config(num_hidden_layers=0), ModelFileError, "num_hidden_layers: expected int >= 1"),
     "unknown architecture": (edit_config(architectures=["RwkvForCausalLM"]), UnsupportedModelError, "RwkvForCausalLM"),
-    "no architecture": (edit_config(architectures=None), UnsupportedModelError, "None"),
+    "no architecture": (
+        edit_config(architectures=None),
+        UnsupportedModelError,
+        "the architecture 'unknown' is not supported",
+    ),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), UnsupportedModelError, "quantised"),
     "activation": (edit_config(hidden_act="gelu"), UnsupportedModelError, "gelu"),
     "rope": (edit_config(rope_parameters={"rope_type": "longrope"}), UnsupportedModelError, "longrope"),
-    "yarn": (edit_config(rope_parameters=YARN), UnsupportedModelError, "beta_fast"),
     "nan": (edit_tensors(put_nan), ModelFileError, r"experts\.5\.w2\.weight holds NaN or infinity"),
     "infinity": (edit_tensors(put_infinity), ModelFileError, r"q_proj\.weight holds NaN or infinity"),
     "no tokenizer": (lambda path: (path / "tokenizer.model").unlink(), ModelFileError, r"no tokenizer\.model and no"),

@@ -30,6 +30,9 @@ FAST_TYPES += ["IQ4_NL", "IQ4_XS", "TQ2_0", "TQ1_0", "NVFP4"]
 SLOW_TYPES = ["IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
 
 
+YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+
+
 def config(path: Path, **changed: Any) -> EngineConfig:
     return EngineConfig(path, **{"n_ctx": 256, "n_threads": 1} | changed)
 
@@ -226,8 +229,12 @@ def test_a_cache_type_that_does_not_divide_the_heads(moe: Path) -> None:
         {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
         {"rope.scale_linear": 2.0},
         {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
-        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+        YARN_KEYS,
         {"rope.freq_base": 500.0},
+        {"rope.scaling.attn_factor": 1.3},
+        YARN_KEYS | {"rope.scaling.attn_factor": 0.9, "rope.scaling.yarn_log_multiplier": 0.7},
+        YARN_KEYS | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_attn_factor": 2.0},
+        YARN_KEYS | {"rope.scaling.yarn_ext_factor": 0.5, "rope.scaling.factor": 0.5},
     ],
     ids=str,
 )

@@ -195,7 +195,8 @@ def tensor(name: bytes, ne: tuple[int, ...], kind: int = 0, offset: int = 0) -> 
     ("raw", "error", "message"),
     [
         (b"", ModelFileError, "too short"),
-        (b"PK\3\4" + bytes(100), ModelFileError, "not a GGUF file"),
+        (b"no model" * 20, ModelFileError, "not a GGUF file"),
+        (b"PK\3\4" + bytes(100), UnsupportedModelError, "PyTorch pickles"),
         (raw_header(0, 0, version=1), UnsupportedModelError, "version 1 is not readable"),
         (raw_header(0, 0, version=4), UnsupportedModelError, "version 4 is not readable"),
         (raw_header(0, 0, version=3 << 24), UnsupportedModelError, "big-endian"),

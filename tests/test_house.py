@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "offload", "converter", "bench", "tests")
 SHARED_LEAVES = {"byte_size", "errors", "file_keys", "gguf_file", "library", "metadata_keys", "model_spec", "rope_spec"}
 SHARED_LEAVES |= {
+    "foreign_file",
+    "model_file",
     "regular_file",
     "whole_file",
     "ggml",

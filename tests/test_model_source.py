@@ -275,8 +275,8 @@ def test_what_is_no_model_is_refused(tmp_path: Path, moe_checkpoint: Path, conte
     short.write_bytes(short.read_bytes()[:-4000])
     cases = {
         tmp_path / "absent": "no such directory or file",
-        tmp_path / "text.gguf": "neither a checkpoint directory nor a GGUF file",
-        moe_checkpoint / WEIGHTS: "neither a checkpoint directory nor a GGUF file",
+        tmp_path / "text.gguf": "not a GGUF file",
+        moe_checkpoint / WEIGHTS: "a safetensors file, a part of a Hugging Face checkpoint. Convert the directory",
         tmp_path: "no config.json",
         short: "truncated",
         write_content(tmp_path / "strange.gguf", strange): "ffn_gate_shexp.weight has no place",
