@@ -181,7 +181,6 @@ def _placed(
         sizes.append(math.prod(target.ne) // block * block_bytes)
         offset += padded(sizes[-1], alignment_of(metadata))
     header = pack_header(metadata, entries)
-    check_header(model.path, header, len(header) + offset)
     tensors = tuple(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
         for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)
@@ -191,7 +190,10 @@ def _placed(
 
 
 def _fitted(planned: ConvertPlan, model: StoredModel, given: GivenImportance | None) -> ConvertPlan:
-    """The plan with the importance of what is quantised; raises UsageError where a type needs it and has none."""
+    """The plan with the importance of what is quantised; raises UsageError where a type needs it and has none, and
+    ModelFileError or UnsupportedModelError for a file that would not be opened.
+    """
+    check_header(model.path, planned.header, planned.n_bytes)
     tensors = []
     for tensor in planned.tensors:
         known = given.of(tensor.target, tied=model.is_tied) if given and tensor.n_quantised else ()

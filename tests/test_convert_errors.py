@@ -220,3 +220,35 @@ def test_the_command_reports(tmp_path: Path, moe_checkpoint: Path, capsys: pytes
     report = json.loads(captured.out)
     assert planned["n_bytes"] == report["n_bytes"] == target.stat().st_size
     assert f"{report['n_bytes']:,} bytes will be written" in captured.err
+
+
+UNOPENED: dict[str, tuple[dict[str, Any], str]] = {
+    "more experts used than there are": ({"num_experts_per_tok": 9}, "uses 9 of 6 experts per token"),
+    "heads that do not group": ({"num_key_value_heads": 3}, "4 attention heads do not divide into groups for 3"),
+    "heads that are odd": ({"head_dim": 15}, "rotates 15 of 15 values per head"),
+}
+
+
+@pytest.mark.parametrize("case", UNOPENED)
+@pytest.mark.parametrize("settings", [{}, {"pair": "F32,F16"}], ids=["plain", "pair"])
+def test_what_would_not_be_opened_is_refused_before_any_work(
+    tmp_path: Path, moe_checkpoint: Path, case: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, message = UNOPENED[case]
+    source = shutil.copytree(moe_checkpoint, tmp_path / "c")
+    edit_config(**changes)(source)
+    if "head_dim" in changes:
+        edit_tensors(lambda tensors: resize_heads(tensors, changes["head_dim"]))(source)
+    elif "num_key_value_heads" in changes:
+        edit_tensors(lambda tensors: resize_heads(tensors, 16, n_head_kv=3))(source)
+    monkeypatch.setattr("converter.stored_rows.TensorRows.read", None)
+    with pytest.raises(ModelFileError, match=message):
+        convert(ConvertOptions(source, tmp_path / "m.gguf", "F16", **settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def resize_heads(tensors: dict[str, torch.Tensor], n_embd_head: int, n_head_kv: int = 2) -> None:
+    for name in [name for name in tensors if "self_attn" in name]:
+        n_head = 4 if "q_proj" in name or "o_proj" in name else n_head_kv
+        shape = (n_head * n_embd_head, 64)
+        tensors[name] = torch.zeros(shape[::-1] if "o_proj" in name else shape)
