@@ -73,6 +73,22 @@ def not_found(message: str, code: str | None = None) -> ApiError:
     return ApiError(404, ErrorInfo(message, kind, None if code is None else "model", code))
 
 
+def too_large(most: int) -> ApiError:
+    """413: the body has more bytes than `most`."""
+    return ApiError(413, ErrorInfo(f"The body is larger than {most / 2**20:g} MiB.", "request_too_large"))
+
+
+def too_slow(seconds: float) -> ApiError:
+    """408: the body has not arrived in time."""
+    return ApiError(408, ErrorInfo(f"The body did not arrive within {seconds:g} seconds.", INVALID, None, "timeout"))
+
+
+def overloaded() -> ApiError:
+    """503: there is no room for the request beside those in progress."""
+    message = "The requests in progress leave no room for this one. Try again in a moment."
+    return ApiError(503, ErrorInfo(message, "unavailable_error", None, "overloaded"), headers=_retry())
+
+
 def queue_full(n_waiting: int) -> ApiError:
     """429: too many requests wait already."""
     message = f"{n_waiting} requests are waiting already. Try again in a moment."

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from server.access import RULES, AccessRules, access_middleware, add_cors_headers
+from server.body_intake import INTAKE, BodyIntake
 from server.chat_api import ChatApi
 from server.completion_api import CompletionApi
 from server.generation_api import PING_SECONDS, GenerationApi
@@ -12,8 +13,6 @@ from server.info_api import InfoApi
 from server.metrics import Metrics
 from server.served_model import ServedModel
 from server.supervisor import Supervisor
-
-MAX_BODY = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,9 @@ class AppConfig:
 
 def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     """The application over a started supervisor, which it neither starts nor stops."""
-    app = web.Application(middlewares=[access_middleware], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[access_middleware])
     app[RULES] = config.rules
+    app[INTAKE] = BodyIntake()
     app.on_response_prepare.append(add_cors_headers)
     metrics = Metrics(supervisor)
     info = InfoApi(config.model, supervisor, metrics)

@@ -1,22 +1,61 @@
 """From a connection to the application and back: whatever goes wrong on the way is answered in the API's JSON."""
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError, LineTooLong
 
-from server.api_error import INVALID, ApiError, ErrorInfo, invalid, not_found, server_failed
+from server.api_error import INVALID, RETRY_SECONDS, ApiError, ErrorInfo, invalid, not_found, overloaded, server_failed
 
 _log = logging.getLogger(__name__)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-class Connection(web.RequestHandler):
-    """aiohttp's connection, without its own error pages."""
+READ_BYTES = 16 << 10
 
-    __slots__ = ()
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How many connections there may be, in all and from one address of another machine, and how long one may idle.
+
+    A connection idles while it has sent no whole head of a request since it was opened, or since the last answer.
+    """
+
+    n_most: int = 256
+    n_most_each: int = 64
+    idle_seconds: float = 75.0
+
+
+USUAL_LIMITS = ConnectionLimits()
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, without its own error pages; closed at once when there are too many."""
+
+    __slots__ = ("_server",)
+
+    def __init__(self, server: "ApiServer", limits: ConnectionLimits) -> None:
+        # Bodies are inflated where they are counted.
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=limits.idle_seconds,
+            read_bufsize=READ_BYTES,
+            auto_decompress=False,
+        )
+        self._server = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio for a connection that was accepted."""
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        if not self._server.has_room(transport):
+            transport.write(_CROWDED)
+            self.force_close()
 
     def handle_error(
         self,
@@ -43,20 +82,61 @@ class Connection(web.RequestHandler):
 
 
 class ApiServer(web.Server):
-    """Makes such connections."""
+    """Makes such connections, and counts them; `made` is the server that aiohttp would use."""
+
+    def __init__(self, made: web.Server, limits: ConnectionLimits) -> None:
+        handler = answering_errors(made.request_handler)
+        super().__init__(handler, request_factory=made.request_factory, handler_cancellation=True)
+        self._limits = limits
+        self._transports: dict[web.RequestHandler, asyncio.Transport] = {}
 
     def __call__(self) -> Connection:
         """The protocol of one accepted connection."""
-        return Connection(self, loop=asyncio.get_running_loop())
+        return Connection(self, self._limits)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """Called by a connection when it is open."""
+        super().connection_made(handler, transport)
+        self._transports[handler] = transport
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        """Called by a connection when it is closed."""
+        super().connection_lost(handler, exc)
+        self._transports.pop(handler, None)
+
+    def has_room(self, transport: asyncio.Transport) -> bool:
+        """Whether this connection, which is counted already, is not one too many."""
+        address = _address(transport)
+        n_same = sum(_address(other) == address for other in self._transports.values())
+        return len(self._transports) <= self._limits.n_most and (
+            n_same <= self._limits.n_most_each or address is None or ipaddress.ip_address(address).is_loopback
+        )
 
 
 class ApiRunner(web.AppRunner):
     """aiohttp's runner of an application, with such connections; a client that leaves cancels its handler."""
 
+    def __init__(self, app: web.Application, shutdown_timeout: float, limits: ConnectionLimits = USUAL_LIMITS) -> None:
+        super().__init__(app, shutdown_timeout=shutdown_timeout)
+        self._limits = limits
+
     async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-        handler = answering_errors(made.request_handler)
-        return ApiServer(handler, request_factory=made.request_factory, handler_cancellation=True)
+        return ApiServer(await super()._make_server(), self._limits)
+
+
+def _address(transport: asyncio.Transport) -> str | None:
+    """The other side's address without its zone; None where there is none."""
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]).partition("%")[0] if isinstance(peer, tuple) else None
+
+
+def _crowded() -> bytes:
+    body = overloaded().body()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Retry-After: {RETRY_SECONDS}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+_CROWDED = _crowded()
 
 
 def answering_errors(handler: Handler) -> Handler:
@@ -88,10 +168,6 @@ def _from_http(request: web.BaseRequest, error: web.HTTPException) -> ApiError:
         allowed = ", ".join(sorted(error.allowed_methods))
         info = ErrorInfo(f"{request.path} takes {allowed}, not {request.method}.", "not_found_error")
         return ApiError(405, info, headers={"Allow": allowed})
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        assert isinstance(request, web.Request)
-        message = f"The body is larger than {request.client_max_size // 2**20} MiB."
-        return ApiError(413, ErrorInfo(message, "request_too_large"))
     return ApiError(error.status, ErrorInfo(f"{error.reason}.", INVALID))
 
 

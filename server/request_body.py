@@ -8,12 +8,13 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import web
 from msgspec import Meta
 
 from offload.generation import GenerationRequest
 from offload.sampling import SamplingParams
 from server.api_error import invalid, unsupported
+from server.body_intake import INTAKE
 from server.chat_history import Message
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
@@ -24,7 +25,6 @@ and brackets in texts count too: a text with so many fits into few contexts.
 """
 _WITH_MANY_VALUES = ("messages", "prompt", "tokens", "logit_bias", "stop", "chat_template_kwargs", "tools")
 _SLICE = 1 << 20
-_ENCODINGS = ("identity", "gzip", "deflate", "br", "zstd")
 _PATH = re.compile(r"^(?P<message>.*?) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 
 Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -159,16 +159,13 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:
     """The request's body as `kind`; raises ApiError that names the field at fault."""
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity")
-    if encoding.lower() not in _ENCODINGS:
-        raise invalid(f"The body's Content-Encoding is {encoding!r}. Send it as it is, or as gzip or deflate.")
-    data = await request.read()
+    data = await request.app[INTAKE].read(request)
     await _check_values(data, max_values)
     body: T = _decoded(data, kind)
     return body
 
 
-async def _check_values(data: bytes, max_values: int) -> None:
+async def _check_values(data: bytearray, max_values: int) -> None:
     """Raises ApiError for more values than there may be, which is found without making them."""
     n_values = 1
     for begin in range(0, len(data), _SLICE):
@@ -181,7 +178,7 @@ async def _check_values(data: bytes, max_values: int) -> None:
         await asyncio.sleep(0)
 
 
-def _decoded(data: bytes, kind: Any, where: str = "") -> Any:
+def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:

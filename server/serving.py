@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from offload.errors import SlimoeError
+from server.accepting import AcceptFailures
 from server.app import AppConfig, init_app
-from server.connection import ApiRunner
+from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
 from server.frames import ModelInfo
 from server.supervisor import Supervisor
 
 GRACE_SECONDS = 3.0
 FLUSH_SECONDS = 1.0
+BACKLOG, RECEIVED_BYTES = 128, 64 << 10
 
 
 class PortInUseError(SlimoeError):
@@ -45,6 +47,7 @@ async def serve(
     *,
     exits_with_parent: bool = False,
     grace: float = GRACE_SECONDS,
+    limits: ConnectionLimits = USUAL_LIMITS,
 ) -> None:
     """Serves until SIGINT or SIGTERM, or with `exits_with_parent` until standard input ends.
 
@@ -55,10 +58,11 @@ async def serve(
     _stop_on_signals(stop)
     if exits_with_parent:
         _stop_at_end_of_input(stop)
-    runner = ApiRunner(init_app(config, supervisor), shutdown_timeout=FLUSH_SECONDS)
+    asyncio.get_running_loop().set_exception_handler(AcceptFailures())
+    runner = ApiRunner(init_app(config, supervisor), FLUSH_SECONDS, limits)
     await runner.setup()
     try:
-        bound = await _listen(runner, address)
+        bound = await _listen(runner, address, min(BACKLOG, limits.n_most))
         supervisor.start()
         ready = asyncio.create_task(supervisor.wait_ready())
         stopped = asyncio.create_task(stop.wait())
@@ -91,7 +95,7 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _listen(runner: web.AppRunner, address: Address) -> Address:
+async def _listen(runner: web.AppRunner, address: Address, backlog: int) -> Address:
     where = f"{address.host}:{address.port}"
     try:
         # Bound here and not by aiohttp, so that one port is chosen for a name with several addresses.
@@ -102,13 +106,15 @@ async def _listen(runner: web.AppRunner, address: Address) -> Address:
     try:
         if sys.platform != "win32":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What has arrived and is not yet read lies in the system's memory: little of it for each connection.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
         listener.bind(place)
-        listener.listen(128)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         problem = f"Cannot listen on {where}: {error.strerror}. Choose another --port, or 0 for any free one."
         raise PortInUseError(problem) from None
-    await web.SockSite(runner, listener).start()
+    await web.SockSite(runner, listener, backlog=backlog).start()
     return Address(address.host, listener.getsockname()[1])
 
 

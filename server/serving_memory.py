@@ -2,8 +2,10 @@
 
 _FRONT_BYTES = 56 << 20
 """The process that speaks HTTP, before the first request."""
-_BODIES_BYTES = 48 << 20
-"""Sixty prompts of 200 kB at once took 42 MiB."""
+IN_FLIGHT_BYTES = 12 << 20
+"""The bodies of all requests in progress: sixty prompts of 200 kB."""
+_BODIES_BYTES = 4 * IN_FLIGHT_BYTES
+"""A body is there as it came, as text, as a message to the engine's process, and in the pipe to it."""
 TEMPLATE_BYTES = 70 << 20
 """The process that renders chat templates: 21 MiB as it starts, and what a template may take, see `TemplateLimits`."""
 

@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 
 from server.access import AccessRules
 from server.app import AppConfig, init_app
-from server.connection import ApiRunner
+from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
 from server.frames import Open
 from server.served_model import ServedModel
 from server.supervisor import Supervisor
@@ -46,6 +46,7 @@ class LiveOptions:
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = 15.0
     waits: bool = True
+    limits: ConnectionLimits = USUAL_LIMITS
     engine: Open = field(default_factory=lambda: Open(""))
 
 
@@ -54,7 +55,7 @@ async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> Async
     """The application over the scripted engine."""
     supervisor = Supervisor(msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED)
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
-    runner = ApiRunner(init_app(config, supervisor), shutdown_timeout=1)
+    runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

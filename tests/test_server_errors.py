@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from server.access import AccessRules
+from server.body_intake import MAX_BODY
 from tests.live_server import LiveOptions, LiveServer, live_server
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -237,7 +238,7 @@ async def test_wrong_addresses(server: LiveServer, method: str, path: str, statu
 
 
 async def test_a_body_that_is_too_large(server: LiveServer) -> None:
-    status, error = await send(server.url + COMPLETE, b" " * (64 * 2**20 + 1))
+    status, error = await send(server.url + COMPLETE, b" " * (MAX_BODY + 1))
     assert (status, error["type"]) == (413, "request_too_large")
 
 

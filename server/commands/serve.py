@@ -14,6 +14,7 @@ import msgspec
 from offload.errors import UsageError
 from offload.memory import private_bytes
 from offload.regular_file import read_regular, reason
+from server.accepting import connection_limits
 from server.access import AccessRules
 from server.app import AppConfig
 from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
@@ -40,6 +41,7 @@ class ServeOptions:
     no_key: bool
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
+    max_connections: int | None
     exit_with_parent: bool
     grace: float
 
@@ -66,6 +68,11 @@ class ServeOptions:
 @click.option("--no-key", is_flag=True, help="Let everyone who reaches a --host other than this machine in.")
 @click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that clients may know this machine by.")
 @click.option("--allowed-origin", multiple=True, metavar="URL", help="A web origin whose pages may use the server.")
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    help="Connections at once, at most (default: 256, or what the limit on open files allows).",
+)
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
 @click.option(
     "--grace",
@@ -119,6 +126,7 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
         say_ready,
         exits_with_parent=options.exit_with_parent,
         grace=options.grace,
+        limits=connection_limits(options.max_connections),
     )
 
 

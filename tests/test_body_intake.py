@@ -1,0 +1,153 @@
+"""Bodies on their way in: bounded one by one and all together, inflated piece by piece, waited for with an end."""
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from server.body_intake import BodyIntake
+from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
+from tests.live_server import DEADLINE, until
+
+MOST, MOST_OF_ONE = 100_000, 60_000
+
+
+class Echo:
+    """A server whose handler reads the body through an intake, waits until it may go on, and tells the body's size."""
+
+    def __init__(self, intake: BodyIntake) -> None:
+        self.intake, self.port = intake, 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        data = await self.intake.read(request)
+        await self.may_answer.wait()
+        return web.Response(text=str(len(data)))
+
+    async def post(self, data: bytes, encoding: str = "identity") -> tuple[int, str]:
+        headers = {"Content-Encoding": encoding}
+        async with (
+            aiohttp.ClientSession(auto_decompress=False) as session,
+            session.post(f"http://127.0.0.1:{self.port}/", data=data, headers=headers) as response,
+        ):
+            return response.status, await response.text()
+
+
+@asynccontextmanager
+async def echo(intake: BodyIntake, limits: ConnectionLimits = USUAL_LIMITS) -> AsyncIterator[Echo]:
+    server, app = Echo(intake), web.Application()
+    app.router.add_post("/", server.handle)
+    runner = ApiRunner(app, 1.0, limits)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    server.port = runner.addresses[0][1]
+    try:
+        yield server
+    finally:
+        await runner.cleanup()
+
+
+async def half_a_body(port: int, n_announced: int, n_sent: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % n_announced + b"x" * n_sent)
+    await writer.drain()
+    return reader, writer
+
+
+async def status_of(reader: asyncio.StreamReader) -> int:
+    return int((await asyncio.wait_for(reader.readline(), DEADLINE)).split()[1])
+
+
+async def test_a_body_is_bounded() -> None:
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        assert await server.post(b"x" * MOST_OF_ONE) == (200, str(MOST_OF_ONE))
+        assert (await server.post(b"x" * (MOST_OF_ONE + 1)))[0] == 413
+        reader, writer = await half_a_body(server.port, MOST_OF_ONE + 1, 0)
+        with closing(writer):
+            assert await status_of(reader) == 413
+        await until(lambda: server.intake.n_bytes == 0)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+async def test_a_packed_body_counts_unpacked(pack: object) -> None:
+    assert callable(pack)
+    encoding = "gzip" if pack is gzip.compress else "deflate"
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        assert await server.post(pack(b"x" * MOST_OF_ONE), encoding) == (200, str(MOST_OF_ONE))
+        assert (await server.post(pack(b"x" * 50_000_000), encoding))[0] == 413
+        whole = pack(bytes(range(256)) * 100)
+        for broken in (whole[:-1], whole[:20], b"", b"x" * 100, whole[:50] + b"x" * 100):
+            assert (await server.post(broken, encoding))[0] == 400
+        await until(lambda: server.intake.n_bytes == 0)
+
+
+async def test_the_largest_that_is_still_arriving_makes_room() -> None:
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        small = await half_a_body(server.port, 40_000, 30_000)
+        large = await half_a_body(server.port, 60_000, 50_000)
+        await until(lambda: server.intake.n_bytes == 80_000)
+        assert await server.post(b"x" * 30_000) == (200, "30000")
+        assert await status_of(large[0]) == 503
+        small[1].write(b"x" * 10_000)
+        assert await status_of(small[0]) == 200
+        await until(lambda: server.intake.n_bytes == 0)
+        for _, writer in (small, large):
+            writer.close()
+
+
+async def test_a_body_counts_until_its_answer_is_there() -> None:
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        server.may_answer.clear()
+        first = asyncio.create_task(server.post(b"x" * 60_000))
+        await until(lambda: server.intake.n_bytes == 60_000)
+        assert (await server.post(b"x" * 50_000))[0] == 503
+        second = asyncio.create_task(server.post(b"x" * 40_000))
+        await until(lambda: server.intake.n_bytes == 100_000)
+        server.may_answer.set()
+        assert await first == (200, "60000")
+        assert await second == (200, "40000")
+        await until(lambda: server.intake.n_bytes == 0)
+
+
+async def test_half_a_body_is_not_waited_for_without_end() -> None:
+    async with echo(BodyIntake(MOST, MOST_OF_ONE, seconds=0.05)) as server:
+        reader, writer = await half_a_body(server.port, 100, 99)
+        with closing(writer):
+            assert await status_of(reader) == 408
+        await until(lambda: server.intake.n_bytes == 0)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nHost: x\r\nContent-"])
+async def test_half_a_head_is_not_waited_for_without_end(sent: bytes) -> None:
+    async with echo(BodyIntake(), ConnectionLimits(idle_seconds=0.05)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with closing(writer):
+            writer.write(sent)
+            assert await asyncio.wait_for(reader.read(), DEADLINE) == b""
+
+
+async def test_connections_are_counted() -> None:
+    async with echo(BodyIntake(), ConnectionLimits(n_most=2, n_most_each=1)) as server:
+        open_ones = [await half_a_body(server.port, 10, 0) for _ in range(2)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        assert await status_of(reader) == 503
+        assert b'"code":"overloaded"' in await reader.read()
+        writer.close()
+        open_ones[0][1].write(b"x" * 10)
+        assert await status_of(open_ones[0][0]) == 200
+        open_ones[0][1].close()
+        await until_answered(server)
+        open_ones[1][1].close()
+
+
+async def until_answered(server: Echo) -> None:
+    """Waits until the server has noticed that a place is free."""
+    async with asyncio.timeout(DEADLINE):
+        while (await asyncio.wait_for(server.post(b"x"), DEADLINE))[0] != 200:
+            await asyncio.sleep(0.005)
