@@ -32,6 +32,10 @@ class _Outline(msgspec.Struct):
     model: _Kind
 
 
+class _Padding(msgspec.Struct):
+    pad_token: str | None = None
+
+
 class _File(msgspec.Struct):
     model: BpeModel
     added_tokens: list[_Added] = []
@@ -39,12 +43,14 @@ class _File(msgspec.Struct):
     pre_tokenizer: Step | None = None
     post_processor: Step | None = None
     decoder: Step | None = None
+    padding: _Padding | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
     """What the file says. `pre` is llama.cpp's name for how text is split; `added` are tokens added after training, by
-    id; `before` and `behind` the special tokens that are put around a whole text.
+    id; `before` and `behind` the special tokens that are put around a whole text. Batches are filled up with
+    `padding_token`.
     """
 
     path: Path
@@ -57,6 +63,7 @@ class TokenizerJson:
     space_prefix: SpacePrefix | None
     before: list[str]
     behind: list[str]
+    padding_token: str | None
 
     @classmethod
     def read(cls, path: Path, settings: TokenizerSettings = _PLAIN) -> "TokenizerJson":
@@ -84,6 +91,7 @@ class TokenizerJson:
             space_prefix=None if is_bytes else _space_prefix(steps, model, file.added_tokens, settings),
             before=before,
             behind=behind,
+            padding_token=file.padding.pad_token if file.padding else None,
         )
 
     @property

@@ -43,7 +43,7 @@ def tokenizer_metadata(path: Path, n_vocab: int) -> dict[str, Value]:
     origin, tokens, metadata = _base_tokens(path, json_file, settings)
     if len(tokens) > n_vocab:
         raise _too_many(path, len(tokens), n_vocab)
-    _add_tokens(tokens, _named(tokens, settings) | added)
+    _add_tokens(tokens, _named(tokens, json_file, settings) | added)
     tokens += [_Token(f"[PAD{n}]", _ADDED_SCORE, TokenType.UNUSED) for n in range(len(tokens), n_vocab)]
     metadata[keys.TOKENS] = [token.text for token in tokens]
     metadata[keys.TOKEN_TYPES] = [int(token.type) for token in tokens]
@@ -123,10 +123,11 @@ def _pieces(model: SentencePieceModel) -> list[_Token]:
     return [_Token(text, p.score, p.type) for text, p in zip(texts, model.pieces, strict=True)]
 
 
-def _named(tokens: list[_Token], settings: TokenizerSettings) -> dict[int, AddedToken]:
+def _named(tokens: list[_Token], json_file: TokenizerJson | None, settings: TokenizerSettings) -> dict[int, AddedToken]:
     """The tokens that have a role, which are special even where no list of added tokens has them."""
     ids = {token.text: n for n, token in enumerate(tokens)}
-    texts = [text for text in settings.texts.values() if text in ids]
+    names = {"pad": json_file.padding_token if json_file else None} | settings.texts
+    texts = [text for text in names.values() if text in ids]
     return {ids[text]: AddedToken(text, special=True) for text in texts}
 
 
@@ -145,9 +146,9 @@ def _add_tokens(tokens: list[_Token], added: dict[int, AddedToken]) -> None:
 def _around(
     json_file: TokenizerJson | None, settings: TokenizerSettings, ids: dict[str, int], roles: dict[str, int | None]
 ) -> dict[str, Value]:
-    """Whether a BOS is put before texts and an EOS behind: what the settings say replaces tokenizer.json's template."""
+    """Whether a BOS is put before texts and an EOS behind them: tokenizer.json decides, or else the settings."""
     values: dict[str, Value] = {}
-    if json_file and settings.add_bos is None and settings.add_eos is None:
+    if json_file:
         for key, role, names in ((keys.ADD_BOS, "bos", json_file.before), (keys.ADD_EOS, "eos", json_file.behind)):
             if len(names) > 1 or (names and names[0] not in ids):
                 raise inexpressible(json_file.path, "post-processor", f"TemplateProcessing with {', '.join(names)}")
@@ -156,6 +157,7 @@ def _around(
             if names and roles[role] != ids[names[0]]:
                 raise inexpressible(json_file.path, "post-processor", f"TemplateProcessing with {names[0]}")
             values[key] = bool(names)
+        return values
     for key, flag in ((keys.ADD_BOS, settings.add_bos), (keys.ADD_EOS, settings.add_eos)):
         if flag is not None:
             values[key] = flag

@@ -1,5 +1,6 @@
 """The space before a text, and behind special tokens: as transformers puts it, whatever the files say of it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from llama_cpp import Llama
 from transformers import LlamaTokenizer
 
 from converter.convert import ConvertOptions, convert
+from converter.plan import plan_conversion, plan_pair
 from offload.gguf_file import read_gguf
 from offload.tokenizer import Tokenizer
 from server.chat import Chat, Conversation, Message
@@ -112,6 +114,16 @@ def test_chats_texts_and_prompts_have_transformers_ids(
         tokenizer.close()
     if legacy:
         assert llama.tokenize(rendered.encode(), add_bos=False, special=True) == expected
+
+
+def test_what_llama_cpp_reads_otherwise_is_said(tmp_path: Path, moe_checkpoint: Path) -> None:
+    source = shutil.copytree(moe_checkpoint, tmp_path / "c")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    assert plan_conversion(source, "Q8_0").notes == ()
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": False}))
+    (note,) = plan_conversion(source, "Q8_0").notes
+    assert "llama.cpp will read a space behind each control token" in note
+    assert plan_pair(source, "F16,Q8_0").notes == ()
 
 
 def test_a_chat_without_a_template_is_a_text_behind_a_bos(tmp_path: Path, sentencepiece_path: Path) -> None:

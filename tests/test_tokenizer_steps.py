@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from converter import tokenizer_check
 from converter.vocabulary import tokenizer_metadata
@@ -259,3 +260,39 @@ def test_a_difference_is_told_with_the_text_and_both_ids(
     (path / "tokenizer.model").write_bytes(trained({"vocab_size": 390}))
     with pytest.raises(UnsupportedModelError, match="but would be"):
         tokenizer_check.check_model(path / "tokenizer.model", tokenizer_metadata(broken, 600))
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "adds_bos"),
+    [
+        (template("<s> $A", ("<s>", 1)), {}, True),
+        (template("<s> $A", ("<s>", 1)), {"add_bos_token": False}, True),
+        (None, {"add_bos_token": True}, False),
+        (template("$A </s>", ("</s>", 2)), {"add_bos_token": True}, False),
+    ],
+)
+def test_what_stands_around_a_text_is_tokenizer_jsons_to_say(
+    tmp_path: Path, sentencepiece_path: Path, steps: Any, settings: dict[str, Any], adds_bos: bool
+) -> None:
+    """transformers forgets add_bos_token where there is a tokenizer.json."""
+    file = as_json(llama_2(sentencepiece_path, legacy=False)) | {"post_processor": steps}
+    path = write_files(tmp_path / "c", {"tokenizer.json": file, "tokenizer_config.json": SETTINGS | settings})
+    tokenizer = read_files(path)
+    reference: Any = PreTrainedTokenizerFast.from_pretrained(path)
+    assert tokenizer.add_bos is adds_bos is (reference("a")["input_ids"][0] == 1)
+    tokenizer.close()
+
+
+def test_truncation_and_padding_are_not_of_the_text(tmp_path: Path) -> None:
+    """They are settings of whoever trained the model last, and transformers leaves them off too."""
+    file = as_json(byte_level())
+    file["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    file["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    file["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    path = write_files(tmp_path / "c", {"tokenizer.json": file})
+    tokenizer = read_files(path)
+    reference: Any = PreTrainedTokenizerFast.from_pretrained(path)
+    for text in NASTY_TEXTS:
+        assert tokenizer.encode(text, parse_special=True) == reference(text)["input_ids"]
+    assert tokenizer.special_tokens["!"] == 0
+    tokenizer.close()
