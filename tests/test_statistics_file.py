@@ -234,3 +234,31 @@ def test_reading_needs_no_torch(saved: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+STRANGE: tuple[Any, ...] = (None, True, -1, 1 << 70, 1e999, "x", "\x1b[31m", [], [[1]], {}, {"a": {}}, ["a", 1])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_mutants_with_a_checksum_of_their_own_are_told_in_a_line(saved: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+
+    def change(arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+        told = json.loads(metadata["statistics"])
+        key, name = random.choice(sorted(told)), random.choice(sorted(arrays))
+        if random.random() < 0.5:
+            told[str(key)] = STRANGE[random.integers(len(STRANGE))]
+        elif random.random() < 0.3:
+            told.pop(str(key))
+        else:
+            shape = tuple(random.integers(0, 4, random.integers(0, 4)).tolist())
+            arrays[str(name)] = np.full(shape, np.nan, random.choice(["f4", "f8", "f2"]))
+        metadata["statistics"] = json.dumps(told)
+
+    told = "nothing"
+    try:
+        load_statistics(rewritten(saved, change))
+    except StatisticsError as error:
+        told = str(error)
+    assert len(told) < 1000 + len(str(saved))
+    assert told.isprintable()
