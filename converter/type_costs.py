@@ -68,11 +68,11 @@ def known_types(source: ModelSource, statistics: Statistics) -> frozenset[str]:
     known = statistics.matrix_costs
     if known is None:
         return frozenset()
-    widths = np.array([source.shapes[parse_key(name)][-1] for name in known.matrices])
+    widths = [source.shapes[parse_key(name)][-1] for name in known.matrices]
     return frozenset(
         name
         for name, nats in zip(known.types, known.nats.T, strict=True)
-        if np.isfinite(nats[[fits(Type[name], int(width)) for width in widths]]).all()
+        if np.isfinite(nats[[fits(Type[name], width) for width in widths]]).all()
     )
 
 

@@ -135,7 +135,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--trace",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Record which experts are chosen to this file.",
+        help="Record which experts are chosen to this file; an older recording there is replaced.",
     ),
     click.option(
         "--direct-io/--no-direct-io",

@@ -103,6 +103,10 @@ def test_every_report_has_a_yardstick(
     assert below["measured_kl"] >= told["plain_kl"] == report["yardstick"]["kl"] >= above["measured_kl"]
     assert told["kl_999"] == report["quality"]["total"]["divergence"]["percentile_999"]
     assert "Judging it then will take about" in captured.err
+    # The model is random, so that it reads nothing.
+    assert told["unread"] == ["fox"]
+    assert "fox (unread)" in paths["markdown"].read_text()
+    assert "The source cannot read any of the texts" in captured.err
     for shown in (captured.err, paths["markdown"].read_text(), paths["card"].read_text()):
         assert "Plain types of the whole model at as many bytes, measured alike: KL" in " ".join(shown.split())
     for name in ("markdown", "card"):
