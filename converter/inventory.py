@@ -197,7 +197,7 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
     found: dict[str, Any] = {"model": metadata[keys.TOKENIZER_MODEL], "pre": metadata.get(keys.TOKENIZER_PRE)}
     tokens = metadata.get(keys.TOKENS)
     found["n_tokens"] = len(tokens) if isinstance(tokens, list) else None
-    for role in ("bos", "eos", "eot"):
+    for role in ("bos", "eos", "eot", "eom"):
         found[role] = metadata.get(keys.token_id_key(role))
     found["chat_template"] = keys.CHAT_TEMPLATE in metadata
     return {name: value for name, value in found.items() if value is not None}

@@ -15,7 +15,7 @@ from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import Value
 from offload.tokenizer import Tokenizer
 
-_MOST_SHOWN = 40
+_MOST_SHOWN = 32
 _N_SPECIAL = 4
 
 _Encode = Callable[[str], Sequence[int]]
@@ -97,7 +97,7 @@ def _compare(path: Path, texts: Sequence[str], ours: _Encode, theirs: _Encode) -
     for text in texts:
         found, expected = list(ours(text)), list(theirs(text))
         if found != expected:
-            problem = f"a GGUF file cannot hold the tokenizer: {text!r} is {_shown(expected)}, but would be"
+            problem = f"a GGUF file cannot hold the tokenizer: {text!r:.120} is {_shown(expected)}, but would be"
             hint = "Only tokenizers that llama.cpp follows can be converted."
             raise UnsupportedModelError(path, f"{problem} {_shown(found)}.", hint)
 
