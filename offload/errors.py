@@ -85,12 +85,17 @@ class DeviceError(SlimoeError):
 
 
 class ContextOverflowError(SlimoeError):
-    """The prompt does not fit into the context window; all counts are tokens."""
+    """The prompt does not fit into the context window; all counts are tokens.
 
-    def __init__(self, n_prompt: int, n_ctx: int) -> None:
+    A text that is too long whatever its tokens are was not counted: it has `n_prompt` of them `at_least`.
+    """
+
+    def __init__(self, n_prompt: int, n_ctx: int, *, at_least: bool = False) -> None:
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
+        self.at_least = at_least
+        least = "at least " if at_least else ""
         super().__init__(
-            f"The prompt is {n_prompt} tokens long, but the context window holds {n_ctx}, answer included. "
+            f"The prompt is {least}{n_prompt} tokens long, but the context window holds {n_ctx}, answer included. "
             "Shorten the prompt or raise --ctx."
         )

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from offload.file_keys import BYTE_LEVEL
 from offload.gguf_file import GGUFFile, Value
 from offload.vocabulary import LlamaVocab, VocabularySpec, raw_bytes
 
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _END_OF_TURN = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
     | {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "[e~["}
@@ -56,6 +58,12 @@ class Tokenizer:
         """The tokenizer that a file with these keys will hold; arrays may be lists. Raises as `open` does."""
         values = {key: _as_in_file(value) for key, value in metadata.items() if key.startswith(_OF_A_TOKENIZER)}
         return cls.open(GGUFFile((path,), values, {}))
+
+    @property
+    def longest(self) -> int | None:
+        """No token stands for more UTF-8 bytes of a text; None where a run of any length may be one unknown token."""
+        spells_all = self._spec.model == BYTE_LEVEL or _BYTES.issubset(self._spec.texts)
+        return max(len(raw_bytes(text)) for text in self._spec.texts) if spells_all else None
 
     def close(self) -> None:
         """Frees libllama's copy; the tokenizer can no longer encode."""

@@ -119,9 +119,10 @@ def from_failure(failure: Failure, prompt_param: str = "messages") -> ApiError:
 def _overflow(failure: Failure, param: str) -> ApiError:
     """Clients recognise an overflow by its code or by phrases in its message, so it carries all of them."""
     asked = failure.n_prompt + failure.n_completion
+    least = "at least " if failure.is_at_least else ""
     message = (
-        f"This model's maximum context length is {failure.n_ctx} tokens. However, you requested {asked} tokens "
-        f"({failure.n_prompt} in the {param}, {failure.n_completion} in the completion), which exceeds the "
+        f"This model's maximum context length is {failure.n_ctx} tokens. However, you requested {least}{asked} tokens "
+        f"({least}{failure.n_prompt} in the {param}, {failure.n_completion} in the completion), which exceeds the "
         "available context size (context_length_exceeded). Shorten the prompt, or start the server with a larger --ctx."
     )
     counts = {"n_prompt_tokens": failure.n_prompt, "n_ctx": failure.n_ctx}

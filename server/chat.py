@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offload.tokenizer import Tokenizer
-from server.template_child import TemplateChild
+from server.template_child import MAX_OUTPUT, TemplateChild, TemplateLimits
 from server.template_messages import CONTINUED
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -48,13 +48,16 @@ class Conversation:
 class Chat:
     """Builds prompts for one model."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """The model's template is compiled when it is first used, in a process of its own."""
+    def __init__(self, tokenizer: Tokenizer, max_output: int = MAX_OUTPUT) -> None:
+        """The model's template is compiled when it is first used, in a process of its own.
+
+        It may write `max_output` characters for a conversation.
+        """
         self._tokenizer = tokenizer
         self._marks = _Marks(tuple(tokenizer.special_tokens))
         self._special_values = _special_values(tokenizer)
         source = tokenizer.chat_template
-        self._template = None if source is None else TemplateChild(source)
+        self._template = None if source is None else TemplateChild(source, TemplateLimits(max_output=max_output))
 
     def check(self) -> None:
         """Raises UnusableTemplateError or TemplateLimitError for a template that no chat is possible with."""

@@ -22,12 +22,14 @@ READ_BYTES = 16 << 10
 class ConnectionLimits:
     """How many connections there may be, in all and from one address of another machine, and how long one may idle.
 
-    A connection idles while it has sent no whole head of a request since it was opened, or since the last answer.
+    A connection idles while it has sent no whole head of a request since it was opened, or since the last answer; and
+    for `unread_seconds` at most while it takes too little of what is written to it.
     """
 
     n_most: int = 256
     n_most_each: int = 64
     idle_seconds: float = 75.0
+    unread_seconds: float = 30.0
 
 
 USUAL_LIMITS = ConnectionLimits()
@@ -36,7 +38,7 @@ USUAL_LIMITS = ConnectionLimits()
 class Connection(web.RequestHandler):
     """aiohttp's connection, without its own error pages; closed at once when there are too many."""
 
-    __slots__ = ("_server",)
+    __slots__ = ("_limits", "_server", "_unread")
 
     def __init__(self, server: "ApiServer", limits: ConnectionLimits) -> None:
         # Bodies are inflated where they are counted.
@@ -47,7 +49,8 @@ class Connection(web.RequestHandler):
             read_bufsize=READ_BYTES,
             auto_decompress=False,
         )
-        self._server = server
+        self._server, self._limits = server, limits
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio for a connection that was accepted."""
@@ -56,6 +59,31 @@ class Connection(web.RequestHandler):
         if not self._server.has_room(transport):
             transport.write(_CROWDED)
             self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Called by asyncio."""
+        self._forget_unread()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio when the client takes too little of what is written to it."""
+        super().pause_writing()
+        self._unread = self._loop.call_later(self._limits.unread_seconds, self._give_up)
+
+    def resume_writing(self) -> None:
+        """Called by asyncio when the client has taken enough."""
+        self._forget_unread()
+        super().resume_writing()
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _give_up(self) -> None:
+        # The handler is cancelled with the connection, which gives the engine's place back.
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,

@@ -146,6 +146,7 @@ class Failure(Frame, frozen=True):
     param: str | None = None
     exit_code: int = 1
     n_prompt: int = 0
+    is_at_least: bool = False
     n_completion: int = 0
     n_ctx: int = 0
     required_bytes: int = 0

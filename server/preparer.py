@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from offload.generation import GenerationRequest
 from server import frames
-from server.prompts import Prompts, conversation
+from server.prompts import Prompts, RequestError, conversation
 from server.replies import failure_of
 
 Send = Callable[[frames.Frame], None]
@@ -76,12 +76,11 @@ class Preparer:
         prompts = self._prompts
         match question:
             case frames.Encode(id, text, add_special, parse_special):
-                tokenizer = prompts.tokenizer
-                ids = tokenizer.encode(text, parse_special=parse_special)
-                if add_special and tokenizer.add_bos and tokenizer.bos is not None:
-                    ids.insert(0, tokenizer.bos)
+                ids = prompts.text_ids(text, add_special=add_special, parse_special=parse_special)
                 return frames.Encoded(id, tuple(ids), tuple(prompts.piece(token) for token in ids))
             case frames.Decode(id, ids, shows_control):
+                if len(ids) > prompts.n_told:
+                    raise RequestError("tokens", f"{len(ids):,} tokens are too many: {prompts.n_told:,} are allowed.")
                 known = prompts.prompt(frames.TokenPrompt(ids)).ids if ids else ()
                 return frames.Text(id, prompts.tokenizer.decode(known, special=shows_control))
             case frames.Render(id, prompt, add_generation_prompt):

@@ -8,7 +8,12 @@ from offload.generation import GenerationRequest
 from offload.tokenizer import Tokenizer
 from server.chat import Chat, Conversation, Message, Prompt
 from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from server.template_child import MAX_OUTPUT
 from server.template_error import ChatTemplateError
+
+_LEAST_OUTPUT, _LEAST_TOLD = 1 << 16, 1 << 16
+_LONGEST = 16
+"""Bytes of a token where its vocabulary does not tell."""
 
 
 class RequestError(SlimoeError):
@@ -26,9 +31,12 @@ class Prompts:
 
     def __init__(self, tokenizer: Tokenizer | None, n_vocab: int, n_ctx: int) -> None:
         self._tokenizer = tokenizer
-        self._chat = None if tokenizer is None else Chat(tokenizer)
         self._n_vocab = n_vocab
         self._n_ctx = n_ctx
+        self._longest = None if tokenizer is None else tokenizer.longest
+        # Twice as much as fits leaves room for what templates drop and add.
+        max_output = MAX_OUTPUT if self._longest is None else 2 * n_ctx * self._longest + _LEAST_OUTPUT
+        self._chat = None if tokenizer is None else Chat(tokenizer, max_output)
 
     def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
         """`request` with the ids of `source` and its stop strings.
@@ -48,11 +56,13 @@ class Prompts:
         return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=_begins_answer(source))
 
     def prompt(self, source: PromptSource) -> Prompt:
-        """The ids of `source`; raises RequestError or ChatTemplateError."""
+        """The ids of `source`; raises RequestError, ChatTemplateError, and ContextOverflowError before a long work."""
         if isinstance(source, TokenPrompt):
             return self._tokens(source.ids)
         if isinstance(source, TextPrompt):
+            self._check_length(source.text)
             return Prompt(tuple(self.encode(source.text)))
+        self._check_length(*(text for _, text in source.messages))
         return self.chat.prompt(conversation(source))
 
     def encode(self, text: str) -> list[int]:
@@ -94,6 +104,27 @@ class Prompts:
         """The bytes of `token`, control tokens by name; empty without a tokenizer."""
         return b"" if self._tokenizer is None else self._tokenizer.piece(token, special=True)
 
+    def text_ids(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The ids of a text that need not fit the context window; raises RequestError when there are too many."""
+        tokenizer, n_most = self.tokenizer, self.n_told
+        if _n_bytes(text) <= n_most * (self._longest or _LONGEST):
+            ids = tokenizer.encode(text, parse_special=parse_special)
+            if len(ids) <= n_most:
+                bos = [tokenizer.bos] if add_special and tokenizer.add_bos and tokenizer.bos is not None else []
+                return bos + ids
+        raise RequestError("prompt", f"The text has more than {n_most:,} tokens. Send it in parts.")
+
+    @property
+    def n_told(self) -> int:
+        """Tokens that are told of a text, or a text of them, at a time."""
+        return max(self._n_ctx, _LEAST_TOLD)
+
+    def _check_length(self, *texts: str) -> None:
+        """Raises ContextOverflowError for texts that have too many tokens whatever these are."""
+        n_bytes = sum(map(_n_bytes, texts))
+        if self._longest is not None and n_bytes > self._n_ctx * self._longest:
+            raise ContextOverflowError(-(-n_bytes // self._longest), self._n_ctx, at_least=True)
+
     def _tokens(self, ids: tuple[int, ...]) -> Prompt:
         if not ids:
             raise RequestError("prompt", "The prompt is empty. Give at least one token.")
@@ -101,6 +132,10 @@ class Prompts:
         if wrong is not None:
             raise RequestError("prompt", f"Token {wrong} is not one of the model's {self._n_vocab}.")
         return Prompt(ids)
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _begins_answer(source: PromptSource) -> bool:

@@ -102,6 +102,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
                 "context_overflow",
                 str(error),
                 n_prompt=error.n_prompt,
+                is_at_least=error.at_least,
                 n_completion=n_completion,
                 n_ctx=error.n_ctx,
             )

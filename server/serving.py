@@ -22,6 +22,7 @@ from server.supervisor import Supervisor
 
 GRACE_SECONDS = 3.0
 FLUSH_SECONDS = 1.0
+SEND_BYTES = 128 << 10
 BACKLOG, RECEIVED_BYTES = 128, 64 << 10
 
 
@@ -108,6 +109,8 @@ async def _listen(runner: web.AppRunner, address: Address, backlog: int) -> Addr
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # What has arrived and is not yet read lies in the system's memory: little of it for each connection.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
+        # What the system keeps of an answer that nobody reads is bounded too: accepted connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listener.bind(place)
         listener.listen(backlog)
     except OSError as error:

@@ -18,6 +18,7 @@ from server.template_messages import HEADER_BYTES, packed, unpacked
 
 COMMAND = module_command("server.template_process")
 START_SECONDS = 30.0
+MAX_OUTPUT = 16 << 20
 _READ_BYTES = 1 << 16
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "SYSTEMROOT")
 
@@ -30,11 +31,11 @@ class TemplateLimits:
     tags half a second and forty. The clock is for a machine that is busy, or a process that was stopped.
     """
 
-    cpu_seconds: float = 0.75
+    cpu_seconds: float = 0.5
     compile_seconds: float = 3.0
-    wall_seconds: float = 1.5
+    wall_seconds: float = 1.0
     memory_bytes: int = 48 << 20
-    max_output: int = 16 << 20
+    max_output: int = MAX_OUTPUT
 
 
 class TemplateChild:
