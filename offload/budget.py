@@ -82,7 +82,7 @@ def decide_budget(ram: str | None, vram: Sequence[str], devices: Sequence[Device
     sizes = _per_device(vram, devices)
     taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
     shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
-    asked = parse_size(ram or AUTO, memory_limit_bytes())
+    asked = parse_size(AUTO if ram is None else ram, memory_limit_bytes())
     free = max(0, (holdable if asked is None else grantable_bytes() + held_bytes) - shared)
     if asked is not None and asked > free:
         notes.append(_short("--ram", asked, free, "the host"))
@@ -106,14 +106,15 @@ def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequenc
 
 
 def _device_budget(size: str, device: DeviceMemory, holdable: int, notes: list[str]) -> int:
-    asked = parse_size(size, device.total_bytes, "--vram")
+    asked, free = parse_size(size, device.total_bytes, "--vram"), device.free_bytes
     if asked is None:
-        free = device.free_bytes - min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
-        # Apple's limit for what a device may hold of the memory it shares is about as much.
-        return max(0, min(free, holdable * 3 // 4) if device.shares_host_memory else free)
-    if asked > device.free_bytes:
-        notes.append(_short("--vram", asked, device.free_bytes, device.name))
-    return min(asked, device.free_bytes)
+        free -= min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
+    if device.shares_host_memory:
+        # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
+        free = min(free, holdable * 3 // 4)
+    if asked is not None and asked > free:
+        notes.append(_short("--vram", asked, free, device.name))
+    return max(0, free if asked is None else min(asked, free))
 
 
 def _short(flag: str, asked: int, free: int, where: str) -> str:

@@ -65,6 +65,7 @@ def test_sizes(text: str, n_bytes: int | None) -> None:
     "text",
     [
         "",
+        " ",
         "much",
         "-1",
         "8 GiBs",
@@ -143,6 +144,9 @@ def test_memory_that_is_shared_is_given_once() -> None:
     assert auto.vram == (24 * GIB, 21 * GIB)
     assert auto.ram + auto.vram[0] == FREE
     assert decide_budget(None, ("10GiB",), (shared,)).ram == 22 * GIB
+    greedy = decide_budget(None, ("999TiB",), (shared,))
+    assert (greedy.ram, greedy.vram) == (FREE - 24 * GIB, (24 * GIB,))
+    assert greedy.notes == ("--vram is 1022976.00 GiB, but Metal has 24.00 GiB to give now: taking no more than that.",)
     assert decide_budget("16GiB", ("10GiB",), (shared,)) == Budget(16 * GIB, (10 * GIB,))
     assert decide_budget("30GiB", ("10GiB",), (shared,)).ram == 22 * GIB + LESS_FREE
 
@@ -158,3 +162,8 @@ def test_a_tree_is_all_its_processes() -> None:
         child.communicate()
     assert 64 << 20 < alone < 128 << 20
     assert 60 << 20 < both - before < 128 << 20
+
+
+def test_an_empty_size_is_not_auto() -> None:
+    with pytest.raises(UsageError, match="--ram is '', which is no size"):
+        decide_budget("", (), ())
