@@ -15,7 +15,8 @@ _TEXT_BYTES = 400
 """One token or merge, in the header, in libllama's vocabulary and while that is made; measured with up to 128,000."""
 _COPY_BYTES = 3 << 10
 """What Python keeps of one copy of an expert: 1.2 KiB for where it lies, and its place in the caches."""
-_REQUEST_BYTES = 8 << 20
+_STEP_BYTES, _REQUEST_BYTES = 7 << 20, 1 << 20
+"""What Python takes for steps, and for each request at once: eight took 6 MiB more than one, all with scores."""
 _LOGIT_ROWS = 64
 """Rows of logits at once for the probabilities of a prompt's tokens."""
 
@@ -33,7 +34,7 @@ def program_bytes(held: int, n_layer: int, n_texts: int, n_copies: int) -> int:
 def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
     """What steps and requests take beside the buffers planned for them: ggml's scratch memory, logits, and Python's."""
     scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)
-    return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _REQUEST_BYTES
+    return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _STEP_BYTES + n_parallel * _REQUEST_BYTES
 
 
 def most_logit_rows(n_batch: int, n_parallel: int) -> int:

@@ -9,6 +9,7 @@ from offload.abort import end_with_error, on_device_abort
 from offload.engine import Engine
 from offload.engine_plan import EngineConfig
 from server.engine_options import EngineOptions
+from server.serving_memory import running_bytes
 from server.telling import tell
 from server.terminal import loading_progress
 
@@ -16,7 +17,8 @@ from server.terminal import loading_progress
 def engine_config(options: EngineOptions) -> EngineConfig:
     """The flags as the engine takes them; what was left open takes its defaults."""
     chosen = {name: value for name in EngineOptions.__slots__ if (value := getattr(options, name)) is not None}
-    config: EngineConfig = msgspec.convert({**chosen, "model": options.path}, EngineConfig, dec_hook=_as_is)
+    own = {"model": options.path, "reserve_bytes": running_bytes()}
+    config: EngineConfig = msgspec.convert({**chosen, **own}, EngineConfig, dec_hook=_as_is)
     return config
 
 

@@ -78,7 +78,7 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     placement, tiers = plan.placement, plan.tiers
     if tiers is not None:
         sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
-        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "server": plan.reserve}
+        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "processes": plan.reserve}
     return {
         "mapped": placement.mapped,
         "copied": placement.copied,
@@ -86,7 +86,7 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
         "kv": placement.kv,
         "compute": placement.compute,
         "program": placement.program + placement.staging - plan.reserve,
-        "server": plan.reserve,
+        "processes": plan.reserve,
     }
 
 
@@ -101,7 +101,7 @@ def _host_rows(plan: EnginePlan) -> dict[str, int]:
         f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
         f"compute, batches of {plan.n_batch}": sizes["compute"],
         "program, at most": sizes["program"],
-        "server, other processes": sizes["server"],
+        "other processes, at most": sizes["processes"],
         "in all": sum(sizes.values()),
         "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
         "may be taken": plan.available,

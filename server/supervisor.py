@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from offload.generation import GenerationRequest
+from offload.memory import private_bytes
 from offload.printable import printable
 from server import frames
 from server.engine_child import COMMAND, EngineChild
@@ -167,7 +168,8 @@ class Supervisor:
             self._on_exit(1)
             return
         self._child = child
-        child.send(self._model)
+        # What this process holds now, and may have grown to since the engine was first started, need not be free.
+        child.send(msgspec.structs.replace(self._model, held_bytes=private_bytes()))
 
     def _on_frame(self, frame: frames.FromEngine) -> None:
         match frame:

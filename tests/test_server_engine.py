@@ -1,6 +1,7 @@
 """The engine's process behind the server: waiting for it, leaving it, and its sudden end."""
 
 import asyncio
+import itertools
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -13,6 +14,9 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from server import supervisor
+from server.engine_child import EngineChild
+from server.frames import Frame, Open
 from server.ticket import EngineFailure
 from tests.live_server import LiveOptions, LiveServer, live_server, until
 from tests.tiny_gguf import write_tiny_gguf
@@ -101,6 +105,25 @@ async def test_the_queue_has_an_end(model: Path) -> None:
             task.cancel()
         await until(lambda: server.supervisor.n_admitted == 0)
         assert await answer(server, "next") == " [INST] next [/INST]"
+
+
+async def test_a_new_engine_hears_what_the_front_holds_by_then(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else what was enough at the start would not be for a restart: the front grows with requests."""
+    held, told = itertools.count(1000), list[int]()
+    send = EngineChild.send
+
+    def see(child: EngineChild, frame: Frame) -> None:
+        if isinstance(frame, Open):
+            told.append(frame.held_bytes)
+        send(child, frame)
+
+    monkeypatch.setattr(EngineChild, "send", see)
+    monkeypatch.setattr(supervisor, "private_bytes", lambda: next(held))
+    async with live_server(model) as server:
+        with pytest.raises(openai.InternalServerError):
+            await answer(server, "abort")
+        await until(lambda: server.supervisor.n_restarts == 1 and server.supervisor.phase == "ready")
+    assert told == [1000, 1001]
 
 
 @pytest.mark.parametrize("how", ["abort", "killed"])

@@ -84,7 +84,7 @@ def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
 
 def _tell(report: PlanReport, *, as_json: bool) -> None:
     click.echo(msgspec.json.encode(report.as_json()) if as_json else "\n".join(map(printable, report.memory_lines())))
-    if report.serve_shortfall is not None and not report.plan.reserve and not as_json:
+    if report.serve_shortfall is not None and report.plan.reserve != serving_bytes() and not as_json:
         tell(f"slimoe serve would not fit: {report.serve_shortfall}")
     if report.nearest_ctx is not None and not as_json:
         tell(f"It would fit with --ctx {report.nearest_ctx}.")

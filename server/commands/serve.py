@@ -12,7 +12,6 @@ import click
 import msgspec
 
 from offload.errors import UsageError
-from offload.memory import private_bytes
 from offload.regular_file import read_regular, reason
 from server.accepting import connection_limits
 from server.access import AccessRules
@@ -133,11 +132,11 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
 def open_message(engine: EngineOptions) -> Open:
     """The first message to the engine's process; paths are absolute in it.
 
-    What the other processes take is part of what serving needs; of that this one holds something already.
+    What the other processes take is part of what serving needs.
     """
     trace = None if engine.trace is None else str(engine.trace.absolute())
     own: dict[str, Any] = {"model": str(engine.path.absolute()), "trace": trace}
-    own |= {"reserve_bytes": serving_bytes(), "held_bytes": private_bytes()}
+    own |= {"reserve_bytes": serving_bytes()}
     return msgspec.convert({**asdict(engine), **own}, Open)
 
 
