@@ -44,10 +44,12 @@ _AGAIN = "Download the checkpoint again."
 
 def model_spec(config: ModelConfig, rope: RopeSpec) -> ModelSpec:
     """The sizes that config.json gives."""
-    n_ctx_train = config.max_position_embeddings
-    if config.window and not config.n_expert:
+    n_ctx_train, window = config.max_position_embeddings, config.window or 0
+    if window >= n_ctx_train:
+        window = 0  # never left
+    if window and not config.n_expert:
         # Up to the window's length, sliding attention is full attention; beyond it GGUF's llama has no word for it.
-        n_ctx_train = min(n_ctx_train, config.window)
+        n_ctx_train = window
     return ModelSpec(
         architecture=STOCK,
         n_layer=config.num_hidden_layers,
@@ -59,7 +61,7 @@ def model_spec(config: ModelConfig, rope: RopeSpec) -> ModelSpec:
         attention=AttentionSpec(config.num_attention_heads, config.n_head_kv, config.n_embd_head),
         experts=ExpertSpec(config.n_expert, config.n_expert_used),
         rope=rope,
-        n_window=config.window or 0,
+        n_window=window,
     )
 
 

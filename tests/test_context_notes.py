@@ -1,5 +1,7 @@
 """A context window that is longer than what the model was made for is said, once, by every command that opens it."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,31 @@ def test_full_attention_is_what_llama_computes_too(windowed: Path) -> None:
 def test_a_default_window_is_told_as_well(windowed: Path) -> None:
     (note,) = plan_engine(EngineConfig(windowed)).notes
     assert "context window of 256 tokens" in note
+
+
+@pytest.mark.parametrize(("window", "n_window"), [(None, 0), ("absent", 0), (48, 48), ("context", 0), (1 << 20, 0)])
+@pytest.mark.parametrize("is_dense", [False, True], ids=["moe", "dense"])
+def test_converting_says_that_full_attention_is_used(
+    tmp_path: Path,
+    moe_checkpoint: Path,
+    dense_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    window: int | str | None,
+    n_window: int,
+    is_dense: bool,
+) -> None:
+    source = shutil.copytree(dense_checkpoint if is_dense else moe_checkpoint, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["sliding_window"]
+    if window != "absent":
+        config["sliding_window"] = config["max_position_embeddings"] if window == "context" else window
+    (source / "config.json").write_text(json.dumps(config))
+    target = tmp_path / "m.gguf"
+    assert run(["convert", str(source), str(target), "--type", "F16"]) == 0
+    assert capsys.readouterr().err.count("full attention is used") == (1 if n_window else 0)
+    spec = ModelSpec.from_gguf(read_gguf(target))
+    assert spec.n_window == n_window
+    assert spec.n_ctx_train == (48 if n_window and is_dense else config["max_position_embeddings"])
 
 
 @pytest.mark.parametrize("words", [["plan", "--no-measure"], ["run", "-p", "x", "-n", "1"]], ids=["plan", "run"])
