@@ -1,7 +1,7 @@
 """Converts a Hugging Face checkpoint directory or a GGUF file into a GGUF file: the room's front door."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.given_importance import Fitted
@@ -38,7 +38,7 @@ class ConvertReport:
     """What was written: path, bytes, seconds it took, number of tensors, tensor bytes by type.
 
     `n_copied_bytes` of these were taken over from a GGUF file as they were. `fitted` says how far the importance matrix
-    reached, if one was given.
+    reached, if one was given. `unfit_types` counts tensors that have another type than was asked for.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class ConvertReport:
     bytes_by_type: dict[str, int]
     n_copied_bytes: int = 0
     fitted: Fitted | None = None
+    unfit_types: dict[str, int] = field(default_factory=dict)
 
 
 def plan(options: ConvertOptions) -> ConvertPlan:
@@ -88,6 +89,7 @@ def carry_out(
         bytes_by_type=planned.bytes_by_type,
         n_copied_bytes=planned.n_copied_bytes,
         fitted=planned.fitted,
+        unfit_types=planned.unfit_types,
     )
 
 

@@ -19,7 +19,7 @@ from converter.quantize import needs_importance
 from converter.space_prefix import notes
 from converter.stored_model import StockTensor, StoredModel, stock_tensors
 from converter.stored_rows import StoredRows
-from converter.type_recipe import TypeRecipe, find_recipe, fits, fitting_types
+from converter.type_recipe import TypeRecipe, find_recipe, fitting_type, fitting_types
 from offload import file_keys as keys
 from offload.errors import UnsupportedModelError, UsageError
 from offload.gguf_file import Value
@@ -36,7 +36,8 @@ _ALWAYS_F32 = ("ffn_gate_inp", "attn_norm", "ffn_norm", "output_norm", "rope_fre
 class TensorPlan:
     """One tensor of the file: what it is made of, its type, and its bytes from `offset` (of the file) on.
 
-    `importance` [n_per_row] of each of its sources' columns, nothing where none is known.
+    `importance` [n_per_row] of each of its sources' columns, nothing where none is known. `unfit` is the type in whose
+    place it has `type`, since that type's blocks do not divide its rows.
     """
 
     target: StockTensor
@@ -44,6 +45,7 @@ class TensorPlan:
     offset: int
     n_bytes: int
     importance: tuple[Importance, ...] = ()
+    unfit: GGMLQuantizationType | None = None
 
     @property
     def importances(self) -> tuple[Importance | None, ...]:
@@ -90,6 +92,11 @@ class ConvertPlan:
         for tensor in self.tensors:
             counts[tensor.type.name] += tensor.n_bytes
         return dict(counts.most_common())
+
+    @property
+    def unfit_types(self) -> dict[str, int]:
+        """How many tensors have another type than was asked for, such as {"Q4_K to Q5_0": 3}."""
+        return dict(Counter(f"{tensor.unfit.name} to {tensor.type.name}" for tensor in self.tensors if tensor.unfit))
 
     @property
     def source_files(self) -> set[Path]:
@@ -173,20 +180,25 @@ def _placed(
     metadata: dict[str, Value],
     targets: list[tuple[StockTensor, TypeRecipe]],
 ) -> ConvertPlan:
-    entries, sizes, offset = [], [], 0
+    entries, sizes, unfit, offset = [], [], [], 0
     for target, one in targets:
-        kind = _type(model.path, one, spec, target, tied=model.is_tied)
+        wanted = _wanted_type(one, spec, target, tied=model.is_tied)
+        kind = fitting_type(wanted, target.ne[0])
+        unfit.append(None if kind is wanted else wanted)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         entries.append(HeaderTensor(target.name, target.ne, kind, offset))
         sizes.append(math.prod(target.ne) // block * block_bytes)
         offset += padded(sizes[-1], alignment_of(metadata))
     header = pack_header(metadata, entries)
     tensors = tuple(
-        TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes)
-        for (target, _), entry, n_bytes in zip(targets, entries, sizes, strict=True)
+        TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes, unfit=wanted)
+        for (target, _), entry, n_bytes, wanted in zip(targets, entries, sizes, unfit, strict=True)
     )
     told = () if spec.architecture == NATIVE else notes(metadata)
-    return ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset, notes=told)
+    planned = ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
+    for base in {one.base for _, one in targets}:
+        _check_fits(planned, base)
+    return replace(planned, notes=(*told, *_unfit_notes(planned)))
 
 
 def _fitted(planned: ConvertPlan, model: StoredModel, given: GivenImportance | None) -> ConvertPlan:
@@ -214,23 +226,37 @@ def _lack_of_importance(tensor: TensorPlan, given: GivenImportance | None) -> st
     return f"{given.path} knows nothing of {tensor.target.name}, which {kind} needs. Give another imatrix, or {larger}."
 
 
-def _type(
-    source: Path, recipe: TypeRecipe, spec: ModelSpec, target: StockTensor, *, tied: bool
-) -> GGMLQuantizationType:
-    n_per_row = target.ne[0]
+def _wanted_type(recipe: TypeRecipe, spec: ModelSpec, target: StockTensor, *, tied: bool) -> GGMLQuantizationType:
     if len(target.ne) == 1 or any(part in _ALWAYS_F32 for part in target.name.split(".")):
         return GGMLQuantizationType.F32
-    kind = recipe.type_of(target.name, spec.n_layer, moe=spec.n_expert > 0, tied=tied)
-    if fits(kind, n_per_row):
-        return kind
-    # The output's Q6_K comes from us, not from the user: where it does not fit, the next larger type does.
-    if fits(recipe.base, n_per_row) and fits(GGMLQuantizationType.Q8_0, n_per_row):
-        return GGMLQuantizationType.Q8_0
+    return recipe.type_of(target.name, spec.n_layer, moe=spec.n_expert > 0, tied=tied)
+
+
+def _unfit_notes(planned: ConvertPlan) -> list[str]:
+    """What is told of types that stand in for others."""
+    notes = []
+    for change, n in planned.unfit_types.items():
+        example = next(t for t in planned.tensors if t.unfit and f"{t.unfit.name} to {t.type.name}" == change)
+        assert example.unfit is not None
+        which = f"{n} of {len(planned.tensors)} tensors, such as {example.target.name},"
+        rows = f"rows of {example.target.ne[0]}, which {example.unfit.name} does not divide"
+        notes.append(f"{which} have {rows}: {example.type.name} in its place")
+    return notes
+
+
+def _check_fits(planned: ConvertPlan, base: GGMLQuantizationType) -> None:
+    """Refuses a type that no matrix can have: what was asked for would be in no place of the file."""
+    unfit = [tensor for tensor in planned.tensors if tensor.unfit is not None]
+    if not unfit or any(tensor.type is base for tensor in planned.tensors):
+        return
+    first, spec = unfit[0], planned.spec
     names = {spec.n_ff: "n_ff", spec.n_embd: "n_embd"}
+    n_per_row, kind = first.target.ne[0], first.unfit
+    assert kind is not None
     what = f"{names.get(n_per_row, 'the row length')} of {n_per_row}"
     block = GGML_QUANT_SIZES[kind][0]
-    problem = f"{target.name}: {what} is no multiple of {block}, as {kind.name} in {recipe.name} needs."
-    raise UnsupportedModelError(source, problem, f"Use --type {' or '.join(_suggestions(spec))}.")
+    problem = f"{first.target.name}: {what} is no multiple of {block}, as {kind.name} in {planned.recipe} needs."
+    raise UnsupportedModelError(planned.source, problem, f"Use --type {' or '.join(_suggestions(spec))}.")
 
 
 def _suggestions(spec: ModelSpec) -> list[str]:

@@ -21,6 +21,9 @@ from offload.library import I32, I64, Bool, Ptr, Size, c_function, open_library
 _BASE = open_library("ggml-base")
 _CPU = open_library("ggml-cpu")
 _F16_MAX = 65504.0
+"""The largest half, which all blocks have their scales in: beyond it some types overflow, some become zero without a
+word, and some stop the process."""
+_WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
 _ROWS_AT_ONCE = 256
 _SAFE_EXPONENT = 32
 """Importance beyond 2 to plus or minus this could leave float32's range in ggml's sums of products."""
@@ -69,6 +72,9 @@ def to_f32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     """Stored values of a safetensors dtype as float32; a view when they are that already."""
     if dtype == "F32":
         return raw.view(np.float32)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):
+            return raw.view(np.float64).astype(np.float32)
     n_values = raw.size // 2
     values = np.empty(n_values, np.float32)
     _TO_F32[dtype](raw.ctypes.data, values.ctypes.data, n_values)
@@ -116,8 +122,8 @@ def _check_values(values: NDArray[np.float32], kind: GGMLQuantizationType) -> No
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise BadWeightsError("holds NaN or infinity; the checkpoint is damaged")
-    if kind is GGMLQuantizationType.F16 and max(-low, high) > _F16_MAX:
-        raise BadWeightsError("holds weights beyond 65504, which F16 cannot express; use BF16 or F32")
+    if kind not in _WIDE and max(-low, high) > _F16_MAX:
+        raise BadWeightsError(f"holds weights beyond 65504, which {kind.name} cannot express; use BF16 or F32")
 
 
 def usable_importance(importance: NDArray[np.float32]) -> NDArray[np.float32]:

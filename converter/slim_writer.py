@@ -9,12 +9,13 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
-from converter.file_bytes import read_bytes
 from converter.fit import Fit, PlainFit
 from converter.methods.merged import merged_matrix
 from converter.model_source import PROJECTIONS, Blocks, MatrixKey, ModelSource, expert_key
+from converter.plan_pieces import copy_blocks
 from converter.quantize import BadWeightsError
 from converter.slim_layer import Matrix
 from converter.slim_layout import SlimLayout, lay_out, matrix_bytes
@@ -142,9 +143,12 @@ class SlimPieces:
         if rows is not None:
             yield Piece(offset, matrix_bytes(matrix), partial(_rows_of, blocks, matrix, rows))
             return
-        for begin in range(0, blocks.n_bytes, _COPY_BYTES):
-            n_bytes = min(_COPY_BYTES, blocks.n_bytes - begin)
-            yield Piece(offset + begin, n_bytes, partial(read_bytes, blocks.path, blocks.offset + begin, n_bytes))
+        name = str(_origin(matrix) or matrix.key)
+        step = _COPY_BYTES // GGML_QUANT_SIZES[blocks.type][1] * GGML_QUANT_SIZES[blocks.type][1]
+        for begin in range(0, blocks.n_bytes, step):
+            n_bytes = min(step, blocks.n_bytes - begin)
+            part = Blocks(blocks.type, blocks.path, blocks.offset + begin, n_bytes)
+            yield Piece(offset + begin, n_bytes, partial(copy_blocks, part, name))
 
 
 def read_matrix(source: ModelSource, matrix: Matrix) -> NDArray[np.float32]:
@@ -186,7 +190,7 @@ def _kept_rows(matrix: Matrix) -> NDArray[np.int64] | None:
 
 def _rows_of(blocks: Blocks, matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     row_bytes = matrix_bytes(matrix) // matrix.shape[0]
-    stored = read_bytes(blocks.path, blocks.offset, blocks.n_bytes)
+    stored = copy_blocks(blocks, str(_origin(matrix) or matrix.key))
     return np.ascontiguousarray(stored.reshape(-1, row_bytes)[rows])
 
 

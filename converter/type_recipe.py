@@ -158,6 +158,22 @@ def fits(kind: Type, n_per_row: int) -> bool:
     return bool(n_per_row % GGML_QUANT_SIZES[kind][0] == 0)
 
 
+_FALLBACKS = {
+    Type.Q6_K: Type.Q8_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q4_K: Type.Q5_0,
+    **dict.fromkeys((Type.Q3_K, Type.Q2_K, Type.IQ4_XS, Type.IQ3_S, *_CODEBOOKS), Type.IQ4_NL),
+}
+
+
+def fitting_type(kind: Type, n_per_row: int) -> Type:
+    """The type for rows that one does not divide: the one of smaller blocks and as many bits or more that llama.cpp's
+    quantizer takes, or else F16.
+    """
+    found = kind if fits(kind, n_per_row) else _FALLBACKS.get(kind, Type.F16)
+    return found if fits(found, n_per_row) else Type.F16
+
+
 def fitting_types(n_per_row: int) -> list[str]:
     """The names of the plain types whose blocks divide such rows, the smallest ones last; none needs importance."""
     kinds = sorted(_FILE_TYPES, key=lambda kind: -GGML_QUANT_SIZES[kind][1] / GGML_QUANT_SIZES[kind][0])

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 from converter.convert import ConvertOptions, convert, plan
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
+from offload.errors import ModelFileError
 from offload.gguf_file import read_gguf
 from offload.model_spec import ModelSpec, check_tensors
 from offload.tokenizer import Tokenizer
+from server.cli import run
 from tests.nasty_texts import NASTY_TEXTS
 from tests.tiny_checkpoint import TinyConfig, logits, save_checkpoint, stack_experts
 
@@ -274,3 +276,48 @@ def test_the_context_ends_with_the_sliding_window(tmp_path: Path, dense_checkpoi
     config = json.loads((source / "config.json").read_text()) | {"sliding_window": 48}
     (source / "config.json").write_text(json.dumps(config))
     assert ModelSpec.from_gguf(read_gguf(converted(source, tmp_path / "m.gguf"))).n_ctx_train == 48
+
+
+def odd_heads(path: Path, tokenizer: Path) -> Path:
+    """Rows of 256 and 512, but for the attention's output: they are of 384."""
+    sizes = TinyConfig(n_layer=2, n_embd=256, n_ff=512, n_head=8, n_head_kv=4, n_expert=3, n_expert_used=2)
+    return save_checkpoint(path, tokenizer, sizes, head_dim=48)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("Q4_K", Type.Q5_0), ("Q6_K", Type.Q8_0), ("IQ4_XS", Type.IQ4_NL)])
+def test_a_matrix_whose_rows_do_not_fit_has_another_type(
+    tmp_path: Path, sentencepiece_path: Path, capsys: pytest.CaptureFixture[str], kind: str, expected: Type
+) -> None:
+    source, target = odd_heads(tmp_path / "c", sentencepiece_path), tmp_path / "m.gguf"
+    assert run(["convert", str(source), str(target), "--type", kind, "--json"]) == 0
+    captured = capsys.readouterr()
+    types = types_of(target)
+    assert types["blk.0.attn_output.weight"] is types["blk.1.attn_output.weight"] is expected
+    assert types["blk.0.attn_q.weight"] is types["blk.1.ffn_up_exps.weight"] is Type[kind]
+    assert json.loads(captured.out)["unfit_types"] == {f"{kind} to {expected.name}": 2}
+    told = f"2 of 23 tensors, such as blk.0.attn_output.weight, have rows of 384, which {kind} does not divide"
+    assert f"{told}: {expected.name} in its place" in captured.err
+    exact = logits(source, PROMPT).numpy()
+    assert np.corrcoef(llama_logits(target, PROMPT).ravel(), exact.ravel())[0, 1] > 0.7
+
+
+def test_doubles_are_the_same_weights(tmp_path: Path, moe_checkpoint: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = shutil.copytree(moe_checkpoint, tmp_path / "c" / moe_checkpoint.name)
+    tensors = {name: value.double() for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    ours, single = converted(source, tmp_path / "a.gguf"), converted(moe_checkpoint, tmp_path / "b.gguf")
+    for one, other in zip(gguf.GGUFReader(ours).tensors, gguf.GGUFReader(single).tensors, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one.data, other.data)
+
+
+def test_whole_shards_need_no_index(tmp_path: Path, moe_checkpoint: Path) -> None:
+    source = shutil.copytree(moe_checkpoint, tmp_path / "c")
+    split_checkpoint(source, 3)
+    (source / "model.safetensors.index.json").unlink()
+    assert_same_logits(converted(source, tmp_path / "m.gguf"), moe_checkpoint)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ModelFileError, match=r"shard model-00002-of-00003\.safetensors is missing"):
+        converted(source, tmp_path / "n.gguf")

@@ -19,6 +19,7 @@ from converter.quantize import (
     type_error,
     usable_importance,
 )
+from converter.type_recipe import RECIPES
 from offload.errors import UsageError
 from tests.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -174,3 +175,22 @@ def test_the_cost_of_a_type_is_the_double_loops(importance: Matrix) -> None:
     assert type_error(values, Type.Q3_K, rows, importance, n_threads=2) == pytest.approx(expected, rel=1e-5)
     costs = [type_error(values, kind, rows, importance) for kind in (Type.Q6_K, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS)]
     assert costs == sorted(costs)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in GGML_QUANT_SIZES if kind.name in RECIPES or kind.name in ("Q5_0", "Q5_1", "Q4_1")]
+)
+@pytest.mark.parametrize("size", [7e4, 1e20, 3e38])
+def test_weights_beyond_a_half_are_refused_alike(kind: Type, size: float) -> None:
+    rows = np.random.default_rng(0).uniform(-1, 1, (2, 256)).astype(np.float32)
+    rows[1, 200] = size
+    if kind.name in ("F32", "BF16") and size < 3.3e38:
+        decoded = dequantize_rows(quantize_rows(rows, kind), kind, 256)
+        assert decoded[1, 200] == pytest.approx(size, rel=0.01)
+        return
+    with pytest.raises(BadWeightsError, match=f"holds weights beyond 65504, which {kind.name} cannot express"):
+        quantize_rows(rows, kind, np.ones(256, np.float32))
+    rows[1, 200] = 65504
+    decoded = dequantize_rows(quantize_rows(rows, kind, np.ones(256, np.float32)), kind, 256)
+    assert np.isfinite(decoded).all()
+    assert decoded[1, 200] > 10_000

@@ -111,6 +111,7 @@ def _expected(planned: ConvertPlan, target: Path) -> ConvertReport:
         bytes_by_type=planned.bytes_by_type,
         n_copied_bytes=planned.n_copied_bytes,
         fitted=planned.fitted,
+        unfit_types=planned.unfit_types,
     )
 
 
@@ -146,6 +147,7 @@ def _report(report: ConvertReport, as_json: bool) -> None:
         "seconds": round(report.seconds, 3),
         "bytes_by_type": report.bytes_by_type,
         "n_copied_bytes": report.n_copied_bytes,
+        "unfit_types": report.unfit_types,
         "fitted": None if report.fitted is None else asdict(report.fitted),
     }
     click.echo(msgspec.json.encode(fields))
