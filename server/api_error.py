@@ -43,8 +43,8 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        message = printable(self.info.message)
-        shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        message = self.info.message
+        shown = printable(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
         return msgspec.json.encode({"error": {**msgspec.structs.asdict(self.info), "message": shown, **self.extra}})
 
     def response(self) -> web.Response:

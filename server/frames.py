@@ -81,12 +81,13 @@ class Cancel(Frame, frozen=True):
 
 
 class Encode(Frame, frozen=True):
-    """Front to engine: the ids of a text."""
+    """Front to engine: the ids of a text, and the bytes of each if they are asked for."""
 
     id: int
     text: str
     add_special: bool
     parse_special: bool
+    with_pieces: bool = False
 
 
 class Decode(Frame, frozen=True):
@@ -213,7 +214,7 @@ class Done(Frame, frozen=True):
 
 
 class Encoded(Frame, frozen=True):
-    """Engine to front: the ids of a text and the bytes of each."""
+    """Engine to front: the ids of a text, and the bytes of each if they were asked for."""
 
     id: int
     ids: tuple[int, ...]

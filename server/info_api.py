@@ -17,6 +17,8 @@ from server.supervisor import Supervisor
 from server.ticket import EngineFailure
 from server.unkept_fields import CHAT, UnkeptFields
 
+MAX_CHARS, MAX_PIECED_CHARS = 1 << 20, 1 << 17
+"""Of a text to tokenize; each may be a token, and with pieces an object of the answer."""
 Question = Callable[[int], frames.Encode | frames.Decode | frames.Render]
 
 
@@ -123,7 +125,11 @@ class InfoApi:
         chosen = body.add_special if body.add_special_tokens is None else body.add_special_tokens
         add_special = default if chosen is None else chosen
         param = "prompt" if body.content is None else "content"
-        answer = await self._ask(lambda id: frames.Encode(id, text, add_special, body.parse_special), param)
+        most = MAX_PIECED_CHARS if body.with_pieces else MAX_CHARS
+        if len(text) > most:
+            raise invalid(f"The text has {len(text):,} characters, but may have {most:,}. Send it in parts.", param)
+        question = frames.Encode(0, text, add_special, body.parse_special, body.with_pieces)
+        answer = await self._ask(lambda id: msgspec.structs.replace(question, id=id), param)
         assert isinstance(answer, frames.Encoded)
         tokens = _with_pieces(answer) if body.with_pieces else list(answer.ids)
         info = self._supervisor.info

@@ -75,9 +75,10 @@ class Preparer:
     def _answered(self, question: Question) -> frames.Answer:
         prompts = self._prompts
         match question:
-            case frames.Encode(id, text, add_special, parse_special):
+            case frames.Encode(id, text, add_special, parse_special, with_pieces):
                 ids = prompts.text_ids(text, add_special=add_special, parse_special=parse_special)
-                return frames.Encoded(id, tuple(ids), tuple(prompts.piece(token) for token in ids))
+                pieces = tuple(prompts.piece(token) for token in ids) if with_pieces else ()
+                return frames.Encoded(id, tuple(ids), pieces)
             case frames.Decode(id, ids, shows_control):
                 if len(ids) > prompts.n_told:
                     raise RequestError("tokens", f"{len(ids):,} tokens are too many: {prompts.n_told:,} are allowed.")

@@ -161,6 +161,8 @@ async def test_bad_completions(server: LiveServer, body: Any, param: str | None)
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
         ("/tokenize", {}, "content"),
         ("/tokenize", {"content": 5}, "content"),
+        ("/tokenize", {"content": "a " * (2**19 + 1)}, "content"),
+        ("/tokenize", {"prompt": "a " * (2**16 + 1), "with_pieces": True}, "prompt"),
     ],
 )
 async def test_bad_tokens(server: LiveServer, path: str, body: Any, param: str) -> None:
