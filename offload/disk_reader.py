@@ -38,6 +38,10 @@ class ReadFailedError(SlimoeError):
     exit_code = 3
 
 
+class FileChangedError(ReadFailedError):
+    """The file is not what it was when it was opened: what was read of it does not belong to what would be read."""
+
+
 class Urgency(IntEnum):
     """Which reads go before which: what is waited for, what will most probably be, and what perhaps will be."""
 
@@ -88,9 +92,9 @@ class FileStamp:
         return cls(status.st_size, status.st_mtime_ns)
 
 
-def changed_file(path: Path) -> ReadFailedError:
+def changed_file(path: Path) -> FileChangedError:
     """The error for a file that is not what it was when it was opened."""
-    return ReadFailedError(f"{path}: the file was changed while it was open. Start again with the new file.")
+    return FileChangedError(f"{path}: the file was changed while it was open. Start again with the new file.")
 
 
 def unreadable_file(path: Path, error: OSError) -> ReadFailedError:

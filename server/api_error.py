@@ -108,7 +108,9 @@ def from_failure(failure: Failure, prompt_param: str = "messages") -> ApiError:
         # The same request would end the same way, and each try loads gigabytes.
         return ApiError(503, info, extra=sizes, headers={"X-Should-Retry": "false"})
     if kind == "model":
-        return ApiError(503, ErrorInfo(message, "unavailable_error", None, "model_failed"), headers=_retry())
+        return ApiError(
+            503, ErrorInfo(message, "unavailable_error", None, "model_failed"), headers={"X-Should-Retry": "false"}
+        )
     if kind == "device":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "device_failed"), headers=_retry())
     if kind == "shutting_down":

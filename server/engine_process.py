@@ -19,9 +19,11 @@ from typing import Any, Protocol
 import msgspec
 
 from offload.abort import on_device_abort
+from offload.disk_reader import FileChangedError
 from offload.errors import DeviceError, DeviceFullError, SlimoeError
 from offload.generation import Event, Failed, Finished, GenerationRequest, Outcome
 from server import frames
+from server.heartbeat import Heartbeat
 from server.pipe import Pipe, leave
 from server.preparer import Job, Preparer, Question
 from server.prompts import Prompts
@@ -30,6 +32,7 @@ from server.replies import OpenModel, Replies, describe, failure_of
 PR_SET_PDEATHSIG = 1
 OOM_SCORE = 500
 PROGRESS_SECONDS = 0.1
+_ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
 
 
 class ServedEngine(OpenModel, Protocol):
@@ -55,6 +58,8 @@ class EngineProcess:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
         self._preparer: Preparer | None = None
+        self._heartbeat = Heartbeat(pipe.send)
+        self._n_parallel = 1
         self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
@@ -72,6 +77,8 @@ class EngineProcess:
         """Opens the model that the first message names, then generates until the pipe closes."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
         request = self._opening.get()
+        self._n_parallel = request.n_parallel or 1
+        self._heartbeat.start()
         on_device_abort(request.rpc, self._give_up)
         try:
             engine = open_engine(request, self._progress())
@@ -127,27 +134,42 @@ class EngineProcess:
     # --- generating ----------------------------------------------------------------------------------------
 
     def _serve(self, engine: ServedEngine, prompts: Prompts) -> None:
-        """Starts what has come and moves on what is running; sleeps while there is neither."""
+        """Starts what has come and moves on what is running; sleeps while there is neither.
+
+        The engine is given as many requests as it works on at once: those that wait here can be given to another.
+        """
+        self._heartbeat.progress = engine.counters
         while True:
-            if engine.is_idle:
+            while engine.is_idle:
+                self._heartbeat.rest()
                 self._start(engine, prompts, self._waiting.get())
-            while not self._waiting.empty():
+            while len(self._running) < self._n_parallel and not self._waiting.empty():
                 self._start(engine, prompts, self._waiting.get())
+            self._heartbeat.tick()
             for id, event in engine.step():
-                if isinstance(event, Failed) and isinstance(event.error, DeviceError | DeviceFullError):
+                if isinstance(event, Failed) and isinstance(event.error, _ENDS_THE_PROCESS):
                     self._give_up(event.error)
                 self._tell(id, event)
 
     def _give_up(self, error: SlimoeError) -> None:
-        """Ends the process, which can no longer rely on a device; the other side tells all and starts another."""
+        """Ends the process, which can no longer rely on a device or file; the other side starts another."""
         self._pipe.send(failure_of(0, error))
         leave()
 
     def _start(self, engine: ServedEngine, prompts: Prompts, job: Job) -> None:
         assert job.request is not None
+        if job.cancelled.is_set():
+            self._jobs.pop(job.frame.id, None)
+            return
+
+        def is_cancelled() -> bool:
+            self._heartbeat.tick()
+            return job.cancelled.is_set()
+
+        self._pipe.send(frames.Progress(job.frame.id, 0, len(job.request.prompt_ids), 0))
         replies = Replies(job.frame.id, job.request, prompts.piece, engine.counters)
         try:
-            self._running[engine.submit(job.request, job.cancelled.is_set)] = replies
+            self._running[engine.submit(job.request, is_cancelled)] = replies
         except Exception as error:
             self._pipe.send(replies.failure(error))
             self._jobs.pop(replies.id, None)

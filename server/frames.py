@@ -12,6 +12,7 @@ import msgspec
 from offload.generation import FinishReason, GenerationRequest, TierUse, Timings
 
 HEADER_BYTES = 4
+BEAT_SECONDS = 1.0
 
 
 class Frame(msgspec.Struct, frozen=True, tag=True):
@@ -129,6 +130,12 @@ class Loading(Frame, frozen=True):
     total_bytes: int
 
 
+class Beat(Frame, frozen=True):
+    """Engine to front, every `BEAT_SECONDS`: the process runs, and what its engine does moved on so long ago."""
+
+    stuck_seconds: float
+
+
 class Ready(Frame, frozen=True):
     """Engine to front: the model is open."""
 
@@ -240,7 +247,7 @@ def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
 
 ToEngine = Open | Submit | Cancel | Encode | Decode | Render
 Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Text
-FromEngine = Loading | Ready | Answer
+FromEngine = Loading | Beat | Ready | Answer
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -49,8 +49,16 @@ class InfoApi:
         self._unkept = UnkeptFields()
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 when requests are answered; 503 with progress while loading, 500 when loading failed."""
+        """200 when requests are answered; 503 with progress while loading or why not now, 500 when loading failed."""
         supervisor = self._supervisor
+        trouble = supervisor.trouble
+        if trouble is not None:
+            info = ErrorInfo(trouble, "unavailable_error", None, "engine_unavailable")
+            return _json(
+                {"status": "unavailable", "error": msgspec.structs.asdict(info)},
+                status=503,
+                headers={"Retry-After": "1"},
+            )
         if supervisor.phase == "ready":
             return _json({"status": "ok"})
         if supervisor.phase == "failed" and supervisor.failure is not None:

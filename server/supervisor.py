@@ -1,7 +1,8 @@
 """Keeps one engine process running and hands requests to it.
 
 An abort in C code ends only that process: whoever waits for it gets an error, and a new one is started, later and
-later when it keeps ending. Requests that come while the model is being opened wait for it.
+later when it keeps ending. A process that does not respond or get on is ended likewise. Requests that it had not begun
+go to the next one. Requests that come while the model is being opened wait for it.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -25,7 +27,22 @@ from server.ticket import EngineFailure, Ticket
 Phase = Literal["loading", "ready", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
 KILL_SECONDS = 2.0
+MAX_TRIES = 3
 DEFAULT_N_QUEUE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the engine's process may be silent, in seconds: until that is told, and until it is killed.
+
+    The same for an engine that does not get on although its process runs. What counts is time in which this process
+    runs itself. A step can be long: a large expert may come from a slow disk, and a batch from one processor.
+    """
+
+    opening: float = 120.0
+    untold: float = 3.0
+    silent: float = 15.0
+    stuck: float = 120.0
 
 
 class QueueFullError(Exception):
@@ -39,7 +56,13 @@ class QueueFullError(Exception):
 class Supervisor:
     """The HTTP side's engine: `start` it, `submit` requests, `stop` it."""
 
-    def __init__(self, model: frames.Open, n_queue: int = DEFAULT_N_QUEUE, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        model: frames.Open,
+        n_queue: int = DEFAULT_N_QUEUE,
+        command: Sequence[str] = COMMAND,
+        patience: Patience = Patience(),
+    ) -> None:
         self.phase: Phase = "loading"
         self.progress = frames.Loading(0, 0)
         self.info: frames.ModelInfo | None = None
@@ -53,11 +76,17 @@ class Supervisor:
         self._child: EngineChild | None = None
         self._ids = itertools.count(1)
         self._unsent: dict[int, frames.Frame] = {}
+        self._sent: dict[int, frames.Frame] = {}
         self._tickets: dict[int, Ticket] = {}
         self._pause = 0.0
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
         self._told: set[str] = set()
+        self._patience = patience
+        self._silent_seconds = self._stuck_seconds = 0.0
+        self._is_heard = False
+        self._watching: asyncio.Task[None] | None = None
+        self._crash: frames.Failure | None = None
 
     @property
     def pid(self) -> int | None:
@@ -69,9 +98,43 @@ class Supervisor:
         """Requests at the engine or waiting for it."""
         return len(self._tickets)
 
+    @property
+    def n_underway(self) -> int:
+        """Requests that the engine works on."""
+        return sum(ticket.is_underway for ticket in self._tickets.values())
+
     def start(self) -> None:
         """Starts the engine's process; `wait_ready` tells when the model is open."""
         self._launching = asyncio.create_task(self._launch())
+        self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not answered now although they may be soon; None when they are, or when nobody knows."""
+        if self.phase == "ready" and self._silent_seconds > self._patience.untold:
+            return f"The engine's process has not responded for {self._silent_seconds:.0f} seconds."
+        return None if self._crash is None or self.phase != "loading" else self._crash.message
+
+    async def _watch(self) -> None:
+        """Kills an engine that is silent or stuck for too long."""
+        while True:
+            await asyncio.sleep(frames.BEAT_SECONDS)
+            if self._child is None:
+                continue
+            self._silent_seconds += frames.BEAT_SECONDS
+            problem = self._hopeless_problem()
+            if problem is not None:
+                self._crash = frames.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
+                self._silent_seconds = self._stuck_seconds = 0.0
+                self._child.kill()
+
+    def _hopeless_problem(self) -> str | None:
+        patience = self._patience
+        if self._silent_seconds > (patience.silent if self._is_heard else patience.opening):
+            return f"The engine's process did not respond for {self._silent_seconds:.0f} seconds."
+        if self._stuck_seconds > patience.stuck:
+            return f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
+        return None
 
     async def wait_ready(self) -> frames.ModelInfo:
         """What the open model is; raises EngineFailure when it cannot be opened."""
@@ -112,8 +175,9 @@ class Supervisor:
         self._fail_all(list(self._unsent), _stopping)
         await self._wait(lambda: not self._tickets or self._child is None, grace)
         self._fail_all(list(self._tickets), _stopping)
-        if self._launching is not None:
-            self._launching.cancel()
+        for task in (self._launching, self._watching):
+            if task is not None:
+                task.cancel()
         if self._child is not None:
             self._child.kill()
         self._note_change()
@@ -146,12 +210,14 @@ class Supervisor:
             return
         for frame in self._unsent.values():
             self._child.send(frame)
+        self._sent |= self._unsent
         self._unsent.clear()
 
     def _close(self, ticket: Ticket) -> None:
         if self._tickets.pop(ticket.id, None) is None:
             return
         was_sent = self._unsent.pop(ticket.id, None) is None
+        self._sent.pop(ticket.id, None)
         if was_sent and not ticket.is_over and self._child is not None:
             self._child.send(frames.Cancel(ticket.id))
         self._note_change()
@@ -168,13 +234,17 @@ class Supervisor:
             self._on_exit(1)
             return
         self._child = child
+        self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
         child.send(msgspec.structs.replace(self._model, held_bytes=private_bytes()))
 
     def _on_frame(self, frame: frames.FromEngine) -> None:
+        self._silent_seconds = 0.0
         match frame:
             case frames.Loading():
                 self.progress = frame
+            case frames.Beat(stuck_seconds):
+                self._is_heard, self._stuck_seconds = True, stuck_seconds
             case frames.Ready(info):
                 self._be_ready(info)
             case frames.Failure(id=0):
@@ -183,7 +253,7 @@ class Supervisor:
                 self._deliver(frame)
 
     def _be_ready(self, info: frames.ModelInfo) -> None:
-        self.info, self.failure = info, None
+        self.info, self.failure, self._crash = info, None, None
         self._tell(info.notes)
         if self.phase != "stopped":
             self.phase = "ready"
@@ -202,6 +272,8 @@ class Supervisor:
         if ticket is None:
             return
         ticket.push(answer)
+        if ticket.is_underway:
+            self._sent.pop(answer.id, None)
         if isinstance(answer, frames.Done):
             self._pause = 0.0
             self.info = None if self.info is None else frames.with_figures(self.info, answer)
@@ -212,8 +284,9 @@ class Supervisor:
             self._fail_all(list(self._tickets), _stopping)
             self._note_change()
             return
-        crash = self.failure or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
-        self._fail_all([id for id in self._tickets if id not in self._unsent], lambda id: _for(crash, id))
+        crash = self.failure or self._crash or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
+        self._crash = crash
+        self._fail_all(self._lost(), lambda id: _for(crash, id))
         leaves_devices = crash.kind == "device" and self._leave_devices()
         if self.info is None and not leaves_devices:
             self.failure, self.phase = crash, "failed"
@@ -221,6 +294,18 @@ class Supervisor:
         else:
             self._restart(crash, may_heal=leaves_devices or self._may_heal(crash))
         self._note_change()
+
+    def _lost(self) -> list[int]:
+        """Requests that ended with the engine; those that it had not begun are sent again, a few times at most."""
+        again = {}
+        for id, frame in self._sent.items():
+            ticket = self._tickets.get(id)
+            if ticket is not None and not ticket.is_underway and ticket.n_tries < MAX_TRIES:
+                ticket.n_tries += 1
+                again[id] = frame
+        self._sent.clear()
+        self._unsent = {**again, **self._unsent}
+        return [id for id in self._tickets if id not in self._unsent]
 
     def _leave_devices(self) -> bool:
         """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
@@ -233,7 +318,7 @@ class Supervisor:
 
     def _may_heal(self, crash: frames.Failure) -> bool:
         """Whether the next try may end otherwise: a device that failed in use may be back, not one that did at once."""
-        return crash.kind == "engine_crashed" or (crash.kind == "device" and self.phase == "ready")
+        return crash.kind in ("engine_crashed", "engine_stuck") or (crash.kind == "device" and self.phase == "ready")
 
     def _restart(self, crash: frames.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
@@ -249,6 +334,7 @@ class Supervisor:
     def _fail_all(self, ids: Sequence[int], failure: Callable[[int], frames.Failure]) -> None:
         for id in ids:
             self._unsent.pop(id, None)
+            self._sent.pop(id, None)
             ticket = self._tickets.pop(id, None)
             if ticket is not None:
                 ticket.push(failure(id))

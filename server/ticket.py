@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from offload.errors import SlimoeError
-from server.frames import Answer, Done, Failure
+from server.frames import Accepted, Answer, Done, Failure
 
 
 class EngineFailure(SlimoeError):
@@ -28,13 +28,21 @@ class Ticket:
         self.id = id
         self.is_over = False
         self.has_begun = False
+        self.is_underway = self.is_accepted = False
+        self.n_tries = 1
         self.submitted_at = time.monotonic()
         self._on_close = on_close
         self._arrived: list[Answer] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, answer: Answer) -> None:
-        """Adds an answer and wakes whoever waits."""
+        """Adds an answer and wakes whoever waits; that the prompt is sound is told once, however often it is sent."""
+        if isinstance(answer, Accepted):
+            if self.is_accepted:
+                return
+            self.is_accepted = True
+        else:
+            self.is_underway = True
         self.is_over = self.is_over or isinstance(answer, (Done, Failure))
         self._arrived.append(answer)
         _wake(self._waiter)

@@ -20,7 +20,7 @@ from server.app import AppConfig, init_app
 from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
 from server.frames import Open
 from server.served_model import ServedModel
-from server.supervisor import Supervisor
+from server.supervisor import Patience, Supervisor
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 DEADLINE = 30.0
@@ -46,6 +46,7 @@ class LiveOptions:
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = 15.0
     waits: bool = True
+    patience: Patience = field(default_factory=Patience)
     limits: ConnectionLimits = USUAL_LIMITS
     engine: Open = field(default_factory=lambda: Open(""))
 
@@ -53,7 +54,9 @@ class LiveOptions:
 @asynccontextmanager
 async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
     """The application over the scripted engine."""
-    supervisor = Supervisor(msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED)
+    supervisor = Supervisor(
+        msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED, options.patience
+    )
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
     runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
     await runner.setup()

@@ -2,8 +2,9 @@
 
 It answers with the prompt's own tokens, so that a test knows the text. Words in the prompt change that: `forever`
 writes until it is cancelled, `slowly` reads the prompt until it is cancelled, `abort` ends the process as C code
-does, `bug` raises, `device` finds a device full. A model file named `slow.gguf` is open once a file `go` lies beside
-it, `huge.gguf` does not fit, `broken.gguf` ends the process, and `unplugged.gguf` finds no device but opens without.
+does, `stuck` never gets on, `bug` raises, `device` finds a device full. A model file named `slow.gguf` is open once a
+file `go` lies beside it, `huge.gguf` does not fit, `broken.gguf` ends the process, and `unplugged.gguf` finds no
+device but opens without.
 """
 
 import itertools
@@ -98,6 +99,8 @@ class ScriptedEngine:
             os.abort()
         if "device" in words:
             raise DeviceFullError("GPU0 gave no 9 B of memory.", required_bytes=9, available_bytes=5)
+        while "stuck" in words:
+            time.sleep(TICK_SECONDS)
         if "bug" in words:
             raise ZeroDivisionError(words)
         while "slowly" in words and not is_cancelled():

@@ -17,6 +17,7 @@ import pytest_asyncio
 from server import supervisor
 from server.engine_child import EngineChild
 from server.frames import Frame, Open
+from server.supervisor import Patience
 from server.ticket import EngineFailure
 from tests.live_server import LiveOptions, LiveServer, live_server, until
 from tests.tiny_gguf import write_tiny_gguf
@@ -283,3 +284,53 @@ async def test_a_model_whose_template_cannot_be_used(sentencepiece_path: Path, t
             await answer(server, "hello")
         completion = await client.completions.create(model="", prompt="hello")
         assert completion.choices[0].text == " hello"
+
+
+async def health_reason(server: LiveServer) -> tuple[int, str, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/health") as response:
+        body = await response.json()
+        return response.status, body["status"], body.get("error", {}).get("message", "")
+
+
+async def test_an_engine_that_was_stopped_is_told_and_replaced(model: Path) -> None:
+    async with live_server(model, LiveOptions(patience=Patience(untold=1.5, silent=3.5))) as server:
+        pid = server.supervisor.pid
+        assert pid is not None
+        begun = asyncio.create_task(answer(server, "slowly"))
+        await until(lambda: server.supervisor.n_busy == 1)
+        waiting = asyncio.create_task(answer(server, "next"))
+        await until(lambda: server.supervisor.n_busy == 2)
+        await until(lambda: server.supervisor.n_underway == 1)
+        os.kill(pid, signal.SIGSTOP)
+        await until(lambda: server.supervisor.trouble is not None)
+        status, word, reason = await health_reason(server)
+        assert (status, word) == (503, "unavailable")
+        assert "has not responded for" in reason
+        with pytest.raises(openai.InternalServerError, match="did not respond") as failure:
+            await begun
+        assert failure.value.code == "engine_stuck"
+        assert await waiting == " [INST] next [/INST]"
+        assert server.supervisor.n_restarts == 1
+        assert await health(server) == (200, "ok")
+
+
+async def test_an_engine_that_does_not_get_on_is_replaced(model: Path) -> None:
+    async with live_server(model, LiveOptions(patience=Patience(stuck=1.5))) as server:
+        with pytest.raises(openai.InternalServerError, match="did not get on"):
+            await answer(server, "stuck")
+        assert await answer(server, "next") == " [INST] next [/INST]"
+        assert server.supervisor.n_restarts == 1
+
+
+async def test_requests_that_had_not_begun_are_sent_again(model: Path) -> None:
+    async with live_server(model) as server:
+        poison = asyncio.create_task(answer(server, "slowly"))
+        await until(lambda: server.supervisor.n_underway == 1)
+        waiting = [asyncio.create_task(answer(server, f"{n}")) for n in range(5)]
+        await until(lambda: server.supervisor.n_busy == 6)
+        assert server.supervisor.pid is not None
+        os.kill(server.supervisor.pid, signal.SIGABRT)
+        with pytest.raises(openai.InternalServerError, match="SIGABRT"):
+            await poison
+        assert await asyncio.gather(*waiting) == [f" [INST] {n} [/INST]" for n in range(5)]
+        assert server.supervisor.n_restarts == 1
