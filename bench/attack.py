@@ -20,6 +20,7 @@ import msgspec
 from bench import machine
 from bench.body_attack import BodyPlan, attack_bodies
 from bench.budget_attack import BudgetPlan, attack_budget
+from bench.fault_attack import attack_system
 from bench.file_attack import FilePlan, attack_files
 from bench.finding import Outcome, tell
 from bench.greedy_clients import Greed
@@ -30,7 +31,7 @@ from bench.template_attack import attack_templates
 from offload.errors import SlimoeError
 from server.engine_options import OptionsCommand
 
-ATTACKS = ("bodies", "files", "templates", "budget", "soak")
+ATTACKS = ("bodies", "files", "templates", "budget", "soak", "faults")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
 _SMOKE_MIB = 500
 
@@ -66,6 +67,7 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
         "templates": lambda: attack_templates(options.n_bombs),
         "budget": lambda: attack_budget(_budget_plan(options)),
         "soak": lambda: soak(_soak_plan(options)),
+        "faults": lambda: attack_system(options.seed),
         "files": lambda: attack_files(
             FilePlan(
                 options.seed,
@@ -134,6 +136,7 @@ def main(values: Mapping[str, Any]) -> None:
         {name: value for name, value in values.items() if name != "only"}, AttackOptions
     )
     if is_smoke:
+        only = tuple(name for name in only if name != "faults")  # which has a smoke of its own
         options = replace(options, n_bodies=60, n_files=len(_SMOKE_KINDS), n_bombs=2, kinds=_SMOKE_KINDS, n_jobs=1)
     document: dict[str, object] = {"seed": options.seed}
     holds = True

@@ -98,11 +98,11 @@ def _compiled(model: Path, number: int, tally: _Tally) -> None:
 def _set_off(server: Victim, case: str, content: str, expected: str | None, tally: _Tally) -> bool:
     """One bomb; False where the server is of no use afterwards."""
     tally.n_bombs += 1
-    with watched_memory(server.process.pid) as memory, watched_health(server.url) as health:
-        with _asking(server, expected) as others:
-            begin = time.perf_counter()
-            fault = _answer_fault(server, content)
-            seconds = time.perf_counter() - begin
+    pid, url = server.process.pid, server.url
+    with watched_memory(pid) as memory, watched_health(url) as health, _asking(server, expected) as others:
+        begin = time.perf_counter()
+        fault = _answer_fault(server, content)
+        seconds = time.perf_counter() - begin
     growth = memory.peak - memory.before
     tally.slowest, tally.most_growth = max(tally.slowest, seconds), max(tally.most_growth, growth)
     tally.worst_health = max(tally.worst_health, health.figures["max_ms"])

@@ -87,12 +87,14 @@ def victim(model: Path | None, *flags: str, wrap: Callable[[Sequence[str]], list
     Raises VictimError when it does not start.
     """
     given = [] if model is None else [str(model)]
-    command = [sys.executable, "-m", "server.cli", "serve", *given, "--port", "0", *flags]
+    # It ends with this process, whatever ends this one.
+    command = [sys.executable, "-m", "server.cli", "serve", *given, "--port", "0", "--exit-with-parent", *flags]
     with tempfile.TemporaryDirectory(prefix="slimoe-victim-") as folder:
         log_path = Path(folder) / "log"
         with log_path.open("w") as log:
+            pipe = subprocess.PIPE
             process = subprocess.Popen(
-                wrap(command), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                wrap(command), stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True
             )
         try:
             yield Victim(_address(process, log_path), process, log_path)
@@ -122,8 +124,9 @@ def stop(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def tree_bytes(pid: int) -> int:
