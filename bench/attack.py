@@ -22,7 +22,7 @@ from bench.body_attack import BodyPlan, attack_bodies
 from bench.budget_attack import BudgetPlan, attack_budget
 from bench.fault_attack import attack_system
 from bench.file_attack import FilePlan, attack_files
-from bench.finding import Outcome, tell
+from bench.finding import Finding, Outcome, tell
 from bench.greedy_clients import Greed
 from bench.random_model import SHAPES
 from bench.soak import SoakPlan, soak
@@ -140,15 +140,14 @@ def main(values: Mapping[str, Any]) -> None:
         options = replace(options, n_bodies=60, n_files=len(_SMOKE_KINDS), n_bombs=2, kinds=_SMOKE_KINDS, n_jobs=1)
     document: dict[str, object] = {"seed": options.seed}
     holds = True
-    try:
-        for name in only:
+    for name in only:
+        try:
             outcome = carry_out(name, options)
-            tell(name, outcome)
-            document[name] = outcome.as_json()
-            holds = holds and not outcome.findings
-    except SlimoeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        except SlimoeError as error:
+            outcome = Outcome({}, [Finding("the attack could not be carried out", name, str(error))])
+        tell(name, outcome)
+        document[name] = outcome.as_json()
+        holds = holds and not outcome.findings
     print(json.dumps(document | {"holds": holds, "machine": machine.describe()}))
     sys.exit(0 if holds or is_smoke else 1)
 

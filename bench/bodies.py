@@ -4,6 +4,7 @@ The content is a sound body with something wrong in it, or no body at all; it is
 of the ways in which clients, proxies and attackers break HTTP.
 """
 
+import functools
 import gzip
 import json
 import random
@@ -197,6 +198,12 @@ def _bad_length(rng: random.Random, path: str, content: bytes) -> HostileRequest
     return HostileRequest((head(path, f"Content-Length: {length}", "Connection: close") + content,), is_whole=False)
 
 
+@functools.cache
+def _blanks(n_bytes: int) -> bytes:
+    """So many blanks, packed: a member of a gzip stream."""
+    return gzip.compress(b" " * n_bytes, 1, mtime=0)
+
+
 def _encoded(rng: random.Random, path: str, content: bytes) -> HostileRequest:
     kind = rng.randrange(6)
     if kind == 0:
@@ -204,7 +211,7 @@ def _encoded(rng: random.Random, path: str, content: bytes) -> HostileRequest:
     if kind == 1:
         return HostileRequest((plain(path, zlib.compress(content, 1), "Content-Encoding: deflate"),))
     if kind == 2:
-        bomb = gzip.compress(b" " * rng.choice((1_000_000, 80_000_000)) + content, 1, mtime=0)
+        bomb = _blanks(rng.choice((1_000_000, 80_000_000))) + gzip.compress(content, 1, mtime=0)
         return HostileRequest((plain(path, bomb, "Content-Encoding: gzip"),))
     name = rng.choice(("gzip", "deflate", "br", "zstd", "identity", "x", "gzip, gzip", "gzip\x00"))
     return HostileRequest((plain(path, content, f"Content-Encoding: {name}"),), is_whole=name != "gzip\x00")

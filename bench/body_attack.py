@@ -92,7 +92,7 @@ async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
     request = hostile_request(seed, case)
     begin = time.perf_counter()
     try:
-        data, is_cut = await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+        data, is_cut = await _answered(server, request)
     except TimeoutError:
         tally.findings.append(Finding(f"no whole answer in {HANG_SECONDS:g} s", str(case), _shown(request)))
         return
@@ -106,6 +106,13 @@ async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
         tally.statuses[status] += 1
         if fault is not None:
             tally.findings.append(Finding(_kind(fault), str(case), f"{fault} to {_shown(request)}"))
+
+
+async def _answered(server: Victim, request: HostileRequest) -> tuple[bytes, bool]:
+    """What `exchange` gives, at the second try if need be: on a busy machine this process waits for itself."""
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+    return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
 
 
 def _judge(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str, str | None]]:
