@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from offload.errors import ModelFileError
-from offload.regular_file import reason
+from converter.file_bytes import read_bytes
 
 _SAMPLE_BYTES = 4096
 
@@ -25,9 +24,4 @@ def add_samples(digest: Digest, stretches: Iterable[tuple[Path, int, int]]) -> N
     and a few megabytes are read of a model of any size.
     """
     for path, offset, n_bytes in stretches:
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                digest.update(file.read(min(n_bytes, _SAMPLE_BYTES)))
-        except OSError as error:
-            raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+        digest.update(read_bytes(path, offset, min(n_bytes, _SAMPLE_BYTES)).tobytes())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from offload import ggml, ggml_backend
 from offload.memory import advise_huge_pages, out_of_memory
 from offload.printable import printable
+from offload.thread_room import require_threads
 
 REPACK_BUFFER = "CPU_REPACK"
 
@@ -124,6 +125,8 @@ class CpuBackend:
     """
 
     def __init__(self, n_threads: int) -> None:
+        """Raises NoThreadsError where the system does not give so many."""
+        require_threads(n_threads)
         self.n_threads = n_threads
         self.seconds = 0.0
         self._handle = ggml_backend.ggml_backend_cpu_init()

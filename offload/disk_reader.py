@@ -19,6 +19,7 @@ from pathlib import Path
 
 from offload.errors import ModelFileError, SlimoeError
 from offload.gguf_file import GGUFFile
+from offload.thread_room import require_threads
 from offload.weight_source import Span
 
 PAGE = 4096
@@ -114,6 +115,7 @@ class DiskReader:
         with contextlib.ExitStack() as opened:
             self._files = [_open(path, direct, opened) for path in gguf.paths]
             self._stamps = [FileStamp.of(file) for file in self._files]
+            require_threads(n_threads)
             self._opened = opened.pop_all()
         self._queues: tuple[deque[Read], ...] = tuple(deque() for _ in Urgency)
         self._changed = threading.Condition()

@@ -28,7 +28,6 @@ _LONGEST_NAME = 200
 """Bytes of a name that leave room for an ending of ours."""
 _PATIENCE_SECONDS, _PAUSE_SECONDS = 0.5, 0.02
 """How long a lock may be taken by a run that only looks at it, or is about to end."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -254,12 +253,9 @@ def _take(lock: int, folder: Path) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno in _NO_LOCKS and not _entries(folder):
-            return True  # a file system without locks: what is there is taken for another run's
-        if error.errno in _NO_LOCKS:
+    except OSError:  # a file system without locks: what is there is taken for another run's
+        if _entries(folder):
             raise UsageError(f"{folder} is of another run, or left from one. If none runs, remove it.") from None
-        raise
     return True
 
 
