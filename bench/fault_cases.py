@@ -11,6 +11,7 @@ from safetensors import safe_open
 from bench.fault_library import ALWAYS, Fault
 from bench.forked_commands import Ended, ForkedCommands
 from converter.calibration_text import held_out_texts
+from converter.convert import ConvertOptions, convert
 from offload.errors import SlimoeError
 from offload.gguf_file import read_gguf
 from server.engine_options import DEMO
@@ -56,6 +57,7 @@ class Places:
         places = cls(directory / "sources", directory / "results")
         places.sources.mkdir()
         shutil.copy2(DEMO, places.model)
+        convert(ConvertOptions(places.model, places.exact_model, "F32"))
         text = max((one.path for one in held_out_texts()), key=lambda path: path.stat().st_size)
         places.text.write_bytes(text.read_bytes()[:30_000])
         return places
@@ -64,6 +66,11 @@ class Places:
     def model(self) -> Path:
         """The model that all commands read."""
         return self.sources / "model.gguf"
+
+    @property
+    def exact_model(self) -> Path:
+        """The same in F32."""
+        return self.sources / "exact.gguf"
 
     @property
     def text(self) -> Path:
@@ -108,26 +115,41 @@ class Scenario:
         ]
 
 
-def make_scenarios(places: Places, commands: ForkedCommands) -> list[Scenario]:
-    """All of them, with what they need made; raises BrokenBenchError."""
+def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool) -> list[Scenario]:
+    """All of them, or those without a calibration, with what they need made; raises BrokenBenchError."""
     places.clear(with_old=False)
     model, target, statistics = str(places.model), str(places.target), str(places.statistics)
     few = ["--text", str(places.text), "--tokens", "2048", "--length", "64", "--types", "none", "--device", "cpu"]
     calibrate = ("calibrate", model, "-o", target, *few, "--no-sensitivity", "--force")
     plain = ("convert", model, target, "--type", "Q8_0", "--threads", "2", "--force")
     slim = ("--stats", statistics, "--keep-experts", "4", "--type", "Q8_0", "--no-report", "--threads", "2", "--force")
-    run = ("run", model, "--prompt-ids", "1,300,400,500", "-n", "8", "--temp", "0", "--json", "--ctx", "256")
-    _must(commands.run([statistics if word == target else word for word in calibrate]))
+    run = (
+        "run",
+        str(places.exact_model),
+        "--prompt-ids",
+        "1,300,400,500",
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "--json",
+        "--ctx",
+        "256",
+    )
+    if calibrates:
+        _must(commands.run([statistics if word == target else word for word in calibrate]))
     least = _TOO_SMALL.search(commands.run([*run, "--ram", "1MiB"]).err)
     if least is None:
         raise BrokenBenchError("slimoe run --ram 1MiB does not say how much it needs.")
-    return [
+    scenarios = [
         Scenario("convert", plain, _file_bytes),
-        Scenario("slim", ("convert", model, target, *slim), _file_bytes),
-        Scenario("calibrate", calibrate, _measured, resumes=True),
         Scenario("run", (*run, "--ram", least[1]), _tokens, writes=()),
         Scenario("inspect", ("inspect", model, "--json"), _printed, writes=()),
     ]
+    if calibrates:
+        scenarios.append(Scenario("slim", ("convert", model, target, *slim), _file_bytes))
+        scenarios.append(Scenario("calibrate", calibrate, _measured, resumes=True))
+    return scenarios
 
 
 def _must(ended: Ended) -> Ended:

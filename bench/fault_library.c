@@ -31,7 +31,9 @@ struct faults {
     long first, times;     /* the first matching call that fails, from 1 on, and how many do */
     atomic_long seen, hit; /* matching calls, and those that failed */
     char pattern[200];     /* what the path holds; calls without a path match every pattern */
+    atomic_long all[16];   /* matching calls of every kind, where `call` is EVERY and none fails */
 };
+enum { EVERY = -1 };
 
 static struct faults *faults;
 
@@ -51,8 +53,13 @@ __attribute__((constructor)) static void begin(void) {
 }
 
 static int is_due(int call, const char *path) {
-    if (!faults || atomic_load(&faults->call) != call) return 0;
+    int armed = faults ? atomic_load(&faults->call) : 0;
+    if (armed != call && armed != EVERY) return 0;
     if (path && !strstr(path, faults->pattern)) return 0;
+    if (armed == EVERY) {
+        atomic_fetch_add(&faults->all[call], 1);
+        return 0;
+    }
     long n = atomic_fetch_add(&faults->seen, 1) + 1;
     if (n < faults->first || n - faults->first >= faults->times) return 0;
     atomic_fetch_add(&faults->hit, 1);
@@ -61,7 +68,8 @@ static int is_due(int call, const char *path) {
 
 static int is_due_at(int call, int file) {
     char link[64], path[PATH_MAX];
-    if (!faults || atomic_load(&faults->call) != call) return 0;
+    int armed = faults ? atomic_load(&faults->call) : 0;
+    if (armed != call && armed != EVERY) return 0;
     int before = errno;
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     ssize_t n = syscall(SYS_readlinkat, AT_FDCWD, link, path, sizeof path - 1);

@@ -31,7 +31,8 @@ KINDS = {"short": -1, "end": -2}
 """What is no error: half of the bytes, and none. Others are errors' names."""
 ALWAYS = 1 << 40
 
-_STATE = struct.Struct("@iiqqqq200s")
+_STATE, _COUNTS = struct.Struct("@iiqqqq200s"), struct.Struct("@16q")
+_EVERY = -1
 _SOURCE = Path(__file__).with_name("fault_library.c")
 
 
@@ -84,10 +85,17 @@ class FaultLibrary:
         finally:
             struct.pack_into("@i", self._shared, 0, 0)
 
-    @property
-    def n_seen(self) -> int:
-        """Calls that matched the last fault."""
-        return int(_STATE.unpack_from(self._shared)[4])
+    @contextmanager
+    def counting(self, pattern: str) -> Iterator[dict[str, int]]:
+        """Calls of every kind whose path holds `pattern`, known behind the block; none fails."""
+        counts: dict[str, int] = {}
+        _COUNTS.pack_into(self._shared, _STATE.size, *[0] * 16)
+        _STATE.pack_into(self._shared, 0, _EVERY, 0, 0, 0, 0, 0, os.fsencode(pattern))
+        try:
+            yield counts
+        finally:
+            struct.pack_into("@i", self._shared, 0, 0)
+            counts.update(zip(CALLS, _COUNTS.unpack_from(self._shared, _STATE.size)[1:], strict=False))
 
     @property
     def n_hit(self) -> int:

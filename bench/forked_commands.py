@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_PAUSE_SECONDS = 0.005
+_PAUSE_SECONDS, _TELLING_SECONDS = 0.005, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Ended:
 class ForkedCommands:
     """The process that forks; `environment` is added to this process's own."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], *, calibrates: bool) -> None:
         self._out, self._err = directory / "stdout", directory / "stderr"
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.forked_commands"],
+            [sys.executable, "-m", "bench.forked_commands", *(["calibrates"] if calibrates else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -41,7 +41,7 @@ class ForkedCommands:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(self, arguments: Sequence[str], seconds: float = 60.0) -> Ended:
+    def run(self, arguments: Sequence[str], seconds: float = 150.0) -> Ended:
         """Runs one command to its end, or to the end of its time."""
         order = {"arguments": list(arguments), "out": str(self._out), "err": str(self._err), "seconds": seconds}
         assert self._process.stdin is not None
@@ -70,6 +70,8 @@ def _carry_out(order: dict[str, object]) -> int | None:
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(_PAUSE_SECONDS)
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(_TELLING_SECONDS)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None
@@ -80,7 +82,7 @@ def _become(order: dict[str, object]) -> None:
     from server.cli import run
 
     status = 1
-    faulthandler.dump_traceback_later(0.8 * float(str(order["seconds"])))
+    faulthandler.register(signal.SIGUSR1)
     for name, descriptor in (("out", 1), ("err", 2)):
         file = os.open(str(order[name]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, descriptor)
@@ -97,14 +99,13 @@ def _become(order: dict[str, object]) -> None:
 
 
 def _serve_orders() -> None:
-    import server.commands.calibrate
     import server.commands.convert
     import server.commands.inspect
     import server.commands.run
-    import server.slim_convert  # noqa: F401  all that commands load late
-    from converter import calibrate
 
-    assert calibrate.torch.get_num_threads() == 1
+    if sys.argv[1:]:
+        import server.commands.calibrate
+        import server.slim_convert  # noqa: F401  with torch, which takes seconds
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(_carry_out(json.loads(line))), flush=True)

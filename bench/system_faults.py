@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from bench.fault_cases import CLEAR, RIGHT, WRONG, Places, Scenario, drawn, expected, judge, make_scenarios
-from bench.fault_library import ALWAYS, Fault, FaultLibrary
+from bench.fault_library import Fault, FaultLibrary
 from bench.forked_commands import ForkedCommands
 from bench.served_faults import serve_cases
 
@@ -90,14 +90,12 @@ def count_calls(
     scenario: Scenario, places: Places, commands: ForkedCommands, library: FaultLibrary
 ) -> dict[Fault, int]:
     """How many calls of each fault's kind the command makes, by trying without one."""
-    counts: dict[tuple[str, str], int] = {}
-    for fault in scenario.faults():
-        if (fault.call, fault.pattern) not in counts:
-            places.clear(with_old=True)
-            with library.armed(Fault(fault.call, "EIO", ALWAYS, 1, fault.pattern)):
-                commands.run(scenario.arguments)
-            counts[fault.call, fault.pattern] = library.n_seen
-    return {fault: counts[fault.call, fault.pattern] for fault in scenario.faults()}
+    counts: dict[str, dict[str, int]] = {}
+    for pattern in {fault.pattern for fault in scenario.faults()}:
+        places.clear(with_old=True)
+        with library.counting(pattern) as counts[pattern]:
+            commands.run(scenario.arguments)
+    return {fault: counts[fault.pattern][fault.call] for fault in scenario.faults()}
 
 
 def run_scenario(
@@ -140,13 +138,14 @@ def main(seed: int, n_cases: int, name: str | None, number: int | None, smoke: b
         library, places = FaultLibrary(directory), Places.make(directory)
         if name != "serve":
             environment = {**library.environment, "SLIMOE_CACHE": str(directory / "cache")}
-            with ForkedCommands(directory, environment) as commands:
-                for scenario in make_scenarios(places, commands):
+            calibrates = not smoke and name in (None, "slim", "calibrate")
+            with ForkedCommands(directory, environment, calibrates=calibrates) as commands:
+                for scenario in make_scenarios(places, commands, calibrates=calibrates):
                     wanted = _SMOKE.get(scenario.name, 0) if smoke else n_cases
                     if wanted and name in (None, scenario.name):
                         run_scenario(scenario, wanted, seed, number, places, commands, library, tally)
         if not smoke and name in (None, "serve"):
-            for fault, outcome, why, is_hit in serve_cases(places.model, n_cases, seed, library):
+            for fault, outcome, why, is_hit in serve_cases(places.exact_model, n_cases, seed, library):
                 tally.add("serve", fault, outcome, why, is_hit=is_hit)
     print(json.dumps(tally.document(time.monotonic() - begin)))
     sys.exit(1 if tally.wrong else 0)

@@ -244,7 +244,12 @@ def _open_lock(folder: Path) -> int:
         raise write_error(folder, error) from None
     if not stat.S_ISDIR(os.lstat(folder).st_mode) or (_LOCK not in (names := os.listdir(folder)) and names):
         raise UsageError(f"{folder} is in the way: no run of this program made it. Move it, or choose another name.")
-    return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which an empty one is removed by, and no other
+        raise
 
 
 def _take(lock: int, folder: Path) -> bool:

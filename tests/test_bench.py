@@ -145,3 +145,11 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
     assert done.exit_code not in (0, 1)
     assert isinstance(done.exception, SystemExit)
     assert done.stdout == ""
+
+
+def test_faults_of_the_system_end_in_right_results_or_clear_errors(smoke: Smoke) -> None:
+    document = smoke("system_faults")
+    assert document["found"] == []
+    assert document["cases"] == document["clear_errors"] + document["right_results"] == 12
+    assert document["not_met"] == 0
+    assert set(document["by_command"]) == {"convert", "run", "inspect"}
