@@ -24,19 +24,21 @@ _CLEAR_LINES = ("slimoe: ", "libgomp: Thread creation failed")
 """OpenMP ends the process by itself where threads that were given a moment before are refused."""
 _TOO_SMALL = re.compile(r"Raise --ram to (\S+),")
 
-_READS = (
-    ("read", "short"),
-    ("read", "EINTR"),
-    ("read", "EIO"),
-    ("read", "end"),
-    ("open", "EMFILE"),
-    ("open", "EACCES"),
+_READS: tuple[tuple[str, str], ...] = (
+    *(("read", kind) for kind in ("short", "EINTR", "EIO", "end")),
+    *(("open", kind) for kind in ("EMFILE", "EACCES")),
+    ("map", "ENOMEM"),
 )
-_READS += (("map", "ENOMEM"),)
-_WRITES = (("write", "short"), ("write", "EINTR"), ("write", "EIO"), ("write", "ENOSPC"), ("sync", "EIO"))
-_WRITES += (("open", "ENOSPC"), ("open", "EROFS"), ("rename", "EACCES"), ("rename", "EIO"), ("truncate", "EFBIG"))
-_WRITES += (("mkdir", "EROFS"), ("mkdir", "ENOSPC"), ("lock", "EIO"), ("lock", "ENOLCK"), ("sync", "EINVAL"))
-_WRITES += (("allocate", "ENOSPC"), ("write", "EDQUOT"))
+_WRITES: tuple[tuple[str, str], ...] = (
+    *(("write", kind) for kind in ("short", "EINTR", "EIO", "ENOSPC", "EDQUOT")),
+    *(("sync", kind) for kind in ("EIO", "EINVAL")),
+    *(("open", kind) for kind in ("ENOSPC", "EROFS")),
+    *(("rename", kind) for kind in ("EACCES", "EIO")),
+    *(("mkdir", kind) for kind in ("EROFS", "ENOSPC")),
+    *(("lock", kind) for kind in ("EIO", "ENOLCK")),
+    ("truncate", "EFBIG"),
+    ("allocate", "ENOSPC"),
+)
 _SYSTEM = (("thread", "EAGAIN"), ("memory", "ENOMEM"))
 
 

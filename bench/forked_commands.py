@@ -91,7 +91,7 @@ def _become(order: dict[str, object]) -> None:
         assert isinstance(arguments, list)
         status = run(arguments)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
+        sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
