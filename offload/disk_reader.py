@@ -127,6 +127,12 @@ class DiskReader:
         for thread in self._threads:
             thread.start()
 
+    def check_files(self) -> None:
+        """Raises FileChangedError when a file was written to since it was opened; may be called from any thread."""
+        for path, file, stamp in zip(self._paths, self._files, self._stamps, strict=True):
+            if FileStamp.of(file) != stamp:
+                raise changed_file(path)
+
     # --- for the engine's thread ---------------------------------------------------------------------------
 
     def submit(self, parts: Sequence[tuple[Span, int]], *, demanded: bool, is_sure: bool = True) -> Read:

@@ -186,6 +186,10 @@ class Engine:
         """Bytes by tier: as planned and allocated, and the process's peak."""
         return self._model.memory()
 
+    def check_files(self) -> None:
+        """Raises FileChangedError when the model's file was written to since; may be called from any thread."""
+        self._model.check_files()
+
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers by name, empty when everything is resident."""
         return self._model.counters()

@@ -44,7 +44,7 @@ class LoadedModel:
         with ExitStack() as opened:
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
             counter = _Counter(plan, on_progress)
-            rows = self._token_rows(opened)
+            rows = self._rows = self._token_rows(opened)
             if plan.is_resident:
                 cache = KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type), self.backend)
                 opened.callback(cache.close)
@@ -83,6 +83,13 @@ class LoadedModel:
         """Bytes by tier, as planned and allocated, and the process's peak."""
         held = self._plan.host_bytes if self._tiers is None else self._tiers.memory()
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
+
+    def check_files(self) -> None:
+        """Raises FileChangedError when a file that is still read from was written to; mapped weights are not looked at."""
+        if self._rows is not None:
+            self._rows.check_file()
+        if self._tiers is not None and self._tiers.reader is not None:
+            self._tiers.reader.check_files()
 
     def counters(self) -> dict[str, float]:
         """Running totals by name, empty when everything is resident: picks, bytes and seconds of the tiers."""

@@ -59,6 +59,10 @@ class TokenRows:
                 raise unreadable_file(self._path, error) from None
             if n_read < size:
                 raise changed_file(self._path)
+        self.check_file()
+
+    def check_file(self) -> None:
+        """Raises FileChangedError when the file was written to since it was opened."""
         if FileStamp.of(self._file) != self._stamp:
             raise changed_file(self._path)
 

@@ -48,6 +48,9 @@ class ServedEngine(OpenModel, Protocol):
     def step(self) -> list[Outcome]:
         """Moves requests on and tells what happened to them."""
 
+    def check_files(self) -> None:
+        """Raises FileChangedError when the model's file was written to; may be called from any thread."""
+
 
 OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
 
@@ -139,6 +142,7 @@ class EngineProcess:
         The engine is given as many requests as it works on at once: those that wait here can be given to another.
         """
         self._heartbeat.progress = engine.counters
+        self._heartbeat.check = lambda: self._check_files(engine)
         while True:
             while engine.is_idle:
                 self._heartbeat.rest()
@@ -150,6 +154,12 @@ class EngineProcess:
                 if isinstance(event, Failed) and isinstance(event.error, _ENDS_THE_PROCESS):
                     self._give_up(event.error)
                 self._tell(id, event)
+
+    def _check_files(self, engine: ServedEngine) -> None:
+        try:
+            engine.check_files()
+        except FileChangedError as error:
+            self._give_up(error)
 
     def _give_up(self, error: SlimoeError) -> None:
         """Ends the process, which can no longer rely on a device or file; the other side starts another."""

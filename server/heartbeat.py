@@ -10,7 +10,8 @@ from server.frames import BEAT_SECONDS, Beat
 class Heartbeat:
     """Beats in a thread of its own from `start` on; the engine's thread calls `tick` whenever it gets on.
 
-    `progress` is a figure that changes when slow work gets on without a tick, such as bytes read from disk.
+    `progress` is a figure that changes when slow work gets on without a tick, such as bytes read from disk. `check` is
+    called with every beat.
     """
 
     def __init__(self, send: Callable[[Beat], None]) -> None:
@@ -18,6 +19,7 @@ class Heartbeat:
         self._n_ticks = 0
         self._is_idle = True
         self.progress: Callable[[], object] = lambda: None
+        self.check: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begins to beat."""
@@ -40,6 +42,7 @@ class Heartbeat:
             if self._is_idle or state != last:
                 last, moved_at = state, time.monotonic()
             self._send(Beat(time.monotonic() - moved_at))
+            self.check()
             time.sleep(BEAT_SECONDS)
 
     def _figures(self) -> object:

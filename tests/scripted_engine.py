@@ -71,6 +71,9 @@ class ScriptedEngine:
     def counters(self) -> dict[str, float]:
         return {"hits": 3.0 * self._n_done, "misses": 1.0 * self._n_done, "bytes_read": 100.0 * self._n_done}
 
+    def check_files(self) -> None:
+        pass
+
     @property
     def is_idle(self) -> bool:
         return not self._answers

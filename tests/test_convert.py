@@ -264,7 +264,7 @@ def test_ctrl_c_in_the_terminal_leaves_nothing(tmp_path: Path, moe_checkpoint: P
     process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.part"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.partial"]
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0

@@ -1,11 +1,14 @@
 """`slimoe serve` from start to end, as a person or a desktop app runs it, over the real engine."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -55,6 +58,34 @@ def test_streamed_and_whole_answers_are_those_of_run(url: str, model: Path) -> N
     assert whole.choices[0].message.content == text == report["text"]
     assert whole.usage.completion_tokens == report["timings"]["predicted_n"]
     assert whole.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == report["finish_reason"]
+
+
+def test_a_file_that_is_written_to_is_told_of_before_anybody_asks(model: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(model, tmp_path / "m.gguf"))
+    whole = path.read_bytes()
+    with serving(path) as (_, url):
+        path.write_bytes(whole[: len(whole) // 2])
+        until_health(url, lambda status, text: status != 200 and ("was changed" in text or "m.gguf" in text))
+        path.write_bytes(whole)
+        until_health(url, lambda status, text: status == 200)
+        with client_of(url) as client:
+            assert client.completions.create(model="", prompt="hello", max_tokens=3, temperature=0).choices[0].text
+
+
+def until_health(url: str, is_so: Callable[[int, str], bool]) -> None:
+    """Waits until /health says something; fails when it never does."""
+    end = time.monotonic() + DEADLINE
+    while not is_so(*health(url)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def health(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=DEADLINE) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def test_the_next_turn_reads_only_what_is_new(url: str) -> None:

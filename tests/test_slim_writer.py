@@ -318,7 +318,7 @@ def test_nothing_is_left_of_what_was_interrupted(
 
     with pytest.raises(failure):
         slim(source, same_plan(source, "F16"), tmp_path / "m.gguf", fit=Recording(at, failure), on_progress=look)
-    assert seen[-1] == ["m.gguf.part"]
+    assert seen[-1] == ["m.gguf.partial"]
     assert list(tmp_path.iterdir()) == []
 
 
