@@ -85,7 +85,7 @@ class LoadedModel:
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
 
     def check_files(self) -> None:
-        """Raises FileChangedError when a file that is still read from was written to; mapped weights are not looked at."""
+        """Raises FileChangedError when a file that is still read from was written to; mapped ones are not looked at."""
         if self._rows is not None:
             self._rows.check_file()
         if self._tiers is not None and self._tiers.reader is not None:
