@@ -37,8 +37,10 @@ _SHAPE = Shape(4, 256, 512, 4, 2, 64, 16, 2, 512)
 _KIND = "F32"  # in which no rounding of batches turns a close decision, so that answers are equal to the letter
 _SPARE_SHARE = 0.4  # of the experts, in memory beside what is needed at least
 _N_PARALLEL = 8
-_FLAGS = ("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1", "--weights", "copied")
-_FLAGS += ("--kv-type", "f32")
+_FLAGS = (
+    *("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1"),
+    *("--weights", "copied", "--kv-type", "f32"),
+)
 _EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|ahead|misses)"\} (\S+)', re.MULTILINE)
 _RUNNING = re.compile(r"^slimoe_num_requests_running (\S+)", re.MULTILINE)
 _PATIENCE = aiohttp.ClientTimeout(total=120)
