@@ -8,6 +8,7 @@ from converter.gguf_source import gguf_source
 from converter.model_source import ModelSource
 from converter.stored_model import StoredModel
 from offload.errors import ModelFileError
+from offload.regular_file import reason
 
 _OF_A_CHECKPOINT = (".safetensors", ".json", ".model")
 
@@ -20,10 +21,13 @@ def open_source(path: Path) -> StoredModel:
     """
     if os.path.isdir(path):
         return checkpoint_source(path)
-    if not os.path.exists(path):
-        raise ModelFileError(
-            path, "there is no such directory or file.", "Name a checkpoint's directory, or a GGUF file."
-        )
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        hint = "Name a checkpoint's directory, or a GGUF file."
+        raise ModelFileError(path, "there is no such directory or file.", hint) from None
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     return gguf_source(path)
 
 

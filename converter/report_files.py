@@ -1,6 +1,7 @@
 """The front door of reports: judges a written file, keeps its quality in the file, and writes all of it beside it."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +59,9 @@ def report_paths(target: Path) -> dict[str, Path]:
 def check_reports(target: Path, hint: str, *, force: bool) -> None:
     """Raises UsageError where a report of a file cannot lie, or would replace what lies there without `force`."""
     for path in report_paths(target).values():
-        if path.is_dir() and not force and any(path.iterdir()):
+        if os.path.isdir(path) and not force and any(path.iterdir()):
             raise UsageError(f"{path} holds pictures. {hint}")
-        if not path.is_dir() and real_path(path).exists() and not force:
+        if not os.path.isdir(path) and real_path(path).exists() and not force:
             raise UsageError(f"{path} exists. {hint}")
 
 

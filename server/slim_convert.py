@@ -1,5 +1,6 @@
 """`slimoe convert` with a size, a recipe or a method, and `slimoe plan` of the same: what the file will be, and it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,12 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     """What will be made, told, and that it can be."""
     target: Path = values["target"]
     check_target(target, 0, force=values["force"])
-    if options.stats is not None and target.exists() and options.stats.exists() and target.samefile(options.stats):
+    if (
+        options.stats is not None
+        and os.path.exists(target)
+        and os.path.exists(options.stats)
+        and target.samefile(options.stats)
+    ):
         raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
     if values["report"]:
         check_reports(target, "Choose another name, or overwrite it with --force.", force=values["force"])

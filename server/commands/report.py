@@ -39,11 +39,11 @@ def command(values: dict[str, Any]) -> None:
     from converter.statistics_file import load_statistics
     from server.judging import Judge, report_summary
 
+    gguf_source(values["model"])
     hint = "--force replaces the report by one on other texts, which keeps what converting knew of the file."
     check_reports(values["model"], hint, force=values["force"])
     source = open_source(values["source"])
     statistics = None if values["stats"] is None else load_statistics(values["stats"], source)
-    gguf_source(values["model"])
     with reserve(values["model"]) as destination:
         judge = Judge(source, statistics, judging_options(values, values["device"]))
         report = judge.report(destination, None, record=values["record"])
