@@ -43,6 +43,7 @@ def test_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
     writer.add_block_count(7)
     writer.add_array("unheard-of.feed_forward_length", [1, 2, 3])
+    writer.add_string("unheard-of.expert_count", "a" * 100_000)
     writer.add_tensor("v.strange.0", np.zeros((2, 32), np.float16))
     writer.add_tensor("blk.0.ffn_down_shexp.weight", np.zeros((2, 32), np.float32))
     writer.write_header_to_file()
@@ -54,6 +55,7 @@ def test_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "unheard-of" in text
     assert "n_layer 7" in text
     assert "1, 2, 3" in text
+    assert max(map(len, text.splitlines())) < 2000
     assert [line.split()[:2] for line in text.splitlines() if "64" in line and "." in line][:1]
     assert {c.kind for c in take_inventory(tmp_path / "m.gguf").counts} == {"other", "shared experts"}
 

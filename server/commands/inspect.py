@@ -9,6 +9,9 @@ import msgspec
 from converter.inventory import Inventory, take_inventory
 from offload.printable import printable
 
+_MAX_CHARS = 1000
+"""Of a value: a file may hold a text of any length where a number belongs."""
+
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -48,7 +51,7 @@ def _lines(inventory: Inventory) -> list[str]:
     sizes = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.sizes.items())
     bits = f"{inventory.bits_per_weight:.2f} bits each"
     lines = [
-        f"{inventory.name}: {inventory.format}, architecture {inventory.architecture}",
+        f"{_shown(inventory.name)}: {inventory.format}, architecture {_shown(inventory.architecture)}",
         f"sizes       {sizes}",
         f"weights     {inventory.n_weights:,} in {inventory.n_bytes:,} bytes, {bits}",
         "",
@@ -68,4 +71,5 @@ def _lines(inventory: Inventory) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…"
