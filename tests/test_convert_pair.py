@@ -138,7 +138,7 @@ def test_pairs_that_are_none(tmp_path: Path, k_quant_checkpoint: Path, names: st
 
 
 def test_a_type_that_does_not_fit_the_experts(tmp_path: Path, moe_checkpoint: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="as Q2_K in Q2_K_PURE needs"):
+    with pytest.raises(UnsupportedModelError, match="as Q2_K in Q8_0,Q2_K_PURE needs"):
         plan(ConvertOptions(moe_checkpoint, tmp_path / "m.gguf", pair="Q8_0,Q2_K_PURE"))
 
 
