@@ -160,6 +160,9 @@ class EngineProcess:
             engine.check_files()
         except FileChangedError as error:
             self._give_up(error)
+        except OSError:
+            # A disk that does not answer now says nothing about the file; a request that needs it will be told.
+            return
 
     def _give_up(self, error: SlimoeError) -> None:
         """Ends the process, which can no longer rely on a device or file; the other side starts another."""
