@@ -1,4 +1,4 @@
-"""Types that a recipe names itself: for every matrix, with what they cost, and why they cannot be had."""
+"""Types that a recipe names itself: for every matrix, with what they cost, and which of them cannot be had."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,35 +9,88 @@ from gguf import GGMLQuantizationType as Type
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.quantize import needs_importance
 from converter.recipe import DEFAULT_EXPERT, Recipe
+from converter.slim_layer import matrix_width
+from converter.slim_layout import SlimLayout
 from converter.slim_plan import SlimPlan, Types
 from converter.slim_types import Choices
 from converter.structure import ROLES, Structure
 from converter.type_costs import LOSSLESS, TypeCosts
-from converter.type_recipe import find_recipe
+from converter.type_recipe import find_recipe, fitting_type, layer_and_role
+from converter.unfit_types import TypedMatrix, check_fits, typed
 from offload.errors import UsageError
 
+_TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
+_EXPERT_ROLES = tuple(f"ffn_{name}" for name in PROJECTIONS)
+_ROLES = (*ROLES, *_EXPERT_ROLES, "token_embd", "output")
 _SMALL_BLOCK = 32
 """Weights in a block of the types that divide most rows."""
 
 
 def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Choices:
-    """The types that a recipe names, those of `slimoe convert --type` where it leaves some open."""
-    named = recipe.types
-    default = find_recipe(named.expert or DEFAULT_EXPERT)
-    n_layer, is_tied = len(structure.layers), not any(key.name == "output.weight" for key in source.shapes)
+    """The types that a recipe names, those of `slimoe convert --type` where it leaves some open, and others where these
+    do not fit the rows; raises UnsupportedModelError for what fits nowhere.
+    """
+    names = NamedTypes(source, recipe, len(structure.layers))
+    matrices: list[TypedMatrix] = []
 
-    def kind(name: str, override: str | None = None) -> Type:
-        chosen = default.type_of(name, n_layer, moe=True, tied=is_tied)
-        return Type[override] if override else chosen
+    def kind(name: str, n_per_row: int) -> Type:
+        wanted = names.of(name)
+        assert wanted is not None, "no size chooses types"
+        matrices.append(typed(name, n_per_row, wanted))
+        return matrices[-1].type
 
+    n_embd = source.spec.n_embd
+    token, output = kind(_TOKENS, n_embd), None if names.is_tied else kind(_OUTPUT, n_embd)
     experts: dict[tuple[int, int], Types | None] = {}
     roles: dict[tuple[int, str], Type] = {}
     for index, layer in enumerate(structure.layers):
-        gate, up, down = (kind(f"blk.{index}.ffn_{name}_exps.weight") for name in ("gate", "up", "down"))
-        experts |= {(index, number): (gate, up, down) for number in range(len(layer.experts))}
-        roles |= {(index, role): kind(f"blk.{index}.{role}.weight", named.attention) for role in ROLES}
-    output = None if is_tied else kind("output.weight", named.output)
-    return Choices(experts, roles, kind("token_embd.weight", named.token), output)
+        for role in layer.types:
+            n_per_row = source.shapes[block_key(layer.block, role)][1]
+            roles[index, role] = kind(block_key(index, role).name, n_per_row)
+        for number, expert in enumerate(layer.experts):
+            rows = (n_embd, n_embd, matrix_width(source, layer.block, expert))
+            named = zip(PROJECTIONS, rows, strict=True)
+            gate, up, down = (kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
+            experts[index, number] = gate, up, down
+    default = find_recipe(recipe.types.expert or DEFAULT_EXPERT)
+    check_fits(source.path, source.spec, default.name, default.base, matrices)
+    return Choices(experts, roles, token, output)
+
+
+class NamedTypes:
+    """The types that a recipe names for the tensors of a result of `n_layer` layers."""
+
+    def __init__(self, source: ModelSource, recipe: Recipe, n_layer: int) -> None:
+        self._recipe, self._n_layer = recipe, n_layer
+        self.is_tied = MatrixKey(_OUTPUT) not in source.shapes
+
+    def of(self, name: str, copy: int = 0) -> Type | None:
+        """The type of the matrix of that stock name, or of its second copy; None where a size chooses it."""
+        named, role = self._recipe.types, layer_and_role(name)[1]
+        own = {"token_embd": named.token, "output": named.output}.get(role)
+        own = named.attention if role in ROLES else named.low if copy else own
+        if own is not None:
+            return Type[own]
+        if self._recipe.target_size is None and self._recipe.target_bpw is None:
+            default = find_recipe(named.expert or DEFAULT_EXPERT)
+            return default.type_of(name, self._n_layer, moe=True, tied=self.is_tied)
+        return Type[named.expert] if named.expert is not None and role in _EXPERT_ROLES else None
+
+    def typed(self, layout: SlimLayout) -> tuple[TypedMatrix, ...]:
+        """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""
+        found = []
+        for tensor in layout.tensors:
+            first = tensor.matrices[0]
+            if not first.is_vector and layer_and_role(first.key.name)[1] in _ROLES:
+                wanted = self.of(first.key.name, first.copy) or self._candidate(tensor.ne[0], tensor.type)
+                unfit = None if wanted is tensor.type else wanted
+                found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, unfit))
+        return tuple(found)
+
+    def _candidate(self, n_per_row: int, kind: Type) -> Type | None:
+        """The type that was named to choose from and in whose place a matrix has another; None if there is none."""
+        kinds = [Type[name] for name in self._recipe.types.candidates]
+        return kind if kind in kinds else next((one for one in kinds if fitting_type(one, n_per_row) is kind), None)
 
 
 def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
@@ -66,10 +119,9 @@ def _width_kinds(recipe: Recipe) -> list[Type]:
     return [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base, *low]
 
 
-def check_importance(plan: SlimPlan, low: str | None) -> None:
+def check_importance(plan: SlimPlan) -> None:
     """Raises UsageError for types that cannot be made without knowing which weights matter."""
-    asked = plan_kinds(plan) | ({Type[low]} if low else set())
-    kinds = sorted(kind.name for kind in asked if needs_importance(kind))
+    kinds = sorted(kind.name for kind in plan_kinds(plan) if needs_importance(kind))
     if kinds and not plan.importance:
         problem = f"{', '.join(kinds)} cannot be made: it is not known which weights matter."
         raise UsageError(f"{problem} Give --stats, or use IQ3_S or larger.")
@@ -98,7 +150,8 @@ def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Itera
 
 
 def plan_kinds(plan: SlimPlan) -> set[Type]:
-    """All types of a plan's best copies."""
-    kinds = {kind for layer in plan.layers for expert in layer.experts for kind in expert.types}
+    """All types of a plan."""
+    experts = [expert for layer in plan.layers for expert in layer.experts]
+    kinds = {kind for expert in experts for kind in (*expert.types, *(expert.low_types or ()))}
     kinds |= {kind for layer in plan.layers for kind in layer.types.values()}
     return kinds | ({plan.token_type, plan.output_type} - {None})

@@ -19,7 +19,8 @@ from converter.quantize import needs_importance
 from converter.space_prefix import notes
 from converter.stored_model import StockTensor, StoredModel, stock_tensors
 from converter.stored_rows import StoredRows
-from converter.type_recipe import TypeRecipe, find_recipe, fitting_type, fitting_types
+from converter.type_recipe import TypeRecipe, find_recipe
+from converter.unfit_types import TypedMatrix, check_fits, typed, unfit_counts, unfit_notes
 from offload import file_keys as keys
 from offload.errors import UnsupportedModelError, UsageError
 from offload.gguf_file import Value
@@ -94,9 +95,15 @@ class ConvertPlan:
         return dict(counts.most_common())
 
     @property
+    def matrices(self) -> tuple[TypedMatrix, ...]:
+        """The tensors that are no vectors, with their types."""
+        matrices = (tensor for tensor in self.tensors if len(tensor.target.ne) > 1)
+        return tuple(TypedMatrix(one.target.name, one.target.ne[0], one.type, one.unfit) for one in matrices)
+
+    @property
     def unfit_types(self) -> dict[str, int]:
         """How many tensors have another type than was asked for, such as {"Q4_K to Q5_0": 3}."""
-        return dict(Counter(f"{tensor.unfit.name} to {tensor.type.name}" for tensor in self.tensors if tensor.unfit))
+        return unfit_counts(self.matrices)
 
     @property
     def source_files(self) -> set[Path]:
@@ -183,10 +190,10 @@ def _placed(
     entries, sizes, unfit, offset = [], [], [], 0
     for target, one in targets:
         wanted = _wanted_type(one, spec, target, tied=model.is_tied)
-        kind = fitting_type(wanted, target.ne[0])
-        unfit.append(None if kind is wanted else wanted)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        entries.append(HeaderTensor(target.name, target.ne, kind, offset))
+        matrix = typed(target.name, target.ne[0], wanted)
+        unfit.append(matrix.unfit)
+        block, block_bytes = GGML_QUANT_SIZES[matrix.type]
+        entries.append(HeaderTensor(target.name, target.ne, matrix.type, offset))
         sizes.append(math.prod(target.ne) // block * block_bytes)
         offset += padded(sizes[-1], alignment_of(metadata))
     header = pack_header(metadata, entries)
@@ -197,8 +204,8 @@ def _placed(
     told = () if spec.architecture == NATIVE else notes(metadata)
     planned = ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
     for base in {one.base for _, one in targets}:
-        _check_fits(planned, base)
-    return replace(planned, notes=(*told, *_unfit_notes(planned)))
+        check_fits(model.path, spec, recipe, base, planned.matrices)
+    return replace(planned, notes=(*told, *unfit_notes(planned.matrices, len(tensors))))
 
 
 def _fitted(planned: ConvertPlan, model: StoredModel, given: GivenImportance | None) -> ConvertPlan:
@@ -230,38 +237,6 @@ def _wanted_type(recipe: TypeRecipe, spec: ModelSpec, target: StockTensor, *, ti
     if len(target.ne) == 1 or any(part in _ALWAYS_F32 for part in target.name.split(".")):
         return GGMLQuantizationType.F32
     return recipe.type_of(target.name, spec.n_layer, moe=spec.n_expert > 0, tied=tied)
-
-
-def _unfit_notes(planned: ConvertPlan) -> list[str]:
-    """What is told of types that stand in for others."""
-    notes = []
-    for change, n in planned.unfit_types.items():
-        example = next(t for t in planned.tensors if t.unfit and f"{t.unfit.name} to {t.type.name}" == change)
-        assert example.unfit is not None
-        which = f"{n} of {len(planned.tensors)} tensors, such as {example.target.name},"
-        rows = f"rows of {example.target.ne[0]}, which {example.unfit.name} does not divide"
-        notes.append(f"{which} have {rows}: {example.type.name} in its place")
-    return notes
-
-
-def _check_fits(planned: ConvertPlan, base: GGMLQuantizationType) -> None:
-    """Refuses a type that no matrix can have: what was asked for would be in no place of the file."""
-    unfit = [tensor for tensor in planned.tensors if tensor.unfit is not None]
-    if not unfit or any(tensor.type is base for tensor in planned.tensors):
-        return
-    first, spec = unfit[0], planned.spec
-    names = {spec.n_ff: "n_ff", spec.n_embd: "n_embd"}
-    n_per_row, kind = first.target.ne[0], first.unfit
-    assert kind is not None
-    what = f"{names.get(n_per_row, 'the row length')} of {n_per_row}"
-    block = GGML_QUANT_SIZES[kind][0]
-    problem = f"{first.target.name}: {what} is no multiple of {block}, as {kind.name} in {planned.recipe} needs."
-    raise UnsupportedModelError(planned.source, problem, f"Use --type {' or '.join(_suggestions(spec))}.")
-
-
-def _suggestions(spec: ModelSpec) -> list[str]:
-    """The three smallest types that fit every matrix of the model."""
-    return fitting_types(math.gcd(spec.n_embd, spec.n_ff, spec.n_head * spec.n_embd_head))[-3:]
 
 
 def _metadata(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.slim_plan import ExpertPlan, LayerPlan, Types
+from converter.type_recipe import fitting_type
 from offload.model_spec import LayerShape
 from offload.native_format import novice_name, stack_name
 from offload.native_layout import LayerHints, NativeLayer
@@ -64,6 +65,14 @@ def matrix_width(source: ModelSource, block: int, expert: ExpertPlan) -> int:
     if expert.kept is not None:
         return len(expert.kept)
     return source.shapes[expert_key(block, "gate", expert.members[0])][0]
+
+
+def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Types) -> Types:
+    """The types of an expert's matrices where `types` are asked for: others stand in for what does not fit the rows."""
+    n_embd = source.spec.n_embd
+    rows = (n_embd, n_embd, matrix_width(source, block, expert))
+    gate, up, down = (fitting_type(kind, n_per_row) for kind, n_per_row in zip(types, rows, strict=True))
+    return gate, up, down
 
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:

@@ -15,13 +15,14 @@ from converter.allocation import Group, Option, Part
 from converter.methods.attention_drop import attention_removals
 from converter.methods.layer_drop import layer_removals
 from converter.methods.novices import novice_costs
-from converter.model_source import MatrixKey, ModelSource, block_key, expert_key
+from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from converter.recipe import Recipe
-from converter.slim_layer import matrix_width
+from converter.slim_layer import fitted_types, matrix_width
 from converter.slim_plan import ExpertPlan, LayerPlan, Types
 from converter.statistics import Statistics
 from converter.structure import ROLES
 from converter.type_costs import TypeCosts
+from converter.type_recipe import fitting_type
 
 NOVICE = "novice"
 """The option that puts a constant in place of an expert."""
@@ -87,14 +88,14 @@ class SlimParts:
             yield Part((index, role), options, (ATTENTION, index))
 
     def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
-        for projection in ("gate", "up", "down") if layer.experts else ():
+        for number, projection in enumerate(PROJECTIONS if layer.experts else ()):
             options = [
                 Option(
                     kind,
                     sum(self._bytes(layer, expert, projection, kind) for expert in layer.experts),
                     sum(self._cost(layer, expert, projection, kind) for expert in layer.experts),
                 )
-                for kind in self._fitting(layer, layer.experts[0])
+                for kind in self._expert_types(layer, layer.experts[0])[number]
             ]
             yield Part((index, projection), tuple(options), index)
 
@@ -107,39 +108,49 @@ class SlimParts:
             yield Part((index, number), tuple(options), index)
 
     def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:
-        """Triples of types of which none is more than a step larger than another."""
+        """Triples of types of which none is more than a step larger than another.
+
+        A matrix that cannot have the type of a step has the next larger one.
+        """
         if self._recipe.types.expert is not None:
             kind = Type[self._recipe.types.expert]
-            return [(kind, kind, kind)]
-        fitting = self._fitting(layer, expert)
-        triples = product(range(len(fitting)), repeat=3)
-        return [(fitting[i], fitting[j], fitting[k]) for i, j, k in triples if max(i, j, k) - min(i, j, k) < 2]
+            return [fitted_types(self._source, layer.block, expert, (kind, kind, kind))]
+        fitting = self._expert_types(layer, expert)
+        steps = sorted(dict.fromkeys(kind for kinds in fitting for kind in kinds), key=_bits)
+        gates, ups, downs = ([_at_least(step, kinds) for step in steps] for kinds in fitting)
+        numbers = product(range(len(steps)), repeat=3)
+        near = ((i, j, k) for i, j, k in numbers if max(i, j, k) - min(i, j, k) < 2)
+        return list(dict.fromkeys((gates[i], ups[j], downs[k]) for i, j, k in near))
 
     def _expert_option(self, layer: LayerPlan, expert: ExpertPlan, types: Types) -> Option:
-        pairs = list(zip(("gate", "up", "down"), types, strict=True))
+        pairs = list(zip(PROJECTIONS, types, strict=True))
         n_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
         if self._recipe.types.low is not None:
             low = Type[self._recipe.types.low]
-            n_bytes += sum(self._bytes(layer, expert, projection, low) for projection, _ in pairs)
+            lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
+            n_bytes += sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
         return Option(types, n_bytes, sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs))
 
     def _options(self, keys: Sequence[MatrixKey], named: str | None) -> tuple[Option, ...]:
-        types = [Type[named]] if named else [kind for kind in self._types if self._is_priced(keys[0], kind)]
         shape = self._source.shapes[keys[0]]
+        types = [fitting_type(Type[named], shape[1])] if named else self._fitting(keys[0], shape[1])
         return tuple(
             Option(kind, len(keys) * _n_bytes(shape, kind), sum(self._price(key, kind) for key in keys))
-            for kind in types or [Type.F16]
+            for kind in types
         )
 
-    def _fitting(self, layer: LayerPlan, expert: ExpertPlan) -> list[Type]:
-        """Types whose blocks divide the rows of all three matrices."""
-        keys = [expert_key(layer.block, projection, expert.members[0]) for projection in ("gate", "down")]
-        width = matrix_width(self._source, layer.block, expert)
+    def _expert_types(self, layer: LayerPlan, expert: ExpertPlan) -> list[list[Type]]:
+        """What each of the three matrices can have."""
+        n_embd, width = self._source.spec.n_embd, matrix_width(self._source, layer.block, expert)
         return [
-            kind
-            for kind in self._types
-            if all(self._is_priced(key, kind) for key in keys) and width % GGML_QUANT_SIZES[kind][0] == 0
-        ] or [Type.F16]
+            self._fitting(expert_key(layer.block, projection, expert.members[0]), n_per_row)
+            for projection, n_per_row in zip(PROJECTIONS, (n_embd, n_embd, width), strict=True)
+        ]
+
+    def _fitting(self, key: MatrixKey, n_per_row: int) -> list[Type]:
+        """The candidates, others in place of those that do not divide the rows, the smallest first."""
+        kinds = dict.fromkeys(fitting_type(kind, n_per_row) for kind in self._types)
+        return sorted((kind for kind in kinds if self._is_priced(key, kind)), key=_bits) or [Type.F16]
 
     def _bytes(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> int:
         n_rows, n_per_row = self._source.shapes[expert_key(layer.block, projection, expert.members[0])]
@@ -182,6 +193,13 @@ def _worthwhile(options: Sequence[Option]) -> tuple[Option, ...]:
         if not kept or option.cost < kept[-1].cost:
             kept.append(option)
     return tuple(kept)
+
+
+def _at_least(step: Type, kinds: Sequence[Type]) -> Type:
+    """The type of a step, or of `kinds`, the smallest first, the first with as many bits."""
+    if step in kinds:
+        return step
+    return next((kind for kind in kinds if _bits(kind) >= _bits(step)), kinds[-1])
 
 
 def _bits(kind: Type) -> float:

@@ -12,7 +12,8 @@ from converter.named_types import check_importance, check_width, named_types, pl
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
 from converter.slim_hints import with_fallbacks, with_hints
-from converter.slim_plan import SlimPlan, Types
+from converter.slim_layer import fitted_types
+from converter.slim_plan import ExpertPlan, SlimPlan, Types
 from converter.slim_types import TypeAllocator, apply, too_large
 from converter.statistics import Statistics
 from converter.structure import Structure, build_structure
@@ -23,8 +24,10 @@ from converter.type_costs import (
     joined_costs,
     known_types,
     measure_type_costs,
+    priced_matrices,
     stored_costs,
 )
+from converter.type_recipe import fitting_type
 from offload.errors import DoesNotFitError, UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -63,13 +66,14 @@ def plan_slim(
     budget = target_bytes(source, recipe)
     if budget is None:
         plan = apply(open_plan, named_types(source, structure, recipe), source, statistics)
-        check_importance(plan, recipe.types.low)
-        costs = costs or _named_costs(source, statistics, plan, recipe.types.low, n_threads, on_progress)
+        whole = plan if recipe.types.low is None else _both_copies(source, plan, recipe.types.low)
+        check_importance(whole)
+        costs = costs or _named_costs(source, statistics, whole, n_threads, on_progress)
         plan = priced(plan, costs)
     else:
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
-        types = recipe.types.candidates or CANDIDATES
+        types = _candidates(source, recipe)
         costs = costs or statistics_costs(source, statistics, types, n_threads, on_progress)
         allocator = TypeAllocator(source, statistics, costs, recipe, structure)
         plan, allocation, room = _within(
@@ -119,15 +123,34 @@ def _named_costs(
     source: ModelSource,
     statistics: Statistics | None,
     plan: SlimPlan,
-    low: str | None,
     n_threads: int,
     on_progress: Progress,
 ) -> TypeCosts | None:
-    """What the types cost that a plan and its second copies have; None without the sensitivities that say it."""
+    """What the types cost that a plan has; None without the sensitivities that say it."""
     if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
         return None
-    kinds = {kind.name for kind in plan_kinds(plan) - set(LOSSLESS)} | ({low} if low else set())
-    return statistics_costs(source, statistics, sorted(kinds), n_threads, on_progress) if kinds else None
+    names = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
+    return statistics_costs(source, statistics, names, n_threads, on_progress) if names else None
+
+
+def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:
+    """The plan with second copies; raises UsageError if there would be none."""
+    whole = with_low_copies(source, plan, Type[low])
+    if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
+        raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
+    return whole
+
+
+def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
+    """The types to choose from, and those that stand in for them where rows do not fit them."""
+    named = recipe.types.candidates
+    if not named:
+        return CANDIDATES
+    widths = {source.shapes[key][1] for key in priced_matrices(source)}
+    if recipe.experts.width is not None:
+        widths.add(recipe.experts.width)
+    others = (fitting_type(Type[name], n_per_row).name for name in named for n_per_row in sorted(widths))
+    return tuple(dict.fromkeys((*named, *others)))
 
 
 def _completed(
@@ -135,7 +158,7 @@ def _completed(
 ) -> SlimPlan:
     """The plan with second copies and hints."""
     if recipe.types.low is not None:
-        plan = with_low_copies(plan, Type[recipe.types.low])
+        plan = with_low_copies(source, plan, Type[recipe.types.low])
     if not recipe.hints or recipe.format != "native" or statistics is None:
         return plan
     layers = plan.layers
@@ -196,20 +219,18 @@ def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:
     return recipe.target_size
 
 
-def with_low_copies(plan: SlimPlan, low: Type) -> SlimPlan:
+def with_low_copies(source: ModelSource, plan: SlimPlan, low: Type) -> SlimPlan:
     """The plan with second copies of all experts whose first ones are larger."""
-    types: Types = (low, low, low)
-    sized = [
-        replace(
-            layer,
-            experts=tuple(
-                replace(expert, low_types=types if _is_smaller(types, expert.types) else None)
-                for expert in layer.experts
-            ),
-        )
+
+    def with_copy(block: int, expert: ExpertPlan) -> ExpertPlan:
+        types = fitted_types(source, block, expert, (low, low, low))
+        return replace(expert, low_types=types if _is_smaller(types, expert.types) else None)
+
+    layers = (
+        replace(layer, experts=tuple(with_copy(layer.block, expert) for expert in layer.experts))
         for layer in plan.layers
-    ]
-    return replace(plan, layers=tuple(sized))
+    )
+    return replace(plan, layers=tuple(layers))
 
 
 def _is_smaller(low: Types, high: Types) -> bool:

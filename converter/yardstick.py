@@ -84,14 +84,14 @@ def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator
     for name in RECIPES:
         if statistics is None and name in FOR_IMPORTANCE:
             continue
-        plan = _plain_plan(source, statistics, name)
-        kinds = {kind.name for kind in plan_kinds(plan) - set(LOSSLESS)}
-        if known and not kinds <= known:
-            continue
         try:
+            plan = _plain_plan(source, statistics, name)
+            kinds = {kind.name for kind in plan_kinds(plan) - set(LOSSLESS)}
+            if known and not kinds <= known:
+                continue
             yield PlainPlan(name, _with_cost(plan, statistics, sorted(kinds)), size.of(plan))
         except (UnsupportedModelError, UsageError):
-            continue  # its blocks do not divide the rows
+            continue  # its blocks divide no rows
 
 
 def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -> SlimPlan:

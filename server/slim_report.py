@@ -13,6 +13,7 @@ from converter.model_source import PROJECTIONS
 from converter.slim_layout import SlimLayout
 from converter.slim_plan import ExpertPlan, LayerPlan
 from converter.type_recipe import layer_and_role
+from converter.unfit_types import unfit_counts, unfit_notes
 from offload.memory import human
 from server.progress_bars import duration
 from server.slim_work import SlimWork
@@ -54,6 +55,7 @@ def work_fields(work: SlimWork) -> dict[str, Any]:
         "expected_kl": plan.expected_kl,
         "expected_kl_lacks": list(plan.uncounted),
         "bytes_by_type": layout.bytes_by_type,
+        "unfit_types": unfit_counts(work.matrices),
         "token_type": plan.token_type.name,
         "output_type": None if plan.output_type is None else plan.output_type.name,
         "layers": [_layer_fields(layer, sizes[index]) for index, layer in enumerate(plan.layers)],
@@ -104,6 +106,7 @@ def _whole(work: SlimWork) -> Iterable[str]:
     by_type = ", ".join(f"{name} {human(n_bytes)}" for name, n_bytes in layout.bytes_by_type.items())
     output = "" if plan.output_type is None else f", output {plan.output_type.name}"
     yield f"token table {plan.token_type.name}{output}; by type: {by_type}"
+    yield from unfit_notes(work.matrices, len(layout.tensors))
     bits = f"{bits_per_weight(work):.2f} bits for each weight of the source"
     yield f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}"
     yield expected_loss(work)

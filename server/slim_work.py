@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.model_source import ModelSource
+from converter.named_types import NamedTypes
 from converter.open_source import open_source
 from converter.recipe import Recipe
 from converter.recipe_check import needs_statistics
@@ -15,6 +16,7 @@ from converter.slim_plan import SlimPlan
 from converter.slimming import plan_slim
 from converter.statistics import Statistics
 from converter.statistics_file import load_statistics
+from converter.unfit_types import TypedMatrix
 from offload.errors import UsageError
 from server.progress_bars import step_bar
 from server.slim_options import FLAGS, SlimOptions, Tables
@@ -29,6 +31,11 @@ class SlimWork:
     recipe: Recipe
     plan: SlimPlan
     layout: SlimLayout
+
+    @property
+    def matrices(self) -> tuple[TypedMatrix, ...]:
+        """The file's matrices, with what stands in for types that do not fit their rows."""
+        return NamedTypes(self.source, self.recipe, len(self.plan.layers)).typed(self.layout)
 
 
 def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:

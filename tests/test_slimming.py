@@ -141,10 +141,11 @@ def test_methods_leave_what_they_say_and_the_result_is_the_plan(
 
 
 def test_layers_attentions_and_blocks_go(source: ModelSource, statistics: Statistics) -> None:
-    plan = plan_slim(source, statistics, Recipe(drop_ffn=1, drop_attention=1))
+    types = StorageRecipe(expert="Q8_0")
+    plan = plan_slim(source, statistics, Recipe(drop_ffn=1, drop_attention=1, types=types))
     assert sorted(bool(layer.experts) for layer in plan.layers) == [False, True]
     assert sorted(layer.has_attention for layer in plan.layers) == [False, True]
-    assert len(plan_slim(source, statistics, Recipe(drop_blocks=1)).layers) == source.spec.n_layer - 1
+    assert len(plan_slim(source, statistics, Recipe(drop_blocks=1, types=types)).layers) == source.spec.n_layer - 1
 
 
 def test_a_file_says_which_blocks_it_was_made_of(source: ModelSource, statistics: Statistics, tmp_path: Path) -> None:
@@ -248,11 +249,6 @@ def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statis
     bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
     unknown = plan_slim(source, replace(statistics, matrix_costs=None, layers=bare), Recipe(types=named))
     assert unknown.uncounted == ("types",)
-
-
-def test_types_that_must_know_what_matters_are_refused_before_writing(source: ModelSource) -> None:
-    with pytest.raises(UsageError, match=r"IQ1_S, IQ2_XS cannot be made.* --stats"):
-        plan_slim(source, None, Recipe(types=StorageRecipe(expert="IQ2_XS", low="IQ1_S")))
 
 
 def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics: Statistics) -> None:

@@ -42,7 +42,7 @@ def test_the_nearest_types_stand_on_both_sides(source: ModelSource, converted: d
     for one, n_bytes in zip(found, (small, large), strict=True):
         assert one.n_bytes == pytest.approx(n_bytes, rel=0.02), "but for what the headers tell"
     below, above = (plain_neighbours(source, None, n_bytes) for n_bytes in (1000, 100 * large))
-    assert [one.type for one in below] == ["Q8_0"], "the smallest whose blocks divide these rows"
+    assert [one.type for one in below] == ["Q4_0"], "the smallest whose blocks divide these rows"
     assert [one.type for one in above] == ["F32"]
 
 
