@@ -38,6 +38,8 @@ def check_params(params: SamplingParams, n_vocab: int) -> None:
             raise UsageError(f"logit_bias names token {token}, but the vocabulary has {n_vocab} tokens.")
         if math.isnan(bias):
             raise UsageError(f"The logit_bias of token {token} is no number.")
+    if params.forbids_all(n_vocab):
+        raise UsageError(f"logit_bias forbids all {n_vocab} tokens of the vocabulary. Leave some of them out.")
 
 
 class Sampler:

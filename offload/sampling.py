@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+BANNING_BIAS = -100.0
+"""A bias of so much or less forbids a token, as in OpenAI's API."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -23,3 +26,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+
+    def forbids_all(self, n_vocab: int) -> bool:
+        """Whether `logit_bias` leaves no token of the vocabulary to choose."""
+        return len(self.logit_bias) >= n_vocab and max(self.logit_bias.values()) <= BANNING_BIAS

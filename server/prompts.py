@@ -52,6 +52,10 @@ class Prompts:
             raise RequestError(
                 "logit_bias", f"logit_bias names a token that is not one of the model's {self._n_vocab}."
             )
+        if request.sampling.forbids_all(self._n_vocab):
+            raise RequestError(
+                "logit_bias", f"logit_bias forbids all of the model's {self._n_vocab} tokens. Leave some of them out."
+            )
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
         return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=_begins_answer(source))
 

@@ -191,10 +191,14 @@ def test_a_model_without_numbers_is_an_error(bad: float, temperature: float) -> 
         {"logit_bias": {10: 1.0}},
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {1: math.nan}},
+        {"logit_bias": dict.fromkeys(range(10), -100.0)},
+        {"logit_bias": dict.fromkeys(range(10), -math.inf)},
     ],
     ids=str,
 )
 def test_values_out_of_range(changed: dict[str, Any]) -> None:
     check_params(params(), 10)
+    check_params(params(logit_bias=dict.fromkeys(range(9), -math.inf)), 10)
+    check_params(params(logit_bias=dict.fromkeys(range(10), -99.0)), 10)
     with pytest.raises(UsageError, match=next(iter(changed))):
         check_params(params(**changed), 10)

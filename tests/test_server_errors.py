@@ -93,6 +93,8 @@ BAD_CHATS: list[tuple[Any, str | None]] = [
     ({"messages": HI, "logit_bias": {"5": True}}, "logit_bias.5"),
     ({"messages": HI, "logit_bias": {"5": "x"}}, "logit_bias[...]"),
     ({"messages": HI, "logit_bias": [1]}, "logit_bias"),
+    ({"messages": HI, "logit_bias": {str(n): -100 for n in range(512)}}, "logit_bias"),
+    ({"messages": HI, "logit_bias": {str(n): False for n in range(512)}}, "logit_bias"),
     ({"messages": HI, "logit_bias": {str(n): 1 for n in range(4097)}}, "logit_bias"),
     ({"messages": HI * 16_385}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 16_385}]}, "messages[0].content"),
