@@ -34,8 +34,8 @@ class LiveServer:
     supervisor: Supervisor
 
     def client(self) -> AsyncOpenAI:
-        """OpenAI's own client, which never repeats a failed request."""
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+        """OpenAI's own client, which never repeats a failed request and does not wait for ever."""
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE)
 
 
 @dataclass(frozen=True, slots=True)

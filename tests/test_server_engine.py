@@ -54,7 +54,7 @@ async def test_a_client_that_leaves_frees_the_engine(server: LiveServer, text: s
     body = {"messages": messages(text), "stream": stream}
     async with aiohttp.ClientSession() as session:
         request = asyncio.create_task(session.post(server.url + CHAT, json=body))
-        await until(lambda: server.supervisor.n_busy == 1)
+        await until(lambda: server.supervisor.n_underway == 1)
         if stream:
             response = await request
             await response.content.readline()
@@ -69,7 +69,7 @@ async def test_a_client_that_leaves_frees_the_engine(server: LiveServer, text: s
 async def test_a_waiting_client_that_leaves_is_never_served(server: LiveServer) -> None:
     async with server.client() as client:
         first = asyncio.create_task(client.chat.completions.create(model="", messages=messages("slowly")))
-        await until(lambda: server.supervisor.n_busy == 1)
+        await until(lambda: server.supervisor.n_underway == 1)
         second = asyncio.create_task(client.chat.completions.create(model="", messages=messages("forever")))
         await until(lambda: server.supervisor.n_busy == 2)
         second.cancel()
@@ -133,7 +133,7 @@ async def test_the_engines_end_is_told_and_healed(server: LiveServer, how: str) 
     assert before is not None
     text = "abort" if how == "abort" else "slowly"
     failing = asyncio.create_task(answer(server, text))
-    await until(lambda: server.supervisor.n_busy == 1 or failing.done())
+    await until(lambda: server.supervisor.n_underway == 1 or failing.done())
     if how == "killed":
         os.kill(before, signal.SIGABRT)
     with pytest.raises(openai.InternalServerError) as failure:
@@ -151,6 +151,8 @@ async def test_the_engines_end_in_the_middle_of_a_stream(server: LiveServer) -> 
         stream = await client.chat.completions.create(model="", messages=messages("forever"), stream=True)
         first = await anext(aiter(stream))
         assert first.choices[0].delta.role == "assistant"
+        # The role is told before the engine begins.
+        await until(lambda: server.supervisor.n_underway == 1)
         assert server.supervisor.pid is not None
         os.kill(server.supervisor.pid, signal.SIGABRT)
         with pytest.raises(openai.APIError, match="SIGABRT") as failure:
@@ -297,10 +299,9 @@ async def test_an_engine_that_was_stopped_is_told_and_replaced(model: Path) -> N
         pid = server.supervisor.pid
         assert pid is not None
         begun = asyncio.create_task(answer(server, "slowly"))
-        await until(lambda: server.supervisor.n_busy == 1)
+        await until(lambda: server.supervisor.n_underway == 1)
         waiting = asyncio.create_task(answer(server, "next"))
         await until(lambda: server.supervisor.n_busy == 2)
-        await until(lambda: server.supervisor.n_underway == 1)
         os.kill(pid, signal.SIGSTOP)
         await until(lambda: server.supervisor.trouble is not None)
         status, word, reason = await health_reason(server)
