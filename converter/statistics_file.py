@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from converter.document import BadDocumentError, decode_json
 from converter.model_source import ModelSource
 from converter.statistics import LayerStatistics, MatrixCosts, Statistics
+from converter.statistics_shapes import misfit
 from offload.errors import SlimoeError, UsageError
 from offload.regular_file import open_regular, reason
 from offload.whole_file import whole_file
@@ -82,18 +83,16 @@ def save_statistics(statistics: Statistics, path: Path, folder: Path | None = No
 def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics:
     """Reads a file that `save_statistics` wrote.
 
-    Raises StatisticsError when it is none, damaged or of another version, and OtherSourceError when `source` is given
-    and is not the checkpoint that was calibrated.
+    Raises StatisticsError when it is none, damaged, of another version or of other sizes than `source`, and
+    OtherSourceError when `source` is given and is not the checkpoint that was calibrated.
     """
     arrays, metadata = read_arrays(path)
     about = _about(path, arrays, metadata)
     if source is not None and about.source_hash != source.source_hash:
         problem = f"these are statistics of another checkpoint than {source.path}."
         raise OtherSourceError(path, problem, "Run `slimoe calibrate` on this one.")
-    if source is not None and about.n_layer != source.spec.n_layer:
-        raise StatisticsError(path, f"it is of {about.n_layer} layers, but {source.path} has {source.spec.n_layer}.")
     try:
-        return Statistics(
+        statistics = Statistics(
             source_hash=about.source_hash,
             text_hash=about.text_hash,
             tokens=_sequences(arrays, len(about.domains)),
@@ -110,6 +109,10 @@ def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics
         raise StatisticsError(path, f"the file is damaged: {error.args[0]} is missing.") from None
     except (TypeError, ValueError) as error:
         raise StatisticsError(path, f"the file is damaged: {error}.") from None
+    unfit = None if source is None else misfit(statistics, source)
+    if unfit is not None:
+        raise StatisticsError(path, unfit)
+    return statistics
 
 
 def content_checksum(arrays: Arrays, about: str) -> str:

@@ -1,6 +1,7 @@
 """Statistics in a file: all of it comes back, and what is no such file is told in a sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from converter.model_source import ModelSource
+from converter.open_source import open_source
 from converter.statistics import (
     InputSums,
     LayerStatistics,
@@ -37,6 +39,8 @@ from converter.statistics_file import (
     to_arrays,
 )
 from offload.errors import UsageError
+from server.cli import run
+from tests.slim_models import learnt
 
 
 def made(kind: type[Any], random: np.random.Generator) -> Any:
@@ -129,12 +133,7 @@ def test_writing_is_whole_or_not_at_all(statistics: Statistics, saved: Path, tmp
 
 
 def test_statistics_of_another_checkpoint(saved: Path) -> None:
-    spec = SimpleNamespace(n_layer=3)
-    same, other = (
-        cast(ModelSource, SimpleNamespace(source_hash=digest, path=Path("/models/mine"), spec=spec))
-        for digest in ("abc", "fed")
-    )
-    assert load_statistics(saved, same).source_hash == "abc"
+    other = cast(ModelSource, SimpleNamespace(source_hash="fed", path=Path("/models/mine")))
     with pytest.raises(OtherSourceError, match=r"another checkpoint than /models/mine\..*slimoe calibrate"):
         load_statistics(saved, other)
 
@@ -193,6 +192,85 @@ def test_damaged_files_are_named(saved: Path, name: str) -> None:
         load_statistics(rewritten(saved, change))
     assert str(caught.value).startswith(f"{saved}: ")
     assert caught.value.exit_code == 3
+
+
+@pytest.fixture(scope="module")
+def source(moe_checkpoint: Path) -> ModelSource:
+    return open_source(moe_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def measured(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of all that is measured of a model."""
+    folder = tmp_path_factory.mktemp("measured")
+    save_statistics(learnt(source, folder, 3, 32), folder / "whole.stats")
+    return folder / "whole.stats"
+
+
+def test_every_array_is_held_against_the_model(source: ModelSource, measured: Path, tmp_path: Path) -> None:
+    whole = load_statistics(measured, source)
+    assert whole.matrix_costs is not None
+    assert all(layer.sensitivity and layer.sketch and layer.removals for layer in whole.layers)
+    arrays = load_file(measured)
+    names = [name for name, one in arrays.items() if one.size and one.dtype != np.uint8 and one.shape != (1,)]
+    assert len(names) > 40 * source.spec.n_layer
+    for name in names:
+        copy = Path(shutil.copy(measured, tmp_path / "a.stats"))
+        change = set_array(name, arrays[name][:-1])
+        with pytest.raises(StatisticsError) as caught:
+            load_statistics(rewritten(copy, change), source)
+        assert len(str(caught.value).splitlines()) == 1, name
+
+
+def without(prefix: str) -> Any:
+    def change(arrays: dict[str, Any], _metadata: Any) -> None:
+        for name in [name for name in arrays if name.startswith(prefix)]:
+            del arrays[name]
+
+    return change
+
+
+STRANGERS = {
+    "fewer layers": (about(n_layer=1), "it is of 1 layers, but .*tiny-moe has 2"),
+    "more experts": (
+        set_array("layers.1.outputs.norm", np.zeros(7)),
+        r"layers.1.outputs.norm is of shape \(7,\), but for .*tiny-moe it would be \(6,\)",
+    ),
+    "no router": (without("layers.0.router."), "layers.0.router is missing"),
+    "an expert too many": (
+        lambda arrays, _: arrays["layers.0.trace.picks"].fill(6),
+        "layers.0.trace.picks has experts that",
+    ),
+    "a token too many": (lambda arrays, _: arrays["tokens"].fill(520), "tokens has some that"),
+    "a row too many": (lambda arrays, _: arrays["layers.0.sketch.rows"].fill(-1), "tokens that were not read"),
+    "no type": (
+        lambda arrays, _: _rename(arrays, "matrix_costs.types", b"Q8_0", b"Q8_9"),
+        "matrix_costs.types has what is no type",
+    ),
+    "another matrix": (
+        lambda arrays, _: _rename(arrays, "matrix_costs.matrices", b"blk.0.attn_q", b"blk.9.attn_q"),
+        "matrix_costs.matrices are not those of",
+    ),
+}
+
+
+def _rename(arrays: dict[str, Any], name: str, old: bytes, new: bytes) -> None:
+    text = arrays[name].tobytes()
+    assert old in text
+    arrays[name] = np.frombuffer(text.replace(old, new), np.uint8)
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_cannot_be_of_the_model_is_told(
+    source: ModelSource, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    change, words = STRANGERS[name]
+    copy = rewritten(Path(shutil.copy(measured, tmp_path / "a.stats")), change)
+    with pytest.raises(StatisticsError, match=words):
+        load_statistics(copy, source)
+    command = ["convert", str(source.path), str(tmp_path / "m.gguf"), "--stats", str(copy), "--target-size", "1MB"]
+    assert run(command) == 3
+    assert "slimoe calibrate" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_flipped_bit_anywhere_is_found(saved: Path) -> None:
