@@ -14,6 +14,7 @@ from converter.bnb import type_sizes
 from converter.checkpoint import Checkpoint
 from converter.model_config import ConfigClass
 from offload import file_keys as keys
+from offload.foreign_file import foreign_model
 from offload.gguf_file import GGUFFile, TensorInfo, Value, read_gguf
 from offload.model_spec import NATIVE, ModelSpec
 from offload.native_format import PROJECTIONS, read_layout, stack_name
@@ -94,7 +95,8 @@ class KindCount:
 class Inventory:
     """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only.
 
-    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have.
+    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have. `note`
+    says what a file is that holds no language model.
     """
 
     path: Path
@@ -107,6 +109,7 @@ class Inventory:
     tokenizer: dict[str, Any]
     provenance: dict[str, Any]
     experts: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
 
     @property
     def n_weights(self) -> int:
@@ -129,6 +132,7 @@ def take_inventory(path: Path) -> Inventory:
 
 def _of_gguf(gguf: GGUFFile) -> Inventory:
     metadata = gguf.metadata
+    foreign = foreign_model(gguf.path, metadata, len(gguf.tensors))
     architecture = str(metadata.get("general.architecture", "unknown"))
     layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
     copies = _copies_by_stack(layout) if layout else {}
@@ -149,6 +153,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         tokenizer=_gguf_tokenizer(metadata),
         provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
         experts=_native_experts(layout) if layout else {},
+        note=f"{foreign.problem} {foreign.hint}" if foreign else None,
     )
 
 

@@ -1,8 +1,10 @@
 """What a file or directory is that was named in place of a GGUF file, and what to do with it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from offload.errors import ModelFileError, UnsupportedModelError
+from offload.file_keys import TOKENS
 
 _OLD_FORMATS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -43,8 +45,9 @@ def foreign_directory(path: Path) -> ModelFileError:
     return ModelFileError(path, "this is a directory, not a GGUF file.", "Name a .gguf file.")
 
 
-def foreign_model(path: Path, architecture: object, kind: object) -> UnsupportedModelError | None:
-    """The error for a GGUF file that holds no language model, by its `general.architecture` and `general.type`."""
+def foreign_model(path: Path, metadata: Mapping[str, object], n_tensors: int) -> UnsupportedModelError | None:
+    """The error for a GGUF file that holds no language model, by the keys and the number of tensors in it."""
+    architecture, kind = (metadata.get(f"general.{name}") for name in ("architecture", "type"))
     if architecture == "clip" or kind == "mmproj":
         problem = "this is a projector for images or sound (mmproj), not a language model."
         return UnsupportedModelError(path, problem, "Name the model's own file; images and sound are not supported.")
@@ -54,6 +57,9 @@ def foreign_model(path: Path, architecture: object, kind: object) -> Unsupported
     if kind == "imatrix" or architecture == "imatrix":
         problem = "this is an importance matrix, not a model."
         return UnsupportedModelError(path, problem, "Give it to slimoe convert with --imatrix.")
+    if not n_tensors and TOKENS in metadata:
+        problem = "this is a vocabulary without weights, not a model."
+        return UnsupportedModelError(path, problem, "Name the model's own file.")
     return None
 
 

@@ -176,6 +176,10 @@ def parse_gguf(path: Path, header: bytes, n_bytes: int) -> GGUFFile:
 
 def _check_shard_count(paths: tuple[Path, ...], metadata: dict[str, Value], tensors: dict[str, TensorInfo]) -> None:
     count = _count(paths[0], metadata, "split.count", 0) or 1
+    if count != len(paths) == 1:
+        number, name = _count(paths[0], metadata, "split.no", 0) + 1, f"{paths[0].stem}-0000N-of-{count:05d}.gguf"
+        problem = f"this is shard {number} of {count}, and its name does not say so."
+        raise ModelFileError(paths[0], problem, f"Name the shards {name}, and put all of them into one directory.")
     if count != len(paths):
         problem = f"the file says it has {count} shards, its name says {len(paths)}."
         raise ModelFileError(paths[0], problem, "Name the shards NAME-00001-of-0000N.gguf as they were.")

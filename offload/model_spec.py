@@ -137,7 +137,7 @@ class ModelSpec:
         contradictory values. Tensors are `check_tensors`' business.
         """
         architecture = gguf.metadata.get("general.architecture")
-        foreign = foreign_model(gguf.path, architecture, gguf.metadata.get("general.type"))
+        foreign = foreign_model(gguf.path, gguf.metadata, len(gguf.tensors))
         if foreign:
             raise foreign
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:

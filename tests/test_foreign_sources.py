@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from server.cli import run
@@ -58,9 +60,110 @@ def test_files_that_are_no_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def written(path: Path, architecture: str | None, kind: str | None, tensor: str, tokens: bool = False) -> Path:
+    """A GGUF file of little more than what says its kind, with one tensor unless its name is empty."""
+    writer = gguf.GGUFWriter(path, architecture or "none")
+    if architecture is None:
+        writer.kv_data[0].pop("general.architecture")
+    if kind is not None:
+        writer.add_type(kind)
+    if tokens:
+        writer.add_token_list(["a", "b"])
+    if tensor:
+        writer.add_tensor(tensor, np.zeros((1, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+Written = tuple[str | None, str | None, str, bool]
+KINDS: dict[str, tuple[Written, str, str]] = {
+    "mmproj": (("clip", None, "v.patch_embd.weight", False), "a projector for images or sound", "the model's own file"),
+    "mmproj by type": (("llama", "mmproj", "a.conv.weight", False), "a projector for images", "the model's own file"),
+    "adapter": (("llama", "adapter", "blk.0.attn_q.weight.lora_a", False), "a LoRA adapter", "Merge it into its model"),
+    "imatrix": ((None, "imatrix", "blk.0.attn_q.weight.in_sum2", False), "an importance matrix", "with --imatrix"),
+    "vocabulary": (("llama", "model", "", True), "a vocabulary without weights", "Name the model's own file"),
+}
+COMMANDS = ("run", "serve", "plan", "bench", "convert", "calibrate", "report")
+
+
+def command_line(command: str, path: Path) -> list[str]:
+    """A command with the file where its model belongs, and with what else it asks for."""
+    rest = {
+        "run": ["-p", "x"],
+        "serve": ["--port", "0"],
+        "convert": [str(path.with_name("out.gguf"))],
+        "calibrate": ["-o", str(path.with_name("out.stats"))],
+        "report": [str(path)],
+    }
+    return [command, str(path), *rest.get(command, [])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("case", KINDS)
+def test_gguf_files_that_hold_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, command: str
+) -> None:
+    content, what, hint = KINDS[case]
+    path = written(tmp_path / "x.gguf", *content)
+    assert run(command_line(command, path)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"slimoe: {path}: this is {what}")
+    assert hint in line
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["x.gguf"]
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_inspect_says_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    content, what, hint = KINDS[case]
+    path = written(tmp_path / "x.gguf", *content)
+    assert run(["inspect", str(path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"note        this is {what}")
+    assert hint in last
+    assert run(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] in last
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "inspect"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m-00002-of-00003.gguf", "shard m-00001-of-00003.gguf is missing. Put all shards into one directory."),
+        (
+            "second.gguf",
+            "and its name does not say so. Name the shards second-0000N-of-00003.gguf",
+        ),
+    ],
+)
+def test_a_later_shard_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str, message: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / name, "none")
+    writer.kv_data[0].pop("general.architecture")
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("blk.1.attn_q.weight", np.zeros((1, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert run(command_line(command, tmp_path / name)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_plan_of_a_checkpoint_asks_what_to_make_of_it(moe_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(moe_checkpoint)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{moe_checkpoint} is a checkpoint. Say what to make of it: --target-size or --recipe" in line
+
+
 def test_a_checkpoint_in_place_of_a_file_names_the_command(
     moe_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in (["run", str(moe_checkpoint), "-p", "x"], ["serve", str(moe_checkpoint), "--port", "0"]):
-        assert run(command) == 3
+    for command in ("run", "serve", "bench"):
+        assert run(command_line(command, moe_checkpoint)) == 3
         assert f"Convert it first: slimoe convert {moe_checkpoint} model.gguf." in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_wrong_shards(tmp_path: Path, content: GGUFContent) -> None:
     second.write_bytes(kept)
     read_gguf(first)
     alone = first.rename(tmp_path / "alone.gguf")
-    with pytest.raises(ModelFileError, match="3 shards, its name says 1"):
+    with pytest.raises(ModelFileError, match="this is shard 1 of 3, and its name does not say so"):
         read_gguf(alone)
 
 

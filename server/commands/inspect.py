@@ -44,6 +44,7 @@ def _as_json(inventory: Inventory) -> dict[str, Any]:
         "experts": inventory.experts,
         "tokenizer": inventory.tokenizer,
         "provenance": inventory.provenance,
+        "note": inventory.note,
     }
 
 
@@ -65,7 +66,8 @@ def _lines(inventory: Inventory) -> list[str]:
     experts = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.experts.items())
     origin = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.provenance.items())
     lines += ["", f"experts     {experts}"] if experts else [""]
-    return [*lines, f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
+    lines += [f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
+    return [*lines, f"note        {inventory.note}"] if inventory.note else lines
 
 
 def _shown(value: Any) -> str:
