@@ -35,9 +35,12 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, now imported; None for an unknown name."""
+        """The command, now imported; None for an unknown name. Raises ClickException where no command can run."""
         if cmd_name not in COMMANDS:
             return None
+        if sys.platform == "win32":
+            # Files are locked and read at offsets by calls that Windows lacks.
+            raise click.ClickException("This program does not run on Windows itself. Install it inside WSL.")
         command = importlib.import_module(f"server.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command

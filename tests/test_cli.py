@@ -95,6 +95,20 @@ def test_mistakes_are_one_line(
     assert output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_windows_is_told_where_it_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run([name, "--help"]) == 1
+    assert capsys.readouterr().err == ("Error: This program does not run on Windows itself. Install it inside WSL.\n")
+
+
+def test_the_command_line_needs_no_module_that_windows_lacks() -> None:
+    absent = "import sys\nfor name in ('fcntl', 'resource', 'termios', 'pwd', 'grp'):\n    sys.modules[name] = None\n"
+    subprocess.run([sys.executable, "-c", absent + "import server.cli"], check=True)
+
+
 def test_json_for_a_text(model: Path) -> None:
     report = reported(model, "-p", "hello world", "-n", "8", "--temp", "0")
     llama = Llama(str(model), n_ctx=512, verbose=False, n_threads=1)
