@@ -1,6 +1,6 @@
 """What a written file holds in place of each block of the model that it was made of: read from the file itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,16 @@ def _stacks(parts: LayerSources, n_expert: int) -> Iterator[list[Stacks]]:
 def _expert(stored: int, copies: list[Stacks]) -> RowFacts:
     best, *low = (tuple(stack.type.name for stack in stacks) for stacks in copies)
     return RowFacts(stored, False, best, low[0] if low else (), copies[0][-1].ne[0])
+
+
+def reported_descent(blocks: Sequence[BlockFacts]) -> Descent | None:
+    """Which blocks and rows of their source a report's file has; None where it does not say."""
+    kept = sorted((facts for facts in blocks if facts.layer is not None), key=lambda facts: facts.layer or 0)
+    numbers = tuple(facts.block for facts in kept)
+    if list(numbers) != sorted(set(numbers)):
+        return None
+    rows = (tuple(n for n, row in enumerate(facts.rows) if row.stored is not None or row.is_novice) for facts in kept)
+    return Descent(numbers, tuple(rows))
 
 
 def _attention(gguf: GGUFFile, layer: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from converter.calibration import Progress
+from converter.document import BadDocumentError, decode_json
 from converter.late_keys import add_late_keys
 from converter.model_card import model_card
 from converter.report import Report
@@ -20,6 +21,7 @@ from offload import file_keys as keys
 from offload.errors import UsageError
 from offload.gguf_file import Value, read_gguf
 from offload.model_spec import NATIVE
+from offload.regular_file import read_regular
 from offload.whole_file import Destination, real_path, reserved, write_error, write_whole
 
 _ROOM = 640
@@ -54,6 +56,16 @@ def report_paths(target: Path) -> dict[str, Path]:
     """Where the report of a file lies: json, markdown, plots (a directory) and card."""
     ends = {"json": ".report.json", "markdown": ".report.md", "plots": ".report", "card": ".card.md"}
     return {what: target.with_name(target.name + end) for what, end in ends.items()}
+
+
+def known_report(path: Path, source_hash: str, sha256: str) -> Report | None:
+    """The report in a file of JSON, None if it cannot be read or is of another source or of other bytes."""
+    try:
+        report = decode_json(read_regular(path), Report)
+    except (OSError, BadDocumentError):
+        return None
+    is_same = report.provenance.source_hash == source_hash and report.file.sha256 == sha256
+    return report if is_same else None
 
 
 def check_reports(target: Path, hint: str, *, force: bool) -> None:

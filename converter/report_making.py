@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.block_facts import block_facts
+from converter.block_facts import block_facts, reported_descent
 from converter.calibration import Progress, coverage
 from converter.calibration_text import CalibrationText
 from converter.descent import likely_descent, planned_descent
@@ -26,7 +26,6 @@ from converter.probes import Cloze, cloze, content_tokens
 from converter.quality import Comparison, DomainQuality, summarise
 from converter.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
 from converter.report_estimate import BLOCKS, FILE, PLAIN, SECOND, SOURCE, WRITING, ReportWork, estimate_seconds
-from converter.report_known import reported_descent
 from converter.slim_estimate import writing_seconds
 from converter.slim_layout import lay_out
 from converter.slim_plan import SlimPlan

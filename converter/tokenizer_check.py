@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from converter.hard_texts import HARD_TEXTS
 from converter.sentencepiece_model import SentencePieceModel
 from converter.space_prefix import SpacePrefix
 from offload import file_keys as keys
@@ -15,6 +14,49 @@ from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import Value
 from offload.tokenizer import Tokenizer
 
+HARD_TEXTS = (
+    "",
+    " ",
+    "a",
+    "Hello, world",
+    " leading and trailing ",
+    "  two   three    runs     of spaces      ",
+    "\ttab\t\ttabs\n\nnew\r\nlines\n",
+    "\n",
+    'def f(x: int) -> str:\n    return f"{x!r}"  # code\n\n\nfor (let i=0;i<n;i++){a[i]??=`${b}`}',
+    "naïve café Übergröße Ωμέγα привет",
+    "日本語の文章。中文字符，한국어",
+    "👩‍👩‍👧‍👦🏴‍☠️ 🤦🏽‍♂️ e\u0301 \u200b\ufeff",
+    "</s>",
+    "<s> a </s> b",
+    "a</s>b</s></s>",
+    "[INST] not an instruction [/INST]",
+    "<unk><0x0A><0x41> <|im_end|>",
+    "▁ literal ▁▁ marks",
+    "nul\0inside\0",
+    "\x01\x02\x7f control",
+    "0123456789 3.14159e-10 0xDEADBEEF",
+    "a" * 300,
+    "https://example.org/?q=1&r=%20#x",
+    "\U0010ffff\U000e0001",
+    "The QUICK Brown FOX, İSTANBUL, straße",
+    "ﬁne ½ x² Ⅳ ｆｕｌｌ　ｗｉｄｔｈ ﷺ",
+    "cafe\u0301 café Å \u212b \u1e9b\u0323",
+    "non\u00a0breaking\u2003spaces\u3000and\u2028lines",
+    " one",
+    "  two",
+    "   three   ",
+    "▁mark",
+    "\n leading line",
+    "\t\t",
+    "don't I'LL we've 'Twas 's",
+    "12 345 6789 1,234,567.89 ٣٤٥ 二〇",
+    "a.b,c;d:e!f?g(h)[i]{j}<k>/l\\m|n",
+    "camelCase snake_case kebab-case UPPER_CASE",
+    "hello  world\n\n\n  indented\n\ttabbed \n",
+    "\"quoted\" 'single' `code` ...--- ***",
+)
+"""Texts that tokenizers get wrong."""
 _MOST_SHOWN = 32
 _N_SPECIAL = 4
 

@@ -12,8 +12,7 @@ from converter.judged_text import JudgedText, read_judged
 from converter.model_source import ModelSource
 from converter.report import Report
 from converter.report_estimate import estimate_seconds
-from converter.report_files import report_paths, write_report
-from converter.report_known import known_report
+from converter.report_files import known_report, report_paths, write_report
 from converter.report_making import Engines, ReportMaker, ReportSettings, end_tokens, file_hash, report_work
 from converter.report_markdown import unread_text, yardstick_text
 from converter.slim_plan import SlimPlan

@@ -1,5 +1,5 @@
 """Texts that tokenizers get wrong."""
 
-from converter.hard_texts import HARD_TEXTS
+from converter.tokenizer_check import HARD_TEXTS
 
 NASTY_TEXTS = HARD_TEXTS
