@@ -98,8 +98,11 @@ async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
     try:
         async for chunk in request.content.iter_any():
             while chunk:
+                if inflater.eof:
+                    # A gzip stream may have several members, one after the other.
+                    inflater = zlib.decompressobj(_GZIP_OR_ZLIB)
                 yield inflater.decompress(chunk, _SLICE)
-                chunk = inflater.unconsumed_tail
+                chunk = inflater.unused_data or inflater.unconsumed_tail
                 await asyncio.sleep(0)
         while rest := inflater.decompress(b"", _SLICE):
             yield rest

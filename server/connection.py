@@ -6,7 +6,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError, LineTooLong
 
 from server.api_error import INVALID, RETRY_SECONDS, ApiError, ErrorInfo, invalid, not_found, overloaded, server_failed
@@ -38,7 +39,7 @@ USUAL_LIMITS = ConnectionLimits()
 class Connection(web.RequestHandler):
     """aiohttp's connection, without its own error pages; closed at once when there are too many."""
 
-    __slots__ = ("_limits", "_server", "_unread")
+    __slots__ = ("_body", "_limits", "_server", "_unread")
 
     def __init__(self, server: "ApiServer", limits: ConnectionLimits) -> None:
         # Bodies are inflated where they are counted.
@@ -51,6 +52,7 @@ class Connection(web.RequestHandler):
         )
         self._server, self._limits = server, limits
         self._unread: asyncio.TimerHandle | None = None
+        self._body: StreamReader | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio for a connection that was accepted."""
@@ -64,6 +66,19 @@ class Connection(web.RequestHandler):
         """Called by asyncio."""
         self._forget_unread()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio; a body that goes wrong here fails at once, for aiohttp leaves its reader waiting."""
+        super().data_received(data)
+        if not self._messages:
+            return
+        message, body = self._messages[-1]
+        if isinstance(message, RawRequestMessage):
+            self._body = body
+        elif self._body is not None and not self._body.is_eof():
+            error = web.RequestPayloadError()
+            error.__cause__ = message.exc
+            self._body.set_exception(error)
 
     def pause_writing(self) -> None:
         """Called by asyncio when the client takes too little of what is written to it."""

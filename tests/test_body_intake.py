@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -82,8 +83,47 @@ async def test_a_packed_body_counts_unpacked(pack: object) -> None:
         assert await server.post(pack(b"x" * MOST_OF_ONE), encoding) == (200, str(MOST_OF_ONE))
         assert (await server.post(pack(b"x" * 50_000_000), encoding))[0] == 413
         whole = pack(bytes(range(256)) * 100)
-        for broken in (whole[:-1], whole[:20], b"", b"x" * 100, whole[:50] + b"x" * 100):
+        for broken in (
+            whole[:-1],
+            whole[:20],
+            b"",
+            b"x" * 100,
+            whole[:50] + b"x" * 100,
+            whole + b"x",
+            whole + whole[:-1],
+        ):
             assert (await server.post(broken, encoding))[0] == 400
+        await until(lambda: server.intake.n_bytes == 0)
+
+
+async def test_a_packed_body_may_have_several_members() -> None:
+    """What begins in the middle of a packet, and what begins with one."""
+    members = [gzip.compress(b"x" * n) for n in (30_000, 0, 10_000, 5)]
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        assert await server.post(b"".join(members), "gzip") == (200, "40005")
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with closing(writer):
+            n_bytes = sum(map(len, members))
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % n_bytes
+            writer.write(head + members[0])
+            await until(lambda: server.intake.n_bytes == 30_000)
+            writer.write(b"".join(members[1:]))
+            assert await status_of(reader) == 200
+
+
+@pytest.mark.parametrize("bad", [b"zz\r\n", b"-1\r\n", b"f" * 20 + b"\r\n", b"3\r\nabcdef\r\n", b"\r\n\r\n"])
+async def test_a_body_whose_later_part_is_no_http_is_refused_at_once(bad: bytes) -> None:
+    """And nothing more is read from that connection."""
+    async with echo(BodyIntake(MOST, MOST_OF_ONE)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with closing(writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+            await until(lambda: server.intake.n_bytes == 5)
+            writer.write(bad)
+            answer = await asyncio.wait_for(reader.read(), DEADLINE)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
         await until(lambda: server.intake.n_bytes == 0)
 
 
