@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from converter.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
@@ -23,7 +22,7 @@ _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
 _EXPERT_ROLES = tuple(f"ffn_{name}" for name in PROJECTIONS)
 _ROLES = (*ROLES, *_EXPERT_ROLES, "token_embd", "output")
 _SMALL_BLOCK = 32
-"""Weights in a block of the types that divide most rows."""
+"""Weights in a block of the quantised types that divide most rows."""
 
 
 def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Choices:
@@ -94,29 +93,23 @@ class NamedTypes:
 
 
 def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
-    """Raises UsageError for a width that is no multiple of the blocks of its types, before neurons are chosen."""
-    kinds = _width_kinds(recipe)
-    kind = max(kinds, key=lambda one: int(GGML_QUANT_SIZES[one][0]))
-    block = int(GGML_QUANT_SIZES[kind][0])
-    if width % block == 0 or source.spec.n_ff % block:
+    """Raises UsageError, before neurons are chosen, for a width that the blocks of no quantised type divide."""
+    if width % _SMALL_BLOCK == 0 or source.spec.n_ff % _SMALL_BLOCK or not _quantises(recipe):
         return
-    below, above = width // block * block, -(-width // block) * block
+    below, above = width // _SMALL_BLOCK * _SMALL_BLOCK, -(-width // _SMALL_BLOCK) * _SMALL_BLOCK
     near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if 0 < one <= source.spec.n_ff)
-    is_free = block > _SMALL_BLOCK and recipe.target_size is None and recipe.target_bpw is None
-    smaller = ", or name types of smaller blocks, such as Q8_0 (--type Q8_0)" if is_free else ""
     raise UsageError(
-        f"Experts of {width} neurons do not divide into blocks of {block}, as {kind.name} has them. "
-        f"Keep {near}{smaller}."
+        f"Experts of {width} neurons do not divide into blocks of {_SMALL_BLOCK}, the smallest there are. Keep {near}."
     )
 
 
-def _width_kinds(recipe: Recipe) -> list[Type]:
-    """Types of which all must divide the rows of trimmed experts, or of candidates the one that does so best."""
-    low = [Type[recipe.types.low]] if recipe.types.low is not None else []
+def _quantises(recipe: Recipe) -> bool:
+    """Whether experts get types that have blocks."""
+    best = [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base]
     if recipe.types.expert is None and recipe.types.candidates:
-        best = min((Type[name] for name in recipe.types.candidates), key=lambda one: int(GGML_QUANT_SIZES[one][0]))
-        return [best, *low]
-    return [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base, *low]
+        best = [Type[name] for name in recipe.types.candidates]
+    low = [Type[recipe.types.low]] if recipe.types.low is not None else []
+    return any(kind not in LOSSLESS for kind in (*best, *low))
 
 
 def check_importance(plan: SlimPlan) -> None:

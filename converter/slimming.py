@@ -27,7 +27,7 @@ from converter.type_costs import (
     priced_matrices,
     stored_costs,
 )
-from converter.type_recipe import fitting_type
+from converter.type_recipe import fits, fitting_type
 from offload.errors import DoesNotFitError, UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -141,16 +141,20 @@ def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:
     return whole
 
 
-def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...]:
-    """The types to choose from, and those that stand in for them where rows do not fit them."""
-    named = recipe.types.candidates
-    if not named:
-        return CANDIDATES
-    widths = {source.shapes[key][1] for key in priced_matrices(source)}
-    if recipe.experts.width is not None:
-        widths.add(recipe.experts.width)
-    others = (fitting_type(Type[name], n_per_row).name for name in named for n_per_row in sorted(widths))
-    return tuple(dict.fromkeys((*named, *others)))
+def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
+    """The types that must have a price: those that are named, and what stands in for them where rows do not fit them.
+
+    None for what calibration tries. It tries no types of small blocks on rows that need none, as narrower ones may.
+    """
+    named, width = recipe.types, recipe.experts.width
+    needs_small = width is not None and fits(Type.Q4_K, source.spec.n_ff) and not fits(Type.Q4_K, width)
+    if not named.candidates and not needs_small:
+        return None
+    others = (named.expert, named.low, named.attention, named.token, named.output)
+    asked = (*(named.candidates or CANDIDATES), *(name for name in others if name in CANDIDATES))
+    widths = {source.shapes[key][1] for key in priced_matrices(source)} | ({width} if width is not None else set())
+    fitting = (fitting_type(Type[name], n_per_row).name for name in asked for n_per_row in sorted(widths))
+    return tuple(dict.fromkeys((*asked, *fitting)))
 
 
 def _completed(
@@ -190,14 +194,17 @@ def _within(
 
 
 def statistics_costs(
-    source: ModelSource, statistics: Statistics, types: Sequence[str], n_threads: int, on_progress: Progress
+    source: ModelSource, statistics: Statistics, types: Sequence[str] | None, n_threads: int, on_progress: Progress
 ) -> TypeCosts:
-    """What these types cost, measured where the statistics have no answer; raises as `measure_type_costs` does."""
+    """What these types cost, those worth choosing from if they are not given, measured where the statistics have no
+    answer; raises as `measure_type_costs` does.
+    """
     # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
     tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
-    known = set(tried) if types == CANDIDATES else known_types(source, statistics)
-    missing = tuple(name for name in types if name not in known)
-    stored = stored_costs(statistics, tuple(name for name in types if name not in missing))
+    known = set(tried) if types is None else known_types(source, statistics)
+    wanted = CANDIDATES if types is None else types
+    missing = tuple(name for name in wanted if name not in known)
+    stored = stored_costs(statistics, tuple(name for name in wanted if name not in missing))
     if not missing and stored is not None:
         return stored
     what = f"measuring what {', '.join(missing)} cost" if stored is not None else "measuring what each type costs"

@@ -262,7 +262,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "all blocks": (["--drop-blocks", "4"], "--drop-blocks is 4, but must be a number of layers from 0 to 3"),
     "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),
     "no size": (["--target-size", "12Gigs"], "Write one like 12GiB"),
-    "blocks": (["--width", "72", "--type", "q8_0"], "into blocks of 32, as Q8_0 has them. Keep 64 or 96."),
+    "blocks": (["--width", "72", "--type", "q8_0"], "into blocks of 32, the smallest there are. Keep 64 or 96."),
 }
 
 

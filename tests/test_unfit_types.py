@@ -1,6 +1,7 @@
 """Slimming a model of which some matrices have rows that the blocks of K-types do not divide."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from gguf import GGUFReader
 from converter.model_source import ModelSource
 from converter.named_types import NamedTypes
 from converter.open_source import open_source
-from converter.recipe import Recipe, StorageRecipe
+from converter.recipe import ExpertRecipe, Recipe, StorageRecipe
 from converter.slim_layout import lay_out
 from converter.slim_plan import Format, SlimPlan
 from converter.slim_writer import slim
@@ -117,6 +118,23 @@ def test_types_by_name_under_a_size_fall_back(source: ModelSource, statistics: S
     assert {expert.types for expert in experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}
     assert {expert.low_types for expert in experts} == {(Type.Q2_K, Type.Q2_K, Type.IQ4_NL)}
     assert counts(source, recipe, plan, statistics) == {"Q4_K to Q5_0": 2, "Q2_K to IQ4_NL": 2}
+
+
+def test_narrower_experts_fall_back(sentencepiece_path: Path, tmp_path: Path) -> None:
+    """Rows of 512 fit all types, and calibration has tried no others on them; those of 384 need some."""
+    sizes = TinyConfig(n_layer=1, n_embd=256, n_ff=512, n_expert=4, n_expert_used=2)
+    source = open_source(save_checkpoint(tmp_path / "c", sentencepiece_path, sizes))
+    statistics = learnt(source, tmp_path)
+    narrow = ExpertRecipe(width=384)
+    named = Recipe(experts=narrow, types=StorageRecipe(expert="Q4_K"))
+    plan = plan_slim(source, statistics, named)
+    assert {expert.types for expert in plan.layers[0].experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}
+    assert counts(source, named, plan, statistics) == {"Q4_K to Q5_0": 1}
+    plan = plan_slim(source, statistics, Recipe(experts=narrow, target_bpw=3.6))
+    kinds = {expert.types[2] for expert in plan.layers[0].experts}
+    assert kinds <= SMALL - {Type.Q8_0, Type.F16}, "a budget that has no room for more"
+    assert plan.expected_kl is not None
+    assert 0 < plan.expected_kl < math.inf
 
 
 def test_a_type_that_fits_nowhere_is_refused(moe_checkpoint: Path) -> None:
