@@ -15,6 +15,7 @@ from offload import file_keys as keys
 from offload import llama
 from offload.errors import ModelFileError, UnsupportedModelError
 from offload.gguf_file import GGUFFile, Value, number_array
+from offload.interrupts import interrupts_held
 from offload.text_blocks import TextBlocks, check_runs
 
 _NO_TOKENIZER = ("", "none", "no_vocab")
@@ -216,7 +217,7 @@ def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:
         _set_arrays(metadata, gguf, spec, names)
         params = llama.llama_model_default_params()
         params.vocab_only = True
-        with _captured_log() as log:
+        with interrupts_held(), _captured_log() as log:
             model = llama.llama_model_init_from_user(metadata, None, None, params)
     finally:
         llama.gguf_free(metadata)

@@ -24,7 +24,7 @@ SHARED_LEAVES |= {
     "processors",
     "control_groups",
 }
-SHARED_LEAVES |= {"llama", "text_blocks", "tokenizer", "vocabulary"}
+SHARED_LEAVES |= {"interrupts", "llama", "text_blocks", "tokenizer", "vocabulary"}
 MAY_IMPORT = {
     "offload": {"offload"},
     "converter": {"converter", "offload"},

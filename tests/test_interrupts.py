@@ -1,0 +1,50 @@
+"""Ctrl-C while C calls back into Python."""
+
+import ctypes
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload import llama
+from offload.gguf_file import read_gguf
+from offload.interrupts import interrupts_held
+from offload.tokenizer import Tokenizer
+from tests.test_tokenizer import write_vocabulary
+
+_CALLBACK = ctypes.CFUNCTYPE(None)
+
+
+def _interrupt_from_c() -> None:
+    _CALLBACK(lambda: signal.raise_signal(signal.SIGINT))()
+
+
+def _held(done: list[str]) -> None:
+    with interrupts_held():
+        _interrupt_from_c()
+        done.append("went on")
+
+
+def test_an_interrupt_waits_for_the_end() -> None:
+    done: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        _held(done)
+    assert done == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_while_a_vocabulary_is_made_is_not_lost(
+    tmp_path: Path, sentencepiece_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = llama.llama_model_init_from_user
+
+    def interrupted(*arguments: Any) -> Any:
+        _interrupt_from_c()
+        return make(*arguments)
+
+    gguf = read_gguf(write_vocabulary(tmp_path / "v.gguf", sentencepiece_path))
+    monkeypatch.setattr(llama, "llama_model_init_from_user", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.open(gguf)
