@@ -1,7 +1,9 @@
 """What judging a file will take, by kind of work, from the speed of the source's first block on some of the text."""
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from statistics import median
 
 from converter.model_source import ModelSource
 from converter.stream import Observer, Sequences, Stream
@@ -11,6 +13,8 @@ SOURCE, FILE, SECOND = "the source's answers", "the file's answers", "the second
 PLAIN, BLOCKS, WRITING = "plain types", "each block alone", "writing texts"
 """Kinds of work, as progress names them too."""
 _FEW, _MANY = 32, 256
+_TRIAL_SECONDS = 0.5
+"""Passes are tried for so long, and the middle one counts: the first is slow, and so are disturbed ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +62,17 @@ def estimate_seconds(source: ModelSource, work: ReportWork, device: str = "cpu")
 
 
 def _pass_seconds(source: ModelSource, windows: Windows, n_tokens: int, device: str) -> tuple[float, int]:
-    """Of one block on so many tokens, and how many there were."""
+    """Of one block on so many tokens, in the median, and how many there were."""
     tokens: list[tuple[int, ...]] = []
     for window in windows.sequences.tokens:
         left = n_tokens - sum(map(len, tokens))
         if left > 0:
             tokens.append(window[:left])
-    stream = Stream(source, Sequences(tuple(tokens)), device)
-    try:
-        stream.embed()
-        begin = time.perf_counter()
-        stream.pass_layer(0, Observer())
-        return time.perf_counter() - begin, stream.sequences.n_rows
-    finally:
-        stream.close()
+    sequences, seconds = Sequences(tuple(tokens)), list[float]()
+    while sum(seconds) < _TRIAL_SECONDS:
+        with closing(Stream(source, sequences, device)) as stream:
+            stream.embed()
+            begin = time.perf_counter()
+            stream.pass_layer(0, Observer())
+            seconds.append(time.perf_counter() - begin)
+    return median(seconds), sequences.n_rows
