@@ -78,3 +78,22 @@ def test_a_vocabulary_that_is_no_list_is_not_counted(tmp_path: Path) -> None:
     writer.write_ti_data_to_file()
     writer.close()
     assert take_inventory(tmp_path / "m.gguf").tokenizer == {"model": "llama", "chat_template": False}
+
+
+def test_a_recipe_is_shown_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
+    writer.add_string("slimoe.version", "0.1.0")
+    writer.add_string("slimoe.recipe", 'name = "mine"\n\n[fit]\nrefit = true\n')
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert run(["inspect", str(tmp_path / "m.gguf")]) == 0
+    origin = capsys.readouterr().out.split("origin      ")[1].splitlines()
+    assert [line.strip() for line in origin] == [
+        "slimoe.version 0.1.0",
+        "slimoe.recipe",
+        'name = "mine"',
+        "[fit]",
+        "refit = true",
+    ]

@@ -64,10 +64,18 @@ def _lines(inventory: Inventory) -> list[str]:
     ]
     tokenizer = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.tokenizer.items())
     experts = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.experts.items())
-    origin = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.provenance.items())
+    origin = [line for name, value in inventory.provenance.items() for line in _origin(name, _shown(value))]
     lines += ["", f"experts     {experts}"] if experts else [""]
-    lines += [f"tokenizer   {tokenizer or 'none'}", f"origin      {origin or 'not recorded'}"]
+    lines.append(f"tokenizer   {tokenizer or 'none'}")
+    heads = ("origin      ", *(" " * 12 for _ in origin))
+    lines += [f"{head}{line}" for head, line in zip(heads, origin or ["not recorded"], strict=False)]
     return [*lines, f"note        {inventory.note}"] if inventory.note else lines
+
+
+def _origin(name: str, value: str) -> list[str]:
+    """A line, and below it those of a text that has several, such as a recipe."""
+    inner = value.strip().split("\n")
+    return [f"{name} {value}"] if len(inner) == 1 else [name, *(f"  {line}" for line in inner if line)]
 
 
 def _shown(value: Any) -> str:
