@@ -76,7 +76,7 @@ def _named(name: str, devices: Sequence[Device]) -> Device:
             return device
     if not devices:
         raise UsageError(
-            f"--device names {name!r}, but there is none on this machine: computing on the CPU. Leave --device out, "
+            f"--device names {name!r}, but there is none on this machine. Leave --device out to compute on the CPU, "
             "name another machine's with --rpc, or install llama-cpp-python with your GPU's backend."
         )
     there = ", ".join(f"{device.name} ({device.description})" for device in devices)
