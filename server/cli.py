@@ -69,7 +69,9 @@ def run(arguments: Sequence[str]) -> int:
     except SlimoeError as error:
         tell(f"slimoe: {' '.join(str(error).split())}")
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:  # click has ended the line of ^C
+        return 130
+    except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except MemoryError:

@@ -11,6 +11,7 @@ from offload import llama
 from offload.gguf_file import read_gguf
 from offload.interrupts import interrupts_held
 from offload.tokenizer import Tokenizer
+from server.cli import run
 from tests.test_tokenizer import write_vocabulary
 
 _CALLBACK = ctypes.CFUNCTYPE(None)
@@ -48,3 +49,12 @@ def test_an_interrupt_while_a_vocabulary_is_made_is_not_lost(
     monkeypatch.setattr(llama, "llama_model_init_from_user", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Tokenizer.open(gguf)
+
+
+def test_an_interrupt_ends_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_model: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.commands.inspect.take_inventory", interrupted)
+    assert run(["inspect", "model"]) == 130
+    assert capsys.readouterr().err == "\n"
