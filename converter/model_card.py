@@ -71,7 +71,7 @@ def _figures(report: Report) -> Iterator[str]:
     rows.append(("Same likeliest token", percent(total.same_top)))
     read = [(name, one) for name, one in report.quality.domains.items() if name not in report.quality.unread]
     for name, one in read or report.quality.domains.items():
-        value = f"{one.reference_perplexity:.3f} to {one.perplexity:.3f} ({100 * one.perplexity_rise:+.1f} %)"
+        value = f"{one.reference_perplexity:.3f} to {one.perplexity:.3f} ({100 * one.perplexity_rise:+z.1f} %)"
         rows.append((f"Perplexity, {name}", value))
     for name, probe in report.probes.items():
         if probe.kept is not None:

@@ -77,7 +77,7 @@ def _summary(report: Report) -> Iterator[str]:
             ("KL expected by the plan", _expected(report)),
             ("KL of plain types at as many bytes", plain_kl(report)),
             ("Perplexity, source", f"{total.reference_perplexity:.3f}"),
-            ("Perplexity, this file", f"{total.perplexity:.3f} ({100 * total.perplexity_rise:+.1f} %)"),
+            ("Perplexity, this file", f"{total.perplexity:.3f} ({100 * total.perplexity_rise:+z.1f} %)"),
             ("Same likeliest token", percent(total.same_top)),
             ("Picks of experts that changed", percent(sum(flips) / len(flips)) if flips else "not counted"),
         ]
@@ -87,7 +87,7 @@ def _summary(report: Report) -> Iterator[str]:
         yield ""
         yield (
             f"With every expert's second copy: KL {divergence(low)} nats, perplexity {low.perplexity:.3f} "
-            f"({100 * low.perplexity_rise:+.1f} %)."
+            f"({100 * low.perplexity_rise:+z.1f} %)."
         )
     for text in (yardstick_text(report), unread_text(report)):
         if text:
@@ -178,7 +178,7 @@ def _domains(report: Report) -> Iterator[str]:
                 f"{one.divergence.percentile_999:.4f}",
                 f"{one.reference_perplexity:.3f}",
                 f"{one.perplexity:.3f}",
-                f"{100 * one.perplexity_rise:+.1f} %",
+                f"{100 * one.perplexity_rise:+z.1f} %",
                 percent(one.same_top),
             )
         )

@@ -128,6 +128,6 @@ def _told(report: Report, target: Path) -> list[str]:
     first = (
         f"{report_paths(target)['markdown']}: KL {total.divergence.mean:.4f}{error} nats per token, "
         f"{total.divergence.percentile_999:.3g} or more for one in 1,000; {100 * total.same_top:.1f} % the same "
-        f"likeliest token, perplexity {100 * total.perplexity_rise:+.1f} %"
+        f"likeliest token, perplexity {100 * total.perplexity_rise:+z.1f} %"
     )
     return [first, *(text for text in (yardstick_text(report), unread_text(report)) if text)]
