@@ -1,5 +1,6 @@
 """Types that a recipe names itself: for every matrix, with what they cost, and which of them cannot be had."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -122,7 +123,7 @@ def check_importance(plan: SlimPlan) -> None:
 
 def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
     """The plan with what its types cost, if that is known."""
-    outer = {MatrixKey("token_embd.weight"): plan.token_type, MatrixKey("output.weight"): plan.output_type}
+    outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
     if not plan_kinds(plan) - set(LOSSLESS):
         return plan
     if costs is None:
@@ -130,6 +131,20 @@ def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
     pairs = ((key, kind) for key, kind in _plan_types(plan, outer) if key in costs.costs and kind not in LOSSLESS)
     nats = sum(costs.of(key, kind) for key, kind in pairs)
     return replace(plan, expected_kl=(plan.expected_kl or 0.0) + nats)
+
+
+def are_priced(plan: SlimPlan, costs: TypeCosts) -> bool:
+    """Whether it is known what each type of a plan costs the matrix that has it, second copies among them."""
+    outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
+    seconds = [
+        (expert_key(layer.block, name, member), kind)
+        for layer in plan.layers
+        for expert in layer.experts
+        for name, kind in zip(PROJECTIONS, expert.low_types or (), strict=False)
+        for member in expert.members
+    ]
+    pairs = (pair for pair in (*_plan_types(plan, outer), *seconds) if pair[0] in costs.costs)
+    return all(kind in LOSSLESS or math.isfinite(costs.of(key, kind)) for key, kind in pairs)
 
 
 def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Iterator[tuple[MatrixKey, Type]]:

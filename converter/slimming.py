@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.allocation import Allocation
 from converter.model_source import ModelSource
-from converter.named_types import check_importance, check_width, named_types, plan_kinds, priced
+from converter.named_types import are_priced, check_importance, check_width, named_types, plan_kinds, priced
 from converter.recipe import Recipe
 from converter.recipe_file import recipe_text
 from converter.slim_hints import with_fallbacks, with_hints
@@ -130,7 +130,10 @@ def _named_costs(
     if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
         return None
     names = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
-    return statistics_costs(source, statistics, names, n_threads, on_progress) if names else None
+    stored = stored_costs(statistics, names)
+    if not names or (stored is not None and are_priced(plan, stored)):
+        return stored
+    return statistics_costs(source, statistics, names, n_threads, on_progress)
 
 
 def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:

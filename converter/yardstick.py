@@ -21,7 +21,7 @@ from converter.slim_types import apply
 from converter.slimming import BEYOND
 from converter.statistics import Statistics
 from converter.structure import build_structure
-from converter.type_costs import LOSSLESS, known_types, stored_costs
+from converter.type_costs import LOSSLESS, stored_costs
 from converter.type_recipe import FOR_IMPORTANCE, RECIPES
 from offload.errors import UnsupportedModelError, UsageError
 from offload.model_spec import NATIVE
@@ -80,16 +80,14 @@ def plain_neighbours(source: ModelSource, statistics: Statistics | None, n_bytes
 def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator[PlainPlan]:
     """Those that can be made, and whose cost is known where any is."""
     size = PlanSize(source)
-    known = frozenset[str]() if statistics is None else known_types(source, statistics)
+    has_prices = statistics is not None and statistics.matrix_costs is not None
     for name in RECIPES:
         if statistics is None and name in FOR_IMPORTANCE:
             continue
         try:
-            plan = _plain_plan(source, statistics, name)
-            kinds = {kind.name for kind in plan_kinds(plan) - set(LOSSLESS)}
-            if known and not kinds <= known:
-                continue
-            yield PlainPlan(name, _with_cost(plan, statistics, sorted(kinds)), size.of(plan))
+            plan = _with_cost(_plain_plan(source, statistics, name), statistics)
+            if plan.expected_kl is not None or not has_prices:
+                yield PlainPlan(name, plan, size.of(plan))
         except (UnsupportedModelError, UsageError):
             continue  # its blocks divide no rows
 
@@ -102,8 +100,9 @@ def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -
     return apply(plan, named_types(source, structure, recipe), source, None)
 
 
-def _with_cost(plan: SlimPlan, statistics: Statistics | None, types: Sequence[str]) -> SlimPlan:
+def _with_cost(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
     """The plan with what the statistics foretell: nothing is lost in types of 16 bits."""
+    types = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
     costs = None if statistics is None else stored_costs(statistics, types)
     found = priced(plan, costs)
     is_known = not types or (costs is not None and found.expected_kl is not None and math.isfinite(found.expected_kl))

@@ -12,12 +12,13 @@ from converter.model_source import ModelSource
 from converter.named_types import NamedTypes
 from converter.open_source import open_source
 from converter.recipe import ExpertRecipe, Recipe, StorageRecipe
-from converter.slim_layout import lay_out
+from converter.slim_layout import lay_out, plan_bytes
 from converter.slim_plan import Format, SlimPlan
 from converter.slim_writer import slim
 from converter.slimming import plan_slim
 from converter.statistics import Statistics
 from converter.unfit_types import unfit_counts
+from converter.yardstick import plain_neighbours
 from offload.errors import UnsupportedModelError, UsageError
 from server.cli import run
 from tests.slim_models import learnt
@@ -118,6 +119,23 @@ def test_types_by_name_under_a_size_fall_back(source: ModelSource, statistics: S
     assert {expert.types for expert in experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}
     assert {expert.low_types for expert in experts} == {(Type.Q2_K, Type.Q2_K, Type.IQ4_NL)}
     assert counts(source, recipe, plan, statistics) == {"Q4_K to Q5_0": 2, "Q2_K to IQ4_NL": 2}
+
+
+def test_prices_that_are_known_are_not_measured_again(source: ModelSource, statistics: Statistics) -> None:
+    said: list[str] = []
+    recipe = Recipe(types=StorageRecipe(expert="Q4_K", low="Q2_K"))
+    plan = plan_slim(source, statistics, recipe, on_progress=lambda what, _done, _total: said.append(what))
+    assert said == []
+    assert plan.expected_kl is not None
+    assert 0 < plan.expected_kl < math.inf
+
+
+def test_plain_types_fall_back_in_the_yardstick(source: ModelSource, statistics: Statistics) -> None:
+    plan = plan_slim(source, statistics, Recipe(format="stock", types=StorageRecipe(expert="Q4_K")))
+    below, above = plain_neighbours(source, statistics, plan_bytes(plan, source) + 10_000)
+    assert below.type == "Q4_K"
+    assert below.plan.expected_kl == pytest.approx(plan.expected_kl)
+    assert above.n_bytes > below.n_bytes
 
 
 def test_narrower_experts_fall_back(sentencepiece_path: Path, tmp_path: Path) -> None:
