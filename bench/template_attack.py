@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ _ALIGNMENT, _STRING = 32, 8
 @dataclass(slots=True)
 class _Tally:
     slowest: float = 0.0
+    slowest_at_once: float = 0.0
     most_growth: int = 0
     worst_health: float = 0.0
     n_bombs: int = 0
@@ -56,6 +58,7 @@ def attack_templates(n_bombs: int) -> Outcome:
     figures = {
         "n_bombs": tally.n_bombs,
         "slowest_s": round(tally.slowest, 2),
+        "slowest_at_once_s": round(tally.slowest_at_once, 2),
         "most_growth_mib": round(tally.most_growth / 2**20, 1),
         "worst_health_ms": tally.worst_health,
     }
@@ -80,8 +83,36 @@ def _rendered(model: Path, bombs: list[int], tally: _Tally) -> list[int]:
         for place, bomb in enumerate(bombs):
             if not _set_off(server, f"rendered {bomb}", f"bomb {bomb}", expected, tally):
                 return bombs[place + 1 :]
+        _all_at_once(server, bombs, tally)
+        if _chat(server, "Hello") != expected:
+            tally.findings.append(Finding("another answer than before", "at once"))
         tally.findings += server.log_findings()
     return []
+
+
+def _all_at_once(server: Victim, bombs: list[int], tally: _Tally) -> None:
+    """Sets all bombs off at the same moment: some are stopped, the others told to come back, and none waits long."""
+
+    def set_off(bomb: int) -> tuple[float, str | None]:
+        begin = time.perf_counter()
+        fault = _answer_fault(server, f"bomb {bomb}", may_be_told_to_wait=True)
+        return time.perf_counter() - begin, fault
+
+    with (
+        watched_memory(server.process.pid) as memory,
+        watched_health(server.url) as health,
+        ThreadPoolExecutor(len(bombs)) as pool,
+    ):
+        answers = list(pool.map(set_off, bombs))
+    tally.slowest_at_once = max(tally.slowest_at_once, *(seconds for seconds, _ in answers))
+    tally.most_growth = max(tally.most_growth, memory.peak - memory.before)
+    tally.findings += [Finding(fault.partition(":")[0], "at once", fault) for _, fault in answers if fault is not None]
+    if tally.slowest_at_once > ANSWER_SECONDS:
+        kind = f"bombs at once are answered after more than {ANSWER_SECONDS:g} s"
+        tally.findings.append(Finding(kind, "at once", f"{tally.slowest_at_once:.1f}"))
+    if memory.peak - memory.before > GROWTH_BYTES:
+        tally.findings.append(Finding("bombs at once take more than 256 MiB", "at once", str(memory.figures())))
+    tally.findings += [replace(finding, case="at once") for finding in health.findings(HEALTH_MS, WORST_HEALTH_MS)]
 
 
 def _compiled(model: Path, number: int, tally: _Tally) -> None:
@@ -120,10 +151,12 @@ def _set_off(server: Victim, case: str, content: str, expected: str | None, tall
     return fault is None or not fault.startswith("no answer")
 
 
-def _answer_fault(server: Victim, content: str) -> str | None:
+def _answer_fault(server: Victim, content: str, *, may_be_told_to_wait: bool = False) -> str | None:
     try:
         _chat(server, content)
     except urllib.error.HTTPError as error:
+        if may_be_told_to_wait and error.code == 503 and error.headers.get("Retry-After"):
+            return None
         return None if error.code == 400 else f"status {error.code}: {error.read()[:300]!r}"
     except TimeoutError:
         return "no answer to a bomb"

@@ -1,7 +1,8 @@
 """What comes before the engine's work: templates, tokens and checks, away from the threads that must answer at once.
 
 Two threads. One has conversations rendered, which a stranger's template decides the time of; the other reads plain
-texts, which a long one delays. Each takes its work in turn, and leaves out what nobody waits for any more.
+texts, which a long one delays. Each takes its work in turn, and leaves out what nobody waits for any more. A
+conversation before which the template had to be stopped too often is refused: many that take long would add up.
 """
 
 import queue
@@ -13,8 +14,11 @@ from offload.generation import GenerationRequest
 from server import frames
 from server.prompts import Prompts, RequestError, conversation
 from server.replies import failure_of
+from server.template_error import TemplateBusyError, TemplateLimitError
 
 Send = Callable[[frames.Frame], None]
+MOST_STOPPED = 2
+"""How often the template may be stopped, each time after a second at most, while a conversation waits."""
 Question = frames.Encode | frames.Decode | frames.Render
 
 
@@ -35,6 +39,7 @@ class Preparer:
 
     def __init__(self, prompts: Prompts, send: Send, take: Callable[[Job], None]) -> None:
         self._prompts, self._send, self._take = prompts, send, take
+        self._n_stopped = 0
         self._chats: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._texts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         for name, waiting in (("chats", self._chats), ("texts", self._texts)):
@@ -48,29 +53,46 @@ class Preparer:
 
     def prepare(self, job: Job) -> None:
         """Queues a generation."""
-        is_chat = isinstance(job.frame.prompt, frames.ChatPrompt)
-        (self._chats if is_chat else self._texts).put(lambda: self._prepare(job))
+        n_before = self._n_stopped
+        if isinstance(job.frame.prompt, frames.ChatPrompt):
+            self._chats.put(lambda: self._prepare(job, n_before))
+        else:
+            self._texts.put(lambda: self._prepare(job))
 
     def answer(self, question: Question) -> None:
         """Queues a question."""
-        waiting = self._chats if isinstance(question, frames.Render) else self._texts
-        waiting.put(lambda: self._answer(question))
+        n_before = self._n_stopped
+        if isinstance(question, frames.Render):
+            self._chats.put(lambda: self._answer(question, n_before))
+        else:
+            self._texts.put(lambda: self._answer(question))
 
-    def _prepare(self, job: Job) -> None:
+    def _prepare(self, job: Job, n_before: int | None = None) -> None:
         frame = job.frame
         if not job.cancelled.is_set():
             try:
+                self._check_turn(n_before)
                 job.request = self._prompts.complete(frame.request, frame.prompt)
                 self._send(frames.Accepted(frame.id, len(job.request.prompt_ids)))
             except Exception as error:
-                self._send(failure_of(frame.id, error, frame.request.max_tokens))
+                self._fail(frame.id, error, frame.request.max_tokens)
         self._take(job)
 
-    def _answer(self, question: Question) -> None:
+    def _answer(self, question: Question, n_before: int | None = None) -> None:
         try:
+            self._check_turn(n_before)
             self._send(self._answered(question))
         except Exception as error:
-            self._send(failure_of(question.id, error))
+            self._fail(question.id, error)
+
+    def _check_turn(self, n_before: int | None) -> None:
+        """Raises TemplateBusyError for a conversation that came when the template had been stopped `n_before` times."""
+        if n_before is not None and self._n_stopped - n_before >= MOST_STOPPED:
+            raise TemplateBusyError(self._n_stopped - n_before)
+
+    def _fail(self, id: int, error: Exception, max_tokens: int | None = None) -> None:
+        self._n_stopped += isinstance(error, TemplateLimitError)
+        self._send(failure_of(id, error, max_tokens))
 
     def _answered(self, question: Question) -> frames.Answer:
         prompts = self._prompts

@@ -23,7 +23,7 @@ from offload.tokenizer import Tokenizer
 from server import frames
 from server.log_format import log_text
 from server.prompts import RequestError
-from server.template_error import ChatTemplateError
+from server.template_error import ChatTemplateError, TemplateBusyError
 
 
 class OpenModel(Protocol):
@@ -119,6 +119,8 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
             return frames.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
         case ChatTemplateError():
             return frames.Failure(id, "template", str(error), "messages", error.exit_code)
+        case TemplateBusyError():
+            return frames.Failure(id, "template_busy", str(error), exit_code=error.exit_code)
         case UsageError():
             return frames.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
         case DeviceError():
