@@ -1,6 +1,8 @@
 """Tiny tokenizers and checkpoints, made once per test run."""
 
 import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from tests.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
 
 torch.set_num_threads(1)
 """Products of tiny matrices do not gain from more, and files of tests run side by side."""
+
+# Hundreds of tests start the program, which compiles itself each time where Python is told to keep no bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _WORDS = """
 the quick brown fox jumps over a lazy dog </s </span> </script> <s <un <sub> [INST] tell me [/INST] def return import

@@ -140,7 +140,8 @@ def test_kl_divergence_by_hand() -> None:
         ["decode_prefill", "--tokens", "4"],
     ],
 )
-def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
+def test_mistakes_are_answered_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.machine._busiest", lambda _seconds: "nobody")
     done = CliRunner().invoke(import_module(f"bench.{arguments[0]}").main, [*arguments[1:], "--smoke"])
     assert done.exit_code not in (0, 1)
     assert isinstance(done.exception, SystemExit)
