@@ -51,6 +51,9 @@ class BodyIntake:
             async with body.deadline:
                 async for piece in _pieces(request):
                     self._take(body, piece)
+            if body.is_given_up:
+                # The rest of it was there before the deadline was noticed.
+                raise overloaded()
         except TimeoutError:
             raise (overloaded() if body.is_given_up else too_slow(self._seconds)) from None
         finally:
@@ -59,6 +62,8 @@ class BodyIntake:
         return data
 
     def _take(self, body: _Arriving, piece: bytes) -> None:
+        if body.is_given_up:
+            raise overloaded()
         body.n_bytes += len(piece)
         self.n_bytes += len(piece)
         if body.n_bytes > self._most_of_one:

@@ -4,13 +4,16 @@ import asyncio
 import gzip
 import json
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from server.api_error import ApiError
 from server.body_intake import BodyIntake
 from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
 from tests.live_server import DEADLINE, until
@@ -139,6 +142,36 @@ async def test_the_largest_that_is_still_arriving_makes_room() -> None:
         await until(lambda: server.intake.n_bytes == 0)
         for _, writer in (small, large):
             writer.close()
+
+
+@pytest.mark.parametrize("rest", [(), (b"x" * 1000,)], ids=["end", "piece"])
+async def test_what_is_given_up_is_refused_and_takes_no_room(rest: tuple[bytes, ...]) -> None:
+    """Its rest is there already, before its reader hears that it is given up."""
+    intake, is_large = BodyIntake(MOST, MOST_OF_ONE), asyncio.Event()
+    read = asyncio.create_task(intake.read(request_of(b"x" * 55_000, is_large.wait, *rest)))
+    await until(lambda: intake.n_bytes == 55_000)
+
+    async def wake() -> None:
+        is_large.set()
+
+    assert await asyncio.create_task(intake.read(request_of(wake, b"x" * 50_000))) == b"x" * 50_000
+    with pytest.raises(ApiError) as refusal:
+        await read
+    assert refusal.value.info.code == "overloaded"
+    await until(lambda: intake.n_bytes == 0)
+
+
+def request_of(*parts: bytes | Callable[[], Awaitable[object]]) -> Any:
+    """A request whose body arrives in pieces; what is between them is awaited."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for part in parts:
+            if isinstance(part, bytes):
+                yield part
+            else:
+                await part()
+
+    return SimpleNamespace(content_length=None, headers={}, content=SimpleNamespace(iter_any=pieces))
 
 
 async def test_a_body_counts_until_its_answer_is_there() -> None:
