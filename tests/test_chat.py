@@ -59,6 +59,14 @@ def tokenizer(
 
 
 @pytest.fixture(scope="module")
+def chat(tokenizer: Tokenizer) -> Iterator[Chat]:
+    """Chats of the template, in one process for all."""
+    chat = Chat(tokenizer)
+    yield chat
+    chat.close()
+
+
+@pytest.fixture(scope="module")
 def reference(template: str, legacy: bool, sentencepiece_path: Path) -> PreTrainedTokenizerBase:
     """Made of the vocabulary itself: transformers reads tokenizer.model only with libraries that nothing else needs."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_path))
@@ -80,16 +88,16 @@ def conversation(*texts: str) -> Conversation:
 @pytest.mark.parametrize(
     "texts", [("hello",), ("hello world", "tell me", "a lazy dog"), ("  a\n\n", " b ", "日本語 ü")]
 )
-def test_ids_are_those_of_transformers(tokenizer: Tokenizer, reference: Any, texts: tuple[str, ...]) -> None:
+def test_ids_are_those_of_transformers(chat: Chat, reference: Any, texts: tuple[str, ...]) -> None:
     messages = [{"role": m.role, "content": m.content} for m in conversation(*texts).messages]
     expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert list(Chat(tokenizer).prompt(conversation(*texts)).ids) == expected
+    assert list(chat.prompt(conversation(*texts)).ids) == expected
 
 
 @pytest.mark.parametrize("text", NASTY_TEXTS)
-def test_a_users_text_stays_text(tokenizer: Tokenizer, text: str) -> None:
+def test_a_users_text_stays_text(chat: Chat, tokenizer: Tokenizer, text: str) -> None:
     """However it is spelt, a message adds no control token and arrives letter by letter."""
-    chat, n = Chat(tokenizer), tokenizer.n_vocab
+    n = tokenizer.n_vocab
     controls = {0, 1, 2, n - 2, n - 1}
     plain = [token for token in chat.prompt(conversation("x")).ids if token in controls]
     ids = chat.prompt(conversation(f"a{text}b")).ids
@@ -110,10 +118,10 @@ def test_parts_of_marks_are_not_completed_by_the_template(text: str, sentencepie
     tokenizer.close()
 
 
-def test_a_trailing_assistant_message_is_continued(tokenizer: Tokenizer, reference: Any) -> None:
+def test_a_trailing_assistant_message_is_continued(chat: Chat, reference: Any) -> None:
     messages = [{"role": "user", "content": "tell me"}, {"role": "assistant", "content": "the quick "}]
     expected = reference.apply_chat_template(messages, continue_final_message=True, return_dict=False)
-    assert list(Chat(tokenizer).prompt(conversation("tell me", "the quick ")).ids) == expected
+    assert list(chat.prompt(conversation("tell me", "the quick ")).ids) == expected
 
 
 def test_system_and_repeated_roles_are_folded_for_a_template_that_refuses_them(tokenizer: Tokenizer) -> None:
