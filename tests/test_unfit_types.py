@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
+from converter import slimming, type_costs
 from converter.model_source import ModelSource
 from converter.named_types import NamedTypes
 from converter.open_source import open_source
@@ -26,6 +28,16 @@ from tests.tiny_checkpoint import TinyConfig, save_checkpoint
 
 SMALL = {Type.IQ4_NL, Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.F16}
 """What rows of 384 can have of all that the allocator chooses from."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_types() -> Iterator[None]:
+    """The codebooks of 1 and 2 bits, whose blocks are those of the other types of 256, take seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = tuple(name for name in type_costs.CANDIDATES if not name.startswith(("IQ1", "IQ2")))
+        for module in (slimming, type_costs):
+            patch.setattr(module, "CANDIDATES", quick)
+        yield
 
 
 @pytest.fixture(scope="module")
