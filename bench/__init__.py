@@ -1,1 +1,1 @@
-"""Measurements: true-shape random models, and this engine next to llama.cpp on the same file."""
+"""Measurements and attacks that one runs; each ends with one JSON line."""

@@ -17,19 +17,19 @@ from typing import Any
 import click
 import msgspec
 
-from bench import machine
-from bench.body_attack import BodyPlan, attack_bodies
-from bench.budget_attack import BudgetPlan, attack_budget
-from bench.fault_attack import attack_system
-from bench.file_attack import FilePlan, attack_files
-from bench.finding import Finding, Outcome, tell
-from bench.greedy_clients import Greed
-from bench.random_model import SHAPES
-from bench.soak import SoakPlan, soak
-from bench.specimens import KINDS
-from bench.template_attack import attack_templates
-from offload.errors import SlimoeError
-from server.engine_options import OptionsCommand
+from bench.attacks.body_attack import BodyPlan, attack_bodies
+from bench.attacks.budget_attack import BudgetPlan, attack_budget
+from bench.attacks.fault_attack import attack_system
+from bench.attacks.file_attack import FilePlan, attack_files
+from bench.attacks.greedy_clients import Greed
+from bench.attacks.soak import SoakPlan, soak
+from bench.attacks.specimens import KINDS
+from bench.attacks.template_attack import attack_templates
+from bench.limits import machine
+from bench.limits.finding import Finding, Outcome, tell
+from bench.models.random_model import SHAPES
+from slimoe.offload.errors import SlimoeError
+from slimoe.server.options.engine_options import OptionsCommand
 
 ATTACKS = ("bodies", "files", "templates", "budget", "soak", "faults")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration

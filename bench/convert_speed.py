@@ -21,14 +21,14 @@ import click
 import llama_cpp
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from bench import machine
-from bench.random_checkpoint import write_random_checkpoint
-from bench.random_model import SHAPES
-from converter.convert import ConvertOptions, convert
-from converter.type_recipe import find_recipe
-from offload.errors import SlimoeError
-from offload.gguf_file import read_gguf
-from offload.processors import default_threads
+from bench.limits import machine
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import SHAPES
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.quant.mixes import find_recipe
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.resources.processors import default_threads
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "IQ4_XS")
 ALLOWANCE = 1 << 30
@@ -36,7 +36,7 @@ ALLOWANCE = 1 << 30
 _MEASURED_CHILD = """
 import sys
 from pathlib import Path
-from converter.convert import ConvertOptions, convert
+from slimoe.converter.plain.convert import ConvertOptions, convert
 source, target, kind, n_threads = sys.argv[1:]
 convert(ConvertOptions(Path(source), Path(target), kind, int(n_threads), force=True))
 status = Path("/proc/self/status").read_text()

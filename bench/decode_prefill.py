@@ -22,16 +22,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
-from bench.random_model import SHAPES, random_model_file
-from bench.rival import Rival, RivalConfig
-from bench.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
-from offload.engine import Engine
-from offload.engine_plan import EngineConfig
-from offload.errors import SlimoeError, UsageError
-from offload.gguf_file import read_gguf
-from offload.memory import available_bytes
-from offload.processors import default_threads
+from bench.limits import machine
+from bench.models.random_model import SHAPES, random_model_file
+from bench.rivals.llama_cpp import Rival, RivalConfig
+from bench.rivals.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.resources.memory import available_bytes
+from slimoe.offload.resources.processors import default_threads
 
 OURS = "slimoe"
 RIVALS = {"llama.cpp": True, "llama.cpp --no-repack": False}

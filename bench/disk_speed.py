@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from offload.errors import ModelFileError, SlimoeError
+from slimoe.offload.errors import ModelFileError, SlimoeError
 
 THREADS = (1, 2, 4, 8)
 REQUESTS = (1 << 21, 1 << 30)

@@ -24,16 +24,16 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from bench.random_checkpoint import write_random_checkpoint
-from bench.random_model import SHAPES
-from bench.rival import Rival, RivalConfig
-from bench.stepping import kl_divergence, random_tokens
-from converter.convert import ConvertOptions, convert
-from converter.type_recipe import FOR_IMPORTANCE, RECIPES
-from offload.engine import Engine
-from offload.engine_plan import EngineConfig
-from offload.errors import SlimoeError, UsageError
-from offload.processors import default_threads
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import SHAPES
+from bench.rivals.llama_cpp import Rival, RivalConfig
+from bench.rivals.stepping import kl_divergence, random_tokens
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.resources.processors import default_threads
 
 PROMPTS = ("The river", "In the beginning", "def read(path):", "function add(a, b) {", "[INST] Define a noun. [/INST]")
 SMOKE_TYPES = ("F32", "Q8_0", "Q4_K_M")

@@ -7,7 +7,7 @@ model's (natural). llama.cpp maps the file; its rearranged weights, which it kee
 tried where the file fits. The bound is what the machine allows: the longer of computing a token with everything in
 memory and of reading what the cache missed as fast as the disk gives it. Before each run of ours its plan is asked how
 long a token will take. The table goes to stderr, the last line of
-stdout is one JSON document. A ratio of times above 1 means that ours is faster. Linux only, see `bench.cgroup`.
+stdout is one JSON document. A ratio of times above 1 means that ours is faster. Linux only, see `bench.limits.cgroup`.
 
     python -m bench.offload --model design8 --ratio 1.4 --ratio 2
 """
@@ -24,20 +24,20 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import machine
-from bench.cgroup import NoControlGroupError, memory_group
-from bench.engine_changes import parse_changes
-from bench.limited_runs import Limit, Plan, measure
-from bench.offload_report import as_json, table
-from bench.random_checkpoint import write_random_checkpoint
-from bench.random_model import SHAPES, random_model_file
-from bench.topics import STYLES, TOKENS
-from converter.convert import ConvertOptions, convert
-from offload.budget import parse_size
-from offload.errors import SlimoeError, UsageError
-from offload.gguf_file import read_gguf
-from offload.memory import available_bytes
-from offload.processors import default_threads
+from bench.limits import machine
+from bench.limits.cgroup import NoControlGroupError, memory_group
+from bench.limits.engine_changes import parse_changes
+from bench.limits.limited_runs import Limit, Plan, measure
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import SHAPES, random_model_file
+from bench.models.topics import STYLES, TOKENS
+from bench.quality.offload_report import as_json, table
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.plan.budget import parse_size
+from slimoe.offload.resources.memory import available_bytes
+from slimoe.offload.resources.processors import default_threads
 
 RATIOS = ("0.9", "1.4", "2")
 N_PROMPT, N_WARM = 64, 16

@@ -25,22 +25,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine_changes import Changes, changed, parse_changes
-from bench.pair_hints import measure_hints, write_hints
-from bench.pair_scores import PASSES, Text, score
-from bench.random_checkpoint import write_random_checkpoint
-from bench.random_model import SHAPES
-from bench.rival import Rival, RivalConfig
-from bench.topics import natural_tokens
-from converter.convert import ConvertOptions, convert
-from converter.pair import find_pair
-from offload.arena import slot_bytes
-from offload.engine_plan import EngineConfig, plan_engine
-from offload.errors import SlimoeError, UsageError
-from offload.gguf_file import read_gguf
-from offload.processors import default_threads
-from offload.tier_plan import slot_classes
-from offload.tokenizer import Tokenizer
+from bench.limits.engine_changes import Changes, changed, parse_changes
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import SHAPES
+from bench.models.topics import natural_tokens
+from bench.quality.pair_hints import measure_hints, write_hints
+from bench.quality.pair_scores import PASSES, Text, score
+from bench.rivals.llama_cpp import Rival, RivalConfig
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.plain.pair import find_pair
+from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.slots import slot_classes
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.resources.processors import default_threads
+from slimoe.offload.text.tokenizer import Tokenizer
 
 UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
 _PIECES, _PIECE_TOKENS = 10, 64

@@ -19,14 +19,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.cache_replay import CacheReplay, Tally, Tier, experts_by_size, pool_sizes, pools_within
-from bench.contender import Belady, Contender, Online, OracleStatic
-from bench.demand import Demand, demands
-from bench.random_trace import write_random_trace
-from offload.budget import parse_size
-from offload.errors import SlimoeError, UsageError
-from offload.policy import POLICIES, PolicyContext, Values
-from offload.trace import Trace, TraceHeader, read_trace
+from bench.models.random_trace import write_random_trace
+from bench.traces.cache_replay import CacheReplay, Tally, Tier, experts_by_size, pool_sizes, pools_within
+from bench.traces.contender import Belady, Contender, Online, OracleStatic
+from bench.traces.demand import Demand, demands
+from slimoe.offload.cache.policy import POLICIES, PolicyContext, Values
+from slimoe.offload.cache.router_trace import Trace, TraceHeader, read_trace
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.plan.budget import parse_size
 
 GB = 1e9
 RATES = {"arena": (1.2, 20.0, 20.0), "device": (12.0, 300.0, 20.0)}

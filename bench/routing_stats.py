@@ -21,14 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.random_model import SHAPES, random_model_file
-from bench.routing import Floats, Picks, Routers, Routing, best, observe
-from bench.topics import STYLES, TOKENS
-from converter.convert import ConvertOptions, convert
-from offload.errors import SlimoeError, UsageError
-from offload.gguf_file import read_gguf
-from offload.processors import default_threads
-from offload.tokenizer import Tokenizer
+from bench.models.random_model import SHAPES, random_model_file
+from bench.models.topics import STYLES, TOKENS
+from bench.traces.routing import Floats, Picks, Routers, Routing, best, observe
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.resources.processors import default_threads
+from slimoe.offload.text.tokenizer import Tokenizer
 
 AHEAD = (1, 2)
 LRU_SHARES = (0.25, 0.5, 0.75)

@@ -1,7 +1,7 @@
 """Experts in a device's slots: the engine against the replay of what it recorded, and against the CPU.
 
 For each share of the experts that have room on the device, and each policy: a prompt and then natural tokens one by
-one, recorded, and the recording replayed with the same decisions (`bench.cache_replay`). Bytes uploaded per token and
+one, recorded, and the recording replayed with the same decisions (`cache_replay`). Bytes uploaded per token and
 the share of picks found on the device must be the same; the logits must be the CPU's, to the last bit on an RPC device,
 whose kernels are the same. Without --device an RPC server over this machine's CPU stands in for a card: nothing here
 is a matter of time. A swap costs and gains what it would on a card (`bench.replay`) or, with --rule measured, what the
@@ -26,24 +26,24 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
-from bench.cache_replay import CacheReplay, Tally, Tier
-from bench.contender import Online
-from bench.demand import demands
-from bench.random_model import SHAPES, random_model_file
+from bench.limits import machine
+from bench.models.random_model import SHAPES, random_model_file
+from bench.models.topics import STYLES, TOKENS
 from bench.replay import GB, RATES
-from bench.rpc_server import rpc_server
-from bench.stepping import kl_divergence
-from bench.topics import STYLES, TOKENS
-from offload.device_plan import N_PASSING
-from offload.devices import available_devices
-from offload.engine import Engine
-from offload.engine_plan import EngineConfig, EnginePlan, plan_engine
-from offload.errors import SlimoeError, UsageError
-from offload.gguf_file import read_gguf
-from offload.policy import POLICIES, PolicyContext, make_policy
-from offload.swap_rule import SwapRule
-from offload.trace import read_trace
+from bench.rivals.rpc_server import rpc_server
+from bench.rivals.stepping import kl_divergence
+from bench.traces.cache_replay import CacheReplay, Tally, Tier
+from bench.traces.contender import Online
+from bench.traces.demand import demands
+from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
+from slimoe.offload.cache.router_trace import read_trace
+from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.ggml.devices import available_devices
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.plan.device_plan import N_PASSING
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
 
 Logits = NDArray[np.float32]
 SHARES = (0.25, 0.5, 0.75)

@@ -25,15 +25,15 @@ from typing import Any
 import aiohttp
 import click
 
-from bench import machine
-from bench.random_model import SHAPES, random_model_file
-from bench.stepping import random_tokens
-from offload.engine import Engine
-from offload.engine_plan import EngineConfig
-from offload.errors import SlimoeError
-from offload.generation import Finished, GenerationRequest, TokenStep
-from offload.processors import default_threads
-from offload.sampling import SamplingParams
+from bench.limits import machine
+from bench.models.random_model import SHAPES, random_model_file
+from bench.rivals.stepping import random_tokens
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.resources.processors import default_threads
+from slimoe.offload.text.generation import Finished, GenerationRequest, TokenStep
+from slimoe.offload.text.sampling import SamplingParams
 
 N_PROMPT = 16
 FIRST_PLAIN_TOKEN = 259  # after the special tokens and the bytes, in every vocabulary of SentencePiece's kind
@@ -75,7 +75,7 @@ class Stream:
 async def running_server(plan: Plan) -> AsyncIterator[str]:
     """A `slimoe serve` child; gives its base URL once it answers. Raises ServerFailedError when it ends before."""
     arguments = ["serve", str(plan.model), "--port", "0", "--threads", str(plan.n_threads), "--ctx", str(plan.n_ctx)]
-    command = [sys.executable, "-m", "server.cli", *arguments]
+    command = [sys.executable, "-m", "slimoe.server.cli", *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         assert process.stdout is not None

@@ -24,30 +24,30 @@ import click
 import numpy as np
 from rich.console import Console
 
-from bench import machine
-from bench.llama_quantizer import FILE_TYPES, llama_quantize
-from bench.random_checkpoint import write_random_checkpoint
-from bench.random_model import SHAPES
-from converter.calibration import CalibrationSettings, calibrate
-from converter.calibration_text import CalibrationText, TextFile
-from converter.convert import ConvertOptions, convert
-from converter.evaluation import Reference
-from converter.fit_choice import chosen_fit
-from converter.imatrix_file import imatrix_of
-from converter.layer_observer import Samples
-from converter.model_source import ModelSource
-from converter.open_source import open_source
-from converter.quality import Quality, summarise
-from converter.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
-from converter.slim_layout import plan_bytes
-from converter.slim_writer import slim
-from converter.slimming import plan_slim, target_bytes
-from converter.statistics import Statistics
-from converter.statistics_file import load_statistics
-from converter.windows import cut_windows
-from offload.errors import DoesNotFitError, SlimoeError, UsageError
-from offload.processors import default_threads
-from server.text_encoder import TokenizerEncoder
+from bench.limits import machine
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import SHAPES
+from bench.rivals.llama_quantizer import FILE_TYPES, llama_quantize
+from slimoe.converter.budget.compress import plan_slim, target_bytes
+from slimoe.converter.forward.texts import CalibrationText, TextFile
+from slimoe.converter.forward.windows import cut_windows
+from slimoe.converter.layout.offsets import plan_bytes
+from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.report.evaluation import Reference
+from slimoe.converter.report.quality import Quality, summarise
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
+from slimoe.converter.stats.imatrix_file import imatrix_of
+from slimoe.converter.stats.observer import Samples
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics_file import load_statistics
+from slimoe.converter.write.quantiser_choice import chosen_fit
+from slimoe.converter.write.writer import slim
+from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
+from slimoe.offload.resources.processors import default_threads
+from slimoe.server.chat.text_encoder import TokenizerEncoder
 
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
 SHARES = (0.229, 0.12)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from offload.errors import SlimoeError
-from offload.memory import peak_resident_bytes
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.resources.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
-    from converter.model_source import ModelSource
+    from slimoe.converter.source.model_source import ModelSource
 
 
 class StepFailedError(SlimoeError):
@@ -105,12 +105,12 @@ def calibration(job: CalibrationJob, laps: Laps) -> dict[str, int]:
     """Measures and saves; raises as `calibrate` does."""
     import torch
 
-    from converter.calibration import CalibrationSettings, calibrate
-    from converter.calibration_text import CalibrationText
-    from converter.layer_observer import Samples
-    from converter.open_source import open_source
-    from converter.statistics_file import save_statistics
-    from converter.type_costs import measure_type_costs, packed_costs
+    from slimoe.converter.forward.texts import CalibrationText
+    from slimoe.converter.source.open_source import open_source
+    from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
+    from slimoe.converter.stats.observer import Samples
+    from slimoe.converter.stats.statistics_file import save_statistics
+    from slimoe.converter.stats.type_costs import measure_type_costs, packed_costs
 
     target, texts = Path(job.target), tuple(map(tuple, job.texts))
     torch.set_num_threads(job.n_threads)
@@ -136,9 +136,9 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
     """Does for one expert what a calibration does for each, on as many inputs."""
     import torch
 
-    from converter.block import read_expert
-    from converter.layer_observer import Samples
-    from converter.type_errors import TypeErrorTable
+    from slimoe.converter.forward.block import read_expert
+    from slimoe.converter.stats.observer import Samples
+    from slimoe.converter.stats.type_errors import TypeErrorTable
 
     samples, spec = Samples(), source.spec
     table = TypeErrorTable(source, 0, tuple(job.tried), samples.n_rows, job.n_threads)
@@ -150,7 +150,7 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
 
 def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
     """Converts; raises as `convert` does."""
-    from converter.convert import ConvertOptions, convert
+    from slimoe.converter.plain.convert import ConvertOptions, convert
 
     laps.now("write")
     return convert(ConvertOptions(Path(job.source), Path(job.target), job.kind, job.n_threads)).bytes_by_type
@@ -158,13 +158,13 @@ def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
 
 def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
     """Plans and writes; raises as `plan_slim` and `slim` do."""
-    from converter.fit_choice import chosen_fit
-    from converter.open_source import open_source
-    from converter.recipe_fields import SourceSizes
-    from converter.recipe_file import parse_recipe
-    from converter.slim_writer import slim
-    from converter.slimming import plan_slim
-    from converter.statistics_file import load_statistics
+    from slimoe.converter.budget.compress import plan_slim
+    from slimoe.converter.recipe.fields import SourceSizes
+    from slimoe.converter.recipe.toml_file import parse_recipe
+    from slimoe.converter.source.open_source import open_source
+    from slimoe.converter.stats.statistics_file import load_statistics
+    from slimoe.converter.write.quantiser_choice import chosen_fit
+    from slimoe.converter.write.writer import slim
 
     laps.now("plan")
     source = open_source(Path(job.source))

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import click
 
-from bench.fault_cases import CLEAR, RIGHT, WRONG, Places, Scenario, drawn, expected, judge, make_scenarios
-from bench.fault_library import Fault, FaultLibrary
-from bench.forked_commands import ForkedCommands
-from bench.served_faults import serve_cases
+from bench.faults.cases import CLEAR, RIGHT, WRONG, Places, Scenario, drawn, expected, judge, make_scenarios
+from bench.faults.forked_commands import ForkedCommands
+from bench.faults.library import Fault, FaultLibrary
+from bench.faults.served import serve_cases
 
 _ENDLESS = ("short", "EINTR")
 """Kinds that a program has to go on after: with them for ever, EINTR would be a loop that only a signal ends."""

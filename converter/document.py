@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from offload.errors import ModelFileError
-from offload.regular_file import open_regular, reason
+from slimoe.offload.errors import ModelFileError
+from slimoe.offload.files.regular_file import open_regular, reason
 
 T = TypeVar("T")
 

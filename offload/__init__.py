@@ -1,1 +1,5 @@
-"""The offload engine: GGUF in, logits out. It knows no HTTP."""
+"""The offload engine: a GGUF file in, logits and tokens out, inside memory budgets.
+
+It knows no HTTP and no checkpoint. The server and the bench use `engine`; the converter uses the folders `files`,
+`resources`, `ggml`, `gguf`, `model` and `text` only.
+"""

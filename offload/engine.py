@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from offload.batch import make_batch
-from offload.cells import Cells, common_prefix
-from offload.device_experts import DeviceExperts
-from offload.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
-from offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, UsageError
-from offload.generation import Event, Failed, GenerationRequest, Outcome
-from offload.generator import Generator, ModelFacts
-from offload.loaded_model import LoadedModel
-from offload.runner import Logits
-from offload.scheduler import Scheduler
-from offload.tokenizer import Tokenizer
+from slimoe.offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, UsageError
+from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.graph.batch import make_batch
+from slimoe.offload.graph.runner import Logits
+from slimoe.offload.loaded_model import LoadedModel
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
+from slimoe.offload.requests.cells import Cells, common_prefix
+from slimoe.offload.requests.request import Generator, ModelFacts
+from slimoe.offload.requests.scheduler import Scheduler
+from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
+from slimoe.offload.text.tokenizer import Tokenizer
 
 
 class Engine:

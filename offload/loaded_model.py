@@ -4,17 +4,17 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Protocol
 
-from offload.backend import CpuBackend
-from offload.batch import Batch
-from offload.device_experts import DeviceExperts
-from offload.engine_plan import EngineConfig, EnginePlan
-from offload.kv_cache import KVCache, kv_type
-from offload.memory import peak_resident_bytes
-from offload.runner import Logits, Runner
-from offload.tier_opening import Tiers, open_tiers
-from offload.token_rows import TokenRows
-from offload.weight_source import join_layers
-from offload.weights import ModelWeights, WeightStore, load_weights
+from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.graph.batch import Batch
+from slimoe.offload.graph.kv_cache import KVCache, kv_type
+from slimoe.offload.graph.runner import Logits, Runner
+from slimoe.offload.graph.token_rows import TokenRows
+from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
+from slimoe.offload.model.tensors import join_layers
+from slimoe.offload.open_tiers import Tiers, open_tiers
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.resources.memory import peak_resident_bytes
 
 Progress = Callable[[int, int], None]
 

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from offload.printable import printable
-from server.frames import Failure
+from slimoe.offload.printable import printable
+from slimoe.server.messages import Failure
 
 INVALID, UNSUPPORTED, SERVER = "invalid_request_error", "not_supported_error", "server_error"
 RETRY_SECONDS = 2

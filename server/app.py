@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from server.access import RULES, AccessRules, access_middleware, add_cors_headers
-from server.body_intake import INTAKE, BodyIntake
-from server.chat_api import ChatApi
-from server.completion_api import CompletionApi
-from server.generation_api import PING_SECONDS, GenerationApi
-from server.info_api import InfoApi
-from server.metrics import Metrics
-from server.served_model import ServedModel
-from server.supervisor import Supervisor
+from slimoe.server.api.chat_api import ChatApi
+from slimoe.server.api.completion_api import CompletionApi
+from slimoe.server.api.generation_api import PING_SECONDS, GenerationApi
+from slimoe.server.api.info_api import InfoApi
+from slimoe.server.api.metrics import Metrics
+from slimoe.server.api.served_model import ServedModel
+from slimoe.server.http.access import RULES, AccessRules, access_middleware, add_cors_headers
+from slimoe.server.http.body_intake import INTAKE, BodyIntake
+from slimoe.server.process.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import click
 
-from offload.errors import SlimoeError
-from offload.regular_file import reason
-from server.telling import one_line, tell
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.files.regular_file import reason
+from slimoe.server.telling import one_line, tell
 
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
@@ -41,7 +41,7 @@ class LazyGroup(click.Group):
         if sys.platform == "win32":
             # Files are locked and read at offsets by calls that Windows lacks.
             raise click.ClickException("This program does not run on Windows itself. Install it inside WSL.")
-        command = importlib.import_module(f"server.commands.{cmd_name}").command
+        command = importlib.import_module(f"slimoe.server.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -3,7 +3,7 @@
 import logging
 import traceback
 
-from offload.printable import printable
+from slimoe.offload.printable import printable
 
 
 class LogFormatter(logging.Formatter):

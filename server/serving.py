@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from offload.errors import SlimoeError
-from server.accepting import AcceptFailures
-from server.app import AppConfig, init_app
-from server.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
-from server.frames import ModelInfo
-from server.supervisor import Supervisor
+from slimoe.offload.errors import SlimoeError
+from slimoe.server.app import AppConfig, init_app
+from slimoe.server.http.accepting import AcceptFailures
+from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
+from slimoe.server.messages import ModelInfo
+from slimoe.server.process.supervisor import Supervisor
 
 GRACE_SECONDS = 3.0
 FLUSH_SECONDS = 1.0

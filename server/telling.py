@@ -2,7 +2,7 @@
 
 import click
 
-from offload.printable import printable
+from slimoe.offload.printable import printable
 
 _LONGEST = 1800
 """Characters of a line; a path alone may have thousands."""

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import torch
 
-from tests.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
+from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
 
 torch.set_num_threads(1)
 """Products of tiny matrices do not gain from more, and files of tests run side by side."""

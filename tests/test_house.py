@@ -1,39 +1,69 @@
 """The rules of the house: who may import whom, how long things may be, what serving may load."""
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("server", "offload", "converter", "bench", "tests")
-SHARED_LEAVES = {"byte_size", "errors", "file_keys", "gguf_file", "library", "metadata_keys", "model_spec", "rope_spec"}
-SHARED_LEAVES |= {
-    "foreign_file",
-    "model_file",
-    "regular_file",
-    "whole_file",
-    "ggml",
-    "ggml_struct",
-    "native_format",
-    "native_layout",
-    "weight_source",
-    "processors",
-    "control_groups",
-}
-SHARED_LEAVES |= {"interrupts", "llama", "text_blocks", "tokenizer", "vocabulary"}
+PACKAGE = "slimoe"
+"""The import path of the folders that are installed: `slimoe.server` is the folder `server`."""
+INSTALLED = ("server", "offload", "converter")
+ROOMS = (*INSTALLED, "bench", "tests")
 MAY_IMPORT = {
     "offload": {"offload"},
     "converter": {"converter", "offload"},
     "server": {"server", "offload", "converter"},
     "bench": {"bench", "server", "offload", "converter"},
 }
+FLOORS = {
+    "offload": (
+        {"errors", "printable"},
+        {"files", "resources"},
+        {"gguf", "ggml"},
+        {"model", "text"},
+        {"cache"},
+        {"graph", "lossy", "machine"},
+        {"experts", "plan", "requests"},
+        {"open_tiers"},
+        {"loaded_model"},
+        {"engine"},
+    ),
+    "converter": (
+        {"document", "gguf", "quant"},
+        {"source"},
+        {"forward"},
+        {"stats"},
+        {"layout", "plain"},
+        {"methods"},
+        {"recipe", "write"},
+        {"budget"},
+        {"report"},
+    ),
+    "server": (
+        {"child_python", "log_format", "messages", "telling", "version"},
+        {"api_error", "options"},
+        {"chat", "http"},
+        {"process", "terminal"},
+        {"api", "jobs"},
+        {"app"},
+        {"serving"},
+        {"commands"},
+    ),
+    "bench": ({"disk_speed", "rivals", "slim_step"}, {"limits", "models", "traces"}, {"attacks", "faults", "quality"}),
+}
+"""Folders and files of a room from the lowest up: each imports lower ones only. What is not named stands on top."""
+SHARED_WITH_CONVERTER = {"errors", "files", "ggml", "gguf", "model", "resources", "text"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_FILES = 25
 
 
 def sources(*rooms: str) -> list[Path]:
@@ -44,20 +74,29 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), named(path))
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """Dotted names of every import in a file, those inside functions as well, as parts."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    """Dotted names of every import in a file, those inside functions as well, as parts without the package."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            origin = package[: len(package) - node.level + 1] if node.level else ()
-            module = (*origin, *(node.module or "").split(".")) if node.module else origin
-            yield from ((*module, alias.name) for alias in node.names)
+            assert not node.level, f"{named(path)} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = tuple(name.split("."))
+            yield parts[1:] if parts[0] == PACKAGE else parts
+
+
+def floor(room: str, story: str) -> int:
+    """How many floors lie below a file or folder of a room."""
+    return next((number for number, names in enumerate(FLOORS[room]) if story in names), len(FLOORS[room]))
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -67,22 +106,72 @@ def test_rooms_open_only_their_own_doors(room: str) -> None:
     assert [(name, ".".join(parts)) for name, parts in seen if parts[0] not in MAY_IMPORT[room]] == []
 
 
-def test_converter_takes_only_leaves_from_the_engine() -> None:
+def test_installed_folders_are_imported_by_the_package() -> None:
+    """Imported as `server.x`, a file would be loaded a second time beside `slimoe.server.x`."""
+    wrong = []
+    for path in sources(*ROOMS):
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            wrong += [(named(path), name) for name in names if name.split(".")[0] in INSTALLED]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_import_goes_upwards(room: str) -> None:
+    named_stories = {name for names in FLOORS[room] for name in names}
+    assert named_stories <= {path.stem for path in (ROOT / room).iterdir()}
+    wrong, n_seen = [], 0
+    for path in sources(room):
+        own = path.relative_to(ROOT / room).with_suffix("").parts[0]
+        for parts in imports(path):
+            if parts[0] != room or len(parts) < 2 or parts[1] == own:
+                continue
+            n_seen += 1
+            if floor(room, parts[1]) >= floor(room, own) and floor(room, own) < len(FLOORS[room]):
+                wrong.append((named(path), ".".join(parts)))
+    assert n_seen
+    assert wrong == []
+
+
+def test_no_import_goes_round() -> None:
+    """Between files, wherever they stand."""
+    paths = sources("server", "offload", "converter", "bench")
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in paths}
+    needs = {
+        name: {origin for parts in imports(path) for origin in (parts, parts[:-1]) if origin in files} - {name}
+        for name, path in files.items()
+    }
+    graphlib.TopologicalSorter(needs).prepare()
+
+
+def test_converter_takes_only_the_lower_floors_of_the_engine() -> None:
     used = [(named(path), parts) for path in sources("converter") for parts in imports(path) if parts[0] == "offload"]
     assert used
-    assert [(name, ".".join(parts)) for name, parts in used if parts[1] not in SHARED_LEAVES] == []
-
-
-def test_shared_leaves_stand_on_leaves_only() -> None:
-    for leaf in sorted(SHARED_LEAVES):
-        own = {parts[1] for parts in imports(ROOT / "offload" / f"{leaf}.py") if parts[0] == "offload"}
-        assert own <= SHARED_LEAVES, f"offload/{leaf}.py imports {own - SHARED_LEAVES}"
+    assert [(name, ".".join(parts)) for name, parts in used if parts[1] not in SHARED_WITH_CONVERTER] == []
 
 
 def test_python_lives_in_the_rooms_only() -> None:
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     with_python = {name for name in folders - {"build", "dist"} if next((ROOT / name).rglob("*.py"), None)}
     assert with_python == set(ROOMS)
+
+
+def folders(*rooms: str) -> list[Path]:
+    return sorted({path.parent for path in sources(*rooms)})
+
+
+@pytest.mark.parametrize("folder", folders(*ROOMS), ids=named)
+def test_folders_are_small_and_say_what_lives_there(folder: Path) -> None:
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MAX_FILES
+    text = ast.get_docstring(tree(folder / "__init__.py"))
+    assert folder.is_relative_to(ROOT / "tests") or text
+
+
+def test_the_wheel_has_every_folder() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert settings["packages"] == [".".join((PACKAGE, *named(path).split("/"))) for path in folders(*INSTALLED)]
+    assert settings["package-dir"] == {f"{PACKAGE}.{room}": room for room in sorted(INSTALLED)}
 
 
 @pytest.mark.parametrize("path", sources("server", "offload", "converter", "bench"), ids=named)
@@ -110,11 +199,11 @@ def test_no_test_is_switched_off() -> None:
 
 def test_serving_does_not_load_the_converters_libraries() -> None:
     code = (
-        "import sys, server.app, server.engine_process, offload.engine\n"
-        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+        "import sys, slimoe.server.app, slimoe.server.process.engine_process, slimoe.offload.engine\n"
+        "print(*sorted({'.'.join(name.split('.')[: 2 if name.startswith('slimoe') else 1]) for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
-    assert {"aiohttp", "numpy", "offload"} <= loaded
-    assert loaded.isdisjoint({"torch", "transformers", "safetensors", "converter"})
+    assert {"aiohttp", "numpy", "slimoe.offload"} <= loaded
+    assert loaded.isdisjoint({"torch", "transformers", "safetensors", "slimoe.converter"})

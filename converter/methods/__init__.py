@@ -1,1 +1,4 @@
-"""Methods that make a model smaller: pure functions from what a calibration pass learnt to decisions and their cost."""
+"""Pruning, merging and trimming of experts as pure mathematics on tensors and statistics.
+
+It reads no file and knows no budget.
+"""

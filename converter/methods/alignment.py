@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.expert_matrices import ExpertMatrices, Int, Single
+from slimoe.converter.methods.expert_matrices import ExpertMatrices, Int, Single
 
 N_EXACT = 2048
 """Neurons up to which the assignment is exact; the products then take 4 * N_EXACT^2 bytes, and 8 within scipy."""

@@ -5,9 +5,9 @@ Source: LLM-Drop (arXiv 2406.15786). It saves few weights of a model of experts,
 
 from collections.abc import Sequence
 
-from converter.methods.removal import Removal, ranked
-from converter.model_source import SourceLayer
-from converter.statistics import LayerStatistics, Statistics
+from slimoe.converter.methods.removal import Removal, ranked
+from slimoe.converter.source.model_source import SourceLayer
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 
 
 def attention_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:

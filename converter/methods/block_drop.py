@@ -6,9 +6,9 @@ from those of single blocks and are not among the statistics: only single blocks
 
 from collections.abc import Sequence
 
-from converter.methods.removal import Removal, ranked
-from converter.model_source import SourceLayer
-from converter.statistics import LayerStatistics, Statistics
+from slimoe.converter.methods.removal import Removal, ranked
+from slimoe.converter.source.model_source import SourceLayer
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 
 
 def block_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:

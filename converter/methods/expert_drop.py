@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.parts import outputs_of
-from converter.statistics import Double, LayerStatistics
-from offload.errors import UsageError
+from slimoe.converter.methods.parts import outputs_of
+from slimoe.converter.stats.statistics import Double, LayerStatistics
+from slimoe.offload.errors import UsageError
 
 Kept = tuple[tuple[int, ...], ...]
 """Stored experts of the source that stay, ascending, by layer."""

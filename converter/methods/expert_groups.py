@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.alignment import align
-from converter.methods.expert_matrices import Int, read_matrices
-from converter.model_source import ModelSource
-from converter.slim_plan import ExpertPlan, Types
+from slimoe.converter.layout.plan import ExpertPlan, Types
+from slimoe.converter.methods.alignment import align
+from slimoe.converter.methods.expert_matrices import Int, read_matrices
+from slimoe.converter.source.model_source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

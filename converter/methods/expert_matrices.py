@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.model_source import PROJECTIONS, ModelSource, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
 
 Single = NDArray[np.float32]
 Int = NDArray[np.int64]

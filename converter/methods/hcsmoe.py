@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.expert_groups import ExpertGroups, weighted_groups
-from converter.statistics import OutputSums
-from offload.errors import UsageError
+from slimoe.converter.methods.expert_groups import ExpertGroups, weighted_groups
+from slimoe.converter.stats.statistics import OutputSums
+from slimoe.offload.errors import UsageError
 
 Metric = Literal["euclidean", "cosine"]
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.block import Expert
-from converter.stream import Observer
+from slimoe.converter.forward.block import Expert
+from slimoe.converter.forward.stream import Observer
 
 _ROWS_AT_ONCE = 4096
 

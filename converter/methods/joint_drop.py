@@ -6,12 +6,12 @@ of its parts, so that adding blocks changes little; and parts differ much in byt
 
 from collections.abc import Collection, Sequence
 
-from converter.methods.attention_drop import attention_removals
-from converter.methods.block_drop import block_removals
-from converter.methods.layer_drop import layer_removals
-from converter.methods.removal import Part, Removal, ranked
-from converter.model_source import SourceLayer
-from converter.statistics import Statistics
+from slimoe.converter.methods.attention_drop import attention_removals
+from slimoe.converter.methods.block_drop import block_removals
+from slimoe.converter.methods.layer_drop import layer_removals
+from slimoe.converter.methods.removal import Part, Removal, ranked
+from slimoe.converter.source.model_source import SourceLayer
+from slimoe.converter.stats.statistics import Statistics
 
 
 def joint_removals(

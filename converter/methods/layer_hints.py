@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from converter.methods.expert_drop import Survivors
-from converter.methods.layer_weight import layer_weight
-from converter.methods.novices import novice_costs
-from converter.methods.parts import outputs_of, routed_tokens, router_of
-from converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
-from converter.statistics import Double, Int, LayerStatistics
-from offload.native_layout import LayerHints
+from slimoe.converter.methods.expert_drop import Survivors
+from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.novices import novice_costs
+from slimoe.converter.methods.parts import outputs_of, routed_tokens, router_of
+from slimoe.converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
+from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
+from slimoe.offload.model.native_layout import LayerHints
 
 _FEWEST_PICKS = 16
 """With fewer picks in the sketch, the sums over all tokens say more, unless it has all picks that there are."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.block import Expert, Routing
-from converter.stream import Observer
+from slimoe.converter.forward.block import Expert, Routing
+from slimoe.converter.forward.stream import Observer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.statistics import Double, LayerStatistics, Single
-from offload.errors import UsageError
+from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
+from slimoe.offload.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from converter.methods.expert_matrices import ExpertMatrices, Single
-from converter.model_source import PROJECTIONS, ModelSource, expert_key
-from converter.slim_plan import ExpertPlan
+from slimoe.converter.layout.plan import ExpertPlan
+from slimoe.converter.methods.expert_matrices import ExpertMatrices, Single
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
 
 
 def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection: str) -> Single:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.expert_groups import ExpertGroups
-from offload.errors import UsageError
+from slimoe.converter.methods.expert_groups import ExpertGroups
+from slimoe.offload.errors import UsageError
 
 Single = NDArray[np.float32]
 Double = NDArray[np.float64]

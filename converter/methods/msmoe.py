@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.expert_groups import ExpertGroups, weighted_groups
-from converter.methods.parts import outputs_of, router_of
-from converter.statistics import LayerStatistics, RouterSums
-from offload.errors import UsageError
+from slimoe.converter.methods.expert_groups import ExpertGroups, weighted_groups
+from slimoe.converter.methods.parts import outputs_of, router_of
+from slimoe.converter.stats.statistics import LayerStatistics, RouterSums
+from slimoe.offload.errors import UsageError
 
 Double = NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from math import comb
 
 import numpy as np
 
-from converter.methods.sketch_policy import LayerSketch, policy_error, row_shares
-from converter.statistics import Double
-from offload.errors import UsageError
+from slimoe.converter.methods.sketch_policy import LayerSketch, policy_error, row_shares
+from slimoe.converter.stats.statistics import Double
+from slimoe.offload.errors import UsageError
 
 MOST_SUBSETS = 1000
 """Of so many, all are tried."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from converter.methods.layer_weight import layer_weight
-from converter.methods.parts import outputs_of, routed_tokens
-from converter.methods.scores import share
-from converter.statistics import Double, LayerStatistics, OutputSums, Single
+from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.parts import outputs_of, routed_tokens
+from slimoe.converter.methods.scores import share
+from slimoe.converter.stats.statistics import Double, LayerStatistics, OutputSums, Single
 
 
 def novice_vectors(layer: LayerStatistics) -> Single:

@@ -6,8 +6,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.statistics import LayerStatistics, OutputSums, RouterSums, Sketch, TokenTrace
-from offload.errors import UsageError
+from slimoe.converter.stats.statistics import LayerStatistics, OutputSums, RouterSums, Sketch, TokenTrace
+from slimoe.offload.errors import UsageError
 
 Part = TypeVar("Part")
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from converter.model_source import MatrixKey
-from offload.errors import UsageError
+from slimoe.converter.source.model_source import MatrixKey
+from slimoe.offload.errors import UsageError
 
 Part = Literal["ffn", "attention", "block"]
 _PREFIXES: dict[Part, str] = {"ffn": "ffn_", "attention": "attn_", "block": ""}

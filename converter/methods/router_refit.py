@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.block import route
-from offload.errors import UsageError
-from offload.model_spec import ModelSpec
+from slimoe.converter.forward.block import route
+from slimoe.offload.errors import UsageError
+from slimoe.offload.model.spec import ModelSpec
 
 Single = NDArray[np.float32]
 

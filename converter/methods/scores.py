@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from converter.methods.parts import by_expert, outputs_of, routed_tokens, router_of
-from converter.statistics import Double, Int, LayerStatistics
+from slimoe.converter.methods.parts import by_expert, outputs_of, routed_tokens, router_of
+from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
 
 Score = Callable[[LayerStatistics, Sequence[int]], Double]
 """Of a layer and its router's target; raises UsageError when the statistics lack a part."""

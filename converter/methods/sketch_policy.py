@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.parts import sketch_of
-from converter.statistics import Double, LayerStatistics, Single
-from offload.errors import UsageError
-from offload.model_spec import ExpertSpec
+from slimoe.converter.methods.parts import sketch_of
+from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
+from slimoe.offload.errors import UsageError
+from slimoe.offload.model.spec import ExpertSpec
 
 _TOKENS_AT_ONCE = 4096
 

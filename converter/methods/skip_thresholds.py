@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.methods.layer_weight import LayerWeight
-from converter.methods.parts import router_of, trace_of
-from converter.methods.sketch_policy import LayerSketch
-from converter.statistics import N_BINS, Double, Int, LayerStatistics, RouterSums, TokenTrace
-from offload.errors import UsageError
+from slimoe.converter.methods.layer_weight import LayerWeight
+from slimoe.converter.methods.parts import router_of, trace_of
+from slimoe.converter.methods.sketch_policy import LayerSketch
+from slimoe.converter.stats.statistics import N_BINS, Double, Int, LayerStatistics, RouterSums, TokenTrace
+from slimoe.offload.errors import UsageError
 
 _HALVINGS = 30
 

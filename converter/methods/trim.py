@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from offload.errors import UsageError
+from slimoe.offload.errors import UsageError
 
 Double = NDArray[np.float64]
 Int = NDArray[np.int64]

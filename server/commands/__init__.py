@@ -1,1 +1,4 @@
-"""One file per `slimoe` command."""
+"""The commands of `slimoe`, one per file.
+
+Nothing imports a command but the command line.
+"""

@@ -10,10 +10,10 @@ from typing import Any
 import click
 import msgspec
 
-from offload.engine import Engine
-from offload.errors import UsageError
-from server.engine_options import OptionsCommand, engine_flags, engine_options
-from server.local_engine import open_engine
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UsageError
+from slimoe.server.jobs.local_engine import open_engine
+from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from offload.errors import SlimoeError
-from server.destination import reserve
-from server.engine_options import OptionsCommand
-from server.installed import check_installed
-from server.progress_bars import duration, status, step_bar
-from server.telling import tell
-from server.text_encoder import TokenizerEncoder
+from slimoe.offload.errors import SlimoeError
+from slimoe.server.chat.text_encoder import TokenizerEncoder
+from slimoe.server.options.destination import reserve
+from slimoe.server.options.engine_options import OptionsCommand
+from slimoe.server.options.installed import check_installed
+from slimoe.server.telling import tell
+from slimoe.server.terminal.progress_bars import duration, status, step_bar
 
 if TYPE_CHECKING:
-    from converter.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
+    from slimoe.converter.stats.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
 
 _MANY_TOKENS = 32768
 
@@ -46,7 +46,7 @@ def command(values: Mapping[str, Any]) -> None:
     without any, a small mixture is taken. When interrupted, the same command goes on where it was.
     """
     check_installed("Calibration", "torch", "safetensors")
-    from converter import calibrate as calibration
+    from slimoe.converter.stats import calibrate as calibration
 
     output: Path = values["output"]
     options = calibration.CalibrateOptions(

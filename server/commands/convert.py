@@ -8,20 +8,20 @@ from typing import Any
 import click
 import msgspec
 
-from converter import convert as conversion
-from converter.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport
-from converter.given_importance import Fitted
-from converter.plan import ConvertPlan
-from converter.type_recipe import FOR_IMPORTANCE, RECIPES
-from offload.context_notes import window_note
-from offload.processors import usable_processors
-from server.destination import reserve
-from server.engine_options import OptionsCommand
-from server.installed import CONVERTERS, check_installed
-from server.judging_options import judging_flags
-from server.progress_bars import byte_bar
-from server.slim_options import slim_flags, slim_options, with_pair, with_type
-from server.telling import tell
+from slimoe.converter.plain import convert as conversion
+from slimoe.converter.plain.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport
+from slimoe.converter.plain.plan import ConvertPlan
+from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
+from slimoe.converter.stats.given_importance import Fitted
+from slimoe.offload.plan.context_notes import window_note
+from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.options.destination import reserve
+from slimoe.server.options.engine_options import OptionsCommand
+from slimoe.server.options.eval_options import judging_flags
+from slimoe.server.options.installed import CONVERTERS, check_installed
+from slimoe.server.options.slim_options import slim_flags, slim_options, with_pair, with_type
+from slimoe.server.telling import tell
+from slimoe.server.terminal.progress_bars import byte_bar
 
 
 @click.command("convert", cls=OptionsCommand)
@@ -65,7 +65,7 @@ def command(values: Mapping[str, Any]) -> None:
         raise click.UsageError("--imatrix is for a model that is not slimmed. Slimming takes importance from --stats.")
     else:
         check_installed("Slimming", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
-        from server.slim_convert import convert_slim
+        from slimoe.server.jobs.compress import convert_slim
 
         slim = with_type(slim, type_name) if type_name else with_pair(slim, pair) if pair else slim
         convert_slim(values, slim, values["threads"] or usable_processors())

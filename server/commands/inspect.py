@@ -6,8 +6,8 @@ from typing import Any
 import click
 import msgspec
 
-from converter.inventory import Inventory, take_inventory
-from offload.printable import printable
+from slimoe.converter.source.inventory import Inventory, take_inventory
+from slimoe.offload.printable import printable
 
 _MAX_CHARS = 1000
 """Of a value: a file may hold a text of any length where a number belongs."""

@@ -8,18 +8,18 @@ from typing import Any
 import click
 import msgspec
 
-from offload.abort import end_with_error, on_device_abort
-from offload.engine_plan import EngineConfig, EnginePlan, plan_each
-from offload.errors import SlimoeError
-from offload.prediction import PlanPrediction, measure_machine, predict_plan
-from offload.printable import printable
-from server.engine_options import OptionsCommand, engine_flags, engine_options
-from server.installed import CONVERTERS, check_installed
-from server.local_engine import engine_config, say_notes
-from server.plan_report import PlanReport
-from server.serving_memory import serving_bytes
-from server.slim_options import slim_flags, slim_options
-from server.telling import tell
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.ggml.abort import end_with_error, on_device_abort
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_each
+from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
+from slimoe.offload.printable import printable
+from slimoe.server.jobs.local_engine import engine_config, say_notes
+from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
+from slimoe.server.options.installed import CONVERTERS, check_installed
+from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.options.slim_options import slim_flags, slim_options
+from slimoe.server.telling import tell
+from slimoe.server.terminal.plan_report import PlanReport
 
 _LEAST_CTX = 256
 
@@ -53,7 +53,7 @@ def command(values: Mapping[str, Any]) -> None:
     slim, model = slim_options(values), values["model"]
     if slim.is_asked or (model is not None and os.path.isdir(model)):
         check_installed("Slimming", *CONVERTERS)
-        from server.slim_convert import tell_plan
+        from slimoe.server.jobs.compress import tell_plan
 
         tell_plan(values, slim)
         return

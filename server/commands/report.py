@@ -6,10 +6,10 @@ from typing import Any
 import click
 import msgspec
 
-from server.destination import reserve
-from server.engine_options import OptionsCommand
-from server.installed import CONVERTERS, check_installed
-from server.judging_options import judging_flags, judging_options
+from slimoe.server.options.destination import reserve
+from slimoe.server.options.engine_options import OptionsCommand
+from slimoe.server.options.eval_options import judging_flags, judging_options
+from slimoe.server.options.installed import CONVERTERS, check_installed
 
 
 @click.command("report", cls=OptionsCommand)
@@ -33,11 +33,11 @@ def command(values: dict[str, Any]) -> None:
     layers as SRC for figures by layer.
     """
     check_installed("A report", *CONVERTERS, "matplotlib")
-    from converter.gguf_source import gguf_source
-    from converter.open_source import open_source
-    from converter.report_files import check_reports
-    from converter.statistics_file import load_statistics
-    from server.judging import Judge, report_summary
+    from slimoe.converter.report.make import check_reports
+    from slimoe.converter.source.gguf_source import gguf_source
+    from slimoe.converter.source.open_source import open_source
+    from slimoe.converter.stats.statistics_file import load_statistics
+    from slimoe.server.jobs.evaluate import Judge, report_summary
 
     gguf_source(values["model"])
     hint = "--force replaces the report by one on other texts, which keeps what converting knew of the file."

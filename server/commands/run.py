@@ -8,17 +8,17 @@ from typing import Any
 import click
 import msgspec
 
-from offload.engine import Engine
-from offload.errors import UsageError
-from offload.generation import GenerationRequest
-from server.engine_options import OptionsCommand, engine_flags, engine_options
-from server.frames import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
-from server.local_engine import open_engine
-from server.prompts import Prompts
-from server.repl import Repl
-from server.sampling_options import sampling_flags, sampling_params
-from server.terminal import Outcome, generate, show_figures
-from server.wire import tiers_info
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UsageError
+from slimoe.offload.text.generation import GenerationRequest
+from slimoe.server.api.wire import tiers_info
+from slimoe.server.chat.prompts import Prompts
+from slimoe.server.jobs.local_engine import open_engine
+from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
+from slimoe.server.options.sampling_options import sampling_flags, sampling_params
+from slimoe.server.terminal.repl import Repl
+from slimoe.server.terminal.terminal import Outcome, generate, show_figures
 
 
 @dataclass(frozen=True, slots=True)

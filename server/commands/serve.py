@@ -11,20 +11,20 @@ from typing import Any
 import click
 import msgspec
 
-from offload.errors import UsageError
-from offload.regular_file import read_regular, reason
-from server.accepting import connection_limits
-from server.access import AccessRules
-from server.app import AppConfig
-from server.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
-from server.frames import ModelInfo, Open
-from server.log_format import log_to_stderr
-from server.served_model import ServedModel, model_id
-from server.serving import GRACE_SECONDS, Address, is_loopback, serve
-from server.serving_memory import serving_bytes
-from server.supervisor import DEFAULT_N_QUEUE, Supervisor
-from server.telling import tell
-from server.version import version
+from slimoe.offload.errors import UsageError
+from slimoe.offload.files.regular_file import read_regular, reason
+from slimoe.server.api.served_model import ServedModel, model_id
+from slimoe.server.app import AppConfig
+from slimoe.server.http.accepting import connection_limits
+from slimoe.server.http.access import AccessRules
+from slimoe.server.log_format import log_to_stderr
+from slimoe.server.messages import ModelInfo, Open
+from slimoe.server.options.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
+from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
+from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
+from slimoe.server.telling import tell
+from slimoe.server.version import version
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What hostile clients, files and templates do, for `bench.attack`."""

@@ -1,0 +1,179 @@
+"""Sends hostile requests to a server, some at once, and judges what comes back."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.attacks.bodies import HostileRequest, hostile_request
+from bench.attacks.http_reply import BadReplyError, fault_of, split_replies
+from bench.limits.finding import Finding, Outcome
+from bench.limits.victim import Victim, VictimError, victim, watched_health, watched_memory
+
+HANG_SECONDS = 10.0
+GROWTH_BYTES = 512 << 20
+LEFT_BYTES = 64 << 20
+HEALTH_MS, WORST_HEALTH_MS = 100.0, 1000.0
+N_CONNECTIONS = 8
+_FLAGS = ("--ctx", "256", "--parallel", "4", "--queue", "64", "--threads", "1")
+_LINGER_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class BodyPlan:
+    """Cases `first` to `first + n_cases` of a seed; the demo is attacked unless a model is named."""
+
+    seed: int
+    n_cases: int
+    first: int = 0
+    model: Path | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come back until now."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    slowest: float = 0.0
+
+
+def attack_bodies(plan: BodyPlan) -> Outcome:
+    """Starts a server, sends it all cases, and asks it a plain question before and after; raises VictimError."""
+    tally = Tally()
+    with victim(plan.model, *_FLAGS) as server:
+        expected = server.greedy()
+        begin = time.perf_counter()
+        with watched_memory(server.process.pid) as memory, watched_health(server.url) as health:
+            asyncio.run(_send_all(plan, server, tally))
+        seconds = time.perf_counter() - begin
+        tally.findings += _afterwards(server, expected)
+        log_bytes = len(server.log())
+    if memory.peak - memory.before > GROWTH_BYTES or memory.after - memory.before > LEFT_BYTES:
+        tally.findings.append(Finding("memory grows", "memory", str(memory.figures())))
+    tally.findings += health.findings(HEALTH_MS, WORST_HEALTH_MS)
+    figures = {
+        "n_cases": plan.n_cases,
+        "seconds": round(seconds, 1),
+        "statuses": dict(sorted(tally.statuses.items())),
+        "slowest_s": round(tally.slowest, 2),
+        "memory": memory.figures(),
+        "health": health.figures,
+        "log_bytes": log_bytes,
+    }
+    return Outcome(figures, tally.findings)
+
+
+def _afterwards(server: Victim, expected: str) -> list[Finding]:
+    findings = server.log_findings()
+    try:
+        if server.greedy() != expected:
+            findings.append(Finding("another answer than before the attack", "after"))
+    except (OSError, ValueError) as error:
+        findings.append(Finding("no answer after the attack", "after", str(error)))
+    if server.process.poll() is not None:
+        findings.append(Finding("the server ended", "after", str(server.process.returncode)))
+    return findings
+
+
+async def _send_all(plan: BodyPlan, server: Victim, tally: Tally) -> None:
+    cases = iter(range(plan.first, plan.first + plan.n_cases))
+
+    async def work() -> None:
+        for case in cases:
+            await _try(server, plan.seed, case, tally)
+
+    await asyncio.gather(*(work() for _ in range(N_CONNECTIONS)))
+
+
+async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
+    request = hostile_request(seed, case)
+    begin = time.perf_counter()
+    try:
+        data, is_cut = await _answered(server, request)
+    except TimeoutError:
+        tally.findings.append(Finding(f"no whole answer in {HANG_SECONDS:g} s", str(case), _shown(request)))
+        return
+    except ConnectionRefusedError:
+        if server.process.poll() is not None:
+            raise VictimError(f"The server ended at case {case}: {server.log()[-2000:]}") from None
+        tally.findings.append(Finding("connection refused", str(case)))
+        return
+    tally.slowest = max(tally.slowest, time.perf_counter() - begin)
+    for status, fault in _judge(request, data, is_cut):
+        tally.statuses[status] += 1
+        if fault is not None:
+            tally.findings.append(Finding(_kind(fault), str(case), f"{fault} to {_shown(request)}"))
+
+
+async def _answered(server: Victim, request: HostileRequest) -> tuple[bytes, bool]:
+    """What `exchange` gives, at the second try if need be: on a busy machine this process waits for itself."""
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+    return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+
+
+def _judge(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str, str | None]]:
+    """Statuses and what is wrong with each."""
+    if request.is_abandoned:
+        return [("abandoned", None)]
+    try:
+        replies = split_replies(data, request.method)
+    except BadReplyError as error:
+        return [("broken", None if is_cut and not request.is_whole else str(error))]
+    judged = [(str(reply.status), fault_of(reply, request.method)) for reply in replies]
+    n_missing = request.n_replies - len(replies)
+    if n_missing > 0 and request.is_whole:
+        judged.append(("none", "no answer to a whole request"))
+    elif not replies:
+        judged.append(("none", None))
+    return judged
+
+
+async def exchange(place: tuple[str, int], request: HostileRequest) -> tuple[bytes, bool]:
+    """What a server answers until it closes the connection, and whether it did so by resetting it."""
+    reader, writer = await asyncio.open_connection(*place, limit=1 << 20)
+    data = bytearray()
+    is_cut = False
+    try:
+        for piece in request.pieces:
+            writer.write(piece)
+            with contextlib.suppress(ConnectionError):  # refused already; the answer is there to read
+                await writer.drain()
+            if request.pause:
+                await asyncio.sleep(request.pause)
+        if request.is_abandoned:
+            data += await reader.read(20)
+            writer.transport.abort()
+            return bytes(data), True
+        if not request.is_whole:
+            await _linger(reader, data)
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.write_eof()
+        while piece := await reader.read(1 << 16):
+            data += piece
+    except ConnectionError:
+        is_cut = True
+    finally:
+        writer.transport.abort()
+    return bytes(data), is_cut
+
+
+async def _linger(reader: asyncio.StreamReader, data: bytearray) -> None:
+    """Waits a moment for an answer before the client shows that nothing more will come."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while piece := await reader.read(1 << 16):
+                data += piece
+
+
+def _kind(fault: str) -> str:
+    return fault[:60] if fault.startswith("status 5") else fault.split(":")[0].split("(")[0].strip()
+
+
+def _shown(request: HostileRequest) -> str:
+    text = request.bytes[:4000].decode("utf-8", "replace")
+    first, _, rest = text.partition("\r\n")
+    return repr(f"{first} ... {rest[-160:]}")

@@ -1,0 +1,234 @@
+"""Many streams for long, under a budget that misses: some are cut off by their clients, and the engine is killed.
+
+What a client reads to its end is what it is told when it is alone. A stream that a kill ends is an error to its
+client, never a shorter or another answer.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from bench.limits.finding import Finding, Outcome
+from bench.limits.least_budget import least_budget
+from bench.limits.victim import Victim, tree_bytes, victim, watched_health
+from bench.models.random_model import Shape, write_random_model
+
+FLAT_SHARE, MOST_HITS = 0.02, 0.7
+_WORDS = (
+    *("river", "mountain", "house", "garden", "winter", "letter", "song", "king"),
+    *("water", "bread", "stone", "night", "morning", "horse", "ship", "tree"),
+)
+_N_TOKENS = 32
+_SHAPE = Shape(4, 256, 512, 4, 2, 64, 16, 2, 512)
+_KIND = "F32"  # in which no rounding of batches turns a close decision, so that answers are equal to the letter
+_SPARE_SHARE = 0.4  # of the experts, in memory beside what is needed at least
+_N_PARALLEL = 8
+_FLAGS = (
+    *("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1"),
+    *("--weights", "copied", "--kv-type", "f32"),
+)
+_EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|ahead|misses)"\} (\S+)', re.MULTILINE)
+_RUNNING = re.compile(r"^slimoe_num_requests_running (\S+)", re.MULTILINE)
+_PATIENCE = aiohttp.ClientTimeout(total=120)
+HEALTH_MS, WORST_HEALTH_MS = 100.0, 2000.0
+
+
+@dataclass(frozen=True, slots=True)
+class SoakPlan:
+    """So many seconds of so many streams of `n_prompts`, a share of them cut off, and so many kills of the engine.
+
+    The budget is what the server needs at least and some more, unless it is given.
+    """
+
+    seed: int
+    seconds: float
+    n_streams: int = 50
+    n_prompts: int = len(_WORDS)
+    cut_share: float = 0.2
+    n_kills: int = 5
+    shape: Shape = _SHAPE
+    budget_mib: int | None = None
+
+
+@dataclass(slots=True)
+class _Course:
+    """How it went."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    kills: list[float] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    events: Counter[str] = field(default_factory=Counter)
+
+
+def soak(plan: SoakPlan) -> Outcome:
+    """Asks all prompts alone with everything in memory, then under a budget for long; raises VictimError."""
+    prompts = [f"Define the noun {word}." for word in _WORDS[: plan.n_prompts]]
+    course = _Course()
+    with tempfile.TemporaryDirectory(prefix="slimoe-soak-") as folder:
+        model = Path(folder) / "model.gguf"
+        n_bytes = write_random_model(model, plan.shape, kind=_KIND, vocabulary=True)
+        with victim(model, *_FLAGS) as server:
+            expected = {prompt: asyncio.run(_alone(server, prompt)) for prompt in prompts}
+        budget = plan.budget_mib or least_budget(model, *_FLAGS).mib + round(_SPARE_SHARE * n_bytes / 2**20)
+        with victim(model, "--ram", f"{budget}MiB", *_FLAGS) as server:
+            with watched_health(server.url) as health:
+                asyncio.run(_run(plan, server, expected, course))
+            course.findings += server.log_findings()
+    n_picks = sum(course.events.values())
+    hit_share = course.events["hits"] / n_picks if n_picks else 1.0
+    drift = memory_drift(course.memory, course.kills)
+    if drift is not None and drift > FLAT_SHARE:
+        course.findings.append(Finding("memory grows", "memory", f"{drift:.1%}"))
+    if hit_share > MOST_HITS:
+        course.findings.append(Finding("the budget does not miss enough to show anything", "hits", f"{hit_share:.0%}"))
+    figures: dict[str, Any] = {
+        "seconds": plan.seconds,
+        "n_streams": plan.n_streams,
+        "budget_mib": budget,
+        "ends": dict(course.ends),
+        "n_kills": len(course.kills),
+        "hit_share": round(hit_share, 3),
+        "memory_drift": None if drift is None else round(drift, 4),
+        "health": health.figures,
+    }
+    return Outcome(figures, course.findings)
+
+
+def memory_drift(samples: list[tuple[float, int]], kills: list[float]) -> float | None:
+    """By what share the memory of the last engine is above that of the second one, each in its second half.
+
+    `samples` are (time, bytes). The first engine has what is made once still before it. None where there are too few.
+    """
+    ends = [*kills, samples[-1][0] + 1.0] if samples else []
+    medians = []
+    for begin, end in itertools.pairwise(ends):
+        inside = [n_bytes for at, n_bytes in samples if (begin + end) / 2 <= at < end]
+        medians += [statistics.median(inside)] if inside else []
+    return medians[-1] / medians[0] - 1 if len(medians) > 1 else None
+
+
+async def _run(plan: SoakPlan, server: Victim, expected: dict[str, str], course: _Course) -> None:
+    end = time.monotonic() + plan.seconds
+    async with aiohttp.ClientSession(timeout=_PATIENCE, connector=aiohttp.TCPConnector(limit=0)) as session:
+        streams = [_client(plan, n, session, server, expected, course, end) for n in range(plan.n_streams)]
+        await asyncio.gather(_kill(plan, session, server, course), _sample(session, server, course, end), *streams)
+        await _check_slots(session, server, expected, course)
+
+
+async def _client(
+    plan: SoakPlan,
+    number: int,
+    session: aiohttp.ClientSession,
+    server: Victim,
+    expected: dict[str, str],
+    course: _Course,
+    end: float,
+) -> None:
+    rng = random.Random(f"{plan.seed}/{number}")
+    while time.monotonic() < end:
+        prompt = rng.choice(list(expected))
+        n_pieces = rng.randrange(1, _N_TOKENS) if rng.random() < plan.cut_share else None
+        begin = time.monotonic()
+        try:
+            text, how = await _stream(session, server, prompt, n_pieces)
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            text, how = type(error).__name__, "broken"
+        course.ends[how] += 1
+        if how == "whole" and text != expected[prompt]:
+            course.findings.append(
+                Finding("another answer than alone", prompt, f"{text!r}, alone {expected[prompt]!r}")
+            )
+        elif how in ("error", "broken") and not _was_killed(course, begin):
+            course.findings.append(Finding(f"a stream ends with an {how} that no kill explains", prompt, text))
+        if how in ("later", "error", "broken"):
+            await asyncio.sleep(0.5)
+
+
+def _was_killed(course: _Course, begin: float) -> bool:
+    """Whether an engine was killed since then, or so shortly before that the next one was not there yet."""
+    return any(kill > begin - 20 for kill in course.kills)
+
+
+async def _stream(session: aiohttp.ClientSession, server: Victim, prompt: str, n_pieces: int | None) -> tuple[str, str]:
+    """The text and how the stream ended: whole, cut, error, or later where the server asks to come again."""
+    body = {"prompt": prompt, "max_tokens": _N_TOKENS, "temperature": 0, "stream": True, "ignore_eos": True}
+    pieces: list[str] = []
+    async with session.post(server.url + "/v1/completions", json=body) as response:
+        if response.status in (429, 503) and "Retry-After" in response.headers:
+            return "", "later"
+        if response.status != 200:
+            return f"status {response.status}: {await response.text()}", "error"
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            if line.strip() == b"data: [DONE]":
+                return "".join(pieces), "whole"
+            document = json.loads(line[6:])
+            if "error" in document:
+                return str(document["error"]), "error"
+            pieces += [choice["text"] for choice in document["choices"]]
+            if n_pieces is not None and len(pieces) >= n_pieces:
+                return "".join(pieces), "cut"
+    return "".join(pieces), "broken"
+
+
+async def _alone(server: Victim, prompt: str) -> str:
+    async with aiohttp.ClientSession(timeout=_PATIENCE) as session:
+        text, how = await _stream(session, server, prompt, None)
+    assert how == "whole", f"{how}: {text}"
+    return text
+
+
+async def _kill(plan: SoakPlan, session: aiohttp.ClientSession, server: Victim, course: _Course) -> None:
+    """At equal distances, so that each engine has the same time."""
+    for _ in range(plan.n_kills):
+        await asyncio.sleep(plan.seconds / (plan.n_kills + 1))
+        with contextlib.suppress(aiohttp.ClientError, ProcessLookupError):
+            async with session.get(server.url + "/props") as response:
+                pid = (await response.json())["engine_pid"]
+            os.kill(pid, signal.SIGKILL)
+            course.kills.append(time.monotonic())
+
+
+async def _sample(session: aiohttp.ClientSession, server: Victim, course: _Course, end: float) -> None:
+    """Memory and the tiers' counters, which begin again with each engine."""
+    last: Counter[str] = Counter()
+    while time.monotonic() < end:
+        course.memory.append((time.monotonic(), tree_bytes(server.process.pid)))
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(server.url + "/metrics") as response:
+                now = Counter({name: int(float(value)) for name, value in _EVENT.findall(await response.text())})
+            course.events += now - last if now.total() >= last.total() else now
+            last = now
+        await asyncio.sleep(0.5)
+
+
+async def _check_slots(
+    session: aiohttp.ClientSession, server: Victim, expected: dict[str, str], course: _Course
+) -> None:
+    """All slots answer at once, rightly, and then nothing runs."""
+    prompts = [prompt for prompt, _ in zip(expected, range(_N_PARALLEL), strict=False)]
+    answers = await asyncio.gather(*(_stream(session, server, prompt, None) for prompt in prompts))
+    for prompt, (text, how) in zip(prompts, answers, strict=True):
+        if how != "whole" or text != expected[prompt]:
+            course.findings.append(Finding("another answer than alone after the soak", prompt, f"{how}: {text}"))
+    await asyncio.sleep(1)
+    async with session.get(server.url + "/metrics") as response:
+        running = _RUNNING.search(await response.text())
+    if running is None or float(running[1]):
+        course.findings.append(Finding("slots are lost", "slots", "none" if running is None else running[1]))

@@ -1,0 +1,1 @@
+"""Faults of the system injected into commands, for `bench.system_faults`."""

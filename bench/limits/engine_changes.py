@@ -1,0 +1,33 @@
+"""Settings of our engine that a bench varies: changes of an EngineConfig, as data."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from slimoe.offload.errors import UsageError
+from slimoe.offload.plan.engine_plan import EngineConfig
+
+Changes = Mapping[str, Any]
+"""Fields of EngineConfig and their values."""
+_OWN = ("model", "n_ctx", "n_threads", "ram")  # every contender's, or the bench's to set
+
+
+def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
+    """Changes written as FIELD=VALUE; numbers and true are read as such. Raises UsageError."""
+    changes = {}
+    names = [field.name for field in fields(EngineConfig) if field.name not in _OWN]
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in names:
+            raise UsageError(f"--engine takes FIELD=VALUE, not {text!r}. The fields are {' '.join(names)}.")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def changed(config: EngineConfig, changes: Changes) -> EngineConfig:
+    """The configuration with these fields set."""
+    return replace(config, **changes)

@@ -1,0 +1,52 @@
+"""The least `--ram` that a server says it needs, and whether it starts with that."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.limits.victim import START_SECONDS, VictimError
+
+_ADVICE = re.compile(r"--ram to (\d+)MiB")
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LeastBudget:
+    """What was asked for before the server started, in MiB, each as the refusal before it advised."""
+
+    tried: tuple[int, ...]
+
+    @property
+    def mib(self) -> int:
+        """The one with which it starts."""
+        return self.tried[-1]
+
+
+def least_budget(model: Path | None, *flags: str) -> LeastBudget:
+    """Follows the advice of `slimoe serve` from 1 MiB on; raises VictimError when it leads nowhere."""
+    tried: list[int] = []
+    mib = 1
+    for _ in range(_TRIES):
+        said = _refusal(model, mib, flags)
+        if said is None:
+            return LeastBudget((*tried, mib))
+        advice = _ADVICE.search(said)
+        if advice is None or int(advice[1]) <= mib:
+            raise VictimError(f"With --ram {mib}MiB slimoe serve does not start and gives no larger figure: {said}")
+        tried.append(mib)
+        mib = int(advice[1])
+    raise VictimError(f"The advice of slimoe serve was followed {_TRIES} times, from {tried}, and it does not start.")
+
+
+def _refusal(model: Path | None, mib: int, flags: tuple[str, ...]) -> str | None:
+    """What a server writes that does not start; None for one that does."""
+    given = [] if model is None else [str(model)]
+    command = [sys.executable, "-m", "slimoe.server.cli", "serve", *given, "--port", "0", "--ram", f"{mib}MiB", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    starts = bool(process.stdout.readline())
+    process.terminate()
+    said = process.communicate(timeout=START_SECONDS)[1]
+    return None if starts else said.strip()

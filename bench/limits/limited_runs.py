@@ -1,0 +1,165 @@
+"""Runs contenders in turn, each alone in a process, within memory limits and without one."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bench.disk_speed import DiskSpeed
+from bench.limits import page_cache
+from bench.limits.cgroup import MemoryGroup, Usage, memory_group
+from bench.limits.engine_changes import Changes
+from bench.limits.isolated_plan import Expected
+from bench.limits.isolated_run import OURS, RIVALS, Job, Outcome
+from slimoe.offload.errors import SlimoeError
+
+REARRANGED = "llama.cpp"
+_DISK_SECONDS = 0.5
+
+
+class BenchChildError(SlimoeError):
+    """A process of the bench ended without the figures that it was started for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """So much memory, None for no limit; llama.cpp's rearranged copies are tried only where the file `fits`."""
+
+    name: str
+    n_bytes: int | None
+    fits: bool
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """Who runs under it, ours first."""
+        return (OURS, *(name for name in RIVALS if self.fits or name != REARRANGED))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured: a prompt and then `tokens`, of which `n_warm` do not count, under each limit in each round.
+
+    llama.cpp reads `model` and ours `own_model`, which may hold more copies of the experts. `piece_bytes` is what is
+    read at once to time the disk.
+    """
+
+    model: Path
+    own_model: Path
+    limits: tuple[Limit, ...]
+    n_threads: int
+    n_rounds: int
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    n_warm: int
+    piece_bytes: int
+    engine: Changes = field(default_factory=dict)
+
+    def job(self, contender: str, limit: Limit) -> Job:
+        """What a contender is told to do."""
+        ours = contender == OURS
+        return Job(
+            contender,
+            str(self.own_model if ours else self.model),
+            self.n_threads,
+            self.prompt,
+            self.tokens,
+            self.n_warm,
+            ram=f"{limit.n_bytes}B" if ours and limit.n_bytes is not None else None,
+            engine=self.engine if ours else {},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A contender's outcome, or why there is none; `usage` is the control group's, None without a limit."""
+
+    outcome: Outcome | None
+    failure: str | None
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Everything measured: runs by limit and contender, the disk's speed by limit, and what our plan expected by limit.
+
+    There is one of each per round.
+    """
+
+    contenders: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
+    disk: dict[str, list[DiskSpeed]] = field(default_factory=dict)
+    expected: dict[str, list[Expected]] = field(default_factory=dict)
+
+
+def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
+    """All rounds; the order of the contenders turns from round to round. Raises SlimoeError."""
+    runs = Runs()
+    for round_no in range(plan.n_rounds):
+        for limit in plan.limits:
+            say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: what the plan expects")
+            runs.expected.setdefault(limit.name, []).append(expect(plan, limit))
+            names = limit.contenders
+            for name in names[round_no % len(names) :] + names[: round_no % len(names)]:
+                say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: {name}")
+                run = run_contender(plan.job(name, limit), limit.n_bytes)
+                runs.contenders.setdefault((limit.name, name), []).append(run)
+            if limit.n_bytes is not None:
+                runs.disk.setdefault(limit.name, []).append(time_disk(plan, limit.n_bytes))
+    return runs
+
+
+def run_contender(job: Job, limit_bytes: int | None) -> Run:
+    """One run in a process of its own; under a limit nothing of the file is in the page cache when it begins.
+
+    Raises NoControlGroupError and StillCachedError.
+    """
+    with ExitStack() as stack:
+        group = None
+        if limit_bytes is not None:
+            page_cache.drop(Path(job.model))
+            group = stack.enter_context(memory_group(limit_bytes))
+        done = _run("bench.limits.isolated_run", [], group, json.dumps(asdict(job)))
+        usage = group.usage() if group else None
+    if done.returncode == 0:
+        return Run(Outcome(**json.loads(done.stdout.splitlines()[-1])), None, usage)
+    return Run(None, _why(done, usage), usage)
+
+
+def expect(plan: Plan, limit: Limit) -> Expected:
+    """What our plan predicts of the run under the limit, measured under it; raises BenchChildError."""
+    with ExitStack() as stack:
+        group = stack.enter_context(memory_group(limit.n_bytes)) if limit.n_bytes is not None else None
+        done = _run("bench.limits.isolated_plan", [], group, json.dumps(asdict(plan.job(OURS, limit))))
+        usage = group.usage() if group else None
+    if done.returncode:
+        raise BenchChildError(f"The plan could not be asked: {_why(done, usage)}.")
+    return Expected(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def time_disk(plan: Plan, limit_bytes: int) -> DiskSpeed:
+    """How fast our file comes from its disk, under the limit; raises BenchChildError."""
+    page_cache.drop(plan.own_model)
+    arguments = [str(plan.own_model), "--piece-mib", str(plan.piece_bytes / 2**20), "--seconds", str(_DISK_SECONDS)]
+    with memory_group(limit_bytes) as group:
+        done = _run("bench.disk_speed", arguments, group, "")
+        if done.returncode:
+            raise BenchChildError(f"The disk could not be timed: {_why(done, group.usage())}.")
+    return DiskSpeed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _run(
+    module: str, arguments: Sequence[str], group: MemoryGroup | None, text: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    entered = group.entering(command) if group else command
+    return subprocess.run(entered, input=text, capture_output=True, text=True, check=False)
+
+
+def _why(done: subprocess.CompletedProcess[str], usage: Usage | None) -> str:
+    if usage is not None and usage.n_oom_kills:
+        return "killed, because it needed more memory than the limit"
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}"
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -1,0 +1,104 @@
+"""The machine that is measured on: what it is, and what else runs on it.
+
+ggml's threads wait by spinning, so that another process on the cores does not cost its share but many times it:
+no figure taken beside one is worth writing down.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+import psutil
+
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.ggml.library import PINNED
+
+QUIET_CORES = 0.15
+
+
+class BusyMachineError(SlimoeError):
+    """Other processes use the cores that are to be measured."""
+
+    exit_code = 75
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores, memory in GiB, operating system and library, for a report."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count() or 0,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "library": PINNED,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class OtherLoad:
+    """Watches how much other processes compute, this one and its children left out."""
+
+    def __init__(self) -> None:
+        self._others, self._total = _cpu_seconds()
+
+    def cores(self) -> float:
+        """The mean number of cores they used since this was made; 0 as well before the clock has moved."""
+        others, total = _cpu_seconds()
+        elapsed = total - self._total
+        return max(0.0, (others - self._others) / elapsed * psutil.cpu_count()) if elapsed > 0 else 0.0
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Seconds since boot, summed over the cores: spent by others, and in all."""
+    times = psutil.cpu_times()
+    total = sum(times[:8])  # what follows on Linux is guest time, which stands in the first eight already
+    own = psutil.Process()
+    mine = sum(sum(process.cpu_times()[:4]) for process in (own, *_alive_children(own)))
+    return total - times.idle - _iowait(times) - mine, total
+
+
+def _iowait(times: tuple[float, ...]) -> float:
+    return times[4] if sys.platform == "linux" else 0.0
+
+
+def _alive_children(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def require_quiet(*, allow_busy: bool, seconds: float = 1.0) -> float:
+    """Watches the cores for `seconds` and returns how many of them others use.
+
+    Raises BusyMachineError above QUIET_CORES; with `allow_busy` it only warns on stderr.
+    """
+    load = OtherLoad()
+    busiest = _busiest(seconds)
+    cores = load.cores()
+    if cores > QUIET_CORES:
+        message = f"Other processes use {cores:.1f} cores, most of all {busiest}: the figures would mean nothing."
+        if not allow_busy:
+            raise BusyMachineError(f"{message} End them, or measure all the same with --allow-busy.")
+        print(f"warning: {message}", file=sys.stderr)
+    return cores
+
+
+def _busiest(seconds: float) -> str:
+    own = psutil.Process().pid
+    others = [process for process in psutil.process_iter(["name"]) if process.pid != own]
+    before = {process.pid: _used(process) for process in others}
+    psutil.cpu_percent(seconds)
+    worst = max(others, key=lambda process: _used(process) - before[process.pid])
+    return f"{worst.info['name']} ({worst.pid})"
+
+
+def _used(process: psutil.Process) -> float:
+    try:
+        return float(sum(process.cpu_times()[:2]))
+    except psutil.Error:
+        return 0.0

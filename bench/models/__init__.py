@@ -1,0 +1,1 @@
+"""Models, vocabularies and traces made at random, with true shapes."""

@@ -1,0 +1,73 @@
+"""The blocks of a random tensor: quantised values from a pool, or embeddings that have topics."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from bench.models.topics import topical_rows
+from slimoe.offload.ggml.ops import ggml_quantize_chunk
+
+CHUNK = 256  # weights picked from the pool at once: the longest block of any ggml type
+POOL_CHUNKS = 4096
+WRITE_CHUNKS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensor:
+    """One tensor to write: `ne` in ggml's order, normal values of `mean` and deviation `std`.
+
+    Its rows are `topical_rows` where `topical` is not 0.
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    std: float
+    mean: float = 0.0
+    topical: float = 0.0
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the pool that fill it."""
+        return math.prod(self.ne) // CHUNK
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the file."""
+        return self.n_chunks * chunk_bytes(self.type)
+
+
+def chunk_bytes(kind: GGMLQuantizationType) -> int:
+    """Bytes of CHUNK weights of a type."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return CHUNK // int(block) * int(block_bytes)
+
+
+def block_pool(kind: GGMLQuantizationType, std: float, mean: float, seed: int) -> np.ndarray:
+    """Quantised random chunks, uint8 of shape (POOL_CHUNKS, bytes of a chunk)."""
+    rng = np.random.default_rng([seed, kind.value])
+    values = rng.standard_normal((POOL_CHUNKS, CHUNK), np.float32) * np.float32(std) + np.float32(mean)
+    pool = np.empty((POOL_CHUNKS, chunk_bytes(kind)), np.uint8)
+    ggml_quantize_chunk(kind, values.ctypes.data, pool.ctypes.data, 0, POOL_CHUNKS, CHUNK, None)
+    return pool
+
+
+def random_pieces(tensor: RandomTensor, pool: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """The tensor's bytes, a few megabytes at a time; the same for the same seed and name."""
+    rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+    for begin in range(0, tensor.n_chunks, WRITE_CHUNKS):
+        n_chunks = min(WRITE_CHUNKS, tensor.n_chunks - begin)
+        yield pool.take(rng.integers(0, POOL_CHUNKS, n_chunks, np.uint16), axis=0)
+
+
+def topical_pieces(tensor: RandomTensor, seed: int) -> Iterator[np.ndarray]:
+    """The bytes of embeddings that have topics, a few megabytes at a time."""
+    n_embd, n_rows = tensor.ne
+    for rows in topical_rows(n_rows, n_embd, tensor.topical, seed, WRITE_CHUNKS * CHUNK // n_embd):
+        piece = np.empty((len(rows), n_embd // CHUNK * chunk_bytes(tensor.type)), np.uint8)
+        ggml_quantize_chunk(tensor.type, rows.ctypes.data, piece.ctypes.data, 0, len(rows), n_embd, None)
+        yield piece

@@ -1,0 +1,239 @@
+"""Writes random models of true shape: a shape and a seed give a GGUF file in seconds.
+
+Speed does not depend on the weights' values, so none have to be downloaded. Values are drawn with the deviation
+that keeps activations and logits near 1. A pool of blocks is quantised once for each kind of tensor and every
+tensor is filled with random picks from it, so that a file is written about as fast as the disk takes it and
+experts differ from each other. llama.cpp loads the files, with a made-up vocabulary or without any. Experts are
+chosen evenly, or about as a trained model chooses them (`bench.models.topics`).
+
+    python -m bench.models.random_model mixtral2 /tmp/mixtral2.gguf --seed 1 --type Q4_K
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from bench.models.random_blocks import RandomTensor, block_pool, random_pieces, topical_pieces
+from bench.models.random_vocabulary import add_random_vocabulary
+from bench.models.topics import STYLES, RoutingStyle
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.files.whole_file import whole_file
+
+TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_0",
+    "Q5_1",
+    "Q4_0",
+    "Q4_1",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ3_S",
+    "IQ2_S",
+    "MXFP4",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a random model looks like, in GGUF's words; widths are multiples of 256."""
+
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_expert: int
+    n_expert_used: int
+    n_vocab: int
+
+
+SHAPES = {
+    "design8": Shape(8, 2048, 7168, 16, 8, 128, 8, 2, 32000),
+    "mixtral2": Shape(2, 4096, 14336, 32, 8, 128, 8, 2, 32000),
+    "mixtral": Shape(32, 4096, 14336, 32, 8, 128, 8, 2, 32000),
+    "finegrained": Shape(8, 2048, 768, 32, 4, 128, 128, 8, 32000),
+    "natural_medium": Shape(8, 1024, 3584, 8, 4, 128, 8, 2, 32000),
+    "natural_small": Shape(8, 256, 512, 4, 2, 64, 8, 2, 4096),
+    "smoke": Shape(2, 256, 512, 4, 2, 64, 4, 2, 512),
+}
+
+
+def random_tensors(
+    shape: Shape, kind: GGMLQuantizationType, output: GGMLQuantizationType, style: RoutingStyle
+) -> Iterator[RandomTensor]:
+    """All tensors of a model, in the order of the file; the router and the norms are F32."""
+    d, n_ff, n_expert = shape.n_embd, shape.n_ff, shape.n_expert
+    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
+    f32 = GGMLQuantizationType.F32
+
+    def matrix(name: str, *ne: int, factor: float = 1.0) -> RandomTensor:
+        return RandomTensor(f"{name}.weight", ne, kind, factor * ne[0] ** -0.5)
+
+    yield replace(matrix("token_embd", d, shape.n_vocab), std=1.0, topical=style.topical)
+    for layer in range(shape.n_layer):
+        blk = f"blk.{layer}."
+        yield RandomTensor(f"{blk}attn_norm.weight", (d,), f32, 0.1, mean=1.0)
+        yield matrix(f"{blk}attn_q", d, n_q)
+        yield matrix(f"{blk}attn_k", d, n_kv)
+        yield matrix(f"{blk}attn_v", d, n_kv)
+        yield matrix(f"{blk}attn_output", n_q, d, factor=style.attention)
+        yield RandomTensor(f"{blk}ffn_norm.weight", (d,), f32, 0.1, mean=1.0)
+        yield RandomTensor(f"{blk}ffn_gate_inp.weight", (d, n_expert), f32, style.router * d**-0.5)
+        yield matrix(f"{blk}ffn_gate_exps", d, n_ff, n_expert)
+        yield matrix(f"{blk}ffn_up_exps", d, n_ff, n_expert)
+        yield matrix(f"{blk}ffn_down_exps", n_ff, d, n_expert, factor=style.feed_forward)
+    yield RandomTensor("output_norm.weight", (d,), f32, 0.1, mean=1.0)
+    yield replace(matrix("output", d, shape.n_vocab), type=output)
+
+
+def describe(writer: GGUFWriter, shape: Shape) -> None:
+    """Adds the metadata that llama.cpp needs to load a model, its tokenizer left out."""
+    writer.add_name("random")
+    writer.add_context_length(32768)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    if shape.n_expert:  # a native file has a value for each layer in their place
+        writer.add_feed_forward_length(shape.n_ff)
+        writer.add_expert_count(shape.n_expert)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_used_count(shape.n_expert_used)
+    writer.add_vocab_size(shape.n_vocab)
+    writer.add_quantization_version(2)
+
+
+def write_random_model(
+    path: Path,
+    shape: Shape,
+    *,
+    seed: int = 1,
+    kind: str = "Q4_K",
+    output: str | None = None,
+    vocabulary: bool = False,
+    routing: str = "uniform",
+) -> int:
+    """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
+
+    Without a `vocabulary` it can only be spoken to in token ids. `routing` is one of STYLES.
+    Raises UsageError for a type whose blocks do not fit or that needs calibration.
+    """
+    tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind), STYLES[routing]))
+    with whole_file(path) as part:
+        writer = GGUFWriter(part, "llama")
+        describe(writer, shape)
+        if vocabulary:
+            add_random_vocabulary(writer, shape.n_vocab)
+        else:
+            writer.add_tokenizer_model("none")
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        write_tensors(writer, tensors, seed)
+        writer.close()
+    return path.stat().st_size
+
+
+def write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
+    """Writes the tensors' data behind a header that announced them; equal kinds of tensors share a pool of blocks."""
+    pools: dict[tuple[GGMLQuantizationType, float, float], np.ndarray] = {}
+    file = writer.fout[0]
+    for tensor in tensors:
+        key = (tensor.type, tensor.std, tensor.mean)
+        if not tensor.topical and key not in pools:
+            pools[key] = block_pool(*key, seed)
+        writer.write_padding(file, file.tell())
+        pieces = topical_pieces(tensor, seed) if tensor.topical else random_pieces(tensor, pools[key], seed)
+        for piece in pieces:
+            piece.tofile(file)
+    writer.write_padding(file, file.tell())
+
+
+def weight_type(name: str) -> GGMLQuantizationType:
+    """The ggml type of that name; raises UsageError for one that random weights cannot have."""
+    if name.upper() not in TYPES:
+        raise UsageError(f"{name} is no type for random weights. Choose one of {' '.join(TYPES)}.")
+    return GGMLQuantizationType[name.upper()]
+
+
+def shape_named(name: str, n_layer: int | None = None) -> Shape:
+    """A shape of SHAPES, with `n_layer` layers where given; raises UsageError for an unknown name."""
+    if name not in SHAPES:
+        raise UsageError(f"There is no shape {name}. Choose one of {' '.join(SHAPES)}.")
+    return SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
+
+
+@contextmanager
+def random_model_file(
+    shape: str, kind: str, *, vocabulary: bool = False, keep: bool = False, routing: str = "uniform"
+) -> Iterator[Path]:
+    """A random model in the temporary directory, deleted at the end unless it is to `keep`."""
+    path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
+    try:
+        write_random_model(path, shape_named(shape), kind=kind, vocabulary=vocabulary, routing=routing)
+        yield path
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)
+
+
+@click.command()
+@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--seed", default=1, show_default=True)
+@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@click.option("--output-type", help="Type of the output matrix.  [default: the same]")
+@click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
+@click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
+@click.option("--vocabulary", is_flag=True, help="Add a made-up vocabulary, so that text goes in and out.")
+def main(
+    shape: str,
+    path: Path,
+    seed: int,
+    kind: str,
+    output_type: str | None,
+    layers: int | None,
+    routing: str,
+    vocabulary: bool,
+) -> None:
+    """Write a random model of SHAPE to PATH."""
+    try:
+        n_bytes = write_random_model(
+            path,
+            shape_named(shape, layers),
+            seed=seed,
+            kind=kind,
+            output=output_type,
+            vocabulary=vocabulary,
+            routing=routing,
+        )
+    except (SlimoeError, OSError) as error:
+        sys.exit(f"{error}")
+    print(f"{os.fspath(path)}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

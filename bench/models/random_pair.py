@@ -1,0 +1,87 @@
+"""Writes random models with two copies of every expert: native files, for speed alone.
+
+The copies are random each for itself, so that a low one approximates nothing. `bench.offload --pair TYPES` makes real
+pairs, out of a random checkpoint, which takes many minutes at true shape; this takes seconds.
+
+    python -m bench.models.random_pair design8 /tmp/pair.gguf --types Q4_K,Q2_K
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+from gguf import GGUFWriter
+
+from bench.models.random_blocks import RandomTensor
+from bench.models.random_model import SHAPES, Shape, describe, random_tensors, shape_named, weight_type, write_tensors
+from bench.models.topics import STYLES
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
+from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
+from slimoe.offload.model.spec import NATIVE, NATIVE_VERSION
+
+_EXPERTS = "_exps.weight"
+
+
+def pair_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
+    """All tensors, the stacks of experts once per type."""
+    kinds = weight_type(high), weight_type(low)
+    for tensor in random_tensors(shape, kinds[0], kinds[0], STYLES[routing]):
+        if not tensor.name.endswith(_EXPERTS):
+            yield tensor
+            continue
+        _, layer, matrix, _ = tensor.name.split(".")
+        projection = next(name for name in PROJECTIONS if name in matrix)
+        for bucket, kind in enumerate(kinds):
+            yield replace(tensor, name=stack_name(int(layer), projection, bucket), type=kind)
+
+
+def write_random_pair(path: Path, shape: Shape, high: str, low: str, routing: str = "uniform", seed: int = 1) -> int:
+    """Writes a native file to `path`; returns its bytes. Raises UsageError for unknown types."""
+    tensors = list(pair_tensors(shape, high, low, routing))
+    experts = tuple(range(shape.n_expert))
+    layer = NativeLayer(experts, tuple((0, 1) for _ in experts))
+    writer = GGUFWriter(path, NATIVE)
+    describe(writer, replace(shape, n_expert=0, n_ff=0))
+    writer.data_alignment = ALIGNMENT
+    writer.add_custom_alignment(ALIGNMENT)
+    values = layout_metadata(NativeLayout((layer,) * shape.n_layer))
+    values |= {f"{NATIVE}.format.version": NATIVE_VERSION, f"{NATIVE}.expert_count": [shape.n_expert] * shape.n_layer}
+    values |= {f"{NATIVE}.feed_forward_length": [shape.n_ff] * shape.n_layer}
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_uint32(key, value)
+    writer.add_tokenizer_model("none")
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    write_tensors(writer, tensors, seed)
+    writer.close()
+    return path.stat().st_size
+
+
+@click.command()
+@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--types", default="Q4_K,Q2_K", show_default=True, help="Of the two copies, the better first.")
+@click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
+@click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
+def main(shape: str, path: Path, types: str, layers: int | None, routing: str) -> None:
+    """Write a random native model of SHAPE to PATH."""
+    high, _, low = types.partition(",")
+    try:
+        n_bytes = write_random_pair(path, shape_named(shape, layers), high, low, routing)
+    except (SlimoeError, OSError) as error:
+        sys.exit(f"{error}")
+    print(f"{path}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

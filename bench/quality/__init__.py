@@ -1,0 +1,1 @@
+"""Tables of quality and speed for compressed files."""

@@ -1,0 +1,124 @@
+"""Measures what the experts of a pair file cost when they are saved on, and writes that into a copy of the file.
+
+For each expert the texts are read once with all its picks in the low copy and once with all of them skipped; the rise
+of the KL divergence from the file's best copies is the hint. So many readings suit small models only.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.quality.pair_scores import Text, tiers_within
+from bench.rivals.stepping import kl_divergence
+from slimoe.converter.gguf.header import HeaderTensor, pack_header
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.slots import LowSlots
+from slimoe.offload.engine import Engine
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.lossy.decision import Choice, Decision, Memory, unchanged, without
+from slimoe.offload.lossy.loss import LossTable, loss_tables
+from slimoe.offload.lossy.modes import Lossy
+from slimoe.offload.model.experts import ExpertLayer
+from slimoe.offload.model.native_format import layout_metadata, read_layout
+from slimoe.offload.model.native_layout import LayerHints
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+
+Array = np.ndarray[Any, Any]
+_ROOM = 1 << 40
+
+
+class Probe:
+    """A mode that saves on one expert, `key`, by its low copy or by skipping it; it counts all picks meanwhile."""
+
+    low_slots: LowSlots = "first"
+    invests = False
+    is_steady = True
+
+    def __init__(self, layers: Sequence[ExpertLayer | None]) -> None:
+        self.key: Key = (-1, -1)
+        self.skips = False
+        self.uses = [np.zeros(0 if layer is None else len(layer.experts)) for layer in layers]
+        self.squares = [counts.copy() for counts in self.uses]
+
+    def choose(self, choice: Choice, memory: Memory) -> Decision:
+        """All but the one expert as ever."""
+        index, stored = choice.index, choice.stored
+        np.add.at(self.uses[index], stored[stored >= 0], 1)
+        np.add.at(self.squares[index], stored[stored >= 0], choice.shares[stored >= 0].astype(np.float64) ** 2)
+        if index != self.key[0]:
+            return unchanged(choice)
+        is_chosen = stored == self.key[1]
+        if self.skips:
+            return without(choice, is_chosen, np.zeros_like(stored), novices=False)
+        return Decision(np.where(is_chosen, choice.table.last_copy[self.key[1]], 0), stored)
+
+    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+        """Everything is in memory."""
+        return 0
+
+
+def measure_hints(model: Path, texts: Sequence[Text], n_threads: int, say: Callable[[str], None]) -> list[LayerHints]:
+    """Hints of every layer from texts whose references do not matter; the model must fit into memory in both copies."""
+    n_ctx = max(256, max(len(text.tokens) for text in texts))
+    plan = plan_engine(EngineConfig(model, n_ctx=n_ctx, n_batch=n_ctx, n_threads=n_threads, device="none"))
+    probe = Probe(plan.layers)
+    plan = replace(plan, lossy=Lossy(probe, loss_tables(plan.layers), ""))
+    plan = replace(plan, tiers=tiers_within(plan, _ROOM), n_batch=n_ctx)
+    with closing(Engine(EngineConfig(model, n_threads=n_threads), plan, lambda done, total: None)) as engine:
+
+        def read() -> list[Array]:
+            told = []
+            for text in texts:
+                engine.truncate(0)
+                told.append(engine.read(text.tokens, len(text.tokens)).copy())
+            return told
+
+        expected = read()
+        n_tokens = sum(len(text.tokens) for text in texts)
+        uses, squares = ([one / n_tokens for one in counts] for counts in (probe.uses, probe.squares))
+        hints = []
+        for index, layer in enumerate(plan.layers):
+            say(f"hints of layer {index}")
+            rises: dict[bool, list[float]] = {False: [], True: []}
+            for expert in range(0 if layer is None else len(layer.experts)):
+                for probe.skips, found in rises.items():
+                    probe.key = (index, expert)
+                    found.append(_divergence(expected, read()))
+            hints.append(_hints(uses[index], squares[index], rises[False], rises[True]))
+    return hints
+
+
+def _divergence(expected: list[Array], told: list[Array]) -> float:
+    rows = [pair for texts in zip(told, expected, strict=True) for pair in zip(*texts, strict=True)]
+    return float(np.mean([max(0.0, kl_divergence(got, wanted)) for got, wanted in rows]))
+
+
+def _hints(uses: Array, squares: Array, low: list[float], skip: list[float]) -> LayerHints:
+    return LayerHints(
+        use=tuple(uses.tolist()),
+        share_square=tuple((squares / np.maximum(uses, 1e-9)).tolist()),
+        error=tuple((0.0, rise) for rise in low),
+        skip_error=tuple(skip),
+        sensitivity=float(sum(skip) / squares.sum()) if squares.sum() else 0.0,
+    )
+
+
+def write_hints(model: Path, target: Path, hints: Sequence[LayerHints]) -> None:
+    """A copy of a native file with other hints."""
+    gguf = read_gguf(model)
+    layout = read_layout(gguf, ModelSpec.from_gguf(gguf))
+    pairs = zip(layout.layers, hints, strict=True)
+    layout = replace(layout, layers=tuple(replace(layer, hints=hint) for layer, hint in pairs))
+    metadata = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in gguf.metadata.items()}
+    begin = min(tensor.offset for tensor in gguf.tensors.values())
+    tensors = [HeaderTensor(one.name, one.ne, one.type, one.offset - begin) for one in gguf.tensors.values()]
+    with model.open("rb") as source, target.open("wb") as copy:
+        copy.write(pack_header(metadata | layout_metadata(layout), tensors))
+        source.seek(begin)
+        while data := source.read(1 << 24):
+            copy.write(data)

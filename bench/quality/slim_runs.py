@@ -1,0 +1,180 @@
+"""Makes slimmed files of a random checkpoint and decodes them in turn, every step alone in a process."""
+
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bench.limits import isolated_run as lone_run
+from bench.limits.isolated_run import OURS, Outcome
+from bench.limits.limited_runs import BenchChildError, run_contender
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.random_model import Shape
+from bench.quality.slim_projection import Calibrated, Density, Weights
+from bench.rivals.stepping import random_tokens
+from bench.slim_step import CalibrationJob, ConversionJob, Job, SlimmingJob, Taken, run_here, run_step
+from slimoe.converter.forward.texts import DEFAULT_LENGTH
+from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.recipe.toml_file import recipe_text
+from slimoe.converter.stats.type_errors import DEFAULT_TYPES
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.resources.memory import available_bytes, human, require
+
+F16, Q4_K = "F16", "Q4_K"
+SLIM = ("layer-drop", "native", "stock")
+_PROMPT, _WARM = 16, 4
+_SHORT, _LONG = "short", "long"
+_SHORTER = 8
+"""So many times shorter is the calibration that tells what does not depend on tokens."""
+_SPARE_MEMORY = 2 << 30
+_CHECKPOINTS_ON_DISK = 3
+"""The checkpoint, its F16 and all smaller files take no more than this many times its bytes."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is made and measured; all files lie in `directory`. `types` are chosen from, `priced` are priced.
+
+    Each step is `alone` in a process, or all are in this one, where peaks of memory mean nothing.
+    """
+
+    directory: Path
+    shape: Shape
+    slim: tuple[str, ...]
+    bits: float
+    types: tuple[str, ...]
+    priced: tuple[str, ...]
+    feedback: bool
+    n_tokens: int
+    n_decode: int
+    n_rounds: int
+    n_threads: int
+    alone: bool = True
+
+    @property
+    def checkpoint(self) -> Path:
+        """What all files are made of."""
+        return self.directory / "checkpoint"
+
+    @property
+    def statistics(self) -> Path:
+        """What the longer calibration learnt."""
+        return self.directory / f"{_LONG}.stats"
+
+    def file(self, name: str) -> Path:
+        """The file of that name."""
+        return self.directory / f"{name}.gguf"
+
+    def recipe(self, name: str) -> Recipe:
+        """How one of SLIM is made."""
+        if name == "layer-drop":
+            kept = StorageRecipe(expert=Q4_K)
+            n_drop = max(1, round(self.shape.n_layer / 4))
+            return Recipe(drop_ffn=n_drop, types=kept, fit=FitRecipe(importance=False), hints=False)
+        fit = FitRecipe(feedback=self.feedback, refit=self.feedback)
+        recipe = Recipe(target_bpw=self.bits, types=StorageRecipe(candidates=self.types), fit=fit)
+        return replace(recipe, format="stock") if name == "stock" else recipe
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything measured: calibrations, and by file how it was made, what it is, and each round of decoding."""
+
+    calibrations: list[Calibrated] = field(default_factory=list)
+    made: dict[str, Taken] = field(default_factory=dict)
+    densities: dict[str, Density] = field(default_factory=dict)
+    rounds: dict[str, list[Outcome]] = field(default_factory=dict)
+
+    def step_seconds(self, name: str) -> float:
+        """Of a decoded token, the median of the rounds' medians."""
+        return statistics.median(statistics.median(run.step_seconds) for run in self.rounds[name])
+
+    def peak(self, name: str) -> int:
+        """The most memory that a decoding process had in any round."""
+        return max(run.peak_resident for run in self.rounds[name])
+
+
+def check_room(plan: Plan) -> None:
+    """Raises DoesNotFitError unless disk and memory hold what is to be made and decoded."""
+    bf16 = 2 * Weights.of(plan.shape).total
+    free, needed = shutil.disk_usage(plan.directory).free, _CHECKPOINTS_ON_DISK * bf16
+    if needed > free:
+        message = f"The files take up to {human(needed)}, but {plan.directory.parent} has room for {human(free)}."
+        hint = "Measure fewer --layers, or set TMPDIR to a larger disk."
+        raise DoesNotFitError(f"{message} {hint}", required_bytes=needed, available_bytes=free)
+    require(bf16 + _SPARE_MEMORY, available_bytes(), "Decoding the F16 file")
+
+
+def measure(plan: Plan, say: Say) -> Report:
+    """Calibrates, converts and decodes; raises StepFailedError and BenchChildError."""
+    report = Report()
+    say(f"writing a checkpoint of {plan.shape.n_layer} layers")
+    write_random_checkpoint(plan.checkpoint, plan.shape)
+    for name, n_tokens in ((_SHORT, max(2, plan.n_tokens // _SHORTER)), (_LONG, plan.n_tokens)):
+        say(f"calibrating on {n_tokens} tokens")
+        report.calibrations.append(calibrated(plan, name, n_tokens))
+        say(_parts(report.calibrations[-1].taken))
+    for name in (F16, Q4_K, *plan.slim):
+        say(f"making {name}")
+        report.made[name] = made(plan, name)
+        say(_parts(report.made[name]))
+        report.densities[name] = Density.of(plan.file(name), plan.shape)
+    shutil.rmtree(plan.checkpoint)
+    decode(plan, report, say)
+    return report
+
+
+def _parts(taken: Taken) -> str:
+    return "  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in taken.parts.items())
+
+
+def calibrated(plan: Plan, name: str, n_tokens: int) -> Calibrated:
+    """A calibration on random tokens, half of them backwards as well, an eighth through all experts.
+
+    Only the longer one finds what types cost.
+    """
+    tokens = random_tokens(n_tokens, plan.shape.n_vocab)
+    texts = [tokens[begin : begin + DEFAULT_LENGTH] for begin in range(0, n_tokens, DEFAULT_LENGTH)]
+    n_sensitivity, n_sketch = sum(map(len, texts[: -(-len(texts) // 2)])), max(1, n_tokens // 8)
+    priced = plan.priced if name == _LONG else ()
+    job = CalibrationJob(
+        str(plan.checkpoint),
+        str(plan.directory / f"{name}.stats"),
+        texts,
+        list(priced),
+        [kind for kind in DEFAULT_TYPES if kind in priced],
+        n_sensitivity,
+        n_sketch,
+        plan.n_threads,
+    )
+    return Calibrated(plan.shape, n_tokens, n_sensitivity, n_sketch, _run(plan, job))
+
+
+def made(plan: Plan, name: str) -> Taken:
+    """Makes a file."""
+    source, target = str(plan.checkpoint), str(plan.file(name))
+    if name not in SLIM:
+        return _run(plan, ConversionJob(source, target, name, plan.n_threads))
+    return _run(plan, SlimmingJob(source, target, recipe_text(plan.recipe(name)), str(plan.statistics), plan.n_threads))
+
+
+def _run(plan: Plan, job: Job) -> Taken:
+    return run_step(job) if plan.alone else run_here(job)
+
+
+def decode(plan: Plan, report: Report, say: Say) -> None:
+    """All rounds of all files; the order turns. Raises BenchChildError."""
+    tokens = random_tokens(_PROMPT + _WARM + plan.n_decode, plan.shape.n_vocab)
+    prompt, steps = tuple(tokens[:_PROMPT]), tuple(tokens[_PROMPT:])
+    names = list(report.made)
+    for number in range(plan.n_rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            say(f"decoding, round {number + 1} of {plan.n_rounds}: {name}")
+            run = run_contender(lone_run.Job(OURS, str(plan.file(name)), plan.n_threads, prompt, steps, _WARM), None)
+            if run.outcome is None:
+                raise BenchChildError(f"{name} could not be decoded: {run.failure}.")
+            report.rounds.setdefault(name, []).append(run.outcome)

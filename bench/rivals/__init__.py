@@ -1,0 +1,1 @@
+"""Baselines: llama.cpp's own quantiser, decoding and RPC server, driven in turn with ours."""

@@ -1,0 +1,130 @@
+"""llama.cpp as a contender, through llama-cpp-python's low-level API, set as llama-bench sets it.
+
+Memory-mapped weights, f16 KV cache, flash attention as llama.cpp chooses, physical batches of 512 and a thread
+pool that polls. Extra buffer types (the rearranged copies of weights) are on in llama.cpp's defaults and can be
+switched off: neither is better at both decode and prefill.
+"""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+
+from slimoe.offload.errors import ModelFileError
+from slimoe.offload.ggml import buffers as ggml_backend
+
+N_BATCH = 512
+EvalCallback = Any
+"""A function of the C type `llama.ggml_backend_sched_eval_callback`."""
+_NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
+
+
+@dataclass(frozen=True, slots=True)
+class RivalConfig:
+    """How llama.cpp loads a model; `extra_buffers` is its `--no-repack` the other way round."""
+
+    model: Path
+    n_ctx: int
+    n_threads: int
+    extra_buffers: bool = True
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes' own
+def _log_errors(level: int, text: bytes, _: int | None) -> None:
+    if level == 4:
+        sys.stderr.buffer.write(text)
+
+
+class Rival:
+    """A llama.cpp model with one sequence in its KV cache. Has the stepping interface of the engine.
+
+    `watch` is asked about every tensor that is computed, as llama.cpp's `cb_eval` is, and must outlive the rival.
+    """
+
+    def __init__(self, config: RivalConfig, watch: EvalCallback = _NO_CALLBACK) -> None:
+        self.config = config
+        self.n_past = 0
+        llama.llama_log_set(_log_errors, ctypes.c_void_p(0))
+        self._model = _open_model(config)
+        self._context = _open_context(self._model, config, watch)
+        self._pool = _attach_threads(self._context, config.n_threads)
+        self.n_vocab = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model)))
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,), good until the next call."""
+        for begin in range(0, len(tokens), N_BATCH):
+            batch = tokens[begin : begin + N_BATCH]
+            array = (ctypes.c_int32 * len(batch))(*batch)
+            status = llama.llama_decode(self._context, llama.llama_batch_get_one(array, len(batch)))
+            assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
+            self.n_past += len(batch)
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (self.n_vocab,))
+
+    def decode(self, token: int) -> np.ndarray:
+        """One step: appends one token and returns its logits."""
+        return self.prefill([token])
+
+    def score(self, tokens: Sequence[int]) -> np.ndarray:
+        """Appends tokens; returns the logits of all of them, float32 of shape (len(tokens), n_vocab)."""
+        rows = [self._score_batch(tokens[begin : begin + N_BATCH]) for begin in range(0, len(tokens), N_BATCH)]
+        return np.concatenate(rows)
+
+    def _score_batch(self, tokens: Sequence[int]) -> np.ndarray:
+        array, wanted = (ctypes.c_int32 * len(tokens))(*tokens), (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        batch = llama.llama_batch_get_one(array, len(tokens))
+        batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
+        status = llama.llama_decode(self._context, batch)
+        assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
+        self.n_past += len(tokens)
+        rows = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(tokens), self.n_vocab))
+        return rows.copy()
+
+    def truncate(self, n_past: int) -> None:
+        """Forgets everything after the first `n_past` tokens."""
+        assert n_past <= self.n_past
+        llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, n_past, -1)
+        self.n_past = n_past
+
+    def close(self) -> None:
+        """Gives all memory and threads back; the object is dead afterwards."""
+        llama.llama_free(self._context)
+        llama.llama_model_free(self._model)
+        ggml_backend.ggml_threadpool_free(self._pool)
+
+
+def _open_model(config: RivalConfig) -> ctypes.c_void_p:
+    params = llama.llama_model_default_params()
+    params.use_extra_bufts = config.extra_buffers
+    params.n_gpu_layers = 0
+    model: ctypes.c_void_p | None = llama.llama_model_load_from_file(str(config.model).encode(), params)
+    if not model:
+        raise ModelFileError(config.model, "llama.cpp cannot load this file.", "Compare on a stock GGUF file.")
+    return model
+
+
+def _open_context(model: ctypes.c_void_p, config: RivalConfig, watch: EvalCallback) -> ctypes.c_void_p:
+    params = llama.llama_context_default_params()
+    params.cb_eval = watch
+    params.n_ctx = config.n_ctx
+    params.n_batch = params.n_ubatch = N_BATCH
+    params.n_threads = params.n_threads_batch = config.n_threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
+    context: ctypes.c_void_p | None = llama.llama_init_from_model(model, params)
+    assert context, "llama.cpp made no context"
+    return context
+
+
+def _attach_threads(context: ctypes.c_void_p, n_threads: int) -> int:
+    params = ggml_backend.ThreadpoolParams()
+    ggml_backend.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
+    pool: int = ggml_backend.ggml_threadpool_new(ctypes.addressof(params))
+    # llama-cpp-python binds every function but this one, and only its own copy of the library knows its contexts.
+    attach = llama._lib.llama_attach_threadpool
+    attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
+    attach(context, pool, None)
+    return pool

@@ -1,0 +1,1 @@
+"""Router traces replayed through cache policies."""

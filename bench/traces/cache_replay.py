@@ -1,0 +1,240 @@
+"""Runs a trace through a cache: what is found, what is missed, what is moved, and what that costs.
+
+The decisions are the engine's own (`residency.SlotCache`, `slot_exchange.SlotExchange`), asked in the order in which it
+asks them. What the engine foresaw is in its traces and takes slots here as it did there; only how fast the disk was is
+not. A device is taken to be the only one, and every expert that it lacks to be in memory.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.traces.contender import Contender, Online
+from bench.traces.demand import Demand, Visit
+from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
+from slimoe.offload.cache.router_trace import TraceHeader
+from slimoe.offload.cache.swap import SlotExchange
+from slimoe.offload.cache.swap_rule import SwapRule
+
+IN_FLIGHT = 2
+"""Experts of a batch that the engine reads while it multiplies another."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Visits to experts, each counted once per step and layer, and bytes moved for them.
+
+    `ahead` are those of the misses that had been foreseen; what was foreseen in vain is in `moved_bytes` as well.
+    """
+
+    n_tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    ahead: int = 0
+    hit_bytes: int = 0
+    miss_bytes: int = 0
+    moved_bytes: int = 0
+
+    @property
+    def hit_share(self) -> float:
+        """Share of the visits that found the expert; 0 without visits."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Fast memory. Rates are bytes per second: of moving experts in, and of multiplying with those here and not here.
+
+    `computes_misses`: a missed expert is multiplied where it lies and moved in after the step, if at all; otherwise
+    each miss is moved in first.
+    """
+
+    move_rate: float
+    hit_rate: float
+    miss_rate: float
+    computes_misses: bool
+
+    def seconds(self, tally: Tally) -> tuple[float, float]:
+        """Of moving, and of multiplying, if nothing overlaps."""
+        return tally.moved_bytes / self.move_rate, tally.hit_bytes / self.hit_rate + tally.miss_bytes / self.miss_rate
+
+    def swap_rule(self, n_bytes: int) -> SwapRule:
+        """The rule for experts of so many bytes."""
+        return SwapRule(n_bytes / self.miss_rate - n_bytes / self.hit_rate, n_bytes / self.move_rate)
+
+
+def experts_by_size(header: TraceHeader) -> Counter[int]:
+    """How many experts there are of each size in bytes."""
+    return Counter(n_bytes for layer in header.expert_bytes for n_bytes in layer)
+
+
+def pool_sizes(header: TraceHeader, n_slots: int) -> dict[int, int]:
+    """Slots by expert size. Experts of one size share a pool; all pools hold about the same share of their experts."""
+    experts = experts_by_size(header)
+    total = experts.total()
+    ends = np.cumsum(list(experts.values())) * min(n_slots, total) // total
+    return dict(zip(experts, np.diff(ends, prepend=0).tolist(), strict=True))
+
+
+def pools_within(header: TraceHeader, n_bytes: int) -> dict[int, int]:
+    """The same for memory in bytes instead of slots, which is not exceeded."""
+    experts = experts_by_size(header)
+    total = sum(size * n for size, n in experts.items())
+    return {size: n * min(n_bytes, total) // total for size, n in experts.items()}
+
+
+class CacheReplay:
+    """One contender's pools. They start full of what it values most, which costs nothing.
+
+    `rule` says which swaps pay, by default those that do with experts of the largest size at the tier's rates.
+    """
+
+    def __init__(
+        self,
+        header: TraceHeader,
+        slots: Mapping[int, int],
+        contender: Contender,
+        tier: Tier,
+        rule: SwapRule | None = None,
+    ) -> None:
+        self._bytes, self._contender, self._tier = header.expert_bytes, contender, tier
+        self._pools = {n_bytes: SlotCache(n, contender) for n_bytes, n in slots.items() if n}
+        for n_bytes, cache in self._pools.items():
+            for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
+                cache.acquire(key)
+        self._missed: list[Key] = []
+        self._foreseen: set[Key] = set()
+        self._read_ahead: set[Key] = set()
+        self._exchange = None
+        if tier.computes_misses and isinstance(contender, Online):
+            rule = rule or tier.swap_rule(max(slots, default=0))
+            self._exchange = SlotExchange(contender.policy, rule, self._kind_of)
+
+    def _keys(self, n_bytes: int) -> Iterator[Key]:
+        for layer, sizes in enumerate(self._bytes):
+            yield from ((layer, expert) for expert, size in enumerate(sizes) if size == n_bytes)
+
+    def run(self, steps: Sequence[Demand]) -> dict[str, Tally]:
+        """Tallies of the steps of `prompt` and `answer`."""
+        tallies = {"prompt": Tally(), "answer": Tally()}
+        for step in steps:
+            tally = tallies["answer" if step.is_answer else "prompt"]
+            tally.n_tokens += step.n_tokens
+            self._foresee(set())
+            for visit in step.visits:
+                self._contender.observe(visit)
+                self._serve(visit, tally)
+            if self._exchange is not None and step.has_answer:
+                self._swap(self._exchange, tally)
+            self._contender.end_step(step)
+        return tallies
+
+    def check(self) -> None:
+        """Asserts that the pools are sound."""
+        for cache in self._pools.values():
+            cache.check()
+
+    def _serve(self, visit: Visit, tally: Tally) -> None:
+        here = [key for key in visit.keys if self._is_here(key)]
+        absent = [key for key in visit.keys if not self._is_here(key)]
+        ahead = [key for key in here if key in self._read_ahead]
+        tally.hits += len(here) - len(ahead)
+        tally.misses += len(absent) + len(ahead)
+        tally.ahead += len(ahead)
+        tally.hit_bytes += self._n_bytes(here)
+        tally.miss_bytes += self._n_bytes(absent)
+        if not self._tier.computes_misses:
+            tally.moved_bytes += self._n_bytes(absent)
+        if self._contender.is_choosy:
+            self._load_if_worth(absent, tally)
+        elif self._tier.computes_misses:
+            self._missed += absent if visit.is_answer.all() else []
+        elif len(visit.picks) == 1:
+            self._load_single(visit, absent, tally)
+        else:
+            self._load_batch(here, absent)
+        self._read_ahead.difference_update(visit.keys)
+
+    def _kind_of(self, key: Key) -> int | None:
+        layer, expert = key
+        n_bytes = self._bytes[layer][expert] if expert < len(self._bytes[layer]) else 0
+        return n_bytes if n_bytes in self._pools else None
+
+    def _is_here(self, key: Key) -> bool:
+        cache = self._pool(key)
+        return cache is not None and key in cache
+
+    def _pool(self, key: Key) -> SlotCache | None:
+        return self._pools.get(self._bytes[key[0]][key[1]])
+
+    def _n_bytes(self, keys: Iterable[Key]) -> int:
+        return sum(self._bytes[layer][expert] for layer, expert in keys)
+
+    def _load_if_worth(self, keys: Sequence[Key], tally: Tally) -> None:
+        for key in keys:
+            cache = self._pool(key)
+            if cache is None:
+                continue
+            victim = cache.victim()
+            if victim is None or cache.value(victim) < cache.value(key):
+                cache.acquire(key)
+                if self._tier.computes_misses:
+                    tally.moved_bytes += self._n_bytes([key])
+
+    def _load(self, keys: Sequence[Key], needed: set[Key]) -> None:
+        """Loads all that have a pool, over what is foreseen if need be.
+
+        In a pool too small for one step, the step's own experts take turns.
+        """
+        for key in keys:
+            cache = self._pool(key)
+            if cache is not None:
+                levels = (needed | self._foreseen, needed, set[Key]())
+                self._acquire(cache, key, next(pinned for pinned in levels if _can_take(cache, pinned)))
+
+    def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> None:
+        _, evicted = cache.acquire(key, pinned)
+        if evicted is not None:
+            self._read_ahead.discard(evicted)
+
+    def _load_single(self, visit: Visit, absent: list[Key], tally: Tally) -> None:
+        """One token's misses, and then what is foreseen for its later layers, as long as there are slots to spare."""
+        self._foresee({key for key in self._foreseen if key[0] != visit.layer})
+        self._load(absent, set(visit.keys))
+        self._foresee(set(visit.ahead))
+        pinned = self._foreseen.union(visit.keys)
+        for key in visit.ahead:
+            cache = self._pool(key)
+            if cache is not None and key not in cache and _can_take(cache, pinned):
+                self._acquire(cache, key, pinned)
+                self._read_ahead.add(key)
+                tally.moved_bytes += self._n_bytes([key])
+
+    def _foresee(self, keys: set[Key]) -> None:
+        """Takes back what is no longer foreseen: should it be used one day, it was there before."""
+        self._read_ahead -= self._foreseen - keys
+        self._foreseen = keys
+
+    def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
+        """Those that are here first, the others read while they are multiplied; what is done may leave."""
+        queue, n_begun = here + absent, len(here)
+        for at in range(len(queue)):
+            end = max(at + 1, len(here)) + IN_FLIGHT
+            self._load(queue[n_begun:end], set(queue[at:end]))
+            n_begun = max(n_begun, min(end, len(queue)))
+
+    def _swap(self, exchange: SlotExchange, tally: Tally) -> None:
+        resident = {key for cache in self._pools.values() for key in cache}
+        for victim, newcomer in exchange.choose(resident, self._missed, lambda key: True):
+            cache = self._pool(victim)
+            assert cache is not None
+            cache.free(victim)
+            cache.acquire(newcomer)
+            tally.moved_bytes += self._n_bytes([newcomer])
+        self._missed.clear()
+
+
+def _can_take(cache: SlotCache, pinned: set[Key]) -> bool:
+    return len(cache) < cache.n_slots or cache.victim(pinned) is not None

@@ -1,0 +1,255 @@
+"""From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.budget.hints import with_fallbacks, with_hints
+from slimoe.converter.budget.knapsack import Allocation
+from slimoe.converter.budget.named_types import (
+    are_priced,
+    check_importance,
+    check_width,
+    named_types,
+    plan_kinds,
+    priced,
+)
+from slimoe.converter.budget.structure import Structure, build_structure
+from slimoe.converter.budget.types import TypeAllocator, apply, too_large
+from slimoe.converter.layout.layer import fitted_types
+from slimoe.converter.layout.plan import ExpertPlan, SlimPlan, Types
+from slimoe.converter.quant.mixes import fits, fitting_type
+from slimoe.converter.recipe.recipe import Recipe
+from slimoe.converter.recipe.toml_file import recipe_text
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.type_costs import (
+    CANDIDATES,
+    LOSSLESS,
+    TypeCosts,
+    joined_costs,
+    known_types,
+    measure_type_costs,
+    priced_matrices,
+    stored_costs,
+)
+from slimoe.offload.errors import DoesNotFitError, UsageError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how much is done."""
+
+BEYOND = 2.0
+"""So many times what the statistics foretell to second order is what slimming costs, measured on a trained model, types
+and parts left out alike: errors of layers go together, and tokens move to other experts. In the first layer it is more.
+"""
+
+
+def plan_slim(
+    source: ModelSource,
+    statistics: Statistics | None,
+    recipe: Recipe,
+    *,
+    n_threads: int = 1,
+    costs: TypeCosts | None = None,
+    search_seconds: float = 0.0,
+    on_progress: Progress = lambda _what, _done, _total: None,
+) -> SlimPlan:
+    """What a recipe makes of a model. `costs` are measured if they are needed and not given. The types that meet a size
+    are improved by measured divergence for `search_seconds`.
+
+    Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
+    which names the least, and UnsupportedModelError for what the format cannot hold.
+    """
+    structure = build_structure(source, statistics, recipe)
+    if recipe.experts.width is not None:
+        check_width(source, recipe, recipe.experts.width)
+        # torch is heavy, and most plans do without.
+        from slimoe.converter.budget.trimming import trimmed
+
+        structure = trimmed(source, statistics, structure, recipe.experts.width, on_progress)
+    open_plan = _open_plan(recipe, structure, statistics)
+    budget = target_bytes(source, recipe)
+    if budget is None:
+        plan = apply(open_plan, named_types(source, structure, recipe), source, statistics)
+        whole = plan if recipe.types.low is None else _both_copies(source, plan, recipe.types.low)
+        check_importance(whole)
+        costs = costs or _named_costs(source, statistics, whole, n_threads, on_progress)
+        plan = priced(plan, costs)
+    else:
+        if statistics is None:
+            raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
+        types = _candidates(source, recipe)
+        costs = costs or statistics_costs(source, statistics, types, n_threads, on_progress)
+        allocator = TypeAllocator(source, statistics, costs, recipe, structure)
+        plan, allocation, room = _within(
+            budget, allocator, open_plan, lambda typed: _completed(source, statistics, recipe, typed, costs)
+        )
+        if search_seconds:
+            from slimoe.converter.budget.refinement import refine
+
+            plan, _ = refine(
+                source,
+                statistics,
+                allocator,
+                open_plan,
+                allocation,
+                budget=room,
+                seconds=search_seconds,
+                n_threads=n_threads,
+                on_progress=lambda generation, nats: on_progress(f"searching: {nats:.5f} nats", generation, 0),
+            )
+    if plan.expected_kl is not None:
+        plan = replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + _uncounted(recipe))
+    return _completed(source, statistics, recipe, plan, costs)
+
+
+def _open_plan(recipe: Recipe, structure: Structure, statistics: Statistics | None) -> SlimPlan:
+    """The plan before types are chosen."""
+    return SlimPlan(
+        recipe.format,
+        structure.layers,
+        Type.F32,
+        None,
+        recipe_text(recipe),
+        importance=recipe.fit.importance and statistics is not None,
+        feedback=recipe.fit.feedback,
+        refit=recipe.fit.refit,
+        expected_kl=structure.nats if statistics is not None else None,
+    )
+
+
+def _uncounted(recipe: Recipe) -> tuple[str, ...]:
+    """What nothing is known of."""
+    done = {"merged experts": recipe.experts.merge is not None, "trimmed experts": recipe.experts.width is not None}
+    return tuple(what for what, is_there in done.items() if is_there)
+
+
+def _named_costs(
+    source: ModelSource,
+    statistics: Statistics | None,
+    plan: SlimPlan,
+    n_threads: int,
+    on_progress: Progress,
+) -> TypeCosts | None:
+    """What the types cost that a plan has; None without the sensitivities that say it."""
+    if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
+        return None
+    names = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
+    stored = stored_costs(statistics, names)
+    if not names or (stored is not None and are_priced(plan, stored)):
+        return stored
+    return statistics_costs(source, statistics, names, n_threads, on_progress)
+
+
+def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:
+    """The plan with second copies; raises UsageError if there would be none."""
+    whole = with_low_copies(source, plan, Type[low])
+    if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
+        raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
+    return whole
+
+
+def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
+    """The types that must have a price: those that are named, and what stands in for them where rows do not fit them.
+
+    None for what calibration tries. It tries no types of small blocks on rows that need none, as narrower ones may.
+    """
+    named, width = recipe.types, recipe.experts.width
+    needs_small = width is not None and fits(Type.Q4_K, source.spec.n_ff) and not fits(Type.Q4_K, width)
+    if not named.candidates and not needs_small:
+        return None
+    others = (named.expert, named.low, named.attention, named.token, named.output)
+    asked = (*(named.candidates or CANDIDATES), *(name for name in others if name in CANDIDATES))
+    widths = {source.shapes[key][1] for key in priced_matrices(source)} | ({width} if width is not None else set())
+    fitting = (fitting_type(Type[name], n_per_row).name for name in asked for n_per_row in sorted(widths))
+    return tuple(dict.fromkeys((*asked, *fitting)))
+
+
+def _completed(
+    source: ModelSource, statistics: Statistics | None, recipe: Recipe, plan: SlimPlan, costs: TypeCosts | None
+) -> SlimPlan:
+    """The plan with second copies and hints."""
+    if recipe.types.low is not None:
+        plan = with_low_copies(source, plan, Type[recipe.types.low])
+    if not recipe.hints or recipe.format != "native" or statistics is None:
+        return plan
+    layers = plan.layers
+    if recipe.free_novices or recipe.experts.replacement == "novice":
+        layers = tuple(with_fallbacks(statistics, layer) for layer in layers)
+    hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
+    # The format has hints for all layers or for none.
+    known = tuple(layer for layer in hinted if layer is not None)
+    return replace(plan, layers=known) if len(known) == len(hinted) else plan
+
+
+def _within(
+    budget: int, allocator: TypeAllocator, plan: SlimPlan, complete: Callable[[SlimPlan], SlimPlan]
+) -> tuple[SlimPlan, Allocation, int]:
+    """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that.
+
+    Raises DoesNotFitError with the bytes of the smallest one when it is complete.
+    """
+    room = budget
+    while True:
+        try:
+            typed, allocation = allocator.fit(plan, room)
+        except DoesNotFitError:
+            raise too_large(allocator.size.of(complete(allocator.smallest(plan))), budget) from None
+        excess = allocator.size.of(complete(typed)) - budget
+        if excess <= 0:
+            return typed, allocation, room
+        room = min(room, allocator.size.of(typed)) - excess
+
+
+def statistics_costs(
+    source: ModelSource, statistics: Statistics, types: Sequence[str] | None, n_threads: int, on_progress: Progress
+) -> TypeCosts:
+    """What these types cost, those worth choosing from if they are not given, measured where the statistics have no
+    answer; raises as `measure_type_costs` does.
+    """
+    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
+    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
+    known = set(tried) if types is None else known_types(source, statistics)
+    wanted = CANDIDATES if types is None else types
+    missing = tuple(name for name in wanted if name not in known)
+    stored = stored_costs(statistics, tuple(name for name in wanted if name not in missing))
+    if not missing and stored is not None:
+        return stored
+    what = f"measuring what {', '.join(missing)} cost" if stored is not None else "measuring what each type costs"
+    measured = measure_type_costs(
+        source,
+        statistics,
+        types=missing,
+        n_threads=n_threads,
+        on_progress=lambda done, total: on_progress(what, done, total),
+    )
+    return measured if stored is None else joined_costs(stored, measured)
+
+
+def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:
+    """The file's bytes at most, None where the recipe names types instead."""
+    if recipe.target_bpw is not None:
+        n_weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in source.shapes.values())
+        return int(recipe.target_bpw * n_weights / 8)
+    return recipe.target_size
+
+
+def with_low_copies(source: ModelSource, plan: SlimPlan, low: Type) -> SlimPlan:
+    """The plan with second copies of all experts whose first ones are larger."""
+
+    def with_copy(block: int, expert: ExpertPlan) -> ExpertPlan:
+        types = fitted_types(source, block, expert, (low, low, low))
+        return replace(expert, low_types=types if _is_smaller(types, expert.types) else None)
+
+    layers = (
+        replace(layer, experts=tuple(with_copy(layer.block, expert) for expert in layer.experts))
+        for layer in plan.layers
+    )
+    return replace(plan, layers=tuple(layers))
+
+
+def _is_smaller(low: Types, high: Types) -> bool:
+    bits = [sum(GGML_QUANT_SIZES[kind][1] / GGML_QUANT_SIZES[kind][0] for kind in types) for types in (low, high)]
+    return bool(bits[0] < bits[1])

@@ -1,0 +1,165 @@
+"""Types that a recipe names itself: for every matrix, with what they cost, and which of them cannot be had."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.budget.structure import ROLES, Structure
+from slimoe.converter.budget.types import Choices
+from slimoe.converter.layout.layer import matrix_width
+from slimoe.converter.layout.offsets import SlimLayout
+from slimoe.converter.layout.plan import SlimPlan, Types
+from slimoe.converter.quant.mixes import find_recipe, fitting_type, layer_and_role
+from slimoe.converter.quant.quantize import needs_importance
+from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, typed
+from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.stats.type_costs import LOSSLESS, TypeCosts
+from slimoe.offload.errors import UsageError
+
+_TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
+_EXPERT_ROLES = tuple(f"ffn_{name}" for name in PROJECTIONS)
+_ROLES = (*ROLES, *_EXPERT_ROLES, "token_embd", "output")
+_SMALL_BLOCK = 32
+"""Weights in a block of the quantised types that divide most rows."""
+
+
+def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Choices:
+    """The types that a recipe names, those of `slimoe convert --type` where it leaves some open, and others where these
+    do not fit the rows; raises UnsupportedModelError for what fits nowhere.
+    """
+    names = NamedTypes(source, recipe, len(structure.layers))
+    matrices: list[TypedMatrix] = []
+
+    def kind(name: str, n_per_row: int) -> Type:
+        wanted = names.of(name)
+        assert wanted is not None, "no size chooses types"
+        matrices.append(typed(name, n_per_row, wanted))
+        return matrices[-1].type
+
+    n_embd = source.spec.n_embd
+    token, output = kind(_TOKENS, n_embd), None if names.is_tied else kind(_OUTPUT, n_embd)
+    experts: dict[tuple[int, int], Types | None] = {}
+    roles: dict[tuple[int, str], Type] = {}
+    for index, layer in enumerate(structure.layers):
+        for role in layer.types:
+            n_per_row = source.shapes[block_key(layer.block, role)][1]
+            roles[index, role] = kind(block_key(index, role).name, n_per_row)
+        for number, expert in enumerate(layer.experts):
+            rows = (n_embd, n_embd, matrix_width(source, layer.block, expert))
+            named = zip(PROJECTIONS, rows, strict=True)
+            gate, up, down = (kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
+            experts[index, number] = gate, up, down
+    default = find_recipe(recipe.types.expert or DEFAULT_EXPERT)
+    check_fits(source.path, source.spec, default.name, default.base, matrices)
+    return Choices(experts, roles, token, output)
+
+
+class NamedTypes:
+    """The types that a recipe names for the tensors of a result of `n_layer` layers."""
+
+    def __init__(self, source: ModelSource, recipe: Recipe, n_layer: int) -> None:
+        self._recipe, self._n_layer = recipe, n_layer
+        self.is_tied = MatrixKey(_OUTPUT) not in source.shapes
+
+    def of(self, name: str, copy: int = 0) -> Type | None:
+        """The type of the matrix of that stock name, or of its second copy; None where a size chooses it."""
+        named, role = self._recipe.types, layer_and_role(name)[1]
+        own = {"token_embd": named.token, "output": named.output}.get(role)
+        own = named.attention if role in ROLES else named.low if copy else own
+        if own is not None:
+            return Type[own]
+        if self._recipe.target_size is None and self._recipe.target_bpw is None:
+            default = find_recipe(named.expert or DEFAULT_EXPERT)
+            return default.type_of(name, self._n_layer, moe=True, tied=self.is_tied)
+        return Type[named.expert] if named.expert is not None and role in _EXPERT_ROLES else None
+
+    def typed(self, layout: SlimLayout) -> tuple[TypedMatrix, ...]:
+        """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""
+        found = []
+        for tensor in layout.tensors:
+            first = tensor.matrices[0]
+            if not first.is_vector and layer_and_role(first.key.name)[1] in _ROLES:
+                wanted = self.of(first.key.name, first.copy) or self._candidate(tensor.ne[0], tensor.type)
+                unfit = None if wanted is tensor.type else wanted
+                found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, unfit))
+        return tuple(found)
+
+    def _candidate(self, n_per_row: int, kind: Type) -> Type | None:
+        """The type that was named to choose from and in whose place a matrix has another; None if there is none."""
+        kinds = [Type[name] for name in self._recipe.types.candidates]
+        return kind if kind in kinds else next((one for one in kinds if fitting_type(one, n_per_row) is kind), None)
+
+
+def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
+    """Raises UsageError, before neurons are chosen, for a width that the blocks of no quantised type divide."""
+    if width % _SMALL_BLOCK == 0 or source.spec.n_ff % _SMALL_BLOCK or not _quantises(recipe):
+        return
+    below, above = width // _SMALL_BLOCK * _SMALL_BLOCK, -(-width // _SMALL_BLOCK) * _SMALL_BLOCK
+    near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if 0 < one <= source.spec.n_ff)
+    raise UsageError(
+        f"Experts of {width} neurons do not divide into blocks of {_SMALL_BLOCK}, the smallest there are. Keep {near}."
+    )
+
+
+def _quantises(recipe: Recipe) -> bool:
+    """Whether experts get types that have blocks."""
+    best = [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base]
+    if recipe.types.expert is None and recipe.types.candidates:
+        best = [Type[name] for name in recipe.types.candidates]
+    low = [Type[recipe.types.low]] if recipe.types.low is not None else []
+    return any(kind not in LOSSLESS for kind in (*best, *low))
+
+
+def check_importance(plan: SlimPlan) -> None:
+    """Raises UsageError for types that cannot be made without knowing which weights matter."""
+    kinds = sorted(kind.name for kind in plan_kinds(plan) if needs_importance(kind))
+    if kinds and not plan.importance:
+        problem = f"{', '.join(kinds)} cannot be made: it is not known which weights matter."
+        raise UsageError(f"{problem} Give --stats, or use IQ3_S or larger.")
+
+
+def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
+    """The plan with what its types cost, if that is known."""
+    outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
+    if not plan_kinds(plan) - set(LOSSLESS):
+        return plan
+    if costs is None:
+        return replace(plan, uncounted=("types",))
+    pairs = ((key, kind) for key, kind in _plan_types(plan, outer) if key in costs.costs and kind not in LOSSLESS)
+    nats = sum(costs.of(key, kind) for key, kind in pairs)
+    return replace(plan, expected_kl=(plan.expected_kl or 0.0) + nats)
+
+
+def are_priced(plan: SlimPlan, costs: TypeCosts) -> bool:
+    """Whether it is known what each type of a plan costs the matrix that has it, second copies among them."""
+    outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
+    seconds = [
+        (expert_key(layer.block, name, member), kind)
+        for layer in plan.layers
+        for expert in layer.experts
+        for name, kind in zip(PROJECTIONS, expert.low_types or (), strict=False)
+        for member in expert.members
+    ]
+    pairs = (pair for pair in (*_plan_types(plan, outer), *seconds) if pair[0] in costs.costs)
+    return all(kind in LOSSLESS or math.isfinite(costs.of(key, kind)) for key, kind in pairs)
+
+
+def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Iterator[tuple[MatrixKey, Type]]:
+    """The source's matrices that are kept, and their types; of merged experts all that read the mean."""
+    yield from ((key, kind) for key, kind in outer.items() if kind is not None)
+    for layer in plan.layers:
+        yield from ((block_key(layer.block, role), kind) for role, kind in layer.types.items())
+        for expert in layer.experts:
+            for name, kind in zip(PROJECTIONS, expert.types, strict=True):
+                yield from ((expert_key(layer.block, name, member), kind) for member in expert.members)
+
+
+def plan_kinds(plan: SlimPlan) -> set[Type]:
+    """All types of a plan."""
+    experts = [expert for layer in plan.layers for expert in layer.experts]
+    kinds = {kind for expert in experts for kind in (*expert.types, *(expert.low_types or ()))}
+    kinds |= {kind for layer in plan.layers for kind in layer.types.values()}
+    return kinds | ({plan.token_type, plan.output_type} - {None})

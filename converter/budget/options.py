@@ -1,0 +1,213 @@
+"""What the allocator may choose: for every part of a structure the types it can have, with exact bytes and costs.
+
+Parts are the experts of the native format, each with types of neighbouring sizes for its matrices, so that slots stay
+interchangeable, or a constant in its place; the stacks of all experts of a layer in the stock one; and matrices of
+attention, the table and the output. Feed-forward parts and attentions can be given up as a whole.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.budget.knapsack import Group, Option, Part
+from slimoe.converter.budget.structure import ROLES
+from slimoe.converter.layout.layer import fitted_types, matrix_width
+from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
+from slimoe.converter.methods.attention_drop import attention_removals
+from slimoe.converter.methods.layer_drop import layer_removals
+from slimoe.converter.methods.novices import novice_costs
+from slimoe.converter.quant.mixes import fitting_type
+from slimoe.converter.recipe.recipe import Recipe
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.type_costs import TypeCosts
+
+NOVICE = "novice"
+"""The option that puts a constant in place of an expert."""
+ATTENTION = "attention"
+"""Of the layer's number, the name of the group that is its attention; that of the feed-forward part is the number."""
+_TOKENS, _OUTPUT = MatrixKey("token_embd.weight"), MatrixKey("output.weight")
+
+
+class SlimParts:
+    """Parts and groups of the layers of one structure."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        statistics: Statistics,
+        costs: TypeCosts,
+        recipe: Recipe,
+        layers: Sequence[LayerPlan],
+    ) -> None:
+        self._source, self._statistics, self._costs, self._recipe = source, statistics, costs, recipe
+        self._layers = layers
+        names = recipe.types.candidates or costs.types
+        self._types = tuple(sorted((Type[name] for name in names), key=_bits))
+
+    def parts(self) -> list[Part]:
+        """Everything that has a type, in the file's order."""
+        parts = list(self._outer_parts())
+        for index, layer in enumerate(self._layers):
+            parts += self._attention_parts(index, layer)
+            if self._recipe.format == "stock":
+                parts += self._stack_parts(index, layer)
+            else:
+                parts += self._expert_parts(index, layer)
+        return [Part(part.name, _worthwhile(part.options), part.group) for part in parts]
+
+    def groups(self) -> list[Group]:
+        """What can be given up as a whole, if the recipe lets it; one attention always stays."""
+        if not self._recipe.free_layers:
+            return []
+        ffn = {one.layer: one.nats for one in layer_removals(self._statistics, self._source.layers)}
+        attention = {one.layer: one.nats for one in attention_removals(self._statistics, self._source.layers)}
+        of_attention = [
+            Group((ATTENTION, index), price)
+            for index, layer in enumerate(self._layers)
+            if layer.has_attention and (price := attention[layer.block]) is not None
+        ]
+        of_ffn = [
+            Group(index, price)
+            for index, layer in enumerate(self._layers)
+            if layer.experts and (price := ffn.get(layer.block)) is not None
+        ]
+        return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
+
+    def _outer_parts(self) -> Iterable[Part]:
+        named = self._recipe.types
+        yield Part("token", self._options([_TOKENS], named.token))
+        if _OUTPUT in self._source.shapes:
+            yield Part("output", self._options([_OUTPUT], named.output))
+
+    def _attention_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        for role in ROLES if layer.has_attention else ():
+            options = self._options([block_key(layer.block, role)], self._recipe.types.attention)
+            yield Part((index, role), options, (ATTENTION, index))
+
+    def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        for number, projection in enumerate(PROJECTIONS if layer.experts else ()):
+            options = [
+                Option(
+                    kind,
+                    sum(self._bytes(layer, expert, projection, kind) for expert in layer.experts),
+                    sum(self._cost(layer, expert, projection, kind) for expert in layer.experts),
+                )
+                for kind in self._expert_types(layer, layer.experts[0])[number]
+            ]
+            yield Part((index, projection), tuple(options), index)
+
+    def _expert_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
+        free = self._replaceable(layer) if self._recipe.free_novices else {}
+        for number, expert in enumerate(layer.experts):
+            options = [self._expert_option(layer, expert, types) for types in self._neighbours(layer, expert)]
+            if number in free:
+                options.append(Option(NOVICE, 4 * self._source.spec.n_embd, free[number]))
+            yield Part((index, number), tuple(options), index)
+
+    def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:
+        """Triples of types of which none is more than a step larger than another.
+
+        A matrix that cannot have the type of a step has the next larger one.
+        """
+        if self._recipe.types.expert is not None:
+            kind = Type[self._recipe.types.expert]
+            return [fitted_types(self._source, layer.block, expert, (kind, kind, kind))]
+        fitting = self._expert_types(layer, expert)
+        steps = sorted(dict.fromkeys(kind for kinds in fitting for kind in kinds), key=_bits)
+        gates, ups, downs = ([_at_least(step, kinds) for step in steps] for kinds in fitting)
+        numbers = product(range(len(steps)), repeat=3)
+        near = ((i, j, k) for i, j, k in numbers if max(i, j, k) - min(i, j, k) < 2)
+        return list(dict.fromkeys((gates[i], ups[j], downs[k]) for i, j, k in near))
+
+    def _expert_option(self, layer: LayerPlan, expert: ExpertPlan, types: Types) -> Option:
+        pairs = list(zip(PROJECTIONS, types, strict=True))
+        n_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
+        if self._recipe.types.low is not None:
+            low = Type[self._recipe.types.low]
+            lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
+            n_bytes += sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
+        return Option(types, n_bytes, sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs))
+
+    def _options(self, keys: Sequence[MatrixKey], named: str | None) -> tuple[Option, ...]:
+        shape = self._source.shapes[keys[0]]
+        types = [fitting_type(Type[named], shape[1])] if named else self._fitting(keys[0], shape[1])
+        return tuple(
+            Option(kind, len(keys) * _n_bytes(shape, kind), sum(self._price(key, kind) for key in keys))
+            for kind in types
+        )
+
+    def _expert_types(self, layer: LayerPlan, expert: ExpertPlan) -> list[list[Type]]:
+        """What each of the three matrices can have."""
+        n_embd, width = self._source.spec.n_embd, matrix_width(self._source, layer.block, expert)
+        return [
+            self._fitting(expert_key(layer.block, projection, expert.members[0]), n_per_row)
+            for projection, n_per_row in zip(PROJECTIONS, (n_embd, n_embd, width), strict=True)
+        ]
+
+    def _fitting(self, key: MatrixKey, n_per_row: int) -> list[Type]:
+        """The candidates, others in place of those that do not divide the rows, the smallest first."""
+        kinds = dict.fromkeys(fitting_type(kind, n_per_row) for kind in self._types)
+        return sorted((kind for kind in kinds if self._is_priced(key, kind)), key=_bits) or [Type.F16]
+
+    def _bytes(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> int:
+        n_rows, n_per_row = self._source.shapes[expert_key(layer.block, projection, expert.members[0])]
+        width = matrix_width(self._source, layer.block, expert)
+        return _n_bytes((n_rows, width) if projection == "down" else (width, n_per_row), kind)
+
+    def _cost(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> float:
+        """Of merged experts all that read the mean; of a trimmed one the part that is left."""
+        keys = [expert_key(layer.block, projection, member) for member in expert.members]
+        whole = self._source.shapes[expert_key(layer.block, "gate", expert.members[0])][0]
+        part = matrix_width(self._source, layer.block, expert) / whole
+        return part * sum(self._price(key, kind) for key in keys)
+
+    def _is_priced(self, key: MatrixKey, kind: Type) -> bool:
+        return kind.name in self._costs.types and self._costs.of(key, kind) < float("inf")
+
+    def _price(self, key: MatrixKey, kind: Type) -> float:
+        """Types that were not measured have more bits than all that were."""
+        return self._costs.of(key, kind) if self._is_priced(key, kind) else 0.0
+
+    def _replaceable(self, layer: LayerPlan) -> dict[int, float]:
+        """Experts that may become constants, and what that costs: all but as many as a token picks."""
+        one = self._statistics.layers[layer.block]
+        if one.removals is None or one.outputs is None or any(target < 0 for target in layer.target):
+            return {}
+        costs = novice_costs(one)
+        prices = {
+            number: float(costs[expert.members[0]])
+            for number, expert in enumerate(layer.experts)
+            if len(expert.members) == 1
+        }
+        n_free = max(0, len(layer.experts) - self._source.spec.n_expert_used)
+        return dict(sorted(prices.items(), key=lambda item: item[1])[:n_free])
+
+
+def _worthwhile(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Those that no smaller one costs less than, the smallest first; not all of a knapsack's others can be chosen."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda one: (one.n_bytes, one.cost)):
+        if not kept or option.cost < kept[-1].cost:
+            kept.append(option)
+    return tuple(kept)
+
+
+def _at_least(step: Type, kinds: Sequence[Type]) -> Type:
+    """The type of a step, or of `kinds`, the smallest first, the first with as many bits."""
+    if step in kinds:
+        return step
+    return next((kind for kind in kinds if _bits(kind) >= _bits(step)), kinds[-1])
+
+
+def _bits(kind: Type) -> float:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / n_weights)
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    result: int = shape[0] * (shape[1] // n_weights) * n_bytes
+    return result

@@ -1,0 +1,222 @@
+"""What of a model is kept, before any type is chosen: a recipe's drops, merges and trims, as layers of a plan.
+
+Types in the layers are placeholders (F32), which `slim_types` replaces.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
+from slimoe.converter.methods.attention_drop import attention_removals
+from slimoe.converter.methods.block_drop import block_removals
+from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
+from slimoe.converter.methods.expert_groups import ExpertGroups, plan_groups
+from slimoe.converter.methods.hcsmoe import merge_by_output
+from slimoe.converter.methods.layer_drop import layer_removals
+from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
+from slimoe.converter.methods.msmoe import msmoe
+from slimoe.converter.methods.naee import best_subset
+from slimoe.converter.methods.novices import novice_costs, novice_vectors
+from slimoe.converter.methods.removal import Removal, first
+from slimoe.converter.methods.scores import SCORES
+from slimoe.converter.methods.sketch_policy import layer_sketch
+from slimoe.converter.recipe.recipe import Recipe
+from slimoe.converter.source.model_source import ModelSource, block_key
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.offload.errors import UsageError
+
+ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
+"""The attention's matrices."""
+_OPEN: Types = (Type.F32, Type.F32, Type.F32)
+_ROW_SAMPLE = 4096
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The layers that are left, and what leaving out the rest is expected to cost in nats of KL per token, as far as
+    the statistics say: merges and trims count nothing.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    nats: float
+
+
+def build_structure(source: ModelSource, statistics: Statistics | None, recipe: Recipe) -> Structure:
+    """Applies a recipe's drops and merges; a width is for `trimmed`, which must see activations.
+
+    Raises UsageError for what cannot be done, and without statistics for whatever needs them.
+    """
+    if statistics is None:
+        if _needs_statistics(recipe):
+            raise UsageError("What to leave out is chosen by statistics. Run slimoe calibrate, and give --stats FILE.")
+        return Structure(tuple(whole_layer(source, block) for block in range(source.spec.n_layer)), 0.0)
+    return _Builder(source, statistics, recipe).build()
+
+
+def _needs_statistics(recipe: Recipe) -> bool:
+    drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
+    return any(drops) or recipe.free_novices or recipe.free_layers
+
+
+def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = None) -> LayerPlan:
+    """A layer with all of its parts, or with these experts; its novices are the source's own."""
+    layer = source.layers[block]
+    kept = survivors or redirect(layer.target, range(layer.n_stored))
+    experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
+    types = dict.fromkeys(ROLES, Type.F32) if layer.has_attention else {}
+    return LayerPlan(block, experts, kept.rows, kept.target, types, layer.has_attention)
+
+
+def without_ffn(layer: LayerPlan) -> LayerPlan:
+    """The layer with its attention alone."""
+    return replace(layer, experts=(), rows=(), target=(), router=None, novices=None)
+
+
+def with_novices(source: ModelSource, statistics: Statistics, block: int, kept: Sequence[int]) -> LayerPlan:
+    """The layer with constants in place of the experts that are not kept; raises UsageError."""
+    survivors = substitute(source.layers[block].target, kept)
+    layer = whole_layer(source, block, survivors)
+    if not survivors.replaced:
+        return layer
+    return replace(layer, novices=novice_vectors(statistics.layers[block])[list(survivors.replaced)])
+
+
+class _Builder:
+    """Applies the steps in their order: blocks, feed-forward parts and attentions, experts of what is left."""
+
+    def __init__(self, source: ModelSource, statistics: Statistics, recipe: Recipe) -> None:
+        self.source, self.statistics, self.recipe = source, statistics, recipe
+        self.nats = 0.0
+
+    def build(self) -> Structure:
+        gone = self._chosen(block_removals(self.statistics, self.source.layers), self.recipe.drop_blocks)
+        blocks = [block for block in range(self.source.spec.n_layer) if block not in gone]
+        ffn, attention = self._ffn(blocks), self._attention(blocks)
+        routed = [block for block in blocks if block not in ffn and self.source.layers[block].target]
+        layers = dict(zip(routed, self._experts(routed), strict=True))
+        result = []
+        for block in blocks:
+            layer = layers[block] if block in layers else whole_layer(self.source, block)
+            layer = without_ffn(layer) if block in ffn else layer
+            result.append(replace(layer, has_attention=False, types={}) if block in attention else layer)
+        return Structure(tuple(result), self.nats)
+
+    def _ffn(self, blocks: Sequence[int]) -> set[int]:
+        ranking = layer_removals(self.statistics, self.source.layers)
+        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_ffn)
+
+    def _attention(self, blocks: Sequence[int]) -> set[int]:
+        ranking = attention_removals(self.statistics, self.source.layers)
+        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_attention)
+
+    def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
+        """Layers of the first `n`, whose cost is added."""
+        chosen = first(ranking, n)
+        self.nats += sum(one.nats or 0.0 for one in chosen)
+        return {one.layer for one in chosen}
+
+    # --- experts --------------------------------------------------------------------------------------------
+
+    def _experts(self, blocks: Sequence[int]) -> list[LayerPlan]:
+        experts = self.recipe.experts
+        if experts.keep is None:
+            return [whole_layer(self.source, block) for block in blocks]
+        if experts.merge is not None:
+            n_used = self.source.spec.n_expert_used
+            if experts.keep < n_used:
+                raise UsageError(f"Merging down to {experts.keep} experts is not possible: a token picks {n_used}.")
+            return self._merged(blocks)
+        kept = self._kept(blocks, experts.keep)
+        for block, one in zip(blocks, kept, strict=True):
+            self._count(block, one)
+        if experts.replacement == "novice":
+            return [
+                with_novices(self.source, self.statistics, block, one) for block, one in zip(blocks, kept, strict=True)
+            ]
+        layers = self.source.layers
+        return [
+            whole_layer(self.source, block, redirect(layers[block].target, one))
+            for block, one in zip(blocks, kept, strict=True)
+        ]
+
+    def _kept(self, blocks: Sequence[int], n_keep: int) -> Kept:
+        experts, layers = self.recipe.experts, [self.statistics.layers[block] for block in blocks]
+        targets, n_used = [self.source.layers[block].target for block in blocks], self.source.spec.n_expert_used
+        if experts.score == "subset":
+            if experts.overall:
+                raise UsageError(
+                    "The best subset is found layer by layer. Choose a score to rank all experts together."
+                )
+            pairs = zip(layers, targets, strict=True)
+            sketches = [layer_sketch(one, target, self.source.spec.experts) for one, target in pairs]
+            return tuple(best_subset(sketch, n_keep).kept for sketch in sketches)
+        if experts.score not in SCORES:
+            raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
+        score = SCORES[experts.score]
+        scores = [score(one, target) for one, target in zip(layers, targets, strict=True)]
+        if not experts.overall:
+            return keep_by_layer(scores, n_keep, n_used)
+        return keep_overall(scores, n_keep * len(blocks), n_used)
+
+    def _count(self, block: int, kept: Sequence[int]) -> None:
+        """Adds what dropping the others of a layer costs."""
+        layer, target = self.statistics.layers[block], self.source.layers[block].target
+        dropped = set(range(self.source.layers[block].n_stored)) - set(kept)
+        if not dropped or layer.removals is None:
+            return
+        if self.recipe.experts.replacement == "novice":
+            self.nats += float(novice_costs(layer)[list(dropped)].sum())
+            return
+        sketch = layer_sketch(layer, target, self.source.spec.experts)
+        profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
+        weight = layer_weight(layer, profile)
+        whole = weight.cost(float(sketch.error(sketch.nothing()).mean()))
+        # How much more the model listens to what the layer says than to noise of the same size.
+        listening = layer.removals.ffn / whole if whole else 1.0
+        self.nats += listening * weight.cost(float(sketch.error(sketch.redirected(dropped)).mean()))
+
+    def _merged(self, blocks: Sequence[int]) -> list[LayerPlan]:
+        keep, how = self.recipe.experts.keep, self.recipe.experts.merge
+        assert keep is not None
+        layers = [self.statistics.layers[block] for block in blocks]
+        targets = [self.source.layers[block].target for block in blocks]
+        if how == "m-smoe" and self.recipe.format == "native":
+            found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), self.source.spec.n_expert_used)
+        elif how == "m-smoe":
+            # The stock format has as many experts in every layer.
+            pairs = zip(layers, targets, strict=True)
+            found = [msmoe([one], [target], keep, keep)[0] for one, target in pairs]
+        else:
+            found = [_merge_outputs(self.statistics, block, keep) for block in blocks]
+        return [self._merged_layer(block, groups) for block, groups in zip(blocks, found, strict=True)]
+
+    def _merged_layer(self, block: int, groups: ExpertGroups) -> LayerPlan:
+        # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
+        experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
+        routes = self._routes(block, groups)
+        layer = whole_layer(self.source, block)
+        return replace(layer, experts=experts, rows=routes.rows, target=routes.target, router=routes.router)
+
+    def _routes(self, block: int, groups: ExpertGroups) -> MergedRoutes:
+        """All rows where the format has aliases; else one row for each group."""
+        target = self.source.layers[block].target
+        if self.recipe.format == "native":
+            return keep_rows(target, groups)
+        weight = self.source.read(block_key(block, "ffn_gate_inp"))
+        router = self.statistics.layers[block].router
+        assert router is not None
+        use = router.rank_count.sum(1).astype(np.float64)
+        return merge_rows(RouterRows(weight, target, use, np.empty((0, weight.shape[1]), np.float32)), groups, "mean")
+
+
+def _merge_outputs(statistics: Statistics, block: int, keep: int) -> ExpertGroups:
+    outputs = statistics.layers[block].outputs
+    if outputs is None:
+        raise UsageError("The statistics have no sums of the experts' outputs. Calibrate again, leaving nothing out.")
+    return merge_by_output(outputs, keep)

@@ -1,0 +1,206 @@
+"""A transformer block in torch, from a model's matrices by their GGUF names: what calibration observes.
+
+Meanings are those of llama.cpp's `llama` graph, and of our native format where a layer lacks parts, means one expert by
+several rows of its router, or has novices. Everything is float32; tokens of one sequence are rows [n, n_embd].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key
+from slimoe.offload.model.rope import RopeSpec
+from slimoe.offload.model.spec import ModelSpec
+
+_LEAST_SHARE_SUM = 2.0**-14
+"""llama.cpp's lower bound of what chosen probabilities are divided by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix [n_out, n_in] and its bias [n_out], if any."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product with rows [n, n_in]."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """A block's attention: norm, projections, and the angles' divisors [n_rot / 2] where the model has some."""
+
+    norm: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    rope_factors: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPass:
+    """What attention saw and said: its normalised input, the heads' joined output [n, n_head * n_embd_head], the update
+    of the stream [n, n_embd], and what each token received from all later ones, summed over heads [n]. Queries, keys
+    and values [n, n_out] are those before rotation.
+    """
+
+    x: Tensor
+    mixed: Tensor
+    update: Tensor
+    received: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The feed-forward part's norm [n_embd], and the router [n_row, n_embd]."""
+
+    norm: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The router's answer: logits and softmax over all rows [n, n_row], rows picked and their shares [n, n_used]."""
+
+    logits: Tensor
+    probabilities: Tensor
+    picks: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """The matrices of one expert, or of a dense feed-forward part."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activations [n, n_ff] that `down` reads."""
+        return torch.nn.functional.silu(self.gate(x)) * self.up(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output [n, n_embd]."""
+        return self.down(self.hidden(x))
+
+
+def read_tensor(source: ModelSource, key: MatrixKey, device: str = "cpu") -> Tensor:
+    """One of the model's matrices; raises ModelFileError."""
+    return torch.from_numpy(source.read(key)).to(device)
+
+
+def _linear(source: ModelSource, layer: int, role: str, device: str) -> Linear:
+    bias = block_key(layer, role, "bias")
+    weight = read_tensor(source, block_key(layer, role), device)
+    return Linear(weight, read_tensor(source, bias, device) if bias in source.shapes else None)
+
+
+def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Attention | None:
+    """A layer's attention, None where it has none; raises ModelFileError."""
+    if not source.layers[layer].has_attention:
+        return None
+    factors = MatrixKey("rope_freqs.weight")
+    q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
+    divisors = read_tensor(source, factors, device) if factors in source.shapes else None
+    return Attention(read_tensor(source, block_key(layer, "attn_norm"), device), q, k, v, out, divisors)
+
+
+def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router | None:
+    """A layer's norm and router, None where it has no experts; raises ModelFileError."""
+    if not source.layers[layer].target:
+        return None
+    norm = read_tensor(source, block_key(layer, "ffn_norm"), device)
+    return Router(norm, read_tensor(source, block_key(layer, "ffn_gate_inp"), device))
+
+
+def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:
+    """A stored expert; raises ModelFileError."""
+    gate, up, down = (read_tensor(source, expert_key(layer, name, expert), device) for name in ("gate", "up", "down"))
+    return Expert(Linear(gate), Linear(up), Linear(down))
+
+
+def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Tensor, Expert]:
+    """A dense layer's norm and feed-forward part; raises ModelFileError."""
+    norm = read_tensor(source, block_key(layer, "ffn_norm"), device)
+    return norm, Expert(*(_linear(source, layer, f"ffn_{name}", device) for name in ("gate", "up", "down")))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows divided by their root mean square, times `weight`."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
+    """Causal attention of one sequence from its first token on; `update` is still to be added to `h`."""
+    n, width = h.shape[0], spec.n_embd_head
+    x = rms_norm(h, block.norm, spec.rms_eps)
+    cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
+    q, k, v = block.q(x), block.k(x), block.v(x)
+    queries = rotate(q.view(n, spec.n_head, width), cos, sin)
+    keys = rotate(k.view(n, spec.n_head_kv, width), cos, sin)
+    mixed, received = _mix(queries, keys, v.view(n, spec.n_head_kv, width), spec.attention_scale)
+    return AttentionPass(x, mixed, block.out(mixed), received, q, k, v)
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One key head after the other, so that the products of one group are held and not those of all heads."""
+    n, n_head, width = q.shape
+    group = n_head // k.shape[1]
+    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    mixed, received = [], torch.zeros(n, device=q.device)
+    for head in range(k.shape[1]):
+        queries = q[:, head * group : (head + 1) * group].transpose(0, 1)
+        products = (queries @ k[:, head].T * scale).masked_fill(hidden, -math.inf)
+        weights = products.softmax(-1)
+        received = received + weights.sum((0, 1))
+        mixed.append((weights @ v[:, head]).transpose(0, 1).reshape(n, group * width))
+    return torch.cat(mixed, -1), received
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (2i, 2i + 1) of heads [n, n_head, n_embd_head]; values beyond the angles stay."""
+    n_rot = 2 * cos.shape[-1]
+    even, odd = heads[..., 0:n_rot:2], heads[..., 1:n_rot:2]
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return torch.cat((rotated, heads[..., n_rot:]), -1)
+
+
+def _angles(rope: RopeSpec, n: int, device: torch.device, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, n_rot / 2], with YaRN's interpolation as `ggml_rope_ext` does it (ggml-cpu/ops.cpp)."""
+    pairs = torch.arange(rope.n_rot // 2, dtype=torch.float64, device=device)
+    frequencies = rope.freq_base ** (-2.0 * pairs / rope.n_rot)
+    if factors is not None:
+        frequencies = frequencies / factors
+    scaled, size = rope.freq_scale * frequencies, rope.attn_factor
+    if rope.ext_factor:
+        low, high = (_turning_pair(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
+        low, high = max(0.0, math.floor(low)), min(rope.n_rot - 1.0, math.ceil(high))
+        mix = (1.0 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)) * rope.ext_factor
+        scaled = scaled * (1 - mix) + frequencies * mix
+        size *= 1.0 + 0.1 * math.log(1.0 / rope.freq_scale)
+    angles = torch.arange(n, dtype=torch.float64, device=device)[:, None] * scaled
+    return (size * angles.cos()).float(), (size * angles.sin()).float()
+
+
+def _turning_pair(rope: RopeSpec, n_turns: float) -> float:
+    """The pair that turns so many times within the context that the model was trained for."""
+    return rope.n_rot * math.log(rope.n_ctx_orig / (n_turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))
+
+
+def route(router: Tensor, spec: ModelSpec, x: Tensor) -> Routing:
+    """The router's picks for normalised rows `x`, the likeliest first."""
+    logits = x @ router.T
+    probabilities = logits.softmax(-1)
+    chosen, picks = probabilities.topk(spec.n_expert_used, -1)
+    shares = chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SHARE_SUM) * spec.expert_weights_scale
+    return Routing(logits, probabilities, picks, shares)

@@ -1,0 +1,217 @@
+"""The texts that a model is calibrated on, as sequences of tokens: files of a person's own, or a small mixture.
+
+A file is plain text, or JSON lines: objects with `messages`, which the model's chat template writes out, or `text`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from slimoe.converter.document import decode_json
+from slimoe.offload.errors import UsageError
+from slimoe.offload.files.regular_file import read_regular, reason
+
+MIN_TOKENS = 2048
+DEFAULT_TOKENS, DEFAULT_LENGTH = 131072, 512
+_SHORTEST = 16
+"""Tokens that a text's last sequence needs to count, unless it is all there is."""
+_CHARACTERS_PER_TOKEN = 32
+_EXCERPTS = 64
+_HELD_OUT = 0.1
+"""The share of our own mixture that is not calibrated on: the last lines of each file, for judging what was made."""
+_OWN = Path(__file__).parents[1] / "texts"
+
+
+class TextEncoder(Protocol):
+    """A model's tokenizer and chat template."""
+
+    def text(self, text: str, *, at_start: bool) -> list[int]:
+        """The ids of a text, after the mark that begins one if it is not cut out of another."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a whole conversation; raises SlimoeError when the template refuses it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file of texts, and what its kind of text is called; only the lines from one share of it to another count."""
+
+    domain: str
+    path: Path
+    begin: float = 0.0
+    end: float = 1.0
+
+    @classmethod
+    def parse(cls, value: str) -> "TextFile":
+        """From FILE or DOMAIN=FILE; a file's own name stands for its domain."""
+        domain, equals, path = value.partition("=")
+        if equals and domain and not os.path.lexists(value):
+            return cls(domain, Path(path))
+        return cls(Path(value).stem, Path(value))
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """Sequences of token ids, and the name of each one's text."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    domains: tuple[str, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def hash(self) -> str:
+        """A digest of all of it."""
+        return hashlib.sha256(json.dumps([self.tokens, self.domains]).encode()).hexdigest()
+
+
+def default_texts() -> tuple[TextFile, ...]:
+    """The mixture that comes with the program; where its parts are from stands beside them."""
+    return _own_texts(0.0, 1.0 - _HELD_OUT)
+
+
+def held_out_texts() -> tuple[TextFile, ...]:
+    """What `default_texts` leaves out of the mixture."""
+    return _own_texts(1.0 - _HELD_OUT, 1.0)
+
+
+def _own_texts(begin: float, end: float) -> tuple[TextFile, ...]:
+    paths = sorted(path for path in _OWN.iterdir() if path.suffix in (".txt", ".jsonl"))
+    return tuple(TextFile(path.stem, path, begin, end) for path in paths)
+
+
+def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int) -> CalibrationText:
+    """At most `n_tokens` in sequences of at most `length`, as even as can be from all domains and all over each file.
+
+    Raises UsageError for a file that is no text, or when there are fewer than `MIN_TOKENS`.
+    """
+    domains = dict.fromkeys(file.domain for file in files)
+    n_characters = _CHARACTERS_PER_TOKEN * n_tokens
+    pieces = {
+        domain: _spread(
+            [
+                piece
+                for file in files
+                if file.domain == domain
+                for ids in documents(file, encoder, n_characters)
+                for piece in _cut(ids, length)
+            ]
+        )
+        for domain in domains
+    }
+    text = _mix(pieces, n_tokens)
+    if text.n_tokens < MIN_TOKENS:
+        least = f"{MIN_TOKENS - text.n_tokens:,} less than the least that a calibration needs"
+        hint = "Ask for more --tokens." if n_tokens < MIN_TOKENS else "Give longer or more texts with --text."
+        raise UsageError(f"The calibration would have {text.n_tokens:,} tokens, {least}. {hint}")
+    return text
+
+
+def _mix(pieces: Mapping[str, Sequence[Sequence[int]]], n_tokens: int) -> CalibrationText:
+    """One piece of each domain after the other while there are any."""
+    left = {domain: iter(of_domain) for domain, of_domain in pieces.items()}
+    tokens: list[tuple[int, ...]] = []
+    domains: list[str] = []
+    n_left = n_tokens
+    while left and n_left > 0:
+        for domain in list(left):
+            piece = tuple(next(left[domain], ()))[: max(0, n_left)]
+            if not piece:
+                del left[domain]
+                continue
+            tokens.append(piece)
+            domains.append(domain)
+            n_left -= len(piece)
+    return CalibrationText(tuple(tokens), tuple(domains))
+
+
+def _spread(pieces: list[list[int]]) -> list[list[int]]:
+    """Reordered so that any number of the first ones come from all over the list."""
+    golden = (5**0.5 - 1) / 2
+    return [piece for _, piece in sorted(enumerate(pieces), key=lambda item: (item[0] * golden) % 1)]
+
+
+def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
+    for begin in range(0, len(ids), length):
+        piece = ids[begin : begin + length]
+        if len(piece) >= _SHORTEST or (begin == 0 and len(piece) > 1):
+            yield piece
+
+
+def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterator[list[int]]:
+    """The ids of each text in a file; of a long one, about so many characters from all over it.
+
+    Raises UsageError for a file that is no text, or lines that are neither texts nor conversations.
+    """
+    whole = _read(file.path)
+    text = whole[_line_at(whole, file.begin) : _line_at(whole, file.end)]
+    if file.path.suffix == ".jsonl":
+        yield from (_entry(file.path, n, line, encoder) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        return
+    for begin, part in _excerpts(text, n_characters):
+        yield encoder.text(part, at_start=begin == 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_regular(path).decode("utf-8").replace("\r\n", "\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({reason(error)}). Name a text file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text. Give plain text, or .jsonl with messages.") from None
+
+
+def _line_at(text: str, share: float) -> int:
+    """Where the first line begins that is behind a share of the text."""
+    at = round(share * len(text))
+    return at if at in (0, len(text)) else (text.find("\n", at) + 1 or len(text))
+
+
+def _excerpts(text: str, n_characters: int) -> Iterator[tuple[int, str]]:
+    """(where it begins, text): all of it, or where that is too long evenly spread parts that begin with a line."""
+    if len(text) <= n_characters:
+        yield 0, text
+        return
+    size = max(1, n_characters // _EXCERPTS)
+    for n in range(_EXCERPTS):
+        at = n * len(text) // _EXCERPTS
+        begin = text.find("\n", at, at + size) + 1 if at else 0
+        yield (begin or at), text[begin or at : at + size]
+
+
+class _Message(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class _Entry(msgspec.Struct):
+    """A line of JSON: either of both."""
+
+    messages: tuple[_Message, ...] | None = None
+    text: str | None = None
+
+
+def _entry(path: Path, number: int, line: str, encoder: TextEncoder) -> list[int]:
+    try:
+        entry = decode_json(line.encode(), _Entry)
+        if entry.messages is not None:
+            return encoder.chat([{"role": one.role, "content": one.content} for one in entry.messages])
+        if entry.text is not None:
+            return encoder.text(entry.text, at_start=True)
+        raise ValueError
+    except ValueError:
+        hint = "Each line is an object with `messages`, of which each has a role and content, or with `text`."
+        raise UsageError(f"{path}: line {number} is no text or conversation. {hint}") from None

@@ -1,0 +1,37 @@
+"""Reads stretches of files at given places, with errors that name the file."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.errors import ModelFileError
+from slimoe.offload.files.regular_file import read_regular, reason
+
+
+def read_bytes(path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+    """`n_bytes` bytes of a file from `offset` on; raises ModelFileError when they cannot be read."""
+    data = np.empty(n_bytes, np.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), data.data, offset, path)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+    return data
+
+
+def all_bytes(path: Path) -> bytes:
+    """A small file; raises ModelFileError when it cannot be read."""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+
+
+def _fill(source: int, view: memoryview, offset: int, path: Path) -> None:
+    while view:
+        n_read = os.preadv(source, [view], offset)
+        if n_read == 0:
+            raise ModelFileError(path, "the file became shorter while it was read.", "Download the model again.")
+        view, offset = view[n_read:], offset + n_read

@@ -1,0 +1,167 @@
+"""What one layer of a slimmed model stores: its matrices, and which of them lie together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
+from slimoe.converter.quant.mixes import fitting_type
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.offload.model.native_format import novice_name, stack_name
+from slimoe.offload.model.native_layout import LayerHints, NativeLayer
+from slimoe.offload.model.spec import LayerShape
+
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of the result [n_rows, n_per_row], or a vector (n_rows 1), and what it is made of.
+
+    `key` names it in the result, by stock names whatever the format, and a stored expert there; `copy` 1 is an expert's
+    second copy. `tensor` of the file holds it as number `slot`. It is the source's `origin`, of which only `rows` if
+    given, or what `expert` says of members of the source's layer `block`, or has `values`.
+    """
+
+    key: MatrixKey
+    tensor: str
+    slot: int
+    shape: tuple[int, int]
+    type: Type
+    is_vector: bool = False
+    copy: int = 0
+    block: int = -1
+    origin: MatrixKey | None = None
+    rows: tuple[int, ...] | None = None
+    expert: ExpertPlan | None = None
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def projection(self) -> str:
+        """gate, up or down of an expert."""
+        return self.key.name.split("_")[1]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing is multiplied with it: norms, biases, and vectors that stand for experts."""
+        return self.is_vector or ".ffn_novice." in self.tensor
+
+
+def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
+    """All of a matrix of the source, as the tensor `name` of the result; vectors are always F32."""
+    shape = source.shapes[key]
+    if len(shape) == 1:
+        return Matrix(MatrixKey(name), name, 0, (1, shape[0]), Type.F32, is_vector=True, block=block, origin=key)
+    n_rows, n_per_row = shape
+    return Matrix(MatrixKey(name), name, 0, (n_rows, n_per_row), kind, block=block, origin=key)
+
+
+def matrix_width(source: ModelSource, block: int, expert: ExpertPlan) -> int:
+    """The number of an expert's neurons."""
+    if expert.kept is not None:
+        return len(expert.kept)
+    return source.shapes[expert_key(block, "gate", expert.members[0])][0]
+
+
+def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Types) -> Types:
+    """The types of an expert's matrices where `types` are asked for: others stand in for what does not fit the rows."""
+    n_embd = source.spec.n_embd
+    rows = (n_embd, n_embd, matrix_width(source, block, expert))
+    gate, up, down = (fitting_type(kind, n_per_row) for kind, n_per_row in zip(types, rows, strict=True))
+    return gate, up, down
+
+
+def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
+    """Router rows and width of the widest expert; of width 1 where there are novices only."""
+    widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
+    n_ff = max(widths, default=1) if layer.rows else 0
+    return LayerShape(len(layer.rows), n_ff, layer.has_attention)
+
+
+def native_layer(source: ModelSource, layer: LayerPlan) -> NativeLayer:
+    """The native file's buckets, numbered as they are met: those of best copies first."""
+    copies = [[(e.types, matrix_width(source, layer.block, e)) for e in layer.experts]]
+    copies.append([(e.low_types, width) for e, (_, width) in zip(layer.experts, copies[0], strict=True) if e.low_types])
+    numbers: dict[tuple[Types, int], int] = {}
+    for kind in (one for part in copies for one in part):
+        numbers.setdefault(kind, len(numbers))
+    buckets = tuple(
+        tuple(numbers[types, matrix_width(source, layer.block, e)] for types in (e.types, e.low_types) if types)
+        for e in layer.experts
+    )
+    hints: dict[str, Any] = dict(layer.hints)
+    return NativeLayer(layer.target, buckets, LayerHints(**hints))
+
+
+class LayerMatrices:
+    """Lists a layer's matrices in the file's order, which is that of use."""
+
+    def __init__(self, source: ModelSource, index: int, plan: LayerPlan, *, native: bool) -> None:
+        self.source, self.index, self.plan, self.native = source, index, plan, native
+
+    def all(self) -> Iterator[Matrix]:
+        """Those of attention, the router, the experts and their stand-ins."""
+        if self.plan.has_attention:
+            yield self._whole("attn_norm")
+            for role in _ATTENTION:
+                yield self._whole(role, kind=self.plan.types[role])
+                if block_key(self.plan.block, role, "bias") in self.source.shapes:
+                    yield self._whole(role, "bias")
+        if not self.plan.rows:
+            return
+        yield self._whole("ffn_norm")
+        yield self._router()
+        yield from self._experts()
+        if self.native and self.plan.novices is not None:
+            yield self._given(novice_name(self.index), self.plan.novices)
+
+    def _whole(self, role: str, suffix: str = "weight", kind: Type = Type.F32) -> Matrix:
+        block = self.plan.block
+        return source_matrix(
+            self.source, block_key(block, role, suffix), block_key(self.index, role, suffix).name, kind, block
+        )
+
+    def _given(self, name: str, values: NDArray[np.float32]) -> Matrix:
+        assert values.ndim == 2
+        shape = (values.shape[0], values.shape[1])
+        return Matrix(MatrixKey(name), name, 0, shape, Type.F32, block=self.plan.block, values=values)
+
+    def _router(self) -> Matrix:
+        name = block_key(self.index, "ffn_gate_inp").name
+        if self.plan.router is not None:
+            assert len(self.plan.router) == len(self.plan.rows)
+            return self._given(name, self.plan.router)
+        origin = block_key(self.plan.block, "ffn_gate_inp")
+        n_rows, n_embd = self.source.shapes[origin]
+        rows = None if self.plan.rows == tuple(range(n_rows)) else self.plan.rows
+        shape = (len(self.plan.rows), n_embd)
+        return Matrix(MatrixKey(name), name, 0, shape, Type.F32, block=self.plan.block, origin=origin, rows=rows)
+
+    def _experts(self) -> Iterator[Matrix]:
+        layout = native_layer(self.source, self.plan)
+        for bucket in range(layout.n_bucket):
+            for projection in range(len(PROJECTIONS)):
+                for expert, copy, its_bucket, slot in layout.slots():
+                    if its_bucket == bucket:
+                        yield self._expert(expert, copy, projection, bucket, slot)
+
+    def _expert(self, number: int, copy: int, projection: int, bucket: int, slot: int) -> Matrix:
+        expert, name = self.plan.experts[number], PROJECTIONS[projection]
+        types = expert.low_types if copy else expert.types
+        assert types
+        key = expert_key(self.index, name, number)
+        width, n_embd = matrix_width(self.source, self.plan.block, expert), self.source.spec.n_embd
+        return Matrix(
+            key=key,
+            tensor=stack_name(self.index, name, bucket) if self.native else key.name,
+            slot=slot,
+            shape=(n_embd, width) if name == "down" else (width, n_embd),
+            type=types[projection],
+            copy=copy,
+            block=self.plan.block,
+            expert=expert,
+        )

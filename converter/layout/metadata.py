@@ -1,0 +1,93 @@
+"""The keys of a slimmed file: sizes, the layout of its experts, what it was made of and how."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+
+import numpy as np
+from gguf.utility import size_label
+
+from slimoe.converter.gguf.header import ALIGNMENT_KEY
+from slimoe.converter.gguf.late_keys import room_for_late_keys
+from slimoe.converter.layout.layer import Matrix, layer_shape, native_layer
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.offload.gguf import keys
+from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
+from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
+from slimoe.offload.model.native_layout import NativeLayout
+from slimoe.offload.model.spec import NATIVE, ModelSpec
+
+_QUANTIZATION_VERSION = 2
+_SMALL_EXPERT = 1 << 22
+"""Weights of an expert below which padding to pages costs percents of a file, and reading around the cache saves
+nothing."""
+_OF_ITS_OWN = (
+    "general.architecture",
+    "general.file_type",
+    "general.size_label",
+    ALIGNMENT_KEY,
+    *keys.PROVENANCE,
+    keys.RESERVED,
+)
+
+
+def carried_metadata(source: ModelSource) -> dict[str, Value]:
+    """What the result takes over from the source unchanged, arrays as lists."""
+    kept = {key: value for key, value in source.metadata.items() if key not in _OF_ITS_OWN}
+    lists = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in kept.items()}
+    return {key: value for key, value in lists.items() if value != []}
+
+
+def result_spec(source: ModelSource, plan: SlimPlan) -> ModelSpec:
+    """Sizes of the result: the stock format's are those of the first layer, which all are alike."""
+    shapes = tuple(layer_shape(source, layer) for layer in plan.layers)
+    is_native = plan.format == "native"
+    n_expert = max(shape.n_expert for shape in shapes)
+    experts = replace(source.spec.experts, n_expert=n_expert, layers=shapes if is_native else ())
+    return replace(
+        source.spec,
+        architecture=NATIVE if is_native else "llama",
+        n_layer=len(shapes),
+        n_ff=max(shape.n_ff for shape in shapes),
+        experts=experts,
+    )
+
+
+def own_metadata(
+    source: ModelSource, plan: SlimPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
+) -> dict[str, Value]:
+    """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
+    values: dict[str, Value] = room_for_late_keys(spec.architecture) | {
+        "general.size_label": _size_label(spec, matrices),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        keys.SLIMOE_VERSION: version("slimoe"),
+        keys.RECIPE: plan.recipe,
+        keys.SOURCE_HASH: source.source_hash,
+    }
+    blocks = [layer.block for layer in plan.layers]
+    if blocks != list(range(source.spec.n_layer)):
+        values[keys.SOURCE_BLOCKS] = blocks
+    if statistics is not None:
+        values |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
+    values |= spec.metadata()
+    if plan.format == "native":
+        layout = NativeLayout(tuple(native_layer(source, layer) for layer in plan.layers))
+        alignment = ALIGNMENT if 3 * spec.n_ff * spec.n_embd >= _SMALL_EXPERT else DEFAULT_ALIGNMENT
+        values |= {ALIGNMENT_KEY: alignment} | layout_metadata(layout)
+    return values
+
+
+def merged_metadata(carried: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
+    """All keys, the architecture first."""
+    return {**own, **{key: value for key, value in carried.items() if key not in own}}
+
+
+def _size_label(spec: ModelSpec, matrices: Iterable[Matrix]) -> str:
+    """Parameters as people say them, second copies not counted."""
+    counts = [(math.prod(m.shape), m.key.expert >= 0) for m in matrices if not m.copy]
+    n_all, n_experts = sum(n for n, _ in counts), sum(n for n, is_expert in counts if is_expert)
+    label: str = size_label(n_all, n_all - n_experts, n_experts // spec.n_expert, spec.n_expert)
+    return label

@@ -1,0 +1,177 @@
+"""Where every byte of a slimmed file will be: decided from a plan before a byte is written.
+
+`lay_out` says all of it, `PlanSize` only how much it is, cheaply enough for who compares many plans.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from slimoe.converter.gguf.header import HeaderTensor, alignment_of, header_bytes, pack_header, pack_keys, padded
+from slimoe.converter.layout.layer import LayerMatrices, Matrix, source_matrix
+from slimoe.converter.layout.metadata import carried_metadata, merged_metadata, own_metadata, result_spec
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.slim_check import check_plan
+from slimoe.converter.quant.mixes import fits, fitting_types
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.offload.errors import UnsupportedModelError, UsageError
+from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.model_file import check_header
+from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
+
+_TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class SlimTensor:
+    """One tensor of the file, `n_bytes` from `offset` of the tensors' data on; `matrices` follow each other in it."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    n_bytes: int
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SlimLayout:
+    """A whole file: its `header`, then the tensors; `n_bytes` altogether."""
+
+    spec: ModelSpec
+    metadata: dict[str, Value]
+    header: bytes
+    tensors: tuple[SlimTensor, ...]
+    n_bytes: int
+
+    @property
+    def bytes_by_type(self) -> dict[str, int]:
+        """Tensor bytes by type, the largest first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.type.name] += tensor.n_bytes
+        return dict(counts.most_common())
+
+
+def lay_out(source: ModelSource, plan: SlimPlan, statistics: Statistics | None = None) -> SlimLayout:
+    """The file that a plan makes of a source. `statistics`, if the plan stems from some, are named in the file.
+
+    Raises UnsupportedModelError, which names the layer, for what the format cannot hold or a type that does not divide
+    the rows, and UsageError for statistics of another checkpoint.
+    """
+    check_plan(source, plan)
+    if statistics is not None and statistics.source_hash != source.source_hash:
+        raise UsageError(f"The statistics are of another checkpoint than {source.path}. Calibrate this one.")
+    matrices = list(_matrices(source, plan))
+    _check_types(source, matrices)
+    spec = result_spec(source, plan)
+    own = own_metadata(source, plan, spec, matrices, statistics)
+    metadata = merged_metadata(carried_metadata(source), own)
+    tensors, n_data = _placed(matrices, alignment_of(metadata))
+    header = pack_header(metadata, _entries(tensors))
+    check_header(source.path, header, len(header) + n_data)
+    return SlimLayout(spec, metadata, header, tensors, len(header) + n_data)
+
+
+class PlanSize:
+    """Counts the exact bytes of files made of one source; `statistics` as in `lay_out`."""
+
+    def __init__(self, source: ModelSource, statistics: Statistics | None = None) -> None:
+        self._source, self._statistics = source, statistics
+        self._carried = carried_metadata(source)
+        self._n_carried: dict[frozenset[str], int] = {}
+
+    def of(self, plan: SlimPlan) -> int:
+        """What `lay_out` says without laying out; raises UnsupportedModelError as it does."""
+        check_plan(self._source, plan)
+        matrices = list(_matrices(self._source, plan))
+        _check_types(self._source, matrices)
+        spec = result_spec(self._source, plan)
+        own = own_metadata(self._source, plan, spec, matrices, self._statistics)
+        tensors, n_data = _placed(matrices, alignment_of(own))
+        n_keys = len(pack_keys(own)) + self._carried_bytes(frozenset(own.keys() & self._carried.keys()))
+        return header_bytes(n_keys, _entries(tensors), alignment_of(own)) + n_data
+
+    def _carried_bytes(self, without: frozenset[str]) -> int:
+        """Packing a vocabulary takes longer than all the rest, so it is done once."""
+        if without not in self._n_carried:
+            kept = {key: value for key, value in self._carried.items() if key not in without}
+            self._n_carried[without] = len(pack_keys(kept))
+        return self._n_carried[without]
+
+
+def plan_bytes(plan: SlimPlan, source: ModelSource, statistics: Statistics | None = None) -> int:
+    """The exact size of the file that a plan makes, header included; `PlanSize` answers faster for many plans.
+
+    Raises as `PlanSize.of` does.
+    """
+    return PlanSize(source, statistics).of(plan)
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """What a matrix takes in the file, padding not counted."""
+    block, block_bytes = GGML_QUANT_SIZES[matrix.type]
+    n_bytes: int = matrix.shape[0] * (matrix.shape[1] // block) * block_bytes
+    return n_bytes
+
+
+def _matrices(source: ModelSource, plan: SlimPlan) -> Iterator[Matrix]:
+    """Everything of the file in its order, stacks slot after slot."""
+    f32 = GGMLQuantizationType.F32
+    yield source_matrix(source, MatrixKey(_TOKENS), _TOKENS, plan.token_type)
+    if MatrixKey(ROPE_FREQS) in source.shapes:
+        yield source_matrix(source, MatrixKey(ROPE_FREQS), ROPE_FREQS, f32)
+    for index, layer in enumerate(plan.layers):
+        yield from LayerMatrices(source, index, layer, native=plan.format == "native").all()
+    yield source_matrix(source, MatrixKey("output_norm.weight"), "output_norm.weight", f32)
+    is_tied = MatrixKey(_OUTPUT) not in source.shapes
+    if plan.output_type is not None:
+        # A tied table may be stored once more, as an output of another type.
+        yield source_matrix(source, MatrixKey(_TOKENS if is_tied else _OUTPUT), _OUTPUT, plan.output_type)
+    else:
+        assert is_tied, "the output matrix has no type"
+
+
+def _check_types(source: ModelSource, matrices: Sequence[Matrix]) -> None:
+    for matrix in matrices:
+        n_per_row = matrix.shape[1]
+        if not fits(matrix.type, n_per_row):
+            block = GGML_QUANT_SIZES[matrix.type][0]
+            what = f"{matrix.key} of {matrix.tensor}" if matrix.key.expert >= 0 else matrix.tensor
+            problem = f"layer {matrix.block}: {what} would have" if matrix.block >= 0 else f"{what} would have"
+            raise UnsupportedModelError(
+                source.path,
+                f"{problem} rows of {n_per_row}, which is no multiple of {block}, as {matrix.type.name} needs.",
+                f"Use {' or '.join(fitting_types(n_per_row)[-3:])} there.",
+            )
+
+
+def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[SlimTensor, ...], int]:
+    """The tensors one after the other, and their bytes altogether, padding included."""
+    stacks: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        stacks.setdefault(matrix.tensor, []).append(matrix)
+    tensors, offset = [], 0
+    for name, parts in stacks.items():
+        first = parts[0]
+        assert [(part.shape, part.type, part.slot) for part in parts] == [
+            (first.shape, first.type, slot) for slot in range(len(parts))
+        ]
+        n_bytes = len(parts) * matrix_bytes(first)
+        tensors.append(SlimTensor(name, _ne(first, len(parts)), first.type, offset, n_bytes, tuple(parts)))
+        offset += padded(n_bytes, alignment)
+    return tuple(tensors), offset
+
+
+def _ne(matrix: Matrix, n_slot: int) -> tuple[int, ...]:
+    n_rows, n_per_row = matrix.shape
+    if matrix.is_vector:
+        return (n_per_row,)
+    return (n_per_row, n_rows, n_slot) if matrix.key.expert >= 0 else (n_per_row, n_rows)
+
+
+def _entries(tensors: Sequence[SlimTensor]) -> list[HeaderTensor]:
+    return [HeaderTensor(tensor.name, tensor.ne, tensor.type, tensor.offset) for tensor in tensors]

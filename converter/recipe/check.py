@@ -1,0 +1,161 @@
+"""Recipes whose parts contradict each other, refused before anything is read of a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.quant.mixes import RECIPES
+from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
+from slimoe.converter.recipe.words import Words
+from slimoe.offload.errors import UsageError
+
+Holds = Callable[[Recipe], bool]
+
+
+def _has_target(recipe: Recipe) -> bool:
+    return recipe.target_size is not None or recipe.target_bpw is not None
+
+
+def _bits(name: str) -> float:
+    kind = RECIPES[name].base if name in RECIPES else Type[name]
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / n_weights)
+
+
+def _low_is_no_smaller(recipe: Recipe) -> bool:
+    low, best = recipe.types.low, recipe.types.expert or (None if _has_target(recipe) else DEFAULT_EXPERT)
+    return low is not None and best is not None and _bits(low) >= _bits(best)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """What is wrong with a recipe for which `holds`, in a sentence for `Words`; `keys` are at fault."""
+
+    holds: Holds
+    keys: tuple[str, ...]
+    problem: str
+
+
+_CONTRADICTIONS: tuple[_Fault, ...] = (
+    _Fault(
+        lambda recipe: recipe.target_size is not None and recipe.target_bpw is not None,
+        ("target_size", "target_bpw"),
+        "{target_size} and {target_bpw} are two budgets. Give one of them.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.merge is not None and recipe.experts.replacement == "novice",
+        ("merge", "replacement"),
+        "{merge} leaves no expert out, and {replacement} puts constants in place of those. Leave one of them out.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.merge is not None and recipe.free_novices,
+        ("merge", "free_novices"),
+        "{free_novices} would put constants in place of what {merge} has just joined. Leave one of them out.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.merge is not None and recipe.experts.keep is None,
+        ("merge",),
+        "{merge} does not say how many experts are to be left. Give {give_keep}.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.merge is not None and recipe.experts.width is not None,
+        ("merge", "width"),
+        "{merge} joins experts, which {width} cannot trim as well. Leave one of them out.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.replacement == "novice" and recipe.experts.keep is None,
+        ("replacement",),
+        "{replacement} puts constants in place of dropped experts, and none is dropped. Give {give_keep}, or "
+        "{give_free_novices} with {give_target_size}.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.overall and recipe.experts.keep is None,
+        ("overall",),
+        "{overall} says how experts are ranked that are dropped, and none is. Give {give_keep}.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.overall and recipe.experts.merge is not None,
+        ("overall", "merge"),
+        "{overall} ranks experts that are dropped, and {merge} drops none. Leave one of them out.",
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.overall and recipe.experts.score == "subset",
+        ("overall",),
+        "{overall} ranks all layers' experts together, and the score subset finds the best set of each layer by "
+        "itself. Name another one with {give_score}.",
+    ),
+    _Fault(
+        lambda recipe: (
+            _has_target(recipe) and recipe.types.expert is not None and not (recipe.free_novices or recipe.free_layers)
+        ),
+        ("expert",),
+        "{expert} names the type of all experts, and a target leaves types to the budget. Give one of them.",
+    ),
+    _Fault(
+        lambda recipe: _has_target(recipe) and recipe.types.expert in set(RECIPES) - set(Type.__members__),
+        ("expert",),
+        "{expert} is a mix of types, which has no place under a target. Name a plain type.",
+    ),
+    _Fault(
+        lambda recipe: recipe.free_novices and not _has_target(recipe),
+        ("free_novices",),
+        "{free_novices} puts constants in place of experts that make room for a target, and there is none. "
+        "Give {give_target_size} or {give_target_bpw}.",
+    ),
+    _Fault(
+        lambda recipe: recipe.free_layers and not _has_target(recipe),
+        ("free_layers",),
+        "{free_layers} says what may make room for a target, and there is none. "
+        "Give {give_target_size} or {give_target_bpw}.",
+    ),
+    _Fault(
+        lambda recipe: bool(recipe.types.candidates) and not _has_target(recipe),
+        ("candidates",),
+        "{candidates} are to choose from for a target, and there is none. "
+        "Give {give_target_size} or {give_target_bpw}.",
+    ),
+    _Fault(
+        _low_is_no_smaller,
+        ("low",),
+        "{low} is for second copies, which would be no smaller than the first. Name a smaller type.",
+    ),
+)
+_NOT_IN_STOCK: tuple[_Fault, ...] = (
+    _Fault(
+        lambda recipe: recipe.experts.replacement == "novice",
+        ("replacement",),
+        "novices in place of experts ({replacement})",
+    ),
+    _Fault(lambda recipe: recipe.free_novices, ("free_novices",), "novices in place of experts ({free_novices})"),
+    _Fault(lambda recipe: recipe.types.low is not None, ("low",), "second copies of experts ({low})"),
+    _Fault(lambda recipe: recipe.drop_ffn > 0, ("drop_ffn",), "layers without experts ({drop_ffn})"),
+    _Fault(lambda recipe: recipe.free_layers, ("free_layers",), "layers without experts ({free_layers})"),
+    _Fault(
+        lambda recipe: recipe.drop_attention > 0, ("drop_attention",), "layers without attention ({drop_attention})"
+    ),
+    _Fault(
+        lambda recipe: recipe.experts.overall, ("overall",), "layers that differ in their number of experts ({overall})"
+    ),
+)
+
+
+def check_recipe(recipe: Recipe, words: Words) -> None:
+    """Raises UsageError, in `words`, for what contradicts itself or what a stock file cannot hold."""
+    for fault in _CONTRADICTIONS:
+        if fault.holds(recipe):
+            raise UsageError(words.message(fault.keys, fault.problem.format_map(words)))
+    missing = [fault for fault in _NOT_IN_STOCK if fault.holds(recipe)]
+    if recipe.format == "stock" and missing:
+        what = " or ".join(fault.problem for fault in missing)
+        problem = f"{{format}} keeps to what llama.cpp loads, which cannot hold {what}. Leave one of them out."
+        keys = ["format", *(key for fault in missing for key in fault.keys)]
+        raise UsageError(words.message(keys, problem.format_map(words)))
+
+
+def needs_statistics(recipe: Recipe) -> bool:
+    """Whether a plan of it can be made only with what a calibration has learnt."""
+    drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
+    fits = recipe.fit.feedback, recipe.fit.refit
+    return _has_target(recipe) or any(drops) or any(fits)

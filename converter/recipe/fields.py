@@ -1,0 +1,142 @@
+"""What each key of a recipe's file may hold, and how it is read: one row a key."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from slimoe.converter.methods.scores import SCORES
+from slimoe.converter.quant.mixes import RECIPES
+from slimoe.converter.stats.type_costs import CANDIDATES
+from slimoe.offload.resources.byte_size import parse_bytes
+
+_SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
+_LARGE_TYPES = ("F16", "BF16", "F32")
+_MOST_BITS = 64
+_MOST_BYTES = 1 << 62
+TYPES = tuple(dict.fromkeys((*CANDIDATES, *_LARGE_TYPES)))
+"""Types that a matrix may be stored in."""
+
+
+class NotExpectedError(Exception):
+    """A value is not what its key holds; the message says what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSizes:
+    """What numbers and shares in a recipe are of: layers, experts of a layer, and neurons of an expert."""
+
+    n_layer: int
+    n_expert: int
+    n_ff: int
+
+
+Read = Callable[[object, SourceSizes], object]
+"""From a TOML value to the recipe's; raises NotExpectedError."""
+
+
+def read_amount(value: object, whole: int, least: int, noun: str) -> int:
+    """A number, or a share of `whole` such as "25%", rounded; raises NotExpectedError."""
+    share = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if share is not None and float(share[1]) <= 100:
+        value = round(whole * float(share[1]) / 100)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= whole:
+        raise NotExpectedError(f'a number of {noun} from {least} to {whole}, or a share such as "25%"')
+    return value
+
+
+def _layers(value: object, sizes: SourceSizes) -> int:
+    return read_amount(value, sizes.n_layer, 0, "layers")
+
+
+def _experts(value: object, sizes: SourceSizes) -> int:
+    if not sizes.n_expert:
+        raise NotExpectedError("left out, as the model has no experts")
+    return read_amount(value, sizes.n_expert, 1, "experts")
+
+
+def _neurons(value: object, sizes: SourceSizes) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sizes.n_ff:
+        raise NotExpectedError(f"a number of neurons from 1 to the {sizes.n_ff} of the model's experts")
+    return value
+
+
+def _bits(value: object, _sizes: SourceSizes) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _MOST_BITS:
+        raise NotExpectedError(f"a number of bits up to {_MOST_BITS}, such as 2.5")
+    return float(value)
+
+
+def _size(value: object, _sizes: SourceSizes) -> int:
+    size = parse_bytes(value) if isinstance(value, str) else value
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST_BYTES:
+        raise NotExpectedError('a size such as "12GiB" or "500MB"')
+    return size
+
+
+def _flag(value: object, _sizes: SourceSizes) -> bool:
+    if not isinstance(value, bool):
+        raise NotExpectedError("true or false")
+    return value
+
+
+def _text(value: object, _sizes: SourceSizes) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise NotExpectedError("a text of one line")
+    return value
+
+
+def _word(*words: str) -> Read:
+    def read(value: object, _sizes: SourceSizes) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise NotExpectedError(f"one of {', '.join(words)}")
+        return value
+
+    return read
+
+
+def _type(*names: str) -> Read:
+    def read(value: object, _sizes: SourceSizes) -> str:
+        if not isinstance(value, str) or value.upper() not in names:
+            raise NotExpectedError(f"a type: one of {', '.join(names)}")
+        return value.upper()
+
+    return read
+
+
+def _types(value: object, sizes: SourceSizes) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise NotExpectedError('a list of types, such as ["Q2_K", "Q3_K"]')
+    return tuple(str(_type(*CANDIDATES)(one, sizes)) for one in value)
+
+
+TOP: Mapping[str, Read] = {
+    "name": _text,
+    "format": _word("native", "stock"),
+    "target_size": _size,
+    "target_bpw": _bits,
+    "drop_ffn": _layers,
+    "drop_attention": _layers,
+    "drop_blocks": _layers,
+    "free_novices": _flag,
+    "free_layers": _flag,
+    "hints": _flag,
+}
+SECTIONS: Mapping[str, Mapping[str, Read]] = {
+    "experts": {
+        "keep": _experts,
+        "score": _word("subset", *SCORES),
+        "overall": _flag,
+        "replacement": _word("nothing", "novice"),
+        "merge": _word("m-smoe", "hc-smoe"),
+        "width": _neurons,
+    },
+    "types": {
+        "expert": _type(*dict.fromkeys((*TYPES, *RECIPES))),
+        "low": _type(*CANDIDATES),
+        "attention": _type(*TYPES),
+        "token": _type(*TYPES),
+        "output": _type(*TYPES),
+        "candidates": _types,
+    },
+    "fit": {"importance": _flag, "feedback": _flag, "refit": _flag},
+}

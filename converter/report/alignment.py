@@ -1,0 +1,56 @@
+"""Which parts of a model come from which parts of the one that it was made of."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.offload.gguf import keys
+from slimoe.offload.gguf.header import read_gguf
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """`blocks` are the ancestor's, ascending, one for each block of the model; `rows` [block] those of its router."""
+
+    blocks: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert list(self.blocks) == sorted(set(self.blocks)), self.blocks
+        assert len(self.rows) == len(self.blocks)
+
+
+def planned_descent(plan: SlimPlan) -> Descent:
+    """What a plan says."""
+    return Descent(tuple(layer.block for layer in plan.layers), tuple(layer.rows for layer in plan.layers))
+
+
+def likely_descent(model: ModelSource, ancestor: ModelSource) -> Descent | None:
+    """Block by block where there are equally many of both or the model says which it has of this ancestor, else None.
+
+    Row by row where there are equally many; otherwise they are unknown, and empty.
+    """
+    blocks = _blocks(model, ancestor)
+    if blocks is None:
+        return None
+    counts = [
+        (len(one.target), len(ancestor.layers[block].target)) for one, block in zip(model.layers, blocks, strict=True)
+    ]
+    rows = tuple(tuple(range(n_row)) if n_row == n_old else () for n_row, n_old in counts)
+    return Descent(blocks, rows)
+
+
+def _blocks(model: ModelSource, ancestor: ModelSource) -> tuple[int, ...] | None:
+    """The ancestor's blocks that the model's are made of."""
+    n_layer = len(ancestor.layers)
+    if len(model.layers) == n_layer:
+        return tuple(range(n_layer))
+    metadata = read_gguf(model.path).metadata if model.path.is_file() else {}
+    said = metadata.get(keys.SOURCE_BLOCKS)
+    if said is None or metadata.get(keys.SOURCE_HASH) != ancestor.source_hash:
+        return None
+    blocks = tuple(int(block) for block in np.asarray(said))
+    is_sound = len(blocks) == len(model.layers) and list(blocks) == sorted(set(blocks) & set(range(n_layer)))
+    return blocks if is_sound else None

@@ -1,0 +1,353 @@
+"""Measures what a written file has lost: its own bytes are read back and judged, not the plan that they stem from."""
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.forward.windows import Windows, cut_windows
+from slimoe.converter.layout.offsets import lay_out
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.report.alignment import likely_descent, planned_descent
+from slimoe.converter.report.block_facts import block_facts, reported_descent
+from slimoe.converter.report.cloze import Cloze, cloze, content_tokens
+from slimoe.converter.report.eval_text import JudgedText
+from slimoe.converter.report.evaluation import TRACED_TOKENS, Reference
+from slimoe.converter.report.generation_check import Continue, check_generation, greedy
+from slimoe.converter.report.layer_swap import divergence_by_block
+from slimoe.converter.report.quality import Comparison, DomainQuality, summarise
+from slimoe.converter.report.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
+from slimoe.converter.report.report_estimate import (
+    BLOCKS,
+    FILE,
+    PLAIN,
+    SECOND,
+    SOURCE,
+    WRITING,
+    ReportWork,
+    estimate_seconds,
+)
+from slimoe.converter.report.yardstick import PlainPlan, Yardstick, make_yardstick, plain_neighbours, planned_source
+from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.inventory import take_inventory
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.stats.forward_pass import Progress, coverage
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.write.estimate import writing_seconds
+from slimoe.offload.gguf import keys
+from slimoe.offload.gguf.header import Value, read_gguf
+from slimoe.offload.model.native_format import read_layout
+from slimoe.offload.model.spec import NATIVE
+
+LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
+"""Programs that load a format."""
+_LIBRARIES = ("slimoe", "numpy", "torch", "gguf", "llama-cpp-python")
+_HELD_BYTES = 1 << 30
+"""Models of so many bytes in float32 are small: they write texts in memory where there is no engine for them, and are
+quantised to plain types only to compare with."""
+_PROMPTS, _PROMPT_TOKENS = 6, 16
+_BLOCK_LENGTH = 128
+_HASHED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSettings:
+    """How to judge: a torch device; tokens for what each block's changes cost, and tokens that each text is continued
+    by, 0 for neither; beyond how many bytes streams lie on disk; threads that quantise plain models to compare with.
+    """
+
+    device: str = "cpu"
+    n_block_tokens: int = 1024
+    n_written: int = 64
+    max_state_bytes: int = 1 << 31
+    n_threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What continues texts with the file and with its source; None: done in memory if the model is small, or not."""
+
+    model: Continue | None = None
+    source: Continue | None = None
+
+
+def block_windows(windows: Windows, n_tokens: int) -> Windows | None:
+    """Shorter texts than those of the other figures, some of each domain, for what each block's changes cost."""
+    if not n_tokens:
+        return None
+    texts: dict[str, list[int]] = {}
+    for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
+        texts.setdefault(domain, []).extend(tokens)
+    return cut_windows(texts, _BLOCK_LENGTH, max(1, n_tokens // (_BLOCK_LENGTH * len(texts))))
+
+
+def report_work(
+    source: ModelSource, windows: Windows, plain: Sequence[PlainPlan], n_copy: int, settings: ReportSettings
+) -> ReportWork:
+    """What a report of a file with so many copies takes, `plain` being the models that it may be compared with."""
+    measured = plain if is_small(source) else ()
+    seconds = [writing_seconds(source, one.plan, lay_out(source, one.plan), settings.n_threads) for one in measured]
+    n_written = settings.n_written if is_small(source) else 0
+    cut = block_windows(windows, settings.n_block_tokens)
+    return ReportWork(windows, cut, n_copy, len(measured), sum(seconds), _PROMPTS, n_written, n_models=1)
+
+
+def is_small(source: ModelSource) -> bool:
+    """Whether a model can be held in memory in float32."""
+    return 4 * _n_weights(source) <= _HELD_BYTES
+
+
+class ReportMaker:
+    """Everything about the file `target` that was made of `source`. Without `plan` what an earlier report `known` of it
+    says is taken for the plan's; without both equal blocks are taken for each other, and of a model with fewer blocks
+    nothing is said by block.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        target: Path,
+        judged: JudgedText,
+        *,
+        statistics: Statistics | None = None,
+        plan: SlimPlan | None = None,
+        settings: ReportSettings = ReportSettings(),
+        engines: Engines = Engines(),
+        expected_lacks: Sequence[str] = (),
+        known: Report | None = None,
+    ) -> None:
+        """Opens the file; raises ModelFileError. `expected_lacks` is what the plan's expected KL does not count."""
+        self.known = known
+        self.expected_lacks = known.expected_lacks if known is not None and plan is None else tuple(expected_lacks)
+        self.source, self.target, self.judged = source, target, judged
+        self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
+        self.model = gguf_source(target)
+        told = None if known is None else reported_descent(known.blocks)
+        self.descent = planned_descent(plan) if plan else told or likely_descent(self.model, source)
+        self.plain = plain_neighbours(source, statistics, target.stat().st_size)
+        gguf = read_gguf(target)
+        self.metadata = gguf.metadata
+        is_native = self.model.spec.architecture == NATIVE
+        self.n_copy = read_layout(gguf, self.model.spec).n_copy if is_native else 1
+        self.format = "native" if is_native else "stock"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What it will take by kind of work, tried for a moment."""
+        work = report_work(self.source, self.judged.windows, self.plain, self.n_copy, self.settings)
+        return estimate_seconds(self.source, work, self.settings.device)
+
+    def make(self, on_progress: Progress = lambda _what, _done, _total: None, directory: Path | None = None) -> Report:
+        """Judges; streams that are large lie in `directory`, if one is given.
+
+        Raises ModelFileError, UsageError for a file of another model, and BadLogitsError.
+        """
+        begin = time.monotonic()
+        if not self._is_large():
+            directory = None
+        compared, low, yardstick = self._compare(directory, on_progress)
+        block_kl = self._block_kl(directory, on_progress)
+        writing, source_writing = self._writings(on_progress)
+        return Report(
+            file=self._file(),
+            provenance=self._provenance(),
+            judged=self._judged_on(),
+            quality=summarise(compared),
+            low_quality=low,
+            expected_kl=self.plan.expected_kl if self.plan else self.known.expected_kl if self.known else None,
+            expected_lacks=self.expected_lacks,
+            blocks=block_facts(self.target, self.source, self.descent),
+            block_kl=block_kl,
+            probes=self._probes(compared),
+            writing=writing,
+            source_writing=source_writing,
+            coverage=self._coverage(),
+            yardstick=yardstick,
+            seconds=time.monotonic() - begin,
+        )
+
+    # --- measuring -----------------------------------------------------------------------------------------
+
+    def _compare(
+        self, directory: Path | None, on_progress: Progress
+    ) -> tuple[Comparison, DomainQuality | None, Yardstick | None]:
+        device = self.settings.device
+        reference = Reference(
+            self.source,
+            self.judged.windows,
+            device=device,
+            directory=directory,
+            on_progress=_named(on_progress, SOURCE),
+        )
+        try:
+            compared = reference.compare(self.model, self.descent, _named(on_progress, FILE))
+            low = None
+            if self.n_copy > 1:
+                second = gguf_source(self.target, self.n_copy - 1)
+                low = summarise(reference.compare(second, self.descent, _named(on_progress, SECOND))).total
+            return compared, low, self._yardstick(reference, on_progress)
+        finally:
+            reference.close()
+
+    def _yardstick(self, reference: Reference, on_progress: Progress) -> Yardstick | None:
+        n_layer, done = self.source.spec.n_layer, 0
+        n_steps = n_layer * len(self.plain)
+
+        def measure(one: PlainPlan) -> float:
+            nonlocal done
+            model = planned_source(self.source, self.statistics, one.plan, self.settings.n_threads)
+            compared = reference.compare(model, None, lambda layer, _all: on_progress(PLAIN, done + layer, n_steps))
+            done += n_layer
+            return summarise(compared).total.divergence.mean
+
+        n_bytes = self.target.stat().st_size
+        return make_yardstick(self.plain, n_bytes, measure if is_small(self.source) else None)
+
+    def _block_kl(self, directory: Path | None, on_progress: Progress) -> tuple[float, ...] | None:
+        windows = block_windows(self.judged.windows, self.settings.n_block_tokens)
+        if windows is None or self.descent is None:
+            return None
+        return divergence_by_block(
+            self.model,
+            self.source,
+            windows,
+            descent=self.descent,
+            device=self.settings.device,
+            directory=directory,
+            on_progress=_named(on_progress, BLOCKS),
+        )
+
+    def _writings(self, on_progress: Progress) -> tuple[Writing | None, Writing | None]:
+        if not self.settings.n_written:
+            return None, None
+        on_progress(WRITING, 0, 2)
+        writing = self._writing(self.engines.model, self.model)
+        on_progress(WRITING, 1, 2)
+        source_writing = self._writing(self.engines.source, self.source)
+        on_progress(WRITING, 2, 2)
+        return writing, source_writing
+
+    def _writing(self, continue_: Continue | None, model: ModelSource) -> Writing | None:
+        ends = end_tokens(self.model.metadata)
+        if continue_ is None:
+            if not is_small(model):
+                return None
+            continue_ = greedy(model, ends)
+        tokens = self.judged.windows.sequences.tokens
+        rows = np.unique(np.linspace(0, len(tokens) - 1, _PROMPTS).round().astype(int))
+        # A prompt leaves room for its continuation in short contexts.
+        prompts = [tokens[row][: min(_PROMPT_TOKENS, max(1, len(tokens[row]) // 2))] for row in rows.tolist()]
+        n_tokens = min(self.settings.n_written, max(1, model.spec.n_ctx_train - _PROMPT_TOKENS))
+        found = check_generation(continue_, prompts, n_tokens, ends)
+        return Writing(len(prompts), found.n_looped, found.n_ended, found.distinct, n_tokens)
+
+    def _probes(self, compared: Comparison) -> dict[str, Cloze]:
+        if keys.TOKENS not in self.source.metadata:
+            return {}
+        if self.statistics is not None:
+            counts = self.statistics.token_count
+        else:
+            tokens = [token for one in self.judged.windows.sequences.tokens for token in one]
+            counts = np.bincount(tokens, minlength=self.source.spec.n_vocab)
+        return cloze(compared, content_tokens(self.source.metadata), counts)
+
+    def _is_large(self) -> bool:
+        """Whether streams are to lie on disk."""
+        spec, n_rows = self.source.spec, self.judged.windows.sequences.n_rows
+        n_kept = 6 * n_rows + spec.n_layer * max(min(TRACED_TOKENS, n_rows), self.settings.n_block_tokens)
+        return 4 * n_kept * spec.n_embd > self.settings.max_state_bytes
+
+    # --- facts ---------------------------------------------------------------------------------------------
+
+    def _file(self) -> FileFacts:
+        n_bytes, n_weights = self.target.stat().st_size, _n_weights(self.source)
+        return FileFacts(
+            name=self.target.name,
+            format=self.format,
+            loads_in=LOADERS[self.format],
+            n_bytes=n_bytes,
+            source_bytes=2 * n_weights,
+            bits_per_weight=8 * n_bytes / n_weights,
+            parts=take_inventory(self.target).counts,
+        )
+
+    def _provenance(self) -> Provenance:
+        known, statistics = self.metadata, self.statistics
+        domains: Counter[str] = Counter()
+        if statistics is not None:
+            for domain, tokens in zip(statistics.domains, statistics.tokens, strict=True):
+                domains[domain] += len(tokens)
+        if statistics is None and self.known is not None:
+            domains.update(self.known.provenance.calibration_domains)
+        return Provenance(
+            source_name=str(self.source.metadata.get("general.name", self.source.path.name)),
+            source_hash=self.source.source_hash,
+            licence=str(self.source.metadata.get("general.license", "")),
+            recipe=str(known.get(keys.RECIPE, "")),
+            calibration_hash=str(known.get(keys.CALIBRATION_HASH, "")),
+            calibration_tokens=int(str(known.get(keys.CALIBRATION_TOKENS, 0))),
+            calibration_domains=dict(domains),
+            versions={name: version(name) for name in _LIBRARIES},
+        )
+
+    def _judged_on(self) -> JudgedOn:
+        windows = self.judged.windows
+        tokens = windows.sequences.tokens
+        return JudgedOn(
+            hash=CalibrationText(tokens, windows.domains).hash,
+            n_tokens=windows.sequences.n_rows,
+            n_scored=windows.n_scored,
+            length=max(map(len, tokens)),
+            is_own=self.judged.is_own,
+            seen=self.judged.seen,
+        )
+
+    def _coverage(self) -> Coverage | None:
+        if self.statistics is not None:
+            return expert_coverage(self.statistics)
+        return None if self.known is None else self.known.coverage
+
+
+def expert_coverage(statistics: Statistics) -> Coverage:
+    """What a calibration saw of the experts."""
+    n_seen, n_experts = coverage(statistics.layers)
+    unseen = [
+        (index, expert)
+        for index, layer in enumerate(statistics.layers)
+        if layer.outputs is not None
+        for expert in np.flatnonzero(layer.outputs.n_pick == 0).tolist()
+    ]
+    picks = tuple(
+        None if layer.router is None else tuple(layer.router.rank_count.sum(1).tolist()) for layer in statistics.layers
+    )
+    return Coverage(n_seen, n_experts, tuple(unseen), picks)
+
+
+def end_tokens(metadata: Mapping[str, Value]) -> set[int]:
+    """The tokens that end a text."""
+    found = (metadata.get(keys.token_id_key(role)) for role in ("eos", "eot", "eom"))
+    return {token for token in found if isinstance(token, int)}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_HASHED_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _n_weights(source: ModelSource) -> int:
+    return sum(math.prod(shape) for shape in source.shapes.values())
+
+
+def _named(on_progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(what, done, total)

@@ -1,0 +1,108 @@
+"""The model card of a slimmed file: Markdown with YAML in front, as model hubs read it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from slimoe.converter.report.markdown import (
+    FLATTERED,
+    divergence,
+    percent,
+    plain_kl,
+    table,
+    unread_text,
+    yardstick_text,
+)
+from slimoe.converter.report.report import Report
+
+
+def model_card(report: Report, report_name: str) -> str:
+    """The card of the file; `report_name` is that of the whole report beside it."""
+    origin, name = report.provenance, report.file.name
+    lines = ["---", *_front_matter(report), "---", "", f"# {name.removesuffix('.gguf')}", ""]
+    lines.append(f"{origin.source_name}, made smaller by slimoe: {_what(report)}.")
+    lines += ["", "## Licence", "", _licence(report)]
+    lines += ["", "## What it lost", "", *_figures(report)]
+    lines += ["", "## Run it", "", *_run(report)]
+    lines += ["", "## How it was made", "", "```toml", origin.recipe.strip(), "```", ""]
+    lines.append(f"Source: {origin.source_name}, digest `{origin.source_hash}`.")
+    if origin.calibration_tokens:
+        lines.append(f"Calibrated on {origin.calibration_tokens:,} tokens, digest `{origin.calibration_hash}`.")
+    lines.append(f"File: {report.file.n_bytes:,} bytes, sha256 `{report.file.sha256}`.")
+    lines.append(f"Made with slimoe {origin.versions['slimoe']}. All figures: [{report_name}]({report_name}).")
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(report: Report) -> Iterator[str]:
+    """YAML, whose values are written as JSON, which it contains."""
+    origin = report.provenance
+    values: dict[str, Any] = {
+        "base_model": origin.source_name,
+        "base_model_relation": "quantized",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": [
+            "gguf",
+            "mixture-of-experts",
+            "slimoe",
+            *(["llama.cpp"] if "llama.cpp" in report.file.loads_in else []),
+        ],
+    }
+    if origin.licence:
+        values = {"license": origin.licence} | values
+    for key, value in values.items():
+        yield f"{key}: {json.dumps(value, ensure_ascii=False)}"
+
+
+def _what(report: Report) -> str:
+    rows = [row for facts in report.blocks for row in facts.rows]
+    n_kept = len({(facts.block, row.stored) for facts in report.blocks for row in facts.rows if row.stored is not None})
+    n_blocks = sum(facts.layer is not None for facts in report.blocks)
+    parts = [f"{report.file.bits_per_weight:.2f} bits for each weight of the original"]
+    parts += [f"{n_blocks} of {len(report.blocks)} layers"] if n_blocks < len(report.blocks) else []
+    parts += [f"{n_kept} of {len(rows)} experts"] if n_kept < len(rows) else []
+    return f"{', '.join(parts)}, {percent(report.file.share)} of its size in 16 bits"
+
+
+def _licence(report: Report) -> str:
+    source = report.provenance.source_name
+    if report.provenance.licence:
+        return f"That of {source}: {report.provenance.licence}."
+    return f"That of {source}, whose files do not say which it is. Look it up before you pass this file on."
+
+
+def _figures(report: Report) -> Iterator[str]:
+    total = report.quality.total
+    rows = [("Figure", "Value"), ("KL divergence from the original, nats per token", divergence(total))]
+    rows.append(("The same for one token in 1,000, at least", f"{total.divergence.percentile_999:.4f}"))
+    rows.append(("The whole model in plain types of as many bytes", plain_kl(report)))
+    rows.append(("Same likeliest token", percent(total.same_top)))
+    read = [(name, one) for name, one in report.quality.domains.items() if name not in report.quality.unread]
+    for name, one in read or report.quality.domains.items():
+        value = f"{one.reference_perplexity:.3f} to {one.perplexity:.3f} ({100 * one.perplexity_rise:+z.1f} %)"
+        rows.append((f"Perplexity, {name}", value))
+    for name, probe in report.probes.items():
+        if probe.kept is not None:
+            rows.append((f"Known {name} words that it still knows", percent(probe.kept)))
+    if report.writing is not None:
+        rows.append(("Texts with a loop", f"{report.writing.n_looped} of {report.writing.n_texts}"))
+    yield from table(rows)
+    yield ""
+    own = " of slimoe's own mixture" if report.judged.is_own else ""
+    yield f"Measured on {report.judged.n_scored:,} tokens{own}. Other uses may suffer more or less."
+    yield from (text for text in (yardstick_text(report), unread_text(report)) if text)
+    if report.judged.seen is not None and report.judged.seen >= FLATTERED:
+        yield f"{percent(report.judged.seen)} of them were calibrated on, so the figures flatter."
+
+
+def _run(report: Report) -> Iterator[str]:
+    name = report.file.name
+    yield "```sh"
+    yield f"slimoe run {name}"
+    yield f"slimoe serve {name}        # an OpenAI-compatible endpoint on 127.0.0.1:8080"
+    if "llama.cpp" in report.file.loads_in:
+        yield f"llama-cli -m {name}"
+    yield "```"
+    if "llama.cpp" not in report.file.loads_in:
+        yield ""
+        yield "The file is in slimoe's own format, which llama.cpp does not load."

@@ -1,0 +1,136 @@
+"""Matrices that bitsandbytes quantised, in Hugging Face checkpoints: what belongs together, and their values.
+
+Source: bitsandbytes' QuantState.as_dict (a matrix X of 4 bits is saved as X, X.absmax, X.quant_map, perhaps
+X.nested_absmax and X.nested_quant_map, and JSON in X.quant_state.bitsandbytes__nf4 or __fp4) and Linear8bitLt (X.weight
+of signed bytes and X.SCB, the largest absolute value of each row). Values are bitsandbytes' own: its CPU functions
+compute them, in the precision the checkpoint names, as transformers would when it runs the model.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from slimoe.converter.gguf.bytes import read_bytes
+from slimoe.converter.source.bnb_rows import FOUR_BIT, EightBitRows, FourBitRows, FourBitState
+from slimoe.converter.source.checkpoint import Checkpoint, CheckpointTensor
+from slimoe.converter.source.stored_rows import StoredMatrix, TensorRows
+from slimoe.offload.errors import LibraryError, ModelFileError, UnsupportedModelError
+
+_STATE = ".quant_state.bitsandbytes__"
+_STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_BY_ROWS = 0
+"""The only arrangement of 8-bit weights that does not depend on a GPU."""
+_AGAIN = "Download the checkpoint again."
+
+
+def stored_matrices(checkpoint: Checkpoint) -> dict[str, StoredMatrix]:
+    """All matrices and vectors by their tensors' names, quantised ones with what belongs to them.
+
+    Raises LibraryError without bitsandbytes where it is needed, ModelFileError for quantised weights whose parts are
+    missing or contradict each other, and UnsupportedModelError for integers that are no such weights.
+    """
+    quantised: dict[str, StoredMatrix] = {}
+    parts: set[str] = set()
+    for name in checkpoint.tensors:
+        stem = name.removesuffix(".weight")
+        if _STATE in name:
+            owner, _, _ = name.partition(_STATE)
+            quantised[owner] = _four_bit(checkpoint, owner)
+            parts |= {name, *(owner + part for part in _STATE_PARTS)}
+        elif f"{stem}.SCB" in checkpoint.tensors and stem != name:
+            quantised[name] = _eight_bit(checkpoint, name)
+            parts |= {f"{stem}.SCB", f"{stem}.weight_format"}
+    if quantised:
+        _require_bitsandbytes()
+    names = (name for name in checkpoint.tensors if name not in parts)
+    return {name: quantised.get(name) or _plain(checkpoint.tensors[name]) for name in names}
+
+
+def type_sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
+    """(name, type, number of weights, bytes) of every matrix, the bytes of its quantisation's constants included."""
+    tensors = checkpoint.tensors
+    owners = {name.partition(_STATE)[0] for name in tensors if _STATE in name}
+    for name, tensor in tensors.items():
+        owner, _, four_bit = name.partition(_STATE)
+        scales = tensors.get(f"{name.removesuffix('.weight')}.SCB")
+        if four_bit:
+            parts = [tensors.get(owner + part) for part in ("", *_STATE_PARTS)]
+            n_bytes = tensor.n_bytes + sum(part.n_bytes for part in parts if part)
+            yield owner, four_bit.upper(), math.prod(_state(checkpoint, owner).shape), n_bytes
+        elif scales:
+            yield name, "INT8", tensor.n_elements, tensor.n_bytes + scales.n_bytes
+        elif name not in owners and not name.endswith((*_STATE_PARTS, ".SCB", ".weight_format")):
+            yield name, tensor.dtype, tensor.n_elements, tensor.n_bytes
+
+
+def _plain(tensor: CheckpointTensor) -> StoredMatrix:
+    if not tensor.is_float:
+        problem = f"tensor {tensor.name} is stored as {tensor.dtype}, but nothing says how bitsandbytes quantised it."
+        raise UnsupportedModelError(tensor.path, problem, _AGAIN)
+    return StoredMatrix(tensor.shape or (1,), TensorRows(tensor))
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401  # only whether it can be
+    except ImportError:
+        problem = "The checkpoint is quantised by bitsandbytes, which is not installed."
+        raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
+
+
+def _first_byte(tensor: CheckpointTensor) -> int:
+    return int(read_bytes(tensor.path, tensor.offset, 1)[0])
+
+
+def _part(checkpoint: Checkpoint, name: str) -> CheckpointTensor:
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None:
+        raise ModelFileError(checkpoint.path, f"tensor {name} is missing.", _AGAIN)
+    return tensor
+
+
+def _state(checkpoint: Checkpoint, name: str) -> FourBitState:
+    states = (checkpoint.tensors.get(name + _STATE + kind) for kind in FOUR_BIT)
+    found = next((state for state in states if state), None)
+    if found is None:
+        problem = f"tensor {name} is quantised to 4 bits, but neither as nf4 nor as fp4."
+        raise UnsupportedModelError(checkpoint.path, problem)
+    return FourBitState.read(found)
+
+
+def _four_bit(checkpoint: Checkpoint, name: str) -> StoredMatrix:
+    state = _state(checkpoint, name)
+    packed, scales = _part(checkpoint, name), _part(checkpoint, f"{name}.absmax")
+    nested = [_part(checkpoint, f"{name}.nested_{part}") for part in ("absmax", "quant_map")] if state.n_nested else []
+    code = _part(checkpoint, f"{name}.quant_map")
+    if not _belong_together(state, packed, code, scales, nested):
+        problem = f"the parts of the quantised tensor {name} do not belong to its shape {list(state.shape)}."
+        raise ModelFileError(packed.path, problem, _AGAIN)
+    return StoredMatrix(state.shape, FourBitRows(packed, code, scales, tuple(nested), state))
+
+
+def _belong_together(
+    state: FourBitState,
+    packed: CheckpointTensor,
+    code: CheckpointTensor,
+    scales: CheckpointTensor,
+    nested: Sequence[CheckpointTensor],
+) -> bool:
+    n_weights = math.prod(state.shape)
+    n_scale = -(-n_weights // state.n_block)
+    wanted = [(code, 16, "F32"), (scales, n_scale, "U8" if nested else "F32")]
+    if nested:
+        wanted += [(nested[0], -(-n_scale // state.n_nested), "F32"), (nested[1], 256, "F32")]
+    sizes_match = all((part.n_elements, part.dtype) == (n, dtype) for part, n, dtype in wanted)
+    return sizes_match and packed.n_bytes == -(-n_weights // 2)
+
+
+def _eight_bit(checkpoint: Checkpoint, name: str) -> StoredMatrix:
+    stem = name.removesuffix(".weight")
+    weight, scales = checkpoint.tensors[name], checkpoint.tensors[f"{stem}.SCB"]
+    if weight.dtype != "I8" or len(weight.shape) != 2 or (scales.n_elements, scales.dtype) != (weight.shape[0], "F32"):
+        raise ModelFileError(weight.path, f"tensors {name} and {scales.name} do not belong together.", _AGAIN)
+    arrangement = checkpoint.tensors.get(f"{stem}.weight_format")
+    if arrangement and (arrangement.dtype != "U8" or _first_byte(arrangement) != _BY_ROWS):
+        problem = f"tensor {name} is in the arrangement of a GPU, which is not read."
+        raise UnsupportedModelError(weight.path, problem, "Save the model again with a newer bitsandbytes.")
+    return StoredMatrix(weight.shape, EightBitRows(weight, scales))

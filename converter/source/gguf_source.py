@@ -1,0 +1,130 @@
+"""A GGUF file as a source of matrices: any that the engine reads, stock or native, in one file or several."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from slimoe.converter.gguf.bytes import read_bytes
+from slimoe.converter.gguf.source_digest import add_samples
+from slimoe.converter.source.hf_llama import file_order
+from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, expert_key
+from slimoe.converter.source.stored_model import StoredModel
+from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
+from slimoe.offload.gguf import keys
+from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
+from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.model.native_format import novice_name
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import BucketSources, LayerSources, LinearSource, WeightSource, stacked_matrix
+from slimoe.offload.text.tokenizer import Tokenizer
+
+_OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version", "size_label")
+"""What general.* says of a file and not of its model."""
+_CARRIED = (*keys.OF_THE_TOKENIZER, keys.CALIBRATION_HASH, keys.CALIBRATION_TOKENS)
+
+
+def gguf_source(path: Path, copy: int = 0) -> StoredModel:
+    """Opens a GGUF file by its name, or by that of its first shard; only headers are read now.
+
+    Of an expert with several copies number `copy` counts, or its last one; 0 is the best. The digest covers all headers
+    and the first 4096 bytes of every tensor: files of different types made of one checkpoint are different sources.
+    Raises ModelFileError and UnsupportedModelError as the engine does that would run the file.
+    """
+    file = ModelFile.of(read_gguf(path))
+    gguf, spec, sources = file.gguf, file.spec, file.sources
+    if keys.TOKENS in gguf.metadata:
+        Tokenizer.open(gguf).close()
+    found: dict[MatrixKey, StoredMatrix] = {}
+    whole = (sources.token_embd, sources.rope_freqs, sources.output_norm)
+    output = () if sources.output.weight is sources.token_embd else _linear(sources.output)
+    for weight in (*(one for one in whole if one), *output):
+        found[MatrixKey(weight.name)] = _matrix(gguf, weight)
+    for index, layer in enumerate(sources.layers):
+        found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
+    return StoredModel(
+        path,
+        spec,
+        _digest(gguf),
+        _metadata(gguf.metadata, path.stem),
+        tuple(_layer(index, layer, spec) for index, layer in enumerate(sources.layers)),
+        {key: found[key] for key in sorted(found, key=file_order)},
+    )
+
+
+def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
+    vectors = (one for one in (layer.attn_norm, layer.ffn_norm, layer.router) if one)
+    linears = (*layer.qkv, *((layer.attn_output,) if layer.attn_output else ()))
+    for weight in (*vectors, *(part for linear in linears for part in _linear(linear))):
+        yield MatrixKey(weight.name), weight
+    if layer.buckets:
+        yield from _copies(index, layer.buckets, copy)
+    elif layer.router:
+        yield from _stacked(index, layer)
+    else:
+        for linear in (*layer.gate_up, *((layer.down,) if layer.down else ())):
+            yield from ((MatrixKey(weight.name), weight) for weight in _linear(linear))
+
+
+def _linear(linear: LinearSource) -> tuple[WeightSource, ...]:
+    return (linear.weight, linear.bias) if linear.bias else (linear.weight,)
+
+
+def _stacked(index: int, layer: LayerSources) -> Iterator[tuple[MatrixKey, WeightSource]]:
+    assert layer.router is not None
+    assert layer.down is not None
+    for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
+        for expert in range(layer.router.ne[1]):
+            yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
+
+
+def _copies(index: int, buckets: BucketSources, wanted: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
+    for expert, copy, bucket, slot in buckets.layout.slots():
+        for projection, stack in zip(PROJECTIONS, buckets.buckets[bucket], strict=True):
+            if copy == min(wanted, len(buckets.layout.buckets[expert]) - 1):
+                yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
+    novices = buckets.novices
+    if novices:
+        n_embd, n_novice = novices.ne
+        vectors = replace(novices, ne=(n_embd, 1, n_novice))
+        for novice in range(n_novice):
+            yield MatrixKey(novice_name(index), novice), replace(stacked_matrix(vectors, novice), ne=(n_embd,))
+
+
+def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
+    span = weight.spans[0]
+    assert len(weight.spans) == 1, weight.name
+    blocks = Blocks(weight.type, gguf.paths[span.shard], span.offset, span.n_bytes)
+    n_rows = weight.ne[1] if len(weight.ne) > 1 else 1
+    return StoredMatrix(weight.ne[::-1], BlockRows(weight.name, blocks, n_rows, weight.ne[0]))
+
+
+def _layer(index: int, layer: LayerSources, spec: ModelSpec) -> SourceLayer:
+    has_attention, has_ffn = layer.attn_norm is not None, layer.ffn_norm is not None
+    if layer.buckets:
+        target = layer.buckets.layout.target
+        return SourceLayer(len(layer.buckets.layout.buckets), target, has_attention, has_ffn)
+    return SourceLayer(spec.n_expert, tuple(range(spec.n_expert)), has_attention, has_ffn)
+
+
+def _metadata(metadata: Mapping[str, Value], name: str) -> dict[str, Value]:
+    left = {f"general.{name}" for name in _OF_THE_FILE}
+    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in metadata.items()}
+    carried = {
+        key: value
+        for key, value in plain.items()
+        if (key.startswith(("general.", "tokenizer.")) or key in _CARRIED) and key not in left and value != []
+    }
+    return {"general.type": "model", "general.name": name} | carried
+
+
+def _digest(gguf: GGUFFile) -> str:
+    digest = hashlib.sha256()
+    tensors = list(gguf.tensors.values())
+    for shard, path in enumerate(gguf.paths):
+        begin = min((tensor.offset for tensor in tensors if tensor.shard == shard), default=path.stat().st_size)
+        digest.update(read_bytes(path, 0, begin).tobytes())
+    add_samples(digest, ((gguf.paths[tensor.shard], tensor.offset, tensor.n_bytes) for tensor in tensors))
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""What a model file or checkpoint holds, from its headers alone: sizes, types, bytes by kind, tokenizer, provenance."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slimoe.converter.source.bnb import type_sizes
+from slimoe.converter.source.checkpoint import Checkpoint
+from slimoe.converter.source.model_config import ConfigClass
+from slimoe.offload.gguf import keys
+from slimoe.offload.gguf.foreign_file import foreign_model
+from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value, read_gguf
+from slimoe.offload.model.native_format import PROJECTIONS, read_layout, stack_name
+from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
+from slimoe.offload.model.spec import NATIVE, ModelSpec
+
+_KINDS = (
+    ("router", r"ffn_gate_inp(?!_shexp)|(mlp|block_sparse_moe)\.gate\."),
+    ("norms", r"norm"),
+    ("shared experts", r"shexp|shared_expert"),
+    ("novices", r"ffn_novice"),
+    ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\."),
+    ("attention", r"attn|ssm"),
+    ("embeddings", r"embd|embed"),
+    ("output", r"^output\.|lm_head"),
+    ("feed-forward", r"ffn|mlp"),
+)
+"""Kinds of tensors and what their names contain, in GGUF and in Hugging Face; the first that matches counts."""
+
+
+_HF_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_ff": "intermediate_size",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "n_ctx_train": "max_position_embeddings",
+    "n_vocab": "vocab_size",
+    "n_expert": "num_local_experts",
+    "n_expert_used": "num_experts_per_tok",
+}
+
+
+class _HFSizes(msgspec.Struct, rename=_HF_NAMES):
+    """Sizes of a checkpoint of any class, as far as its configuration names them."""
+
+    n_layer: int | None = None
+    n_embd: int | None = None
+    n_ff: int | None = None
+    n_head: int | None = None
+    n_head_kv: int | None = None
+    n_ctx_train: int | None = None
+    n_vocab: int | None = None
+    n_expert: int | None = None
+    n_expert_used: int | None = None
+
+
+_GGUF_SIZES = {
+    "n_layer": "block_count",
+    "n_embd": "embedding_length",
+    "n_ff": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "n_head_kv": "attention.head_count_kv",
+    "n_ctx_train": "context_length",
+    "n_vocab": "vocab_size",
+    "n_expert": "expert_count",
+    "n_expert_used": "expert_used_count",
+}
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class KindCount:
+    """All tensors of one kind and type: how many, their weights and bytes."""
+
+    kind: str
+    type: str
+    n_tensors: int
+    n_weights: int
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits per weight."""
+        return 8 * self.n_bytes / self.n_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only.
+
+    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have. `note`
+    says what a file is that holds no language model.
+    """
+
+    path: Path
+    format: str
+    architecture: str
+    name: str
+    sizes: dict[str, Any]
+    counts: tuple[KindCount, ...]
+    n_bytes: int
+    tokenizer: dict[str, Any]
+    provenance: dict[str, Any]
+    experts: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return sum(count.n_weights for count in self.counts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average bits per weight over all tensors."""
+        return 8 * sum(count.n_bytes for count in self.counts) / max(self.n_weights, 1)
+
+
+def take_inventory(path: Path) -> Inventory:
+    """Of a GGUF file (of any architecture, sharded or not) or a checkpoint directory.
+
+    Raises ModelFileError for what is neither, or is damaged.
+    """
+    return _of_checkpoint(Checkpoint.open(path)) if os.path.isdir(path) else _of_gguf(read_gguf(path))
+
+
+def _of_gguf(gguf: GGUFFile) -> Inventory:
+    metadata = gguf.metadata
+    foreign = foreign_model(gguf.path, metadata, len(gguf.tensors))
+    architecture = str(metadata.get("general.architecture", "unknown"))
+    layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
+    copies = _copies_by_stack(layout) if layout else {}
+    tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
+    values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
+    general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
+    own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.QUALITY) if key in metadata}
+    if layout and layout.measured_kl is not None:
+        own[f"{NATIVE}.measured_kl"] = list(layout.measured_kl)
+    return Inventory(
+        path=gguf.path,
+        format="GGUF",
+        architecture=architecture,
+        name=str(general.get("name", gguf.path.stem)),
+        sizes={name: _plain(value) for name, value in values.items() if value is not None},
+        counts=_counts(tensors),
+        n_bytes=gguf.n_bytes,
+        tokenizer=_gguf_tokenizer(metadata),
+        provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
+        experts=_native_experts(layout) if layout else {},
+        note=f"{foreign.problem} {foreign.hint}" if foreign else None,
+    )
+
+
+def _copies_by_stack(layout: NativeLayout) -> dict[str, Counter[int]]:
+    """How many copies of each number (0 the best) a stack of a native file holds, by its tensor's name."""
+    counts: dict[str, Counter[int]] = {}
+    for index, layer in enumerate(layout.layers):
+        for _expert, copy, bucket, _slot in layer.slots():
+            for projection in PROJECTIONS:
+                counts.setdefault(stack_name(index, projection, bucket), Counter())[copy] += 1
+    return counts
+
+
+def _parts(tensor: TensorInfo, copies: Counter[int] | None) -> Iterator[tuple[str, str, int, int]]:
+    """(kind, type, weights, bytes) of a tensor, or of the best and the low copies in it."""
+    if copies is None:
+        yield _kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes
+        return
+    for copy, n_slot in sorted(copies.items()):
+        share = n_slot, copies.total()
+        n_weights, n_bytes = (amount * share[0] // share[1] for amount in (tensor.n_elements, tensor.n_bytes))
+        yield ("low experts" if copy else "experts"), tensor.type.name, n_weights, n_bytes
+
+
+def _native_experts(layout: NativeLayout) -> dict[str, Any]:
+    layers = layout.layers
+    meant = [[target for target in layer.target if target >= 0] for layer in layers]
+    counts = {
+        "stored": _alike([len(layer.buckets) for layer in layers]),
+        "copies": layout.n_copy,
+        "layers_without": sum(not layer.target for layer in layers),
+        "aliases": sum(len(targets) - len(set(targets)) for targets in meant),
+        "novice_rows": sum(target < 0 for layer in layers for target in layer.target),
+    }
+    return counts | {"hints": any(layer.hints != NO_HINTS for layer in layers)}
+
+
+def _alike(values: list[Any]) -> Any:
+    """One value in place of a list of equal ones."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    if keys.TOKENIZER_MODEL not in metadata:
+        return {}
+    found: dict[str, Any] = {"model": metadata[keys.TOKENIZER_MODEL], "pre": metadata.get(keys.TOKENIZER_PRE)}
+    tokens = metadata.get(keys.TOKENS)
+    found["n_tokens"] = len(tokens) if isinstance(tokens, list) else None
+    for role in ("bos", "eos", "eot", "eom"):
+        found[role] = metadata.get(keys.token_id_key(role))
+    found["chat_template"] = keys.CHAT_TEMPLATE in metadata
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
+    sizes = msgspec.structs.asdict(checkpoint.read_config(_HFSizes))
+    tensors = ((_kind_of(name), kind, n, n_bytes) for name, kind, n, n_bytes in type_sizes(checkpoint))
+    files = {tensor.path for tensor in checkpoint.tensors.values()}
+    return Inventory(
+        path=checkpoint.path,
+        format="Hugging Face",
+        architecture=checkpoint.read_config(ConfigClass).name,
+        name=checkpoint.path.resolve().name,
+        sizes={name: value for name, value in sizes.items() if value is not None},
+        counts=_counts(tensors),
+        n_bytes=sum(file.stat().st_size for file in files),
+        tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},
+        provenance={keys.SOURCE_HASH: checkpoint.source_hash},
+    )
+
+
+def _plain(value: Value) -> Any:
+    """A value as JSON knows it."""
+    return value if isinstance(value, int | float | str | list) else _alike(value.tolist())
+
+
+def _counts(tensors: Iterator[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:
+    sums: dict[tuple[str, str], list[int]] = {}
+    for kind, type_name, n_weights, n_bytes in tensors:
+        entry = sums.setdefault((kind, type_name), [0, 0, 0])
+        for index, amount in enumerate((1, n_weights, n_bytes)):
+            entry[index] += amount
+    counts = (KindCount(kind, type_name, *entry) for (kind, type_name), entry in sums.items())
+    return tuple(sorted(counts, key=lambda count: -count.n_bytes))
+
+
+def _kind_of(name: str) -> str:
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")

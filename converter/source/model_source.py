@@ -1,0 +1,116 @@
+"""What a model is read from, whatever its files look like: matrices by their names in a stock GGUF file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.spec import ModelSpec
+
+PROJECTIONS = ("gate", "up", "down")
+"""An expert's matrices, in the order of use."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MatrixKey:
+    """One matrix or vector: a tensor's name in a stock GGUF file, and the stored expert where the tensor is a stack."""
+
+    name: str
+    expert: int = -1
+
+    def __str__(self) -> str:
+        return self.name if self.expert < 0 else f"{self.name}[{self.expert}]"
+
+
+def parse_key(text: str) -> MatrixKey:
+    """What `str` of a key says."""
+    name, _, expert = text.rstrip("]").partition("[")
+    return MatrixKey(name, int(expert) if expert else -1)
+
+
+def expert_key(layer: int, projection: str, expert: int) -> MatrixKey:
+    """One of the matrices of a stored expert."""
+    return MatrixKey(f"blk.{layer}.ffn_{projection}_exps.weight", expert)
+
+
+def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
+    """A block's matrix or vector outside the experts, such as attn_q."""
+    return MatrixKey(f"blk.{layer}.{role}.{kind}")
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where a matrix lies that is stored as ggml blocks already, rows [n_rows, n_per_row]."""
+
+    type: GGMLQuantizationType
+    path: Path
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLayer:
+    """A layer's experts. `target` says for each row of the router which stored expert it means, or -1 - n for novice n.
+
+    Both are 0 and empty in a layer without experts; `has_ffn` then tells a dense layer from one without that part.
+    """
+
+    n_stored: int = 0
+    target: tuple[int, ...] = ()
+    has_attention: bool = True
+    has_ffn: bool = True
+
+
+class ModelSource(Protocol):
+    """A model to read. Everything here can be asked by several threads at once.
+
+    `source_hash` tells checkpoints apart, `metadata` has the keys to carry over: general.*, tokenizer.* and provenance,
+    no sizes. `shapes` are (n_rows, n_per_row) of matrices, (n,) of vectors. Query and key rows are in ggml's order of
+    rotation. A novice is the vector MatrixKey("blk.L.ffn_novice.weight", n).
+    """
+
+    @property
+    def path(self) -> Path:
+        """What a person calls the model."""
+        ...
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and constants."""
+        ...
+
+    @property
+    def source_hash(self) -> str:
+        """A digest of the checkpoint."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Value]:
+        """Keys to carry over."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[SourceLayer]:
+        """What each layer has."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[MatrixKey, tuple[int, ...]]:
+        """All matrices and vectors, in the order of use."""
+        ...
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        """The values, of the shape that `shapes` says.
+
+        Raises ModelFileError, also for weights that are NaN or infinite.
+        """
+        ...
+
+    def blocks(self, key: MatrixKey) -> Blocks | None:
+        """Where the matrix lies in ggml's own blocks; None where it is stored otherwise."""
+        ...

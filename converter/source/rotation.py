@@ -1,0 +1,140 @@
+"""The rotary position embedding that config.json describes, in the terms of a GGUF file.
+
+A file has YaRN's settings where ggml computes from them what transformers does (modeling_rope_utils.py). It has
+divisors of the frequencies, one for each pair, where ggml has no word for a setting: Llama 3.1's scaling, or YaRN with
+bounds of its own. The magnitude of the rotated values is a key of its own in either case.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from msgspec import UnsetType
+from numpy.typing import NDArray
+
+from slimoe.converter.source.model_config import ModelConfig
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.model.rope import RopeSpec
+
+_BETAS = (32.0, 1.0)
+"""The bounds, in turns within the original context, that ggml's YaRN is run with."""
+_ROUNDING = 1e-3
+"""ggml rounds the bounds' pairs in float32: nearer than this to an integer, it may round to the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The file's constants, and the divisors of the frequencies [n_rot / 2] if it needs any."""
+
+    spec: RopeSpec
+    divisors: NDArray[np.float32] | None = None
+
+
+def read_rotation(path: Path, config: ModelConfig) -> Rotation:
+    """Raises UnsupportedModelError for what a GGUF file of this architecture cannot hold, ModelFileError for nonsense.
+
+    `path` is that of config.json.
+    """
+    return _Reader(path, config).read()
+
+
+class _Reader:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.path, self.config, self.fields = path, config, config.rope
+        theta = config.rope_theta if isinstance(self.fields.rope_theta, UnsetType) else self.fields.rope_theta
+        self.plain = RopeSpec(config.n_embd_head, config.max_position_embeddings, theta)
+
+    def read(self) -> Rotation:
+        self._refuse_partial()
+        fields = self.fields
+        kind = fields.type if isinstance(fields.rope_type, UnsetType) else fields.rope_type
+        if isinstance(kind, UnsetType) or kind == "default":
+            return Rotation(self.plain)
+        if kind == "linear":
+            return Rotation(replace(self.plain, scaling="linear", factor=self._needed("linear", "factor")))
+        if kind == "llama3":
+            return Rotation(self.plain, self._llama3())
+        if kind == "yarn":
+            return self._yarn()
+        problem = f"rope scaling of type {kind!r} is not supported."
+        if kind == "dynamic":
+            problem = "rope scaling of type 'dynamic' depends on a text's length, which a GGUF cannot express."
+        raise UnsupportedModelError(self.path, problem, "Supported are default, linear, llama3 and yarn.")
+
+    def _refuse_partial(self) -> None:
+        own = self.fields.partial_rotary_factor
+        partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
+        if partial not in (None, 1.0):
+            problem = f"partial_rotary_factor is {partial:g}; heads that are rotated in part are not supported."
+            raise UnsupportedModelError(self.path, problem)
+
+    def _needed(self, kind: str, name: str) -> float:
+        value = getattr(self.fields, name)
+        if value is None or isinstance(value, UnsetType):
+            problem = f"rope scaling of type {kind!r} needs {name}, which is missing."
+            raise ModelFileError(self.path, problem, "Download the checkpoint again.")
+        return float(value)
+
+    def _original_context(self) -> int:
+        """Where the length stands beside the rotation's fields it counts, as transformers has it."""
+        for value in (self.config.original_max_position_embeddings, self.fields.original_max_position_embeddings):
+            if not isinstance(value, UnsetType):
+                return value
+        return self.config.max_position_embeddings
+
+    def _frequencies(self) -> NDArray[np.float64]:
+        n_rot = self.plain.n_rot
+        frequencies = self.plain.freq_base ** -(np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
+        return np.asarray(frequencies, np.float64)
+
+    def _llama3(self) -> NDArray[np.float32]:
+        """Long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (self._needed("llama3", name) for name in names)
+        if low >= high:
+            problem = f"low_freq_factor is {low:g}, which is not below high_freq_factor, {high:g}."
+            raise ModelFileError(self.path, problem, "Download the checkpoint again.")
+        turns = self._original_context() * self._frequencies() / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return np.asarray(1.0 / (kept + (1.0 - kept) / factor), np.float32)
+
+    def _yarn(self) -> Rotation:
+        fields, n_ctx = self.fields, self._original_context()
+        whole = self.config.max_position_embeddings / n_ctx
+        factor = whole if fields.factor is None else self._needed("yarn", "factor")
+        betas = (fields.beta_fast or _BETAS[0], fields.beta_slow or _BETAS[1])
+        if min(betas) <= 0 or self.plain.freq_base <= 1:
+            problem = f"YaRN with beta_fast {betas[0]:g}, beta_slow {betas[1]:g} and rope_theta"
+            raise ModelFileError(self.path, f"{problem} {self.plain.freq_base:g} means nothing.")
+        size = self._yarn_magnitude(factor)
+        bounds = [_turning_pair(self.plain, n_ctx, beta) for beta in betas]
+        low, high = (math.floor(bounds[0]), math.ceil(bounds[1])) if fields.truncate else bounds
+        low, high = max(low, 0), min(high, self.plain.n_rot - 1)
+        is_clear = all(abs(bound - round(bound)) > _ROUNDING for bound in bounds)
+        if fields.truncate and betas == _BETAS and low <= high and is_clear:
+            own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            spec = replace(self.plain, n_ctx_orig=n_ctx, scaling="yarn", factor=factor, attn_multiplier=size / own)
+            return Rotation(spec)
+        pairs = np.arange(self.plain.n_rot // 2, dtype=np.float64)
+        interpolated = np.clip((pairs - low) / (high - low if high != low else 0.001), 0, 1)
+        divisors = 1.0 / (interpolated / factor + 1.0 - interpolated)
+        return Rotation(replace(self.plain, attn_multiplier=size), divisors.astype(np.float32))
+
+    def _yarn_magnitude(self, factor: float) -> float:
+        fields = self.fields
+        if fields.attention_factor is not None:
+            return fields.attention_factor
+        growth = math.log(factor) if factor > 1 else 0.0
+        size = 0.1 * growth + 1.0
+        if fields.mscale and fields.mscale_all_dim:
+            size = (0.1 * fields.mscale * growth + 1.0) / (0.1 * fields.mscale_all_dim * growth + 1.0 or math.inf)
+        if not 0 < size < math.inf:
+            problem = f"mscale {fields.mscale} and mscale_all_dim {fields.mscale_all_dim} make a magnitude of {size:g}."
+            raise ModelFileError(self.path, problem)
+        return size
+
+
+def _turning_pair(rope: RopeSpec, n_ctx: int, n_turns: float) -> float:
+    """The pair that turns so many times within a context."""
+    return rope.n_rot * math.log(n_ctx / (n_turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))

@@ -1,0 +1,77 @@
+"""A model whose matrices lie in files: what all checkpoints and files have in common once their parts are found."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer
+from slimoe.converter.source.stored_rows import StoredMatrix, StoredRows
+from slimoe.offload.errors import ModelFileError
+from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A ModelSource, and for converters the rows behind each matrix."""
+
+    path: Path
+    spec: ModelSpec
+    source_hash: str
+    metadata: Mapping[str, Value]
+    layers: Sequence[SourceLayer]
+    matrices: Mapping[MatrixKey, StoredMatrix]
+    shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", {key: matrix.shape for key, matrix in self.matrices.items()})
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the token table is the output matrix too."""
+        return MatrixKey("output.weight") not in self.matrices
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        """The values of a matrix; raises ModelFileError, also for NaN and infinity."""
+        matrix = self.matrices[key]
+        values = matrix.rows.read(0, matrix.rows.n_rows)
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            problem = f"tensor {matrix.rows.name} holds NaN or infinity; the checkpoint is damaged."
+            raise ModelFileError(matrix.rows.path, problem)
+        return values.reshape(matrix.shape)
+
+    def blocks(self, key: MatrixKey) -> Blocks | None:
+        """Where the matrix lies in ggml's own blocks, if it does."""
+        return self.matrices[key].rows.blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StockTensor:
+    """A tensor of shape `ne` (ggml's order), and whose rows it is made of, in order.
+
+    `stock_name` is what a stock GGUF file calls it, `name` the file that is written.
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    sources: tuple[StoredRows, ...]
+    stock_name: str
+
+
+def stock_tensors(matrices: Mapping[MatrixKey, StoredMatrix]) -> list[StockTensor]:
+    """What matrices make in their order, experts of one shape stacked in theirs."""
+    stacks: dict[str, list[StoredMatrix]] = {}
+    for key, matrix in matrices.items():
+        stacks.setdefault(key.name, []).append(matrix)
+    return [
+        StockTensor(
+            name,
+            (*stack[0].shape[::-1], len(stack)) if MatrixKey(name) not in matrices else stack[0].shape[::-1],
+            tuple(matrix.rows for matrix in stack),
+            name,
+        )
+        for name, stack in stacks.items()
+    ]

@@ -1,0 +1,4 @@
+"""Calibration: what is summed up while texts pass through the model, and the statistics file.
+
+`methods`, `budget` and `report` read the statistics.
+"""

@@ -1,0 +1,191 @@
+"""Calibrates a model and keeps what was learnt in a file: the front door of everything that is measured on texts."""
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimoe.converter.forward.texts import (
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    CalibrationText,
+    TextEncoder,
+    TextFile,
+    default_texts,
+    read_texts,
+)
+from slimoe.converter.gguf.writer import check_target
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import model_files, open_source
+from slimoe.converter.stats.estimate import Estimate, estimate
+from slimoe.converter.stats.forward_pass import CalibrationSettings, Progress, calibrate, coverage
+from slimoe.converter.stats.imatrix_file import imatrix_of, write_imatrix
+from slimoe.converter.stats.observer import Samples
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics_file import save_statistics
+from slimoe.converter.stats.type_errors import type_by_name
+from slimoe.offload.errors import UsageError
+from slimoe.offload.files.whole_file import Destination, real_path
+from slimoe.offload.resources.processors import usable_processors
+
+OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
+"""From a model's path and its metadata to its tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """What to calibrate on what: `texts` are FILE or DOMAIN=FILE, none for the mixture that comes along.
+
+    `imatrix` is where llama.cpp's importance matrix is written too, if anywhere.
+    """
+
+    source: Path
+    target: Path
+    texts: tuple[str, ...] = ()
+    n_tokens: int = DEFAULT_TOKENS
+    length: int = DEFAULT_LENGTH
+    settings: CalibrationSettings = field(default_factory=CalibrationSettings)
+    force: bool = False
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratePlan:
+    """The model, the texts as tokens, how to learn, what it will take, and where an importance matrix is written."""
+
+    source: ModelSource
+    text: CalibrationText
+    settings: CalibrationSettings
+    estimate: Estimate
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """A layer in a line: the share of all picks that its busiest expert has, experts without any, and mean cosines of
+    the stream before and after the block and its feed-forward part. Without experts the first two are None.
+    """
+
+    busiest_share: float | None
+    n_unseen: int | None
+    block_cosine: float
+    ffn_cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateReport:
+    """What was learnt, shortly: `n_seen` of `n_experts` were routed to; peak bytes are of the whole process."""
+
+    path: Path
+    n_tokens: int
+    n_sequences: int
+    domains: Mapping[str, int]
+    seconds: float
+    n_bytes: int
+    n_seen: int
+    n_experts: int
+    peak_bytes: int
+    layers: tuple[LayerSummary, ...]
+
+
+def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
+    """Opens the model, reads the texts, and tries what it will take; writes nothing.
+
+    Raises UsageError for a target that exists or cannot be, unknown types or too little text, and ModelFileError or
+    UnsupportedModelError for the model.
+    """
+    check_targets(options)
+    for name in options.settings.samples.types:
+        type_by_name(name)
+    source = open_source(options.source)
+    for target in (options.target, options.imatrix):
+        if target is not None:
+            check_target(target, 0, force=options.force, sources=model_files(source))
+    files = tuple(map(TextFile.parse, options.texts)) or default_texts()
+    encoder = open_encoder(source.path, source.metadata)
+    text = read_texts(files, encoder, options.n_tokens, min(options.length, source.spec.n_ctx_train))
+    expected = estimate(source, text, options.settings)
+    return CalibratePlan(source, text, options.settings, expected, options.imatrix)
+
+
+def check_targets(options: CalibrateOptions) -> None:
+    """Raises UsageError for a target that exists or cannot be."""
+    check_target(options.target, 0, force=options.force)
+    if options.imatrix is not None:
+        check_target(options.imatrix, 0, force=options.force)
+        if real_path(options.imatrix) == real_path(options.target):
+            raise UsageError(f"{options.target} cannot be both files. Choose another name for the imatrix.")
+
+
+def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Progress) -> CalibrateReport:
+    """Learns and saves; until that is done, what is lies in the destination's folder.
+
+    Raises as `calibrate`, `save_statistics` and `write_imatrix` do.
+    """
+    begin = time.monotonic()
+    statistics = calibrate(planned.source, planned.text, planned.settings, destination.folder, on_progress)
+    save_statistics(statistics, destination.target, destination.folder)
+    if planned.imatrix is not None:
+        write_imatrix(imatrix_of(statistics), planned.imatrix)
+    destination.forget()
+    return _report(statistics, destination.target, time.monotonic() - begin)
+
+
+def settings(device: str = "auto", types: str | None = None, sensitivity: bool = True) -> CalibrationSettings:
+    """From the words of a command line: a device, and names of types with commas between them, or none.
+
+    Raises UsageError.
+    """
+    samples = Samples()
+    if types is not None:
+        names = () if types == "none" else tuple(name.strip().upper() for name in types.split(","))
+        samples = replace(samples, types=names)
+    made = CalibrationSettings(samples=samples, device=choose_device(device), n_threads=usable_processors())
+    return replace(made, prices=True) if sensitivity else replace(made, n_sensitivity=0)
+
+
+def choose_device(name: str) -> str:
+    """A torch device for auto, cpu, cuda or any of torch's names; raises UsageError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"torch has no device {name!r} here ({reason}). Use --device cpu.") from None
+    return name
+
+
+def _report(statistics: Statistics, target: Path, seconds: float) -> CalibrateReport:
+    layers = []
+    n_tokens = statistics.n_tokens
+    for layer in statistics.layers:
+        counts = None if layer.outputs is None else layer.outputs.n_pick
+        layers.append(
+            LayerSummary(
+                busiest_share=None if counts is None else float(counts.max() / counts.sum()),
+                n_unseen=None if counts is None else int((counts == 0).sum()),
+                block_cosine=layer.similarity.block_cosine / n_tokens,
+                ffn_cosine=layer.similarity.ffn_cosine / n_tokens,
+            )
+        )
+    n_seen, n_experts = coverage(statistics.layers)
+    domains: dict[str, int] = {}
+    for domain, one in zip(statistics.domains, statistics.tokens, strict=True):
+        domains[domain] = domains.get(domain, 0) + len(one)
+    return CalibrateReport(
+        path=target,
+        n_tokens=n_tokens,
+        n_sequences=len(statistics.tokens),
+        domains=domains,
+        seconds=seconds,
+        n_bytes=target.stat().st_size,
+        n_seen=n_seen,
+        n_experts=n_experts,
+        peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        layers=tuple(layers),
+    )

@@ -1,0 +1,105 @@
+"""What a calibration will take, from speeds that are measured for a moment on the model's own weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from gguf import GGMLQuantizationType
+
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.quant.mixes import fits
+from slimoe.converter.quant.quantize import quantize_rows
+from slimoe.converter.source.model_source import ModelSource, block_key
+from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
+from slimoe.converter.stats.gram import sketch_size
+from slimoe.converter.stats.type_costs import CANDIDATES, priced_matrices, sampled_weights
+from slimoe.converter.stats.type_errors import sampled_rows
+
+T = TypeVar("T")
+
+_N_TOKENS = 128
+_N_ROWS = 8
+_SENSITIVITY_PASSES = 5
+"""Products of a pass forward, of the same once more, and of gradients by inputs and outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds by kind of work, and bytes of what is kept for each token."""
+
+    seconds: dict[str, float]
+    state_bytes: int
+
+    @property
+    def steps(self) -> dict[str, float]:
+        """Seconds by what a calibration says that it is doing."""
+        parts = dict(self.seconds)
+        layers = sum(parts.pop(name, 0.0) for name in ("read", "pass", "types"))
+        return {"layers": layers, **parts}
+
+    @property
+    def total_seconds(self) -> float:
+        """Of everything."""
+        return sum(self.seconds.values())
+
+
+def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSettings) -> Estimate:
+    """Reads and tries one expert of the model. Raises ModelFileError."""
+    spec, samples = source.spec, settings.samples
+    with_experts = [n for n, layer in enumerate(source.layers) if layer.target]
+    n_experts = sum(source.layers[n].n_stored for n in with_experts)
+    state_bytes = N_STREAMS * 4 * text.n_tokens * spec.n_embd
+    if not with_experts:
+        return Estimate({}, state_bytes)
+    read_seconds, expert = _timed(lambda: read_expert(source, with_experts[0], 0, settings.device))
+    x = torch.randn(_N_TOKENS, spec.n_embd, device=settings.device)
+    expert(x)
+    per_token, _ = _timed(lambda: float(expert(x).sum()))
+    per_token /= _N_TOKENS
+    n_expert_weights = sum(matrix.weight.numel() for matrix in (expert.gate, expert.up, expert.down))
+    per_layer = spec.n_expert_used + _attention_weights(source) / n_expert_weights
+    passes = per_token * per_layer * len(source.layers)
+    n_sketch = sketch_size(samples.n_sketch, text.n_tokens, source.layers[with_experts[0]].n_stored, spec.n_embd)
+    seconds = {
+        "read": read_seconds * n_experts,
+        "pass": passes * text.n_tokens + per_token * (n_sketch if samples.n_sketch else 0) * n_experts,
+        "types": _type_seconds(expert.down.weight, samples.types) * n_experts / settings.n_threads,
+    }
+    n_ff = expert.down.weight.shape[1]
+    n_rows = sampled_rows(samples.n_rows, spec.n_embd, n_ff)
+    seconds["types"] *= min(n_rows, spec.n_embd) * n_ff + 2 * min(n_rows, n_ff) * spec.n_embd
+    if settings.n_sensitivity:
+        n_tokens = min(settings.n_sensitivity, text.n_tokens)
+        seconds["sensitivity"] = _SENSITIVITY_PASSES * passes * n_tokens + 2 * seconds["read"]
+        if settings.prices:
+            n_priced = sum(map(sampled_weights, (source.shapes[key] for key in priced_matrices(source))))
+            seconds["prices"] = _type_seconds(expert.down.weight, CANDIDATES) * n_priced / settings.n_threads
+    return Estimate(seconds, state_bytes)
+
+
+def _attention_weights(source: ModelSource) -> int:
+    shapes = (source.shapes.get(block_key(0, f"attn_{role}"), (0, 0)) for role in ("q", "k", "v", "output"))
+    return sum(shape[0] * shape[1] for shape in shapes)
+
+
+def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:
+    """Of all types, for one weight."""
+    rows = weight[:_N_ROWS].cpu().contiguous().numpy()
+    importance = abs(rows[0]) + 1.0
+    kinds = [GGMLQuantizationType[name] for name in types if fits(GGMLQuantizationType[name], rows.shape[1])]
+    total = 0.0
+    for kind in kinds:
+        quantize_rows(rows[:1], kind, importance)
+        seconds, _ = _timed(partial(quantize_rows, rows, kind, importance))
+        total += seconds
+    return total / float(rows.size)
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    begin = time.perf_counter()
+    result = work()
+    return time.perf_counter() - begin, result

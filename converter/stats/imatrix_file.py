@@ -1,0 +1,208 @@
+"""llama.cpp's importance matrix: mean squares of what each column of a matrix is multiplied with, in a file.
+
+Reads and writes the GGUF form (`NAME.in_sum2` [n_matrices, n_per_row] sums of squares, `NAME.counts` [n_matrices, 1]
+tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and tools/quantize.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from slimoe.converter.gguf.bytes import read_bytes
+from slimoe.converter.gguf.header import HeaderTensor, pack_header, padded
+from slimoe.converter.source.model_source import MatrixKey
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics
+from slimoe.offload.errors import ModelFileError, UsageError
+from slimoe.offload.files.regular_file import open_regular, read_regular, reason
+from slimoe.offload.files.whole_file import write_whole
+from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
+
+Single = NDArray[np.float32]
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_ALIGNMENT = 32
+_OLD_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class InputSquares:
+    """Of a matrix or a stack of them: sums of squares [n_matrices, n_per_row] over `counts` [n_matrices] tokens."""
+
+    sums: Single
+    counts: Single
+
+    @property
+    def n_seen(self) -> int:
+        """Matrices that any token has met."""
+        return int(np.count_nonzero(self.counts > 0))
+
+    def means(self, matrix: int) -> Single:
+        """Mean squares [n_per_row]; of a matrix never met, those of all others; ones if there are none."""
+        seen = [matrix] if self.counts[matrix] > 0 else list(np.flatnonzero(self.counts > 0))
+        total = self.counts[seen].sum(dtype=np.float32)
+        means: Single = self.sums[seen].sum(0) / total if seen else np.ones_like(self.sums[0])
+        return means
+
+    def of_width(self, n_per_row: int) -> "InputSquares":
+        """The same for matrices of rows so wide: the older form of the file does not tell how many a stack has.
+
+        Raises UsageError where that cannot be.
+        """
+        if self.sums.shape[1] == n_per_row:
+            return self
+        if len(self.sums) > 1 or self.sums.size % n_per_row:
+            made_for = (
+                f"The imatrix was made for rows of {self.sums.shape[1]} weights, but the model's have {n_per_row}."
+            )
+            raise UsageError(f"{made_for} Give the imatrix of this model.")
+        sums = self.sums.reshape(-1, n_per_row)
+        return InputSquares(sums, np.full(len(sums), self.counts[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Imatrix:
+    """An importance matrix by tensor names, the texts that it is from, and chunks of so many tokens."""
+
+    entries: Mapping[str, InputSquares]
+    datasets: tuple[str, ...] = ()
+    n_chunks: int = 0
+    chunk_size: int = 0
+
+    def importance(self, key: MatrixKey, n_per_row: int) -> Single | None:
+        """Mean squares [n_per_row] of a matrix's columns, None where nothing is known of it.
+
+        Raises UsageError for an imatrix of another model.
+        """
+        if key.name not in self.entries:
+            return None
+        entry = self.entries[key.name].of_width(n_per_row)
+        if key.expert >= len(entry.counts):
+            raise UsageError(f"The imatrix knows {len(entry.counts)} of {key.name}. Give the imatrix of this model.")
+        return entry.means(max(0, key.expert))
+
+    @property
+    def coverage(self) -> dict[str, tuple[int, int]]:
+        """(matrices met, all) of the stacks in which some were never met."""
+        counts = {name: (entry.n_seen, len(entry.counts)) for name, entry in self.entries.items()}
+        return {name: (seen, every) for name, (seen, every) in counts.items() if seen < every}
+
+
+def imatrix_of(statistics: Statistics) -> Imatrix:
+    """What a calibration learnt, as llama.cpp would have it of the same model."""
+    entries: dict[str, InputSquares] = {}
+    for layer, one in enumerate(statistics.layers):
+        entries |= _layer_entries(layer, one, statistics.n_tokens)
+    entries["output.weight"] = _dense(statistics.output_input, statistics.n_tokens)
+    datasets = tuple(dict.fromkeys(statistics.domains))
+    longest = max(map(len, statistics.tokens), default=0)
+    return Imatrix(entries, datasets, len(statistics.tokens), longest)
+
+
+def _dense(sums: Single, n_tokens: int) -> InputSquares:
+    return InputSquares(sums[None], np.array([n_tokens], np.float32))
+
+
+def _layer_entries(layer: int, one: LayerStatistics, n_tokens: int) -> dict[str, InputSquares]:
+    inputs = one.inputs
+    found: dict[str, InputSquares] = {}
+    if inputs.attention.size:
+        found |= {f"attn_{role}": _dense(inputs.attention, n_tokens) for role in "qkv"}
+        found["attn_output"] = _dense(inputs.mixed, n_tokens)
+    if inputs.router.size:
+        found["ffn_gate_inp"] = _dense(inputs.router, n_tokens)
+    if one.outputs is not None and inputs.expert.size:
+        counts = one.outputs.n_pick.astype(np.float32)
+        found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}
+        found["ffn_down_exps"] = InputSquares(inputs.hidden, counts)
+    return {f"blk.{layer}.{role}.weight": entry for role, entry in found.items()}
+
+
+def write_imatrix(imatrix: Imatrix, path: Path) -> None:
+    """Writes llama.cpp's GGUF form, whole or not at all; raises as `write_whole` does."""
+    metadata: dict[str, Value] = {
+        "general.type": "imatrix",
+        "imatrix.datasets": list(imatrix.datasets) or ["unknown"],
+        "imatrix.chunk_count": imatrix.n_chunks,
+        "imatrix.chunk_size": imatrix.chunk_size,
+    }
+    headers, payload = [], bytearray()
+    for name, entry in sorted(imatrix.entries.items()):
+        for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts[:, None])):
+            ne = tuple(reversed(values.shape))
+            headers.append(HeaderTensor(name + suffix, ne, GGMLQuantizationType.F32, len(payload)))
+            payload += np.ascontiguousarray(values, "<f4").tobytes()
+            payload += bytes(padded(len(payload), _ALIGNMENT) - len(payload))
+    write_whole(path, pack_header(metadata, headers) + payload)
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """Reads either form; raises ModelFileError for what is none."""
+    try:
+        with open_regular(path) as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+    imatrix = _from_gguf(read_gguf(path)) if magic == b"GGUF" else _from_old(path)
+    for name, entry in imatrix.entries.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = np.isfinite(entry.sums.sum(0)).all() and np.isfinite(entry.counts.sum())
+        counts = entry.counts[entry.counts != 0]
+        if not numbers or entry.sums.min(initial=0) < 0 or counts.min(initial=1) < 1:
+            raise ModelFileError(path, f"{name} holds what are no sums of squares.", "Make the imatrix again.")
+    return imatrix
+
+
+def _from_gguf(file: GGUFFile) -> Imatrix:
+    if file.metadata.get("general.type") != "imatrix":
+        raise ModelFileError(file.path, "this is a GGUF file, but no imatrix.", "Give what llama-imatrix wrote.")
+    entries = {}
+    for name in file.tensors:
+        if name.endswith(_SUMS):
+            base = name.removesuffix(_SUMS)
+            if base + _COUNTS not in file.tensors:
+                raise ModelFileError(file.path, f"{base}{_COUNTS} is missing.", "Make the imatrix again.")
+            sums, counts = _values(file, name), _values(file, base + _COUNTS).reshape(-1)
+            if len(sums) != len(counts):
+                raise ModelFileError(file.path, f"{base} has sums of {len(sums)} matrices, counts of {len(counts)}.")
+            entries[base] = InputSquares(sums, counts)
+    datasets, chunks = file.metadata.get("imatrix.datasets"), file.metadata.get("imatrix.chunk_count")
+    size = file.metadata.get("imatrix.chunk_size")
+    names = tuple(map(str, datasets)) if isinstance(datasets, list | tuple) else ()
+    return Imatrix(entries, names, chunks if isinstance(chunks, int) else 0, size if isinstance(size, int) else 0)
+
+
+def _values(file: GGUFFile, name: str) -> Single:
+    info = file.tensors[name]
+    if info.type != GGMLQuantizationType.F32:
+        raise ModelFileError(file.path, f"{name} is not F32.", "Make the imatrix again.")
+    values: Single = read_bytes(file.path, info.offset, info.n_bytes).view("<f4").reshape(-1, info.ne[0])
+    return values
+
+
+def _from_old(path: Path) -> Imatrix:
+    """The form of before 2025: whole tensors, whose sums are divided by their own counts already, times all calls."""
+    at, entries = 4, {}
+    try:
+        data = read_regular(path)
+        (n_entries,) = struct.unpack_from("<i", data, 0)
+        if not 0 < n_entries < _OLD_LIMIT:
+            raise ValueError
+        for _ in range(n_entries):
+            (length,) = struct.unpack_from("<i", data, at)
+            name = data[at + 4 : at + 4 + length].decode()
+            n_calls, n_values = struct.unpack_from("<ii", data, at + 4 + length)
+            at += 12 + length
+            if length < 1 or n_values < 1:
+                raise ValueError
+            sums = np.frombuffer(data, "<f4", n_values, at).reshape(1, -1)
+            at += 4 * n_values
+            entries[name] = InputSquares(sums, np.array([max(n_calls, 1)], np.float32))
+    except OSError as error:
+        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+    except (struct.error, ValueError):
+        raise ModelFileError(path, "this is no imatrix file.", "Give what llama-imatrix wrote.") from None
+    return Imatrix(entries)

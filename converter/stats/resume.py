@@ -1,0 +1,112 @@
+"""A calibration pass on disk while it runs: what each finished layer gave, and the stream behind the last of them."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimoe.converter.stats.observer import LayerFindings
+from slimoe.converter.stats.statistics import LayerStatistics
+from slimoe.converter.stats.statistics_file import StatisticsError, from_arrays, read_arrays, to_arrays, write_arrays
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.files.whole_file import clear, whole_file, write_error, write_whole
+
+_STATE, _FORESEEN = "state.json", "foreseen"
+_STATES_AT_ONCE = 6
+"""Streams that may lie here at the same time: four of a pass and two generations of the kept one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartialPass:
+    """The folder of a destination, for one pass; `key` says which.
+
+    What another pass left there is deleted.
+    """
+
+    path: Path
+    key: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        try:
+            self.path.mkdir(exist_ok=True)
+            if not self.matches():
+                clear(self.path)
+        except OSError as error:
+            raise write_error(self.path, error) from None
+
+    def matches(self) -> bool:
+        """Whether what lies there is of this pass."""
+        return bool(self._state().get("key") == json.loads(json.dumps(dict(self.key))))
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = json.loads((self.path / _STATE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    @property
+    def n_done(self) -> int:
+        """Layers that are finished."""
+        return int(self._state().get("n_done", 0))
+
+    def reserve(self, n_bytes: int) -> None:
+        """Raises DoesNotFitError when the disk has fewer bytes free: files that are mapped must not find it full."""
+        available = shutil.disk_usage(self.path).free
+        if available < n_bytes:
+            message = f"The pass needs up to {n_bytes:,} bytes of disk, but {self.path} has only {available:,} free."
+            message += " Free some space or use fewer --tokens."
+            raise DoesNotFitError(message, required_bytes=n_bytes, available_bytes=available)
+
+    def restore(self, h: Tensor) -> list[LayerFindings]:
+        """What finished layers gave; `h` becomes the stream behind them. Nothing if it cannot be read.
+
+        Raises DoesNotFitError.
+        """
+        self.reserve(_STATES_AT_ONCE * h.numel() * 4)
+        n_done = self.n_done
+        if not n_done:
+            return []
+        try:
+            findings = [self._read(layer) for layer in range(n_done)]
+            rows = np.load(self._stream_path(n_done), mmap_mode="c")
+        except (StatisticsError, KeyError, OSError, ValueError):
+            return []
+        h.copy_(torch.from_numpy(rows))
+        return findings
+
+    def add(self, findings: LayerFindings, h: Tensor) -> None:
+        """Keeps another layer's findings, and the stream behind it in place of the one before.
+
+        Raises UsageError or DoesNotFitError.
+        """
+        layer = self.n_done
+        arrays = to_arrays(findings.statistics)
+        if findings.foreseen is not None:
+            arrays[_FORESEEN] = findings.foreseen
+        write_arrays(arrays, self._layer_path(layer), {})
+        save_rows(self._stream_path(layer + 1), h)
+        write_whole(self.path / _STATE, json.dumps({"key": dict(self.key), "n_done": layer + 1}).encode())
+        self._stream_path(layer).unlink(missing_ok=True)
+
+    def _read(self, layer: int) -> LayerFindings:
+        arrays, _ = read_arrays(self._layer_path(layer))
+        return LayerFindings(from_arrays(LayerStatistics, arrays), arrays.get(_FORESEEN))
+
+    def _layer_path(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.safetensors"
+
+    def _stream_path(self, n_done: int) -> Path:
+        return self.path / f"stream-{n_done:04}.npy"
+
+
+def save_rows(path: Path, rows: Tensor) -> None:
+    """Writes a matrix as numpy's file, whole or not at all; raises as `whole_file` does."""
+    with whole_file(path) as part, part.open("wb") as file:
+        np.save(file, rows.numpy())

@@ -1,0 +1,160 @@
+"""Whether statistics are of the sizes of the model that they are used for, which no checksum says."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from slimoe.converter.source.model_source import ModelSource, block_key, expert_key
+from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics
+from slimoe.converter.stats.type_costs import priced_matrices
+
+_ROUTED = ("router", "outputs", "trace")
+"""What is known of every layer with experts."""
+_WHOLE: Mapping[str, str] = {
+    "output_input": "d",
+    "token_count": "vocabulary",
+    "output_gradient": "vocabulary",
+    "token_gradient": "d",
+}
+_LAYER: Mapping[str, Mapping[str, str]] = {
+    "inputs": {
+        "expert": "E d",
+        "hidden": "E f",
+        "attention": "attention",
+        "mixed": "mixed",
+        "router": "routed",
+    },
+    "router": {
+        "rank_count": "R k",
+        **dict.fromkeys(("probability", "share", "share_square", "picked_probability", "logit"), "R"),
+        **dict.fromkeys(("ratio_bins", "top_bins"), "bins"),
+        **dict.fromkeys(("together", "logit_product", "to_next_token"), "R R"),
+        "ahead_hits": "ahead k k",
+        "to_next": "R next",
+    },
+    "outputs": {
+        **dict.fromkeys(("n_pick", "norm", "norm_square", "share_norm"), "E"),
+        **dict.fromkeys(("share_square_norm_square", "largest", "share_square"), "E"),
+        **dict.fromkeys(("output", "output_square", "share_output", "share_square_output"), "E d"),
+    },
+    "trace": {"picks": "T k", "shares": "T k", "received": "T", "norm": "T"},
+    "type_errors": {"error": "types E 4"},
+    "sketch": {"gram": "S n n", "logits": "S R", "rows": "S"},
+    "sensitivity": {
+        "update": "d",
+        "gate": "parts f",
+        "up": "parts f",
+        "down": "parts d",
+        **{role: f"attn_{role}" for role in ("q", "k", "v")},
+        "attention": "attention",
+    },
+    "removals": {"skipped": "E", "novice": "E"},
+}
+"""The sizes of every array, in the letters of `statistics`, and in words where these have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sized:
+    """An array and the sizes that it ought to have."""
+
+    name: str
+    values: NDArray[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it has them. What a layer lacks is empty in one way or another."""
+        return self.values.shape == self.shape or self.values.size == 0 == np.prod(self.shape)
+
+
+def misfit(statistics: Statistics, source: ModelSource) -> str | None:
+    """What of the statistics cannot be of that model, in a sentence; None if all fits."""
+    if len(statistics.layers) != source.spec.n_layer:
+        return f"it is of {len(statistics.layers)} layers, but {source.path} has {source.spec.n_layer}."
+    for one in _arrays(statistics, source):
+        if not one.is_right:
+            return f"{one.name} is of shape {one.values.shape}, but for {source.path} it would be {one.shape}."
+    return next(_strangers(statistics, source), None)
+
+
+def _arrays(statistics: Statistics, source: ModelSource) -> Iterator[_Sized]:
+    whole = {"d": source.spec.n_embd, "vocabulary": source.spec.n_vocab}
+    yield from _sized("", statistics, _WHOLE, whole)
+    if (costs := statistics.matrix_costs) is not None:
+        yield _Sized("matrix_costs.nats", costs.nats, (len(costs.matrices), len(costs.types)))
+    for number, layer in enumerate(statistics.layers):
+        sizes = _sizes(source, number, layer) | {"T": statistics.n_tokens}
+        for group, shapes in _LAYER.items():
+            yield from _sized(f"layers.{number}.{group}.", getattr(layer, group), shapes, sizes)
+
+
+def _sized(prefix: str, group: object, shapes: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[_Sized]:
+    for name, shape in shapes.items() if group is not None else ():
+        if (values := getattr(group, name)) is not None:
+            numbers = tuple(int(size) if size.isdigit() else sizes[size] for size in shape.split())
+            yield _Sized(prefix + name, values, numbers)
+
+
+def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str, int]:
+    """What the letters and words stand for in one layer."""
+    spec, of = source.spec, source.layers[number]
+    later = source.layers[number + 1] if number + 1 < len(source.layers) else None
+    # A dense feed-forward part is measured like one expert.
+    n_parts = of.n_stored or int(of.has_ffn)
+    gates = [expert_key(number, "gate", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_gate")]
+    heads = {
+        role: source.shapes[block_key(number, role)][0] if of.has_attention else 0
+        for role in ("attn_q", "attn_k", "attn_v")
+    }
+    return heads | {
+        "E": of.n_stored,
+        "R": len(of.target),
+        "k": spec.n_expert_used,
+        "d": spec.n_embd,
+        "f": max(source.shapes[key][0] for key in gates) if n_parts else 0,
+        "parts": n_parts,
+        "attention": spec.n_embd if of.has_attention else 0,
+        "mixed": spec.n_head * spec.n_embd_head if of.has_attention else 0,
+        "routed": spec.n_embd if of.target else 0,
+        "next": len(later.target) if later is not None else 0,
+        "bins": N_BINS,
+        "ahead": N_AHEAD,
+        "n": 2 * of.n_stored + 1,
+        "S": 0 if layer.sketch is None else len(layer.sketch.rows),
+        "types": 0 if layer.type_errors is None else len(layer.type_errors.types),
+    }
+
+
+def _strangers(statistics: Statistics, source: ModelSource) -> Iterator[str]:
+    """What names that which the model does not have."""
+    of_model = f"that {source.path} does not have."
+    if not all(0 <= token < source.spec.n_vocab for one in statistics.tokens for token in one):
+        yield f"tokens has some {of_model}"
+    for number, layer in enumerate(statistics.layers):
+        of = source.layers[number]
+        absent = [name for name in _ROUTED if (getattr(layer, name) is None) is bool(of.n_stored)]
+        if absent:
+            what = "is missing" if of.n_stored else f"is of experts {of_model[:-1]}"
+            yield f"layers.{number}.{absent[0]} {what}."
+        if layer.trace is not None and layer.trace.picks.max(initial=0) >= max(1, len(of.target)):
+            yield f"layers.{number}.trace.picks has experts {of_model}"
+        if layer.sketch is not None and not _are_rows(layer.sketch.rows, statistics.n_tokens):
+            yield f"layers.{number}.sketch.rows has tokens that were not read."
+        if layer.type_errors is not None and not set(layer.type_errors.types) <= set(Type.__members__):
+            yield f"layers.{number}.type_errors.types has what is no type."
+    if (costs := statistics.matrix_costs) is not None:
+        if set(costs.matrices) != set(map(str, priced_matrices(source))):
+            yield f"matrix_costs.matrices are not those of {source.path}."
+        if not set(costs.types) <= set(Type.__members__):
+            yield "matrix_costs.types has what is no type."
+
+
+def _are_rows(rows: NDArray[np.int64], n_tokens: int) -> bool:
+    return bool((rows >= 0).all() and (rows < n_tokens).all())
+
+
+assert {field.name for field in fields(LayerStatistics)} == {"similarity", *_LAYER}

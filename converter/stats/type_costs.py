@@ -1,0 +1,210 @@
+"""What each ggml type costs each matrix of a model, in nats of KL divergence per token, as statistics foretell it.
+
+To second order a matrix W whose output's gradients have mean squares r and whose inputs have mean squares c costs half
+the sum of r_i c_j (error_ij)^2: the diagonal of Fisher's information, taken as a product of rows and columns (GEMQ,
+arXiv 2605.23078, has it by expert). Errors are measured by quantising, of large matrices only rows evenly apart.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from slimoe.converter.quant.mixes import fits, layer_and_role
+from slimoe.converter.quant.quantize import BadWeightsError, type_error
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, parse_key
+from slimoe.converter.stats.statistics import LayerStatistics, MatrixCosts, Sensitivity, Statistics
+from slimoe.offload.errors import UsageError
+
+CANDIDATES = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
+    *("Q5_K", "Q6_K", "Q8_0", "F16", "IQ4_NL", "Q4_0", "Q5_0"),
+)
+"""Types to choose from. The last ones are for rows that are no multiple of 256."""
+LOSSLESS = (Type.F16, Type.BF16, Type.F32)
+"""Types that cost nothing worth counting."""
+_SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
+_SAMPLED_WEIGHTS = 1 << 18
+_SEEN_TOKENS = 0.5
+"""What a token counts as that the texts never had."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixWeights:
+    """What an error costs by row and by column: half of rows_i columns_j (error_ij)^2, summed, are nats per token."""
+
+    rows: NDArray[np.float32]
+    columns: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class TypeCosts:
+    """Nats per token [len(types)] of each matrix; infinite where a type does not divide its rows."""
+
+    types: tuple[str, ...]
+    costs: Mapping[MatrixKey, NDArray[np.float64]]
+
+    def of(self, key: MatrixKey, kind: Type) -> float:
+        """One of them."""
+        return float(self.costs[key][self.types.index(kind.name)])
+
+
+Progress = Callable[[int, int], None]
+"""Called with matrices done and all."""
+
+
+def packed_costs(costs: TypeCosts) -> MatrixCosts:
+    """The costs as a part of statistics."""
+    nats = np.stack(list(costs.costs.values())) if costs.costs else np.empty((0, len(costs.types)))
+    return MatrixCosts(costs.types, tuple(map(str, costs.costs)), nats)
+
+
+def known_types(source: ModelSource, statistics: Statistics) -> frozenset[str]:
+    """Types that the statistics have a price of for every matrix whose rows they divide."""
+    known = statistics.matrix_costs
+    if known is None:
+        return frozenset()
+    widths = [source.shapes[parse_key(name)][-1] for name in known.matrices]
+    return frozenset(
+        name
+        for name, nats in zip(known.types, known.nats.T, strict=True)
+        if np.isfinite(nats[[fits(Type[name], width) for width in widths]]).all()
+    )
+
+
+def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | None:
+    """What the statistics have of these types; None where any is missing."""
+    known = statistics.matrix_costs
+    if known is None or not types or not set(types) <= set(known.types):
+        return None
+    columns = [known.types.index(name) for name in types]
+    keys = map(parse_key, known.matrices)
+    return TypeCosts(tuple(types), {key: row[columns] for key, row in zip(keys, known.nats, strict=True)})
+
+
+def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
+    """Those of both, of the same matrices."""
+    costs = {key: np.concatenate((nats, other.costs[key])) for key, nats in one.costs.items()}
+    return TypeCosts(one.types + other.types, costs)
+
+
+def priced_matrices(source: ModelSource) -> list[MatrixKey]:
+    """Everything that can have a type of its own: what is no vector, no router and no novice."""
+    kept = ("ffn_gate_inp", "ffn_novice")
+    return [
+        key for key, shape in source.shapes.items() if len(shape) > 1 and not any(name in key.name for name in kept)
+    ]
+
+
+def measure_type_costs(
+    source: ModelSource,
+    statistics: Statistics,
+    *,
+    types: Sequence[str] | None = None,
+    n_threads: int = 1,
+    on_progress: Progress = lambda _done, _total: None,
+) -> TypeCosts:
+    """Quantises every matrix to each of `types` that fits it; to those worth choosing from if they are not given.
+
+    Raises UsageError for statistics without sensitivities, and ModelFileError.
+    """
+    keys, tried = priced_matrices(source), CANDIDATES if types is None else tuple(types)
+    done = 0
+
+    def price(key: MatrixKey) -> NDArray[np.float64]:
+        nonlocal done
+        values, weights = source.read(key), matrix_weights(source, statistics, key)
+        # Where types of 256 weights fit, those of small blocks are worth a price only to who asks for them.
+        left_out = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
+        costs = _matrix_costs(values, weights, tried, left_out)
+        done += 1
+        on_progress(done, len(keys))
+        return costs
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        return TypeCosts(tried, dict(zip(keys, pool.map(price, keys), strict=True)))
+
+
+def _matrix_costs(
+    values: NDArray[np.float32], weights: MatrixWeights, types: Sequence[str], left_out: Collection[str]
+) -> NDArray[np.float64]:
+    n_rows, n_per_row = values.shape
+    step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
+    some = np.ascontiguousarray(values[step // 2 :: step])
+    rows = weights.rows[step // 2 :: step]
+    whole, part = float(weights.rows.sum(dtype=np.float64)), float(rows.sum(dtype=np.float64))
+    grown = 0.5 * (whole / part if part else float(step))
+    costs = np.full(len(types), np.inf)
+    for index, name in enumerate(types):
+        if fits(Type[name], n_per_row) and name not in left_out:
+            with suppress(BadWeightsError):  # beyond F16's range
+                costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
+    return costs
+
+
+def sampled_weights(shape: tuple[int, ...]) -> int:
+    """How many weights of a matrix are quantised to every type."""
+    n_rows, n_per_row = shape
+    step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
+    return len(range(step // 2, n_rows, step)) * n_per_row
+
+
+def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) -> MatrixWeights:
+    """What the statistics say of one matrix; raises UsageError for statistics without sensitivities."""
+    layer, role = layer_and_role(key.name)
+    n_tokens = max(1, statistics.n_tokens)
+    if layer < 0:
+        return _outer_weights(source, statistics, role, n_tokens)
+    one = statistics.layers[layer]
+    if one.sensitivity is None:
+        raise _unmeasured()
+    if key.expert >= 0:
+        return _expert_weights(one, one.sensitivity, key, source.shapes[key])
+    if role.startswith("attn_"):
+        name = {"attn_output": "attention"}.get(role, role.removeprefix("attn_"))
+        columns = one.inputs.mixed if role == "attn_output" else one.inputs.attention
+        return MatrixWeights(getattr(one.sensitivity, name), columns / np.float32(n_tokens))
+    # A dense feed-forward part is one expert that all tokens picked.
+    return _expert_weights(one, one.sensitivity, MatrixKey(key.name, 0), source.shapes[key])
+
+
+def _expert_weights(
+    layer: LayerStatistics, sensitivity: Sensitivity, key: MatrixKey, shape: tuple[int, ...]
+) -> MatrixWeights:
+    projection = key.name.split(".")[2].removeprefix("ffn_").removesuffix("_exps")
+    gradients: NDArray[np.float32] = getattr(sensitivity, projection)[key.expert][: shape[0]]
+    sums = layer.inputs.hidden if projection == "down" else layer.inputs.expert
+    own = sums[key.expert][: shape[1]]
+    if not own.any():
+        # Nothing is known of an expert that no token picked: it must not look free, nor be worth more than others.
+        own = sums.sum(0)[: shape[1]]
+        gradients = getattr(sensitivity, projection).mean(0)[: shape[0]]
+    # The gradients' means run over all tokens, so that the inputs' must run over those that picked the expert.
+    n_pick = layer.outputs.n_pick if layer.outputs is not None else None
+    n_own = 0 if n_pick is None else int(n_pick[key.expert]) or int(n_pick.sum())
+    return MatrixWeights(gradients, own / np.float32(max(1, n_own)))
+
+
+def _outer_weights(source: ModelSource, statistics: Statistics, role: str, n_tokens: int) -> MatrixWeights:
+    if statistics.token_gradient is None or statistics.output_gradient is None:
+        raise _unmeasured()
+    columns = statistics.output_input / np.float32(n_tokens)
+    if role == "output":
+        return MatrixWeights(statistics.output_gradient, columns)
+    counts = np.maximum(statistics.token_count, _SEEN_TOKENS).astype(np.float32)
+    shares = counts / counts.sum()
+    if MatrixKey("output.weight") in source.shapes:
+        return MatrixWeights(shares, statistics.token_gradient)
+    # A tied table is read as embeddings and as the output: the latter is what most depends on.
+    return MatrixWeights(statistics.output_gradient, columns)
+
+
+def _unmeasured() -> UsageError:
+    return UsageError(
+        "The statistics have no sensitivities, which say what each type costs. Run slimoe calibrate again without "
+        "--no-sensitivity."
+    )

@@ -1,0 +1,183 @@
+"""What ggml types would cost an expert: squared errors of its answers by requantised matrices, on a sample.
+
+Quantisers of few bits take far longer than the pass itself, so of large matrices only some rows are tried: neurons of
+gate and up, outputs of down. Neurons that matter more are taken more likely, and the square of the sum over all is
+estimated without bias from the sampled ones (Horvitz and Thompson's estimator, for neurons and for pairs of them).
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slimoe.converter.forward.block import Expert
+from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
+from slimoe.converter.source.model_source import ModelSource, expert_key
+from slimoe.converter.stats.gram import spread_rows
+from slimoe.offload.errors import ModelFileError, UsageError
+
+Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Of the columns of gate and up, and of those of down."""
+
+_FEW_BITS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K")
+DEFAULT_TYPES = (*_FEW_BITS, "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_ROWS_AT_ONCE = 64
+_SAMPLED_WEIGHTS, _FEWEST_ROWS = 1 << 21, 64
+_LEAST_WEIGHT = 0.1
+_OF_ACTIVATIONS = ("Q8_1", "Q8_K")
+
+
+def type_by_name(name: str) -> GGMLQuantizationType:
+    """A ggml type that quantises; raises UsageError with those that there are."""
+    known = {k.name: k for k, (block, _) in GGML_QUANT_SIZES.items() if block > 1 and k.name not in _OF_ACTIVATIONS}
+    if name not in known:
+        raise UsageError(f"{name!r} is no type that weights are quantised to. Choose from {', '.join(known)}.")
+    return known[name]
+
+
+def sampled_rows(n_rows: int, n_embd: int, n_ff: int) -> int:
+    """Rows of each matrix to try: `n_rows`, or fewer of large ones, which would take longer than the pass."""
+    return min(n_rows, max(_FEWEST_ROWS, _SAMPLED_WEIGHTS // (2 * n_embd + n_ff)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Picks:
+    """An expert's answers for some picks: products with sampled rows of gate and up [n, neurons], all activations
+    [n, n_ff], and each pick's share [n]. `down` and `reduced` are down's sampled rows, the latter of sampled neurons,
+    which are in the sample with their probability `chance` [neurons].
+    """
+
+    x: Tensor
+    shares: Tensor
+    gate: Tensor
+    up: Tensor
+    hidden: Tensor
+    down: Tensor
+    reduced: Tensor
+    sampled: Tensor
+    chance: Tensor
+
+
+class TypeErrorTable:
+    """Measures one layer's `TypeErrors`, expert after expert, by `n_rows` rows of each matrix or fewer of large ones.
+
+    A type's error is infinite for matrices whose rows do not divide into its blocks.
+    """
+
+    def __init__(self, source: ModelSource, layer: int, types: Sequence[str], n_rows: int, n_threads: int) -> None:
+        self._source, self._layer, self._n_threads = source, layer, n_threads
+        self._n_rows = sampled_rows(n_rows, source.spec.n_embd, source.spec.layer_shape(layer).n_ff)
+        self.types = tuple(types)
+        self.error = np.zeros((len(types), source.layers[layer].n_stored, 4))
+
+    def measure(self, number: int, expert: Expert, x: Tensor, shares: Tensor, importance: Importance) -> float:
+        """Sets an expert's errors over the picks given; the sum over them of share^2 |f|^2, to scale errors by."""
+        n_embd, hidden = expert.down.weight.shape[0], expert.hidden(x)
+        outputs = torch.from_numpy(spread_rows(n_embd, self._n_rows)).to(x.device)
+        neurons, chance = self._some_neurons(number, expert, hidden, shares)
+        gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
+        picks = _Picks(x, shares, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons], chance)
+        all_outputs = n_embd / len(outputs)
+        for row, name in enumerate(self.types):
+            kind = type_by_name(name)
+            changed = [
+                self._requantised(kind, number, projection, rows, columns)
+                for projection, rows, columns in (
+                    ("gate", gate, importance[0]),
+                    ("up", up, importance[0]),
+                    ("down", down, importance[1]),
+                )
+            ]
+            errors = _errors(picks, changed, neurons)
+            self.error[row, number] = [all_outputs * error for error in errors]
+        return _weighted_square(expert.down(hidden), shares)
+
+    def _some_neurons(self, number: int, expert: Expert, hidden: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Neurons to try, about `n_rows`, and how likely each was: in proportion to what it adds to answers."""
+        adds = (shares.square() @ hidden.square() * expert.down.weight.square().sum(0)).sqrt().double().cpu().numpy()
+        chance = inclusion(adds, self._n_rows)
+        neurons = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(chance)) < chance)
+        return torch.from_numpy(neurons).to(hidden.device), torch.from_numpy(chance[neurons]).to(hidden.device)
+
+    def scale(self, number: int, factor: float) -> None:
+        """From the sample of an expert's picks to all."""
+        self.error[:, number] *= factor
+
+    def _requantised(
+        self, kind: GGMLQuantizationType, number: int, projection: str, rows: Tensor, columns: NDArray[np.float32]
+    ) -> Tensor | None:
+        """Rows of a matrix after a round trip through the type; None where they do not divide into blocks."""
+        if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
+            return None
+        values = rows.cpu().contiguous().numpy()
+        target = np.empty_like(values)
+
+        def convert(begin: int) -> None:
+            part = slice(begin, begin + _ROWS_AT_ONCE)
+            target[part] = dequantize_rows(quantize_rows(values[part], kind, columns), kind, values.shape[1])
+
+        try:
+            with ThreadPoolExecutor(self._n_threads) as pool:
+                list(pool.map(convert, range(0, len(values), _ROWS_AT_ONCE)))
+        except BadWeightsError as error:
+            key = expert_key(self._layer, projection, number)
+            raise ModelFileError(self._source.path, f"tensor {key} {error}.") from None
+        return torch.from_numpy(target).to(rows.device)
+
+
+def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
+    """Of gate, up and down alone, and of all three, over the sampled outputs."""
+    silu, (gate, up, down) = torch.nn.functional.silu, changed
+    other_gate = None if gate is None else picks.x @ gate.T
+    other_up = None if up is None else picks.x @ up.T
+
+    def of_neurons(sampled: Tensor, matrix: Tensor) -> float:
+        return _estimate(picks, sampled, matrix)
+
+    errors = [np.inf] * 4
+    if other_gate is not None:
+        errors[0] = of_neurons(silu(other_gate) * picks.up, picks.reduced)
+    if other_up is not None:
+        errors[1] = of_neurons(silu(picks.gate) * other_up, picks.reduced)
+    if down is not None:
+        errors[2] = _weighted_square(picks.hidden @ (down - picks.down).T, picks.shares)
+        if other_gate is not None and other_up is not None:
+            errors[3] = of_neurons(silu(other_gate) * other_up, down[:, neurons])
+    return errors
+
+
+def _estimate(picks: _Picks, sampled: Tensor, matrix: Tensor) -> float:
+    """The error of all neurons, where the sampled ones are `sampled` [n, neurons] and meet `matrix`."""
+    before, after, a, b, chance = (t.double() for t in (picks.reduced, matrix, picks.sampled, sampled, picks.chance))
+    found = _weighted_square((b / chance) @ after.T - (a / chance) @ before.T, picks.shares)
+    if bool((chance == 1).all()):
+        return found
+    squares = b.square() * after.square().sum(0) - 2 * a * b * (before * after).sum(0)
+    squares += a.square() * before.square().sum(0)
+    of_neuron = picks.shares.double().square() @ squares
+    estimate = found - float((of_neuron * (1 - chance) / chance.square()).sum())
+    return estimate if estimate > 0 else float((of_neuron / chance).sum())
+
+
+def inclusion(weights: NDArray[np.float64], n_sample: int) -> NDArray[np.float64]:
+    """Probabilities [n] in proportion to `weights`, but at most 1 and never 0, whose sum is `n_sample`."""
+    if n_sample >= len(weights):
+        return np.ones(len(weights))
+    weights = weights + _LEAST_WEIGHT * weights.mean() + np.finfo(np.float64).tiny
+    chance = np.zeros(len(weights))
+    while True:
+        free = chance < 1
+        scaled = weights * (n_sample - np.count_nonzero(~free)) / weights[free].sum()
+        chance = np.where(free, np.minimum(scaled, 1.0), 1.0)
+        if not (chance[free] >= 1).any():
+            return chance
+
+
+def _weighted_square(vectors: Tensor, shares: Tensor) -> float:
+    """Sum over rows of share^2 |vector|^2."""
+    return float((shares.double().square() * vectors.double().square().sum(-1)).sum())

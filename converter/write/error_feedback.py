@@ -1,0 +1,242 @@
+"""Fits each matrix to what the layers before it say after they were quantised, so that later ones make up for earlier.
+
+The calibration's tokens run through the result as it grows: a matrix is fitted with the sums of products of its own
+inputs (`feedback`), and the stream goes on through the values that it got. Routers can be fitted last, to experts as
+they are then.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slimoe.converter.forward.block import (
+    Attention,
+    Expert,
+    Linear,
+    Routing,
+    attend,
+    read_attention,
+    read_expert,
+    read_router,
+    read_tensor,
+    rms_norm,
+    route,
+)
+from slimoe.converter.forward.stream import Sequences, picks_by_expert
+from slimoe.converter.layout.layer import Matrix
+from slimoe.converter.layout.plan import LayerPlan, SlimPlan
+from slimoe.converter.methods.router_refit import refit
+from slimoe.converter.quant.block_layout import BITS
+from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
+from slimoe.converter.quant.mixes import layer_and_role
+from slimoe.converter.quant.quantize import dequantize_rows
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.write.quantiser import PlainFit
+from slimoe.converter.write.writer import read_matrix
+
+_ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
+EFFORT = Effort(sweeps=1, rescale=0, starts=1)
+"""More takes twice as long and more, for some percent less of the loss: a second start takes off 2 to 6 %."""
+_REFIT_TOKENS = 2048
+_FEW = 256
+"""Tokens of the layer that stand in for those that an expert has too few of."""
+
+
+@dataclass(slots=True)
+class _LayerState:
+    """What is known of the layer that is being fitted: its values so far, and the stream within it."""
+
+    plan: LayerPlan
+    values: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    middle: Tensor | None = None
+    x: Tensor | None = None
+    routing: Routing | None = None
+    router: Tensor | None = None
+
+
+class FeedbackFit:
+    """A `Fit` with error feedback, on at most `n_tokens` of the statistics' tokens; memory is 3 streams of them."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: SlimPlan,
+        statistics: Statistics,
+        plain: PlainFit,
+        n_tokens: int = 16384,
+        n_threads: int = 1,
+    ) -> None:
+        self._source, self._plan, self._plain, self._n_threads = source, plan, plain, n_threads
+        length = max(1, statistics.n_tokens // max(1, len(statistics.tokens)))
+        step = max(1, len(statistics.tokens) * length // max(1, n_tokens))
+        self._sequences = Sequences(statistics.tokens[::step])
+        self._h = torch.empty(0)
+        self._state = _LayerState(plan.layers[0])
+
+    def begin_layer(self, layer: int) -> None:
+        """Forgets the layer before."""
+        self._state = _LayerState(self._plan.layers[layer])
+
+    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Blocks of the matrix; raises as `PlainFit.fit` does."""
+        if matrix.key.name.endswith("ffn_gate_inp.weight"):
+            return self._fit_router(weights)
+        hessian = self._hessian(matrix) if matrix.type in BITS and self._plan.feedback else None
+        if hessian is None:
+            blocks = self._plain.fit(matrix, weights)
+            values = dequantize_rows(blocks, matrix.type, weights.shape[1])
+        else:
+            blocks, values = quantize_with_feedback(
+                weights, hessian.numpy(), matrix.type, EFFORT, n_threads=self._n_threads
+            )
+        self._take(matrix, torch.from_numpy(values))
+        return blocks
+
+    def kept(self, matrix: Matrix) -> None:
+        """Takes the source's values."""
+        self._take(matrix, torch.from_numpy(read_matrix(self._source, matrix)))
+
+    def end_layer(self, layer: int) -> None:
+        """Moves the stream behind the layer."""
+        state = self._state
+        middle = self._middle()
+        if state.plan.rows:
+            x, routing = self._routed()
+            if state.router is not None:
+                routing = route(state.router, self._source.spec, x)
+            middle = middle.clone()
+            for expert, rows, shares in picks_by_expert(state.plan.target, routing):
+                middle.index_add_(0, rows, shares[:, None] * self._output(expert, x[rows]))
+        self._h = middle
+
+    # --- what is known so far -------------------------------------------------------------------------------
+
+    def _take(self, matrix: Matrix, values: Tensor) -> None:
+        layer, role = layer_and_role(matrix.key.name)
+        if matrix.copy:
+            return
+        if role == "token_embd":
+            tokens = [token for one in self._sequences.tokens for token in one]
+            self._h = values[torch.tensor(tokens)]
+        elif matrix.key.expert >= 0:
+            self._state.experts.setdefault(matrix.key.expert, {})[matrix.projection] = values
+        elif layer >= 0:
+            self._state.values[role] = values
+
+    def _hessian(self, matrix: Matrix) -> Tensor | None:
+        """The sum of products of a matrix's inputs; None where nothing is multiplied with it, or nothing seen."""
+        layer, role = layer_and_role(matrix.key.name)
+        if role == "output":
+            norm = read_tensor(self._source, MatrixKey("output_norm.weight"))
+            return _products(rms_norm(self._h, norm, self._source.spec.rms_eps))
+        if layer < 0:
+            return None
+        if matrix.key.expert >= 0:
+            return self._expert_products(matrix)
+        block = read_attention(self._source, self._state.plan.block)
+        assert block is not None
+        if role != "attn_output":
+            return _products(rms_norm(self._h, block.norm, self._source.spec.rms_eps))
+        seen = [attend(self._attention(block), self._source.spec, self._h[b:e]) for b, e in self._sequences.spans()]
+        return _products(torch.cat([one.mixed for one in seen]))
+
+    def _expert_products(self, matrix: Matrix) -> Tensor:
+        """Over the tokens that picked the expert, by the square of their share; others help where these are few."""
+        x, routing = self._routed()
+        number = matrix.key.expert
+        found = [
+            (rows, shares) for one, rows, shares in picks_by_expert(self._state.plan.target, routing) if one == number
+        ]
+        rows, shares = found[0] if found else (torch.empty(0, dtype=torch.long), torch.empty(0))
+        anyone = x[:: max(1, len(x) // _FEW)]
+        own = x[rows]
+        if matrix.projection == "down":
+            expert = self._expert(number)
+            own, anyone = expert.hidden(own), expert.hidden(anyone)
+        n_in = matrix.shape[1]
+        part = n_in / (n_in + len(rows))
+        mean = _products(own * shares[:, None]) / max(float(shares.square().sum()), 1e-12)
+        return (1 - part) * mean + part * _products(anyone) / len(anyone)
+
+    def _attention(self, block: Attention) -> Attention:
+        """With the values that are fitted already."""
+        parts = {}
+        for role, name in _ROLES.items():
+            old: Linear = getattr(block, name)
+            parts[name] = Linear(self._state.values.get(role, old.weight), old.bias)
+        return Attention(block.norm, parts["q"], parts["k"], parts["v"], parts["out"], block.rope_factors)
+
+    def _middle(self) -> Tensor:
+        """The stream behind the layer's attention."""
+        state = self._state
+        if state.middle is None:
+            state.middle = self._h
+            block = read_attention(self._source, state.plan.block) if state.plan.has_attention else None
+            if block is not None:
+                fitted = self._attention(block)
+                spans = self._sequences.spans()
+                updates = [attend(fitted, self._source.spec, self._h[begin:end]).update for begin, end in spans]
+                state.middle = self._h + torch.cat(updates)
+        return state.middle
+
+    def _routed(self) -> tuple[Tensor, Routing]:
+        """The experts' input, and the picks of the router as it is in the plan."""
+        state = self._state
+        if state.x is None or state.routing is None:
+            router = read_router(self._source, state.plan.block)
+            assert router is not None
+            state.x = rms_norm(self._middle(), router.norm, self._source.spec.rms_eps)
+            rows = torch.tensor(state.plan.rows)
+            weight = router.weight[rows] if state.plan.router is None else torch.from_numpy(state.plan.router)
+            state.routing = route(weight, self._source.spec, state.x)
+        return state.x, state.routing
+
+    def _expert(self, number: int) -> Expert:
+        """The result's expert as far as it is fitted; `down` may be missing yet."""
+        parts = self._state.experts[number]
+        return Expert(Linear(parts["gate"]), Linear(parts["up"]), Linear(parts.get("down", torch.empty(0, 0))))
+
+    def _output(self, expert: int, x: Tensor) -> Tensor:
+        if expert >= 0:
+            return self._expert(expert)(x)
+        novices = self._state.plan.novices
+        vector = (
+            torch.from_numpy(novices[-1 - expert])
+            if novices is not None
+            else read_tensor(self._source, MatrixKey(f"blk.{self._state.plan.block}.ffn_novice.weight", -1 - expert))
+        )
+        return vector.expand(len(x), -1)
+
+    # --- the router -----------------------------------------------------------------------------------------
+
+    def _fit_router(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """F32 either way: fitted so that the mix of the result's experts is near that of the source's."""
+        fitted = weights
+        if self._plan.refit:
+            x = self._routed()[0]
+            x = x[:: max(1, len(x) // _REFIT_TOKENS)]
+            outputs = torch.stack([self._output(expert, x) for expert in self._state.plan.target], 1)
+            fitted = refit(x, outputs, self._wanted(x), weights, self._source.spec).weight
+            self._state.router = torch.from_numpy(fitted)
+        return np.ascontiguousarray(fitted).reshape(-1).view(np.uint8)
+
+    def _wanted(self, x: Tensor) -> Tensor:
+        """What the source's experts would answer to the same inputs."""
+        block = self._state.plan.block
+        router = read_router(self._source, block)
+        assert router is not None
+        result = torch.zeros_like(x)
+        routing = route(router.weight, self._source.spec, x)
+        for expert, rows, shares in picks_by_expert(self._source.layers[block].target, routing):
+            if expert >= 0:
+                result.index_add_(0, rows, shares[:, None] * read_expert(self._source, block, expert)(x[rows]))
+        return result
+
+
+def _products(x: Tensor) -> Tensor:
+    return x.T @ x

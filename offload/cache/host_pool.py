@@ -1,0 +1,288 @@
+"""Experts in host memory: slots that are filled from disk, and which expert is in which.
+
+Which one leaves is `residency`'s and `policy`'s decision; here bytes move. The engine's thread alone calls this; the
+reader's threads only fill slots.
+"""
+
+import mmap
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, padded
+from slimoe.offload.cache.residency import Key, SlotCache, Valued
+from slimoe.offload.model.experts import ExpertCopy, SlotClass
+from slimoe.offload.resources.memory import advise_huge_pages, out_of_memory
+
+_WORTH_FINISHING = 0.3
+"""A read that is not needed goes on if no more than this share of it is left."""
+Addresses = tuple[int, int, int]
+"""Where gate, up and down begin."""
+
+
+@dataclass(slots=True)
+class ArenaCounters:
+    """What the arena has done since it was opened.
+
+    `hits` picks found in memory, `ahead` picks whose read had begun before they were chosen, `misses` the others;
+    `n_prefetched` and `n_cancelled` reads begun ahead and dropped again; `stall_seconds` spent waiting for the disk.
+    """
+
+    hits: int = 0
+    ahead: int = 0
+    misses: int = 0
+    n_prefetched: int = 0
+    n_cancelled: int = 0
+    stall_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A slot and its expert: the read that fills it, where the matrices begin, and whether they were read ahead."""
+
+    address: int
+    key: Key = (-1, -1)
+    read: Read | None = None
+    addresses: Addresses = (0, 0, 0)
+    is_ahead: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is under way to it."""
+        return self.read is None or self.read.is_done
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its bytes are all there."""
+        return self.read is None or self.read.is_complete
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether its bytes will never be all there."""
+        return self.is_ready and not self.is_complete
+
+
+def slot_bytes(slot_class: SlotClass) -> int:
+    """Memory of one slot, for matrices that may begin anywhere in a page of the file."""
+    return sum(padded(matrix_bytes(kind, ne)) for kind, ne in slot_class)
+
+
+def matrix_bytes(kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
+    """Bytes of a matrix of a type and shape."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(ne)) // int(block) * int(block_bytes)
+
+
+class _Pool:
+    """Slots of one class, in one stretch of memory."""
+
+    def __init__(self, slot_class: SlotClass, n_slots: int, policy: Valued) -> None:
+        self.slot_class = slot_class
+        self.cache = SlotCache(n_slots, policy)
+        size = slot_bytes(slot_class)
+        self.n_bytes = n_slots * size
+        try:
+            # Shared memory, mmap's default, would not get huge pages.
+            self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            raise out_of_memory(self.n_bytes) from None
+        self._base = np.frombuffer(self._memory, np.uint8)
+        base = int(self._base.ctypes.data)
+        advise_huge_pages(base, self.n_bytes)
+        self.slots = [Loaded(base + index * size) for index in range(n_slots)]
+
+    def slot(self, key: Key) -> Loaded | None:
+        """The slot of an expert, None if it has none."""
+        index = self.cache.lookup(key)
+        return None if index is None else self.slots[index]
+
+    def can_take(self, pinned: set[Key]) -> bool:
+        """Whether another expert finds a slot."""
+        return len(self.cache) < self.cache.n_slots or self.cache.victim(pinned) is not None
+
+    def close(self) -> None:
+        del self._base
+        self._memory.close()
+
+
+class Arena:
+    """Pools by slot class, the reader that fills them, and the copies they hold; `n_copies` there are of each class."""
+
+    def __init__(
+        self,
+        reader: DiskReader,
+        policy: Valued,
+        n_slots: Mapping[SlotClass, int],
+        n_copies: Mapping[SlotClass, int] | None = None,
+    ) -> None:
+        self._reader = reader
+        # Where all have room nobody is driven out.
+        self._tight = [n for kind, n in n_slots.items() if n_copies is None or n < n_copies[kind]]
+        self._n_slots = sum(n_slots.values())
+        self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
+        self._needed: set[Key] = set()
+        self._pinned: set[Key] = set()
+        self._held: frozenset[Key] = frozenset()
+        self._invested: Loaded | None = None
+        self.counters = ArenaCounters()
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(pool.n_bytes for pool in self._pools.values())
+
+    @property
+    def n_free_to_pin(self) -> int:
+        """So many experts can be pinned at once, whatever their class, beside those that are held."""
+        return min(self._tight, default=self._n_slots) - len(self._held)
+
+    @property
+    def has_all(self) -> bool:
+        """Whether there is a slot for every copy that may want one."""
+        return not self._tight
+
+    def holds(self, key: Key, copy: ExpertCopy) -> bool:
+        """Whether a copy is here, complete."""
+        pool = self._pools.get(copy.slot_class)
+        slot = pool.slot(key) if pool else None
+        return slot is not None and slot.is_complete
+
+    def fill(self, wanted: Iterable[tuple[Key, ExpertCopy]], on_progress: Callable[[int], None]) -> None:
+        """Reads copies into free slots, as many as there are, before the first step."""
+        begun: list[tuple[Loaded, ExpertCopy]] = []
+        for key, copy in wanted:
+            pool = self._pools[copy.slot_class]
+            if len(pool.cache) < pool.cache.n_slots:
+                begun.append((self._begin(pool, key, copy, demanded=True), copy))
+        for slot, copy in begun:
+            self._complete(slot)
+            on_progress(copy.n_bytes)
+
+    def forget(self) -> None:
+        """Empties all slots; nothing may be on its way."""
+        for pool in self._pools.values():
+            for key in list(pool.cache):
+                pool.cache.free(key)
+
+    def pin(self, keys: set[Key], likely: Collection[Key] = ()) -> None:
+        """Keeps these, and only these and those that are held, from leaving until the next call.
+
+        The `likely` ones stay as well, as long as what is demanded finds room beside them.
+        """
+        self._needed = keys | self._held
+        self._pinned = self._needed.union(likely)
+
+    def hold(self, keys: Collection[Key]) -> None:
+        """Keeps these from leaving whatever is pinned, until the next call."""
+        self._held = frozenset(keys)
+        self._needed |= self._held
+        self._pinned |= self._held
+
+    def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
+        """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""
+        pool = self._pools[copy.slot_class]
+        slot = pool.slot(key)
+        if slot is not None and slot.has_failed:
+            # Ahead of time, or for somebody who did not wait for it: whoever needs it now shall know from his own read.
+            pool.cache.free(key)
+            slot = None
+        if slot is None:
+            self.counters.misses += counts
+            return self._begin(pool, key, copy, demanded=True)
+        if slot.read is not None:
+            self._reader.demand(slot.read)
+        if slot.is_ahead:
+            self.counters.ahead += counts
+        else:
+            self.counters.hits += counts
+        slot.is_ahead = False
+        return slot
+
+    def prefetch(self, key: Key, copy: ExpertCopy, *, is_sure: bool = True) -> None:
+        """Begins to read a copy if it is not here; only pinned keys survive until they are needed."""
+        pool = self._pools[copy.slot_class]
+        if key not in pool.cache and pool.can_take(self._pinned):
+            self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_ahead = True
+            self.counters.n_prefetched += 1
+
+    def invest(self, key: Key, copy: ExpertCopy, margin: float) -> bool:
+        """Begins to read a copy that nobody waits for, if it is worth `margin` times what leaves for it.
+
+        One at a time, and behind all other reads.
+        """
+        pool = self._pools[copy.slot_class]
+        is_busy = self._invested is not None and not self._invested.is_ready
+        if is_busy or key in pool.cache or not pool.can_take(self._pinned):
+            return False
+        victim = pool.cache.victim(self._pinned)
+        if victim is not None and pool.cache.value(key) <= margin * pool.cache.value(victim):
+            return False
+        self._invested = self._begin(pool, key, copy, demanded=False, is_sure=False)
+        return True
+
+    def abandon(self, key: Key, copy: ExpertCopy) -> None:
+        """A copy that was prefetched is not needed now: unless it is nearly here, it is not read on."""
+        pool = self._pools[copy.slot_class]
+        slot = pool.slot(key)
+        if slot is None or not slot.is_ahead:
+            return
+        slot.is_ahead = False
+        if slot.read is not None and slot.read.share_left > _WORTH_FINISHING:
+            self._reader.drop(slot.read)
+            pool.cache.free(key)
+            self.counters.n_cancelled += 1
+
+    def addresses(self, slot: Loaded) -> Addresses:
+        """Where the matrices begin; waits for them. Raises ReadFailedError, and the slot is free again."""
+        if not slot.is_ready:
+            begin = time.perf_counter()
+            self._complete(slot)
+            self.counters.stall_seconds += time.perf_counter() - begin
+        else:
+            self._complete(slot)
+        return slot.addresses
+
+    def _complete(self, slot: Loaded) -> None:
+        if slot.read is None:
+            return
+        try:
+            self._reader.wait(slot.read)
+        finally:
+            # Whatever ends the waiting, a slot that is not filled must not pass for one that is.
+            if slot.has_failed:
+                pool = next(pool for pool in self._pools.values() if slot in pool.slots)
+                pool.cache.free(slot.key)
+            if slot.is_ready:
+                slot.read = None
+
+    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> Loaded:
+        is_tight = demanded and not pool.can_take(self._pinned)
+        index, _ = pool.cache.acquire(key, self._needed if is_tight else self._pinned)
+        slot = pool.slots[index]
+        slot.key = key
+        if slot.read is not None:
+            if not slot.read.is_done and not slot.read.is_cancelled:
+                self.counters.n_cancelled += 1
+            self._reader.cancel(slot.read)
+        parts, begins, address = [], [], slot.address
+        for matrix in (copy.gate, copy.up, copy.down):
+            (span,) = matrix.spans
+            parts.append((span, address))
+            begins.append(address + span.offset % PAGE)
+            address += padded(span.n_bytes)
+        slot.addresses = (begins[0], begins[1], begins[2])
+        slot.read = self._reader.submit(parts, demanded=demanded, is_sure=is_sure)
+        slot.is_ahead = False
+        return slot
+
+    def close(self) -> None:
+        """Ends what is under way to the slots, then frees them."""
+        for pool in self._pools.values():
+            for slot in pool.slots:
+                if slot.read is not None:
+                    self._reader.cancel(slot.read)
+            pool.close()
+        self._pools.clear()

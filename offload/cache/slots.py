@@ -1,0 +1,181 @@
+"""Decides how a model lies in memory that does not hold it whole: what is fixed, and how many experts have a slot."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.model.experts import ExpertLayer, SlotClass
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.resources.memory import human
+
+MAX_AHEAD = 3
+"""Layers whose routers are asked early: beyond the third they know too little."""
+
+LowSlots = Literal["none", "shared", "first", "last"]
+"""The slots of low copies: none, as many as of high ones, all of them before any high one, or what these leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """Bytes of host memory by use, within `budget`, and slots for experts by class.
+
+    `program` is Python and libraries; `weights` everything that is no expert. `low` says which part the slots of low
+    copies have. If `is_final`, the slots are these; otherwise as many as there turns out to be room for.
+    """
+
+    budget: int
+    program: int
+    weights: int
+    kv: int
+    compute: int
+    n_slots: tuple[tuple[SlotClass, int], ...]
+    n_experts: int
+    expert_bytes: int
+    n_ahead: int
+    low: LowSlots = "none"
+    is_final: bool = False
+
+    @property
+    def fixed(self) -> int:
+        """All but the slots."""
+        return self.program + self.weights + self.kv + self.compute
+
+    @property
+    def arena(self) -> int:
+        """Bytes of all slots."""
+        return sum(n * slot_bytes(kind) for kind, n in self.n_slots)
+
+    @property
+    def n_resident(self) -> int:
+        """Copies of experts that have a slot."""
+        return sum(n for _, n in self.n_slots)
+
+
+def plan_tiers(
+    layers: Sequence[ExpertLayer | None],
+    budget: int,
+    *,
+    program: int,
+    weights: int,
+    kv: int,
+    compute: int,
+    what: str,
+    low: LowSlots = "none",
+) -> TierPlan:
+    """The plan for a budget.
+
+    Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
+    """
+    n_slots = fit_slots(layers, budget, program + weights + kv + compute, what, low)
+    n_used = max(layer.n_expert_used for layer in layers if layer is not None)
+    classes, lows = slot_classes(layers), low_classes(layers, low)
+    # Where all have room nobody is driven out, and nothing is read. Low copies are not read ahead in earnest.
+    rooms = [n_slots[kind] // min(n_used, n) for kind, n in classes.items() if n_slots[kind] < n + lows[kind]]
+    copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
+    return TierPlan(
+        budget=budget,
+        program=program,
+        weights=weights,
+        kv=kv,
+        compute=compute,
+        n_slots=tuple(n_slots.items()),
+        n_experts=len(copies),
+        expert_bytes=sum(copy.n_bytes for copy in copies),
+        n_ahead=max(0, min(MAX_AHEAD, *(room - 1 for room in rooms))) if rooms else 0,
+        low=low,
+    )
+
+
+def fit_slots(
+    layers: Sequence[ExpertLayer | None], budget: int, taken: int, what: str, low: LowSlots = "none"
+) -> dict[SlotClass, int]:
+    """Slots by class for what a budget leaves beside `taken` bytes; low copies have the part of it that `low` says.
+
+    Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
+    """
+    high, lows = slot_classes(layers), low_classes(layers, low)
+    n_used = max(layer.n_expert_used for layer in layers if layer is not None)
+    least_high, least_low = (Counter({kind: min(n, n_used) for kind, n in of.items()}) for of in (high, lows))
+    least = least_high + least_low
+    required = taken + sum(n * slot_bytes(kind) for kind, n in least.items())
+    if required > budget:
+        raise DoesNotFitError(
+            f"{what} needs at least {human(required)} of memory, of which {human(taken)} are for everything but "
+            f"experts, but the budget is {human(budget)}.",
+            required_bytes=required,
+            available_bytes=budget,
+        )
+    room = budget - taken
+    if low == "shared" or not lows:
+        return share_slots(high + lows, least, room)
+    in_order = [(lows, least_low), (high, least_high)] if low == "first" else [(high, least_high), (lows, least_low)]
+    slots = Counter(least)
+    for classes, own in in_order:
+        others = slots - own
+        slots = others + Counter(share_slots(classes, own, room - _bytes_of(others)))
+    return dict(slots)
+
+
+def _bytes_of(slots: Mapping[SlotClass, int]) -> int:
+    return sum(n * slot_bytes(kind) for kind, n in slots.items())
+
+
+def slot_classes(layers: Iterable[ExpertLayer | None]) -> Counter[SlotClass]:
+    """How many experts there are of each class, by their best copies."""
+    return Counter(copies[0].slot_class for layer in layers if layer is not None for copies in layer.experts if copies)
+
+
+def low_classes(layers: Iterable[ExpertLayer | None], low: LowSlots) -> Counter[SlotClass]:
+    """The same of last copies that are not the best ones, if they have memory at all."""
+    layers = () if low == "none" else layers
+    return Counter(
+        copies[-1].slot_class for layer in layers if layer is not None for copies in layer.experts if len(copies) > 1
+    )
+
+
+def slot_kinds(layers: Sequence[ExpertLayer | None], low: LowSlots) -> Counter[SlotClass]:
+    """How many copies of each class may want a slot."""
+    return slot_classes(layers) + low_classes(layers, low)
+
+
+def share_slots(
+    classes: Mapping[SlotClass, int],
+    least: Mapping[SlotClass, int],
+    room: int,
+    size: Callable[[SlotClass], int] = slot_bytes,
+) -> dict[SlotClass, int]:
+    """Slots by class for `room` bytes: the same share of every class, at least `least`, at most all.
+
+    `size` says what a slot takes. The least must fit.
+    """
+    total = sum(n * size(kind) for kind, n in classes.items())
+    share = min(1.0, room / total) if total else 1.0
+    n_slots = {kind: max(min(least[kind], n), int(n * share)) for kind, n in classes.items()}
+    while sum(n * size(kind) for kind, n in n_slots.items()) > room:
+        kind = max((kind for kind in n_slots if n_slots[kind] > least[kind]), key=lambda kind: n_slots[kind])
+        n_slots[kind] -= 1
+    left = room - sum(n * size(kind) for kind, n in n_slots.items())
+    for kind in sorted(classes, key=size, reverse=True):
+        more = min(classes[kind] - n_slots[kind], left // size(kind))
+        n_slots[kind] += more
+        left -= more * size(kind)
+    return n_slots
+
+
+def widest(layers: Iterable[ExpertLayer | None]) -> int:
+    """The largest n_ff of all experts."""
+    widths = (copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
+    return max(widths, default=0)
+
+
+def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int) -> int:
+    """An upper estimate of the buffers that a cut step uses: exchange, segments, and one expert's batch."""
+    n_used, d = max(1, spec.n_expert_used), spec.n_embd
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_cells + 8 * max(1, spec.n_expert) + 32)
+    heads = (2 * spec.n_head + 4 * spec.n_head_kv) * spec.n_embd_head
+    segment = 4 * (n_batch * (6 * d + heads) + spec.n_vocab)
+    expert = 4 * n_batch * (3 * n_ff + 3 * d)
+    return exchange + segment + expert + (2 << 20)

@@ -1,0 +1,138 @@
+"""Experts in a device's slots: multiplied there while the CPU does the others, and exchanged when that pays."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from slimoe.offload.cache.device_pool import Pools, SlotPool
+from slimoe.offload.cache.host_pool import Addresses
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.routing import Picks
+from slimoe.offload.cache.swap import SlotExchange
+from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
+from slimoe.offload.experts.expert_times import LinkTimes
+from slimoe.offload.model.experts import ExpertCopy, SlotClass
+
+
+class DeviceExperts:
+    """One device's slots. `copies` are those that its layers could have here.
+
+    Counters since it was opened: `hits` picks multiplied here, `bytes_uploaded`, `n_swaps`, and `n_streamed` experts
+    that passed through for a batch. `times` and `swaps` are None until measured: nothing is streamed or exchanged.
+    """
+
+    def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
+        self._pools, self._graphs, self.copies = pools, graphs, copies
+        self.times: LinkTimes | None = None
+        self.swaps: SlotExchange | None = None
+        self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the graphs' buffer."""
+        return self._graphs.compute_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(pool.n_bytes for pool in self._pools.values())
+
+    def __iter__(self) -> Iterator[Key]:
+        for pool in self._pools.values():
+            yield from pool
+
+    def holds(self, key: Key) -> bool:
+        """Whether an expert is in a slot here."""
+        return self.kind_of(key) is not None and self._pool(key).slot(key) is not None
+
+    def begin(self, picks: Sequence[Picks], n_rows: int) -> None:
+        """Begins to fill the columns of picks whose experts are here."""
+        self._graphs.begin([self._work(group) for group in self._by_class(picks)], n_rows)
+        self.hits += sum(len(pick.columns) for pick in picks)
+
+    def _by_class(self, picks: Sequence[Picks]) -> list[list[Picks]]:
+        groups: dict[object, list[Picks]] = {}
+        for pick in picks:
+            groups.setdefault(pick.copy.slot_class, []).append(pick)
+        return list(groups.values())
+
+    def _work(self, picks: list[Picks]) -> SlotWork:
+        slots = [np.full(len(pick.columns), self._slot(pick.key), np.int32) for pick in picks]
+        return SlotWork(
+            picks[0].copy.slot_class,
+            np.concatenate([pick.tokens for pick in picks]),
+            np.concatenate(slots),
+            np.concatenate([pick.columns for pick in picks]),
+        )
+
+    def _slot(self, key: Key) -> int:
+        slot = self._pool(key).slot(key)
+        assert slot is not None, f"{key} is not on the device"
+        return slot
+
+    def _pool(self, key: Key) -> SlotPool:
+        return self._pools[self.copies[key].slot_class]
+
+    # --- what lies where ------------------------------------------------------------------------------------
+
+    def has_room(self, key: Key) -> bool:
+        """Whether an expert finds a slot without another's leaving."""
+        return self.kind_of(key) is not None and self._pool(key).n_free > 0
+
+    def takes(self, copy: ExpertCopy) -> bool:
+        """Whether there are slots for experts like this."""
+        return copy.slot_class in self._pools
+
+    def kind_of(self, key: Key) -> SlotClass | None:
+        """Which slots an expert fits, None of one that has none here."""
+        copy = self.copies.get(key)
+        return copy.slot_class if copy is not None and copy.slot_class in self._pools else None
+
+    def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
+        """Copies an expert from host memory into a free slot, or into its victim's."""
+        self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
+        self.n_swaps += victim is not None
+
+    def stream(
+        self, work: Sequence[tuple[Picks, Addresses]], n_rows: int, is_given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Copies experts to slots kept for passing through, one after the other, and begins to multiply their picks.
+
+        Does no more of them as soon as it `is_given_up`.
+        """
+        for pick, addresses in work:
+            if is_given_up():
+                return
+            pool = self._pools[pick.copy.slot_class]
+            slot = pool.next_passing()
+            pool.write(slot, addresses)
+            self.bytes_uploaded += pick.copy.n_bytes
+            self.n_streamed += 1
+            slots = np.full(len(pick.columns), slot, np.int32)
+            self._graphs.begin([SlotWork(pick.copy.slot_class, pick.tokens, slots, pick.columns)], n_rows)
+
+    # --- measuring ------------------------------------------------------------------------------------------
+
+    def seconds_per_copy(self, addresses: Addresses, slot_class: SlotClass) -> float:
+        """Time to copy an expert of a class over; it is in all slots for passing through afterwards."""
+        pool = self._pools[slot_class]
+        taken = []
+        for _ in range(max(2, pool.n_passing)):  # the first may find the memory untouched
+            begin = time.perf_counter()
+            pool.write(pool.next_passing(), addresses)
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+
+    def run_passing(self, slot_class: SlotClass, n_picks: int, synchronize: Callable[[], None]) -> None:
+        """Computes an expert that `seconds_per_copy` left, for as many tokens as picks, and waits for it."""
+        slots = np.full(n_picks, self._pools[slot_class].next_passing(), np.int32)
+        tokens = np.arange(n_picks, dtype=np.int32)
+        self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_picks)
+        synchronize()
+
+    def close(self) -> None:
+        """Frees graphs and slots."""
+        self._graphs.close()
+        for pool in self._pools.values():
+            pool.close()

@@ -1,0 +1,214 @@
+"""Experts that the CPU multiplies: found in the arena or read into it, the likely next ones ahead of time."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import compress, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.host_pool import Addresses, Arena, Loaded
+from slimoe.offload.cache.prefetch import Foresight, Guess
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.routing import Picks
+from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
+from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
+
+_IN_FLIGHT = 2
+"""Experts of a batch that are read while another is multiplied."""
+_WORTH_READING, _SURE = 0.5, 0.8
+"""Probabilities from which an expert is read ahead when nothing better is to be read, and before others."""
+
+Cancelled = Callable[[], bool] | None
+Wanted = tuple[Key, ExpertCopy]
+
+
+class HostExperts:
+    """The host's part of every cut layer.
+
+    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `copy_ahead` which copy
+    to read of one that will perhaps be chosen, the best one without it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer | None],
+        cut: Sequence[int],
+        graphs: ExpertGraphs,
+        arena: Arena,
+        is_elsewhere: Callable[[Key], bool],
+        copy_ahead: Callable[[Key], ExpertCopy] | None = None,
+    ) -> None:
+        self._copy_ahead = copy_ahead or self._copy
+        self._layers, self._graphs, self._arena = layers, graphs, arena
+        self._is_elsewhere = is_elsewhere
+        self._next = dict(pairwise(cut))
+        self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
+        self._foresight = Foresight()
+        self.foreseen: list[Key] = []
+        """What the last layer of a single token had read ahead, the first to be read first."""
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the graphs' buffer."""
+        return self._graphs.compute_bytes
+
+    def begin(self) -> None:
+        """A step begins: what the last one foresaw is void."""
+        for foreseen in self._predicted.values():
+            self._abandon(foreseen)
+        self._predicted.clear()
+        self._foresight.begin()
+
+    # --- one token ------------------------------------------------------------------------------------------
+
+    def run_single(
+        self,
+        index: int,
+        picks: Sequence[Picks],
+        ahead: Mapping[int, NDArray[np.float32]],
+        is_cancelled: Cancelled,
+        elsewhere: Iterable[Key] = (),
+    ) -> None:
+        """Fills the columns of one token's picks. `ahead`: by later layer, its router's scores for this one's input.
+
+        `elsewhere` are the other experts that the token chose: they say which guesses were right. Raises
+        EngineAbortedError and ReadFailedError.
+        """
+        needed = {pick.key for pick in picks}
+        self._settle(index, needed, elsewhere)
+        self._arena.pin(needed, self._foreseen())
+        loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
+        self._look_ahead(index, ahead, needed)
+        ready = [one.is_ready for one in loaded]
+        works = [self._work(pick, one) for pick, one, is_ready in zip(picks, loaded, ready, strict=True) if is_ready]
+        if works:
+            self._graphs.run(works, 1, is_cancelled)
+        for pick, one, is_ready in zip(picks, loaded, ready, strict=True):
+            if not is_ready:
+                self._graphs.run([self._work(pick, one)], 1, is_cancelled)
+
+    def _foreseen(self) -> set[Key]:
+        return {key for keys in self._predicted.values() for key in keys}
+
+    def _settle(self, index: int, needed: set[Key], elsewhere: Iterable[Key]) -> None:
+        """What was foreseen for this layer and is not needed is not read on."""
+        layer = self._layers[index]
+        assert layer is not None
+        self._foresight.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
+        foreseen = self._predicted.pop(index, {})
+        self._abandon({key: copy for key, copy in foreseen.items() if key not in needed})
+
+    def _abandon(self, foreseen: Mapping[Key, ExpertCopy]) -> None:
+        for key, copy in foreseen.items():
+            self._arena.abandon(key, copy)
+
+    def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
+        """Has experts read that the next layers' routers would probably choose: the sure ones first, then the near."""
+        wanted: list[Guess] = []
+        for distance, (later, scores) in enumerate(ahead.items(), start=1):
+            layer = self._layers[later]
+            assert layer is not None
+            guesses = [
+                guess
+                for guess in self._foresight.guess(later, distance, layer, scores)
+                if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
+            ]
+            foreseen = {guess.key: self._copy_ahead(guess.key) for guess in guesses[: layer.n_expert_used]}
+            gone = self._predicted.get(later, {})
+            self._abandon({key: copy for key, copy in gone.items() if foreseen.get(key) is not copy})
+            self._predicted[later] = foreseen
+            wanted += guesses[: layer.n_expert_used]
+        self._arena.pin(needed, self._foreseen())
+        wanted.sort(key=lambda guess: guess.probability < _SURE)
+        self.foreseen = [guess.key for guess in wanted]
+        for guess in wanted:
+            copy = self._predicted[guess.key[0]][guess.key]
+            self._arena.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
+
+    def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
+        addresses = self._arena.addresses(loaded)
+        return ExpertWork(pick.copy.slot_class, addresses, pick.tokens, pick.columns)
+
+    # --- a batch --------------------------------------------------------------------------------------------
+
+    def run_batch(self, index: int, picks: Sequence[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Fills the columns of a batch's picks, each expert visited once: those that are here while others are read."""
+        # Asked once: an expert that arrives between two questions would be on neither list.
+        is_here = [self._arena.holds(pick.key, pick.copy) for pick in picks]
+        here = list(compress(picks, is_here))
+        queue = here + [pick for pick, held in zip(picks, is_here, strict=True) if not held]
+        coming = self._following(index)
+        loaded: list[Loaded] = []
+        for at, pick in enumerate(queue):
+            if is_cancelled is not None and is_cancelled():
+                raise EngineAbortedError
+            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._arena.n_free_to_pin)
+            after = coming[: max(0, n_wanted - len(queue))]
+            self._arena.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
+            while len(loaded) < min(n_wanted, len(queue)):
+                one = queue[len(loaded)]
+                loaded.append(self._arena.demand(one.key, one.copy, counts=len(one.columns)))
+            for key, copy in after:
+                self._arena.prefetch(key, copy)
+            self._graphs.run([self._work(pick, loaded[at])], n_rows, is_cancelled)
+
+    def _following(self, index: int) -> list[Wanted]:
+        """Experts of the next layer that are not here: a batch is taken to need them all."""
+        following = self._next.get(index)
+        layer = None if following is None else self._layers[following]
+        if following is None or layer is None:
+            return []
+        keys = [(following, expert) for expert in range(len(layer.experts))]
+        wanted = [(key, self._copy_ahead(key)) for key in keys if not self._is_elsewhere(key)]
+        return [(key, copy) for key, copy in wanted if not self._arena.holds(key, copy)]
+
+    def invest(self, keys: Iterable[Key], margin: float) -> None:
+        """Has the first best copy read that is worth it, while the disk has nothing else to do."""
+        any(self._arena.invest(key, self._copy(key), margin) for key in keys)
+
+    # --- for devices ----------------------------------------------------------------------------------------
+
+    @property
+    def n_free_to_pin(self) -> int:
+        """Experts that can be held at once."""
+        return self._arena.n_free_to_pin
+
+    def has(self, key: Key) -> bool:
+        """Whether an expert is in memory here, complete."""
+        return self._arena.holds(key, self._copy(key))
+
+    def addresses(self, key: Key) -> Addresses:
+        """Where an expert that is here lies."""
+        return self._arena.addresses(self._arena.demand(key, self._copy(key), counts=0))
+
+    @contextmanager
+    def held(self, keys: Iterable[Key]) -> Iterator[None]:
+        """Keeps experts here for as long as something reads them."""
+        self._arena.hold(list(keys))
+        try:
+            yield
+        finally:
+            self._arena.hold(())
+
+    def replace(self, gone: Key, come: Key) -> None:
+        """An expert went to a device, and another has come back from there: it is read when nothing else is."""
+        self._arena.pin(set())
+        self._arena.prefetch(come, self._copy(come))
+
+    def run_one(self, key: Key, n_picks: int) -> None:
+        """Computes an expert that is here for as many tokens as picks, whatever they hold."""
+        tokens = np.arange(n_picks, dtype=np.int32)
+        copy = self._copy(key)
+        work = ExpertWork(copy.slot_class, self.addresses(key), tokens, tokens.astype(np.int64))
+        self._graphs.run([work], n_picks)
+
+    def _copy(self, key: Key) -> ExpertCopy:
+        layer = self._layers[key[0]]
+        assert layer is not None
+        return layer.experts[key[1]][0]
+
+    def close(self) -> None:
+        """Frees the graphs."""
+        self._graphs.close()

@@ -1,0 +1,36 @@
+"""Which copies of experts are in some memory now, and how long it takes to read one that is not."""
+
+from collections.abc import Sequence
+
+from slimoe.offload.cache.disk_reader import DiskReader
+from slimoe.offload.cache.host_pool import Arena
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.lossy.lossy_rule import SECONDS_PER_BYTE
+from slimoe.offload.model.experts import ExpertLayer
+
+
+class HeldCopies:
+    """The arena's and the devices' copies, as `copy_decision.Memory` asks for them."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer | None],
+        arena: Arena,
+        reader: DiskReader,
+        devices: Sequence[DeviceExperts],
+    ) -> None:
+        self._layers, self._arena, self._reader, self._devices = layers, arena, reader, devices
+
+    def holds(self, key: Key, copy_index: int) -> bool:
+        """Whether a copy is here, complete; devices have best copies only."""
+        if copy_index == 0 and any(device.holds(key) for device in self._devices):
+            return True
+        layer = self._layers[key[0]]
+        assert layer is not None
+        return self._arena.holds(key, layer.experts[key[1]][copy_index])
+
+    def read_seconds(self, n_bytes: int) -> float:
+        """At the mean speed so far, which the reads at the start give already."""
+        n_read = self._reader.n_read
+        return n_bytes * (self._reader.busy_seconds / n_read if n_read else SECONDS_PER_BYTE)

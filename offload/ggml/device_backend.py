@@ -1,0 +1,195 @@
+"""A device at work: memory on it, data to and from it, graphs run on it."""
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from slimoe.offload.errors import DeviceError, DeviceFullError
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import device as ggml_device
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.ggml.devices import Device
+from slimoe.offload.resources.memory import human
+
+
+class DeviceBackend:
+    """One queue of work on a device. Everything given to it is carried out in the order it was given.
+
+    A second one on the same device is a second queue that runs beside the first, as for uploads during a graph; only
+    `wait_for` and `synchronize` put their work in order. An RPC server has one queue for all. `seconds` is the
+    running total of time spent waiting for graphs.
+
+    When an RPC server ends or its connection breaks, ggml ends this process (SIGABRT, from its own sending thread,
+    with "Remote RPC server crashed or returned malformed response" on standard error). It does so in each call that
+    waits for an answer, which are `get`, `allocate` and opening. A call that only sends, which are `set`, `compute`
+    and freeing a buffer, may still succeed once after the other side has gone, and the process ends with the next.
+    A server that fails at a graph ends itself. A connection that falls silent, as when the other machine loses power,
+    is noticed by nobody: `get` waits for as long as the system's TCP does. No error can be raised for any of this, so
+    an engine that uses such a device belongs in a process of its own that is started again; `abort` lets it say why.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        handle = ggml_device.ggml_backend_dev_init(device.handle, None)
+        if not handle:
+            raise DeviceError(f"{device.name} ({device.description}) cannot be opened. Choose another with --device.")
+        self._handle: int | None = handle
+        self._event: int | None = None
+        self._buft = int(ggml_device.ggml_backend_dev_buffer_type(device.handle) or 0)
+
+    # --- memory --------------------------------------------------------------------------------------------
+
+    @property
+    def buft(self) -> int:
+        """The ggml buffer type of the device's memory."""
+        return self._buft
+
+    @property
+    def host_buft(self) -> int | None:
+        """The buffer type of host memory that the device reads fastest (pinned), None where there is no such kind."""
+        buft: int | None = ggml_device.ggml_backend_dev_host_buffer_type(self.device.handle)
+        return buft
+
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory can be looked at."""
+        return bool(ggml_device.ggml_backend_buft_is_host(self._buft))
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that the addresses of tensors are multiples of."""
+        return int(ggml_device.ggml_backend_buft_get_alignment(self._buft))
+
+    @property
+    def max_buffer_bytes(self) -> int:
+        """The largest single buffer."""
+        return int(ggml_device.ggml_backend_buft_get_max_size(self._buft))
+
+    def allocate(self, n_bytes: int) -> int:
+        """A buffer on the device; raises DeviceFullError when it gives none.
+
+        Leave its usage at any: an RPC device hashes what is written to a buffer of weights, and asks for it first.
+        """
+        buffer: int | None = None
+        if n_bytes <= self.max_buffer_bytes:
+            buffer = ggml_backend.ggml_backend_buft_alloc_buffer(self._buft, n_bytes)
+        if not buffer:
+            raise self._out_of_memory(n_bytes)
+        return buffer
+
+    def _out_of_memory(self, n_bytes: int) -> DeviceFullError:
+        name, most = self.device.name, self.max_buffer_bytes
+        free = min(self.free_bytes(), most)
+        reason = f"{human(free)} of it seem free" if n_bytes <= most else f"one piece there has at most {human(most)}"
+        return DeviceFullError(
+            f"{name} gave no {human(n_bytes)} of memory, {reason}. Lower --vram, or end what else uses {name}.",
+            required_bytes=n_bytes,
+            available_bytes=free,
+        )
+
+    def free_bytes(self) -> int:
+        """What the device has free now, of all programs' memory."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ggml_device.ggml_backend_dev_memory(self.device.handle, ctypes.addressof(free), ctypes.addressof(total))
+        return free.value
+
+    # --- data ----------------------------------------------------------------------------------------------
+
+    def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Copies a contiguous array into a tensor, `offset` in bytes; the array may change afterwards."""
+        self.set_async(tensor, values, offset)
+        ggml_device.ggml_backend_synchronize(self._handle)
+
+    def set_async(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Begins to copy an array into a tensor; it must stay as it is until `synchronize`."""
+        assert values.flags.c_contiguous
+        data = values.ctypes.data
+        ggml_device.ggml_backend_tensor_set_async(self._handle, tensor, data, offset, values.nbytes)
+
+    def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
+        """Fills a contiguous array from a tensor, after all work given so far."""
+        assert values.flags.c_contiguous
+        begin = time.perf_counter()
+        data = values.ctypes.data
+        ggml_device.ggml_backend_tensor_get_async(self._handle, tensor, data, offset, values.nbytes)
+        self._wait(begin)
+
+    # --- graphs --------------------------------------------------------------------------------------------
+
+    def supports(self, operation: int) -> bool:
+        """Whether the device computes this tensor; an RPC device says so of everything."""
+        return bool(ggml_device.ggml_backend_dev_supports_op(self.device.handle, operation))
+
+    def check(self, graph: int) -> None:
+        """Raises DeviceError if there is something in a graph that the device does not compute."""
+        for index in range(ggml.ggml_graph_n_nodes(graph)):
+            node = ggml.ggml_graph_node(graph, index)
+            if not self.supports(node):
+                source = ggml.tensor_at(node).src[0] or node
+                what = f"{ggml.ggml_op_desc(node).decode()} of {GGMLQuantizationType(ggml.tensor_at(source).type).name}"
+                raise DeviceError(
+                    f"{self.device.name} ({self.device.description}) does not compute {what}. "
+                    "Use --device none or another device, or a file of other types."
+                )
+
+    def compute(self, graph: int) -> None:
+        """Runs a whole graph."""
+        begin = time.perf_counter()
+        self._begin(graph)
+        self._wait(begin)
+
+    def compute_async(self, graph: int) -> None:
+        """Begins to run a graph, whose tensors must stay until `synchronize` or a `get`."""
+        begin = time.perf_counter()
+        self._begin(graph)
+        self.seconds += time.perf_counter() - begin
+
+    def compute_until(self, graph: int, is_cancelled: Callable[[], bool]) -> None:
+        """Runs a graph; raises EngineAbortedError instead when `is_cancelled` says so before.
+
+        A device cannot stop within a graph.
+        """
+        if is_cancelled():
+            raise EngineAbortedError
+        self.compute(graph)
+
+    def synchronize(self) -> None:
+        """Waits for all work given so far."""
+        self._wait(time.perf_counter())
+
+    def wait_for(self, other: "DeviceBackend") -> None:
+        """Lets what is given from now on begin after all that `other`, on the same device, was given so far."""
+        assert other.device.handle == self.device.handle
+        if self._event is None:
+            self._event = ggml_device.ggml_backend_event_new(self.device.handle)
+        if self._event is None:  # the device knows no events
+            other.synchronize()
+            return
+        ggml_device.ggml_backend_event_record(self._event, other._handle)
+        ggml_device.ggml_backend_event_wait(self._handle, self._event)
+
+    def _begin(self, graph: int) -> None:
+        status = ggml_device.ggml_backend_graph_compute_async(self._handle, graph)
+        if status != ggml_backend.STATUS_SUCCESS:
+            raise DeviceError(
+                f"{self.device.name} failed to compute (ggml status {status}). Lower --vram, or try --device none."
+            )
+
+    def _wait(self, begin: float) -> None:
+        ggml_device.ggml_backend_synchronize(self._handle)
+        self.seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Ends the queue; buffers are to be freed before. The object is dead afterwards."""
+        if self._event:
+            ggml_device.ggml_backend_event_free(self._event)
+            self._event = None
+        if self._handle:
+            ggml_backend.ggml_backend_free(self._handle)
+            self._handle = None

@@ -1,0 +1,118 @@
+"""The devices to compute on besides the CPU: those ggml finds on this machine, and those that RPC servers lend."""
+
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from slimoe.offload.errors import DeviceError, UsageError
+from slimoe.offload.ggml import device as ggml_device
+from slimoe.offload.ggml.buffers import ggml_backend_reg_dev_get
+from slimoe.offload.ggml.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
+
+_HAVE_THEIR_OWN_GRAPHS = (ggml_device.TYPE_GPU, ggml_device.TYPE_IGPU)
+_METAL = "MTL"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as ggml describes it: its memory in bytes, and ggml's own address of it.
+
+    `hardware_id` is the same for one card that two drivers show, empty where it is not known. What a device holds
+    that `shares_host_memory` is taken from the host.
+    """
+
+    name: str
+    description: str
+    free_bytes: int
+    total_bytes: int
+    handle: int
+    is_integrated: bool = False
+    shares_host_memory: bool = False
+    hardware_id: str = ""
+
+
+def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
+    """All GPUs of this machine, then those of the RPC servers HOST:PORT, in the order given.
+
+    Raises UsageError for what is no endpoint, DeviceError for a server that cannot be used, and LibraryError where
+    ggml has no RPC.
+    """
+    handles = (ggml_device.ggml_backend_dev_get(index) for index in range(ggml_device.ggml_backend_dev_count()))
+    local = [_described(handle) for handle in handles if _has_its_own_graphs(handle)]
+    endpoints = dict.fromkeys(parse_endpoint(text) for text in rpc)
+    return (*local, *(device for endpoint in endpoints for device in _lent(endpoint)))
+
+
+def choose_devices(wanted: str = "auto", rpc: Sequence[str] = ()) -> tuple[Device, ...]:
+    """The devices to use, in order of preference: auto takes all, none takes none, or names with commas between.
+
+    auto takes a card that two drivers show once, and integrated GPUs only where there is no other, since they are
+    slow and take the CPU's memory. Raises UsageError for a name that there is not, and as `available_devices` does.
+    """
+    if wanted == "none":
+        if rpc:
+            raise UsageError("--device none takes no device, but --rpc names one. Leave one of them out.")
+        return ()
+    devices = available_devices(rpc)
+    if wanted == "auto":
+        return tuple(_best(devices))
+    names = [name.strip() for name in wanted.split(",")]
+    chosen = {name: _named(name, devices) for name in names}
+    return tuple(dict.fromkeys(chosen.values()))
+
+
+def _best(devices: Sequence[Device]) -> Iterator[Device]:
+    seen = set()
+    discrete = [device for device in devices if not device.is_integrated]
+    for device in discrete or devices:
+        if not device.hardware_id or device.hardware_id not in seen:
+            yield device
+        seen.add(device.hardware_id)
+
+
+def _named(name: str, devices: Sequence[Device]) -> Device:
+    for device in devices:
+        if device.name.lower() == name.lower():
+            return device
+    if not devices:
+        raise UsageError(
+            f"--device names {name!r}, but there is none on this machine. Leave --device out to compute on the CPU, "
+            "name another machine's with --rpc, or install llama-cpp-python with your GPU's backend."
+        )
+    there = ", ".join(f"{device.name} ({device.description})" for device in devices)
+    raise UsageError(f"--device names {name!r}, but there is no such device. There is {there}; or use auto or none.")
+
+
+def _has_its_own_graphs(handle: int) -> bool:
+    """Whether the device computes whole graphs in its own memory, unlike the CPU and what speeds up single matrices."""
+    return ggml_device.ggml_backend_dev_type(handle) in _HAVE_THEIR_OWN_GRAPHS
+
+
+def _described(handle: int) -> Device:
+    props = ggml_device.DeviceProps()
+    ggml_device.ggml_backend_dev_get_props(handle, ctypes.addressof(props))
+    name = (props.name or b"").decode("utf-8", "replace")
+    is_integrated = props.type == ggml_device.TYPE_IGPU
+    return Device(
+        name,
+        (props.description or b"").decode("utf-8", "replace"),
+        props.memory_free,
+        props.memory_total,
+        handle,
+        is_integrated,
+        shares_host_memory=is_integrated or name.startswith(_METAL),
+        hardware_id=(props.device_id or b"").decode(),
+    )
+
+
+def _lent(endpoint: RpcEndpoint) -> Iterable[Device]:
+    """The devices of an RPC server; ggml calls all of them GPUs, whatever they are there."""
+    from slimoe.offload.ggml import ggml_rpc
+
+    check_answers(endpoint, ggml_rpc.PROTOCOL_VERSION)
+    registry = ggml_rpc.ggml_backend_rpc_add_server(str(endpoint).encode())
+    if not registry:
+        raise DeviceError(f"The RPC server {endpoint} lends no device. Start it with one, or leave --rpc out.")
+    for index in range(ggml_device.ggml_backend_reg_dev_count(registry)):
+        handle = ggml_backend_reg_dev_get(registry, index)
+        yield replace(_described(handle), shares_host_memory=endpoint.is_local)

@@ -1,0 +1,295 @@
+"""ggml's tensors and operations: the part of its C API that this program uses, as typed functions over ctypes.
+
+Importing this module opens the libraries and checks that they are the ones it was written for: version, type
+names, block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3; its
+buffers and devices are in `ggml_backend`. Tensors, contexts and graphs are plain addresses.
+"""
+
+# mypy: disable-error-code="empty-body"
+
+import ctypes
+from typing import Annotated, Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from slimoe.offload.errors import LibraryError
+from slimoe.offload.ggml.library import (
+    F32,
+    GGML_VERSION,
+    I32,
+    I64,
+    PINNED,
+    Bool,
+    Ptr,
+    Size,
+    Str,
+    c_function,
+    open_library,
+)
+from slimoe.offload.ggml.struct import InitParams as InitParams
+from slimoe.offload.ggml.struct import Tensor as Tensor
+from slimoe.offload.ggml.struct import array_at as array_at
+from slimoe.offload.ggml.struct import tensor_at as tensor_at
+
+_BASE = open_library("ggml-base")
+
+_NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
+PREC_F32 = 10
+SORT_DESCENDING = 1
+
+
+LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+LogCallback = Annotated[Any, LOG_CALLBACK]
+
+
+# --- contexts, tensors, graphs -----------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_version() -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_log_set(callback: LogCallback, user_data: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_init(params: InitParams) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_free(ctx: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_tensor_overhead() -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_graph_overhead_custom(size: Size, grads: Bool) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_new_graph_custom(ctx: Ptr, size: Size, grads: Bool) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_build_forward_expand(graph: Ptr, tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_graph_n_nodes(graph: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
+def ggml_graph_node(graph: Ptr, index: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_op_desc(tensor: Ptr) -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_1d(ctx: Ptr, kind: I32, ne0: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_2d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_3d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_new_tensor_4d(ctx: Ptr, kind: I32, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_name(tensor: Ptr, name: Str) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_input(tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_set_output(tensor: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_get_data(tensor: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_nbytes(tensor: Ptr) -> Size: ...
+
+
+# --- operations --------------------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_get_rows(ctx: Ptr, a: Ptr, rows: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_set_rows(ctx: Ptr, a: Ptr, source: Ptr, rows: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_add(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_scale(ctx: Ptr, a: Ptr, factor: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_rms_norm(ctx: Ptr, a: Ptr, eps: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul_mat(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_mul_mat_id(ctx: Ptr, stack: Ptr, b: Ptr, ids: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_prec_set_acc(a: Ptr, precision: I32) -> Bool: ...
+
+
+@c_function(_BASE)
+def ggml_sum_rows(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_div(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_soft_max(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_argsort(ctx: Ptr, a: Ptr, order: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_swiglu(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_swiglu_split(ctx: Ptr, gate: Ptr, up: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_rope_ext(
+    ctx: Ptr,
+    a: Ptr,
+    positions: Ptr,
+    factors: Ptr,
+    n_dims: I32,
+    mode: I32,
+    n_ctx_orig: I32,
+    freq_base: F32,
+    freq_scale: F32,
+    ext_factor: F32,
+    attn_factor: F32,
+    beta_fast: F32,
+    beta_slow: F32,
+) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_flash_attn_ext(
+    ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
+) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_cpy(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_1d(ctx: Ptr, a: Ptr, ne0: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_1d(ctx: Ptr, a: Ptr, ne0: I64, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, nb1: Size, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, nb1: Size, nb2: Size, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_permute(ctx: Ptr, a: Ptr, axis0: I32, axis1: I32, axis2: I32, axis3: I32) -> Ptr: ...
+
+
+# --- quantisation ------------------------------------------------------------------------------------------
+
+
+@c_function(_BASE)
+def ggml_type_name(kind: I32) -> Str: ...
+
+
+@c_function(_BASE)
+def ggml_blck_size(kind: I32) -> I64: ...
+
+
+@c_function(_BASE)
+def ggml_type_size(kind: I32) -> Size: ...
+
+
+@c_function(_BASE)
+def ggml_quantize_chunk(
+    kind: I32, source: Ptr, target: Ptr, start: I64, n_rows: I64, n_per_row: I64, importance: Ptr
+) -> Size: ...
+
+
+# --- the check at load -------------------------------------------------------------------------------------
+
+
+def _check_library() -> None:
+    version = ggml_version().decode()
+    if version != GGML_VERSION:
+        raise LibraryError(f"ggml {version} is installed, but {PINNED} is needed. Install that version.")
+    for kind in set(GGMLQuantizationType).difference(_NEVER_STORED):
+        name = (ggml_type_name(kind) or b"").decode().upper()
+        sizes = (ggml_blck_size(kind), ggml_type_size(kind))
+        if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):
+            raise LibraryError(f"ggml's type {kind.value} is {name} {sizes}, not {kind.name}: {PINNED} is needed.")
+    _check_layout()
+
+
+def _check_layout() -> None:
+    ctx = ggml_init(InitParams(1 << 16, None, True))
+    address = ggml_new_tensor_4d(ctx, GGMLQuantizationType.Q8_0, 64, 3, 5, 7)
+    ggml_set_name(address, b"layout")
+    tensor = tensor_at(address)
+    seen = (tensor.type, tuple(tensor.ne), tuple(tensor.nb), tensor.name, tensor.data)
+    expected = (8, (64, 3, 5, 7), (34, 68, 204, 1020), b"layout", None)
+    ggml_free(ctx)
+    if seen != expected:
+        raise LibraryError(f"ggml's tensor structure is not the expected one: {PINNED} is needed.")
+
+
+_check_library()

@@ -1,0 +1,109 @@
+"""What one step reads: tokens of one or more sequences, and the cells of the KV cache that each of them sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.graph.kv_cache import CELL_STEP
+
+Cells = NDArray[np.int64]
+Mask = NDArray[np.float16]
+
+_MASKED = np.float16(-np.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Consecutive tokens of one sequence.
+
+    `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i
+    of the run sees `visible[: len(visible) - n_tokens + i + 1]`.
+    """
+
+    n_tokens: int
+    visible: Cells
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The input of a step; valid until one of its sequences changes.
+
+    tokens I32 [n_tokens], positions I32 [n_tokens] (each in its own sequence), cells I64 [n_tokens] (where its key and
+    value go, every cell at most once), `runs` in the order of the tokens, `n_kv` cells to look at (a multiple of
+    CELL_STEP), `n_out` tokens, counted from the last, whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    cells: Cells
+    runs: tuple[Run, ...]
+    n_kv: int
+    n_out: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens read."""
+        return len(self.tokens)
+
+
+def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batch:
+    """A batch of parts, each the new tokens of one sequence and all its cells, those of the new tokens included."""
+    runs = tuple(Run(len(tokens), visible) for tokens, visible in parts)
+    assert 0 < n_out <= sum(run.n_tokens for run in runs)
+    assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
+    n_cells = 1 + max(int(run.visible.max()) for run in runs)
+    return Batch(
+        tokens=_joined([np.array(tokens, np.int32) for tokens, _ in parts]),
+        positions=_joined([_positions(run) for run in runs]),
+        cells=_joined([run.visible[-run.n_tokens :] for run in runs]),
+        runs=runs,
+        n_kv=-(-n_cells // CELL_STEP) * CELL_STEP,
+        n_out=n_out,
+    )
+
+
+def single_batch(tokens: Sequence[int], n_past: int, n_out: int = 1) -> Batch:
+    """The batch of the only sequence, whose first `n_past` tokens lie in as many first cells."""
+    return make_batch([(tokens, np.arange(n_past + len(tokens), dtype=np.int64))], n_out)
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _positions(run: Run) -> NDArray[np.int32]:
+    n_seen = len(run.visible)
+    return np.arange(n_seen - run.n_tokens, n_seen, dtype=np.int32)
+
+
+def fill_mask(mask: Mask, batch: Batch) -> None:
+    """Fills F16 [n_tokens, n_kv]: 0 where a token sees a cell, -inf elsewhere."""
+    assert mask.shape == (batch.n_tokens, batch.n_kv)
+    row = 0
+    for run in batch.runs:
+        _fill_run(mask[row : row + run.n_tokens], run)
+        row += run.n_tokens
+
+
+def _fill_run(rows: Mask, run: Run) -> None:
+    n_before = len(run.visible) - run.n_tokens
+    before, own = run.visible[:n_before], run.visible[n_before:]
+    rows[0] = _MASKED
+    if n_before and before.max() == n_before - 1:
+        rows[0, :n_before] = 0
+    else:
+        rows[0, before] = 0
+    if run.n_tokens == 1:
+        rows[0, own[0]] = 0
+        return
+    rows[1:] = rows[0]
+    first = int(own[0])
+    is_one_stretch = own[-1] - first == run.n_tokens - 1 and (own[1:] > own[:-1]).all()
+    for index in range(run.n_tokens):
+        if is_one_stretch:
+            rows[index, first : first + index + 1] = 0
+        else:
+            rows[index, own[: index + 1]] = 0

@@ -1,0 +1,137 @@
+"""Tensors that outlive a graph: what the segments of a step, the experts between them and the host pass each other.
+
+They lie in one buffer of the backend that runs the segments, at fixed addresses, big enough for the largest batch.
+Where that memory is the host's own, reading one is looking at it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import Backend
+
+_ALIGNMENT = 256
+_DTYPES: dict[int, type[np.generic]] = {
+    Type.F32: np.float32,
+    Type.F16: np.float16,
+    Type.I32: np.int32,
+    Type.I64: np.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeShape:
+    """The largest step: tokens, cells looked at, experts to choose from and chosen, later layers that are asked."""
+
+    n_embd: int
+    n_tokens: int
+    n_cells: int
+    n_expert: int
+    n_used: int
+    n_ahead: int
+
+
+class Exchange:
+    """The tensors, by purpose; all are one-dimensional, and used through views of the step's shape.
+
+    tokens, positions I32 and cells I64 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
+    residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
+    shares F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's choice.
+    ahead F32 [n_expert * n_ahead]: what later layers' routers say.
+    outputs F32 [n_embd * n_used * n_tokens]: each pick's weighted result, in the router's order.
+    zeros I32 [n_used * n_tokens]: ids for a stack of one expert.
+    """
+
+    def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
+        self._backend, self.shape, self.is_host = backend, shape, backend.is_host
+        n_tokens, n_embd = shape.n_tokens, shape.n_embd
+        wanted = {
+            "tokens": (Type.I32, n_tokens),
+            "positions": (Type.I32, n_tokens),
+            "cells": (Type.I64, n_tokens),
+            "mask": (Type.F16, shape.n_cells * n_tokens),
+            "residual": (Type.F32, n_embd * n_tokens),
+            "normed": (Type.F32, n_embd * n_tokens),
+            "shares": (Type.F32, shape.n_used * n_tokens),
+            "ranked": (Type.I32, shape.n_expert * n_tokens),
+            "ahead": (Type.F32, max(1, shape.n_expert * shape.n_ahead)),
+            "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
+            "zeros": (Type.I32, shape.n_used * n_tokens),
+        }
+        self._ctx = ggml.ggml_init(ggml.InitParams(len(wanted) * ggml.ggml_tensor_overhead() + 1024, None, True))
+        self._tensors = {name: ggml.ggml_new_tensor_1d(self._ctx, *kind) for name, kind in wanted.items()}
+        sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors.values()]
+        self.n_bytes = sum(sizes) + _ALIGNMENT
+        try:
+            self._buffer = backend.allocate(self.n_bytes)
+        except DoesNotFitError:
+            ggml.ggml_free(self._ctx)
+            raise
+        ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
+        base = ggml_backend.ggml_backend_buffer_get_base(self._buffer)
+        address = -(-base // _ALIGNMENT) * _ALIGNMENT
+        for tensor, size in zip(self._tensors.values(), sizes, strict=True):
+            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, address)
+            address += size
+        self._dtypes = {name: _DTYPES[kind[0]] for name, kind in wanted.items()}
+        self._shaped: dict[tuple[str | int, ...], NDArray[Any]] = {}
+        self._views = {name: self._view(name) for name in wanted} if backend.is_host else {}
+
+    def _view(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        return ggml.array_at(ggml.ggml_get_data(tensor), self._dtypes[name], ggml.tensor_at(tensor).ne[0])
+
+    def tensor(self, name: str) -> int:
+        """The whole tensor's address, for graphs to take views of."""
+        tensor: int = self._tensors[name]
+        return tensor
+
+    def view(self, ctx: int, name: str, ne: Sequence[int]) -> int:
+        """A view [ne0, ne1] of a tensor's beginning, in a graph's context."""
+        tensor, row_bytes = self._tensors[name], ne[0] * np.dtype(self._dtypes[name]).itemsize
+        return int(ggml.ggml_view_2d(ctx, tensor, ne[0], ne[1], row_bytes, 0))
+
+    def read(self, name: str, *shape: int) -> NDArray[Any]:
+        """The beginning of a tensor as an array of a shape (slowest axis first); good until the next graph."""
+        if self._views:
+            view = self._shaped.get((name, *shape))
+            if view is None:
+                view = self._shaped[name, *shape] = self._views[name][: math.prod(shape)].reshape(shape)
+            return view
+        values = np.empty(shape, self._dtypes[name])
+        self._backend.get(self._tensors[name], values)
+        return values
+
+    def write(self, name: str, values: NDArray[Any], begin: int = 0) -> None:
+        """Writes values from element `begin` on."""
+        flat = np.ascontiguousarray(values, self._dtypes[name]).reshape(-1)
+        if self._views:
+            self._views[name][begin : begin + flat.size] = flat
+        else:
+            self._backend.set(self._tensors[name], flat, begin * flat.itemsize)
+
+    def write_rows(self, name: str, numbers: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Writes rows [n, width] over those of these `numbers`, neighbours together."""
+        order = np.argsort(numbers)
+        ordered = np.ascontiguousarray(rows[order], self._dtypes[name])
+        begins = np.flatnonzero(np.diff(numbers[order], prepend=-2) != 1)
+        for begin, part in zip(begins, np.split(ordered, begins[1:]), strict=True):
+            self._backend.set_async(self._tensors[name], part, int(numbers[order[begin]]) * ordered.strides[0])
+        self._backend.synchronize()
+
+    def close(self) -> None:
+        """Frees the memory."""
+        if self._buffer:
+            self._views.clear()
+            self._shaped.clear()
+            ggml_backend.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._ctx)
+            self._buffer = 0

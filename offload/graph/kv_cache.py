@@ -1,0 +1,92 @@
+"""Keys and values of the tokens read so far, in one buffer that is allocated once."""
+
+from collections.abc import Collection
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import Backend
+from slimoe.offload.model.spec import ModelSpec
+
+KV_TYPES = {
+    "f32": GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+_ALIGNMENT = 256
+CELL_STEP = 256
+"""The cache is read in steps of so many cells, so that one graph serves as many tokens."""
+
+
+def kv_type(name: str) -> GGMLQuantizationType:
+    """The ggml type of a `--kv-type`; raises UsageError for an unknown one."""
+    if name not in KV_TYPES:
+        raise UsageError(f"The KV cache type {name!r} is unknown. Use one of {', '.join(KV_TYPES)}.")
+    return KV_TYPES[name]
+
+
+def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: Collection[int] | None = None) -> int:
+    """Bytes of a cache of `n_cells` tokens, for some `layers` or all; those without attention need none.
+
+    Raises UsageError for a type that does not divide the heads.
+    """
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if spec.n_embd_head % block:
+        raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
+    n_layer = len(_with_attention(spec, layers))
+    return int(2 * n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
+
+
+def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int]:
+    return [layer for layer in spec.attention_layers if layers is None or layer in layers]
+
+
+class KVCache:
+    """One K and one V tensor for each of the `layers`, by default all, that have attention.
+
+    Each is [n_embd_head, n_cells, n_head_kv].
+
+    Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        n_cells: int,
+        kind: GGMLQuantizationType,
+        backend: Backend,
+        layers: Collection[int] | None = None,
+    ) -> None:
+        assert n_cells % CELL_STEP == 0
+        self.n_cells = n_cells
+        self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
+        shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)
+        own = _with_attention(spec, layers)
+        self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
+        self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
+        try:
+            self._buffer = self._allocate(backend)
+        except DoesNotFitError:
+            ggml.ggml_free(self._ctx)
+            raise
+
+    def _allocate(self, backend: Backend) -> int:
+        tensors = [*self.keys.values(), *self.values.values()]
+        step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT if tensors else 0
+        self.n_bytes = step * len(tensors)
+        buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
+        base = -(-ggml_backend.ggml_backend_buffer_get_base(buffer) // _ALIGNMENT) * _ALIGNMENT
+        for index, tensor in enumerate(tensors):
+            ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
+        # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
+        ggml_backend.ggml_backend_buffer_clear(buffer, 0)
+        return buffer
+
+    def close(self) -> None:
+        """Frees the memory."""
+        if self._buffer:
+            ggml_backend.ggml_backend_buffer_free(self._buffer)
+            ggml.ggml_free(self._ctx)
+            self._buffer = 0

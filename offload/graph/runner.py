@@ -1,0 +1,114 @@
+"""Runs steps: keeps one graph per shape, fills its inputs, computes, and hands out the logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.graph.batch import Batch, fill_mask
+from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
+from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.step import StepGraph, StepShape, build_step
+from slimoe.offload.graph.token_rows import TokenRows
+from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.model.spec import ModelSpec
+
+Logits = NDArray[np.float32]
+
+_MAX_GRAPHS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An allocated graph and its inputs as arrays."""
+
+    graph: int
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    cells: NDArray[np.int64]
+    mask: NDArray[np.float16]
+    logits: Logits
+
+
+class Runner:
+    """Computes steps over one KV cache.
+
+    `batched` weights serve steps of several tokens, `single` ones those of one: the same numbers, arranged for the
+    kernels that are faster there. With `rows`, their token table is that tensor, filled for each step.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: CpuBackend,
+        cache: KVCache,
+        batched: ModelWeights,
+        single: ModelWeights,
+        rows: TokenRows | None,
+        n_batch: int,
+    ) -> None:
+        self.spec, self.backend, self.cache = spec, backend, cache
+        self._batched, self._single, self._rows = batched, single, rows
+        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
+        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
+        self._graphs.reserve(StepShape(1, cache.n_cells, 1))
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the buffer that all intermediate results share."""
+        return self._graphs.n_bytes
+
+    def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
+        """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens.
+
+        The array is the engine's own memory and is overwritten by the next step. Raises EngineAbortedError.
+        """
+        assert batch.n_kv <= self.cache.n_cells
+        prepared = self._graphs.get(StepShape(batch.n_tokens, batch.n_kv, batch.n_out))
+        if self._rows is None:
+            prepared.tokens[:] = batch.tokens
+        else:
+            self._rows.load(batch.tokens)
+            prepared.tokens[:] = np.arange(batch.n_tokens)
+        prepared.positions[:] = batch.positions
+        prepared.cells[:] = batch.cells
+        fill_mask(prepared.mask, batch)
+        if is_cancelled is None:
+            self.backend.compute(prepared.graph)
+        else:
+            self.backend.compute_until(prepared.graph, is_cancelled)
+        return prepared.logits
+
+    def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:
+        weights = self._single if shape.n_tokens == 1 else self._batched
+        step = build_step(self.spec, weights, self.cache, shape)
+
+        def prepare() -> _Prepared:
+            self._graphs.advise(step.logits)
+            return _arrays(step, shape, self.spec.n_vocab)
+
+        return BuiltGraph(step.ctx, step.graph, prepare)
+
+    def close(self) -> None:
+        """Frees graphs and buffer."""
+        self._graphs.close()
+
+
+def _arrays(step: StepGraph, shape: StepShape, n_vocab: int) -> _Prepared:
+    inputs = step.inputs
+    return _Prepared(
+        step.graph,
+        tokens=_array(inputs.tokens, np.int32, shape.n_tokens),
+        positions=_array(inputs.positions, np.int32, shape.n_tokens),
+        cells=_array(inputs.cells, np.int64, shape.n_tokens),
+        mask=_array(inputs.mask, np.float16, shape.n_tokens, shape.n_kv),
+        logits=_array(step.logits, np.float32, shape.n_out, n_vocab),
+    )
+
+
+def _array(tensor: int, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+    return ggml.array_at(ggml.ggml_get_data(tensor), dtype, *shape)

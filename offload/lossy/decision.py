@@ -1,0 +1,105 @@
+"""What a lossy mode decides for a layer's picks: the copy that each one uses, or what stands in its place."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.slots import LowSlots
+from slimoe.offload.lossy.loss import LossTable
+from slimoe.offload.model.experts import ExpertLayer
+
+SKIPPED = int(np.iinfo(np.int64).min)
+"""In place of a stored expert: nothing is computed or added for this pick."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What the router of layer `index` chose, in descending order of the shares.
+
+    `stored` I64 [n_rows, n_used] are stored experts, or -1 - n for novice n; `shares` F32 their weights in the sum.
+    """
+
+    index: int
+    layer: ExpertLayer
+    table: LossTable
+    stored: NDArray[np.int64]
+    shares: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What becomes of a choice, all [n_rows, n_used].
+
+    `copies` I64 numbers each expert's copies from the best on; `stored` is the choice's, with novices and `SKIPPED`
+    where experts are done without; `shares` are new ones, None for no change.
+    """
+
+    copies: NDArray[np.int64]
+    stored: NDArray[np.int64]
+    shares: NDArray[np.float32] | None = None
+
+
+class Memory(Protocol):
+    """What a mode may know of where experts lie."""
+
+    def holds(self, key: Key, copy_index: int) -> bool:
+        """Whether a copy is in host or device memory, complete."""
+
+    def read_seconds(self, n_bytes: int) -> float:
+        """How long reading so much takes."""
+
+
+class Chooser(Protocol):
+    """A lossy mode.
+
+    `low_slots` is the memory it wants for low copies; `invests` says whether missing high ones are to be read while the
+    disk has nothing else to do; `is_steady` whether it decides by shares alone, and so must see those of all layers.
+    """
+
+    @property
+    def low_slots(self) -> LowSlots:
+        """See above."""
+
+    @property
+    def invests(self) -> bool:
+        """See above."""
+
+    @property
+    def is_steady(self) -> bool:
+        """See above."""
+
+    def choose(self, choice: Choice, memory: Memory) -> Decision:
+        """What is to be done for a layer's picks."""
+
+    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+        """The copy that is worth reading for an expert which will perhaps be chosen soon."""
+
+
+def unchanged(choice: Choice) -> Decision:
+    """The exact answer: the best copy for every pick."""
+    return Decision(np.zeros_like(choice.stored), choice.stored)
+
+
+def without(choice: Choice, given_up: NDArray[np.bool_], copies: NDArray[np.int64], novices: bool) -> Decision:
+    """A decision in which some picks are given up: their fallbacks stand in with `novices`, the others are skipped.
+
+    The shares of the picks that stay grow by what was skipped, since the sum of a token's shares matters more than who
+    has them; a novice keeps the share of the expert that it stands for.
+    """
+    if not given_up.any():
+        return Decision(copies, choice.stored)
+    fallback = choice.table.fallback[choice.table.rows(choice.stored)] if novices else np.int64(-1)
+    stored = np.where(given_up, np.where(fallback >= 0, -1 - fallback, SKIPPED), choice.stored)
+    decision = Decision(np.where(stored < 0, 0, copies), stored)
+    skipped = stored == SKIPPED
+    if not skipped.any():
+        return decision
+    kept = np.where(skipped, np.float32(0), choice.shares)
+    whole, left = (values.sum(axis=1, keepdims=True, dtype=np.float64) for values in (choice.shares, kept))
+    has_lost = skipped.any(axis=1, keepdims=True) & (left > 0)
+    # Rows that lost nothing keep their shares to the last bit.
+    grown = np.where(has_lost, kept * (whole / np.where(has_lost, left, 1.0)), kept)
+    return replace(decision, shares=grown.astype(np.float32))

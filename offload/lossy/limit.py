@@ -1,0 +1,98 @@
+"""Turns an allowed loss, in nats per token, into the threshold of a mode: the loosest whose expected loss is within it.
+
+Only means are known of an expert's shares, so these are upper bounds: what a mode lets pass is bounded pick by pick,
+and what an expert can cost in all is known.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.slots import LowSlots
+from slimoe.offload.lossy.loss import LossTable
+from slimoe.offload.lossy.lossy_rule import NEVER
+from slimoe.offload.model.experts import ExpertLayer
+
+_HALVINGS = 60
+
+
+def price_within(
+    limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None], resident: Collection[Key]
+) -> float:
+    """The highest price of a byte, in nats, for `lossy_rule.Rule`; 0 where nothing may be lost.
+
+    No pick loses more than reading its expert would have cost at that price, and no expert more than its low copy
+    costs; those that are `resident` lose nothing.
+    """
+    missing = [one for one in _experts(layers, tables) if one.key not in resident]
+
+    def loss(price: float) -> float:
+        return sum(min(one.low_loss, price * one.read_bytes) for one in missing)
+
+    bounded = [one.low_loss / one.read_bytes for one in missing if one.read_bytes and math.isfinite(one.low_loss)]
+    unbounded = sum(one.read_bytes for one in missing if not math.isfinite(one.low_loss))
+    most = max([limit / unbounded if unbounded else 0.0, *bounded])
+    return NEVER if not unbounded and loss(most) <= limit else _largest(loss, limit, most)
+
+
+def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> float:
+    """The lowest `high` of `gate_rules.Gate` without skipping.
+
+    A pick behind others that have more than `high` in sum has a share below 1 - `high`.
+    """
+    losing = [one for one in _experts(layers, tables) if one.has_low]
+
+    def loss(rest: float) -> float:
+        return sum(one.low_loss * min(1.0, rest**2 / one.share_square) for one in losing)
+
+    return 1.0 - _largest(loss, limit, 1.0)
+
+
+def low_slots_at(price: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> LowSlots:
+    """Whether at a price most picks that miss their best copy would use the low one, which then comes first."""
+    experts = list(_experts(layers, tables))
+    low = sum(one.read_bytes for one in experts if one.low_loss <= price * one.read_bytes)
+    return "first" if 2 * low >= sum(one.read_bytes for one in experts) else "last"
+
+
+def lowered_loss(tables: Sequence[LossTable | None]) -> float:
+    """Expected nats per token of the copies that were left out of memory for good."""
+    return sum(
+        float((table.low * table.use * table.share_square)[table.is_lowered].sum())
+        for table in tables
+        if table is not None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """One expert: nats and bytes per token if every pick used its last copy, or was read."""
+
+    key: Key
+    has_low: bool
+    low_loss: float
+    read_bytes: float
+    share_square: float
+
+
+def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> Iterator[_Expert]:
+    for index, (layer, table) in enumerate(zip(layers, tables, strict=True)):
+        if layer is None or table is None:
+            continue
+        for expert, copies in enumerate(layer.experts):
+            use, square = float(table.use[expert]), float(table.share_square[expert])
+            if use * square:
+                low_loss = float(table.low[expert]) * use * square
+                yield _Expert((index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square)
+
+
+def _largest(loss: Callable[[float], float], limit: float, most: float) -> float:
+    """The largest value up to `most` at which a growing function stays within a limit."""
+    if loss(most) <= limit:
+        return most
+    low, high = 0.0, most
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss(middle) <= limit else (low, middle)
+    return low

@@ -1,0 +1,110 @@
+"""A lossy mode at work: decides the picks of each layer, and keeps account of what that cost."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision, Memory, unchanged
+from slimoe.offload.lossy.loss import LossTable
+from slimoe.offload.lossy.lossy_rule import Rule
+from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
+
+_AIM = 0.9
+"""Share of the loss allowed that is aimed at, since no layer may pass it."""
+_STEP, _MOST = 1.1, 1e4
+"""How fast a price follows, by step, and how far above the one that bounds give."""
+
+Layers = Sequence[ExpertLayer | None]
+Tables = Sequence[LossTable | None]
+
+
+@dataclass(slots=True)
+class LossyCounters:
+    """What was saved on since the model was opened.
+
+    `low_picks` used a copy that is not the file's best, `skipped_picks` nothing, `novice_picks` the expert's fallback.
+    `expected_kl` is the sum of what the file says these cost, in nats: infinite where it does not say.
+    """
+
+    low_picks: int = 0
+    skipped_picks: int = 0
+    novice_picks: int = 0
+    expected_kl: float = 0.0
+
+    def add(self, other: "LossyCounters") -> None:
+        """Counts further picks."""
+        self.low_picks += other.low_picks
+        self.skipped_picks += other.skipped_picks
+        self.novice_picks += other.novice_picks
+        self.expected_kl += other.expected_kl
+
+    def known(self) -> dict[str, float]:
+        """By name, without an expectation that nobody has."""
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
+
+
+class LossyPicks:
+    """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far.
+
+    A limit is for a `Rule`, whose price rises and falls so that what is allowed is used: it was set by bounds.
+    """
+
+    def __init__(
+        self, layers: Layers, tables: Tables, chooser: Chooser, memory: Memory, limit: float | None = None
+    ) -> None:
+        self._layers, self._tables, self._chooser, self._memory = layers, tables, chooser, memory
+        self._limit, self._n_tokens = limit, 0
+        self._rule = chooser if limit is not None and isinstance(chooser, Rule) else None
+        self._scale = 1.0
+        self.counters = LossyCounters()
+
+    @property
+    def invests(self) -> bool:
+        """Whether missing best copies are to be read while the disk has nothing else to do."""
+        return self._chooser.invests
+
+    def begin(self, n_tokens: int) -> None:
+        """A step of so many tokens begins."""
+        if self._rule is not None and self._limit is not None and self._n_tokens:
+            is_within = self.counters.expected_kl < _AIM * self._limit * self._n_tokens
+            self._scale = min(_MOST, max(1.0, self._scale * (_STEP if is_within else 1 / _STEP)))
+            self._chooser = replace(self._rule, price=self._rule.price * self._scale)
+        self._n_tokens += n_tokens
+
+    def decide(self, index: int, stored: NDArray[np.int64], shares: NDArray[np.float32]) -> Decision:
+        """What is done for a layer's picks, both arrays [n_rows, n_used] as in `copy_decision.Choice`."""
+        layer, table = self._layers[index], self._tables[index]
+        assert layer is not None
+        assert table is not None
+        choice = Choice(index, layer, table, stored, shares)
+        decision = self._chooser.choose(choice, self._memory)
+        cost = _cost(choice, decision)
+        if self._limit is not None and self.counters.expected_kl + cost.expected_kl > self._limit * self._n_tokens:
+            return unchanged(choice)
+        self.counters.add(cost)
+        return decision
+
+    def copy_ahead(self, key: Key) -> ExpertCopy:
+        """The copy to read of an expert that will perhaps be chosen soon."""
+        layer, table = self._layers[key[0]], self._tables[key[0]]
+        assert layer is not None
+        assert table is not None
+        return layer.experts[key[1]][self._chooser.ahead(key, table, self._memory)]
+
+
+def _cost(choice: Choice, decision: Decision) -> LossyCounters:
+    """What a decision saves on."""
+    table, rows = choice.table, choice.table.rows(choice.stored)
+    is_replaced, is_skipped = decision.stored != choice.stored, decision.stored == SKIPPED
+    is_low = ~is_replaced & ((decision.copies > 0) | table.is_lowered[rows])
+    losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.novice))
+    counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
+    if not any(counts):
+        return LossyCounters()
+    squares = choice.shares.astype(np.float64) ** 2
+    expected = sum(float((rates[rows[mask]] * squares[mask]).sum()) for mask, rates in losses)
+    return LossyCounters(counts[0], counts[1], counts[2], expected)

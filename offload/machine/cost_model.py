@@ -1,0 +1,268 @@
+"""Predicts how long a step takes, and how long it takes at least: pure arithmetic on measured speeds.
+
+A step computes for C seconds and reads from the disk for R seconds. Layers follow each other, so C is a sum: matrices
+that every token meets, attention, small operations, the cuts at the routers, and for each layer its experts, where
+device and CPU work side by side and the slower one counts. Reading runs beside computing, but only for experts that the
+look-ahead router named in time, a share a of them; for the others everything waits. So a step takes
+
+    T = max(R, C + (1 - a) R)
+
+which is exact at both ends: with a = 1 the disk or the processors are always busy, with a = 0 never both at once. Left
+out is that a layer's experts at hand are multiplied while its missing ones are read: T errs on the slow side.
+
+The bound is what moving the bytes takes, each tier at its measured speed and all of them at once: the busiest tier.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed
+from slimoe.offload.machine.workload import Matrices, ModelLoad
+
+LOOK_AHEAD = 0.8
+"""Share of picks that the next layer's router names one layer early; 0.8 to 0.9 are published for Mixtral."""
+CPU, DISK, LINK = "cpu", "disk", "link"
+_OPS_PER_ATTENTION = 10
+_OPS_PER_FEED_FORWARD = 8
+_OPS_PER_CUT_EXPERT = 4
+_MAX_PAIRS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Shares of the picks whose expert is in a device's slots and in the host's arena; the rest is on the disk.
+
+    `is_cut`: whether a step stops at each router. Where everything is on one processor it does not.
+    """
+
+    device: float
+    host: float
+    is_cut: bool = True
+
+    def __post_init__(self) -> None:
+        assert min(self.device, self.host) >= 0, self
+        assert self.device + self.host <= 1 + 1e-9, self
+
+    @property
+    def disk(self) -> float:
+        """The share that is in no memory."""
+        share = 1.0 - self.device - self.host
+        return share if share > 1e-9 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass: so many tokens, with so many before them, and logits of the last `n_out`.
+
+    The last layer is computed for these only. `look_ahead`: the share of the reads known in time.
+    """
+
+    n_tokens: int = 1
+    n_past: int = 0
+    n_out: int = 1
+    look_ahead: float = LOOK_AHEAD
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`ms_per_token` as expected, `bound_ms` as physics allow, and the tier that sets the bound.
+
+    `tier_ms`: what each tier needs for its bytes, per token; the largest is the bound.
+    """
+
+    ms_per_token: float
+    bound_ms: float
+    bound_name: str
+    tier_ms: Mapping[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The same the other way round."""
+        return 1000 / self.ms_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's experts: seconds until all are done, cuts included, and what each tier is busy with."""
+
+    seconds: float
+    tiers: Mapping[str, float]
+
+
+def predict(
+    load: ModelLoad, residency: Residency, speed: MachineSpeed, step: Step | None = None, device: str | None = None
+) -> Prediction:
+    """The time of one step, by token. With a `device`, everything but the experts on the CPU is computed there.
+
+    Several devices take turns, since layers follow each other: they count as one, the slowest. A prompt's batch is a
+    step of many tokens, with a look-ahead of 1: each of its experts computes long enough for the next to be read.
+    """
+    step = step or Step()
+    setting = _Setting(load, residency, speed, device)
+    fixed = setting.dense_seconds(step)
+    computing, tiers = fixed + setting.op_seconds(), {device or CPU: fixed}
+    n_last = int(load.n_layer - 1 in load.routed_layers)
+    for n_routed, n_tokens in ((load.n_routed - n_last, step.n_tokens), (n_last, step.n_out)):
+        layer = setting.layer(n_tokens)
+        computing += n_routed * layer.seconds
+        for tier, seconds in layer.tiers.items():
+            tiers[tier] = tiers.get(tier, 0.0) + n_routed * seconds
+    reading = tiers.get(DISK, 0.0)
+    taken = max(reading, computing + (1 - step.look_ahead) * reading)
+    tier_ms = {tier: 1000 * seconds / step.n_tokens for tier, seconds in tiers.items()}
+    bound_name = max(tier_ms, key=lambda tier: tier_ms[tier])
+    return Prediction(1000 * taken / step.n_tokens, tier_ms[bound_name], bound_name, tier_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A model on a machine; `main` computes everything but the experts on the CPU."""
+
+    load: ModelLoad
+    residency: Residency
+    speed: MachineSpeed
+    device: str | None
+
+    @property
+    def main(self) -> ProcessorSpeed:
+        return self.speed.devices[self.device] if self.device else self.speed.cpu
+
+    def dense_seconds(self, step: Step) -> float:
+        """Matrices that every token meets, and attention to the tokens before."""
+        load, main = self.load, self.main
+        n_last = int(load.n_layer - 1 in load.attention_layers)
+        last = n_last / len(load.attention_layers)
+        pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
+        pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
+        n_before = len(load.attention_layers) - n_last
+        attention = (n_before * pairs + n_last * pairs_of_last) * main.attention_seconds
+        inner = (1 - last) * _seconds(main, load.dense, step.n_tokens)
+        return (
+            inner + last * _seconds(main, load.dense, step.n_out) + _seconds(main, load.output, step.n_out) + attention
+        )
+
+    def op_seconds(self) -> float:
+        """Starting the graph, and its small operations."""
+        load, overheads = self.load, self.main.overheads
+        n_feed_forward = load.n_routed or load.n_layer  # a model without experts is dense in every layer
+        n_ops = len(load.attention_layers) * _OPS_PER_ATTENTION + n_feed_forward * _OPS_PER_FEED_FORWARD
+        return overheads.graph_seconds + n_ops * overheads.op_seconds
+
+    def layer(self, n_tokens: int) -> _Layer:
+        """The experts of one layer."""
+        visited = _visited(self.load, n_tokens)
+        n_pairs = n_tokens * self.load.n_used / visited if visited else 0.0
+        layer = self._experts(n_tokens, visited, n_pairs)
+        tiers = dict(layer.tiers)
+        if self.residency.disk:
+            assert self.speed.disk, "experts on a disk that was not measured"
+            tiers[DISK] = visited * self.residency.disk * self.load.read_bytes / self.speed.disk
+        cut = self._cut_seconds(n_tokens, visited) if self.residency.is_cut else 0.0
+        return _Layer(layer.seconds + cut, tiers)
+
+    def _experts(self, n_tokens: int, visited: float, n_pairs: float) -> _Layer:
+        on_cpu, share = _seconds(self.speed.cpu, self.load.host_expert, n_pairs), self.residency.device
+        if not self.device:
+            assert not share, "experts on a device that is not used"
+            return _Layer(visited * on_cpu, {CPU: visited * on_cpu})
+        on_device = _seconds(self.main, self.load.device_expert, n_pairs)
+        tiers = {self.device: visited * share * on_device, CPU: visited * (1 - share) * on_cpu}
+        if n_tokens == 1:
+            return _Layer(_slower_side(self.load.n_used, share, on_device, on_cpu), tiers)
+        beside = _Layer(max(tiers.values()), tiers)
+        copied = visited * (1 - share) * sum(self.load.device_expert.values()) / self.speed.links[self.device].to_device
+        tiers = {self.device: visited * on_device, LINK: copied}
+        return min(beside, _Layer(max(tiers.values()), tiers), key=lambda layer: layer.seconds)
+
+    def _cut_seconds(self, n_tokens: int, visited: float) -> float:
+        """Reading the choice back, the experts' graphs, and activations over the link."""
+        load, of_cpu = self.load, self.speed.cpu.overheads
+        n_graphs = 1.0 if n_tokens == 1 else visited
+        seconds = self.main.overheads.graph_seconds + n_graphs * of_cpu.graph_seconds
+        seconds += visited * _OPS_PER_CUT_EXPERT * of_cpu.op_seconds
+        if self.device:
+            link, row_bytes = self.speed.links[self.device], 4 * load.n_embd * n_tokens
+            seconds += row_bytes / link.from_device
+            seconds += row_bytes * load.n_used * (1 - self.residency.device) / link.to_device
+        return seconds
+
+
+def _seconds(processor: ProcessorSpeed, matrices: Matrices, n_rows: float) -> float:
+    return sum(processor.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
+
+
+def _visited(load: ModelLoad, n_tokens: int) -> float:
+    """Expected number of different experts of a layer in a step, for picks that are independent of each other."""
+    if n_tokens == 1 or not load.n_expert:
+        return load.n_used
+    return load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** n_tokens)
+
+
+def _slower_side(n_used: int, share: float, on_device: float, on_cpu: float) -> float:
+    """Expected time of one token's experts when each pick is on the device with probability `share`."""
+    return sum(
+        math.comb(n_used, n) * share**n * (1 - share) ** (n_used - n) * max(n * on_device, (n_used - n) * on_cpu)
+        for n in range(n_used + 1)
+    )
+
+
+def prefill_crossover(load: ModelLoad, speed: MachineSpeed, device: str) -> int | None:
+    """From how many pairs per expert on it is faster to copy an expert to the device than to compute it on the CPU.
+
+    While one is multiplied there the next is copied, so that the slower of both counts. None if it never is.
+    """
+    copying = sum(load.device_expert.values()) / speed.links[device].to_device
+    for n_pairs in range(1, _MAX_PAIRS + 1):
+        there = max(copying, _seconds(speed.devices[device], load.device_expert, n_pairs))
+        if there < _seconds(speed.cpu, load.host_expert, n_pairs):
+            return n_pairs
+    return None
+
+
+def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: int, n_used: int) -> NDArray[np.float64]:
+    """Probabilities [n_layer, n_expert] that a token picks each expert; each row sums to `n_used`.
+
+    `priors` are proportional to how often each is picked; a row of zeros, or None, means alike. Nothing is picked twice
+    by a token, so that what would exceed 1 goes to the others of the layer.
+    """
+    shape = (n_layer, n_expert)
+    weights = np.ones(shape) if priors is None else np.asarray(priors, np.float64).copy()
+    assert weights.shape == shape
+    assert np.isfinite(weights).all(), "the loader checks priors"
+    assert (weights >= 0).all(), "the loader checks priors"
+    assert 0 <= n_used <= n_expert
+    weights[weights.sum(axis=1) == 0] = 1.0
+    return np.stack([_capped(row, n_used) for row in weights]) if n_layer else weights
+
+
+def _capped(weights: NDArray[np.float64], total: int) -> NDArray[np.float64]:
+    """Values proportional to `weights`, at most 1, that sum to `total`; when no weight is left, the others alike."""
+    uses = np.zeros(len(weights))
+    is_open = np.ones(len(weights), np.bool_)
+    while is_open.any():
+        left = total - np.count_nonzero(~is_open)
+        share = weights[is_open]
+        share = np.full(len(share), 1 / len(share)) if not share.sum() else share / share.sum()
+        uses[is_open] = left * share
+        over = is_open & (uses > 1)
+        if not over.any():
+            break
+        uses[over] = 1.0
+        is_open &= ~over
+    return uses
+
+
+def expected_hits(priors: NDArray[np.float64] | None, resident: NDArray[np.bool_], n_used: int) -> float:
+    """Expected share of the picks that fall on resident experts, `resident` being a mask [n_layer, n_expert].
+
+    For caches that follow the routing it is the least to expect: what was used lately is used again.
+    """
+    n_layer, n_expert = resident.shape
+    if not n_layer or not n_used:
+        return 1.0
+    uses = expected_uses(priors, n_layer, n_expert, n_used)
+    return float((uses * resident).sum() / (n_layer * n_used))

@@ -1,0 +1,168 @@
+"""Measures this machine at start, as far as one model asks, and remembers it: seconds once, nothing from then on."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.offload.cache.disk_reader import PAGE
+from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
+from slimoe.offload.gguf.header import GGUFFile
+from slimoe.offload.machine.kernel_bench import MIN_BYTES, AttentionShape, Clock, KernelBench
+from slimoe.offload.machine.measurement_cache import MeasurementCache
+from slimoe.offload.machine.speed import (
+    LinkSpeed,
+    MachineSpeed,
+    MatrixKernel,
+    Overheads,
+    Positive,
+    ProcessorSpeed,
+    SpeedCurve,
+)
+from slimoe.offload.machine.transfer_bench import MAX_PIECE, disk_bytes_per_second, link_speed
+from slimoe.offload.machine.workload import expert_matrices, layer_matrices
+from slimoe.offload.model.experts import ExpertLayer
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import ModelSources
+
+T = TypeVar("T")
+
+MOST_BYTES = 256 << 20
+"""More than last-level caches hold: with more memory the figures would be the same."""
+_LINK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What of a machine a model uses: kernels with the rows of their largest matrix, and sizes in bytes."""
+
+    kernels: Mapping[MatrixKernel, int]
+    attention: AttentionShape
+    expert_bytes: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How measuring may go about it: host memory and memory of each device in bytes, and whether reads are direct."""
+
+    ram: int = 2 * MOST_BYTES
+    vram: int = 2 * MOST_BYTES
+    direct_io: bool = True
+    clock: Clock = field(default=time.perf_counter)
+
+
+def workload(
+    spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLayer | None], kv_type: Type = Type.F16
+) -> Workload:
+    """The kernels that a model's matrices need, and their sizes."""
+    kernels: dict[MatrixKernel, int] = {}
+    n_bytes = 0
+    dense = (*layer_matrices(sources), sources.output.weight)
+    for source, is_expert in (*((s, False) for s in dense), *((s, True) for s in expert_matrices(layers))):
+        kernel = MatrixKernel(source.type, source.ne[0], is_expert)
+        kernels[kernel] = max(kernels.get(kernel, 0), source.ne[1])
+        n_bytes += source.n_bytes
+    copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
+    attention = AttentionShape(spec.n_head, spec.n_head_kv, spec.n_embd_head, kv_type)
+    return Workload(kernels, attention, max(copies, default=0), n_bytes)
+
+
+class Calibration:
+    """Answers from the cache, and measures what it does not know. `n_measured` counts what was not known.
+
+    `on_measure` is told what is about to be measured, and may raise to prevent it.
+    """
+
+    def __init__(
+        self,
+        needs: Workload,
+        limits: Limits | None = None,
+        cache: MeasurementCache | None = None,
+        on_measure: Callable[[str], None] | None = None,
+    ) -> None:
+        self.n_measured = 0
+        self._needs = needs
+        self._limits = limits or Limits()
+        self._cache = cache or MeasurementCache()
+        self._on_measure = on_measure or (lambda name: None)
+
+    def machine(self, gguf: GGUFFile | None, cpu: CpuBackend, devices: Mapping[str, Backend]) -> MachineSpeed:
+        """The whole machine; `gguf` is the file that will be read from, None when it is not.
+
+        A device's name stands for it in the cache, so it must say which device it is, and it must be able to compute
+        every kernel. Raises DoesNotFitError, and what reading the file raises.
+        """
+        return MachineSpeed(
+            cpu=self.processor(f"CPU, {cpu.n_threads} threads", cpu, self._limits.ram),
+            devices={name: self.processor(name, device, self._limits.vram) for name, device in devices.items()},
+            links={name: self.link(name, device) for name, device in devices.items()},
+            disk=self.disk(gguf) if gguf else None,
+        )
+
+    def processor(self, name: str, backend: Backend, n_bytes: int) -> ProcessorSpeed:
+        """The speed of one backend, measured within `n_bytes` of its memory."""
+        needs = self._needs
+        # With less memory, or for a smaller model, caches hold more of what is read: figures of their own.
+        weights = max(MIN_BYTES, _power_of_two(min(MOST_BYTES, n_bytes * 3 // 5, needs.n_bytes)))
+        group = f"{name}, {weights >> 20} MiB"
+        with ExitStack() as opened:
+
+            @functools.cache
+            def bench() -> KernelBench:
+                return opened.enter_context(closing(KernelBench(backend, weights, self._limits.clock)))
+
+            def known(part: str, kind: type[T], measure: Callable[[KernelBench], T]) -> T:
+                return self._known(part, kind, lambda: measure(bench()), lambda: bench().is_steady)
+
+            def curve(kernel: MatrixKernel, n_rows: int) -> SpeedCurve:
+                return known(f"{group}: {kernel.name} x {n_rows}", SpeedCurve, lambda b: b.curve(kernel, n_rows))
+
+            overheads = known(f"{name}: overheads", Overheads, lambda b: b.overheads())
+            attention = known(
+                f"{group}: {needs.attention.name}", _Number, lambda b: _Number(b.attention(needs.attention))
+            )
+            kernels = {kernel.name: curve(kernel, n_rows) for kernel, n_rows in needs.kernels.items()}
+        return ProcessorSpeed(kernels, overheads, attention.value)
+
+    def link(self, name: str, backend: Backend) -> LinkSpeed:
+        """The link to a device."""
+        n_bytes = min(_LINK_BYTES, self._limits.ram // 2, self._limits.vram)
+        return self._known(f"{name}: link", LinkSpeed, lambda: link_speed(backend, n_bytes, self._limits.clock))
+
+    def disk(self, gguf: GGUFFile) -> float:
+        """Bytes per second from the disk that the file lies on."""
+        limits = self._limits
+        piece = max(PAGE, _power_of_two(min(self._needs.expert_bytes, MAX_PIECE, limits.ram // 3)))
+        how = "direct" if limits.direct_io else "buffered"
+        name = f"disk {os.stat(gguf.path).st_dev}, {piece >> 10} KiB, {how}"
+        direct, clock = limits.direct_io, limits.clock
+        return self._known(name, _Number, lambda: _Number(disk_bytes_per_second(gguf, piece, direct, clock))).value
+
+    def _known(
+        self, name: str, kind: type[T], measure: Callable[[], T], is_steady: Callable[[], bool] = lambda: True
+    ) -> T:
+        value = self._cache.get(name, kind)
+        if value is None:
+            self._on_measure(name)
+            value = measure()
+            self.n_measured += 1
+            # What was measured while others computed serves this once.
+            if is_steady():
+                self._cache.put({name: value})
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    value: Positive
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not larger."""
+    return 1 << (max(n, 1).bit_length() - 1)

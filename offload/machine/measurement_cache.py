@@ -1,0 +1,101 @@
+"""Remembers what was measured on this machine, so that it is measured once and not at every start.
+
+One JSON file holds values by machine and by name. Measuring again is always right, so nothing about the file is an
+error: what cannot be read, or is not what was asked for, counts as unknown, and what cannot be written is lost.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import psutil
+from platformdirs import user_cache_dir
+
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.files.regular_file import read_regular
+from slimoe.offload.files.whole_file import Destination, write_whole
+from slimoe.offload.ggml.library import GGML_VERSION, library_directory
+
+T = TypeVar("T")
+
+_FORMAT = 2
+_FILE = "measurements.json"
+
+
+def default_path() -> Path:
+    """`measurements.json` in SLIMOE_CACHE, or in the user's cache directory."""
+    return Path(os.environ.get("SLIMOE_CACHE") or user_cache_dir("slimoe")) / _FILE
+
+
+class MeasurementCache:
+    """Values by name, of one machine: those of others in the same file are kept, and never seen.
+
+    Values are whatever msgspec turns into JSON and back: numbers, frozen dataclasses, dicts of them.
+    """
+
+    def __init__(self, path: Path | None = None, machine: str | None = None) -> None:
+        self._path = path or default_path()
+        self._machine = machine or machine_name()
+
+    def get(self, name: str, kind: type[T]) -> T | None:
+        """The value of that name if it is known and of that type, else None."""
+        known = self._read().get(self._machine)
+        if not isinstance(known, dict) or name not in known:
+            return None
+        try:
+            return msgspec.convert(known[name], kind)
+        except msgspec.ValidationError:
+            return None
+
+    def put(self, values: Mapping[str, object]) -> None:
+        """Remembers values; what other processes read or remember meanwhile is whole and kept."""
+        if not values:
+            return
+        # A cache that cannot be written costs a measurement at the next start and nothing else.
+        with contextlib.suppress(OSError, SlimoeError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with Destination(self._path) as destination:
+                machines = self._read()
+                known = machines.get(self._machine)
+                machines[self._machine] = (known if isinstance(known, dict) else {}) | msgspec.to_builtins(dict(values))
+                text = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
+                write_whole(self._path, text.encode(), destination.folder)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(read_regular(self._path))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            return {}
+        machines = content.get("machines")
+        return machines if isinstance(machines, dict) else {}
+
+
+@functools.cache
+def machine_name() -> str:
+    """What a measurement depends on: processor, cores, memory, and the very library that computes."""
+    n_cores, n_gib = psutil.cpu_count() or 1, round(psutil.virtual_memory().total / 2**30)
+    return f"{_processor()}, {n_cores} cores, {n_gib} GiB, ggml {GGML_VERSION} {_build()}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def _build() -> str:
+    """Tells two builds of one version apart: compiler flags change speeds by a factor."""
+    files = sorted(path for path in library_directory().glob("*ggml*") if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return f"{zlib.crc32(repr(stats).encode()):08x}"

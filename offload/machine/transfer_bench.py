@@ -1,0 +1,136 @@
+"""Times how fast bytes come from the disk that a model lies on, and how fast they cross to a device and back."""
+
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, padded
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import Backend
+from slimoe.offload.gguf.header import GGUFFile
+from slimoe.offload.machine.kernel_bench import Clock, lower_quartile
+from slimoe.offload.machine.speed import LinkSpeed
+from slimoe.offload.model.tensors import Span
+
+MAX_PIECE = 32 << 20
+"""Reading more at once is no faster, on any disk."""
+_ROUNDS, _ROUND_BYTES, _ROUND_SECONDS = 4, 128 << 20, 0.125
+_IN_FLIGHT = 2
+_LINK_ROUNDS = 6
+
+
+class Reader(Protocol):
+    """The part of `DiskReader` that is timed."""
+
+    def submit(self, parts: list[tuple[Span, int]], *, demanded: bool) -> Read:
+        """Begins to read."""
+
+    def wait(self, read: Read) -> None:
+        """Returns when it is read."""
+
+
+def disk_bytes_per_second(gguf: GGUFFile, expert_bytes: int, direct: bool, clock: Clock = time.perf_counter) -> float:
+    """How fast experts of that size are read as the engine reads them, two under way; half a second or 512 MB.
+
+    Takes memory for two experts, of at most `MAX_PIECE` each. Raises ModelFileError and ReadFailedError.
+    """
+    with closing(DiskReader(gguf, direct=direct)) as reader:
+        return read_speed(reader, random_pieces(gguf, expert_bytes), clock)
+
+
+def read_speed(reader: Reader, pieces: Iterator[Span], clock: Clock) -> float:
+    """Bytes per second: the median of several rounds, since what disturbs a disk can also hasten it."""
+    first = next(pieces)
+    room = padded(first.n_bytes)
+    memory = np.empty(_IN_FLIGHT * room + PAGE, np.uint8)
+    base = -(-memory.ctypes.data // PAGE) * PAGE
+    addresses = [base + index * room for index in range(_IN_FLIGHT)]
+    speeds = [_read_round(reader, pieces, addresses, clock) for _ in range(_ROUNDS)]
+    return float(np.median(speeds))
+
+
+def _read_round(reader: Reader, pieces: Iterator[Span], addresses: list[int], clock: Clock) -> float:
+    under_way: deque[tuple[Read, int, int]] = deque()
+    free = list(addresses)
+    n_begun = n_done = 0
+    begin = clock()
+    while True:
+        while free and n_begun < _ROUND_BYTES and (not n_done or clock() - begin < _ROUND_SECONDS):
+            piece = next(pieces)
+            under_way.append((reader.submit([(piece, free[-1])], demanded=True), free.pop(), piece.n_bytes))
+            n_begun += piece.n_bytes
+        if not under_way:
+            return n_done / max(clock() - begin, 1e-9)
+        read, address, n_bytes = under_way.popleft()
+        reader.wait(read)
+        free.append(address)
+        n_done += n_bytes
+
+
+def random_pieces(gguf: GGUFFile, expert_bytes: int) -> Iterator[Span]:
+    """Stretches of the file as large as an expert, at random places, none of them in the page cache."""
+    sizes = [path.stat().st_size for path in gguf.paths]
+    shard = sizes.index(max(sizes))
+    n_bytes = max(1, min(expert_bytes, MAX_PIECE, sizes[shard]))
+    # Not the same places each time: a disk, or what simulates it, may remember what it read last.
+    places = random.Random()
+    while True:
+        piece = Span(shard, places.randint(0, sizes[shard] - n_bytes), n_bytes)
+        _forget(gguf.paths[shard], piece)
+        yield piece
+
+
+def _forget(path: Path, piece: Span) -> None:
+    """Drops a stretch from the page cache: where direct reads are not to be had, it would be measured instead."""
+    if "posix_fadvise" not in dir(os):
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, piece.offset, piece.n_bytes, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
+def link_speed(backend: Backend, n_bytes: int, clock: Clock = time.perf_counter) -> LinkSpeed:
+    """Bandwidths to a device's memory and back, for transfers of `n_bytes`; takes as much on both sides."""
+    ctx = ggml.ggml_init(ggml.InitParams(1 << 12, None, True))
+    buffer = backend.allocate(n_bytes)
+    tensor = ggml.ggml_new_tensor_1d(ctx, Type.I8, n_bytes)
+    ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, ggml_backend.ggml_backend_buffer_get_base(buffer))
+    try:
+        return _link_speed(backend, tensor, np.ones(n_bytes, np.uint8), clock)
+    finally:
+        ggml_backend.ggml_backend_buffer_free(buffer)
+        ggml.ggml_free(ctx)
+
+
+def _link_speed(backend: Backend, tensor: int, values: NDArray[np.uint8], clock: Clock) -> LinkSpeed:
+    word = values[:4].copy()
+
+    def there(n: int) -> float:
+        begin = clock()
+        backend.set(tensor, values[:n])
+        backend.get(tensor, word)  # a device may take bytes in later than it says; a read waits for them
+        return clock() - begin
+
+    def back(n: int) -> float:
+        begin = clock()
+        backend.get(tensor, values[:n])
+        return clock() - begin
+
+    def speed(transfer: Callable[[int], float]) -> float:
+        transfer(len(values))
+        whole, nothing = (lower_quartile([transfer(n) for _ in range(_LINK_ROUNDS)]) for n in (len(values), 4))
+        return len(values) / max(whole - nothing, 1e-9)
+
+    return LinkSpeed(speed(there), speed(back))

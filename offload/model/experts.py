@@ -1,0 +1,137 @@
+"""Which bytes of a file make up each expert: the unit of caching, whatever layout the file has.
+
+An expert has one or several *copies*, encodings of the same three matrices, the best one first. What the router's rows
+point at is a table, so that an engine never needs to know how a file came to have fewer experts than rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import BucketSources, LayerSources, ModelSources, WeightSource, stacked_matrix
+
+MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
+"""Type and shape of one matrix."""
+
+
+class SlotClass:
+    """Type and shape of gate, up and down: copies of one class can take each other's place in memory.
+
+    There is one object for each class, so that looking one up, as happens for every pick, hashes no types and shapes.
+    """
+
+    __slots__ = ("matrices",)
+    _known: ClassVar[dict[tuple[MatrixClass, MatrixClass, MatrixClass], "SlotClass"]] = {}
+
+    matrices: tuple[MatrixClass, MatrixClass, MatrixClass]
+
+    @classmethod
+    def of(cls, gate: MatrixClass, up: MatrixClass, down: MatrixClass) -> "SlotClass":
+        """The class of such matrices."""
+        known = cls._known.get((gate, up, down))
+        if known is None:
+            known = cls._known[gate, up, down] = cls()
+            known.matrices = (gate, up, down)
+        return known
+
+    def __iter__(self) -> Iterator[MatrixClass]:
+        return iter(self.matrices)
+
+    def __repr__(self) -> str:
+        return f"SlotClass{self.matrices}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCopy:
+    """One encoding of an expert: gate and up [n_embd, n_ff], down [n_ff, n_embd], moved and replaced together.
+
+    `slot_class` is what must agree for two copies to share a slot.
+    """
+
+    gate: WeightSource
+    up: WeightSource
+    down: WeightSource
+    slot_class: SlotClass = field(init=False, compare=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all three matrices."""
+        return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
+
+    def __post_init__(self) -> None:
+        gate, up, down = ((part.type, part.ne) for part in (self.gate, self.up, self.down))
+        object.__setattr__(self, "slot_class", SlotClass.of(gate, up, down))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """The experts of one layer.
+
+    `router` F32 [n_embd, n_row]; `experts` the stored ones, each with its copies, best first. `target` says for each
+    row of the router which stored expert it means, or -1 - n for column n of `novices`, F32 [n_embd, n_novice]:
+    constant vectors in place of experts. Several rows may mean the same expert.
+    """
+
+    router: WeightSource
+    experts: tuple[tuple[ExpertCopy, ...], ...]
+    target: tuple[int, ...]
+    novices: WeightSource | None
+    n_expert_used: int
+    hints: LayerHints = NO_HINTS
+
+    @property
+    def low_error(self) -> tuple[float, ...] | None:
+        """Per stored expert, the rise in KL when its low copy always replaces its best one; None if not measured."""
+        return self.hints.low_error
+
+
+def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
+    """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
+    return tuple(_expert_layer(layer, spec.n_expert_used) for layer in sources.layers)
+
+
+def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | None:
+    """Expected picks per token as the file has them, [n_layer, most router rows]; None if a layer has none.
+
+    Columns are stored experts; those that a layer does not have are 0, as are layers without experts.
+    """
+    present = [layer for layer in layers if layer is not None and layer.experts]
+    if not present or any(layer.hints.use is None for layer in present):
+        return None
+    priors = np.zeros((len(layers), max(len(layer.target) for layer in layers if layer is not None)))
+    for row, layer in zip(priors, layers, strict=True):
+        if layer is not None and layer.hints.use is not None:
+            row[: len(layer.experts)] = layer.hints.use
+    return priors
+
+
+def _expert_layer(layer: LayerSources, n_used: int) -> ExpertLayer | None:
+    if not layer.router:
+        return None
+    if layer.buckets:
+        return _bucketed_layer(layer.router, layer.buckets, n_used)
+    assert layer.down
+    assert len(layer.gate_up) == 2, "the matrices are joined already"
+    stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
+    n_expert = layer.router.ne[1]
+    experts = tuple((_copy(stacks, expert),) for expert in range(n_expert))
+    return ExpertLayer(layer.router, experts, tuple(range(n_expert)), None, n_used)
+
+
+def _bucketed_layer(router: WeightSource, sources: BucketSources, n_used: int) -> ExpertLayer:
+    experts: list[list[ExpertCopy]] = [[] for _ in sources.layout.buckets]
+    for expert, _copy_number, bucket, slot in sources.layout.slots():
+        experts[expert].append(_copy(sources.buckets[bucket], slot))
+    copies = tuple(tuple(expert) for expert in experts)
+    return ExpertLayer(router, copies, sources.layout.target, sources.novices, n_used, sources.layout.hints)
+
+
+def _copy(stacks: Sequence[WeightSource], slot: int) -> ExpertCopy:
+    gate, up, down = (stacked_matrix(stack, slot) for stack in stacks)
+    return ExpertCopy(gate, up, down)

@@ -1,0 +1,221 @@
+"""The native format: what a slimmed model is stored as when the stock `llama` architecture cannot express it.
+
+A native file is a GGUF file whose `general.architecture` is `slimoe`, so that stock loaders refuse it instead of
+misreading it. Tokenizer, embeddings, attention, norms and routers are those of a `llama` file, with the prefix
+`slimoe.` where that has `llama.`. The rest is this page; arrays run over layers, in a layer over experts, in an expert
+over copies. `general.alignment` may be any; 4096 lets whole experts be read around the page cache.
+
+Sizes (read by `model_spec`)
+    slimoe.format.version       u32             1
+    slimoe.expert_count         i32 [n_layer]   rows of each layer's router; 0: the layer has no feed-forward part and
+                                                no ffn tensors, the residual passes through
+    slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert; 0 like expert_count
+    slimoe.expert_used_count    u32             picks per token
+    slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
+                                                passes through; absent: all have. Never 0 for all. (A reader that does
+                                                not know the key misses tensors, and refuses: the version stays.)
+
+Experts. A layer stores experts, numbered from 0. Each has copy 0, the best, and perhaps further ones of fewer bytes.
+Copies of equal types and width share a *bucket* of the layer; buckets are numbered from 0 without gaps. Copies of a
+bucket lie in its stacks in the order of their experts, so a slot number is counted and not stored.
+    slimoe.expert.stored_count  i32 [n_layer]
+    slimoe.expert.copy_count    u32             1 or 2
+    slimoe.expert.bucket        i32 [sum of stored_count * copy_count]      -1: no such copy (never for copy 0)
+    slimoe.expert.target        i32 [sum of expert_count]                   for each row of the router: the stored
+                                                expert that it means, or -1 - n for novice n. Rows that mean the same
+                                                expert are aliases; no alias can point at an alias.
+    blk.L.ffn_gate_exps.bB.weight, blk.L.ffn_up_exps.bB.weight   [n_embd, width, n_slot]
+    blk.L.ffn_down_exps.bB.weight                                [width, n_embd, n_slot]
+    blk.L.ffn_novice.weight     F32 [n_embd, n_novice]  constant vectors that stand for experts; absent without any
+
+Hints, all optional, never negative, as `LayerHints` describes them
+    slimoe.expert.use, .share_square, .fallback_error, .skip_error   f32 [sum of stored_count]
+    slimoe.expert.error         f32 [sum of stored_count * copy_count]      0 for a missing copy
+    slimoe.expert.fallback      i32 [sum of stored_count]                   a novice, or -1
+    slimoe.layer.sensitivity, .skip_ratio, .low_share                f32 [n_layer]
+    slimoe.measured_kl          f32 [copy_count]    KL divergence from the source model, nats per token, when every
+                                                    expert uses its copy of that number (or its last one)
+Provenance has the keys of `file_keys`. Unknown keys are ignored, unknown tensors refused.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from gguf import GGMLQuantizationType
+
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
+from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
+from slimoe.offload.model.native_layout import NO_HINTS, LayerHints, NativeLayer, NativeLayout
+from slimoe.offload.model.spec import NATIVE, ModelSpec
+
+ALIGNMENT = 4096
+"""The alignment that is written."""
+PROJECTIONS = ("gate", "up", "down")
+
+_PREFIX = f"{NATIVE}."
+_MAX_COPIES = 2
+_NO_COPY = -1
+_EXPERT_NUMBERS = ("use", "share_square", "fallback_error", "skip_error")
+_LAYER_NUMBERS = ("sensitivity", "skip_ratio", "low_share")
+
+
+def stack_name(layer: int, projection: str, bucket: int) -> str:
+    """The tensor that holds one projection of a bucket."""
+    return f"blk.{layer}.ffn_{projection}_exps.b{bucket}.weight"
+
+
+def novice_name(layer: int) -> str:
+    """The tensor that holds a layer's constant vectors."""
+    return f"blk.{layer}.ffn_novice.weight"
+
+
+def layout_metadata(layout: NativeLayout) -> dict[str, Value]:
+    """The keys and values that `read_layout` reads."""
+    n_copy = layout.n_copy
+    values: dict[str, Value] = {
+        "expert.stored_count": [len(layer.buckets) for layer in layout.layers],
+        "expert.copy_count": n_copy,
+        "expert.target": [target for layer in layout.layers for target in layer.target],
+        "expert.bucket": _joined((layer.buckets for layer in layout.layers), n_copy, _NO_COPY),
+        "measured_kl": list(layout.measured_kl or ()),
+    }
+    hints = [layer.hints for layer in layout.layers if layer.buckets]
+    for name in (*_EXPERT_NUMBERS, "fallback"):
+        values[f"expert.{name}"] = [value for hint in hints for value in getattr(hint, name) or ()]
+    values["expert.error"] = _joined((hint.error or () for hint in hints), n_copy, 0.0)
+    for name in _LAYER_NUMBERS:
+        if any(getattr(hint, name) is not None for hint in hints):
+            values[f"layer.{name}"] = [getattr(layer.hints, name) or 0.0 for layer in layout.layers]
+    return {_PREFIX + key: value for key, value in values.items() if value != []}
+
+
+def _joined(layers: Iterable[Sequence[tuple[Any, ...]]], n_copy: int, missing: float) -> list[Any]:
+    """The values of all copies, with `missing` for copies that an expert lacks."""
+    experts = (copies for layer in layers for copies in layer)
+    return [value for copies in experts for value in (*copies, *[missing] * (n_copy - len(copies)))]
+
+
+def read_layout(gguf: GGUFFile, spec: ModelSpec) -> NativeLayout:
+    """Reads and checks everything that this page describes; the writer checks its plan with it too.
+
+    Raises ModelFileError, which names the key or tensor at fault, and UnsupportedModelError for more copies than two.
+    """
+    keys = MetadataKeys(gguf, _PREFIX)
+    n_copy = keys.count("expert.copy_count")
+    if n_copy > _MAX_COPIES:
+        raise UnsupportedModelError(gguf.path, f"experts have up to {n_copy} copies; {_MAX_COPIES} are supported.")
+    reader = _LayoutReader(keys, spec, keys.integers("expert.stored_count", spec.n_layer), n_copy)
+    layers = tuple(reader.layers())
+    for index, layer in enumerate(layers):
+        _LayerCheck(gguf, spec, index, layer).run()
+    return NativeLayout(layers, keys.numbers("measured_kl", n_copy))
+
+
+class _LayoutReader:
+    """Cuts the arrays of the metadata into layers."""
+
+    def __init__(self, keys: MetadataKeys, spec: ModelSpec, stored: Sequence[int], n_copy: int) -> None:
+        self.keys, self.stored, self.n_copy = keys, stored, n_copy
+        self.n_row = [spec.layer_shape(layer).n_expert for layer in range(spec.n_layer)]
+        n_stored = sum(stored)
+        self.targets = keys.integers("expert.target", sum(self.n_row), least=-(1 << 31))
+        self.buckets = keys.integers("expert.bucket", n_stored * n_copy, _NO_COPY) if n_stored else ()
+        self.errors = keys.numbers("expert.error", n_stored * n_copy)
+        self.fallbacks = keys.integers("expert.fallback", n_stored, -1) if keys.has("expert.fallback") else None
+        self.by_expert = {name: keys.numbers(f"expert.{name}", n_stored) for name in _EXPERT_NUMBERS}
+        self.by_layer = {name: keys.numbers(f"layer.{name}", spec.n_layer) for name in _LAYER_NUMBERS}
+
+    def layers(self) -> Iterator[NativeLayer]:
+        row = expert = 0
+        for layer, (n_row, n_stored) in enumerate(zip(self.n_row, self.stored, strict=True)):
+            if n_stored and not n_row:
+                raise self._error(layer, f"{n_stored} experts are stored, but the layer has no feed-forward part")
+            buckets = tuple(self._copies(layer, e) for e in range(expert, expert + n_stored))
+            hints = self._hints(layer, expert, buckets)
+            yield NativeLayer(self.targets[row : row + n_row], buckets, hints if n_stored else NO_HINTS)
+            row, expert = row + n_row, expert + n_stored
+
+    def _copies(self, layer: int, expert: int) -> tuple[int, ...]:
+        copies = self.buckets[expert * self.n_copy : (expert + 1) * self.n_copy]
+        present = tuple(bucket for bucket in copies if bucket != _NO_COPY)
+        if not present or present != copies[: len(present)]:
+            raise self._error(layer, f"expert.bucket gives an expert the copies {list(copies)}, without a best one")
+        return present
+
+    def _hints(self, layer: int, expert: int, buckets: tuple[tuple[int, ...], ...]) -> LayerHints:
+        end = expert + len(buckets)
+        values: dict[str, Any] = {name: v and v[expert:end] for name, v in self.by_expert.items()}
+        values |= {name: v and v[layer] for name, v in self.by_layer.items()}
+        values["fallback"] = self.fallbacks and self.fallbacks[expert:end]
+        if self.errors is not None:
+            starts = range(expert * self.n_copy, end * self.n_copy, self.n_copy)
+            pairs = zip(starts, buckets, strict=True)
+            values["error"] = tuple(self.errors[start : start + len(copies)] for start, copies in pairs)
+        return LayerHints(**values)
+
+    def _error(self, layer: int, problem: str) -> ModelFileError:
+        return ModelFileError(self.keys.gguf.path, f"layer {layer}: {problem}.", AGAIN)
+
+
+class _LayerCheck:
+    """Holds one layer against itself and against the tensors."""
+
+    def __init__(self, gguf: GGUFFile, spec: ModelSpec, index: int, layer: NativeLayer) -> None:
+        self.gguf, self.spec, self.index, self.layer = gguf, spec, index, layer
+
+    def run(self) -> None:
+        """Raises ModelFileError for the first thing that is wrong."""
+        self._targets(self._n_novice())
+        sizes = [self._bucket_bytes(bucket) for bucket in range(self.layer.n_bucket)]
+        for expert, copies in enumerate(self.layer.buckets):
+            n_bytes = [sizes[bucket] for bucket in copies]
+            if n_bytes != sorted(set(n_bytes), reverse=True):
+                self._refuse(f"expert {expert} has copies of {n_bytes} bytes, but each must be smaller than the last")
+
+    def _n_novice(self) -> int:
+        tensor = self.gguf.tensors.get(novice_name(self.index))
+        if tensor is None:
+            return 0
+        if tensor.type is not GGMLQuantizationType.F32 or len(tensor.ne) != 2 or tensor.ne[0] != self.spec.n_embd:
+            self._refuse(f"tensor {tensor.name} is {tensor.type.name} {tensor.ne}, not F32 [{self.spec.n_embd}, n]")
+        return tensor.ne[1]
+
+    def _targets(self, n_novice: int) -> None:
+        target, n_stored = self.layer.target, len(self.layer.buckets)
+        for row, value in enumerate(target):
+            if not -n_novice <= value < n_stored:
+                stored = f"{n_stored} experts and {n_novice} novices are stored"
+                self._refuse(f"row {row} of the router means {value} in expert.target, but {stored}")
+        for value in self.layer.hints.fallback or ():
+            if value >= n_novice:
+                self._refuse(f"expert.fallback names novice {value} of {n_novice}")
+        if unused := set(range(n_stored)).difference(target):
+            self._refuse(f"expert {min(unused)} is stored, but no row of the router means it")
+        if target and len(set(target)) < self.spec.n_expert_used:
+            self._refuse(f"it has {len(set(target))} experts, but {self.spec.n_expert_used} are used per token")
+
+    def _bucket_bytes(self, bucket: int) -> int:
+        """Bytes of one copy in a bucket."""
+        n_slot = self.layer.n_slot(bucket)
+        if not n_slot:
+            self._refuse(f"expert.bucket has numbers above {bucket}, but not {bucket} itself")
+        gate, up, down = (self._stack(projection, bucket) for projection in PROJECTIONS)
+        width = gate.ne[1] if len(gate.ne) == 3 else 0
+        if not 0 < width <= self.spec.layer_shape(self.index).n_ff:
+            self._refuse(f"tensor {gate.name} has the shape {gate.ne}, which is none of experts of this layer")
+        wide, tall = (self.spec.n_embd, width, n_slot), (width, self.spec.n_embd, n_slot)
+        for stack, ne in ((gate, wide), (up, wide), (down, tall)):
+            if stack.ne != ne:
+                self._refuse(f"tensor {stack.name} has the shape {stack.ne}, but {ne} belongs to expert.bucket")
+        return (gate.n_bytes + up.n_bytes + down.n_bytes) // n_slot
+
+    def _stack(self, projection: str, bucket: int) -> TensorInfo:
+        name = stack_name(self.index, projection, bucket)
+        tensor = self.gguf.tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", AGAIN)
+        return tensor
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise ModelFileError(self.gguf.path, f"layer {self.index}: {problem}.", AGAIN)

@@ -1,0 +1,279 @@
+"""Which bytes of a file make up each weight the graph wants: decided here, loaded elsewhere.
+
+A graph's weight is not always one tensor of the file: the legacy Mixtral layout keeps each expert by itself, and a
+repacked copy joins matrices that read the same input (Q, K and V; gate and up), because one product over joined rows
+needs one synchronisation of the threads instead of three.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gguf import GGMLQuantizationType
+
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf.header import GGUFFile, TensorInfo
+from slimoe.offload.model.native_format import PROJECTIONS, novice_name, read_layout, stack_name
+from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
+from slimoe.offload.model.spec import NATIVE, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of bytes in one shard."""
+
+    shard: int
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """One weight as the graph wants it: `ne` in ggml's order, and the spans that follow each other in memory."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: GGMLQuantizationType
+    spans: tuple[Span, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in memory, in whatever buffer."""
+        return sum(span.n_bytes for span in self.spans)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with activations (and not a norm, a bias or a table of rows)."""
+        return len(self.ne) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSource:
+    """A matrix, or a stack of experts' matrices, and its bias if the file has one."""
+
+    weight: WeightSource
+    bias: WeightSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSources:
+    """A native layer's experts: per bucket the stacks of gate, up and down, and what of it is which expert."""
+
+    layout: NativeLayer
+    buckets: tuple[tuple[WeightSource, WeightSource, WeightSource], ...]
+    novices: WeightSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSources:
+    """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
+
+    A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`. In a native file
+    `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the router's order,
+    and otherwise absent.
+    """
+
+    attn_norm: WeightSource | None
+    qkv: tuple[LinearSource, ...]
+    attn_output: LinearSource | None
+    ffn_norm: WeightSource | None
+    router: WeightSource | None
+    gate_up: tuple[LinearSource, ...]
+    down: LinearSource | None
+    buckets: BucketSources | None = None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a graph of the whole model can compute it: its experts, if any, are one stack per projection."""
+        return self.router is None or self.down is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSources:
+    """A whole model. `output` is the token table itself when the file ties them."""
+
+    token_embd: WeightSource
+    output_norm: WeightSource
+    output: LinearSource
+    rope_freqs: WeightSource | None
+    layers: tuple[LayerSources, ...]
+
+
+_DOWNLOAD_AGAIN = "Download or convert it again."
+_WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
+"""Types that ggml can store, but neither multiply with nor look rows up in."""
+
+# Written by old converters, read by nobody: the rotation is computed.
+_IGNORED_SUFFIXES = ("attn_rot_embd", "rope_freqs.weight", "attn.rotary_emb.inv_freq")
+
+
+class _Reader:
+    """Looks tensors up and remembers which were asked for, so that an unread one can be refused."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.gguf = gguf
+        self.read: set[str] = set()
+
+    def tensor(self, name: str) -> TensorInfo:
+        info = self.gguf.tensors.get(name)
+        if info is None:
+            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", _DOWNLOAD_AGAIN)
+        is_vector = len(info.ne) == 1
+        if info.type in _WITHOUT_KERNELS or (is_vector and info.type is not GGMLQuantizationType.F32):
+            problem = f"{'vector' if is_vector else 'matrix'} {name} has type {info.type.name}, which has no kernel."
+            raise UnsupportedModelError(self.gguf.path, problem, _DOWNLOAD_AGAIN)
+        self.read.add(name)
+        return info
+
+    def weight(self, name: str) -> WeightSource:
+        info = self.tensor(name)
+        return WeightSource(name, info.ne, info.type, (Span(info.shard, info.offset, info.n_bytes),))
+
+    def optional(self, name: str) -> WeightSource | None:
+        return self.weight(name) if name in self.gguf.tensors else None
+
+    def linear(self, stem: str) -> LinearSource:
+        weight, bias = self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias")
+        if bias and bias.ne != weight.ne[1:]:
+            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {weight.ne[1:]}.")
+        return LinearSource(weight, bias)
+
+    def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
+        """A stack of experts: stored as one tensor, or one tensor each in files of December 2023."""
+        stacked = f"blk.{layer}.{projection}_exps.weight"
+        first = f"blk.{layer}.{projection}.0.weight"
+        if stacked in self.gguf.tensors or first not in self.gguf.tensors:
+            return LinearSource(self.weight(stacked))
+        parts = [self.weight(f"blk.{layer}.{projection}.{e}.weight") for e in range(n_expert)]
+        if len({(part.ne, part.type) for part in parts}) > 1:
+            raise UnsupportedModelError(self.gguf.path, f"the experts of {first} differ in shape or type.")
+        spans = tuple(span for part in parts for span in part.spans)
+        return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
+
+    def refuse_unread(self) -> None:
+        for name in self.gguf.tensors:
+            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES):
+                problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
+                raise UnsupportedModelError(self.gguf.path, problem)
+
+
+def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
+    """Finds every weight of the file.
+
+    Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
+    """
+    reader = _Reader(gguf)
+    layout = read_layout(gguf, spec) if spec.architecture == NATIVE else None
+    token_embd = reader.weight("token_embd.weight")
+    has_output = "output.weight" in gguf.tensors
+    sources = ModelSources(
+        token_embd=token_embd,
+        output_norm=reader.weight("output_norm.weight"),
+        output=reader.linear("output") if has_output else LinearSource(token_embd),
+        rope_freqs=reader.optional("rope_freqs.weight"),
+        layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
+    )
+    reader.refuse_unread()
+    return sources
+
+
+def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
+    block = f"blk.{layer}"
+    buckets = _buckets(reader, layer, layout.layers[layer]) if layout else None
+    shape = spec.layer_shape(layer)
+    has_ffn = shape.n_ff > 0
+    if buckets:
+        gate_up, down = _plain_stacks(buckets)
+    elif spec.n_expert:
+        gate_up = tuple(reader.experts(layer, name, spec.n_expert) for name in ("ffn_gate", "ffn_up"))
+        down = reader.experts(layer, "ffn_down", spec.n_expert)
+    else:
+        gate_up = tuple(reader.linear(f"{block}.{name}") for name in ("ffn_gate", "ffn_up"))
+        down = reader.linear(f"{block}.ffn_down")
+    return LayerSources(
+        attn_norm=reader.weight(f"{block}.attn_norm.weight") if shape.has_attention else None,
+        qkv=_qkv(reader, spec, block) if shape.has_attention else (),
+        attn_output=reader.linear(f"{block}.attn_output") if shape.has_attention else None,
+        ffn_norm=reader.weight(f"{block}.ffn_norm.weight") if has_ffn else None,
+        router=reader.weight(f"{block}.ffn_gate_inp.weight") if has_ffn and spec.n_expert else None,
+        gate_up=gate_up,
+        down=down,
+        buckets=buckets,
+    )
+
+
+def _buckets(reader: _Reader, index: int, layer: NativeLayer) -> BucketSources:
+    names = (tuple(stack_name(index, part, bucket) for part in PROJECTIONS) for bucket in range(layer.n_bucket))
+    buckets = tuple((reader.weight(gate), reader.weight(up), reader.weight(down)) for gate, up, down in names)
+    return BucketSources(layer, buckets, reader.optional(novice_name(index)) if layer.target else None)
+
+
+def _plain_stacks(sources: BucketSources) -> tuple[tuple[LinearSource, ...], LinearSource | None]:
+    """The best copies as a stock file would have them, if they lie that way."""
+    if not sources.layout.is_plain:
+        return (), None
+    gate, up, down = sources.buckets[sources.layout.buckets[0][0]]
+    return (LinearSource(gate), LinearSource(up)), LinearSource(down)
+
+
+def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
+    """Q, K and V, which some files keep as one matrix."""
+    if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
+        return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
+    fused = reader.linear(f"{block}.attn_qkv")
+    parts, begin = [], 0
+    for name, n_head in (("attn_q", spec.n_head), ("attn_k", spec.n_head_kv), ("attn_v", spec.n_head_kv)):
+        end = begin + n_head * spec.n_embd_head
+        bias = _rows(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
+        parts.append(LinearSource(_rows(fused.weight, f"{block}.{name}.weight", begin, end), bias))
+        begin = end
+    return tuple(parts)
+
+
+def _rows(source: WeightSource, name: str, begin: int, end: int) -> WeightSource:
+    """Rows `begin` to `end` of a matrix, or such elements of a vector."""
+    span, row_bytes = source.spans[0], source.n_bytes // source.ne[-1]
+    part = Span(span.shard, span.offset + begin * row_bytes, (end - begin) * row_bytes)
+    return WeightSource(name, (*source.ne[:-1], end - begin), source.type, (part,))
+
+
+def join_layers(sources: ModelSources) -> ModelSources:
+    """The same model with gate and up joined in every layer, and Q, K and V, where their types allow it.
+
+    The last layer's Q stays alone: of a prompt only the end needs it.
+    """
+    *inner, last = (replace(layer, gate_up=join_rows(layer.gate_up)) for layer in sources.layers)
+    layers = (*(replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
+    return replace(sources, layers=layers)
+
+
+def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
+    """Joins matrices of one input, type and expert count below each other, or returns them as they are."""
+    weights = [part.weight for part in parts]
+    alike = len({(w.type, w.ne[0], *w.ne[2:]) for w in weights}) == 1
+    if len(parts) < 2 or not alike or any(part.bias for part in parts):
+        return tuple(parts)
+    first = weights[0]
+    n_stack = first.ne[2] if len(first.ne) > 2 else 1
+    spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
+    ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
+    return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
+
+
+def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
+    """Matrix `index` of a stack, as a weight of its own; a single matrix is a stack of one."""
+    n_stack = stack.ne[2] if len(stack.ne) > 2 else 1
+    if len(stack.spans) == n_stack:
+        span = stack.spans[index]
+    else:
+        assert len(stack.spans) == 1, stack.name
+        n_bytes = stack.n_bytes // n_stack
+        span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
+    return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
+
+
+def without_experts(sources: ModelSources) -> ModelSources:
+    """The same model with nothing but routers where its experts were."""
+    layers = tuple(
+        replace(layer, gate_up=(), down=None) if layer.router is not None else layer for layer in sources.layers
+    )
+    return replace(sources, layers=layers)

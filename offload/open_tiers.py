@@ -1,0 +1,304 @@
+"""Opens a model in tiers: experts in device slots, in the arena and on disk, and the runner over them."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+
+from slimoe.offload.cache.device_pool import SlotPool
+from slimoe.offload.cache.disk_reader import DiskReader
+from slimoe.offload.cache.host_pool import Arena
+from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_policy
+from slimoe.offload.cache.residency import Key, most_valuable
+from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
+from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
+from slimoe.offload.cache.swap import SlotExchange
+from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.experts.constant_experts import read_novices
+from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.experts.device_graph import SlotGraphs
+from slimoe.offload.experts.expert_times import LinkTimes, measure_times
+from slimoe.offload.experts.host_experts import HostExperts
+from slimoe.offload.experts.host_graph import ExpertGraphs
+from slimoe.offload.experts.resident import HeldCopies
+from slimoe.offload.experts.runner import Part, TieredRunner
+from slimoe.offload.experts.stage import ExpertStage, Site
+from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
+from slimoe.offload.ggml.device_backend import DeviceBackend
+from slimoe.offload.graph.exchange import Exchange, ExchangeShape
+from slimoe.offload.graph.kv_cache import KVCache, kv_type
+from slimoe.offload.graph.token_rows import TokenRows
+from slimoe.offload.graph.weights import Share, WeightStore, load_weights
+from slimoe.offload.lossy.stage import LossyPicks
+from slimoe.offload.model.experts import ExpertCopy, SlotClass
+from slimoe.offload.model.tensors import ModelSources, join_layers, without_experts
+from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.program_memory import most_logit_rows, request_bytes
+from slimoe.offload.resources.memory import resident_bytes
+
+Count = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiers:
+    """What was opened, as far as anyone asks afterwards."""
+
+    runner: TieredRunner
+    plan: EnginePlan
+    arena: Arena | None
+    reader: DiskReader | None
+    devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
+    lossy: LossyPicks | None = None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by tier; a device's under its name."""
+        arena = {} if self.arena is None else {"arena": self.arena.n_bytes}
+        on_devices = {device.device.name: device.required for device, _ in self.devices}
+        return {**self.plan.host_bytes, **arena, **on_devices}
+
+    def counters(self) -> dict[str, float]:
+        """Running totals since the model was opened; none where host memory has room for all of it."""
+        totals: dict[str, float] = {}
+        if self.arena is not None and self.arena.has_all and not self.devices and self.lossy is None:
+            return totals
+        if self.arena is not None and self.reader is not None:
+            reader = self.reader
+            totals |= asdict(self.arena.counters)
+            totals |= {"bytes_read": reader.n_read, "bytes_wasted": reader.n_wasted}
+            totals["read_seconds"] = reader.busy_seconds
+        experts = [one for _, one in self.devices if one is not None]
+        if experts:
+            totals["device_hits"] = sum(one.hits for one in experts)
+            totals["bytes_uploaded"] = sum(one.bytes_uploaded for one in experts)
+            totals["swaps"] = sum(one.n_swaps for one in experts)
+            totals["streamed"] = sum(one.n_streamed for one in experts)
+        if self.lossy is not None:
+            totals |= self.lossy.counters.known()
+        return totals
+
+
+class _Elsewhere:
+    """A policy's values as the arena sees them: what a device has is worth nothing there."""
+
+    def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
+        self._policy, self._devices = policy, devices
+
+    @property
+    def keeping(self) -> Values:
+        if not self._devices:
+            return self._policy.keeping
+        values = self._policy.keeping.copy()
+        for device in self._devices:
+            for key in device:
+                values[key] = -1.0
+        return values
+
+
+def open_tiers(
+    config: EngineConfig, plan: EnginePlan, cpu: CpuBackend, rows: TokenRows | None, opened: ExitStack, count: Count
+) -> Tiers:
+    """Opens everything; what was opened is closed with `opened`, also after an error."""
+    return _Opening(config, plan, cpu, rows, opened, count).open()
+
+
+class _Opening:
+    """The steps of opening, which share most of what they need."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        plan: EnginePlan,
+        cpu: CpuBackend,
+        rows: TokenRows | None,
+        opened: ExitStack,
+        count: Count,
+    ) -> None:
+        self._config, self._plan, self._cpu, self._rows = config, plan, cpu, rows
+        self._opened, self._count = opened, count
+        whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
+        self._cut = [index for index, layer in enumerate(plan.layers) if layer is not None and index not in whole]
+        self._copies: dict[Key, ExpertCopy] = {
+            (index, expert): copies[0]
+            for index in self._cut
+            if (layer := plan.layers[index]) is not None
+            for expert, copies in enumerate(layer.experts)
+        }
+        n_expert = max((len(layer.target) for layer in plan.layers if layer is not None), default=1)
+        context = PolicyContext(len(plan.layers), n_expert, max(1, plan.spec.n_expert_used), plan.priors)
+        self._policy = make_policy(config.policy, context)
+        self._n_expert = n_expert
+
+    def open(self) -> Tiers:
+        plan = self._plan
+        n_ahead = 0 if plan.tiers is None else plan.tiers.n_ahead
+        host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, n_ahead)
+        parts = [self._device_part(device, n_ahead) for device in plan.devices]
+        parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
+        experts = [part.site.experts for part in parts if part.site.experts is not None]
+        n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
+        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch, n_out)
+        self._opened.callback(runner.close)
+        reader = arena = lossy = None
+        if plan.tiers is not None:
+            n_used, possible = plan.spec.n_expert_used, slot_kinds(plan.cut_layers, plan.tiers.low)
+            graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, set(possible))
+            self._opened.callback(graphs.close)
+            reader = DiskReader(plan.gguf, direct=self._config.direct_io)
+            self._opened.callback(reader.close)
+            rows = 0 if self._rows is None else self._rows.n_bytes
+            n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
+            arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots, possible)
+            self._opened.callback(arena.close)
+            # Its threads must have ended before the memory goes that they fill.
+            self._opened.callback(reader.close)
+            self._fill(arena, experts)
+            lossy = self._lossy(HeldCopies(plan.layers, arena, reader, experts))
+            runner.attach(self._stage(parts, host, graphs, arena, experts, lossy))
+        by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
+        return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else (), lossy)
+
+    def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
+        spec, plan = self._plan.spec, self._plan
+        n_used = max(1, spec.n_expert_used)
+        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, n_ahead)
+        return self._opened.enter_context(closing(Exchange(backend, shape)))
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _host_part(self, exchange: Exchange) -> Part:
+        """All layers on the CPU."""
+        plan = self._plan
+        sources = join_layers(without_experts(plan.sources))
+        store = self._store(self._cpu)
+        weights = load_weights(store, sources, lambda _: "copied", None if self._rows is None else self._rows.tensor)
+        layers = range(plan.spec.n_layer)
+        return Part(Site(self._cpu, exchange), layers, self._cache(self._cpu, layers), weights)
+
+    def _table_part(self, exchange: Exchange) -> Part:
+        """The token table on the CPU: devices do not look rows of every type up."""
+        assert self._rows is not None
+        share = Share((), output=False)
+        weights = load_weights(self._store(self._cpu), self._plan.sources, lambda _: "copied", self._rows.tensor, share)
+        return Part(Site(self._cpu, exchange), (), None, weights)
+
+    def _device_part(self, device: DevicePlan, n_ahead: int) -> Part:
+        plan = self._plan
+        backend = self._opened.enter_context(closing(DeviceBackend(device.device)))
+        sources: ModelSources = plan.sources if device.is_whole else without_experts(plan.sources)
+        share = Share(device.layers, output=device.layers[-1] == plan.spec.n_layer - 1)
+        store = self._store(backend)
+        weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, share)
+        store.release_staging()
+        exchange = self._exchange(backend, plan.n_cells, n_ahead)
+        cache = self._cache(backend, device.layers)
+        experts = None if device.is_whole else self._device_experts(device, backend, exchange)
+        return Part(Site(backend, exchange, experts), device.layers, cache, weights)
+
+    def _device_experts(self, device: DevicePlan, backend: DeviceBackend, exchange: Exchange) -> DeviceExperts:
+        spec = self._plan.spec
+        enter = self._opened.enter_context
+        pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
+        n_used, n_batch = spec.n_expert_used, self._plan.n_batch
+        graphs = enter(closing(SlotGraphs(backend, exchange, pools, spec.n_embd, n_used, n_batch)))
+        own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
+        return DeviceExperts(pools, graphs, own)
+
+    def _store(self, backend: Backend) -> WeightStore:
+        return self._opened.enter_context(
+            closing(WeightStore(self._plan.gguf, self._plan.sources, self._count, backend))
+        )
+
+    def _cache(self, backend: Backend, layers: range | tuple[int, ...]) -> KVCache:
+        plan = self._plan
+        cache = KVCache(plan.spec, plan.n_cells, kv_type(self._config.kv_type), backend, layers)
+        return self._opened.enter_context(closing(cache))
+
+    # --- experts --------------------------------------------------------------------------------------------
+
+    def _fill(self, arena: Arena, devices: list[DeviceExperts]) -> None:
+        """The most valuable experts go to the devices, the next ones to the arena."""
+        best = most_valuable(self._policy.values, self._copies, len(self._copies))
+        for key in best:
+            for device in devices:
+                if key in device.copies and device.has_room(key):
+                    arena.pin({key})
+                    device.put(key, arena.addresses(arena.demand(key, self._copies[key], counts=0)))
+                    self._count(self._copies[key].n_bytes)
+        arena.pin(set())
+        arena.forget()
+        on_devices = {key for device in devices for key in device}
+        order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
+        arena.fill([*self._low_copies(order), *((key, self._copies[key]) for key in order)], self._count)
+
+    def _low_copies(self, order: list[Key]) -> list[tuple[Key, ExpertCopy]]:
+        """Last copies that are not the best ones, if they have slots."""
+        assert self._plan.tiers is not None
+        if self._plan.tiers.low == "none":
+            return []
+        last = ((key, layer.experts[key[1]][-1]) for key in order if (layer := self._plan.layers[key[0]]) is not None)
+        return [(key, copy) for key, copy in last if copy is not self._copies[key]]
+
+    def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
+        """Those that were planned, or fewer if the program takes more than was planned; raises DoesNotFitError."""
+        if tiers.is_final:
+            return dict(tiers.n_slots)
+        layers = [self._plan.layers[index] for index in self._cut]
+        plan = self._plan
+        held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
+        return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
+
+    def _lossy(self, held: HeldCopies) -> LossyPicks | None:
+        lossy = self._plan.lossy
+        if lossy is None:
+            return None
+        return LossyPicks(self._plan.layers, lossy.tables, lossy.chooser, held, lossy.limit)
+
+    def _stage(
+        self,
+        parts: list[Part],
+        host: Exchange,
+        graphs: ExpertGraphs,
+        arena: Arena,
+        devices: list[DeviceExperts],
+        lossy: LossyPicks | None,
+    ) -> ExpertStage:
+        plan = self._plan
+        sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}
+        host_experts = HostExperts(
+            plan.layers,
+            self._cut,
+            graphs,
+            arena,
+            lambda key: any(device.holds(key) for device in devices),
+            None if lossy is None else lossy.copy_ahead,
+        )
+        for part in parts:
+            if part.site.experts is not None:
+                self._measure(part.site.experts, part.site.backend, arena, host_experts)
+        novices = read_novices(plan.gguf, plan.layers)
+        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace(), lossy)
+
+    def _measure(self, device: DeviceExperts, backend: Backend, arena: Arena, host: HostExperts) -> None:
+        """Finds out what it costs to move an expert to a device, and what it gains."""
+        able = [key for key in device.copies if device.kind_of(key) is not None]
+        if not able:
+            return
+        assert isinstance(backend, DeviceBackend)
+        key = next((key for key in able if host.has(key)), able[0])
+        arena.pin({key})
+        kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
+        copy_seconds = device.seconds_per_copy(host.addresses(key), kind)
+        there = measure_times(lambda n: device.run_passing(kind, n, backend.synchronize), n_batch)
+        here = measure_times(lambda n: host.run_one(key, n), n_batch)
+        arena.pin(set())
+        device.times = LinkTimes(here, there, copy_seconds)
+        rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
+        device.swaps = SlotExchange(self._policy, rule, device.kind_of)
+
+    def _trace(self) -> TraceWriter | None:
+        path, plan = self._config.trace, self._plan
+        if path is None:
+            return None
+        experts = (() if layer is None else layer.experts for layer in plan.layers)
+        sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
+        return TraceWriter(path, TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes))

@@ -1,0 +1,143 @@
+"""Budgets: how many bytes of host and device memory this program may hold, out of what a person wrote."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Protocol
+
+import psutil
+
+from slimoe.offload.errors import UsageError
+from slimoe.offload.resources.byte_size import parse_bytes
+from slimoe.offload.resources.memory import grantable_bytes, holdable_bytes, human, memory_limit_bytes
+
+AUTO = "auto"
+_SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
+_LARGEST_DEVICE_MARGIN = 1 << 30
+
+
+class DeviceMemory(Protocol):
+    """What a budget needs to know about a device; `slimoe.offload.ggml.devices.Device` is one."""
+
+    @property
+    def name(self) -> str:
+        """The name it goes by in messages."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody holds."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All memory of the device."""
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether what it holds is taken from the host's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be held at most: `ram` by the process that asks, and one number of `vram` for each device.
+
+    `notes` are sentences for the person who set the budget: where less is free than they allowed.
+    """
+
+    ram: int
+    vram: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
+    """The bytes that a person wrote, None for auto.
+
+    Units are those of `parse_bytes`, and % for a share of `total`. Raises UsageError, which names `flag`.
+    """
+    if text.strip().lower() == AUTO:
+        return None
+    share = _SHARE.fullmatch(text.strip())
+    if share is not None:
+        percent = Decimal(share[1])
+        if percent > 100:
+            raise UsageError(f"{flag} is {text}, more than there is. Write at most 100%, or a size like 8GiB.")
+        return int(percent * total / 100)
+    size = parse_bytes(text)
+    if size is None:
+        raise UsageError(f"{flag} is {text!r}, which is no size. Write one like 8GiB, 500MB or 50%, or auto.")
+    return size
+
+
+def decide_budget(ram: str | None, vram: Sequence[str], devices: Sequence[DeviceMemory], held_bytes: int = 0) -> Budget:
+    """The budget that flags and free memory allow, the less of the two.
+
+    `ram` is for all our processes: `held_bytes` are what others of them than this one hold already, and need not be
+    free. `vram` has one size for all devices or one for each. auto is what is free, less a margin: `holdable_bytes`
+    says which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its driver
+    allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
+    UsageError.
+    """
+    notes: list[str] = []
+    holdable = holdable_bytes() + held_bytes
+    sizes = _per_device(vram, devices)
+    taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
+    shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
+    asked = parse_size(AUTO if ram is None else ram, memory_limit_bytes())
+    free = max(0, (holdable if asked is None else grantable_bytes() + held_bytes) - shared)
+    if asked is not None and asked > free:
+        notes.append(_short("--ram", asked, free, "the host"))
+    return Budget(free if asked is None else min(asked, free), taken, tuple(notes))
+
+
+def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequence[str]:
+    if not vram or all(size == AUTO for size in vram):
+        return (AUTO,) * len(devices)
+    if not devices:
+        raise UsageError("--vram is given, but no device is used that it could be for. Leave it out, or see --device.")
+    if len(vram) == 1:
+        return (*vram,) * len(devices)
+    if len(vram) != len(devices):
+        names = ", ".join(device.name for device in devices)
+        raise UsageError(
+            f"--vram has {len(vram)} sizes, but the devices are {len(devices)} ({names}). "
+            "Give one size for all, or one for each."
+        )
+    return vram
+
+
+def _device_budget(size: str, device: DeviceMemory, holdable: int, notes: list[str]) -> int:
+    asked, free = parse_size(size, device.total_bytes, "--vram"), device.free_bytes
+    if asked is None:
+        free -= min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
+    if device.shares_host_memory:
+        # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
+        free = min(free, holdable * 3 // 4)
+    if asked is not None and asked > free:
+        notes.append(_short("--vram", asked, free, device.name))
+    return max(0, free if asked is None else min(asked, free))
+
+
+def _short(flag: str, asked: int, free: int, where: str) -> str:
+    return f"{flag} is {human(asked)}, but {where} has {human(free)} to give now: taking no more than that."
+
+
+def tree_resident_bytes(pid: int | None = None) -> int:
+    """Memory that a process and its children hold resident now; by default this process.
+
+    On Linux a page shared by several processes counts in equal parts in each (proportional set size), so that the
+    code which our two processes share counts once in the sum. Elsewhere it counts in each of them, and the sum is an
+    upper bound. There is no such figure for a peak, since processes peak at different times: a control group's own
+    counter is the honest one.
+    """
+    process = psutil.Process(pid)
+    return sum(_resident(member) for member in (process, *process.children(recursive=True)))
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        info = process.memory_full_info()
+    except psutil.NoSuchProcess:
+        return 0
+    except psutil.AccessDenied:
+        info = process.memory_info()
+    return int(getattr(info, "pss", info.rss))

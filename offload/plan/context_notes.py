@@ -1,0 +1,29 @@
+"""Sentences about a context window that is larger than what a model was made for."""
+
+from slimoe.offload.model.spec import ModelSpec
+
+
+def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
+    """At most one note: that a context window of `n_ctx` tokens is longer than what the model knows."""
+    parts = list[str]()
+    if n_ctx > spec.n_ctx_scaled:
+        parts.append(f"it was trained for {spec.n_ctx_scaled} tokens, beyond which answers get worse")
+    if 0 < spec.n_window < n_ctx:
+        parts.append(
+            f"its own attention looks back {spec.n_window} tokens (sliding window), but full attention is used, which "
+            "reads longer texts otherwise than it was trained to"
+        )
+    if not parts:
+        return ()
+    least = min(n for n in (spec.n_ctx_scaled, spec.n_window) if n)
+    return (f"The context window of {n_ctx} tokens is larger than the model's: {'; '.join(parts)}. Use --ctx {least}.",)
+
+
+def window_note(spec: ModelSpec) -> str:
+    """What is to be known of a model with a sliding window, whatever its context; empty for other models."""
+    if not spec.n_window:
+        return ""
+    return (
+        f"The model's own attention looks back {spec.n_window} tokens (sliding window), but full attention is used. Up "
+        "to that many tokens of context they are the same."
+    )

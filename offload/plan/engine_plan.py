@@ -1,0 +1,366 @@
+"""What opening a model will take, decided from its header before a weight is read."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_bytes, widest
+from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.ggml.devices import Device, choose_devices
+from slimoe.offload.gguf.header import GGUFFile, read_gguf
+from slimoe.offload.gguf.keys import MERGES, TOKENS
+from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type
+from slimoe.offload.graph.token_rows import row_bytes
+from slimoe.offload.lossy.elastic import Elastic
+from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
+from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
+from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
+from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import ModelSources, without_experts
+from slimoe.offload.plan.advice import advised
+from slimoe.offload.plan.budget import decide_budget
+from slimoe.offload.plan.context_notes import context_notes
+from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
+from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
+from slimoe.offload.plan.program_memory import held_bytes, most_logit_rows, program_bytes, request_bytes
+from slimoe.offload.plan.weight_forms import (
+    Needs,
+    Placement,
+    decide_placement,
+    matrix_bytes,
+    repackable_types,
+    staging_bytes,
+)
+from slimoe.offload.resources.memory import human, resident_bytes
+from slimoe.offload.resources.processors import default_threads
+
+DEFAULT_CTX = 4096
+MAX_THREADS = 512  # ggml's own limit
+MAX_PARALLEL = 256
+TIERED_BATCH = 256
+"""Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
+_PROBE_ABOVE_BYTES = 256 << 20
+"""Smaller models answer before a measurement would be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """Everything decided before the first weight is loaded; with a `shortfall` it cannot be loaded at all.
+
+    `available` is the host memory for all our processes, and `reserve` what those beside the engine's take of it.
+    """
+
+    gguf: GGUFFile
+    spec: ModelSpec
+    sources: ModelSources
+    n_ctx: int
+    n_cells: int
+    n_batch: int
+    n_parallel: int
+    n_threads: int
+    placement: Placement
+    available: int
+    reserve: int
+    layers: tuple[ExpertLayer | None, ...]
+    devices: tuple[DevicePlan, ...] = ()
+    tiers: TierPlan | None = None
+    shortfall: DoesNotFitError | None = None
+    priors: NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()
+    lossy: Lossy | None = None
+
+    @property
+    def cut_layers(self) -> list[ExpertLayer | None]:
+        """The layers whose experts are not all in one graph, None in place of others."""
+        whole = {layer for device in self.devices if device.is_whole for layer in device.layers}
+        return [None if index in whole else layer for index, layer in enumerate(self.layers)]
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the whole model is in host memory and a step is one graph."""
+        return self.tiers is None and not self.devices
+
+    @property
+    def is_tied_on_host(self) -> bool:
+        """Whether the token table is the output matrix, and in host memory as such."""
+        return not self.devices and self.sources.output.weight is self.sources.token_embd
+
+    @property
+    def host_bytes(self) -> dict[str, int]:
+        """Bytes in host memory by use, without experts' slots and intermediate results."""
+        if self.is_resident:
+            placement = self.placement
+            by_form = {"mapped": placement.mapped, "copied": placement.copied, "repacked": placement.repacked}
+            return {**by_form, "kv": placement.kv}
+        return {"copied": self.tiers.weights if self.tiers else 0, "kv": self.tiers.kv if self.tiers else 0}
+
+    @property
+    def load_bytes(self) -> int:
+        """What is read from the file before the first step."""
+        on_devices = sum(device.weights + device.slots for device in self.devices)
+        if self.is_resident:
+            return self.placement.mapped + self.placement.copied + self.placement.repacked
+        return on_devices + (self.tiers.weights + self.tiers.arena if self.tiers else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is known of a model and of this machine whatever the budget: of the program's bytes those of no batch."""
+
+    gguf: GGUFFile
+    spec: ModelSpec
+    sources: ModelSources
+    layers: tuple[ExpertLayer | None, ...]
+    devices: tuple[Device, ...]
+    n_threads: int
+    program: int
+    speeds: Mapping[str, KernelSpeed]
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """Reads the header and decides; loads nothing. The same for every command that asks with the same config.
+
+    Raises ModelFileError, UnsupportedModelError and UsageError.
+    """
+    return plan_each([config])[0]
+
+
+def plan_each(configs: Sequence[EngineConfig]) -> list[EnginePlan]:
+    """The plans for one model, whose header is read once, in several budgets and contexts; raises the same."""
+    if not configs:
+        return []
+    model = _read(configs[0])
+    return [_plan(config, model) for config in configs]
+
+
+def _plan(config: EngineConfig, model: _Model) -> EnginePlan:
+    plan = _decide(config, model)
+    if plan.shortfall is None:
+        return plan
+    names = [device.name for device in model.devices]
+    return replace(
+        plan, shortfall=advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
+    )
+
+
+def _read(config: EngineConfig) -> _Model:
+    resident = resident_bytes()
+    file = ModelFile.of(read_gguf(config.model))
+    gguf, spec, sources = file.gguf, file.spec, file.sources
+    layers = expert_layers(sources, spec)
+    of_model = resident_bytes() - resident
+    devices = choose_devices(config.device, config.rpc)
+    n_texts = sum(len(texts) for key in (TOKENS, MERGES) if isinstance(texts := gguf.metadata.get(key), list))
+    n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
+    program = program_bytes(held_bytes(resident_bytes() - of_model), spec.n_layer, n_texts, n_copies)
+    n_threads = default_threads() if config.n_threads is None else config.n_threads
+    speeds = {} if config.is_budgeted else _speeds(config, sources, n_threads)
+    return _Model(gguf, spec, sources, layers, devices, n_threads, program, speeds)
+
+
+def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
+    """The plan for the config's budget, or with what it lacks."""
+    spec, sources, layers = model.spec, model.sources, model.layers
+    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
+    _check_settings(config, n_ctx, model.n_threads)
+    n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
+    # A step has room for a token of everyone.
+    n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
+    kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
+    budget = decide_budget(config.ram, config.vram, model.devices, config.held_bytes)
+    speeds = {} if config.is_budgeted else model.speeds
+    for fewer in _batch_sizes(n_batch, config.n_parallel):
+        program = model.program + config.reserve_bytes + request_bytes(spec, fewer, config.n_parallel)
+        needs = Needs(kv, program, n_cells, fewer)
+        placement = decide_placement(sources, spec, config.weights, speeds, needs, budget.ram)
+        if placement.required <= budget.ram:
+            n_batch = fewer
+            break
+    plan = EnginePlan(
+        gguf=model.gguf,
+        spec=spec,
+        sources=sources,
+        n_ctx=n_ctx,
+        n_cells=n_cells,
+        n_batch=n_batch,
+        n_parallel=config.n_parallel,
+        n_threads=model.n_threads,
+        placement=placement,
+        available=budget.ram,
+        reserve=config.reserve_bytes,
+        layers=layers,
+        priors=cache_priors(layers),
+        notes=(*budget.notes, *context_notes(spec, n_ctx)),
+        lossy=make_lossy(config.lossy, config.max_kl, layers),
+    )
+    chosen = list(zip(model.devices, budget.vram, strict=True))
+    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + config.reserve_bytes)
+
+
+def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
+    settings = {"--ctx": n_ctx, "--batch": config.n_batch, "--parallel": config.n_parallel, "--threads": n_threads}
+    for name, value in settings.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}, but must be at least 1.")
+    if n_threads > MAX_THREADS:
+        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
+    if config.n_parallel > MAX_PARALLEL:
+        raise UsageError(f"--parallel is {config.n_parallel}, but must be at most {MAX_PARALLEL}.")
+
+
+def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
+    """The plan with what lies on devices. One that is too small is left out and noted, or with a name, refused."""
+    if not devices:
+        return plan
+    # A mode that goes by shares must see those of every layer, and so must a trace.
+    may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
+    kv, n_rows = kv_type(config.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
+    if config.device == "auto" and not config.vram:
+        fitting, notes = plan_those_that_fit(needs, devices)
+        return replace(plan, devices=fitting, notes=(*plan.notes, *notes))
+    try:
+        return replace(plan, devices=plan_devices(needs, devices))
+    except DoesNotFitError as error:
+        return replace(plan, shortfall=error.with_traceback(None))
+
+
+def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    """The plan with tiers if it needs them, or with what it lacks."""
+    if plan.shortfall is not None:
+        return plan
+    required = plan.placement.required
+    may_be_resident = not plan.devices and not _needs_tiers(config, plan, fits=True)
+    try:
+        if plan.devices or _needs_tiers(config, plan, fits=required <= plan.available):
+            return _in_tiers(config, plan, devices, program)
+        _require(config, plan, required)
+    except DoesNotFitError as error:
+        if may_be_resident and required < error.required_bytes:
+            # A small model may need less as a whole than in parts that are read when they are asked for.
+            error = _lack(config, plan, required)
+        return replace(plan, shortfall=error.with_traceback(None))
+    return replace(plan, lossy=None)
+
+
+def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    """The plan with experts in several places, or with all of the model on devices. Raises DoesNotFitError."""
+    plan = replace(plan, placement=replace(plan.placement, mode="copied"))
+    if plan.devices:
+        return _in_places(config, plan, devices, program)
+    sizes = _batch_sizes(min(plan.n_batch, max(plan.n_parallel, TIERED_BATCH)), plan.n_parallel)
+    for n_batch in sizes[:-1]:
+        with contextlib.suppress(DoesNotFitError):
+            return _in_places(config, replace(plan, n_batch=n_batch), devices, program)
+    return _in_places(config, replace(plan, n_batch=sizes[-1]), devices, program)
+
+
+def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    plan = _mixed(config, plan, devices, program)
+    tiers = _tiers(config, plan, program)
+    return _settled(replace(plan, tiers=tiers)) if tiers else _on_devices(plan, program)
+
+
+def _on_devices(plan: EnginePlan, program: int) -> EnginePlan:
+    """The plan whose host memory has nothing of the model."""
+    fixed = _fixed(plan, program)
+    nothing = replace(plan.placement, mapped=0, copied=0, repacked=0, kv=0, staging=0)
+    return replace(plan, placement=replace(nothing, compute=fixed["compute"], program=fixed["program"]))
+
+
+def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:
+    """Whether steps must stop at routers: for memory, for experts that no one graph computes, or to be watched."""
+    if not any(plan.layers):
+        return False
+    fits = fits or config.weights not in ("auto", "copied")
+    is_stacked = all(layer.is_stacked for layer in plan.sources.layers)
+    is_exact = plan.lossy is None or (plan.lossy.is_best_that_fits and fits)
+    return config.trace is not None or not is_exact or not fits or not is_stacked
+
+
+def _require(config: EngineConfig, plan: EnginePlan, required: int) -> None:
+    if required > plan.available:
+        raise _lack(config, plan, required)
+
+
+def _lack(config: EngineConfig, plan: EnginePlan, required: int) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"{_what(config, plan)} needs at least {human(required)} of memory, but the budget is {human(plan.available)}.",
+        required_bytes=required,
+        available_bytes=plan.available,
+    )
+
+
+def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
+    """Batches to try: a smaller one may be what lets a model stay resident, and costs little."""
+    return [n_batch, *(n for n in (256, 128) if max(n_parallel, 1) <= n < n_batch)]
+
+
+def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | None:
+    """Tiers in host memory, None if devices hold everything. Raises DoesNotFitError."""
+    layers, fixed = plan.cut_layers, _fixed(plan, program)
+    if not any(layers):
+        _require(config, plan, sum(fixed.values()))
+        return None
+    low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
+    tiers = plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
+    # An elastic mix was made for just these slots.
+    return replace(tiers, is_final=plan.lossy is not None and isinstance(plan.lossy.chooser, Elastic))
+
+
+def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
+    """Bytes of host memory that experts cannot have."""
+    n_cells = 1 if plan.devices else plan.n_cells
+    compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
+    compute += 0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch)
+    program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel)
+    if plan.devices:
+        return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}
+    weights = matrix_bytes(without_experts(plan.sources))
+    return {"program": program, "weights": weights, "kv": plan.placement.kv, "compute": compute}
+
+
+def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    """Of an elastic file, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
+    if plan.lossy is None or not isinstance(plan.lossy.chooser, Elastic):
+        return plan
+    if not any(plan.cut_layers):
+        return replace(plan, lossy=None)
+    fixed = sum(_fixed(plan, program).values())
+    mix = plan.lossy.chooser.mix(plan.cut_layers, plan.available - fixed, fixed, plan.priors, _what(config, plan))
+    layers = tuple(mixed or layer for mixed, layer in zip(mix.layers, plan.layers, strict=True))
+    plan = replace(plan, layers=layers, lossy=mixed_lossy(plan.lossy, mix, config.max_kl))
+    # Which classes of slots a device needs is known only now.
+    return _with_devices(config, replace(plan, devices=()), devices) if plan.devices else plan
+
+
+def _settled(plan: EnginePlan) -> EnginePlan:
+    """The plan whose lossy mode knows what is in memory from the start."""
+    if plan.lossy is None or plan.tiers is None:
+        return plan
+    lossy = with_resident(plan.lossy, plan.cut_layers, plan.tiers, plan.priors)
+    return replace(plan, lossy=lossy, notes=(*plan.notes, lossy.note))
+
+
+def _what(config: EngineConfig, plan: EnginePlan) -> str:
+    return f"{config.model} with {plan.n_ctx} tokens of context"
+
+
+def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
+    if config.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
+        return {}
+    backend = CpuBackend(n_threads)
+    try:
+        return measured_speeds(repackable_types(sources), backend)
+    finally:
+        backend.close()
+
+
+def has_tokenizer(gguf: GGUFFile) -> bool:
+    """Whether the file carries a vocabulary; without one only token ids go in and out."""
+    return TOKENS in gguf.metadata

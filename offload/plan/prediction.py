@@ -1,0 +1,102 @@
+"""What a plan will do on this machine: measures the machine as far as the plan asks, and predicts both phases."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+
+from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.ggml.device_backend import DeviceBackend
+from slimoe.offload.ggml.devices import Device
+from slimoe.offload.graph.kv_cache import kv_type
+from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predict
+from slimoe.offload.machine.measure import Calibration, Limits, workload
+from slimoe.offload.machine.measurement_cache import MeasurementCache
+from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
+from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed, SpeedCurve
+from slimoe.offload.machine.workload import model_load
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
+
+TYPICAL_PAST = 512
+"""Tokens before the one that is predicted: decoding slows down as they grow in number."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPrediction:
+    """Speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens."""
+
+    decode: Prediction
+    n_past: int
+    prefill: Prediction
+    n_prompt: int
+
+
+def measure_machine(
+    config: EngineConfig,
+    plan: EnginePlan,
+    on_measure: Callable[[str], None],
+    cache: MeasurementCache | None = None,
+) -> MachineSpeed:
+    """The speed of everything that the plan uses: from the cache, or measured, within the plan's memory.
+
+    `on_measure` is told before each measurement, which takes seconds at most; what it raises ends them all. Raises
+    DoesNotFitError, DeviceError, and what reading the file raises.
+    """
+    needs = workload(plan.spec, plan.sources, plan.layers, kv_type(config.kv_type))
+    vram = min((device.budget for device in plan.devices), default=0)
+    limits = Limits(ram=plan.available, vram=vram, direct_io=config.direct_io)
+    calibration = Calibration(needs, limits, cache, on_measure)
+    with ExitStack() as opened:
+        cpu = opened.enter_context(closing(CpuBackend(plan.n_threads)))
+        devices = {
+            known_as(device.device): opened.enter_context(closing(DeviceBackend(device.device)))
+            for device in plan.devices
+        }
+        speed = calibration.machine(plan.gguf if whereabouts(plan).on_disk else None, cpu, devices)
+        kinds = plan.placement.repacked_types if plan.is_resident else frozenset()
+        if not kinds:
+            return speed
+        on_measure("rearranged weights")
+        kernels = measured_speeds(kinds, cpu, plan.available // 2, cache)
+    return replace(speed, cpu=_rearranged(speed.cpu, kernels, for_batches=plan.placement.mode == "repacked"))
+
+
+def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
+    """How fast the plan is on a machine. Of several devices, which take turns, the slowest stands for all."""
+    n_past = min(TYPICAL_PAST, plan.n_ctx - 1)
+    n_prompt = min(plan.n_batch, plan.n_ctx)
+    decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
+    return PlanPrediction(_slowest(plan, speed, decode), n_past, _slowest(plan, speed, prefill), n_prompt)
+
+
+def known_as(device: Device) -> str:
+    """What tells a device from others, also at the next start."""
+    return f"{device.name} ({device.description})"
+
+
+def _slowest(plan: EnginePlan, speed: MachineSpeed, step: Step) -> Prediction:
+    load = model_load(plan.spec, plan.sources, plan.layers)
+    residency = _residency(whereabouts(plan))
+    devices = [known_as(device.device) for device in plan.devices]
+    processors: list[str | None] = [*devices] or [None]
+    predictions = [predict(load, residency, speed, step, name) for name in processors]
+    return max(predictions, key=lambda prediction: prediction.ms_per_token)
+
+
+def _residency(where: Whereabouts) -> Residency:
+    return Residency(where.device_share, where.host_share, where.is_cut)
+
+
+def _rearranged(cpu: ProcessorSpeed, kernels: Mapping[str, KernelSpeed], *, for_batches: bool) -> ProcessorSpeed:
+    """The processor with the weights of these types rearranged: for single tokens, and perhaps for batches as well."""
+
+    def curve(name: str, plain: SpeedCurve) -> SpeedCurve:
+        kernel = kernels.get(name.split()[0])
+        if kernel is None:
+            return plain
+        single = kernel.single_repacked / kernel.single_plain
+        batch = kernel.batch_repacked / kernel.batch_plain if for_batches else 1.0
+        ratios = [single if n_rows == 1 else batch for n_rows in plain.n_rows]
+        return SpeedCurve(plain.n_rows, tuple(r * s for r, s in zip(ratios, plain.seconds_per_byte, strict=True)))
+
+    return replace(cpu, kernels={name: curve(name, plain) for name, plain in cpu.kernels.items()})

@@ -1,0 +1,191 @@
+"""Several requests at once: decides what each step reads, and hands every request its logits.
+
+A step decodes one token of every request that is writing, and reads a part of one prompt that is not yet read; the
+parts are small while others write, and waiting prompts take turns. So nobody who writes waits for longer than a small
+part of a prompt takes, and no prompt waits behind a long one.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from slimoe.offload.cache.disk_reader import ReadFailedError
+from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.graph.batch import Batch, make_batch
+from slimoe.offload.graph.runner import Logits
+from slimoe.offload.requests.cells import Cells, Sequence
+from slimoe.offload.requests.request import Generator
+from slimoe.offload.text.generation import Failed, Outcome
+
+Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
+
+_PROMPT_SHARE = 4
+"""While others write, a step reads one part in so many of a full batch: short enough for them, and not much slower."""
+
+
+class _Part(NamedTuple):
+    """What a step reads for one request."""
+
+    job: Generator
+    sequence: Sequence
+    tokens: tuple[int, ...]
+
+
+class Scheduler:
+    """Requests in turn: `n_parallel` at most are active, the others wait in order.
+
+    A request is admitted once all cells that it may come to need are sure to be there; so none gets stuck half-way.
+    Steps read at most `n_batch` tokens.
+    """
+
+    def __init__(self, cells: Cells, compute: Compute, n_parallel: int, n_batch: int) -> None:
+        assert 1 <= n_parallel <= n_batch
+        self._cells, self._compute = cells, compute
+        self._n_parallel, self._n_batch = n_parallel, n_batch
+        self._waiting: deque[Generator] = deque()
+        self._active: list[Generator] = []
+        self._borrowers: set[Generator] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._active
+
+    def submit(self, job: Generator, sequence: Sequence | None = None) -> None:
+        """Queues a request. It goes on from `sequence`, which stays the caller's, or else has one of its own."""
+        if sequence is not None:
+            job.sequence = sequence
+            self._borrowers.add(job)
+        self._waiting.append(job)
+
+    def drop(self, job: Generator) -> None:
+        """Forgets a request that nobody waits for."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._borrowers.discard(job)
+        elif job in self._active:
+            self._retire(job)
+
+    def step(self) -> list[Outcome]:
+        """Moves all requests on by one step, and says what happened."""
+        outcomes = self._end_cancelled()
+        self._admit()
+        parts = self._choose()
+        return outcomes + self._read(parts) if parts else outcomes
+
+    # --- who takes part ------------------------------------------------------------------------------------
+
+    def _end_cancelled(self) -> list[Outcome]:
+        cancelled = [job for job in (*self._active, *self._waiting) if job.is_cancelled()]
+        return [self._cancel(job) for job in cancelled]
+
+    def _cancel(self, job: Generator) -> Outcome:
+        self.drop(job)
+        return Outcome(job.id, job.finish("cancelled"))
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._active) < self._n_parallel and self._has_room(self._waiting[0]):
+            job = self._waiting.popleft()
+            if job.sequence is None:
+                job.sequence = self._cells.begin()
+            self._active.append(job)
+        if len(self._active) > 1:
+            for job in self._active:
+                job.has_company = True
+
+    def _has_room(self, job: Generator) -> bool:
+        promised = sum(_n_to_come(other) for other in self._active)
+        return promised + _n_to_come(job) <= self._cells.n_unused
+
+    def _choose(self) -> list[_Part]:
+        """The next part of one prompt, and the last token of everyone who is writing."""
+        writing = [job for job in self._active if not job.is_reading]
+        parts = [_part(job, 1) for job in writing]
+        reading = next((job for job in self._active if job.is_reading), None)
+        if reading is None:
+            return parts
+        self._active.remove(reading)
+        self._active.append(reading)
+        self._reuse(reading)
+        room = self._n_batch - len(writing)
+        return [_part(reading, min(room, max(1, self._n_batch // _PROMPT_SHARE)) if writing else room), *parts]
+
+    def _reuse(self, job: Generator) -> None:
+        """Takes over what others have read of the same prompt, also since this one began."""
+        assert job.sequence is not None
+        self._cells.adopt(job.sequence, job.shareable)
+        job.skip(len(job.sequence))
+
+    # --- what comes of it ----------------------------------------------------------------------------------
+
+    def _read(self, parts: list[_Part]) -> list[Outcome]:
+        before = [len(part.sequence) for part in parts]
+        for part in parts:
+            self._cells.append(part.sequence, part.tokens)
+        n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
+        batch = make_batch([(part.tokens, part.sequence.cells) for part in parts], max(1, sum(n_rows)))
+        try:
+            logits = self._compute(batch, _abort(parts))
+        except EngineAbortedError:
+            self._undo(parts, before)
+            return [self._cancel(part.job) for part in parts]
+        except ReadFailedError as error:
+            if len(parts) == 1:
+                return [self._fail(parts[0].job, error)]
+            # Only who needs what cannot be read shall fail.
+            self._undo(parts, before)
+            return [outcome for part in parts for outcome in self._read([part])]
+        except Exception as error:
+            return [self._fail(part.job, error) for part in parts]
+        outcomes = []
+        row = len(logits) - sum(n_rows)
+        for part, n in zip(parts, n_rows, strict=True):
+            outcomes += self._take(part, logits[row : row + n])
+            row += n
+        return outcomes
+
+    def _take(self, part: _Part, logits: Logits) -> list[Outcome]:
+        job = part.job
+        try:
+            events = job.take(len(part.tokens), logits)
+        except Exception as error:
+            return [self._fail(job, error)]
+        if job.is_over:
+            self._retire(job)
+        return [Outcome(job.id, event) for event in events]
+
+    def _undo(self, parts: list[_Part], before: list[int]) -> None:
+        """Takes the parts' tokens out of their sequences again: their cells hold nothing of use."""
+        for part, n_kept in zip(parts, before, strict=True):
+            self._cells.truncate(part.sequence, n_kept)
+
+    def _fail(self, job: Generator, error: Exception) -> Outcome:
+        """Ends a request whose cells may hold anything."""
+        assert job.sequence is not None
+        self._cells.truncate(job.sequence, 0)
+        self._retire(job)
+        return Outcome(job.id, Failed(error))
+
+    def _retire(self, job: Generator) -> None:
+        self._active.remove(job)
+        assert job.sequence is not None
+        job.is_over = True
+        if job in self._borrowers:
+            self._borrowers.remove(job)
+        else:
+            self._cells.remember(job.sequence)
+
+
+def _part(job: Generator, n_most: int) -> _Part:
+    assert job.sequence is not None
+    return _Part(job, job.sequence, job.next_tokens(n_most))
+
+
+def _n_to_come(job: Generator) -> int:
+    """Cells that a request may still ask for."""
+    return job.n_tokens_at_most - (0 if job.sequence is None else len(job.sequence))
+
+
+def _abort(parts: list[_Part]) -> Callable[[], bool] | None:
+    """What may stop a step half-way: the only request, while it reads its prompt. One token is over soon enough."""
+    return parts[0].job.is_cancelled if len(parts) == 1 and parts[0].job.is_reading else None

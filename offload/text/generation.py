@@ -1,0 +1,128 @@
+"""What goes into a generation and what comes out of it: plain frozen values that cross process borders."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from slimoe.offload.text.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request to the engine.
+
+    `max_tokens` None runs to the end of the context window, 0 only reads the prompt. `stop` are strings that end
+    the answer and are not part of it. `n_logprobs` None reports none, N the chosen token's and the N likeliest.
+    `prompt_logprobs` reports the same for every prompt token (the first has none). `strips_space` leaves out the space
+    that begins the first word: a chat template puts it there itself when the answer is read again.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    strips_space: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token before sampling filters, and the likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """So many of the prompt's tokens are read; `n_cached` of them were in the KV cache already."""
+
+    n_done: int
+    n_total: int
+    n_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """One entry per prompt token; None for the first, which nothing predicts."""
+
+    tokens: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One generated token and the text it released: whole characters that can be no part of a stop string.
+
+    `piece` are the bytes it stands for in the answer, `added` the characters that they complete, released or not.
+    """
+
+    token: int
+    text: str
+    logprob: TokenLogprob | None = None
+    piece: bytes = b""
+    added: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Tokens and milliseconds of the two phases; `cached_n` prompt tokens were not computed again."""
+
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    cached_n: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What the tiers did during an answer: by how much each of the engine's counters rose, by name.
+
+    Empty when the whole model is one graph. `is_shared`: other requests were being answered in the meantime, and what
+    was done for them is in the counts too.
+    """
+
+    counts: dict[str, float] = field(default_factory=dict)
+    is_shared: bool = False
+
+    @property
+    def hit_share(self) -> float | None:
+        """The share of the picks whose expert was in a device's slot or in host memory; None without picks."""
+        found = self.counts.get("hits", 0) + self.counts.get("device_hits", 0)
+        picks = found + self.counts.get("ahead", 0) + self.counts.get("misses", 0)
+        return found / picks if picks else None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event: why it ended, the text that was still held back, and what it took.
+
+    `memory` is peak bytes per tier, by name.
+    """
+
+    reason: FinishReason
+    text: str
+    timings: Timings
+    memory: dict[str, int]
+    tiers: TierUse = TierUse()
+
+
+Event = PromptProgress | PromptLogprobs | TokenStep | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request could not go on, and why; nothing follows."""
+
+    error: Exception
+
+
+class Outcome(NamedTuple):
+    """Something that happened to one of several requests."""
+
+    id: int
+    event: Event | Failed

@@ -1,0 +1,156 @@
+"""Text to token ids and back, by the tokenizer that a GGUF file carries.
+
+Splitting text into tokens is libllama's work. Special tokens are ours: sentencepiece never builds one out of
+written text, libllama may (`</s>` from `</` and `s>`), so its copy of the vocabulary gets names for them that no
+text can spell, and they are placed by id. Likewise the space that sentencepiece puts before a text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slimoe.offload.gguf.header import GGUFFile, Value
+from slimoe.offload.gguf.keys import BYTE_LEVEL
+from slimoe.offload.text.vocabulary import LlamaVocab, VocabularySpec, raw_bytes
+
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_END_OF_TURN = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+    | {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "[e~["}
+    | {"<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"}
+)
+"""Tokens that llama.cpp takes for the end of an answer by their names, of whatever type they are."""
+_OF_A_TOKENIZER = ("tokenizer.", "slimoe.tokenizer.")
+_SPACES = (" ", "▁")
+"""sentencepiece has the second for the first, so that texts with either are one."""
+
+
+class Tokenizer:
+    """A model's tokenizer; `open` makes one, `close` frees libllama's vocabulary (about 10 MB)."""
+
+    def __init__(self, spec: VocabularySpec, vocab: LlamaVocab) -> None:
+        self._spec = spec
+        self._vocab = vocab
+        self.n_vocab = len(spec.texts)
+        self.bos: int | None = vocab.bos
+        self.eos: int | None = vocab.eos
+        self.add_bos: bool = vocab.add_bos and vocab.bos is not None
+        self.chat_template = spec.chat_template
+        self.special_tokens = {spec.texts[i]: i for i in sorted(spec.control | spec.user_defined, reverse=True)}
+        self.eog = self._end_of_generation()
+        self._any_special = _alternatives(self.special_tokens)
+        self._user_defined = _alternatives(spec.texts[i] for i in spec.user_defined)
+        self._pieces: dict[int, bytes] = {}
+
+    @classmethod
+    def open(cls, gguf: GGUFFile) -> "Tokenizer":
+        """The tokenizer of `gguf`.
+
+        Raises ModelFileError when the file has none or a damaged one, UnsupportedModelError for an unknown kind.
+        """
+        spec = VocabularySpec.from_gguf(gguf)
+        return cls(spec, LlamaVocab(gguf, spec))
+
+    @classmethod
+    def of_metadata(cls, path: Path, metadata: Mapping[str, Value]) -> "Tokenizer":
+        """The tokenizer that a file with these keys will hold; arrays may be lists. Raises as `open` does."""
+        values = {key: _as_in_file(value) for key, value in metadata.items() if key.startswith(_OF_A_TOKENIZER)}
+        return cls.open(GGUFFile((path,), values, {}))
+
+    @property
+    def longest(self) -> int | None:
+        """No token stands for more UTF-8 bytes of a text; None where a run of any length may be one unknown token."""
+        spells_all = self._spec.model == BYTE_LEVEL or _BYTES.issubset(self._spec.texts)
+        return max(len(raw_bytes(text)) for text in self._spec.texts) if spells_all else None
+
+    def close(self) -> None:
+        """Frees libllama's copy; the tokenizer can no longer encode."""
+        self._vocab.close()
+
+    def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:
+        """The token ids of `text`, with a BOS if wanted; with `parse_special`, names of special tokens are them."""
+        bos = [self.bos] if add_bos and self.bos is not None else []
+        parts = list(_split(self._any_special, text, self.special_tokens)) if parse_special else [text]
+        return bos + self.encode_segments(parts)
+
+    def encode_segments(self, segments: Sequence[str | int]) -> list[int]:
+        """The token ids of a prompt in pieces: an int is a token, a str is text that names no special token.
+
+        Neighbouring strings are one text. Where the tokenizer is of that kind, a text at the start gets a space before
+        it, and so does one after a token that is not text.
+        """
+        tokens: list[int] = []
+        for segment in _joined(segments):
+            if isinstance(segment, int):
+                tokens.append(segment)
+            else:
+                tokens += self._encode_text(segment, at_start=not tokens)
+        return tokens
+
+    def _encode_text(self, text: str, *, at_start: bool) -> list[int]:
+        spec = self._spec
+        is_prefixed = spec.add_space_prefix and (at_start or spec.prefix_after_special)
+        if text and is_prefixed and (spec.prefix_before_space or text[0] not in _SPACES):
+            text = " " + text
+        tokens: list[int] = []
+        for part in _split(self._user_defined, text, self.special_tokens):
+            tokens += [part] if isinstance(part, int) else self._vocab.encode(part)
+        return tokens
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that `token` stands for; a control token's are empty, or its name with `special`."""
+        if token not in self._pieces:
+            text = self.token_text(token)
+            named = token in self._spec.control or token in self._spec.user_defined
+            self._pieces[token] = raw_bytes(text) if named else self._vocab.piece(token)
+        return b"" if token in self._spec.control and not special else self._pieces[token]
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of `tokens` without the space that `encode` puts first; control tokens by name with `special`."""
+        text = b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
+        return text[1:] if self._spec.add_space_prefix and text.startswith(" ") else text
+
+    def token_text(self, token: int) -> str:
+        """The token's name in the file, such as `▁the`, `<0x0A>` or `</s>`."""
+        if not 0 <= token < self.n_vocab:
+            raise IndexError(f"token {token} is not one of {self.n_vocab}")
+        return self._spec.texts[token]
+
+    def _end_of_generation(self) -> frozenset[int]:
+        named = {token for token, text in enumerate(self._spec.texts) if text in _END_OF_TURN}
+        return frozenset(named | self._spec.ends | ({self.eos} if self.eos is not None else set()))
+
+
+def _as_in_file(value: Value) -> Value:
+    """Lists of numbers as the arrays that are read from a file."""
+    return np.array(value) if isinstance(value, list) and value and not isinstance(value[0], str) else value
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches any of `texts`, the longest one first."""
+    ordered = sorted((text for text in texts if text), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
+
+
+def _split(pattern: re.Pattern[str] | None, text: str, tokens: dict[str, int]) -> Iterator[str | int]:
+    parts = pattern.split(text) if pattern else [text]
+    for n, part in enumerate(parts):
+        if part:
+            yield tokens[part] if n % 2 else part
+
+
+def _joined(segments: Iterable[str | int]) -> Iterator[str | int]:
+    """The same segments with neighbouring strings joined."""
+    text = ""
+    for segment in segments:
+        if isinstance(segment, str):
+            text += segment
+            continue
+        if text:
+            yield text
+        text = ""
+        yield segment
+    if text:
+        yield text

@@ -1,0 +1,147 @@
+"""`POST /v1/completions`: raw text or token ids continued, and scored for evaluation harnesses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from slimoe.server.api import wire
+from slimoe.server.api.answer import Draft, Letterhead, orders_for, usage_of
+from slimoe.server.api.generation_api import GenerationApi
+from slimoe.server.api.request_body import MAX_PROMPTS, CompletionBody, StreamOptions, read_body
+from slimoe.server.api.scored_text import fitted
+from slimoe.server.api.served_model import ServedModel
+from slimoe.server.api.unkept_fields import COMPLETION, extended
+from slimoe.server.api_error import from_failure, invalid, unsupported
+from slimoe.server.messages import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
+from slimoe.server.process.ticket import EngineFailure
+
+CompletionRequest = extended(CompletionBody, COMPLETION)
+DEFAULT_MAX_TOKENS = 16
+"""What this endpoint generates when nothing is said, as OpenAI's does."""
+
+
+class CompletionApi:
+    """The endpoint's handler."""
+
+    def __init__(self, model: ServedModel, generation: GenerationApi) -> None:
+        self._model = model
+        self._generation = generation
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Continues one or many prompts; raises ApiError."""
+        body = await read_body(request, CompletionRequest)
+        self._generation.unkept.refuse(body, COMPLETION)
+        _refuse_unsupported(body)
+        prompts = prompt_sources(body.prompt)
+        if len(prompts) * body.n_choices > MAX_PROMPTS:
+            raise invalid(f"n times the prompts may be {MAX_PROMPTS:,}.", "n")
+        wanted = body.request(
+            body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and body.logprobs is not None
+        )
+        orders = orders_for(prompts, wanted, body.n_choices)
+        echoes = [await self._echo(order.prompt) if body.echo else "" for order in orders]
+        head = Letterhead.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
+        shape = CompletionShape(head, echoes, body.logprobs is not None)
+        if body.stream:
+            return await self._generation.stream(request, orders, shape, body.stream_options or StreamOptions())
+        return await self._generation.whole(orders, shape)
+
+    async def _echo(self, prompt: PromptSource) -> str:
+        if isinstance(prompt, TextPrompt):
+            return prompt.text
+        assert isinstance(prompt, TokenPrompt)
+        ids = prompt.ids
+        try:
+            answer = await self._generation.supervisor.ask(lambda id: Decode(id, ids))
+        except EngineFailure as error:
+            raise from_failure(error.failure, "prompt") from None
+        assert isinstance(answer, Text)
+        return answer.text
+
+
+class CompletionShape:
+    """Writes plain completions; `echoes` are the prompts' texts to give back, by choice."""
+
+    prompt_param = "prompt"
+
+    def __init__(self, head: Letterhead, echoes: Sequence[str], is_scored: bool) -> None:
+        self.head = head
+        self._echoes = echoes
+        self._is_scored = is_scored
+        self._written = [0] * len(echoes)
+
+    def opening(self, index: int) -> list[wire.Document]:
+        """The prompt's text, if it is given back without scores."""
+        echo = self._echoes[index]
+        return [self._chunk(index, echo, [], None)] if echo and not self._is_scored else []
+
+    def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
+        """The prompt's text and its tokens' scores."""
+        echo = self._echoes[index]
+        return [self._chunk(index, echo, fitted(scores, echo), None)]
+
+    def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
+        """A piece of the continuation."""
+        return self._chunk(index, text, scores, None)
+
+    def closing(self, index: int, reason: str, scores: list[ScoredToken]) -> wire.Document:
+        """Why it ended."""
+        return self._chunk(index, "", scores, reason)
+
+    def whole(self, drafts: Sequence[Draft]) -> wire.Document:
+        """All continuations."""
+        choices = []
+        for index, draft in enumerate(drafts):
+            assert draft.done is not None
+            echo = self._echoes[index]
+            text = echo + draft.text
+            scores = [*fitted(draft.prompt_scores, echo), *draft.scores]
+            logprobs = wire.completion_logprobs(scores, 0) if self._is_scored else None
+            choices.append(wire.CompletionChoice(index, text, logprobs, draft.done.reason))
+        return self.head.document(choices, usage_of(drafts), drafts[0])
+
+    def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
+        is_scored = self._is_scored and scores
+        logprobs = wire.completion_logprobs(scores, self._written[index]) if is_scored else None
+        self._written[index] += len(text)
+        return self.head.document([wire.CompletionChoice(index, text, logprobs, reason)])
+
+
+def prompt_sources(prompt: str | list[Any]) -> list[PromptSource]:
+    """The prompts of a request, in whichever of the four forms; raises ApiError."""
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt)]
+    if not prompt:
+        raise invalid("The prompt is empty. Give a text or token ids.", "prompt")
+    if _are_ids(prompt):
+        return [_ids(prompt)]
+    if len(prompt) > MAX_PROMPTS:
+        raise invalid(f"{len(prompt)} prompts are too many: {MAX_PROMPTS} are allowed.", "prompt")
+    return [_one(n, element) for n, element in enumerate(prompt)]
+
+
+def _one(n: int, element: object) -> PromptSource:
+    if isinstance(element, str):
+        return TextPrompt(element)
+    if isinstance(element, list) and _are_ids(element):
+        return _ids(element)
+    raise invalid("A prompt is a text, texts, token ids, or lists of token ids.", f"prompt[{n}]")
+
+
+def _are_ids(elements: list[Any]) -> bool:
+    return all(type(element) is int for element in elements)
+
+
+def _ids(ids: list[int]) -> TokenPrompt:
+    wrong = next((token for token in ids if not 0 <= token < 2**31), None)
+    if wrong is not None:
+        raise invalid(f"{wrong} is no token id.", "prompt")
+    return TokenPrompt(tuple(ids))
+
+
+def _refuse_unsupported(body: CompletionBody) -> None:
+    if body.suffix:
+        raise unsupported("This server does not fill in the middle.", "suffix")
+    if body.best_of is not None and body.best_of != body.n_choices:
+        raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")

@@ -1,0 +1,209 @@
+"""The endpoints that tell about the server and its model without generating."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from slimoe.server import messages as frames
+from slimoe.server.api.chat_api import ChatRequest, chat_prompt
+from slimoe.server.api.metrics import Metrics
+from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, refuse_unsupported
+from slimoe.server.api.served_model import ServedModel
+from slimoe.server.api.unkept_fields import CHAT, UnkeptFields
+from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found
+from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.process.ticket import EngineFailure
+
+MAX_CHARS, MAX_PIECED_CHARS = 1 << 20, 1 << 17
+"""Of a text to tokenize; each may be a token, and with pieces an object of the answer."""
+Question = Callable[[int], frames.Encode | frames.Decode | frames.Render]
+
+
+class TokenizeBody(msgspec.Struct):
+    """`POST /tokenize`, in llama.cpp's spelling (`content`) or vLLM's (`prompt`)."""
+
+    content: str | None = None
+    prompt: str | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeBody(msgspec.Struct):
+    """`POST /detokenize`."""
+
+    tokens: list[int]
+
+
+class InfoApi:
+    """The endpoints' handlers."""
+
+    def __init__(self, model: ServedModel, supervisor: Supervisor, metrics: Metrics) -> None:
+        self._model = model
+        self._supervisor = supervisor
+        self._metrics = metrics
+        self._unkept = UnkeptFields()
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 when requests are answered; 503 with progress while loading or why not now, 500 when loading failed."""
+        supervisor = self._supervisor
+        trouble = supervisor.trouble
+        if trouble is not None:
+            info = ErrorInfo(trouble, "unavailable_error", None, "engine_unavailable")
+            return _json(
+                {"status": "unavailable", "error": msgspec.structs.asdict(info)},
+                status=503,
+                headers={"Retry-After": "1"},
+            )
+        if supervisor.phase == "ready":
+            return _json({"status": "ok"})
+        if supervisor.phase == "failed" and supervisor.failure is not None:
+            error = from_failure(supervisor.failure)
+            return _json({"status": "error", "error": msgspec.structs.asdict(error.info)}, status=500)
+        progress = supervisor.progress
+        error_info = ErrorInfo("Loading model", "unavailable_error", None, "model_loading")
+        body = {
+            "status": "loading",
+            "phase": supervisor.phase,
+            "done_bytes": progress.done_bytes,
+            "total_bytes": progress.total_bytes,
+            "error": msgspec.structs.asdict(error_info),
+        }
+        return _json(body, status=503, headers={"Retry-After": "1"})
+
+    async def models(self, request: web.Request) -> web.Response:
+        """The one model, also while it is loading."""
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """The model by its id; raises ApiError for another."""
+        id = request.match_info["id"]
+        if id != self._model.id:
+            raise not_found(
+                f"The model {id!r} does not exist. This server offers {self._model.id!r}.", "model_not_found"
+            )
+        return _json(self._card())
+
+    async def props(self, request: web.Request) -> web.Response:
+        """What the server was started with and what the model is, once it is open."""
+        info = self._supervisor.info
+        body = {
+            "model_path": str(self._model.path),
+            "model_alias": self._model.id,
+            "build_info": f"slimoe {self._model.version}",
+            "pid": os.getpid(),
+            "engine_pid": self._supervisor.pid,
+            "total_slots": self._supervisor.n_parallel,
+            "is_sleeping": False,
+            "n_ctx": None if info is None else info.n_ctx,
+            "chat_template": None if info is None else info.chat_template,
+            "bos_token": None if info is None else info.bos,
+            "eos_token": None if info is None else info.eos,
+            "memory": {} if info is None else info.memory,
+        }
+        return _json(body)
+
+    async def tokenizer_info(self, request: web.Request) -> web.Response:
+        """What evaluation harnesses need of the tokenizer; waits for the model."""
+        try:
+            info = await self._supervisor.wait_ready()
+        except EngineFailure as error:
+            raise from_failure(error.failure) from None
+        return _json(
+            {
+                "bos_token": info.bos or None,
+                "eos_token": info.eos or None,
+                "pad_token": None,
+                "chat_template": info.chat_template,
+            }
+        )
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """A text's token ids; raises ApiError."""
+        body = await read_body(request, TokenizeBody)
+        text = body.prompt if body.content is None else body.content
+        if text is None:
+            raise invalid("There is nothing to tokenize. Send `content` or `prompt`.", "content")
+        # llama.cpp leaves BOS out unless asked, vLLM puts it in unless asked.
+        default = body.content is None
+        chosen = body.add_special if body.add_special_tokens is None else body.add_special_tokens
+        add_special = default if chosen is None else chosen
+        param = "prompt" if body.content is None else "content"
+        most = MAX_PIECED_CHARS if body.with_pieces else MAX_CHARS
+        if len(text) > most:
+            raise invalid(f"The text has {len(text):,} characters, but may have {most:,}. Send it in parts.", param)
+        question = frames.Encode(0, text, add_special, body.parse_special, body.with_pieces)
+        answer = await self._ask(lambda id: msgspec.structs.replace(question, id=id), param)
+        assert isinstance(answer, frames.Encoded)
+        tokens = _with_pieces(answer) if body.with_pieces else list(answer.ids)
+        info = self._supervisor.info
+        n_ctx = None if info is None else info.n_ctx
+        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": n_ctx})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """Token ids' text with the names of control tokens, under both names that clients look for; raises ApiError."""
+        body = await read_body(request, DetokenizeBody)
+        if any(not 0 <= token < 2**31 for token in body.tokens):
+            raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
+        answer = await self._ask(lambda id: frames.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
+        assert isinstance(answer, frames.Text)
+        return _json({"content": answer.text, "prompt": answer.text})
+
+    async def apply_template(self, request: web.Request) -> web.Response:
+        """The text that a conversation becomes; raises ApiError."""
+        body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
+        self._unkept.refuse(body, CHAT)
+        refuse_unsupported(body)
+        prompt = chat_prompt(body)
+        generate = body.add_generation_prompt is not False
+        answer = await self._ask(lambda id: frames.Render(id, prompt, generate), "messages")
+        assert isinstance(answer, frames.Text)
+        return _json({"prompt": answer.text})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The counters in Prometheus' text format."""
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
+
+    async def _ask(self, question: Question, param: str) -> frames.Answer:
+        """The engine's answer about the text in the field `param`."""
+        try:
+            return await self._supervisor.ask(question)
+        except EngineFailure as error:
+            raise from_failure(error.failure, param) from None
+
+    def _card(self) -> dict[str, Any]:
+        card: dict[str, Any] = {
+            "id": self._model.id,
+            "object": "model",
+            "created": self._model.created,
+            "owned_by": "slimoe",
+        }
+        info = self._supervisor.info
+        if info is not None:
+            card["max_model_len"] = info.n_ctx
+            card["meta"] = {
+                "n_vocab": info.n_vocab,
+                "n_ctx_train": info.n_ctx_train,
+                "n_params": info.n_params,
+                "size": info.n_bytes,
+            }
+        return card
+
+
+def _with_pieces(answer: frames.Encoded) -> list[dict[str, Any]]:
+    """Each id with its text, or with its bytes where they are no whole text."""
+    tokens = []
+    for id, piece in zip(answer.ids, answer.pieces, strict=True):
+        try:
+            tokens.append({"id": id, "piece": piece.decode()})
+        except UnicodeDecodeError:
+            tokens.append({"id": id, "piece": list(piece)})
+    return tokens
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")

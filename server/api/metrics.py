@@ -1,0 +1,61 @@
+"""What the server counts, for Prometheus: one registry per server, read without waking the engine."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from slimoe.server.api.tier_metrics import TierCollector
+from slimoe.server.messages import Answer, Done, Step
+from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.process.ticket import Ticket
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """Counts what passes from the engine to clients."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._supervisor = supervisor
+        self._prompt = Counter("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
+        self._cached = Counter("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
+        self._generated = Counter("slimoe_generation_tokens", "Tokens generated.", registry=registry)
+        self._finished = Counter(
+            "slimoe_request_success", "Generations completed.", ["finished_reason"], registry=registry
+        )
+        self._first = _histogram("slimoe_time_to_first_token_seconds", "From the request to its first text.", registry)
+        self._whole = _histogram("slimoe_e2e_request_latency_seconds", "From the request to its end.", registry)
+        self._memory = Gauge("slimoe_memory_used_bytes", "Memory the engine holds.", ["tier"], registry=registry)
+        running = Gauge("slimoe_num_requests_running", "Requests the engine works on.", registry=registry)
+        running.set_function(lambda: min(supervisor.n_parallel, supervisor.n_busy))
+        waiting = Gauge("slimoe_num_requests_waiting", "Requests that wait for the engine.", registry=registry)
+        waiting.set_function(lambda: max(0, supervisor.n_busy - supervisor.n_parallel))
+        restarts = Gauge("slimoe_engine_restarts", "Times the engine's process was started again.", registry=registry)
+        restarts.set_function(lambda: supervisor.n_restarts)
+        registry.register(TierCollector(lambda: {} if supervisor.info is None else supervisor.info.counters))
+
+    def note(self, ticket: Ticket, answer: Answer) -> None:
+        """Counts one answer of the engine."""
+        if isinstance(answer, Step) and not ticket.has_begun:
+            ticket.has_begun = True
+            self._first.observe(time.monotonic() - ticket.submitted_at)
+        elif isinstance(answer, Done):
+            self._prompt.inc(answer.timings.prompt_n)
+            self._cached.inc(answer.timings.cached_n)
+            self._generated.inc(answer.timings.predicted_n)
+            self._finished.labels(answer.reason).inc()
+            self._whole.observe(time.monotonic() - ticket.submitted_at)
+
+    def text(self) -> bytes:
+        """The registry in Prometheus' text format."""
+        info = self._supervisor.info
+        for tier, n_bytes in ({} if info is None else info.memory).items():
+            self._memory.labels(tier).set(n_bytes)
+        return generate_latest(self._registry)
+
+
+def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
+    return Histogram(name, text, buckets=_SECONDS, registry=registry)

@@ -1,0 +1,225 @@
+"""The bodies that clients send: their fields, types and ranges, and the request to the engine they amount to.
+
+Fields that are neither listed here nor in `unkept_fields` are ignored, for they do no harm.
+"""
+
+import asyncio
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from slimoe.offload.text.generation import GenerationRequest
+from slimoe.offload.text.sampling import SamplingParams
+from slimoe.server.api_error import invalid, unsupported
+from slimoe.server.chat.history import Message
+from slimoe.server.http.body_intake import INTAKE
+
+MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
+MAX_STOP_CHARS, MAX_BIASES = 1024, 4096
+MAX_VALUES, MAX_CHAT_VALUES = 400_000, 100_000
+"""Values in a body, of which Python makes objects before it can look at them; token ids cost least. In a chat, commas
+and brackets in texts count too: a text with so many fits into few contexts.
+"""
+_WITH_MANY_VALUES = ("messages", "prompt", "tokens", "logit_bias", "stop", "chat_template_kwargs", "tools")
+_SLICE = 1 << 20
+_PATH = re.compile(r"^(?P<message>.*?) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+
+Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e6)]
+Scale = Annotated[float, Meta(ge=0.01, le=1e6)]
+LogprobCount = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+LastN = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+
+FORMS = frozenset({"json_object", "json_schema", "grammar", "regex", "choice", "structural_tag", "lark", "ebnf"})
+_NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
+
+T = TypeVar("T")
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """`response_format`; only plain text is written."""
+
+    type: str
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """The fields that chat and plain completions have in common, with the spellings that clients use."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    n_predict: Limit | None = None
+    temperature: NonNegative | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repeat_penalty: Scale | None = None
+    repetition_penalty: Scale | None = None
+    repeat_last_n: LastN | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: msgspec.Raw = msgspec.Raw(b"null")
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def n_choices(self) -> int:
+        """How many answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+    def limit(self, default: int | None = None) -> int | None:
+        """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
+        spellings = (self.max_completion_tokens, self.max_tokens, self.n_predict, default)
+        given = next((limit for limit in spellings if limit is not None), None)
+        return None if given == -1 else given
+
+    def sampling(self) -> SamplingParams:
+        """How to choose tokens; what the client leaves open takes the defaults. Raises ApiError."""
+        given = {
+            "temperature": self.temperature,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repetition_penalty if self.repeat_penalty is None else self.repeat_penalty,
+            "repeat_last_n": self.repeat_last_n,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": _logit_bias(bytes(self.logit_bias)),
+            "seed": None if self.seed == -1 else self.seed,
+        }
+        return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingParams)
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings; raises ApiError when there are too many."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MAX_STOPS:
+            raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", "stop")
+        if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+            raise invalid(f"A stop string may have {MAX_STOP_CHARS:,} characters.", "stop")
+        return tuple(stop for stop in stops if stop)
+
+    def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
+        """The engine's request, still without its prompt."""
+        return GenerationRequest(
+            prompt_ids=(),
+            max_tokens=max_tokens,
+            sampling=self.sampling(),
+            stop=self.stops(),
+            ignore_eos=bool(self.ignore_eos),
+            n_logprobs=n_logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """`POST /v1/completions`; `prompt` is a text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+    logprobs: LogprobCount | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:
+    """The request's body as `kind`; raises ApiError that names the field at fault."""
+    data = await request.app[INTAKE].read(request)
+    await _check_values(data, max_values)
+    body: T = _decoded(data, kind)
+    return body
+
+
+async def _check_values(data: bytearray, max_values: int) -> None:
+    """Raises ApiError for more values than there may be, which is found without making them."""
+    n_values = 1
+    for begin in range(0, len(data), _SLICE):
+        piece = data[begin : begin + _SLICE]
+        # Each value follows a comma or a bracket, or is the whole.
+        n_values += sum(piece.count(mark) for mark in (b",", b"{", b"["))
+        if n_values > max_values:
+            last = max(_WITH_MANY_VALUES, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
+            raise invalid(f"{last} holds too many values: a body may have {max_values:,} in all.", last)
+        await asyncio.sleep(0)
+
+
+def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        match = _PATH.match(str(error))
+        if match is None:
+            raise invalid(f"{error}{where and f' at {where}'}.", where or None) from None
+        path = f"{where}{match['path']}"
+        raise invalid(f"{match['message']} at {path}.", path or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise invalid(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise invalid("The body is nested too deeply.", where or None) from None
+
+
+def refuse_unsupported(body: ChatBody) -> None:
+    """Raises ApiError for what a chat client may ask for and this server does not do."""
+    names_tool = body.tool_choice not in (None, "none", "auto")
+    if (body.tools and body.tool_choice != "none") or names_tool:
+        raise unsupported(_NO_TOOLS, "tools" if body.tools else "tool_choice")
+    if (body.functions and body.function_call != "none") or body.function_call not in (None, "none", "auto"):
+        raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")
+    kind = "text" if body.response_format is None else body.response_format.type
+    if kind in FORMS:
+        raise unsupported(
+            f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
+        )
+    if kind != "text":
+        raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")
+
+
+def _logit_bias(data: bytes) -> dict[int, float]:
+    if data.count(b":") > MAX_BIASES:
+        raise invalid(f"logit_bias may name {MAX_BIASES:,} tokens.", "logit_bias")
+    given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
+    biases = {}
+    for name, value in (given or {}).items():
+        if not name.isascii() or not name.isdigit() or len(name) > 9:
+            raise invalid(f"logit_bias maps token ids to numbers, but {name!r} is no token id.", "logit_bias")
+        if value is True:
+            raise invalid("A logit_bias is a number, or false to forbid the token.", f"logit_bias.{name}")
+        biases[int(name)] = float("-inf") if value is False else float(value)
+    return biases

@@ -1,0 +1,93 @@
+"""Scores that fit a text: the tokens that are told, joined, are the text that is told."""
+
+import codecs
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from slimoe.server.messages import ScoredToken
+
+
+class Piece(NamedTuple):
+    """A piece of an answer, and the scores of its tokens if there are any."""
+
+    text: str
+    scores: list[ScoredToken]
+
+
+class ScoredText:
+    """An answer as its engine releases it. A token is told with the last of its text, and cut off where the text is.
+
+    Text may be held back, for it may begin a stop string; the score of its token waits as long. So do tokens that end
+    in the middle of a character.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._tokens: list[ScoredToken] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_whole: list[bool] = []
+
+    def add(self, text: str, token: ScoredToken | None) -> Piece:
+        """What can be told once the engine has written `token`, if it tells tokens, and released `text`."""
+        self._text += text
+        if token is not None:
+            self._tokens.append(token)
+            self._decoder.decode(token.piece)
+            self._is_whole.append(bool(token.text) and not self._decoder.getstate()[0])
+        elif not self._tokens:
+            return self._take(len(self._text), 0)
+        n_tokens = n_chars = at = 0
+        for n, candidate in enumerate(self._tokens, 1):
+            at += len(candidate.text or "")
+            if at > len(self._text):
+                break
+            if self._is_whole[n - 1]:
+                n_tokens, n_chars = n, at
+        return self._take(n_chars, n_tokens)
+
+    def finish(self, text: str) -> Piece:
+        """The rest, with the last text that the engine releases."""
+        left = self._text = self._text + text
+        scores: list[ScoredToken] = []
+        for token in self._tokens:
+            own = token.text or ""
+            if len(own) > len(left):
+                scores += [_cut(token, own, len(left))] if left else []
+                left = ""
+                break
+            scores.append(token)
+            left = left[len(own) :]
+        if left and scores:
+            # The mark that stands for a character of which the last tokens are only the beginning.
+            scores[-1] = msgspec.structs.replace(scores[-1], text=(scores[-1].text or "") + left)
+        return Piece(self._take(len(self._text), 0).text, scores)
+
+    def _take(self, n_chars: int, n_tokens: int) -> Piece:
+        piece = Piece(self._text[:n_chars], self._tokens[:n_tokens])
+        self._text = self._text[n_chars:]
+        del self._tokens[:n_tokens], self._is_whole[:n_tokens]
+        return piece
+
+
+def _cut(token: ScoredToken, text: str, n_chars: int) -> ScoredToken:
+    at = token.piece.rfind(text[n_chars:].encode("utf-8", "replace"))
+    return msgspec.structs.replace(token, text=text[:n_chars], piece=token.piece[:at] if at >= 0 else token.piece)
+
+
+def fitted(scores: Sequence[ScoredToken], text: str) -> list[ScoredToken]:
+    """A prompt's tokens as they stand in its text: without the space that a tokenizer puts before it.
+
+    A control token that the text does not show keeps its name, and has no `text`.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    data, at, found = text.encode("utf-8", "replace"), 0, []
+    for score in scores:
+        forms = (score.piece, score.piece.removeprefix(b" "))
+        piece = next((form for form in forms if data.startswith(form, at)), None)
+        if piece is not None:
+            at += len(piece)
+            score = msgspec.structs.replace(score, piece=piece, text=decoder.decode(piece))
+        found.append(score)
+    return found

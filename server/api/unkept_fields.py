@@ -1,0 +1,130 @@
+"""Fields that clients send and this server does not keep, in one table.
+
+A field that constrains the answer, changes the prompt or asks for something in the answer is refused: an answer that
+looks as if it had been kept would be worse than none. A field that only bends the probabilities of sampling is left
+out of account, as other servers do it, and the log says so once. Fields that are not in this table do no harm.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from slimoe.server.api_error import unsupported
+
+_log = logging.getLogger(__name__)
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+_LONGEST_NEUTRAL = 64
+T = TypeVar("T", bound=msgspec.Struct)
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Unkept:
+    """Why a field is refused, and the values with which it asks for nothing."""
+
+    reason: str
+    neutral: tuple[Any, ...] = _NOTHING
+
+
+def _all(names: str, value: V) -> dict[str, V]:
+    return dict.fromkeys(names.split(), value)
+
+
+_FORM = Unkept("This server cannot hold an answer to a grammar or schema. Ask for the form in the prompt.")
+_LIMIT = Unkept("The limit of an answer is called max_tokens.")
+_LEAST = Unkept("This server cannot hold an answer to a least length. ignore_eos goes on to max_tokens.")
+_TIME = Unkept("This server has no limit of time. Use max_tokens, or close the connection.")
+_STOP = Unkept("What ends an answer is given as text in stop.")
+_TOKENS = Unkept("Tokens are allowed and forbidden by logit_bias alone.")
+_BEAM = Unkept("This server samples one token after the other, without beams.", (*_NOTHING, 1))
+_PROMPT = Unkept("This server does not put it into the prompt. Write it into the messages.")
+_TEXT = Unkept("This server reads and writes text only.")
+_LORA = Unkept("This server loads no adapters.")
+_SCORES = Unkept("This server gives scores by logprobs alone, and a prompt's by echo with logprobs in /v1/completions.")
+_TOOLS = Unkept("This server does not call tools. Leave the field out.", (*_NOTHING, "none", "auto"))
+_OPTIONS = Unkept("What it holds is not read. Send each as a field of its own, such as max_tokens or temperature.")
+
+COMMON: Mapping[str, Unkept] = {
+    **_all("grammar grammar_string grammar_triggers ebnf lark regex regex_pattern json_schema structural_tag", _FORM),
+    **_all("guided_json guided_regex guided_choice guided_grammar guided_json_object guided_whitespace_pattern", _FORM),
+    **_all("guided_decoding structured_outputs format output_format response_schema response_mime_type", _FORM),
+    **_all("max_new_tokens max_output_tokens max_tokens_to_sample max_length num_predict", _LIMIT),
+    **_all("min_tokens min_new_tokens min_length n_indent", _LEAST),
+    **_all("t_max_predict_ms t_max_prompt_ms max_time", _TIME),
+    **_all("stop_token_ids stop_sequences stop_sequence stop_strings stop_words stop_regex", _STOP),
+    **_all("stopping_strings custom_stopping_strings include_stop_str_in_output no_stop_trim", _STOP),
+    **_all("bad_words bad_words_ids banned_tokens banned_strings custom_token_bans ban_eos_token", _TOKENS),
+    **_all("allowed_token_ids allowed_words force_words_ids suppress_tokens begin_suppress_tokens", _TOKENS),
+    **_all("logits_processors custom_logit_processor sequence_bias no_repeat_ngram_size forced_eos_token_id", _TOKENS),
+    **_all("use_beam_search num_beams", _BEAM),
+    **_all("documents system instructions chat_template negative_prompt template", _PROMPT),
+    "truncate_prompt_tokens": Unkept("This server never cuts a prompt off."),
+    **_all("prompt_embeds input_embeds images image_data audio_data video_data multi_modal_data audio", _TEXT),
+    "modalities": Unkept(_TEXT.reason, (*_NOTHING, ["text"])),
+    "web_search_options": Unkept("This server has no access to the web.", (None, False)),
+    **_all("lora lora_path lora_adapter lora_request", _LORA),
+    **_all("n_probs post_sampling_probs return_tokens_as_token_ids return_token_ids return_logprob", _SCORES),
+    "prompt_logprobs": Unkept(_SCORES.reason, (None, False)),
+    "skip_special_tokens": Unkept("Control tokens are never part of an answer.", (None, True)),
+    **_all("options extra_body parameters sampling_params generation_config generationConfig nvext", _OPTIONS),
+}
+CHAT: Mapping[str, Unkept] = {
+    **COMMON,
+    "best_of": _BEAM,
+    "echo": Unkept("A chat does not give its prompt back. /v1/completions does."),
+    "add_special_tokens": Unkept("The model's chat template decides on special tokens.", (None, False)),
+}
+COMPLETION: Mapping[str, Unkept] = {
+    **COMMON,
+    **_all("tools tool_choice functions function_call", _TOOLS),
+    "response_format": Unkept(_FORM.reason, (*_NOTHING, {"type": "text"})),
+    "top_logprobs": Unkept("The likeliest tokens are asked for by logprobs, which is a number here."),
+    "add_special_tokens": Unkept(
+        "A text begins with the model's own token. Send token ids to leave it out.", (None, True)
+    ),
+}
+SAMPLERS: Mapping[str, tuple[Any, ...]] = {
+    **_all("typical_p typical tfs_z tfs guidance_scale cfg_scale encoder_repetition_penalty", (1,)),
+    **_all("mirostat mirostat_mode dry_multiplier xtc_probability dynatemp_range top_a", ()),
+    **_all("epsilon_cutoff eta_cutoff smoothing_factor penalty_alpha dynamic_temperature", ()),
+    **_all("samplers sampler_order sampler_priority temperature_last length_penalty", (1,)),
+    **_all("top_n_sigma nsigma adaptive_target", (-1,)),
+}
+"""Ways of sampling by the values, besides empty ones, that switch them off."""
+
+
+class UnkeptFields:
+    """Looks for such fields; remembers what the log has been told."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def refuse(self, body: msgspec.Struct, table: Mapping[str, Unkept]) -> None:
+        """Raises ApiError for a field of `table` that asks for something; `body` is `extended` by it."""
+        for name, unkept in table.items():
+            if not _is_one_of(getattr(body, name), unkept.neutral):
+                raise unsupported(f"The field {name} is not kept. {unkept.reason}", name)
+        for name, neutral in SAMPLERS.items():
+            if name not in self._told and not _is_one_of(getattr(body, name), (*_NOTHING, *neutral)):
+                self._told.add(name)
+                _log.warning("A client sets %s, which this server does not sample by.", name)
+
+
+def extended(kind: type[T], table: Mapping[str, Unkept]) -> type[T]:
+    """`kind` with the fields of the table as they were sent, not decoded: what nobody keeps may have any type."""
+    absent = msgspec.Raw(b"null")
+    fields = [(name, msgspec.Raw, absent) for name in (*table, *SAMPLERS)]
+    made: type[T] = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True)  # type: ignore[assignment]
+    return made
+
+
+def _is_one_of(raw: msgspec.Raw, values: tuple[Any, ...]) -> bool:
+    data = bytes(raw)
+    if len(data) > _LONGEST_NEUTRAL:
+        return False
+    given = msgspec.json.decode(data)
+    # To Python, true is 1.
+    return any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values)

@@ -1,0 +1,201 @@
+"""The JSON documents that generations are answered with, in the shapes of OpenAI's API."""
+
+import itertools
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from slimoe.offload.text.generation import TierUse, Timings
+from slimoe.server.messages import ScoredToken
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+
+class CachedTokens(msgspec.Struct, frozen=True):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class TimingsInfo(msgspec.Struct, frozen=True):
+    """Tokens computed and milliseconds taken, by phase; `cache_n` prompt tokens were known already."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float | None
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One candidate for a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobInfo(msgspec.Struct, frozen=True):
+    """One token of a chat answer, with the likeliest candidates at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """`choices[].logprobs` of a chat."""
+
+    content: list[TokenLogprobInfo]
+    refusal: None = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """`choices[].logprobs` of a plain completion; the first token of a prompt has null."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """The whole answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a chat chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a chat answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """`choices[]` of a plain completion and of its chunks."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A whole answer or one chunk; the first five fields are the same in all chunks of one answer."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    timings: TimingsInfo | UnsetType = UNSET
+    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    memory: dict[str, int] | UnsetType = UNSET
+
+
+def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
+    """What the tiers did for an answer, by name; empty when the whole model is in memory."""
+    if not tiers.counts:
+        return {}
+    counts = {name: value if name.endswith("_seconds") else round(value) for name, value in tiers.counts.items()}
+    return {**counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared}
+
+
+def timings_info(timings: Timings) -> TimingsInfo:
+    """The engine's timings as clients read them."""
+    seconds = timings.predicted_ms / 1000
+    return TimingsInfo(
+        cache_n=timings.cached_n,
+        prompt_n=timings.prompt_n,
+        prompt_ms=timings.prompt_ms,
+        predicted_n=timings.predicted_n,
+        predicted_ms=timings.predicted_ms,
+        predicted_per_second=timings.predicted_n / seconds if seconds > 0 else None,
+    )
+
+
+def chat_logprobs(scores: list[ScoredToken]) -> ChatLogprobs:
+    """The scores of an answer's tokens as a chat client reads them."""
+    return ChatLogprobs([_token_info(score) for score in scores])
+
+
+def _token_info(score: ScoredToken) -> TokenLogprobInfo:
+    top = [
+        TopLogprob(_candidate(score, token, piece), finite(logprob), list(piece)) for token, piece, logprob in score.top
+    ]
+    logprob = LOWEST_LOGPROB if score.logprob is None else finite(score.logprob)
+    return TokenLogprobInfo(_shown(score), logprob, list(score.piece), top)
+
+
+def completion_logprobs(scores: list[ScoredToken], begin: int) -> CompletionLogprobs:
+    """The scores in the older parallel-list shape; the text that the tokens make up begins at character `begin`."""
+    tokens = [_shown(score) for score in scores]
+    values = [None if score.logprob is None else finite(score.logprob) for score in scores]
+    widths = [len(score.text or "") for score in scores]
+    offsets = list(itertools.accumulate(widths, initial=begin))[:-1]
+    return CompletionLogprobs(tokens, values, [_candidates(score) for score in scores], offsets)
+
+
+def _candidates(score: ScoredToken) -> dict[str, float] | None:
+    """The likeliest tokens and the chosen one; of two that read the same, the likelier stays."""
+    if score.logprob is None:
+        return None
+    candidates: dict[str, float] = {}
+    for token, piece, logprob in score.top:
+        candidates.setdefault(_candidate(score, token, piece), finite(logprob))
+    candidates.setdefault(_shown(score), finite(score.logprob))
+    return candidates
+
+
+def _candidate(score: ScoredToken, token: int, piece: bytes) -> str:
+    """How one of the likeliest tokens reads in the place of `score`, which is the chosen one's."""
+    return _shown(score) if token == score.token else _text(piece)
+
+
+def _shown(score: ScoredToken) -> str:
+    return _text(score.piece) if score.text is None else score.text
+
+
+def finite(logprob: float) -> float:
+    """`logprob`, or the lowest number that stands for minus infinity."""
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")

@@ -1,0 +1,188 @@
+"""A conversation as clients send it, and as plain turns of text: nothing that was said gets lost on the way.
+
+Templates are given roles and texts. What clients keep beside a text is written into it:
+
+- a call of a tool, as a line of JSON: `{"id": "call_1", "name": "weather", "arguments": {"city": "Paris"}}`;
+- what a tool gave back, below a line that says whose it is: `Result of weather (call_1):`;
+- the name of a speaker, before what they say: `Ann: Hello`;
+- a refusal, as what the assistant said. Its reasoning is left out, as templates do it, unless it is all there is.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from slimoe.server.api_error import ApiError, invalid, unsupported
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_MESSAGES, MAX_PARTS = 16_384, 16_384
+_OLD_NAMES = {"function": "tool"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+Turn = tuple[str, str]
+"""A role and a text."""
+
+
+class Function(msgspec.Struct, gc=False):
+    """A function's name and its arguments: JSON in a text, as OpenAI has it, or an object."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class CustomTool(msgspec.Struct, gc=False):
+    """A call whose input is plain text."""
+
+    name: str
+    input: str | None = None
+
+
+class ToolCall(msgspec.Struct, gc=False):
+    """One entry of `tool_calls`."""
+
+    id: str | None = None
+    type: str | None = None
+    function: Function | None = None
+    custom: CustomTool | None = None
+
+
+class Part(msgspec.Struct, gc=False):
+    """One part of a message."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Message(msgspec.Struct, gc=False):
+    """One chat message; `content` is a text, a list of parts, or null where something else was said."""
+
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: Function | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
+    images: Any = None
+    audio: Any = None
+
+
+def turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
+    """The conversation as turns; raises ApiError that names the message at fault."""
+    if not messages:
+        raise invalid("There are no messages. Send at least one.", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise invalid(f"{len(messages):,} messages are too many: {MAX_MESSAGES:,} are allowed.", "messages")
+    names = {call.id: _name(call) for message in messages for call in message.tool_calls or () if call.id}
+    found = tuple(_turn(f"messages[{n}]", message, names) for n, message in enumerate(messages))
+    if len(found) > 1 and found[-1][0] == found[-2][0] == "assistant":
+        raise invalid(
+            "The last two messages are both the assistant's. Join them to have the last continued.", "messages"
+        )
+    return found
+
+
+def _turn(where: str, message: Message, names: dict[str, str]) -> Turn:
+    if message.role not in ROLES:
+        raise invalid(f"The role {message.role!r} is not one of {', '.join(ROLES)}.", f"{where}.role")
+    role = _OLD_NAMES.get(message.role, message.role)
+    for name, value in (("images", message.images), ("audio", message.audio)):
+        if value:
+            raise _not_text(name, f"{where}.{name}")
+    calls = list(_calls(where, message, role))
+    text = _text(where, message)
+    if text is None and not calls:
+        raise invalid("A message needs content.", f"{where}.content")
+    said = "\n".join(part for part in (text, *calls) if part)
+    return role, f"{_heading(role, message, names)}{said}"
+
+
+def _heading(role: str, message: Message, names: dict[str, str]) -> str:
+    """Whose text it is, if the role does not say that."""
+    if role != "tool":
+        return f"{message.name}: " if message.name else ""
+    id = message.tool_call_id or ""
+    name = message.name or names.get(id, "")
+    of = f"{name} ({id})" if name and id else name or id
+    return f"Result of {of}:\n" if of else ""
+
+
+def _text(where: str, message: Message) -> str | None:
+    """What was said in words; None for nothing at all."""
+    texts: list[str] = []
+    if isinstance(message.content, str):
+        texts.append(message.content)
+    elif message.content is not None:
+        texts += _parts(where, message.content)
+    if message.refusal:
+        texts.append(message.refusal)
+    reasoning = message.reasoning_content or message.reasoning
+    if not texts and not message.tool_calls and not message.function_call and isinstance(reasoning, str) and reasoning:
+        texts.append(reasoning)
+    return "\n".join(texts) if texts or message.content is not None else None
+
+
+def _parts(where: str, parts: list[Part]) -> Iterator[str]:
+    if len(parts) > MAX_PARTS:
+        raise invalid(f"{len(parts):,} parts are too many: {MAX_PARTS:,} are allowed.", f"{where}.content")
+    for n, part in enumerate(parts):
+        place = f"{where}.content[{n}]"
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in (*_TEXT_PARTS, "refusal"):
+            raise _not_text(part.type, place)
+        if text is None:
+            raise invalid("A text part needs a text.", place)
+        yield text
+
+
+def _not_text(kind: str, where: str) -> ApiError:
+    return unsupported(f"This model reads text only, not a part of type {kind!r}.", where)
+
+
+def _name(call: ToolCall) -> str:
+    called = call.function or call.custom
+    return called.name if called is not None else ""
+
+
+def _calls(where: str, message: Message, role: str) -> Iterator[str]:
+    """The calls as lines."""
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None:
+        calls.append(ToolCall(function=message.function_call))
+    if calls and role != "assistant":
+        raise invalid("Only the assistant calls tools.", f"{where}.tool_calls")
+    for n, call in enumerate(calls):
+        id = {"id": _json(call.id)} if call.id else {}
+        place = f"{where}.tool_calls[{n}]"
+        if call.function is not None:
+            arguments = _arguments(call.function.arguments, f"{place}.function.arguments")
+            yield _line({**id, "name": _json(call.function.name), "arguments": arguments})
+        elif call.custom is not None:
+            yield _line({**id, "name": _json(call.custom.name), "input": _json(call.custom.input or "")})
+        else:
+            raise unsupported(f"A call of type {call.type!r} is not known. Send one with a function.", place)
+
+
+def _arguments(given: str | dict[str, Any] | None, where: str) -> str:
+    """The arguments as JSON, as they were sent if they are that; other text is a value of its own."""
+    try:
+        if isinstance(given, str) and given:
+            msgspec.json.decode(given)
+            return given
+        return _json(given or {})
+    except (msgspec.DecodeError, UnicodeError):
+        return _json(given)
+    except RecursionError:
+        raise invalid("They are nested too deeply.", where) from None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _line(call: dict[str, str]) -> str:
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in call.items()) + "}"

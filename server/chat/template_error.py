@@ -1,0 +1,35 @@
+"""What can be wrong with a model's chat template."""
+
+from slimoe.offload.errors import SlimoeError
+
+
+class ChatTemplateError(SlimoeError):
+    """The model's template refuses the conversation, or is not to be had for it."""
+
+
+class TemplateLimitError(ChatTemplateError):
+    """The model's template takes more time, memory or room than it may have; `limit` says of what."""
+
+    def __init__(self, limit: str) -> None:
+        self.limit = limit
+        super().__init__(f"The model's chat template takes more than {limit} for these messages, so it was stopped.")
+
+
+class UnusableTemplateError(ChatTemplateError):
+    """The model's template cannot be compiled, so that no chat is possible at all."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"This model cannot chat, for its chat template cannot be used: {reason}. It still completes plain text."
+        )
+
+
+class TemplateBusyError(SlimoeError):
+    """Other conversations made the model's template take too much, so that this one would have waited too long."""
+
+    def __init__(self, n_stopped: int) -> None:
+        super().__init__(
+            f"The model's chat template was stopped for {n_stopped} other conversations while this one waited. "
+            "Try again in a moment."
+        )

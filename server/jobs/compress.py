@@ -1,0 +1,139 @@
+"""`slimoe convert` with a size, a recipe or a method, and `slimoe plan` of the same: what the file will be, and it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from slimoe.converter.gguf.writer import check_target
+from slimoe.converter.report.make import check_reports
+from slimoe.converter.source.open_source import model_files
+from slimoe.converter.source.tokenizer.space_prefix import notes
+from slimoe.converter.write.estimate import writing_seconds
+from slimoe.converter.write.quantiser_choice import chosen_fit
+from slimoe.converter.write.writer import SlimReport, slim
+from slimoe.offload.errors import UsageError
+from slimoe.offload.files.whole_file import Destination
+from slimoe.offload.plan.context_notes import window_note
+from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.jobs.compress_plan import SlimWork, plan_work
+from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
+from slimoe.server.jobs.evaluate import Judge, report_summary
+from slimoe.server.options.destination import reserve
+from slimoe.server.options.engine_options import EngineOptions, engine_values
+from slimoe.server.options.eval_options import judging_options
+from slimoe.server.options.slim_options import SlimOptions, with_type
+from slimoe.server.telling import tell
+from slimoe.server.terminal.progress_bars import byte_bar, duration, status
+
+_LONG = 1800
+"""Seconds of writing from which on a quicker way is worth a line."""
+
+
+def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> None:
+    """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
+    if values["dry_run"]:
+        work = _plan(values, options, n_threads)
+        written, quality = None, dict[str, Any]()
+    else:
+        with reserve(values["target"]) as destination:
+            work = _plan(values, options, n_threads)
+            # Texts are read first: what is wrong with them is told before hours of work.
+            judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
+            if judge is not None:
+                n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
+                seconds = judge.seconds(work.layout.n_bytes, n_copy)
+                tell(f"Judging it then will take about {duration(seconds)}; --no-report does without.")
+            written = _write(work, destination, n_threads, force=values["force"])
+            tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
+            quality = _judge(judge, work, destination) if judge is not None else {}
+    if values["as_json"]:
+        click.echo(msgspec.json.encode(work_fields(work) | _written(values["target"], written) | quality))
+
+
+def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> SlimWork:
+    """What will be made, told, and that it can be."""
+    target: Path = values["target"]
+    check_target(target, 0, force=values["force"])
+    if (
+        options.stats is not None
+        and os.path.exists(target)
+        and os.path.exists(options.stats)
+        and target.samefile(options.stats)
+    ):
+        raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
+    if values["report"]:
+        check_reports(target, "Choose another name, or overwrite it with --force.", force=values["force"])
+    judging_options(values)
+    work = plan_work(values["source"], options, n_threads)
+    with status("trying how long it will take"):
+        seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
+    note = window_note(work.source.spec)
+    for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, seconds)]:
+        tell(line)
+    for note in notes(work.source.metadata) if work.plan.format == "stock" else ():
+        tell(note)
+    if work.plan.feedback and seconds > _LONG:
+        plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
+        tell(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.")
+    check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
+    return work
+
+
+def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
+    """Tells what `convert_slim` would write; raises UsageError for flags that are for a model that is opened."""
+    model, n_threads = values["model"], values["n_threads"]
+    if model is None:
+        raise click.UsageError("Which model is to be slimmed? Name its directory or GGUF file.")
+    if not options.is_asked:
+        hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
+        raise click.UsageError(f"{model} is a checkpoint. {hint}")
+    opened, asked = EngineOptions(model, n_threads=n_threads), engine_values(values)
+    other = [name for name in EngineOptions.__slots__ if getattr(opened, name) != getattr(asked, name)]
+    if other:
+        flag = other[0].removeprefix("n_").replace("_", "-")
+        raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
+    if values["type_name"]:
+        options = with_type(options, values["type_name"])
+    work = plan_work(model, options, n_threads or usable_processors())
+    click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
+
+
+def _write(work: SlimWork, target: Destination, n_threads: int, *, force: bool) -> SlimReport:
+    with byte_bar(work.layout.n_bytes) as on_progress:
+        return slim(
+            work.source,
+            work.plan,
+            target,
+            work.statistics,
+            fit=chosen_fit(work.source, work.plan, work.statistics, n_threads),
+            n_threads=n_threads,
+            force=force,
+            on_progress=on_progress,
+        )
+
+
+def _judge(judge: Judge, work: SlimWork, destination: Destination) -> dict[str, Any]:
+    """Writes the report; the file is there whatever happens."""
+    target = destination.target
+    try:
+        report = judge.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
+        return {"quality": report_summary(report, target)}
+    except KeyboardInterrupt:
+        tell(f"{target} is whole, but has no report. slimoe report makes one.")
+        raise
+
+
+def _written(target: Path, report: SlimReport | None) -> dict[str, Any]:
+    if report is None:
+        return {"path": str(target), "seconds": 0.0}
+    return {
+        "path": str(target),
+        "seconds": round(report.seconds, 3),
+        "n_tensors": report.n_tensors,
+        "n_copied_bytes": report.n_copied,
+    }

@@ -1,0 +1,82 @@
+"""From flags to the plan of a slimmed file, with all that carrying it out needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimoe.converter.budget.compress import plan_slim
+from slimoe.converter.budget.named_types import NamedTypes
+from slimoe.converter.layout.offsets import SlimLayout, lay_out
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.quant.unfit_types import TypedMatrix
+from slimoe.converter.recipe.check import needs_statistics
+from slimoe.converter.recipe.fields import SourceSizes
+from slimoe.converter.recipe.recipe import Recipe
+from slimoe.converter.recipe.toml_file import make_recipe, recipe_tables
+from slimoe.converter.recipe.words import Words
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics_file import load_statistics
+from slimoe.offload.errors import UsageError
+from slimoe.server.options.slim_options import FLAGS, SlimOptions, Tables
+from slimoe.server.terminal.progress_bars import step_bar
+
+
+@dataclass(frozen=True, slots=True)
+class SlimWork:
+    """A model, what was measured of it, what is asked for, and the plan and layout of the file."""
+
+    source: ModelSource
+    statistics: Statistics | None
+    recipe: Recipe
+    plan: SlimPlan
+    layout: SlimLayout
+
+    @property
+    def matrices(self) -> tuple[TypedMatrix, ...]:
+        """The file's matrices, with what stands in for types that do not fit their rows."""
+        return NamedTypes(self.source, self.recipe, len(self.plan.layers)).typed(self.layout)
+
+
+def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
+    """Opens, measures what types cost where that decides, and plans; writes nothing.
+
+    Raises UsageError, StatisticsError, DoesNotFitError, and ModelFileError or UnsupportedModelError for the model.
+    """
+    source = open_source(model)
+    recipe = recipe_of(source, options)
+    if options.stats is None and needs_statistics(recipe):
+        raise UsageError(
+            "What matters in the model is not known yet. Measure it once, for all sizes: "
+            f"slimoe calibrate {model} -o STATS, and give --stats STATS."
+        )
+    statistics = None if options.stats is None else load_statistics(options.stats, source)
+    with step_bar() as on_progress:
+        plan = plan_slim(
+            source,
+            statistics,
+            recipe,
+            n_threads=n_threads,
+            search_seconds=60 * options.search,
+            on_progress=on_progress,
+        )
+    return SlimWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
+
+
+def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
+    """The recipe that flags name, with what other flags say in its place; raises UsageError."""
+    sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff)
+    tables: Tables = {}
+    if options.recipe is not None:
+        tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
+    tables = options.merged(tables)
+    has_target = not tables.keys().isdisjoint(("target_size", "target_bpw"))
+    if options.novices and tables.get("free_novices") and not has_target:
+        problem = "--novices puts constants in place of experts that are left out, and nothing says how many"
+        raise UsageError(f"{problem}. Give --keep-experts, --target-size or --target-bpw.")
+    if options.search and not has_target:
+        raise UsageError("--search improves types that a target leaves open. Give --target-size or --target-bpw.")
+    recipe = make_recipe(tables, sizes, Words(options.recipe or "the command line", options.typed, FLAGS))
+    if "score" in options.tables.get("experts", {}) and recipe.experts.keep is None:
+        raise UsageError("--score ranks experts that are dropped, and none is. Give --keep-experts.")
+    return recipe

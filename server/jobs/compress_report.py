@@ -1,0 +1,198 @@
+"""What is told of a slimmed file before it is made: what is kept, in which types, bytes, expected loss, loaders."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from slimoe.converter.layout.offsets import SlimLayout
+from slimoe.converter.layout.plan import ExpertPlan, LayerPlan
+from slimoe.converter.quant.mixes import layer_and_role
+from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
+from slimoe.converter.source.model_source import PROJECTIONS
+from slimoe.offload.resources.memory import human
+from slimoe.server.jobs.compress_plan import SlimWork
+from slimoe.server.terminal.progress_bars import duration
+
+_LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
+_ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
+
+
+def loaders(work: SlimWork) -> tuple[str, ...]:
+    """Programs that load the file."""
+    return _LOADERS[work.plan.format]
+
+
+def bits_per_weight(work: SlimWork) -> float:
+    """The file's bits for each weight of the source."""
+    return 8 * work.layout.n_bytes / sum(math.prod(shape) for shape in work.source.shapes.values())
+
+
+def layer_bytes(layout: SlimLayout) -> Counter[int]:
+    """Tensor bytes by layer of the result, -1 for what belongs to none."""
+    sizes: Counter[int] = Counter()
+    for tensor in layout.tensors:
+        sizes[layer_and_role(tensor.name)[0]] += tensor.n_bytes
+    return sizes
+
+
+# --- for programs ------------------------------------------------------------------------------------------
+
+
+def work_fields(work: SlimWork) -> dict[str, Any]:
+    """All of it as JSON has it. `block` and `members` are the source's numbers, sizes are bytes, the loss nats."""
+    plan, layout, sizes = work.plan, work.layout, layer_bytes(work.layout)
+    return {
+        "source": str(work.source.path),
+        "format": plan.format,
+        "loads_in": list(loaders(work)),
+        "n_bytes": layout.n_bytes,
+        "bits_per_weight": round(bits_per_weight(work), 4),
+        "expected_kl": plan.expected_kl,
+        "expected_kl_lacks": list(plan.uncounted),
+        "bytes_by_type": layout.bytes_by_type,
+        "unfit_types": unfit_counts(work.matrices),
+        "token_type": plan.token_type.name,
+        "output_type": None if plan.output_type is None else plan.output_type.name,
+        "layers": [_layer_fields(layer, sizes[index]) for index, layer in enumerate(plan.layers)],
+        "recipe": plan.recipe,
+    }
+
+
+def _layer_fields(layer: LayerPlan, n_bytes: int) -> dict[str, Any]:
+    return {
+        "block": layer.block,
+        "attention": {role: kind.name for role, kind in layer.types.items()} if layer.has_attention else None,
+        "experts": [_expert_fields(expert) for expert in layer.experts],
+        "n_novices": _n_novices(layer),
+        "n_bytes": n_bytes,
+    }
+
+
+def _expert_fields(expert: ExpertPlan) -> dict[str, Any]:
+    return {
+        "members": list(expert.members),
+        "types": [kind.name for kind in expert.types],
+        "low_types": None if expert.low_types is None else [kind.name for kind in expert.low_types],
+        "width": None if expert.kept is None else len(expert.kept),
+    }
+
+
+def _n_novices(layer: LayerPlan) -> int:
+    """Those in the place of experts; constants that may stand in for experts that are kept are not counted."""
+    return -min((0, *layer.target))
+
+
+# --- for people --------------------------------------------------------------------------------------------
+
+
+def work_lines(work: SlimWork) -> list[str]:
+    """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
+    head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "each layer")
+    rows = [head, *_layer_rows(work)]
+    if all(row[3] == row[4] for row in rows[1:]):
+        rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*table, "", *_missing(work), *_whole(work)]
+
+
+def _whole(work: SlimWork) -> Iterable[str]:
+    plan, layout = work.plan, work.layout
+    by_type = ", ".join(f"{name} {human(n_bytes)}" for name, n_bytes in layout.bytes_by_type.items())
+    output = "" if plan.output_type is None else f", output {plan.output_type.name}"
+    yield f"token table {plan.token_type.name}{output}; by type: {by_type}"
+    yield from unfit_notes(work.matrices, len(layout.tensors))
+    bits = f"{bits_per_weight(work):.2f} bits for each weight of the source"
+    yield f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}"
+    yield expected_loss(work)
+    yield f"{plan.format} format: loads in {' and '.join(loaders(work))}"
+
+
+def expected_loss(work: SlimWork) -> str:
+    """What the statistics say, and what they do not."""
+    nats, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
+    if nats is None:
+        return "expected loss unknown: there are no statistics"
+    if not missing:
+        return f"expected loss {nats:.4f} nats of KL per token"
+    if nats == 0:
+        return f"expected loss unknown: {missing} are not counted"
+    return f"expected loss {nats:.4f} nats of KL per token, and what {missing} cost"
+
+
+def _missing(work: SlimWork) -> Iterable[str]:
+    kept = {layer.block for layer in work.plan.layers}
+    gone = [block for block in range(work.source.spec.n_layer) if block not in kept]
+    if gone:
+        yield f"layers left out whole: {_numbers(gone)}"
+
+
+def _layer_rows(work: SlimWork) -> Iterable[tuple[str, ...]]:
+    sizes = layer_bytes(work.layout)
+    rows = [(layer.block, _layer_row(work, layer, sizes[index])) for index, layer in enumerate(work.plan.layers)]
+    for row, group in groupby(rows, key=lambda pair: pair[1]):
+        yield (_numbers([block for block, _ in group]), *row)
+
+
+def _layer_row(work: SlimWork, layer: LayerPlan, n_bytes: int) -> tuple[str, ...]:
+    kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
+    attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
+    projections = [_types(layer.experts, index) for index in range(len(PROJECTIONS))]
+    return attention, _experts(work, layer), *projections, human(n_bytes)
+
+
+def _experts(work: SlimWork, layer: LayerPlan) -> str:
+    if not layer.experts:
+        return "none"
+    n_before = work.source.layers[layer.block].n_stored
+    n_members = sum(len(expert.members) for expert in layer.experts)
+    text = f"{len(layer.experts)} of {n_before}"
+    text += " merged" if n_members > len(layer.experts) else ""
+    n_novices = _n_novices(layer)
+    text += f" + {n_novices} novice{'s' if n_novices > 1 else ''}" if n_novices else ""
+    widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
+    return text + (f", {max(widths)} wide" if widths else "")
+
+
+def _types(experts: Sequence[ExpertPlan], projection: int) -> str:
+    """`Q4_K`; how many experts have which of two; of more the span and the mean. Second copies behind a plus."""
+    text = _span(Counter(expert.types[projection] for expert in experts))
+    low = _span(Counter(expert.low_types[projection] for expert in experts if expert.low_types))
+    return f"{text}+{low}" if low else text or "-"
+
+
+def _span(kinds: Counter[GGMLQuantizationType]) -> str:
+    if len(kinds) > 2:
+        order = sorted(kinds, key=_bits)
+        mean = sum(n * _bits(kind) for kind, n in kinds.items()) / kinds.total()
+        return f"{order[0].name} to {order[-1].name}, {mean:.1f} bits"
+    if len(kinds) == 2:
+        return " ".join(f"{n}x{kind.name}" for kind, n in kinds.most_common())
+    return "".join(kind.name for kind in kinds)
+
+
+def _bits(kind: GGMLQuantizationType) -> float:
+    n_weights, n_bytes = GGML_QUANT_SIZES[kind]
+    return float(8 * n_bytes / n_weights)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """`0-2, 5`."""
+    spans = [
+        [number for _, number in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+
+
+def announced(work: SlimWork, target: Path, seconds: float) -> str:
+    """One line on what will be written."""
+    names = " and ".join(loaders(work))
+    return (
+        f"{target}: {work.layout.n_bytes:,} bytes will be written in about {duration(seconds)}, {expected_loss(work)}; "
+        f"{work.plan.format} format for {names}"
+    )

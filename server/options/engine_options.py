@@ -1,0 +1,165 @@
+"""The command-line flags that say which model to open and how, shared by every command that opens one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
+KV_TYPES = ("f16", "q8_0", "f32")
+WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
+POLICIES = ("heat", "lru", "lfu", "static")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The flags' values; None where the engine decides."""
+
+    model: Path | None = None
+    n_ctx: int | None = None
+    n_batch: int | None = None
+    n_parallel: int | None = None
+    n_threads: int | None = None
+    kv_type: str | None = None
+    weights: str | None = None
+    ram: str | None = None
+    vram: tuple[str, ...] = ()
+    device: str | None = None
+    rpc: tuple[str, ...] = ()
+    trace: Path | None = None
+    policy: str | None = None
+    max_kl: float | None = None
+    lossy: str | None = None
+    direct_io: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The file to open: the one that was named, or the demo."""
+        return DEMO if self.model is None else self.model
+
+
+class OptionsCommand(click.Command):
+    """A command whose function takes all values as one mapping, which it turns into typed groups at once."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Calls the function with the mapping."""
+        assert self.callback is not None
+        return ctx.invoke(self.callback, dict(ctx.params))
+
+
+class CommaSeparated(click.ParamType[tuple[str, ...]]):
+    """Words with commas between."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The words; a comma without one is a mistake."""
+        if isinstance(value, tuple):
+            return value
+        words = tuple(word.strip() for word in value.split(","))
+        if not all(words):
+            self.fail(f"{value!r} has nothing before or after a comma.", param, ctx)
+        return words
+
+
+def _joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(word for words in lists for word in words)
+
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("model", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--ctx",
+        "n_ctx",
+        type=click.IntRange(min=1),
+        help="Context window in tokens (default: the model's, at most 4096).",
+    ),
+    click.option("--batch", "n_batch", type=click.IntRange(min=1), help="Prompt tokens read at a time."),
+    click.option(
+        "--parallel",
+        "n_parallel",
+        type=click.IntRange(min=1),
+        help="Requests that serve answers at once, each with a context window of its own (default: 1).",
+    ),
+    click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads to compute with."),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Precision of the KV cache (default: f16)."),
+    click.option(
+        "--weights",
+        type=click.Choice(WEIGHT_MODES),
+        help="How weights lie in memory: mapped from the file and shared, copied to huge pages, repacked for this "
+        "CPU's decoding, or both (default: auto, the fastest measured that fits).",
+    ),
+    click.option(
+        "--ram",
+        metavar="SIZE",
+        help="Memory that the whole program may take, such as 16GiB, 50% or auto (default: auto, what is free).",
+    ),
+    click.option(
+        "--vram",
+        type=CommaSeparated(),
+        multiple=True,
+        callback=_joined,
+        metavar="SIZE",
+        help="The same on the device; several devices take several, with commas between (default: auto).",
+    ),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="Devices to compute on besides the CPU: auto takes every GPU there is, none takes none (default: auto).",
+    ),
+    click.option(
+        "--rpc",
+        type=CommaSeparated(),
+        multiple=True,
+        callback=_joined,
+        metavar="HOST:PORT",
+        help="Use another machine's device, where ggml's rpc-server runs; may be given several times.",
+    ),
+    click.option("--policy", type=click.Choice(POLICIES), help="Which experts to keep in fast memory (default: heat)."),
+    click.option(
+        "--max-kl",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Loss allowed for speed, as a divergence in nats per token (default: none, answers are exact).",
+    ),
+    click.option(
+        "--lossy",
+        metavar="NAME[:VALUE]",
+        help="Trade exactness for speed: low, gate:T1[,T2], skip:R, adap:T, novice:R, rule:MU or elastic[:SHARE] "
+        "(default: none, answers are exact).",
+    ),
+    click.option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Record which experts are chosen to this file; an older recording there is replaced.",
+    ),
+    click.option(
+        "--direct-io/--no-direct-io",
+        default=True,
+        help="Read experts from disk past the system's page cache (default: where the file system can).",
+    ),
+)
+
+
+def engine_flags(function: F) -> F:
+    """Adds the flags to a command."""
+    for flag in reversed(_FLAGS):
+        function = flag(function)
+    return function
+
+
+def engine_values(values: Mapping[str, Any]) -> EngineOptions:
+    """The flags' values out of a command's."""
+    return EngineOptions(**{name: values[name] for name in EngineOptions.__slots__})
+
+
+def engine_options(values: Mapping[str, Any]) -> EngineOptions:
+    """The same; says on standard error when the demo model is used."""
+    options = engine_values(values)
+    if options.model is None:
+        click.echo("No model named: using the built-in demo model, which is tiny and knows little.", err=True)
+    return options

@@ -1,0 +1,64 @@
+"""The command-line flags that say by which texts a slimmed model is judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from slimoe.converter.forward.texts import TextFile
+from slimoe.offload.files.regular_file import open_regular, reason
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class JudgingOptions:
+    """The flags' values: `texts` are FILE or DOMAIN=FILE, none for the part of our mixture that is not calibrated on;
+    `device` is auto or a name that torch knows, `n_threads` those of the engine that writes, None for its own choice.
+    """
+
+    texts: tuple[str, ...] = ()
+    n_tokens: int = DEFAULT_TOKENS
+    device: str = "auto"
+    n_threads: int | None = None
+
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--eval-text",
+        "eval_texts",
+        metavar="[NAME=]FILE",
+        multiple=True,
+        help="Judge by this text, best one that was not calibrated on. Repeatable.",
+    ),
+    click.option(
+        "--eval-tokens",
+        type=click.IntRange(min=64),
+        default=DEFAULT_TOKENS,
+        show_default=True,
+        help="Tokens to judge by, at most.",
+    ),
+)
+
+
+def judging_flags(function: F) -> F:
+    """Adds the flags to a command."""
+    for flag in reversed(_FLAGS):
+        function = flag(function)
+    return function
+
+
+def judging_options(values: Mapping[str, Any], device: str = "auto") -> JudgingOptions:
+    """The flags' values out of a command's; raises click.UsageError for a file that is absent, before any long work."""
+    for text in values["eval_texts"]:
+        path = TextFile.parse(text).path
+        try:
+            open_regular(path).close()
+        except FileNotFoundError:
+            raise click.UsageError(f"--eval-text: there is no file {path}.") from None
+        except OSError as error:
+            raise click.UsageError(f"--eval-text: {path} cannot be read ({reason(error)}).") from None
+    return JudgingOptions(values["eval_texts"], values["eval_tokens"], device, values["threads"])

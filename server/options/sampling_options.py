@@ -1,0 +1,48 @@
+"""The command-line flags that say how the next token is chosen."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from slimoe.offload.text.sampling import SamplingParams
+
+_DEFAULTS = SamplingParams()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _number(flag: str, name: str, low: float, high: float | None, text: str) -> Callable[[F], F]:
+    kind = click.FloatRange(low, high)
+    return click.option(flag, name, type=kind, default=getattr(_DEFAULTS, name), show_default=True, help=text)
+
+
+def _count(flag: str, name: str, low: int, text: str) -> Callable[[F], F]:
+    kind = click.IntRange(min=low)
+    return click.option(flag, name, type=kind, default=getattr(_DEFAULTS, name), show_default=True, help=text)
+
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    _number("--temp", "temperature", 0, None, "How freely to choose; 0 always takes the likeliest token."),
+    _count("--top-k", "top_k", 0, "Choose among so many likeliest tokens; 0 is all."),
+    _number("--top-p", "top_p", 0, 1, "Choose among the likeliest tokens of this total probability."),
+    _number("--min-p", "min_p", 0, 1, "Drop tokens below this share of the likeliest one's probability."),
+    _number("--repeat-penalty", "repeat_penalty", 0.01, None, "Above 1: avoid tokens that came up lately."),
+    _count("--repeat-last-n", "repeat_last_n", -1, "How many tokens are lately; -1 is all."),
+    _number("--presence-penalty", "presence_penalty", -2, 2, "Lowers tokens that came up lately."),
+    _number("--frequency-penalty", "frequency_penalty", -2, 2, "Lowers them once for each time."),
+    click.option("--seed", type=int, help="Makes the choices repeatable."),
+)
+
+
+def sampling_flags(function: F) -> F:
+    """Adds the flags to a command."""
+    for flag in reversed(_FLAGS):
+        function = flag(function)
+    return function
+
+
+def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    """The flags' values out of a command's."""
+    return msgspec.convert(dict(values), SamplingParams)

@@ -1,0 +1,217 @@
+"""The command-line flags that say how to slim a model, as the tables of a recipe that they stand for."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slimoe.offload.resources.byte_size import parse_bytes
+
+F = TypeVar("F", bound=Callable[..., Any])
+Tables = dict[str, Any]
+
+_AMOUNT = re.compile(r"[0-9]{1,6}|[0-9]{1,3}(\.[0-9]+)?%")
+_KEYS: Mapping[str, tuple[str, str]] = {
+    "target_size": ("", "target_size"),
+    "target_bpw": ("", "target_bpw"),
+    "keep_experts": ("experts", "keep"),
+    "score": ("experts", "score"),
+    "overall": ("experts", "overall"),
+    "merge": ("experts", "merge"),
+    "width": ("experts", "width"),
+    "drop_layers": ("", "drop_ffn"),
+    "drop_attention": ("", "drop_attention"),
+    "drop_blocks": ("", "drop_blocks"),
+    "feedback": ("fit", "feedback"),
+    "refit": ("fit", "refit"),
+}
+"""Where the value of each flag stands in a recipe; absent flags are None."""
+FLAGS: Mapping[str, str] = {
+    **{key: f"--{name.replace('_', '-')}" for name, (_, key) in _KEYS.items()},
+    **{
+        "expert": "--type",
+        "low": "--pair",
+        "free_novices": "--novices",
+        "replacement": "--novices",
+        "format": "--stock",
+    },
+}
+"""How messages call what flags set, by the recipe's key."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlimOptions:
+    """The flags' values: `tables` are a recipe's that flags set, None or false where the recipe decides."""
+
+    stats: Path | None = None
+    recipe: str | None = None
+    stock: bool = False
+    novices: bool = False
+    search: float = 0.0
+    tables: Tables = field(default_factory=dict)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether any of the flags was given."""
+        return self != SlimOptions()
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """The flags that were given, by the recipe's key that they set."""
+        keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
+        keys |= {"free_novices", "replacement"} if self.novices else set()
+        keys |= {"format"} if self.stock else set()
+        return {key: FLAGS[key] for key in keys} | (dict.fromkeys(("expert", "low"), "--pair") if "low" in keys else {})
+
+    def merged(self, tables: Mapping[str, Any]) -> Tables:
+        """A recipe's tables with what the flags say in its place."""
+        result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tables.items()}
+        for name, value in self.tables.items():
+            old = result.get(name)
+            result[name] = {**(old if isinstance(old, dict) else {}), **value} if isinstance(value, dict) else value
+        budget = {"target_size", "target_bpw"} & self.tables.keys()
+        for name in {"target_size", "target_bpw"} - budget if budget else ():
+            # One budget takes the place of the other, unless flags give both.
+            result.pop(name, None)
+        if self.novices:
+            _let_novices(result)
+        if self.stock:
+            # A recipe's permissions end at what the format holds; what flags ask for themselves stays, and is refused.
+            result |= {"format": "stock", "free_layers": False} | ({} if self.novices else {"free_novices": False})
+        return result
+
+
+def _let_novices(tables: Tables) -> None:
+    experts = tables.get("experts")
+    if isinstance(experts, dict) and "keep" in experts:
+        experts["replacement"] = "novice"
+    else:
+        tables["free_novices"] = True
+
+
+class MinutesType(click.FloatRange):
+    """Minutes from 0; click's own range lets through what is no number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The minutes."""
+        minutes = float(super().convert(value, param, ctx))
+        if not math.isfinite(minutes):
+            self.fail(f"{value!r} is no number of minutes.", param, ctx)
+        return minutes
+
+
+class AmountType(click.ParamType[int | str]):
+    """A number, or a share of what there is."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """An int, or the share as it was written."""
+        text = str(value).replace(" ", "")
+        if not _AMOUNT.fullmatch(text):
+            self.fail(f"{value!r} is neither a number nor a share like 25%.", param, ctx)
+        return text if text.endswith("%") else int(text)
+
+
+class SizeType(click.ParamType[int]):
+    """Bytes as people write them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes."""
+        n_bytes = parse_bytes(str(value))
+        if not n_bytes:
+            self.fail(f"{value!r} is no size. Write one like 12GiB or 500MB.", param, ctx)
+        return n_bytes
+
+
+def _list_recipes(ctx: click.Context, param: click.Parameter, is_asked: bool) -> None:
+    if not is_asked or ctx.resilient_parsing:
+        return
+    from slimoe.converter.recipe.toml_file import ready_recipes
+
+    for name, about in ready_recipes().items():
+        click.echo(f"{name:<22}{about}")
+    ctx.exit()
+
+
+_FLAGS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--stats", metavar="STATS", type=click.Path(path_type=Path), help="What slimoe calibrate measured of the model."
+    ),
+    click.option("--target-size", type=SizeType(), metavar="SIZE", help="The most that the file may have, as 12GiB."),
+    click.option(
+        "--target-bpw",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="BITS",
+        help="The same in bits of each weight.",
+    ),
+    click.option("--recipe", metavar="NAME|FILE", help="What to do, as TOML; the other flags override it."),
+    click.option(
+        "--list-recipes",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_list_recipes,
+        help="Show the recipes that come along.",
+    ),
+    click.option("--stock", is_flag=True, help="Only what an unmodified llama.cpp loads."),
+    click.option("--keep-experts", type=AmountType(), metavar="N|%", help="Experts to keep in each layer."),
+    click.option("--score", metavar="NAME", help="What ranks experts: subset (default), frequency, reap, ean ..."),
+    click.option("--overall/--no-overall", default=None, help="Rank all layers' experts together."),
+    click.option("--novices", is_flag=True, help="Put constants in the place of experts that are left out."),
+    click.option("--merge", metavar="NAME", help="Merge experts in place of dropping: hc-smoe or m-smoe."),
+    click.option("--width", type=click.IntRange(min=1), metavar="N", help="Neurons to keep in each expert."),
+    click.option("--drop-layers", type=AmountType(), metavar="N|%", help="Layers to leave the experts of out."),
+    click.option("--drop-attention", type=AmountType(), metavar="N|%", help="Layers to leave the attention of out."),
+    click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Whole layers to leave out."),
+    click.option(
+        "--search",
+        type=MinutesType(min=0),
+        default=0.0,
+        metavar="MINUTES",
+        help="Improve the choice of types by measuring, for so long.",
+    ),
+    click.option("--feedback/--no-feedback", default=None, help="Make up for errors of rounding in later columns."),
+    click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
+)
+
+
+def slim_flags(function: F) -> F:
+    """Adds the flags to a command."""
+    for flag in reversed(_FLAGS):
+        function = flag(function)
+    return function
+
+
+def slim_options(values: Mapping[str, Any]) -> SlimOptions:
+    """The flags' values out of a command's."""
+    tables: Tables = {}
+    for name, (section, key) in _KEYS.items():
+        if values[name] is not None:
+            (tables.setdefault(section, {}) if section else tables)[key] = values[name]
+    return SlimOptions(values["stats"], values["recipe"], values["stock"], values["novices"], values["search"], tables)
+
+
+def with_type(options: SlimOptions, type_name: str) -> SlimOptions:
+    """The options with one type for all experts, as --type names it; raises UsageError beside a size."""
+    return _with_types(options, {"expert": type_name}, "--type")
+
+
+def with_pair(options: SlimOptions, pair: str) -> SlimOptions:
+    """The options with two types for every expert, as --pair names them; raises UsageError beside a size."""
+    names = [name.strip() for name in pair.split(",")]
+    if len(names) != 2:
+        raise click.UsageError(f"--pair is {pair!r}, but takes two types: the better one first, such as Q4_K,Q2_K.")
+    return _with_types(options, dict(zip(("expert", "low"), names, strict=True)), "--pair")
+
+
+def _with_types(options: SlimOptions, types: Tables, flag: str) -> SlimOptions:
+    if {"target_size", "target_bpw"} & options.tables.keys():
+        raise click.UsageError(f"A target size chooses types by itself. Leave {flag} out.")
+    return replace(options, tables={**options.tables, "types": {**options.tables.get("types", {}), **types}})

@@ -1,0 +1,76 @@
+"""One run of the engine's process, held by its pipes."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from slimoe.server.child_python import module_command
+from slimoe.server.messages import Frame, FrameBuffer, FromEngine, decode_from_engine, pack
+
+COMMAND = module_command("slimoe.server.process.engine_process")
+
+
+class EngineChild(asyncio.SubprocessProtocol):
+    """Calls `on_frame` for every message and `on_exit` with the exit status, after the last message."""
+
+    def __init__(self, on_frame: Callable[[FromEngine], None], on_exit: Callable[[int], None]) -> None:
+        self._on_frame = on_frame
+        self._on_exit = on_exit
+        self._buffer = FrameBuffer()
+        self._transport: asyncio.SubprocessTransport | None = None
+
+    async def start(self, command: Sequence[str] = COMMAND) -> None:
+        """Starts the process; its standard error is ours.
+
+        It searches for modules where this program lies and not in the working directory, and gets a session of
+        its own, so that Ctrl-C in the terminal reaches this side only.
+        """
+        await asyncio.get_running_loop().subprocess_exec(
+            lambda: self,
+            *command,
+            str(os.getpid()),
+            stderr=None,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        assert self._transport is not None
+        return self._transport.get_pid()
+
+    def send(self, frame: Frame) -> None:
+        """Sends one message; lost when the process is gone, which `on_exit` tells."""
+        assert self._transport is not None
+        pipe = self._transport.get_pipe_transport(0)
+        assert isinstance(pipe, asyncio.WriteTransport)
+        if not pipe.is_closing():
+            pipe.write(pack(frame))
+
+    def kill(self) -> None:
+        """Ends the process at once; its memory goes back to the machine."""
+        if self._transport is not None and self._transport.get_returncode() is None:
+            self._transport.kill()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio when the process runs."""
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Called by asyncio for every piece of output."""
+        try:
+            for body in self._buffer.feed(data):
+                self._on_frame(decode_from_engine(body))
+        except msgspec.MsgspecError as error:
+            print(f"The engine's process sent a message that cannot be read ({error}). Ending it.", file=sys.stderr)
+            self.kill()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio when the process has ended and its last output was read."""
+        assert self._transport is not None
+        returncode = self._transport.get_returncode()
+        self._on_exit(0 if returncode is None else returncode)

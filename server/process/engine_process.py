@@ -1,0 +1,233 @@
+"""The engine's own process: opens one model and generates for the HTTP side, several requests at once.
+
+The main thread sits in the engine. Another reads messages, so that a cancellation is seen in the middle of a prefill
+and a closed pipe ends the process whatever it is doing. Two more prepare prompts, see `slimoe.server.process.preparer`.
+Run as `python -m slimoe.server.process.engine_process PARENT_PID`.
+"""
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from slimoe.offload.cache.disk_reader import FileChangedError
+from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
+from slimoe.offload.ggml.abort import on_device_abort
+from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, Outcome
+from slimoe.server import messages as frames
+from slimoe.server.chat.prompts import Prompts
+from slimoe.server.process.heartbeat import Heartbeat
+from slimoe.server.process.pipe import Pipe, leave
+from slimoe.server.process.preparer import Job, Preparer, Question
+from slimoe.server.process.replies import OpenModel, Replies, describe, failure_of
+
+PR_SET_PDEATHSIG = 1
+OOM_SCORE = 500
+PROGRESS_SECONDS = 0.1
+_ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
+
+
+class ServedEngine(OpenModel, Protocol):
+    """What this process uses of an engine; `slimoe.offload.engine.Engine` is one."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is there."""
+
+    def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> int:
+        """Queues a request and gives it an id."""
+
+    def step(self) -> list[Outcome]:
+        """Moves requests on and tells what happened to them."""
+
+    def check_files(self) -> None:
+        """Raises FileChangedError when the model's file was written to; may be called from any thread."""
+
+
+OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
+
+
+class EngineProcess:
+    """Carries out the messages of one pipe with one engine."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._preparer: Preparer | None = None
+        self._heartbeat = Heartbeat(pipe.send)
+        self._n_parallel = 1
+        self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[int, Replies] = {}
+        self._handlers: Mapping[type[frames.ToEngine], Callable[[Any], None]] = {
+            frames.Open: self._opening.put,
+            frames.Submit: self._submit,
+            frames.Cancel: self._cancel,
+            frames.Encode: self._answer,
+            frames.Decode: self._answer,
+            frames.Render: self._answer,
+        }
+
+    def run(self, open_engine: OpenEngine) -> None:
+        """Opens the model that the first message names, then generates until the pipe closes."""
+        threading.Thread(target=self._read, name="messages", daemon=True).start()
+        request = self._opening.get()
+        self._n_parallel = request.n_parallel or 1
+        self._heartbeat.start()
+        on_device_abort(request.rpc, self._give_up)
+        try:
+            engine = open_engine(request, self._progress())
+            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+            info = describe(engine)
+        except SlimoeError as error:
+            self._pipe.send(failure_of(0, error))
+            return
+        self._preparer = Preparer(prompts, self._pipe.send, self._take)
+        problem = self._preparer.template_problem()
+        self._pipe.send(frames.Ready(frames.with_notes(info, () if problem is None else (problem,))))
+        self._serve(engine, prompts)
+
+    def _read(self) -> None:
+        try:
+            for frame in self._pipe.frames():
+                self._handlers[type(frame)](frame)
+        finally:
+            leave()
+
+    def _progress(self) -> Callable[[int, int], None]:
+        last = [0.0]
+
+        def report(done_bytes: int, total_bytes: int) -> None:
+            now = time.monotonic()
+            if now - last[0] >= PROGRESS_SECONDS or done_bytes >= total_bytes:
+                last[0] = now
+                self._pipe.send(frames.Loading(done_bytes, total_bytes))
+
+        return report
+
+    def _submit(self, frame: frames.Submit) -> None:
+        assert self._preparer is not None, "a request came before the model was ready"
+        job = self._jobs[frame.id] = Job(frame)
+        self._preparer.prepare(job)
+
+    def _take(self, job: Job) -> None:
+        """Called by the preparer when it is done with a job."""
+        if job.request is None:
+            self._jobs.pop(job.frame.id, None)
+        else:
+            self._waiting.put(job)
+
+    def _answer(self, question: Question) -> None:
+        assert self._preparer is not None
+        self._preparer.answer(question)
+
+    def _cancel(self, frame: frames.Cancel) -> None:
+        job = self._jobs.get(frame.id)
+        if job is not None:
+            job.cancelled.set()
+
+    # --- generating ----------------------------------------------------------------------------------------
+
+    def _serve(self, engine: ServedEngine, prompts: Prompts) -> None:
+        """Starts what has come and moves on what is running; sleeps while there is neither.
+
+        The engine is given as many requests as it works on at once: those that wait here can be given to another.
+        """
+        self._heartbeat.progress = engine.counters
+        self._heartbeat.check = lambda: self._check_files(engine)
+        while True:
+            while engine.is_idle:
+                self._heartbeat.rest()
+                self._start(engine, prompts, self._waiting.get())
+            while len(self._running) < self._n_parallel and not self._waiting.empty():
+                self._start(engine, prompts, self._waiting.get())
+            self._heartbeat.tick()
+            for id, event in engine.step():
+                if isinstance(event, Failed) and isinstance(event.error, _ENDS_THE_PROCESS):
+                    self._give_up(event.error)
+                self._tell(id, event)
+
+    def _check_files(self, engine: ServedEngine) -> None:
+        try:
+            engine.check_files()
+        except FileChangedError as error:
+            self._give_up(error)
+        except OSError:
+            # A disk that does not answer now says nothing about the file; a request that needs it will be told.
+            return
+
+    def _give_up(self, error: SlimoeError) -> None:
+        """Ends the process, which can no longer rely on a device or file; the other side starts another."""
+        self._pipe.send(failure_of(0, error))
+        leave()
+
+    def _start(self, engine: ServedEngine, prompts: Prompts, job: Job) -> None:
+        assert job.request is not None
+        if job.cancelled.is_set():
+            self._jobs.pop(job.frame.id, None)
+            return
+
+        def is_cancelled() -> bool:
+            self._heartbeat.tick()
+            return job.cancelled.is_set()
+
+        self._pipe.send(frames.Progress(job.frame.id, 0, len(job.request.prompt_ids), 0))
+        replies = Replies(job.frame.id, job.request, prompts.piece, engine.counters)
+        try:
+            self._running[engine.submit(job.request, is_cancelled)] = replies
+        except Exception as error:
+            self._pipe.send(replies.failure(error))
+            self._jobs.pop(replies.id, None)
+
+    def _tell(self, id: int, event: Event | Failed) -> None:
+        replies = self._running[id]
+        frame = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
+        if frame is not None:
+            self._pipe.send(frame)
+        if isinstance(event, Failed | Finished):
+            del self._running[id]
+            self._jobs.pop(replies.id, None)
+
+
+def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:
+    """Opens the real engine; what `request` leaves open takes the engine's defaults."""
+    from slimoe.offload.engine import Engine
+    from slimoe.offload.plan.engine_plan import EngineConfig
+
+    given = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
+    config: EngineConfig = msgspec.convert(given, EngineConfig, dec_hook=lambda kind, value: kind(value))
+    return Engine.open(config, on_progress)
+
+
+def settle_in(parent_pid: int) -> None:
+    """Makes this process a good child: dies with its parent, leaves Ctrl-C to it, is the first to go without memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            leave()
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    if sys.platform != "win32":
+        import resource
+
+        # An abort must not write the model's gigabytes to disk before the engine can start again.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def main(open_engine: OpenEngine = open_engine) -> None:
+    """The process's whole life."""
+    settle_in(int(sys.argv[1]))
+    EngineProcess(Pipe.over_stdio()).run(open_engine)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

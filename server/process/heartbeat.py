@@ -1,0 +1,53 @@
+"""Tells the other side again and again that this process runs, and whether its engine moves on."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from slimoe.server.messages import BEAT_SECONDS, Beat
+
+
+class Heartbeat:
+    """Beats in a thread of its own from `start` on; the engine's thread calls `tick` whenever it gets on.
+
+    `progress` is a figure that changes when slow work gets on without a tick, such as bytes read from disk. `check` is
+    called with every beat.
+    """
+
+    def __init__(self, send: Callable[[Beat], None]) -> None:
+        self._send = send
+        self._n_ticks = 0
+        self._is_idle = True
+        self.progress: Callable[[], object] = lambda: None
+        self.check: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """Begins to beat."""
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def tick(self) -> None:
+        """The engine gets on."""
+        self._n_ticks += 1
+        self._is_idle = False
+
+    def rest(self) -> None:
+        """The engine has nothing to do until the next tick."""
+        self._is_idle = True
+
+    def _beat(self) -> None:
+        last: object = None
+        moved_at = time.monotonic()
+        while True:
+            state = (self._n_ticks, self._figures())
+            if self._is_idle or state != last:
+                last, moved_at = state, time.monotonic()
+            self._send(Beat(time.monotonic() - moved_at))
+            self.check()
+            time.sleep(BEAT_SECONDS)
+
+    def _figures(self) -> object:
+        try:
+            return self.progress()
+        except Exception:
+            # They were changing while they were read.
+            return object()

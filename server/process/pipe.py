@@ -1,0 +1,58 @@
+"""The engine process's end of its two pipes: messages in on standard input, messages out on standard output."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from slimoe.server.messages import Frame, FrameBuffer, ToEngine, decode_to_engine, pack
+
+_READ_BYTES = 1 << 16
+
+
+class Pipe:
+    """Reads from one thread, writes from any."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd = read_fd
+        self._write_fd = write_fd
+        self._lock = threading.Lock()
+
+    @classmethod
+    def over_stdio(cls) -> "Pipe":
+        """Takes the process's standard streams for itself.
+
+        Whatever prints to standard output from here on, C code included, reaches standard error instead.
+        """
+        read_fd, write_fd = os.dup(0), os.dup(1)
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        sys.stdout.flush()
+        os.dup2(2, 1)
+        return cls(read_fd, write_fd)
+
+    def frames(self) -> Iterator[ToEngine]:
+        """Every message until the other side closes the pipe."""
+        buffer = FrameBuffer()
+        while data := os.read(self._read_fd, _READ_BYTES):
+            for body in buffer.feed(data):
+                yield decode_to_engine(body)
+
+    def send(self, frame: Frame) -> None:
+        """Writes one message; ends the process when nobody reads it any more."""
+        data = memoryview(pack(frame))
+        try:
+            with self._lock:
+                while data:
+                    data = data[os.write(self._write_fd, data) :]
+        except OSError:
+            leave()
+
+
+def leave() -> NoReturn:
+    """Ends the process at once: threads inside C code cannot be asked, and the memory goes back either way."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,115 @@
+"""What comes before the engine's work: templates, tokens and checks, away from the threads that must answer at once.
+
+Two threads. One has conversations rendered, which a stranger's template decides the time of; the other reads plain
+texts, which a long one delays. Each takes its work in turn, and leaves out what nobody waits for any more. A
+conversation before which the template had to be stopped too often is refused: many that take long would add up.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from slimoe.offload.text.generation import GenerationRequest
+from slimoe.server import messages as frames
+from slimoe.server.chat.prompts import Prompts, RequestError, conversation
+from slimoe.server.chat.template_error import TemplateBusyError, TemplateLimitError
+from slimoe.server.process.replies import failure_of
+
+Send = Callable[[frames.Frame], None]
+MOST_STOPPED = 2
+"""How often the template may be stopped, each time after a second at most, while a conversation waits."""
+Question = frames.Encode | frames.Decode | frames.Render
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One generation: as it was asked for, and once it is prepared, as the engine takes it."""
+
+    frame: frames.Submit
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    request: GenerationRequest | None = None
+
+
+class Preparer:
+    """Prepares generations and answers questions about text.
+
+    `take` gets every job back, without a request if it has failed or nobody waits for it.
+    """
+
+    def __init__(self, prompts: Prompts, send: Send, take: Callable[[Job], None]) -> None:
+        self._prompts, self._send, self._take = prompts, send, take
+        self._n_stopped = 0
+        self._chats: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._texts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for name, waiting in (("chats", self._chats), ("texts", self._texts)):
+            threading.Thread(target=_work, args=(waiting,), name=name, daemon=True).start()
+
+    def template_problem(self) -> str | None:
+        """Why no chat is possible with the model's template, None if one is; waits until that is known."""
+        problems: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._chats.put(lambda: problems.put(self._prompts.template_problem()))
+        return problems.get()
+
+    def prepare(self, job: Job) -> None:
+        """Queues a generation."""
+        n_before = self._n_stopped
+        if isinstance(job.frame.prompt, frames.ChatPrompt):
+            self._chats.put(lambda: self._prepare(job, n_before))
+        else:
+            self._texts.put(lambda: self._prepare(job))
+
+    def answer(self, question: Question) -> None:
+        """Queues a question."""
+        n_before = self._n_stopped
+        if isinstance(question, frames.Render):
+            self._chats.put(lambda: self._answer(question, n_before))
+        else:
+            self._texts.put(lambda: self._answer(question))
+
+    def _prepare(self, job: Job, n_before: int | None = None) -> None:
+        frame = job.frame
+        if not job.cancelled.is_set():
+            try:
+                self._check_turn(n_before)
+                job.request = self._prompts.complete(frame.request, frame.prompt)
+                self._send(frames.Accepted(frame.id, len(job.request.prompt_ids)))
+            except Exception as error:
+                self._fail(frame.id, error, frame.request.max_tokens)
+        self._take(job)
+
+    def _answer(self, question: Question, n_before: int | None = None) -> None:
+        try:
+            self._check_turn(n_before)
+            self._send(self._answered(question))
+        except Exception as error:
+            self._fail(question.id, error)
+
+    def _check_turn(self, n_before: int | None) -> None:
+        """Raises TemplateBusyError for a conversation that came when the template had been stopped `n_before` times."""
+        if n_before is not None and self._n_stopped - n_before >= MOST_STOPPED:
+            raise TemplateBusyError(self._n_stopped - n_before)
+
+    def _fail(self, id: int, error: Exception, max_tokens: int | None = None) -> None:
+        self._n_stopped += isinstance(error, TemplateLimitError)
+        self._send(failure_of(id, error, max_tokens))
+
+    def _answered(self, question: Question) -> frames.Answer:
+        prompts = self._prompts
+        match question:
+            case frames.Encode(id, text, add_special, parse_special, with_pieces):
+                ids = prompts.text_ids(text, add_special=add_special, parse_special=parse_special)
+                pieces = tuple(prompts.piece(token) for token in ids) if with_pieces else ()
+                return frames.Encoded(id, tuple(ids), pieces)
+            case frames.Decode(id, ids, shows_control):
+                if len(ids) > prompts.n_told:
+                    raise RequestError("tokens", f"{len(ids):,} tokens are too many: {prompts.n_told:,} are allowed.")
+                known = prompts.prompt(frames.TokenPrompt(ids)).ids if ids else ()
+                return frames.Text(id, prompts.tokenizer.decode(known, special=shows_control))
+            case frames.Render(id, prompt, add_generation_prompt):
+                return frames.Text(id, prompts.chat.render(conversation(prompt, add_generation_prompt)))
+
+
+def _work(waiting: "queue.SimpleQueue[Callable[[], None]]") -> None:
+    while True:
+        waiting.get()()

@@ -1,0 +1,366 @@
+"""Keeps one engine process running and hands requests to it.
+
+An abort in C code ends only that process: whoever waits for it gets an error, and a new one is started, later and
+later when it keeps ending. A process that does not respond or get on is ended likewise. Requests that it had not begun
+go to the next one. Requests that come while the model is being opened wait for it.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from slimoe.offload.printable import printable
+from slimoe.offload.resources.memory import private_bytes
+from slimoe.offload.text.generation import GenerationRequest
+from slimoe.server import messages as frames
+from slimoe.server.log_format import log_text
+from slimoe.server.process.engine_child import COMMAND, EngineChild
+from slimoe.server.process.ticket import EngineFailure, Ticket
+
+Phase = Literal["loading", "ready", "failed", "stopped"]
+FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
+KILL_SECONDS = 2.0
+MAX_TRIES = 3
+DEFAULT_N_QUEUE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the engine's process may be silent, in seconds: until that is told, and until it is killed.
+
+    The same for an engine that does not get on although its process runs. What counts is time in which this process
+    runs itself. A step can be long: a large expert may come from a slow disk, and a batch from one processor.
+    """
+
+    opening: float = 120.0
+    untold: float = 3.0
+    silent: float = 15.0
+    stuck: float = 120.0
+
+
+class QueueFullError(Exception):
+    """So many requests wait already that one more is refused; `n_waiting` of them."""
+
+    def __init__(self, n_waiting: int) -> None:
+        self.n_waiting = n_waiting
+        super().__init__(f"{n_waiting} requests are waiting already")
+
+
+class Supervisor:
+    """The HTTP side's engine: `start` it, `submit` requests, `stop` it."""
+
+    def __init__(
+        self,
+        model: frames.Open,
+        n_queue: int = DEFAULT_N_QUEUE,
+        command: Sequence[str] = COMMAND,
+        patience: Patience = Patience(),
+    ) -> None:
+        self.phase: Phase = "loading"
+        self.progress = frames.Loading(0, 0)
+        self.info: frames.ModelInfo | None = None
+        self.failure: frames.Failure | None = None
+        self.n_admitted = 0
+        self.n_restarts = 0
+        self.n_parallel = model.n_parallel or 1
+        self._model = model
+        self._n_queue = n_queue
+        self._command = command
+        self._child: EngineChild | None = None
+        self._ids = itertools.count(1)
+        self._unsent: dict[int, frames.Frame] = {}
+        self._sent: dict[int, frames.Frame] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._pause = 0.0
+        self._changed = asyncio.Event()
+        self._launching: asyncio.Task[None] | None = None
+        self._told: set[str] = set()
+        self._patience = patience
+        self._silent_seconds = self._stuck_seconds = 0.0
+        self._is_heard = False
+        self._watching: asyncio.Task[None] | None = None
+        self._crash: frames.Failure | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process's id while there is one."""
+        return None if self._child is None else self._child.pid
+
+    @property
+    def n_busy(self) -> int:
+        """Requests at the engine or waiting for it."""
+        return len(self._tickets)
+
+    @property
+    def n_underway(self) -> int:
+        """Requests that the engine works on."""
+        return sum(ticket.is_underway for ticket in self._tickets.values())
+
+    def start(self) -> None:
+        """Starts the engine's process; `wait_ready` tells when the model is open."""
+        self._launching = asyncio.create_task(self._launch())
+        self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not answered now although they may be soon; None when they are, or when nobody knows."""
+        if self.phase == "ready" and self._silent_seconds > self._patience.untold:
+            return f"The engine's process has not responded for {self._silent_seconds:.0f} seconds."
+        return None if self._crash is None or self.phase != "loading" else self._crash.message
+
+    async def _watch(self) -> None:
+        """Kills an engine that is silent or stuck for too long."""
+        while True:
+            await asyncio.sleep(frames.BEAT_SECONDS)
+            if self._child is None:
+                continue
+            self._silent_seconds += frames.BEAT_SECONDS
+            problem = self._hopeless_problem()
+            if problem is not None:
+                self._crash = frames.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
+                self._silent_seconds = self._stuck_seconds = 0.0
+                self._child.kill()
+
+    def _hopeless_problem(self) -> str | None:
+        patience = self._patience
+        if self._silent_seconds > (patience.silent if self._is_heard else patience.opening):
+            return f"The engine's process did not respond for {self._silent_seconds:.0f} seconds."
+        if self._stuck_seconds > patience.stuck:
+            return f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
+        return None
+
+    async def wait_ready(self) -> frames.ModelInfo:
+        """What the open model is; raises EngineFailure when it cannot be opened."""
+        while self.phase == "loading":
+            self._changed.clear()
+            await self._changed.wait()
+        if self.info is None or self.phase != "ready":
+            raise EngineFailure(self.failure or _stopping(0))
+        return self.info
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Holds a place in the queue for one client's request; raises QueueFullError when there is none."""
+        n_waiting = self.n_admitted - self.n_parallel
+        if n_waiting >= self._n_queue:
+            raise QueueFullError(n_waiting)
+        self.n_admitted += 1
+        try:
+            yield
+        finally:
+            self.n_admitted -= 1
+
+    def submit(self, prompt: frames.PromptSource, request: GenerationRequest) -> Ticket:
+        """Queues one generation, behind those submitted before."""
+        return self._send(lambda id: frames.Submit(id, prompt, request))
+
+    async def ask(self, question: Callable[[int], frames.Encode | frames.Decode | frames.Render]) -> frames.Answer:
+        """The one answer to a question about text; raises EngineFailure."""
+        ticket = self._send(question)
+        try:
+            return (await ticket.next())[0]
+        finally:
+            ticket.close()
+
+    async def stop(self, grace: float = 0.0) -> None:
+        """Ends the engine's process; requests still there after `grace` seconds get an error."""
+        self.phase = "stopped"
+        self._fail_all(list(self._unsent), _stopping)
+        await self._wait(lambda: not self._tickets or self._child is None, grace)
+        self._fail_all(list(self._tickets), _stopping)
+        for task in (self._launching, self._watching):
+            if task is not None:
+                task.cancel()
+        if self._child is not None:
+            self._child.kill()
+        self._note_change()
+        await self._wait(lambda: self._child is None, KILL_SECONDS)
+
+    async def _wait(self, is_true: Callable[[], bool], seconds: float) -> None:
+        """Until something is so, or at most for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not is_true():
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _send(self, make: Callable[[int], frames.Frame]) -> Ticket:
+        id = next(self._ids)
+        ticket = Ticket(id, self._close)
+        if self.phase == "stopped":
+            ticket.push(_stopping(id))
+        elif self.phase == "failed":
+            assert self.failure is not None
+            ticket.push(_for(self.failure, id))
+        else:
+            self._tickets[id] = ticket
+            self._unsent[id] = make(id)
+            self._flush()
+        return ticket
+
+    def _flush(self) -> None:
+        if self.phase != "ready" or self._child is None:
+            return
+        for frame in self._unsent.values():
+            self._child.send(frame)
+        self._sent |= self._unsent
+        self._unsent.clear()
+
+    def _close(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.id, None) is None:
+            return
+        was_sent = self._unsent.pop(ticket.id, None) is None
+        self._sent.pop(ticket.id, None)
+        if was_sent and not ticket.is_over and self._child is not None:
+            self._child.send(frames.Cancel(ticket.id))
+        self._note_change()
+
+    async def _launch(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
+        child = EngineChild(self._on_frame, self._on_exit)
+        try:
+            await child.start(self._command)
+        except OSError as error:
+            problem = f"The engine's process cannot be started ({error.strerror})."
+            self.failure = frames.Failure(0, "internal", problem)
+            self._on_exit(1)
+            return
+        self._child = child
+        self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
+        # What this process holds now, and may have grown to since the engine was first started, need not be free.
+        child.send(msgspec.structs.replace(self._model, held_bytes=private_bytes()))
+
+    def _on_frame(self, frame: frames.FromEngine) -> None:
+        self._silent_seconds = 0.0
+        match frame:
+            case frames.Loading():
+                self.progress = frame
+            case frames.Beat(stuck_seconds):
+                self._is_heard, self._stuck_seconds = True, stuck_seconds
+            case frames.Ready(info):
+                self._be_ready(info)
+            case frames.Failure(id=0):
+                self.failure = frame
+            case _:
+                self._deliver(frame)
+
+    def _be_ready(self, info: frames.ModelInfo) -> None:
+        self.info, self.failure, self._crash = info, None, None
+        self._tell(info.notes)
+        if self.phase != "stopped":
+            self.phase = "ready"
+        self._flush()
+        self._note_change()
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        """Says on standard error what has not been said before."""
+        for note in notes:
+            if note not in self._told:
+                print(printable(note), file=sys.stderr)
+        self._told.update(notes)
+
+    def _deliver(self, answer: frames.Answer) -> None:
+        ticket = self._tickets.get(answer.id)
+        if ticket is None:
+            return
+        ticket.push(answer)
+        if ticket.is_underway:
+            self._sent.pop(answer.id, None)
+        if isinstance(answer, frames.Done):
+            self._pause = 0.0
+            self.info = None if self.info is None else frames.with_figures(self.info, answer)
+
+    def _on_exit(self, returncode: int) -> None:
+        self._child = None
+        if self.phase == "stopped":
+            self._fail_all(list(self._tickets), _stopping)
+            self._note_change()
+            return
+        crash = self.failure or self._crash or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
+        self._crash = crash
+        self._fail_all(self._lost(), lambda id: _for(crash, id))
+        leaves_devices = crash.kind == "device" and self._leave_devices()
+        if self.info is None and not leaves_devices:
+            self.failure, self.phase = crash, "failed"
+            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+        else:
+            self._restart(crash, may_heal=leaves_devices or self._may_heal(crash))
+        self._note_change()
+
+    def _lost(self) -> list[int]:
+        """Requests that ended with the engine; those that it had not begun are sent again, a few times at most."""
+        again = {}
+        for id, frame in self._sent.items():
+            ticket = self._tickets.get(id)
+            if ticket is not None and not ticket.is_underway and ticket.n_tries < MAX_TRIES:
+                ticket.n_tries += 1
+                again[id] = frame
+        self._sent.clear()
+        self._unsent = {**again, **self._unsent}
+        return [id for id in self._tickets if id not in self._unsent]
+
+    def _leave_devices(self) -> bool:
+        """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
+        model = self._model
+        if model.device not in (None, "auto") or model.vram or model.rpc:
+            return False
+        self._model = msgspec.structs.replace(model, device="none")
+        self._tell(["Going on without devices. Start the server again to use them again."])
+        return True
+
+    def _may_heal(self, crash: frames.Failure) -> bool:
+        """Whether the next try may end otherwise: a device that failed in use may be back, not one that did at once."""
+        return crash.kind in ("engine_crashed", "engine_stuck") or (crash.kind == "device" and self.phase == "ready")
+
+    def _restart(self, crash: frames.Failure, *, may_heal: bool) -> None:
+        """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
+        print(log_text(crash.message), file=sys.stderr)
+        self.n_restarts += 1
+        is_hopeless = not may_heal or self._pause > PATIENCE
+        self.failure = crash if is_hopeless else None
+        self.phase = "failed" if is_hopeless else "loading"
+        if is_hopeless:
+            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+        self._launching = asyncio.create_task(self._launch())
+
+    def _fail_all(self, ids: Sequence[int], failure: Callable[[int], frames.Failure]) -> None:
+        for id in ids:
+            self._unsent.pop(id, None)
+            self._sent.pop(id, None)
+            ticket = self._tickets.pop(id, None)
+            if ticket is not None:
+                ticket.push(failure(id))
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+
+def _for(failure: frames.Failure, id: int) -> frames.Failure:
+    return frames.Failure(
+        id,
+        failure.kind,
+        failure.message,
+        exit_code=failure.exit_code,
+        required_bytes=failure.required_bytes,
+        available_bytes=failure.available_bytes,
+    )
+
+
+def _stopping(id: int) -> frames.Failure:
+    return frames.Failure(id, "shutting_down", "The server is shutting down.")
+
+
+def _how_it_ended(returncode: int) -> str:
+    if returncode >= 0:
+        return f"The engine's process ended with status {returncode}. The log says more; try again."
+    name = signal.Signals(-returncode).name
+    cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+    return f"The engine's process was ended by {name}{cause}. The log may say more; try again."

@@ -1,0 +1,206 @@
+"""What `slimoe plan` tells of a plan, as JSON and as lines for a person."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.machine.cost_model import CPU, DISK, LINK, Prediction
+from slimoe.offload.plan.device_plan import DevicePlan
+from slimoe.offload.plan.engine_plan import EnginePlan
+from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
+from slimoe.offload.plan.prediction import PlanPrediction, known_as
+from slimoe.offload.resources.memory import human
+
+_BOUNDS = {CPU: "the CPU", DISK: "the disk", LINK: "the link to the device"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """A plan that fits or does not, and what `nearest_ctx` would fit in place of its context.
+
+    `serve_shortfall` is what serving the model lacks, None if it fits.
+    """
+
+    plan: EnginePlan
+    prediction: PlanPrediction | None = None
+    nearest_ctx: int | None = None
+    serve_shortfall: DoesNotFitError | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it. Bytes are the host's unless they stand under a device."""
+        plan = self.plan
+        sizes = host_bytes(plan)
+        fits = plan.shortfall is None
+        return {
+            "model": str(plan.gguf.path),
+            "n_ctx": plan.n_ctx,
+            "n_parallel": plan.n_parallel,
+            "n_batch": plan.n_batch,
+            "n_threads": plan.n_threads,
+            "weights": plan.placement.mode,
+            "bytes": sizes,
+            "required_bytes": sum(sizes.values()) if plan.shortfall is None else plan.shortfall.required_bytes,
+            "available_bytes": plan.available if plan.shortfall is None else plan.shortfall.available_bytes,
+            "fits": fits,
+            "shortfall": None if plan.shortfall is None else str(plan.shortfall),
+            "serve": {
+                "fits": self.serve_shortfall is None,
+                "shortfall": None if self.serve_shortfall is None else str(self.serve_shortfall),
+            },
+            "nearest": None if self.nearest_ctx is None else {"n_ctx": self.nearest_ctx},
+            "tiers": _tiers(plan) if fits else None,
+            "prediction": None if self.prediction is None else _predicted(self.prediction),
+            "notes": list(plan.notes),
+        }
+
+    def memory_lines(self) -> list[str]:
+        """Memory of the host by use, and what lies in which tier."""
+        plan = self.plan
+        head = f"{plan.gguf.path.name}: weights {plan.placement.mode}, {_count(plan.n_threads, 'thread')}"
+        if plan.shortfall is not None and plan.devices:
+            return [head]
+        rows = [_row(name, human(n_bytes)) for name, n_bytes in _host_rows(plan).items() if n_bytes]
+        return [head, *rows, *_tier_lines(plan)]
+
+    def speed_lines(self) -> list[str]:
+        """What to expect, none if it was not predicted."""
+        if self.prediction is None:
+            return []
+        one = self.prediction
+        return [
+            _speed(f"answers, after {one.n_past} tokens", one.decode),
+            _speed(f"prompts, {one.n_prompt} at a time", one.prefill),
+        ]
+
+
+def host_bytes(plan: EnginePlan) -> dict[str, int]:
+    """Host memory by use."""
+    placement, tiers = plan.placement, plan.tiers
+    if tiers is not None:
+        sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
+        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "processes": plan.reserve}
+    return {
+        "mapped": placement.mapped,
+        "copied": placement.copied,
+        "repacked": placement.repacked,
+        "kv": placement.kv,
+        "compute": placement.compute,
+        "program": placement.program + placement.staging - plan.reserve,
+        "processes": plan.reserve,
+    }
+
+
+def _host_rows(plan: EnginePlan) -> dict[str, int]:
+    sizes = host_bytes(plan)
+    times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
+    return {
+        "weights, mapped": sizes["mapped"],
+        "weights, copied": sizes["copied"],
+        "weights, repacked": sizes["repacked"],
+        "experts, read from disk": sizes.get("arena", 0),
+        f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
+        f"compute, batches of {plan.n_batch}": sizes["compute"],
+        "program, at most": sizes["program"],
+        "other processes, at most": sizes["processes"],
+        "in all": sum(sizes.values()),
+        "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
+        "may be taken": plan.available,
+    }
+
+
+# --- tiers -------------------------------------------------------------------------------------------------
+
+
+def _tiers(plan: EnginePlan) -> dict[str, Any]:
+    where = whereabouts(plan)
+    pairs = zip(plan.devices, where.on_devices, strict=True)
+    return {
+        "devices": [_device(device, n_experts) for device, n_experts in pairs],
+        "host": {
+            "n_experts": where.on_host,
+            "n_slots": plan.tiers.n_resident if plan.tiers else None,
+            "n_ahead": plan.tiers.n_ahead if plan.tiers else 0,
+            "budget_bytes": plan.available,
+        },
+        "disk": {"n_experts": where.on_disk},
+        "n_experts": where.n_experts,
+        "expected_hits": {"devices": where.device_share, "host": where.host_share, "disk": where.disk_share},
+    }
+
+
+def _device(device: DevicePlan, n_experts: int) -> dict[str, Any]:
+    sizes = {"weights": device.weights, "kv": device.kv, "compute": device.compute, "slots": device.slots}
+    return {
+        "name": device.device.name,
+        "description": device.device.description,
+        "layers": list(device.layers),
+        "is_whole": device.is_whole,
+        "n_experts": n_experts,
+        "bytes": sizes,
+        "required_bytes": device.required,
+        "budget_bytes": device.budget,
+    }
+
+
+def _tier_lines(plan: EnginePlan) -> list[str]:
+    """Where the experts are; nothing if they are all in host memory."""
+    if plan.is_resident or plan.shortfall is not None:
+        return []
+    where = whereabouts(plan)
+    lines = [_device_line(device, n) for device, n in zip(plan.devices, where.on_devices, strict=True)]
+    if where.on_host:
+        lines.append(_row("host memory", f"{where.on_host} of {_count(where.n_experts, 'expert')}"))
+    if where.on_disk:
+        lines.append(_row("disk only", f"{where.on_disk} of {_count(where.n_experts, 'expert')}"))
+    return ["", *lines, _hits(plan, where)] if where.is_cut else ["", *lines]
+
+
+def _device_line(device: DevicePlan, n_experts: int) -> str:
+    first, last = device.layers[0], device.layers[-1]
+    layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+    what = f"{layers}, all of it" if device.is_whole else f"{layers}, {_count(n_experts, 'expert')} of theirs"
+    return _row(known_as(device.device), f"{what}, {human(device.required)} of {human(device.budget)}")
+
+
+def _hits(plan: EnginePlan, where: Whereabouts) -> str:
+    shares = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
+    told = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items() if share > 0)
+    basis = "used as often as the file says" if plan.priors is not None else "all used alike"
+    return _row("experts are found", f"{told} ({basis}; following the text does better)")
+
+
+# --- speed -------------------------------------------------------------------------------------------------
+
+
+def _predicted(prediction: PlanPrediction) -> dict[str, Any]:
+    return {
+        "decode": {"n_past": prediction.n_past, **_phase(prediction.decode)},
+        "prefill": {"n_tokens": prediction.n_prompt, **_phase(prediction.prefill)},
+    }
+
+
+def _phase(one: Prediction) -> dict[str, Any]:
+    return {
+        "tokens_per_second": one.tokens_per_second,
+        "ms_per_token": one.ms_per_token,
+        "bound_tokens_per_second": 1000 / one.bound_ms,
+        "bound_ms": one.bound_ms,
+        "bound_tier": one.bound_name,
+        "tier_ms": dict(one.tier_ms),
+    }
+
+
+def _speed(name: str, one: Prediction) -> str:
+    bound = f"at most {1000 / one.bound_ms:.1f}: {_BOUNDS.get(one.bound_name, one.bound_name)} is the limit"
+    return _row(name, f"about {one.tokens_per_second:.1f} tokens/s, {bound}")
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:<32}{value:>12}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,160 @@
+"""Every bench runs to its end in its smoke mode, and its last line is the JSON document it promises."""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bench.models.random_model import SHAPES, write_random_model
+from bench.rivals.llama_cpp import Rival, RivalConfig
+from bench.rivals.stepping import go_to_depth, kl_divergence, random_tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if '"--smoke"' in path.read_text("utf-8"))
+Smoke = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    """Runs a bench in its smoke mode, once, and gives its last line's document."""
+
+    @functools.cache
+    def run(bench: str) -> dict[str, Any]:
+        """In this process, which has loaded most of what benches import already."""
+        directory, main = tmp_path_factory.mktemp(bench), import_module(f"bench.{bench}").main
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", str(directory))
+            patch.setattr("tempfile.tempdir", None)
+            # A second of watching others, which a smoke does not mind.
+            patch.setattr("bench.limits.machine._busiest", lambda _seconds: "nobody")
+            # Threads wait for each other by spinning, which takes the cores from the tests beside.
+            patch.setattr(f"bench.{bench}.default_threads", lambda: 1, raising=False)
+            handler, n_torch_threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+            done = CliRunner().invoke(main, ["--smoke"], catch_exceptions=False)
+            signal.signal(signal.SIGTERM, handler)
+            torch.set_num_threads(n_torch_threads)
+        assert done.exit_code == 0, done.stderr
+        assert list(directory.glob("**/*.gguf*")) == [], "the random model was not deleted"
+        document = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(document, dict)
+        return document
+
+    return run
+
+
+@pytest.mark.parametrize("bench", SCRIPTS)
+def test_last_line_is_a_json_document(bench: str, smoke: Smoke) -> None:
+    assert smoke(bench)
+
+
+def test_a_bench_runs_by_its_modules_name() -> None:
+    command = [sys.executable, "-m", "bench.disk_speed", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)
+
+
+def test_decode_prefill_measures_working_contenders(smoke: Smoke) -> None:
+    document = smoke("decode_prefill")
+    assert document["kl_vs_llamacpp"] < 1e-2
+    assert 0 < document["python_share"] < 1
+    assert document["machine"]["cores"] >= 1
+    for figures in document["depths"].values():
+        best = min(ms for name, ms in figures["decode_ms"].items() if name != "slimoe")
+        assert figures["decode_vs_llamacpp"] == pytest.approx(best / figures["decode_ms"]["slimoe"])
+        assert figures["decode_vs_llamacpp"] >= document["decode_vs_llamacpp"]
+        assert figures["prefill_vs_llamacpp"] >= document["prefill_vs_llamacpp"]
+
+
+def test_the_engine_is_equal_to_others(smoke: Smoke) -> None:
+    document = smoke("equality")
+    assert document["max_logit_difference"] < 1e-3
+    assert document["greedy_tokens_equal"] == document["greedy_tokens"]
+    for figures in document["kl_by_type"].values():
+        assert max(figures["mean"], figures["single_mean"]) < 1e-4
+
+
+def test_server_and_engine_answer_alike(smoke: Smoke) -> None:
+    document = smoke("server_latency")
+    assert document["same_text"]
+    overhead = document["sse_ms_per_token"] - document["engine_ms_per_token"]
+    assert document["sse_overhead_over_engine_alone_ms"] == pytest.approx(overhead)
+
+
+def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
+    """gguf's own reader and llama.cpp agree with the shape; two seeds differ, one seed does not."""
+    shape = SHAPES["smoke"]
+    paths = [tmp_path / name for name in ("a.gguf", "again.gguf", "b.gguf")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        write_random_model(path, shape, seed=seed, kind="Q4_0", output="Q6_K")
+    first, again, other = (path.read_bytes() for path in paths)
+    assert first == again
+    assert first != other
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(paths[0]).tensors}
+    down = tensors["blk.1.ffn_down_exps.weight"]
+    assert down.tensor_type.name == "Q4_0"
+    assert tuple(down.shape) == (shape.n_ff, shape.n_embd, shape.n_expert)
+    assert tensors["output.weight"].tensor_type.name == "Q6_K"
+    assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    experts = gguf.quants.dequantize(down.data, down.tensor_type).reshape(shape.n_expert, -1)
+    assert np.std(experts, axis=1) == pytest.approx(shape.n_ff**-0.5, rel=0.05)
+    assert abs(np.corrcoef(experts) - np.eye(shape.n_expert)).max() < 0.05
+
+
+@pytest.mark.parametrize("extra_buffers", [True, False])
+def test_rival_steps_agree_with_its_prefill(tmp_path: Path, extra_buffers: bool) -> None:
+    path = tmp_path / "model.gguf"
+    write_random_model(path, SHAPES["smoke"], vocabulary=True)
+    rival = Rival(RivalConfig(path, n_ctx=256, n_threads=1, extra_buffers=extra_buffers))
+    tokens = random_tokens(12, rival.n_vocab)
+    at_once = rival.prefill(tokens).copy()
+    assert rival.n_past == 12
+    go_to_depth(rival, tokens, 11)
+    stepped = rival.decode(tokens[-1]).copy()
+    rival.close()
+    assert np.isfinite(at_once).all()
+    assert 0.5 < at_once.std() < 2
+    assert kl_divergence(stepped, at_once) < 1e-2
+
+
+def test_kl_divergence_by_hand() -> None:
+    even, three_to_one = np.log(np.array([0.5, 0.5])), np.log(np.array([0.75, 0.25]))
+    assert kl_divergence(even + 3, even) == pytest.approx(0, abs=1e-6)
+    assert kl_divergence(three_to_one, even) == pytest.approx(0.5 * np.log(4 / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode_prefill", "--type", "IQ1_S"],
+        ["decode_prefill", "--model", "missing.gguf"],
+        ["decode_prefill", "--tokens", "4"],
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.limits.machine._busiest", lambda _seconds: "nobody")
+    done = CliRunner().invoke(import_module(f"bench.{arguments[0]}").main, [*arguments[1:], "--smoke"])
+    assert done.exit_code not in (0, 1)
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+
+
+def test_faults_of_the_system_end_in_right_results_or_clear_errors(smoke: Smoke) -> None:
+    document = smoke("system_faults")
+    assert document["found"] == []
+    assert document["cases"] == document["clear_errors"] + document["right_results"] == 12
+    assert document["not_met"] == 0
+    assert set(document["by_command"]) == {"convert", "run", "inspect"}

@@ -1,0 +1,231 @@
+"""The bench of models larger than their memory: its figures by hand, its children, its mistakes."""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bench.disk_speed import DiskSpeed, disk_speed
+from bench.limits.cgroup import NoControlGroupError, Usage, smallest_check
+from bench.limits.engine_changes import changed, parse_changes
+from bench.limits.isolated_plan import Expected
+from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
+from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_contender
+from bench.models.random_model import SHAPES, write_random_model
+from bench.models.random_pair import write_random_pair
+from bench.offload import expert_matrix_bytes, limits_for, main, opened
+from bench.quality.offload_report import as_json
+from bench.rivals.llama_cpp import Rival, RivalConfig
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import ModelFileError, UsageError
+from slimoe.offload.plan.engine_plan import EngineConfig
+
+ROOT = Path(__file__).parents[2]
+FREE, HALF = Limit("unlimited", None, fits=True), Limit("2", 1000, fits=False)
+PLAIN, REARRANGED = "llama.cpp --no-repack", "llama.cpp"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("offload-bench") / "model.gguf"
+    write_random_model(path, SHAPES["smoke"], routing="natural")
+    return path
+
+
+def outcome(step: float, counters: dict[str, float] | None = None, checksum: int = 7) -> Outcome:
+    """Two steps of this many seconds, half of them in graphs."""
+    return Outcome(0.5, 0.25, [step, step], step, counters or {}, 40, 300, [1, 2], checksum)
+
+
+def run_of(one: Outcome) -> Run:
+    return Run(one, None, Usage(1000, 900, 3, 0))
+
+
+@pytest.fixture
+def plan(model: Path) -> Plan:
+    return Plan(model, model, (FREE, HALF), 1, 2, (1,), (2, 3, 4), 1, 4096)
+
+
+@pytest.fixture
+def runs() -> Runs:
+    killed = Run(None, "killed, because it needed more memory than the limit", Usage(1000, 1000, 9, 1))
+    cached = {"hits": 6.0, "ahead": 3.0, "misses": 1.0, "bytes_read": 1600.0, "bytes_wasted": 400.0}
+    return Runs(
+        {
+            (FREE.name, OURS): [run_of(outcome(0.1)), run_of(outcome(0.1))],
+            (FREE.name, REARRANGED): [run_of(outcome(0.09)), run_of(outcome(0.09))],
+            (FREE.name, PLAIN): [run_of(outcome(0.12)), run_of(outcome(0.12))],
+            (HALF.name, OURS): [run_of(outcome(step, cached)) for step in (0.2, 0.4)],
+            (HALF.name, PLAIN): [run_of(outcome(2.0)), killed],
+        },
+        {HALF.name: [DiskSpeed(2000.0, 2, True), DiskSpeed(4000.0, 2, True)]},
+        {HALF.name: [Expected(230.0, 9.0, 0.1), Expected(250.0, 9.0, 0.1)]},
+    )
+
+
+def test_figures_by_hand(plan: Plan, runs: Runs) -> None:
+    """600 bytes of use a token at 3000 bytes a second are 200 ms, more than the 100 ms of computing; ours takes 300."""
+    document = as_json(plan, runs)
+    assert document["decode_vs_llamacpp"] == {"unlimited": pytest.approx(0.9), "2": pytest.approx(2.0 / 0.3)}
+    assert document["share_of_bound"] == {"unlimited": None, "2": pytest.approx(2 / 3)}
+    half = document["limits"]["2"]
+    assert half["expected_vs_measured"] == pytest.approx(0.8)
+    assert half["hit_share"] == pytest.approx(0.6)
+    assert half["missed_bytes_per_token"] == pytest.approx(600)
+    assert half["bound_ms"] == pytest.approx(200)
+    assert half["bound_by"] == "disk"
+    assert half["same_choices"] == 1
+    assert half["same_logits"] is True
+    ours = half["contenders"][OURS]
+    assert ours["ms_per_token"] == pytest.approx(300)
+    assert ours["ms_per_token_of_rounds"] == pytest.approx([200, 400])
+    assert ours["disk_bytes_per_token"] == 20
+    assert ours["peak_group_bytes"] == 900
+
+
+def test_the_bound_takes_the_fastest_reading_that_was_seen(plan: Plan, runs: Runs) -> None:
+    """3200 bytes in 0.2 seconds are 16000 bytes a second: more than the disk alone gave."""
+    cached = {"hits": 6.0, "bytes_read": 3200.0, "bytes_wasted": 0.0, "read_seconds": 0.2}
+    runs.contenders[HALF.name, OURS][:] = [run_of(outcome(0.2, cached))]
+    half = as_json(plan, runs)["limits"]["2"]
+    assert half["disk_bytes_per_second"] == 3000
+    assert half["read_bytes_per_second"] == pytest.approx(16_000)
+    assert half["disk_ms"] == pytest.approx(100)
+
+
+def test_a_contender_that_was_killed_is_told(plan: Plan, runs: Runs) -> None:
+    rival = as_json(plan, runs)["limits"]["2"]["contenders"][PLAIN]
+    assert rival["oom_kills"] == 1
+    assert rival["failures"] == ["killed, because it needed more memory than the limit"]
+    assert rival["ms_per_token"] == pytest.approx(2000), "the run that came to its end still counts"
+
+
+def test_where_no_rival_is_left_there_is_no_ratio(plan: Plan, runs: Runs) -> None:
+    for key in ((HALF.name, PLAIN), (HALF.name, OURS)):
+        failed = Runs(runs.contenders | {key: runs.contenders[HALF.name, PLAIN][1:]}, runs.disk)
+        assert as_json(plan, failed)["decode_vs_llamacpp"]["2"] is None
+
+
+def test_the_bound_counts_computing_where_it_takes_longer(plan: Plan, runs: Runs) -> None:
+    fast = Runs(runs.contenders, {HALF.name: [DiskSpeed(60_000.0, 2, True)]})
+    half = as_json(plan, fast)["limits"]["2"]
+    assert (half["bound_by"], half["bound_ms"]) == ("compute", pytest.approx(100))
+    alone = replace(plan, limits=(HALF,))
+    assert as_json(alone, fast)["limits"]["2"]["bound_ms"] == pytest.approx(1e3 * 0.3 / 2), "the time in graphs"
+
+
+@pytest.mark.parametrize(("checksums", "expected"), [((7, 7), True), ((7, 8), False)])
+def test_another_bit_is_noticed(plan: Plan, runs: Runs, checksums: tuple[int, int], expected: bool) -> None:
+    runs.contenders[HALF.name, OURS][:] = [run_of(outcome(0.2, checksum=checksum)) for checksum in checksums]
+    assert as_json(plan, runs)["limits"]["2"]["same_logits"] is expected
+
+
+def test_limits_are_shares_of_the_file(model: Path) -> None:
+    free, wide, narrow = limits_for(model, ("0.5", "2"))
+    assert (free.n_bytes, free.contenders) == (None, (OURS, REARRANGED, PLAIN))
+    size = model.stat().st_size
+    assert wide.n_bytes == pytest.approx(2 * size, rel=0.01)
+    assert narrow.n_bytes == pytest.approx(size / 2, rel=0.01)
+    assert narrow.contenders == (OURS, PLAIN), "rearranged weights need as much memory again"
+    with pytest.raises(UsageError, match="--ratio"):
+        limits_for(model, ("0.0",))
+    (named,) = [limit for limit in limits_for(model, ("3MiB",)) if limit.n_bytes is not None]
+    assert named.n_bytes == 3 << 20
+
+
+def test_the_expert_matrix_that_times_the_disk(model: Path) -> None:
+    shape = SHAPES["smoke"]
+    assert expert_matrix_bytes(model) == shape.n_embd * shape.n_ff // 256 * 144
+
+
+def test_a_lone_run_reads_what_it_is_told(model: Path) -> None:
+    """Its choices are those of llama.cpp, stepped here over the same tokens."""
+    job = Job(PLAIN, str(model), 1, prompt=(5, 6, 7), tokens=(8, 9, 10, 11), n_warm=1)
+    rival = Rival(RivalConfig(model, n_ctx=256, n_threads=1, extra_buffers=False))
+    rival.prefill([5, 6, 7, 8])
+    expected = [int(np.argmax(rival.decode(token))) for token in (9, 10, 11)]
+    rival.close()
+    theirs, ours = carry_out(job), carry_out(replace(job, contender=OURS))
+    assert theirs.choices == expected
+    assert ours.choices == expected
+    assert len(ours.step_seconds) == 3
+    assert 0 < ours.graph_seconds <= sum(ours.step_seconds)
+    assert ours.peak_resident > 10 << 20
+
+
+def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    run = run_contender(Job(OURS, str(tmp_path / "missing.gguf"), 1, (1,), (2,), 0), None)
+    assert run.outcome is None
+    assert run.failure == f"{tmp_path / 'missing.gguf'}: there is no such file. Check the path."
+
+
+def test_a_run_without_enough_memory_is_killed_and_told(model: Path) -> None:
+    """Python alone needs more than 8 MiB; where no limit can be set, that is said before anything is run."""
+    job = Job(PLAIN, str(model), 1, (1,), (2,), 0)
+    if not smallest_check()["can_limit"]:
+        with pytest.raises(NoControlGroupError, match="Run as root"):
+            run_contender(job, 8 << 20)
+    else:
+        run = run_contender(job, 8 << 20)
+        assert run.outcome is None
+        assert run.failure == "killed, because it needed more memory than the limit"
+        assert run.usage is not None
+        assert run.usage.n_oom_kills >= 1
+
+
+def test_a_random_pair_is_one_model_in_two_files() -> None:
+    """The better copies of ours are llama.cpp's file's experts, byte for byte; both files go in the end."""
+    with opened("smoke", "Q8_0,Q4_K", "natural") as (stock, native):
+        theirs, ours = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (stock, native))
+        stack = theirs["blk.1.ffn_down_exps.weight"]
+        high, low = (ours[f"blk.1.ffn_down_exps.b{bucket}.weight"] for bucket in (0, 1))
+        assert np.array_equal(stack.data.ravel(), high.data.ravel())
+        assert (high.tensor_type.name, low.tensor_type.name) == ("Q8_0", "Q4_K")
+        del theirs, ours, stack, high, low
+    assert not stock.parent.exists()
+    with pytest.raises(UsageError, match="--model must be one of"), opened("file.gguf", "Q8_0,Q4_K", "natural"):
+        pass
+
+
+def test_engine_changes_are_fields_and_values() -> None:
+    changes = parse_changes(["policy=lru", "max_kl=0.01", "direct_io=false", "lossy=low:0.3"])
+    assert changes == {"policy": "lru", "max_kl": 0.01, "direct_io": False, "lossy": "low:0.3"}
+    assert changed(EngineConfig(Path("m")), changes).max_kl == 0.01
+    for wrong in ("policy", "polcy=lru", "model=other.gguf"):
+        with pytest.raises(UsageError, match="FIELD=VALUE"):
+            parse_changes([wrong])
+
+
+def test_the_disk_is_timed_on_whole_pages(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    speed = disk_speed(path, 10_000, 0.01)
+    assert speed.bytes_per_second > 0
+    path.write_bytes(bytes(100))
+    with pytest.raises(ModelFileError, match="too small"):
+        disk_speed(path, 10_000, 0.01)
+    with pytest.raises(ModelFileError, match="cannot be opened"):
+        disk_speed(tmp_path / "missing", 10_000, 0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model", "missing.gguf"], ["--model", "smoke", "--ratio", "-1"], ["--engine", "polcy=lru"]]
+)
+def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (2, 3)
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+
+
+def test_a_random_pair_runs_exact_and_elastic(tmp_path: Path) -> None:
+    path = tmp_path / "pair.gguf"
+    n_bytes = write_random_pair(path, SHAPES["smoke"], "Q4_K", "Q2_K")
+    assert n_bytes == path.stat().st_size
+    for lossy in (None, "elastic"):
+        with closing(Engine.open(EngineConfig(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
+            assert np.isfinite(engine.prefill([1, 2, 3])).all()

@@ -1,0 +1,277 @@
+"""Plans of slimmed models: what a recipe leaves, what a budget buys, and files that hold what was planned."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.converter.budget.compress import plan_slim, statistics_costs
+from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
+from slimoe.converter.budget.refinement import refine
+from slimoe.converter.budget.structure import build_structure
+from slimoe.converter.budget.types import TypeAllocator
+from slimoe.converter.forward.windows import cut_windows
+from slimoe.converter.layout.offsets import lay_out, plan_bytes
+from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.report.alignment import likely_descent, planned_descent
+from slimoe.converter.report.evaluation import Reference
+from slimoe.converter.report.quality import summarise
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.type_costs import CANDIDATES, packed_costs, stored_costs
+from slimoe.converter.write.quantiser import PlainFit
+from slimoe.converter.write.quantiser_choice import chosen_fit
+from slimoe.converter.write.writer import slim
+from slimoe.offload.errors import DoesNotFitError, UsageError
+from tests.models.slim_models import learnt, random_sequences
+
+SIZES = {"stock": (205_000, 240_000, 300_000, 420_000), "native": (290_000, 320_000, 380_000, 500_000)}
+
+
+@pytest.fixture(scope="module")
+def source(moe_checkpoint: Path) -> ModelSource:
+    return open_source(moe_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return learnt(source, tmp_path_factory.mktemp("slimming"))
+
+
+@pytest.fixture(scope="module")
+def reference(source: ModelSource) -> Reference:
+    tokens = sum(random_sequences(4, 48, source.spec.n_vocab, seed=9), ())
+    return Reference(source, cut_windows({"random": tokens}, length=48))
+
+
+def divergence(reference: Reference, model: ModelSource) -> float:
+    return summarise(reference.compare(model)).total.divergence.mean
+
+
+def expert_types(plan: SlimPlan) -> set[str]:
+    return {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types}
+
+
+@pytest.mark.parametrize("kind", ["stock", "native"])
+def test_a_budget_is_kept_to_the_byte_and_more_of_it_buys_quality(
+    source: ModelSource, statistics: Statistics, reference: Reference, tmp_path: Path, kind: str
+) -> None:
+    found = []
+    for size in SIZES[kind]:
+        recipe = Recipe(format=kind, target_size=size)  # type: ignore[arg-type]
+        plan = plan_slim(source, statistics, recipe)
+        path = tmp_path / f"{size}.gguf"
+        report = slim(source, plan, path, statistics)
+        assert path.stat().st_size == report.n_bytes == plan_bytes(plan, source, statistics) <= size
+        assert report.n_bytes > 0.9 * size
+        found.append((plan.expected_kl, divergence(reference, open_source(path))))
+    expected, measured = zip(*found, strict=True)
+    assert sorted(expected, reverse=True) == list(expected)
+    assert sorted(measured, reverse=True) == list(measured)
+
+
+def test_the_least_size_is_named_and_can_be_had(source: ModelSource, statistics: Statistics) -> None:
+    with pytest.raises(DoesNotFitError, match="smallest file") as error:
+        plan_slim(source, statistics, Recipe(target_size=20_000, hints=False))
+    least = error.value.required_bytes
+    assert least is not None
+    assert (
+        plan_bytes(plan_slim(source, statistics, Recipe(target_size=least, hints=False)), source, statistics) <= least
+    )
+
+
+def test_bits_per_weight_are_those_of_the_source(source: ModelSource, statistics: Statistics) -> None:
+    n_weights = sum(int(np.prod(shape)) for shape in source.shapes.values())
+    plan = plan_slim(source, statistics, Recipe(target_bpw=9.0))
+    assert 0.9 * 9.0 < 8 * plan_bytes(plan, source, statistics) / n_weights <= 9.0
+
+
+def test_named_types_need_no_statistics(source: ModelSource) -> None:
+    plan = plan_slim(source, None, Recipe(types=StorageRecipe(expert="Q8_0", low="Q4_0", attention="F16")))
+    assert expert_types(plan) == {"Q8_0"}
+    assert {kind.name for layer in plan.layers for kind in layer.types.values()} == {"F16"}
+    assert all(expert.low_types is not None for layer in plan.layers for expert in layer.experts)
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(target_size=320_000), Recipe(drop_ffn=1), Recipe(experts=ExpertRecipe(keep=4))]
+)
+def test_what_needs_statistics_says_so(source: ModelSource, recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="slimoe calibrate"):
+        plan_slim(source, None, recipe)
+
+
+DROPS = {
+    "subset": ExpertRecipe(keep=4),
+    "frequency": ExpertRecipe(keep=4, score="frequency"),
+    "overall": ExpertRecipe(keep=4, score="reap", overall=True),
+    "novices": ExpertRecipe(keep=4, replacement="novice"),
+    "hc-smoe": ExpertRecipe(keep=4, merge="hc-smoe"),
+    "m-smoe": ExpertRecipe(keep=4, merge="m-smoe"),
+    "narrow": ExpertRecipe(width=64),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_methods_leave_what_they_say_and_the_result_is_the_plan(
+    source: ModelSource, statistics: Statistics, tmp_path: Path, name: str
+) -> None:
+    recipe = Recipe(experts=DROPS[name], types=StorageRecipe(expert="F32", attention="F32", token="F32", output="F32"))
+    plan = plan_slim(source, statistics, recipe)
+    n_expert = sum(len(layer.experts) for layer in plan.layers)
+    assert n_expert == (6 if name == "narrow" else 4) * len(plan.layers)
+    if name == "narrow":
+        assert {len(expert.kept) for layer in plan.layers for expert in layer.experts if expert.kept is not None} == {
+            64
+        }
+    if name in ("novices", "hc-smoe", "m-smoe"):
+        assert all(layer.rows == tuple(range(6)) for layer in plan.layers), "the router keeps its rows"
+    path = tmp_path / "result.gguf"
+    slim(source, plan, path, statistics)
+    written, planned = open_source(path), PlannedSource(source, plan, FittedMatrices(source, PlainFit(), 1 << 30))
+    assert written.shapes.keys() == planned.shapes.keys()
+    assert [layer.target for layer in written.layers] == [layer.target for layer in planned.layers]
+    for key in planned.shapes:
+        np.testing.assert_array_equal(written.read(key), planned.read(key), str(key))
+
+
+def test_layers_attentions_and_blocks_go(source: ModelSource, statistics: Statistics) -> None:
+    types = StorageRecipe(expert="Q8_0")
+    plan = plan_slim(source, statistics, Recipe(drop_ffn=1, drop_attention=1, types=types))
+    assert sorted(bool(layer.experts) for layer in plan.layers) == [False, True]
+    assert sorted(layer.has_attention for layer in plan.layers) == [False, True]
+    assert len(plan_slim(source, statistics, Recipe(drop_blocks=1, types=types)).layers) == source.spec.n_layer - 1
+
+
+def test_a_file_says_which_blocks_it_was_made_of(source: ModelSource, statistics: Statistics, tmp_path: Path) -> None:
+    plan = plan_slim(source, statistics, Recipe(drop_blocks=1, types=StorageRecipe(expert="Q8_0")))
+    slim(source, plan, tmp_path / "a.gguf", statistics)
+    found = likely_descent(open_source(tmp_path / "a.gguf"), source)
+    assert found is not None
+    assert found.blocks == planned_descent(plan).blocks != (0, 1)
+
+
+def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) -> None:
+    plan = plan_slim(source, statistics, Recipe(target_size=320_000))
+    assert {"use", "error", "skip_error", "sensitivity"} <= plan.layers[0].hints.keys()
+    bare = replace(plan, layers=tuple(replace(layer, hints={}) for layer in plan.layers))
+    assert plan_bytes(bare, source, statistics) <= plan_bytes(plan, source, statistics) <= 320_000
+
+
+def test_novices_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
+    """So small that even the smallest types of all experts do not fit."""
+    with pytest.raises(DoesNotFitError) as error:
+        plan_slim(source, statistics, Recipe(target_size=20_000, hints=False))
+    assert error.value.required_bytes is not None
+    size = error.value.required_bytes - 20_000
+    plan = plan_slim(source, statistics, Recipe(target_size=size, hints=False, free_novices=True))
+    assert plan_bytes(plan, source, statistics) <= size
+    assert any(layer.novices is not None for layer in plan.layers)
+    assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)
+
+
+def test_feedback_lowers_the_divergence(
+    source: ModelSource, statistics: Statistics, reference: Reference, tmp_path: Path
+) -> None:
+    found = []
+    for feedback in (False, True):
+        fit = FitRecipe(feedback=feedback, refit=feedback)
+        named = StorageRecipe(expert="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+        plan = plan_slim(source, statistics, Recipe(types=named, fit=fit))
+        path = tmp_path / f"{feedback}.gguf"
+        slim(source, plan, path, statistics, fit=chosen_fit(source, plan, statistics, 1))
+        found.append((path.stat().st_size, divergence(reference, open_source(path))))
+    (n_plain, plain), (n_fed, fed) = found
+    assert n_plain == n_fed
+    assert fed < plain
+
+
+def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, statistics: Statistics) -> None:
+    recipe = Recipe(target_size=320_000, hints=False)
+    structure = build_structure(source, statistics, recipe)
+    costs = statistics_costs(source, statistics, None, 1, lambda _what, _done, _total: None)
+    allocator = TypeAllocator(source, statistics, costs, recipe, structure)
+    bare = plan_slim(source, statistics, recipe)
+    plan, allocation = allocator.fit(bare, 320_000)
+    found, how = refine(
+        source, statistics, allocator, plan, allocation, budget=320_000, seconds=1.0, cache_bytes=1 << 28
+    )
+    assert plan_bytes(found, source, statistics) <= 320_000
+    assert how.n_generations >= 1
+
+
+def dispensable(statistics: Statistics, **nats: float) -> Statistics:
+    """The statistics as if these parts of all layers cost so little."""
+    layers = []
+    for layer in statistics.layers:
+        assert layer.removals is not None
+        layers.append(replace(layer, removals=replace(layer.removals, **nats)))  # type: ignore[arg-type]
+    return replace(statistics, layers=tuple(layers))
+
+
+def test_a_budget_may_cost_whole_attentions_but_the_last(source: ModelSource, statistics: Statistics) -> None:
+    recipe = Recipe(target_size=320_000, free_layers=True)
+    plan = plan_slim(source, dispensable(statistics, attention=1e-12), recipe)
+    assert [layer.has_attention for layer in plan.layers].count(True) == 1
+    assert plan_bytes(plan, source, statistics) <= 320_000
+    kept = plan_slim(source, dispensable(statistics, attention=1e6), recipe)
+    assert all(layer.has_attention for layer in kept.layers)
+    never = plan_slim(source, dispensable(statistics, attention=1e-12), replace(recipe, free_layers=False))
+    assert all(layer.has_attention for layer in never.layers)
+
+
+def test_a_layer_without_anything_left_disappears(source: ModelSource, statistics: Statistics) -> None:
+    """One of both layers keeps its attention, and one its experts; if these are one, the other goes."""
+    layers = list(dispensable(statistics, attention=1e-12, ffn=1e6).layers)
+    assert layers[0].removals is not None
+    layers[0] = replace(layers[0], removals=replace(layers[0].removals, ffn=1e-12))
+    layers[1] = replace(layers[1], removals=replace(layers[0].removals, ffn=1e6, attention=1e6))
+    recipe = Recipe(target_size=320_000, free_layers=True)
+    plan = plan_slim(source, replace(statistics, layers=tuple(layers)), recipe)
+    assert 0 not in [layer.block for layer in plan.layers]
+    assert lay_out(source, plan, statistics).n_bytes <= 320_000
+
+
+def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statistics: Statistics) -> None:
+    named = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+    plan = plan_slim(source, statistics, Recipe(types=named))
+    assert plan.uncounted == ()
+    costs = stored_costs(statistics, ("Q8_0",))
+    assert costs is not None
+    assert plan.expected_kl == pytest.approx(2 * sum(float(nats[0]) for nats in costs.costs.values()))
+    again = plan_slim(source, replace(statistics, matrix_costs=None), Recipe(types=named))
+    assert again.expected_kl == pytest.approx(plan.expected_kl), "what was not kept is measured"
+    bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
+    unknown = plan_slim(source, replace(statistics, matrix_costs=None, layers=bare), Recipe(types=named))
+    assert unknown.uncounted == ("types",)
+
+
+def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics: Statistics) -> None:
+    whole = stored_costs(statistics, CANDIDATES)
+    assert whole is not None
+    eight = stored_costs(statistics, ("Q8_0",))
+    assert eight is not None
+    some = replace(statistics, matrix_costs=packed_costs(eight))
+    said: list[str] = []
+    found = statistics_costs(source, some, ("Q8_0", "Q4_0"), 1, lambda what, _done, _total: said.append(what))
+    assert set(said) == {"measuring what Q4_0 cost"}
+    for key, nats in found.costs.items():
+        np.testing.assert_allclose(nats, [whole.of(key, Type.Q8_0), whole.of(key, Type.Q4_0)])
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused_at_once(source: ModelSource, statistics: Statistics) -> None:
+    width = ExpertRecipe(width=40)
+    with pytest.raises(UsageError, match=r"into blocks of 32, .* Keep 32 or 64\.$"):
+        plan_slim(source, statistics, Recipe(experts=width, types=StorageRecipe(expert="Q8_0")))
+
+
+def test_bytes_of_types_are_those_of_ggml(source: ModelSource, statistics: Statistics) -> None:
+    plan = plan_slim(source, statistics, Recipe(format="stock", target_size=320_000))
+    for tensor in lay_out(source, plan, statistics).tensors:
+        n_weights, n_bytes = GGML_QUANT_SIZES[tensor.type]
+        assert tensor.n_bytes == int(np.prod(tensor.ne)) // n_weights * n_bytes

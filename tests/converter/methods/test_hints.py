@@ -1,0 +1,308 @@
+"""Constants in place of experts, thresholds of skipping, and hints, against naive sums and forward passes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slimoe.converter.methods.expert_drop import keep_overall, redirect, substitute
+from slimoe.converter.methods.layer_hints import SkipRules, hints_for
+from slimoe.converter.methods.layer_weight import LayerWeight, layer_weight
+from slimoe.converter.methods.novices import absence_errors, fusion, novice_errors, novice_vectors, variances
+from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch
+from slimoe.converter.methods.skip_thresholds import (
+    gate_thresholds,
+    importance,
+    low_share,
+    most_important,
+    part_of_one,
+    protected_ratio,
+    ratio_within,
+    share_limit,
+    skip_ratio,
+)
+from slimoe.converter.source.model_source import expert_key
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics, TokenTrace
+from slimoe.offload.errors import UsageError
+from slimoe.offload.model.native_format import layout_metadata
+from slimoe.offload.model.native_layout import LayerHints, NativeLayer, NativeLayout
+from tests.models.held_model import HeldModel, hold, random_mixtral
+from tests.models.naive_layer import (
+    SIZES,
+    TEXTS,
+    NaiveLayer,
+    biased_model,
+    learn,
+    logits,
+    naive_layer,
+    random_texts,
+    without_experts,
+)
+
+LAYER = 1
+EVERY = range(SIZES.n_expert)
+LENGTHS = tuple(map(len, TEXTS.tokens))
+
+
+@pytest.fixture(scope="module")
+def model() -> HeldModel:
+    """One of whose experts, number 3 of layer 1, answers the same to every token."""
+    model = biased_model()
+    changed = {}
+    for name in ("gate", "up"):
+        key = expert_key(LAYER, name, 3)
+        changed[key] = model.matrices[key].copy()
+        changed[key][:, 1:] = 0
+    changed[expert_key(LAYER, "down", 3)] = 3 * model.matrices[expert_key(LAYER, "down", 3)]
+    return model.changed(changed)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: HeldModel, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return learn(model, tmp_path_factory.mktemp("pass"), n_sensitivity=10**6)
+
+
+@pytest.fixture(scope="module")
+def layer(statistics: Statistics) -> LayerStatistics:
+    return statistics.layers[LAYER]
+
+
+@pytest.fixture(scope="module")
+def sketch(model: HeldModel, layer: LayerStatistics) -> LayerSketch:
+    return layer_sketch(layer, EVERY, model.spec.experts)
+
+
+@pytest.fixture(scope="module")
+def naive(model: HeldModel) -> NaiveLayer:
+    return naive_layer(model, LAYER)
+
+
+def test_constants_and_their_errors_are_those_of_a_double_loop(layer: LayerStatistics, naive: NaiveLayer) -> None:
+    vectors, errors, absence = novice_vectors(layer), novice_errors(layer), absence_errors(layer)
+    assert layer.outputs is not None
+    spread = variances(layer.outputs)
+    for expert in EVERY:
+        shares = naive.by_expert()[:, expert]
+        outputs = naive.outputs[:, expert]
+        c = sum(g**2 * f for g, f in zip(shares, outputs, strict=True)) / (shares**2).sum()
+        np.testing.assert_allclose(vectors[expert], c, rtol=1e-4, atol=1e-6)
+        loss = sum(g**2 * ((f - c) ** 2).sum() for g, f in zip(shares, outputs, strict=True)) / TEXTS.n_rows
+        missing = sum(g**2 * (f**2).sum() for g, f in zip(shares, outputs, strict=True)) / TEXTS.n_rows
+        assert errors[expert] == pytest.approx(loss, rel=1e-4, abs=1e-5 * missing)
+        assert absence[expert] == pytest.approx(missing, rel=1e-5)
+        own = outputs[shares > 0]
+        np.testing.assert_allclose(spread[expert], own.var(0), rtol=1e-3, atol=1e-5 * (own**2).mean())
+
+
+def test_an_expert_that_never_changes_is_a_constant(model: HeldModel, statistics: Statistics) -> None:
+    layer = statistics.layers[LAYER]
+    scores = fusion(layer, EVERY)
+    assert scores[3] < 0.01 * scores.mean()
+    kept = keep_overall([scores], SIZES.n_expert - 1, 1)
+    assert kept == ((0, 1, 2, 4),)
+    assert novice_errors(layer)[3] < 1e-6 * absence_errors(layer)[3]
+    survivors = substitute(EVERY, kept[0])
+    smaller = without_experts(model, LAYER, survivors, novice_vectors(layer)[list(survivors.replaced)])
+    torch.testing.assert_close(logits(smaller), logits(model), rtol=1e-4, atol=1e-4)
+    skipped = without_experts(model, LAYER, survivors, np.zeros((1, SIZES.n_embd), np.float32))
+    assert (logits(skipped) - logits(model)).abs().max() > 1e-2
+
+
+def test_an_expert_that_nobody_picked_is_the_mean_of_the_others(layer: LayerStatistics) -> None:
+    assert layer.outputs is not None
+    outputs = replace(layer.outputs, share_square=layer.outputs.share_square.copy())
+    outputs.share_square[2] = 0
+    outputs = replace(outputs, share_square_output=layer.outputs.share_square_output.copy())
+    outputs.share_square_output[2] = 0
+    found = novice_vectors(replace(layer, outputs=outputs))
+    weights = outputs.share_square[[0, 1, 3, 4]]
+    np.testing.assert_allclose(found[2], np.average(found[[0, 1, 3, 4]], axis=0, weights=weights), rtol=1e-4, atol=1e-6)
+
+
+def test_the_sketch_says_the_same_of_one_constant(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    for expert in (0, 1, 2, 4):
+        found = sketch.error(sketch.with_novices({expert})).mean()
+        assert found == pytest.approx(novice_errors(layer)[expert], rel=1e-3)
+
+
+def test_skip_ratio_is_the_median_of_second_over_first(layer: LayerStatistics, naive: NaiveLayer) -> None:
+    ratios = naive.shares[:, 1] / naive.shares[:, 0]
+    assert layer.router is not None
+    assert skip_ratio(layer.router) == pytest.approx(np.quantile(ratios, 0.5, method="hazen"), abs=0.02)
+    below = [(ratios < skip_ratio(layer.router, part)).mean() for part in (0.0, 0.25, 0.5, 0.9, 1.0)]
+    assert below == pytest.approx([0.0, 0.25, 0.5, 0.9, 1.0], abs=0.02)
+    empty = replace(layer.router, ratio_bins=np.zeros_like(layer.router.ratio_bins))
+    assert skip_ratio(empty) == 0.0, "models of one pick have nothing to skip"
+
+
+def test_importance_is_that_of_a_naive_loop_over_attention(tmp_path: Path) -> None:
+    """Attention weights are transformers' own. Summed over the wrong axis, they would be 1 for every token."""
+    reference = random_mixtral(SIZES)
+    statistics = learn(hold(reference), tmp_path)
+    trace = statistics.layers[0].trace
+    assert trace is not None
+    found, begin = importance(trace, LENGTHS), 0
+    x = naive_layer(hold(reference), 0).x
+    for tokens in TEXTS.tokens:
+        with torch.no_grad():
+            weights = reference(torch.tensor([tokens]), output_attentions=True).attentions[0][0].double().numpy()
+        n = len(tokens)
+        for key in range(n):
+            received = sum(weights[head, query, key] for head in range(SIZES.n_head) for query in range(key, n))
+            expected = np.abs(x[begin + key]).sum() * received / (n - key)
+            assert found[begin + key] == pytest.approx(expected, rel=2e-3)
+        begin += n
+
+
+def test_most_important_tokens_of_each_sequence() -> None:
+    values = np.array([5.0, 1, 2, 3, 9, 8, 7, 0, 0, 0])
+    marks = most_important(values, (4, 6), 0.3)
+    assert np.flatnonzero(marks).tolist() == [0, 3, 4, 5]
+    assert not most_important(values, (4, 6), 0.0).any()
+
+
+def test_protected_tokens_do_not_count_for_the_ratio() -> None:
+    second = np.array([0.1, 0.2, 0.3, 0.4, 0.5], np.float16)
+    shares = np.stack([1 - second, second], 1).astype(np.float16)
+    norm = np.array([1, 1, 1, 1, 100], np.float32)
+    trace = TokenTrace(np.zeros((5, 2), np.uint16), shares, np.ones(5, np.float16), norm)
+    ratios = shares[:, 1].astype(float) / shares[:, 0]
+    found = protected_ratio(trace, (5,), 0.5, 0.2)
+    assert found.ratio == pytest.approx(np.median(ratios[:4]))
+    assert found.skipped == pytest.approx(2 / 5)
+    assert found.important_skipped == 0.0
+    assert protected_ratio(trace, (5,), 0.5, 0.0).ratio == pytest.approx(np.median(ratios))
+    one = replace(trace, picks=trace.picks[:, :1], shares=shares[:, :1])
+    assert protected_ratio(one, (5,)).ratio == 0.0
+
+
+def test_thresholds_by_sensitivity(layer: LayerStatistics, naive: NaiveLayer) -> None:
+    assert share_limit(0.0, 3.0) == 0.0
+    assert share_limit(0.005, 46.69) == pytest.approx(0.010348, rel=1e-4)
+    assert share_limit(0.005, 0.0) == np.inf
+    assert layer.router is not None
+    for bin_edge in (256, 400, 511):
+        threshold = 1 - (1024 - bin_edge) / 1024
+        assert part_of_one(layer.router, threshold) == pytest.approx((naive.shares[:, 1] < threshold).mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("n_used", [2, 3])
+def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, tmp_path: Path) -> None:
+    model = biased_model(replace(SIZES, n_expert_used=n_used))
+    layers = learn(model, tmp_path, random_texts(SIZES.n_vocab, 200)).layers
+    found = gate_thresholds(layers, 0.67, 0.05)
+    before = []
+    for index in range(len(layers)):
+        shares = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).shares
+        before.append(shares.cumsum(1) - shares)
+    values = np.concatenate(before).ravel()
+    assert (values <= found.high).mean() == pytest.approx(0.67, abs=0.01)
+    assert (values > found.low).mean() == pytest.approx(0.05, abs=0.01)
+    assert low_share(found) == pytest.approx(1 - found.high)
+    everything = gate_thresholds(layers, 1.0, 0.0)
+    assert not (values > max(everything.high, everything.low) + 1e-3).any()
+
+
+@pytest.mark.parametrize(("high", "skipped"), [(0.4, 0.0), (0.9, 0.2), (1.1, 0.0), (0.8, -0.1)])
+def test_gate_thresholds_that_cannot_be(layer: LayerStatistics, high: float, skipped: float) -> None:
+    with pytest.raises(UsageError, match="2 picks per token"):
+        gate_thresholds([layer], high, skipped)
+
+
+def test_the_largest_ratio_within_a_loss(sketch: LayerSketch) -> None:
+    weight = LayerWeight(0.25, True)
+    most = weight.cost(float(sketch.error(sketch.skipping(1.0)).mean()))
+    assert ratio_within(sketch, weight, 2 * most) == pytest.approx(1.0)
+    assert ratio_within(sketch, weight, 0.0) < (sketch.shares.min(1, where=sketch.shares > 0, initial=1)).max()
+    for part in (0.1, 0.5):
+        ratio = ratio_within(sketch, weight, part * most)
+        assert weight.cost(float(sketch.error(sketch.skipping(ratio)).mean())) <= part * most
+        assert weight.cost(float(sketch.error(sketch.skipping(ratio + 1e-6)).mean())) > part * most
+
+
+def test_uses_are_those_of_the_text(layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer) -> None:
+    hints = hints_for(layer, redirect(EVERY, EVERY), sketch)
+    shares = naive.by_expert()
+    np.testing.assert_allclose(hints.use or (), (shares > 0).mean(0))
+    squares = [np.square(one[one > 0]).mean() for one in shares.T]
+    np.testing.assert_allclose(hints.share_square or (), squares, rtol=1e-5)
+
+
+def test_uses_after_dropping_are_those_of_the_smaller_model(
+    model: HeldModel, layer: LayerStatistics, sketch: LayerSketch
+) -> None:
+    survivors = redirect(EVERY, (0, 2, 4))
+    hints = hints_for(layer, survivors, sketch)
+    shares = naive_layer(without_experts(model, LAYER, survivors), LAYER).by_expert()
+    np.testing.assert_allclose(hints.use or (), (shares > 0).mean(0))
+    np.testing.assert_allclose(
+        hints.share_square or (), [np.square(one[one > 0]).mean() for one in shares.T], rtol=1e-4
+    )
+    kept = hints_for(layer, substitute(EVERY, (0, 2, 4)), sketch)
+    assert kept.use == tuple(np.array(hints_for(layer, redirect(EVERY, EVERY)).use)[[0, 2, 4]])
+
+
+def test_without_sensitivities_there_are_no_nats(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    rules = SkipRules(skip_ratio=0.3, low_share=0.4, fallback=(0, 1, 2, 3, 4))
+    hints = hints_for(replace(layer, sensitivity=None), redirect(EVERY, EVERY), sketch, rules)
+    assert (hints.skip_ratio, hints.low_share, hints.fallback) == (0.3, 0.4, (0, 1, 2, 3, 4))
+    assert hints.use
+    assert (hints.skip_error, hints.fallback_error, hints.sensitivity) == (None, None, None)
+
+
+def test_errors_are_weights_times_squared_errors_of_the_layer(
+    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+) -> None:
+    """Where a removal itself was not measured."""
+    layer = replace(layer, removals=None)
+    hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    assert hints.skip_error
+    assert hints.fallback_error
+    assert layer.outputs is not None
+    for expert in EVERY:
+        shares = naive.by_expert()
+        own = shares[:, expert, None].copy()
+        shares[:, expert] = 0
+        change = naive.mixed(shares / shares.sum(1, keepdims=True)) - naive.y
+        weight = layer_weight(layer, layer.outputs.output_square[expert])
+        assert hints.skip_error[expert] == pytest.approx(weight.cost((change**2).sum(1).mean()), rel=1e-3)
+        change = own * (novice_vectors(layer)[expert] - naive.outputs[:, expert])
+        weight = layer_weight(layer, variances(layer.outputs)[expert])
+        expected = weight.cost((change**2).sum(1).mean())
+        assert hints.fallback_error[expert] == pytest.approx(expected, rel=1e-3, abs=1e-5 * hints.skip_error[expert])
+    squares = np.array(hints.use) * np.array(hints.share_square)
+    assert hints.sensitivity == pytest.approx(sum(hints.skip_error) / squares.sum())
+
+
+def test_errors_are_those_that_were_measured(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    """Of all experts; when some are dropped, others are picked where they were not."""
+    assert layer.removals is not None
+    hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    np.testing.assert_allclose(hints.skip_error or (), layer.removals.skipped, rtol=1e-6)
+    assert np.all(np.array(hints.fallback_error) >= layer.removals.novice * (1 - 1e-6))
+    unseen = replace(layer, removals=replace(layer.removals, skipped=np.zeros(5), novice=np.zeros(5)))
+    found = hints_for(unseen, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    assert min(found.skip_error or ()) > 0, "picked, but not by the tokens whose gradients were taken"
+    assert np.array(found.fallback_error)[[0, 1, 2, 4]].min() > 0, "expert 3 is a constant"
+    fewer = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch)
+    unmeasured = hints_for(replace(layer, removals=None), redirect(EVERY, (0, 2, 4)), sketch)
+    assert fewer.skip_error == unmeasured.skip_error
+
+
+def test_closed_forms_without_a_sketch_are_near(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    layer = replace(layer, removals=None)
+    with_sketch = hints_for(layer, redirect(EVERY, EVERY), sketch).skip_error
+    without = hints_for(layer, redirect(EVERY, EVERY)).skip_error
+    np.testing.assert_allclose(without or (), with_sketch or (), rtol=0.6)
+
+
+def test_files_take_the_hints(layer: LayerStatistics, sketch: LayerSketch) -> None:
+    rules = SkipRules(0.3, 0.4, (0, -1, 1))
+    hints = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch, rules)
+    assert hints.fallback_error
+    assert hints.fallback_error[1] == 0.0
+    written = layout_metadata(NativeLayout((NativeLayer((0, 1, 2), ((0,),) * 3, hints),)))
+    assert all(np.min(value) >= 0 for key, value in written.items() if "fallback" not in key)
+    assert isinstance(hints, LayerHints)

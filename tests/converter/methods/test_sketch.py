@@ -1,0 +1,210 @@
+"""The sketch against forward passes: any policy's error, the best subsets, and what the layer's weight makes of it."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slimoe.converter.forward.stream import Observer, Stream, final_logits
+from slimoe.converter.methods.expert_drop import redirect
+from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.naee import best_subset, removals
+from slimoe.converter.methods.novices import novice_vectors
+from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch, policy_error
+from slimoe.converter.stats.sensitivity import measure_sensitivity
+from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Statistics
+from slimoe.offload.errors import UsageError
+from tests.models.held_model import HeldModel, hold, random_mixtral
+from tests.models.naive_layer import (
+    SIZES,
+    TEXTS,
+    Array,
+    NaiveLayer,
+    biased_model,
+    divergence,
+    learn,
+    logits,
+    naive_layer,
+    with_aliases,
+    without_experts,
+)
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def model() -> HeldModel:
+    return biased_model()
+
+
+@pytest.fixture(scope="module")
+def statistics(model: HeldModel, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return learn(model, tmp_path_factory.mktemp("pass"))
+
+
+@pytest.fixture(scope="module")
+def layer(statistics: Statistics) -> LayerStatistics:
+    return statistics.layers[LAYER]
+
+
+@pytest.fixture(scope="module")
+def sketch(model: HeldModel, layer: LayerStatistics) -> LayerSketch:
+    return layer_sketch(layer, model.layers[LAYER].target, model.spec.experts)
+
+
+@pytest.fixture(scope="module")
+def naive(model: HeldModel) -> NaiveLayer:
+    return naive_layer(model, LAYER)
+
+
+def squares(change: Array) -> Array:
+    return np.asarray((change**2).sum(-1))
+
+
+def test_200_random_policies_have_the_error_that_vectors_give(
+    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+) -> None:
+    rng = np.random.default_rng(3)
+    novices = np.broadcast_to(novice_vectors(layer), naive.outputs.shape)
+    vectors = np.concatenate([naive.outputs, novices, naive.middle[:, None]], 1)
+    for _ in range(200):
+        change = rng.normal(size=vectors.shape[:2]) * (rng.random(vectors.shape[:2]) < 0.4)
+        expected = squares(np.einsum("tn,tnd->td", change, vectors))
+        np.testing.assert_allclose(policy_error(sketch.gram, change), expected, rtol=1e-4, atol=1e-4 * expected.mean())
+
+
+def test_shares_from_logits_are_the_models(sketch: LayerSketch, naive: NaiveLayer) -> None:
+    np.testing.assert_allclose(sketch.shares, naive.by_expert(), atol=1e-6)
+    np.testing.assert_allclose(naive.mixed(sketch.shares), naive.y, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", [(0,), (3,), (1, 4), (0, 2, 3)])
+def test_dropping_is_what_a_model_with_fewer_experts_computes(
+    model: HeldModel, sketch: LayerSketch, naive: NaiveLayer, dropped: tuple[int, ...]
+) -> None:
+    kept = set(range(sketch.n_expert)) - set(dropped)
+    smaller = without_experts(model, LAYER, redirect(model.layers[LAYER].target, kept))
+    expected = squares(naive_layer(smaller, LAYER).y - naive.y)
+    np.testing.assert_allclose(
+        sketch.error(sketch.redirected(dropped)), expected, rtol=1e-4, atol=1e-6 * expected.mean()
+    )
+
+
+def test_novices_and_skips_and_nothing_are_what_vectors_give(
+    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+) -> None:
+    replaced = naive.outputs.copy()
+    replaced[:, [1, 3]] = novice_vectors(layer)[[1, 3]]
+    with_novices = np.einsum("te,ted->td", naive.by_expert(), replaced)
+    first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.picks[:, 0])])
+    for policy, y in (
+        (sketch.with_novices({1, 3}), with_novices),
+        (sketch.skipping(1.0), first),
+        (sketch.nothing(), 0 * first),
+    ):
+        expected = squares(y - naive.y)
+        np.testing.assert_allclose(sketch.error(policy), expected, rtol=1e-4, atol=1e-6 * expected.mean())
+    assert not sketch.error(sketch.skipping(0.0)).any()
+    assert not sketch.error(sketch.with_novices(())).any()
+
+
+def test_cosine_of_the_unchanged_layer_is_that_of_the_pass(sketch: LayerSketch, statistics: Statistics) -> None:
+    found = sketch.cosine(sketch.unchanged())
+    assert found.mean() == pytest.approx(statistics.layers[LAYER].similarity.ffn_cosine / TEXTS.n_rows, rel=1e-6)
+    assert sketch.cosine(sketch.nothing()) == pytest.approx(1.0)
+
+
+def test_rows_that_mean_the_same_expert(model: HeldModel, tmp_path: Path) -> None:
+    target = (0, 1, 1, 2, 0)
+    aliased = with_aliases(model, LAYER, target)
+    sketch = layer_sketch(learn(aliased, tmp_path).layers[LAYER], target, model.spec.experts)
+    y = naive_layer(aliased, LAYER).y
+    smaller = without_experts(aliased, LAYER, redirect(target, (0, 2)))
+    expected = squares(naive_layer(smaller, LAYER).y - y)
+    np.testing.assert_allclose(sketch.error(sketch.redirected((1,))), expected, rtol=1e-4, atol=1e-6 * expected.mean())
+    assert best_subset(sketch, 1).kept in {(0,), (1,)}, "expert 2 has one row, but tokens pick two"
+
+
+def test_a_model_with_novices_is_refused(model: HeldModel, layer: LayerStatistics) -> None:
+    with pytest.raises(UsageError, match="constants"):
+        layer_sketch(layer, (0, 1, 2, 3, -1), model.spec.experts)
+
+
+@pytest.mark.parametrize("n_keep", [2, 3, 4])
+def test_best_subset_is_that_of_forward_passes(
+    model: HeldModel, sketch: LayerSketch, naive: NaiveLayer, n_keep: int
+) -> None:
+    target, errors = model.layers[LAYER].target, {}
+    for kept in combinations(range(sketch.n_expert), n_keep):
+        smaller = without_experts(model, LAYER, redirect(target, kept))
+        errors[kept] = float(squares(naive_layer(smaller, LAYER).y - naive.y).mean())
+    best = best_subset(sketch, n_keep)
+    assert best.kept == min(errors, key=errors.__getitem__)
+    assert best.error == pytest.approx(errors[best.kept], rel=1e-4)
+
+
+def test_one_by_one_where_subsets_are_too_many(sketch: LayerSketch) -> None:
+    path = list(removals(sketch))
+    assert [len(one.kept) for one in path] == [5, 4, 3, 2]
+    assert path[0].error == 0.0
+    for one in path[1:]:
+        dropped = set(range(sketch.n_expert)) - set(one.kept)
+        assert one.error == pytest.approx(float(sketch.error(sketch.redirected(dropped)).mean()), rel=1e-9)
+    assert best_subset(sketch, 3, most_subsets=0) == path[2]
+    assert path[1] == best_subset(sketch, 4), "the first to go is the best one to remove"
+
+
+def test_all_experts_are_no_error_and_too_few_are_refused(sketch: LayerSketch) -> None:
+    assert best_subset(sketch, sketch.n_expert).error == 0.0
+    for most_subsets in (0, 1000):
+        with pytest.raises(UsageError, match=r"a token picks 2\. Keep 2 to 5"):
+            best_subset(sketch, 1, most_subsets)
+
+
+def test_a_layers_weight_times_a_squared_error_is_the_divergence(tmp_path: Path) -> None:
+    """Noise is added to a layer's output; what comes of it is measured. Tokens pick all experts, so that none of them
+    moves to another one, which no gradient sees.
+    """
+    model = hold(random_mixtral(replace(SIZES, n_expert_used=SIZES.n_expert)))
+    layers = measure_sensitivity(model, TEXTS, n_draws=12).layers
+    learnt, before = learn(model, tmp_path), logits(model)
+    for index in range(model.spec.n_layer):
+        found = []
+        for seed in range(4):
+            noise = 0.002 * torch.randn(TEXTS.n_rows, model.spec.n_embd, generator=torch.Generator().manual_seed(seed))
+            found.append(divergence(before, noisy_logits(model, index, noise)) / float(noise.square().sum(-1).mean()))
+        weight = layer_weight(replace(learnt.layers[index], sensitivity=layers[index]))
+        assert weight.is_measured
+        assert weight.per_square == pytest.approx(float(np.mean(found)), rel=0.2)
+
+
+def noisy_logits(model: HeldModel, layer: int, noise: torch.Tensor) -> torch.Tensor:
+    stream = Stream(model, TEXTS)
+    stream.embed()
+    for number in range(model.spec.n_layer):
+        stream.pass_layer(number, Observer())
+        if number == layer:
+            stream.h += noise
+    return final_logits(model, stream.h)
+
+
+def test_a_weight_follows_the_profile_of_the_error(layer: LayerStatistics) -> None:
+    update = np.arange(32, dtype=np.float32)
+    empty = np.zeros(0, np.float32)
+    sensitive = replace(layer, sensitivity=Sensitivity(update, *[empty] * 7))
+    assert layer_weight(sensitive).per_square == pytest.approx(0.5 * 15.5)
+    assert layer_weight(sensitive).cost(2.0) == pytest.approx(15.5)
+    assert layer_weight(sensitive, np.eye(32)[7]).per_square == pytest.approx(3.5)
+    assert layer_weight(sensitive, np.zeros(32)).per_square == pytest.approx(0.5 * 15.5)
+
+
+def test_without_sensitivities_errors_are_compared_with_the_stream(layer: LayerStatistics, naive: NaiveLayer) -> None:
+    found = layer_weight(layer)
+    assert not found.is_measured
+    assert found.per_square == pytest.approx(1 / squares(naive.middle).mean(), rel=1e-5)
+    assert 0 < layer_weight(replace(layer, sketch=None)).per_square < 100 * found.per_square
+    with pytest.raises(UsageError, match="neither sensitivities"):
+        layer_weight(replace(layer, sketch=None, outputs=None))

@@ -1,0 +1,298 @@
+"""`slimoe convert --imatrix`: llama.cpp's bytes, every form of the file, and imatrices that are of no use."""
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import LlamaFileType
+from numpy.typing import NDArray
+
+from slimoe.converter.plain.convert import ConvertOptions, convert, plan
+from slimoe.converter.quant.mixes import FOR_IMPORTANCE
+from slimoe.offload.errors import ModelFileError, SlimoeError, UsageError
+from slimoe.server.cli import run
+from tests.converter.quant.test_quantize import llama_quantize
+from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+
+Means = dict[str, NDArray[np.float32]]
+SIZES = TinyConfig(n_layer=1, n_embd=256, n_ff=256, n_head=4, n_expert=3, n_expert_used=2)
+UNMET = 1
+COUNT = 4
+FILE_TYPES = {
+    "Q4_K": LlamaFileType.MOSTLY_Q4_K_S,
+    "Q2_K_PURE": LlamaFileType.MOSTLY_Q2_K_S,
+    "IQ2_XXS": LlamaFileType.MOSTLY_IQ2_XXS,
+}
+EXPERTS = "blk.0.ffn_{}_exps.weight"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("imatrix")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(directory: Path, sentencepiece_path: Path) -> Path:
+    return save_checkpoint(directory / "checkpoint", sentencepiece_path, SIZES)
+
+
+@pytest.fixture(scope="module")
+def exact(directory: Path, checkpoint: Path) -> Path:
+    return convert(ConvertOptions(checkpoint, directory / "f32.gguf", "F32", n_threads=1)).path
+
+
+@pytest.fixture(scope="module")
+def means(exact: Path) -> Means:
+    """[matrices, n_per_row] of every matrix; one expert was never met and has the mean of the others."""
+    rng = np.random.default_rng(8)
+    made = {}
+    for name, tensor in tensors(exact).items():
+        if tensor.data.ndim > 1:
+            experts = tensor.data.shape[0] if tensor.data.ndim == 3 else 1
+            made[name] = np.square(rng.random((experts, tensor.data.shape[-1]), np.float32)) + np.float32(0.01)
+            if experts > 1:
+                made[name][UNMET] = (made[name][0] + made[name][2]) / 2
+    return made
+
+
+@pytest.fixture(scope="module")
+def imatrix(directory: Path, means: Means) -> Path:
+    return write(directory / "calibration.imatrix", means)
+
+
+@pytest.fixture(scope="module")
+def fitted(directory: Path, checkpoint: Path, imatrix: Path) -> dict[str, Path]:
+    """Files of each type."""
+    options = ConvertOptions(checkpoint, directory, n_threads=2, imatrix=imatrix)
+    return {kind: convert(replace(options, target=directory / f"{kind}.gguf", type=kind)).path for kind in FILE_TYPES}
+
+
+def write(path: Path, means: Means) -> Path:
+    """An imatrix as llama.cpp writes it, by gguf's own writer."""
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["mail.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, values in means.items():
+        counts = np.full((len(values), 1), COUNT, np.float32)
+        if len(values) > 1:
+            counts[UNMET] = 0
+        writer.add_tensor(f"{name}.in_sum2", values * counts)
+        writer.add_tensor(f"{name}.counts", counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_old(path: Path, means: Means) -> Path:
+    """The form of before 2025."""
+    data = struct.pack("<i", len(means))
+    for name, values in means.items():
+        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", COUNT, values.size)
+        data += (values * np.float32(COUNT)).tobytes()
+    path.write_bytes(data + struct.pack("<ii", 7, 8) + b"mail.txt")
+    return path
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def keys_of(path: Path, start: str) -> dict[str, Any]:
+    fields = gguf.GGUFReader(path).fields
+    return {key: field.contents() for key, field in fields.items() if key.startswith(start)}
+
+
+def same_data(ours: Path, theirs: Path) -> bool:
+    left, right = tensors(ours), tensors(theirs)
+    return left.keys() == right.keys() and all(np.array_equal(left[name].data, right[name].data) for name in left)
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_the_bytes_are_llama_cpps(
+    tmp_path: Path, exact: Path, means: Means, fitted: dict[str, Path], kind: str
+) -> None:
+    ours = fitted[kind]
+    llama_quantize(exact, tmp_path / "theirs.gguf", FILE_TYPES[kind], means)
+    left, right = tensors(ours), tensors(tmp_path / "theirs.gguf")
+    assert left.keys() == right.keys()
+    alike = {name for name in left if left[name].tensor_type is right[name].tensor_type and left[name].data.ndim > 1}
+    assert alike >= {EXPERTS.format(role) for role in ("gate", "up", "down")}
+    assert kind == "IQ2_XXS" or alike >= {"blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_output.weight"}
+    for name in alike:
+        np.testing.assert_array_equal(left[name].data, right[name].data, name)
+    assert keys_of(ours, "quantize.imatrix") == {
+        "quantize.imatrix.file": "calibration.imatrix",
+        "quantize.imatrix.dataset": "mail.txt",
+        "quantize.imatrix.entries_count": len(means),
+        "quantize.imatrix.chunks_count": 7,
+    }
+
+
+def test_the_older_form_says_the_same(tmp_path: Path, checkpoint: Path, means: Means, imatrix: Path) -> None:
+    old = write_old(tmp_path / "old.dat", means)
+    options = ConvertOptions(checkpoint, tmp_path / "m.gguf", "Q4_0", n_threads=1, imatrix=imatrix)
+    older = convert(replace(options, target=tmp_path / "old.gguf", imatrix=old)).path
+    plain = convert(replace(options, target=tmp_path / "plain.gguf", imatrix=None)).path
+    assert same_data(older, convert(options).path)
+    assert not same_data(older, plain)
+
+
+def test_both_copies_of_a_pair_are_fitted(
+    tmp_path: Path, checkpoint: Path, imatrix: Path, fitted: dict[str, Path]
+) -> None:
+    names = "Q4_K", "Q2_K_PURE"
+    options = ConvertOptions(checkpoint, tmp_path / "m.gguf", n_threads=1, pair=",".join(names), imatrix=imatrix)
+    report = convert(options)
+    pair = tensors(report.path)
+    assert report.fitted is not None
+    assert report.fitted.n_fitted == report.fitted.n_matrices == 2 * 9 + 6
+    for bucket, kind in enumerate(names):
+        stock = tensors(fitted[kind])
+        for role in ("gate", "up", "down"):
+            copy = pair[EXPERTS.format(role).replace("_exps.", f"_exps.b{bucket}.")]
+            np.testing.assert_array_equal(copy.data, stock[EXPERTS.format(role)].data)
+
+
+def test_what_calibration_writes_is_read(
+    tmp_path: Path, moe_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, stats, made = tmp_path / "prose.txt", tmp_path / "a.stats", tmp_path / "a.imatrix"
+    text.write_text("the quick brown fox jumps over a lazy dog " * 400)
+    short = ["--tokens", "2048", "--length", "64", "--device", "cpu", "--types", "none", "--no-sensitivity"]
+    calibrate = ["calibrate", str(moe_checkpoint), "-o", str(stats), "--text", str(text), *short, "--imatrix"]
+    assert run([*calibrate, str(stats)]) == 2
+    assert "cannot be both files" in capsys.readouterr().err
+    assert run([*calibrate, str(made)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.imatrix", "a.stats", "prose.txt"]
+    names = [tensor.name for tensor in gguf.GGUFReader(made).tensors]
+    assert {"blk.0.ffn_down_exps.weight.in_sum2", "blk.0.attn_q.weight.counts"} <= set(names)
+    for path in (stats, made):
+        options = ConvertOptions(moe_checkpoint, tmp_path / f"{path.name}.gguf", "Q4_0", n_threads=1, imatrix=path)
+        convert(options)
+    plain = convert(ConvertOptions(moe_checkpoint, tmp_path / "plain.gguf", "Q4_0", n_threads=1)).path
+    assert same_data(tmp_path / "a.stats.gguf", tmp_path / "a.imatrix.gguf")
+    assert not same_data(plain, tmp_path / "a.imatrix.gguf")
+    assert keys_of(tmp_path / "a.stats.gguf", "slimoe.calibration.tokens") == {"slimoe.calibration.tokens": 2048}
+    assert len(keys_of(tmp_path / "a.stats.gguf", "slimoe.calibration.sha256")["slimoe.calibration.sha256"]) == 64
+    assert keys_of(tmp_path / "a.imatrix.gguf", "quantize.imatrix.dataset") == {"quantize.imatrix.dataset": "prose"}
+    assert run([*calibrate[:3], str(tmp_path / "c.stats"), *calibrate[4:], str(made)]) == 2
+    assert f"{made} exists" in capsys.readouterr().err
+
+
+def test_a_tied_table_is_the_output_matrix(tmp_path: Path, sentencepiece_path: Path) -> None:
+    sizes = TinyConfig(n_layer=1, n_embd=32, n_ff=32, n_expert=0)
+    source = save_checkpoint(tmp_path / "c", sentencepiece_path, sizes, tie_word_embeddings=True)
+    values = np.square(np.random.default_rng(9).random((1, 32), np.float32))
+    options = ConvertOptions(source, tmp_path / "m.gguf", "Q4_0", n_threads=1)
+    layer = {"blk.0.attn_q.weight": values}
+    fitted = plan(replace(options, imatrix=write(tmp_path / "a.imatrix", {"output.weight": values, **layer})))
+    other = plan(replace(options, imatrix=write(tmp_path / "b.imatrix", layer)))
+    for planned, expected in ((fitted, [values[0]]), (other, [])):
+        table = next(tensor for tensor in planned.tensors if tensor.target.name == "token_embd.weight")
+        np.testing.assert_allclose(table.importance, expected, rtol=1e-6)
+
+
+def test_blocks_that_are_copied_need_no_importance(tmp_path: Path, fitted: dict[str, Path], imatrix: Path) -> None:
+    source = fitted["IQ2_XXS"]
+    copied = convert(ConvertOptions(source, tmp_path / "b.gguf", "IQ2_XXS", n_threads=1))
+    assert same_data(source, copied.path)
+    with pytest.raises(UsageError, match="knows none of the matrices that are quantised"):
+        plan(ConvertOptions(source, tmp_path / "c.gguf", "IQ2_XXS", imatrix=imatrix))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FOR_IMPORTANCE)
+def test_types_that_need_importance(tmp_path: Path, checkpoint: Path, imatrix: Path, kind: str) -> None:
+    options = ConvertOptions(checkpoint, tmp_path / "m.gguf", kind)
+    for one in (options, replace(options, pair=f"Q4_K,{kind}")):
+        with pytest.raises(UsageError, match=f"{kind} is only of use .* Give --imatrix, or use IQ3_S"):
+            plan(one)
+        types = {tensor.type.name for tensor in plan(replace(one, imatrix=imatrix)).tensors}
+        assert kind in types
+    assert list(tmp_path.iterdir()) == []
+
+
+def narrower(means: Means) -> Means:
+    return {name: np.ascontiguousarray(values[:, :128]) for name, values in means.items()}
+
+
+def one_expert_more(means: Means) -> Means:
+    return {name: np.concatenate([values, values[:1]]) if len(values) > 1 else values for name, values in means.items()}
+
+
+def one_layer_more(means: Means) -> Means:
+    return means | {"blk.1.attn_q.weight": means["blk.0.attn_q.weight"]}
+
+
+BAD = {
+    "narrower": (narrower, "made for rows of 128 weights, but the model's have"),
+    "more experts": (one_expert_more, "knows 4 matrices of blk.0.ffn_down_exps.weight, but the model has 3"),
+    "fewer experts": (lambda means: {n: v[:2] for n, v in means.items()}, "knows 2 matrices of blk"),
+    "more layers": (one_layer_more, "knows blk.1.attn_q.weight, which the model does not have"),
+    "no experts": (
+        lambda means: {n: v for n, v in means.items() if "_exps" not in n},
+        "knows nothing of blk.0.ffn_down_exps.weight, which IQ2_XXS needs",
+    ),
+    "no layers": (lambda means: {"output.weight": means["output.weight"]}, "knows nothing of layer 0"),
+    "nothing": (lambda means: {}, "knows none of the matrices|knows nothing of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_imatrices_of_other_models(tmp_path: Path, checkpoint: Path, means: Means, case: str) -> None:
+    change, words = BAD[case]
+    path = write(tmp_path / "other.imatrix", change(means))
+    with pytest.raises(UsageError, match=words):
+        convert(ConvertOptions(checkpoint, tmp_path / "m.gguf", "IQ2_XXS", imatrix=path))
+    assert [left.name for left in tmp_path.iterdir()] == ["other.imatrix"]
+
+
+def test_files_that_are_no_imatrix(tmp_path: Path, checkpoint: Path, exact: Path, imatrix: Path) -> None:
+    (tmp_path / "text").write_text("hello world, this is text")
+    (tmp_path / "json").write_text('12345678{"a": 1}')
+    shutil.copy(imatrix, tmp_path / "cut")
+    with (tmp_path / "cut").open("r+b") as file:
+        file.truncate(imatrix.stat().st_size // 2)
+    cases: dict[Path, tuple[type[SlimoeError], str]] = {
+        tmp_path / "absent": (ModelFileError, "cannot be read"),
+        tmp_path: (ModelFileError, "cannot be read"),
+        tmp_path / "text": (ModelFileError, "no imatrix file"),
+        tmp_path / "json": (SlimoeError, "not a whole statistics file"),
+        tmp_path / "cut": (ModelFileError, "truncated"),
+        exact: (ModelFileError, "a GGUF file, but no imatrix"),
+    }
+    for path, (error, words) in cases.items():
+        with pytest.raises(error, match=words):
+            plan(ConvertOptions(checkpoint, tmp_path / "m.gguf", "Q4_K", imatrix=path))
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, checkpoint: Path, imatrix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["convert", str(checkpoint), str(tmp_path / "m.gguf"), "--imatrix", str(imatrix)]
+    assert run([*arguments, "--type", "IQ1_S", "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["fitted"] == {"n_matrices": 15, "n_fitted": 15, "n_experts": 3, "n_unmet": 1}
+    assert "15 of 15 quantised matrices are fitted to it, 1 of 3 experts were never met" in err
+    assert run([*arguments, "--type", "F16"]) == 2
+    assert "leave it out" in capsys.readouterr().err
+    assert run([*arguments, "--target-size", "1MB"]) == 2
+    assert "Slimming takes importance from --stats" in capsys.readouterr().err
+    assert run([*arguments[:3], "--type", "IQ1_S", "--dry-run"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert run(["convert", "--help"]) == 0
+    assert f"With --imatrix only: {FOR_IMPORTANCE[0]}" in " ".join(capsys.readouterr().out.split())

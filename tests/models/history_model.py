@@ -1,0 +1,61 @@
+"""A model that shows what a batch let it see: each next token follows from the whole history, found in the cells."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.graph.batch import Batch
+from slimoe.offload.graph.runner import Logits
+
+N_VOCAB = 97
+
+
+def next_token(history: Sequence[int]) -> int:
+    """What the model says after `history`."""
+    return hash(tuple(history)) % N_VOCAB
+
+
+def answer_to(prompt: Sequence[int], n_tokens: int) -> list[int]:
+    """The greedy answer."""
+    history = list(prompt)
+    for _ in range(n_tokens):
+        history.append(next_token(history))
+    return history[len(prompt) :]
+
+
+class HistoryModel:
+    """Stands in for the engine's runner, and keeps the batches it was given."""
+
+    def __init__(self, n_cells: int) -> None:
+        self.cells = np.full(n_cells, -1, np.int32)
+        self.batches: list[Batch] = []
+        self.could_abort: list[bool] = []
+        self.before_each: Callable[[Batch], None] = lambda batch: None
+
+    @property
+    def n_read(self) -> int:
+        """Tokens computed so far."""
+        return sum(batch.n_tokens for batch in self.batches)
+
+    def compute(self, batch: Batch, is_cancelled: Callable[[], bool] | None) -> Logits:
+        """One-hot logits [n_out, n_vocab]."""
+        assert len(set(batch.cells.tolist())) == batch.n_tokens
+        assert int(max(run.visible.max() for run in batch.runs)) < batch.n_kv
+        self.batches.append(batch)
+        self.could_abort.append(is_cancelled is not None)
+        self.before_each(batch)
+        self.cells[batch.cells] = batch.tokens
+        if is_cancelled is not None and is_cancelled():
+            self.cells[batch.cells] = -1
+            raise EngineAbortedError
+        logits = np.zeros((batch.n_out, N_VOCAB), np.float32)
+        end = batch.n_tokens
+        for run in reversed(batch.runs):
+            for index in range(run.n_tokens - 1, -1, -1):
+                row = end - run.n_tokens + index - (batch.n_tokens - batch.n_out)
+                if row >= 0:
+                    seen = run.visible[: len(run.visible) - run.n_tokens + index + 1]
+                    logits[row, next_token(self.cells[seen].tolist())] = 9
+            end -= run.n_tokens
+        return logits

@@ -1,0 +1,109 @@
+"""Servers for tests: the application over a real socket, and `slimoe serve` as a child process."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+from openai import AsyncOpenAI
+
+from slimoe.server.api.served_model import ServedModel
+from slimoe.server.app import AppConfig, init_app
+from slimoe.server.http.access import AccessRules
+from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
+from slimoe.server.messages import Open
+from slimoe.server.process.supervisor import Patience, Supervisor
+
+SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
+DEADLINE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServer:
+    """An application that answers at `url`, and its engine."""
+
+    url: str
+    supervisor: Supervisor
+
+    def client(self) -> AsyncOpenAI:
+        """OpenAI's own client, which never repeats a failed request and does not wait for ever."""
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOptions:
+    """What a test wants otherwise."""
+
+    n_queue: int = 64
+    rules: AccessRules = field(default_factory=AccessRules)
+    ping_seconds: float = 15.0
+    waits: bool = True
+    patience: Patience = field(default_factory=Patience)
+    limits: ConnectionLimits = USUAL_LIMITS
+    engine: Open = field(default_factory=lambda: Open(""))
+
+
+@asynccontextmanager
+async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
+    """The application over the scripted engine."""
+    supervisor = Supervisor(
+        msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED, options.patience
+    )
+    config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
+    runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    supervisor.start()
+    host, port = runner.addresses[0]
+    try:
+        if options.waits:
+            await asyncio.wait_for(supervisor.wait_ready(), DEADLINE)
+        yield LiveServer(f"http://{host}:{port}", supervisor)
+    finally:
+        await supervisor.stop()
+        await runner.cleanup()
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    """Waits for a condition that is asked for again and again; fails when it never comes."""
+    async with asyncio.timeout(DEADLINE):
+        while not is_true():
+            await asyncio.sleep(0.005)
+
+
+def slimoe(*arguments: str | Path, stdin: int | None = None) -> "subprocess.Popen[str]":
+    """The command as a child, from a working directory that is not the project's."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "slimoe.server.cli", *map(str, arguments)],
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=os.path.expanduser("~"),
+    )
+
+
+@contextmanager
+def serving(*arguments: str | Path, stdin: int | None = None) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """`slimoe serve` on a free port, and its address once it has said that it is ready."""
+    process = slimoe("serve", "--port", "0", "--threads", "1", *arguments, stdin=stdin)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield process, json.loads(line)["url"]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()

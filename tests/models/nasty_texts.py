@@ -1,0 +1,5 @@
+"""Texts that tokenizers get wrong."""
+
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
+
+NASTY_TEXTS = HARD_TEXTS

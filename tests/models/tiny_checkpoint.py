@@ -1,0 +1,97 @@
+"""Small random checkpoints, built and saved by transformers, with a sentencepiece tokenizer and a chat template."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
+
+
+@dataclass(frozen=True, slots=True)
+class TinyConfig:
+    """Sizes that no real model has; K-quants need `n_embd` and `n_ff` to be multiples of 256."""
+
+    n_layer: int = 2
+    n_embd: int = 64
+    n_ff: int = 96
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_vocab: int = 520
+    n_expert: int = 6
+    n_expert_used: int = 3
+
+
+K_QUANT_SIZES = TinyConfig(n_layer=3, n_embd=256, n_ff=512, n_head=8, n_head_kv=4)
+
+
+def save_checkpoint(
+    path: Path, tokenizer: Path, sizes: TinyConfig, dtype: torch.dtype = torch.float32, **config: object
+) -> Path:
+    """Saves a Mixtral, or a Mistral when there are no experts; `config` is passed to the configuration."""
+    torch.manual_seed(1234)
+    values = {
+        "hidden_size": sizes.n_embd,
+        "intermediate_size": sizes.n_ff,
+        "num_hidden_layers": sizes.n_layer,
+        "num_attention_heads": sizes.n_head,
+        "num_key_value_heads": sizes.n_head_kv,
+        "vocab_size": sizes.n_vocab,
+        "max_position_embeddings": 128,
+        "sliding_window": None,
+        "initializer_range": 0.2,
+    }
+    model: transformers.PreTrainedModel
+    if sizes.n_expert:
+        values |= {"num_local_experts": sizes.n_expert, "num_experts_per_tok": sizes.n_expert_used}
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**values | config))
+    elif "rope_parameters" in config:
+        values.pop("sliding_window")
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values | config))
+    else:
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**values | config))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.to(dtype).save_pretrained(path)
+    add_tokenizer(path, tokenizer)
+    return path
+
+
+def add_tokenizer(path: Path, tokenizer: Path) -> None:
+    """The tokenizer's files as a Mixtral repository has them."""
+    shutil.copy(tokenizer, path / "tokenizer.model")
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "add_bos_token": True}
+    settings |= {"add_eos_token": False, "chat_template": MIXTRAL_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def logits(path: Path, tokens: list[int]) -> torch.Tensor:
+    """transformers' logits [n_tokens, n_vocab] in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return result
+
+
+def stack_experts(path: Path) -> None:
+    """Rewrites a checkpoint to the layout that newer transformers keep in memory: all experts in two tensors."""
+    tensors = load_file(path / "model.safetensors")
+    stacked = {name: value for name, value in tensors.items() if ".experts." not in name}
+    layers = sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name})
+    for layer in layers:
+        parts = {w: [tensors[n] for n in _in_order(tensors, layer, w)] for w in ("w1", "w2", "w3")}
+        gates_ups = [torch.cat(pair) for pair in zip(parts["w1"], parts["w3"], strict=True)]
+        stacked[f"{layer}.experts.gate_up_proj"] = torch.stack(gates_ups)
+        stacked[f"{layer}.experts.down_proj"] = torch.stack(parts["w2"])
+    renamed = {name.replace("block_sparse_moe", "mlp"): value.contiguous() for name, value in stacked.items()}
+    save_file(renamed, path / "model.safetensors")
+
+
+def _in_order(tensors: dict[str, torch.Tensor], layer: str, w: str) -> list[str]:
+    names = [name for name in tensors if name.startswith(f"{layer}.experts.") and name.endswith(f".{w}.weight")]
+    return sorted(names, key=lambda name: int(name.split(".experts.")[1].split(".")[0]))

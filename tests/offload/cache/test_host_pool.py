@@ -1,0 +1,398 @@
+"""Experts in memory: whose bytes lie where, who may be driven out, and what a failed read leaves."""
+
+import ctypes
+import errno
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from slimoe.offload.cache.disk_reader import DiskReader, ReadFailedError
+from slimoe.offload.cache.host_pool import Addresses, Arena, slot_bytes
+from slimoe.offload.cache.policy import PolicyContext, make_policy
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.slots import slot_classes
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.experts import ExpertCopy, expert_layers
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import WeightSource, model_sources
+from tests.models.gguf_content import read_content, write_content
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+
+N_LAYER, N_EXPERT = 3, 5
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers of five experts; those of the last layer are of another class."""
+    directory = tmp_path_factory.mktemp("arena")
+    shape = TinyShape(n_layer=N_LAYER, n_ff=64, n_expert=N_EXPERT, n_expert_used=2)
+    content = read_content(write_tiny_gguf(directory / "f32.gguf", None, shape=shape))
+    return write_content(directory / "m.gguf", content.quantised(Type.Q8_0, lambda name: "blk.2.ffn_down" in name))
+
+
+@pytest.fixture
+def path(stored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copyfile(stored, tmp_path / "m.gguf"))
+
+
+class Bench:
+    """An arena over a file, with `n_slots` of either class; the values of its policy say who leaves first."""
+
+    def __init__(self, path: Path, *n_slots: int) -> None:
+        gguf = read_gguf(path)
+        spec = ModelSpec.from_gguf(gguf)
+        layers = expert_layers(model_sources(gguf, spec), spec)
+        self.whole = path.read_bytes()
+        self.copies: dict[Key, ExpertCopy] = {
+            (index, expert): copies[0]
+            for index, layer in enumerate(layers)
+            if layer is not None
+            for expert, copies in enumerate(layer.experts)
+        }
+        self.policy = make_policy("static", PolicyContext(N_LAYER, N_EXPERT, 2))
+        self.reader = DiskReader(gguf)
+        classes = list(slot_classes(layers))
+        self.arena = Arena(self.reader, self.policy, dict(zip(classes, n_slots, strict=True)))
+
+    def demand(self, *keys: Key) -> None:
+        """Has experts read at once, and looks at them."""
+        self.arena.pin(set(keys))
+        slots = [self.arena.demand(key, self.copies[key]) for key in keys]
+        for key, slot in zip(keys, slots, strict=True):
+            self.assert_holds(key, self.arena.addresses(slot))
+
+    def prefetch(self, *keys: Key) -> None:
+        for key in keys:
+            self.arena.prefetch(key, self.copies[key])
+
+    def fill(self) -> list[int]:
+        done: list[int] = []
+        self.arena.fill(self.copies.items(), done.append)
+        return done
+
+    def settle(self) -> None:
+        """Lets all that is under way arrive."""
+        slots = [slot for pool in self.arena._pools.values() for slot in pool.slots]
+        with self.reader._changed:
+            assert self.reader._changed.wait_for(lambda: all(slot.is_ready for slot in slots), 30)
+
+    def assert_holds(self, key: Key, addresses: Addresses) -> None:
+        copy = self.copies[key]
+        for address, source in zip(addresses, (copy.gate, copy.up, copy.down), strict=True):
+            assert ctypes.string_at(address, source.n_bytes) == self.bytes_of(source)
+
+    def bytes_of(self, source: WeightSource) -> bytes:
+        (span,) = source.spans
+        return self.whole[span.offset : span.offset + span.n_bytes]
+
+    @property
+    def held(self) -> set[Key]:
+        """Who has a slot."""
+        return {key for pool in self.arena._pools.values() for key in pool.cache}
+
+    @property
+    def complete(self) -> set[Key]:
+        return {key for key, copy in self.copies.items() if self.arena.holds(key, copy)}
+
+    def counts(self) -> tuple[int, int, int]:
+        counters = self.arena.counters
+        return counters.hits, counters.ahead, counters.misses
+
+    def check(self) -> None:
+        for pool in self.arena._pools.values():
+            pool.cache.check()
+
+    def close(self) -> None:
+        self.arena.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def bench(path: Path) -> Iterator[Bench]:
+    with closing(Bench(path, 4, 3)) as bench:
+        yield bench
+
+
+class Disk:
+    """In place of the system's reads: can fail, and can be held up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._read = os.preadv
+        self.fails: Callable[[], bool] = lambda: False
+        self.is_open = threading.Event()
+        self.is_open.set()
+        monkeypatch.setattr(os, "preadv", self.preadv)
+
+    def preadv(self, file: int, buffers: list[memoryview], offset: int) -> int:
+        assert self.is_open.wait(30)
+        if self.fails():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._read(file, buffers, offset)
+
+    def opens_when(self, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Is held up until a method is called."""
+        method = getattr(owner, name)
+
+        def call(*arguments: object) -> object:
+            self.is_open.set()
+            return method(*arguments)
+
+        self.is_open.clear()
+        monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.is_open.set()
+
+
+# --- slots -------------------------------------------------------------------------------------------------
+
+
+def test_it_is_filled_in_order_as_far_as_there_is_room(bench: Bench) -> None:
+    done = bench.fill()
+    assert bench.held == {(0, 0), (0, 1), (0, 2), (0, 3), (2, 0), (2, 1), (2, 2)}
+    assert sorted(done) == sorted(bench.copies[key].n_bytes for key in bench.held)
+    assert bench.complete == bench.held
+    assert bench.counts() == (0, 0, 0)
+    assert bench.fill() == []
+    bench.demand(*bench.held)
+    assert bench.counts() == (7, 0, 0)
+    assert bench.arena.n_bytes == sum(n * slot_bytes(kind) for kind, n in zip(bench.arena._pools, (4, 3), strict=True))
+    assert bench.arena.n_free_to_pin == 3
+    bench.check()
+
+
+def test_the_least_worth_leaves_and_the_pinned_stay(bench: Bench) -> None:
+    bench.fill()
+    bench.policy.values[0] = [4, 1, 2, 3, 0]
+    bench.policy.values[1] = 9
+    bench.demand((1, 0))
+    assert (0, 1) not in bench.held
+    bench.demand((0, 2), (1, 1))
+    assert bench.held & {(0, 0), (0, 2), (0, 3)} == {(0, 0), (0, 2)}, "the pinned one was worth less"
+    bench.demand((0, 4), (0, 1), (0, 3), (1, 2))
+    assert bench.held - {(2, 0), (2, 1), (2, 2)} == {(0, 4), (0, 1), (0, 3), (1, 2)}
+    bench.check()
+
+
+def test_reading_ahead_takes_no_pinned_slot(bench: Bench) -> None:
+    bench.fill()
+    full = {(0, 0), (0, 1), (0, 2), (0, 3)}
+    bench.arena.pin(full | {(1, 0)})
+    bench.prefetch((1, 0), (0, 0))
+    assert bench.arena.counters.n_prefetched == 0
+    bench.arena.pin(full - {(0, 2)} | {(1, 0), (1, 1)})
+    bench.prefetch((1, 0), (1, 1))
+    assert bench.held & set(bench.copies) - {(2, 0), (2, 1), (2, 2)} == full - {(0, 2)} | {(1, 0)}
+    assert bench.arena.counters.n_prefetched == 1
+    bench.check()
+
+
+def test_what_is_needed_drives_out_what_is_only_likely(bench: Bench) -> None:
+    bench.fill()
+    likely: set[Key] = {(0, 0), (0, 1), (0, 2)}
+    bench.arena.pin({(1, 0)}, likely)
+    bench.arena.demand((1, 0), bench.copies[1, 0])
+    assert bench.held >= likely | {(1, 0)}
+    bench.arena.pin({(1, 0), (1, 1), (1, 2)}, likely)
+    for key in ((1, 0), (1, 1), (1, 2)):
+        bench.arena.demand(key, bench.copies[key])
+    assert bench.held >= {(1, 0), (1, 1), (1, 2)}
+    assert len(bench.held & likely) == 1
+    bench.arena.hold({(1, 0), (1, 1), (1, 2)})
+    bench.arena.pin({(0, 3)})
+    bench.arena.demand((0, 3), bench.copies[0, 3])
+    assert bench.held >= {(1, 0), (1, 1), (1, 2), (0, 3)}
+    bench.check()
+
+
+# --- counters ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_ahead_counts_once(bench: Bench) -> None:
+    keys: list[Key] = [(0, 0), (1, 0), (2, 0)]
+    bench.arena.pin(set(keys))
+    bench.prefetch(*keys)
+    bench.prefetch(*keys)
+    assert (bench.arena.counters.n_prefetched, bench.counts()) == (3, (0, 0, 0))
+    bench.demand(*keys)
+    assert bench.counts() == (0, 3, 0)
+    bench.demand(*keys)
+    assert bench.counts() == (3, 3, 0)
+    bench.demand((2, 1))
+    assert bench.counts() == (3, 3, 1)
+    n_bytes = sum(bench.copies[key].n_bytes for key in (*keys, (2, 1)))
+    assert bench.reader.n_read >= n_bytes
+    assert (bench.arena.counters.n_cancelled, bench.reader.n_wasted) == (0, 0)
+
+
+def test_one_read_serves_many_picks(bench: Bench) -> None:
+    key = (1, 1)
+    bench.arena.pin({key})
+    slot = bench.arena.demand(key, bench.copies[key], counts=5)
+    assert bench.arena.demand(key, bench.copies[key], counts=2) is slot
+    assert bench.counts() == (2, 0, 5)
+    bench.assert_holds(key, bench.arena.addresses(slot))
+
+
+def test_a_read_that_is_driven_out_is_dropped(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.fill()
+    disk.opens_when(bench.reader, "cancel", monkeypatch)
+    bench.arena.pin({(1, 0)})
+    bench.prefetch((1, 0))
+    assert (1, 0) not in bench.complete
+    bench.policy.values[1, 0] = -1
+    bench.demand((1, 1))
+    assert bench.held >= {(1, 1), (0, 0)}
+    assert (1, 0) not in bench.held
+    assert bench.arena.counters.n_cancelled == 1
+    bench.check()
+
+
+def test_a_wrong_guess_gives_its_slot_back(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.opens_when(bench.reader, "cancel", monkeypatch)
+    keys: list[Key] = [(0, 0), (0, 1), (0, 2), (0, 3)]
+    bench.arena.pin(set(keys))
+    bench.prefetch(*keys)
+    for key in (*keys, (1, 4)):
+        bench.arena.abandon(key, bench.copies[key])
+    assert bench.held == set()
+    assert bench.arena.counters.n_cancelled == 4
+    bench.check()
+    bench.demand((1, 0), (1, 1), (1, 2), (1, 3))
+    assert bench.counts() == (0, 0, 4)
+    assert bench.arena.counters.n_cancelled == 4
+
+
+def test_a_wrong_guess_that_is_here_stays(bench: Bench) -> None:
+    bench.arena.pin({(0, 0)})
+    bench.prefetch((0, 0))
+    bench.settle()
+    bench.arena.abandon((0, 0), bench.copies[0, 0])
+    bench.demand((0, 0))
+    assert bench.counts() == (1, 0, 0)
+    bench.demand((0, 1))
+    bench.arena.abandon((0, 1), bench.copies[0, 1])
+    assert bench.held == {(0, 0), (0, 1)}
+    assert bench.arena.counters.n_cancelled == 0
+
+
+def test_waiting_for_the_disk_is_counted(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.demand((0, 0))
+    before = bench.arena.counters.stall_seconds
+    bench.demand((0, 0))
+    assert bench.arena.counters.stall_seconds == before
+    disk.opens_when(bench.reader, "wait", monkeypatch)
+    bench.demand((0, 1))
+    assert bench.arena.counters.stall_seconds > before
+
+
+# --- faults ------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_read_frees_its_slot(bench: Bench, path: Path) -> None:
+    before, times = path.read_bytes(), path.stat()
+    bench.demand((0, 0))
+    os.truncate(path, 5000)
+    for _ in range(2):
+        with pytest.raises(ReadFailedError, match="was changed"):
+            bench.demand((0, 1))
+    assert bench.held == {(0, 0)}
+    bench.demand((0, 0))
+    path.write_bytes(before)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    bench.demand((0, 1), (2, 1))
+    assert bench.held == {(0, 0), (0, 1), (2, 1)}
+    assert bench.counts() == (1, 0, 5)
+    bench.check()
+
+
+def test_what_failed_ahead_of_time_is_tried_again(bench: Bench, disk: Disk) -> None:
+    disk.fails = lambda: True
+    bench.arena.pin({(0, 1), (0, 2)})
+    bench.prefetch((0, 1))
+    bench.arena.demand((0, 2), bench.copies[0, 2])
+    bench.settle()
+    assert bench.complete == set()
+    disk.fails = lambda: False
+    bench.demand((0, 1), (0, 2))
+    assert bench.complete == {(0, 1), (0, 2)}
+    assert bench.counts() == (0, 0, 3)
+    bench.check()
+
+
+def test_a_slot_is_not_ready_because_somebody_stopped_waiting(
+    bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    disk.is_open.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.reader, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bench.demand((1, 3))
+    assert bench.complete == set()
+    disk.opens_when(bench.reader, "wait", monkeypatch)
+    bench.demand((1, 3))
+
+
+def test_closing_with_reads_under_way(path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is the arena's until nothing writes to it any more."""
+    bench = Bench(path, 4, 3)
+    disk.opens_when(bench.reader, "cancel", monkeypatch)
+    bench.prefetch(*((layer, expert) for layer in (0, 2) for expert in range(3)))
+    reads = [slot.read for pool in bench.arena._pools.values() for slot in pool.slots]
+    bench.arena.close()
+    assert sum(read is not None for read in reads) == 6
+    assert all(read.is_done for read in reads if read is not None)
+    bench.close()
+
+
+# --- at random ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "failing"), [(0, 0.0), (1, 0.05), (2, 0.3)])
+def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> None:
+    """As the engine goes: pins what a layer needs and the next ones may, demands, reads ahead, looks; or breaks off."""
+    draw, chance, numbers = random.Random(seed), random.Random(seed), np.random.default_rng(seed)
+    n_demanded = 0
+    with closing(Bench(path, 4, 4)) as bench:
+        disk.fails = lambda: chance.random() < failing
+        for step in range(400):
+            layer = step % N_LAYER
+            needed = {(layer, expert) for expert in draw.sample(range(N_EXPERT), 2)}
+            ahead = {((layer + 1) % N_LAYER, expert) for expert in draw.sample(range(N_EXPERT), 2)}
+            bench.arena.pin(needed | ahead)
+            slots = {key: bench.arena.demand(key, bench.copies[key]) for key in needed}
+            n_demanded += len(needed)
+            bench.prefetch(*ahead)
+            for key in draw.sample(sorted(ahead - needed), 1):
+                bench.arena.abandon(key, bench.copies[key])
+            assert bench.held >= needed
+            try:
+                for key, slot in slots.items():
+                    if draw.random() < 0.1:
+                        break
+                    bench.assert_holds(key, bench.arena.addresses(slot))
+            except ReadFailedError:
+                assert failing
+            bench.policy.values[:] = numbers.random(bench.policy.values.shape)
+            bench.check()
+        disk.fails = lambda: False
+        assert sum(bench.counts()) == n_demanded
+        assert min(bench.counts()) > 0
+        assert bench.arena.counters.n_cancelled <= bench.arena.counters.n_prefetched + n_demanded
+        for key in bench.copies:
+            bench.demand(key)

@@ -1,0 +1,259 @@
+"""Devices that fail: RPC servers that end in use, memory that is not given, graphs that are not computed."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from bench.rivals.rpc_server import ROOT, RpcServer, rpc_server
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import DeviceError, DeviceFullError
+from slimoe.offload.ggml.abort import device_error
+from slimoe.offload.ggml.device_backend import DeviceBackend
+from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.text.generation import GenerationRequest, TokenStep
+from slimoe.offload.text.sampling import SamplingParams
+from slimoe.server.cli import run
+from slimoe.server.messages import Open
+from slimoe.server.process.ticket import EngineFailure
+from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+
+LOST = "/src/ggml-rpc/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
+FULL = "/src/ggml-cuda/ggml-cuda.cu:98: CUDA error"
+OURS = "/src/ggml.c:3140: GGML_ASSERT(ggml_can_mul_mat(a, b)) failed"
+
+
+@pytest.fixture(scope="module")
+def model(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = TinyShape(n_layer=3, n_ctx=100_000)
+    return write_tiny_gguf(tmp_path_factory.mktemp("faults") / "tiny.gguf", sentencepiece_path, shape=shape)
+
+
+@pytest.fixture
+def server() -> Iterator[RpcServer]:
+    with rpc_server() as server:
+        yield server
+
+
+# --- why ggml gives up -------------------------------------------------------------------------------------
+
+
+def test_a_lost_server_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as alive, socket.create_server(("127.0.0.1", 0)) as dead:
+        names = [f"127.0.0.1:{one.getsockname()[1]}" for one in (alive, dead)]
+        assert " or ".join(names) in str(device_error(LOST, names))
+        dead.close()
+        message = str(device_error(LOST, names))
+    assert names[1] in message
+    assert names[0] not in message
+
+
+def test_other_reasons() -> None:
+    error = device_error(FULL, [])
+    assert isinstance(error, DeviceError)
+    assert "CUDA device failed (CUDA error)" in str(error)
+    assert device_error(OURS, ["127.0.0.1:1"]) is None
+
+
+def test_ggml_may_still_give_up_for_its_own_reasons() -> None:
+    code = (
+        "import ctypes, resource\n"
+        "from slimoe.offload.ggml.abort import on_device_abort\n"
+        "from slimoe.offload.ggml.library import open_library\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "on_device_abort((), lambda error: print('a device'))\n"
+        "open_library('ggml-base').ggml_abort(b'some.c', 7, b'some reason')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -6
+    assert done.stderr == "some.c:7: some reason\n"
+    assert done.stdout == ""
+
+
+# --- an RPC server that ends -------------------------------------------------------------------------------
+
+
+def test_run_says_that_the_server_is_gone(model: Path, server: RpcServer) -> None:
+    process = slimoe("run", model, "-p", "hello", "-n", "90000", "--ignore-eos", "--threads", "1", *flags(server))
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    server.kill()
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == DeviceError.exit_code
+    *_, last = err.splitlines()
+    assert last.startswith(f"slimoe: The RPC server {server.endpoint} no longer answers")
+    assert "Traceback" not in err
+
+
+def flags(server: RpcServer) -> tuple[str, ...]:
+    return "--rpc", server.endpoint, "--ctx", "4096", "--batch", "32"
+
+
+def test_serve_outlives_the_server(model: Path, server: RpcServer) -> None:
+    """The running answer ends with an error, others are refused, and once the server is back all is well."""
+    with serving(model, *flags(server)) as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+        before = complete(client)
+        stream = client.completions.create(
+            model="", prompt="hello", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        server.kill()
+        with pytest.raises(openai.APIError, match=f"{server.endpoint} no longer answers") as broken:
+            list(stream)
+        assert broken.value.code == "device_failed"
+        with pytest.raises(openai.InternalServerError, match=server.endpoint) as refused:
+            complete(client)
+        assert (refused.value.status_code, refused.value.code) == (503, "device_failed")
+        assert process.poll() is None
+        with rpc_server(server.port):
+            patient = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=20)
+            assert complete(patient) == before
+
+
+def complete(client: openai.OpenAI) -> str:
+    return client.completions.create(model="", prompt="hello", max_tokens=8, temperature=0).choices[0].text
+
+
+# --- a device without memory -------------------------------------------------------------------------------
+
+
+class FullDevice:
+    """Gives so many buffers and no more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_buffers: int) -> None:
+        self.n_left = n_buffers
+        self._allocate = DeviceBackend.allocate
+        monkeypatch.setattr(DeviceBackend, "allocate", lambda backend, n_bytes: self.allocate(backend, n_bytes))
+
+    def allocate(self, backend: DeviceBackend, n_bytes: int) -> int:
+        self.n_left -= 1
+        if self.n_left < 0:
+            raise backend._out_of_memory(n_bytes)
+        return self._allocate(backend, n_bytes)
+
+
+def config(model: Path, **changed: Any) -> EngineConfig:
+    options: dict[str, Any] = {"n_ctx": 64, "n_batch": 8, "n_threads": 1, "kv_type": "f32"}
+    return EngineConfig(model, **options | changed)
+
+
+def answer(engine: Engine) -> list[int]:
+    request = GenerationRequest((5, 9), max_tokens=6, sampling=SamplingParams(temperature=0.0), ignore_eos=True)
+    return [event.token for event in engine.generate(request) if isinstance(event, TokenStep)]
+
+
+@pytest.mark.parametrize("n_buffers", [0, 1, 2])
+def test_without_room_on_the_device_the_cpu_computes(
+    model: Path, server: RpcServer, n_buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Engine.open(config(model))) as engine:
+        expected = answer(engine)
+    full = FullDevice(monkeypatch, n_buffers)
+    with closing(Engine.open(config(model, rpc=(server.endpoint,)))) as engine:
+        assert full.n_left == -1
+        (note,) = engine.notes
+        assert note.startswith("Computing on the CPU: RPC")
+        assert not engine.plan.devices
+        assert answer(engine) == expected
+
+
+def test_a_device_that_was_asked_for_is_not_left_out(
+    model: Path, server: RpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FullDevice(monkeypatch, 1)
+    words = ["run", str(model), "--prompt-ids", "5", "-n", "1", "--ctx", "64", "--rpc", server.endpoint]
+    assert run([*words, "--vram", "64MiB"]) == DeviceFullError.exit_code
+    err = capsys.readouterr().err
+    assert "gave no" in err
+    assert "Lower --vram" in err
+    assert "Computing on the CPU" not in err
+
+
+def test_notes_of_run_go_to_standard_error(
+    model: Path, server: RpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FullDevice(monkeypatch, 1)
+    words = ["run", str(model), "--prompt-ids", "5", "-n", "1", "--ctx", "64", "--rpc", server.endpoint, "--json"]
+    assert run(words) == 0
+    out, err = capsys.readouterr()
+    assert err.count("Computing on the CPU") == 1
+    assert len(json.loads(out)["tokens"]) == 1
+
+
+def test_a_graph_that_fails_ends_the_answer(
+    model: Path, server: RpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = iter([False] * 3 + [True])
+    begin = DeviceBackend._begin
+
+    def fail(backend: DeviceBackend, graph: int) -> None:
+        if next(calls):
+            raise DeviceError("RPC failed to compute.")
+        begin(backend, graph)
+
+    monkeypatch.setattr(DeviceBackend, "_begin", fail)
+    assert run(["run", str(model), "--prompt-ids", "5", "-n", "9", "--ctx", "64", "--rpc", server.endpoint]) == 6
+    assert "slimoe: RPC failed to compute." in capsys.readouterr().err
+
+
+# --- behind the server -------------------------------------------------------------------------------------
+
+
+async def ask(server: LiveServer, text: str) -> str:
+    async with server.client() as client:
+        answer = await client.completions.create(model="", prompt=text, max_tokens=90_000)
+    return answer.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("engine", "after"),
+    [
+        (Open(""), "none"),
+        (Open("", device="auto"), "none"),
+        (Open("", vram=("1GiB",)), "None"),
+        (Open("", rpc=("h:1",)), "None"),
+    ],
+)
+async def test_an_engine_starts_again_without_a_device_that_nobody_named(
+    model: Path, engine: Open, after: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with live_server(model, LiveOptions(engine=engine)) as server:
+        with pytest.raises(openai.InternalServerError, match="GPU0 gave no 9 B") as failure:
+            await ask(server, "device")
+        assert (failure.value.status_code, failure.value.code) == (503, "device_failed")
+        assert await ask(server, "next") == " next"
+        assert server.supervisor.n_restarts == 1
+    err = capsys.readouterr().err
+    assert err.count("GPU0 gave no 9 B") == 1
+    assert err.count("Going on without devices") == (after == "none")
+    assert f"Its device is {after}." in err
+
+
+async def test_others_are_told_as_well(model: Path) -> None:
+    """Whoever is being answered when a device fails gets that as the reason."""
+    async with live_server(model, LiveOptions(engine=Open("", n_parallel=2))) as server:
+        running = asyncio.create_task(ask(server, "forever"))
+        await until(lambda: server.supervisor.n_underway == 1)
+        for one in (ask(server, "device"), running):
+            with pytest.raises(openai.InternalServerError, match="GPU0"):
+                await one
+
+
+async def test_a_device_that_cannot_be_opened(sentencepiece_path: Path, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "unplugged.gguf", sentencepiece_path)
+    async with live_server(path) as server:
+        assert await ask(server, "next") == " next"
+    async with live_server(path, LiveOptions(engine=Open("", device="GPU0"), waits=False)) as server:
+        with pytest.raises(EngineFailure, match="GPU0 cannot be opened") as failure:
+            await server.supervisor.wait_ready()
+        assert failure.value.exit_code == DeviceError.exit_code

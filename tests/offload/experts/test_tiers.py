@@ -1,0 +1,331 @@
+"""Experts read from disk: every budget gives the bits that the resident model gives."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+import slimoe.offload.plan.engine_plan
+from bench.rivals.stepping import random_tokens
+from slimoe.offload.cache.policy import POLICIES
+from slimoe.offload.cache.slots import MAX_AHEAD
+from slimoe.offload.engine import Engine
+from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
+from slimoe.offload.experts.stage import ExpertStage
+from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.graph.exchange import Exchange, ExchangeShape
+from slimoe.offload.graph.segment import Segment
+from slimoe.offload.model.experts import SlotClass
+from slimoe.offload.plan.budget import Budget
+from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.text.generation import Failed, GenerationRequest, TokenStep
+from slimoe.offload.text.sampling import SamplingParams
+from tests.models.gguf_content import GGUFContent, StoredTensor
+from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
+from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
+from tests.models.tiered import resident_engine, take_planned_slots, tiered_engine, tiered_plan
+from tests.models.tiny_gguf import TinyShape
+from tests.models.watched_ids import WatchedIds
+
+Array = np.ndarray[Any, Any]
+TOKENS = random_tokens(48, 300)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiers")
+
+
+@pytest.fixture(scope="module")
+def plain(directory: Path) -> Path:
+    return plain_model(directory)
+
+
+@pytest.fixture(scope="module")
+def mixed(directory: Path) -> Path:
+    return mixed_model(directory)
+
+
+@pytest.fixture(scope="module")
+def tied(directory: Path) -> Path:
+    return tied_model(directory)
+
+
+@pytest.fixture(scope="module")
+def apart(directory: Path) -> Path:
+    return apart_model(directory)
+
+
+MODELS = ("plain", "mixed", "tied", "apart")
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+def config(path: Path, **changed: Any) -> EngineConfig:
+    return EngineConfig(path, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | changed)
+
+
+def conversation(engine: Engine) -> Array:
+    """Logits of parts that are read whole, in batches and token by token, some of whose rows are not wanted."""
+    told = [engine.read(TOKENS[:9], 9).copy(), engine.prefill(TOKENS[9:30])[None].copy()]
+    told += [engine.decode(token)[None].copy() for token in TOKENS[30:40]]
+    told.append(engine.read(TOKENS[40:45], 2).copy())
+    engine.truncate(20)
+    told.append(engine.decode(TOKENS[45])[None].copy())
+    return np.concatenate(told)
+
+
+# --- exactness ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_batch", [1, 9, 32])
+def test_every_budget_gives_the_same_bits(model: Path, n_batch: int) -> None:
+    policies = list(POLICIES)
+    with closing(resident_engine(config(model, n_batch=n_batch))) as engine:
+        expected = conversation_in(engine, n_batch)
+    assert expected.std() > 0.1
+    for number, share in enumerate((0.0, 0.2, 0.6, 1.0)):
+        policy, direct = policies[(number + n_batch) % len(policies)], bool((number + n_batch) % 2)
+        case = config(model, n_batch=n_batch, policy=policy, direct_io=direct)
+        with closing(tiered_engine(case, share)) as engine:
+            np.testing.assert_array_equal(conversation_in(engine, n_batch), expected, f"{share} {policy} {direct}")
+
+
+def conversation_in(engine: Engine, n_batch: int) -> Array:
+    """The conversation with no more than `n_batch` tokens at once."""
+    if n_batch >= 32:
+        return conversation(engine)
+    told = [engine.prefill(TOKENS[:30])[None].copy()]
+    told += [engine.decode(token)[None].copy() for token in TOKENS[30:36]]
+    return np.concatenate(told)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("direct", [True, False])
+def test_no_policy_changes_a_bit(plain: Path, policy: str, direct: bool) -> None:
+    with closing(resident_engine(config(plain))) as engine:
+        expected = conversation(engine)
+    with closing(tiered_engine(config(plain, policy=policy, direct_io=direct), 0.4)) as engine:
+        np.testing.assert_array_equal(conversation(engine), expected)
+        counters = engine.counters()
+        assert counters["misses"] > 0
+        assert counters["bytes_read"] > counters["bytes_wasted"]
+
+
+def test_two_threads_agree_with_themselves(plain: Path) -> None:
+    def told(engine: Engine) -> Array:
+        return np.stack([engine.decode(token).copy() for token in TOKENS[:3]])
+
+    with closing(resident_engine(config(plain, n_threads=2))) as engine:
+        expected = told(engine)
+    with closing(tiered_engine(config(plain, n_threads=2), 0.3)) as engine:
+        np.testing.assert_array_equal(told(engine), expected)
+
+
+def test_layers_that_are_not_alike_in_any_budget(directory: Path) -> None:
+    path = uneven_model(directory)
+    with closing(tiered_engine(config(path), 1.0)) as engine:
+        expected = conversation(engine)
+        assert engine.counters() == {}  # all of it is in memory
+    for share in (0.0, 0.5):
+        with closing(tiered_engine(config(path), share)) as engine:
+            np.testing.assert_array_equal(conversation(engine), expected)
+
+
+def test_looking_further_ahead_than_there_are_slots(directory: Path) -> None:
+    """As when there is less room for slots when the model is opened than when it was planned.
+
+    A layer that needs one expert leaves slots to those of the layers after it, and the next one then needs three.
+    """
+    stock = content_of(directory, TinyShape(n_layer=4))
+    novices = NativeFfn((StoredExpert(0),), (0, -1, -2), np.ones((2, 64), np.float32))
+    layers = [novices, plain_ffn(6), plain_ffn(6), plain_ffn(6)]
+    path = write_native(directory / "narrow.gguf", stock, layers)
+    with closing(tiered_engine(config(path), 1.0)) as engine:
+        expected = conversation(engine)
+    with closing(tiered_engine(config(path), 0.0, n_ahead=3)) as engine:
+        np.testing.assert_array_equal(conversation(engine), expected)
+
+
+def test_several_requests_at_once_get_the_same_bits(mixed: Path) -> None:
+    """Batches of a prompt's part and other requests' tokens, in cells that lie apart."""
+    case = config(mixed, n_parallel=3, n_batch=16)
+    with closing(resident_engine(case)) as engine:
+        expected = answers(engine)
+    assert len({token for steps in expected.values() for token, _ in steps}) > 10
+    with closing(tiered_engine(case, 0.2)) as engine:
+        assert answers(engine) == expected
+
+
+def answers(engine: Engine) -> dict[int, list[tuple[int, float]]]:
+    """Tokens and their scores by request."""
+    greedy = SamplingParams(temperature=0.0)
+    for length in (30, 3, 17, 40):
+        engine.submit(GenerationRequest(tuple(TOKENS[:length]), 8, greedy, n_logprobs=0))
+    told: dict[int, list[tuple[int, float]]] = {}
+    while not engine.is_idle:
+        for id, event in engine.step():
+            assert not isinstance(event, Failed)
+            if isinstance(event, TokenStep):
+                assert event.logprob is not None
+                told.setdefault(id, []).append((event.token, event.logprob.logprob))
+    return told
+
+
+# --- plans -------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 0)
+    take_planned_slots(monkeypatch)
+    case = config(mixed, device="none")
+
+    def within(ram: int) -> None:
+        monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(ram, ()))
+
+    with closing(resident_engine(case)) as engine:
+        expected, required = conversation(engine), engine.plan.placement.required
+    within(0)
+    shortfall = plan_engine(case).shortfall
+    assert shortfall is not None
+    least = shortfall.required_bytes
+    assert least < required
+    for ram in (least, (least + required) // 2, required - 1):
+        within(ram)
+        seen: list[tuple[int, int]] = []
+        with closing(Engine.open(case, lambda *now, seen=seen: seen.append(now))) as engine:
+            tiers = engine.plan.tiers
+            assert tiers is not None
+            assert tiers.fixed + tiers.arena <= ram
+            np.testing.assert_array_equal(conversation(engine), expected)
+            memory = engine.memory()
+        assert memory["arena"] == tiers.arena
+        assert memory["compute"] <= tiers.compute
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert seen[-1][0] <= seen[-1][1]
+    within(required)
+    assert plan_engine(case).tiers is None
+
+
+def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:
+    """One expert in a type of its own leaves room to look ahead among the others."""
+    stock = content_of(directory, TinyShape(n_layer=3))
+    odd = NativeFfn((StoredExpert(0, (Type.F16,)), *(StoredExpert(e) for e in range(1, 6))), tuple(range(6)))
+    path = write_native(directory / "odd.gguf", stock, [odd, plain_ffn(6), plain_ffn(6)])
+    tiers = tiered_plan(config(path), 0.9).tiers
+    assert tiers is not None
+    assert min(n for _, n in tiers.n_slots) == 1
+    assert tiers.n_ahead == MAX_AHEAD
+
+
+# --- what is multiplied ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stops:
+    """Looks at every stop between two segments: who writes which column of the outputs."""
+
+    columns: list[int]
+    n_stops: int = 0
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
+    stops, run, multiply = Stops([]), ExpertStage.run, ExpertGraphs.run
+
+    def watched_stop(stage: ExpertStage, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
+        exchange = stage._sites[segment.last].exchange
+        n_columns = n_rows * exchange.shape.n_used
+        outputs = exchange.read("outputs", exchange.shape.n_tokens * exchange.shape.n_used, exchange.shape.n_embd)
+        outputs[:] = np.nan
+        stops.columns.clear()
+        run(stage, segment, n_rows, is_cancelled)
+        assert sorted(stops.columns) == list(range(n_columns)), "every pick's column, once"
+        assert not np.isnan(outputs[:n_columns]).any()
+        assert np.isnan(outputs[n_columns:]).all()
+        stops.n_stops += 1
+
+    def watched_product(graphs: ExpertGraphs, works: Sequence[ExpertWork], *rest: Any) -> None:
+        for work in works:
+            stops.columns += work.columns.tolist()
+        multiply(graphs, works, *rest)
+
+    monkeypatch.setattr(ExpertStage, "run", watched_stop)
+    monkeypatch.setattr(ExpertGraphs, "run", watched_product)
+    return stops
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_every_pick_is_computed_once_with_ids_that_no_backend_minds(
+    model: Path, share: float, stops: Stops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = WatchedIds(monkeypatch)
+    with closing(tiered_engine(config(model), share)) as engine:
+        n_layer = engine.spec.n_layer
+        assert np.isfinite(conversation(engine)).all()
+        zeros = engine._model._tiers.runner._parts[0].site.exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
+        assert not zeros.any()
+    assert stops.n_stops == n_layer * 14
+    assert watched.n_seen > 0
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q4_0])
+def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also picks that no router makes: an expert several times for one token, tokens without experts."""
+    watched, draw = WatchedIds(monkeypatch), np.random.default_rng(2)
+    n_embd, n_ff, n_used, n_tokens, n_expert = 64, 32, 3, 8, 4
+    matrices = [
+        draw.standard_normal((n_expert, *ne), np.float32) / 8 for ne in ((n_ff, n_embd),) * 2 + ((n_embd, n_ff),)
+    ]
+    stored = [GGUFContent({}, {"m": StoredTensor(m, Type.F32)}).quantised(kind).tensors["m"].data for m in matrices]
+    slot_class = SlotClass.of((kind, (n_embd, n_ff)), (kind, (n_embd, n_ff)), (kind, (n_ff, n_embd)))
+    with (
+        closing(CpuBackend(1)) as backend,
+        closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
+        closing(ExpertGraphs(backend, exchange, n_embd, n_used, n_tokens, {slot_class})) as graphs,
+    ):
+        outputs = exchange.read("outputs", n_tokens * n_used, n_embd)
+        normed = draw.standard_normal((n_tokens, n_embd), np.float32)
+        shares = draw.random(n_tokens * n_used, np.float32)
+        exchange.write("normed", normed)
+        exchange.write("shares", shares)
+        expected = np.array(
+            [[_expert(matrices, expert, row) for expert in range(n_expert)] for row in normed]
+        )  # [n_tokens, n_expert, n_embd]
+        for step in range(60):
+            n_rows = 1 if step % 3 == 0 else int(draw.integers(1, n_tokens + 1))
+            picks = draw.integers(-1, n_expert, n_rows * n_used)
+            order = draw.permutation(n_expert)
+            works = []
+            for expert in order:
+                columns = np.flatnonzero(picks == expert)
+                addresses = [part[expert].ctypes.data for part in stored]
+                tokens = (columns // n_used).astype(np.int32)
+                if len(columns):
+                    works.append(ExpertWork(slot_class, (addresses[0], addresses[1], addresses[2]), tokens, columns))
+            outputs[:] = np.nan
+            graphs.run(works, n_rows)
+            for column, expert in enumerate(picks.tolist()):
+                if expert < 0:
+                    assert np.isnan(outputs[column]).all()
+                    continue
+                wanted = expected[column // n_used, expert] * shares[column]
+                np.testing.assert_allclose(outputs[column], wanted, atol=1e-4 if kind is Type.F32 else 0.5)
+            assert np.isnan(outputs[n_rows * n_used :]).all()
+    assert watched.n_seen > 0
+
+
+def _expert(matrices: Sequence[Array], expert: int, row: Array) -> Array:
+    gate, up, down = (part[expert] for part in matrices)
+    gated = gate @ row
+    result: Array = down @ (gated / (1 + np.exp(-gated)) * (up @ row))
+    return result

@@ -1,0 +1,185 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+import slimoe.offload.loaded_model
+import slimoe.offload.plan.engine_plan
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml.cpu_backend import can_repack
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import ModelSources, model_sources
+from slimoe.offload.plan.budget import Budget
+from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.weight_forms import Needs, Placement, decide_placement, repackable_types
+from tests.models.gguf_content import read_content, write_content
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+
+ROOM = 1 << 50
+FASTER_REPACKED = KernelSpeed(single_plain=2.0, single_repacked=1.0, batch_plain=20.0, batch_repacked=10.0)
+BATCHES_SLOWER_REPACKED = KernelSpeed(single_plain=2.0, single_repacked=1.0, batch_plain=20.0, batch_repacked=2000.0)
+NO_FASTER_REPACKED = KernelSpeed(single_plain=1.0, single_repacked=0.99, batch_plain=20.0, batch_repacked=10.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Q4_K, its down projections Q6_K."""
+    directory = tmp_path_factory.mktemp("placement")
+    shape = TinyShape(n_embd=256, n_ff=256, n_expert=2, n_expert_used=1)
+    content = read_content(write_tiny_gguf(directory / "f32.gguf", None, shape=shape))
+    content = content.quantised(Type.Q6_K, lambda name: "ffn_down" in name)
+    content = content.quantised(Type.Q4_K, lambda name: "ffn_down" not in name)
+    return write_content(directory / "m.gguf", content)
+
+
+@pytest.fixture(scope="module")
+def sources(model: Path) -> ModelSources:
+    gguf = read_gguf(model)
+    return model_sources(gguf, ModelSpec.from_gguf(gguf))
+
+
+def decide(model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM) -> Placement:
+    gguf = read_gguf(model)
+    spec = ModelSpec.from_gguf(gguf)
+    sources = model_sources(gguf, spec)
+    speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
+    needs = Needs(kv=1000, program=100, n_cells=256, n_batch=32)
+    return decide_placement(sources, spec, mode, speeds, needs, available)
+
+
+def tensor_bytes(model: Path) -> int:
+    """All tensors."""
+    return sum(tensor.n_bytes for tensor in read_gguf(model).tensors.values())
+
+
+def loaded_bytes(model: Path) -> int:
+    """All tensors but the token table, whose rows are read as they are needed."""
+    return tensor_bytes(model) - read_gguf(model).tensors["token_embd.weight"].n_bytes
+
+
+def test_this_machine_repacks(sources: ModelSources) -> None:
+    """The tests below are about something."""
+    assert Type.Q4_K in repackable_types(sources)
+    assert can_repack(Type.Q4_K, 256, 256)
+    assert not can_repack(Type.F32, 256, 256)
+    assert not can_repack(Type.Q4_K, 256, 37)
+
+
+def test_mapped_and_copied(model: Path) -> None:
+    mapped, copied = decide(model, "mapped"), decide(model, "copied")
+    assert (mapped.mapped, mapped.copied, mapped.repacked, mapped.staging) == (tensor_bytes(model), 0, 0, 0)
+    assert (copied.mapped, copied.copied, copied.repacked, copied.staging) == (0, loaded_bytes(model), 0, 0)
+
+
+def test_repacked_and_both(model: Path, sources: ModelSources) -> None:
+    repacked, both = decide(model, "repacked"), decide(model, "both")
+    assert repacked.repacked > 0
+    assert repacked.mapped == both.mapped == 0
+    assert repacked.copied + repacked.repacked == loaded_bytes(model)
+    assert (both.copied, both.repacked) == (loaded_bytes(model), repacked.repacked)
+    output = sources.layers[0].attn_output
+    assert output is not None
+    square = output.weight
+    assert (both.batch_form(square), both.single_form(square)) == ("copied", "repacked")
+
+
+def test_a_table_that_is_the_output_too_is_copied_once(tmp_path: Path, model: Path) -> None:
+    path = write_content(tmp_path / "tied.gguf", read_content(model).with_values({"output.weight": None}))
+    mapped, copied = decide(path, "mapped"), decide(path, "copied")
+    assert mapped.mapped == copied.copied == tensor_bytes(path)
+    assert mapped.copied == copied.mapped == 0
+
+
+@pytest.mark.parametrize(
+    ("speed", "mode"),
+    [(None, "copied"), (FASTER_REPACKED, "both"), (BATCHES_SLOWER_REPACKED, "both"), (NO_FASTER_REPACKED, "copied")],
+)
+def test_with_room_the_fastest_is_chosen(model: Path, speed: KernelSpeed | None, mode: str) -> None:
+    assert decide(model, "auto", speed).mode == mode
+
+
+@pytest.mark.parametrize(("speed", "mode"), [(FASTER_REPACKED, "repacked"), (BATCHES_SLOWER_REPACKED, "copied")])
+def test_without_room_for_two_copies_the_better_one_is_chosen(model: Path, speed: KernelSpeed, mode: str) -> None:
+    too_little = decide(model, "both").required - 1
+    assert decide(model, "auto", speed, available=too_little).mode == mode
+
+
+def test_unknown_mode(model: Path) -> None:
+    with pytest.raises(UsageError, match=r"'fast' is unknown\. Use one of auto, mapped"):
+        decide(model, "fast")
+
+
+def test_what_is_required_is_the_sum(model: Path) -> None:
+    placement = decide(model, "both")
+    parts = (placement.mapped, placement.copied, placement.repacked, placement.kv, placement.compute)
+    assert placement.required == sum(parts) + placement.staging + 100
+    assert placement.staging > 0
+
+
+@pytest.mark.parametrize("mode", ["mapped", "copied", "repacked", "both"])
+@pytest.mark.parametrize("changed", [{}, {"kv_type": "q8_0"}, {"n_ctx": 20000}, {"n_batch": 1}], ids=str)
+def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: dict[str, Any]) -> None:
+    config = EngineConfig(model, n_ctx=300, n_threads=1, weights=mode)
+    engine = Engine.open(dataclasses.replace(config, **changed))
+    placement = engine.plan.placement
+    buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._model._store._buffers]
+    assert sum(buffers) == placement.copied + placement.repacked
+    assert engine.memory()["kv"] == placement.kv
+    engine.prefill([1] * 250)
+    engine.decode(2)
+    assert 0 < engine.memory()["compute"] <= placement.compute
+    engine.close()
+
+
+def test_progress_ends_with_all_bytes(model: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = Engine.open(EngineConfig(model, n_threads=1, weights="both"), lambda *now: seen.append(now))
+    placement = engine.plan.placement
+    engine.close()
+    total = placement.mapped + placement.copied + placement.repacked
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {whole for _, whole in seen} == {total}
+    assert 0.99 * total <= seen[-1][0] <= total
+
+
+@pytest.mark.parametrize("mode", ["mapped", "repacked", "both"])
+def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes that keep a model whole; others read what does not fit from disk."""
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
+    config = EngineConfig(model, n_threads=1, n_batch=64, weights=mode)
+    required = plan_engine(config).placement.required
+
+    def load(*_: object) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr(slimoe.offload.loaded_model, "load_weights", load)
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(required - 1, ()))
+    with pytest.raises(DoesNotFitError, match=r"needs at least .* MiB of memory, but the budget is .* MiB") as caught:
+        Engine.open(config)
+    assert (caught.value.required_bytes, caught.value.available_bytes) == (required, required - 1)
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(required, ()))
+    with pytest.raises(AssertionError, match="a weight was loaded"):
+        Engine.open(config)
+
+
+def test_smaller_batches_come_before_reading_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
+    config = EngineConfig(model, n_threads=1, n_batch=512)
+    plans = []
+    for _ in range(4):
+        plans.append(plan_engine(config))
+        budget = Budget(plans[-1].placement.required - 1, ())
+        monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_, budget=budget: budget)
+    assert [plan.n_batch for plan in plans[:3]] == [512, 256, 128]
+    assert [plan.tiers is None for plan in plans] == [True, True, True, False]
+
+
+def test_a_huge_context_is_refused(model: Path) -> None:
+    with pytest.raises(DoesNotFitError, match=r"with 1000000000 tokens of context needs at least"):
+        Engine.open(EngineConfig(model, n_threads=1, n_ctx=10**9))

@@ -1,0 +1,180 @@
+"""Cells: who holds what is checked against a list that remembers every token's history."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from slimoe.offload.requests.cells import Cells, Sequence, common_prefix
+
+
+class Ledger:
+    """What every cell holds, as the engine would have written it: a token and all tokens before it."""
+
+    def __init__(self, n_cells: int) -> None:
+        self.cells = Cells(n_cells)
+        self.live: list[Sequence] = []
+        self.content: list[tuple[int, ...] | None] = [None] * n_cells
+
+    def begin(self) -> Sequence:
+        self.live.append(self.cells.begin())
+        return self.live[-1]
+
+    def append(self, sequence: Sequence, tokens: list[int]) -> None:
+        n_before = len(sequence)
+        self.cells.append(sequence, tokens)
+        history = tuple(sequence.tokens.tolist())
+        for position, cell in enumerate(sequence.cells.tolist()):
+            if position >= n_before:
+                self.content[cell] = history[: position + 1]
+
+    def end(self, sequence: Sequence, remember: bool) -> None:
+        self.live.remove(sequence)
+        (self.cells.remember if remember else self.cells.release)(sequence)
+
+    def check(self) -> None:
+        """Every sequence finds its own tokens in its cells, and the counts are those of the sequences."""
+        cells = self.cells
+        assert list(cells._live) == self.live
+        known = [*cells._live, *cells._remembered]
+        n_users = np.zeros(cells.n_cells, int)
+        for sequence in known:
+            tokens = tuple(sequence.tokens.tolist())
+            assert len(set(sequence.cells.tolist())) == len(sequence) == len(tokens)
+            for position, cell in enumerate(sequence.cells.tolist()):
+                assert self.content[cell] == tokens[: position + 1]
+            n_users[sequence.cells] += 1
+        np.testing.assert_array_equal(cells._n_users, n_users)
+        assert sorted(cells._free) == np.flatnonzero(n_users == 0).tolist()
+        held = set().union(*(sequence.cells.tolist() for sequence in self.live))
+        assert cells.n_unused == cells.n_cells - len(held)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_happens_every_sequence_keeps_its_tokens(seed: int) -> None:
+    draw = random.Random(seed)
+    ledger = Ledger(n_cells=draw.choice([20, 60, 200]))
+
+    def some_tokens(most: int) -> list[int]:
+        return [draw.randrange(2) for _ in range(draw.randint(0, most))]
+
+    for _ in range(600):
+        action = draw.choice(["begin", "append", "append", "truncate", "remember", "remember", "release", "adopt"])
+        sequence = draw.choice(ledger.live) if ledger.live else ledger.begin()
+        match action:
+            case "begin" if len(ledger.live) < 6:
+                ledger.begin()
+            case "append":
+                ledger.append(sequence, some_tokens(min(20, ledger.cells.n_unused)))
+            case "truncate":
+                ledger.cells.truncate(sequence, draw.randint(0, len(sequence)))
+            case "remember" | "release":
+                ledger.end(sequence, remember=action == "remember")
+            case "adopt":
+                wanted = [*sequence.tokens.tolist(), *some_tokens(10)]
+                longest = max(
+                    common_prefix(np.array(wanted), other.tokens)
+                    for other in (*ledger.cells._live, *ledger.cells._remembered)
+                )
+                ledger.cells.adopt(sequence, wanted)
+                assert sequence.tokens.tolist() == wanted[:longest]
+        ledger.check()
+    for sequence in list(ledger.live):
+        ledger.end(sequence, remember=True)
+    ledger.cells.forget()
+    ledger.check()
+    assert sorted(ledger.cells._free) == list(range(ledger.cells.n_cells))
+
+
+def test_a_sequence_alone_lies_in_the_first_cells() -> None:
+    cells = Cells(1000)
+    sequence = cells.begin()
+    for n_tokens in (3, 300, 1, 1, 400):
+        cells.append(sequence, range(n_tokens))
+    cells.truncate(sequence, 10)
+    cells.append(sequence, range(900))
+    np.testing.assert_array_equal(sequence.cells, np.arange(910))
+
+
+def test_a_shared_beginning_takes_no_cells() -> None:
+    cells = Cells(100)
+    first = cells.begin()
+    cells.append(first, range(40))
+    others = [cells.begin() for _ in range(5)]
+    for other in others:
+        cells.adopt(other, range(30))
+        cells.append(other, [99])
+    assert cells.n_unused == 100 - 40 - 5
+    assert len({int(other.cells[-1]) for other in others}) == 5
+    cells.truncate(first, 0)
+    assert cells.n_unused == 100 - 30 - 5
+    for other in others:
+        assert other.tokens.tolist() == [*range(30), 99]
+
+
+def test_the_oldest_is_forgotten_first_and_from_its_end() -> None:
+    cells = Cells(30)
+    for start in (100, 200, 300):
+        sequence = cells.begin()
+        cells.append(sequence, range(start, start + 10))
+        cells.remember(sequence)
+    known = cells.begin()
+    cells.adopt(known, range(100, 105))
+    cells.remember(known)
+    new = cells.begin()
+    cells.append(new, range(14))
+
+    def n_known(start: int) -> int:
+        probe = cells.begin()
+        cells.adopt(probe, range(start, start + 10))
+        n = len(probe)
+        cells.release(probe)
+        return n
+
+    assert (n_known(200), n_known(300), n_known(100)) == (0, 6, 10)
+
+
+def test_what_is_known_twice_is_kept_once() -> None:
+    cells = Cells(30)
+    for _ in range(3):
+        for n_tokens in (5, 8, 3):
+            sequence = cells.begin()
+            cells.append(sequence, range(n_tokens))
+            cells.remember(sequence)
+    assert len(cells._free) == 30 - 8
+
+
+def test_few_are_remembered() -> None:
+    cells = Cells(2000)
+    for token in range(1000):
+        sequence = cells.begin()
+        cells.append(sequence, [token])
+        cells.remember(sequence)
+    assert len(cells._remembered) == 256
+    assert len(cells._free) == 2000 - 256
+
+
+def test_a_longer_beginning_takes_the_place_of_an_own_one() -> None:
+    cells = Cells(20)
+    slow, fast = cells.begin(), cells.begin()
+    cells.append(slow, range(4))
+    cells.append(fast, range(9))
+    cells.adopt(slow, range(7))
+    assert slow.cells.tolist() == fast.cells.tolist()[:7]
+    assert cells.n_unused == 11
+    cells.adopt(slow, [*range(7), 50])
+    assert len(slow) == 7
+
+
+def test_more_than_there_is() -> None:
+    cells = Cells(4)
+    sequence = cells.begin()
+    with pytest.raises(AssertionError, match="promised"):
+        cells.append(sequence, range(5))
+
+
+def test_common_prefix() -> None:
+    tokens = [np.array(values, np.int32) for values in ([], [1], [1, 2], [1, 3, 3], [1, 3, 4])]
+    assert [common_prefix(a, b) for a, b in pairwise(tokens)] == [0, 1, 1, 2]
+    assert common_prefix(tokens[4], tokens[4]) == 3

@@ -1,0 +1,415 @@
+"""`slimoe convert` and `slimoe plan` with a size, a recipe or methods: what is told and written, and every mistake."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimoe.converter.recipe.fields import SourceSizes
+from slimoe.converter.recipe.toml_file import parse_recipe
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics_file import save_statistics
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.gguf.keys import RECIPE
+from slimoe.server.cli import run
+from slimoe.server.commands.convert import command as convert_command
+from slimoe.server.options.slim_options import SlimOptions
+from tests.models.slim_models import learnt
+from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+
+SIZES = TinyConfig(n_layer=3)
+RECIPE_SIZES = SourceSizes(n_layer=3, n_expert=6, n_ff=96)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    """3 layers of 6 experts, top 3."""
+    return save_checkpoint(tmp_path_factory.mktemp("slim") / "tiny", sentencepiece_path, SIZES)
+
+
+@pytest.fixture(scope="module")
+def stats(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stats")
+    path = directory / "tiny.stats"
+    save_statistics(learnt(open_source(model), directory, n_sequences=4, length=16), path)
+    return path
+
+
+Arguments = list[str | Path]
+
+
+def told(arguments: Arguments, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit status, output and error output, whose lines are joined as a terminal's width does not matter."""
+    unreported = ["--no-report"] if arguments[0] == "convert" else []
+    status = run([*map(str, arguments), *unreported, "--threads", "1"])
+    captured = capsys.readouterr()
+    return status, captured.out, " ".join(captured.err.split())
+
+
+# --- sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--stock"]], ids=["native", "stock"])
+def test_a_size_is_planned_and_written(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    asked: Arguments = ["--target-size", "450KB", "--stats", stats, "--json", *flags]
+    status, out, _ = told(["plan", model, *asked], capsys)
+    planned = json.loads(out)
+    target = tmp_path / "m.gguf"
+    assert (status, told(["convert", model, target, *asked, "--dry-run"], capsys)[0]) == (0, 0)
+    assert not any(tmp_path.iterdir())
+    status, out, err = told(["convert", model, target, *asked], capsys)
+    report = json.loads(out)
+    assert status == 0
+    assert planned["n_bytes"] == report["n_bytes"] == target.stat().st_size <= 450_000
+    assert planned["layers"] == report["layers"]
+    assert planned["expected_kl"] == report["expected_kl"] > 0
+    assert report["expected_kl_lacks"] == []
+    assert f"{target}: {report['n_bytes']:,} bytes will be written in about " in err
+    assert report["loads_in"] == (["llama.cpp", "slimoe"] if flags else ["slimoe"])
+    assert read_gguf(target).metadata["general.architecture"] == ("llama" if flags else "slimoe")
+
+
+def test_long_feedback_has_a_quicker_way(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Arguments = ["convert", model, tmp_path / "m.gguf", "--type", "q8_0", "--stats", stats, "--dry-run"]
+    monkeypatch.setattr("slimoe.server.jobs.compress._LONG", 0)
+    assert "with --no-feedback it would be about" in told([*asked, "--feedback"], capsys)[2]
+    assert "--no-feedback" not in told([*asked, "--refit"], capsys)[2]
+
+
+def test_bits_per_weight(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = told(["plan", model, "--target-bpw", "8", "--stats", stats, "--json"], capsys)
+    assert status == 0
+    assert 7 < json.loads(out)["bits_per_weight"] <= 8
+
+
+def test_the_plan_is_a_table_of_layers(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: Arguments = ["plan", model, "--drop-blocks", "1", "--type", "q8_0", "--stats", stats]
+    status, out, _ = told(asked, capsys)
+    lines = out.splitlines()
+    assert status == 0
+    assert " ".join(lines[0].split()) == "layers attention q k v o experts gate, up down each layer"
+    assert lines[1].split()[1:6] == ["Q8_0", "6", "of", "6", "Q8_0"]
+    gone = {0, 1, 2} - {layer["block"] for layer in json.loads(told([*asked, "--json"], capsys)[1])["layers"]}
+    assert f"layers left out whole: {gone.pop()}\n" in out
+    assert "nats of KL per token" in out
+    assert "native format: loads in slimoe" in out
+    assert f"{json.loads(told([*asked, '--json'], capsys)[1])['n_bytes']:,} bytes" in out
+
+
+def test_what_the_plan_keeps_is_in_the_file(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    flags = ["--keep-experts", "4", "--novices", "--score", "reap", "--drop-attention", "1", "--type", "q8_0"]
+    status, out, _ = told(["convert", model, target, *flags, "--stats", stats, "--json"], capsys)
+    report: dict[str, Any] = json.loads(out)
+    assert status == 0
+    assert [len(layer["experts"]) for layer in report["layers"]] == [4, 4, 4]
+    assert [layer["n_novices"] for layer in report["layers"]] == [2, 2, 2]
+    assert report["expected_kl_lacks"] == []
+    assert report["expected_kl"] > 0
+    assert sum(layer["attention"] is None for layer in report["layers"]) == 1
+    tensors = read_gguf(target).tensors
+    for index, layer in enumerate(report["layers"]):
+        own = [tensor for name, tensor in tensors.items() if name.startswith(f"blk.{index}.")]
+        assert layer["n_bytes"] == sum(tensor.n_bytes for tensor in own)
+        assert (f"blk.{index}.attn_q.weight" in tensors) == (layer["attention"] is not None)
+    assert report["n_bytes"] == target.stat().st_size
+
+
+# --- recipes -----------------------------------------------------------------------------------------------
+
+
+def test_flags_override_a_recipe_and_the_file_says_so(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, target = tmp_path / "mine.toml", tmp_path / "m.gguf"
+    recipe.write_text('drop_ffn = "34%"\n[experts]\nkeep = 4\nscore = "ean"\n[types]\nexpert = "Q8_0"\n')
+    asked: Arguments = ["--recipe", recipe, "--keep-experts", "5", "--stats", stats]
+    assert told(["convert", model, target, *asked], capsys)[0] == 0
+    text = read_gguf(target).metadata[RECIPE]
+    made = parse_recipe(text, RECIPE_SIZES)
+    assert (made.name, made.drop_ffn, made.experts.keep, made.experts.score) == ("mine", 1, 5, "ean")
+    again = tmp_path / "again.toml"
+    again.write_text(text)
+    assert told(["convert", model, target, "--recipe", again, "--stats", stats, "--force"], capsys)[0] == 0
+    assert read_gguf(target).metadata[RECIPE] == text, "what is in the file can be asked for again"
+
+
+def test_ready_recipes_on_another_model(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shares fit any model; where 4 bits do not, --type does."""
+    for name, kept in {"unified-layer-drop": [0, 6, 6], "unified-block-drop": [6, 6, 6]}.items():
+        asked: Arguments = ["--recipe", name, "--type", "q8_0", "--stats", stats, "--json"]
+        status, out, _ = told(["plan", model, *asked], capsys)
+        assert status == 0
+        assert sorted(len(layer["experts"]) for layer in json.loads(out)["layers"]) == kept
+
+
+def test_sizes_of_ready_recipes_are_for_stock_too(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: Arguments = ["--recipe", "8GiB", "--stats", stats, "--json", "--no-feedback", "--no-refit"]
+    for flags, where in (([], ["slimoe"]), (["--stock"], ["llama.cpp", "slimoe"])):
+        status, out, _ = told(["plan", model, *asked, *flags], capsys)
+        report = json.loads(out)
+        assert (status, report["loads_in"]) == (0, where)
+        made = parse_recipe(report["recipe"], RECIPE_SIZES)
+        assert made.free_novices == made.free_layers == (not flags)
+
+
+def test_second_copies_need_no_statistics(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "pair.toml"
+    recipe.write_text('[types]\nexpert = "Q8_0"\nlow = "Q4_0"\n')
+    status, out, err = told(["plan", model, "--recipe", recipe], capsys)
+    assert (status, err) == (0, "")
+    assert "Q8_0+Q4_0" in out
+    assert "expected loss unknown: there are no statistics" in out
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("convert", "plan"):
+        assert run([name, "--list-recipes"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {"8GiB", "24GiB", "mc", "hobbit", "unified-layer-drop"} <= {line.split()[0] for line in lines}
+
+
+# --- flags and recipes, without a model --------------------------------------------------------------------
+
+
+def test_one_budget_takes_the_place_of_the_other() -> None:
+    merged = SlimOptions(tables={"target_bpw": 2.0}).merged({"target_size": "8GiB", "hints": False})
+    assert merged == {"target_bpw": 2.0, "hints": False}
+    both = {"target_bpw": 2.0, "target_size": 5}
+    assert SlimOptions(tables=both).merged({}) == both
+
+
+def test_novices_stand_in_for_what_is_dropped_or_may_be() -> None:
+    assert SlimOptions(novices=True).merged({"experts": {"keep": 3}})["experts"] == {"keep": 3, "replacement": "novice"}
+    assert SlimOptions(novices=True).merged({"target_size": 5}) == {"target_size": 5, "free_novices": True}
+
+
+def test_a_recipe_is_not_changed_by_flags() -> None:
+    recipe = {"experts": {"keep": 3}}
+    SlimOptions(novices=True, tables={"experts": {"keep": 4}}).merged(recipe)
+    assert recipe == {"experts": {"keep": 3}}
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+CONTRADICTING: dict[str, tuple[list[str], str]] = {
+    "two budgets": (["--target-size", "1MB", "--target-bpw", "3"], "--target-size and --target-bpw are two budgets"),
+    "merge and novices": (
+        ["--merge", "hc-smoe", "--keep-experts", "3", "--novices"],
+        "--merge leaves no expert out, and --novices puts",
+    ),
+    "merge and free novices": (
+        ["--merge", "hc-smoe", "--target-size", "1MB", "--novices"],
+        "--novices would put constants in place of what --merge has just joined",
+    ),
+    "merge alone": (
+        ["--merge", "hc-smoe"],
+        "--merge does not say how many experts are to be left. Give --keep-",
+    ),
+    "merge and width": (["--merge", "hc-smoe", "--keep-experts", "3", "--width", "64"], "which --width cannot trim"),
+    "novices alone": (["--novices"], "nothing says how many. Give --keep-experts, --target-size or --target-bpw."),
+    "overall alone": (
+        ["--overall"],
+        "how experts are ranked that are dropped, and none is. Give --keep-",
+    ),
+    "overall subset": (["--overall", "--keep-experts", "4"], "Name another one with --score."),
+    "type and size": (["--type", "q8_0", "--target-size", "1MB"], "chooses types by itself"),
+    "no type": (["--type", "q9", "--drop-layers", "1"], "--type is 'q9', but must be a type"),
+    "pair and size": (["--pair", "q8_0,q4_0", "--target-size", "1MB"], "chooses types by itself. Leave --pair out"),
+    "pair of one": (["--pair", "q8_0", "--drop-layers", "1"], "--pair is 'q8_0', but takes two types"),
+    "pair upside down": (["--pair", "q4_0,q8_0"], "--pair is for second copies, which would be no smaller"),
+    "pair of mixes": (["--pair", "q8_0,q4_k_m"], "--pair is 'q4_k_m', but must be a type"),
+    "stock and novices": (
+        ["--stock", "--keep-experts", "4", "--novices"],
+        "--stock keeps to what llama.cpp loads, which cannot hold novices in place of experts (--novices). Leave one",
+    ),
+    "stock and free novices": (["--stock", "--target-size", "1MB", "--novices"], "in place of experts (--novices)"),
+    "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),
+    "stock and attention": (["--stock", "--drop-attention", "1"], "layers without attention (--drop-attention)"),
+    "stock and copies": (["--stock", "--recipe", "hobbit"], "hobbit: --stock keeps to what llama.cpp loads"),
+    "stock and pair": (["--stock", "--pair", "q8_0,q4_0"], "cannot hold second copies of experts (--pair)"),
+    "stock and counts": (
+        ["--stock", "--recipe", "unified-expert-drop"],
+        "number of experts (experts.overall)",
+    ),
+    "unknown recipe": (["--recipe", "12GB"], "Did you mean 12GiB?"),
+    "unknown score": (["--keep-experts", "3", "--score", "luck"], "--score is 'luck', but must be one of subset, freq"),
+    "unknown merge": (["--keep-experts", "3", "--merge", "glue"], "--merge is 'glue', but must be one of m-smoe"),
+    "too many": (["--keep-experts", "7"], "--keep-experts is 7, but must be a number of experts from 1 to 6"),
+    "none": (["--keep-experts", "0%"], "--keep-experts is '0%', but must be a number of experts from 1 to 6"),
+    "score alone": (["--score", "reap"], "Give --keep-experts"),
+    "search alone": (["--search", "1"], "--search improves types that a target leaves open"),
+    "no search": (["--search", "nan", "--target-size", "1MB"], "'nan' is no number of minutes"),
+    "too wide": (["--width", "97"], "--width is 97, but must be a number of neurons from 1 to the 96 of the model's"),
+    "no bits": (["--target-bpw", "nan"], "--target-bpw is nan, but must be a number of bits up to 64"),
+    "many bits": (["--target-bpw", "1e300"], "--target-bpw is 1e+300, but must be a number of bits up to 64"),
+    "too few merged": (["--keep-experts", "2", "--merge", "hc-smoe"], "a token picks 3"),
+    "too few": (["--keep-experts", "2", "--score", "reap"], "Keep 3 to 6 of them"),
+    "all layers": (["--drop-layers", "4"], "--drop-layers is 4, but must be a number of layers from 0 to 3"),
+    "all attention": (["--drop-attention", "4"], "--drop-attention is 4, but must be a number of layers from 0 to 3"),
+    "all blocks": (["--drop-blocks", "4"], "--drop-blocks is 4, but must be a number of layers from 0 to 3"),
+    "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),
+    "no size": (["--target-size", "12Gigs"], "Write one like 12GiB"),
+    "blocks": (["--width", "72", "--type", "q8_0"], "into blocks of 32, the smallest there are. Keep 64 or 96."),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTING)
+def test_contradictions_are_usage_errors(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    flags, message = CONTRADICTING[case]
+    status, out, err = told(["convert", model, tmp_path / "m.gguf", "--stats", stats, *flags], capsys)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_keys(model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[experts]\nkepe = 3\n")
+    commands: list[Arguments] = [["convert", model, tmp_path / "m.gguf"], ["plan", model]]
+    for arguments in commands:
+        status, _, err = told([*arguments, "--recipe", recipe, "--stats", stats], capsys)
+        assert (status, err) == (2, f"slimoe: {recipe}: there is no key experts.kepe. Did you mean keep?")
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_what_was_not_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--target-size", "1MB"], ["--drop-layers", "1"], ["--recipe", "mc"], ["--refit"]):
+        status, _, err = told(["convert", model, tmp_path / "m.gguf", *flags], capsys)
+        assert status == 2
+        assert f"slimoe calibrate {model} -o STATS" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_statistics_of_another_checkpoint(
+    stats: Path, moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    status, _, err = told(["convert", moe_checkpoint, target, "--target-size", "1MB", "--stats", stats], capsys)
+    assert status == 3
+    assert f"these are statistics of another checkpoint than {moe_checkpoint}" in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--stock"], ["--novices"]], ids=str)
+def test_a_size_that_no_plan_meets(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    status, _, err = told(["convert", model, target, "--target-size", "20KB", "--stats", stats, *flags], capsys)
+    assert status == 4
+    assert "but the target allows 20,000" in err
+    assert not any(tmp_path.iterdir())
+    least = next(word for word in err.split() if word[0].isdigit()).replace(",", "")
+    assert told(["plan", model, "--target-size", least, "--stats", stats, *flags], capsys)[0] == 0
+    assert told(["plan", model, "--target-size", str(int(least) - 1), "--stats", stats, *flags], capsys)[0] == 4
+
+
+def test_plan_of_a_checkpoint_asks_what_to_make_of_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = told(["plan", model], capsys)
+    assert status == 2
+    assert "is a checkpoint. Say what to make of it" in err
+    status, _, err = told(["plan", model, "--recipe", "mc", "--ram", "8GiB"], capsys)
+    assert (status, "--ram is for a model that is opened" in err) == (2, True)
+    status, _, err = told(["plan", "--recipe", "mc"], capsys)
+    assert (status, "Which model is to be slimmed" in err) == (2, True)
+
+
+def test_what_exists_is_not_overwritten(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    target.write_text("precious")
+    status, _, err = told(["convert", model, target, "--drop-layers", "1", "--stats", stats], capsys)
+    assert (status, "overwrite it with --force" in err) == (2, True)
+    assert target.read_text() == "precious"
+
+
+def test_the_source_is_not_overwritten(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    flags: Arguments = ["--force", "--drop-layers", "1", "--type", "q8_0", "--stats", stats]
+    status, _, err = told(["convert", model, weights, *flags], capsys)
+    assert (status, "is a file of the model that is read" in err) == (2, True)
+    assert weights.read_bytes() == before
+
+
+def test_the_statistics_are_not_overwritten(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stats.read_bytes()
+    status, _, err = told(["convert", model, stats, "--force", "--drop-layers", "1", "--stats", stats], capsys)
+    assert (status, "holds the statistics that are read" in err) == (2, True)
+    assert stats.read_bytes() == before
+
+
+def test_a_model_without_experts_is_not_slimmed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = told(["plan", dense_checkpoint, "--keep-experts", "2"], capsys)
+    assert (status, "the model has no experts" in err) == (2, True)
+
+
+def test_a_directory_is_no_statistics(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = told(["plan", model, "--target-size", "1MB", "--stats", model], capsys)
+    assert (status, "this is a directory" in err) == (3, True)
+
+
+def test_an_interruption_leaves_nothing(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, pwrite = [], os.pwrite
+
+    def interrupted(*arguments: Any) -> int:
+        written.append(arguments)
+        if len(written) > 20:
+            raise KeyboardInterrupt
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", interrupted)
+    asked: Arguments = ["--target-size", "450KB", "--stats", stats]
+    status, out, err = told(["convert", model, tmp_path / "m.gguf", *asked], capsys)
+    assert (status, out) == (130, "")
+    assert "bytes will be written" in err
+    assert len(written) == 21
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: types.SimpleNamespace(free=1000))
+    asked: Arguments = ["--drop-layers", "1", "--type", "q8_0", "--stats", stats]
+    status, _, err = told(["convert", model, tmp_path / "m.gguf", *asked], capsys)
+    assert (status, "has only 1,000 free" in err) == (4, True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_help_names_every_key_of_a_recipe_that_has_a_flag() -> None:
+    flags = {flag for parameter in convert_command.params for flag in parameter.opts}
+    asked = "--target-size --target-bpw --stats --recipe --list-recipes --stock --keep-experts --score --drop-layers"
+    asked += " --drop-blocks --drop-attention --merge --novices --width --feedback --refit"
+    assert set(asked.split()) <= flags
+
+
+def test_the_recipe_in_a_plan_is_toml(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = told(["plan", model, "--drop-layers", "34%", "--type", "q8_0", "--stats", stats, "--json"], capsys)[1]
+    assert tomllib.loads(json.loads(out)["recipe"])["drop_ffn"] == 1
+
+
+def test_what_must_be_installed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    status, _, err = told(["convert", model, tmp_path / "m.gguf", "--drop-layers", "1"], capsys)
+    assert (status, err) == (2, "slimoe: Slimming needs torch. Install it: pip install 'slimoe[convert]'")

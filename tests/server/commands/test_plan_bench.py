@@ -1,0 +1,206 @@
+"""`slimoe plan` and `slimoe bench`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import slimoe.offload.plan.engine_plan
+from bench.rivals.rpc_server import rpc_server
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.machine.speed import MachineSpeed
+from slimoe.offload.plan.budget import Budget
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.server.cli import run
+from slimoe.server.commands import plan
+from slimoe.server.options.engine_options import DEMO
+from tests.models.measured_machine import machine_for
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+
+PLAN = ["plan", "--batch", "64", "--no-measure"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine, at the start of each test."""
+    monkeypatch.setenv("SLIMOE_CACHE", str(tmp_path / "cache"))
+
+
+def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--json", "--ctx", "512", "--no-measure"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    engine = Engine.open(EngineConfig(DEMO, n_ctx=512))
+    taken = engine.memory()
+    engine.close()
+    assert planned["fits"] is True
+    assert {name: planned["bytes"][name] for name in ("mapped", "copied", "repacked", "kv")} == {
+        name: taken[name] for name in ("mapped", "copied", "repacked", "kv")
+    }
+    assert planned["bytes"]["compute"] >= taken["compute"]
+    assert planned["required_bytes"] == sum(planned["bytes"].values())
+
+
+def test_plan_that_does_not_fit_ends_with_4_and_both_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--json", "--ctx", "1000000000"]) == 4
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert plan["fits"] is False
+    assert plan["required_bytes"] > plan["available_bytes"]
+    assert "TiB" in err or "GiB" in err
+    assert "--ctx" in err
+
+
+def test_plan_of_a_model_that_does_not_fit_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1000)
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(0, ()))
+    assert run([*PLAN, "--json"]) == 4
+    least = json.loads(capsys.readouterr().out)["required_bytes"]
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(least, ()))
+    assert run([*PLAN, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"] is True
+    assert planned["bytes"]["arena"] > 0
+    assert planned["required_bytes"] == sum(planned["bytes"].values()) == planned["available_bytes"]
+    assert run(PLAN) == 0
+    assert "experts, read from disk" in capsys.readouterr().out
+
+
+def test_plan_without_json_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PLAN) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weights, copied", "KV cache, 2048 tokens", "in all", "may be taken"))
+
+
+# --- what lies where ---------------------------------------------------------------------------------------
+
+
+def test_plan_of_a_device_names_what_lies_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", None, shape=TinyShape(n_layer=3))
+    with rpc_server() as server:
+        words = [*PLAN, str(path), "--ctx", "64", "--rpc", server.endpoint]
+        assert run([*words, "--vram", "1B", "--json"]) == 4
+        short = json.loads(capsys.readouterr().out)
+        assert (short["fits"], short["tiers"], short["prediction"]) == (False, None, None)
+        assert "--vram" in short["shortfall"]
+        vram = short["required_bytes"] + 4 * 3 * 64 * 96 * 4
+        assert run([*words, "--vram", str(vram), "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert run([*words, "--vram", str(vram)]) == 0
+        out = capsys.readouterr().out
+    (device,) = planned["tiers"]["devices"]
+    assert device["layers"] == [0, 1, 2]
+    assert device["n_experts"] == 5
+    assert not device["is_whole"]
+    assert device["required_bytes"] == sum(device["bytes"].values()) <= device["budget_bytes"] == vram
+    assert planned["tiers"]["host"]["n_experts"] == 13
+    assert planned["tiers"]["disk"]["n_experts"] == 0
+    hits = planned["tiers"]["expected_hits"]
+    assert hits == pytest.approx({"devices": 5 / 18, "host": 13 / 18, "disk": 0})
+    assert all(text in out for text in (server.endpoint, "layers 0 to 2, 5 experts", "28 % on devices, 72 % in memory"))
+
+
+def test_the_nearest_context_that_fits_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token takes 4096 bytes of the KV cache; the room is for one and a half thousand of them."""
+    assert run([*PLAN, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    room = planned["required_bytes"] - planned["bytes"]["arena" if "arena" in planned["bytes"] else "copied"]
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(room, ()))
+    assert run([*PLAN, "--ctx", "1000000", "--json"]) == 4
+    out, _ = capsys.readouterr()
+    nearest = json.loads(out)["nearest"]["n_ctx"]
+    assert 256 <= nearest < 1000000
+    assert run([*PLAN, "--ctx", "1000000"]) == 4
+    assert f"--ctx {nearest}" in capsys.readouterr().err
+    assert run([*PLAN, "--ctx", str(nearest)]) == 0
+    assert run([*PLAN, "--ctx", str(2 * nearest + 2)]) == 4
+
+
+def test_notes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*PLAN, "--ram", "100TiB", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "taking no more than that" in err
+    assert len(json.loads(out)["notes"]) == 1
+
+
+# --- predictions -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine of 1 GB/s; what is told before it is measured."""
+    told: list[str] = []
+
+    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+        for name in ("one thing", "another"):
+            before(name)
+            told.append(name)
+        return machine_for(planned, disk=1e8)
+
+    monkeypatch.setattr(plan, "measure_machine", measure)
+    return told
+
+
+def test_speed_is_predicted_and_its_limit_named(capsys: pytest.CaptureFixture[str], known_machine: list[str]) -> None:
+    assert run(["plan", "--json"]) == 0
+    out, err = capsys.readouterr()
+    predicted = json.loads(out)["prediction"]
+    for phase in ("decode", "prefill"):
+        one = predicted[phase]
+        assert one["bound_tier"] == "cpu"
+        assert one["tokens_per_second"] == pytest.approx(1000 / one["ms_per_token"])
+        assert one["bound_ms"] == max(one["tier_ms"].values()) <= one["ms_per_token"]
+    assert err.count("Measuring this machine") == 1
+    assert known_machine == ["one thing", "another"]
+    assert run(["plan"]) == 0
+    out, _ = capsys.readouterr()
+    assert f"about {predicted['decode']['tokens_per_second']:.1f} tokens/s" in out
+    assert "the CPU is the limit" in out
+
+
+def test_nothing_is_measured_without_leave(capsys: pytest.CaptureFixture[str], known_machine: list[str]) -> None:
+    assert run([*PLAN, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prediction"] is None
+    assert "--no-measure" in err
+    assert known_machine == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(KeyboardInterrupt(), "stopped"), (DoesNotFitError("No room.", required_bytes=2, available_bytes=1), "No room.")],
+    ids=["interrupted", "without room"],
+)
+def test_a_plan_outlives_its_measurement(
+    error: BaseException, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> MachineSpeed:
+        raise error
+
+    monkeypatch.setattr(plan, "measure_machine", fail)
+    assert run(["plan", "--batch", "64"]) == 0
+    out, err = capsys.readouterr()
+    assert "in all" in out
+    assert f"not predicted: {told}" in err or told in err
+
+
+# --- slimoe bench ------------------------------------------------------------------------------------------
+
+
+def test_bench_reports_speeds_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--json", "-p", "16", "-n", "2", "-d", "3", "-r", "1", "--threads", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["prefill_per_second"] > 0
+    assert report["decode_ms"] == pytest.approx(1000 / report["decode_per_second"])
+    assert report["depth"] == 3
+    assert report["memory"]["copied"] > 0
+
+
+def test_bench_longer_than_the_context_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "-p", "5000"]) == 2
+    assert "5000 tokens of context" in capsys.readouterr().err

@@ -1,0 +1,248 @@
+"""`plan`, `run` and `serve` come to one verdict for a budget; what they advise is enough, and little less is not."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+import slimoe.offload.plan.budget
+import slimoe.offload.plan.engine_plan
+from bench.rivals.rpc_server import rpc_server
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.ggml.devices import available_devices
+from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.expert_placement import whereabouts
+from slimoe.server.messages import Open
+from slimoe.server.options.engine_options import DEMO
+from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.process.engine_process import open_engine
+from tests.models.native_files import plain_ffn, write_native
+from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
+from tests.models.tiny_gguf import TinyShape
+
+MIB = 1 << 20
+ROOMY = TinyShape(n_layer=3, n_embd=128, n_head=2, n_head_kv=1, n_ff=1024, n_expert=4, n_expert_used=2)
+"""Experts of some MiB, so that whole MiB of a budget tell them apart."""
+
+
+def pair_model(directory: Path) -> Path:
+    """Two copies of each expert."""
+    layers = [plain_ffn(4, Type.Q8_0, Type.Q4_0) for _ in range(ROOMY.n_layer)]
+    return write_native(directory / "pair.gguf", content_of(directory, ROOMY), layers)
+
+
+MODELS = {
+    "stock": plain_model,
+    "mixed": mixed_model,
+    "tied": tied_model,
+    "apart": apart_model,
+    "native": uneven_model,
+    "pair": pair_model,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MODELS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with room, and a process that holds the same each time that it opens a model, as a command's does."""
+    for name in ("holdable_bytes", "grantable_bytes"):
+        monkeypatch.setattr(slimoe.offload.plan.budget, name, lambda: 1 << 40)
+    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "held_bytes", lambda resident: 2 << 30)
+
+
+@pytest.fixture(params=["run", "serve"])
+def config(request: pytest.FixtureRequest, model: Path) -> EngineConfig:
+    """What a command asks of the engine, but for the budget."""
+    reserve = serving_bytes() if request.param == "serve" else 0
+    return EngineConfig(model, n_ctx=256, n_threads=1, device="none", reserve_bytes=reserve)
+
+
+def shortfall(config: EngineConfig) -> DoesNotFitError:
+    found = plan_engine(config).shortfall
+    assert found is not None
+    return found
+
+
+def advised(error: DoesNotFitError | str, flag: str) -> tuple[int, ...]:
+    """The sizes in MiB that a message says a flag is to be raised to."""
+    found = re.search(rf"{flag} to (\d+MiB(?:,\d+MiB)*)", str(error))
+    return () if found is None else tuple(int(size.removesuffix("MiB")) for size in found[1].split(","))
+
+
+def serve_message(config: EngineConfig) -> Open:
+    return Open(
+        str(config.model),
+        n_ctx=config.n_ctx,
+        n_threads=config.n_threads,
+        device=config.device,
+        ram=config.ram,
+        lossy=config.lossy,
+        reserve_bytes=config.reserve_bytes,
+    )
+
+
+def opened(config: EngineConfig) -> Engine:
+    """The engine as the command's process opens it."""
+    if not config.reserve_bytes:
+        return Engine.open(config)
+    engine = open_engine(serve_message(config), lambda done, total: None)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def lies(plan: EnginePlan) -> tuple[object, ...]:
+    """What a plan says of a model's place in memory."""
+    tiers = plan.tiers
+    slots = None if tiers is None else (tiers.n_slots, tiers.fixed)
+    where = whereabouts(plan)
+    return plan.is_resident, plan.n_batch, plan.placement, slots, where.on_host, where.disk_share
+
+
+@pytest.mark.parametrize("lossy", [None, "low", "elastic"])
+def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None) -> None:
+    config = replace(config, lossy=lossy if config.model.stem == "pair" else None)
+    least = shortfall(replace(config, ram="1MiB")).required_bytes
+    whole = plan_engine(replace(config, ram="16GiB", weights="copied")).load_bytes
+    for ram in (least - 1, least, least + whole // 3, least + whole, least + 16 * whole + (64 << 20)):
+        case = replace(config, ram=str(ram))
+        plan = plan_engine(case)
+        if ram < least:
+            assert plan.shortfall is not None
+            with pytest.raises(DoesNotFitError) as refused:
+                opened(case)
+            assert str(refused.value) == str(plan.shortfall)
+            continue
+        assert plan.shortfall is None, ram
+        with closing(opened(case)) as engine:
+            assert lies(engine.plan) == lies(plan)
+            memory, tiers = engine.memory(), engine._model._tiers
+            if plan.tiers is not None:
+                assert tiers is not None
+                assert tiers.arena is not None
+                assert memory["arena"] == plan.tiers.arena
+                held = [key for pool in tiers.arena._pools.values() for key in pool.cache]
+                assert len(held) == plan.tiers.n_resident
+            assert memory["compute"] <= (plan.tiers or plan.placement).compute
+
+
+def test_what_is_advised_is_enough_and_a_mib_less_is_not(config: EngineConfig) -> None:
+    (ram,) = advised(shortfall(replace(config, ram="1MiB")), "--ram")
+    with pytest.raises(DoesNotFitError):
+        opened(replace(config, ram=f"{ram - 1}MiB"))
+    opened(replace(config, ram=f"{ram}MiB")).close()
+
+
+@pytest.mark.parametrize("weights", ["mapped", "repacked", "both"])
+def test_what_is_advised_for_weights_that_stay_whole_is_enough(model: Path, weights: str) -> None:
+    config = EngineConfig(model, n_ctx=256, n_threads=1, device="none", weights=weights)
+    (ram,) = advised(shortfall(replace(config, ram="1MiB")), "--ram")
+    assert shortfall(replace(config, ram=f"{ram - 1}MiB"))
+    Engine.open(replace(config, ram=f"{ram}MiB")).close()
+
+
+def test_more_than_there_is_is_not_advised(model: Path) -> None:
+    config = EngineConfig(model, n_ctx=1 << 33, n_threads=1, device="none")
+    for ram in (None, "1MiB", "9999GiB"):
+        hint = shortfall(replace(config, ram=ram)).hint
+        assert hint.startswith("There is no more to give now: free memory of the host, lower --ctx")
+        assert "--ram" not in hint
+
+
+# --- devices -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endpoints() -> Iterator[tuple[str, ...]]:
+    with rpc_server() as one, rpc_server() as other:
+        yield one.endpoint, other.endpoint
+
+
+@pytest.mark.parametrize("vram", [("1MiB",), ("8MiB", "8MiB"), ("8MiB", "12MiB")])
+@pytest.mark.parametrize("ram", ["1MiB", "8GiB"])
+def test_what_is_advised_for_devices_is_enough(
+    tmp_path: Path, endpoints: tuple[str, ...], vram: tuple[str, ...], ram: str
+) -> None:
+    n_local, used = len(available_devices()), endpoints[: len(vram)]
+    names = [device.name for device in available_devices(used)[n_local:]]
+    model = pair_model(tmp_path)
+    config = EngineConfig(model, n_ctx=256, n_batch=64, n_threads=1, device=",".join(names), rpc=used, ram=ram)
+    error = shortfall(replace(config, vram=vram))
+    sizes = advised(error, "--vram") or tuple(int(size.removesuffix("MiB")) for size in vram)
+    (host,) = advised(error, "--ram") or (int(ram.removesuffix("GiB")) * 1024,)
+    enough = replace(config, vram=tuple(f"{size}MiB" for size in sizes), ram=f"{host}MiB")
+    with closing(Engine.open(enough)) as engine:
+        assert len(engine.plan.devices) == len(used)
+        assert engine.notes == ()
+    if len(used) == 1:
+        assert shortfall(replace(enough, vram=(f"{sizes[0] - 1}MiB",)))
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "slimoe.server.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def told(*words: str) -> tuple[int, str]:
+    """How a command of the demo model ends, and what it says that went wrong."""
+    done = command(words[0], str(DEMO), *words[1:])
+    return done.returncode, done.stderr
+
+
+def test_one_figure_in_every_process() -> None:
+    """This process, which has loaded far more, is not asked."""
+    flags = ("--device", "none", "--ctx", "256")
+    no, why = told("run", "-p", "The river", "-n", "1", "--ram", "20MiB", *flags)
+    assert no == 4
+    (least,) = advised(why, "--ram")
+    for words in (("plan", "--no-measure"), ("run", "-p", "x", "-n", "1"), ("bench", "-p", "8", "-n", "1", "-r", "1")):
+        status, why = told(*words, "--ram", f"{least - 1}MiB", *flags)
+        assert (status, advised(why.splitlines()[-1], "--ram")) == (4, (least,)), words
+        assert told(*words, "--ram", f"{least}MiB", *flags)[0] == 0, words
+
+
+def test_serving_needs_what_plan_says() -> None:
+    flags = ("--device", "none", "--ctx", "256")
+    no, why = told("serve", "--port", "0", "--ram", "20MiB", *flags)
+    assert no == 4
+    (least,) = advised(why, "--ram")
+    no, why = told("plan", "--serve", "--no-measure", "--ram", f"{least - 1}MiB", *flags)
+    assert (no, advised(why.splitlines()[-1], "--ram")) == (4, (least,))
+    done = command("plan", str(DEMO), "--json", "--no-measure", "--ram", f"{least - 1}MiB", *flags)
+    assert done.returncode == 0  # run alone needs less
+    assert not json.loads(done.stdout)["serve"]["fits"]
+    assert advised(json.loads(done.stdout)["serve"]["shortfall"], "--ram") == (least,)
+    assert told("serve", "--port", "0", "--ram", f"{least - 1}MiB", *flags)[0] == 4
+    words = ["serve", str(DEMO), "--port", "0", "--ram", f"{least}MiB", *flags]
+    line = [sys.executable, "-m", "slimoe.server.cli", *words]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        assert json.loads(served.stdout.readline())["event"] == "ready"
+        served.send_signal(signal.SIGTERM)
+        assert served.wait() == 0
+    assert command("plan", str(DEMO), "--serve", "--no-measure", "--ram", f"{least}MiB", *flags).returncode == 0
+
+
+def test_a_context_that_is_said_to_fit_fits() -> None:
+    flags = ("--device", "none", "--ram", "110MiB")
+    no, why = told("plan", "--no-measure", "--ctx", "65536", *flags)
+    found = re.search(r"It would fit with --ctx (\d+)\.", why)
+    assert no == 4
+    assert found is not None
+    assert told("run", "-p", "x", "-n", "1", "--ctx", found[1], *flags)[0] == 0
+    assert told("run", "-p", "x", "-n", "1", "--ctx", str(2 * int(found[1])), *flags)[0] == 4

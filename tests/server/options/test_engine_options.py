@@ -1,0 +1,151 @@
+"""Every flag of the engine reaches the engine, from every command and through the server's pipe."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UsageError
+from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.server.cli import run
+from slimoe.server.commands import plan, serve
+from slimoe.server.jobs import local_engine
+from slimoe.server.messages import Open, decode_to_engine, pack
+from slimoe.server.options.engine_options import EngineOptions
+from slimoe.server.options.serving_memory import running_bytes, serving_bytes
+from slimoe.server.process import engine_process
+
+FLAGS = [
+    "--ctx",
+    "64",
+    "--batch",
+    "32",
+    "--parallel",
+    "3",
+    "--threads",
+    "2",
+    "--kv-type",
+    "q8_0",
+    "--weights",
+    "copied",
+    "--ram",
+    "50%",
+    "--vram",
+    "1GiB,2GB",
+    "--vram",
+    "auto",
+    "--device",
+    "CUDA0,RPC0",
+    "--rpc",
+    "127.0.0.1:50052",
+    "--rpc",
+    "10.0.0.7:2,host:3",
+    "--policy",
+    "lfu",
+    "--max-kl",
+    "0.25",
+    "--lossy",
+    "skip:0.1",
+    "--trace",
+    "picks.trace",
+    "--no-direct-io",
+]
+EXPECTED = EngineConfig(
+    Path("some.gguf"),
+    n_ctx=64,
+    n_batch=32,
+    n_parallel=3,
+    n_threads=2,
+    kv_type="q8_0",
+    weights="copied",
+    ram="50%",
+    vram=("1GiB", "2GB", "auto"),
+    device="CUDA0,RPC0",
+    rpc=("127.0.0.1:50052", "10.0.0.7:2", "host:3"),
+    trace=Path("picks.trace"),
+    policy="lfu",
+    max_kl=0.25,
+    lossy="skip:0.1",
+    direct_io=False,
+    reserve_bytes=running_bytes(),
+)
+
+
+class _SeenError(UsageError):
+    """Ends a command once its configuration has been seen."""
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
+    """The configurations that engines are opened or planned with."""
+    configs: list[EngineConfig] = []
+
+    def see(config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> Engine:
+        configs.append(config)
+        raise _SeenError("Seen.")
+
+    monkeypatch.setattr(Engine, "open", see)
+    monkeypatch.setattr(plan, "plan_each", lambda configs: see(configs[0]))
+    return configs
+
+
+def through_the_pipe(options: EngineOptions) -> None:
+    message = decode_to_engine(pack(serve.open_message(options))[4:])
+    assert isinstance(message, Open)
+    with pytest.raises(_SeenError):
+        engine_process.open_engine(message, lambda done, total: None)
+
+
+def test_values_differ_from_the_defaults() -> None:
+    """Or else this file would show nothing."""
+    defaults = EngineConfig(Path("other.gguf"))
+    names = {item.name for item in fields(EngineConfig)} - {"reserve_bytes", "held_bytes"}
+    assert [name for name in names if getattr(EXPECTED, name) == getattr(defaults, name)] == []
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["plan"], ["bench"]], ids=lambda words: words[0])
+def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[EngineConfig]) -> None:
+    assert run([command[0], "some.gguf", *command[1:], *FLAGS]) == 2
+    assert seen == [EXPECTED]
+
+
+def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def instead(config: object, options: EngineOptions, own: object) -> None:
+        through_the_pipe(options)
+
+    monkeypatch.setattr(serve, "_serve", instead)
+    assert run(["serve", "some.gguf", *FLAGS]) == 0
+    (config,) = seen
+    assert config.model == Path.cwd() / "some.gguf"
+    assert config.trace == Path.cwd() / "picks.trace"
+    assert config.reserve_bytes == serving_bytes()
+    same: dict[str, Any] = {"model": EXPECTED.model, "trace": EXPECTED.trace, "reserve_bytes": EXPECTED.reserve_bytes}
+    assert replace(config, **same) == EXPECTED
+
+
+def test_what_is_not_said_is_the_engines_to_choose(seen: list[EngineConfig]) -> None:
+    options = EngineOptions(Path("/some.gguf"))
+    through_the_pipe(options)
+    (config,) = seen
+    assert replace(config, reserve_bytes=0) == EngineConfig(Path("/some.gguf"))
+    assert replace(local_engine.engine_config(options), reserve_bytes=0) == EngineConfig(Path("/some.gguf"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--policy", "magic"],
+        ["--max-kl", "-1"],
+        ["--max-kl", "much"],
+        ["--vram", "1GiB,"],
+        ["--rpc", ","],
+        ["--trace", "."],
+    ],
+    ids=" ".join,
+)
+def test_flags_that_make_no_sense(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", "some.gguf", "-p", "x", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
