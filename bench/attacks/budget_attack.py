@@ -56,9 +56,8 @@ def attack_budget(plan: BudgetPlan) -> Outcome:
         server = stack.enter_context(victim(plan.model, "--ram", f"{budget.mib}MiB", *_FLAGS, wrap=wrap))
         expected = server.greedy()
         memory = stack.enter_context(watched_memory(server.process.pid))
-        with watched_health(server.url) as health:
-            with ThreadPoolExecutor(1, initializer=_give_way) as attackers:
-                attackers.submit(asyncio.run, _attack(plan, server, expected, answers, ordinary)).result()
+        with watched_health(server.url) as health, ThreadPoolExecutor(1, initializer=_give_way) as attackers:
+            attackers.submit(asyncio.run, _attack(plan, server, expected, answers, ordinary)).result()
         findings += _afterwards(server, expected, ordinary)
         usage = None if group is None else group.usage()
         memory_now = memory.peak
