@@ -139,7 +139,7 @@ class _Setting:
         pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
         pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
         n_before = len(load.attention_layers) - n_last
-        attention = (n_before * pairs + n_last * pairs_of_last) * main.attention_seconds
+        attention = (n_before * pairs + n_last * pairs_of_last) * main.pair_seconds(step.n_tokens)
         inner = (1 - last) * _seconds(main, load.dense, step.n_tokens)
         return (
             inner + last * _seconds(main, load.dense, step.n_out) + _seconds(main, load.output, step.n_out) + attention

@@ -97,8 +97,8 @@ class KernelBench:
         speeds = np.maximum.accumulate([self._product(kernel, n_matrix_rows, n_rows) for n_rows in points])
         return SpeedCurve(points, tuple(float(speed) for speed in speeds))
 
-    def attention(self, shape: AttentionShape) -> float:
-        """Seconds for one token's attention to one cell, in one layer."""
+    def attention(self, shape: AttentionShape, n_queries: int = 1) -> float:
+        """Seconds for one token's attention to one cell, in one layer, when so many tokens attend at once."""
         self.is_steady = True
         self._fill(shape.type, shape.n_embd_head)
         cell_bytes = shape.n_head_kv * _row_bytes(shape.type, shape.n_embd_head)
@@ -107,15 +107,15 @@ class KernelBench:
         assert 2 * n_bytes <= self._n_bytes
 
         def nodes(ctx: int) -> tuple[list[int], list[int]]:
-            query = _input(ctx, Type.F32, shape.n_embd_head, 1, shape.n_head)
-            mask = _input(ctx, Type.F16, n_cells, 1)
+            query = _input(ctx, Type.F32, shape.n_embd_head, n_queries, shape.n_head)
+            mask = _input(ctx, Type.F16, n_cells, n_queries)
             ne = (shape.n_embd_head, n_cells, shape.n_head_kv)
             key, value = (self._weight(ctx, shape.type, ne, n_bytes) for _ in range(2))
             attended = ggml.ggml_flash_attn_ext(ctx, query, key, value, mask, 1.0, 0.0, 0.0)
             ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
             return [query, mask], [attended]
 
-        return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._empty_seconds) / n_cells
+        return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._empty_seconds) / (n_cells * n_queries)
 
     def overheads(self) -> Overheads:
         """What the smallest graph costs, and each operation more."""

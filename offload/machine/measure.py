@@ -16,6 +16,7 @@ from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.machine.kernel_bench import MIN_BYTES, AttentionShape, Clock, KernelBench
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import (
+    BATCH_QUERIES,
     LinkSpeed,
     MachineSpeed,
     MatrixKernel,
@@ -124,11 +125,15 @@ class Calibration:
                 return known(f"{group}: {kernel.name} x {n_rows}", SpeedCurve, lambda b: b.curve(kernel, n_rows))
 
             overheads = known(f"{name}: overheads", Overheads, lambda b: b.overheads())
-            attention = known(
-                f"{group}: {needs.attention.name}", _Number, lambda b: _Number(b.attention(needs.attention))
+            shape = needs.attention
+            one = known(f"{group}: {shape.name}", _Number, lambda b: _Number(b.attention(shape)))
+            batch = known(
+                f"{group}: {shape.name} x {BATCH_QUERIES}",
+                _Number,
+                lambda b: _Number(b.attention(shape, BATCH_QUERIES)),
             )
             kernels = {kernel.name: curve(kernel, n_rows) for kernel, n_rows in needs.kernels.items()}
-        return ProcessorSpeed(kernels, overheads, attention.value)
+        return ProcessorSpeed(kernels, overheads, one.value, batch.value)
 
     def link(self, name: str, backend: Backend) -> LinkSpeed:
         """The link to a device."""

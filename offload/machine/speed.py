@@ -8,6 +8,9 @@ from typing import Annotated
 import msgspec
 from gguf import GGMLQuantizationType
 
+BATCH_QUERIES = 64
+"""From so many queries on ggml's attention takes its kernel for batches, which is several times as fast."""
+
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 
 
@@ -76,12 +79,17 @@ class ProcessorSpeed:
     """One backend: the CPU with so many threads, or a device.
 
     `kernels` by the kernel's name; `attention_seconds` for one token's attention to one cell of the KV cache in one
-    layer.
+    layer, `batch_attention_seconds` for the same in a batch of `BATCH_QUERIES` tokens or more.
     """
 
     kernels: Mapping[str, SpeedCurve]
     overheads: Overheads
     attention_seconds: Positive
+    batch_attention_seconds: Positive
+
+    def pair_seconds(self, n_tokens: int) -> float:
+        """Seconds for one token's attention to one cell in one layer, in a batch of so many tokens."""
+        return self.batch_attention_seconds if n_tokens >= BATCH_QUERIES else self.attention_seconds
 
     def seconds(self, kernel: MatrixKernel, n_bytes: float, n_rows: float) -> float:
         """Seconds for matrices of `n_bytes` in all, each multiplied with `n_rows` rows."""

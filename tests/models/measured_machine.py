@@ -14,7 +14,7 @@ from slimoe.offload.machine.speed import LinkSpeed, MachineSpeed, MatrixKernel, 
 from slimoe.offload.machine.workload import expert_matrices, layer_matrices
 from slimoe.offload.plan.engine_plan import EnginePlan
 
-GRAPH_SECONDS, OP_SECONDS, CELL_SECONDS = 2e-3, 1e-4, 1e-6
+GRAPH_SECONDS, OP_SECONDS, CELL_SECONDS, BATCH_CELL_SECONDS = 2e-3, 1e-4, 1e-6, 1e-7
 BYTE_SECONDS, ROW_SECONDS = 1e-9, 1e-11
 _BASE = open_library("ggml-base")
 
@@ -56,7 +56,8 @@ class KnownBackend(CpuBackend):
             matrix = ggml.tensor_at(tensor.src[0])
             other = ggml.tensor_at(tensor.src[1]) if tensor.src[1] else matrix
             if other.type == Type.F16:
-                seconds += other.ne[1] * CELL_SECONDS
+                n_queries = matrix.ne[1]
+                seconds += other.ne[1] * n_queries * (CELL_SECONDS if n_queries < 64 else BATCH_CELL_SECONDS)
             elif matrix.type != Type.F32:
                 n_rows = ggml.ggml_nbytes(tensor.src[1]) // (4 * matrix.ne[0])
                 seconds += ggml.ggml_nbytes(tensor.src[0]) * (BYTE_SECONDS + n_rows * ROW_SECONDS)
@@ -80,7 +81,7 @@ class FarBackend(KnownBackend):
 def processor(bytes_per_second: float, kernels: list[MatrixKernel]) -> ProcessorSpeed:
     """A processor that multiplies one row at that speed, each further one 100 times as fast, without overheads."""
     curve = SpeedCurve((1, 101), (1 / bytes_per_second, 2 / bytes_per_second))
-    return ProcessorSpeed({kernel.name: curve for kernel in kernels}, Overheads(1e-12, 1e-12), 1e-15)
+    return ProcessorSpeed({kernel.name: curve for kernel in kernels}, Overheads(1e-12, 1e-12), 1e-15, 1e-15)
 
 
 def machine(cpu: ProcessorSpeed, disk: float | None = None, device: ProcessorSpeed | None = None) -> MachineSpeed:

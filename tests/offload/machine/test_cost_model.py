@@ -108,6 +108,15 @@ def test_attention_grows_with_what_came_before() -> None:
     assert long - short == pytest.approx(5 * 1000 * 1e-3)
 
 
+def test_attention_of_a_batch_has_a_speed_of_its_own() -> None:
+    cpu = dataclasses.replace(CPU, attention_seconds=1e-6, batch_attention_seconds=1e-8)
+    for n_tokens, seconds in ((63, 1e-6), (64, 1e-8)):
+        step = Step(n_tokens, 10, n_tokens)
+        free, timed = (predict(LOAD, IN_RAM, machine(one), step).ms_per_token * n_tokens for one in (CPU, cpu))
+        pairs = 5 * (10 * n_tokens + n_tokens * (n_tokens + 1) / 2)
+        assert timed - free == pytest.approx(pairs * seconds * 1e3, rel=1e-3)
+
+
 def test_layers_without_attention_attend_to_nothing() -> None:
     cpu = dataclasses.replace(CPU, attention_seconds=1e-6)
     for layers in ((0,), (1, 3), (2, 4), (0, 1, 2, 3, 4)):

@@ -34,6 +34,7 @@ from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import Span, model_sources
 from tests.models.measured_machine import (
+    BATCH_CELL_SECONDS,
     BYTE_SECONDS,
     CELL_SECONDS,
     GRAPH_SECONDS,
@@ -192,6 +193,7 @@ def test_the_speed_of_attention_is_found(shape: AttentionShape) -> None:
     clock = Clock()
     with closing(KnownBackend(clock)) as backend, closing(KernelBench(backend, 0, clock)) as bench:
         assert bench.attention(shape) == pytest.approx(CELL_SECONDS)
+        assert bench.attention(shape, 64) == pytest.approx(BATCH_CELL_SECONDS)
 
 
 def test_weights_are_not_found_in_a_cache() -> None:
@@ -332,7 +334,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
     with closing(KnownBackend(clock)) as backend:
         first = Calibration(needs, Limits(clock=clock), cache)
         speed = first.processor("CPU", backend, 1 << 24)
-        assert first.n_measured == 3
+        assert first.n_measured == 4
         n_computed = backend.n_computed
         again = Calibration(needs, Limits(clock=clock), cache)
         assert again.processor("CPU", backend, 1 << 24) == speed
@@ -342,7 +344,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
         more.processor("CPU", backend, 1 << 24)
         assert more.n_measured == 1
         more.processor("another", backend, 1 << 24)
-        assert more.n_measured == 5
+        assert more.n_measured == 6
 
 
 def test_what_was_measured_in_noise_is_not_remembered(cache: MeasurementCache) -> None:
@@ -352,9 +354,9 @@ def test_what_was_measured_in_noise_is_not_remembered(cache: MeasurementCache) -
         for _ in range(2):
             noisy = Calibration(needs, Limits(clock=clock), cache)
             noisy.processor("CPU", backend, 1 << 24)
-            assert noisy.n_measured == 3
+            assert noisy.n_measured == 4
         backend.noise = lambda n: 1.0
-        for n_measured in (3, 0):
+        for n_measured in (4, 0):
             quiet = Calibration(needs, Limits(clock=clock), cache)
             quiet.processor("CPU", backend, 1 << 24)
             assert quiet.n_measured == n_measured
