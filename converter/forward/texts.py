@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 
 from slimoe.converter.document import decode_json
-from slimoe.offload.errors import UsageError
+from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
 
 MIN_TOKENS = 2048
@@ -94,7 +94,8 @@ def _own_texts(begin: float, end: float) -> tuple[TextFile, ...]:
 def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int) -> CalibrationText:
     """At most `n_tokens` in sequences of at most `length`, as even as can be from all domains and all over each file.
 
-    Raises UsageError for a file that is no text, or when there are fewer than `MIN_TOKENS`.
+    Raises ModelFileError for a file that is no text, and UsageError for lines that are none or when there are fewer
+    tokens than `MIN_TOKENS`.
     """
     domains = dict.fromkeys(file.domain for file in files)
     n_characters = _CHARACTERS_PER_TOKEN * n_tokens
@@ -152,7 +153,7 @@ def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
 def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterator[list[int]]:
     """The ids of each text in a file; of a long one, about so many characters from all over it.
 
-    Raises UsageError for a file that is no text, or lines that are neither texts nor conversations.
+    Raises ModelFileError for a file that is no text, and UsageError for lines that are neither texts nor conversations.
     """
     whole = _read(file.path)
     text = whole[_line_at(whole, file.begin) : _line_at(whole, file.end)]
@@ -167,9 +168,9 @@ def _read(path: Path) -> str:
     try:
         return read_regular(path).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({reason(error)}). Name a text file.") from None
+        raise ModelFileError(path, f"the text cannot be read ({reason(error)}).", "Name a text file.") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text. Give plain text, or .jsonl with messages.") from None
+        raise ModelFileError(path, "this is not UTF-8 text.", "Give plain text, or .jsonl with messages.") from None
 
 
 def _line_at(text: str, share: float) -> int:

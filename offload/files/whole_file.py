@@ -152,7 +152,7 @@ def real_path(path: Path) -> Path:
     if mode is None or stat.S_ISREG(mode):
         return real
     if stat.S_ISDIR(mode):
-        raise UsageError(f"{path} is a directory. Name the file to write, such as {path / 'model.gguf'}.")
+        raise UsageError(f"{path} is a directory. Name the file to write in it.")
     what = "a link in a circle" if stat.S_ISLNK(mode) else kind_name(mode)
     raise UsageError(f"{path} is {what}, not a file. Choose another name.")
 

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from slimoe.converter.stats.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
 
 _MANY_TOKENS = 32768
+_WORK = {
+    "read": "reading weights",
+    "pass": "forward through the layers",
+    "types": "quantisation errors of experts",
+    "layers": "forward through the layers",
+    "sensitivity": "backward pass",
+    "prices": "quantisation costs of every matrix",
+}
+"""What a person calls each kind of work; the kinds are keys of an estimate and of progress."""
 
 
 @click.command("calibrate", cls=OptionsCommand)
@@ -68,8 +77,11 @@ def command(values: Mapping[str, Any]) -> None:
             planned = calibration.plan(options, TokenizerEncoder)
         _announce(planned, options)
         try:
-            with step_bar(planned.estimate.steps) as on_progress:
-                report = calibration.carry_out(planned, destination, on_progress)
+            steps = {_WORK[kind]: seconds for kind, seconds in planned.estimate.steps.items()}
+            with step_bar(steps) as on_step:
+                report = calibration.carry_out(
+                    planned, destination, lambda kind, done, total: on_step(_WORK[kind], done, total)
+                )
         except (KeyboardInterrupt, SlimoeError):
             if not destination.is_empty:
                 tell(f"What is done lies in {destination.folder}; the same command goes on there.")
@@ -82,11 +94,11 @@ def command(values: Mapping[str, Any]) -> None:
 
 def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
     text, expected = planned.text, planned.estimate
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in expected.seconds.items())
+    parts = ", ".join(f"{_WORK[kind]} {duration(seconds)}" for kind, seconds in expected.seconds.items())
     place = "on disk" if expected.state_bytes > planned.settings.max_state_bytes else "in memory"
     tell(
         f"{options.source}: {text.n_tokens:,} tokens in {len(text.tokens)} sequences on {planned.settings.device}, "
-        f"about {duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of streams {place}"
+        f"about {duration(expected.total_seconds)} ({parts}), {expected.state_bytes:,} bytes of hidden states {place}"
     )
     if not options.texts:
         tell("The texts are the mixture that comes along. Texts of your own use (--text) are better.")

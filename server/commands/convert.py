@@ -15,7 +15,7 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.options.destination import reserve
+from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import judging_flags
 from slimoe.server.options.installed import CONVERTERS, check_installed
@@ -91,7 +91,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         _announce(planned, options)
         _report(_expected(planned, target), values["as_json"])
         return
-    with reserve(target) as destination:
+    with unwritten(target), reserve(target) as destination:
         planned = conversion.plan(options)
         _announce(planned, options)
         with byte_bar(planned.n_bytes) as on_progress:

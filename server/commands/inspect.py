@@ -73,9 +73,19 @@ def _lines(inventory: Inventory) -> list[str]:
 
 
 def _origin(name: str, value: str) -> list[str]:
-    """A line, and below it those of a text that has several, such as a recipe."""
-    inner = value.strip().split("\n")
-    return [f"{name} {value}"] if len(inner) == 1 else [name, *(f"  {line}" for line in inner if line)]
+    """A line, and below it those of a text that has several, such as a recipe, or of the fields of a JSON object."""
+    inner = _fields(value) or value.strip().split("\n")
+    return [f"{name} {value}"] if inner == [value.strip()] else [name, *(f"  {line}" for line in inner if line)]
+
+
+def _fields(value: str) -> list[str]:
+    """A line for each field of a JSON object, none for any other text."""
+    try:
+        fields = msgspec.json.decode(value, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return []
+    shown = {name: one if isinstance(one, str) else msgspec.json.encode(one).decode() for name, one in fields.items()}
+    return [f"{name} {one}" for name, one in shown.items()]
 
 
 def _shown(value: Any) -> str:

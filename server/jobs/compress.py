@@ -23,7 +23,7 @@ from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.jobs.compress_plan import SlimWork, plan_work
 from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
 from slimoe.server.jobs.evaluate import Judge, report_summary
-from slimoe.server.options.destination import reserve
+from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import EngineOptions, engine_values
 from slimoe.server.options.eval_options import judging_options
 from slimoe.server.options.slim_options import SlimOptions, with_type
@@ -41,14 +41,15 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
         written, quality = None, dict[str, Any]()
     else:
         with reserve(values["target"]) as destination:
-            work = _plan(values, options, n_threads)
-            # Texts are read first: what is wrong with them is told before hours of work.
-            judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
-            if judge is not None:
-                n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
-                seconds = judge.seconds(work.layout.n_bytes, n_copy)
-                tell(f"Judging it then will take about {duration(seconds)}; --no-report does without.")
-            written = _write(work, destination, n_threads, force=values["force"])
+            with unwritten(values["target"]):
+                work = _plan(values, options, n_threads)
+                # Texts are read first: what is wrong with them is told before hours of work.
+                judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
+                if judge is not None:
+                    n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
+                    seconds = judge.seconds(work.layout.n_bytes, n_copy)
+                    tell(f"Judging it then will take about {duration(seconds)}; --no-report does without.")
+                written = _write(work, destination, n_threads, force=values["force"])
             tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
             quality = _judge(judge, work, destination) if judge is not None else {}
     if values["as_json"]:

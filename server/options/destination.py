@@ -22,3 +22,13 @@ def reserve(target: Path, *, resumes: bool = False) -> Iterator[Destination]:
             if left.n_bytes:
                 tell(f"{left.folder}: {human(left.n_bytes)} are left of an interrupted run. {_ADVICE}")
         yield destination
+
+
+@contextmanager
+def unwritten(target: Path) -> Iterator[None]:
+    """Says, when Ctrl-C ends the block, that nothing lies under the target's name which this run has written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"Interrupted: {target} was not written, and no part of it is left.")
+        raise

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from slimoe.converter.forward.texts import TextFile
+from slimoe.offload.errors import ModelFileError
 from slimoe.offload.files.regular_file import open_regular, reason
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,13 +53,13 @@ def judging_flags(function: F) -> F:
 
 
 def judging_options(values: Mapping[str, Any], device: str = "auto") -> JudgingOptions:
-    """The flags' values out of a command's; raises click.UsageError for a file that is absent, before any long work."""
+    """The flags' values out of a command's; raises ModelFileError for a file that is absent, before any long work."""
     for text in values["eval_texts"]:
         path = TextFile.parse(text).path
         try:
             open_regular(path).close()
         except FileNotFoundError:
-            raise click.UsageError(f"--eval-text: there is no file {path}.") from None
+            raise ModelFileError(path, "there is no file of this name.", "Name a text file with --eval-text.") from None
         except OSError as error:
-            raise click.UsageError(f"--eval-text: {path} cannot be read ({reason(error)}).") from None
+            raise ModelFileError(path, f"the text cannot be read ({reason(error)}).") from None
     return JudgingOptions(values["eval_texts"], values["eval_tokens"], device, values["threads"])

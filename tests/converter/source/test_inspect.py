@@ -97,3 +97,15 @@ def test_a_recipe_is_shown_line_by_line(tmp_path: Path, capsys: pytest.CaptureFi
         "[fit]",
         "refit = true",
     ]
+
+
+def test_quality_is_shown_field_by_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
+    writer.add_string("slimoe.quality", '{"kl":0.25,"domains":{"prose":0.5},"note":"short"}')
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert run(["inspect", str(tmp_path / "m.gguf")]) == 0
+    origin = capsys.readouterr().out.split("origin      ")[1].splitlines()
+    assert [line.strip() for line in origin] == ["slimoe.quality", "kl 0.25", 'domains {"prose":0.5}', "note short"]

@@ -18,7 +18,7 @@ from slimoe.converter.stats.estimate import estimate
 from slimoe.converter.stats.forward_pass import CalibrationSettings
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics_file import load_statistics
-from slimoe.offload.errors import UsageError
+from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.whole_file import Destination
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from slimoe.server.cli import run
@@ -89,7 +89,7 @@ def test_too_little_text_says_how_much_is_missing(tmp_path: Path) -> None:
         read_texts((file,), Letters(), 1000, 512)
     (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00")
     for name, words in (("image.txt", "not UTF-8"), ("absent.txt", "cannot be read")):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(ModelFileError, match=words):
             read_texts((TextFile("x", tmp_path / name),), Letters(), 10000, 512)
 
 
@@ -210,7 +210,7 @@ def test_the_model_is_not_overwritten(
         (["--device", "quantum"], 2, "torch has no device 'quantum'"),
         (["--tokens", "100"], 2, "1,948 less"),
         (["-o", "/nowhere/a.stats"], 2, "is no directory"),
-        (["--text", "/nowhere.txt"], 2, "cannot be read"),
+        (["--text", "/nowhere.txt"], 3, "cannot be read"),
     ],
 )
 def test_mistakes_in_one_line(

@@ -106,7 +106,7 @@ def test_further_inputs_that_are_no_files(
         3,
     )
     assert told(capsys)
-    assert run(["calibrate", str(DEMO), "-o", "o.stats", "--text", place]) == 2
+    assert run(["calibrate", str(DEMO), "-o", "o.stats", "--text", place]) == 3
     assert told(capsys)
     assert run(["serve", str(DEMO), "--port", "0", "--api-key-file", place]) == 2
     assert told(capsys)

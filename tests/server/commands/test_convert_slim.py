@@ -381,6 +381,7 @@ def test_an_interruption_leaves_nothing(
     status, out, err = told(["convert", model, tmp_path / "m.gguf", *asked], capsys)
     assert (status, out) == (130, "")
     assert "bytes will be written" in err
+    assert "m.gguf was not written, and no part of it is left" in err
     assert len(written) == 21
     assert not any(tmp_path.iterdir())
 

@@ -145,7 +145,7 @@ def test_texts_are_looked_at_before_the_work(
     moe_checkpoint: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.gguf"
-    assert convert(moe_checkpoint, target, stats, "--eval-text", tmp_path / "absent.txt") == 2
+    assert convert(moe_checkpoint, target, stats, "--eval-text", tmp_path / "absent.txt") == 3
     assert "there is no file" in capsys.readouterr().err
     (tmp_path / "empty.txt").write_text("")
     assert convert(moe_checkpoint, target, stats, "--eval-text", tmp_path / "empty.txt") == 2
