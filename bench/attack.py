@@ -8,6 +8,7 @@ repeats one case. The last line of stdout is one JSON document, in which `holds`
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ import msgspec
 
 from bench.attacks.body_attack import BodyPlan, attack_bodies
 from bench.attacks.budget_attack import BudgetPlan, attack_budget
-from bench.attacks.fault_attack import attack_system
 from bench.attacks.file_attack import FilePlan, attack_files
 from bench.attacks.greedy_clients import Greed
 from bench.attacks.soak import SoakPlan, soak
@@ -34,6 +34,11 @@ from slimoe.server.options.engine_options import OptionsCommand
 ATTACKS = ("bodies", "files", "templates", "budget", "soak", "faults")
 _SMOKE_KINDS = tuple(kind for kind in KINDS if kind not in ("statistics", "recipe"))  # those need a calibration
 _SMOKE_MIB = 500
+_FAULT_FIGURES = ("cases", "clear_errors", "right_results", "wrong", "not_met", "seconds")
+
+
+class FaultBenchError(SlimoeError):
+    """The bench of faults ended without its figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,20 @@ class Names(click.ParamType[tuple[str, ...]]):
         if unknown is not None:
             self.fail(f"{unknown!r} is none of {', '.join(self.known)}.", param, ctx)
         return names
+
+
+def attack_system(seed: int) -> Outcome:
+    """Has `bench.system_faults` make the system fail; raises FaultBenchError."""
+    command = [sys.executable, "-m", "bench.system_faults", "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if not lines:
+        raise FaultBenchError(f"{' '.join(command[1:])} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    document = json.loads(lines[-1])
+    findings = [
+        Finding("a wrong file or answer, or no clear line", one.partition(":")[0], one) for one in document["found"]
+    ]
+    return Outcome({name: document[name] for name in _FAULT_FIGURES}, findings)
 
 
 @click.command("attack", cls=OptionsCommand)

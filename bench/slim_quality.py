@@ -27,7 +27,7 @@ from rich.console import Console
 from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
-from bench.rivals.llama_quantizer import FILE_TYPES, llama_quantize
+from bench.rivals.llama_cpp import FILE_TYPES, llama_quantize
 from slimoe.converter.budget.compress import plan_slim, target_bytes
 from slimoe.converter.forward.texts import CalibrationText, TextFile
 from slimoe.converter.forward.windows import cut_windows

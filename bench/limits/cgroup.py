@@ -1,15 +1,18 @@
 """A memory limit that holds: runs a command in a control group of its own, and says what it used.
 
 The page cache that a command fills counts as well as its own memory, so that a mapped file is held to the limit as much
-as an allocated buffer is. But a page belongs to the group that read it first: `bench.limits.page_cache` drops a file's
-pages before it is read under a limit. Linux only, both versions of control groups, as root or where the group around
+as an allocated buffer is. But a page belongs to the group that read it first: `drop_cached` empties the page cache of a
+file before it is read under a limit. Linux only, both versions of control groups, as root or where the group around
 this process may be divided. The last line of stdout is one JSON document.
 
     python -m bench.limits.cgroup --mib 1200 -- slimoe run model.gguf "The river"
 """
 
 import contextlib
+import ctypes
 import json
+import math
+import mmap
 import os
 import signal
 import subprocess
@@ -21,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+import numpy as np
 
 from slimoe.offload.errors import SlimoeError, UsageError
 
@@ -29,6 +33,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 _MIB = 1 << 20
 _REMOVAL_TRIES = 50
 _REMOVAL_PAUSE = 0.1
+_DROP_TRIES = 5
 # Joins the group before the command begins: what is charged to a group stays there when a process moves on.
 _JOIN = 'echo $$ > "$0" && exec "$@"'
 
@@ -199,6 +204,49 @@ def smallest_check() -> dict[str, object]:
     except NoControlGroupError as error:
         return {"can_limit": False, "problem": str(error)}
     return {"can_limit": True} | seen
+
+
+class StillCachedError(SlimoeError):
+    """Pages of the file stay in the page cache."""
+
+    exit_code = 75
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file lies in the page cache, whoever read it; a file of ours, or as root: others show all."""
+    n_bytes = path.stat().st_size
+    if not n_bytes:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as mapped:
+        flags = np.zeros(math.ceil(n_bytes / mmap.PAGESIZE), np.uint8)
+        # A view of numpy's, since ctypes gives no address of a map that cannot be written; one that can be counts as
+        # memory that the system must have, more than there is for a large file.
+        view = np.frombuffer(mapped, np.uint8)
+        address = ctypes.c_void_p(view.ctypes.data)
+        status = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(n_bytes), ctypes.c_void_p(flags.ctypes.data))
+        del view  # or the map cannot be closed
+    assert status == 0, f"mincore fails on {path}"
+    return int(np.count_nonzero(flags & 1)) * mmap.PAGESIZE
+
+
+def drop_cached(path: Path) -> None:
+    """Writes a file out and drops it from the page cache.
+
+    Raises StillCachedError, as when another program has the file mapped.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        for _ in range(_DROP_TRIES):
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            left = cached_bytes(path)
+            if not left:
+                return
+    finally:
+        os.close(file)
+    raise StillCachedError(
+        f"{left} bytes of {path} stay in the page cache: another program has it open. End that program."
+    )
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.disk_speed import DiskSpeed
-from bench.limits import page_cache
-from bench.limits.cgroup import MemoryGroup, Usage, memory_group
+from bench.limits.cgroup import MemoryGroup, Usage, drop_cached, memory_group
 from bench.limits.engine_changes import Changes
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, RIVALS, Job, Outcome
@@ -118,7 +117,7 @@ def run_contender(job: Job, limit_bytes: int | None) -> Run:
     with ExitStack() as stack:
         group = None
         if limit_bytes is not None:
-            page_cache.drop(Path(job.model))
+            drop_cached(Path(job.model))
             group = stack.enter_context(memory_group(limit_bytes))
         done = _run("bench.limits.isolated_run", [], group, json.dumps(asdict(job)))
         usage = group.usage() if group else None
@@ -140,7 +139,7 @@ def expect(plan: Plan, limit: Limit) -> Expected:
 
 def time_disk(plan: Plan, limit_bytes: int) -> DiskSpeed:
     """How fast our file comes from its disk, under the limit; raises BenchChildError."""
-    page_cache.drop(plan.own_model)
+    drop_cached(plan.own_model)
     arguments = [str(plan.own_model), "--piece-mib", str(plan.piece_bytes / 2**20), "--seconds", str(_DISK_SECONDS)]
     with memory_group(limit_bytes) as group:
         done = _run("bench.disk_speed", arguments, group, "")

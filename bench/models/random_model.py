@@ -19,10 +19,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from bench.models.random_blocks import RandomTensor, block_pool, random_pieces, topical_pieces
-from bench.models.random_vocabulary import add_random_vocabulary
 from bench.models.topics import STYLES, RoutingStyle
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
@@ -47,6 +46,8 @@ TYPES = (
     "IQ2_S",
     "MXFP4",
 )
+SPECIAL_TOKENS = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
+BYTE_TOKENS = tuple((f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def write_random_model(
         writer = GGUFWriter(part, "llama")
         describe(writer, shape)
         if vocabulary:
-            add_random_vocabulary(writer, shape.n_vocab)
+            _add_vocabulary(writer, shape.n_vocab)
         else:
             writer.add_tokenizer_model("none")
         for tensor in tensors:
@@ -198,6 +199,21 @@ def random_model_file(
     finally:
         if not keep:
             path.unlink(missing_ok=True)
+
+
+def _add_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
+    """Adds a made-up SentencePiece vocabulary, so that the model can be served as text: three special tokens, the 256
+    bytes, and numbered words.
+    """
+    words = ((f"▁w{number}", TokenType.NORMAL) for number in range(n_vocab - len(SPECIAL_TOKENS) - len(BYTE_TOKENS)))
+    tokens, types = zip(*SPECIAL_TOKENS, *BYTE_TOKENS, *words, strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types(types)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 @click.command()

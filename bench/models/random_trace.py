@@ -1,4 +1,7 @@
-"""Traces that nobody recorded: routing with liked experts and a memory of the token before, as trained models have."""
+"""Router traces as trained models leave them, made up instead of recorded. Apart: the tests of replays use it too.
+
+Experts are liked unevenly, and some are kept from the token before.
+"""
 
 from pathlib import Path
 

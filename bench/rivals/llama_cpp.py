@@ -6,8 +6,9 @@ switched off: neither is better at both decode and prefill.
 """
 
 import ctypes
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,20 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from slimoe.offload.errors import ModelFileError
+from slimoe.offload.errors import ModelFileError, SlimoeError
 from slimoe.offload.ggml import buffers as ggml_backend
 
 N_BATCH = 512
 EvalCallback = Any
 """A function of the C type `llama.ggml_backend_sched_eval_callback`."""
 _NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
+_SILENT = llama.llama_log_callback(lambda _level, _text, _data: None)
+FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}
+"""llama.cpp's numbers of the mixes that are compared with."""
+
+
+class QuantizerError(SlimoeError):
+    """llama.cpp did not make the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +136,20 @@ def _attach_threads(context: ctypes.c_void_p, n_threads: int) -> int:
     attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
     attach(context, pool, None)
     return pool
+
+
+def llama_quantize(source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray], n_threads: int) -> None:
+    """Makes the mix `name` of a GGUF file in F32 or F16; `importance` has the mean squares of what each tensor reads,
+    [matrices, n_per_row] float32. Raises QuantizerError.
+    """
+    llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.nthread = FILE_TYPES[name], n_threads
+    rows = (llama.llama_model_imatrix_data * (len(importance) + 1))()
+    for row, (tensor, values) in zip(rows, importance.items(), strict=False):
+        row.name, row.size = tensor.encode(), values.size
+        row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if importance:
+        params.imatrix = rows
+    if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
+        raise QuantizerError(f"llama.cpp could not make {name} of {source}.")

@@ -1,15 +1,22 @@
 """What the server counts, for Prometheus: one registry per server, read without waking the engine."""
 
 import time
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from slimoe.server.api.tier_metrics import TierCollector
 from slimoe.server.messages import Answer, Done, Step
 from slimoe.server.process.supervisor import Supervisor
 from slimoe.server.process.ticket import Ticket
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BY_UNIT = {
+    "bytes": "Bytes that the engine's tiers moved.",
+    "seconds": "Seconds that the engine's tiers waited or worked.",
+    "events": "What happened in the engine's tiers: picks by where their expert was found, reads, swaps.",
+}
 
 
 class Metrics:
@@ -59,3 +66,29 @@ class Metrics:
 
 def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
     return Histogram(name, text, buckets=_SECONDS, registry=registry)
+
+
+class TierCollector(Collector):
+    """Running totals as the engine last told them; they begin again at 0 when its process does."""
+
+    def __init__(self, totals: Callable[[], Mapping[str, float]]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One family for each unit, with the counters' names as labels."""
+        families = {
+            unit: CounterMetricFamily(f"slimoe_tier_{unit}", text, labels=["what"]) for unit, text in _BY_UNIT.items()
+        }
+        for name, value in self._totals().items():
+            unit, what = _unit(name)
+            families[unit].add_metric([what], value)
+        yield from (family for family in families.values() if family.samples)
+
+
+def _unit(name: str) -> tuple[str, str]:
+    """What a counter counts, and its name without that."""
+    if name.startswith("bytes_"):
+        return "bytes", name.removeprefix("bytes_")
+    if name.endswith("_seconds"):
+        return "seconds", name.removesuffix("_seconds")
+    return "events", name.removeprefix("n_")

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
-from slimoe.server.version import version
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def command(values: Mapping[str, Any]) -> None:
     engine = engine_options(values)
     options = msgspec.convert(dict(values), ServeOptions)
     path = engine.path
-    served = ServedModel(model_id(path, options.alias), path, version())
+    served = ServedModel(model_id(path, options.alias), path, _version())
     rules = AccessRules(
         _key(options),
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
@@ -172,3 +172,11 @@ def _key(options: ServeOptions) -> str | None:
     if not key:
         raise UsageError(f"{where} holds no key. Put one there, or leave the option out.")
     return key
+
+
+def _version() -> str:
+    """This program's version, such as `0.1.0`; `unknown` in a source tree that was not installed."""
+    try:
+        return metadata.version("slimoe")
+    except metadata.PackageNotFoundError:
+        return "unknown"

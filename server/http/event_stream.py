@@ -1,4 +1,4 @@
-"""Server-sent events: the response that a streamed answer is written to, piece by piece."""
+"""A response of server-sent events, written piece by piece. Apart: it knows HTTP and nothing of models."""
 
 from aiohttp import web
 

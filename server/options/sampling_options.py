@@ -1,4 +1,4 @@
-"""The command-line flags that say how the next token is chosen."""
+"""The command-line flags that say how the next token is chosen. Apart: each subject's flags have a file here."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""Tells the other side again and again that this process runs, and whether its engine moves on."""
+"""Tells the server again and again that the engine's process runs. Apart: its thread does nothing else."""
 
 import threading
 import time

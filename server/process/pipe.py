@@ -1,4 +1,4 @@
-"""The engine process's end of its two pipes: messages in on standard input, messages out on standard output."""
+"""The engine process's end of its pipes, on standard input and output. Apart: it takes the streams for itself."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""How much longer a long work takes: what was estimated before it began, corrected by how it really goes."""
+"""How much longer a long work takes, estimated and then corrected. Apart: arithmetic, without a terminal."""
 
 import time
 from collections.abc import Callable, Mapping

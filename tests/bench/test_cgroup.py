@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.limits import page_cache
-from bench.limits.cgroup import V1, V2, MemoryGroup, NoControlGroupError, memory_group, smallest_check
+from bench.limits.cgroup import (
+    V1,
+    V2,
+    MemoryGroup,
+    NoControlGroupError,
+    StillCachedError,
+    cached_bytes,
+    drop_cached,
+    memory_group,
+    smallest_check,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,9 +99,9 @@ def test_the_page_cache_is_seen_and_dropped(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(5 * mmap.PAGESIZE + 1))
     assert path.read_bytes()
-    assert page_cache.cached_bytes(path) == 6 * mmap.PAGESIZE
-    page_cache.drop(path)
-    assert page_cache.cached_bytes(path) == 0
+    assert cached_bytes(path) == 6 * mmap.PAGESIZE
+    drop_cached(path)
+    assert cached_bytes(path) == 0
 
 
 def test_pages_that_stay_are_an_error(tmp_path: Path) -> None:
@@ -100,5 +109,5 @@ def test_pages_that_stay_are_an_error(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(5 * mmap.PAGESIZE))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert mapped[0] >= 0
-        with pytest.raises(page_cache.StillCachedError, match="stay in the page cache"):
-            page_cache.drop(path)
+        with pytest.raises(StillCachedError, match="stay in the page cache"):
+            drop_cached(path)

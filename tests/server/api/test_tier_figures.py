@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from slimoe.offload.engine import Engine
 from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import Finished, GenerationRequest, TierUse
-from slimoe.server.api.tier_metrics import TierCollector
+from slimoe.server.api.metrics import TierCollector
 from slimoe.server.cli import run
 from slimoe.server.commands import run as run_command
 from tests.models.live_server import LiveServer, live_server, until
