@@ -37,7 +37,7 @@ from bench.traces.contender import Online
 from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import read_trace
-from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.ggml.devices import available_devices

@@ -32,8 +32,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.resources.processors import default_threads
-from slimoe.offload.text.generation import Finished, GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams, TokenStep
 
 N_PROMPT = 16
 FIRST_PLAIN_TOKEN = 259  # after the special tokens and the bytes, in every vocabulary of SentencePiece's kind

@@ -11,12 +11,10 @@ from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_poli
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
-from slimoe.offload.cache.swap import SlotExchange
-from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.cache.swap import SlotExchange, SwapRule
 from slimoe.offload.experts.constant_experts import read_novices
-from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
-from slimoe.offload.experts.expert_times import LinkTimes, measure_times
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
 from slimoe.offload.experts.resident import HeldCopies

@@ -15,8 +15,7 @@ from bench.traces.contender import Contender, Online
 from bench.traces.demand import Demand, Visit
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader
-from slimoe.offload.cache.swap import SlotExchange
-from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.cache.swap import SlotExchange, SwapRule
 
 IN_FLIGHT = 2
 """Experts of a batch that the engine reads while it multiplies another."""

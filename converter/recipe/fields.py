@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.quant.mixes import RECIPES
 from slimoe.converter.stats.type_costs import CANDIDATES
-from slimoe.offload.resources.byte_size import parse_bytes
+from slimoe.offload.resources.memory import parse_bytes
 
 _SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
 _LARGE_TYPES = ("F16", "BF16", "F32")

@@ -28,7 +28,7 @@ from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, Stor
 from slimoe.converter.recipe.words import Words
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import open_regular, reason
-from slimoe.offload.resources.byte_size import bytes_text
+from slimoe.offload.resources.memory import bytes_text
 
 Tables = Mapping[str, Any]
 """A recipe as TOML has it, nothing checked."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from slimoe.offload.cache.host_pool import Addresses, matrix_bytes
 from slimoe.offload.cache.residency import Key
@@ -93,7 +92,7 @@ class SlotPool:
         """Fills a slot from host memory."""
         for stack, (kind, ne), address in zip(self.stacks, self.slot_class, addresses, strict=True):
             n_bytes = matrix_bytes(kind, ne)
-            self._backend.set_async(stack, _bytes_at(address, n_bytes), slot * n_bytes)
+            self._backend.set_async(stack, ggml.array_at(address, np.uint8, n_bytes), slot * n_bytes)
         self._backend.synchronize()
 
     def close(self) -> None:
@@ -104,10 +103,6 @@ class SlotPool:
         if self._ctx:
             ggml.ggml_free(self._ctx)
             self._ctx = 0
-
-
-def _bytes_at(address: int, n_bytes: int) -> NDArray[np.uint8]:
-    return ggml.array_at(address, np.uint8, n_bytes)
 
 
 Pools = Mapping[SlotClass, SlotPool]

@@ -115,12 +115,9 @@ def fit_slots(
     slots = Counter(least)
     for classes, own in in_order:
         others = slots - own
-        slots = others + Counter(share_slots(classes, own, room - _bytes_of(others)))
+        others_bytes = sum(n * slot_bytes(kind) for kind, n in others.items())
+        slots = others + Counter(share_slots(classes, own, room - others_bytes))
     return dict(slots)
-
-
-def _bytes_of(slots: Mapping[SlotClass, int]) -> int:
-    return sum(n * slot_bytes(kind) for kind, n in slots.items())
 
 
 def slot_classes(layers: Iterable[ExpertLayer | None]) -> Counter[SlotClass]:

@@ -6,7 +6,7 @@ from slimoe.offload.cache.disk_reader import DiskReader
 from slimoe.offload.cache.host_pool import Arena
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.experts.device_experts import DeviceExperts
-from slimoe.offload.lossy.lossy_rule import SECONDS_PER_BYTE
+from slimoe.offload.lossy.rules import SECONDS_PER_BYTE
 from slimoe.offload.model.experts import ExpertLayer
 
 

@@ -15,8 +15,7 @@ from slimoe.offload.cache.router_trace import ANSWER, PROMPT, TraceRun, TraceWri
 from slimoe.offload.cache.routing import Picks, group_picks
 from slimoe.offload.cache.swap import SlotExchange
 from slimoe.offload.experts.constant_experts import Novices, write_novices
-from slimoe.offload.experts.device_experts import DeviceExperts
-from slimoe.offload.experts.expert_times import choose_streams
+from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.ggml.cpu_backend import Backend
 from slimoe.offload.graph.batch import Batch

@@ -9,7 +9,7 @@ links them, it only looks for further libraries beside the program and in the wo
 
 import ctypes
 
-from slimoe.offload.ggml.library import I32, Bool, Ptr, Size, Str, c_function, open_library
+from slimoe.offload.ggml.library import I32, Bool, Ptr, Size, c_function, open_library
 
 TYPE_CPU, TYPE_GPU, TYPE_IGPU, TYPE_ACCEL, TYPE_META = range(5)
 
@@ -59,10 +59,6 @@ def ggml_backend_reg_dev_count(registry: Ptr) -> Size: ...
 
 
 @c_function(_BASE)
-def ggml_backend_dev_name(device: Ptr) -> Str: ...
-
-
-@c_function(_BASE)
 def ggml_backend_dev_type(device: Ptr) -> I32: ...
 
 
@@ -80,10 +76,6 @@ def ggml_backend_dev_init(device: Ptr, params: Ptr) -> Ptr: ...
 
 @c_function(_BASE)
 def ggml_backend_dev_buffer_type(device: Ptr) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_backend_dev_host_buffer_type(device: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)

@@ -51,12 +51,6 @@ class DeviceBackend:
         return self._buft
 
     @property
-    def host_buft(self) -> int | None:
-        """The buffer type of host memory that the device reads fastest (pinned), None where there is no such kind."""
-        buft: int | None = ggml_device.ggml_backend_dev_host_buffer_type(self.device.handle)
-        return buft
-
-    @property
     def is_host(self) -> bool:
         """Whether its memory can be looked at."""
         return bool(ggml_device.ggml_backend_buft_is_host(self._buft))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots
 from slimoe.offload.lossy.loss import LossTable
-from slimoe.offload.lossy.lossy_rule import NEVER
+from slimoe.offload.lossy.rules import NEVER
 from slimoe.offload.model.experts import ExpertLayer
 
 _HALVINGS = 60

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.model.experts import ExpertLayer
-from slimoe.offload.model.native_layout import LayerHints
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -64,7 +63,7 @@ def _table(layer: ExpertLayer, lowered: NDArray[np.bool_] | None) -> LossTable:
     skip = _per_square(None if hints.skip_error is None else np.array(hints.skip_error) - best, weight)
     has_low = np.array([len(copies) > 1 for copies in layer.experts], np.bool_)
     is_lowered = np.zeros(n, np.bool_) if lowered is None else lowered
-    low = _per_square(_low_errors(hints), weight)
+    low = _per_square(None if hints.low_error is None else np.array(hints.low_error, np.float64), weight)
     return LossTable(
         np.append(np.array([len(copies) - 1 for copies in layer.experts], np.int64), 0),
         np.append(fallback.astype(np.int64), -1),
@@ -76,10 +75,6 @@ def _table(layer: ExpertLayer, lowered: NDArray[np.bool_] | None) -> LossTable:
         np.append(square, 0.0),
         np.array([*(copies[0].n_bytes for copies in layer.experts), 0], np.int64),
     )
-
-
-def _low_errors(hints: LayerHints) -> Floats | None:
-    return None if hints.low_error is None else np.array(hints.low_error, np.float64)
 
 
 def _per_square(errors: Floats | None, weight: Floats) -> Floats:

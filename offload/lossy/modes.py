@@ -15,8 +15,7 @@ from slimoe.offload.lossy.decision import Chooser
 from slimoe.offload.lossy.elastic import Elastic, Mix
 from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
 from slimoe.offload.lossy.loss import LossTable, loss_tables
-from slimoe.offload.lossy.lossy_rule import NEVER, SECONDS_PER_BYTE, NeverWait, Rule
-from slimoe.offload.lossy.rules import Gate, Sensitivity, SmallShares
+from slimoe.offload.lossy.rules import NEVER, SECONDS_PER_BYTE, Gate, NeverWait, Rule, Sensitivity, SmallShares
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 
 Layers = Sequence[ExpertLayer | None]

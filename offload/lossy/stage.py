@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision, Memory, unchanged
 from slimoe.offload.lossy.loss import LossTable
-from slimoe.offload.lossy.lossy_rule import Rule
+from slimoe.offload.lossy.rules import Rule
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
 _AIM = 0.9

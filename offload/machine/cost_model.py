@@ -29,7 +29,6 @@ CPU, DISK, LINK = "cpu", "disk", "link"
 _OPS_PER_ATTENTION = 10
 _OPS_PER_FEED_FORWARD = 8
 _OPS_PER_CUT_EXPERT = 4
-_MAX_PAIRS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,19 +207,6 @@ def _slower_side(n_used: int, share: float, on_device: float, on_cpu: float) -> 
         math.comb(n_used, n) * share**n * (1 - share) ** (n_used - n) * max(n * on_device, (n_used - n) * on_cpu)
         for n in range(n_used + 1)
     )
-
-
-def prefill_crossover(load: ModelLoad, speed: MachineSpeed, device: str) -> int | None:
-    """From how many pairs per expert on it is faster to copy an expert to the device than to compute it on the CPU.
-
-    While one is multiplied there the next is copied, so that the slower of both counts. None if it never is.
-    """
-    copying = sum(load.device_expert.values()) / speed.links[device].to_device
-    for n_pairs in range(1, _MAX_PAIRS + 1):
-        there = max(copying, _seconds(speed.devices[device], load.device_expert, n_pairs))
-        if there < _seconds(speed.cpu, load.host_expert, n_pairs):
-            return n_pairs
-    return None
 
 
 def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: int, n_used: int) -> NDArray[np.float64]:

@@ -116,12 +116,3 @@ class MachineSpeed:
     devices: Mapping[str, ProcessorSpeed] = field(default_factory=dict)
     links: Mapping[str, LinkSpeed] = field(default_factory=dict)
     disk: Positive | None = None
-
-    def to_json(self) -> bytes:
-        """All of it, for a report."""
-        return msgspec.json.encode(self)
-
-    @classmethod
-    def from_json(cls, text: bytes | str) -> "MachineSpeed":
-        """The opposite; raises ValueError for what is none."""
-        return msgspec.json.decode(text, type=cls)

@@ -28,7 +28,9 @@ def advised(
         if left is None:
             return _hinted(shortfall, f"Raise {_raised(config, tried)}, {_SMALLER}.")
         if left.device == missing.device and left.available_bytes < missing.required_bytes:
-            return _hinted(shortfall, f"There is no more to give now: free memory of {_owner(left)}, {_SMALLER}.")
+            return _hinted(
+                shortfall, f"There is no more to give now: free memory of {left.device or 'the host'}, {_SMALLER}."
+            )
         missing = left
 
 
@@ -47,10 +49,6 @@ def _raised(config: EngineConfig, tried: EngineConfig) -> str:
     sizes = {"--ram": tried.ram if tried.ram != config.ram else None}
     sizes["--vram"] = ",".join(tried.vram) if tried.vram != config.vram else None
     return " and ".join(f"{flag} to {size}" for flag, size in sizes.items() if size)
-
-
-def _owner(missing: DoesNotFitError) -> str:
-    return missing.device or "the host"
 
 
 def _hinted(error: DoesNotFitError, hint: str) -> DoesNotFitError:

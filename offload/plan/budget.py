@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
 
-import psutil
-
 from slimoe.offload.errors import UsageError
-from slimoe.offload.resources.byte_size import parse_bytes
-from slimoe.offload.resources.memory import grantable_bytes, holdable_bytes, human, memory_limit_bytes
+from slimoe.offload.resources.memory import grantable_bytes, holdable_bytes, human, memory_limit_bytes, parse_bytes
 
 AUTO = "auto"
 _SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
@@ -119,25 +116,3 @@ def _device_budget(size: str, device: DeviceMemory, holdable: int, notes: list[s
 
 def _short(flag: str, asked: int, free: int, where: str) -> str:
     return f"{flag} is {human(asked)}, but {where} has {human(free)} to give now: taking no more than that."
-
-
-def tree_resident_bytes(pid: int | None = None) -> int:
-    """Memory that a process and its children hold resident now; by default this process.
-
-    On Linux a page shared by several processes counts in equal parts in each (proportional set size), so that the
-    code which our two processes share counts once in the sum. Elsewhere it counts in each of them, and the sum is an
-    upper bound. There is no such figure for a peak, since processes peak at different times: a control group's own
-    counter is the honest one.
-    """
-    process = psutil.Process(pid)
-    return sum(_resident(member) for member in (process, *process.children(recursive=True)))
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        info = process.memory_full_info()
-    except psutil.NoSuchProcess:
-        return 0
-    except psutil.AccessDenied:
-        info = process.memory_info()
-    return int(getattr(info, "pss", info.rss))

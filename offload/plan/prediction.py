@@ -15,7 +15,7 @@ from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed, SpeedCurve
 from slimoe.offload.machine.workload import model_load
 from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
-from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
+from slimoe.offload.plan.expert_placement import whereabouts
 
 TYPICAL_PAST = 512
 """Tokens before the one that is predicted: decoding slows down as they grow in number."""
@@ -76,15 +76,12 @@ def known_as(device: Device) -> str:
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, step: Step) -> Prediction:
     load = model_load(plan.spec, plan.sources, plan.layers)
-    residency = _residency(whereabouts(plan))
+    where = whereabouts(plan)
+    residency = Residency(where.device_share, where.host_share, where.is_cut)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]
     predictions = [predict(load, residency, speed, step, name) for name in processors]
     return max(predictions, key=lambda prediction: prediction.ms_per_token)
-
-
-def _residency(where: Whereabouts) -> Residency:
-    return Residency(where.device_share, where.host_share, where.is_cut)
 
 
 def _rearranged(cpu: ProcessorSpeed, kernels: Mapping[str, KernelSpeed], *, for_batches: bool) -> ProcessorSpeed:

@@ -20,8 +20,7 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from slimoe.offload.text.sampler import Sampler, check_params, token_logprob
-from slimoe.offload.text.text_stream import TextStream
-from slimoe.offload.text.tokenizer import Tokenizer
+from slimoe.offload.text.tokenizer import TextStream, Tokenizer
 
 _LOGPROB_BATCH = 64
 """Logits of a whole batch are n_batch * n_vocab floats: with all of them wanted, batches are smaller."""

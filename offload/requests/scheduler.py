@@ -68,16 +68,12 @@ class Scheduler:
 
     def step(self) -> list[Outcome]:
         """Moves all requests on by one step, and says what happened."""
-        outcomes = self._end_cancelled()
+        outcomes = [self._cancel(job) for job in (*self._active, *self._waiting) if job.is_cancelled()]
         self._admit()
         parts = self._choose()
         return outcomes + self._read(parts) if parts else outcomes
 
     # --- who takes part ------------------------------------------------------------------------------------
-
-    def _end_cancelled(self) -> list[Outcome]:
-        cancelled = [job for job in (*self._active, *self._waiting) if job.is_cancelled()]
-        return [self._cancel(job) for job in cancelled]
 
     def _cancel(self, job: Generator) -> Outcome:
         self.drop(job)

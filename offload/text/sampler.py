@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.errors import BadLogitsError, UsageError
-from slimoe.offload.text.generation import TokenLogprob
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import SamplingParams, TokenLogprob
 
 Logits = NDArray[np.float32]
 

@@ -11,8 +11,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from slimoe.offload.text.generation import GenerationRequest
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import GenerationRequest, SamplingParams
 from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.chat.history import Message
 from slimoe.server.http.body_intake import INTAKE

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import SamplingParams
 
 _DEFAULTS = SamplingParams()
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from slimoe.offload.resources.byte_size import parse_bytes
+from slimoe.offload.resources.memory import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 Tables = dict[str, Any]

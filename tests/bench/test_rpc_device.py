@@ -14,7 +14,7 @@ from bench.traces.contender import Online
 from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import read_trace
-from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
 from tests.models.tier_models import mixed_model, plain_model

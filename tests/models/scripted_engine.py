@@ -31,8 +31,7 @@ from slimoe.offload.text.generation import (
     TokenLogprob,
     TokenStep,
 )
-from slimoe.offload.text.text_stream import TextStream
-from slimoe.offload.text.tokenizer import Tokenizer
+from slimoe.offload.text.tokenizer import TextStream, Tokenizer
 from slimoe.server.messages import Open
 from slimoe.server.process.engine_process import main
 

@@ -13,8 +13,15 @@ import pytest
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ContextOverflowError, UsageError
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, PromptLogprobs, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    PromptLogprobs,
+    SamplingParams,
+    TokenStep,
+)
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 GREEDY = SamplingParams(temperature=0.0)

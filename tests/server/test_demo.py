@@ -8,8 +8,7 @@ from llama_cpp import Llama
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.messages import ChatPrompt
 from slimoe.server.options.engine_options import DEMO

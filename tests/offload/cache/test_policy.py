@@ -8,7 +8,7 @@ import pytest
 
 from slimoe.offload.cache.policy import POLICIES, Heat, Policy, PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
-from slimoe.offload.cache.swap_rule import SwapRule, swap_pays
+from slimoe.offload.cache.swap import SwapRule, swap_pays
 from slimoe.offload.errors import UsageError
 
 N_LAYER, N_EXPERT, N_USED = 3, 5, 2

@@ -19,8 +19,7 @@ from slimoe.offload.errors import DeviceError, DeviceFullError
 from slimoe.offload.ggml.abort import device_error
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.cli import run
 from slimoe.server.messages import Open
 from slimoe.server.process.ticket import EngineFailure

@@ -23,12 +23,11 @@ from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.cache.routing import Picks
-from slimoe.offload.cache.swap_rule import SwapRule
+from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DoesNotFitError
-from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.experts.device_experts import DeviceExperts, ExpertTimes, LinkTimes
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
-from slimoe.offload.experts.expert_times import ExpertTimes, LinkTimes
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
 from slimoe.offload.experts.stage import ExpertStage

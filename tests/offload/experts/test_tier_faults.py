@@ -23,8 +23,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, SamplingParams, TokenStep
 from tests.models.tiered import resident_engine, tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

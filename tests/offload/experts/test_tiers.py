@@ -23,8 +23,7 @@ from slimoe.offload.graph.segment import Segment
 from slimoe.offload.model.experts import SlotClass
 from slimoe.offload.plan.budget import Budget
 from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
-from slimoe.offload.text.generation import Failed, GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
 from tests.models.gguf_content import GGUFContent, StoredTensor
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model

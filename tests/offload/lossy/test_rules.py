@@ -16,8 +16,7 @@ from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision
 from slimoe.offload.lossy.elastic import Elastic, mix_copies, share_within
 from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
 from slimoe.offload.lossy.loss import loss_tables
-from slimoe.offload.lossy.lossy_rule import NEVER, NeverWait, Rule
-from slimoe.offload.lossy.rules import Gate, SmallShares, shares_before
+from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, SmallShares, shares_before
 from slimoe.offload.lossy.stage import LossyPicks
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 from slimoe.offload.model.native_layout import LayerHints

@@ -20,9 +20,9 @@ from slimoe.offload.text.generation import (
     GenerationRequest,
     PromptLogprobs,
     PromptProgress,
+    SamplingParams,
     TokenStep,
 )
-from slimoe.offload.text.sampling import SamplingParams
 from tests.models.history_model import N_VOCAB, HistoryModel, answer_to
 
 N_BATCH = 64

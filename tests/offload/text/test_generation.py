@@ -9,9 +9,16 @@ import pytest
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import BadLogitsError, ContextOverflowError, ModelFileError, UsageError
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import Event, Finished, GenerationRequest, PromptLogprobs, PromptProgress, TokenStep
+from slimoe.offload.text.generation import (
+    Event,
+    Finished,
+    GenerationRequest,
+    PromptLogprobs,
+    PromptProgress,
+    SamplingParams,
+    TokenStep,
+)
 from slimoe.offload.text.sampler import token_logprob
-from slimoe.offload.text.sampling import SamplingParams
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import write_tiny_gguf
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from slimoe.offload.errors import BadLogitsError, UsageError
+from slimoe.offload.text.generation import SamplingParams
 from slimoe.offload.text.sampler import Sampler, check_params, token_logprob
-from slimoe.offload.text.sampling import SamplingParams
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

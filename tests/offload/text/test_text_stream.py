@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from slimoe.offload.text.text_stream import TextStream
+from slimoe.offload.text.tokenizer import TextStream
 
 
 def stream(pieces: Sequence[bytes], stop: Sequence[str] = ()) -> tuple[TextStream, list[str]]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from slimoe.offload.text.text_stream import TextStream
+from slimoe.offload.text.tokenizer import TextStream
 from slimoe.server.api.scored_text import ScoredText, fitted
 from slimoe.server.messages import ScoredToken
 

@@ -13,8 +13,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import END_TOKEN_IDS
 from slimoe.offload.plan.engine_plan import EngineConfig
-from slimoe.offload.text.generation import Finished, GenerationRequest, TokenStep
-from slimoe.offload.text.sampling import SamplingParams
+from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams, TokenStep
 from slimoe.offload.text.tokenizer import Tokenizer
 from tests.models.tokenizer_files import read_files, write_files
 
