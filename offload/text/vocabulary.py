@@ -23,6 +23,9 @@ _END_KEYS = tuple(keys.token_id_key(role) for role in ("eos", "eot", "eom"))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _OWN_SPLITTERS = ("gpt-2", "llama-bpe", "dbrx", "qwen2")
 """Byte-level pre-tokenizers that libllama splits by code of its own, not by std::regex."""
+MOST_SPECIAL_SQUARES = 1 << 25
+"""Characters in all beginnings of all special tokens, roughly: a client's text is searched for each of these. Real
+vocabularies have up to a million, with thousands of tokens that nothing uses."""
 _CONVERT_AGAIN = "Convert the model again, from a directory with its tokenizer."
 
 
@@ -59,12 +62,15 @@ class VocabularySpec:
         texts = _texts(gguf)
         types = _types(gguf, texts)
         template = metadata.get(keys.CHAT_TEMPLATE)
+        control = _of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED)
+        user_defined = _of_type(types, TokenType.USER_DEFINED)
+        _check_special(gguf, [texts[token] for token in control | user_defined])
         return cls(
             model=model,
             texts=texts,
             types=types,
-            control=_of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED),
-            user_defined=_of_type(types, TokenType.USER_DEFINED),
+            control=control,
+            user_defined=user_defined,
             ends=_ends(gguf, len(texts)),
             add_space_prefix=_flag(gguf, keys.ADD_SPACE_PREFIX) and model == keys.SENTENCEPIECE,
             prefix_after_special=_flag(gguf, keys.PREFIX_AFTER_SPECIAL),
@@ -126,6 +132,14 @@ def _flag(gguf: GGUFFile, key: str) -> bool:
 
 def _of_type(types: tuple[int, ...], *wanted: TokenType) -> frozenset[int]:
     return frozenset(token for token, kind in enumerate(types) if kind in wanted)
+
+
+def _check_special(gguf: GGUFFile, texts: list[str]) -> None:
+    """Raises UnsupportedModelError where searching for special tokens would take all memory."""
+    if sum(len(text) ** 2 for text in texts) > MOST_SPECIAL_SQUARES:
+        longest = max(map(len, texts))
+        problem = f"the tokenizer's {len(texts)} special tokens, up to {longest} characters long, are too long in all."
+        raise UnsupportedModelError(gguf.path, problem)
 
 
 class LlamaVocab:

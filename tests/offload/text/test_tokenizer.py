@@ -199,3 +199,21 @@ def test_a_vocabulary_without_a_space(tmp_path: Path) -> None:
     text = "a " * 100
     assert tokenizer.encode(text) == [3 + byte for byte in (" " + text).replace(" ", "▁").encode()]
     tokenizer.close()
+
+
+@pytest.mark.parametrize(("n_long", "length", "is_fine"), [(1, 5000, True), (1, 100_000, False), (200, 1000, False)])
+def test_special_tokens_that_fill_memory_are_refused(tmp_path: Path, n_long: int, length: int, is_fine: bool) -> None:
+    """Beginnings and ends of special tokens are looked for in clients' texts: their sizes add up as squares."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    texts = ["<unk>", "<s>", "</s>", "a", *(f"{n:03}" + "x" * (length - 3) for n in range(n_long))]
+    writer.add_token_list(texts)
+    writer.add_token_types([2, 3, 3, 1, *[3] * n_long])
+    writer.add_token_scores([0.0] * len(texts))
+    finish(writer)
+    file = read_gguf(tmp_path / "v.gguf")
+    if is_fine:
+        Tokenizer.open(file).close()
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"{n_long + 3} special tokens, up to {length} characters"):
+            Tokenizer.open(file)
