@@ -1,7 +1,7 @@
-"""What the HTTP side and the engine's process say to each other: typed messages in length-prefixed msgpack.
+"""Messages between the HTTP server and the engine's process: msgspec structs in length-prefixed msgpack.
 
-Neither side trusts the other to be alive, so every request carries an id of the HTTP side's choosing and every
-answer repeats it; answers to ids that are no longer known are dropped.
+The server gives each request an id and the engine repeats it in every answer. Either process may end at any time, so
+the server drops answers to ids that it no longer knows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ HEADER_BYTES = 4
 BEAT_SECONDS = 1.0
 
 
-class Frame(msgspec.Struct, frozen=True, tag=True):
+class Message(msgspec.Struct, frozen=True, tag=True):
     """Base of all messages; the class name is the tag on the wire."""
 
 
-class Open(Frame, frozen=True):
-    """Front to engine, first: which model to open and how. None leaves the choice to the engine.
+class Open(Message, frozen=True):
+    """To the engine, first: the model to open, and how. None leaves a setting to the engine.
 
     The fields are those of `EngineConfig`.
     """
@@ -45,20 +45,20 @@ class Open(Frame, frozen=True):
     held_bytes: int = 0
 
 
-class TextPrompt(Frame, frozen=True):
-    """Raw text; control tokens written out in it count as such."""
+class TextPrompt(Message, frozen=True):
+    """A prompt of plain text, in which spelled-out control tokens such as `</s>` become control tokens."""
 
     text: str
 
 
-class TokenPrompt(Frame, frozen=True):
-    """Token ids, read as they are."""
+class TokenPrompt(Message, frozen=True):
+    """A prompt of token ids."""
 
     ids: tuple[int, ...]
 
 
-class ChatPrompt(Frame, frozen=True):
-    """Turns of (role, content) for the model's template, and further values it may read."""
+class ChatPrompt(Message, frozen=True):
+    """A prompt of chat turns (role, content) for the model's template, and further values for it."""
 
     messages: tuple[tuple[str, str], ...]
     values: dict[str, Any] = {}
@@ -67,22 +67,22 @@ class ChatPrompt(Frame, frozen=True):
 PromptSource = TextPrompt | TokenPrompt | ChatPrompt
 
 
-class Submit(Frame, frozen=True):
-    """Front to engine: one generation. `request.prompt_ids` is empty, the engine's process fills it in."""
+class Submit(Message, frozen=True):
+    """To the engine: starts a generation. `request.prompt_ids` is empty and filled in by the engine's process."""
 
     id: int
     prompt: PromptSource
     request: GenerationRequest
 
 
-class Cancel(Frame, frozen=True):
-    """Front to engine: nobody waits for this generation any more."""
+class Cancel(Message, frozen=True):
+    """To the engine: ends a generation that no client waits for any more."""
 
     id: int
 
 
-class Encode(Frame, frozen=True):
-    """Front to engine: the ids of a text, and the bytes of each if they are asked for."""
+class Encode(Message, frozen=True):
+    """To the engine: asks for the token ids of a text, with the bytes of each token if `with_pieces`."""
 
     id: int
     text: str
@@ -91,16 +91,16 @@ class Encode(Frame, frozen=True):
     with_pieces: bool = False
 
 
-class Decode(Frame, frozen=True):
-    """Front to engine: the text of ids, with the names of control tokens among them if they are to be seen."""
+class Decode(Message, frozen=True):
+    """To the engine: asks for the text of token ids, with control tokens by name if `shows_control`."""
 
     id: int
     ids: tuple[int, ...]
     shows_control: bool = False
 
 
-class Render(Frame, frozen=True):
-    """Front to engine: the text of a conversation."""
+class Render(Message, frozen=True):
+    """To the engine: asks for the text that the chat template makes of a conversation."""
 
     id: int
     prompt: ChatPrompt
@@ -108,7 +108,7 @@ class Render(Frame, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the HTTP side tells about an open model; `counters` are running totals of its tiers."""
+    """The facts that the server tells clients about an open model; `counters` are running totals of its tiers."""
 
     n_ctx: int
     n_ctx_train: int
@@ -123,29 +123,29 @@ class ModelInfo(msgspec.Struct, frozen=True):
     counters: dict[str, float] = {}
 
 
-class Loading(Frame, frozen=True):
-    """Engine to front: so many bytes of the model are read."""
+class Loading(Message, frozen=True):
+    """From the engine: `done_bytes` of the model's `total_bytes` are loaded."""
 
     done_bytes: int
     total_bytes: int
 
 
-class Beat(Frame, frozen=True):
-    """Engine to front, every `BEAT_SECONDS`: the process runs, and what its engine does moved on so long ago."""
+class Beat(Message, frozen=True):
+    """From the engine, every `BEAT_SECONDS`: its work last made progress `stuck_seconds` ago."""
 
     stuck_seconds: float
 
 
-class Ready(Frame, frozen=True):
-    """Engine to front: the model is open."""
+class Ready(Message, frozen=True):
+    """From the engine: the model is open and requests can be sent."""
 
     info: ModelInfo
 
 
-class Failure(Frame, frozen=True):
-    """Engine to front: a request, or with id 0 the opening, failed. `kind` decides the HTTP answer.
+class Failure(Message, frozen=True):
+    """From the engine: a request failed, or with id 0 opening the model did. `kind` decides the HTTP status.
 
-    The counts are set for the kinds they belong to: tokens for context_overflow, bytes for does_not_fit.
+    Token counts are set for the kind context_overflow, byte counts for does_not_fit.
     """
 
     id: int
@@ -161,15 +161,15 @@ class Failure(Frame, frozen=True):
     available_bytes: int = 0
 
 
-class Accepted(Frame, frozen=True):
-    """Engine to front: the prompt is sound and waits for its turn."""
+class Accepted(Message, frozen=True):
+    """From the engine: the prompt is valid and the request waits for its turn."""
 
     id: int
     n_prompt: int
 
 
-class Progress(Frame, frozen=True):
-    """Engine to front: so much of the prompt is read."""
+class Progress(Message, frozen=True):
+    """From the engine: `n_done` of the prompt's `n_total` tokens are read, `n_cached` of them from the KV cache."""
 
     id: int
     n_done: int
@@ -178,9 +178,9 @@ class Progress(Frame, frozen=True):
 
 
 class ScoredToken(msgspec.Struct, frozen=True, array_like=True):
-    """A token's bytes and natural-log probability, and the likeliest alternatives at its place, best first.
+    """A token's bytes and natural-log probability, and the likeliest alternatives in its place, best first.
 
-    `text` is what it adds to the text that it stands in, None for a token that is not shown there.
+    `text` is the text that the token adds to the prompt or answer, None if it is not shown there.
     """
 
     token: int
@@ -190,25 +190,25 @@ class ScoredToken(msgspec.Struct, frozen=True, array_like=True):
     text: str | None = None
 
 
-class PromptScores(Frame, frozen=True):
-    """Engine to front: one entry per prompt token; the first has no probability."""
+class PromptScores(Message, frozen=True):
+    """From the engine: the scores of all prompt tokens; the first token has no probability."""
 
     id: int
     tokens: tuple[ScoredToken, ...]
 
 
-class Step(Frame, frozen=True):
-    """Engine to front: one generated token, the text it released and, if asked for, its score."""
+class Step(Message, frozen=True):
+    """From the engine: a generated token's text, with its score if the request asked for scores."""
 
     id: int
     text: str
     scored: ScoredToken | None = None
 
 
-class Done(Frame, frozen=True):
-    """Engine to front: the last of a generation, with the text that was held back.
+class Done(Message, frozen=True):
+    """From the engine: the end of a generation, with the text that was held back until then.
 
-    `tiers` are this generation's, `counters` the engine's totals.
+    `tiers` counts this generation's experts by memory tier, `counters` are the engine's totals.
     """
 
     id: int
@@ -220,28 +220,28 @@ class Done(Frame, frozen=True):
     counters: dict[str, float] = {}
 
 
-class Encoded(Frame, frozen=True):
-    """Engine to front: the ids of a text, and the bytes of each if they were asked for."""
+class Encoded(Message, frozen=True):
+    """From the engine: the token ids of a text, with the bytes of each token if they were asked for."""
 
     id: int
     ids: tuple[int, ...]
     pieces: tuple[bytes, ...]
 
 
-class Text(Frame, frozen=True):
-    """Engine to front: the text that Decode or Render asked for."""
+class Text(Message, frozen=True):
+    """From the engine: the text that `Decode` or `Render` asked for."""
 
     id: int
     text: str
 
 
 def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
-    """`info` with further sentences for a person."""
+    """Adds sentences for the user to the notes of a model."""
     return msgspec.structs.replace(info, notes=(*info.notes, *notes))
 
 
 def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
-    """`info` with newer figures of the memory held and of the tiers."""
+    """Brings the memory held and the tier counters up to date after a generation."""
     return msgspec.structs.replace(info, memory=done.memory, counters=done.counters)
 
 
@@ -254,20 +254,20 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
-def pack(frame: Frame) -> bytes:
-    """The bytes of `frame` on the pipe: a big-endian length and the message."""
-    body = _encoder.encode(frame)
+def pack(message: Message) -> bytes:
+    """Encodes a message for the pipe: its length in big-endian bytes, then its body."""
+    body = _encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
-class FrameBuffer:
-    """Cuts a stream of bytes back into messages, whatever pieces it arrives in."""
+class MessageBuffer:
+    """Cuts a stream of bytes, arriving in pieces of any size, back into the bodies of messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies that are complete once `data` has arrived."""
+        """Adds `data` and yields the bodies that it completes."""
         self._data += data
         at = 0
         while len(self._data) - at >= HEADER_BYTES:

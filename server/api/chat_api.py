@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from slimoe.server.api import wire
-from slimoe.server.api.answer import Draft, Letterhead, orders_for, usage_of
+from slimoe.server.api.choice import ChoiceState, Envelope, choices_of, usage_of
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, ChatBody, StreamOptions, read_body, refuse_unsupported
 from slimoe.server.api.served_model import ServedModel
@@ -35,12 +35,12 @@ class ChatApi:
         _check_beginning(body)
         max_tokens = body.limit()
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        orders = orders_for([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
+        choices = choices_of([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        shape = ChatShape(Letterhead.new("chatcmpl", kind, self._model.id, self._model.fingerprint), n_logprobs)
+        shape = ChatShape(Envelope.new("chatcmpl", kind, self._model.id, self._model.fingerprint), n_logprobs)
         if body.stream:
-            return await self._generation.stream(request, orders, shape, body.stream_options or StreamOptions())
-        return await self._generation.whole(orders, shape)
+            return await self._generation.stream(request, choices, shape, body.stream_options or StreamOptions())
+        return await self._generation.whole(choices, shape)
 
 
 class ChatShape:
@@ -48,8 +48,8 @@ class ChatShape:
 
     prompt_param = "messages"
 
-    def __init__(self, head: Letterhead, n_logprobs: int | None) -> None:
-        self.head = head
+    def __init__(self, envelope: Envelope, n_logprobs: int | None) -> None:
+        self.envelope = envelope
         self._is_scored = n_logprobs is not None
 
     def opening(self, index: int) -> list[wire.Document]:
@@ -68,18 +68,18 @@ class ChatShape:
         """Why it ended."""
         return self._chunk(index, wire.Delta(), scores, reason)
 
-    def whole(self, drafts: Sequence[Draft]) -> wire.Document:
+    def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
         """All messages."""
         choices = []
-        for index, draft in enumerate(drafts):
-            assert draft.done is not None
-            logprobs = wire.chat_logprobs(draft.scores) if self._is_scored else None
-            choices.append(wire.ChatChoice(index, wire.ChatMessage(draft.text), logprobs, draft.done.reason))
-        return self.head.document(choices, usage_of(drafts), drafts[0])
+        for index, state in enumerate(states):
+            assert state.done is not None
+            logprobs = wire.chat_logprobs(state.scores) if self._is_scored else None
+            choices.append(wire.ChatChoice(index, wire.ChatMessage(state.text), logprobs, state.done.reason))
+        return self.envelope.document(choices, usage_of(states), states[0])
 
     def _chunk(self, index: int, delta: wire.Delta, scores: list[ScoredToken], reason: str | None) -> wire.Document:
         logprobs = wire.chat_logprobs(scores) if self._is_scored and scores else None
-        return self.head.document([wire.ChatChunkChoice(index, delta, logprobs, reason)])
+        return self.envelope.document([wire.ChatChunkChoice(index, delta, logprobs, reason)])
 
 
 def chat_prompt(body: ChatBody) -> ChatPrompt:

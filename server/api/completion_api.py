@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from slimoe.server.api import wire
-from slimoe.server.api.answer import Draft, Letterhead, orders_for, usage_of
+from slimoe.server.api.choice import ChoiceState, Envelope, choices_of, usage_of
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_PROMPTS, CompletionBody, StreamOptions, read_body
 from slimoe.server.api.scored_text import fitted
@@ -14,7 +14,7 @@ from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.unkept_fields import COMPLETION, extended
 from slimoe.server.api_error import from_failure, invalid, unsupported
 from slimoe.server.messages import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
-from slimoe.server.process.ticket import EngineFailure
+from slimoe.server.process.request_handle import EngineFailure
 
 CompletionRequest = extended(CompletionBody, COMPLETION)
 DEFAULT_MAX_TOKENS = 16
@@ -39,13 +39,13 @@ class CompletionApi:
         wanted = body.request(
             body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and body.logprobs is not None
         )
-        orders = orders_for(prompts, wanted, body.n_choices)
-        echoes = [await self._echo(order.prompt) if body.echo else "" for order in orders]
-        head = Letterhead.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
-        shape = CompletionShape(head, echoes, body.logprobs is not None)
+        choices = choices_of(prompts, wanted, body.n_choices)
+        echoes = [await self._echo(choice.prompt) if body.echo else "" for choice in choices]
+        envelope = Envelope.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
+        shape = CompletionShape(envelope, echoes, body.logprobs is not None)
         if body.stream:
-            return await self._generation.stream(request, orders, shape, body.stream_options or StreamOptions())
-        return await self._generation.whole(orders, shape)
+            return await self._generation.stream(request, choices, shape, body.stream_options or StreamOptions())
+        return await self._generation.whole(choices, shape)
 
     async def _echo(self, prompt: PromptSource) -> str:
         if isinstance(prompt, TextPrompt):
@@ -65,8 +65,8 @@ class CompletionShape:
 
     prompt_param = "prompt"
 
-    def __init__(self, head: Letterhead, echoes: Sequence[str], is_scored: bool) -> None:
-        self.head = head
+    def __init__(self, envelope: Envelope, echoes: Sequence[str], is_scored: bool) -> None:
+        self.envelope = envelope
         self._echoes = echoes
         self._is_scored = is_scored
         self._written = [0] * len(echoes)
@@ -89,23 +89,23 @@ class CompletionShape:
         """Why it ended."""
         return self._chunk(index, "", scores, reason)
 
-    def whole(self, drafts: Sequence[Draft]) -> wire.Document:
+    def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
         """All continuations."""
         choices = []
-        for index, draft in enumerate(drafts):
-            assert draft.done is not None
+        for index, state in enumerate(states):
+            assert state.done is not None
             echo = self._echoes[index]
-            text = echo + draft.text
-            scores = [*fitted(draft.prompt_scores, echo), *draft.scores]
+            text = echo + state.text
+            scores = [*fitted(state.prompt_scores, echo), *state.scores]
             logprobs = wire.completion_logprobs(scores, 0) if self._is_scored else None
-            choices.append(wire.CompletionChoice(index, text, logprobs, draft.done.reason))
-        return self.head.document(choices, usage_of(drafts), drafts[0])
+            choices.append(wire.CompletionChoice(index, text, logprobs, state.done.reason))
+        return self.envelope.document(choices, usage_of(states), states[0])
 
     def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
         is_scored = self._is_scored and scores
         logprobs = wire.completion_logprobs(scores, self._written[index]) if is_scored else None
         self._written[index] += len(text)
-        return self.head.document([wire.CompletionChoice(index, text, logprobs, reason)])
+        return self.envelope.document([wire.CompletionChoice(index, text, logprobs, reason)])
 
 
 def prompt_sources(prompt: str | list[Any]) -> list[PromptSource]:

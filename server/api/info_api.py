@@ -7,19 +7,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.api.chat_api import ChatRequest, chat_prompt
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, refuse_unsupported
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.unkept_fields import CHAT, UnkeptFields
 from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found
+from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
-from slimoe.server.process.ticket import EngineFailure
 
 MAX_CHARS, MAX_PIECED_CHARS = 1 << 20, 1 << 17
 """Of a text to tokenize; each may be a token, and with pieces an object of the answer."""
-Question = Callable[[int], frames.Encode | frames.Decode | frames.Render]
+Question = Callable[[int], messages.Encode | messages.Decode | messages.Render]
 
 
 class TokenizeBody(msgspec.Struct):
@@ -136,9 +136,9 @@ class InfoApi:
         most = MAX_PIECED_CHARS if body.with_pieces else MAX_CHARS
         if len(text) > most:
             raise invalid(f"The text has {len(text):,} characters, but may have {most:,}. Send it in parts.", param)
-        question = frames.Encode(0, text, add_special, body.parse_special, body.with_pieces)
+        question = messages.Encode(0, text, add_special, body.parse_special, body.with_pieces)
         answer = await self._ask(lambda id: msgspec.structs.replace(question, id=id), param)
-        assert isinstance(answer, frames.Encoded)
+        assert isinstance(answer, messages.Encoded)
         tokens = _with_pieces(answer) if body.with_pieces else list(answer.ids)
         info = self._supervisor.info
         n_ctx = None if info is None else info.n_ctx
@@ -149,8 +149,8 @@ class InfoApi:
         body = await read_body(request, DetokenizeBody)
         if any(not 0 <= token < 2**31 for token in body.tokens):
             raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
-        answer = await self._ask(lambda id: frames.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
-        assert isinstance(answer, frames.Text)
+        answer = await self._ask(lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
+        assert isinstance(answer, messages.Text)
         return _json({"content": answer.text, "prompt": answer.text})
 
     async def apply_template(self, request: web.Request) -> web.Response:
@@ -160,15 +160,15 @@ class InfoApi:
         refuse_unsupported(body)
         prompt = chat_prompt(body)
         generate = body.add_generation_prompt is not False
-        answer = await self._ask(lambda id: frames.Render(id, prompt, generate), "messages")
-        assert isinstance(answer, frames.Text)
+        answer = await self._ask(lambda id: messages.Render(id, prompt, generate), "messages")
+        assert isinstance(answer, messages.Text)
         return _json({"prompt": answer.text})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""
         return web.Response(body=self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
 
-    async def _ask(self, question: Question, param: str) -> frames.Answer:
+    async def _ask(self, question: Question, param: str) -> messages.Answer:
         """The engine's answer about the text in the field `param`."""
         try:
             return await self._supervisor.ask(question)
@@ -194,7 +194,7 @@ class InfoApi:
         return card
 
 
-def _with_pieces(answer: frames.Encoded) -> list[dict[str, Any]]:
+def _with_pieces(answer: messages.Encoded) -> list[dict[str, Any]]:
     """Each id with its text, or with its bytes where they are no whole text."""
     tokens = []
     for id, piece in zip(answer.ids, answer.pieces, strict=True):

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from slimoe.server.messages import Answer, Done, Step
+from slimoe.server.process.request_handle import RequestHandle
 from slimoe.server.process.supervisor import Supervisor
-from slimoe.server.process.ticket import Ticket
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BY_UNIT = {
@@ -44,17 +44,17 @@ class Metrics:
         restarts.set_function(lambda: supervisor.n_restarts)
         registry.register(TierCollector(lambda: {} if supervisor.info is None else supervisor.info.counters))
 
-    def note(self, ticket: Ticket, answer: Answer) -> None:
+    def note(self, handle: RequestHandle, answer: Answer) -> None:
         """Counts one answer of the engine."""
-        if isinstance(answer, Step) and not ticket.has_begun:
-            ticket.has_begun = True
-            self._first.observe(time.monotonic() - ticket.submitted_at)
+        if isinstance(answer, Step) and not handle.has_begun:
+            handle.has_begun = True
+            self._first.observe(time.monotonic() - handle.submitted_at)
         elif isinstance(answer, Done):
             self._prompt.inc(answer.timings.prompt_n)
             self._cached.inc(answer.timings.cached_n)
             self._generated.inc(answer.timings.predicted_n)
             self._finished.labels(answer.reason).inc()
-            self._whole.observe(time.monotonic() - ticket.submitted_at)
+            self._whole.observe(time.monotonic() - handle.submitted_at)
 
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from slimoe.server.child_python import module_command
-from slimoe.server.messages import Frame, FrameBuffer, FromEngine, decode_from_engine, pack
+from slimoe.server.messages import FromEngine, Message, MessageBuffer, decode_from_engine, pack
 
 COMMAND = module_command("slimoe.server.process.engine_process")
 
 
 class EngineChild(asyncio.SubprocessProtocol):
-    """Calls `on_frame` for every message and `on_exit` with the exit status, after the last message."""
+    """Calls `on_message` for every message and `on_exit` with the exit status, after the last message."""
 
-    def __init__(self, on_frame: Callable[[FromEngine], None], on_exit: Callable[[int], None]) -> None:
-        self._on_frame = on_frame
+    def __init__(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]) -> None:
+        self._on_message = on_message
         self._on_exit = on_exit
-        self._buffer = FrameBuffer()
+        self._buffer = MessageBuffer()
         self._transport: asyncio.SubprocessTransport | None = None
 
     async def start(self, command: Sequence[str] = COMMAND) -> None:
@@ -42,13 +42,13 @@ class EngineChild(asyncio.SubprocessProtocol):
         assert self._transport is not None
         return self._transport.get_pid()
 
-    def send(self, frame: Frame) -> None:
+    def send(self, message: Message) -> None:
         """Sends one message; lost when the process is gone, which `on_exit` tells."""
         assert self._transport is not None
         pipe = self._transport.get_pipe_transport(0)
         assert isinstance(pipe, asyncio.WriteTransport)
         if not pipe.is_closing():
-            pipe.write(pack(frame))
+            pipe.write(pack(message))
 
     def kill(self) -> None:
         """Ends the process at once; its memory goes back to the machine."""
@@ -64,7 +64,7 @@ class EngineChild(asyncio.SubprocessProtocol):
         """Called by asyncio for every piece of output."""
         try:
             for body in self._buffer.feed(data):
-                self._on_frame(decode_from_engine(body))
+                self._on_message(decode_from_engine(body))
         except msgspec.MsgspecError as error:
             print(f"The engine's process sent a message that cannot be read ({error}). Ending it.", file=sys.stderr)
             self.kill()

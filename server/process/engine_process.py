@@ -22,7 +22,7 @@ from slimoe.offload.cache.disk_reader import FileChangedError
 from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
 from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, Outcome
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.process.heartbeat import Heartbeat
 from slimoe.server.process.pipe import Pipe, leave
@@ -52,7 +52,7 @@ class ServedEngine(OpenModel, Protocol):
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
 
 
-OpenEngine = Callable[[frames.Open, Callable[[int, int], None]], ServedEngine]
+OpenEngine = Callable[[messages.Open, Callable[[int, int], None]], ServedEngine]
 
 
 class EngineProcess:
@@ -63,17 +63,17 @@ class EngineProcess:
         self._preparer: Preparer | None = None
         self._heartbeat = Heartbeat(pipe.send)
         self._n_parallel = 1
-        self._opening: queue.SimpleQueue[frames.Open] = queue.SimpleQueue()
+        self._opening: queue.SimpleQueue[messages.Open] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Replies] = {}
-        self._handlers: Mapping[type[frames.ToEngine], Callable[[Any], None]] = {
-            frames.Open: self._opening.put,
-            frames.Submit: self._submit,
-            frames.Cancel: self._cancel,
-            frames.Encode: self._answer,
-            frames.Decode: self._answer,
-            frames.Render: self._answer,
+        self._handlers: Mapping[type[messages.ToEngine], Callable[[Any], None]] = {
+            messages.Open: self._opening.put,
+            messages.Submit: self._submit,
+            messages.Cancel: self._cancel,
+            messages.Encode: self._answer,
+            messages.Decode: self._answer,
+            messages.Render: self._answer,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -92,13 +92,13 @@ class EngineProcess:
             return
         self._preparer = Preparer(prompts, self._pipe.send, self._take)
         problem = self._preparer.template_problem()
-        self._pipe.send(frames.Ready(frames.with_notes(info, () if problem is None else (problem,))))
+        self._pipe.send(messages.Ready(messages.with_notes(info, () if problem is None else (problem,))))
         self._serve(engine, prompts)
 
     def _read(self) -> None:
         try:
-            for frame in self._pipe.frames():
-                self._handlers[type(frame)](frame)
+            for message in self._pipe.messages():
+                self._handlers[type(message)](message)
         finally:
             leave()
 
@@ -109,19 +109,19 @@ class EngineProcess:
             now = time.monotonic()
             if now - last[0] >= PROGRESS_SECONDS or done_bytes >= total_bytes:
                 last[0] = now
-                self._pipe.send(frames.Loading(done_bytes, total_bytes))
+                self._pipe.send(messages.Loading(done_bytes, total_bytes))
 
         return report
 
-    def _submit(self, frame: frames.Submit) -> None:
+    def _submit(self, message: messages.Submit) -> None:
         assert self._preparer is not None, "a request came before the model was ready"
-        job = self._jobs[frame.id] = Job(frame)
+        job = self._jobs[message.id] = Job(message)
         self._preparer.prepare(job)
 
     def _take(self, job: Job) -> None:
         """Called by the preparer when it is done with a job."""
         if job.request is None:
-            self._jobs.pop(job.frame.id, None)
+            self._jobs.pop(job.message.id, None)
         else:
             self._waiting.put(job)
 
@@ -129,8 +129,8 @@ class EngineProcess:
         assert self._preparer is not None
         self._preparer.answer(question)
 
-    def _cancel(self, frame: frames.Cancel) -> None:
-        job = self._jobs.get(frame.id)
+    def _cancel(self, message: messages.Cancel) -> None:
+        job = self._jobs.get(message.id)
         if job is not None:
             job.cancelled.set()
 
@@ -172,15 +172,15 @@ class EngineProcess:
     def _start(self, engine: ServedEngine, prompts: Prompts, job: Job) -> None:
         assert job.request is not None
         if job.cancelled.is_set():
-            self._jobs.pop(job.frame.id, None)
+            self._jobs.pop(job.message.id, None)
             return
 
         def is_cancelled() -> bool:
             self._heartbeat.tick()
             return job.cancelled.is_set()
 
-        self._pipe.send(frames.Progress(job.frame.id, 0, len(job.request.prompt_ids), 0))
-        replies = Replies(job.frame.id, job.request, prompts.piece, engine.counters)
+        self._pipe.send(messages.Progress(job.message.id, 0, len(job.request.prompt_ids), 0))
+        replies = Replies(job.message.id, job.request, prompts.piece, engine.counters)
         try:
             self._running[engine.submit(job.request, is_cancelled)] = replies
         except Exception as error:
@@ -189,15 +189,15 @@ class EngineProcess:
 
     def _tell(self, id: int, event: Event | Failed) -> None:
         replies = self._running[id]
-        frame = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
-        if frame is not None:
-            self._pipe.send(frame)
+        message = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
+        if message is not None:
+            self._pipe.send(message)
         if isinstance(event, Failed | Finished):
             del self._running[id]
             self._jobs.pop(replies.id, None)
 
 
-def open_engine(request: frames.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:
+def open_engine(request: messages.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:
     """Opens the real engine; what `request` leaves open takes the engine's defaults."""
     from slimoe.offload.engine import Engine
     from slimoe.offload.plan.engine_plan import EngineConfig

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
-from slimoe.server.messages import Frame, FrameBuffer, ToEngine, decode_to_engine, pack
+from slimoe.server.messages import Message, MessageBuffer, ToEngine, decode_to_engine, pack
 
 _READ_BYTES = 1 << 16
 
@@ -33,16 +33,16 @@ class Pipe:
         os.dup2(2, 1)
         return cls(read_fd, write_fd)
 
-    def frames(self) -> Iterator[ToEngine]:
+    def messages(self) -> Iterator[ToEngine]:
         """Every message until the other side closes the pipe."""
-        buffer = FrameBuffer()
+        buffer = MessageBuffer()
         while data := os.read(self._read_fd, _READ_BYTES):
             for body in buffer.feed(data):
                 yield decode_to_engine(body)
 
-    def send(self, frame: Frame) -> None:
+    def send(self, message: Message) -> None:
         """Writes one message; ends the process when nobody reads it any more."""
-        data = memoryview(pack(frame))
+        data = memoryview(pack(message))
         try:
             with self._lock:
                 while data:

@@ -11,22 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from slimoe.offload.text.generation import GenerationRequest
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts, RequestError, conversation
 from slimoe.server.chat.template_error import TemplateBusyError, TemplateLimitError
 from slimoe.server.process.replies import failure_of
 
-Send = Callable[[frames.Frame], None]
+Send = Callable[[messages.Message], None]
 MOST_STOPPED = 2
 """How often the template may be stopped, each time after a second at most, while a conversation waits."""
-Question = frames.Encode | frames.Decode | frames.Render
+Question = messages.Encode | messages.Decode | messages.Render
 
 
 @dataclass(eq=False, slots=True)
 class Job:
     """One generation: as it was asked for, and once it is prepared, as the engine takes it."""
 
-    frame: frames.Submit
+    message: messages.Submit
     cancelled: threading.Event = field(default_factory=threading.Event)
     request: GenerationRequest | None = None
 
@@ -54,7 +54,7 @@ class Preparer:
     def prepare(self, job: Job) -> None:
         """Queues a generation."""
         n_before = self._n_stopped
-        if isinstance(job.frame.prompt, frames.ChatPrompt):
+        if isinstance(job.message.prompt, messages.ChatPrompt):
             self._chats.put(lambda: self._prepare(job, n_before))
         else:
             self._texts.put(lambda: self._prepare(job))
@@ -62,20 +62,20 @@ class Preparer:
     def answer(self, question: Question) -> None:
         """Queues a question."""
         n_before = self._n_stopped
-        if isinstance(question, frames.Render):
+        if isinstance(question, messages.Render):
             self._chats.put(lambda: self._answer(question, n_before))
         else:
             self._texts.put(lambda: self._answer(question))
 
     def _prepare(self, job: Job, n_before: int | None = None) -> None:
-        frame = job.frame
+        message = job.message
         if not job.cancelled.is_set():
             try:
                 self._check_turn(n_before)
-                job.request = self._prompts.complete(frame.request, frame.prompt)
-                self._send(frames.Accepted(frame.id, len(job.request.prompt_ids)))
+                job.request = self._prompts.complete(message.request, message.prompt)
+                self._send(messages.Accepted(message.id, len(job.request.prompt_ids)))
             except Exception as error:
-                self._fail(frame.id, error, frame.request.max_tokens)
+                self._fail(message.id, error, message.request.max_tokens)
         self._take(job)
 
     def _answer(self, question: Question, n_before: int | None = None) -> None:
@@ -94,20 +94,20 @@ class Preparer:
         self._n_stopped += isinstance(error, TemplateLimitError)
         self._send(failure_of(id, error, max_tokens))
 
-    def _answered(self, question: Question) -> frames.Answer:
+    def _answered(self, question: Question) -> messages.Answer:
         prompts = self._prompts
         match question:
-            case frames.Encode(id, text, add_special, parse_special, with_pieces):
+            case messages.Encode(id, text, add_special, parse_special, with_pieces):
                 ids = prompts.text_ids(text, add_special=add_special, parse_special=parse_special)
                 pieces = tuple(prompts.piece(token) for token in ids) if with_pieces else ()
-                return frames.Encoded(id, tuple(ids), pieces)
-            case frames.Decode(id, ids, shows_control):
+                return messages.Encoded(id, tuple(ids), pieces)
+            case messages.Decode(id, ids, shows_control):
                 if len(ids) > prompts.n_told:
                     raise RequestError("tokens", f"{len(ids):,} tokens are too many: {prompts.n_told:,} are allowed.")
-                known = prompts.prompt(frames.TokenPrompt(ids)).ids if ids else ()
-                return frames.Text(id, prompts.tokenizer.decode(known, special=shows_control))
-            case frames.Render(id, prompt, add_generation_prompt):
-                return frames.Text(id, prompts.chat.render(conversation(prompt, add_generation_prompt)))
+                known = prompts.prompt(messages.TokenPrompt(ids)).ids if ids else ()
+                return messages.Text(id, prompts.tokenizer.decode(known, special=shows_control))
+            case messages.Render(id, prompt, add_generation_prompt):
+                return messages.Text(id, prompts.chat.render(conversation(prompt, add_generation_prompt)))
 
 
 def _work(waiting: "queue.SimpleQueue[Callable[[], None]]") -> None:

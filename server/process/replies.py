@@ -27,7 +27,7 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from slimoe.offload.text.tokenizer import Tokenizer
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.chat.prompts import RequestError
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateBusyError
 from slimoe.server.log_format import log_text
@@ -61,30 +61,30 @@ class Replies:
     piece: Callable[[int], bytes]
     counters: Callable[[], dict[str, float]] = dict
 
-    def event(self, event: Event) -> frames.Frame | None:
+    def event(self, event: Event) -> messages.Message | None:
         """The message of an event; None when it has nothing to say."""
         match event:
             case TokenStep(_, text, logprob, piece, added):
                 scored = None if logprob is None else self._in_answer(logprob, piece, added)
-                return frames.Step(self.id, text, scored) if text or scored else None
+                return messages.Step(self.id, text, scored) if text or scored else None
             case PromptProgress(n_done, n_total, n_cached):
-                return frames.Progress(self.id, n_done, n_total, n_cached)
+                return messages.Progress(self.id, n_done, n_total, n_cached)
             case PromptLogprobs(tokens):
-                return frames.PromptScores(self.id, self._prompt_scores(tokens))
+                return messages.PromptScores(self.id, self._prompt_scores(tokens))
             case Finished(reason, text, timings, memory, tiers):
-                return frames.Done(self.id, reason, text, timings, memory, tiers, self.counters())
+                return messages.Done(self.id, reason, text, timings, memory, tiers, self.counters())
 
-    def failure(self, error: Exception) -> frames.Failure:
+    def failure(self, error: Exception) -> messages.Failure:
         """The message of an error that ended the generation."""
         return failure_of(self.id, error, self.request.max_tokens)
 
-    def _prompt_scores(self, scores: tuple[TokenLogprob | None, ...]) -> tuple[frames.ScoredToken, ...]:
+    def _prompt_scores(self, scores: tuple[TokenLogprob | None, ...]) -> tuple[messages.ScoredToken, ...]:
         return tuple(
-            frames.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
+            messages.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
             for token, score in zip(self.request.prompt_ids, scores, strict=True)
         )
 
-    def _in_answer(self, score: TokenLogprob, piece: bytes, text: str) -> frames.ScoredToken:
+    def _in_answer(self, score: TokenLogprob, piece: bytes, text: str) -> messages.ScoredToken:
         """The score of a token as it stands in the answer, where control tokens and a first space are not seen."""
         scored = self._scored(score)
         strips_space = scored.piece == b" " + piece
@@ -94,17 +94,17 @@ class Replies:
         )
         return msgspec.structs.replace(scored, piece=piece, top=top, text=text)
 
-    def _scored(self, score: TokenLogprob) -> frames.ScoredToken:
+    def _scored(self, score: TokenLogprob) -> messages.ScoredToken:
         top = tuple((token, self.piece(token), logprob) for token, logprob in score.top)
-        return frames.ScoredToken(score.token, self.piece(score.token), score.logprob, top)
+        return messages.ScoredToken(score.token, self.piece(score.token), score.logprob, top)
 
 
-def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> frames.Failure:
+def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> messages.Failure:
     """The message that tells the other side of `error`; a bug of ours also leaves its traceback in the log."""
     match error:
         case ContextOverflowError():
             n_completion = max_tokens or 0
-            return frames.Failure(
+            return messages.Failure(
                 id,
                 "context_overflow",
                 str(error),
@@ -114,7 +114,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
                 n_ctx=error.n_ctx,
             )
         case DoesNotFitError():
-            return frames.Failure(
+            return messages.Failure(
                 id,
                 "device" if isinstance(error, DeviceFullError) else "does_not_fit",
                 str(error),
@@ -123,27 +123,27 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> fram
                 available_bytes=error.available_bytes,
             )
         case RequestError():
-            return frames.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
+            return messages.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
         case ChatTemplateError():
-            return frames.Failure(id, "template", str(error), "messages", error.exit_code)
+            return messages.Failure(id, "template", str(error), "messages", error.exit_code)
         case TemplateBusyError():
-            return frames.Failure(id, "template_busy", str(error), exit_code=error.exit_code)
+            return messages.Failure(id, "template_busy", str(error), exit_code=error.exit_code)
         case UsageError():
-            return frames.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
+            return messages.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
         case DeviceError():
-            return frames.Failure(id, "device", str(error), exit_code=error.exit_code)
+            return messages.Failure(id, "device", str(error), exit_code=error.exit_code)
         case SlimoeError():
-            return frames.Failure(id, "model", str(error), exit_code=error.exit_code)
+            return messages.Failure(id, "model", str(error), exit_code=error.exit_code)
     print(log_text("The engine failed.", error), file=sys.stderr)
-    return frames.Failure(id, "internal", f"The engine failed ({type(error).__name__}). The log says more.")
+    return messages.Failure(id, "internal", f"The engine failed ({type(error).__name__}). The log says more.")
 
 
-def describe(engine: OpenModel) -> frames.ModelInfo:
+def describe(engine: OpenModel) -> messages.ModelInfo:
     """What the other side tells about an open model."""
     tokenizer, spec = engine.tokenizer, engine.spec
     names = [None, None] if tokenizer is None else [tokenizer.bos, tokenizer.eos]
     texts = ["" if tokenizer is None or token is None else tokenizer.token_text(token) for token in names]
-    return frames.ModelInfo(
+    return messages.ModelInfo(
         n_ctx=engine.n_ctx,
         n_ctx_train=spec.n_ctx_train,
         n_vocab=spec.n_vocab,

@@ -19,10 +19,10 @@ import msgspec
 from slimoe.offload.printable import printable
 from slimoe.offload.resources.memory import private_bytes
 from slimoe.offload.text.generation import GenerationRequest
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.log_format import log_text
 from slimoe.server.process.engine_child import COMMAND, EngineChild
-from slimoe.server.process.ticket import EngineFailure, Ticket
+from slimoe.server.process.request_handle import EngineFailure, RequestHandle
 
 Phase = Literal["loading", "ready", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
@@ -58,15 +58,15 @@ class Supervisor:
 
     def __init__(
         self,
-        model: frames.Open,
+        model: messages.Open,
         n_queue: int = DEFAULT_N_QUEUE,
         command: Sequence[str] = COMMAND,
         patience: Patience = Patience(),
     ) -> None:
         self.phase: Phase = "loading"
-        self.progress = frames.Loading(0, 0)
-        self.info: frames.ModelInfo | None = None
-        self.failure: frames.Failure | None = None
+        self.progress = messages.Loading(0, 0)
+        self.info: messages.ModelInfo | None = None
+        self.failure: messages.Failure | None = None
         self.n_admitted = 0
         self.n_restarts = 0
         self.n_parallel = model.n_parallel or 1
@@ -75,9 +75,9 @@ class Supervisor:
         self._command = command
         self._child: EngineChild | None = None
         self._ids = itertools.count(1)
-        self._unsent: dict[int, frames.Frame] = {}
-        self._sent: dict[int, frames.Frame] = {}
-        self._tickets: dict[int, Ticket] = {}
+        self._unsent: dict[int, messages.Message] = {}
+        self._sent: dict[int, messages.Message] = {}
+        self._handles: dict[int, RequestHandle] = {}
         self._pause = 0.0
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
@@ -86,7 +86,7 @@ class Supervisor:
         self._silent_seconds = self._stuck_seconds = 0.0
         self._is_heard = False
         self._watching: asyncio.Task[None] | None = None
-        self._crash: frames.Failure | None = None
+        self._crash: messages.Failure | None = None
 
     @property
     def pid(self) -> int | None:
@@ -96,12 +96,12 @@ class Supervisor:
     @property
     def n_busy(self) -> int:
         """Requests at the engine or waiting for it."""
-        return len(self._tickets)
+        return len(self._handles)
 
     @property
     def n_underway(self) -> int:
         """Requests that the engine works on."""
-        return sum(ticket.is_underway for ticket in self._tickets.values())
+        return sum(handle.is_underway for handle in self._handles.values())
 
     def start(self) -> None:
         """Starts the engine's process; `wait_ready` tells when the model is open."""
@@ -118,13 +118,13 @@ class Supervisor:
     async def _watch(self) -> None:
         """Kills an engine that is silent or stuck for too long."""
         while True:
-            await asyncio.sleep(frames.BEAT_SECONDS)
+            await asyncio.sleep(messages.BEAT_SECONDS)
             if self._child is None:
                 continue
-            self._silent_seconds += frames.BEAT_SECONDS
+            self._silent_seconds += messages.BEAT_SECONDS
             problem = self._hopeless_problem()
             if problem is not None:
-                self._crash = frames.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
+                self._crash = messages.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
                 self._silent_seconds = self._stuck_seconds = 0.0
                 self._child.kill()
 
@@ -136,7 +136,7 @@ class Supervisor:
             return f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
         return None
 
-    async def wait_ready(self) -> frames.ModelInfo:
+    async def wait_ready(self) -> messages.ModelInfo:
         """What the open model is; raises EngineFailure when it cannot be opened."""
         while self.phase == "loading":
             self._changed.clear()
@@ -157,24 +157,26 @@ class Supervisor:
         finally:
             self.n_admitted -= 1
 
-    def submit(self, prompt: frames.PromptSource, request: GenerationRequest) -> Ticket:
+    def submit(self, prompt: messages.PromptSource, request: GenerationRequest) -> RequestHandle:
         """Queues one generation, behind those submitted before."""
-        return self._send(lambda id: frames.Submit(id, prompt, request))
+        return self._send(lambda id: messages.Submit(id, prompt, request))
 
-    async def ask(self, question: Callable[[int], frames.Encode | frames.Decode | frames.Render]) -> frames.Answer:
+    async def ask(
+        self, question: Callable[[int], messages.Encode | messages.Decode | messages.Render]
+    ) -> messages.Answer:
         """The one answer to a question about text; raises EngineFailure."""
-        ticket = self._send(question)
+        handle = self._send(question)
         try:
-            return (await ticket.next())[0]
+            return (await handle.next())[0]
         finally:
-            ticket.close()
+            handle.close()
 
     async def stop(self, grace: float = 0.0) -> None:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
         self._fail_all(list(self._unsent), _stopping)
-        await self._wait(lambda: not self._tickets or self._child is None, grace)
-        self._fail_all(list(self._tickets), _stopping)
+        await self._wait(lambda: not self._handles or self._child is None, grace)
+        self._fail_all(list(self._handles), _stopping)
         for task in (self._launching, self._watching):
             if task is not None:
                 task.cancel()
@@ -191,46 +193,46 @@ class Supervisor:
                     self._changed.clear()
                     await self._changed.wait()
 
-    def _send(self, make: Callable[[int], frames.Frame]) -> Ticket:
+    def _send(self, make: Callable[[int], messages.Message]) -> RequestHandle:
         id = next(self._ids)
-        ticket = Ticket(id, self._close)
+        handle = RequestHandle(id, self._close)
         if self.phase == "stopped":
-            ticket.push(_stopping(id))
+            handle.push(_stopping(id))
         elif self.phase == "failed":
             assert self.failure is not None
-            ticket.push(_for(self.failure, id))
+            handle.push(_for(self.failure, id))
         else:
-            self._tickets[id] = ticket
+            self._handles[id] = handle
             self._unsent[id] = make(id)
             self._flush()
-        return ticket
+        return handle
 
     def _flush(self) -> None:
         if self.phase != "ready" or self._child is None:
             return
-        for frame in self._unsent.values():
-            self._child.send(frame)
+        for message in self._unsent.values():
+            self._child.send(message)
         self._sent |= self._unsent
         self._unsent.clear()
 
-    def _close(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.id, None) is None:
+    def _close(self, handle: RequestHandle) -> None:
+        if self._handles.pop(handle.id, None) is None:
             return
-        was_sent = self._unsent.pop(ticket.id, None) is None
-        self._sent.pop(ticket.id, None)
-        if was_sent and not ticket.is_over and self._child is not None:
-            self._child.send(frames.Cancel(ticket.id))
+        was_sent = self._unsent.pop(handle.id, None) is None
+        self._sent.pop(handle.id, None)
+        if was_sent and not handle.is_over and self._child is not None:
+            self._child.send(messages.Cancel(handle.id))
         self._note_change()
 
     async def _launch(self) -> None:
         await asyncio.sleep(self._pause)
         self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
-        child = EngineChild(self._on_frame, self._on_exit)
+        child = EngineChild(self._on_message, self._on_exit)
         try:
             await child.start(self._command)
         except OSError as error:
             problem = f"The engine's process cannot be started ({error.strerror})."
-            self.failure = frames.Failure(0, "internal", problem)
+            self.failure = messages.Failure(0, "internal", problem)
             self._on_exit(1)
             return
         self._child = child
@@ -238,21 +240,21 @@ class Supervisor:
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
         child.send(msgspec.structs.replace(self._model, held_bytes=private_bytes()))
 
-    def _on_frame(self, frame: frames.FromEngine) -> None:
+    def _on_message(self, message: messages.FromEngine) -> None:
         self._silent_seconds = 0.0
-        match frame:
-            case frames.Loading():
-                self.progress = frame
-            case frames.Beat(stuck_seconds):
+        match message:
+            case messages.Loading():
+                self.progress = message
+            case messages.Beat(stuck_seconds):
                 self._is_heard, self._stuck_seconds = True, stuck_seconds
-            case frames.Ready(info):
+            case messages.Ready(info):
                 self._be_ready(info)
-            case frames.Failure(id=0):
-                self.failure = frame
+            case messages.Failure(id=0):
+                self.failure = message
             case _:
-                self._deliver(frame)
+                self._deliver(message)
 
-    def _be_ready(self, info: frames.ModelInfo) -> None:
+    def _be_ready(self, info: messages.ModelInfo) -> None:
         self.info, self.failure, self._crash = info, None, None
         self._tell(info.notes)
         if self.phase != "stopped":
@@ -267,30 +269,30 @@ class Supervisor:
                 print(printable(note), file=sys.stderr)
         self._told.update(notes)
 
-    def _deliver(self, answer: frames.Answer) -> None:
-        ticket = self._tickets.get(answer.id)
-        if ticket is None:
+    def _deliver(self, answer: messages.Answer) -> None:
+        handle = self._handles.get(answer.id)
+        if handle is None:
             return
-        ticket.push(answer)
-        if ticket.is_underway:
+        handle.push(answer)
+        if handle.is_underway:
             self._sent.pop(answer.id, None)
-        if isinstance(answer, frames.Done):
+        if isinstance(answer, messages.Done):
             self._pause = 0.0
-            self.info = None if self.info is None else frames.with_figures(self.info, answer)
+            self.info = None if self.info is None else messages.with_figures(self.info, answer)
 
     def _on_exit(self, returncode: int) -> None:
         self._child = None
         if self.phase == "stopped":
-            self._fail_all(list(self._tickets), _stopping)
+            self._fail_all(list(self._handles), _stopping)
             self._note_change()
             return
-        crash = self.failure or self._crash or frames.Failure(0, "engine_crashed", _how_it_ended(returncode))
+        crash = self.failure or self._crash or messages.Failure(0, "engine_crashed", _how_it_ended(returncode))
         self._crash = crash
         self._fail_all(self._lost(), lambda id: _for(crash, id))
         leaves_devices = crash.kind == "device" and self._leave_devices()
         if self.info is None and not leaves_devices:
             self.failure, self.phase = crash, "failed"
-            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+            self._fail_all(list(self._handles), lambda id: _for(crash, id))
         else:
             self._restart(crash, may_heal=leaves_devices or self._may_heal(crash))
         self._note_change()
@@ -298,14 +300,14 @@ class Supervisor:
     def _lost(self) -> list[int]:
         """Requests that ended with the engine; those that it had not begun are sent again, a few times at most."""
         again = {}
-        for id, frame in self._sent.items():
-            ticket = self._tickets.get(id)
-            if ticket is not None and not ticket.is_underway and ticket.n_tries < MAX_TRIES:
-                ticket.n_tries += 1
-                again[id] = frame
+        for id, message in self._sent.items():
+            handle = self._handles.get(id)
+            if handle is not None and not handle.is_underway and handle.n_tries < MAX_TRIES:
+                handle.n_tries += 1
+                again[id] = message
         self._sent.clear()
         self._unsent = {**again, **self._unsent}
-        return [id for id in self._tickets if id not in self._unsent]
+        return [id for id in self._handles if id not in self._unsent]
 
     def _leave_devices(self) -> bool:
         """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
@@ -316,11 +318,11 @@ class Supervisor:
         self._tell(["Going on without devices. Start the server again to use them again."])
         return True
 
-    def _may_heal(self, crash: frames.Failure) -> bool:
+    def _may_heal(self, crash: messages.Failure) -> bool:
         """Whether the next try may end otherwise: a device that failed in use may be back, not one that did at once."""
         return crash.kind in ("engine_crashed", "engine_stuck") or (crash.kind == "device" and self.phase == "ready")
 
-    def _restart(self, crash: frames.Failure, *, may_heal: bool) -> None:
+    def _restart(self, crash: messages.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
         print(log_text(crash.message), file=sys.stderr)
         self.n_restarts += 1
@@ -328,23 +330,23 @@ class Supervisor:
         self.failure = crash if is_hopeless else None
         self.phase = "failed" if is_hopeless else "loading"
         if is_hopeless:
-            self._fail_all(list(self._tickets), lambda id: _for(crash, id))
+            self._fail_all(list(self._handles), lambda id: _for(crash, id))
         self._launching = asyncio.create_task(self._launch())
 
-    def _fail_all(self, ids: Sequence[int], failure: Callable[[int], frames.Failure]) -> None:
+    def _fail_all(self, ids: Sequence[int], failure: Callable[[int], messages.Failure]) -> None:
         for id in ids:
             self._unsent.pop(id, None)
             self._sent.pop(id, None)
-            ticket = self._tickets.pop(id, None)
-            if ticket is not None:
-                ticket.push(failure(id))
+            handle = self._handles.pop(id, None)
+            if handle is not None:
+                handle.push(failure(id))
 
     def _note_change(self) -> None:
         self._changed.set()
 
 
-def _for(failure: frames.Failure, id: int) -> frames.Failure:
-    return frames.Failure(
+def _for(failure: messages.Failure, id: int) -> messages.Failure:
+    return messages.Failure(
         id,
         failure.kind,
         failure.message,
@@ -354,8 +356,8 @@ def _for(failure: frames.Failure, id: int) -> frames.Failure:
     )
 
 
-def _stopping(id: int) -> frames.Failure:
-    return frames.Failure(id, "shutting_down", "The server is shutting down.")
+def _stopping(id: int) -> messages.Failure:
+    return messages.Failure(id, "shutting_down", "The server is shutting down.")
 
 
 def _how_it_ended(returncode: int) -> str:

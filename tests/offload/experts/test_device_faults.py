@@ -22,7 +22,7 @@ from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.cli import run
 from slimoe.server.messages import Open
-from slimoe.server.process.ticket import EngineFailure
+from slimoe.server.process.request_handle import EngineFailure
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from slimoe.offload.text.generation import GenerationRequest
-from slimoe.server import messages as frames
+from slimoe.server import messages
 from slimoe.server.api_error import from_failure
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.chat.template_error import TemplateLimitError
@@ -22,9 +22,9 @@ class Scripted:
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def complete(self, request: GenerationRequest, source: frames.PromptSource) -> GenerationRequest:
+    def complete(self, request: GenerationRequest, source: messages.PromptSource) -> GenerationRequest:
         assert self.may_go_on.wait(TIMEOUT)
-        if isinstance(source, frames.ChatPrompt) and source.messages[0][1].startswith("bomb"):
+        if isinstance(source, messages.ChatPrompt) and source.messages[0][1].startswith("bomb"):
             raise TemplateLimitError("0.5 seconds of processor time")
         return request
 
@@ -34,13 +34,13 @@ class Waiting:
 
     def __init__(self) -> None:
         self.prompts = Scripted()
-        self.said: queue.SimpleQueue[frames.Frame] = queue.SimpleQueue()
+        self.said: queue.SimpleQueue[messages.Message] = queue.SimpleQueue()
         self.preparer = Preparer(cast(Prompts, self.prompts), self.said.put, lambda job: None)
 
     def put(self, *texts: str) -> None:
         for n, text in enumerate(texts):
-            prompt = frames.ChatPrompt((("user", text),))
-            self.preparer.prepare(Job(frames.Submit(n, prompt, GenerationRequest((1,)))))
+            prompt = messages.ChatPrompt((("user", text),))
+            self.preparer.prepare(Job(messages.Submit(n, prompt, GenerationRequest((1,)))))
 
     def told(self, n_answers: int) -> list[Any]:
         self.prompts.may_go_on.set()
@@ -53,12 +53,12 @@ def waiting() -> Waiting:
 
 
 def kinds(answers: list[Any]) -> list[str]:
-    return [answer.kind if isinstance(answer, frames.Failure) else "accepted" for answer in answers]
+    return [answer.kind if isinstance(answer, messages.Failure) else "accepted" for answer in answers]
 
 
 def test_those_that_wait_for_too_many_bombs_are_refused(waiting: Waiting) -> None:
     waiting.put(*["bomb"] * (MOST_STOPPED + 2), "hello")
-    waiting.preparer.answer(frames.Render(9, frames.ChatPrompt((("user", "hello"),))))
+    waiting.preparer.answer(messages.Render(9, messages.ChatPrompt((("user", "hello"),))))
     answers = waiting.told(MOST_STOPPED + 4)
     assert kinds(answers) == ["template"] * MOST_STOPPED + ["template_busy"] * 4
     error = from_failure(answers[-1])
@@ -76,7 +76,7 @@ def test_those_that_come_later_are_not(waiting: Waiting) -> None:
 
 def test_a_plain_text_waits_for_no_template(waiting: Waiting) -> None:
     waiting.put(*["bomb"] * MOST_STOPPED)
-    waiting.preparer.prepare(Job(frames.Submit(9, frames.TextPrompt("hello"), GenerationRequest((1,)))))
+    waiting.preparer.prepare(Job(messages.Submit(9, messages.TextPrompt("hello"), GenerationRequest((1,)))))
     assert sorted(kinds(waiting.told(MOST_STOPPED + 1))) == ["accepted", *["template"] * MOST_STOPPED]
 
 

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from slimoe.server.messages import Frame, Open
+from slimoe.server.messages import Message, Open
 from slimoe.server.process import supervisor
 from slimoe.server.process.engine_child import EngineChild
+from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Patience
-from slimoe.server.process.ticket import EngineFailure
 from tests.models.live_server import LiveOptions, LiveServer, live_server, until
 from tests.models.tiny_gguf import write_tiny_gguf
 
@@ -113,10 +113,10 @@ async def test_a_new_engine_hears_what_the_front_holds_by_then(model: Path, monk
     held, told = itertools.count(1000), list[int]()
     send = EngineChild.send
 
-    def see(child: EngineChild, frame: Frame) -> None:
-        if isinstance(frame, Open):
-            told.append(frame.held_bytes)
-        send(child, frame)
+    def see(child: EngineChild, message: Message) -> None:
+        if isinstance(message, Open):
+            told.append(message.held_bytes)
+        send(child, message)
 
     monkeypatch.setattr(EngineChild, "send", see)
     monkeypatch.setattr(supervisor, "private_bytes", lambda: next(held))

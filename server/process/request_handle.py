@@ -1,4 +1,4 @@
-"""A request's place at the engine, seen from the HTTP side: what it answered so far, and waiting for more."""
+"""A request that the server has sent to the engine, and the answers that have come back."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from slimoe.server.messages import Accepted, Answer, Done, Failure
 
 
 class EngineFailure(SlimoeError):
-    """The engine's process could not carry a request out; `failure` is what it said."""
+    """The engine could not carry out a request; `failure` is its message."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
@@ -17,14 +17,14 @@ class EngineFailure(SlimoeError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """What the command returns when the failure is its own."""
+        """The exit status of a command that this failure ends."""
         return self.failure.exit_code
 
 
-class Ticket:
-    """The answers to one request, in order; `close` tells the engine when nobody waits for the rest."""
+class RequestHandle:
+    """Hands out the engine's answers to one request in order. `close` cancels what is not answered yet."""
 
-    def __init__(self, id: int, on_close: Callable[["Ticket"], None]) -> None:
+    def __init__(self, id: int, on_close: Callable[["RequestHandle"], None]) -> None:
         self.id = id
         self.is_over = False
         self.has_begun = False
@@ -36,7 +36,7 @@ class Ticket:
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, answer: Answer) -> None:
-        """Adds an answer and wakes whoever waits; that the prompt is sound is told once, however often it is sent."""
+        """Adds an answer and wakes who waits. Of several `Accepted`, as a restarted engine sends, one is kept."""
         if isinstance(answer, Accepted):
             if self.is_accepted:
                 return
@@ -48,7 +48,7 @@ class Ticket:
         _wake(self._waiter)
 
     async def next(self, patience: float | None = None) -> list[Answer]:
-        """Everything that has arrived, at least one answer; nothing after `patience` seconds of silence.
+        """Waits for answers and returns all that arrived; an empty list after `patience` seconds without any.
 
         Raises EngineFailure once all answers before the failure were handed out.
         """
@@ -71,7 +71,7 @@ class Ticket:
         return answers
 
     def close(self) -> None:
-        """Gives the place up, whether or not the answer is complete."""
+        """Releases the request, and cancels it if its answer is not complete."""
         self._on_close(self)
 
 

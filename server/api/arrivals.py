@@ -1,0 +1,60 @@
+"""Generates the choices of one request, as many at once as the engine runs in parallel."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
+
+from slimoe.server.api.choice import Choice
+from slimoe.server.api.metrics import Metrics
+from slimoe.server.messages import Answer, Done
+from slimoe.server.process.request_handle import RequestHandle
+from slimoe.server.process.supervisor import Supervisor
+
+_Waiting = dict[asyncio.Task[list[Answer]], tuple[int, RequestHandle]]
+
+
+class Arrival(NamedTuple):
+    """The engine's latest answers about the choice of this index."""
+
+    choice_index: int
+    answers: Sequence[Answer]
+
+
+async def arrivals(
+    supervisor: Supervisor, metrics: Metrics, choices: Sequence[Choice], patience: float | None = None
+) -> AsyncGenerator[Arrival | None, None]:
+    """Yields the engine's answers about all `choices` until they are done, None after `patience` seconds of silence.
+
+    Raises EngineFailure when one of them fails. Close the iterator to give the others up.
+    """
+    to_come = iter(enumerate(choices))
+    waiting: _Waiting = {}
+    try:
+        while True:
+            for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):
+                _wait(waiting, index, supervisor.submit(choice.prompt, choice.request))
+            if not waiting:
+                return
+            done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                yield None
+            for task in sorted(done, key=lambda task: waiting[task][0]):
+                answers = task.result()
+                index, handle = waiting.pop(task)
+                if any(isinstance(answer, Done) for answer in answers):
+                    handle.close()
+                else:
+                    _wait(waiting, index, handle)
+                for answer in answers:
+                    metrics.note(handle, answer)
+                yield Arrival(index, answers)
+    finally:
+        for task, (_, handle) in waiting.items():
+            # A failure that nobody asks for would be logged.
+            _ = task.cancel() or task.cancelled() or task.exception()
+            handle.close()
+
+
+def _wait(waiting: _Waiting, index: int, handle: RequestHandle) -> None:
+    waiting[asyncio.create_task(handle.next())] = index, handle
