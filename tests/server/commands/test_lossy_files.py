@@ -1,4 +1,4 @@
-"""Every lossy mode of the README's table, opened on files that the README's own commands make."""
+"""Every lossy mode of the page's table, opened on files that the page's own commands make."""
 
 import re
 import shlex
@@ -22,10 +22,10 @@ from slimoe.server.cli import run
 from tests.models.slim_models import random_sequences
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
-SECTION = (Path(__file__).parents[3] / "README.md").read_text("utf-8").split("## Lossy modes")[1].split("\n## ")[0]
+PAGE = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text("utf-8")
 COMMANDS = {
     Path(match[1]).stem: (match[2].strip(), match[3].split())
-    for match in re.finditer(r"^slimoe convert SRC (\S+)([^#]*)# (.*)$", SECTION, re.MULTILINE)
+    for match in re.finditer(r"^slimoe convert SRC (\S+)([^#]*)# (.*)$", PAGE, re.MULTILINE)
 }
 FLAGS = {
     "low": [["--lossy", "low"]],
@@ -75,7 +75,7 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 def test_the_commands_lead_to_every_mode() -> None:
-    told = set(re.findall(r"^\| `(\w+)", SECTION, re.MULTILINE))
+    told = set(re.findall(r"^\| `(\w+)", PAGE, re.MULTILINE))
     assert told == set(LOSSY)
     assert {mode.partition(":")[0] for _, modes in COMMANDS.values() for mode in modes} == told | {"--max-kl"}
 
