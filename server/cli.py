@@ -15,10 +15,10 @@ from slimoe.server.telling import one_line, tell
 COMMANDS = {
     "bench": "Measure prompt and decoding speed of a model.",
     "calibrate": "Measure on texts what the layers and experts of a checkpoint do.",
-    "convert": "Make a GGUF file of a checkpoint, quantised or slimmed to a size.",
+    "convert": "Make a GGUF file of a checkpoint, quantised or compressed to a size.",
     "inspect": "Show what a model file or checkpoint holds.",
     "plan": "Say what a model would take or become, and how fast it would be, without loading it.",
-    "report": "Judge a file by the model that it was made of.",
+    "report": "Evaluate a file against the model that it was made of.",
     "run": "Complete a prompt, or chat in the terminal.",
     "serve": "Serve a model over HTTP as OpenAI's API.",
 }

@@ -38,11 +38,30 @@ class Speeds:
 
 @click.command("bench", cls=OptionsCommand)
 @engine_flags
-@click.option("-p", "--n-prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens to read.")
-@click.option("-n", "--n-gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to write.")
-@click.option("-d", "--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens read before.")
-@click.option("-r", "--rounds", "n_rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "-p",
+    "--n-prompt",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Prompt tokens to read in each round.",
+)
+@click.option(
+    "-n", "--n-gen", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to write in each round."
+)
+@click.option(
+    "-d", "--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens already in the context."
+)
+@click.option(
+    "-r",
+    "--rounds",
+    "n_rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Rounds that the medians are of.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(values: Mapping[str, Any]) -> None:
     """Measure how fast MODEL reads a prompt and writes an answer here, in medians over rounds.
 

@@ -34,20 +34,22 @@ _WORK = {
 
 @click.command("calibrate", cls=OptionsCommand)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.option("-o", "--output", metavar="STATS", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option(
-    "--text", "texts", metavar="[NAME=]FILE", multiple=True, help="Plain text, or .jsonl of chats. Repeatable."
+    "-o", "--output", metavar="STATS", required=True, type=click.Path(path_type=Path), help="Statistics file to write."
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=131072, show_default=True, help="Tokens at most.")
-@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
-@click.option("--types", metavar="LIST", help="ggml types to try, such as Q2_K,Q4_K; none for none.")
-@click.option("--no-sensitivity", is_flag=True, help="Leave out the backward pass.")
+@click.option(
+    "--text", "texts", metavar="[NAME=]FILE", multiple=True, help="Text to read: plain, or .jsonl of chats. Repeatable."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=131072, show_default=True, help="Most tokens to read.")
+@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each sequence.")
+@click.option("--device", default="auto", show_default=True, help="torch device: auto, cpu, cuda ...")
+@click.option("--types", metavar="LIST", help="ggml types to measure errors of, such as Q2_K,Q4_K; none measures none.")
+@click.option("--no-sensitivity", is_flag=True, help="Leave out the backward pass, and the costs that build on it.")
 @click.option(
     "--imatrix", metavar="FILE", type=click.Path(path_type=Path), help="Write llama.cpp's importance matrix too."
 )
 @click.option("-f", "--force", is_flag=True, help="Overwrite STATS and the importance matrix.")
-@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as one JSON object.")
 def command(values: Mapping[str, Any]) -> None:
     """Measure on texts what the layers and experts of SRC do, and keep it in STATS.
 

@@ -27,7 +27,7 @@ from slimoe.server.terminal.progress_bars import byte_bar
 @click.command("convert", cls=OptionsCommand)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("-t", "--type", "type_name", help="One of the types below (default: Q4_K_M).")
+@click.option("-t", "--type", "type_name", help="Type of the weights, one of those below (default: Q4_K_M).")
 @click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
 @click.option(
     "--imatrix",
@@ -36,12 +36,16 @@ from slimoe.server.terminal.progress_bars import byte_bar
     help="Fit weights to an importance matrix: llama.cpp's, or what slimoe calibrate measured.",
 )
 @slim_flags
-@click.option("--report/--no-report", default=True, help="Judge a slimmed file by SRC, in a report beside it.")
+@click.option(
+    "--report/--no-report",
+    default=True,
+    help="Evaluate a compressed file against SRC, in a report beside it (default: yes).",
+)
 @judging_flags
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to use; one a core if not given.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to convert with (default: one for each core).")
 @click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, exactly, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+@click.option("--dry-run", is_flag=True, help="Say exactly what would be written, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as one JSON object.")
 def command(values: Mapping[str, Any]) -> None:
     """Convert the Hugging Face checkpoint directory or GGUF file SRC to the GGUF file DST.
 
@@ -50,9 +54,9 @@ def command(values: Mapping[str, Any]) -> None:
     The result loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes
     of both. DST appears under its name only when it is whole.
 
-    With --target-size, a recipe or any other flag from --stats to --refit the model is slimmed, by what slimoe
+    With --target-size, a recipe or any other flag from --stats to --refit the model is compressed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
-    is given. Then it is judged by SRC on texts, in a report and a model card beside DST.
+    is given. Then it is evaluated against SRC on texts, in a report and a model card beside DST.
     """
     slim, type_name, pair = slim_options(values), values["type_name"], values["pair"]
     if pair and type_name:

@@ -15,7 +15,7 @@ _MAX_CHARS = 1000
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(model: Path, as_json: bool) -> None:
     """Show what MODEL holds: sizes, types, bytes by kind, tokenizer, origin.
 

@@ -31,8 +31,10 @@ class _UnmeasuredError(SlimoeError):
 @click.command("plan", cls=OptionsCommand)
 @engine_flags
 @slim_flags
-@click.option("-t", "--type", "type_name", help="As of slimoe convert, where no target chooses types.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "-t", "--type", "type_name", help="Type of the weights as for slimoe convert, where no target size chooses types."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
     "--measure/--no-measure",
     default=True,
@@ -40,7 +42,9 @@ class _UnmeasuredError(SlimoeError):
     help="Measure this machine for a prediction of speed, some seconds the first time; without it only what is known "
     "from earlier is used.",
 )
-@click.option("--serve", "for_serve", is_flag=True, help="Count what slimoe serve's other processes take as well.")
+@click.option(
+    "--serve", "for_serve", is_flag=True, help="Plan for slimoe serve, whose other processes need memory too."
+)
 def command(values: Mapping[str, Any]) -> None:
     """Say what opening MODEL would take, what would lie where, and how fast it would be, without loading it.
 

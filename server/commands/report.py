@@ -16,16 +16,16 @@ from slimoe.server.options.installed import CONVERTERS, check_installed
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
 @click.option(
-    "--stats", metavar="STATS", type=click.Path(path_type=Path), help="What slimoe calibrate measured of SRC."
+    "--stats", metavar="STATS", type=click.Path(path_type=Path), help="Statistics that slimoe calibrate wrote for SRC."
 )
 @judging_flags
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another name that torch knows.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine that writes texts with FILE.")
-@click.option("--record", is_flag=True, help="Keep the figures in FILE too, if its header has room for them.")
-@click.option("-f", "--force", is_flag=True, help="Replace a report that is there; what converting knew is kept.")
-@click.option("--json", "as_json", is_flag=True, help="Report in one JSON object on standard output.")
+@click.option("--device", default="auto", show_default=True, help="torch device: auto, cpu, cuda ...")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to write texts with FILE with.")
+@click.option("--record", is_flag=True, help="Write the figures into FILE too, if its header has room for them.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing report; what converting knew is kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as one JSON object.")
 def command(values: dict[str, Any]) -> None:
-    """Judge the GGUF file FILE by SRC, the checkpoint directory or GGUF file that it was made of.
+    """Evaluate the GGUF file FILE against SRC, the checkpoint directory or GGUF file that it was made of.
 
     Both read the same texts, layer by layer. Beside FILE are written FILE.report.md with pictures, FILE.report.json and
     FILE.card.md, a model card for hubs. Files of slimoe convert have a report already, which knows what was left out:

@@ -54,11 +54,11 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @engine_flags
 @click.option("-p", "--prompt", help="Text to continue; - reads it from standard input.")
 @click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
-@click.option("--chat", is_flag=True, help="Take the prompt as a chat message, with the model's template.")
+@click.option("--chat", is_flag=True, help="Treat the prompt as a chat message, with the model's template.")
 @click.option("--system", help="System message for a chat.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=-1), help="Tokens to write at most; -1 for as many as fit.")
-@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on where the model would stop.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=-1), help="Most tokens to write; -1 for as many as fit.")
+@click.option("--stop", multiple=True, help="Text that ends the answer. Repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Continue where the model would stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 @sampling_flags
 def command(values: Mapping[str, Any]) -> None:

@@ -58,19 +58,26 @@ class ServeOptions:
     default=DEFAULT_N_QUEUE,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Requests that may wait; more get status 429.",
+    help="Requests that may wait; further ones get status 429.",
 )
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key clients must send.")
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
 )
-@click.option("--no-key", is_flag=True, help="Let everyone who reaches a --host other than this machine in.")
-@click.option("--allowed-host", multiple=True, metavar="NAME", help="A name that clients may know this machine by.")
-@click.option("--allowed-origin", multiple=True, metavar="URL", help="A web origin whose pages may use the server.")
+@click.option("--no-key", is_flag=True, help="Ask for no key although --host lets other machines in.")
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="Host name under which clients may reach this server. Repeatable.",
+)
+@click.option(
+    "--allowed-origin", multiple=True, metavar="URL", help="Web origin whose pages may use this server. Repeatable."
+)
 @click.option(
     "--max-connections",
     type=click.IntRange(min=1),
-    help="Connections at once, at most (default: 256, or what the limit on open files allows).",
+    help="Most connections at once (default: 256, or what the limit on open files allows).",
 )
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
 @click.option(
@@ -78,7 +85,7 @@ class ServeOptions:
     default=GRACE_SECONDS,
     show_default=True,
     type=click.FloatRange(min=0),
-    help="Seconds that running answers get to end when the server is told to.",
+    help="Seconds that running answers get when the server is told to end.",
 )
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.

@@ -78,15 +78,25 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         type=click.IntRange(min=1),
         help="Context window in tokens (default: the model's, at most 4096).",
     ),
-    click.option("--batch", "n_batch", type=click.IntRange(min=1), help="Prompt tokens read at a time."),
+    click.option(
+        "--batch",
+        "n_batch",
+        type=click.IntRange(min=1),
+        help="Most prompt tokens computed at once (default: 512, or what memory leaves room for).",
+    ),
     click.option(
         "--parallel",
         "n_parallel",
         type=click.IntRange(min=1),
-        help="Requests that serve answers at once, each with a context window of its own (default: 1).",
+        help="Requests answered at once, each with a context window of its own (default: 1).",
     ),
-    click.option("--threads", "n_threads", type=click.IntRange(min=1), help="Threads to compute with."),
-    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Precision of the KV cache (default: f16)."),
+    click.option(
+        "--threads",
+        "n_threads",
+        type=click.IntRange(min=1),
+        help="Threads to compute with (default: what the machine or its control group has cores for).",
+    ),
+    click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache (default: f16)."),
     click.option(
         "--weights",
         type=click.Choice(WEIGHT_MODES),
@@ -104,7 +114,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         callback=_joined,
         metavar="SIZE",
-        help="The same on the device; several devices take several, with commas between (default: auto).",
+        help="The same for each device, with commas between several (default: auto).",
     ),
     click.option(
         "--device",
@@ -117,14 +127,18 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         callback=_joined,
         metavar="HOST:PORT",
-        help="Use another machine's device, where ggml's rpc-server runs; may be given several times.",
+        help="Use another machine's device, where ggml's rpc-server runs. Repeatable.",
     ),
-    click.option("--policy", type=click.Choice(POLICIES), help="Which experts to keep in fast memory (default: heat)."),
+    click.option(
+        "--policy",
+        type=click.Choice(POLICIES),
+        help="Cache policy: which experts stay in fast memory (default: heat, a decayed LFU).",
+    ),
     click.option(
         "--max-kl",
         type=click.FloatRange(min=0),
         metavar="X",
-        help="Loss allowed for speed, as a divergence in nats per token (default: none, answers are exact).",
+        help="KL divergence allowed for speed, in nats per token (default: none, answers are exact).",
     ),
     click.option(
         "--lossy",
@@ -135,7 +149,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--trace",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Record which experts are chosen to this file; an older recording there is replaced.",
+        help="Record the selected experts to this file, in place of an older recording.",
     ),
     click.option(
         "--direct-io/--no-direct-io",

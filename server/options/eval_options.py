@@ -33,14 +33,14 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         "eval_texts",
         metavar="[NAME=]FILE",
         multiple=True,
-        help="Judge by this text, best one that was not calibrated on. Repeatable.",
+        help="Text to evaluate on, best one that was not calibrated on. Repeatable.",
     ),
     click.option(
         "--eval-tokens",
         type=click.IntRange(min=64),
         default=DEFAULT_TOKENS,
         show_default=True,
-        help="Tokens to judge by, at most.",
+        help="Most tokens to evaluate on.",
     ),
 )
 

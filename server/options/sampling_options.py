@@ -24,15 +24,17 @@ def _count(flag: str, name: str, low: int, text: str) -> Callable[[F], F]:
 
 
 _FLAGS: tuple[Callable[[Any], Any], ...] = (
-    _number("--temp", "temperature", 0, None, "How freely to choose; 0 always takes the likeliest token."),
-    _count("--top-k", "top_k", 0, "Choose among so many likeliest tokens; 0 is all."),
-    _number("--top-p", "top_p", 0, 1, "Choose among the likeliest tokens of this total probability."),
-    _number("--min-p", "min_p", 0, 1, "Drop tokens below this share of the likeliest one's probability."),
-    _number("--repeat-penalty", "repeat_penalty", 0.01, None, "Above 1: avoid tokens that came up lately."),
-    _count("--repeat-last-n", "repeat_last_n", -1, "How many tokens are lately; -1 is all."),
-    _number("--presence-penalty", "presence_penalty", -2, 2, "Lowers tokens that came up lately."),
-    _number("--frequency-penalty", "frequency_penalty", -2, 2, "Lowers them once for each time."),
-    click.option("--seed", type=int, help="Makes the choices repeatable."),
+    _number("--temp", "temperature", 0, None, "Sampling temperature; 0 always takes the likeliest token."),
+    _count("--top-k", "top_k", 0, "Sample among this many likeliest tokens; 0 is all."),
+    _number("--top-p", "top_p", 0, 1, "Sample among the likeliest tokens of this total probability."),
+    _number("--min-p", "min_p", 0, 1, "Leave out tokens below this share of the likeliest one's probability."),
+    _number(
+        "--repeat-penalty", "repeat_penalty", 0.01, None, "Above 1 makes recent tokens less likely; 1 changes nothing."
+    ),
+    _count("--repeat-last-n", "repeat_last_n", -1, "How many tokens count as recent; -1 is all."),
+    _number("--presence-penalty", "presence_penalty", -2, 2, "Subtracted from the logits of recent tokens."),
+    _number("--frequency-penalty", "frequency_penalty", -2, 2, "Subtracted once for each time that a token is recent."),
+    click.option("--seed", type=int, help="Random seed, which makes answers repeatable."),
 )
 
 

@@ -142,42 +142,57 @@ def _list_recipes(ctx: click.Context, param: click.Parameter, is_asked: bool) ->
 
 _FLAGS: tuple[Callable[[Any], Any], ...] = (
     click.option(
-        "--stats", metavar="STATS", type=click.Path(path_type=Path), help="What slimoe calibrate measured of the model."
+        "--stats",
+        metavar="STATS",
+        type=click.Path(path_type=Path),
+        help="Statistics that slimoe calibrate wrote for the model.",
     ),
-    click.option("--target-size", type=SizeType(), metavar="SIZE", help="The most that the file may have, as 12GiB."),
+    click.option(
+        "--target-size", type=SizeType(), metavar="SIZE", help="Most bytes that the file may have, such as 12GiB."
+    ),
     click.option(
         "--target-bpw",
         type=click.FloatRange(min=0, min_open=True),
         metavar="BITS",
-        help="The same in bits of each weight.",
+        help="The same limit in bits per weight.",
     ),
-    click.option("--recipe", metavar="NAME|FILE", help="What to do, as TOML; the other flags override it."),
+    click.option(
+        "--recipe", metavar="NAME|FILE", help="What to do, as a TOML file or by name; other flags override it."
+    ),
     click.option(
         "--list-recipes",
         is_flag=True,
         is_eager=True,
         expose_value=False,
         callback=_list_recipes,
-        help="Show the recipes that come along.",
+        help="List the built-in recipes.",
     ),
-    click.option("--stock", is_flag=True, help="Only what an unmodified llama.cpp loads."),
-    click.option("--keep-experts", type=AmountType(), metavar="N|%", help="Experts to keep in each layer."),
-    click.option("--score", metavar="NAME", help="What ranks experts: subset (default), frequency, reap, ean ..."),
-    click.option("--overall/--no-overall", default=None, help="Rank all layers' experts together."),
-    click.option("--novices", is_flag=True, help="Put constants in the place of experts that are left out."),
-    click.option("--merge", metavar="NAME", help="Merge experts in place of dropping: hc-smoe or m-smoe."),
+    click.option("--stock", is_flag=True, help="Write only what an unmodified llama.cpp loads."),
+    click.option(
+        "--keep-experts", type=AmountType(), metavar="N|%", help="Experts to keep in each layer; the others are pruned."
+    ),
+    click.option(
+        "--score", metavar="NAME", help="How experts are ranked for pruning: subset (default), frequency, reap, ean ..."
+    ),
+    click.option("--overall/--no-overall", default=None, help="Rank the experts of all layers together."),
+    click.option("--novices", is_flag=True, help="Put constant experts (MoNE's novices) in place of pruned ones."),
+    click.option("--merge", metavar="NAME", help="Merge experts instead of pruning them: hc-smoe or m-smoe."),
     click.option("--width", type=click.IntRange(min=1), metavar="N", help="Neurons to keep in each expert."),
-    click.option("--drop-layers", type=AmountType(), metavar="N|%", help="Layers to leave the experts of out."),
-    click.option("--drop-attention", type=AmountType(), metavar="N|%", help="Layers to leave the attention of out."),
-    click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Whole layers to leave out."),
+    click.option("--drop-layers", type=AmountType(), metavar="N|%", help="Layers whose experts are left out."),
+    click.option("--drop-attention", type=AmountType(), metavar="N|%", help="Layers whose attention is left out."),
+    click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Layers that are left out as a whole."),
     click.option(
         "--search",
         type=MinutesType(min=0),
         default=0.0,
         metavar="MINUTES",
-        help="Improve the choice of types by measuring, for so long.",
+        help="Minutes to improve the choice of types by measuring.",
     ),
-    click.option("--feedback/--no-feedback", default=None, help="Make up for errors of rounding in later columns."),
+    click.option(
+        "--feedback/--no-feedback",
+        default=None,
+        help="Error feedback (GPTQ): later columns make up for rounding errors.",
+    ),
     click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
 )
 
