@@ -17,6 +17,7 @@ from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange
+from slimoe.offload.graph.expert_ffn import add_expert_ffn
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.model.experts import SlotClass
 
@@ -104,8 +105,7 @@ class SlotGraphs:
         rows = ggml.ggml_reshape_3d(ctx, gathered, n_embd, 1, n_pairs)
         ids = ggml.ggml_reshape_2d(ctx, slots, 1, n_pairs)
         gate, up, down = self._pools[shape.slot_class].stacks
-        projected = [ggml.ggml_mul_mat_id(ctx, matrix, rows, ids) for matrix in (gate, up)]
-        result = ggml.ggml_mul_mat_id(ctx, down, ggml.ggml_swiglu_split(ctx, *projected), ids)
+        result = add_expert_ffn(ctx, (gate, up), down, rows, ids)
         n_columns = self._n_used * shape.n_tokens
         share = ggml.ggml_get_rows(ctx, exchange.view(ctx, "shares", (1, n_columns)), shares)
         weighted = ggml.ggml_mul(ctx, result, ggml.ggml_reshape_3d(ctx, share, 1, 1, n_pairs))

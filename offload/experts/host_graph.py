@@ -19,6 +19,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.exchange import Exchange
+from slimoe.offload.graph.expert_ffn import add_expert_ffn
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.model.experts import SlotClass
 
@@ -160,9 +161,7 @@ class _Builder:
         tokens = self._input(Type.I32, n_pairs) if self._shape.n_tokens > 1 or n_pairs > 1 else 0
         gathered = ggml.ggml_get_rows(ctx, self._normed, tokens) if tokens else self._normed
         rows = ggml.ggml_reshape_3d(ctx, gathered, self._n_embd, 1, n_pairs)
-        # Gate before up, as in the uncut graph.
-        projected = [ggml.ggml_mul_mat_id(ctx, matrix, rows, ids) for matrix in (gate, up)]
-        result = ggml.ggml_mul_mat_id(ctx, down, ggml.ggml_swiglu_split(ctx, *projected), ids)
+        result = add_expert_ffn(ctx, (gate, up), down, rows, ids)
         share = ggml.ggml_reshape_3d(ctx, ggml.ggml_get_rows(ctx, self._shares, shares), 1, 1, n_pairs)
         weighted = ggml.ggml_reshape_2d(ctx, ggml.ggml_mul(ctx, result, share), self._n_embd, n_pairs)
         ggml.ggml_build_forward_expand(self.graph, ggml.ggml_set_rows(ctx, self._outputs, weighted, columns))

@@ -9,13 +9,13 @@ from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.experts.stage import ExpertStage, Site
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.graph.segment import SegmentBuilder, cut_into_segments
-from slimoe.offload.graph.step import StepShape
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.step import StepGraph, StepShape, build_step
+from slimoe.offload.graph.step import StepGraph, build_step
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
+from slimoe.offload.graph.expert_ffn import add_expert_sum
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.step import StepBuilder, StepInputs, StepShape
+from slimoe.offload.graph.router import add_router
+from slimoe.offload.graph.step import StepBuilder
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
 
@@ -83,7 +86,7 @@ class SegmentBuilder(StepBuilder):
         exchange: Exchange,
         segment: Segment,
     ) -> None:
-        self.exchange, self.segment = exchange, segment
+        self.exchange, self.segment, self._has_cache = exchange, segment, cache is not None
         super().__init__(spec, weights, cache, shape)
 
     def _inputs(self) -> StepInputs:
@@ -92,7 +95,7 @@ class SegmentBuilder(StepBuilder):
             tokens=self._vector("tokens", n_tokens),
             positions=self._vector("positions", n_tokens),
             cells=self._vector("cells", n_tokens),
-            mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)) if self.cache else 0,
+            mask=self.exchange.view(self.ctx, "mask", (n_kv, n_tokens)) if self._has_cache else 0,
         )
 
     def _n_layers(self) -> int:
@@ -109,10 +112,7 @@ class SegmentBuilder(StepBuilder):
             if index < segment.last or segment.end != "router":
                 hidden = self._feed_forward(index, hidden)
         if segment.end == "logits":
-            logits = self._linear(self.weights.output, self._norm(hidden, self.weights.output_norm))
-            ggml.ggml_set_output(logits)
-            ggml.ggml_build_forward_expand(self.graph, logits)
-            return SegmentGraph(self.ctx, self.graph, logits)
+            return SegmentGraph(self.ctx, self.graph, self._logits(hidden))
         if segment.end == "router":
             self._choose(segment, hidden)
         else:
@@ -147,7 +147,7 @@ class SegmentBuilder(StepBuilder):
             row_bytes * spec.n_expert_used,
             0,
         )
-        return self._combine(outputs, self.exchange.view(self.ctx, "residual", (spec.n_embd, n_rows)), n_rows)
+        return add_expert_sum(self.ctx, outputs, self.exchange.view(self.ctx, "residual", (spec.n_embd, n_rows)))
 
     def _choose(self, segment: Segment, hidden: int) -> None:
         """Hands out the residual, the experts' input and the router's choice."""
@@ -155,7 +155,7 @@ class SegmentBuilder(StepBuilder):
         layer = self.weights.layers[segment.last]
         plain = ggml.ggml_rms_norm(self.ctx, hidden, spec.rms_eps)
         normed = int(ggml.ggml_mul(self.ctx, plain, layer.ffn_norm))
-        ranked, shares = self._ranked(layer.router, normed, n_rows)
+        ranked, shares = add_router(self.ctx, spec, layer.router, normed)
         n_expert = int(ggml.tensor_at(ranked).ne[0])
         self._hand_out(hidden, "residual", (spec.n_embd, n_rows))
         self._hand_out(normed, "normed", (spec.n_embd, n_rows))
