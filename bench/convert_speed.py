@@ -44,7 +44,7 @@ print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 """
 
 
-class RivalFailedError(SlimoeError):
+class BaselineFailedError(SlimoeError):
     """llama.cpp did not quantise the file."""
 
 
@@ -76,7 +76,7 @@ def convert_once(plan: Plan, target: Path) -> float:
 
 
 def quantize_once(plan: Plan, target: Path) -> float:
-    """Seconds that llama.cpp takes for the same types; raises RivalFailedError."""
+    """Seconds that llama.cpp takes for the same types; raises BaselineFailedError."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = plan.n_threads
     params.ftype = int(LlamaFileType(find_recipe(plan.kind).file_type))
@@ -85,7 +85,7 @@ def quantize_once(plan: Plan, target: Path) -> float:
     begin = time.perf_counter()
     status = llama_cpp.llama_model_quantize(str(plan.bf16).encode(), str(target).encode(), params)
     if status != 0:
-        raise RivalFailedError(f"llama.cpp could not quantise {plan.bf16} to {plan.kind}.")
+        raise BaselineFailedError(f"llama.cpp could not quantise {plan.bf16} to {plan.kind}.")
     return time.perf_counter() - begin
 
 
@@ -95,12 +95,12 @@ def output_type(kind: str) -> GGMLQuantizationType:
 
 
 def peak_bytes(plan: Plan, target: Path) -> int:
-    """Peak resident memory of the conversion in a process of its own; raises RivalFailedError when that fails."""
+    """Peak resident memory of the conversion in a process of its own; raises BaselineFailedError when that fails."""
     arguments = [str(plan.checkpoint), str(target), plan.kind, str(plan.n_threads)]
     command = [sys.executable, "-c", _MEASURED_CHILD, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RivalFailedError(f"The conversion failed in a process of its own: {done.stderr}")
+        raise BaselineFailedError(f"The conversion failed in a process of its own: {done.stderr}")
     return int(done.stdout)
 
 

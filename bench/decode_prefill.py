@@ -1,6 +1,6 @@
 """Decode and prefill next to llama.cpp: the same file, the same threads, in turn, in one process.
 
-Every round measures each contender once, in alternating order. llama.cpp runs with its extra buffer types on and
+Every round measures each candidate once, in alternating order. llama.cpp runs with its extra buffer types on and
 off, and the better of the two on each figure is what ours is compared with. The table goes to stderr; the last
 line of stdout is one JSON document. A ratio above 1 means that ours is faster. The tokens are random, so the
 experts are chosen evenly: natural text is never harder.
@@ -22,10 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import Candidate, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from bench.limits import machine
 from bench.models.random_model import SHAPES, random_model_file
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import Contender, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
@@ -34,7 +34,7 @@ from slimoe.offload.resources.memory import available_bytes
 from slimoe.offload.resources.processors import default_threads
 
 OURS = "slimoe"
-RIVALS = {"llama.cpp": True, "llama.cpp --no-repack": False}
+BASELINES = {"llama.cpp": True, "llama.cpp --no-repack": False}
 REFERENCE = "llama.cpp --no-repack"
 COPIES_TOGETHER = 4.5  # the mapped file, two rearranged copies, ours and theirs, one of plain weights, and some air
 CHECKED_STEPS = 8
@@ -58,13 +58,13 @@ class Plan:
 
     @property
     def fits_together(self) -> bool:
-        """Whether memory holds all contenders at once; otherwise they are measured one after the other."""
+        """Whether memory holds all candidates at once; otherwise they are measured one after the other."""
         return COPIES_TOGETHER * read_gguf(self.model).n_bytes < available_bytes()
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out: a timing per contender, depth and round, everyone's logits, our Python's share, our memory."""
+    """What came out: a timing per candidate, depth and round, everyone's logits, our Python's share, our memory."""
 
     timings: dict[tuple[str, int], list[Timing]]
     logits: dict[str, list[np.ndarray]]
@@ -77,27 +77,27 @@ class Report:
 
     def ratio(self, depth: int, phase: str) -> float:
         """How many times faster ours is than the better llama.cpp."""
-        return min(self.seconds(name, depth, phase) for name in RIVALS) / self.seconds(OURS, depth, phase)
+        return min(self.seconds(name, depth, phase) for name in BASELINES) / self.seconds(OURS, depth, phase)
 
     def kl(self, name: str) -> float:
         """The largest KL divergence of the checked steps from plain llama.cpp, in nats."""
         return max(map(kl_divergence, self.logits[name], self.logits[REFERENCE]))
 
 
-def contenders(plan: Plan) -> dict[str, Callable[[], Contender]]:
-    """How each contender is opened, ours first."""
+def candidates(plan: Plan) -> dict[str, Callable[[], Candidate]]:
+    """How each candidate is opened, ours first."""
     config = EngineConfig(plan.model, n_ctx=plan.n_ctx, n_threads=plan.n_threads)
-    rivals = {
-        name: lambda extra=extra: Rival(RivalConfig(plan.model, plan.n_ctx, plan.n_threads, extra))
-        for name, extra in RIVALS.items()
+    baselines = {
+        name: lambda extra=extra: LlamaCpp(LlamaCppConfig(plan.model, plan.n_ctx, plan.n_threads, extra))
+        for name, extra in BASELINES.items()
     }
-    return {OURS: lambda: Engine.open(config), **rivals}
+    return {OURS: lambda: Engine.open(config), **baselines}
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> Report:
-    """Measures all contenders together if memory allows it, one after the other if not."""
+    """Measures all candidates together if memory allows it, one after the other if not."""
     report = Report({}, {}, {}, {})
-    makers = contenders(plan)
+    makers = candidates(plan)
     heats = [list(makers)] if plan.fits_together else [[name] for name in makers]
     for heat in heats:
         with ExitStack() as stack:
@@ -109,16 +109,16 @@ def run(plan: Plan, say: Callable[[str], None]) -> Report:
     return report
 
 
-def _run_heat(plan: Plan, opened: Mapping[str, Contender], report: Report, say: Callable[[str], None]) -> None:
+def _run_heat(plan: Plan, opened: Mapping[str, Candidate], report: Report, say: Callable[[str], None]) -> None:
     n_vocab = read_vocabulary_size(plan.model)
     tokens = random_tokens(max(plan.depths), n_vocab)
     prefill, decode = random_tokens(plan.n_prefill, n_vocab, seed=2), random_tokens(plan.n_decode, n_vocab, seed=3)
-    for name, contender in opened.items():
-        report.logits[name] = check_logits(contender, prefill[: CHECKED_STEPS * 2])
+    for name, candidate in opened.items():
+        report.logits[name] = check_logits(candidate, prefill[: CHECKED_STEPS * 2])
     for depth in sorted(plan.depths, reverse=True):  # a deep cache serves the shallower depths as well
-        for contender in opened.values():
-            go_to_depth(contender, tokens, depth)
-            measure(contender, prefill, decode[:1])
+        for candidate in opened.values():
+            go_to_depth(candidate, tokens, depth)
+            measure(candidate, prefill, decode[:1])
         for round_no in range(plan.n_rounds):
             say(f"depth {depth}, round {round_no + 1} of {plan.n_rounds}")
             for name in sorted(opened, reverse=bool(round_no % 2)):
@@ -128,12 +128,12 @@ def _run_heat(plan: Plan, opened: Mapping[str, Contender], report: Report, say: 
                 report.engine.update(engine.memory(), weights=engine.plan.placement.mode)
 
 
-def check_logits(contender: Contender, tokens: list[int]) -> list[np.ndarray]:
+def check_logits(candidate: Candidate, tokens: list[int]) -> list[np.ndarray]:
     """Logits after a short prompt and after each of CHECKED_STEPS steps; the KV cache is empty before and after."""
-    contender.truncate(0)
-    logits = [contender.prefill(tokens[:-CHECKED_STEPS]).copy()]
-    logits += [contender.decode(token).copy() for token in tokens[-CHECKED_STEPS:]]
-    contender.truncate(0)
+    candidate.truncate(0)
+    logits = [candidate.prefill(tokens[:-CHECKED_STEPS]).copy()]
+    logits += [candidate.decode(token).copy() for token in tokens[-CHECKED_STEPS:]]
+    candidate.truncate(0)
     return logits
 
 
@@ -153,9 +153,9 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
     """The figures as one document; the ratios at its top are the worst of all depths."""
     depths = {
         str(depth): {
-            "decode_ms": {name: 1e3 * report.seconds(name, depth, "decode") for name in (OURS, *RIVALS)},
+            "decode_ms": {name: 1e3 * report.seconds(name, depth, "decode") for name in (OURS, *BASELINES)},
             "prefill_tokens_per_s": {
-                name: plan.n_prefill / report.seconds(name, depth, "prefill") for name in (OURS, *RIVALS)
+                name: plan.n_prefill / report.seconds(name, depth, "prefill") for name in (OURS, *BASELINES)
             },
             "decode_vs_llamacpp": report.ratio(depth, "decode"),
             "prefill_vs_llamacpp": report.ratio(depth, "prefill"),
@@ -168,7 +168,7 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
         "prefill_vs_llamacpp": min(report.ratio(depth, "prefill") for depth in plan.depths),
         "python_share": max(statistics.median(shares) for shares in report.python_shares.values()),
         "kl_vs_llamacpp": report.kl(OURS),
-        "kl_between_llamacpp_settings": max(map(report.kl, RIVALS)),
+        "kl_between_llamacpp_settings": max(map(report.kl, BASELINES)),
         "depths": depths,
         "engine": report.engine,
         "threads": plan.n_threads,
@@ -181,10 +181,10 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
 def table(plan: Plan, report: Report) -> Table:
     """The figures for a person."""
     result = Table(title=f"{plan.model.name}, {plan.n_threads} threads, medians of {plan.n_rounds} rounds")
-    for column in ("depth", "contender", f"decode ms ({plan.n_decode})", f"prefill tokens/s ({plan.n_prefill})"):
-        result.add_column(column, justify="left" if column == "contender" else "right")
+    for column in ("depth", "candidate", f"decode ms ({plan.n_decode})", f"prefill tokens/s ({plan.n_prefill})"):
+        result.add_column(column, justify="left" if column == "candidate" else "right")
     for depth in plan.depths:
-        for name in (OURS, *RIVALS):
+        for name in (OURS, *BASELINES):
             decode, prefill = (report.seconds(name, depth, phase) for phase in ("decode", "prefill"))
             result.add_row(str(depth), name, f"{1e3 * decode:.2f}", f"{plan.n_prefill / prefill:.1f}")
         ratios = (f"{report.ratio(depth, phase):.3f}" for phase in ("decode", "prefill"))

@@ -1,7 +1,7 @@
 """How fast a file comes from its disk: pieces at random places, read around the page cache into plain memory.
 
 The yardstick for what is read while a model runs, so it owes nothing to the engine's own reader: threads that do
-nothing but read, as many and with requests as large as bring the most. Run it under the limit that the contenders
+nothing but read, as many and with requests as large as bring the most. Run it under the limit that the candidates
 have. The last line of stdout is one JSON document.
 
     python -m bench.disk_speed model.gguf --piece-mib 8

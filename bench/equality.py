@@ -24,10 +24,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import kl_divergence, random_tokens
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import kl_divergence, random_tokens
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.offload.engine import Engine
@@ -124,20 +124,20 @@ def compare_with_llamacpp(plan: Plan, kind: str) -> dict[str, float]:
         engine.truncate(0)
         single = score_singly(engine, tokens)
         repacked = engine.plan.placement.repacked
-    reference = rival_scores(plan, path, tokens, repack=False)
+    reference = baseline_scores(plan, path, tokens, repack=False)
     figures = divergence("", batched, reference["batched"])
-    figures |= divergence("single_", single, rival_scores(plan, path, tokens, repack=True)["single"])
+    figures |= divergence("single_", single, baseline_scores(plan, path, tokens, repack=True)["single"])
     figures |= divergence("llamacpp_itself_", reference["single"], reference["batched"])
     return figures | {"repacked_bytes": repacked}
 
 
-def rival_scores(plan: Plan, path: Path, tokens: Sequence[int], *, repack: bool) -> dict[str, np.ndarray]:
+def baseline_scores(plan: Plan, path: Path, tokens: Sequence[int], *, repack: bool) -> dict[str, np.ndarray]:
     """llama.cpp's logits, read in batches and read one by one."""
     n_ctx = -(-plan.n_tokens // 256) * 256
-    with closing(Rival(RivalConfig(path, n_ctx, plan.n_threads, extra_buffers=repack))) as rival:
-        batched = rival.score(tokens)
-        rival.truncate(0)
-        return {"batched": batched, "single": np.concatenate([rival.score([token]) for token in tokens])}
+    with closing(LlamaCpp(LlamaCppConfig(path, n_ctx, plan.n_threads, extra_buffers=repack))) as baseline:
+        batched = baseline.score(tokens)
+        baseline.truncate(0)
+        return {"batched": batched, "single": np.concatenate([baseline.score([token]) for token in tokens])}
 
 
 def divergence(name: str, logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:

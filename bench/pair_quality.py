@@ -25,13 +25,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.limits.engine_changes import Changes, changed, parse_changes
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from bench.models.topics import natural_tokens
 from bench.quality.pair_hints import measure_hints, write_hints
 from bench.quality.pair_scores import PASSES, Text, score
-from bench.rivals.llama_cpp import Rival, RivalConfig
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.plain.pair import find_pair
 from slimoe.offload.cache.host_pool import slot_bytes
@@ -105,10 +105,10 @@ def reference(plan: Plan) -> list[Text]:
     """The texts and llama.cpp's logits of the F32 file, which is deleted."""
     path = plan.file("F32")
     texts = []
-    with closing(Rival(RivalConfig(path, plan.n_ctx, plan.n_threads, extra_buffers=False))) as rival:
+    with closing(LlamaCpp(LlamaCppConfig(path, plan.n_ctx, plan.n_threads, extra_buffers=False))) as baseline:
         for tokens in plan.texts:
-            rival.truncate(0)
-            texts.append(Text(tokens, rival.score(tokens)))
+            baseline.truncate(0)
+            texts.append(Text(tokens, baseline.score(tokens)))
     path.unlink()
     return texts
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bench.models.random_trace import write_random_trace
 from bench.traces.cache_replay import CacheReplay, Tally, Tier, experts_by_size, pool_sizes, pools_within
-from bench.traces.contender import Belady, Contender, Online, OracleStatic
+from bench.traces.candidate import Belady, Candidate, Online, OracleStatic
 from bench.traces.demand import Demand, demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, Values
 from slimoe.offload.cache.router_trace import Trace, TraceHeader, read_trace
@@ -45,8 +45,8 @@ class Plan:
     priors: Values | None
 
 
-def _online(name: str) -> Callable[[Plan, Sequence[Demand]], Contender]:
-    def make(plan: Plan, _: Sequence[Demand]) -> Contender:
+def _online(name: str) -> Callable[[Plan, Sequence[Demand]], Candidate]:
+    def make(plan: Plan, _: Sequence[Demand]) -> Candidate:
         header = plan.trace.header
         context = PolicyContext(header.n_layer, header.n_expert, header.n_expert_used, plan.priors)
         return Online(POLICIES[name](context))
@@ -54,7 +54,7 @@ def _online(name: str) -> Callable[[Plan, Sequence[Demand]], Contender]:
     return make
 
 
-CONTENDERS: dict[str, Callable[[Plan, Sequence[Demand]], Contender]] = {
+CANDIDATES: dict[str, Callable[[Plan, Sequence[Demand]], Candidate]] = {
     **{name: _online(name) for name in POLICIES},
     "oracle-static": lambda plan, steps: OracleStatic(plan.trace.header, steps),
     "belady": lambda plan, steps: Belady(plan.trace.header, steps),
@@ -62,11 +62,11 @@ CONTENDERS: dict[str, Callable[[Plan, Sequence[Demand]], Contender]] = {
 
 
 def replay(plan: Plan, names: Sequence[str]) -> dict[str, dict[str, Tally]]:
-    """Tallies by contender and phase."""
+    """Tallies by candidate and phase."""
     steps = demands(plan.trace)
     results = {}
     for name in names:
-        cache = CacheReplay(plan.trace.header, plan.slots, CONTENDERS[name](plan, steps), plan.tier)
+        cache = CacheReplay(plan.trace.header, plan.slots, CANDIDATES[name](plan, steps), plan.tier)
         results[name] = cache.run(steps)
         cache.check()
     return results
@@ -139,7 +139,7 @@ def smoke_trace() -> Trace:
 @click.option("--slots", type=click.IntRange(0), help="Experts that fit into the tier.")
 @click.option("--bytes", "size", help="The tier's size instead, such as 8GiB, or in percent of all experts.")
 @click.option("--tier", "tier_name", type=click.Choice(list(RATES)), default="arena", show_default=True)
-@click.option("--policy", "names", type=click.Choice(["all", *CONTENDERS]), multiple=True, default=["all"])
+@click.option("--policy", "names", type=click.Choice(["all", *CANDIDATES]), multiple=True, default=["all"])
 @click.option("--priors", type=click.Path(path_type=Path), help="A trace of other text, known at the start.")
 @click.option("--move-gbs", type=click.FloatRange(0, min_open=True), help="GB/s of moving experts in.")
 @click.option("--hit-gbs", type=click.FloatRange(0, min_open=True), help="GB/s of multiplying with hits.")
@@ -161,7 +161,7 @@ def main(
     given = (move_gbs, hit_gbs, miss_gbs)
     move, hit, miss = (GB * (rate or default) for rate, default in zip(given, RATES[tier_name], strict=True))
     tier = Tier(move, hit, miss, computes_misses=tier_name == "device")
-    chosen = list(CONTENDERS) if "all" in names else list(names)
+    chosen = list(CANDIDATES) if "all" in names else list(names)
     try:
         if smoke:
             plan = make_plan(smoke_trace(), SMOKE_SLOTS, tier, None)

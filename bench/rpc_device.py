@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from bench.baselines.rpc_server import rpc_server
+from bench.baselines.stepping import kl_divergence
 from bench.limits import machine
 from bench.models.random_model import SHAPES, random_model_file
 from bench.models.topics import STYLES, TOKENS
 from bench.replay import GB, RATES
-from bench.rivals.rpc_server import rpc_server
-from bench.rivals.stepping import kl_divergence
 from bench.traces.cache_replay import CacheReplay, Tally, Tier
-from bench.traces.contender import Online
+from bench.traces.candidate import Online
 from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import read_trace

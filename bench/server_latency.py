@@ -25,9 +25,9 @@ from typing import Any
 import aiohttp
 import click
 
+from bench.baselines.stepping import random_tokens
 from bench.limits import machine
 from bench.models.random_model import SHAPES, random_model_file
-from bench.rivals.stepping import random_tokens
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_plan import EngineConfig

@@ -58,7 +58,11 @@ FLOORS = {
         {"serving"},
         {"commands"},
     ),
-    "bench": ({"disk_speed", "rivals", "slim_step"}, {"limits", "models", "traces"}, {"attacks", "faults", "quality"}),
+    "bench": (
+        {"disk_speed", "baselines", "compress_step"},
+        {"limits", "models", "traces"},
+        {"attacks", "faults", "quality"},
+    ),
 }
 """Folders and files of a room from the lowest up: each imports lower ones only. What is not named stands on top."""
 SHARED_WITH_CONVERTER = {"errors", "files", "ggml", "gguf", "model", "resources", "text"}

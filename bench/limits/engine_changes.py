@@ -10,7 +10,7 @@ from slimoe.offload.plan.engine_plan import EngineConfig
 
 Changes = Mapping[str, Any]
 """Fields of EngineConfig and their values."""
-_OWN = ("model", "n_ctx", "n_threads", "ram")  # every contender's, or the bench's to set
+_OWN = ("model", "n_ctx", "n_threads", "ram")  # every candidate's, or the bench's to set
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:

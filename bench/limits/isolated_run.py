@@ -1,6 +1,6 @@
-"""One contender alone in its process: reads the tokens it is told to read, and says how long each one took.
+"""One candidate alone in its process: reads the tokens it is told to read, and says how long each one took.
 
-All contenders read the same tokens, so that their routers choose the same experts. A job comes as JSON on stdin, the
+All candidates read the same tokens, so that their routers choose the same experts. A job comes as JSON on stdin, the
 outcome goes as JSON to stdout. `bench.offload` runs this under a memory limit.
 """
 
@@ -12,15 +12,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import Candidate
 from bench.limits.engine_changes import Changes, changed
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import Contender
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_plan import EngineConfig
 
 OURS = "slimoe"
-RIVALS = {"llama.cpp": True, "llama.cpp --no-repack": False}
+BASELINES = {"llama.cpp": True, "llama.cpp --no-repack": False}
 _IO, _STATUS = Path("/proc/self/io"), Path("/proc/self/status")
 
 
@@ -31,7 +31,7 @@ class Job:
     `ram` and `engine` are for our engine alone.
     """
 
-    contender: str
+    candidate: str
     model: str
     n_threads: int
     prompt: tuple[int, ...]
@@ -72,27 +72,27 @@ def engine_config(job: Job) -> EngineConfig:
     return changed(config, job.engine)
 
 
-def open_contender(job: Job) -> Contender:
-    """Opens the contender; raises as `Engine.open` and `Rival` do."""
-    if job.contender in RIVALS:
-        return Rival(RivalConfig(Path(job.model), job.n_ctx, job.n_threads, RIVALS[job.contender]))
+def open_candidate(job: Job) -> Candidate:
+    """Opens the candidate; raises as `Engine.open` and `LlamaCpp` do."""
+    if job.candidate in BASELINES:
+        return LlamaCpp(LlamaCppConfig(Path(job.model), job.n_ctx, job.n_threads, BASELINES[job.candidate]))
     return Engine.open(engine_config(job))
 
 
 def carry_out(job: Job) -> Outcome:
     """Opens, reads and closes."""
     begin = time.perf_counter()
-    with closing(open_contender(job)) as contender:
+    with closing(open_candidate(job)) as candidate:
         opened = time.perf_counter()
-        contender.prefill(job.prompt)
+        candidate.prefill(job.prompt)
         prompted = time.perf_counter()
         for token in job.tokens[: job.n_warm]:
-            contender.decode(token)
+            candidate.decode(token)
         step_seconds, choices, checksum = [], [], 0
-        counters, graphs, disk = _counters(contender), _graph_seconds(contender), _disk_bytes()
+        counters, graphs, disk = _counters(candidate), _graph_seconds(candidate), _disk_bytes()
         for token in job.tokens[job.n_warm :]:
             before = time.perf_counter()
-            logits = contender.decode(token)
+            logits = candidate.decode(token)
             step_seconds.append(time.perf_counter() - before)
             choices.append(int(logits.argmax()))
             checksum = zlib.crc32(logits.tobytes(), checksum)
@@ -101,8 +101,8 @@ def carry_out(job: Job) -> Outcome:
             opened - begin,
             prompted - opened,
             step_seconds,
-            _graph_seconds(contender) - graphs,
-            {name: value - counters.get(name, 0) for name, value in _counters(contender).items()},
+            _graph_seconds(candidate) - graphs,
+            {name: value - counters.get(name, 0) for name, value in _counters(candidate).items()},
             None if disk is None or now is None else now - disk,
             _peak_resident(),
             choices,
@@ -110,12 +110,12 @@ def carry_out(job: Job) -> Outcome:
         )
 
 
-def _counters(contender: Contender) -> dict[str, float]:
-    return contender.counters() if isinstance(contender, Engine) else {}
+def _counters(candidate: Candidate) -> dict[str, float]:
+    return candidate.counters() if isinstance(candidate, Engine) else {}
 
 
-def _graph_seconds(contender: Contender) -> float:
-    return contender.compute_seconds if isinstance(contender, Engine) else 0.0
+def _graph_seconds(candidate: Candidate) -> float:
+    return candidate.compute_seconds if isinstance(candidate, Engine) else 0.0
 
 
 def _disk_bytes() -> int | None:

@@ -1,4 +1,4 @@
-"""Runs contenders in turn, each alone in a process, within memory limits and without one."""
+"""Runs candidates in turn, each alone in a process, within memory limits and without one."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from bench.disk_speed import DiskSpeed
 from bench.limits.cgroup import MemoryGroup, Usage, drop_cached, memory_group
 from bench.limits.engine_changes import Changes
 from bench.limits.isolated_plan import Expected
-from bench.limits.isolated_run import OURS, RIVALS, Job, Outcome
+from bench.limits.isolated_run import BASELINES, OURS, Job, Outcome
 from slimoe.offload.errors import SlimoeError
 
 REARRANGED = "llama.cpp"
@@ -32,9 +32,9 @@ class Limit:
     fits: bool
 
     @property
-    def contenders(self) -> tuple[str, ...]:
+    def candidates(self) -> tuple[str, ...]:
         """Who runs under it, ours first."""
-        return (OURS, *(name for name in RIVALS if self.fits or name != REARRANGED))
+        return (OURS, *(name for name in BASELINES if self.fits or name != REARRANGED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class Plan:
     piece_bytes: int
     engine: Changes = field(default_factory=dict)
 
-    def job(self, contender: str, limit: Limit) -> Job:
-        """What a contender is told to do."""
-        ours = contender == OURS
+    def job(self, candidate: str, limit: Limit) -> Job:
+        """What a candidate is told to do."""
+        ours = candidate == OURS
         return Job(
-            contender,
+            candidate,
             str(self.own_model if ours else self.model),
             self.n_threads,
             self.prompt,
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A contender's outcome, or why there is none; `usage` is the control group's, None without a limit."""
+    """A candidate's outcome, or why there is none; `usage` is the control group's, None without a limit."""
 
     outcome: Outcome | None
     failure: str | None
@@ -82,34 +82,34 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Everything measured: runs by limit and contender, the disk's speed by limit, and what our plan expected by limit.
+    """Everything measured: runs by limit and candidate, the disk's speed by limit, and what our plan expected by limit.
 
     There is one of each per round.
     """
 
-    contenders: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
+    candidates: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     disk: dict[str, list[DiskSpeed]] = field(default_factory=dict)
     expected: dict[str, list[Expected]] = field(default_factory=dict)
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
-    """All rounds; the order of the contenders turns from round to round. Raises SlimoeError."""
+    """All rounds; the order of the candidates turns from round to round. Raises SlimoeError."""
     runs = Runs()
     for round_no in range(plan.n_rounds):
         for limit in plan.limits:
             say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: what the plan expects")
             runs.expected.setdefault(limit.name, []).append(expect(plan, limit))
-            names = limit.contenders
+            names = limit.candidates
             for name in names[round_no % len(names) :] + names[: round_no % len(names)]:
                 say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: {name}")
-                run = run_contender(plan.job(name, limit), limit.n_bytes)
-                runs.contenders.setdefault((limit.name, name), []).append(run)
+                run = run_candidate(plan.job(name, limit), limit.n_bytes)
+                runs.candidates.setdefault((limit.name, name), []).append(run)
             if limit.n_bytes is not None:
                 runs.disk.setdefault(limit.name, []).append(time_disk(plan, limit.n_bytes))
     return runs
 
 
-def run_contender(job: Job, limit_bytes: int | None) -> Run:
+def run_candidate(job: Job, limit_bytes: int | None) -> Run:
     """One run in a process of its own; under a limit nothing of the file is in the page cache when it begins.
 
     Raises NoControlGroupError and StillCachedError.

@@ -78,17 +78,18 @@ def require_quiet(*, allow_busy: bool, seconds: float = 1.0) -> float:
     Raises BusyMachineError above QUIET_CORES; with `allow_busy` it only warns on stderr.
     """
     load = OtherLoad()
-    busiest = _busiest(seconds)
+    most_busy = busiest(seconds)
     cores = load.cores()
     if cores > QUIET_CORES:
-        message = f"Other processes use {cores:.1f} cores, most of all {busiest}: the figures would mean nothing."
+        message = f"Other processes use {cores:.1f} cores, most of all {most_busy}: the figures would mean nothing."
         if not allow_busy:
             raise BusyMachineError(f"{message} End them, or measure all the same with --allow-busy.")
         print(f"warning: {message}", file=sys.stderr)
     return cores
 
 
-def _busiest(seconds: float) -> str:
+def busiest(seconds: float) -> str:
+    """The name and process id of the process that uses most processor time in the next `seconds`."""
     own = psutil.Process().pid
     others = [process for process in psutil.process_iter(["name"]) if process.pid != own]
     before = {process.pid: _used(process) for process in others}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.rivals.stepping import random_tokens
+from bench.baselines.stepping import random_tokens
 
 N_TOPICS = 32
 TOPIC_TOKENS = 50

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.limits.isolated_plan import Expected
-from bench.limits.isolated_run import OURS, RIVALS, Outcome
+from bench.limits.isolated_run import BASELINES, OURS, Outcome
 from bench.limits.limited_runs import Limit, Plan, Run, Runs
 
 _PICKS = ("hits", "ahead", "misses")
@@ -34,26 +34,27 @@ def as_json(plan: Plan, runs: Runs) -> dict[str, Any]:
 
 def limit_figures(plan: Plan, limit: Limit, runs: Runs) -> dict[str, Any]:
     """The figures under one limit."""
-    contenders = {name: contender_figures(runs.contenders[limit.name, name]) for name in limit.contenders}
-    rivals = [contenders[name]["ms_per_token"] for name in limit.contenders if name in RIVALS]
-    best = min((ms for ms in rivals if ms is not None), default=None)
-    own = contenders[OURS]["ms_per_token"]
+    candidates = {name: candidate_figures(runs.candidates[limit.name, name]) for name in limit.candidates}
+    baselines = [candidates[name]["ms_per_token"] for name in limit.candidates if name in BASELINES]
+    best = min((ms for ms in baselines if ms is not None), default=None)
+    own = candidates[OURS]["ms_per_token"]
     figures = {
         "limit_bytes": limit.n_bytes,
         "decode_vs_llamacpp": best / own if best and own else None,
         **expected_figures(runs.expected.get(limit.name, ()), own),
-        "contenders": contenders,
+        "candidates": candidates,
+        "contenders": candidates,  # the field's old name, for one version
         "same_choices": same_choices(limit, runs),
         "same_logits": same_logits(plan, limit, runs),
     }
-    outcomes = outcomes_of(runs.contenders[limit.name, OURS])
+    outcomes = outcomes_of(runs.candidates[limit.name, OURS])
     if limit.n_bytes is None or not outcomes:
         return figures
     return figures | cache_figures(outcomes) | bound_figures(plan, limit, runs, outcomes)
 
 
-def contender_figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """Medians over the rounds of one contender, the extremes of its time per token, and every failure."""
+def candidate_figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """Medians over the rounds of one candidate, the extremes of its time per token, and every failure."""
     outcomes = outcomes_of(runs)
     times = [ms_per_token(outcome) for outcome in outcomes]
     disk = [outcome.disk_bytes / len(outcome.step_seconds) for outcome in outcomes if outcome.disk_bytes is not None]
@@ -102,7 +103,7 @@ def bound_figures(plan: Plan, limit: Limit, runs: Runs, outcomes: Sequence[Outco
     alone = statistics.median(one.bytes_per_second for one in runs.disk[limit.name])
     speed = max(alone, _median(list(filter(None, map(read_speed, outcomes)))) or alone)
     free = next((limit for limit in plan.limits if limit.n_bytes is None), None)
-    resident = [ms_per_token(one) for one in outcomes_of(runs.contenders[free.name, OURS])] if free else []
+    resident = [ms_per_token(one) for one in outcomes_of(runs.candidates[free.name, OURS])] if free else []
     graphs = 1e3 * _median_per_token(outcomes, lambda one: one.graph_seconds)
     compute, disk = min(graphs, _median(resident) or graphs), 1e3 * missed / speed
     bound = max(compute, disk)
@@ -133,12 +134,12 @@ def read_speed(outcome: Outcome) -> float | None:
 
 def same_choices(limit: Limit, runs: Runs) -> float | None:
     """The share of steps in which ours and a llama.cpp find the same token likeliest: the lowest of all runs."""
-    ours = outcomes_of(runs.contenders[limit.name, OURS])
-    rivals = [outcomes_of(runs.contenders[limit.name, name]) for name in limit.contenders if name in RIVALS]
+    ours = outcomes_of(runs.candidates[limit.name, OURS])
+    baselines = [outcomes_of(runs.candidates[limit.name, name]) for name in limit.candidates if name in BASELINES]
     shares = [
         statistics.mean(our == their for our, their in zip(own.choices, other.choices, strict=True))
         for own in ours
-        for other in chain.from_iterable(rivals)
+        for other in chain.from_iterable(baselines)
     ]
     return min(shares, default=None)
 
@@ -146,8 +147,8 @@ def same_choices(limit: Limit, runs: Runs) -> float | None:
 def same_logits(plan: Plan, limit: Limit, runs: Runs) -> bool | None:
     """Whether ours under the limit is ours without one, to the last bit; None where that was not measured."""
     free = [one for one in plan.limits if one.n_bytes is None]
-    expected = {one.checksum for other in free for one in outcomes_of(runs.contenders[other.name, OURS])}
-    seen = {one.checksum for one in outcomes_of(runs.contenders[limit.name, OURS])}
+    expected = {one.checksum for other in free for one in outcomes_of(runs.candidates[other.name, OURS])}
+    seen = {one.checksum for one in outcomes_of(runs.candidates[limit.name, OURS])}
     return len(expected | seen) == 1 if expected and seen else None
 
 
@@ -172,16 +173,16 @@ def _median(values: Sequence[float]) -> float | None:
 def table(plan: Plan, document: dict[str, Any]) -> Table:
     """The figures for a person."""
     title = f"{plan.model.name}, {plan.n_threads} threads, medians of {plan.n_rounds} rounds"
-    drawn = Table("memory", "contender", "ms/token", "prompt s", "disk MB/token", "peak MB", title=title)
+    drawn = Table("memory", "candidate", "ms/token", "prompt s", "disk MB/token", "peak MB", title=title)
     for name, figures in document["limits"].items():
-        for contender, row in figures["contenders"].items():
+        for candidate, row in figures["candidates"].items():
             cells = (
                 _cell(row["ms_per_token"], 1, "; ".join(sorted(set(row["failures"])))),
                 _cell(row["prompt_seconds"], 1),
                 _cell(row["disk_bytes_per_token"], 1e-6),
                 _cell(row["peak_group_bytes"] or row["peak_resident_bytes"], 1e-6),
             )
-            drawn.add_row(name, contender, *cells)
+            drawn.add_row(name, candidate, *cells)
         drawn.add_row("", "expected by our plan", _cell(figures["expected_ms"], 1))
         ratio, share = figures["decode_vs_llamacpp"], figures.get("share_of_bound")
         drawn.add_row("", "ratio, share of the bound", _cell(ratio, 1), _cell(share, 1), end_section=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.baselines.stepping import kl_divergence
 from bench.quality.pair_scores import Text, tiers_within
-from bench.rivals.stepping import kl_divergence
 from slimoe.converter.gguf.header import HeaderTensor, pack_header
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.rivals.stepping import kl_divergence
+from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.slots import LowSlots, TierPlan, plan_tiers
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError

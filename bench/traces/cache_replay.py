@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.traces.contender import Contender, Online
+from bench.traces.candidate import Candidate, Online
 from bench.traces.demand import Demand, Visit
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader
@@ -85,7 +85,7 @@ def pools_within(header: TraceHeader, n_bytes: int) -> dict[int, int]:
 
 
 class CacheReplay:
-    """One contender's pools. They start full of what it values most, which costs nothing.
+    """One candidate's pools. They start full of what it values most, which costs nothing.
 
     `rule` says which swaps pay, by default those that do with experts of the largest size at the tier's rates.
     """
@@ -94,22 +94,22 @@ class CacheReplay:
         self,
         header: TraceHeader,
         slots: Mapping[int, int],
-        contender: Contender,
+        candidate: Candidate,
         tier: Tier,
         rule: SwapRule | None = None,
     ) -> None:
-        self._bytes, self._contender, self._tier = header.expert_bytes, contender, tier
-        self._pools = {n_bytes: SlotCache(n, contender) for n_bytes, n in slots.items() if n}
+        self._bytes, self._candidate, self._tier = header.expert_bytes, candidate, tier
+        self._pools = {n_bytes: SlotCache(n, candidate) for n_bytes, n in slots.items() if n}
         for n_bytes, cache in self._pools.items():
-            for key in most_valuable(contender.values, self._keys(n_bytes), cache.n_slots):
+            for key in most_valuable(candidate.values, self._keys(n_bytes), cache.n_slots):
                 cache.acquire(key)
         self._missed: list[Key] = []
         self._foreseen: set[Key] = set()
         self._read_ahead: set[Key] = set()
         self._exchange = None
-        if tier.computes_misses and isinstance(contender, Online):
+        if tier.computes_misses and isinstance(candidate, Online):
             rule = rule or tier.swap_rule(max(slots, default=0))
-            self._exchange = SlotExchange(contender.policy, rule, self._kind_of)
+            self._exchange = SlotExchange(candidate.policy, rule, self._kind_of)
 
     def _keys(self, n_bytes: int) -> Iterator[Key]:
         for layer, sizes in enumerate(self._bytes):
@@ -123,11 +123,11 @@ class CacheReplay:
             tally.n_tokens += step.n_tokens
             self._foresee(set())
             for visit in step.visits:
-                self._contender.observe(visit)
+                self._candidate.observe(visit)
                 self._serve(visit, tally)
             if self._exchange is not None and step.has_answer:
                 self._swap(self._exchange, tally)
-            self._contender.end_step(step)
+            self._candidate.end_step(step)
         return tallies
 
     def check(self) -> None:
@@ -146,7 +146,7 @@ class CacheReplay:
         tally.miss_bytes += self._n_bytes(absent)
         if not self._tier.computes_misses:
             tally.moved_bytes += self._n_bytes(absent)
-        if self._contender.is_choosy:
+        if self._candidate.is_choosy:
             self._load_if_worth(absent, tally)
         elif self._tier.computes_misses:
             self._missed += absent if visit.is_answer.all() else []

@@ -15,7 +15,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.rivals.llama_cpp import Rival, RivalConfig
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from slimoe.offload.errors import UsageError
 from slimoe.offload.ggml.struct import array_at, tensor_at
 from slimoe.offload.gguf.header import read_gguf
@@ -118,11 +118,11 @@ def observe(path: Path, texts: Sequence[Sequence[int]], n_threads: int) -> list[
     callback = llama.ggml_backend_sched_eval_callback(watch)
     n_ctx = -(-max(map(len, texts)) // 256) * 256
     routings = []
-    with closing(Rival(RivalConfig(path, n_ctx, n_threads, extra_buffers=False), callback)) as rival:
+    with closing(LlamaCpp(LlamaCppConfig(path, n_ctx, n_threads, extra_buffers=False), callback)) as baseline:
         for text in texts:
             seen.clear()
-            rival.truncate(0)
-            rival.score(text)
+            baseline.truncate(0)
+            baseline.score(text)
             layers = range(len(routers.weights))
             logits, inputs = (
                 np.stack([np.concatenate(seen[kind, layer]) for layer in layers]) for kind in (_LOGITS, _INPUT)

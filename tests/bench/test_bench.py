@@ -16,9 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import go_to_depth, kl_divergence, random_tokens
 from bench.models.random_model import SHAPES, write_random_model
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import go_to_depth, kl_divergence, random_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
             patch.setenv("TMPDIR", str(directory))
             patch.setattr("tempfile.tempdir", None)
             # A second of watching others, which a smoke does not mind.
-            patch.setattr("bench.limits.machine._busiest", lambda _seconds: "nobody")
+            patch.setattr("bench.limits.machine.busiest", lambda _seconds: "nobody")
             # Threads wait for each other by spinning, which takes the cores from the tests beside.
             patch.setattr(f"bench.{bench}.default_threads", lambda: 1, raising=False)
             handler, n_torch_threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
@@ -67,7 +67,7 @@ def test_a_bench_runs_by_its_modules_name() -> None:
     assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)
 
 
-def test_decode_prefill_measures_working_contenders(smoke: Smoke) -> None:
+def test_decode_prefill_measures_working_candidates(smoke: Smoke) -> None:
     document = smoke("decode_prefill")
     assert document["kl_vs_llamacpp"] < 1e-2
     assert 0 < document["python_share"] < 1
@@ -115,16 +115,16 @@ def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra_buffers", [True, False])
-def test_rival_steps_agree_with_its_prefill(tmp_path: Path, extra_buffers: bool) -> None:
+def test_baseline_steps_agree_with_its_prefill(tmp_path: Path, extra_buffers: bool) -> None:
     path = tmp_path / "model.gguf"
     write_random_model(path, SHAPES["smoke"], vocabulary=True)
-    rival = Rival(RivalConfig(path, n_ctx=256, n_threads=1, extra_buffers=extra_buffers))
-    tokens = random_tokens(12, rival.n_vocab)
-    at_once = rival.prefill(tokens).copy()
-    assert rival.n_past == 12
-    go_to_depth(rival, tokens, 11)
-    stepped = rival.decode(tokens[-1]).copy()
-    rival.close()
+    baseline = LlamaCpp(LlamaCppConfig(path, n_ctx=256, n_threads=1, extra_buffers=extra_buffers))
+    tokens = random_tokens(12, baseline.n_vocab)
+    at_once = baseline.prefill(tokens).copy()
+    assert baseline.n_past == 12
+    go_to_depth(baseline, tokens, 11)
+    stepped = baseline.decode(tokens[-1]).copy()
+    baseline.close()
     assert np.isfinite(at_once).all()
     assert 0.5 < at_once.std() < 2
     assert kl_divergence(stepped, at_once) < 1e-2
@@ -145,7 +145,7 @@ def test_kl_divergence_by_hand() -> None:
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.limits.machine._busiest", lambda _seconds: "nobody")
+    monkeypatch.setattr("bench.limits.machine.busiest", lambda _seconds: "nobody")
     done = CliRunner().invoke(import_module(f"bench.{arguments[0]}").main, [*arguments[1:], "--smoke"])
     assert done.exit_code not in (0, 1)
     assert isinstance(done.exception, SystemExit)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.disk_speed import DiskSpeed, disk_speed
 from bench.limits.cgroup import NoControlGroupError, Usage, smallest_check
 from bench.limits.engine_changes import changed, parse_changes
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
-from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_contender
+from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_candidate
 from bench.models.random_model import SHAPES, write_random_model
 from bench.models.random_pair import write_random_pair
 from bench.offload import expert_matrix_bytes, limits_for, main, opened
 from bench.quality.offload_report import as_json
-from bench.rivals.llama_cpp import Rival, RivalConfig
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.plan.engine_plan import EngineConfig
@@ -80,7 +80,8 @@ def test_figures_by_hand(plan: Plan, runs: Runs) -> None:
     assert half["bound_by"] == "disk"
     assert half["same_choices"] == 1
     assert half["same_logits"] is True
-    ours = half["contenders"][OURS]
+    assert half["contenders"] == half["candidates"], "the field's old name"
+    ours = half["candidates"][OURS]
     assert ours["ms_per_token"] == pytest.approx(300)
     assert ours["ms_per_token_of_rounds"] == pytest.approx([200, 400])
     assert ours["disk_bytes_per_token"] == 20
@@ -90,28 +91,28 @@ def test_figures_by_hand(plan: Plan, runs: Runs) -> None:
 def test_the_bound_takes_the_fastest_reading_that_was_seen(plan: Plan, runs: Runs) -> None:
     """3200 bytes in 0.2 seconds are 16000 bytes a second: more than the disk alone gave."""
     cached = {"hits": 6.0, "bytes_read": 3200.0, "bytes_wasted": 0.0, "read_seconds": 0.2}
-    runs.contenders[HALF.name, OURS][:] = [run_of(outcome(0.2, cached))]
+    runs.candidates[HALF.name, OURS][:] = [run_of(outcome(0.2, cached))]
     half = as_json(plan, runs)["limits"]["2"]
     assert half["disk_bytes_per_second"] == 3000
     assert half["read_bytes_per_second"] == pytest.approx(16_000)
     assert half["disk_ms"] == pytest.approx(100)
 
 
-def test_a_contender_that_was_killed_is_told(plan: Plan, runs: Runs) -> None:
-    rival = as_json(plan, runs)["limits"]["2"]["contenders"][PLAIN]
-    assert rival["oom_kills"] == 1
-    assert rival["failures"] == ["killed, because it needed more memory than the limit"]
-    assert rival["ms_per_token"] == pytest.approx(2000), "the run that came to its end still counts"
+def test_a_candidate_that_was_killed_is_told(plan: Plan, runs: Runs) -> None:
+    baseline = as_json(plan, runs)["limits"]["2"]["candidates"][PLAIN]
+    assert baseline["oom_kills"] == 1
+    assert baseline["failures"] == ["killed, because it needed more memory than the limit"]
+    assert baseline["ms_per_token"] == pytest.approx(2000), "the run that came to its end still counts"
 
 
-def test_where_no_rival_is_left_there_is_no_ratio(plan: Plan, runs: Runs) -> None:
+def test_where_no_baseline_is_left_there_is_no_ratio(plan: Plan, runs: Runs) -> None:
     for key in ((HALF.name, PLAIN), (HALF.name, OURS)):
-        failed = Runs(runs.contenders | {key: runs.contenders[HALF.name, PLAIN][1:]}, runs.disk)
+        failed = Runs(runs.candidates | {key: runs.candidates[HALF.name, PLAIN][1:]}, runs.disk)
         assert as_json(plan, failed)["decode_vs_llamacpp"]["2"] is None
 
 
 def test_the_bound_counts_computing_where_it_takes_longer(plan: Plan, runs: Runs) -> None:
-    fast = Runs(runs.contenders, {HALF.name: [DiskSpeed(60_000.0, 2, True)]})
+    fast = Runs(runs.candidates, {HALF.name: [DiskSpeed(60_000.0, 2, True)]})
     half = as_json(plan, fast)["limits"]["2"]
     assert (half["bound_by"], half["bound_ms"]) == ("compute", pytest.approx(100))
     alone = replace(plan, limits=(HALF,))
@@ -120,17 +121,17 @@ def test_the_bound_counts_computing_where_it_takes_longer(plan: Plan, runs: Runs
 
 @pytest.mark.parametrize(("checksums", "expected"), [((7, 7), True), ((7, 8), False)])
 def test_another_bit_is_noticed(plan: Plan, runs: Runs, checksums: tuple[int, int], expected: bool) -> None:
-    runs.contenders[HALF.name, OURS][:] = [run_of(outcome(0.2, checksum=checksum)) for checksum in checksums]
+    runs.candidates[HALF.name, OURS][:] = [run_of(outcome(0.2, checksum=checksum)) for checksum in checksums]
     assert as_json(plan, runs)["limits"]["2"]["same_logits"] is expected
 
 
 def test_limits_are_shares_of_the_file(model: Path) -> None:
     free, wide, narrow = limits_for(model, ("0.5", "2"))
-    assert (free.n_bytes, free.contenders) == (None, (OURS, REARRANGED, PLAIN))
+    assert (free.n_bytes, free.candidates) == (None, (OURS, REARRANGED, PLAIN))
     size = model.stat().st_size
     assert wide.n_bytes == pytest.approx(2 * size, rel=0.01)
     assert narrow.n_bytes == pytest.approx(size / 2, rel=0.01)
-    assert narrow.contenders == (OURS, PLAIN), "rearranged weights need as much memory again"
+    assert narrow.candidates == (OURS, PLAIN), "rearranged weights need as much memory again"
     with pytest.raises(UsageError, match="--ratio"):
         limits_for(model, ("0.0",))
     (named,) = [limit for limit in limits_for(model, ("3MiB",)) if limit.n_bytes is not None]
@@ -142,14 +143,14 @@ def test_the_expert_matrix_that_times_the_disk(model: Path) -> None:
     assert expert_matrix_bytes(model) == shape.n_embd * shape.n_ff // 256 * 144
 
 
-def test_a_lone_run_reads_what_it_is_told(model: Path) -> None:
+def test_an_isolated_run_reads_what_it_is_told(model: Path) -> None:
     """Its choices are those of llama.cpp, stepped here over the same tokens."""
     job = Job(PLAIN, str(model), 1, prompt=(5, 6, 7), tokens=(8, 9, 10, 11), n_warm=1)
-    rival = Rival(RivalConfig(model, n_ctx=256, n_threads=1, extra_buffers=False))
-    rival.prefill([5, 6, 7, 8])
-    expected = [int(np.argmax(rival.decode(token))) for token in (9, 10, 11)]
-    rival.close()
-    theirs, ours = carry_out(job), carry_out(replace(job, contender=OURS))
+    baseline = LlamaCpp(LlamaCppConfig(model, n_ctx=256, n_threads=1, extra_buffers=False))
+    baseline.prefill([5, 6, 7, 8])
+    expected = [int(np.argmax(baseline.decode(token))) for token in (9, 10, 11)]
+    baseline.close()
+    theirs, ours = carry_out(job), carry_out(replace(job, candidate=OURS))
     assert theirs.choices == expected
     assert ours.choices == expected
     assert len(ours.step_seconds) == 3
@@ -158,7 +159,7 @@ def test_a_lone_run_reads_what_it_is_told(model: Path) -> None:
 
 
 def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
-    run = run_contender(Job(OURS, str(tmp_path / "missing.gguf"), 1, (1,), (2,), 0), None)
+    run = run_candidate(Job(OURS, str(tmp_path / "missing.gguf"), 1, (1,), (2,), 0), None)
     assert run.outcome is None
     assert run.failure == f"{tmp_path / 'missing.gguf'}: there is no such file. Check the path."
 
@@ -168,9 +169,9 @@ def test_a_run_without_enough_memory_is_killed_and_told(model: Path) -> None:
     job = Job(PLAIN, str(model), 1, (1,), (2,), 0)
     if not smallest_check()["can_limit"]:
         with pytest.raises(NoControlGroupError, match="Run as root"):
-            run_contender(job, 8 << 20)
+            run_candidate(job, 8 << 20)
     else:
-        run = run_contender(job, 8 << 20)
+        run = run_candidate(job, 8 << 20)
         assert run.outcome is None
         assert run.failure == "killed, because it needed more memory than the limit"
         assert run.usage is not None

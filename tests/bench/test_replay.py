@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from bench.models.random_trace import write_random_trace
-from bench.replay import CONTENDERS, Plan, figures, main, replay
+from bench.replay import CANDIDATES, Plan, figures, main, replay
 from bench.traces.cache_replay import CacheReplay, Tally, Tier, pool_sizes, pools_within
-from bench.traces.contender import Belady, Contender, Online, OracleStatic
+from bench.traces.candidate import Belady, Candidate, Online, OracleStatic
 from bench.traces.demand import Demand, demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key
@@ -58,8 +58,8 @@ def random_trace(tmp_path: Path, header: TraceHeader, seed: int, n_prompt: int =
     return read_trace(path)
 
 
-def hits(header: TraceHeader, steps: Sequence[Demand], n_slots: int, contender: Contender, tier: Tier = ARENA) -> int:
-    cache = CacheReplay(header, pool_sizes(header, n_slots), contender, tier)
+def hits(header: TraceHeader, steps: Sequence[Demand], n_slots: int, candidate: Candidate, tier: Tier = ARENA) -> int:
+    cache = CacheReplay(header, pool_sizes(header, n_slots), candidate, tier)
     tallies = cache.run(steps)
     cache.check()
     return sum(tally.hits for tally in tallies.values())
@@ -117,11 +117,11 @@ def test_nobody_beats_belady(tmp_path: Path, n_slots: int, tier: Tier) -> None:
     header = header_of(5, 5, 5, n_used=2)
     for seed in range(3):
         trace = random_trace(tmp_path, header, seed)
-        results = replay(Plan(trace, pool_sizes(header, n_slots), tier, None), list(CONTENDERS))
+        results = replay(Plan(trace, pool_sizes(header, n_slots), tier, None), list(CANDIDATES))
         total = {name: sum(tally.hits for tally in phases.values()) for name, phases in results.items()}
         assert total["belady"] == max(total.values())
         visits = {sum(tally.hits + tally.misses for tally in phases.values()) for phases in results.values()}
-        assert len(visits) == 1, "all contenders serve the same visits"
+        assert len(visits) == 1, "all candidates serve the same visits"
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -219,7 +219,7 @@ def test_experts_of_several_sizes_have_pools_of_their_own(tmp_path: Path) -> Non
     assert pools_within(header, 99) == {10: 3, 30: 1}
     trace = random_trace(tmp_path, header, 3)
     for size in range(13):
-        for phases in replay(Plan(trace, pool_sizes(header, size), ARENA, None), list(CONTENDERS)).values():
+        for phases in replay(Plan(trace, pool_sizes(header, size), ARENA, None), list(CANDIDATES)).values():
             assert all(tally.moved_bytes == tally.miss_bytes for tally in phases.values())
 
 
@@ -230,9 +230,9 @@ def test_a_mixed_step_seeds_with_its_prompt_only() -> None:
     runs = (TraceRun(PROMPT, 0, 0, 2), TraceRun(ANSWER, 1, 7, 1))
     step = TraceStep(runs, (TraceLayer(0, picks, np.ones(picks.shape, np.float16)),))
     policy = make_policy("heat", PolicyContext(1, 4, 1))
-    contender = Online(policy)
+    candidate = Online(policy)
     (demand,) = demands(Trace(header, (step,)))
-    contender.observe(demand.visits[0])
+    candidate.observe(demand.visits[0])
     told = make_policy("heat", PolicyContext(1, 4, 1))
     told.decode(0, [1])
     told.prompt(0, np.array([0, 0, 0, 2]))

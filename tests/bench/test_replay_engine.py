@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.rivals.stepping import random_tokens
+from bench.baselines.stepping import random_tokens
 from bench.traces.cache_replay import CacheReplay, Tally, Tier
-from bench.traces.contender import Online
+from bench.traces.candidate import Online
 from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import Trace, read_trace
@@ -38,8 +38,8 @@ def record(engine: Engine, trace: Path, n_prompt: int) -> tuple[Trace, dict[str,
 
 def replayed(trace: Trace, n_slots: int, policy: str) -> Tally:
     header = trace.header
-    contender = Online(make_policy(policy, PolicyContext(header.n_layer, header.n_expert, header.n_expert_used)))
-    cache = CacheReplay(header, {header.expert_bytes[0][0]: n_slots}, contender, Tier(1, 1, 1, computes_misses=False))
+    candidate = Online(make_policy(policy, PolicyContext(header.n_layer, header.n_expert, header.n_expert_used)))
+    cache = CacheReplay(header, {header.expert_bytes[0][0]: n_slots}, candidate, Tier(1, 1, 1, computes_misses=False))
     tally = cache.run(demands(trace))["answer"]
     cache.check()
     return tally

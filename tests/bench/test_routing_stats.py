@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
+from bench.baselines.stepping import random_tokens
 from bench.models.random_model import SHAPES, write_random_model
 from bench.models.topics import N_TOPICS, TOPIC_TOKENS, natural_tokens, topical_rows
-from bench.rivals.stepping import random_tokens
 from bench.routing_stats import first_repeats, lookahead, lru_hits, pick_repeats, pick_shares, statistics
 from bench.traces.routing import Routers, Routing, best, observe
 from slimoe.converter.plain.convert import ConvertOptions, convert

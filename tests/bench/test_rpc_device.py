@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.baselines.stepping import random_tokens
 from bench.models.topics import natural_tokens
-from bench.rivals.stepping import random_tokens
 from bench.rpc_device import CARD, Job, Run, as_json, check, device_config, main, measure, own_slots, plan_with_room
 from bench.traces.cache_replay import CacheReplay
-from bench.traces.contender import Online
+from bench.traces.candidate import Online
 from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import read_trace
@@ -59,8 +59,8 @@ def test_steps_of_several_requests_move_as_replayed(tmp_path: Path, policy: str)
         answers(engine)
         moved, slots = device.bytes_uploaded - before, own_slots(engine.plan)
     trace = read_trace(tmp_path / "trace")
-    contender = Online(make_policy(policy, PolicyContext(4, 6, 3)))
-    cache = CacheReplay(trace.header, slots, contender, CARD, rule)
+    candidate = Online(make_policy(policy, PolicyContext(4, 6, 3)))
+    cache = CacheReplay(trace.header, slots, candidate, CARD, rule)
     assert sum(tally.moved_bytes for tally in cache.run(demands(trace)).values()) == moved > 0
 
 

@@ -13,8 +13,8 @@ import transformers
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import kl_divergence, random_tokens
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
@@ -50,8 +50,8 @@ def single_scores(path: Path, tokens: Sequence[int] = TOKENS, **changed: Any) ->
 
 
 def llama_scores(path: Path, tokens: Sequence[int] = TOKENS, *, single: bool = False, repack: bool = False) -> Array:
-    with closing(Rival(RivalConfig(path, 256, 1, extra_buffers=repack))) as rival:
-        return np.concatenate([rival.score([token]) for token in tokens]) if single else rival.score(tokens)
+    with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=repack))) as baseline:
+        return np.concatenate([baseline.score([token]) for token in tokens]) if single else baseline.score(tokens)
 
 
 def assert_same_distributions(ours: Array, theirs: Array) -> None:
@@ -170,11 +170,11 @@ def test_a_prompt_read_for_its_last_token_is_llama_cpps(tmp_path: Path, wide: GG
         path = write_content(tmp_path / "m.gguf", wide.quantised(kind))
         with (
             closing(Engine.open(config(path, weights="mapped"))) as engine,
-            closing(Rival(RivalConfig(path, 256, 1, extra_buffers=False))) as rival,
+            closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False))) as baseline,
         ):
-            np.testing.assert_array_equal(engine.prefill(tokens), rival.prefill(tokens))
+            np.testing.assert_array_equal(engine.prefill(tokens), baseline.prefill(tokens))
             for token in TOKENS[:20]:
-                assert kl_divergence(engine.decode(token), rival.decode(token)) < 1e-6
+                assert kl_divergence(engine.decode(token), baseline.decode(token)) < 1e-6
 
 
 # --- with itself -------------------------------------------------------------------------------------------

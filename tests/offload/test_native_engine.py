@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.rivals.stepping import kl_divergence
+from bench.baselines.stepping import kl_divergence
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.model.native_layout import LayerHints

@@ -52,14 +52,14 @@ def test_greedy_tokens_are_llamacpps(engine: Engine) -> None:
     prompt = tuple(engine.tokenizer.encode("In the beginning", add_bos=True)) if engine.tokenizer else ()
     request = GenerationRequest(prompt, max_tokens=32, sampling=SamplingParams(temperature=0), ignore_eos=True)
     ours = [event.token for event in engine.generate(request) if isinstance(event, TokenStep)]
-    rival = Llama(str(DEMO), n_ctx=512, n_threads=1, verbose=False)
-    rival.eval(list(prompt))
+    baseline = Llama(str(DEMO), n_ctx=512, n_threads=1, verbose=False)
+    baseline.eval(list(prompt))
     for n, token in enumerate(ours):
-        logits = np.array(rival._ctx.get_logits_ith(-1)[: engine.spec.n_vocab])
+        logits = np.array(baseline._ctx.get_logits_ith(-1)[: engine.spec.n_vocab])
         second, best = np.sort(logits)[-2:]
         if best - second < 0.05:
             assert n > 4
             break
         assert int(logits.argmax()) == token
-        rival.eval([token])
-    rival.close()
+        baseline.eval([token])
+    baseline.close()

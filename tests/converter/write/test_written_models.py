@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.rpc_server import rpc_server
-from bench.rivals.stepping import kl_divergence, random_tokens
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.rpc_server import rpc_server
+from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import LayerPlan, SlimPlan
@@ -227,8 +227,8 @@ def test_llama_cpp_runs_stock_files_as_we_do(tmp_path: Path, source: ModelSource
         )
     ]
     path = slim(source, replace(plan, layers=tuple(layers)), tmp_path / "m.gguf").path
-    with closing(Rival(RivalConfig(path, 256, 1))) as rival:
-        theirs = rival.score(TOKENS)
+    with closing(LlamaCpp(LlamaCppConfig(path, 256, 1))) as baseline:
+        theirs = baseline.score(TOKENS)
     with closing(Engine.open(config(path, kv_type="f16"))) as engine:
         ours = scores(engine)
     assert apart(ours, theirs) < 1e-4

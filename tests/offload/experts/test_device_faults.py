@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from bench.rivals.rpc_server import ROOT, RpcServer, rpc_server
+from bench.baselines.rpc_server import ROOT, RpcServer, rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DeviceFullError
 from slimoe.offload.ggml.abort import device_error

@@ -16,8 +16,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import slimoe.offload.plan.engine_plan
-from bench.rivals.rpc_server import rpc_server
-from bench.rivals.stepping import kl_divergence
+from bench.baselines.rpc_server import rpc_server
+from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.residency import Key

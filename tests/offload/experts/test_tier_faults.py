@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from bench.rivals.stepping import random_tokens
+from bench.baselines.stepping import random_tokens
 from slimoe.offload.cache.disk_reader import PAGE, ReadFailedError
 from slimoe.offload.engine import Engine
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError

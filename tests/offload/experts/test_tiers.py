@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import slimoe.offload.plan.engine_plan
-from bench.rivals.stepping import random_tokens
+from bench.baselines.stepping import random_tokens
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_AHEAD
 from slimoe.offload.engine import Engine

@@ -17,7 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from bench.rivals.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
+from bench.baselines.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
 from slimoe.offload.errors import DeviceError, DoesNotFitError, UsageError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device

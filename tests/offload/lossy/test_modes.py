@@ -11,7 +11,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-from bench.rivals.rpc_server import RpcServer, rpc_server
+from bench.baselines.rpc_server import RpcServer, rpc_server
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.engine import Engine

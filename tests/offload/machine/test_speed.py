@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.rivals.rpc_server import rpc_server
+from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.cache.disk_reader import PAGE, Read, Urgency
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend

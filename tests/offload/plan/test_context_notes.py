@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.rivals.llama_cpp import Rival, RivalConfig
-from bench.rivals.stepping import kl_divergence, random_tokens
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
@@ -109,8 +109,8 @@ def test_full_attention_is_what_llama_computes_too(windowed: Path) -> None:
     with closing(Engine.open(EngineConfig(windowed, n_ctx=256, n_threads=1))) as engine:
         assert "full attention is used" in "".join(engine.notes)
         ours = engine.read(tokens, len(tokens)).copy()
-    with closing(Rival(RivalConfig(windowed, 256, 1, extra_buffers=False))) as rival:
-        theirs = rival.score(tokens)
+    with closing(LlamaCpp(LlamaCppConfig(windowed, 256, 1, extra_buffers=False))) as baseline:
+        theirs = baseline.score(tokens)
     assert max(kl_divergence(*rows) for rows in zip(ours, theirs, strict=True)) < 1e-4
     assert np.ptp(theirs) > 1
 

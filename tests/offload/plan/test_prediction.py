@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 import slimoe.offload.plan.prediction
-from bench.rivals.rpc_server import rpc_server
+from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.machine.cost_model import Residency, Step, predict
 from slimoe.offload.machine.measure import Calibration

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import slimoe.offload.plan.engine_plan
-from bench.rivals.rpc_server import rpc_server
+from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.speed import MachineSpeed

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 
 import slimoe.offload.plan.budget
 import slimoe.offload.plan.engine_plan
-from bench.rivals.rpc_server import rpc_server
+from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import available_devices

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.limits import isolated_run as lone_run
+from bench.baselines.stepping import random_tokens
+from bench.compress_step import CalibrationJob, ConversionJob, Job, SlimmingJob, Taken, run_here, run_step
+from bench.limits import isolated_run
 from bench.limits.isolated_run import OURS, Outcome
-from bench.limits.limited_runs import BenchChildError, run_contender
+from bench.limits.limited_runs import BenchChildError, run_candidate
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import Shape
-from bench.quality.slim_projection import Calibrated, Density, Weights
-from bench.rivals.stepping import random_tokens
-from bench.slim_step import CalibrationJob, ConversionJob, Job, SlimmingJob, Taken, run_here, run_step
+from bench.quality.compress_projection import Calibrated, Density, Weights
 from slimoe.converter.forward.texts import DEFAULT_LENGTH
 from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.recipe.toml_file import recipe_text
@@ -174,7 +174,9 @@ def decode(plan: Plan, report: Report, say: Say) -> None:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             say(f"decoding, round {number + 1} of {plan.n_rounds}: {name}")
-            run = run_contender(lone_run.Job(OURS, str(plan.file(name)), plan.n_threads, prompt, steps, _WARM), None)
+            run = run_candidate(
+                isolated_run.Job(OURS, str(plan.file(name)), plan.n_threads, prompt, steps, _WARM), None
+            )
             if run.outcome is None:
                 raise BenchChildError(f"{name} could not be decoded: {run.failure}.")
             report.rounds.setdefault(name, []).append(run.outcome)

@@ -7,7 +7,7 @@ budgets; and two tight budgets spent by the recipes of others, whatever number o
 to meet them. A ratio of divergences above 1 means that ours is smaller. Progress goes to stderr, the last line of
 stdout is one JSON document.
 
-    python -m bench.slim_quality --checkpoint ~/models/mixtral --stats STATS --text news=news.txt --text code=code.txt
+    python -m bench.compress_quality --checkpoint ~/mixtral --stats STATS --text news=news.txt --text code=code.txt
 """
 
 import json
@@ -24,10 +24,10 @@ import click
 import numpy as np
 from rich.console import Console
 
+from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
-from bench.rivals.llama_cpp import FILE_TYPES, llama_quantize
 from slimoe.converter.budget.compress import plan_slim, target_bytes
 from slimoe.converter.forward.texts import CalibrationText, TextFile
 from slimoe.converter.forward.windows import cut_windows
@@ -52,7 +52,9 @@ from slimoe.server.chat.text_encoder import TokenizerEncoder
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
 SHARES = (0.229, 0.12)
 """Of the checkpoint's bytes in bf16: the paper's 77.1 % less, and about half of that."""
-PARTS = ("rivals", "budgets", "recipes")
+PARTS = ("baselines", "budgets", "recipes")
+OLD_PARTS = {"rivals": "baselines"}
+"""Old spellings that are still understood for one version."""
 _WINDOW = 512
 MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
 """One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
@@ -102,7 +104,7 @@ class Lab:
         return {"expected_kl": plan.expected_kl} | self.judged(path)
 
 
-def rivals(lab: Lab, say: Say) -> list[Row]:
+def baselines(lab: Lab, say: Say) -> list[Row]:
     """llama.cpp's mixes, and ours of the same bytes: stock and native, each with feedback as well."""
     whole, rows = lab.directory / "whole.gguf", []
     convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
@@ -195,11 +197,12 @@ def _line(row: Row) -> str:
 
 def as_json(found: Mapping[str, list[Row]]) -> Row:
     """All rows; ratios by name at the top, and whether divergences fall as budgets grow."""
-    ratios = {row["name"]: row["kl_vs_llamacpp"] for row in found.get("rivals", []) if "kl_vs_llamacpp" in row}
+    ratios = {row["name"]: row["kl_vs_llamacpp"] for row in found.get("baselines", []) if "kl_vs_llamacpp" in row}
     document: Row = {"kl_vs_llamacpp": ratios}
     rows = [row for row in found.get("budgets", []) if "kl" in row]
     document["kl_falls"] = all(after["kl"] <= before["kl"] for before, after in pairwise(rows)) if rows else None
-    return document | dict(found)
+    old_names = {old: found[name] for old, name in OLD_PARTS.items() if name in found}
+    return document | dict(found) | old_names
 
 
 def read_windows(source: ModelSource, texts: tuple[str, ...], n_windows: int) -> dict[str, list[int]]:
@@ -235,12 +238,23 @@ def smoke_lab(directory: Path) -> Lab:
     return Lab(directory / "checkpoint", source, statistics, reference, directory, 1)
 
 
+class Part(click.Choice[str]):
+    """The name of a part, in its old spelling as well."""
+
+    def __init__(self) -> None:
+        super().__init__(PARTS)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is spelled now."""
+        return super().convert(OLD_PARTS.get(value, value), param, ctx)
+
+
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
 @click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To judge by: not what was calibrated on.")
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
-@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
+@click.option("--part", "parts", type=Part(), multiple=True, default=PARTS, show_default=True)
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
@@ -258,7 +272,7 @@ def main(
 ) -> None:
     """Measure what slimming costs at equal bytes."""
     console = Console(stderr=True)
-    steps = {"rivals": rivals, "budgets": budgets, "recipes": recipes, "smoke": smoke}
+    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "smoke": smoke}
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
             if is_smoke:

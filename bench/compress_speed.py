@@ -6,10 +6,10 @@ without importance, as the plain file), and ours, of so many bits per weight, in
 Every step runs alone in a process, timed, with its peak of memory. Then all files decode the same tokens in turn, each
 alone in a process, in an order that turns from round to round. Ratios above 1 mean that the slimmed file is faster. The
 paper measured 6.05 times the speed with 77.1 % less memory, of which its plain 4 bits alone gave 5.08 times. What whole
-models would take is computed by the formulas of `slim_projection`. Quality is nothing that random weights have:
-see `bench.slim_quality`. The table goes to stderr, the last line of stdout is one JSON document.
+models would take is computed by the formulas of `compress_projection`. Quality is nothing that random weights have:
+see `bench.compress_quality`. The table goes to stderr, the last line of stdout is one JSON document.
 
-    python -m bench.slim_speed --layers 4
+    python -m bench.compress_speed --layers 4
 """
 
 import json
@@ -24,8 +24,8 @@ from rich.console import Console
 
 from bench.limits import machine
 from bench.models.random_model import SHAPES
-from bench.quality.slim_runs import SLIM, Plan, check_room, measure
-from bench.quality.slim_speed_report import as_json, table
+from bench.quality.compress_runs import SLIM, Plan, check_room, measure
+from bench.quality.compress_speed_report import as_json, table
 from slimoe.converter.stats.type_costs import CANDIDATES
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.resources.processors import default_threads

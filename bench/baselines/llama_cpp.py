@@ -1,4 +1,4 @@
-"""llama.cpp as a contender, through llama-cpp-python's low-level API, set as llama-bench sets it.
+"""llama.cpp as a candidate, through llama-cpp-python's low-level API, set as llama-bench sets it.
 
 Memory-mapped weights, f16 KV cache, flash attention as llama.cpp chooses, physical batches of 512 and a thread
 pool that polls. Extra buffer types (the rearranged copies of weights) are on in llama.cpp's defaults and can be
@@ -33,7 +33,7 @@ class QuantizerError(SlimoeError):
 
 
 @dataclass(frozen=True, slots=True)
-class RivalConfig:
+class LlamaCppConfig:
     """How llama.cpp loads a model; `extra_buffers` is its `--no-repack` the other way round."""
 
     model: Path
@@ -48,13 +48,13 @@ def _log_errors(level: int, text: bytes, _: int | None) -> None:
         sys.stderr.buffer.write(text)
 
 
-class Rival:
+class LlamaCpp:
     """A llama.cpp model with one sequence in its KV cache. Has the stepping interface of the engine.
 
-    `watch` is asked about every tensor that is computed, as llama.cpp's `cb_eval` is, and must outlive the rival.
+    `watch` is asked about every tensor that is computed, as llama.cpp's `cb_eval` is, and must outlive the baseline.
     """
 
-    def __init__(self, config: RivalConfig, watch: EvalCallback = _NO_CALLBACK) -> None:
+    def __init__(self, config: LlamaCppConfig, watch: EvalCallback = _NO_CALLBACK) -> None:
         self.config = config
         self.n_past = 0
         llama.llama_log_set(_log_errors, ctypes.c_void_p(0))
@@ -105,7 +105,7 @@ class Rival:
         ggml_backend.ggml_threadpool_free(self._pool)
 
 
-def _open_model(config: RivalConfig) -> ctypes.c_void_p:
+def _open_model(config: LlamaCppConfig) -> ctypes.c_void_p:
     params = llama.llama_model_default_params()
     params.use_extra_bufts = config.extra_buffers
     params.n_gpu_layers = 0
@@ -115,7 +115,7 @@ def _open_model(config: RivalConfig) -> ctypes.c_void_p:
     return model
 
 
-def _open_context(model: ctypes.c_void_p, config: RivalConfig, watch: EvalCallback) -> ctypes.c_void_p:
+def _open_context(model: ctypes.c_void_p, config: LlamaCppConfig, watch: EvalCallback) -> ctypes.c_void_p:
     params = llama.llama_context_default_params()
     params.cb_eval = watch
     params.n_ctx = config.n_ctx

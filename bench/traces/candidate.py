@@ -10,7 +10,7 @@ from slimoe.offload.cache.policy import Policy, Values
 from slimoe.offload.cache.router_trace import TraceHeader
 
 
-class Contender(Protocol):
+class Candidate(Protocol):
     """Values of experts. One that `is_choosy` keeps a missed expert only if it is worth more than a resident one.
 
     `values` and `keeping` are as in `slimoe.offload.cache.policy.Policy`.

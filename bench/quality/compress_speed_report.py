@@ -1,4 +1,4 @@
-"""The figures of `bench.slim_speed`: one document, and a table for a person."""
+"""The figures of `bench.compress_speed`: one document, and a table for a person."""
 
 import statistics
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.quality.slim_projection import CARD, WHOLE, Weights, calibration_of, conversion_of, decoding_of
-from bench.quality.slim_runs import F16, Q4_K, Plan, Report
+from bench.quality.compress_projection import CARD, WHOLE, Weights, calibration_of, conversion_of, decoding_of
+from bench.quality.compress_runs import F16, Q4_K, Plan, Report
 from slimoe.offload.resources.memory import memory_limit_bytes
 
 PAPER = {"speed": 6.05, "speed_of_plain_4_bits": 5.08, "memory_saved": 0.771}

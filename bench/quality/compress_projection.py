@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.compress_step import Taken
 from bench.models.random_model import Shape
-from bench.slim_step import Taken
 from slimoe.converter.forward.texts import DEFAULT_TOKENS
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings

@@ -1,4 +1,4 @@
-"""Drives a contender step by step and times it: prefill and decode at a depth, warm-up excluded."""
+"""Drives a candidate step by step and times it: prefill and decode at a depth, warm-up excluded."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ import numpy as np
 WARM_STEPS = 2
 
 
-class Contender(Protocol):
+class Candidate(Protocol):
     """What is measured: a model with one sequence in its KV cache. Both the engine and llama.cpp have this."""
 
     @property
@@ -33,7 +33,7 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One round of one contender, in seconds: of the whole prefill, and of the median decode step."""
+    """One round of one candidate, in seconds: of the whole prefill, and of the median decode step."""
 
     prefill: float
     decode: float
@@ -44,40 +44,40 @@ def random_tokens(n_tokens: int, n_vocab: int, seed: int = 1) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, n_vocab, n_tokens)]
 
 
-def go_to_depth(contender: Contender, tokens: Sequence[int], depth: int) -> None:
+def go_to_depth(candidate: Candidate, tokens: Sequence[int], depth: int) -> None:
     """Leaves exactly the first `depth` of `tokens` in the KV cache."""
-    contender.truncate(min(contender.n_past, depth))
-    if contender.n_past < depth:
-        contender.prefill(tokens[contender.n_past : depth])
+    candidate.truncate(min(candidate.n_past, depth))
+    if candidate.n_past < depth:
+        candidate.prefill(tokens[candidate.n_past : depth])
 
 
-def time_prefill(contender: Contender, tokens: Sequence[int]) -> float:
+def time_prefill(candidate: Candidate, tokens: Sequence[int]) -> float:
     """Seconds that appending `tokens` takes; the KV cache is then as before."""
-    depth = contender.n_past
+    depth = candidate.n_past
     begin = time.perf_counter()
-    contender.prefill(tokens)
+    candidate.prefill(tokens)
     seconds = time.perf_counter() - begin
-    contender.truncate(depth)
+    candidate.truncate(depth)
     return seconds
 
 
-def time_decode(contender: Contender, tokens: Sequence[int]) -> list[float]:
+def time_decode(candidate: Candidate, tokens: Sequence[int]) -> list[float]:
     """Seconds of each step that appends one of `tokens`; the KV cache is then as before."""
-    depth = contender.n_past
+    depth = candidate.n_past
     seconds = []
     for token in tokens:
         begin = time.perf_counter()
-        contender.decode(token)
+        candidate.decode(token)
         seconds.append(time.perf_counter() - begin)
-    contender.truncate(depth)
+    candidate.truncate(depth)
     return seconds
 
 
-def measure(contender: Contender, prefill: Sequence[int], decode: Sequence[int]) -> Timing:
+def measure(candidate: Candidate, prefill: Sequence[int], decode: Sequence[int]) -> Timing:
     """One round at the current depth. The first decode steps, in which caches and threads wake, do not count."""
-    seconds = time_prefill(contender, prefill)
-    time_decode(contender, decode[:WARM_STEPS])
-    return Timing(seconds, statistics.median(time_decode(contender, decode)))
+    seconds = time_prefill(candidate, prefill)
+    time_decode(candidate, decode[:WARM_STEPS])
+    return Timing(seconds, statistics.median(time_decode(candidate, decode)))
 
 
 def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:

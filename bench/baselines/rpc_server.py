@@ -1,6 +1,6 @@
 """A device on loopback: ggml's RPC server over the CPU, in a process of its own. The GPU of machines without one.
 
-Run as `python -m bench.rivals.rpc_server PORT`, it serves until standard input ends.
+Run as `python -m bench.baselines.rpc_server PORT`, it serves until standard input ends.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def rpc_server(port: int = 0) -> Iterator[RpcServer]:
     if not port:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "bench.rivals.rpc_server", str(port)]
+    command = [sys.executable, "-m", "bench.baselines.rpc_server", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         try:
             server = RpcServer(f"127.0.0.1:{port}", process)

@@ -1,4 +1,4 @@
-"""What `bench.slim_speed` computes from its figures, against published sizes and by hand."""
+"""What `bench.compress_speed` computes from its figures, against published sizes and by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,10 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFWriter
 
+from bench.compress_speed import main
+from bench.compress_step import ConversionJob, Laps, StepFailedError, Taken, run_step
 from bench.models.random_model import SHAPES
-from bench.quality.slim_projection import (
+from bench.quality.compress_projection import (
     CARD_BANDWIDTH,
     WHOLE,
     Calibrated,
@@ -20,8 +22,6 @@ from bench.quality.slim_projection import (
     conversion_of,
     decoding_of,
 )
-from bench.slim_speed import main
-from bench.slim_step import ConversionJob, Laps, StepFailedError, Taken, run_step
 
 SHAPE = replace(SHAPES["smoke"], n_layer=3)
 
