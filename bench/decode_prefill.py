@@ -29,7 +29,7 @@ from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
 from slimoe.offload.resources.memory import available_bytes
 from slimoe.offload.resources.processors import default_threads
 
@@ -86,7 +86,7 @@ class Report:
 
 def candidates(plan: Plan) -> dict[str, Callable[[], Candidate]]:
     """How each candidate is opened, ours first."""
-    config = EngineConfig(plan.model, n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+    config = EngineConfig(plan.model, n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))
     baselines = {
         name: lambda extra=extra: LlamaCpp(LlamaCppConfig(plan.model, plan.n_ctx, plan.n_threads, extra))
         for name, extra in BASELINES.items()

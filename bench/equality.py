@@ -32,7 +32,7 @@ from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, MemoryConfig
 from slimoe.offload.resources.processors import default_threads
 
 PROMPTS = ("The river", "In the beginning", "def read(path):", "function add(a, b) {", "[INST] Define a noun. [/INST]")
@@ -91,7 +91,9 @@ def compare_with_transformers(plan: Plan) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(plan.checkpoint, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     n_ctx = max(plan.n_tokens, 64 + plan.n_greedy)
-    config = EngineConfig(plan.converted("F32"), n_ctx=n_ctx, n_threads=plan.n_threads, kv_type="f32")
+    config = EngineConfig(
+        plan.converted("F32"), n_threads=plan.n_threads, context=ContextConfig(n_ctx=n_ctx, kv_type="f32")
+    )
     with closing(Engine.open(config)) as engine, torch.no_grad():
         tokens = text_tokens(plan, engine)
         expected = model(torch.tensor([tokens])).logits[0].numpy()
@@ -117,7 +119,9 @@ def compare_with_llamacpp(plan: Plan, kind: str) -> dict[str, float]:
     """Divergence of our distributions from llama.cpp's on the same file, over the tokens."""
     path = plan.converted(kind)
     n_ctx = -(-plan.n_tokens // 256) * 256
-    config = EngineConfig(path, n_ctx=n_ctx, n_threads=plan.n_threads, weights="both")
+    config = EngineConfig(
+        path, n_threads=plan.n_threads, context=ContextConfig(n_ctx=n_ctx), memory=MemoryConfig(weights="both")
+    )
     with closing(Engine.open(config)) as engine:
         tokens = text_tokens(plan, engine)
         batched = score(engine, tokens)

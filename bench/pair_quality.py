@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
-from bench.limits.engine_changes import Changes, changed, parse_changes
+from bench.limits.engine_changes import Changes, parse_changes
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from bench.models.topics import natural_tokens
@@ -38,7 +38,8 @@ from slimoe.offload.cache.host_pool import slot_bytes
 from slimoe.offload.cache.slots import slot_classes
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, changed
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.resources.processors import default_threads
 from slimoe.offload.text.tokenizer import Tokenizer
 
@@ -119,7 +120,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
     whole = total_expert_bytes(plan.file(plan.pair))
     rows = []
     for mode in plan.modes:
-        config = EngineConfig(plan.file(mode.kind), n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+        config = EngineConfig(plan.file(mode.kind), n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))
         for room in plan.rooms:
             say(f"{mode.name}, room {room:g}")
             row = {"mode": mode.name, "file": mode.kind, "changes": dict(mode.changes), "room": room}

@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.device_plan import N_PASSING
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, changed
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 
 Logits = NDArray[np.float32]
 SHARES = (0.25, 0.5, 0.75)
@@ -100,14 +101,16 @@ class Run:
 
 def plan_with_room(config: EngineConfig, share: float) -> EngineConfig:
     """The configuration whose device has slots for so many of the experts; raises UsageError without experts."""
-    shortfall = plan_engine(replace(config, vram=("1",))).shortfall
-    layers = [layer for layer in plan_engine(replace(config, device="none", rpc=())).layers if layer is not None]
+    shortfall = plan_engine(changed(config, {"vram": ("1",)})).shortfall
+    layers = [
+        layer for layer in plan_engine(changed(config, {"device": "none", "rpc": ()})).layers if layer is not None
+    ]
     sizes = {copies[0].slot_class: copies[0].n_bytes for layer in layers for copies in layer.experts}
     if shortfall is None or not sizes:
         raise UsageError("The model has no experts that a device could hold a part of. Take a mixture of experts.")
     wanted = share * sum(copies[0].n_bytes for layer in layers for copies in layer.experts)
     # The least that a device takes has a slot for one expert of each kind already.
-    return replace(config, vram=(str(int(shortfall.required_bytes + wanted) - sum(sizes.values())),))
+    return changed(config, {"vram": (str(int(shortfall.required_bytes + wanted) - sum(sizes.values())),)})
 
 
 def check(plan: EnginePlan) -> None:
@@ -128,7 +131,7 @@ def read_all(engine: Engine, job: Job) -> tuple[list[Logits], dict[str, float]]:
 
 def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], trace: Path) -> Run:
     """Runs an engine and its replay."""
-    config = replace(plan_with_room(job.config, share), policy=policy, trace=trace)
+    config = changed(plan_with_room(job.config, share), {"policy": policy, "trace": trace})
     check(plan_engine(config))
     with closing(Engine.open(config)) as engine:
         (device,) = engine.device_experts
@@ -179,16 +182,16 @@ def replayed(plan: EnginePlan, path: Path, policy: str, rule: SwapRule) -> Tally
 def device_config(config: EngineConfig, device: str | None) -> Iterator[EngineConfig]:
     """The configuration with a device of this machine, or one lent by an RPC server that is ended afterwards."""
     if device is not None:
-        yield replace(config, device=device)
+        yield changed(config, {"device": device})
         return
     with rpc_server() as server:
         lent = available_devices([server.endpoint])[-1]
-        yield replace(config, device=lent.name, rpc=(server.endpoint,))
+        yield changed(config, {"device": lent.name, "rpc": (server.endpoint,)})
 
 
 def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[Run]:
     """All runs, one after the other."""
-    with closing(Engine.open(replace(job.config, device="none", rpc=(), weights="copied"))) as engine:
+    with closing(Engine.open(changed(job.config, {"device": "none", "rpc": (), "weights": "copied"}))) as engine:
         expected, _ = read_all(engine, job)
     with tempfile.TemporaryDirectory(prefix="slimoe-trace-") as directory:
         return [
@@ -250,7 +253,9 @@ def main(
             path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
             n_tokens = n_prompt + n_answer
             words = TOKENS[routing](n_tokens, read_gguf(path).tensors["token_embd.weight"].ne[1])
-            config = EngineConfig(path, n_ctx=-(-n_tokens // 256) * 256, n_batch=n_prompt, n_threads=threads)
+            config = EngineConfig(
+                path, n_threads=threads, context=ContextConfig(n_ctx=-(-n_tokens // 256) * 256, n_batch=n_prompt)
+            )
             config = stack.enter_context(device_config(config, device))
             runs = measure(Job(config, tuple(words), n_prompt, rule), shares or SHARES, policies)
     except SlimoeError as error:

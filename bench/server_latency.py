@@ -30,7 +30,7 @@ from bench.limits import machine
 from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
 from slimoe.offload.resources.processors import default_threads
 from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams, TokenStep
 
@@ -191,7 +191,7 @@ def main(
             load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
             path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, vocabulary=True))
             plan = Plan(path, threads or default_threads(), 1 if smoke else rounds, 16 if smoke else tokens)
-            config = EngineConfig(path, n_ctx=plan.n_ctx, n_threads=plan.n_threads)
+            config = EngineConfig(path, n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))
             engine = stack.enter_context(closing(Engine.open(config)))
             served, own = asyncio.run(run(plan, engine))
     except SlimoeError as error:

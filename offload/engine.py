@@ -12,7 +12,8 @@ from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, has_tokenizer, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig, changed
+from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
@@ -57,9 +58,9 @@ class Engine:
         try:
             return cls(config, plan, progress)
         except (DeviceError, DoesNotFitError) as error:
-            if not plan.devices or config.device != "auto" or config.vram:
+            if not plan.devices or config.devices.device != "auto" or config.devices.vram:
                 raise
-            config = replace(config, device="none", rpc=())
+            config = changed(config, {"device": "none", "rpc": ()})
             on_cpu = plan_engine(config)
             if on_cpu.shortfall is not None:
                 raise

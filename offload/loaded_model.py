@@ -13,7 +13,8 @@ from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
 from slimoe.offload.model.tensors import join_layers
 from slimoe.offload.open_tiers import Tiers, open_tiers
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.resources.memory import peak_resident_bytes
 
 Progress = Callable[[int, int], None]
@@ -46,7 +47,7 @@ class LoadedModel:
             counter = _Counter(plan, on_progress)
             rows = self._rows = self._token_rows(opened)
             if plan.is_resident:
-                cache = KVCache(plan.spec, plan.n_cells, kv_type(config.kv_type), self.backend)
+                cache = KVCache(plan.spec, plan.n_cells, kv_type(config.context.kv_type), self.backend)
                 opened.callback(cache.close)
                 batched, single = self._load(rows, opened, counter)
                 self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch)

@@ -30,7 +30,8 @@ from slimoe.offload.lossy.stage import LossyPicks
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.model.tensors import ModelSources, join_layers, without_experts
 from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.program_memory import most_logit_rows, request_bytes
 from slimoe.offload.resources.memory import resident_bytes
 
@@ -123,7 +124,7 @@ class _Opening:
         }
         n_expert = max((len(layer.target) for layer in plan.layers if layer is not None), default=1)
         context = PolicyContext(len(plan.layers), n_expert, max(1, plan.spec.n_expert_used), plan.priors)
-        self._policy = make_policy(config.policy, context)
+        self._policy = make_policy(config.memory.policy, context)
         self._n_expert = n_expert
 
     def open(self) -> Tiers:
@@ -141,7 +142,7 @@ class _Opening:
             n_used, possible = plan.spec.n_expert_used, slot_kinds(plan.cut_layers, plan.tiers.low)
             graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, set(possible))
             self._opened.callback(graphs.close)
-            reader = DiskReader(plan.gguf, direct=self._config.direct_io)
+            reader = DiskReader(plan.gguf, direct=self._config.memory.direct_io)
             self._opened.callback(reader.close)
             rows = 0 if self._rows is None else self._rows.n_bytes
             n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
@@ -208,7 +209,7 @@ class _Opening:
 
     def _cache(self, backend: Backend, layers: range | tuple[int, ...]) -> KVCache:
         plan = self._plan
-        cache = KVCache(plan.spec, plan.n_cells, kv_type(self._config.kv_type), backend, layers)
+        cache = KVCache(plan.spec, plan.n_cells, kv_type(self._config.context.kv_type), backend, layers)
         return self._opened.enter_context(closing(cache))
 
     # --- experts --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import FinishReason, GenerationRequest, TierUse, Timings
 
 HEADER_BYTES = 4
@@ -20,29 +21,9 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(Message, frozen=True):
-    """To the engine, first: the model to open, and how. None leaves a setting to the engine.
+    """To the engine, first: the model to open, and how."""
 
-    The fields are those of `EngineConfig`.
-    """
-
-    model: str
-    n_ctx: int | None = None
-    n_batch: int | None = None
-    n_parallel: int | None = None
-    n_threads: int | None = None
-    kv_type: str | None = None
-    weights: str | None = None
-    ram: str | None = None
-    vram: tuple[str, ...] = ()
-    device: str | None = None
-    rpc: tuple[str, ...] = ()
-    trace: str | None = None
-    policy: str | None = None
-    max_kl: float | None = None
-    lossy: str | None = None
-    direct_io: bool = True
-    reserve_bytes: int = 0
-    held_bytes: int = 0
+    config: EngineConfig
 
 
 class TextPrompt(Message, frozen=True):
@@ -249,8 +230,8 @@ ToEngine = Open | Submit | Cancel | Encode | Decode | Render
 Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Text
 FromEngine = Loading | Beat | Ready | Answer
 
-_encoder = msgspec.msgpack.Encoder()
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+_encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of paths
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine, dec_hook=lambda kind, value: kind(value)).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 

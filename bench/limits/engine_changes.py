@@ -2,21 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import setting_names
 
 Changes = Mapping[str, Any]
-"""Fields of EngineConfig and their values."""
+"""Names of settings and their values."""
 _OWN = ("model", "n_ctx", "n_threads", "ram")  # every candidate's, or the bench's to set
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
     """Changes written as FIELD=VALUE; numbers and true are read as such. Raises UsageError."""
     changes = {}
-    names = [field.name for field in fields(EngineConfig) if field.name not in _OWN]
+    names = [name for name in setting_names() if name not in _OWN]
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or name not in names:
@@ -26,8 +25,3 @@ def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             changes[name] = value
     return changes
-
-
-def changed(config: EngineConfig, changes: Changes) -> EngineConfig:
-    """The configuration with these fields set."""
-    return replace(config, **changes)

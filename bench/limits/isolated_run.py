@@ -14,10 +14,10 @@ from pathlib import Path
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import Candidate
-from bench.limits.engine_changes import Changes, changed
+from bench.limits.engine_changes import Changes
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, MemoryConfig, changed
 
 OURS = "slimoe"
 BASELINES = {"llama.cpp": True, "llama.cpp --no-repack": False}
@@ -68,7 +68,12 @@ class Outcome:
 
 def engine_config(job: Job) -> EngineConfig:
     """What a job asks of our engine."""
-    config = EngineConfig(Path(job.model), n_ctx=job.n_ctx, n_threads=job.n_threads, ram=job.ram)
+    config = EngineConfig(
+        Path(job.model),
+        n_threads=job.n_threads,
+        context=ContextConfig(n_ctx=job.n_ctx),
+        memory=MemoryConfig(ram=job.ram),
+    )
     return changed(config, job.engine)
 
 

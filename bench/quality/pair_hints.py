@@ -26,7 +26,8 @@ from slimoe.offload.model.experts import ExpertLayer
 from slimoe.offload.model.native_format import layout_metadata, read_layout
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import ContextConfig, DeviceConfig, EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
 
 Array = np.ndarray[Any, Any]
 _ROOM = 1 << 40
@@ -65,7 +66,14 @@ class Probe:
 def measure_hints(model: Path, texts: Sequence[Text], n_threads: int, say: Callable[[str], None]) -> list[LayerHints]:
     """Hints of every layer from texts whose references do not matter; the model must fit into memory in both copies."""
     n_ctx = max(256, max(len(text.tokens) for text in texts))
-    plan = plan_engine(EngineConfig(model, n_ctx=n_ctx, n_batch=n_ctx, n_threads=n_threads, device="none"))
+    plan = plan_engine(
+        EngineConfig(
+            model,
+            n_threads=n_threads,
+            context=ContextConfig(n_ctx=n_ctx, n_batch=n_ctx),
+            devices=DeviceConfig(device="none"),
+        )
+    )
     probe = Probe(plan.layers)
     plan = replace(plan, lossy=Lossy(probe, loss_tables(plan.layers), ""))
     plan = replace(plan, tiers=tiers_within(plan, _ROOM), n_batch=n_ctx)

@@ -13,7 +13,8 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.lossy.elastic import share_within
 from slimoe.offload.lossy.modes import with_resident
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig, changed
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 
 PASSES = ("cold", "warm")
 
@@ -53,10 +54,10 @@ def score(config: EngineConfig, texts: Sequence[Text], room_bytes: int) -> dict[
 
 def planned(config: EngineConfig, room_bytes: int) -> EnginePlan:
     """The plan with so many bytes of slots, however much memory there is; an elastic file has the mix for them."""
-    if config.lossy == "elastic":
-        layers = plan_engine(replace(config, lossy=None, max_kl=None)).layers
+    if config.loss.lossy == "elastic":
+        layers = plan_engine(changed(config, {"lossy": None, "max_kl": None})).layers
         share = share_within(layers, room_bytes, 0, str(config.model))
-        config = replace(config, lossy=f"elastic:{share}")
+        config = changed(config, {"lossy": f"elastic:{share}"})
     plan = plan_engine(config)
     try:
         tiers = tiers_within(plan, room_bytes)
@@ -114,7 +115,7 @@ class PickedBytes:
 
 def picked_bytes(config: EngineConfig) -> PickedBytes:
     """As the file has it, whatever the mode."""
-    plan = plan_engine(replace(config, lossy=None, max_kl=None))
+    plan = plan_engine(changed(config, {"lossy": None, "max_kl": None}))
     n_picks = sum(layer.n_expert_used for layer in plan.layers if layer is not None)
     return PickedBytes(n_picks, expert_bytes(plan, 0), expert_bytes(plan, -1))
 

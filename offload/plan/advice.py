@@ -1,10 +1,9 @@
 """What to do about a model that does not fit: the least budgets that it can be opened with."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from slimoe.offload.errors import DoesNotFitError
-from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.resources.memory import human_up
 
 _SMALLER = "lower --ctx or --batch, or use a smaller file"
@@ -38,16 +37,16 @@ def _with_more(config: EngineConfig, devices: Sequence[str], missing: DoesNotFit
     """The config with the size raised that is too small: one device's own where each has its own."""
     enough = human_up(missing.required_bytes)
     if not missing.device:
-        return replace(config, ram=enough)
-    if len(config.vram) < 2:
-        return replace(config, vram=(enough,))
-    sizes = zip(devices, config.vram, strict=True)
-    return replace(config, vram=tuple(enough if name == missing.device else size for name, size in sizes))
+        return changed(config, {"ram": enough})
+    if len(config.devices.vram) < 2:
+        return changed(config, {"vram": (enough,)})
+    sizes = zip(devices, config.devices.vram, strict=True)
+    return changed(config, {"vram": tuple(enough if name == missing.device else size for name, size in sizes)})
 
 
 def _raised(config: EngineConfig, tried: EngineConfig) -> str:
-    sizes = {"--ram": tried.ram if tried.ram != config.ram else None}
-    sizes["--vram"] = ",".join(tried.vram) if tried.vram != config.vram else None
+    sizes = {"--ram": tried.memory.ram if tried.memory.ram != config.memory.ram else None}
+    sizes["--vram"] = ",".join(tried.devices.vram) if tried.devices.vram != config.devices.vram else None
     return " and ".join(f"{flag} to {size}" for flag, size in sizes.items() if size)
 
 

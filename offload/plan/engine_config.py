@@ -1,41 +1,97 @@
-"""How to open a model, as a person or a program asks for it."""
+"""How to open a model, as a person or a program asks for it: made once, and handed on as it is."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How to open a model; None means: decide for me.
+class ContextConfig:
+    """What the KV cache holds and a step reads.
 
-    `n_ctx` are the tokens of each of `n_parallel` requests at once, `n_batch` those of a step; `kv_type` is f32, f16 or
-    q8_0, `weights` a mode of `Placement` or auto. `ram` and `vram` (one for each device, or one for all) are sizes as
-    `budget.parse_size` reads them; `device` is auto, none or names with commas between, `rpc` are endpoints HOST:PORT.
-    `trace` is the file to record routing to, `policy` the name of a cache policy, `max_kl` the loss allowed in nats per
-    token, `lossy` the name of a lossy mode and, after a colon, its value. `reserve_bytes` are what other processes
-    of ours take at most and count inside `ram`; `held_bytes` of these they hold already.
+    `n_ctx` are the tokens of each of `n_parallel` requests at once, None for the model's own number within reason;
+    `n_batch` those of a step. `kv_type` is f32, f16 or q8_0.
     """
 
-    model: Path
     n_ctx: int | None = None
     n_batch: int = 512
     n_parallel: int = 1
-    n_threads: int | None = None
     kv_type: str = "f16"
-    weights: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """Host memory: how much, in which form the weights lie there, and which experts stay.
+
+    `ram` is a size as `budget.parse_size` reads it, None for what is free; `weights` a mode of `Placement` or auto;
+    `policy` the name of a cache policy; `direct_io` reads experts past the system's page cache. `reserve_bytes` are
+    what other processes of ours take at most and count inside `ram`; `held_bytes` of these they hold already.
+    """
+
     ram: str | None = None
-    vram: tuple[str, ...] = ()
-    device: str = "auto"
-    rpc: tuple[str, ...] = ()
-    trace: Path | None = None
+    weights: str = "auto"
     policy: str = "heat"
-    max_kl: float | None = None
-    lossy: str | None = None
     direct_io: bool = True
     reserve_bytes: int = 0
     held_bytes: int = 0
 
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """Devices besides the CPU: `device` is auto, none or names with commas between.
+
+    `vram` are sizes, one for each device or one for all; `rpc` are endpoints HOST:PORT of machines that lend theirs.
+    """
+
+    device: str = "auto"
+    vram: tuple[str, ...] = ()
+    rpc: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """What may be lost for speed: nothing by default.
+
+    `lossy` is the name of a lossy mode and, after a colon, its value; `max_kl` the loss allowed in nats per token.
+    """
+
+    lossy: str | None = None
+    max_kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to open a model; None means that the engine decides. `trace` is the file to record routing to."""
+
+    model: Path
+    n_threads: int | None = None
+    trace: Path | None = None
+    context: ContextConfig = field(default_factory=ContextConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
     @property
     def is_budgeted(self) -> bool:
         """Whether the kernels must be those that every budget can have, so that all budgets give the same tokens."""
-        return self.ram is not None or bool(self.vram)
+        return self.memory.ram is not None or bool(self.devices.vram)
+
+
+_GROUPS = {"context": ContextConfig, "memory": MemoryConfig, "devices": DeviceConfig, "loss": LossConfig}
+
+
+def setting_names() -> list[str]:
+    """The names of all settings, those in groups as well: no two groups have one in common."""
+    own = [item.name for item in fields(EngineConfig) if item.name not in _GROUPS]
+    return own + [item.name for group in _GROUPS.values() for item in fields(group)]
+
+
+def changed(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
+    """The configuration with some settings changed, each by its own name, whichever group it stands in."""
+    left = dict(settings)
+    for name, group in _GROUPS.items():
+        inside = {item.name: left.pop(item.name) for item in fields(group) if item.name in left}
+        if inside:
+            left[name] = replace(getattr(config, name), **inside)
+    return replace(config, **left)

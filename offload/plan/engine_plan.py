@@ -154,7 +154,7 @@ def _read(config: EngineConfig) -> _Model:
     gguf, spec, sources = file.gguf, file.spec, file.sources
     layers = expert_layers(sources, spec)
     of_model = resident_bytes() - resident
-    devices = choose_devices(config.device, config.rpc)
+    devices = choose_devices(config.devices.device, config.devices.rpc)
     n_texts = sum(len(texts) for key in (TOKENS, MERGES) if isinstance(texts := gguf.metadata.get(key), list))
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
     program = program_bytes(held_bytes(resident_bytes() - of_model), spec.n_layer, n_texts, n_copies)
@@ -166,18 +166,19 @@ def _read(config: EngineConfig) -> _Model:
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     """The plan for the config's budget, or with what it lacks."""
     spec, sources, layers = model.spec, model.sources, model.layers
-    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if config.n_ctx is None else config.n_ctx
+    context, memory = config.context, config.memory
+    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
     _check_settings(config, n_ctx, model.n_threads)
-    n_cells = -(-n_ctx * config.n_parallel // CELL_STEP) * CELL_STEP
+    n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
-    n_batch = max(config.n_parallel, min(config.n_batch, n_cells))
-    kv = kv_bytes(spec, n_cells, kv_type(config.kv_type))
-    budget = decide_budget(config.ram, config.vram, model.devices, config.held_bytes)
+    n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
+    kv = kv_bytes(spec, n_cells, kv_type(context.kv_type))
+    budget = decide_budget(memory.ram, config.devices.vram, model.devices, memory.held_bytes)
     speeds = {} if config.is_budgeted else model.speeds
-    for fewer in _batch_sizes(n_batch, config.n_parallel):
-        program = model.program + config.reserve_bytes + request_bytes(spec, fewer, config.n_parallel)
+    for fewer in _batch_sizes(n_batch, context.n_parallel):
+        program = model.program + memory.reserve_bytes + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
-        placement = decide_placement(sources, spec, config.weights, speeds, needs, budget.ram)
+        placement = decide_placement(sources, spec, memory.weights, speeds, needs, budget.ram)
         if placement.required <= budget.ram:
             n_batch = fewer
             break
@@ -188,29 +189,30 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         n_ctx=n_ctx,
         n_cells=n_cells,
         n_batch=n_batch,
-        n_parallel=config.n_parallel,
+        n_parallel=context.n_parallel,
         n_threads=model.n_threads,
         placement=placement,
         available=budget.ram,
-        reserve=config.reserve_bytes,
+        reserve=memory.reserve_bytes,
         layers=layers,
         priors=cache_priors(layers),
         notes=(*budget.notes, *context_notes(spec, n_ctx)),
-        lossy=make_lossy(config.lossy, config.max_kl, layers),
+        lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
     )
     chosen = list(zip(model.devices, budget.vram, strict=True))
-    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + config.reserve_bytes)
+    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + memory.reserve_bytes)
 
 
 def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
-    settings = {"--ctx": n_ctx, "--batch": config.n_batch, "--parallel": config.n_parallel, "--threads": n_threads}
+    n_batch, n_parallel = config.context.n_batch, config.context.n_parallel
+    settings = {"--ctx": n_ctx, "--batch": n_batch, "--parallel": n_parallel, "--threads": n_threads}
     for name, value in settings.items():
         if value < 1:
             raise UsageError(f"{name} is {value}, but must be at least 1.")
     if n_threads > MAX_THREADS:
         raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
-    if config.n_parallel > MAX_PARALLEL:
-        raise UsageError(f"--parallel is {config.n_parallel}, but must be at most {MAX_PARALLEL}.")
+    if n_parallel > MAX_PARALLEL:
+        raise UsageError(f"--parallel is {n_parallel}, but must be at most {MAX_PARALLEL}.")
 
 
 def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
@@ -219,9 +221,9 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
         return plan
     # A mode that goes by shares must see those of every layer, and so must a trace.
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
-    kv, n_rows = kv_type(config.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
+    kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
     needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
-    if config.device == "auto" and not config.vram:
+    if config.devices.device == "auto" and not config.devices.vram:
         fitting, notes = plan_those_that_fit(needs, devices)
         return replace(plan, devices=fitting, notes=(*plan.notes, *notes))
     try:
@@ -277,7 +279,7 @@ def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:
     """Whether steps must stop at routers: for memory, for experts that no one graph computes, or to be watched."""
     if not any(plan.layers):
         return False
-    fits = fits or config.weights not in ("auto", "copied")
+    fits = fits or config.memory.weights not in ("auto", "copied")
     is_stacked = all(layer.is_stacked for layer in plan.sources.layers)
     is_exact = plan.lossy is None or (plan.lossy.is_best_that_fits and fits)
     return config.trace is not None or not is_exact or not fits or not is_stacked
@@ -334,7 +336,7 @@ def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: i
     fixed = sum(_fixed(plan, program).values())
     mix = plan.lossy.chooser.mix(plan.cut_layers, plan.available - fixed, fixed, plan.priors, _what(config, plan))
     layers = tuple(mixed or layer for mixed, layer in zip(mix.layers, plan.layers, strict=True))
-    plan = replace(plan, layers=layers, lossy=mixed_lossy(plan.lossy, mix, config.max_kl))
+    plan = replace(plan, layers=layers, lossy=mixed_lossy(plan.lossy, mix, config.loss.max_kl))
     # Which classes of slots a device needs is known only now.
     return _with_devices(config, replace(plan, devices=()), devices) if plan.devices else plan
 
@@ -352,7 +354,7 @@ def _what(config: EngineConfig, plan: EnginePlan) -> str:
 
 
 def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
-    if config.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
+    if config.memory.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
         return {}
     backend = CpuBackend(n_threads)
     try:

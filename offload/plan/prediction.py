@@ -14,7 +14,8 @@ from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed, SpeedCurve
 from slimoe.offload.machine.workload import model_load
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.expert_placement import whereabouts
 
 TYPICAL_PAST = 512
@@ -42,9 +43,9 @@ def measure_machine(
     `on_measure` is told before each measurement, which takes seconds at most; what it raises ends them all. Raises
     DoesNotFitError, DeviceError, and what reading the file raises.
     """
-    needs = workload(plan.spec, plan.sources, plan.layers, kv_type(config.kv_type))
+    needs = workload(plan.spec, plan.sources, plan.layers, kv_type(config.context.kv_type))
     vram = min((device.budget for device in plan.devices), default=0)
-    limits = Limits(ram=plan.available, vram=vram, direct_io=config.direct_io)
+    limits = Limits(ram=plan.available, vram=vram, direct_io=config.memory.direct_io)
     calibration = Calibration(needs, limits, cache, on_measure)
     with ExitStack() as opened:
         cpu = opened.enter_context(closing(CpuBackend(plan.n_threads)))

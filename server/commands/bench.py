@@ -13,7 +13,8 @@ import msgspec
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
 from slimoe.server.jobs.local_engine import open_engine
-from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
+from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.serving_memory import running_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def command(values: Mapping[str, Any]) -> None:
     figures. Without MODEL the built-in demo is used.
     """
     options = msgspec.convert(dict(values), BenchOptions)
-    engine = open_engine(engine_options(values))
+    engine = open_engine(engine_config(values, running_bytes()))
     try:
         speeds = _measure(engine, options)
         report = {

@@ -10,13 +10,14 @@ import msgspec
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.ggml.abort import end_with_error, on_device_abort
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_each
+from slimoe.offload.plan.engine_config import EngineConfig, changed
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
 from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
 from slimoe.offload.printable import printable
-from slimoe.server.jobs.local_engine import engine_config, say_notes
-from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
+from slimoe.server.jobs.local_engine import say_notes
+from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.installed import CONVERTERS, check_installed
-from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.options.slim_options import slim_flags, slim_options
 from slimoe.server.telling import tell
 from slimoe.server.terminal.plan_report import PlanReport
@@ -61,9 +62,9 @@ def command(values: Mapping[str, Any]) -> None:
 
         tell_plan(values, slim)
         return
-    config = engine_config(engine_options(values))
-    on_device_abort(config.rpc, end_with_error)
-    served = replace(config, reserve_bytes=serving_bytes())
+    config = engine_config(values, running_bytes())
+    on_device_abort(config.devices.rpc, end_with_error)
+    served = changed(config, {"reserve_bytes": serving_bytes()})
     config = served if values["for_serve"] else config
     plan, for_serving = plan_each([config, served])
     say_notes(plan.notes)
@@ -82,7 +83,7 @@ def command(values: Mapping[str, Any]) -> None:
 def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:
     """The largest of ever halved context windows that fits, None if the context is not what is too large."""
     sizes = [plan.n_ctx >> n for n in range(1, plan.n_ctx.bit_length()) if plan.n_ctx >> n >= _LEAST_CTX]
-    plans = plan_each([replace(config, n_ctx=n_ctx) for n_ctx in sizes])
+    plans = plan_each([changed(config, {"n_ctx": n_ctx}) for n_ctx in sizes])
     return next((one.n_ctx for one in plans if one.shortfall is None), None)
 
 

@@ -15,8 +15,9 @@ from slimoe.server.api.wire import tiers_info
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
-from slimoe.server.options.engine_options import OptionsCommand, engine_flags, engine_options
+from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
+from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.terminal.repl import Repl
 from slimoe.server.terminal.terminal import Outcome, generate, show_figures
 
@@ -75,7 +76,7 @@ def command(values: Mapping[str, Any]) -> None:
         stop=options.stop,
         ignore_eos=options.ignore_eos,
     )
-    engine = open_engine(engine_options(values))
+    engine = open_engine(engine_config(values, running_bytes()))
     try:
         source = _source(options)
         if source is None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import msgspec
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
 from slimoe.server.http.accepting import connection_limits
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
-from slimoe.server.messages import ModelInfo, Open
-from slimoe.server.options.engine_options import EngineOptions, OptionsCommand, engine_flags, engine_options
+from slimoe.server.messages import ModelInfo
+from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
@@ -93,9 +94,9 @@ def command(values: Mapping[str, Any]) -> None:
     Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
     standard output; everything else goes to standard error.
     """
-    engine = engine_options(values)
+    engine = _absolute(engine_config(values, serving_bytes()))
     options = msgspec.convert(dict(values), ServeOptions)
-    path = engine.path
+    path = engine.model
     served = ServedModel(model_id(path, options.alias), path, _version())
     rules = AccessRules(
         _key(options),
@@ -107,8 +108,8 @@ def command(values: Mapping[str, Any]) -> None:
     asyncio.run(_serve(AppConfig(served, rules), engine, options))
 
 
-async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions) -> None:
-    supervisor = Supervisor(open_message(engine), options.n_queue)
+async def _serve(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
+    supervisor = Supervisor(engine, options.n_queue)
 
     def say_ready(address: Address, info: ModelInfo) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
@@ -136,15 +137,10 @@ async def _serve(config: AppConfig, engine: EngineOptions, options: ServeOptions
     )
 
 
-def open_message(engine: EngineOptions) -> Open:
-    """The first message to the engine's process; paths are absolute in it.
-
-    What the other processes take is part of what serving needs.
-    """
-    trace = None if engine.trace is None else str(engine.trace.absolute())
-    own: dict[str, Any] = {"model": str(engine.path.absolute()), "trace": trace}
-    own |= {"reserve_bytes": serving_bytes()}
-    return msgspec.convert({**asdict(engine), **own}, Open)
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """The same files, named so that the engine's process finds them wherever it runs."""
+    trace = None if config.trace is None else config.trace.absolute()
+    return replace(config, model=config.model.absolute(), trace=trace)
 
 
 def _check_exposure(options: ServeOptions, rules: AccessRules) -> None:

@@ -24,7 +24,7 @@ from slimoe.server.jobs.compress_plan import SlimWork, plan_work
 from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
 from slimoe.server.jobs.evaluate import Judge, report_summary
 from slimoe.server.options.destination import reserve, unwritten
-from slimoe.server.options.engine_options import EngineOptions, engine_values
+from slimoe.server.options.engine_options import engine_settings
 from slimoe.server.options.eval_options import judging_options
 from slimoe.server.options.slim_options import SlimOptions, with_type
 from slimoe.server.telling import tell
@@ -93,8 +93,7 @@ def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
     if not options.is_asked:
         hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
         raise click.UsageError(f"{model} is a checkpoint. {hint}")
-    opened, asked = EngineOptions(model, n_threads=n_threads), engine_values(values)
-    other = [name for name in EngineOptions.__slots__ if getattr(opened, name) != getattr(asked, name)]
+    other = [name for name in engine_settings(values) if name not in ("model", "n_threads")]
     if other:
         flag = other[0].removeprefix("n_").replace("_", "-")
         raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")

@@ -20,7 +20,7 @@ from slimoe.converter.stats.calibrate import choose_device
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.engine import Engine
 from slimoe.offload.files.whole_file import Destination
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from slimoe.server.options.eval_options import JudgingOptions
@@ -106,7 +106,8 @@ def engine_writer(model: Path, n_ctx_train: int, ends: Collection[int], n_thread
     """Continues texts by the likeliest tokens, in an engine that is open only meanwhile; raises as opening it does."""
 
     def continue_(prompts: Sequence[Sequence[int]], n_tokens: int) -> list[tuple[int, ...]]:
-        with closing(Engine.open(EngineConfig(model, min(_N_CTX, n_ctx_train), n_threads=n_threads))) as engine:
+        context = ContextConfig(n_ctx=min(_N_CTX, n_ctx_train))
+        with closing(Engine.open(EngineConfig(model, n_threads=n_threads, context=context))) as engine:
             return [_greedy(engine, prompt, n_tokens, ends) for prompt in prompts]
 
     return continue_

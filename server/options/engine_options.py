@@ -1,11 +1,12 @@
 """The command-line flags that say which model to open and how, shared by every command that opens one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from slimoe.offload.plan.engine_config import EngineConfig, changed, setting_names
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
@@ -13,33 +14,6 @@ WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 POLICIES = ("heat", "lru", "lfu", "static")
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """The flags' values; None where the engine decides."""
-
-    model: Path | None = None
-    n_ctx: int | None = None
-    n_batch: int | None = None
-    n_parallel: int | None = None
-    n_threads: int | None = None
-    kv_type: str | None = None
-    weights: str | None = None
-    ram: str | None = None
-    vram: tuple[str, ...] = ()
-    device: str | None = None
-    rpc: tuple[str, ...] = ()
-    trace: Path | None = None
-    policy: str | None = None
-    max_kl: float | None = None
-    lossy: str | None = None
-    direct_io: bool = True
-
-    @property
-    def path(self) -> Path:
-        """The file to open: the one that was named, or the demo."""
-        return DEMO if self.model is None else self.model
 
 
 class OptionsCommand(click.Command):
@@ -153,7 +127,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--direct-io/--no-direct-io",
-        default=True,
+        default=None,
         help="Read experts from disk past the system's page cache (default: where the file system can).",
     ),
 )
@@ -166,14 +140,16 @@ def engine_flags(function: F) -> F:
     return function
 
 
-def engine_values(values: Mapping[str, Any]) -> EngineOptions:
-    """The flags' values out of a command's."""
-    return EngineOptions(**{name: values[name] for name in EngineOptions.__slots__})
+def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that flags give, by their names in `EngineConfig`."""
+    return {name: values[name] for name in setting_names() if values.get(name) not in (None, ())}
 
 
-def engine_options(values: Mapping[str, Any]) -> EngineOptions:
-    """The same; says on standard error when the demo model is used."""
-    options = engine_values(values)
-    if options.model is None:
+def engine_config(values: Mapping[str, Any], reserve_bytes: int) -> EngineConfig:
+    """How to open the model that the flags name; says on standard error when that is the demo.
+
+    `reserve_bytes` are what the command's other processes take at most.
+    """
+    if values["model"] is None:
         click.echo("No model named: using the built-in demo model, which is tiny and knows little.", err=True)
-    return options
+    return changed(EngineConfig(DEMO), {**engine_settings(values), "reserve_bytes": reserve_bytes})

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from slimoe.offload.cache.disk_reader import FileChangedError
 from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
@@ -52,7 +51,7 @@ class ServedEngine(OpenModel, Protocol):
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
 
 
-OpenEngine = Callable[[messages.Open, Callable[[int, int], None]], ServedEngine]
+OpenEngine = Callable[[EngineConfig, Callable[[int, int], None]], ServedEngine]
 
 
 class EngineProcess:
@@ -79,12 +78,12 @@ class EngineProcess:
     def run(self, open_engine: OpenEngine) -> None:
         """Opens the model that the first message names, then generates until the pipe closes."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
-        request = self._opening.get()
-        self._n_parallel = request.n_parallel or 1
+        config = self._opening.get().config
+        self._n_parallel = config.context.n_parallel
         self._heartbeat.start()
-        on_device_abort(request.rpc, self._give_up)
+        on_device_abort(config.devices.rpc, self._give_up)
         try:
-            engine = open_engine(request, self._progress())
+            engine = open_engine(config, self._progress())
             prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
             info = describe(engine)
         except SlimoeError as error:
@@ -197,13 +196,10 @@ class EngineProcess:
             self._jobs.pop(replies.id, None)
 
 
-def open_engine(request: messages.Open, on_progress: Callable[[int, int], None]) -> ServedEngine:
-    """Opens the real engine; what `request` leaves open takes the engine's defaults."""
+def open_engine(config: EngineConfig, on_progress: Callable[[int, int], None]) -> ServedEngine:
+    """Opens the real engine."""
     from slimoe.offload.engine import Engine
-    from slimoe.offload.plan.engine_plan import EngineConfig
 
-    given = {name: value for name, value in msgspec.structs.asdict(request).items() if value is not None}
-    config: EngineConfig = msgspec.convert(given, EngineConfig, dec_hook=lambda kind, value: kind(value))
     return Engine.open(config, on_progress)
 
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
+from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.printable import printable
 from slimoe.offload.resources.memory import private_bytes
 from slimoe.offload.text.generation import GenerationRequest
@@ -58,7 +57,7 @@ class Supervisor:
 
     def __init__(
         self,
-        model: messages.Open,
+        config: EngineConfig,
         n_queue: int = DEFAULT_N_QUEUE,
         command: Sequence[str] = COMMAND,
         patience: Patience = Patience(),
@@ -69,8 +68,8 @@ class Supervisor:
         self.failure: messages.Failure | None = None
         self.n_admitted = 0
         self.n_restarts = 0
-        self.n_parallel = model.n_parallel or 1
-        self._model = model
+        self.n_parallel = config.context.n_parallel
+        self._config = config
         self._n_queue = n_queue
         self._command = command
         self._child: EngineChild | None = None
@@ -238,7 +237,7 @@ class Supervisor:
         self._child = child
         self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
-        child.send(msgspec.structs.replace(self._model, held_bytes=private_bytes()))
+        child.send(messages.Open(changed(self._config, {"held_bytes": private_bytes()})))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._silent_seconds = 0.0
@@ -311,10 +310,11 @@ class Supervisor:
 
     def _leave_devices(self) -> bool:
         """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
-        model = self._model
-        if model.device not in (None, "auto") or model.vram or model.rpc:
+        config = self._config
+        devices = config.devices
+        if devices.device != "auto" or devices.vram or devices.rpc:
             return False
-        self._model = msgspec.structs.replace(model, device="none")
+        self._config = changed(config, {"device": "none"})
         self._tell(["Going on without devices. Start the server again to use them again."])
         return True
 

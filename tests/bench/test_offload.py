@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.disk_speed import DiskSpeed, disk_speed
 from bench.limits.cgroup import NoControlGroupError, Usage, smallest_check
-from bench.limits.engine_changes import changed, parse_changes
+from bench.limits.engine_changes import parse_changes
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
 from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_candidate
@@ -22,7 +22,8 @@ from bench.offload import expert_matrix_bytes, limits_for, main, opened
 from bench.quality.offload_report import as_json
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig, changed
+from tests.models.configs import engine_config
 
 ROOT = Path(__file__).parents[2]
 FREE, HALF = Limit("unlimited", None, fits=True), Limit("2", 1000, fits=False)
@@ -195,7 +196,7 @@ def test_a_random_pair_is_one_model_in_two_files() -> None:
 def test_engine_changes_are_fields_and_values() -> None:
     changes = parse_changes(["policy=lru", "max_kl=0.01", "direct_io=false", "lossy=low:0.3"])
     assert changes == {"policy": "lru", "max_kl": 0.01, "direct_io": False, "lossy": "low:0.3"}
-    assert changed(EngineConfig(Path("m")), changes).max_kl == 0.01
+    assert changed(EngineConfig(Path("m")), changes).loss.max_kl == 0.01
     for wrong in ("policy", "polcy=lru", "model=other.gguf"):
         with pytest.raises(UsageError, match="FIELD=VALUE"):
             parse_changes([wrong])
@@ -228,5 +229,5 @@ def test_a_random_pair_runs_exact_and_elastic(tmp_path: Path) -> None:
     n_bytes = write_random_pair(path, SHAPES["smoke"], "Q4_K", "Q2_K")
     assert n_bytes == path.stat().st_size
     for lossy in (None, "elastic"):
-        with closing(Engine.open(EngineConfig(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
+        with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
             assert np.isfinite(engine.prefill([1, 2, 3])).all()

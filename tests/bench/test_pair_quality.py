@@ -11,7 +11,8 @@ from bench.quality.pair_hints import measure_hints, write_hints
 from bench.quality.pair_scores import Text, bytes_per_token, divergences, picked_bytes, planned
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 
 
 def test_divergences_by_hand() -> None:
@@ -45,7 +46,7 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
 def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
     """A pick by the smaller copy saves the difference, a skipped one all."""
     model = smallest_plan(tmp_path).file("Q8_0,Q4_K")
-    config = EngineConfig(model, n_ctx=256)
+    config = engine_config(model, n_ctx=256)
     weights = 3 * 256 * 512
     high, low = weights * 34 // 32, weights * 144 // 256
     counters = {"low_picks": 1.5, "skipped_picks": 0.3, "novice_picks": 0.2, "bytes_read": 900.0, "bytes_wasted": 100.0}
@@ -61,11 +62,11 @@ def test_slots_are_those_of_the_room(tmp_path: Path) -> None:
     whole = 4 * 2 * 3 * 256 * 512 * 34 // 32
     sizes = {}
     for lossy in (None, "low", "elastic"):
-        tiers = planned(EngineConfig(model, n_ctx=256, lossy=lossy), int(0.7 * whole)).tiers
+        tiers = planned(engine_config(model, n_ctx=256, lossy=lossy), int(0.7 * whole)).tiers
         assert tiers is not None
         sizes[lossy] = tiers.arena
         assert 0.4 * whole < tiers.arena < 0.9 * whole
-    fewest = planned(EngineConfig(model, n_ctx=256), 0).tiers
+    fewest = planned(engine_config(model, n_ctx=256), 0).tiers
     assert fewest is not None
     assert fewest.n_resident == 2
 
@@ -75,7 +76,7 @@ def test_hints_are_measured_and_written(tmp_path: Path) -> None:
     small = smallest_plan(tmp_path)
     model, target = small.file("Q8_0,Q4_0"), tmp_path / "hinted.gguf"
     with pytest.raises(UsageError):
-        plan_engine(EngineConfig(model, n_ctx=256, max_kl=0.1))
+        plan_engine(engine_config(model, n_ctx=256, max_kl=0.1))
     text = Text(small.texts[0], np.empty((0, 0)))
     hints = measure_hints(model, [text], 1, lambda line: None)
     for hint in hints:
@@ -86,7 +87,7 @@ def test_hints_are_measured_and_written(tmp_path: Path) -> None:
         used = [expert for expert, use in enumerate(hint.use) if use > 0]
         assert all(0 < hint.low_error[expert] < hint.skip_error[expert] for expert in used)
     write_hints(model, target, hints)
-    assert plan_engine(EngineConfig(target, n_ctx=256, max_kl=0.1)).lossy is not None
+    assert plan_engine(engine_config(target, n_ctx=256, max_kl=0.1)).lossy is not None
     before, after = read_gguf(model), read_gguf(target)
     assert list(before.tensors) == list(after.tensors)
     begins = [min(tensor.offset for tensor in file.tensors.values()) for file in (before, after)]

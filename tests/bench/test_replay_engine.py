@@ -11,7 +11,7 @@ from bench.traces.demand import demands
 from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import Trace, read_trace
 from slimoe.offload.engine import Engine
-from slimoe.offload.plan.engine_plan import EngineConfig
+from tests.models.configs import engine_config
 from tests.models.tiered import tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -48,7 +48,7 @@ def replayed(trace: Trace, n_slots: int, policy: str) -> Tally:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, policy: str, share: float) -> None:
-    config = EngineConfig(model, n_ctx=256, n_threads=1, policy=policy, trace=tmp_path / "trace")
+    config = engine_config(model, n_ctx=256, n_threads=1, policy=policy, trace=tmp_path / "trace")
     engine = tiered_engine(config, share, n_ahead=0)
     assert engine.plan.tiers is not None
     n_slots = sum(n for _, n in engine.plan.tiers.n_slots)
@@ -62,7 +62,7 @@ def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, 
 
 def test_what_the_engine_foresaw_is_in_its_trace(model: Path, tmp_path: Path) -> None:
     """For answers only, the next two layers at most, never more than are used."""
-    config = EngineConfig(model, n_ctx=256, n_threads=1, trace=tmp_path / "trace")
+    config = engine_config(model, n_ctx=256, n_threads=1, trace=tmp_path / "trace")
     trace, counted = record(tiered_engine(config, 0.5, n_ahead=2), tmp_path / "trace", n_prompt=20)
     foreseen = 0
     assert [run.n_tokens for run in trace.steps[0].runs] == [20]

@@ -1,7 +1,6 @@
 """The bench of experts on a device: engine and replay agree for every policy, also where experts differ in size."""
 
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,15 @@ from slimoe.offload.cache.policy import POLICIES, PolicyContext, make_policy
 from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.errors import DoesNotFitError, UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config, reconfigured
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, tiered_plan
 from tests.offload.experts.test_tiers import answers
 
 
 def runs_of(model: Path, tokens: list[int], shares: tuple[float, ...]) -> list[Run]:
-    config = EngineConfig(model, n_ctx=256, n_batch=16, n_threads=1)
+    config = engine_config(model, n_ctx=256, n_batch=16, n_threads=1)
     with device_config(config, None) as config:
         return measure(Job(config, tuple(tokens), 16, "card"), shares, list(POLICIES))
 
@@ -48,8 +48,8 @@ def test_random_tokens_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["heat", "lru"])
 def test_steps_of_several_requests_move_as_replayed(tmp_path: Path, policy: str) -> None:
     """Prompts and answers in one batch: the same experts move, and none that only passed through for a batch."""
-    config = EngineConfig(plain_model(tmp_path), n_ctx=256, n_batch=16, n_threads=1, n_parallel=3, policy=policy)
-    config = replace(config, trace=tmp_path / "trace")
+    config = engine_config(plain_model(tmp_path), n_ctx=256, n_batch=16, n_threads=1, n_parallel=3, policy=policy)
+    config = reconfigured(config, trace=tmp_path / "trace")
     with device_config(config, None) as config, closing(device_engine(config, 0.4)) as engine:
         (device,) = engine.device_experts
         assert device.swaps is not None
@@ -65,7 +65,7 @@ def test_steps_of_several_requests_move_as_replayed(tmp_path: Path, policy: str)
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
-    with device_config(EngineConfig(plain_model(tmp_path), n_ctx=256, n_batch=16, n_threads=1), None) as config:
+    with device_config(engine_config(plain_model(tmp_path), n_ctx=256, n_batch=16, n_threads=1), None) as config:
         half = plan_with_room(config, 0.5)
         check(plan_engine(half))
         with pytest.raises(UsageError, match="do not all fit into host memory"):

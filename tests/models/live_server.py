@@ -8,18 +8,17 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
 from aiohttp import web
 from openai import AsyncOpenAI
 
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.app import AppConfig, init_app
 from slimoe.server.http.access import AccessRules
 from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
-from slimoe.server.messages import Open
 from slimoe.server.process.supervisor import Patience, Supervisor
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
@@ -48,15 +47,13 @@ class LiveOptions:
     waits: bool = True
     patience: Patience = field(default_factory=Patience)
     limits: ConnectionLimits = USUAL_LIMITS
-    engine: Open = field(default_factory=lambda: Open(""))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
 
 
 @asynccontextmanager
 async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
     """The application over the scripted engine."""
-    supervisor = Supervisor(
-        msgspec.structs.replace(options.engine, model=str(path)), options.n_queue, SCRIPTED, options.patience
-    )
+    supervisor = Supervisor(replace(options.engine, model=path), options.n_queue, SCRIPTED, options.patience)
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
     runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
     await runner.setup()

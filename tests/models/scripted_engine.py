@@ -12,11 +12,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from slimoe.offload.errors import DeviceError, DeviceFullError, DoesNotFitError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import (
     Event,
     Failed,
@@ -32,7 +32,6 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from slimoe.offload.text.tokenizer import TextStream, Tokenizer
-from slimoe.server.messages import Open
 from slimoe.server.process.engine_process import main
 
 TICK_SECONDS = 0.001
@@ -40,11 +39,11 @@ LOGPROB = math.log(0.5)
 
 
 class ScriptedEngine:
-    def __init__(self, request: Open, on_progress: Callable[[int, int], None]) -> None:
-        path = Path(request.model)
+    def __init__(self, config: EngineConfig, on_progress: Callable[[int, int], None]) -> None:
+        path = config.model
         if path.name == "huge.gguf":
             raise DoesNotFitError("It needs 9 bytes, but 5 are free.", required_bytes=9, available_bytes=5)
-        if path.name == "unplugged.gguf" and request.device != "none":
+        if path.name == "unplugged.gguf" and config.devices.device != "none":
             raise DeviceError("GPU0 cannot be opened.")
         if path.name == "broken.gguf":
             os.abort()
@@ -54,11 +53,11 @@ class ScriptedEngine:
         self.gguf = read_gguf(path)
         self.spec = ModelSpec.from_gguf(self.gguf)
         self.tokenizer: Tokenizer | None = Tokenizer.open(self.gguf)
-        self.n_ctx = request.n_ctx or self.spec.n_ctx_train
-        self._n_parallel = request.n_parallel or 1
+        self.n_ctx = config.context.n_ctx or self.spec.n_ctx_train
+        self._n_parallel = config.context.n_parallel
         self._ids = itertools.count()
         self._n_done = 0
-        self.notes = ("It is scripted.", f"Its device is {request.device}.")
+        self.notes = ("It is scripted.", f"Its device is {config.devices.device}.")
         self._answers: dict[int, Iterator[Event]] = {}
 
     def memory(self) -> dict[str, int]:

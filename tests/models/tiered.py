@@ -10,12 +10,14 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.lossy.modes import with_resident
 from slimoe.offload.open_tiers import _Opening
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
+from tests.models.configs import reconfigured
 
 
 def resident_engine(config: EngineConfig) -> Engine:
     """The whole model in memory, with the kernels that every budget can have."""
-    return Engine.open(replace(config, weights="copied", device="none"))
+    return Engine.open(reconfigured(config, weights="copied", device="none"))
 
 
 def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None) -> Engine:
@@ -23,7 +25,7 @@ def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None
 
     `n_ahead` layers are asked early, or as many as the plan says.
     """
-    config = replace(config, device="none")
+    config = reconfigured(config, device="none")
     plan = tiered_plan(config, share)
     if n_ahead is not None:
         assert plan.tiers is not None
@@ -36,7 +38,7 @@ def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None
 def least_vram(config: EngineConfig) -> int:
     """The smallest --vram that each of the config's devices can do with, if all get the same."""
     budget = 1
-    while (shortfall := plan_engine(replace(config, vram=(str(budget),))).shortfall) is not None:
+    while (shortfall := plan_engine(reconfigured(config, vram=(str(budget),))).shortfall) is not None:
         budget = shortfall.required_bytes
     return budget
 
@@ -49,12 +51,12 @@ def device_engine(config: EngineConfig, on_device: float, in_memory: float = 1.0
     least = least_vram(config)
     experts = [
         copies[0].n_bytes
-        for layer in plan_engine(replace(config, device="none", rpc=())).layers
+        for layer in plan_engine(reconfigured(config, device="none", rpc=())).layers
         if layer
         for copies in layer.experts
     ]
     budget = 1 << 30 if on_device > 1 else least + int(on_device * sum(experts))
-    config = replace(config, vram=(str(budget),))
+    config = reconfigured(config, vram=(str(budget),))
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_planned_slots(monkeypatch)
         return Engine(config, tiered_plan(config, in_memory), lambda done, total: None)

@@ -18,7 +18,8 @@ from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content, write_shards
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
 from tests.models.tiny_gguf import write_tiny_gguf
@@ -34,7 +35,7 @@ YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scal
 
 
 def config(path: Path, **changed: Any) -> EngineConfig:
-    return EngineConfig(path, **{"n_ctx": 256, "n_threads": 1} | changed)
+    return engine_config(path, **{"n_ctx": 256, "n_threads": 1} | changed)
 
 
 def scores(path: Path, tokens: Sequence[int] = TOKENS, *, n_batch: int = 512, **changed: Any) -> Array:

@@ -13,7 +13,8 @@ from bench.baselines.stepping import kl_divergence
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.model.native_layout import LayerHints
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.native_files import NativeFfn, StoredExpert, native_logits, plain_ffn, write_native
 
@@ -30,7 +31,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> GGU
 
 def scores(path: Path, n_batch: int) -> Array:
     """Logits of every token, read `n_batch` at a time."""
-    with closing(Engine.open(EngineConfig(path, n_ctx=256, n_threads=1, kv_type="f32"))) as engine:
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, kv_type="f32"))) as engine:
         batches = [TOKENS[begin : begin + n_batch] for begin in range(0, len(TOKENS), n_batch)]
         return np.concatenate([engine.read(batch, len(batch)).copy() for batch in batches])
 
@@ -109,9 +110,9 @@ def test_the_files_priors_reach_the_plan(tmp_path: Path, stock: GGUFContent) -> 
         plain_ffn(6, hints=LayerHints(use=uses[1])),
     ]
     path = write_native(tmp_path / "m.gguf", stock, layers)
-    priors = plan_engine(EngineConfig(path, n_ctx=256, n_threads=1)).priors
+    priors = plan_engine(engine_config(path, n_ctx=256, n_threads=1)).priors
     assert priors is not None
     assert priors.tolist() == [[*uses[0], 0.0, 0.0], [*uses[1]]]
     scores(path, 5)
     without = write_native(tmp_path / "w.gguf", stock, [ALIASES, None])
-    assert plan_engine(EngineConfig(without, n_ctx=256, n_threads=1)).priors is None
+    assert plan_engine(engine_config(without, n_ctx=256, n_threads=1)).priors is None

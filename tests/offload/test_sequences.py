@@ -12,7 +12,6 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ContextOverflowError, UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import (
     Event,
     Failed,
@@ -22,6 +21,7 @@ from slimoe.offload.text.generation import (
     SamplingParams,
     TokenStep,
 )
+from tests.models.configs import engine_config
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -54,7 +54,7 @@ def open_engine(model: Path, **changed: Any) -> Engine:
         "n_threads": 1,
         "kv_type": "f32",
     }
-    return Engine.open(EngineConfig(model, **options | changed))
+    return Engine.open(engine_config(model, **options | changed))
 
 
 @pytest.fixture(scope="module")

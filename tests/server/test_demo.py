@@ -7,12 +7,12 @@ import pytest
 from llama_cpp import Llama
 
 from slimoe.offload.engine import Engine
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.messages import ChatPrompt
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.terminal.terminal import generate
+from tests.models.configs import engine_config
 
 RIVER = ("user", 'Define the noun "river".')
 GREEDY = GenerationRequest(prompt_ids=(), max_tokens=48, sampling=SamplingParams(temperature=0))
@@ -20,7 +20,7 @@ GREEDY = GenerationRequest(prompt_ids=(), max_tokens=48, sampling=SamplingParams
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine.open(EngineConfig(DEMO, n_ctx=512, n_threads=1))
+    engine = Engine.open(engine_config(DEMO, n_ctx=512, n_threads=1))
     yield engine
     engine.close()
 

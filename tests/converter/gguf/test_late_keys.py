@@ -14,7 +14,8 @@ from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 from tests.models.slim_plans import same_plan
 
 
@@ -35,7 +36,7 @@ def test_a_file_learns_its_quality(native: Path) -> None:
     changed = [n for n, (a, b) in enumerate(zip(before, native.read_bytes(), strict=True)) if a != b]
     assert changed[-1] < 24 + 64 + ROOM_BYTES
     assert {field.name for field in gguf.GGUFReader(native).fields.values()} >= {keys.QUALITY, "slimoe.measured_kl"}
-    assert plan_engine(EngineConfig(native, n_ctx=256)).spec.n_expert == 6
+    assert plan_engine(engine_config(native, n_ctx=256)).spec.n_expert == 6
 
 
 def test_what_is_said_again_takes_the_place(native: Path) -> None:

@@ -20,9 +20,9 @@ from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.native_layout import NativeLayout
 from slimoe.offload.model.spec import ModelSpec, check_tensors
 from slimoe.offload.model.tensors import WeightSource, model_sources
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array
 
 TOKENS = [1, 17, 305, 4, 99, 306, 211, 42, 7, 500, 333, 12]
@@ -75,7 +75,7 @@ def test_everything_else_is_what_the_first_types_file_has(pair: Path, stock: dic
 
 
 def scores(path: Path, weights: str) -> Array:
-    with closing(Engine.open(EngineConfig(path, n_ctx=256, n_threads=1, weights=weights))) as engine:
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, weights=weights))) as engine:
         return engine.read(TOKENS, len(TOKENS)).copy()
 
 

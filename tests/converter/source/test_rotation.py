@@ -24,7 +24,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.plan.engine_plan import EngineConfig
+from tests.models.configs import engine_config
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
 
 TOKENS = [1 + (37 * n) % 500 for n in range(48)]
@@ -179,7 +179,7 @@ def torch_logits(path: Path) -> NDArray[np.float32]:
 
 
 def engine_logits(path: Path) -> NDArray[np.float32]:
-    with closing(Engine.open(EngineConfig(path, n_ctx=64, n_threads=1, kv_type="f32"))) as engine:
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32"))) as engine:
         return np.array(engine.read(TOKENS, len(TOKENS)))
 
 

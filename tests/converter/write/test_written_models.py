@@ -26,7 +26,9 @@ from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.graph.kv_cache import kv_bytes
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.held_model import hold, random_mixtral
 from tests.models.native_files import set_array
@@ -48,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -
 
 def config(path: Path, **changed: Any) -> EngineConfig:
     values: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "kv_type": "f32"}
-    return EngineConfig(path, **values | changed)
+    return engine_config(path, **values | changed)
 
 
 def scores(engine: Engine, n_batch: int = 24) -> Array:

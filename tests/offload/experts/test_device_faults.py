@@ -18,11 +18,11 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DeviceFullError
 from slimoe.offload.ggml.abort import device_error
 from slimoe.offload.ggml.device_backend import DeviceBackend
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.cli import run
-from slimoe.server.messages import Open
 from slimoe.server.process.request_handle import EngineFailure
+from tests.models.configs import engine_config
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -143,7 +143,7 @@ class FullDevice:
 
 def config(model: Path, **changed: Any) -> EngineConfig:
     options: dict[str, Any] = {"n_ctx": 64, "n_batch": 8, "n_threads": 1, "kv_type": "f32"}
-    return EngineConfig(model, **options | changed)
+    return engine_config(model, **options | changed)
 
 
 def answer(engine: Engine) -> list[int]:
@@ -217,14 +217,14 @@ async def ask(server: LiveServer, text: str) -> str:
 @pytest.mark.parametrize(
     ("engine", "after"),
     [
-        (Open(""), "none"),
-        (Open("", device="auto"), "none"),
-        (Open("", vram=("1GiB",)), "None"),
-        (Open("", rpc=("h:1",)), "None"),
+        (engine_config(Path()), "none"),
+        (engine_config(Path(), device="auto"), "none"),
+        (engine_config(Path(), vram=("1GiB",)), "auto"),
+        (engine_config(Path(), rpc=("h:1",)), "auto"),
     ],
 )
 async def test_an_engine_starts_again_without_a_device_that_nobody_named(
-    model: Path, engine: Open, after: str, capsys: pytest.CaptureFixture[str]
+    model: Path, engine: EngineConfig, after: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with live_server(model, LiveOptions(engine=engine)) as server:
         with pytest.raises(openai.InternalServerError, match="GPU0 gave no 9 B") as failure:
@@ -240,7 +240,7 @@ async def test_an_engine_starts_again_without_a_device_that_nobody_named(
 
 async def test_others_are_told_as_well(model: Path) -> None:
     """Whoever is being answered when a device fails gets that as the reason."""
-    async with live_server(model, LiveOptions(engine=Open("", n_parallel=2))) as server:
+    async with live_server(model, LiveOptions(engine=engine_config(Path(), n_parallel=2))) as server:
         running = asyncio.create_task(ask(server, "forever"))
         await until(lambda: server.supervisor.n_underway == 1)
         for one in (ask(server, "device"), running):
@@ -252,7 +252,7 @@ async def test_a_device_that_cannot_be_opened(sentencepiece_path: Path, tmp_path
     path = write_tiny_gguf(tmp_path / "unplugged.gguf", sentencepiece_path)
     async with live_server(path) as server:
         assert await ask(server, "next") == " next"
-    async with live_server(path, LiveOptions(engine=Open("", device="GPU0"), waits=False)) as server:
+    async with live_server(path, LiveOptions(engine=engine_config(Path(), device="GPU0"), waits=False)) as server:
         with pytest.raises(EngineFailure, match="GPU0 cannot be opened") as failure:
             await server.supervisor.wait_ready()
         assert failure.value.exit_code == DeviceError.exit_code

@@ -38,7 +38,8 @@ from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import available_devices, choose_devices
 from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig
+from tests.models.configs import engine_config, reconfigured
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
@@ -63,7 +64,7 @@ class Where:
     def config(self, model: Path, **changed: Any) -> EngineConfig:
         """An engine on these devices."""
         own = {"device": ",".join(self.names), "rpc": self.endpoints}
-        return EngineConfig(model, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | own | changed)
+        return engine_config(model, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | own | changed)
 
     def check(self, got: Array, expected: Array) -> None:
         """Asserts that logits are those of the CPU."""
@@ -108,7 +109,7 @@ class Model:
 
 
 def on_the_cpu(path: Path) -> Model:
-    with closing(resident_engine(EngineConfig(path, n_ctx=256, n_batch=32, n_threads=1))) as engine:
+    with closing(resident_engine(engine_config(path, n_ctx=256, n_batch=32, n_threads=1))) as engine:
         return Model(path, conversation(engine))
 
 
@@ -130,7 +131,7 @@ def tied(directory: Path) -> Model:
 @pytest.fixture(scope="module")
 def uneven(directory: Path) -> Model:
     path = uneven_model(directory)
-    with closing(tiered_engine(EngineConfig(path, n_ctx=256, n_batch=32, n_threads=1), 1.0)) as engine:
+    with closing(tiered_engine(engine_config(path, n_ctx=256, n_batch=32, n_threads=1), 1.0)) as engine:
         return Model(path, conversation(engine))
 
 
@@ -196,10 +197,10 @@ def test_a_cut_device_before_a_whole_one(two: Where, directory: Path, kv_type: s
     layers = [plain_ffn(6, Type.F32), plain_ffn(6, Type.F16), None, plain_ffn(6), None]
     path = write_native(directory / f"{kv_type}.gguf", content, layers)
     case = two.config(path, kv_type=kv_type)
-    with closing(resident_engine(replace(case, device="none", rpc=()))) as engine:
+    with closing(resident_engine(reconfigured(case, device="none", rpc=()))) as engine:
         expected = conversation(engine)
     least = least_vram(case)
-    with closing(Engine.open(replace(case, vram=(str(least + (1 << 18)), str(60 << 20))))) as engine:
+    with closing(Engine.open(reconfigured(case, vram=(str(least + (1 << 18)), str(60 << 20))))) as engine:
         assert [device.is_whole for device in engine.plan.devices] == [False, True]
         two.check(conversation(engine), expected)
 
@@ -207,10 +208,10 @@ def test_a_cut_device_before_a_whole_one(two: Where, directory: Path, kv_type: s
 def test_several_requests_at_once(where: Where, mixed: Model) -> None:
     """Batches of a prompt's part and others' tokens, in cells that lie apart; prompts that share their beginnings."""
     case = where.config(mixed.path, n_parallel=3, n_batch=16)
-    with closing(resident_engine(replace(case, device="none", rpc=()))) as engine:
+    with closing(resident_engine(reconfigured(case, device="none", rpc=()))) as engine:
         expected = answers(engine)
     for policy, seconds in (("lru", NEVER), ("heat", ALWAYS)):
-        with closing(device_engine(replace(case, policy=policy), 0.3, 0.3)) as engine:
+        with closing(device_engine(reconfigured(case, policy=policy), 0.3, 0.3)) as engine:
             set_rule(engine, FREE_SWAPS)
             set_times(engine, seconds)
             told = answers(engine)
@@ -234,18 +235,18 @@ def test_lossy_modes_decide_the_same_on_devices(where: Where, directory: Path) -
     stock = content_of(directory, replace(WIDE, n_layer=3))
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
     case = where.config(path, lossy="gate:0.6")
-    with closing(tiered_engine(replace(case, rpc=()), 0.5)) as engine:
+    with closing(tiered_engine(reconfigured(case, rpc=()), 0.5)) as engine:
         expected, lost = conversation(engine), engine.counters()["low_picks"]
     for on_device in (0.3, WHOLE):
         with closing(device_engine(case, on_device, 0.5)) as engine:
             where.check(conversation(engine), expected)
             if where.is_exact:
                 assert engine.counters()["low_picks"] == lost > 0
-    with closing(device_engine(replace(case, lossy="low"), 0.3, 0.0)) as engine:
+    with closing(device_engine(reconfigured(case, lossy="low"), 0.3, 0.0)) as engine:
         assert np.isfinite(conversation(engine)).all()
         assert engine.counters()["low_picks"] > 0
         assert engine.counters()["device_hits"] > 0
-    with closing(device_engine(replace(case, lossy="elastic:0.5"), 0.3)) as engine:
+    with closing(device_engine(reconfigured(case, lossy="elastic:0.5"), 0.3)) as engine:
         assert np.isfinite(conversation(engine)).all()
         assert engine.counters()["device_hits"] > 0
 
@@ -432,9 +433,9 @@ def test_a_budget_that_is_too_small_is_refused_with_numbers(where: Where, plain:
     case = where.config(plain.path)
     least = least_vram(case)
     with pytest.raises(DoesNotFitError, match=r"needs at least \S+ MiB for its 4 layers, .* Raise --vram to") as caught:
-        Engine.open(replace(case, vram=(str(least - 1),)))
+        Engine.open(reconfigured(case, vram=(str(least - 1),)))
     assert (caught.value.required_bytes, caught.value.available_bytes) == (least, least - 1)
-    with closing(Engine.open(replace(case, vram=(str(least),)))) as engine:
+    with closing(Engine.open(reconfigured(case, vram=(str(least),)))) as engine:
         assert engine.notes == ()
         where.check(conversation(engine), plain.expected)
 

@@ -22,8 +22,9 @@ from slimoe.offload.cache.disk_reader import PAGE, ReadFailedError
 from slimoe.offload.engine import Engine
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, SamplingParams, TokenStep
+from tests.models.configs import engine_config
 from tests.models.tiered import resident_engine, tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -49,7 +50,7 @@ def path(stored: Path, tmp_path: Path) -> Path:
 
 
 def config(path: Path, **changed: Any) -> EngineConfig:
-    return EngineConfig(path, **{"n_ctx": 256, "n_batch": 16, "n_threads": 1} | changed)
+    return engine_config(path, **{"n_ctx": 256, "n_batch": 16, "n_threads": 1} | changed)
 
 
 class Disk:

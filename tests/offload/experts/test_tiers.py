@@ -22,8 +22,10 @@ from slimoe.offload.graph.exchange import Exchange, ExchangeShape
 from slimoe.offload.graph.segment import Segment
 from slimoe.offload.model.experts import SlotClass
 from slimoe.offload.plan.budget import Budget
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
+from tests.models.configs import engine_config
 from tests.models.gguf_content import GGUFContent, StoredTensor
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
@@ -70,7 +72,7 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 
 def config(path: Path, **changed: Any) -> EngineConfig:
-    return EngineConfig(path, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | changed)
+    return engine_config(path, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | changed)
 
 
 def conversation(engine: Engine) -> Array:

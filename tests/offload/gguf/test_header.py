@@ -15,8 +15,9 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, number_array, read_gguf
 from slimoe.offload.gguf.metadata_keys import MetadataKeys
-from slimoe.offload.plan.engine_plan import EngineConfig, has_tokenizer, plan_engine
+from slimoe.offload.plan.engine_plan import has_tokenizer, plan_engine
 from slimoe.offload.text.tokenizer import Tokenizer
+from tests.models.configs import engine_config
 from tests.models.gguf_content import (
     GGUFContent,
     StoredKey,
@@ -174,7 +175,7 @@ def test_damaged_anywhere(tmp_path: Path, tiny: Path) -> None:
             damaged[at] = rng.choice((damaged[at] ^ 1 << rng.randrange(8), 0, 255, rng.randrange(256)))
         path.write_bytes(damaged)
         with contextlib.suppress(SlimoeError):
-            plan = plan_engine(EngineConfig(path, n_threads=1))
+            plan = plan_engine(engine_config(path, n_threads=1))
             if has_tokenizer(plan.gguf):
                 Tokenizer.open(plan.gguf).close()
 

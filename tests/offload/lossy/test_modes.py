@@ -18,7 +18,9 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
 from slimoe.offload.lossy.modes import LOSSY
 from slimoe.offload.model.native_layout import LayerHints
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, read_content, write_content
 from tests.models.native_files import PROJECTIONS, NativeFfn, StoredExpert, dequantised, write_native
 from tests.models.tiered import resident_engine, tiered_engine
@@ -77,7 +79,7 @@ def bare(directory: Path, stock: GGUFContent) -> Path:
 
 def config(path: Path, lossy: str | None = None, **changed: Any) -> EngineConfig:
     values: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "kv_type": "f32", "device": "none"}
-    return EngineConfig(path, lossy=lossy, **values | changed)
+    return engine_config(path, lossy=lossy, **values | changed)
 
 
 def conversation(engine: Engine) -> Array:

@@ -22,7 +22,7 @@ from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
 from slimoe.offload.model.spec import LayerShape, ModelSpec, check_tensors
 from slimoe.offload.model.tensors import ModelSources, WeightSource, model_sources
-from slimoe.offload.plan.engine_plan import EngineConfig
+from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.native_files import (
     NativeFfn,
@@ -90,7 +90,7 @@ def values(path: Path, source: WeightSource) -> Array:
 
 
 def scores(path: Path) -> Array:
-    config = EngineConfig(path, n_ctx=256, n_threads=1, kv_type="f32", weights="mapped")
+    config = engine_config(path, n_ctx=256, n_threads=1, kv_type="f32", weights="mapped")
     with closing(Engine.open(config)) as engine:
         return engine.read(TOKENS, len(TOKENS)).copy()
 

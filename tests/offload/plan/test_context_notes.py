@@ -20,9 +20,11 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
 from slimoe.offload.plan.context_notes import context_notes
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.server.cli import run
 from slimoe.server.options.engine_options import DEMO
+from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -106,7 +108,7 @@ def test_a_window_that_is_no_count_is_refused(tmp_path: Path, windowed: Path) ->
 
 def test_full_attention_is_what_llama_computes_too(windowed: Path) -> None:
     tokens = random_tokens(200, 300)
-    with closing(Engine.open(EngineConfig(windowed, n_ctx=256, n_threads=1))) as engine:
+    with closing(Engine.open(engine_config(windowed, n_ctx=256, n_threads=1))) as engine:
         assert "full attention is used" in "".join(engine.notes)
         ours = engine.read(tokens, len(tokens)).copy()
     with closing(LlamaCpp(LlamaCppConfig(windowed, 256, 1, extra_buffers=False))) as baseline:

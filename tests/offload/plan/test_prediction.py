@@ -18,10 +18,12 @@ from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.machine.workload import model_load
 from slimoe.offload.model.native_layout import LayerHints
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
 from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan
 from slimoe.offload.plan.weight_forms import Mode
+from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import read_content
 from tests.models.measured_machine import machine_for
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
@@ -49,20 +51,20 @@ def with_slots(config: EngineConfig, n_slots: int) -> EnginePlan:
 
 
 def test_a_resident_model_is_in_one_place(model: Path) -> None:
-    where = whereabouts(plan_engine(EngineConfig(model, n_threads=1)))
+    where = whereabouts(plan_engine(engine_config(model, n_threads=1)))
     assert where == Whereabouts(24, (), 24, 0.0, 1.0, is_cut=False)
     assert (where.on_disk, where.disk_share) == (0, 0.0)
 
 
 def test_a_model_without_experts(model: Path) -> None:
     """Nothing of it is ever read later."""
-    plan = dataclasses.replace(plan_engine(EngineConfig(model, n_threads=1)), layers=(None,) * 4)
+    plan = dataclasses.replace(plan_engine(engine_config(model, n_threads=1)), layers=(None,) * 4)
     assert whereabouts(plan) == Whereabouts(0, (), 0, 0.0, 1.0, is_cut=False)
 
 
 @pytest.mark.parametrize("n_slots", [3, 13, 23])
 def test_slots_serve_their_share(model: Path, n_slots: int) -> None:
-    where = whereabouts(with_slots(EngineConfig(model, n_threads=1), n_slots))
+    where = whereabouts(with_slots(engine_config(model, n_threads=1), n_slots))
     assert (where.n_experts, where.on_host, where.on_disk) == (24, n_slots, 24 - n_slots)
     assert where.host_share == pytest.approx(n_slots / 24)
     assert where.disk_share == pytest.approx(1 - n_slots / 24)
@@ -73,7 +75,7 @@ def test_the_most_used_experts_come_first(model: Path) -> None:
     """Of 3 picks of 6 experts, two experts take nearly one each; experts of equal worth come by layers."""
     priors = np.ones((4, 6))
     priors[2, [1, 4]] = 1e6
-    plan = dataclasses.replace(with_slots(EngineConfig(model, n_threads=1), 2), priors=priors)
+    plan = dataclasses.replace(with_slots(engine_config(model, n_threads=1), 2), priors=priors)
     assert whereabouts(plan).host_share == pytest.approx(2 / 12, rel=1e-3)
 
 
@@ -83,7 +85,7 @@ def test_rows_without_an_expert_take_no_slot(tmp_path: Path) -> None:
     novices = np.ones((2, SHAPE.n_embd), np.float32)
     aliased = NativeFfn(tuple(StoredExpert(e) for e in range(3)), (0, 0, 1, 2, -1, -2), novices)
     path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6), None, aliased, plain_ffn(6)])
-    where = whereabouts(plan_engine(EngineConfig(path, n_threads=1, n_ctx=64)))
+    where = whereabouts(plan_engine(engine_config(path, n_threads=1, n_ctx=64)))
     assert (where.n_experts, where.on_host) == (15, 15)
     assert where.host_share == pytest.approx(1.0)
 
@@ -92,7 +94,7 @@ def test_priors_of_the_file_count(tmp_path: Path) -> None:
     stock = read_content(write_tiny_gguf(tmp_path / "stock.gguf", None, shape=SHAPE))
     hints = LayerHints(use=(0.9, 0.9, 0.9, 0.1, 0.1, 0.1))
     path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6, hints=hints)] * 4)
-    where = whereabouts(with_slots(EngineConfig(path, n_threads=1, n_ctx=64), 12))
+    where = whereabouts(with_slots(engine_config(path, n_threads=1, n_ctx=64), 12))
     assert where.host_share == pytest.approx(0.9)
 
 
@@ -107,26 +109,26 @@ def on_devices(engine: Engine) -> Sequence[int]:
 
 def test_an_engine_puts_on_a_device_what_the_plan_says(model: Path) -> None:
     with rpc_server() as server:
-        config = EngineConfig(model, n_threads=1, n_ctx=64, n_batch=8, rpc=(server.endpoint,))
+        config = engine_config(model, n_threads=1, n_ctx=64, n_batch=8, rpc=(server.endpoint,))
         whole = plan_engine(config)
         assert whereabouts(whole) == Whereabouts(24, (24,), 0, 1.0, 0.0, is_cut=False)
-        too_small = plan_engine(dataclasses.replace(config, vram=("1B",))).shortfall
+        too_small = plan_engine(reconfigured(config, vram=("1B",))).shortfall
         assert too_small is not None
         part = f"{too_small.required_bytes + 6 * EXPERT_BYTES}B"
-        plan = plan_engine(dataclasses.replace(config, vram=(part,)))
+        plan = plan_engine(reconfigured(config, vram=(part,)))
         where = whereabouts(plan)
         assert where.on_devices == (7,)
         assert where.is_cut
         assert where.device_share == pytest.approx(where.on_devices[0] / 24)
         assert where.disk_share == pytest.approx(0)
-        with closing(Engine.open(dataclasses.replace(config, vram=(part,)))) as engine:
+        with closing(Engine.open(reconfigured(config, vram=(part,)))) as engine:
             assert on_devices(engine) == list(where.on_devices)
             assert engine.counters()["bytes_uploaded"] > 0
 
 
 def test_a_device_is_what_the_speed_depends_on(model: Path) -> None:
     with rpc_server() as server:
-        plan = plan_engine(EngineConfig(model, n_threads=1, n_ctx=64, rpc=(server.endpoint,)))
+        plan = plan_engine(engine_config(model, n_threads=1, n_ctx=64, rpc=(server.endpoint,)))
     name = known_as(plan.devices[0].device)
     assert server.endpoint in name
     fast, slow = (
@@ -145,7 +147,7 @@ def on_cpu(plan: EnginePlan) -> EnginePlan:
 
 
 def test_both_phases_are_the_cost_models(model: Path) -> None:
-    plan = with_slots(EngineConfig(model, n_threads=1, n_batch=32), 12)
+    plan = with_slots(engine_config(model, n_threads=1, n_batch=32), 12)
     speed = machine_for(plan, disk=1e8)
     prediction = predict_plan(plan, speed)
     load = model_load(plan.spec, plan.sources, plan.layers)
@@ -158,7 +160,7 @@ def test_both_phases_are_the_cost_models(model: Path) -> None:
 
 
 def test_everything_is_measured_once(model: Path, tmp_path: Path) -> None:
-    config, cache = EngineConfig(model, n_threads=1, n_ctx=64), MeasurementCache(tmp_path / "m.json")
+    config, cache = engine_config(model, n_threads=1, n_ctx=64), MeasurementCache(tmp_path / "m.json")
     plan = with_slots(config, 12)
     told: list[str] = []
     speed = measure_machine(config, plan, told.append, cache)
@@ -170,7 +172,7 @@ def test_everything_is_measured_once(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_told_may_prevent_it(model: Path, tmp_path: Path) -> None:
-    config = EngineConfig(model, n_threads=1, n_ctx=64)
+    config = engine_config(model, n_threads=1, n_ctx=64)
 
     def refuse(name: str) -> None:
         raise KeyboardInterrupt(name)
@@ -185,7 +187,7 @@ def test_rearranged_weights_have_their_own_speed(
     model: Path, mode: Mode, prefill: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half the time for a token, and three times for a batch where the plain ones are not kept."""
-    config = EngineConfig(model, n_threads=1, n_ctx=64)
+    config = engine_config(model, n_threads=1, n_ctx=64)
     plan = plan_engine(config)
     plain = machine_for(plan)
     placement = dataclasses.replace(plan.placement, mode=mode, repacked_types=frozenset({Type.F32}))

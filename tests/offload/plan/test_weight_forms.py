@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, model_sources
 from slimoe.offload.plan.budget import Budget
-from slimoe.offload.plan.engine_plan import EngineConfig, plan_engine
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.plan.weight_forms import Needs, Placement, decide_placement, repackable_types
+from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -125,8 +125,8 @@ def test_what_is_required_is_the_sum(model: Path) -> None:
 @pytest.mark.parametrize("mode", ["mapped", "copied", "repacked", "both"])
 @pytest.mark.parametrize("changed", [{}, {"kv_type": "q8_0"}, {"n_ctx": 20000}, {"n_batch": 1}], ids=str)
 def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: dict[str, Any]) -> None:
-    config = EngineConfig(model, n_ctx=300, n_threads=1, weights=mode)
-    engine = Engine.open(dataclasses.replace(config, **changed))
+    config = engine_config(model, n_ctx=300, n_threads=1, weights=mode)
+    engine = Engine.open(reconfigured(config, **changed))
     placement = engine.plan.placement
     buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._model._store._buffers]
     assert sum(buffers) == placement.copied + placement.repacked
@@ -139,7 +139,7 @@ def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: di
 
 def test_progress_ends_with_all_bytes(model: Path) -> None:
     seen: list[tuple[int, int]] = []
-    engine = Engine.open(EngineConfig(model, n_threads=1, weights="both"), lambda *now: seen.append(now))
+    engine = Engine.open(engine_config(model, n_threads=1, weights="both"), lambda *now: seen.append(now))
     placement = engine.plan.placement
     engine.close()
     total = placement.mapped + placement.copied + placement.repacked
@@ -152,7 +152,7 @@ def test_progress_ends_with_all_bytes(model: Path) -> None:
 def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modes that keep a model whole; others read what does not fit from disk."""
     monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
-    config = EngineConfig(model, n_threads=1, n_batch=64, weights=mode)
+    config = engine_config(model, n_threads=1, n_batch=64, weights=mode)
     required = plan_engine(config).placement.required
 
     def load(*_: object) -> None:
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, mon
 
 def test_smaller_batches_come_before_reading_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
-    config = EngineConfig(model, n_threads=1, n_batch=512)
+    config = engine_config(model, n_threads=1, n_batch=512)
     plans = []
     for _ in range(4):
         plans.append(plan_engine(config))
@@ -182,4 +182,4 @@ def test_smaller_batches_come_before_reading_from_disk(model: Path, monkeypatch:
 
 def test_a_huge_context_is_refused(model: Path) -> None:
     with pytest.raises(DoesNotFitError, match=r"with 1000000000 tokens of context needs at least"):
-        Engine.open(EngineConfig(model, n_threads=1, n_ctx=10**9))
+        Engine.open(engine_config(model, n_threads=1, n_ctx=10**9))

@@ -8,7 +8,6 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import BadLogitsError, ContextOverflowError, ModelFileError, UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import (
     Event,
     Finished,
@@ -19,6 +18,7 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from slimoe.offload.text.sampler import token_logprob
+from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import write_tiny_gguf
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) ->
 
 
 def open_engine(model: Path, **changed: Any) -> Engine:
-    return Engine.open(EngineConfig(model, **{"n_ctx": N_CTX, "n_threads": 1} | changed))
+    return Engine.open(engine_config(model, **{"n_ctx": N_CTX, "n_threads": 1} | changed))
 
 
 @pytest.fixture(scope="module")

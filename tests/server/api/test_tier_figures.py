@@ -13,11 +13,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimoe.offload.engine import Engine
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import Finished, GenerationRequest, TierUse
 from slimoe.server.api.metrics import TierCollector
 from slimoe.server.cli import run
 from slimoe.server.commands import run as run_command
+from tests.models.configs import engine_config
 from tests.models.live_server import LiveServer, live_server, until
 from tests.models.tier_models import plain_model, uneven_model
 from tests.models.tiered import tiered_engine
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) ->
 
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
-    engine = tiered_engine(EngineConfig(model, n_ctx=64, n_batch=16, n_parallel=2, n_threads=1), 0.3)
+    engine = tiered_engine(engine_config(model, n_ctx=64, n_batch=16, n_parallel=2, n_threads=1), 0.3)
     yield engine
     engine.close()
 
@@ -75,7 +75,7 @@ def test_company_is_told(engine: Engine) -> None:
 
 
 def test_a_resident_model_has_nothing_to_tell(model: Path) -> None:
-    engine = Engine.open(EngineConfig(model, n_ctx=64, n_threads=1))
+    engine = Engine.open(engine_config(model, n_ctx=64, n_threads=1))
     assert finished(engine, 5, 3).tiers == TierUse()
     engine.close()
     assert TierUse().hit_share is None

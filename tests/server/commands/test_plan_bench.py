@@ -12,10 +12,12 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.speed import MachineSpeed
 from slimoe.offload.plan.budget import Budget
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.server.cli import run
 from slimoe.server.commands import plan
 from slimoe.server.options.engine_options import DEMO
+from tests.models.configs import engine_config
 from tests.models.measured_machine import machine_for
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -31,7 +33,7 @@ def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--json", "--ctx", "512", "--no-measure"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    engine = Engine.open(EngineConfig(DEMO, n_ctx=512))
+    engine = Engine.open(engine_config(DEMO, n_ctx=512))
     taken = engine.memory()
     engine.close()
     assert planned["fits"] is True

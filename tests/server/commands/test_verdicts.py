@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,13 @@ from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import available_devices
-from slimoe.offload.plan.engine_plan import EngineConfig, EnginePlan, plan_engine
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import whereabouts
-from slimoe.server.messages import Open
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.process.engine_process import open_engine
+from tests.models.configs import engine_config, reconfigured
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiny_gguf import TinyShape
@@ -67,7 +67,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(request: pytest.FixtureRequest, model: Path) -> EngineConfig:
     """What a command asks of the engine, but for the budget."""
     reserve = serving_bytes() if request.param == "serve" else 0
-    return EngineConfig(model, n_ctx=256, n_threads=1, device="none", reserve_bytes=reserve)
+    return engine_config(model, n_ctx=256, n_threads=1, device="none", reserve_bytes=reserve)
 
 
 def shortfall(config: EngineConfig) -> DoesNotFitError:
@@ -82,23 +82,11 @@ def advised(error: DoesNotFitError | str, flag: str) -> tuple[int, ...]:
     return () if found is None else tuple(int(size.removesuffix("MiB")) for size in found[1].split(","))
 
 
-def serve_message(config: EngineConfig) -> Open:
-    return Open(
-        str(config.model),
-        n_ctx=config.n_ctx,
-        n_threads=config.n_threads,
-        device=config.device,
-        ram=config.ram,
-        lossy=config.lossy,
-        reserve_bytes=config.reserve_bytes,
-    )
-
-
 def opened(config: EngineConfig) -> Engine:
     """The engine as the command's process opens it."""
-    if not config.reserve_bytes:
+    if not config.memory.reserve_bytes:
         return Engine.open(config)
-    engine = open_engine(serve_message(config), lambda done, total: None)
+    engine = open_engine(config, lambda done, total: None)
     assert isinstance(engine, Engine)
     return engine
 
@@ -113,11 +101,11 @@ def lies(plan: EnginePlan) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("lossy", [None, "low", "elastic"])
 def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None) -> None:
-    config = replace(config, lossy=lossy if config.model.stem == "pair" else None)
-    least = shortfall(replace(config, ram="1MiB")).required_bytes
-    whole = plan_engine(replace(config, ram="16GiB", weights="copied")).load_bytes
+    config = reconfigured(config, lossy=lossy if config.model.stem == "pair" else None)
+    least = shortfall(reconfigured(config, ram="1MiB")).required_bytes
+    whole = plan_engine(reconfigured(config, ram="16GiB", weights="copied")).load_bytes
     for ram in (least - 1, least, least + whole // 3, least + whole, least + 16 * whole + (64 << 20)):
-        case = replace(config, ram=str(ram))
+        case = reconfigured(config, ram=str(ram))
         plan = plan_engine(case)
         if ram < least:
             assert plan.shortfall is not None
@@ -139,24 +127,24 @@ def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None
 
 
 def test_what_is_advised_is_enough_and_a_mib_less_is_not(config: EngineConfig) -> None:
-    (ram,) = advised(shortfall(replace(config, ram="1MiB")), "--ram")
+    (ram,) = advised(shortfall(reconfigured(config, ram="1MiB")), "--ram")
     with pytest.raises(DoesNotFitError):
-        opened(replace(config, ram=f"{ram - 1}MiB"))
-    opened(replace(config, ram=f"{ram}MiB")).close()
+        opened(reconfigured(config, ram=f"{ram - 1}MiB"))
+    opened(reconfigured(config, ram=f"{ram}MiB")).close()
 
 
 @pytest.mark.parametrize("weights", ["mapped", "repacked", "both"])
 def test_what_is_advised_for_weights_that_stay_whole_is_enough(model: Path, weights: str) -> None:
-    config = EngineConfig(model, n_ctx=256, n_threads=1, device="none", weights=weights)
-    (ram,) = advised(shortfall(replace(config, ram="1MiB")), "--ram")
-    assert shortfall(replace(config, ram=f"{ram - 1}MiB"))
-    Engine.open(replace(config, ram=f"{ram}MiB")).close()
+    config = engine_config(model, n_ctx=256, n_threads=1, device="none", weights=weights)
+    (ram,) = advised(shortfall(reconfigured(config, ram="1MiB")), "--ram")
+    assert shortfall(reconfigured(config, ram=f"{ram - 1}MiB"))
+    Engine.open(reconfigured(config, ram=f"{ram}MiB")).close()
 
 
 def test_more_than_there_is_is_not_advised(model: Path) -> None:
-    config = EngineConfig(model, n_ctx=1 << 33, n_threads=1, device="none")
+    config = engine_config(model, n_ctx=1 << 33, n_threads=1, device="none")
     for ram in (None, "1MiB", "9999GiB"):
-        hint = shortfall(replace(config, ram=ram)).hint
+        hint = shortfall(reconfigured(config, ram=ram)).hint
         assert hint.startswith("There is no more to give now: free memory of the host, lower --ctx")
         assert "--ram" not in hint
 
@@ -178,16 +166,16 @@ def test_what_is_advised_for_devices_is_enough(
     n_local, used = len(available_devices()), endpoints[: len(vram)]
     names = [device.name for device in available_devices(used)[n_local:]]
     model = pair_model(tmp_path)
-    config = EngineConfig(model, n_ctx=256, n_batch=64, n_threads=1, device=",".join(names), rpc=used, ram=ram)
-    error = shortfall(replace(config, vram=vram))
+    config = engine_config(model, n_ctx=256, n_batch=64, n_threads=1, device=",".join(names), rpc=used, ram=ram)
+    error = shortfall(reconfigured(config, vram=vram))
     sizes = advised(error, "--vram") or tuple(int(size.removesuffix("MiB")) for size in vram)
     (host,) = advised(error, "--ram") or (int(ram.removesuffix("GiB")) * 1024,)
-    enough = replace(config, vram=tuple(f"{size}MiB" for size in sizes), ram=f"{host}MiB")
+    enough = reconfigured(config, vram=tuple(f"{size}MiB" for size in sizes), ram=f"{host}MiB")
     with closing(Engine.open(enough)) as engine:
         assert len(engine.plan.devices) == len(used)
         assert engine.notes == ()
     if len(used) == 1:
-        assert shortfall(replace(enough, vram=(f"{sizes[0] - 1}MiB",)))
+        assert shortfall(reconfigured(enough, vram=(f"{sizes[0] - 1}MiB",)))
 
 
 # --- processes ---------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Every flag of the engine reaches the engine, from every command and through the server's pipe."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,13 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
-from slimoe.offload.plan.engine_plan import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig, setting_names
 from slimoe.server.cli import run
 from slimoe.server.commands import plan, serve
-from slimoe.server.jobs import local_engine
 from slimoe.server.messages import Open, decode_to_engine, pack
-from slimoe.server.options.engine_options import EngineOptions
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.process import engine_process
+from tests.models.configs import engine_config, reconfigured
 
 FLAGS = [
     "--ctx",
@@ -53,7 +51,7 @@ FLAGS = [
     "picks.trace",
     "--no-direct-io",
 ]
-EXPECTED = EngineConfig(
+EXPECTED = engine_config(
     Path("some.gguf"),
     n_ctx=64,
     n_batch=32,
@@ -92,18 +90,25 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[EngineConfig]:
     return configs
 
 
-def through_the_pipe(options: EngineOptions) -> None:
-    message = decode_to_engine(pack(serve.open_message(options))[4:])
+def through_the_pipe(config: EngineConfig) -> None:
+    message = decode_to_engine(pack(Open(config))[4:])
     assert isinstance(message, Open)
     with pytest.raises(_SeenError):
-        engine_process.open_engine(message, lambda done, total: None)
+        engine_process.open_engine(message.config, lambda done, total: None)
+
+
+def setting(config: EngineConfig, name: str) -> Any:
+    groups = (config, config.context, config.memory, config.devices, config.loss)
+    (group,) = (group for group in groups if hasattr(group, name))
+    return getattr(group, name)
 
 
 def test_values_differ_from_the_defaults() -> None:
     """Or else this file would show nothing."""
     defaults = EngineConfig(Path("other.gguf"))
-    names = {item.name for item in fields(EngineConfig)} - {"reserve_bytes", "held_bytes"}
-    assert [name for name in names if getattr(EXPECTED, name) == getattr(defaults, name)] == []
+    ours = {"reserve_bytes", "held_bytes"}
+    alike = [name for name in setting_names() if setting(EXPECTED, name) == setting(defaults, name)]
+    assert set(alike) <= ours
 
 
 @pytest.mark.parametrize("command", [["run", "-p", "x"], ["plan"], ["bench"]], ids=lambda words: words[0])
@@ -113,25 +118,28 @@ def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[Engi
 
 
 def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    async def instead(config: object, options: EngineOptions, own: object) -> None:
-        through_the_pipe(options)
+    async def instead(config: object, engine: EngineConfig, own: object) -> None:
+        through_the_pipe(engine)
 
     monkeypatch.setattr(serve, "_serve", instead)
     assert run(["serve", "some.gguf", *FLAGS]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
     assert config.trace == Path.cwd() / "picks.trace"
-    assert config.reserve_bytes == serving_bytes()
-    same: dict[str, Any] = {"model": EXPECTED.model, "trace": EXPECTED.trace, "reserve_bytes": EXPECTED.reserve_bytes}
-    assert replace(config, **same) == EXPECTED
+    assert config.memory.reserve_bytes == serving_bytes()
+    same: dict[str, Any] = {
+        "model": EXPECTED.model,
+        "trace": EXPECTED.trace,
+        "reserve_bytes": EXPECTED.memory.reserve_bytes,
+    }
+    assert reconfigured(config, **same) == EXPECTED
 
 
 def test_what_is_not_said_is_the_engines_to_choose(seen: list[EngineConfig]) -> None:
-    options = EngineOptions(Path("/some.gguf"))
-    through_the_pipe(options)
-    (config,) = seen
-    assert replace(config, reserve_bytes=0) == EngineConfig(Path("/some.gguf"))
-    assert replace(local_engine.engine_config(options), reserve_bytes=0) == EngineConfig(Path("/some.gguf"))
+    config = EngineConfig(Path("/some.gguf"))
+    assert run(["run", "/some.gguf", "-p", "x"]) == 2
+    through_the_pipe(config)
+    assert [reconfigured(one, reserve_bytes=0) for one in seen] == [config, config]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ async def test_a_new_engine_hears_what_the_front_holds_by_then(model: Path, monk
 
     def see(child: EngineChild, message: Message) -> None:
         if isinstance(message, Open):
-            told.append(message.held_bytes)
+            told.append(message.config.memory.held_bytes)
         send(child, message)
 
     monkeypatch.setattr(EngineChild, "send", see)

@@ -12,9 +12,9 @@ from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import END_TOKEN_IDS
-from slimoe.offload.plan.engine_plan import EngineConfig
 from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams, TokenStep
 from slimoe.offload.text.tokenizer import Tokenizer
+from tests.models.configs import engine_config
 from tests.models.tokenizer_files import read_files, write_files
 
 PROMPT = (1, 300, 301)
@@ -32,7 +32,7 @@ def checkpoint(source: Path, path: Path, **files: dict[str, Any]) -> Path:
 
 def answer(model: Path, **values: Any) -> tuple[list[int], str, str]:
     """The tokens, the text and why it ended."""
-    engine = Engine.open(EngineConfig(model, n_ctx=64, n_threads=1))
+    engine = Engine.open(engine_config(model, n_ctx=64, n_threads=1))
     try:
         greedy = SamplingParams(temperature=0)
         events = list(engine.generate(GenerationRequest(PROMPT, max_tokens=12, sampling=greedy, **values)))
