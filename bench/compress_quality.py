@@ -43,8 +43,7 @@ from slimoe.converter.stats.imatrix_file import imatrix_of
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics
-from slimoe.converter.write.quantiser_choice import chosen_fit
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.writer import chosen_fit, slim
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder

@@ -163,8 +163,7 @@ def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
     from slimoe.converter.recipe.toml_file import parse_recipe
     from slimoe.converter.source.open_source import open_source
     from slimoe.converter.stats.statistics_file import load_statistics
-    from slimoe.converter.write.quantiser_choice import chosen_fit
-    from slimoe.converter.write.writer import slim
+    from slimoe.converter.write.writer import chosen_fit, slim
 
     laps.now("plan")
     source = open_source(Path(job.source))

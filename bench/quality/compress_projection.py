@@ -24,8 +24,8 @@ from bench.models.random_model import Shape
 from slimoe.converter.forward.texts import DEFAULT_TOKENS
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
-from slimoe.converter.stats.gram import sketch_size
 from slimoe.converter.stats.observer import Samples
+from slimoe.converter.stats.sums import sketch_size
 from slimoe.converter.stats.type_errors import sampled_rows
 
 WHOLE = {

@@ -15,9 +15,8 @@ from slimoe.converter.budget.knapsack import Group, Option, Part
 from slimoe.converter.budget.structure import ROLES
 from slimoe.converter.layout.layer import fitted_types, matrix_width
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
-from slimoe.converter.methods.attention_drop import attention_removals
-from slimoe.converter.methods.layer_drop import layer_removals
 from slimoe.converter.methods.novices import novice_costs
+from slimoe.converter.methods.removal import attention_removals, layer_removals
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key

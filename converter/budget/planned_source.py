@@ -13,8 +13,8 @@ from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.layout.plan import LayerPlan, SlimPlan
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, SourceLayer
+from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import Fit
-from slimoe.converter.write.writer import read_matrix
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
 

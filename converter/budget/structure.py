@@ -10,18 +10,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
-from slimoe.converter.methods.attention_drop import attention_removals
-from slimoe.converter.methods.block_drop import block_removals
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
-from slimoe.converter.methods.expert_groups import ExpertGroups, plan_groups
-from slimoe.converter.methods.hcsmoe import merge_by_output
-from slimoe.converter.methods.layer_drop import layer_removals
+from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
-from slimoe.converter.methods.msmoe import msmoe
 from slimoe.converter.methods.naee import best_subset
 from slimoe.converter.methods.novices import novice_costs, novice_vectors
-from slimoe.converter.methods.removal import Removal, first
+from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, first, layer_removals
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.recipe.recipe import Recipe

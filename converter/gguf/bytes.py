@@ -1,7 +1,9 @@
-"""Reads stretches of files at given places, with errors that name the file."""
+"""Reads stretches of files at given places, with errors that name the file; samples them to tell models apart."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,3 +37,24 @@ def _fill(source: int, view: memoryview, offset: int, path: Path) -> None:
         if n_read == 0:
             raise ModelFileError(path, "the file became shorter while it was read.", "Download the model again.")
         view, offset = view[n_read:], offset + n_read
+
+
+_SAMPLE_BYTES = 4096
+
+
+class Digest(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes, /) -> None:
+        """More bytes to cover."""
+        ...
+
+
+def add_samples(digest: Digest, stretches: Iterable[tuple[Path, int, int]]) -> None:
+    """Covers the first 4096 bytes of each stretch (file, offset, bytes) of files; raises ModelFileError.
+
+    Training touches every tensor that it changes everywhere, so that a fine-tuned model differs from its origin here,
+    and a few megabytes are read of a model of any size.
+    """
+    for path, offset, n_bytes in stretches:
+        digest.update(read_bytes(path, offset, min(n_bytes, _SAMPLE_BYTES)).tobytes())

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slimoe.converter.gguf.header import HeaderTensor, alignment_of, header_bytes, pack_header, pack_keys, padded
-from slimoe.converter.layout.layer import LayerMatrices, Matrix, source_matrix
+from slimoe.converter.layout.layer import LayerMatrices, Matrix, check_plan, source_matrix
 from slimoe.converter.layout.metadata import carried_metadata, merged_metadata, own_metadata, result_spec
 from slimoe.converter.layout.plan import SlimPlan
-from slimoe.converter.layout.slim_check import check_plan
 from slimoe.converter.quant.mixes import fits, fitting_types
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics

@@ -1,25 +1,19 @@
 """Expert Drop: which experts of each layer stay, by any score, and what becomes of the router's rows.
 
-Sources: Unified MoE Compression (arXiv 2406.02500) layer by layer and globally; REAP (arXiv 2510.13999) for experts
-that are never dropped. Scores are [E] per layer, the best highest; a layer without experts has none.
+Source: Unified MoE Compression (arXiv 2406.02500), layer by layer and globally. Scores are [E] per layer, the best
+highest; a layer without experts has none.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from slimoe.converter.methods.parts import outputs_of
-from slimoe.converter.stats.statistics import Double, LayerStatistics
+from slimoe.converter.stats.statistics import Double
 from slimoe.offload.errors import UsageError
 
 Kept = tuple[tuple[int, ...], ...]
 """Stored experts of the source that stay, ascending, by layer."""
-
-_SUPER_QUANTILE = 0.995
-_SUPER_PART = 0.1
-_SUPER_DEPTH = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +78,3 @@ def _best(scores: Double) -> list[int]:
     assert not np.isnan(scores).any(), "a score is not a number"
     best: list[int] = np.argsort(-scores, kind="stable").tolist()
     return best
-
-
-def super_experts(layers: Sequence[LayerStatistics]) -> frozenset[tuple[int, int]]:
-    """(layer, expert) of those whose greatest absolute output stands out: dropping them breaks a model.
-
-    That is above the 99.5th percentile of all experts and a tenth of the greatest, in the first three quarters of the
-    layers (arXiv 2510.13999). Raises UsageError.
-    """
-    largest: list[NDArray[np.float64]] = [
-        outputs_of(one).largest if one.router is not None else np.zeros(0) for one in layers
-    ]
-    everything = np.concatenate([*largest, np.zeros(1)])
-    limit = max(float(np.quantile(everything, _SUPER_QUANTILE)), _SUPER_PART * float(everything.max()))
-    early = enumerate(largest[: int(_SUPER_DEPTH * len(layers))])
-    return frozenset((layer, expert) for layer, one in early for expert in np.flatnonzero(one > limit).tolist())
-
-
-def protect(scores: Sequence[Double], experts: Collection[tuple[int, int]]) -> tuple[Double, ...]:
-    """The scores, infinite for some (layer, expert)."""
-    guarded = tuple(one.copy() for one in scores)
-    for layer, expert in experts:
-        guarded[layer][expert] = np.inf
-    return guarded

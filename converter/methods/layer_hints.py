@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from slimoe.converter.methods.expert_drop import Survivors
-from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens, router_of
 from slimoe.converter.methods.novices import novice_costs
-from slimoe.converter.methods.parts import outputs_of, routed_tokens, router_of
 from slimoe.converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
 from slimoe.offload.model.native_layout import LayerHints

@@ -9,11 +9,22 @@ the model listens, so that leaving one out costs two to three times as much; and
 experts in later layers, which no gradient sees. Compare options of one kind and layer by it; measure across them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
+from slimoe.converter.stats.statistics import (
+    Double,
+    LayerStatistics,
+    OutputSums,
+    RouterSums,
+    Single,
+    Sketch,
+    TokenTrace,
+)
 from slimoe.offload.errors import UsageError
 
 
@@ -59,3 +70,45 @@ def _inverse_stream(layer: LayerStatistics) -> float:
     # Outputs of different experts are taken for orthogonal.
     square = float(layer.outputs.share_square_norm_square.sum())
     return layer.similarity.relative_update / square if square else 0.0
+
+
+Part = TypeVar("Part")
+
+
+def _found(part: Part | None, what: str) -> Part:
+    if part is None:
+        raise UsageError(f"The statistics have no {what}. Calibrate again, leaving nothing out.")
+    return part
+
+
+def router_of(layer: LayerStatistics) -> RouterSums:
+    """How tokens were routed; raises UsageError."""
+    return _found(layer.router, "sums of the router")
+
+
+def outputs_of(layer: LayerStatistics) -> OutputSums:
+    """What experts answered; raises UsageError."""
+    return _found(layer.outputs, "sums of the experts' outputs")
+
+
+def sketch_of(layer: LayerStatistics) -> Sketch:
+    """Inner products of what experts answered; raises UsageError."""
+    return _found(layer.sketch, "inner products of the experts' outputs")
+
+
+def trace_of(layer: LayerStatistics) -> TokenTrace:
+    """Every token's routing; raises UsageError."""
+    return _found(layer.trace, "record of every token's routing")
+
+
+def routed_tokens(layer: LayerStatistics) -> int:
+    """Tokens that the sums of a layer with experts run over; raises UsageError."""
+    return int(router_of(layer).rank_count[:, 0].sum())
+
+
+def by_expert(values: NDArray[np.float64], target: Sequence[int], n_expert: int) -> NDArray[np.float64]:
+    """Sums [n_expert] of values [R] over the rows of the router that mean an expert; rows of novices are left out."""
+    sums = np.zeros(n_expert)
+    means = np.array(target, np.int64)
+    np.add.at(sums, means[means >= 0], values[means >= 0])
+    return sums

@@ -4,13 +4,9 @@ Source: MoNE (arXiv 2507.00390). Its constant is the mean output over picks; the
 share^2 |f - c|^2, which is what the layer's output loses. The router keeps all rows, so that no token moves.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.parts import outputs_of, routed_tokens
-from slimoe.converter.methods.scores import share
+from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens
 from slimoe.converter.stats.statistics import Double, LayerStatistics, OutputSums, Single
 
 
@@ -50,23 +46,8 @@ def novice_costs(layer: LayerStatistics) -> Double:
     return costs if layer.removals is None else np.maximum(costs, layer.removals.novice)
 
 
-def absence_errors(layer: LayerStatistics) -> Double:
-    """The same if each expert's part of the sum just went missing, the shares of the others as they are."""
-    errors: Double = outputs_of(layer).share_square_norm_square / max(1, routed_tokens(layer))
-    return errors
-
-
 def variances(outputs: OutputSums) -> Double:
     """Variance [E, d] of each component of the experts' outputs over their picks."""
     n = np.maximum(outputs.n_pick, 1)[:, None]
     means = outputs.output.astype(np.float64) / n
     return np.maximum(outputs.output_square.astype(np.float64) / n - np.square(means), 0.0)
-
-
-def fusion(layer: LayerStatistics, target: Sequence[int]) -> Double:
-    """MoNE's score [E], low for what a constant can replace: share per token times the standard deviation of f.
-
-    A `scores.Score` like any other, and comparable between layers as the paper has it. Raises UsageError.
-    """
-    deviations: Double = np.sqrt(variances(outputs_of(layer)).sum(1))
-    return share(layer, target) * deviations

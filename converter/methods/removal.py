@@ -1,10 +1,17 @@
-"""Leaving out whole parts of blocks: what could go, ordered by how little it does to the stream."""
+"""Leaving out whole parts of blocks: what could go, ordered by how little it changes the residual stream.
+
+Layer Drop and Block Drop (arXiv 2406.02500) leave out feed-forward parts with their norms, or whole blocks; Attention
+Drop (LLM-Drop, arXiv 2406.15786) leaves out attention, which saves few weights of a model of experts, but a layer's
+keys and values. Layer Drop's cosine is between m and m + y: that of the part's input and y says nothing. Only single
+blocks are ranked, since cosines across a span of blocks do not follow from those of its blocks.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slimoe.converter.source.model_source import MatrixKey
+from slimoe.converter.source.model_source import MatrixKey, SourceLayer
+from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
 
 Part = Literal["ffn", "attention", "block"]
@@ -22,6 +29,32 @@ class Removal:
     layer: int
     similarity: float
     nats: float | None = None
+
+
+def layer_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
+    """Every feed-forward part, experts or dense, the most dispensable first; `layers` are the source's."""
+    return _removals("ffn", statistics, layers)
+
+
+def attention_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
+    """Every attention, the most dispensable first; `layers` are the source's."""
+    return _removals("attention", statistics, layers)
+
+
+def block_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
+    """Every block that has anything, the most dispensable first; `layers` are the source's."""
+    return _removals("block", statistics, layers)
+
+
+def _removals(part: Part, statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
+    found = []
+    for index, (one, layer) in enumerate(zip(statistics.layers, layers, strict=True)):
+        has = {"ffn": layer.has_ffn, "attention": layer.has_attention, "block": layer.has_ffn or layer.has_attention}
+        if has[part]:
+            similarity = getattr(one.similarity, f"{part}_cosine") / statistics.n_tokens
+            nats = None if one.removals is None else getattr(one.removals, part)
+            found.append(Removal(part, index, similarity, nats))
+    return ranked(found)
 
 
 def ranked(removals: Iterable[Removal]) -> tuple[Removal, ...]:

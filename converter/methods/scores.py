@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from slimoe.converter.methods.parts import by_expert, outputs_of, routed_tokens, router_of
+from slimoe.converter.methods.layer_weight import by_expert, outputs_of, routed_tokens, router_of
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
 
 Score = Callable[[LayerStatistics, Sequence[int]], Double]

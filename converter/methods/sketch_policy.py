@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.converter.methods.parts import sketch_of
+from slimoe.converter.methods.layer_weight import sketch_of
 from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ExpertSpec

@@ -69,27 +69,6 @@ def fit_down(down: Single, covariance: Double, kept: Int) -> Single:
     return fitted.astype(np.float32)
 
 
-def trim_error(down: Single, trimmed: TrimmedExpert, product: NDArray[np.floating]) -> float:
-    """tr(D C D^T) of the change D of `down`: with `HiddenSums.product`, the sum of share^2 |change of the output|^2."""
-    change = down.astype(np.float64)
-    change[:, trimmed.kept] -= trimmed.down
-    return max(float(np.einsum("ij,ij->", change @ product, change)), 0.0)
-
-
-def width_for(n_ff: int, share: float, multiple: int = 1) -> int:
-    """The greatest width of at most this share of the neurons that is a multiple, such as a K-quant's 256.
-
-    Raises UsageError where not one multiple is left.
-    """
-    width = int(n_ff * share + 1e-9) // multiple * multiple
-    if not 1 <= width <= n_ff:
-        raise UsageError(
-            f"{share:.0%} of {n_ff} neurons hold no positive multiple of {multiple}. "
-            "Choose a larger share, at most 100%, or a type with smaller blocks."
-        )
-    return width
-
-
 def ridge_leverage(covariance: Double) -> Double:
     """How little the other neurons say about each [n_ff]: the diagonal of C (C + r I)^-1, r a hundredth of the mean."""
     ridge = _ridge(covariance, _LEVERAGE_RIDGE)

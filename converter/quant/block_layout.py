@@ -5,7 +5,6 @@ ggml's decoder; see `block_grid`.
 """
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
@@ -144,18 +143,3 @@ def write_codes(blocks: NDArray[np.uint8], kind: Type, codes: NDArray[np.int64])
     for bit, place in enumerate(places.T):
         bits[:, place] = codes >> bit & 1
     return np.packbits(bits, axis=1, bitorder="little")
-
-
-def read_codes(blocks: NDArray[np.uint8], kind: Type) -> NDArray[np.int64]:
-    """The codes [n_blocks, n_codes] of blocks [n_blocks, bytes]."""
-    places = BITS[kind]
-    bits = np.unpackbits(blocks, axis=1, bitorder="little")
-    codes = np.zeros((len(blocks), len(places)), np.int64)
-    for bit, place in enumerate(places.T):
-        codes |= bits[:, place].astype(np.int64) << bit
-    return codes
-
-
-def weights_per_code(kind: Type) -> int:
-    """1, or 8 in the types of codebooks."""
-    return int(GGML_QUANT_SIZES[kind][0]) // len(BITS[kind])

@@ -18,13 +18,7 @@ from slimoe.converter.layout.plan import SlimPlan
 from slimoe.converter.report.alignment import likely_descent, planned_descent
 from slimoe.converter.report.block_facts import block_facts, reported_descent
 from slimoe.converter.report.cloze import Cloze, cloze, content_tokens
-from slimoe.converter.report.eval_text import JudgedText
-from slimoe.converter.report.evaluation import TRACED_TOKENS, Reference
-from slimoe.converter.report.generation_check import Continue, check_generation, greedy
-from slimoe.converter.report.layer_swap import divergence_by_block
-from slimoe.converter.report.quality import Comparison, DomainQuality, summarise
-from slimoe.converter.report.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
-from slimoe.converter.report.report_estimate import (
+from slimoe.converter.report.estimate import (
     BLOCKS,
     FILE,
     PLAIN,
@@ -34,6 +28,12 @@ from slimoe.converter.report.report_estimate import (
     ReportWork,
     estimate_seconds,
 )
+from slimoe.converter.report.eval_text import JudgedText
+from slimoe.converter.report.evaluation import TRACED_TOKENS, Reference
+from slimoe.converter.report.generation_check import Continue, check_generation, greedy
+from slimoe.converter.report.layer_swap import divergence_by_block
+from slimoe.converter.report.quality import Comparison, DomainQuality, summarise
+from slimoe.converter.report.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
 from slimoe.converter.report.yardstick import PlainPlan, Yardstick, make_yardstick, plain_neighbours, planned_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.inventory import take_inventory

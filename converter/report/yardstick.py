@@ -22,7 +22,7 @@ from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import LOSSLESS, stored_costs
-from slimoe.converter.write.quantiser_choice import chosen_fit
+from slimoe.converter.write.writer import chosen_fit
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.offload.model.spec import NATIVE
 

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from slimoe.converter.document import BadDocumentError, decode_json
-from slimoe.converter.gguf.source_digest import add_samples
+from slimoe.converter.gguf.bytes import add_samples
 from slimoe.converter.source.checkpoint_files import check_directory, weight_files
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.files.regular_file import open_regular, reason

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slimoe.converter.gguf.bytes import read_bytes
-from slimoe.converter.gguf.source_digest import add_samples
+from slimoe.converter.gguf.bytes import add_samples, read_bytes
 from slimoe.converter.source.hf_llama import file_order
 from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, expert_key
 from slimoe.converter.source.stored_model import StoredModel

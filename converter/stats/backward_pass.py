@@ -9,23 +9,24 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     Attention,
     Expert,
+    Head,
     Router,
     Routing,
     attend,
     read_attention,
     read_dense,
     read_expert,
+    read_head,
     read_router,
     read_tensor,
     rms_norm,
     route,
 )
-from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.stream import HiddenStates, Sequences
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
 from slimoe.converter.stats.gradient_sums import Answers, RemovalSums, Squares
-from slimoe.converter.stats.partial_backward import PartialBackward, Sums
+from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
 from slimoe.offload.errors import BadLogitsError
 

@@ -15,7 +15,7 @@ from slimoe.converter.quant.mixes import fits
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
-from slimoe.converter.stats.gram import sketch_size
+from slimoe.converter.stats.sums import sketch_size
 from slimoe.converter.stats.type_costs import CANDIDATES, priced_matrices, sampled_weights
 from slimoe.converter.stats.type_errors import sampled_rows
 

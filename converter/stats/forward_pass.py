@@ -17,14 +17,12 @@ from slimoe.converter.forward.block import read_tensor, rms_norm
 from slimoe.converter.forward.stream import Sequences, Stream
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
-from slimoe.converter.stats.gram import spread_rows
-from slimoe.converter.stats.input_sums import column_squares
 from slimoe.converter.stats.observer import LayerFindings, LayerObserver, Samples
-from slimoe.converter.stats.partial_backward import PartialBackward
-from slimoe.converter.stats.resume import PartialPass
+from slimoe.converter.stats.resume import PartialBackward, PartialPass
 from slimoe.converter.stats.routing_sums import link
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import Int, LayerStatistics, Single, Statistics
+from slimoe.converter.stats.sums import column_squares, spread_rows
 from slimoe.converter.stats.type_costs import measure_type_costs, packed_costs
 
 Progress = Callable[[str, int, int], None]

@@ -9,14 +9,18 @@ from torch import Tensor
 from slimoe.converter.forward.block import AttentionPass, Expert, Routing, read_expert, read_tensor, rms_norm
 from slimoe.converter.forward.stream import Observer
 from slimoe.converter.source.model_source import ModelSource, block_key
-from slimoe.converter.stats.gram import SketchRows, sketch_size, spread_rows
-from slimoe.converter.stats.input_sums import InputTotals
 from slimoe.converter.stats.routing_sums import Foresight, Picks, RoutingSums
-from slimoe.converter.stats.similarity_sums import SimilarityTotals
 from slimoe.converter.stats.statistics import LayerStatistics, SimilaritySums, TypeErrors
 from slimoe.converter.stats.statistics_file import to_arrays
-from slimoe.converter.stats.sums import OutputTotals
-from slimoe.converter.stats.token_trace import TraceRows
+from slimoe.converter.stats.sums import (
+    InputTotals,
+    OutputTotals,
+    SimilarityTotals,
+    SketchRows,
+    TraceRows,
+    sketch_size,
+    spread_rows,
+)
 from slimoe.converter.stats.type_errors import DEFAULT_TYPES, TypeErrorTable
 from slimoe.offload.errors import ModelFileError
 

@@ -1,4 +1,7 @@
-"""A calibration pass on disk while it runs: what each finished layer gave, and the stream behind the last of them."""
+"""A calibration on disk while it runs: what each finished layer gave, and what the next one begins with.
+
+The forward pass keeps the hidden states behind the last finished layer, the backward pass the gradient before it.
+"""
 
 import json
 import shutil
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.stats.observer import LayerFindings
@@ -110,3 +114,46 @@ def save_rows(path: Path, rows: Tensor) -> None:
     """Writes a matrix as numpy's file, whole or not at all; raises as `whole_file` does."""
     with whole_file(path) as part, part.open("wb") as file:
         np.save(file, rows.numpy())
+
+
+Sums = dict[str, NDArray[np.float64]]
+
+_BACKWARD_STATE = "backward.json"
+
+
+class PartialBackward:
+    """Lies in the directory of the calibration that it belongs to; `key` says which pass of it this is.
+
+    Steps are numbered as layers are, and the head as the layer behind the last: each is done after those above it.
+    """
+
+    def __init__(self, path: Path, key: str, n_layer: int) -> None:
+        self._path, self._key, self._n_layer = path, key, n_layer
+
+    def restore(self, gradient: Tensor) -> dict[int, Sums]:
+        """What finished steps gave; `gradient` becomes the one before the last. Nothing if it cannot be read."""
+        try:
+            state = json.loads((self._path / _BACKWARD_STATE).read_text("utf-8"))
+            if state["key"] != self._key:
+                return {}
+            last = int(state["step"])
+            found: dict[int, Sums] = {step: read_arrays(self._sums(step))[0] for step in range(last, self._n_layer + 1)}
+            gradient.copy_(torch.from_numpy(np.load(self._gradient(last), mmap_mode="c")))
+        except (StatisticsError, KeyError, TypeError, OSError, ValueError, RuntimeError):
+            return {}
+        return found
+
+    def add(self, step: int, sums: Sums, gradient: Tensor) -> None:
+        """Keeps another step's sums, and the gradient before it in place of the one behind; raises as
+        `PartialPass.add` does."""
+        write_arrays(sums, self._sums(step), {})
+        state: dict[str, Any] = {"key": self._key, "step": step}
+        save_rows(self._gradient(step), gradient)
+        write_whole(self._path / _BACKWARD_STATE, json.dumps(state).encode())
+        self._gradient(step + 1).unlink(missing_ok=True)
+
+    def _sums(self, step: int) -> Path:
+        return self._path / f"backward-{step:04}.safetensors"
+
+    def _gradient(self, step: int) -> Path:
+        return self._path / f"gradient-{step:04}.npy"

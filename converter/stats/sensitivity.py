@@ -13,7 +13,7 @@ from slimoe.converter.forward.layer_states import LayerStates, Progress, fill_st
 from slimoe.converter.forward.stream import Sequences
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.backward_pass import Backward
-from slimoe.converter.stats.partial_backward import PartialBackward
+from slimoe.converter.stats.resume import PartialBackward
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
 
 

@@ -1,10 +1,16 @@
-"""What experts answer: sums over the tokens that picked them."""
+"""What a layer's statistics sum up over tokens: outputs of experts, inputs of matrices, similarities, routes.
+
+Sums are gathered in double precision: in bfloat16, the cosines of most layers of a large model are the same number.
+"""
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.stats.statistics import OutputSums
+from slimoe.converter.forward.block import Expert, Routing
+from slimoe.converter.source.model_source import ModelSource, expert_key
+from slimoe.converter.stats.statistics import InputSums, OutputSums, SimilaritySums, Sketch, TokenTrace
 
 
 class OutputTotals:
@@ -61,3 +67,176 @@ class OutputTotals:
             share_output=share_output,
             share_square_output=share_square_output,
         )
+
+
+class InputTotals:
+    """Gathers one layer's `InputSums` in double precision; experts narrower than the widest end in zeros."""
+
+    def __init__(self, source: ModelSource, layer: int) -> None:
+        spec, of = source.spec, source.layers[layer]
+        n_mixed = spec.n_head * spec.n_embd_head
+        self._expert = np.zeros((of.n_stored, spec.n_embd))
+        self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
+        self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
+        self._attention, self._mixed = (np.zeros(n if of.has_attention else 0) for n in (spec.n_embd, n_mixed))
+        self._router = np.zeros(spec.n_embd if of.target else 0)
+
+    def add_attention(self, x: Tensor, mixed: Tensor) -> None:
+        """One sequence's attention: its normalised input, and the heads' joined output."""
+        self._attention += column_squares(x)
+        self._mixed += column_squares(mixed)
+
+    def add_router(self, x: Tensor) -> None:
+        """One sequence's input of the router."""
+        self._router += column_squares(x)
+
+    def add_expert(self, expert: int, x: Tensor, hidden: Tensor) -> None:
+        """Inputs of an expert [n, n_embd], and of its down [n, n_ff]."""
+        self._expert[expert] += column_squares(x)
+        self._hidden[expert, : self._n_ff[expert]] += column_squares(hidden)
+
+    def of_expert(self, expert: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What is known so far of the inputs of one expert, and of its down."""
+        return self._expert[expert].astype(np.float32), self._hidden[expert, : self._n_ff[expert]].astype(np.float32)
+
+    def finish(self) -> InputSums:
+        """The sums."""
+        sums = (self._expert, self._hidden, self._attention, self._mixed, self._router)
+        return InputSums(*(one.astype(np.float32) for one in sums))
+
+
+def column_squares(values: Tensor) -> NDArray[np.float64]:
+    """Sums of squares over rows [n_column]."""
+    sums: NDArray[np.float64] = values.double().square().sum(0).cpu().numpy()
+    return sums
+
+
+_LEAST = 1e-300
+
+
+class SimilarityTotals:
+    """Gathers one layer's `SimilaritySums` from one sequence after the other."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(5)
+
+    def add(self, h: Tensor, middle: Tensor, after: Tensor, x: Tensor | None) -> None:
+        """Streams [n, n_embd] before the block, after attention, after the block; what its feed-forward part read."""
+        h, middle, after = h.double(), middle.double(), after.double()
+        y = after - middle
+        cosines = [_cosine(h, after), _cosine(h, middle), _cosine(middle, after)]
+        cosines.append(torch.zeros_like(cosines[0]) if x is None else _cosine(x.double(), y))
+        relative = y.square().sum(-1) / middle.square().sum(-1).clamp(min=_LEAST)
+        self._sums += torch.stack([*cosines, relative]).sum(-1).cpu().numpy()
+
+    def finish(self) -> SimilaritySums:
+        """The sums."""
+        return SimilaritySums(*self._sums.tolist())
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of rows; 0 where one of them is 0."""
+    lengths = a.square().sum(-1) * b.square().sum(-1)
+    return (a * b).sum(-1) / lengths.clamp(min=_LEAST).sqrt()
+
+
+_F16_MAX = 65504.0
+
+
+class TraceRows:
+    """Fills one layer's `TokenTrace`. Attention received that float16 cannot hold is its largest number."""
+
+    def __init__(self, n_rows: int, n_used: int) -> None:
+        self._picks = np.zeros((n_rows, n_used), np.uint16)
+        self._shares = np.zeros((n_rows, n_used), np.float16)
+        self._received = np.zeros(n_rows, np.float16)
+        self._norm = np.zeros(n_rows, np.float32)
+
+    def add_attention(self, first_row: int, received: Tensor) -> None:
+        """What a sequence's tokens received from those that attend to them."""
+        rows = slice(first_row, first_row + len(received))
+        self._received[rows] = received.clamp(max=_F16_MAX).cpu().numpy()
+
+    def add_routing(self, first_row: int, x: Tensor, routing: Routing) -> None:
+        """A sequence's input of the router, and its answer."""
+        rows = slice(first_row, first_row + len(x))
+        self._picks[rows], self._shares[rows] = routing.picks.cpu().numpy(), routing.shares.cpu().numpy()
+        self._norm[rows] = x.abs().sum(-1).cpu().numpy()
+
+    def finish(self) -> TokenTrace:
+        """All tokens."""
+        return TokenTrace(self._picks, self._shares, self._received, self._norm)
+
+
+_MOST_BYTES = 1 << 25
+"""Of a layer's products, beyond which fewer tokens are taken."""
+_MOST_OUTPUT_BYTES = 1 << 29
+_TOKENS_AT_ONCE = 64
+
+
+def spread_rows(n_rows: int, n_sample: int) -> NDArray[np.int64]:
+    """Sorted rows, one at random out of each of `n_sample` even parts; all of them if there are no more."""
+    if n_sample >= n_rows:
+        return np.arange(n_rows, dtype=np.int64)
+    places = np.arange(n_sample) + np.random.default_rng(0).random(n_sample)
+    return (places * n_rows / n_sample).astype(np.int64)
+
+
+def sketch_size(n_sample: int, n_rows: int, n_stored: int, n_embd: int) -> int:
+    """How many tokens to take: `n_sample` unless there are fewer, or so many experts that they would be too large."""
+    n_vectors = 2 * n_stored + 1
+    room = min(_MOST_BYTES // (4 * n_vectors**2), _MOST_OUTPUT_BYTES // (4 * n_stored * n_embd))
+    return max(1, min(n_sample, n_rows, room))
+
+
+class SketchRows:
+    """Gathers one layer's `Sketch`: inputs of the sampled `rows` first, then every expert's answers to them.
+
+    The Gram matrix holds all inner products of what a policy could add to a token's residual stream. The squared error
+    of any linear combination of these vectors (fewer experts, skipped ones, constant ones in their place) follows from
+    it, without the model.
+    """
+
+    def __init__(self, rows: NDArray[np.int64], n_stored: int, n_row: int, n_embd: int) -> None:
+        self._rows = rows
+        self._x, self._middle = torch.zeros(len(rows), n_embd), torch.zeros(len(rows), n_embd)
+        self._logits = torch.zeros(len(rows), n_row)
+        self._outputs = torch.zeros(len(rows), n_stored, n_embd)
+        self._missing = set(range(n_stored))
+
+    def add_routing(self, first_row: int, x: Tensor, logits: Tensor) -> None:
+        """One sequence's normalised input, and the router's answer."""
+        sampled, own = self._sampled(first_row, len(x))
+        self._x[sampled], self._logits[sampled] = x[own.to(x.device)].cpu(), logits[own.to(x.device)].cpu()
+
+    def add_middle(self, first_row: int, middle: Tensor) -> None:
+        """One sequence's stream that the experts' answers are added to."""
+        sampled, own = self._sampled(first_row, len(middle))
+        self._middle[sampled] = middle[own]
+
+    def _sampled(self, first_row: int, n_rows: int) -> tuple[slice, Tensor]:
+        """Which of the sampled rows a sequence has, and where in it they are."""
+        begin, end = np.searchsorted(self._rows, (first_row, first_row + n_rows)).tolist()
+        return slice(begin, end), torch.from_numpy(self._rows[begin:end] - first_row)
+
+    def add_expert(self, number: int, expert: Expert) -> None:
+        """Asks an expert for its answers to all sampled rows."""
+        self._outputs[:, number] = expert(self._x.to(expert.down.weight.device)).cpu()
+        self._missing.discard(number)
+
+    @property
+    def missing(self) -> list[int]:
+        """Experts that have not been asked."""
+        return sorted(self._missing)
+
+    def finish(self, means: Tensor) -> Sketch:
+        """The products, with `means` [E, n_embd] float64 as the experts' mean outputs."""
+        assert not self._missing
+        n_vectors = 2 * len(means) + 1
+        gram = np.empty((len(self._rows), n_vectors, n_vectors), np.float32)
+        for begin in range(0, len(self._rows), _TOKENS_AT_ONCE):
+            part = slice(begin, begin + _TOKENS_AT_ONCE)
+            outputs, middle = self._outputs[part].double(), self._middle[part].double()[:, None]
+            vectors = torch.cat((outputs, means.expand(len(outputs), -1, -1), middle), 1)
+            gram[part] = (vectors @ vectors.mT).numpy()
+        return Sketch(gram, self._logits.numpy(), self._rows)

@@ -18,7 +18,7 @@ from torch import Tensor
 from slimoe.converter.forward.block import Expert
 from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
 from slimoe.converter.source.model_source import ModelSource, expert_key
-from slimoe.converter.stats.gram import spread_rows
+from slimoe.converter.stats.sums import spread_rows
 from slimoe.offload.errors import ModelFileError, UsageError
 
 Importance = tuple[NDArray[np.float32], NDArray[np.float32]]

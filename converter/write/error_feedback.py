@@ -35,8 +35,8 @@ from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainFit
-from slimoe.converter.write.writer import read_matrix
 
 _ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
 EFFORT = Effort(sweeps=1, rescale=0, starts=1)

@@ -12,7 +12,7 @@ from slimoe.converter.layout.plan import SlimPlan
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.type_costs import LOSSLESS
-from slimoe.converter.write.writer import stored_blocks
+from slimoe.converter.write.matrix import stored_blocks
 
 _SAMPLE = (64, 512)
 _FEEDBACK_SAMPLE = (256, 256)

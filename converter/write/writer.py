@@ -16,12 +16,12 @@ from slimoe.converter.gguf.writer import Piece, Progress, write_pieces
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import SlimLayout, lay_out, matrix_bytes
 from slimoe.converter.layout.plan import SlimPlan
-from slimoe.converter.methods.merged import merged_matrix
 from slimoe.converter.plain.plan_pieces import copy_blocks
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import BadWeightsError
-from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, ModelSource, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, Blocks, ModelSource
 from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.write.matrix import copy_rows, kept_rows, origin_of, read_matrix, stored_blocks
 from slimoe.converter.write.quantiser import Fit, PlainFit
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.whole_file import Destination
@@ -118,7 +118,7 @@ class SlimPieces:
         try:
             blocks = self._fit.fit(matrix, weights)
         except BadWeightsError as error:
-            raise ModelFileError(self._source.path, f"tensor {_origin(matrix) or matrix.key} {error}.") from None
+            raise ModelFileError(self._source.path, f"tensor {origin_of(matrix) or matrix.key} {error}.") from None
         assert blocks.nbytes == matrix_bytes(matrix), matrix.key
         return blocks
 
@@ -137,61 +137,18 @@ class SlimPieces:
         return None if stored_blocks(self._source, matrix) else read_matrix(self._source, matrix)
 
     def _copies(self, matrix: Matrix, offset: int) -> Iterator[Piece]:
-        blocks, rows = stored_blocks(self._source, matrix), _kept_rows(matrix)
+        blocks, rows = stored_blocks(self._source, matrix), kept_rows(matrix)
         assert blocks is not None
         self.n_copied += matrix_bytes(matrix)
         if rows is not None:
-            yield Piece(offset, matrix_bytes(matrix), partial(_rows_of, blocks, matrix, rows))
+            yield Piece(offset, matrix_bytes(matrix), partial(copy_rows, blocks, matrix, rows))
             return
-        name = str(_origin(matrix) or matrix.key)
+        name = str(origin_of(matrix) or matrix.key)
         step = _COPY_BYTES // GGML_QUANT_SIZES[blocks.type][1] * GGML_QUANT_SIZES[blocks.type][1]
         for begin in range(0, blocks.n_bytes, step):
             n_bytes = min(step, blocks.n_bytes - begin)
             part = Blocks(blocks.type, blocks.path, blocks.offset + begin, n_bytes)
             yield Piece(offset + begin, n_bytes, partial(copy_blocks, part, name))
-
-
-def read_matrix(source: ModelSource, matrix: Matrix) -> NDArray[np.float32]:
-    """The values of a result's matrix or vector, of its shape, before they are fitted; raises ModelFileError."""
-    if matrix.values is not None:
-        weights = matrix.values
-    elif matrix.expert is not None:
-        weights = merged_matrix(source, matrix.block, matrix.expert, matrix.projection)
-    else:
-        assert matrix.origin is not None
-        weights = source.read(matrix.origin)
-        weights = weights if matrix.rows is None else weights[list(matrix.rows)]
-    return np.ascontiguousarray(weights, np.float32).reshape(matrix.shape)
-
-
-def stored_blocks(source: ModelSource, matrix: Matrix) -> Blocks | None:
-    """The source's blocks that are the matrix, or hold it as some of their rows; None where it must be made."""
-    origin = _origin(matrix)
-    blocks = source.blocks(origin) if origin else None
-    return blocks if blocks and blocks.type is matrix.type else None
-
-
-def _origin(matrix: Matrix) -> MatrixKey | None:
-    """The source's matrix that this is, whole or some rows of it."""
-    expert = matrix.expert
-    if expert is None:
-        return matrix.origin
-    cuts_columns = matrix.projection == "down" and (expert.kept is not None or expert.down is not None)
-    if len(expert.members) > 1 or cuts_columns:
-        return None
-    return expert_key(matrix.block, matrix.projection, expert.members[0])
-
-
-def _kept_rows(matrix: Matrix) -> NDArray[np.int64] | None:
-    if matrix.rows is not None:
-        return np.asarray(matrix.rows, np.int64)
-    return matrix.expert.kept if matrix.expert else None
-
-
-def _rows_of(blocks: Blocks, matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    row_bytes = matrix_bytes(matrix) // matrix.shape[0]
-    stored = copy_blocks(blocks, str(_origin(matrix) or matrix.key))
-    return np.ascontiguousarray(stored.reshape(-1, row_bytes)[rows])
 
 
 def _piece(offset: int, data: NDArray[np.uint8]) -> Piece:
@@ -207,3 +164,18 @@ def _use(matrix: Matrix) -> tuple[int, ...]:
     if matrix.key.expert >= 0:
         return 1, matrix.copy, matrix.key.expert, PROJECTIONS.index(matrix.projection)
     return (2,) if "ffn_gate_inp" in matrix.key.name else (0,)
+
+
+def chosen_fit(source: ModelSource, plan: SlimPlan, statistics: Statistics | None, n_threads: int) -> Fit:
+    """The fit that carries the plan out; raises UsageError for one that needs statistics without them."""
+    plain = PlainFit(statistics if plan.importance else None, is_tied=plan.output_type is None, n_threads=n_threads)
+    if not plan.feedback and not plan.refit:
+        return plain
+    if statistics is None:
+        raise UsageError(
+            "Feedback and refitted routers need calibration tokens. Run slimoe calibrate, give --stats FILE."
+        )
+    # torch is heavy, and all other ways of converting do without.
+    from slimoe.converter.write.error_feedback import FeedbackFit
+
+    return FeedbackFit(source, plan, statistics, plain, n_threads=n_threads)

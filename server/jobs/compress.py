@@ -14,8 +14,7 @@ from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.write.estimate import writing_seconds
-from slimoe.converter.write.quantiser_choice import chosen_fit
-from slimoe.converter.write.writer import SlimReport, slim
+from slimoe.converter.write.writer import SlimReport, chosen_fit, slim
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note

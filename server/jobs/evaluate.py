@@ -7,13 +7,13 @@ from typing import Any
 
 from slimoe.converter.forward.texts import TextFile
 from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.report.estimate import estimate_seconds
 from slimoe.converter.report.eval_text import JudgedText, read_judged
 from slimoe.converter.report.generation_check import Continue
 from slimoe.converter.report.make import known_report, report_paths, write_report
 from slimoe.converter.report.markdown import unread_text, yardstick_text
 from slimoe.converter.report.measure import Engines, ReportMaker, ReportSettings, end_tokens, file_hash, report_work
 from slimoe.converter.report.report import Report
-from slimoe.converter.report.report_estimate import estimate_seconds
 from slimoe.converter.report.yardstick import plain_neighbours
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.calibrate import choose_device

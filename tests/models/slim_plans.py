@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.layout.plan import ExpertPlan, Format, LayerPlan, SlimPlan, Types
 from slimoe.converter.quant.mixes import find_recipe
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
+from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
+from slimoe.converter.stats.observer import Samples
+from slimoe.converter.stats.statistics import Statistics
 
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 SMALL_ROWS = (Type.F32, Type.F16, Type.Q8_0)
@@ -105,3 +110,15 @@ class RandomPlans:
             if self._chance(0.5):
                 plan = replace(plan, down=self.rng.standard_normal((spec.n_embd, n_kept), np.float32) / np.float32(8))
         return plan
+
+
+def random_sequences(n_sequences: int, length: int, n_vocab: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(tuple(map(int, rng.integers(3, n_vocab, length))) for _ in range(n_sequences))
+
+
+def learnt(source: ModelSource, directory: Path, n_sequences: int = 6, length: int = 48) -> Statistics:
+    """Statistics of random tokens, with all that a plan may ask for."""
+    text = CalibrationText(random_sequences(n_sequences, length, source.spec.n_vocab), ("random",) * n_sequences)
+    settings = CalibrationSettings(Samples(types=()), n_sensitivity=n_sequences * length, prices=True)
+    return calibrate(source, text, settings, directory / "partial")

@@ -8,21 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from slimoe.converter.methods.attention_drop import attention_removals
-from slimoe.converter.methods.block_drop import block_removals
 from slimoe.converter.methods.expert_drop import (
     keep_by_layer,
     keep_overall,
-    protect,
     redirect,
     substitute,
-    super_experts,
 )
-from slimoe.converter.methods.joint_drop import joint_removals
-from slimoe.converter.methods.layer_drop import layer_removals
+from slimoe.converter.methods.layer_weight import outputs_of
 from slimoe.converter.methods.naee import best_subset
-from slimoe.converter.methods.novices import absence_errors, novice_vectors
-from slimoe.converter.methods.removal import Removal, first, margin, ranked, removed_keys
+from slimoe.converter.methods.novices import novice_vectors
+from slimoe.converter.methods.removal import (
+    Removal,
+    attention_removals,
+    block_removals,
+    first,
+    layer_removals,
+    margin,
+    ranked,
+    removed_keys,
+)
 from slimoe.converter.methods.scores import SCORES, unseen
 from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.source.model_source import MatrixKey, block_key, expert_key
@@ -150,7 +154,7 @@ def test_an_expert_of_zeros_is_lost_first_and_missed_by_nobody(model: HeldModel,
         scores = SCORES[name](layer, EVERY)
         assert scores.argmin() == 2
         assert scores[2] == 0
-    assert absence_errors(layer)[2] == 0
+    assert outputs_of(layer).share_square_norm_square[2] == 0
     survivors = substitute(EVERY, {0, 1, 3, 4})
     assert survivors.replaced == (2,)
     smaller = without_experts(planted, 1, survivors, novice_vectors(layer)[[2]])
@@ -219,18 +223,6 @@ def test_overall_keeps_exactly_so_many_and_enough_for_every_layers_picks() -> No
             keep_overall(SCORED, n_keep, 2)
 
 
-def test_experts_with_outstanding_outputs_are_kept(some_layer: LayerStatistics) -> None:
-    assert some_layer.outputs is not None
-    ordinary = np.linspace(1.0, 2.0, 100)
-    peaks = ordinary.copy()
-    peaks[7] = 50.0
-    layers = [replace(some_layer, outputs=replace(some_layer.outputs, largest=one)) for one in (ordinary, peaks)]
-    assert super_experts([*layers, layers[0], layers[0]]) == {(1, 7)}
-    assert super_experts([layers[0], layers[0], layers[0], layers[1]]) == frozenset(), "too deep"
-    assert super_experts([layers[0]] * 2) <= {(0, 99)}
-    assert keep_by_layer(protect(SCORED, {(0, 1)}), 2, 2)[0] == (1, 3)
-
-
 def test_a_layer_that_does_nothing_goes_first_and_unnoticed(model: HeldModel, tmp_path: Path) -> None:
     planted = zeroed(model, *downs(1))
     removals = layer_removals(learn(planted, tmp_path), planted.layers)
@@ -256,11 +248,7 @@ def test_a_block_that_does_nothing_goes_first_and_unnoticed(model: HeldModel, tm
     removals = block_removals(statistics, planted.layers)
     assert (removals[0].part, removals[0].layer) == ("block", 0)
     assert torch.equal(logits(planted.with_blocks((1, 2))), logits(planted))
-    both = joint_removals(statistics, planted.layers)
-    assert len(both) == 6
-    assert {(one.part, one.layer) for one in both[:2]} == {("ffn", 0), ("attention", 0)}
-    everything = joint_removals(statistics, planted.layers, ("ffn", "attention", "block"))
-    assert [one.similarity for one in everything] == sorted((one.similarity for one in everything), reverse=True)
+    assert [one.similarity for one in removals] == sorted((one.similarity for one in removals), reverse=True)
 
 
 def test_similarities_are_cosines_of_the_streams_and_parts_that_are_gone_are_not_ranked(

@@ -12,14 +12,19 @@ from scipy.optimize import linear_sum_assignment
 from slimoe.converter.forward.block import Expert, Linear
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import ExpertPlan
-from slimoe.converter.methods.alignment import align
-from slimoe.converter.methods.expert_groups import ExpertGroups, plan_groups, weighted_groups
-from slimoe.converter.methods.expert_matrices import ExpertMatrices, read_matrices
-from slimoe.converter.methods.hcsmoe import merge_by_output
-from slimoe.converter.methods.merged import merged_expert
+from slimoe.converter.methods.expert_groups import (
+    ExpertGroups,
+    dominant_experts,
+    logit_similarity,
+    merge_by_output,
+    merge_by_router,
+    msmoe,
+    plan_groups,
+    weighted_groups,
+)
+from slimoe.converter.methods.expert_matrices import ExpertMatrices, align, merged_matrix, read_matrices
 from slimoe.converter.methods.merged_routes import ROW_MERGES, MergedRoutes, RouterRows, keep_rows, merge_rows
-from slimoe.converter.methods.msmoe import dominant_experts, logit_similarity, merge_by_router, msmoe
-from slimoe.converter.source.model_source import PROJECTIONS, SourceLayer, block_key, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, SourceLayer, block_key, expert_key
 from slimoe.converter.stats.statistics import InputSums, LayerStatistics, OutputSums, RouterSums, SimilaritySums
 from slimoe.offload.errors import UsageError
 from tests.models.held_model import HeldModel, hold, random_mixtral
@@ -36,6 +41,11 @@ def random_expert(seed: int, n_ff: int = 40, n_embd: int = 24) -> ExpertMatrices
     random = np.random.default_rng(seed)
     shapes = ((n_ff, n_embd), (n_ff, n_embd), (n_embd, n_ff))
     return ExpertMatrices(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
+
+
+def merged_expert(source: ModelSource, layer: int, plan: ExpertPlan) -> ExpertMatrices:
+    """All matrices of the result's expert."""
+    return ExpertMatrices(*(merged_matrix(source, layer, plan, projection) for projection in PROJECTIONS))
 
 
 def answer(expert: ExpertMatrices, x: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,7 @@ from slimoe.converter.budget.structure import build_structure
 from slimoe.converter.forward.block import Expert, Linear, read_expert
 from slimoe.converter.forward.stream import Observer, run
 from slimoe.converter.forward.texts import default_texts, read_texts
-from slimoe.converter.methods.attention_drop import attention_removals
-from slimoe.converter.methods.block_drop import block_removals
-from slimoe.converter.methods.layer_drop import layer_removals
-from slimoe.converter.methods.removal import Removal, margin
+from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, layer_removals, margin
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.model_source import expert_key

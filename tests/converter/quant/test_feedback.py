@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from slimoe.converter.quant.block_grid import coded, grid_of
-from slimoe.converter.quant.block_layout import BITS, read_codes, weights_per_code, write_codes
+from slimoe.converter.quant.block_layout import BITS, write_codes
 from slimoe.converter.quant.feedback import Effort, damped, feed_back, quantize_with_feedback, upper_factor
 from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from tests.converter.quant.test_quantize import random_blocks
@@ -39,6 +39,21 @@ def weights(n_rows: int, n_columns: int) -> Matrix:
 
 def loss(error: Matrix, x: Matrix) -> float:
     return float(np.square(x.astype(np.float64) @ error.T.astype(np.float64)).sum())
+
+
+def read_codes(blocks: NDArray[np.uint8], kind: Type) -> NDArray[np.int64]:
+    """The codes [n_blocks, n_codes] of blocks [n_blocks, bytes]."""
+    places = BITS[kind]
+    bits = np.unpackbits(blocks, axis=1, bitorder="little")
+    codes = np.zeros((len(blocks), len(places)), np.int64)
+    for bit, place in enumerate(places.T):
+        codes |= bits[:, place].astype(np.int64) << bit
+    return codes
+
+
+def weights_per_code(kind: Type) -> int:
+    """1, or 8 in the types of codebooks."""
+    return int(GGML_QUANT_SIZES[kind][0]) // len(BITS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=names)

@@ -10,7 +10,7 @@ import transformers
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.head import Head
+from slimoe.converter.forward.block import Head
 from slimoe.converter.forward.stream import Sequences
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.layout.plan import LayerPlan, SlimPlan
@@ -109,7 +109,7 @@ def test_figures_are_those_of_transformers(
 
 def test_logits_are_held_in_parts(held: tuple[HeldModel, HeldModel], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(held[1], held[0], texts(a=64), length=32)
-    monkeypatch.setattr("slimoe.converter.forward.head._LOGITS_AT_ONCE", 5 * SIZES.n_vocab)
+    monkeypatch.setattr("slimoe.converter.forward.block._LOGITS_AT_ONCE", 5 * SIZES.n_vocab)
     shapes: list[int] = []
     plain = Head.__call__
 

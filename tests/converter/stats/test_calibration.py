@@ -17,10 +17,10 @@ from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.backward_pass import Backward
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
-from slimoe.converter.stats.gram import spread_rows
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 from slimoe.converter.stats.statistics_file import to_arrays
+from slimoe.converter.stats.sums import spread_rows
 from slimoe.converter.stats.type_errors import TypeErrorTable, inclusion
 from slimoe.offload.errors import DoesNotFitError, ModelFileError
 from tests.models.naive_statistics import Array, NaiveModel, expected_sums, hidden_and_output

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.layout.plan import ExpertPlan, SlimPlan
-from slimoe.converter.methods.merged import merged_matrix
+from slimoe.converter.methods.expert_matrices import merged_matrix
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.checkpoint_source import checkpoint_source

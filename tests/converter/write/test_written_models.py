@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence, random_tokens
-from slimoe.converter.forward.head import read_head
+from slimoe.converter.forward.block import read_head
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import LayerPlan, SlimPlan
 from slimoe.converter.source.checkpoint_source import checkpoint_source

@@ -31,7 +31,7 @@ from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import resident_engine, take_planned_slots, tiered_engine, tiered_plan
 from tests.models.tiny_gguf import TinyShape
-from tests.models.watched_ids import WatchedIds
+from tests.offload.experts.watched_ids import WatchedIds
 
 Array = np.ndarray[Any, Any]
 TOKENS = random_tokens(48, 300)

@@ -7,7 +7,7 @@ import pytest
 
 from slimoe.offload.resources import processors
 from slimoe.offload.resources.processors import default_threads, usable_processors
-from tests.models.control_group_files import ControlGroupFiles
+from tests.offload.resources.control_group_files import ControlGroupFiles
 
 
 @pytest.fixture

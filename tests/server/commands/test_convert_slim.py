@@ -20,7 +20,7 @@ from slimoe.offload.gguf.keys import RECIPE
 from slimoe.server.cli import run
 from slimoe.server.commands.convert import command as convert_command
 from slimoe.server.options.slim_options import SlimOptions
-from tests.models.slim_models import learnt
+from tests.models.slim_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 SIZES = TinyConfig(n_layer=3)

@@ -14,7 +14,7 @@ from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.server.cli import run
 from slimoe.server.jobs import evaluate as judging
-from tests.models.slim_models import learnt
+from tests.models.slim_plans import learnt
 
 
 @pytest.fixture(scope="module")

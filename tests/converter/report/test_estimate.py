@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from slimoe.converter.forward.windows import cut_windows
-from slimoe.converter.report import report_estimate
-from slimoe.converter.report.report_estimate import SOURCE, ReportWork, estimate_seconds
+from slimoe.converter.report import estimate
+from slimoe.converter.report.estimate import SOURCE, ReportWork, estimate_seconds
 from slimoe.converter.source.open_source import open_source
 
 
@@ -30,7 +30,7 @@ def _clock(few: float, many: float, first: float) -> Callable[[], float]:
 def test_a_slow_first_pass_does_not_count(moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = cut_windows({"text": [index % 50 for index in range(512)]}, 256)
     clock = _clock(few=0.1, many=0.2, first=0.15)
-    monkeypatch.setattr(report_estimate, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=clock))
     source = open_source(moe_checkpoint)
     work = ReportWork(windows, None, 1, 0, 0.0, 0, 0, 1)
     per_token = (0.2 - 0.1) / (256 - 32)
