@@ -113,7 +113,7 @@ def _novice(request: Request) -> Chooser:
     fallbacks = (layer.hints.fallback or () for layer in request.layers if layer is not None)
     has_fallbacks = any(novice >= 0 for fallback in fallbacks for novice in fallback)
     remedy = f"{_MEASURED} --target-size SIZE --novices. --lossy skip does without."
-    request.need(has_fallbacks, "novices that stand in for experts", remedy)
+    request.need(has_fallbacks, "constant experts that stand in for others", remedy)
     return SmallShares(_ratios(request), novices=True)
 
 

@@ -15,7 +15,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 _BY_UNIT = {
     "bytes": "Bytes that the engine's tiers moved.",
     "seconds": "Seconds that the engine's tiers waited or worked.",
-    "events": "What happened in the engine's tiers: picks by where their expert was found, reads, swaps.",
+    "events": "What happened in the engine's tiers: selected experts by where they were found, reads, swaps.",
 }
 
 

@@ -63,12 +63,12 @@ def command(values: Mapping[str, Any]) -> None:
         raise click.UsageError("--pair names the types of everything. Leave --type out.")
     if not slim.is_asked:
         if values["eval_texts"]:
-            raise click.UsageError("--eval-text is for a model that is slimmed. slimoe report judges any file.")
+            raise click.UsageError("--eval-text is for a model that is compressed. slimoe report evaluates any file.")
         _convert(values)
     elif values["imatrix"]:
-        raise click.UsageError("--imatrix is for a model that is not slimmed. Slimming takes importance from --stats.")
+        raise click.UsageError("--imatrix is for types by name. Compressing takes importance from --stats.")
     else:
-        check_installed("Slimming", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
+        check_installed("Compressing", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
         from slimoe.server.jobs.compress import convert_slim
 
         slim = with_type(slim, type_name) if type_name else with_pair(slim, pair) if pair else slim

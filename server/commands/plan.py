@@ -57,7 +57,7 @@ def command(values: Mapping[str, Any]) -> None:
     """
     slim, model = slim_options(values), values["model"]
     if slim.is_asked or (model is not None and os.path.isdir(model)):
-        check_installed("Slimming", *CONVERTERS)
+        check_installed("Compressing", *CONVERTERS)
         from slimoe.server.jobs.compress import tell_plan
 
         tell_plan(values, slim)

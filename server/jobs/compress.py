@@ -47,7 +47,7 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
                 if judge is not None:
                     n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
                     seconds = judge.seconds(work.layout.n_bytes, n_copy)
-                    tell(f"Judging it then will take about {duration(seconds)}; --no-report does without.")
+                    tell(f"Its evaluation will then take about {duration(seconds)}; --no-report leaves it out.")
                 written = _write(work, destination, n_threads, force=values["force"])
             tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
             quality = _judge(judge, work, destination) if judge is not None else {}
@@ -88,7 +88,7 @@ def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
     """Tells what `convert_slim` would write; raises UsageError for flags that are for a model that is opened."""
     model, n_threads = values["model"], values["n_threads"]
     if model is None:
-        raise click.UsageError("Which model is to be slimmed? Name its directory or GGUF file.")
+        raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
     if not options.is_asked:
         hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
         raise click.UsageError(f"{model} is a checkpoint. {hint}")

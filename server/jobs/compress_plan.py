@@ -72,7 +72,7 @@ def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
     tables = options.merged(tables)
     has_target = not tables.keys().isdisjoint(("target_size", "target_bpw"))
     if options.novices and tables.get("free_novices") and not has_target:
-        problem = "--novices puts constants in place of experts that are left out, and nothing says how many"
+        problem = "--novices puts constant experts in place of pruned ones, and nothing says how many"
         raise UsageError(f"{problem}. Give --keep-experts, --target-size or --target-bpw.")
     if options.search and not has_target:
         raise UsageError("--search improves types that a target leaves open. Give --target-size or --target-bpw.")

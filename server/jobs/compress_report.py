@@ -154,7 +154,7 @@ def _experts(work: SlimWork, layer: LayerPlan) -> str:
     text = f"{len(layer.experts)} of {n_before}"
     text += " merged" if n_members > len(layer.experts) else ""
     n_novices = _n_novices(layer)
-    text += f" + {n_novices} novice{'s' if n_novices > 1 else ''}" if n_novices else ""
+    text += f" + {n_novices} constant{'s' if n_novices > 1 else ''}" if n_novices else ""
     widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
     return text + (f", {max(widths)} wide" if widths else "")
 

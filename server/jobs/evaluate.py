@@ -66,7 +66,7 @@ class Judge:
             known=known_report(report_paths(target)["json"], self.source.source_hash, file_hash(target)),
         )
         n_tokens, seconds = self.judged.windows.sequences.n_rows, maker.seconds
-        tell(f"judging it on {n_tokens:,} tokens: about {duration(sum(seconds.values()))}")
+        tell(f"evaluating it on {n_tokens:,} tokens: about {duration(sum(seconds.values()))}")
         with step_bar(seconds) as on_progress:
             report = write_report(maker, record=record, on_progress=on_progress, destination=destination)
         for line in _told(report, target):

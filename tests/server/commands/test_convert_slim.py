@@ -326,7 +326,7 @@ def test_plan_of_a_checkpoint_asks_what_to_make_of_it(model: Path, capsys: pytes
     status, _, err = told(["plan", model, "--recipe", "mc", "--ram", "8GiB"], capsys)
     assert (status, "--ram is for a model that is opened" in err) == (2, True)
     status, _, err = told(["plan", "--recipe", "mc"], capsys)
-    assert (status, "Which model is to be slimmed" in err) == (2, True)
+    assert (status, "Which model is to be compressed" in err) == (2, True)
 
 
 def test_what_exists_is_not_overwritten(
@@ -413,4 +413,4 @@ def test_what_must_be_installed(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     status, _, err = told(["convert", model, tmp_path / "m.gguf", "--drop-layers", "1"], capsys)
-    assert (status, err) == (2, "slimoe: Slimming needs torch. Install it: pip install 'slimoe[convert]'")
+    assert (status, err) == (2, "slimoe: Compressing needs torch. Install it: pip install 'slimoe[convert]'")

@@ -53,7 +53,7 @@ def test_a_slimmed_file_comes_with_its_report(
     assert report["judged"]["n_tokens"] == 256
     assert not report["judged"]["is_own"]
     assert keys.QUALITY in read_gguf(target).metadata
-    assert "judging it on 256 tokens: about" in captured.err
+    assert "evaluating it on 256 tokens: about" in captured.err
     assert "nats per token" in captured.err
 
 
@@ -102,7 +102,7 @@ def test_every_report_has_a_yardstick(
     assert below["n_bytes"] <= target.stat().st_size < above["n_bytes"]
     assert below["measured_kl"] >= told["plain_kl"] == report["yardstick"]["kl"] >= above["measured_kl"]
     assert told["kl_999"] == report["quality"]["total"]["divergence"]["percentile_999"]
-    assert "Judging it then will take about" in captured.err
+    assert "Its evaluation will then take about" in captured.err
     # The model is random, so that it reads nothing.
     assert told["unread"] == ["fox"]
     assert "fox (unread)" in paths["markdown"].read_text()
@@ -151,7 +151,7 @@ def test_texts_are_looked_at_before_the_work(
     assert convert(moe_checkpoint, target, stats, "--eval-text", tmp_path / "empty.txt") == 2
     assert "The text empty has only 1 tokens" in capsys.readouterr().err
     assert run(["convert", str(moe_checkpoint), str(target), "--eval-text", str(tmp_path / "empty.txt")]) == 2
-    assert "slimoe report judges any file" in capsys.readouterr().err
+    assert "slimoe report evaluates any file" in capsys.readouterr().err
     assert not target.exists()
 
 
