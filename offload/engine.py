@@ -14,6 +14,7 @@ from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
+from slimoe.offload.plan.machine import Machine
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
@@ -45,14 +46,19 @@ class Engine:
             self._opened = opened.pop_all()
 
     @classmethod
-    def open(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> "Engine":
-        """Opens a model; `on_progress` gets bytes made ready and their total.
+    def open(
+        cls,
+        config: EngineConfig,
+        on_progress: Callable[[int, int], None] | None = None,
+        machine: Machine | None = None,
+    ) -> "Engine":
+        """Opens a model; `on_progress` gets bytes made ready and their total; `machine` is as for `plan_engine`.
 
         Devices that nobody asked for by name are left out, and a note says so, when they fail or are full after all.
         Raises ModelFileError, UnsupportedModelError, UsageError, DeviceError, and DoesNotFitError before anything is
         loaded.
         """
-        plan, progress = plan_engine(config), on_progress or (lambda done, total: None)
+        plan, progress = plan_engine(config, machine), on_progress or (lambda done, total: None)
         if plan.shortfall is not None:
             raise plan.shortfall
         try:
@@ -61,7 +67,7 @@ class Engine:
             if not plan.devices or config.devices.device != "auto" or config.devices.vram:
                 raise
             config = changed(config, {"device": "none", "rpc": ()})
-            on_cpu = plan_engine(config)
+            on_cpu = plan_engine(config, machine and replace(machine, devices=()))
             if on_cpu.shortfall is not None:
                 raise
             plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {error}"))

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Protocol
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.resources.memory import grantable_bytes, holdable_bytes, human, memory_limit_bytes, parse_bytes
+from slimoe.offload.resources.memory import HostMemory, human, parse_bytes
 
 AUTO = "auto"
 _SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
@@ -65,22 +65,28 @@ def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
     return size
 
 
-def decide_budget(ram: str | None, vram: Sequence[str], devices: Sequence[DeviceMemory], held_bytes: int = 0) -> Budget:
+def decide_budget(
+    ram: str | None,
+    vram: Sequence[str],
+    devices: Sequence[DeviceMemory],
+    memory: HostMemory,
+    held_bytes: int = 0,
+) -> Budget:
     """The budget that flags and free memory allow, the less of the two.
 
     `ram` is for all our processes: `held_bytes` are what others of them than this one hold already, and need not be
-    free. `vram` has one size for all devices or one for each. auto is what is free, less a margin: `holdable_bytes`
-    says which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its driver
-    allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
+    free. `vram` has one size for all devices or one for each. auto is what is free, less a margin: `memory`
+    knows which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its
+    driver allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
     UsageError.
     """
     notes: list[str] = []
-    holdable = holdable_bytes() + held_bytes
+    holdable = memory.holdable + held_bytes
     sizes = _per_device(vram, devices)
     taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
     shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
-    asked = parse_size(AUTO if ram is None else ram, memory_limit_bytes())
-    free = max(0, (holdable if asked is None else grantable_bytes() + held_bytes) - shared)
+    asked = parse_size(AUTO if ram is None else ram, memory.limit)
+    free = max(0, (holdable if asked is None else memory.grantable + held_bytes) - shared)
     if asked is not None and asked > free:
         notes.append(_short("--ram", asked, free, "the host"))
     return Budget(free if asked is None else min(asked, free), taken, tuple(notes))

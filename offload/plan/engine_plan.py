@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_bytes, widest
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.ggml.cpu_backend import CpuBackend
-from slimoe.offload.ggml.devices import Device, choose_devices
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.gguf.keys import MERGES, TOKENS
 from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type
@@ -27,7 +26,8 @@ from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import context_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
-from slimoe.offload.plan.program_memory import held_bytes, most_logit_rows, program_bytes, request_bytes
+from slimoe.offload.plan.machine import Machine, this_machine
+from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, request_bytes
 from slimoe.offload.plan.weight_forms import (
     Needs,
     Placement,
@@ -37,7 +37,6 @@ from slimoe.offload.plan.weight_forms import (
     staging_bytes,
 )
 from slimoe.offload.resources.memory import human, resident_bytes
-from slimoe.offload.resources.processors import default_threads
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 512  # ggml's own limit
@@ -110,31 +109,32 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What is known of a model and of this machine whatever the budget: of the program's bytes those of no batch."""
+    """What is known of a model and of the machine whatever the budget: of the program's bytes those of no batch."""
 
     gguf: GGUFFile
     spec: ModelSpec
     sources: ModelSources
     layers: tuple[ExpertLayer | None, ...]
-    devices: tuple[Device, ...]
+    machine: Machine
     n_threads: int
     program: int
     speeds: Mapping[str, KernelSpeed]
 
 
-def plan_engine(config: EngineConfig) -> EnginePlan:
+def plan_engine(config: EngineConfig, machine: Machine | None = None) -> EnginePlan:
     """Reads the header and decides; loads nothing. The same for every command that asks with the same config.
 
-    Raises ModelFileError, UnsupportedModelError and UsageError.
+    The plan is for this machine as it is now, or for the `machine` that is given. Raises ModelFileError,
+    UnsupportedModelError and UsageError.
     """
-    return plan_each([config])[0]
+    return plan_each([config], machine)[0]
 
 
-def plan_each(configs: Sequence[EngineConfig]) -> list[EnginePlan]:
+def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -> list[EnginePlan]:
     """The plans for one model, whose header is read once, in several budgets and contexts; raises the same."""
     if not configs:
         return []
-    model = _read(configs[0])
+    model = _read(configs[0], machine)
     return [_plan(config, model) for config in configs]
 
 
@@ -142,38 +142,37 @@ def _plan(config: EngineConfig, model: _Model) -> EnginePlan:
     plan = _decide(config, model)
     if plan.shortfall is None:
         return plan
-    names = [device.name for device in model.devices]
+    names = [device.name for device in model.machine.devices]
     return replace(
         plan, shortfall=advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
     )
 
 
-def _read(config: EngineConfig) -> _Model:
+def _read(config: EngineConfig, machine: Machine | None) -> _Model:
     resident = resident_bytes()
     file = ModelFile.of(read_gguf(config.model))
     gguf, spec, sources = file.gguf, file.spec, file.sources
     layers = expert_layers(sources, spec)
-    of_model = resident_bytes() - resident
-    devices = choose_devices(config.devices.device, config.devices.rpc)
+    machine = machine or this_machine(config, resident_bytes() - resident)
     n_texts = sum(len(texts) for key in (TOKENS, MERGES) if isinstance(texts := gguf.metadata.get(key), list))
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
-    program = program_bytes(held_bytes(resident_bytes() - of_model), spec.n_layer, n_texts, n_copies)
-    n_threads = default_threads() if config.n_threads is None else config.n_threads
-    speeds = {} if config.is_budgeted else _speeds(config, sources, n_threads)
-    return _Model(gguf, spec, sources, layers, devices, n_threads, program, speeds)
+    program = program_bytes(machine.held, spec.n_layer, n_texts, n_copies)
+    n_threads = machine.n_threads if config.n_threads is None else config.n_threads
+    speeds = {} if config.is_budgeted else _speeds(config, sources, machine, n_threads)
+    return _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
 
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     """The plan for the config's budget, or with what it lacks."""
     spec, sources, layers = model.spec, model.sources, model.layers
-    context, memory = config.context, config.memory
+    machine, context, memory = model.machine, config.context, config.memory
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
     _check_settings(config, n_ctx, model.n_threads)
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
     kv = kv_bytes(spec, n_cells, kv_type(context.kv_type))
-    budget = decide_budget(memory.ram, config.devices.vram, model.devices, memory.held_bytes)
+    budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     speeds = {} if config.is_budgeted else model.speeds
     for fewer in _batch_sizes(n_batch, context.n_parallel):
         program = model.program + memory.reserve_bytes + request_bytes(spec, fewer, context.n_parallel)
@@ -199,7 +198,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         notes=(*budget.notes, *context_notes(spec, n_ctx)),
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
     )
-    chosen = list(zip(model.devices, budget.vram, strict=True))
+    chosen = list(zip(machine.devices, budget.vram, strict=True))
     return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + memory.reserve_bytes)
 
 
@@ -353,7 +352,9 @@ def _what(config: EngineConfig, plan: EnginePlan) -> str:
     return f"{config.model} with {plan.n_ctx} tokens of context"
 
 
-def _speeds(config: EngineConfig, sources: ModelSources, n_threads: int) -> dict[str, KernelSpeed]:
+def _speeds(config: EngineConfig, sources: ModelSources, machine: Machine, n_threads: int) -> Mapping[str, KernelSpeed]:
+    if machine.kernels is not None:
+        return machine.kernels
     if config.memory.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
         return {}
     backend = CpuBackend(n_threads)

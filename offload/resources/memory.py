@@ -123,6 +123,20 @@ def grantable_bytes() -> int:
     return _held_and(min((system - LEAST_FREE_BYTES, *groups)))
 
 
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes that this process can hold in all: without being asked, by a size that a person named, and ever."""
+
+    holdable: int
+    grantable: int
+    limit: int
+
+    @classmethod
+    def now(cls) -> "HostMemory":
+        """What `holdable_bytes`, `grantable_bytes` and `memory_limit_bytes` say at this moment."""
+        return cls(holdable_bytes(), grantable_bytes(), memory_limit_bytes())
+
+
 def _held_and(room: int) -> int:
     """What this process holds and `room` more, less the page tables for it."""
     return max(0, room - room // 512 + resident_bytes())

@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 
-import pytest
-
 from slimoe.offload.cache.host_pool import slot_bytes
 from slimoe.offload.cache.slots import LowSlots, TierPlan, low_classes, plan_tiers, slot_classes
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.lossy.modes import with_resident
-from slimoe.offload.open_tiers import _Opening
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from tests.models.configs import reconfigured
@@ -30,9 +27,7 @@ def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None
     if n_ahead is not None:
         assert plan.tiers is not None
         plan = replace(plan, tiers=replace(plan.tiers, n_ahead=n_ahead))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take_planned_slots(monkeypatch)
-        return Engine(config, plan, lambda done, total: None)
+    return Engine(config, plan, lambda done, total: None)
 
 
 def least_vram(config: EngineConfig) -> int:
@@ -57,14 +52,7 @@ def device_engine(config: EngineConfig, on_device: float, in_memory: float = 1.0
     ]
     budget = 1 << 30 if on_device > 1 else least + int(on_device * sum(experts))
     config = reconfigured(config, vram=(str(budget),))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take_planned_slots(monkeypatch)
-        return Engine(config, tiered_plan(config, in_memory), lambda done, total: None)
-
-
-def take_planned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a model takes the slots that were planned, and not those that this process then has room for."""
-    monkeypatch.setattr(_Opening, "_n_slots", lambda opening, tiers, untouched: dict(tiers.n_slots))
+    return Engine(config, tiered_plan(config, in_memory), lambda done, total: None)
 
 
 def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
@@ -84,8 +72,10 @@ def tiered_plan(config: EngineConfig, share: float) -> EnginePlan:
 
 
 def _tiers(plan: EnginePlan, budget: int) -> TierPlan:
+    """With the slots that are planned, and not those that the test's process then has room for."""
     what = "a test's model"
-    return plan_tiers(plan.cut_layers, budget, program=0, weights=0, kv=0, compute=0, what=what, low=_low(plan))
+    tiers = plan_tiers(plan.cut_layers, budget, program=0, weights=0, kv=0, compute=0, what=what, low=_low(plan))
+    return replace(tiers, is_final=True)
 
 
 def _low(plan: EnginePlan) -> LowSlots:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import slimoe.offload.plan.engine_plan
 from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
@@ -39,6 +38,7 @@ from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import available_devices, choose_devices
 from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.machine import Machine, this_machine
 from tests.models.configs import engine_config, reconfigured
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
@@ -440,29 +440,23 @@ def test_a_budget_that_is_too_small_is_refused_with_numbers(where: Where, plain:
         where.check(conversation(engine), plain.expected)
 
 
-def with_free(monkeypatch: pytest.MonkeyPatch, where: Where, *free: int) -> None:
-    """Has the devices of the machine be these, with so much free memory."""
+def with_free(config: EngineConfig, where: Where, *free: int) -> Machine:
+    """This machine, if its devices were these, with so much free memory."""
     found = [device for name in where.names for device in choose_devices(name, where.endpoints)]
     sizes = [replace(device, free_bytes=n, total_bytes=n) for device, n in zip(found, free, strict=True)]
-    monkeypatch.setattr(
-        slimoe.offload.plan.engine_plan, "choose_devices", lambda wanted, rpc: () if wanted == "none" else sizes
-    )
+    return replace(this_machine(reconfigured(config, device="none", rpc=())), devices=tuple(sizes))
 
 
-def test_devices_that_are_too_small_are_left_out_and_noted(
-    two: Where, plain: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_that_are_too_small_are_left_out_and_noted(two: Where, plain: Model) -> None:
     case = two.config(plain.path, device="auto")
-    with_free(monkeypatch, two, 6 << 20, 5 << 20)
-    with closing(Engine.open(case)) as engine:
+    with closing(Engine.open(case, machine=with_free(case, two, 6 << 20, 5 << 20))) as engine:
         assert engine.plan.devices == ()
         first, second = engine.notes
         assert first.startswith(f"Without {two.names[1]}: ")
         assert second.startswith(f"Computing on the CPU: {two.names[0]} needs at least")
         assert two.names[0] in second
         assert np.isfinite(conversation(engine)).all()
-    with_free(monkeypatch, two, 6 << 20, 40 << 20)
-    with closing(Engine.open(case)) as engine:
+    with closing(Engine.open(case, machine=with_free(case, two, 6 << 20, 40 << 20))) as engine:
         assert [device.device.name for device in engine.plan.devices] == [two.names[1]]
         (note,) = engine.notes
         assert note.startswith(f"Without {two.names[0]}: ")
@@ -558,17 +552,15 @@ def test_devices_hold_no_more_than_planned_and_nothing_in_the_end(
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
-def test_a_device_that_runs_out_while_it_is_loaded(
-    where: Where, mixed: Model, is_cut: bool, memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_runs_out_while_it_is_loaded(where: Where, mixed: Model, is_cut: bool, memory: Memory) -> None:
     """Whatever it is that finds no room: nothing stays, and the CPU takes over, which is told once."""
     room = least_vram(where.config(mixed.path))
     case = where.config(mixed.path, device="auto")
-    with_free(monkeypatch, where, room * 6 // 5 if is_cut else 60 << 20)
+    machine = with_free(case, where, room * 6 // 5 if is_cut else 60 << 20)
     n_cases = 0
     while True:
         memory.n_until_full = n_cases
-        with closing(Engine.open(case)) as engine:
+        with closing(Engine.open(case, machine=machine)) as engine:
             if memory.n_until_full >= 0:
                 assert engine.plan.devices[0].is_whole is not is_cut
                 break
@@ -598,8 +590,8 @@ def test_a_device_that_lacks_an_operation(
         with pytest.raises(DeviceError, match=r"does not compute MUL_MAT_ID of Q[45]_K.*--device none"):
             Engine.open(where.config(mixed.path, vram=(str(room),)))
         assert memory.is_all_free
-    with_free(monkeypatch, where, 40 << 20)
-    with closing(Engine.open(where.config(mixed.path, device="auto"))) as engine:
+    case = where.config(mixed.path, device="auto")
+    with closing(Engine.open(case, machine=with_free(case, where, 40 << 20))) as engine:
         assert "does not compute MUL_MAT_ID" in engine.notes[0]
         assert np.isfinite(engine.decode(1)).all()
 

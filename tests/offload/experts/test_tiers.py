@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import slimoe.offload.plan.engine_plan
 from bench.baselines.stepping import random_tokens
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_AHEAD
@@ -21,15 +20,16 @@ from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
 from slimoe.offload.graph.segment import Segment
 from slimoe.offload.model.experts import SlotClass
-from slimoe.offload.plan.budget import Budget
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.plan.engine_plan import plan_engine
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
+from slimoe.offload.plan.machine import Machine
+from slimoe.offload.resources.memory import HostMemory
 from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
-from tests.models.configs import engine_config
+from tests.models.configs import engine_config, reconfigured, roomy_machine
 from tests.models.gguf_content import GGUFContent, StoredTensor
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
-from tests.models.tiered import resident_engine, take_planned_slots, tiered_engine, tiered_plan
+from tests.models.tiered import resident_engine, tiered_engine, tiered_plan
 from tests.models.tiny_gguf import TinyShape
 from tests.offload.experts.watched_ids import WatchedIds
 
@@ -185,25 +185,25 @@ def answers(engine: Engine) -> dict[int, list[tuple[int, float]]]:
 # --- plans -------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 0)
-    take_planned_slots(monkeypatch)
+def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path) -> None:
     case = config(mixed, device="none")
 
-    def within(ram: int) -> None:
-        monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(ram, ()))
+    def within(ram: int) -> EnginePlan:
+        """On a machine with so much memory, for a program that takes none before it opens the model."""
+        return plan_engine(case, Machine(HostMemory(ram, ram, ram), (), 1, held=0))
 
     with closing(resident_engine(case)) as engine:
-        expected, required = conversation(engine), engine.plan.placement.required
-    within(0)
-    shortfall = plan_engine(case).shortfall
+        expected = conversation(engine)
+    required = plan_engine(reconfigured(case, weights="copied"), roomy_machine(held=0)).placement.required
+    shortfall = within(0).shortfall
     assert shortfall is not None
     least = shortfall.required_bytes
     assert least < required
     for ram in (least, (least + required) // 2, required - 1):
-        within(ram)
-        seen: list[tuple[int, int]] = []
-        with closing(Engine.open(case, lambda *now, seen=seen: seen.append(now))) as engine:
+        plan, seen = within(ram), list[tuple[int, int]]()
+        assert plan.tiers is not None
+        plan = replace(plan, tiers=replace(plan.tiers, is_final=True))
+        with closing(Engine(case, plan, lambda *now, seen=seen: seen.append(now))) as engine:
             tiers = engine.plan.tiers
             assert tiers is not None
             assert tiers.fixed + tiers.arena <= ram
@@ -213,8 +213,7 @@ def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path, monkeypatch: p
         assert memory["compute"] <= tiers.compute
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
         assert seen[-1][0] <= seen[-1][1]
-    within(required)
-    assert plan_engine(case).tiers is None
+    assert within(required).tiers is None
 
 
 def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:

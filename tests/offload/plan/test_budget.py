@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.plan import budget
 from slimoe.offload.plan.budget import Budget, decide_budget, parse_size
+from slimoe.offload.resources.memory import HostMemory
 
 GIB = 1 << 30
 TOTAL = 64 * GIB
@@ -23,11 +23,7 @@ class Card:
     shares_host_memory: bool = False
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "holdable_bytes", lambda: FREE)
-    monkeypatch.setattr(budget, "grantable_bytes", lambda: FREE + LESS_FREE)
-    monkeypatch.setattr(budget, "memory_limit_bytes", lambda: TOTAL)
+MEMORY = HostMemory(holdable=FREE, grantable=FREE + LESS_FREE, limit=TOTAL)
 
 
 @pytest.mark.parametrize(
@@ -96,17 +92,17 @@ def test_more_than_all_is_no_share() -> None:
     [(None, FREE), ("auto", FREE), ("16GiB", 16 * GIB), ("25%", 16 * GIB), ("0", 0)],
 )
 def test_ram_is_what_was_asked_for_or_what_is_free(ram: str | None, expected: int) -> None:
-    assert decide_budget(ram, (), ()) == Budget(expected, ())
+    assert decide_budget(ram, (), (), MEMORY) == Budget(expected, ())
 
 
 def test_what_other_processes_of_ours_hold_need_not_be_free() -> None:
-    assert decide_budget("16GiB", (), (), held_bytes=GIB).ram == 16 * GIB
-    assert decide_budget(None, (), (), held_bytes=GIB).ram == FREE + GIB
-    assert decide_budget("48GiB", (), (), held_bytes=GIB).ram == FREE + LESS_FREE + GIB
+    assert decide_budget("16GiB", (), (), MEMORY, held_bytes=GIB).ram == 16 * GIB
+    assert decide_budget(None, (), (), MEMORY, held_bytes=GIB).ram == FREE + GIB
+    assert decide_budget("48GiB", (), (), MEMORY, held_bytes=GIB).ram == FREE + LESS_FREE + GIB
 
 
 def test_more_than_is_free_is_not_taken_and_said() -> None:
-    decided = decide_budget("48GiB", ("23GiB",), (Card(),))
+    decided = decide_budget("48GiB", ("23GiB",), (Card(),), MEMORY)
     assert (decided.ram, decided.vram) == (FREE + LESS_FREE, (22 * GIB,))
     assert decided.notes == (
         "--vram is 23.00 GiB, but CUDA0 has 22.00 GiB to give now: taking no more than that.",
@@ -116,39 +112,39 @@ def test_more_than_is_free_is_not_taken_and_said() -> None:
 
 def test_auto_leaves_a_device_something() -> None:
     small = Card("CUDA1", free_bytes=7 * GIB, total_bytes=8 * GIB)
-    assert decide_budget(None, (), (Card(), small)).vram == (21 * GIB, 7 * GIB - GIB // 2)
+    assert decide_budget(None, (), (Card(), small), MEMORY).vram == (21 * GIB, 7 * GIB - GIB // 2)
     full = Card(free_bytes=GIB // 4)
-    assert decide_budget(None, ("auto",), (full,)).vram == (0,)
+    assert decide_budget(None, ("auto",), (full,), MEMORY).vram == (0,)
 
 
 def test_one_size_for_all_devices_or_one_for_each() -> None:
     cards = (Card(), Card("CUDA1"))
-    assert decide_budget(None, ("8GiB",), cards).vram == (8 * GIB, 8 * GIB)
-    assert decide_budget(None, ("8GiB", "50%"), cards).vram == (8 * GIB, 12 * GIB)
-    assert decide_budget(None, ("auto", "1G"), cards).vram == (21 * GIB, GIB)
+    assert decide_budget(None, ("8GiB",), cards, MEMORY).vram == (8 * GIB, 8 * GIB)
+    assert decide_budget(None, ("8GiB", "50%"), cards, MEMORY).vram == (8 * GIB, 12 * GIB)
+    assert decide_budget(None, ("auto", "1G"), cards, MEMORY).vram == (21 * GIB, GIB)
     with pytest.raises(UsageError, match=r"--vram has 3 sizes, but the devices are 2 \(CUDA0, CUDA1\)"):
-        decide_budget(None, ("1G", "1G", "1G"), cards)
+        decide_budget(None, ("1G", "1G", "1G"), cards, MEMORY)
 
 
 def test_vram_without_a_device() -> None:
     with pytest.raises(UsageError, match="no device"):
-        decide_budget(None, ("8GiB",), ())
-    assert decide_budget(None, ("auto",), ()).vram == ()
+        decide_budget(None, ("8GiB",), (), MEMORY)
+    assert decide_budget(None, ("auto",), (), MEMORY).vram == ()
 
 
 def test_memory_that_is_shared_is_given_once() -> None:
     shared = Card("Metal", free_bytes=40 * GIB, total_bytes=48 * GIB, shares_host_memory=True)
-    auto = decide_budget(None, (), (shared, Card()))
+    auto = decide_budget(None, (), (shared, Card()), MEMORY)
     assert auto.vram == (24 * GIB, 21 * GIB)
     assert auto.ram + auto.vram[0] == FREE
-    assert decide_budget(None, ("10GiB",), (shared,)).ram == 22 * GIB
-    greedy = decide_budget(None, ("999TiB",), (shared,))
+    assert decide_budget(None, ("10GiB",), (shared,), MEMORY).ram == 22 * GIB
+    greedy = decide_budget(None, ("999TiB",), (shared,), MEMORY)
     assert (greedy.ram, greedy.vram) == (FREE - 24 * GIB, (24 * GIB,))
     assert greedy.notes == ("--vram is 1022976.00 GiB, but Metal has 24.00 GiB to give now: taking no more than that.",)
-    assert decide_budget("16GiB", ("10GiB",), (shared,)) == Budget(16 * GIB, (10 * GIB,))
-    assert decide_budget("30GiB", ("10GiB",), (shared,)).ram == 22 * GIB + LESS_FREE
+    assert decide_budget("16GiB", ("10GiB",), (shared,), MEMORY) == Budget(16 * GIB, (10 * GIB,))
+    assert decide_budget("30GiB", ("10GiB",), (shared,), MEMORY).ram == 22 * GIB + LESS_FREE
 
 
 def test_an_empty_size_is_not_auto() -> None:
     with pytest.raises(UsageError, match="--ram is '', which is no size"):
-        decide_budget("", (), ())
+        decide_budget("", (), (), MEMORY)

@@ -14,10 +14,9 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, model_sources
-from slimoe.offload.plan.budget import Budget
 from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.plan.weight_forms import Needs, Placement, decide_placement, repackable_types
-from tests.models.configs import engine_config, reconfigured
+from tests.models.configs import engine_config, reconfigured, roomy_machine
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -151,31 +150,26 @@ def test_progress_ends_with_all_bytes(model: Path) -> None:
 @pytest.mark.parametrize("mode", ["mapped", "repacked", "both"])
 def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modes that keep a model whole; others read what does not fit from disk."""
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
-    config = engine_config(model, n_threads=1, n_batch=64, weights=mode)
-    required = plan_engine(config).placement.required
+    config, machine = engine_config(model, n_threads=1, n_batch=64, weights=mode), roomy_machine()
+    required = plan_engine(config, machine).placement.required
 
     def load(*_: object) -> None:
         raise AssertionError("a weight was loaded")
 
     monkeypatch.setattr(slimoe.offload.loaded_model, "load_weights", load)
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(required - 1, ()))
     with pytest.raises(DoesNotFitError, match=r"needs at least .* MiB of memory, but the budget is .* MiB") as caught:
-        Engine.open(config)
+        Engine.open(reconfigured(config, ram=str(required - 1)), machine=machine)
     assert (caught.value.required_bytes, caught.value.available_bytes) == (required, required - 1)
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(required, ()))
     with pytest.raises(AssertionError, match="a weight was loaded"):
-        Engine.open(config)
+        Engine.open(reconfigured(config, ram=str(required)), machine=machine)
 
 
-def test_smaller_batches_come_before_reading_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1 << 20)
-    config = engine_config(model, n_threads=1, n_batch=512)
-    plans = []
-    for _ in range(4):
-        plans.append(plan_engine(config))
-        budget = Budget(plans[-1].placement.required - 1, ())
-        monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_, budget=budget: budget)
+def test_smaller_batches_come_before_reading_from_disk(model: Path) -> None:
+    config, machine = engine_config(model, n_threads=1, n_batch=512), roomy_machine()
+    plans = [plan_engine(config, machine)]
+    for _ in range(3):
+        ram = str(plans[-1].placement.required - 1)
+        plans.append(plan_engine(reconfigured(config, ram=ram), machine))
     assert [plan.n_batch for plan in plans[:3]] == [512, 256, 128]
     assert [plan.tiers is None for plan in plans] == [True, True, True, False]
 

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import slimoe.offload.plan.engine_plan
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.speed import MachineSpeed
-from slimoe.offload.plan.budget import Budget
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.server.cli import run
@@ -54,20 +52,16 @@ def test_plan_that_does_not_fit_ends_with_4_and_both_numbers(capsys: pytest.Capt
     assert "--ctx" in err
 
 
-def test_plan_of_a_model_that_does_not_fit_whole(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "program_bytes", lambda *_: 1000)
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(0, ()))
-    assert run([*PLAN, "--json"]) == 4
+def test_plan_of_a_model_that_does_not_fit_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*PLAN, "--json", "--ram", "0"]) == 4
     least = json.loads(capsys.readouterr().out)["required_bytes"]
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(least, ()))
-    assert run([*PLAN, "--json"]) == 0
+    ram = ("--ram", str(least))
+    assert run([*PLAN, "--json", *ram]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"] is True
     assert planned["bytes"]["arena"] > 0
     assert planned["required_bytes"] == sum(planned["bytes"].values()) == planned["available_bytes"]
-    assert run(PLAN) == 0
+    assert run([*PLAN, *ram]) == 0
     assert "experts, read from disk" in capsys.readouterr().out
 
 
@@ -105,22 +99,20 @@ def test_plan_of_a_device_names_what_lies_there(tmp_path: Path, capsys: pytest.C
     assert all(text in out for text in (server.endpoint, "layers 0 to 2, 5 experts", "28 % on devices, 72 % in memory"))
 
 
-def test_the_nearest_context_that_fits_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_nearest_context_that_fits_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Each token takes 4096 bytes of the KV cache; the room is for one and a half thousand of them."""
     assert run([*PLAN, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     room = planned["required_bytes"] - planned["bytes"]["arena" if "arena" in planned["bytes"] else "copied"]
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "decide_budget", lambda *_: Budget(room, ()))
-    assert run([*PLAN, "--ctx", "1000000", "--json"]) == 4
+    ram = ("--ram", str(room))
+    assert run([*PLAN, *ram, "--ctx", "1000000", "--json"]) == 4
     out, _ = capsys.readouterr()
     nearest = json.loads(out)["nearest"]["n_ctx"]
     assert 256 <= nearest < 1000000
-    assert run([*PLAN, "--ctx", "1000000"]) == 4
+    assert run([*PLAN, *ram, "--ctx", "1000000"]) == 4
     assert f"--ctx {nearest}" in capsys.readouterr().err
-    assert run([*PLAN, "--ctx", str(nearest)]) == 0
-    assert run([*PLAN, "--ctx", str(2 * nearest + 2)]) == 4
+    assert run([*PLAN, *ram, "--ctx", str(nearest)]) == 0
+    assert run([*PLAN, *ram, "--ctx", str(2 * nearest + 2)]) == 4
 
 
 def test_notes_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`plan`, `run` and `serve` come to one verdict for a budget; what they advise is enough, and little less is not."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -12,19 +13,17 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import slimoe.offload.plan.budget
-import slimoe.offload.plan.engine_plan
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
-from slimoe.offload.ggml.devices import available_devices
+from slimoe.offload.ggml.devices import available_devices, choose_devices
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import whereabouts
+from slimoe.offload.plan.machine import Machine
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.options.serving_memory import serving_bytes
-from slimoe.server.process.engine_process import open_engine
-from tests.models.configs import engine_config, reconfigured
+from tests.models.configs import engine_config, reconfigured, roomy_machine
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiny_gguf import TinyShape
@@ -55,12 +54,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return MODELS[request.param](tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with room, and a process that holds the same each time that it opens a model, as a command's does."""
-    for name in ("holdable_bytes", "grantable_bytes"):
-        monkeypatch.setattr(slimoe.offload.plan.budget, name, lambda: 1 << 40)
-    monkeypatch.setattr(slimoe.offload.plan.engine_plan, "held_bytes", lambda resident: 2 << 30)
+MACHINE = roomy_machine(held=2 << 30)
+"""One with room, and a process that holds the same each time that it opens a model, as a command's does."""
 
 
 @pytest.fixture(params=["run", "serve"])
@@ -70,8 +65,12 @@ def config(request: pytest.FixtureRequest, model: Path) -> EngineConfig:
     return engine_config(model, n_ctx=256, n_threads=1, device="none", reserve_bytes=reserve)
 
 
+def machine_of(config: EngineConfig) -> Machine:
+    return dataclasses.replace(MACHINE, devices=choose_devices(config.devices.device, config.devices.rpc))
+
+
 def shortfall(config: EngineConfig) -> DoesNotFitError:
-    found = plan_engine(config).shortfall
+    found = plan_engine(config, machine_of(config)).shortfall
     assert found is not None
     return found
 
@@ -80,15 +79,6 @@ def advised(error: DoesNotFitError | str, flag: str) -> tuple[int, ...]:
     """The sizes in MiB that a message says a flag is to be raised to."""
     found = re.search(rf"{flag} to (\d+MiB(?:,\d+MiB)*)", str(error))
     return () if found is None else tuple(int(size.removesuffix("MiB")) for size in found[1].split(","))
-
-
-def opened(config: EngineConfig) -> Engine:
-    """The engine as the command's process opens it."""
-    if not config.memory.reserve_bytes:
-        return Engine.open(config)
-    engine = open_engine(config, lambda done, total: None)
-    assert isinstance(engine, Engine)
-    return engine
 
 
 def lies(plan: EnginePlan) -> tuple[object, ...]:
@@ -103,18 +93,18 @@ def lies(plan: EnginePlan) -> tuple[object, ...]:
 def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None) -> None:
     config = reconfigured(config, lossy=lossy if config.model.stem == "pair" else None)
     least = shortfall(reconfigured(config, ram="1MiB")).required_bytes
-    whole = plan_engine(reconfigured(config, ram="16GiB", weights="copied")).load_bytes
+    whole = plan_engine(reconfigured(config, ram="16GiB", weights="copied"), MACHINE).load_bytes
     for ram in (least - 1, least, least + whole // 3, least + whole, least + 16 * whole + (64 << 20)):
         case = reconfigured(config, ram=str(ram))
-        plan = plan_engine(case)
+        plan = plan_engine(case, MACHINE)
         if ram < least:
             assert plan.shortfall is not None
             with pytest.raises(DoesNotFitError) as refused:
-                opened(case)
+                Engine.open(case, machine=MACHINE)
             assert str(refused.value) == str(plan.shortfall)
             continue
         assert plan.shortfall is None, ram
-        with closing(opened(case)) as engine:
+        with closing(Engine.open(case, machine=MACHINE)) as engine:
             assert lies(engine.plan) == lies(plan)
             memory, tiers = engine.memory(), engine._model._tiers
             if plan.tiers is not None:
@@ -129,8 +119,8 @@ def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None
 def test_what_is_advised_is_enough_and_a_mib_less_is_not(config: EngineConfig) -> None:
     (ram,) = advised(shortfall(reconfigured(config, ram="1MiB")), "--ram")
     with pytest.raises(DoesNotFitError):
-        opened(reconfigured(config, ram=f"{ram - 1}MiB"))
-    opened(reconfigured(config, ram=f"{ram}MiB")).close()
+        Engine.open(reconfigured(config, ram=f"{ram - 1}MiB"), machine=MACHINE)
+    Engine.open(reconfigured(config, ram=f"{ram}MiB"), machine=MACHINE).close()
 
 
 @pytest.mark.parametrize("weights", ["mapped", "repacked", "both"])
@@ -138,7 +128,7 @@ def test_what_is_advised_for_weights_that_stay_whole_is_enough(model: Path, weig
     config = engine_config(model, n_ctx=256, n_threads=1, device="none", weights=weights)
     (ram,) = advised(shortfall(reconfigured(config, ram="1MiB")), "--ram")
     assert shortfall(reconfigured(config, ram=f"{ram - 1}MiB"))
-    Engine.open(reconfigured(config, ram=f"{ram}MiB")).close()
+    Engine.open(reconfigured(config, ram=f"{ram}MiB"), machine=MACHINE).close()
 
 
 def test_more_than_there_is_is_not_advised(model: Path) -> None:
@@ -171,7 +161,7 @@ def test_what_is_advised_for_devices_is_enough(
     sizes = advised(error, "--vram") or tuple(int(size.removesuffix("MiB")) for size in vram)
     (host,) = advised(error, "--ram") or (int(ram.removesuffix("GiB")) * 1024,)
     enough = reconfigured(config, vram=tuple(f"{size}MiB" for size in sizes), ram=f"{host}MiB")
-    with closing(Engine.open(enough)) as engine:
+    with closing(Engine.open(enough, machine=machine_of(enough))) as engine:
         assert len(engine.plan.devices) == len(used)
         assert engine.notes == ()
     if len(used) == 1:
