@@ -1,6 +1,6 @@
-"""What slimming costs, at equal bytes: llama.cpp's quantizer with an importance matrix, our files, other people's ways.
+"""What compressing costs at equal bytes: llama.cpp's quantizer with an importance matrix, our files, others' recipes.
 
-All start from one checkpoint and from statistics of the same texts; all files are judged by what their bytes say of
+All start from one checkpoint and from statistics of the same texts; all files are evaluated by what their bytes say of
 other texts: windows of 512 tokens, the second half of each scored against the checkpoint in float32, the mean
 divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
 budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
@@ -79,7 +79,7 @@ class Lab:
         """All weights in 16 bits."""
         return 2 * sum(int(np.prod(shape)) for shape in self.source.shapes.values())
 
-    def judged(self, path: Path) -> Row:
+    def evaluated(self, path: Path) -> Row:
         """A file's figures; the file is deleted."""
         n_bytes = path.stat().st_size
         quality: Quality = summarise(self.reference.compare(open_source(path)))
@@ -100,7 +100,7 @@ class Lab:
         slim(self.source, plan, path, self.statistics, fit=fit, n_threads=self.n_threads, force=True)
         budget = target_bytes(self.source, recipe)
         assert budget is None or path.stat().st_size <= budget
-        return {"expected_kl": plan.expected_kl} | self.judged(path)
+        return {"expected_kl": plan.expected_kl} | self.evaluated(path)
 
 
 def baselines(lab: Lab, say: Say) -> list[Row]:
@@ -114,7 +114,7 @@ def baselines(lab: Lab, say: Say) -> list[Row]:
     for name in FILE_TYPES:
         path = lab.directory / f"{name}.gguf"
         llama_quantize(whole, path, name, importance, lab.n_threads)
-        theirs = lab.judged(path)
+        theirs = lab.evaluated(path)
         rows.append({"name": f"llama.cpp {name}"} | theirs)
         say(_line(rows[-1]))
         for kind, feedback in product(("stock", "native"), (False, True)[: 1 + lab.feedback]):
@@ -237,23 +237,14 @@ def smoke_lab(directory: Path) -> Lab:
     return Lab(directory / "checkpoint", source, statistics, reference, directory, 1)
 
 
-class Part(click.Choice[str]):
-    """The name of a part, in its old spelling as well."""
-
-    def __init__(self) -> None:
-        super().__init__(PARTS)
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it is spelled now."""
-        return super().convert(OLD_PARTS.get(value, value), param, ctx)
-
-
-@click.command()
+@click.command(context_settings={"token_normalize_func": lambda name: OLD_PARTS.get(name, name)})
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
 @click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
-@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To judge by: not what was calibrated on.")
+@click.option(
+    "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on: not what was calibrated on."
+)
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
-@click.option("--part", "parts", type=Part(), multiple=True, default=PARTS, show_default=True)
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
@@ -269,7 +260,7 @@ def main(
     threads: int | None,
     is_smoke: bool,
 ) -> None:
-    """Measure what slimming costs at equal bytes."""
+    """Measure what compressing costs at equal bytes."""
     console = Console(stderr=True)
     steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "smoke": smoke}
     try:

@@ -1,13 +1,13 @@
-"""What slimming gains in speed and memory, and what it takes: layers of true shape, in our engine.
+"""What compressing gains in speed and memory, and what it takes: layers of true shape, in our engine.
 
 A random checkpoint in bfloat16 is calibrated on random tokens and converted to F16, to plain Q4_K, and by recipes: the
 paper's best, which leaves out the experts of a quarter of the layers and stores the rest in 4 bits (arXiv 2406.02500;
 without importance, as the plain file), and ours, of so many bits per weight, in our own format and in llama.cpp's.
 Every step runs alone in a process, timed, with its peak of memory. Then all files decode the same tokens in turn, each
-alone in a process, in an order that turns from round to round. Ratios above 1 mean that the slimmed file is faster. The
-paper measured 6.05 times the speed with 77.1 % less memory, of which its plain 4 bits alone gave 5.08 times. What whole
-models would take is computed by the formulas of `compress_projection`. Quality is nothing that random weights have:
-see `bench.compress_quality`. The table goes to stderr, the last line of stdout is one JSON document.
+alone in a process, in an order that turns from round to round. Ratios above 1 mean that the compressed file is faster.
+The paper measured 6.05 times the speed with 77.1 % less memory, of which its plain 4 bits alone gave 5.08 times. What
+whole models would take is computed by the formulas of `compress_projection`. Quality is nothing that random weights
+have: see `bench.compress_quality`. The table goes to stderr, the last line of stdout is one JSON document.
 
     python -m bench.compress_speed --layers 4
 """
@@ -24,13 +24,15 @@ from rich.console import Console
 
 from bench.limits import machine
 from bench.models.random_model import SHAPES
-from bench.quality.compress_runs import SLIM, Plan, check_room, measure
+from bench.quality.compress_runs import COMPRESSED, Plan, check_room, measure
 from bench.quality.compress_speed_report import as_json, table
 from slimoe.converter.stats.type_costs import CANDIDATES
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.resources.processors import default_threads
 
 _DEFAULT_TYPES = "IQ1_M,IQ2_XXS,Q2_K,Q3_K,Q4_K,Q6_K"
+OLD_FLAGS = {"slim": "files"}
+"""Old spellings that are still understood for one version."""
 
 
 def parse_types(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
@@ -43,15 +45,15 @@ def parse_types(_context: click.Context, _option: click.Parameter, text: str) ->
 
 
 def smallest(plan: Plan) -> Plan:
-    """The same in seconds, with one slimmed file and types that are quick to make."""
-    slim, types = ("native",) if "native" in plan.slim else plan.slim[:1], ("Q3_K", "Q6_K")
-    plan = replace(plan, shape=SHAPES["smoke"], slim=slim, types=types, priced=types, bits=4.0)
+    """The same in seconds, with one compressed file and types that are quick to make."""
+    compressed, types = ("native",) if "native" in plan.compressed else plan.compressed[:1], ("Q3_K", "Q6_K")
+    plan = replace(plan, shape=SHAPES["smoke"], compressed=compressed, types=types, priced=types, bits=4.0)
     return replace(plan, n_tokens=64, n_decode=4, n_rounds=1, n_threads=1, alone=False)
 
 
-@click.command()
+@click.command(context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)})
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Of Mixtral 8x7B's shape.")
-@click.option("--slim", type=click.Choice(SLIM), multiple=True, default=SLIM, show_default=True, help="Which files.")
+@click.option("--files", type=click.Choice(COMPRESSED), multiple=True, default=COMPRESSED, help="Which to make [all].")
 @click.option("--bpw", type=click.FloatRange(1), default=2.5, show_default=True, help="Bits per weight of our files.")
 @click.option("--types", callback=parse_types, default=_DEFAULT_TYPES, show_default=True, help="To choose from.")
 @click.option("--feedback", is_flag=True, help="Make up for errors of rounding in ours, and refit routers: slower.")
@@ -62,7 +64,7 @@ def smallest(plan: Plan) -> Plan:
 @click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
 def main(
     layers: int,
-    slim: tuple[str, ...],
+    files: tuple[str, ...],
     bpw: float,
     types: tuple[str, ...],
     feedback: bool,
@@ -72,7 +74,7 @@ def main(
     smoke: bool,
     allow_busy: bool,
 ) -> None:
-    """Measure what slimming gains in speed and memory, and what it takes."""
+    """Measure what compressing gains in speed and memory, and what it takes."""
     # Many gigabytes lie in the temporary directory: whoever ends this, they go.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     console = Console(stderr=True, width=120)
@@ -84,7 +86,7 @@ def main(
             plan = Plan(
                 Path(name),
                 shape,
-                slim,
+                files,
                 bpw,
                 types,
                 CANDIDATES,

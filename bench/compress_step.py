@@ -1,4 +1,4 @@
-"""One step of slimming alone in its process, so that its time and its peak of memory are its own.
+"""One step of compressing alone in its process, so that its time and its peak of memory are its own.
 
 The step is an argument, its job comes as JSON on stdin, what it took goes as JSON to stdout; `run_step` does all that.
 Steps import what they use themselves: what others need would count into their memory.
@@ -54,7 +54,7 @@ class ConversionJob:
 
 
 @dataclass(frozen=True, slots=True)
-class SlimmingJob:
+class CompressionJob:
     """Carries out a recipe, which is the text of its TOML file."""
 
     source: str
@@ -64,7 +64,7 @@ class SlimmingJob:
     n_threads: int
 
 
-Job = CalibrationJob | ConversionJob | SlimmingJob
+Job = CalibrationJob | ConversionJob | CompressionJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
     return convert(ConvertOptions(Path(job.source), Path(job.target), job.kind, job.n_threads)).bytes_by_type
 
 
-def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
+def compressing(job: CompressionJob, laps: Laps) -> dict[str, int]:
     """Plans and writes; raises as `plan_slim` and `slim` do."""
     from slimoe.converter.budget.compress import plan_slim
     from slimoe.converter.recipe.fields import SourceSizes
@@ -179,7 +179,7 @@ def slimming(job: SlimmingJob, laps: Laps) -> dict[str, int]:
 STEPS: dict[str, tuple[type[Any], Callable[[Any, Laps], dict[str, int]]]] = {
     "calibrate": (CalibrationJob, calibration),
     "convert": (ConversionJob, conversion),
-    "slim": (SlimmingJob, slimming),
+    "slim": (CompressionJob, compressing),
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from bench.faults.cases import CLEAR, RIGHT, WRONG, Places, Scenario, drawn, expected, judge, make_scenarios
+from bench.faults.cases import CLEAR, RIGHT, WRONG, Places, Scenario, drawn, evaluate, expected, make_scenarios
 from bench.faults.forked_commands import ForkedCommands
 from bench.faults.library import Fault, FaultLibrary
 from bench.faults.served import serve_cases
@@ -118,7 +118,7 @@ def run_scenario(
         places.clear(with_old=case.with_old)
         with library.armed(case.fault):
             ended = commands.run(scenario.arguments)
-        outcome, why = judge(ended, scenario, places, right, with_old=case.with_old)
+        outcome, why = evaluate(ended, scenario, places, right, with_old=case.with_old)
         tally.add(scenario.name, case.fault, outcome, why, is_hit=library.n_hit > 0)
         if only is not None:
             print(f"{case.fault}: {outcome} {why}\n{ended.err}", file=sys.stderr)
@@ -131,14 +131,14 @@ def run_scenario(
 @click.option("--case", "number", type=int, help="One case of them.")
 @click.option("--smoke", is_flag=True, help="A few cases of the quick commands, to see that all of this works.")
 def main(seed: int, n_cases: int, name: str | None, number: int | None, smoke: bool) -> None:
-    """Makes calls of the system fail in slimoe's commands, and judges how they end."""
+    """Makes calls of the system fail in slimoe's commands, and evaluates how they end."""
     begin, tally = time.monotonic(), Tally()
     with tempfile.TemporaryDirectory(prefix="slimoe-faults-") as folder:
         directory = Path(folder)
         library, places = FaultLibrary(directory), Places.make(directory)
         if name != "serve":
             environment = {**library.environment, "SLIMOE_CACHE": str(directory / "cache")}
-            calibrates = not smoke and name in (None, "slim", "calibrate")
+            calibrates = not smoke and name in (None, "compress", "calibrate")
             with ForkedCommands(directory, environment, calibrates=calibrates) as commands:
                 for scenario in make_scenarios(places, commands, calibrates=calibrates):
                     wanted = _SMOKE.get(scenario.name, 0) if smoke else n_cases

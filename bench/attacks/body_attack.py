@@ -1,4 +1,4 @@
-"""Sends hostile requests to a server, some at once, and judges what comes back."""
+"""Sends hostile requests to a server, some at once, and evaluates what comes back."""
 
 import asyncio
 import contextlib
@@ -102,7 +102,7 @@ async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
         tally.findings.append(Finding("connection refused", str(case)))
         return
     tally.slowest = max(tally.slowest, time.perf_counter() - begin)
-    for status, fault in _judge(request, data, is_cut):
+    for status, fault in _evaluate(request, data, is_cut):
         tally.statuses[status] += 1
         if fault is not None:
             tally.findings.append(Finding(_kind(fault), str(case), f"{fault} to {_shown(request)}"))
@@ -115,7 +115,7 @@ async def _answered(server: Victim, request: HostileRequest) -> tuple[bytes, boo
     return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
 
 
-def _judge(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str, str | None]]:
+def _evaluate(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str, str | None]]:
     """Statuses and what is wrong with each."""
     if request.is_abandoned:
         return [("abandoned", None)]
@@ -123,13 +123,13 @@ def _judge(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str
         replies = split_replies(data, request.method)
     except BadReplyError as error:
         return [("broken", None if is_cut and not request.is_whole else str(error))]
-    judged = [(str(reply.status), fault_of(reply, request.method)) for reply in replies]
+    evaluated = [(str(reply.status), fault_of(reply, request.method)) for reply in replies]
     n_missing = request.n_replies - len(replies)
     if n_missing > 0 and request.is_whole:
-        judged.append(("none", "no answer to a whole request"))
+        evaluated.append(("none", "no answer to a whole request"))
     elif not replies:
-        judged.append(("none", None))
-    return judged
+        evaluated.append(("none", None))
+    return evaluated
 
 
 async def exchange(place: tuple[str, int], request: HostileRequest) -> tuple[bytes, bool]:

@@ -1,4 +1,4 @@
-"""Has slimoe read mutants of every kind of file it takes, and judges how it refuses them."""
+"""Has slimoe read mutants of every kind of file it takes, and evaluates how it refuses them."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def _run(command: list[str], environment: dict[str, str], text: str) -> str:
 
 
 def _outcome(plan: FilePlan, readings: list[Reading], seconds: float) -> Outcome:
-    findings = [finding for reading in readings for finding in judged(reading)]
+    findings = [finding for reading in readings for finding in evaluated(reading)]
     ended: dict[str, Counter[str]] = {kind: Counter() for kind in plan.kinds}
     for reading in readings:
         ended[reading.kind]["signal" if reading.status is None else str(reading.status)] += 1
@@ -93,7 +93,7 @@ def _outcome(plan: FilePlan, readings: list[Reading], seconds: float) -> Outcome
     return Outcome(figures, findings)
 
 
-def judged(reading: Reading) -> list[Finding]:
+def evaluated(reading: Reading) -> list[Finding]:
     """What a reading shows that should not be."""
     case, found = str(reading.case), []
     last = next((line for line in reversed(reading.text.splitlines()) if line.strip()), "")

@@ -81,8 +81,8 @@ def main() -> None:
     job = ReadingJob(**json.loads(sys.stdin.read()))
     listed = json.loads((Path(job.root) / "specimens.json").read_text())
     specimens = [Specimen(**one | {"folder": Path(one["folder"])}) for one in listed]
-    needs_slimming = {"statistics", "recipe"} & {one.kind for one in specimens}
-    for name in (*(f"slimoe.server.commands.{name}" for name in _COMMANDS), *(_SLIMMING if needs_slimming else ())):
+    needs_calibration = {"statistics", "recipe"} & {one.kind for one in specimens}
+    for name in (*(f"slimoe.server.commands.{name}" for name in _COMMANDS), *(_SLIMMING if needs_calibration else ())):
         importlib.import_module(name)
     for reading in _read_all(job, specimens):
         print(json.dumps(asdict(reading)), flush=True)

@@ -275,10 +275,10 @@ def _calibration(source: Path, files: Path) -> tuple[str, ...]:
 
 def _measured(files: Path) -> list[Specimen]:
     (files / "recipe.toml").write_text(_RECIPE)
-    slim = ("--stats", "stats", "--target-bpw", "4", "--threads", "1")
+    compression = ("--stats", "stats", "--target-bpw", "4", "--threads", "1")
     by_statistics = (
-        ("plan", "source", *slim),
-        ("convert", "source", "OUT", *slim, "--no-report"),
+        ("plan", "source", *compression),
+        ("convert", "source", "OUT", *compression, "--no-report"),
         ("convert", "source", "OUT", "--type", "Q4_K", "--dry-run", "--imatrix", "stats"),
         ("plan", "source", "--stats", "stats", "--keep-experts", "3", "--threads", "1"),
     )

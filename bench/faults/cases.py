@@ -1,4 +1,4 @@
-"""Commands that are to end well or in a sentence whatever the system does to them, and how that is judged."""
+"""Commands that are to end well or in a sentence whatever the system does to them, and how that is evaluated."""
 
 import re
 import shutil
@@ -124,7 +124,18 @@ def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool
     few = ["--text", str(places.text), "--tokens", "2048", "--length", "64", "--types", "none", "--device", "cpu"]
     calibrate = ("calibrate", model, "-o", target, *few, "--no-sensitivity", "--force")
     plain = ("convert", model, target, "--type", "Q8_0", "--threads", "2", "--force")
-    slim = ("--stats", statistics, "--keep-experts", "4", "--type", "Q8_0", "--no-report", "--threads", "2", "--force")
+    compression = (
+        "--stats",
+        statistics,
+        "--keep-experts",
+        "4",
+        "--type",
+        "Q8_0",
+        "--no-report",
+        "--threads",
+        "2",
+        "--force",
+    )
     run = (
         "run",
         str(places.exact_model),
@@ -149,7 +160,7 @@ def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool
         Scenario("inspect", ("inspect", model, "--json"), _printed, writes=()),
     ]
     if calibrates:
-        scenarios.append(Scenario("slim", ("convert", model, target, *slim), _file_bytes))
+        scenarios.append(Scenario("compress", ("convert", model, target, *compression), _file_bytes))
         scenarios.append(Scenario("calibrate", calibrate, _measured, resumes=True))
     return scenarios
 
@@ -166,7 +177,7 @@ def expected(scenario: Scenario, places: Places, commands: ForkedCommands) -> ob
     return scenario.content(_must(commands.run(scenario.arguments)), places)
 
 
-def judge(ended: Ended, scenario: Scenario, places: Places, right: object, *, with_old: bool) -> tuple[str, str]:
+def evaluate(ended: Ended, scenario: Scenario, places: Places, right: object, *, with_old: bool) -> tuple[str, str]:
     """RIGHT, CLEAR or WRONG, and why."""
     litter = sorted(path.name for path in places.results.iterdir() if path != places.target)
     if scenario.resumes:

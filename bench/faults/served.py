@@ -54,7 +54,7 @@ def serve_cases(model: Path, n_cases: int, seed: int, library: FaultLibrary) -> 
                     answer = _asked(server, _SAME)
                 is_hit = library.n_hit > 0
                 done += 1
-                yield (fault, *_judged(server, answer, right), is_hit)
+                yield (fault, *_evaluated(server, answer, right), is_hit)
 
 
 def _with(environment: dict[str, str], command: Any) -> list[str]:
@@ -118,7 +118,7 @@ class Answer:
         return True
 
 
-def _judged(server: Victim, answer: Answer, right: Answer) -> tuple[str, str]:
+def _evaluated(server: Victim, answer: Answer, right: Answer) -> tuple[str, str]:
     """The answer under the fault, and that the server is well again behind it."""
     if findings := server.log_findings():
         return WRONG, f"in the log: {findings[0]}"

@@ -1,4 +1,4 @@
-"""Makes slimmed files of a random checkpoint and decodes them in turn, every step alone in a process."""
+"""Makes compressed files of a random checkpoint and decodes them in turn, every step alone in a process."""
 
 import shutil
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.baselines.stepping import random_tokens
-from bench.compress_step import CalibrationJob, ConversionJob, Job, SlimmingJob, Taken, run_here, run_step
+from bench.compress_step import CalibrationJob, CompressionJob, ConversionJob, Job, Taken, run_here, run_step
 from bench.limits import isolated_run
 from bench.limits.isolated_run import OURS, Outcome
 from bench.limits.limited_runs import BenchChildError, run_candidate
@@ -22,7 +22,7 @@ from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.resources.memory import available_bytes, human, require
 
 F16, Q4_K = "F16", "Q4_K"
-SLIM = ("layer-drop", "native", "stock")
+COMPRESSED = ("layer-drop", "native", "stock")
 _PROMPT, _WARM = 16, 4
 _SHORT, _LONG = "short", "long"
 _SHORTER = 8
@@ -43,7 +43,7 @@ class Plan:
 
     directory: Path
     shape: Shape
-    slim: tuple[str, ...]
+    compressed: tuple[str, ...]
     bits: float
     types: tuple[str, ...]
     priced: tuple[str, ...]
@@ -69,7 +69,7 @@ class Plan:
         return self.directory / f"{name}.gguf"
 
     def recipe(self, name: str) -> Recipe:
-        """How one of SLIM is made."""
+        """How one of COMPRESSED is made."""
         if name == "layer-drop":
             kept = StorageRecipe(expert=Q4_K)
             n_drop = max(1, round(self.shape.n_layer / 4))
@@ -117,7 +117,7 @@ def measure(plan: Plan, say: Say) -> Report:
         say(f"calibrating on {n_tokens} tokens")
         report.calibrations.append(calibrated(plan, name, n_tokens))
         say(_parts(report.calibrations[-1].taken))
-    for name in (F16, Q4_K, *plan.slim):
+    for name in (F16, Q4_K, *plan.compressed):
         say(f"making {name}")
         report.made[name] = made(plan, name)
         say(_parts(report.made[name]))
@@ -156,9 +156,11 @@ def calibrated(plan: Plan, name: str, n_tokens: int) -> Calibrated:
 def made(plan: Plan, name: str) -> Taken:
     """Makes a file."""
     source, target = str(plan.checkpoint), str(plan.file(name))
-    if name not in SLIM:
+    if name not in COMPRESSED:
         return _run(plan, ConversionJob(source, target, name, plan.n_threads))
-    return _run(plan, SlimmingJob(source, target, recipe_text(plan.recipe(name)), str(plan.statistics), plan.n_threads))
+    return _run(
+        plan, CompressionJob(source, target, recipe_text(plan.recipe(name)), str(plan.statistics), plan.n_threads)
+    )
 
 
 def _run(plan: Plan, job: Job) -> Taken:

@@ -15,11 +15,11 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.options.compress_options import compress_flags, compress_options, with_pair, with_type
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
-from slimoe.server.options.eval_options import judging_flags
+from slimoe.server.options.eval_options import eval_flags
 from slimoe.server.options.installed import CONVERTERS, check_installed
-from slimoe.server.options.slim_options import slim_flags, slim_options, with_pair, with_type
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar
 
@@ -35,13 +35,13 @@ from slimoe.server.terminal.progress_bars import byte_bar
     type=click.Path(path_type=Path),
     help="Fit weights to an importance matrix: llama.cpp's, or what slimoe calibrate measured.",
 )
-@slim_flags
+@compress_flags
 @click.option(
     "--report/--no-report",
     default=True,
     help="Evaluate a compressed file against SRC, in a report beside it (default: yes).",
 )
-@judging_flags
+@eval_flags
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to convert with (default: one for each core).")
 @click.option("-f", "--force", is_flag=True, help="Overwrite DST.")
 @click.option("--dry-run", is_flag=True, help="Say exactly what would be written, and write nothing.")
@@ -58,10 +58,10 @@ def command(values: Mapping[str, Any]) -> None:
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
     is given. Then it is evaluated against SRC on texts, in a report and a model card beside DST.
     """
-    slim, type_name, pair = slim_options(values), values["type_name"], values["pair"]
+    compression, type_name, pair = compress_options(values), values["type_name"], values["pair"]
     if pair and type_name:
         raise click.UsageError("--pair names the types of everything. Leave --type out.")
-    if not slim.is_asked:
+    if not compression.is_asked:
         if values["eval_texts"]:
             raise click.UsageError("--eval-text is for a model that is compressed. slimoe report evaluates any file.")
         _convert(values)
@@ -69,10 +69,12 @@ def command(values: Mapping[str, Any]) -> None:
         raise click.UsageError("--imatrix is for types by name. Compressing takes importance from --stats.")
     else:
         check_installed("Compressing", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
-        from slimoe.server.jobs.compress import convert_slim
+        from slimoe.server.jobs.compress import convert_compressed
 
-        slim = with_type(slim, type_name) if type_name else with_pair(slim, pair) if pair else slim
-        convert_slim(values, slim, values["threads"] or usable_processors())
+        compression = (
+            with_type(compression, type_name) if type_name else with_pair(compression, pair) if pair else compression
+        )
+        convert_compressed(values, compression, values["threads"] or usable_processors())
 
 
 command.epilog = f"Types: {' '.join(RECIPES)}. With --imatrix only: {' '.join(FOR_IMPORTANCE)}."

@@ -15,10 +15,10 @@ from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
 from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
 from slimoe.offload.printable import printable
 from slimoe.server.jobs.local_engine import say_notes
+from slimoe.server.options.compress_options import compress_flags, compress_options
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
-from slimoe.server.options.slim_options import slim_flags, slim_options
 from slimoe.server.telling import tell
 from slimoe.server.terminal.plan_report import PlanReport
 
@@ -31,7 +31,7 @@ class _UnmeasuredError(SlimoeError):
 
 @click.command("plan", cls=OptionsCommand)
 @engine_flags
-@slim_flags
+@compress_flags
 @click.option(
     "-t", "--type", "type_name", help="Type of the weights as for slimoe convert, where no target size chooses types."
 )
@@ -55,12 +55,12 @@ def command(values: Mapping[str, Any]) -> None:
     With a checkpoint directory, or any flag from --stats to --refit: say what slimoe convert would make of MODEL with
     these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
-    slim, model = slim_options(values), values["model"]
-    if slim.is_asked or (model is not None and os.path.isdir(model)):
+    compression, model = compress_options(values), values["model"]
+    if compression.is_asked or (model is not None and os.path.isdir(model)):
         check_installed("Compressing", *CONVERTERS)
         from slimoe.server.jobs.compress import tell_plan
 
-        tell_plan(values, slim)
+        tell_plan(values, compression)
         return
     config = engine_config(values, running_bytes())
     on_device_abort(config.devices.rpc, end_with_error)

@@ -8,7 +8,7 @@ import msgspec
 
 from slimoe.server.options.destination import reserve
 from slimoe.server.options.engine_options import OptionsCommand
-from slimoe.server.options.eval_options import judging_flags, judging_options
+from slimoe.server.options.eval_options import eval_flags, eval_options
 from slimoe.server.options.installed import CONVERTERS, check_installed
 
 
@@ -18,7 +18,7 @@ from slimoe.server.options.installed import CONVERTERS, check_installed
 @click.option(
     "--stats", metavar="STATS", type=click.Path(path_type=Path), help="Statistics that slimoe calibrate wrote for SRC."
 )
-@judging_flags
+@eval_flags
 @click.option("--device", default="auto", show_default=True, help="torch device: auto, cpu, cuda ...")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to write texts with FILE with.")
 @click.option("--record", is_flag=True, help="Write the figures into FILE too, if its header has room for them.")
@@ -37,7 +37,7 @@ def command(values: dict[str, Any]) -> None:
     from slimoe.converter.source.gguf_source import gguf_source
     from slimoe.converter.source.open_source import open_source
     from slimoe.converter.stats.statistics_file import load_statistics
-    from slimoe.server.jobs.evaluate import Judge, report_summary
+    from slimoe.server.jobs.evaluate import Evaluator, report_summary
 
     gguf_source(values["model"])
     hint = "--force replaces the report by one on other texts, which keeps what converting knew of the file."
@@ -45,7 +45,7 @@ def command(values: dict[str, Any]) -> None:
     source = open_source(values["source"])
     statistics = None if values["stats"] is None else load_statistics(values["stats"], source)
     with reserve(values["model"]) as destination:
-        judge = Judge(source, statistics, judging_options(values, values["device"]))
-        report = judge.report(destination, None, record=values["record"])
+        evaluator = Evaluator(source, statistics, eval_options(values, values["device"]))
+        report = evaluator.report(destination, None, record=values["record"])
     if values["as_json"]:
         click.echo(msgspec.json.encode(report_summary(report, values["model"])))

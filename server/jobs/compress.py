@@ -19,13 +19,13 @@ from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.jobs.compress_plan import SlimWork, plan_work
+from slimoe.server.jobs.compress_plan import CompressWork, plan_work
 from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
-from slimoe.server.jobs.evaluate import Judge, report_summary
+from slimoe.server.jobs.evaluate import Evaluator, report_summary
+from slimoe.server.options.compress_options import CompressOptions, with_type
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import engine_settings
-from slimoe.server.options.eval_options import judging_options
-from slimoe.server.options.slim_options import SlimOptions, with_type
+from slimoe.server.options.eval_options import eval_options
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar, duration, status
 
@@ -33,7 +33,7 @@ _LONG = 1800
 """Seconds of writing from which on a quicker way is worth a line."""
 
 
-def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> None:
+def convert_compressed(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -> None:
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
     if values["dry_run"]:
         work = _plan(values, options, n_threads)
@@ -43,19 +43,19 @@ def convert_slim(values: Mapping[str, Any], options: SlimOptions, n_threads: int
             with unwritten(values["target"]):
                 work = _plan(values, options, n_threads)
                 # Texts are read first: what is wrong with them is told before hours of work.
-                judge = Judge(work.source, work.statistics, judging_options(values)) if values["report"] else None
-                if judge is not None:
+                evaluator = Evaluator(work.source, work.statistics, eval_options(values)) if values["report"] else None
+                if evaluator is not None:
                     n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
-                    seconds = judge.seconds(work.layout.n_bytes, n_copy)
+                    seconds = evaluator.seconds(work.layout.n_bytes, n_copy)
                     tell(f"Its evaluation will then take about {duration(seconds)}; --no-report leaves it out.")
                 written = _write(work, destination, n_threads, force=values["force"])
             tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
-            quality = _judge(judge, work, destination) if judge is not None else {}
+            quality = _evaluate(evaluator, work, destination) if evaluator is not None else {}
     if values["as_json"]:
         click.echo(msgspec.json.encode(work_fields(work) | _written(values["target"], written) | quality))
 
 
-def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> SlimWork:
+def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -> CompressWork:
     """What will be made, told, and that it can be."""
     target: Path = values["target"]
     check_target(target, 0, force=values["force"])
@@ -68,7 +68,7 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
         raise UsageError(f"{target} holds the statistics that are read. Choose another name.")
     if values["report"]:
         check_reports(target, "Choose another name, or overwrite it with --force.", force=values["force"])
-    judging_options(values)
+    eval_options(values)
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
         seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
@@ -84,8 +84,8 @@ def _plan(values: Mapping[str, Any], options: SlimOptions, n_threads: int) -> Sl
     return work
 
 
-def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
-    """Tells what `convert_slim` would write; raises UsageError for flags that are for a model that is opened."""
+def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:
+    """Tells what `convert_compressed` would write; raises UsageError for flags that are for a model that is opened."""
     model, n_threads = values["model"], values["n_threads"]
     if model is None:
         raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
@@ -102,7 +102,7 @@ def tell_plan(values: Mapping[str, Any], options: SlimOptions) -> None:
     click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
 
 
-def _write(work: SlimWork, target: Destination, n_threads: int, *, force: bool) -> SlimReport:
+def _write(work: CompressWork, target: Destination, n_threads: int, *, force: bool) -> SlimReport:
     with byte_bar(work.layout.n_bytes) as on_progress:
         return slim(
             work.source,
@@ -116,11 +116,11 @@ def _write(work: SlimWork, target: Destination, n_threads: int, *, force: bool) 
         )
 
 
-def _judge(judge: Judge, work: SlimWork, destination: Destination) -> dict[str, Any]:
+def _evaluate(evaluator: Evaluator, work: CompressWork, destination: Destination) -> dict[str, Any]:
     """Writes the report; the file is there whatever happens."""
     target = destination.target
     try:
-        report = judge.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
+        report = evaluator.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
         return {"quality": report_summary(report, target)}
     except KeyboardInterrupt:
         tell(f"{target} is whole, but has no report. slimoe report makes one.")

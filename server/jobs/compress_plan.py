@@ -1,4 +1,4 @@
-"""From flags to the plan of a slimmed file, with all that carrying it out needs."""
+"""From flags to the plan of a compressed file, with all that carrying it out needs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.offload.errors import UsageError
-from slimoe.server.options.slim_options import FLAGS, SlimOptions, Tables
+from slimoe.server.options.compress_options import FLAGS, CompressOptions, Tables
 from slimoe.server.terminal.progress_bars import step_bar
 
 
 @dataclass(frozen=True, slots=True)
-class SlimWork:
+class CompressWork:
     """A model, what was measured of it, what is asked for, and the plan and layout of the file."""
 
     source: ModelSource
@@ -38,7 +38,7 @@ class SlimWork:
         return NamedTypes(self.source, self.recipe, len(self.plan.layers)).typed(self.layout)
 
 
-def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
+def plan_work(model: Path, options: CompressOptions, n_threads: int) -> CompressWork:
     """Opens, measures what types cost where that decides, and plans; writes nothing.
 
     Raises UsageError, StatisticsError, DoesNotFitError, and ModelFileError or UnsupportedModelError for the model.
@@ -60,10 +60,10 @@ def plan_work(model: Path, options: SlimOptions, n_threads: int) -> SlimWork:
             search_seconds=60 * options.search,
             on_progress=on_progress,
         )
-    return SlimWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
+    return CompressWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
 
 
-def recipe_of(source: ModelSource, options: SlimOptions) -> Recipe:
+def recipe_of(source: ModelSource, options: CompressOptions) -> Recipe:
     """The recipe that flags name, with what other flags say in its place; raises UsageError."""
     sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff)
     tables: Tables = {}

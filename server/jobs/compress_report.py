@@ -1,4 +1,4 @@
-"""What is told of a slimmed file before it is made: what is kept, in which types, bytes, expected loss, loaders."""
+"""What is told of a compressed file before it is made: what is kept, in which types, bytes, expected loss, loaders."""
 
 import math
 from collections import Counter
@@ -15,19 +15,19 @@ from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
 from slimoe.converter.source.model_source import PROJECTIONS
 from slimoe.offload.resources.memory import human
-from slimoe.server.jobs.compress_plan import SlimWork
+from slimoe.server.jobs.compress_plan import CompressWork
 from slimoe.server.terminal.progress_bars import duration
 
 _LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
 _ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
-def loaders(work: SlimWork) -> tuple[str, ...]:
+def loaders(work: CompressWork) -> tuple[str, ...]:
     """Programs that load the file."""
     return _LOADERS[work.plan.format]
 
 
-def bits_per_weight(work: SlimWork) -> float:
+def bits_per_weight(work: CompressWork) -> float:
     """The file's bits for each weight of the source."""
     return 8 * work.layout.n_bytes / sum(math.prod(shape) for shape in work.source.shapes.values())
 
@@ -43,7 +43,7 @@ def layer_bytes(layout: SlimLayout) -> Counter[int]:
 # --- for programs ------------------------------------------------------------------------------------------
 
 
-def work_fields(work: SlimWork) -> dict[str, Any]:
+def work_fields(work: CompressWork) -> dict[str, Any]:
     """All of it as JSON has it. `block` and `members` are the source's numbers, sizes are bytes, the loss nats."""
     plan, layout, sizes = work.plan, work.layout, layer_bytes(work.layout)
     return {
@@ -90,7 +90,7 @@ def _n_novices(layer: LayerPlan) -> int:
 # --- for people --------------------------------------------------------------------------------------------
 
 
-def work_lines(work: SlimWork) -> list[str]:
+def work_lines(work: CompressWork) -> list[str]:
     """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
     head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "each layer")
     rows = [head, *_layer_rows(work)]
@@ -101,7 +101,7 @@ def work_lines(work: SlimWork) -> list[str]:
     return [*table, "", *_missing(work), *_whole(work)]
 
 
-def _whole(work: SlimWork) -> Iterable[str]:
+def _whole(work: CompressWork) -> Iterable[str]:
     plan, layout = work.plan, work.layout
     by_type = ", ".join(f"{name} {human(n_bytes)}" for name, n_bytes in layout.bytes_by_type.items())
     output = "" if plan.output_type is None else f", output {plan.output_type.name}"
@@ -113,7 +113,7 @@ def _whole(work: SlimWork) -> Iterable[str]:
     yield f"{plan.format} format: loads in {' and '.join(loaders(work))}"
 
 
-def expected_loss(work: SlimWork) -> str:
+def expected_loss(work: CompressWork) -> str:
     """What the statistics say, and what they do not."""
     nats, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
     if nats is None:
@@ -125,28 +125,28 @@ def expected_loss(work: SlimWork) -> str:
     return f"expected loss {nats:.4f} nats of KL per token, and what {missing} cost"
 
 
-def _missing(work: SlimWork) -> Iterable[str]:
+def _missing(work: CompressWork) -> Iterable[str]:
     kept = {layer.block for layer in work.plan.layers}
     gone = [block for block in range(work.source.spec.n_layer) if block not in kept]
     if gone:
         yield f"layers left out whole: {_numbers(gone)}"
 
 
-def _layer_rows(work: SlimWork) -> Iterable[tuple[str, ...]]:
+def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
     sizes = layer_bytes(work.layout)
     rows = [(layer.block, _layer_row(work, layer, sizes[index])) for index, layer in enumerate(work.plan.layers)]
     for row, group in groupby(rows, key=lambda pair: pair[1]):
         yield (_numbers([block for block, _ in group]), *row)
 
 
-def _layer_row(work: SlimWork, layer: LayerPlan, n_bytes: int) -> tuple[str, ...]:
+def _layer_row(work: CompressWork, layer: LayerPlan, n_bytes: int) -> tuple[str, ...]:
     kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
     attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
     projections = [_types(layer.experts, index) for index in range(len(PROJECTIONS))]
     return attention, _experts(work, layer), *projections, human(n_bytes)
 
 
-def _experts(work: SlimWork, layer: LayerPlan) -> str:
+def _experts(work: CompressWork, layer: LayerPlan) -> str:
     if not layer.experts:
         return "none"
     n_before = work.source.layers[layer.block].n_stored
@@ -189,7 +189,7 @@ def _numbers(numbers: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def announced(work: SlimWork, target: Path, seconds: float) -> str:
+def announced(work: CompressWork, target: Path, seconds: float) -> str:
     """One line on what will be written."""
     names = " and ".join(loaders(work))
     return (

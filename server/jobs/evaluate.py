@@ -1,4 +1,4 @@
-"""Judges a file by the model that it was made of, and tells what it will take and what came of it."""
+"""Evaluates a file against the model that it was made of, and tells beforehand how long that takes."""
 
 from collections.abc import Collection, Sequence
 from contextlib import closing
@@ -23,33 +23,36 @@ from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.chat.text_encoder import TokenizerEncoder
-from slimoe.server.options.eval_options import JudgingOptions
+from slimoe.server.options.eval_options import EvalOptions
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import duration, step_bar
 
 _N_CTX = 256
 
 
-class Judge:
+class Evaluator:
     """Texts, read and counted before anything is made, and the model that a file will be held against."""
 
-    def __init__(self, source: ModelSource, statistics: Statistics | None, options: JudgingOptions) -> None:
+    def __init__(self, source: ModelSource, statistics: Statistics | None, options: EvalOptions) -> None:
         """Raises UsageError for texts or a device that cannot be used, ModelFileError for a model without tokenizer."""
         self.source, self.statistics, self.device = source, statistics, choose_device(options.device)
         self.n_threads = options.n_threads
         self.settings = ReportSettings(self.device, n_threads=options.n_threads or usable_processors())
-        self.judged = _read(source, statistics, options)
+        self.text = _read(source, statistics, options)
 
     def seconds(self, n_bytes: int, n_copy: int) -> float:
-        """What judging a file of so many bytes and copies will take, tried for a moment; raises ModelFileError."""
+        """Estimates how long evaluating a file of `n_bytes` with `n_copy` copies of each expert takes.
+
+        It tries the work for a moment; raises ModelFileError.
+        """
         plain = plain_neighbours(self.source, self.statistics, n_bytes)
-        work = report_work(self.source, self.judged.windows, plain, n_copy, self.settings)
+        work = report_work(self.source, self.text.windows, plain, n_copy, self.settings)
         return sum(estimate_seconds(self.source, work, self.device).values())
 
     def report(
         self, destination: Destination, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False
     ) -> Report:
-        """Judges the file and writes the report beside it; raises as `write_report` does.
+        """Evaluates the file and writes the report beside it; raises as `write_report` does.
 
         `lacks` is what the plan's expected KL does not count; with `record` the file keeps the figures too.
         """
@@ -57,7 +60,7 @@ class Judge:
         maker = ReportMaker(
             self.source,
             target,
-            self.judged,
+            self.text,
             statistics=self.statistics,
             plan=plan,
             settings=self.settings,
@@ -65,7 +68,7 @@ class Judge:
             expected_lacks=lacks,
             known=known_report(report_paths(target)["json"], self.source.source_hash, file_hash(target)),
         )
-        n_tokens, seconds = self.judged.windows.sequences.n_rows, maker.seconds
+        n_tokens, seconds = self.text.windows.sequences.n_rows, maker.seconds
         tell(f"evaluating it on {n_tokens:,} tokens: about {duration(sum(seconds.values()))}")
         with step_bar(seconds) as on_progress:
             report = write_report(maker, record=record, on_progress=on_progress, destination=destination)
@@ -96,7 +99,7 @@ def report_summary(report: Report, target: Path) -> dict[str, Any]:
     }
 
 
-def _read(source: ModelSource, statistics: Statistics | None, options: JudgingOptions) -> JudgedText:
+def _read(source: ModelSource, statistics: Statistics | None, options: EvalOptions) -> JudgedText:
     files = tuple(map(TextFile.parse, options.texts))
     with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
         return read_judged(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)

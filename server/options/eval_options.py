@@ -1,4 +1,4 @@
-"""The command-line flags that say by which texts a slimmed model is judged."""
+"""The command-line flags that say on which texts a compressed model is evaluated."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DEFAULT_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True)
-class JudgingOptions:
+class EvalOptions:
     """The flags' values: `texts` are FILE or DOMAIN=FILE, none for the part of our mixture that is not calibrated on;
     `device` is auto or a name that torch knows, `n_threads` those of the engine that writes, None for its own choice.
     """
@@ -45,14 +45,14 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-def judging_flags(function: F) -> F:
+def eval_flags(function: F) -> F:
     """Adds the flags to a command."""
     for flag in reversed(_FLAGS):
         function = flag(function)
     return function
 
 
-def judging_options(values: Mapping[str, Any], device: str = "auto") -> JudgingOptions:
+def eval_options(values: Mapping[str, Any], device: str = "auto") -> EvalOptions:
     """The flags' values out of a command's; raises ModelFileError for a file that is absent, before any long work."""
     for text in values["eval_texts"]:
         path = TextFile.parse(text).path
@@ -62,4 +62,4 @@ def judging_options(values: Mapping[str, Any], device: str = "auto") -> JudgingO
             raise ModelFileError(path, "there is no file of this name.", "Name a text file with --eval-text.") from None
         except OSError as error:
             raise ModelFileError(path, f"the text cannot be read ({reason(error)}).") from None
-    return JudgingOptions(values["eval_texts"], values["eval_tokens"], device, values["threads"])
+    return EvalOptions(values["eval_texts"], values["eval_tokens"], device, values["threads"])

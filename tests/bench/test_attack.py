@@ -9,7 +9,7 @@ import gguf
 import pytest
 
 from bench.attacks.bodies import hostile_request
-from bench.attacks.file_attack import judged
+from bench.attacks.file_attack import evaluated
 from bench.attacks.gguf_mutants import pack_header, read_header
 from bench.attacks.http_reply import BadReplyError, HttpReply, fault_of, split_replies
 from bench.attacks.mutant_reading import Reading
@@ -110,7 +110,7 @@ def test_answers_on_one_connection_are_told_apart() -> None:
         ({"text": "name \x1b[31m"}, "raw control characters"),
     ],
 )
-def test_readings_are_judged(change: dict[str, Any], expected: str | None) -> None:
+def test_readings_are_evaluated(change: dict[str, Any], expected: str | None) -> None:
     sound: dict[str, Any] = {
         "case": 1,
         "kind": "config",
@@ -120,6 +120,6 @@ def test_readings_are_judged(change: dict[str, Any], expected: str | None) -> No
         "seconds": 0.1,
     }
     sound |= {"growth": 0, "command": "inspect .", "fault": "", "text": ""}
-    kinds = [finding.kind for finding in judged(Reading(**sound | change))]
+    kinds = [finding.kind for finding in evaluated(Reading(**sound | change))]
     assert json.dumps(kinds).count("config:") == len(kinds) == (expected is not None)
     assert expected is None or expected in kinds[0]

@@ -152,6 +152,13 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str], monkeypatch: 
     assert done.stdout == ""
 
 
+def test_speed_of_compressed_files_has_its_old_names_too(smoke: Smoke) -> None:
+    document = smoke("compress_speed")
+    assert document["compressed_vs_f16"]
+    for base in ("f16", "q4k"):
+        assert document[f"slim_vs_{base}"] == document[f"compressed_vs_{base}"]
+
+
 def test_faults_of_the_system_end_in_right_results_or_clear_errors(smoke: Smoke) -> None:
     document = smoke("system_faults")
     assert document["found"] == []

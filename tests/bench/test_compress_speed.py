@@ -151,3 +151,7 @@ def test_a_step_alone_says_what_it_took_or_why_it_failed(moe_checkpoint: Path, t
     assert set(taken.bytes_by_type) == {"Q8_0", "F32"}
     with pytest.raises(StepFailedError, match=r"The step convert of a\.gguf failed: .*exists"):
         run_step(job)
+
+
+def test_old_spellings_are_understood() -> None:
+    assert main.make_context("bench", ["--slim", "native"]).params["files"] == ("native",)

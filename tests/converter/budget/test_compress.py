@@ -27,7 +27,7 @@ from slimoe.converter.stats.type_costs import CANDIDATES, packed_costs, stored_c
 from slimoe.converter.write.quantiser import PlainFit
 from slimoe.converter.write.writer import chosen_fit, slim
 from slimoe.offload.errors import DoesNotFitError, UsageError
-from tests.models.slim_plans import learnt, random_sequences
+from tests.models.compress_plans import learnt, random_sequences
 
 SIZES = {"stock": (205_000, 240_000, 300_000, 420_000), "native": (290_000, 320_000, 380_000, 500_000)}
 

@@ -15,8 +15,8 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.compress_plans import same_plan
 from tests.models.configs import engine_config
-from tests.models.slim_plans import same_plan
 
 
 @pytest.fixture

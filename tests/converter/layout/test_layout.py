@@ -14,7 +14,7 @@ from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import InputSums, LayerStatistics, SimilaritySums, Statistics
 from slimoe.offload.errors import UnsupportedModelError, UsageError
-from tests.models.slim_plans import RandomPlans, same_plan, with_layers
+from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 
 F32, F16, Q8_0, Q4_K = Type.F32, Type.F16, Type.Q8_0, Type.Q4_K
 

@@ -24,7 +24,7 @@ from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.writer import slim
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.server.cli import run
-from tests.models.slim_plans import learnt
+from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 SMALL = {Type.IQ4_NL, Type.Q4_0, Type.Q5_0, Type.Q8_0, Type.F16}

@@ -35,7 +35,7 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.chat.text_encoder import TokenizerEncoder
-from tests.models.slim_plans import learnt, same_plan, with_layers
+from tests.models.compress_plans import learnt, same_plan, with_layers
 
 SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
 LENGTH = 48

@@ -11,7 +11,7 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.server.cli import run
-from tests.models.slim_plans import learnt
+from tests.models.compress_plans import learnt
 
 
 @pytest.fixture(scope="module")

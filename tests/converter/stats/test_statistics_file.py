@@ -40,7 +40,7 @@ from slimoe.converter.stats.statistics_file import (
 )
 from slimoe.offload.errors import UsageError
 from slimoe.server.cli import run
-from tests.models.slim_plans import learnt
+from tests.models.compress_plans import learnt
 
 
 def made(kind: type[Any], random: np.random.Generator) -> Any:

@@ -26,9 +26,9 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout, stack_name
 from slimoe.offload.model.spec import ModelSpec
 from tests.converter.layout.test_layout import statistics_of
+from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 from tests.models.gguf_content import Array, quantise
 from tests.models.held_model import hold, random_mixtral
-from tests.models.slim_plans import RandomPlans, same_plan, with_layers
 from tests.models.tiny_checkpoint import TinyConfig
 
 F32, F16, Q8_0, Q4_K = Type.F32, Type.F16, Type.Q8_0, Type.Q4_K

@@ -28,11 +28,11 @@ from slimoe.offload.graph.kv_cache import kv_bytes
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.held_model import hold, random_mixtral
 from tests.models.native_files import set_array
-from tests.models.slim_plans import RandomPlans, same_plan, with_layers
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 from tests.offload.experts.test_tiers import answers, conversation

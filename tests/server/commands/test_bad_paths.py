@@ -150,7 +150,7 @@ def test_what_another_run_writes_is_refused_before_any_work(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_file_that_is_judged_is_not_written_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_evaluated_is_not_written_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "o.gguf"
     target.write_bytes(DEMO.read_bytes())
     with Destination(target):

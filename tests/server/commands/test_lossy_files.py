@@ -19,7 +19,7 @@ from slimoe.converter.stats.type_costs import CANDIDATES, measure_type_costs, pa
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.lossy.modes import LOSSY
 from slimoe.server.cli import run
-from tests.models.slim_plans import random_sequences
+from tests.models.compress_plans import random_sequences
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 PAGE = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text("utf-8")

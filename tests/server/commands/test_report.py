@@ -13,8 +13,8 @@ from slimoe.converter.stats.statistics_file import save_statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.server.cli import run
-from slimoe.server.jobs import evaluate as judging
-from tests.models.slim_plans import learnt
+from slimoe.server.jobs import evaluate
+from tests.models.compress_plans import learnt
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def convert(model: Path, target: Path, stats: Path, *more: str | Path) -> int:
     return run(["convert", *map(str, [model, target, *flags])])
 
 
-def test_a_slimmed_file_comes_with_its_report(
+def test_a_compressed_file_comes_with_its_report(
     moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.gguf"
@@ -61,8 +61,8 @@ def test_a_report_is_replaced_on_demand_and_keeps_what_converting_knew(
     moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.gguf"
-    judging_flags: list[str | Path] = ["--eval-text", text, "--eval-tokens", "400"]
-    assert convert(moe_checkpoint, target, stats, "--drop-layers", "1", *judging_flags, "--novices") == 0
+    eval_flags: list[str | Path] = ["--eval-text", text, "--eval-tokens", "400"]
+    assert convert(moe_checkpoint, target, stats, "--drop-layers", "1", *eval_flags, "--novices") == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("m.gguf*") if path.is_file()}
     first = json.loads(report_paths(target)["json"].read_text())
     again = ["report", *map(str, [moe_checkpoint, target, "--eval-text", text, "--eval-tokens", "100"])]
@@ -119,13 +119,13 @@ def test_what_an_engine_writes_is_what_the_weights_say(moe_checkpoint: Path, tmp
     assert run(["convert", str(moe_checkpoint), str(target), "--type", "F32"]) == 0
     prompts = [[1, 300, 301, 302], [1, 70, 80]]
     written = greedy(source, ())(prompts, 6)
-    assert written == judging.engine_writer(target, 128, (), 1)(prompts, 6)
+    assert written == evaluate.engine_writer(target, 128, (), 1)(prompts, 6)
     # What would be the third token ends the first text.
     end = {written[0][2]}
-    assert judging.engine_writer(target, 128, end, 1)(prompts[:1], 6) == greedy(source, end)(prompts[:1], 6)
+    assert evaluate.engine_writer(target, 128, end, 1)(prompts[:1], 6) == greedy(source, end)(prompts[:1], 6)
 
 
-def test_any_file_is_judged(
+def test_any_file_is_evaluated(
     moe_checkpoint: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "plain.gguf"
@@ -171,7 +171,7 @@ def test_an_interrupted_report_leaves_the_file(
     def interrupted(*_values: Any, record: bool, on_progress: Any, destination: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judging, "write_report", interrupted)
+    monkeypatch.setattr(evaluate, "write_report", interrupted)
     target = tmp_path / "m.gguf"
     assert convert(moe_checkpoint, target, stats, "--eval-text", text) == 130
     assert "is whole, but has no report" in capsys.readouterr().err

@@ -19,8 +19,8 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import RECIPE
 from slimoe.server.cli import run
 from slimoe.server.commands.convert import command as convert_command
-from slimoe.server.options.slim_options import SlimOptions
-from tests.models.slim_plans import learnt
+from slimoe.server.options.compress_options import CompressOptions
+from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 SIZES = TinyConfig(n_layer=3)
@@ -185,20 +185,23 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_budget_takes_the_place_of_the_other() -> None:
-    merged = SlimOptions(tables={"target_bpw": 2.0}).merged({"target_size": "8GiB", "hints": False})
+    merged = CompressOptions(tables={"target_bpw": 2.0}).merged({"target_size": "8GiB", "hints": False})
     assert merged == {"target_bpw": 2.0, "hints": False}
     both = {"target_bpw": 2.0, "target_size": 5}
-    assert SlimOptions(tables=both).merged({}) == both
+    assert CompressOptions(tables=both).merged({}) == both
 
 
 def test_novices_stand_in_for_what_is_dropped_or_may_be() -> None:
-    assert SlimOptions(novices=True).merged({"experts": {"keep": 3}})["experts"] == {"keep": 3, "replacement": "novice"}
-    assert SlimOptions(novices=True).merged({"target_size": 5}) == {"target_size": 5, "free_novices": True}
+    assert CompressOptions(novices=True).merged({"experts": {"keep": 3}})["experts"] == {
+        "keep": 3,
+        "replacement": "novice",
+    }
+    assert CompressOptions(novices=True).merged({"target_size": 5}) == {"target_size": 5, "free_novices": True}
 
 
 def test_a_recipe_is_not_changed_by_flags() -> None:
     recipe = {"experts": {"keep": 3}}
-    SlimOptions(novices=True, tables={"experts": {"keep": 4}}).merged(recipe)
+    CompressOptions(novices=True, tables={"experts": {"keep": 4}}).merged(recipe)
     assert recipe == {"experts": {"keep": 3}}
 
 
@@ -355,7 +358,7 @@ def test_the_statistics_are_not_overwritten(model: Path, stats: Path, capsys: py
     assert stats.read_bytes() == before
 
 
-def test_a_model_without_experts_is_not_slimmed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_experts_is_not_compressed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = told(["plan", dense_checkpoint, "--keep-experts", "2"], capsys)
     assert (status, "the model has no experts" in err) == (2, True)
 

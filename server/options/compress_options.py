@@ -1,4 +1,4 @@
-"""The command-line flags that say how to slim a model, as the tables of a recipe that they stand for."""
+"""The command-line flags that say how to compress a model, as the tables of a recipe that they stand for."""
 
 import math
 import re
@@ -44,7 +44,7 @@ FLAGS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class SlimOptions:
+class CompressOptions:
     """The flags' values: `tables` are a recipe's that flags set, None or false where the recipe decides."""
 
     stats: Path | None = None
@@ -57,7 +57,7 @@ class SlimOptions:
     @property
     def is_asked(self) -> bool:
         """Whether any of the flags was given."""
-        return self != SlimOptions()
+        return self != CompressOptions()
 
     @property
     def typed(self) -> dict[str, str]:
@@ -197,28 +197,30 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-def slim_flags(function: F) -> F:
+def compress_flags(function: F) -> F:
     """Adds the flags to a command."""
     for flag in reversed(_FLAGS):
         function = flag(function)
     return function
 
 
-def slim_options(values: Mapping[str, Any]) -> SlimOptions:
+def compress_options(values: Mapping[str, Any]) -> CompressOptions:
     """The flags' values out of a command's."""
     tables: Tables = {}
     for name, (section, key) in _KEYS.items():
         if values[name] is not None:
             (tables.setdefault(section, {}) if section else tables)[key] = values[name]
-    return SlimOptions(values["stats"], values["recipe"], values["stock"], values["novices"], values["search"], tables)
+    return CompressOptions(
+        values["stats"], values["recipe"], values["stock"], values["novices"], values["search"], tables
+    )
 
 
-def with_type(options: SlimOptions, type_name: str) -> SlimOptions:
+def with_type(options: CompressOptions, type_name: str) -> CompressOptions:
     """The options with one type for all experts, as --type names it; raises UsageError beside a size."""
     return _with_types(options, {"expert": type_name}, "--type")
 
 
-def with_pair(options: SlimOptions, pair: str) -> SlimOptions:
+def with_pair(options: CompressOptions, pair: str) -> CompressOptions:
     """The options with two types for every expert, as --pair names them; raises UsageError beside a size."""
     names = [name.strip() for name in pair.split(",")]
     if len(names) != 2:
@@ -226,7 +228,7 @@ def with_pair(options: SlimOptions, pair: str) -> SlimOptions:
     return _with_types(options, dict(zip(("expert", "low"), names, strict=True)), "--pair")
 
 
-def _with_types(options: SlimOptions, types: Tables, flag: str) -> SlimOptions:
+def _with_types(options: CompressOptions, types: Tables, flag: str) -> CompressOptions:
     if {"target_size", "target_bpw"} & options.tables.keys():
         raise click.UsageError(f"A target size chooses types by itself. Leave {flag} out.")
     return replace(options, tables={**options.tables, "types": {**options.tables.get("types", {}), **types}})

@@ -1,4 +1,4 @@
-"""Plans of slimmed models for tests: one that changes nothing, and random ones of everything the formats hold."""
+"""Plans of compressed models for tests: one that changes nothing, and random ones of everything the formats hold."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
