@@ -32,7 +32,7 @@ _FILES = {
     "darwin": "lib{}.0.dylib",
     "win32": "{}.dll",
 }
-_INSTALL = 'Install it as the README says: CMAKE_ARGS="-DGGML_RPC=ON" pip install llama-cpp-python==0.3.36.'
+_INSTALL = 'Install it as docs/building.md says: CMAKE_ARGS="-DGGML_RPC=ON" pip install llama-cpp-python==0.3.36.'
 
 
 # A ggml that aborts would start a debugger for a backtrace; two threads that abort at once wait for each other's.
