@@ -1,7 +1,7 @@
 """From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
@@ -62,85 +62,125 @@ def plan_slim(
     Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
     which names the least, and UnsupportedModelError for what the format cannot hold.
     """
-    structure = build_structure(source, statistics, recipe)
-    if recipe.experts.width is not None:
-        check_width(source, recipe, recipe.experts.width)
+    job = _Job(source, statistics, recipe, n_threads, on_progress)
+    structure = job.structure()
+    plan, budget = job.open_plan(structure), target_bytes(source, recipe)
+    if budget is None:
+        plan, costs = job.with_named_types(plan, structure, costs)
+    else:
+        plan, costs = job.with_best_types(plan, structure, costs, budget, search_seconds)
+    return job.completed(job.with_expectation(plan), costs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The steps from a recipe to a plan: what is left, types by name or by size, expected loss, copies and hints."""
+
+    source: ModelSource
+    statistics: Statistics | None
+    recipe: Recipe
+    n_threads: int
+    on_progress: Progress
+
+    def structure(self) -> Structure:
+        """What is left of the model, its experts trimmed if the recipe says so."""
+        source, statistics, width = self.source, self.statistics, self.recipe.experts.width
+        structure = build_structure(source, statistics, self.recipe)
+        if width is None:
+            return structure
+        check_width(source, self.recipe, width)
         # torch is heavy, and most plans do without.
         from slimoe.converter.budget.trimming import trimmed
 
-        structure = trimmed(source, statistics, structure, recipe.experts.width, on_progress)
-    open_plan = _open_plan(recipe, structure, statistics)
-    budget = target_bytes(source, recipe)
-    if budget is None:
-        plan = apply(open_plan, named_types(source, structure, recipe), source, statistics)
-        whole = plan if recipe.types.low is None else _both_copies(source, plan, recipe.types.low)
+        return trimmed(source, statistics, structure, width, self.on_progress)
+
+    def open_plan(self, structure: Structure) -> SlimPlan:
+        """The plan before types are chosen."""
+        is_known = self.statistics is not None
+        return SlimPlan(
+            self.recipe.format,
+            structure.layers,
+            Type.F32,
+            None,
+            recipe_text(self.recipe),
+            importance=self.recipe.fit.importance and is_known,
+            feedback=self.recipe.fit.feedback,
+            refit=self.recipe.fit.refit,
+            expected_kl=structure.nats if is_known else None,
+        )
+
+    def with_named_types(
+        self, plan: SlimPlan, structure: Structure, costs: TypeCosts | None
+    ) -> tuple[SlimPlan, TypeCosts | None]:
+        """The plan with the types that the recipe names, and what types cost, if that can be known."""
+        plan = apply(plan, named_types(self.source, structure, self.recipe), self.source, self.statistics)
+        low = self.recipe.types.low
+        whole = plan if low is None else _both_copies(self.source, plan, low)
         check_importance(whole)
-        costs = costs or _named_costs(source, statistics, whole, n_threads, on_progress)
-        plan = priced(plan, costs)
-    else:
+        costs = costs or self._named_costs(whole)
+        return priced(plan, costs), costs
+
+    def _named_costs(self, plan: SlimPlan) -> TypeCosts | None:
+        """What the types cost that a plan has; None without the sensitivities that say it."""
+        statistics = self.statistics
+        if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
+            return None
+        names = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
+        stored = stored_costs(statistics, names)
+        if not names or (stored is not None and are_priced(plan, stored)):
+            return stored
+        return statistics_costs(self.source, statistics, names, self.n_threads, self.on_progress)
+
+    def with_best_types(
+        self, plan: SlimPlan, structure: Structure, costs: TypeCosts | None, budget: int, search_seconds: float
+    ) -> tuple[SlimPlan, TypeCosts]:
+        """The plan with the types that cost least within `budget` bytes, improved by search, and what types cost."""
+        source, statistics = self.source, self.statistics
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
-        types = _candidates(source, recipe)
-        costs = costs or statistics_costs(source, statistics, types, n_threads, on_progress)
-        allocator = TypeAllocator(source, statistics, costs, recipe, structure)
-        plan, allocation, room = _within(
-            budget, allocator, open_plan, lambda typed: _completed(source, statistics, recipe, typed, costs)
-        )
+        types = _candidates(source, self.recipe)
+        known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
+        allocator = TypeAllocator(source, statistics, known, self.recipe, structure)
+        typed, allocation, room = _within(budget, allocator, plan, lambda one: self.completed(one, known))
         if search_seconds:
             from slimoe.converter.budget.refinement import refine
 
-            plan, _ = refine(
+            typed, _ = refine(
                 source,
                 statistics,
                 allocator,
-                open_plan,
+                plan,
                 allocation,
                 budget=room,
                 seconds=search_seconds,
-                n_threads=n_threads,
-                on_progress=lambda generation, nats: on_progress(f"searching: {nats:.5f} nats", generation, 0),
+                n_threads=self.n_threads,
+                on_progress=lambda generation, nats: self.on_progress(f"searching: {nats:.5f} nats", generation, 0),
             )
-    if plan.expected_kl is not None:
-        plan = replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + _uncounted(recipe))
-    return _completed(source, statistics, recipe, plan, costs)
+        return typed, known
 
+    def with_expectation(self, plan: SlimPlan) -> SlimPlan:
+        """The plan with the loss to expect, measured as `BEYOND` says, and what it does not cover."""
+        if plan.expected_kl is None:
+            return plan
+        experts = self.recipe.experts
+        uncounted = {"merged experts": experts.merge is not None, "trimmed experts": experts.width is not None}
+        lacks = tuple(what for what, is_there in uncounted.items() if is_there)
+        return replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + lacks)
 
-def _open_plan(recipe: Recipe, structure: Structure, statistics: Statistics | None) -> SlimPlan:
-    """The plan before types are chosen."""
-    return SlimPlan(
-        recipe.format,
-        structure.layers,
-        Type.F32,
-        None,
-        recipe_text(recipe),
-        importance=recipe.fit.importance and statistics is not None,
-        feedback=recipe.fit.feedback,
-        refit=recipe.fit.refit,
-        expected_kl=structure.nats if statistics is not None else None,
-    )
-
-
-def _uncounted(recipe: Recipe) -> tuple[str, ...]:
-    """What nothing is known of."""
-    done = {"merged experts": recipe.experts.merge is not None, "trimmed experts": recipe.experts.width is not None}
-    return tuple(what for what, is_there in done.items() if is_there)
-
-
-def _named_costs(
-    source: ModelSource,
-    statistics: Statistics | None,
-    plan: SlimPlan,
-    n_threads: int,
-    on_progress: Progress,
-) -> TypeCosts | None:
-    """What the types cost that a plan has; None without the sensitivities that say it."""
-    if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
-        return None
-    names = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
-    stored = stored_costs(statistics, names)
-    if not names or (stored is not None and are_priced(plan, stored)):
-        return stored
-    return statistics_costs(source, statistics, names, n_threads, on_progress)
+    def completed(self, plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
+        """The plan with second copies and hints."""
+        source, statistics, recipe = self.source, self.statistics, self.recipe
+        if recipe.types.low is not None:
+            plan = with_low_copies(source, plan, Type[recipe.types.low])
+        if not recipe.hints or recipe.format != "native" or statistics is None:
+            return plan
+        layers = plan.layers
+        if recipe.free_novices or recipe.experts.replacement == "novice":
+            layers = tuple(with_fallbacks(statistics, layer) for layer in layers)
+        hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
+        # The format has hints for all layers or for none.
+        known = tuple(layer for layer in hinted if layer is not None)
+        return replace(plan, layers=known) if len(known) == len(hinted) else plan
 
 
 def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:
@@ -165,23 +205,6 @@ def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
     widths = {source.shapes[key][1] for key in priced_matrices(source)} | ({width} if width is not None else set())
     fitting = (fitting_type(Type[name], n_per_row).name for name in asked for n_per_row in sorted(widths))
     return tuple(dict.fromkeys((*asked, *fitting)))
-
-
-def _completed(
-    source: ModelSource, statistics: Statistics | None, recipe: Recipe, plan: SlimPlan, costs: TypeCosts | None
-) -> SlimPlan:
-    """The plan with second copies and hints."""
-    if recipe.types.low is not None:
-        plan = with_low_copies(source, plan, Type[recipe.types.low])
-    if not recipe.hints or recipe.format != "native" or statistics is None:
-        return plan
-    layers = plan.layers
-    if recipe.free_novices or recipe.experts.replacement == "novice":
-        layers = tuple(with_fallbacks(statistics, layer) for layer in layers)
-    hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
-    # The format has hints for all layers or for none.
-    known = tuple(layer for layer in hinted if layer is not None)
-    return replace(plan, layers=known) if len(known) == len(hinted) else plan
 
 
 def _within(

@@ -77,6 +77,11 @@ class Routing:
     shares: Tensor
 
 
+def activate(gate: Tensor, up: Tensor) -> Tensor:
+    """The activations [n, n_ff] of an expert from its products with gate and up: SwiGLU."""
+    return torch.nn.functional.silu(gate) * up
+
+
 @dataclass(frozen=True, slots=True)
 class Expert:
     """The matrices of one expert, or of a dense feed-forward part."""
@@ -87,7 +92,7 @@ class Expert:
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activations [n, n_ff] that `down` reads."""
-        return torch.nn.functional.silu(self.gate(x)) * self.up(x)
+        return activate(self.gate(x), self.up(x))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output [n, n_embd]."""

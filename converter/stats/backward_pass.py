@@ -12,6 +12,7 @@ from slimoe.converter.forward.block import (
     Head,
     Router,
     Routing,
+    activate,
     attend,
     read_attention,
     read_dense,
@@ -218,7 +219,7 @@ class Backward:
         x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps).requires_grad_()
         share = shares.to(self.device).detach().requires_grad_()
         gate, up = weights.gate(x), weights.up(x)
-        down = weights.down(torch.nn.functional.silu(gate) * up)
+        down = weights.down(activate(gate, up))
         by_output = self._gradient[rows].to(self.device)
         gradients = torch.autograd.grad(share[:, None] * down, (gate, up, down, x, share), by_output)
         by_gate, by_up, by_down, by_input, by_share = gradients

@@ -15,7 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert
+from slimoe.converter.forward.block import Expert, activate
 from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
 from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.sums import spread_rows
@@ -132,7 +132,7 @@ class TypeErrorTable:
 
 def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
     """Of gate, up and down alone, and of all three, over the sampled outputs."""
-    silu, (gate, up, down) = torch.nn.functional.silu, changed
+    gate, up, down = changed
     other_gate = None if gate is None else picks.x @ gate.T
     other_up = None if up is None else picks.x @ up.T
 
@@ -141,13 +141,13 @@ def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor) ->
 
     errors = [np.inf] * 4
     if other_gate is not None:
-        errors[0] = of_neurons(silu(other_gate) * picks.up, picks.reduced)
+        errors[0] = of_neurons(activate(other_gate, picks.up), picks.reduced)
     if other_up is not None:
-        errors[1] = of_neurons(silu(picks.gate) * other_up, picks.reduced)
+        errors[1] = of_neurons(activate(picks.gate, other_up), picks.reduced)
     if down is not None:
         errors[2] = _weighted_square(picks.hidden @ (down - picks.down).T, picks.shares)
         if other_gate is not None and other_up is not None:
-            errors[3] = of_neurons(silu(other_gate) * other_up, down[:, neurons])
+            errors[3] = of_neurons(activate(other_gate, other_up), down[:, neurons])
     return errors
 
 
