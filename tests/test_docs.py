@@ -83,9 +83,14 @@ def test_flags_alone_are_a_commands(page: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "bench/RESULTS.md", "CHANGELOG.md"])
-def test_benches_that_are_named_exist(name: str) -> None:
-    for module in re.findall(r"python -m (bench(?:\.\w+)+)", text(ROOT / name)):
-        assert ROOT.joinpath(*module.split(".")).with_suffix(".py").is_file(), module
+def test_benches_that_are_named_exist_and_have_the_flags(name: str) -> None:
+    for line in code(ROOT / name):
+        for module, rest in re.findall(r"python -m (bench(?:\.\w+)+)(.*)", line):
+            path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+            assert path.is_file(), line
+            source = text(path)
+            for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", rest):
+                assert flag == "--help" or f'"{flag}"' in source, line
 
 
 def test_files_that_are_named_exist(page: Path) -> None:
