@@ -26,7 +26,7 @@ from slimoe.offload.files.regular_file import kind_name, reason
 _PARTIAL, _LOCK = ".partial", "lock"
 _LONGEST_NAME = 200
 """Bytes of a name that leave room for an ending of ours."""
-_PATIENCE_SECONDS, _PAUSE_SECONDS = 0.5, 0.02
+PATIENCE_SECONDS, _PAUSE_SECONDS = 0.5, 0.02
 """How long a lock may be taken by a run that only looks at it, or is about to end."""
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -219,7 +219,7 @@ def _sync(path: Path, flags: int = 0) -> None:
 
 def _lock_folder(folder: Path, target: Path) -> int:
     """The descriptor of the folder's lock, taken; raises BusyError, UsageError or OSError."""
-    end = time.monotonic() + _PATIENCE_SECONDS
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         with contextlib.suppress(FileNotFoundError):  # its owner has just removed the folder
             lock = _open_lock(folder)

@@ -105,10 +105,11 @@ def command(values: Mapping[str, Any]) -> None:
     )
     _check_exposure(options, rules)
     log_to_stderr()
-    asyncio.run(_serve(AppConfig(served, rules), engine, options))
+    asyncio.run(serve_model(AppConfig(served, rules), engine, options))
 
 
-async def _serve(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
+async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
+    """Serves one model until the server ends, and prints its address once it is ready."""
     supervisor = Supervisor(engine, options.n_queue)
 
     def say_ready(address: Address, info: ModelInfo) -> None:

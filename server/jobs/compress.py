@@ -29,7 +29,7 @@ from slimoe.server.options.eval_options import eval_options
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar, duration, status
 
-_LONG = 1800
+LONG_SECONDS = 1800
 """Seconds of writing from which on a quicker way is worth a line."""
 
 
@@ -77,7 +77,7 @@ def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -
         tell(line)
     for note in notes(work.source.metadata) if work.plan.format == "stock" else ():
         tell(note)
-    if work.plan.feedback and seconds > _LONG:
+    if work.plan.feedback and seconds > LONG_SECONDS:
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
         tell(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.")
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Reference
 from transformers.convert_slow_tokenizer import SpmConverter
 
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.text.tokenizer import Tokenizer
-from tests.models.nasty_texts import NASTY_TEXTS
 
 GPT_4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -51,7 +51,7 @@ def byte_level(*, split: Any = None, ignore_merges: bool = False) -> Any:
     reference.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=450, initial_alphabet=alphabet, show_progress=False)
-    reference.train_from_iterator(NASTY_TEXTS * 3, trainer)
+    reference.train_from_iterator(HARD_TEXTS * 3, trainer)
     reference.add_special_tokens(["<|begin|>", "<|eot_id|>"])
     return reference
 

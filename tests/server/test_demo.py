@@ -1,11 +1,12 @@
 """The demo model that ships with the package."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
-from llama_cpp import Llama
 
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from slimoe.offload.engine import Engine
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.chat.prompts import Prompts
@@ -52,14 +53,12 @@ def test_greedy_tokens_are_llamacpps(engine: Engine) -> None:
     prompt = tuple(engine.tokenizer.encode("In the beginning", add_bos=True)) if engine.tokenizer else ()
     request = GenerationRequest(prompt, max_tokens=32, sampling=SamplingParams(temperature=0), ignore_eos=True)
     ours = [event.token for event in engine.generate(request) if isinstance(event, TokenStep)]
-    baseline = Llama(str(DEMO), n_ctx=512, n_threads=1, verbose=False)
-    baseline.eval(list(prompt))
-    for n, token in enumerate(ours):
-        logits = np.array(baseline._ctx.get_logits_ith(-1)[: engine.spec.n_vocab])
-        second, best = np.sort(logits)[-2:]
-        if best - second < 0.05:
-            assert n > 4
-            break
-        assert int(logits.argmax()) == token
-        baseline.eval([token])
-    baseline.close()
+    with closing(LlamaCpp(LlamaCppConfig(DEMO, n_ctx=512, n_threads=1))) as baseline:
+        logits = baseline.prefill(prompt)
+        for n, token in enumerate(ours):
+            second, best = np.sort(logits)[-2:]
+            if best - second < 0.05:
+                assert n > 4
+                break
+            assert int(logits.argmax()) == token
+            logits = baseline.decode(token)

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from slimoe.converter.plain.convert import ConvertOptions, convert, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec, check_tensors
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint, stack_experts
 
 PROMPT = [1, 300, 301, 302, 17, 305, 306, 307, 400, 401]
@@ -146,7 +146,7 @@ def test_tokens_and_template(tmp_path: Path, moe_checkpoint: Path) -> None:
     path = converted(moe_checkpoint, tmp_path / "m.gguf", "Q8_0")
     tokenizer = Tokenizer.open(read_gguf(path))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(moe_checkpoint / "tokenizer.model"))
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text) == processor.encode(text)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.add_bos, tokenizer.eog) == (1, 2, True, frozenset({2}))
     assert (tokenizer.n_vocab, tokenizer.token_text(519)) == (520, "[PAD519]")

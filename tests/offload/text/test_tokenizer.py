@@ -8,11 +8,11 @@ import pytest
 import sentencepiece
 from gguf.vocab import SentencePieceVocab
 
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
 from tests.conftest import train_sentencepiece
-from tests.models.nasty_texts import NASTY_TEXTS
 
 ADDED = ("<|im_start|>", "<|im_end|>")
 
@@ -56,7 +56,7 @@ def tokenizer(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory
     tokenizer.close()
 
 
-@pytest.mark.parametrize("text", NASTY_TEXTS)
+@pytest.mark.parametrize("text", HARD_TEXTS)
 def test_ids_text_and_bytes_are_sentencepieces(tokenizer: Tokenizer, processor: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == processor.encode(text)
@@ -109,7 +109,7 @@ def test_user_defined_symbols_and_no_byte_fallback(tmp_path: Path, text: str) ->
     model = train_sentencepiece(tmp_path / "tokenizer.model", byte_fallback=False, user_symbols=("<code>",))
     tokenizer = Tokenizer.open(read_gguf(write_vocabulary(tmp_path / "v.gguf", model, user=("<code>",))))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    for nasty in (text, text + "👩‍👧 δδδ b 😀", *NASTY_TEXTS):
+    for nasty in (text, text + "👩‍👧 δδδ b 😀", *HARD_TEXTS):
         assert tokenizer.encode(nasty) == processor.encode(nasty)
 
 
@@ -124,7 +124,7 @@ def test_byte_level_bpe(tmp_path: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
 
     reference: Any = ByteLevelBPETokenizer()
-    reference.train_from_iterator(NASTY_TEXTS * 3, vocab_size=400, show_progress=False)
+    reference.train_from_iterator(HARD_TEXTS * 3, vocab_size=400, show_progress=False)
     vocabulary = sorted(reference.get_vocab(), key=reference.get_vocab().__getitem__)
     merges = [" ".join(merge) for merge in json.loads(reference.to_str())["model"]["merges"]]
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
@@ -136,7 +136,7 @@ def test_byte_level_bpe(tmp_path: Path) -> None:
     writer.add_eos_token_id(len(vocabulary))
     finish(writer)
     tokenizer = Tokenizer.open(read_gguf(tmp_path / "v.gguf"))
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text) == reference.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eog == {len(vocabulary)}

@@ -11,13 +11,13 @@ from gguf import GGUFWriter
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import generate_merges
 
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import PREFIX_AFTER_SPECIAL
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import FALLBACK_STOP, Chat, Conversation, Message
 from slimoe.server.chat.template import MAX_SOURCE, ChatTemplate
 from slimoe.server.chat.template_error import ChatTemplateError
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE, add_vocabulary
 
 CHATML = (
@@ -94,7 +94,7 @@ def test_ids_are_those_of_transformers(chat: Chat, reference: Any, texts: tuple[
     assert list(chat.prompt(conversation(*texts)).ids) == expected
 
 
-@pytest.mark.parametrize("text", NASTY_TEXTS)
+@pytest.mark.parametrize("text", HARD_TEXTS)
 def test_a_users_text_stays_text(chat: Chat, tokenizer: Tokenizer, text: str) -> None:
     """However it is spelt, a message adds no control token and arrives letter by letter."""
     n = tokenizer.n_vocab

@@ -121,7 +121,7 @@ def test_one_file_is_not_named_as_one_of_several(places: Path, name: str, capsys
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for the end of the other run."""
-    monkeypatch.setattr(slimoe.offload.files.whole_file, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(slimoe.offload.files.whole_file, "PATIENCE_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("impatient")

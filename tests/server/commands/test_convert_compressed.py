@@ -81,7 +81,7 @@ def test_long_feedback_has_a_quicker_way(
     model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: Arguments = ["convert", model, tmp_path / "m.gguf", "--type", "q8_0", "--stats", stats, "--dry-run"]
-    monkeypatch.setattr("slimoe.server.jobs.compress._LONG", 0)
+    monkeypatch.setattr("slimoe.server.jobs.compress.LONG_SECONDS", 0)
     assert "with --no-feedback it would be about" in told([*asked, "--feedback"], capsys)[2]
     assert "--no-feedback" not in told([*asked, "--refit"], capsys)[2]
 

@@ -121,7 +121,7 @@ def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: 
     async def instead(config: object, engine: EngineConfig, own: object) -> None:
         through_the_pipe(engine)
 
-    monkeypatch.setattr(serve, "_serve", instead)
+    monkeypatch.setattr(serve, "serve_model", instead)
     assert run(["serve", "some.gguf", *FLAGS]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"

@@ -12,11 +12,11 @@ import pytest
 import sentencepiece
 
 from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, SlimoeError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 from tests.models.tokenizer_files import as_json, byte_level, llama_2, read_files, write_files
 
@@ -188,7 +188,7 @@ def test_flipped_bytes(tmp_path: Path, sentencepiece_path: Path) -> None:
             continue
         n_read += 1
         processor = sentencepiece.SentencePieceProcessor(model_proto=bytes(model))
-        for text in NASTY_TEXTS:
+        for text in HARD_TEXTS:
             assert tokenizer.encode(text) == processor.encode(text)
         tokenizer.close()
     assert n_read

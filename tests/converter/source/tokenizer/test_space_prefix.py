@@ -11,18 +11,18 @@ from transformers import LlamaTokenizer
 
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.plain.plan import plan_conversion, plan_pair
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import Chat, Conversation, Message
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from slimoe.server.messages import TextPrompt
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
 from tests.models.tokenizer_files import as_json, llama_2, read_files, transformers_reading, write_files
 
 CHAT = "<s>[INST] hello  world [/INST] tell me</s>[INST]a lazy dog [/INST]"
-TEXTS = (*NASTY_TEXTS, CHAT, "<s>", "<s> a", "</s>  b", "[INST]<s>[INST]", " <s> ")
+TEXTS = (*HARD_TEXTS, CHAT, "<s>", "<s> a", "</s>  b", "[INST]<s>[INST]", " <s> ")
 SETTINGS: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 
 

@@ -10,9 +10,9 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from slimoe.converter.source.tokenizer import check as tokenizer_check
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import UnsupportedModelError
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tokenizer_files import GPT_4, as_json, byte_level, llama_2, read_files, split_by, write_files
 
 SETTINGS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -154,7 +154,7 @@ def test_byte_level_ids_are_the_librarys(tmp_path: Path, pattern: str | None, ig
         pattern = GPT_4
     reference = byte_level(split=pattern and split_by(pattern), ignore_merges=ignore_merges)
     tokenizer = read_files(write_files(tmp_path / "c", {"tokenizer.json": as_json(reference)}))
-    for text in (*NASTY_TEXTS, "<|begin|> a<|eot_id|>"):
+    for text in (*HARD_TEXTS, "<|begin|> a<|eot_id|>"):
         assert tokenizer.encode(text, parse_special=True) == reference.encode(text).ids
     tokenizer.close()
 
@@ -189,7 +189,7 @@ def test_words_may_be_split_where_no_token_goes_on_behind_a_space(tmp_path: Path
     file |= {"pre_tokenizer": metaspace(prepend_scheme="always", split=True)}
     tokenizer = read_files(write_files(tmp_path / "c", {"tokenizer.json": file}))
     reference = llama_2(sentencepiece_path, legacy=False).from_str((tmp_path / "c" / "tokenizer.json").read_text())
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text, parse_special=True) == reference.encode(text, add_special_tokens=False).ids
     tokenizer.close()
 
@@ -226,14 +226,14 @@ def test_settings_of_a_sentencepiece_model_that_are_held(tmp_path: Path, setting
     model = trained(settings)
     tokenizer = read_files(write_files(tmp_path / "c", {"tokenizer.model": model}))
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text) == processor.encode(text)
     tokenizer.close()
 
 
 def trained(settings: dict[str, Any]) -> bytes:
     model = io.BytesIO()
-    texts = [f"{word} {n} hello  world, the quick brown fox" for n in range(100) for word in NASTY_TEXTS[2:10]]
+    texts = [f"{word} {n} hello  world, the quick brown fox" for n in range(100) for word in HARD_TEXTS[2:10]]
     values: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
     values |= {"remove_extra_whitespaces": False, "vocab_size": 400, "hard_vocab_limit": False, "minloglevel": 2}
     trainer = sentencepiece.SentencePieceTrainer
@@ -251,7 +251,7 @@ def test_a_difference_is_told_with_the_text_and_both_ids(
     reference = llama_2(sentencepiece_path, legacy=True)
     (path / "tokenizer.json").write_text(reference.to_str())
     assert legacy != new
-    text = next(text for text in NASTY_TEXTS if text.startswith(" "))
+    text = next(text for text in HARD_TEXTS if text.startswith(" "))
     theirs = reference.encode(text, add_special_tokens=False).ids
     with pytest.raises(UnsupportedModelError) as caught:
         tokenizer_check.check_json(path / "tokenizer.json", metadata, None)
@@ -292,7 +292,7 @@ def test_truncation_and_padding_are_not_of_the_text(tmp_path: Path) -> None:
     path = write_files(tmp_path / "c", {"tokenizer.json": file})
     tokenizer = read_files(path)
     reference: Any = PreTrainedTokenizerFast.from_pretrained(path)
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text, parse_special=True) == reference(text)["input_ids"]
     assert tokenizer.special_tokens["!"] == 0
     tokenizer.close()

@@ -10,13 +10,13 @@ import sentencepiece
 from gguf.vocab import SentencePieceVocab
 
 from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.sentencepiece_model import SentencePieceModel
 from slimoe.converter.source.tokenizer.tokenizer_json import TokenizerJson
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
 from tests.conftest import train_sentencepiece
-from tests.models.nasty_texts import NASTY_TEXTS
 from tests.models.tokenizer_files import GPT_4, byte_level, llama_2, split_by
 
 
@@ -31,7 +31,7 @@ def test_the_sentencepiece_reader_sees_what_sentencepiece_sees(tmp_path: Path, s
 
 @pytest.mark.parametrize(("kind", "rule"), [("unigram", "identity"), ("bpe", "nmt_nfkc")])
 def test_sentencepiece_models_that_a_gguf_cannot_express(tmp_path: Path, kind: str, rule: str) -> None:
-    texts = iter([f"{word} {n}" for n in range(300) for word in NASTY_TEXTS[2:4]])
+    texts = iter([f"{word} {n}" for n in range(300) for word in HARD_TEXTS[2:4]])
     prefix = str(tmp_path / "m")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=texts,
@@ -61,7 +61,7 @@ def converted(source: Path, checkpoint: Path, reference: Any, settings: dict[str
 def test_llama_2s_tokenizer_json(tmp_path: Path, moe_checkpoint: Path, sentencepiece_path: Path, legacy: bool) -> None:
     reference = llama_2(sentencepiece_path, legacy=legacy)
     tokenizer = converted(tmp_path / "c", moe_checkpoint, reference, {"bos_token": "<s>", "eos_token": "</s>"})
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text, parse_special=True) == reference.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, parse_special=True, add_bos=True) == reference.encode(text).ids
     assert tokenizer.add_bos
@@ -74,7 +74,7 @@ def test_llama_3s_tokenizer_json(tmp_path: Path, moe_checkpoint: Path) -> None:
     reference = byte_level(split=split_by(GPT_4), ignore_merges=True)
     settings = {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>"}
     tokenizer = converted(tmp_path / "c", moe_checkpoint, reference, settings)
-    for text in NASTY_TEXTS:
+    for text in HARD_TEXTS:
         assert tokenizer.encode(text) == reference.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     ids = reference.token_to_id
