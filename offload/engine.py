@@ -12,6 +12,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel
+from slimoe.offload.open_tiers import Tiers
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
@@ -200,6 +201,11 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers by name, empty when everything is resident."""
         return self._model.counters()
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """The memory that holds experts in slots; None when all are resident."""
+        return self._model.tiers
 
     @property
     def device_experts(self) -> tuple[DeviceExperts, ...]:

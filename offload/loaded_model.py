@@ -41,7 +41,7 @@ class LoadedModel:
 
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Progress) -> None:
         self._plan = plan
-        self._tiers: Tiers | None = None
+        self.tiers: Tiers | None = None
         with ExitStack() as opened:
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
             counter = _Counter(plan, on_progress)
@@ -53,8 +53,8 @@ class LoadedModel:
                 self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch)
                 opened.callback(self.runner.close)
             else:
-                self._tiers = open_tiers(config, plan, self.backend, rows, opened, counter)
-                self.runner = self._tiers.runner
+                self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter)
+                self.runner = self.tiers.runner
             self._opened = opened.pop_all()
 
     def _token_rows(self, opened: ExitStack) -> TokenRows | None:
@@ -82,24 +82,24 @@ class LoadedModel:
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier, as planned and allocated, and the process's peak."""
-        held = self._plan.host_bytes if self._tiers is None else self._tiers.memory()
+        held = self._plan.host_bytes if self.tiers is None else self.tiers.memory()
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
 
     def check_files(self) -> None:
         """Raises FileChangedError when a file that is still read from was written to; mapped ones are not looked at."""
         if self._rows is not None:
             self._rows.check_file()
-        if self._tiers is not None and self._tiers.reader is not None:
-            self._tiers.reader.check_files()
+        if self.tiers is not None and self.tiers.reader is not None:
+            self.tiers.reader.check_files()
 
     def counters(self) -> dict[str, float]:
         """Running totals by name, empty when everything is resident: picks, bytes and seconds of the tiers."""
-        return {} if self._tiers is None else self._tiers.counters()
+        return {} if self.tiers is None else self.tiers.counters()
 
     @property
     def device_experts(self) -> tuple[DeviceExperts, ...]:
         """The slots of each device that has some."""
-        devices = () if self._tiers is None else self._tiers.devices
+        devices = () if self.tiers is None else self.tiers.devices
         return tuple(experts for _, experts in devices if experts is not None)
 
     def close(self) -> None:

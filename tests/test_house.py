@@ -74,6 +74,8 @@ MIN_LINES_OF_LONELY_FILES = 60
 ROOMS_WITHOUT_FRAGMENTS = ("server", "bench", "converter")
 REASON = "Apart: "
 """A shorter file with a single importer says behind this word, in its first line, why it is a file of its own."""
+REACHING_IN = {"converter", "offload"}
+"""Folders of tests that reach private names of the code as well."""
 MOST_CALLED_ONCE = 0.23
 """Largest share of private functions that are mentioned once in all functions. It may only fall: 0.12 is wanted."""
 
@@ -249,3 +251,21 @@ def test_serving_does_not_load_the_converters_libraries() -> None:
     loaded = set(done.stdout.split())
     assert {"aiohttp", "numpy", "slimoe.offload"} <= loaded
     assert loaded.isdisjoint({"torch", "transformers", "safetensors", "slimoe.converter"})
+
+
+def test_tests_reach_no_private_name() -> None:
+    """Neither by import, nor as an attribute of anything but themselves, nor by patching."""
+    wrong = []
+    for path in sources("tests"):
+        if path.relative_to(ROOT / "tests").parts[0] in REACHING_IN:
+            continue
+        for node in ast.walk(tree(path)):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                names = [node.attr]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+                names = [str(one.value).rpartition(".")[2] for one in node.args if isinstance(one, ast.Constant)]
+            wrong += [(named(path), name) for name in names if re.match("_[^_]", name)]
+    assert wrong == []

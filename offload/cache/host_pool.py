@@ -135,6 +135,11 @@ class Arena:
         return sum(pool.n_bytes for pool in self._pools.values())
 
     @property
+    def keys(self) -> list[Key]:
+        """The experts that have a slot, whose reads may still be under way."""
+        return [key for pool in self._pools.values() for key in pool.cache]
+
+    @property
     def n_free_to_pin(self) -> int:
         """So many experts can be pinned at once, whatever their class, beside those that are held."""
         return min(self._tight, default=self._n_slots) - len(self._held)

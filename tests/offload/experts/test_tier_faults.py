@@ -103,7 +103,7 @@ def assert_nothing_is_held(engine: Engine) -> None:
     assert engine.is_idle
     cells = engine._cells
     assert cells.n_unused == cells.n_cells - engine.n_past
-    tiers = engine._model._tiers
+    tiers = engine.tiers
     assert tiers is not None
     assert tiers.arena is not None
     for pool in tiers.arena._pools.values():

@@ -272,7 +272,7 @@ def test_every_pick_is_computed_once_with_ids_that_no_backend_minds(
     with closing(tiered_engine(config(model), share)) as engine:
         n_layer = engine.spec.n_layer
         assert np.isfinite(conversation(engine)).all()
-        zeros = engine._model._tiers.runner._parts[0].site.exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
+        zeros = engine.tiers.runner._parts[0].site.exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
         assert not zeros.any()
     assert stops.n_stops == n_layer * 14
     assert watched.n_seen > 0

@@ -102,7 +102,7 @@ def test_priors_of_the_file_count(tmp_path: Path) -> None:
 
 
 def on_devices(engine: Engine) -> Sequence[int]:
-    tiers = engine._model._tiers
+    tiers = engine.tiers
     assert tiers is not None
     return [24 if experts is None else len(set(experts)) for _, experts in tiers.devices]
 

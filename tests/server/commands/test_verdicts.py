@@ -106,13 +106,12 @@ def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None
         assert plan.shortfall is None, ram
         with closing(Engine.open(case, machine=MACHINE)) as engine:
             assert lies(engine.plan) == lies(plan)
-            memory, tiers = engine.memory(), engine._model._tiers
+            memory, tiers = engine.memory(), engine.tiers
             if plan.tiers is not None:
                 assert tiers is not None
                 assert tiers.arena is not None
                 assert memory["arena"] == plan.tiers.arena
-                held = [key for pool in tiers.arena._pools.values() for key in pool.cache]
-                assert len(held) == plan.tiers.n_resident
+                assert len(tiers.arena.keys) == plan.tiers.n_resident
             assert memory["compute"] <= (plan.tiers or plan.placement).compute
 
 
