@@ -7,6 +7,7 @@ import click
 import pytest
 
 from slimoe.server.cli import COMMANDS, cli
+from tests.test_house import FLOORS, floor
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -99,3 +100,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
             r"(?:^|\s)((?:server|offload|converter|bench|tests|docs|scripts)/[\w./]*)(?=\s|$)", line
         ):
             assert "NAME" in name or (ROOT / name).exists(), line
+
+
+@pytest.mark.parametrize("room", ["server", "converter", "offload"])
+def test_the_floors_that_are_told_are_those_that_are_held(room: str) -> None:
+    told = re.search(rf"^{room} +(.+ > .+)$", text(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    assert told is not None
+    floors = [{floor(room, name) for name in names.split(", ")} for names in told[1].split(" > ")]
+    numbers = [number for found in floors for number in found]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert max(numbers) <= len(FLOORS[room])
