@@ -28,7 +28,7 @@ from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
-from slimoe.converter.budget.compress import plan_slim, target_bytes
+from slimoe.converter.budget.compress import plan_compression, target_bytes
 from slimoe.converter.forward.texts import CalibrationText, TextFile
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import plan_bytes
@@ -43,7 +43,7 @@ from slimoe.converter.stats.imatrix_file import imatrix_of
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics
-from slimoe.converter.write.writer import chosen_fit, slim
+from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder
@@ -94,10 +94,12 @@ class Lab:
 
     def ours(self, recipe: Recipe) -> Row:
         """The file of a recipe; its bytes never exceed the budget."""
-        plan = plan_slim(self.source, self.statistics, recipe, n_threads=self.n_threads)
+        plan = plan_compression(self.source, self.statistics, recipe, n_threads=self.n_threads)
         path = self.directory / "ours.gguf"
-        fit = chosen_fit(self.source, plan, self.statistics, self.n_threads)
-        slim(self.source, plan, path, self.statistics, fit=fit, n_threads=self.n_threads, force=True)
+        quantiser = chosen_quantiser(self.source, plan, self.statistics, self.n_threads)
+        write_planned(
+            self.source, plan, path, self.statistics, quantiser=quantiser, n_threads=self.n_threads, force=True
+        )
         budget = target_bytes(self.source, recipe)
         assert budget is None or path.stat().st_size <= budget
         return {"expected_kl": plan.expected_kl} | self.evaluated(path)
@@ -178,7 +180,7 @@ def _meeting(lab: Lab, budget: int, tried: list[Recipe]) -> Recipe | None:
     """The first recipe whose file is within the budget."""
     for recipe in tried:
         try:
-            plan = plan_slim(lab.source, lab.statistics, recipe, n_threads=lab.n_threads)
+            plan = plan_compression(lab.source, lab.statistics, recipe, n_threads=lab.n_threads)
         except (DoesNotFitError, UsageError):
             continue
         if plan_bytes(plan, lab.source, lab.statistics) <= budget:

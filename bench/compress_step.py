@@ -157,22 +157,22 @@ def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
 
 
 def compressing(job: CompressionJob, laps: Laps) -> dict[str, int]:
-    """Plans and writes; raises as `plan_slim` and `slim` do."""
-    from slimoe.converter.budget.compress import plan_slim
+    """Plans and writes; raises as `plan_compression` and `write_planned` do."""
+    from slimoe.converter.budget.compress import plan_compression
     from slimoe.converter.recipe.fields import SourceSizes
     from slimoe.converter.recipe.toml_file import parse_recipe
     from slimoe.converter.source.open_source import open_source
     from slimoe.converter.stats.statistics_file import load_statistics
-    from slimoe.converter.write.writer import chosen_fit, slim
+    from slimoe.converter.write.writer import chosen_quantiser, write_planned
 
     laps.now("plan")
     source = open_source(Path(job.source))
     statistics = load_statistics(Path(job.statistics), source)
     recipe = parse_recipe(job.recipe, SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff))
-    plan = plan_slim(source, statistics, recipe, n_threads=job.n_threads)
+    plan = plan_compression(source, statistics, recipe, n_threads=job.n_threads)
     laps.now("write")
-    fit = chosen_fit(source, plan, statistics, job.n_threads)
-    done = slim(source, plan, Path(job.target), statistics, fit=fit, n_threads=job.n_threads)
+    quantiser = chosen_quantiser(source, plan, statistics, job.n_threads)
+    done = write_planned(source, plan, Path(job.target), statistics, quantiser=quantiser, n_threads=job.n_threads)
     return done.bytes_by_type
 
 

@@ -19,7 +19,7 @@ from slimoe.converter.budget.named_types import (
 from slimoe.converter.budget.structure import Structure, build_structure
 from slimoe.converter.budget.types import TypeAllocator, apply, too_large
 from slimoe.converter.layout.layer import fitted_types
-from slimoe.converter.layout.plan import ExpertPlan, SlimPlan, Types
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, Types
 from slimoe.converter.quant.mixes import fits, fitting_type
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.recipe.toml_file import recipe_text
@@ -46,7 +46,7 @@ and parts left out alike: errors of layers go together, and tokens move to other
 """
 
 
-def plan_slim(
+def plan_compression(
     source: ModelSource,
     statistics: Statistics | None,
     recipe: Recipe,
@@ -55,7 +55,7 @@ def plan_slim(
     costs: TypeCosts | None = None,
     search_seconds: float = 0.0,
     on_progress: Progress = lambda _what, _done, _total: None,
-) -> SlimPlan:
+) -> CompressPlan:
     """What a recipe makes of a model. `costs` are measured if they are needed and not given. The types that meet a size
     are improved by measured divergence for `search_seconds`.
 
@@ -94,10 +94,10 @@ class _Job:
 
         return trimmed(source, statistics, structure, width, self.on_progress)
 
-    def open_plan(self, structure: Structure) -> SlimPlan:
+    def open_plan(self, structure: Structure) -> CompressPlan:
         """The plan before types are chosen."""
         is_known = self.statistics is not None
-        return SlimPlan(
+        return CompressPlan(
             self.recipe.format,
             structure.layers,
             Type.F32,
@@ -110,8 +110,8 @@ class _Job:
         )
 
     def with_named_types(
-        self, plan: SlimPlan, structure: Structure, costs: TypeCosts | None
-    ) -> tuple[SlimPlan, TypeCosts | None]:
+        self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None
+    ) -> tuple[CompressPlan, TypeCosts | None]:
         """The plan with the types that the recipe names, and what types cost, if that can be known."""
         plan = apply(plan, named_types(self.source, structure, self.recipe), self.source, self.statistics)
         low = self.recipe.types.low
@@ -120,7 +120,7 @@ class _Job:
         costs = costs or self._named_costs(whole)
         return priced(plan, costs), costs
 
-    def _named_costs(self, plan: SlimPlan) -> TypeCosts | None:
+    def _named_costs(self, plan: CompressPlan) -> TypeCosts | None:
         """What the types cost that a plan has; None without the sensitivities that say it."""
         statistics = self.statistics
         if statistics is None or any(layer.sensitivity is None for layer in statistics.layers):
@@ -132,8 +132,8 @@ class _Job:
         return statistics_costs(self.source, statistics, names, self.n_threads, self.on_progress)
 
     def with_best_types(
-        self, plan: SlimPlan, structure: Structure, costs: TypeCosts | None, budget: int, search_seconds: float
-    ) -> tuple[SlimPlan, TypeCosts]:
+        self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None, budget: int, search_seconds: float
+    ) -> tuple[CompressPlan, TypeCosts]:
         """The plan with the types that cost least within `budget` bytes, improved by search, and what types cost."""
         source, statistics = self.source, self.statistics
         if statistics is None:
@@ -158,7 +158,7 @@ class _Job:
             )
         return typed, known
 
-    def with_expectation(self, plan: SlimPlan) -> SlimPlan:
+    def with_expectation(self, plan: CompressPlan) -> CompressPlan:
         """The plan with the loss to expect, measured as `BEYOND` says, and what it does not cover."""
         if plan.expected_kl is None:
             return plan
@@ -167,7 +167,7 @@ class _Job:
         lacks = tuple(what for what, is_there in uncounted.items() if is_there)
         return replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + lacks)
 
-    def completed(self, plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
+    def completed(self, plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
         """The plan with second copies and hints."""
         source, statistics, recipe = self.source, self.statistics, self.recipe
         if recipe.types.low is not None:
@@ -183,7 +183,7 @@ class _Job:
         return replace(plan, layers=known) if len(known) == len(hinted) else plan
 
 
-def _both_copies(source: ModelSource, plan: SlimPlan, low: str) -> SlimPlan:
+def _both_copies(source: ModelSource, plan: CompressPlan, low: str) -> CompressPlan:
     """The plan with second copies; raises UsageError if there would be none."""
     whole = with_low_copies(source, plan, Type[low])
     if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
@@ -208,8 +208,8 @@ def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
 
 
 def _within(
-    budget: int, allocator: TypeAllocator, plan: SlimPlan, complete: Callable[[SlimPlan], SlimPlan]
-) -> tuple[SlimPlan, Allocation, int]:
+    budget: int, allocator: TypeAllocator, plan: CompressPlan, complete: Callable[[CompressPlan], CompressPlan]
+) -> tuple[CompressPlan, Allocation, int]:
     """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that.
 
     Raises DoesNotFitError with the bytes of the smallest one when it is complete.
@@ -259,7 +259,7 @@ def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:
     return recipe.target_size
 
 
-def with_low_copies(source: ModelSource, plan: SlimPlan, low: Type) -> SlimPlan:
+def with_low_copies(source: ModelSource, plan: CompressPlan, low: Type) -> CompressPlan:
     """The plan with second copies of all experts whose first ones are larger."""
 
     def with_copy(block: int, expert: ExpertPlan) -> ExpertPlan:

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.converter.budget.structure import ROLES, Structure
 from slimoe.converter.budget.types import Choices
 from slimoe.converter.layout.layer import matrix_width
-from slimoe.converter.layout.offsets import SlimLayout
-from slimoe.converter.layout.plan import SlimPlan, Types
+from slimoe.converter.layout.offsets import FileLayout
+from slimoe.converter.layout.plan import CompressPlan, Types
 from slimoe.converter.quant.mixes import find_recipe, fitting_type, layer_and_role
 from slimoe.converter.quant.quantize import needs_importance
 from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, typed
@@ -76,7 +76,7 @@ class NamedTypes:
             return default.type_of(name, self._n_layer, moe=True, tied=self.is_tied)
         return Type[named.expert] if named.expert is not None and role in _EXPERT_ROLES else None
 
-    def typed(self, layout: SlimLayout) -> tuple[TypedMatrix, ...]:
+    def typed(self, layout: FileLayout) -> tuple[TypedMatrix, ...]:
         """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""
         found = []
         for tensor in layout.tensors:
@@ -113,7 +113,7 @@ def _quantises(recipe: Recipe) -> bool:
     return any(kind not in LOSSLESS for kind in (*best, *low))
 
 
-def check_importance(plan: SlimPlan) -> None:
+def check_importance(plan: CompressPlan) -> None:
     """Raises UsageError for types that cannot be made without knowing which weights matter."""
     kinds = sorted(kind.name for kind in plan_kinds(plan) if needs_importance(kind))
     if kinds and not plan.importance:
@@ -121,7 +121,7 @@ def check_importance(plan: SlimPlan) -> None:
         raise UsageError(f"{problem} Give --stats, or use IQ3_S or larger.")
 
 
-def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
+def priced(plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
     """The plan with what its types cost, if that is known."""
     outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
     if not plan_kinds(plan) - set(LOSSLESS):
@@ -133,7 +133,7 @@ def priced(plan: SlimPlan, costs: TypeCosts | None) -> SlimPlan:
     return replace(plan, expected_kl=(plan.expected_kl or 0.0) + nats)
 
 
-def are_priced(plan: SlimPlan, costs: TypeCosts) -> bool:
+def are_priced(plan: CompressPlan, costs: TypeCosts) -> bool:
     """Whether it is known what each type of a plan costs the matrix that has it, second copies among them."""
     outer = {MatrixKey(_TOKENS): plan.token_type, MatrixKey(_OUTPUT): plan.output_type}
     seconds = [
@@ -147,7 +147,7 @@ def are_priced(plan: SlimPlan, costs: TypeCosts) -> bool:
     return all(kind in LOSSLESS or math.isfinite(costs.of(key, kind)) for key, kind in pairs)
 
 
-def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Iterator[tuple[MatrixKey, Type]]:
+def _plan_types(plan: CompressPlan, outer: Mapping[MatrixKey, Type | None]) -> Iterator[tuple[MatrixKey, Type]]:
     """The source's matrices that are kept, and their types; of merged experts all that read the mean."""
     yield from ((key, kind) for key, kind in outer.items() if kind is not None)
     for layer in plan.layers:
@@ -157,7 +157,7 @@ def _plan_types(plan: SlimPlan, outer: Mapping[MatrixKey, Type | None]) -> Itera
                 yield from ((expert_key(layer.block, name, member), kind) for member in expert.members)
 
 
-def plan_kinds(plan: SlimPlan) -> set[Type]:
+def plan_kinds(plan: CompressPlan) -> set[Type]:
     """All types of a plan."""
     experts = [expert for layer in plan.layers for expert in layer.experts]
     kinds = {kind for expert in experts for kind in (*expert.types, *(expert.low_types or ()))}

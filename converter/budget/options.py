@@ -30,7 +30,7 @@ ATTENTION = "attention"
 _TOKENS, _OUTPUT = MatrixKey("token_embd.weight"), MatrixKey("output.weight")
 
 
-class SlimParts:
+class OptionParts:
     """Parts and groups of the layers of one structure."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A plan's result as a model to read, before it is written: what a search judges candidates by."""
+"""A plan's result as a model to read, before it is written: what a search evaluates candidates by."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import lay_out
-from slimoe.converter.layout.plan import LayerPlan, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, SourceLayer
 from slimoe.converter.write.matrix import read_matrix
-from slimoe.converter.write.quantiser import Fit
+from slimoe.converter.write.quantiser import Quantiser
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
 
@@ -26,8 +26,8 @@ class FittedMatrices:
     `n_bytes` of them, the longest unused ones go first.
     """
 
-    def __init__(self, source: ModelSource, fit: Fit, n_bytes: int) -> None:
-        self._source, self._fit, self._room = source, fit, n_bytes
+    def __init__(self, source: ModelSource, quantiser: Quantiser, n_bytes: int) -> None:
+        self._source, self._quantiser, self._room = source, quantiser, n_bytes
         self._values: OrderedDict[_FittedKey, NDArray[np.float32]] = OrderedDict()
 
     def read(self, matrix: Matrix) -> NDArray[np.float32]:
@@ -39,7 +39,7 @@ class FittedMatrices:
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
-        blocks = self._fit.fit(matrix, read_matrix(self._source, matrix))
+        blocks = self._quantiser.quantise(matrix, read_matrix(self._source, matrix))
         values = self._values[key] = dequantize_rows(blocks, matrix.type, matrix.shape[1])
         self._room -= values.nbytes
         while self._room < 0 and len(self._values) > 1:
@@ -50,7 +50,7 @@ class FittedMatrices:
 class PlannedSource:
     """A ModelSource of what a plan would make; the best copies of experts are read."""
 
-    def __init__(self, source: ModelSource, plan: SlimPlan, fitted: FittedMatrices) -> None:
+    def __init__(self, source: ModelSource, plan: CompressPlan, fitted: FittedMatrices) -> None:
         layout = lay_out(source, plan)
         self._source, self._fitted, self._plan = source, fitted, plan
         self._matrices = {

@@ -1,4 +1,4 @@
-"""Puts the search to work on a plan: candidates are judged by what the model with them says of calibration texts."""
+"""Puts the search to work on a plan: candidates are evaluated by what the model with them says of calibration texts."""
 
 import random
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.search import Choice, Found, SearchSpec, search, start_choice
 from slimoe.converter.budget.types import TypeAllocator
 from slimoe.converter.forward.stream import Sequences, final_logits, run
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.write.quantiser import PlainFit
+from slimoe.converter.write.quantiser import PlainQuantiser
 
 _POOL_SEQUENCES = 64
 _ROWS_AT_ONCE = 512
@@ -22,7 +22,7 @@ _CACHE_BYTES = 1 << 32
 """Of values of matrices that were fitted to some type: more makes candidates of large models faster."""
 
 
-class _Judge:
+class _Evaluator:
     """Knows the source's answers to a pool of sequences, and compares a plan's with them."""
 
     def __init__(self, source: ModelSource, statistics: Statistics, cache_bytes: int, n_threads: int) -> None:
@@ -31,10 +31,10 @@ class _Judge:
         self._pool = statistics.tokens[::step]
         self._behind: dict[int, Tensor] = {}
         is_tied = MatrixKey("output.weight") not in source.shapes
-        fit = PlainFit(statistics, is_tied=is_tied, n_threads=n_threads)
-        self._fitted = FittedMatrices(source, fit, cache_bytes)
+        quantiser = PlainQuantiser(statistics, is_tied=is_tied, n_threads=n_threads)
+        self._fitted = FittedMatrices(source, quantiser, cache_bytes)
 
-    def divergence(self, plan: SlimPlan, n_tokens: int, seed: int) -> float:
+    def divergence(self, plan: CompressPlan, n_tokens: int, seed: int) -> float:
         """Mean KL divergence in nats over whole sequences that have about so many tokens."""
         chosen = self._drawn(n_tokens, seed)
         for number in chosen:
@@ -64,7 +64,7 @@ def refine(
     source: ModelSource,
     statistics: Statistics,
     allocator: TypeAllocator,
-    plan: SlimPlan,
+    plan: CompressPlan,
     allocation: Allocation,
     *,
     budget: int,
@@ -72,23 +72,23 @@ def refine(
     cache_bytes: int = _CACHE_BYTES,
     n_threads: int = 1,
     on_progress: Callable[[int, float], None] = lambda _generation, _divergence: None,
-) -> tuple[SlimPlan, Found]:
+) -> tuple[CompressPlan, Found]:
     """The best plan that was found in so many seconds, its file of at most `budget` bytes; never worse than `plan` on
     the tokens that the two were compared by. Parts of groups that were given up stay so.
 
     `plan` has open types, `allocation` is the allocator's. Raises what reading the model does.
     """
     parts = [part for part in allocator.parts if part.name in allocation.chosen]
-    judge = _Judge(source, statistics, cache_bytes, n_threads)
+    evaluator = _Evaluator(source, statistics, cache_bytes, n_threads)
 
-    def planned(choice: Choice) -> SlimPlan:
+    def planned(choice: Choice) -> CompressPlan:
         chosen = {part.name: part.options[number] for part, number in zip(parts, choice, strict=True)}
         return allocator.typed(plan, Allocation(chosen, allocation.given_up, allocation.cost_of_groups))
 
     def fitness(choice: Choice, n_tokens: int, seed: int) -> float:
         one = planned(choice)
         # Alignment is not among the parts' bytes.
-        return judge.divergence(one, n_tokens, seed) if allocator.size.of(one) <= budget else float("inf")
+        return evaluator.divergence(one, n_tokens, seed) if allocator.size.of(one) <= budget else float("inf")
 
     start = start_choice(parts, allocation)
     found = search(parts, start, allocation.n_bytes, fitness, seconds, SearchSpec(), on_progress)

@@ -1,6 +1,6 @@
 """Refines an allocation by measured divergence: small changes of the best plan so far, of which the best one stays.
 
-Source: EvoPress (arXiv 2410.14649), a (1 + n) evolution whose children are judged in stages, few tokens first, each
+Source: EvoPress (arXiv 2410.14649), a (1 + n) evolution whose children are evaluated in stages, few tokens first, each
 time fresh ones; the parent takes part in the last stage only. It starts here from the allocator's optimum, and a change
 moves bytes from some parts to others, within the budget.
 """
@@ -20,7 +20,7 @@ Fitness = Callable[[Choice, int, int], float]
 
 @dataclass(frozen=True, slots=True)
 class SearchSpec:
-    """`stages` are (children that survive, tokens that they are judged by); the last one also judges the parent."""
+    """`stages` are (children that survive, tokens that they are evaluated on); the last also evaluates the parent."""
 
     n_children: int = 16
     stages: tuple[tuple[int, int], ...] = ((4, 1024), (1, 4096))
@@ -51,7 +51,7 @@ def search(
     on_progress: Callable[[int, float], None] = lambda _generation, _best: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
-    """Searches for so long; every choice that is judged has at most `budget` bytes, or as few as the start has."""
+    """Searches for so long; every choice that is evaluated has at most `budget` bytes, or as few as the start has."""
     spec = spec or SearchSpec()
     rng = random.Random(spec.seed)
     budget = max(budget, choice_bytes(parts, start))

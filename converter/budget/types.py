@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.knapsack import Allocation, allocate, least_bytes
-from slimoe.converter.budget.options import ATTENTION, SlimParts
+from slimoe.converter.budget.options import ATTENTION, OptionParts
 from slimoe.converter.budget.structure import Structure, with_novices, without_ffn
 from slimoe.converter.layout.offsets import PlanSize
-from slimoe.converter.layout.plan import LayerPlan, SlimPlan, Types
+from slimoe.converter.layout.plan import CompressPlan, LayerPlan, Types
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
@@ -37,7 +37,7 @@ class Choices:
     without_attention: frozenset[int] = frozenset()
 
 
-def apply(plan: SlimPlan, choices: Choices, source: ModelSource, statistics: Statistics | None) -> SlimPlan:
+def apply(plan: CompressPlan, choices: Choices, source: ModelSource, statistics: Statistics | None) -> CompressPlan:
     """The plan with these types; experts without types become novices, layers that have nothing left disappear."""
     layers = []
     for index, layer in enumerate(plan.layers):
@@ -82,10 +82,10 @@ class TypeAllocator:
         self._source, self._statistics, self._recipe = source, statistics, recipe
         self._layers = structure.layers
         self.size = PlanSize(source, statistics)
-        parts = SlimParts(source, statistics, costs, recipe, structure.layers)
+        parts = OptionParts(source, statistics, costs, recipe, structure.layers)
         self.parts, self._groups = parts.parts(), parts.groups()
 
-    def fit(self, plan: SlimPlan, budget: int) -> tuple[SlimPlan, Allocation]:
+    def fit(self, plan: CompressPlan, budget: int) -> tuple[CompressPlan, Allocation]:
         """The plan with the types that cost least, its file of at most `budget` bytes, and what was allocated.
 
         Raises DoesNotFitError, which says the least that is possible.
@@ -96,7 +96,7 @@ class TypeAllocator:
             goal, step = goal - step, 2 * step
         return best
 
-    def _near(self, plan: SlimPlan, goal: int, budget: int) -> tuple[SlimPlan, Allocation] | None:
+    def _near(self, plan: CompressPlan, goal: int, budget: int) -> tuple[CompressPlan, Allocation] | None:
         """The best of some tries to come close to a file of `goal` bytes; None if all were larger."""
         room, best = goal, None
         for _ in range(_ROUNDS):
@@ -113,11 +113,13 @@ class TypeAllocator:
             room += goal - n_bytes
         return best
 
-    def smallest(self, plan: SlimPlan) -> SlimPlan:
+    def smallest(self, plan: CompressPlan) -> CompressPlan:
         """The plan with the fewest bytes."""
         return self.typed(plan, allocate(self.parts, least_bytes(self.parts, self._groups), self._groups))
 
-    def _least(self, error: DoesNotFitError, plan: SlimPlan, goal: int, budget: int) -> tuple[SlimPlan, Allocation]:
+    def _least(
+        self, error: DoesNotFitError, plan: CompressPlan, goal: int, budget: int
+    ) -> tuple[CompressPlan, Allocation]:
         """The smallest of all, if it fits."""
         assert error.required_bytes is not None
         found = allocate(self.parts, error.required_bytes, self._groups)
@@ -127,7 +129,7 @@ class TypeAllocator:
             return typed, found
         raise too_large(least, budget) from None
 
-    def typed(self, plan: SlimPlan, found: Allocation) -> SlimPlan:
+    def typed(self, plan: CompressPlan, found: Allocation) -> CompressPlan:
         """The plan with the types, novices and feed-forward parts of an allocation."""
         chosen = {name: option.choice for name, option in found.chosen.items()}
         experts: dict[tuple[int, int], Types | None] = {}

@@ -24,7 +24,7 @@ _SHORTEST = 16
 _CHARACTERS_PER_TOKEN = 32
 _EXCERPTS = 64
 _HELD_OUT = 0.1
-"""The share of our own mixture that is not calibrated on: the last lines of each file, for judging what was made."""
+"""The share of our own mixture that is not calibrated on: the last lines of each file, for evaluating what was made."""
 _OWN = Path(__file__).parents[1] / "texts"
 
 

@@ -1,4 +1,4 @@
-"""The tokens that a model is judged by: windows of texts, of which the later part is predicted."""
+"""The tokens that a model is evaluated on: windows of texts, of which the later part is predicted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, SlimPlan, Types
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.offload.errors import UnsupportedModelError
@@ -172,7 +172,7 @@ class LayerMatrices:
 _NATIVE = "Write the native format, which can."
 
 
-def check_plan(source: ModelSource, plan: SlimPlan) -> None:
+def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     """Raises UnsupportedModelError, which names the source's layer, for what the plan's format cannot hold.
 
     Of the stock format this is what llama.cpp refuses or misreads; of the native one, what leaves too little.
@@ -204,7 +204,7 @@ def _novices(layer: LayerPlan) -> range:
 class _Check:
     """What both formats ask of a layer."""
 
-    def __init__(self, source: ModelSource, plan: SlimPlan) -> None:
+    def __init__(self, source: ModelSource, plan: CompressPlan) -> None:
         self.source, self.plan = source, plan
 
     def layer(self, layer: LayerPlan) -> None:

@@ -11,7 +11,7 @@ from gguf.utility import size_label
 from slimoe.converter.gguf.header import ALIGNMENT_KEY
 from slimoe.converter.gguf.late_keys import room_for_late_keys
 from slimoe.converter.layout.layer import Matrix, layer_shape, native_layer
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
@@ -41,7 +41,7 @@ def carried_metadata(source: ModelSource) -> dict[str, Value]:
     return {key: value for key, value in lists.items() if value != []}
 
 
-def result_spec(source: ModelSource, plan: SlimPlan) -> ModelSpec:
+def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
     """Sizes of the result: the stock format's are those of the first layer, which all are alike."""
     shapes = tuple(layer_shape(source, layer) for layer in plan.layers)
     is_native = plan.format == "native"
@@ -57,7 +57,7 @@ def result_spec(source: ModelSource, plan: SlimPlan) -> ModelSpec:
 
 
 def own_metadata(
-    source: ModelSource, plan: SlimPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
+    source: ModelSource, plan: CompressPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
 ) -> dict[str, Value]:
     """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
     values: dict[str, Value] = room_for_late_keys(spec.architecture) | {

@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from slimoe.converter.gguf.header import HeaderTensor, alignment_of, header_bytes, pack_header, pack_keys, padded
 from slimoe.converter.layout.layer import LayerMatrices, Matrix, check_plan, source_matrix
 from slimoe.converter.layout.metadata import carried_metadata, merged_metadata, own_metadata, result_spec
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import fits, fitting_types
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
@@ -25,7 +25,7 @@ _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class SlimTensor:
+class FileTensor:
     """One tensor of the file, `n_bytes` from `offset` of the tensors' data on; `matrices` follow each other in it."""
 
     name: str
@@ -37,13 +37,13 @@ class SlimTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class SlimLayout:
+class FileLayout:
     """A whole file: its `header`, then the tensors; `n_bytes` altogether."""
 
     spec: ModelSpec
     metadata: dict[str, Value]
     header: bytes
-    tensors: tuple[SlimTensor, ...]
+    tensors: tuple[FileTensor, ...]
     n_bytes: int
 
     @property
@@ -55,7 +55,7 @@ class SlimLayout:
         return dict(counts.most_common())
 
 
-def lay_out(source: ModelSource, plan: SlimPlan, statistics: Statistics | None = None) -> SlimLayout:
+def lay_out(source: ModelSource, plan: CompressPlan, statistics: Statistics | None = None) -> FileLayout:
     """The file that a plan makes of a source. `statistics`, if the plan stems from some, are named in the file.
 
     Raises UnsupportedModelError, which names the layer, for what the format cannot hold or a type that does not divide
@@ -72,7 +72,7 @@ def lay_out(source: ModelSource, plan: SlimPlan, statistics: Statistics | None =
     tensors, n_data = _placed(matrices, alignment_of(metadata))
     header = pack_header(metadata, _entries(tensors))
     check_header(source.path, header, len(header) + n_data)
-    return SlimLayout(spec, metadata, header, tensors, len(header) + n_data)
+    return FileLayout(spec, metadata, header, tensors, len(header) + n_data)
 
 
 class PlanSize:
@@ -83,7 +83,7 @@ class PlanSize:
         self._carried = carried_metadata(source)
         self._n_carried: dict[frozenset[str], int] = {}
 
-    def of(self, plan: SlimPlan) -> int:
+    def of(self, plan: CompressPlan) -> int:
         """What `lay_out` says without laying out; raises UnsupportedModelError as it does."""
         check_plan(self._source, plan)
         matrices = list(_matrices(self._source, plan))
@@ -102,7 +102,7 @@ class PlanSize:
         return self._n_carried[without]
 
 
-def plan_bytes(plan: SlimPlan, source: ModelSource, statistics: Statistics | None = None) -> int:
+def plan_bytes(plan: CompressPlan, source: ModelSource, statistics: Statistics | None = None) -> int:
     """The exact size of the file that a plan makes, header included; `PlanSize` answers faster for many plans.
 
     Raises as `PlanSize.of` does.
@@ -117,7 +117,7 @@ def matrix_bytes(matrix: Matrix) -> int:
     return n_bytes
 
 
-def _matrices(source: ModelSource, plan: SlimPlan) -> Iterator[Matrix]:
+def _matrices(source: ModelSource, plan: CompressPlan) -> Iterator[Matrix]:
     """Everything of the file in its order, stacks slot after slot."""
     f32 = GGMLQuantizationType.F32
     yield source_matrix(source, MatrixKey(_TOKENS), _TOKENS, plan.token_type)
@@ -148,7 +148,7 @@ def _check_types(source: ModelSource, matrices: Sequence[Matrix]) -> None:
             )
 
 
-def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[SlimTensor, ...], int]:
+def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[FileTensor, ...], int]:
     """The tensors one after the other, and their bytes altogether, padding included."""
     stacks: dict[str, list[Matrix]] = {}
     for matrix in matrices:
@@ -160,7 +160,7 @@ def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[SlimTenso
             (first.shape, first.type, slot) for slot in range(len(parts))
         ]
         n_bytes = len(parts) * matrix_bytes(first)
-        tensors.append(SlimTensor(name, _ne(first, len(parts)), first.type, offset, n_bytes, tuple(parts)))
+        tensors.append(FileTensor(name, _ne(first, len(parts)), first.type, offset, n_bytes, tuple(parts)))
         offset += padded(n_bytes, alignment)
     return tuple(tensors), offset
 
@@ -172,5 +172,5 @@ def _ne(matrix: Matrix, n_slot: int) -> tuple[int, ...]:
     return (n_per_row, n_rows, n_slot) if matrix.key.expert >= 0 else (n_per_row, n_rows)
 
 
-def _entries(tensors: Sequence[SlimTensor]) -> list[HeaderTensor]:
+def _entries(tensors: Sequence[FileTensor]) -> list[HeaderTensor]:
     return [HeaderTensor(tensor.name, tensor.ne, tensor.type, tensor.offset) for tensor in tensors]

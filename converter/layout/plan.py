@@ -55,7 +55,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class SlimPlan:
+class CompressPlan:
     """A whole result. `recipe` is what was asked for, in words that can be asked for again (TOML).
 
     `importance`: types are fitted to what matrices read (needs statistics); `feedback`: errors of a block of columns

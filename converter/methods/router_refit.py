@@ -26,7 +26,7 @@ _DECAY, _SQUARE_DECAY = 0.9, 0.999
 @dataclass(frozen=True, slots=True)
 class RefitSpec:
     """Adam takes `n_step` steps of `n_batch` tokens, of `rate` times the rows' root mean square, falling to 0; every
-    `n_between` steps the rows are judged by the `held_out` share of the tokens.
+    `n_between` steps the rows are evaluated on the `held_out` share of the tokens.
     """
 
     n_step: int = 400
@@ -68,11 +68,11 @@ def refit(
     n_held = max(int(len(x) * spec.held_out), 1)
     held, train = order[:n_held], order[n_held:]
     start = torch.from_numpy(router.copy())
-    best, before = start, tokens.judge(start, held)
-    after, most = before, tokens.judge(start, train)
+    best, before = start, tokens.evaluate(start, held)
+    after, most = before, tokens.evaluate(start, train)
     for rows in _iterates(tokens, start, train, spec):
-        error = tokens.judge(rows, held)
-        if error < after and tokens.judge(rows, train) <= most:
+        error = tokens.evaluate(rows, held)
+        if error < after and tokens.evaluate(rows, train) <= most:
             best, after = rows, error
     return RefittedRouter(best.numpy(), before, after)
 
@@ -105,7 +105,7 @@ class _Tokens:
         router = router.detach().requires_grad_()
         return torch.autograd.grad(self.error(router, rows), router)[0]
 
-    def judge(self, router: Tensor, rows: Tensor) -> float:
+    def evaluate(self, router: Tensor, rows: Tensor) -> float:
         """The error of all of these tokens."""
         with torch.no_grad():
             return sum(float(self.error(router, part)) * len(part) / len(rows) for part in rows.split(_TOKENS_AT_ONCE))

@@ -49,7 +49,7 @@ class StorageRecipe:
 
 @dataclass(frozen=True, slots=True)
 class FitRecipe:
-    """How weights are fitted to their types; see `SlimPlan`. `refit` needs the calibration's tokens run once more."""
+    """How weights are fitted to their types; see `CompressPlan`. `refit` runs the calibration's tokens once more."""
 
     importance: bool = True
     feedback: bool = False

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
 
 
 @dataclass(frozen=True, slots=True)
-class Descent:
+class LayerMap:
     """`blocks` are the ancestor's, ascending, one for each block of the model; `rows` [block] those of its router."""
 
     blocks: tuple[int, ...]
@@ -22,12 +22,12 @@ class Descent:
         assert len(self.rows) == len(self.blocks)
 
 
-def planned_descent(plan: SlimPlan) -> Descent:
+def planned_layer_map(plan: CompressPlan) -> LayerMap:
     """What a plan says."""
-    return Descent(tuple(layer.block for layer in plan.layers), tuple(layer.rows for layer in plan.layers))
+    return LayerMap(tuple(layer.block for layer in plan.layers), tuple(layer.rows for layer in plan.layers))
 
 
-def likely_descent(model: ModelSource, ancestor: ModelSource) -> Descent | None:
+def likely_layer_map(model: ModelSource, ancestor: ModelSource) -> LayerMap | None:
     """Block by block where there are equally many of both or the model says which it has of this ancestor, else None.
 
     Row by row where there are equally many; otherwise they are unknown, and empty.
@@ -39,7 +39,7 @@ def likely_descent(model: ModelSource, ancestor: ModelSource) -> Descent | None:
         (len(one.target), len(ancestor.layers[block].target)) for one, block in zip(model.layers, blocks, strict=True)
     ]
     rows = tuple(tuple(range(n_row)) if n_row == n_old else () for n_row, n_old in counts)
-    return Descent(blocks, rows)
+    return LayerMap(blocks, rows)
 
 
 def _blocks(model: ModelSource, ancestor: ModelSource) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.quant.mixes import layer_and_role
-from slimoe.converter.report.alignment import Descent
+from slimoe.converter.report.alignment import LayerMap
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.model.spec import ModelSpec
@@ -55,18 +55,20 @@ class BlockFacts:
 PARTS = ("attention", "experts", "second copies", "other")
 
 
-def block_facts(path: Path, source: ModelSource, descent: Descent | None) -> tuple[BlockFacts, ...]:
-    """Of every block of `source`; without `descent` of every layer of the file. Raises ModelFileError."""
+def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> tuple[BlockFacts, ...]:
+    """Of every block of `source`; without `layer_map` of every layer of the file. Raises ModelFileError."""
     gguf = read_gguf(path)
     spec = ModelSpec.from_gguf(gguf)
     layers = model_sources(gguf, spec).layers
-    blocks = range(len(source.layers)) if descent else range(len(layers))
-    numbers = descent.blocks if descent else tuple(blocks)
+    blocks = range(len(source.layers)) if layer_map else range(len(layers))
+    numbers = layer_map.blocks if layer_map else tuple(blocks)
     found = {}
     for layer, (block, parts) in enumerate(zip(numbers, layers, strict=True)):
-        rows = descent.rows[layer] if descent else ()
+        rows = layer_map.rows[layer] if layer_map else ()
         n_row = len(source.layers[block].target)
-        facts = _rows(parts, rows, n_row) if rows else (RowFacts(),) * (n_row if descent and not parts.ffn_norm else 0)
+        facts = (
+            _rows(parts, rows, n_row) if rows else (RowFacts(),) * (n_row if layer_map and not parts.ffn_norm else 0)
+        )
         found[block] = BlockFacts(block, layer, facts, _attention(gguf, layer), _bytes(gguf, layer, parts))
     gone = dict.fromkeys(PARTS, 0)
     return tuple(
@@ -99,14 +101,14 @@ def _expert(stored: int, copies: list[Stacks]) -> RowFacts:
     return RowFacts(stored, False, best, low[0] if low else (), copies[0][-1].ne[0])
 
 
-def reported_descent(blocks: Sequence[BlockFacts]) -> Descent | None:
+def reported_layer_map(blocks: Sequence[BlockFacts]) -> LayerMap | None:
     """Which blocks and rows of their source a report's file has; None where it does not say."""
     kept = sorted((facts for facts in blocks if facts.layer is not None), key=lambda facts: facts.layer or 0)
     numbers = tuple(facts.block for facts in kept)
     if list(numbers) != sorted(set(numbers)):
         return None
     rows = (tuple(n for n, row in enumerate(facts.rows) if row.stored is not None or row.is_novice) for facts in kept)
-    return Descent(numbers, tuple(rows))
+    return LayerMap(numbers, tuple(rows))
 
 
 def _attention(gguf: GGUFFile, layer: int) -> dict[str, str]:

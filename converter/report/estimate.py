@@ -1,4 +1,4 @@
-"""What judging a file will take, by kind of work, from the speed of the source's first block on some of the text."""
+"""What evaluating a file will take, by kind of work, from the speed of the source's first block on some of the text."""
 
 import time
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""The texts that a slimmed model is judged by: files given, or what calibration leaves out of our mixture."""
+"""The texts that a compressed model is evaluated on: files given, or what calibration leaves out of our mixture."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
 
-JUDGED_TOKENS = 16384
+EVAL_TOKENS = 16384
 _SPAN = 16
 """So many tokens in a row that calibration saw too are no chance."""
 _CHARACTERS_PER_TOKEN = 32
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedText:
-    """Windows to judge by. `is_own`: they are the mixture's, not a person's choice. `seen` is the share of their
+class EvalText:
+    """Windows to evaluate on. `is_own`: they are the mixture's, not a person's choice. `seen` is the share of their
     stretches of 16 tokens that occur in the calibration's texts, None where these are unknown.
     """
 
@@ -28,13 +28,13 @@ class JudgedText:
     seen: float | None
 
 
-def read_judged(
+def read_eval_text(
     files: Sequence[TextFile],
     encoder: TextEncoder,
     n_ctx_train: int,
     statistics: Statistics | None = None,
-    n_tokens: int = JUDGED_TOKENS,
-) -> JudgedText:
+    n_tokens: int = EVAL_TOKENS,
+) -> EvalText:
     """At most about `n_tokens` tokens, evenly from all domains of `files`, or of our own mixture without any.
 
     Raises UsageError for files that cannot be read or are too short.
@@ -47,11 +47,11 @@ def read_judged(
     if not any(texts.values()):
         names = ", ".join(str(file.path) for file in chosen)
         raise UsageError(f"There is no text to judge by in {names}. Give longer ones.")
-    windows = judged_windows(texts, n_ctx_train, n_tokens)
-    return JudgedText(windows, not files, None if statistics is None else seen_share(windows, statistics))
+    windows = eval_windows(texts, n_ctx_train, n_tokens)
+    return EvalText(windows, not files, None if statistics is None else seen_share(windows, statistics))
 
 
-def judged_windows(texts: dict[str, list[int]], n_ctx_train: int, n_tokens: int = JUDGED_TOKENS) -> Windows:
+def eval_windows(texts: dict[str, list[int]], n_ctx_train: int, n_tokens: int = EVAL_TOKENS) -> Windows:
     """Windows of tokens by domain, as many of each."""
     length = min(DEFAULT_LENGTH, n_ctx_train)
     return cut_windows(texts, length, max(1, n_tokens // (length * len(texts))))

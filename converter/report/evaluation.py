@@ -1,6 +1,7 @@
-"""Judges any model by another, the reference: both predict the same texts, block by block, so neither is in memory.
+"""Evaluates any model against another, the reference: both predict the same texts, block by block, so that
+neither is in memory.
 
-Weights are judged, in float32: what a backend's kernels round on top is not seen here.
+Weights are compared, in float32: what a backend's kernels round on top is not seen here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from slimoe.converter.forward.block import Head, Routing, read_head
 from slimoe.converter.forward.layer_states import Progress
 from slimoe.converter.forward.stream import HiddenStates, Observer, Stream
 from slimoe.converter.forward.windows import Windows, cut_windows
-from slimoe.converter.report.alignment import Descent, likely_descent
+from slimoe.converter.report.alignment import LayerMap, likely_layer_map
 from slimoe.converter.report.quality import Comparison, Floats, Quality, TokenScores, summarise
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.errors import BadLogitsError, UsageError
@@ -80,26 +81,26 @@ class Reference:
     def compare(
         self,
         model: ModelSource,
-        descent: Descent | None = None,
+        layer_map: LayerMap | None = None,
         on_progress: Progress = lambda _done, _total: None,
     ) -> Comparison:
-        """The model beside the reference. Without `descent` it is `likely_descent`'s.
+        """The model beside the reference. Without `layer_map` it is `likely_layer_map`'s.
 
         Raises UsageError for a model of other sizes, ModelFileError, and BadLogitsError for one without numbers.
         """
         check_alike(model, self.source)
-        descent = descent or likely_descent(model, self.source)
+        layer_map = layer_map or likely_layer_map(model, self.source)
         picks = _Picks(self.windows.sequences.n_rows)
         stream = Stream(model, self.windows.sequences, self.device, self.directory)
         try:
-            errors = self._pass(stream, picks, descent, on_progress)
+            errors = self._pass(stream, picks, layer_map, on_progress)
             last = stream.h[self._rows]
         finally:
             stream.close()
         head = read_head(model, self.device)
         scores = token_scores(head, last, self.windows.targets)
         divergence = divergences(read_head(self.source, self.device), self._last.rows, head, last)
-        flips, n_vocab = self._flips(picks, descent), self.source.spec.n_vocab
+        flips, n_vocab = self._flips(picks, layer_map), self.source.spec.n_vocab
         return Comparison(self.windows, self.scores, scores, divergence, flips, errors, n_vocab)
 
     def close(self) -> None:
@@ -108,20 +109,20 @@ class Reference:
             states.close()
 
     def _pass(
-        self, stream: Stream, picks: _Picks, descent: Descent | None, on_progress: Progress
+        self, stream: Stream, picks: _Picks, layer_map: LayerMap | None, on_progress: Progress
     ) -> tuple[float | None, ...]:
         """Moves a model's stream behind its last block; the errors behind each of the reference's."""
         n_layer = len(stream.source.layers)
-        assert descent is None or len(descent.blocks) == n_layer
+        assert layer_map is None or len(layer_map.blocks) == n_layer
         stream.embed()
         layers = iter(range(n_layer))
         errors: list[float | None] = []
         for block in range(len(self.source.layers)):
-            if descent is not None and block in descent.blocks:
+            if layer_map is not None and block in layer_map.blocks:
                 layer = next(layers)
                 stream.pass_layer(layer, picks)
                 on_progress(layer + 1, n_layer)
-            errors.append(None if descent is None else self._error(block, stream.h))
+            errors.append(None if layer_map is None else self._error(block, stream.h))
         for layer in layers:
             stream.pass_layer(layer, picks)
             on_progress(layer + 1, n_layer)
@@ -132,11 +133,11 @@ class Reference:
         off = (h[self._traced].double() - expected).square().sum(-1)
         return float((off / expected.square().sum(-1).clamp(min=1e-30)).mean().sqrt())
 
-    def _flips(self, picks: _Picks, descent: Descent | None) -> tuple[float | None, ...]:
+    def _flips(self, picks: _Picks, layer_map: LayerMap | None) -> tuple[float | None, ...]:
         flips: list[float | None] = [None] * len(self.source.layers)
         for layer, found in picks.by_layer.items():
-            block = descent.blocks[layer] if descent is not None else -1
-            rows = descent.rows[layer] if descent is not None else ()
+            block = layer_map.blocks[layer] if layer_map is not None else -1
+            rows = layer_map.rows[layer] if layer_map is not None else ()
             if rows and block in self._picks.by_layer:
                 flips[block] = flip_rate(self._picks.by_layer[block], torch.tensor(rows)[found.long()])
         return tuple(flips)
@@ -147,7 +148,7 @@ def evaluate(
     reference: ModelSource,
     texts: Mapping[str, Sequence[int]],
     *,
-    descent: Descent | None = None,
+    layer_map: LayerMap | None = None,
     length: int = 512,
     device: str = "cpu",
     directory: Path | None = None,
@@ -158,7 +159,7 @@ def evaluate(
     """
     answers = Reference(reference, cut_windows(texts, length), device=device, directory=directory)
     try:
-        return summarise(answers.compare(model, descent))
+        return summarise(answers.compare(model, layer_map))
     finally:
         answers.close()
 

@@ -8,7 +8,7 @@ from slimoe.converter.forward.block import read_head
 from slimoe.converter.forward.layer_states import LayerStates, Progress, fill_states
 from slimoe.converter.forward.stream import Observer, Stream
 from slimoe.converter.forward.windows import Windows
-from slimoe.converter.report.alignment import Descent, likely_descent
+from slimoe.converter.report.alignment import LayerMap, likely_layer_map
 from slimoe.converter.report.evaluation import check_alike, divergences
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.errors import UsageError
@@ -19,7 +19,7 @@ def divergence_by_block(
     reference: ModelSource,
     windows: Windows,
     *,
-    descent: Descent | None = None,
+    layer_map: LayerMap | None = None,
     device: str = "cpu",
     directory: Path | None = None,
     on_progress: Progress = lambda _done, _total: None,
@@ -31,8 +31,8 @@ def divergence_by_block(
     from nobody knows where or that has other sizes, and ModelFileError.
     """
     check_alike(model, reference)
-    descent = descent or likely_descent(model, reference)
-    if descent is None:
+    layer_map = layer_map or likely_layer_map(model, reference)
+    if layer_map is None:
         raise UsageError(f"{model.path} has fewer blocks than {reference.path}. Say which ones they are.")
     n_layer, sequences = reference.spec.n_layer, windows.sequences
     with LayerStates(reference, sequences.n_rows, directory) as states:
@@ -44,8 +44,8 @@ def divergence_by_block(
         try:
             for block in range(n_layer):
                 other.h.copy_(states.before[block])
-                if block in descent.blocks:
-                    other.pass_layer(descent.blocks.index(block), Observer())
+                if block in layer_map.blocks:
+                    other.pass_layer(layer_map.blocks.index(block), Observer())
                 own.h.copy_(other.h)
                 for later in range(block + 1, n_layer):
                     own.pass_layer(later, Observer())

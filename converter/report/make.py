@@ -1,4 +1,4 @@
-"""The front door of reports: judges a written file, keeps its quality in the file, and writes all of it beside it."""
+"""The front door of reports: evaluates a written file, keeps its quality in the file, writes all of it beside it."""
 
 import json
 import os

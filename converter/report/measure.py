@@ -1,4 +1,4 @@
-"""Measures what a written file has lost: its own bytes are read back and judged, not the plan that they stem from."""
+"""Measures what a written file has lost: its own bytes are read back and evaluated, not the plan behind them."""
 
 import hashlib
 import math
@@ -14,9 +14,9 @@ import numpy as np
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.layout.offsets import lay_out
-from slimoe.converter.layout.plan import SlimPlan
-from slimoe.converter.report.alignment import likely_descent, planned_descent
-from slimoe.converter.report.block_facts import block_facts, reported_descent
+from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.report.alignment import likely_layer_map, planned_layer_map
+from slimoe.converter.report.block_facts import block_facts, reported_layer_map
 from slimoe.converter.report.cloze import Cloze, cloze, content_tokens
 from slimoe.converter.report.estimate import (
     BLOCKS,
@@ -28,12 +28,12 @@ from slimoe.converter.report.estimate import (
     ReportWork,
     estimate_seconds,
 )
-from slimoe.converter.report.eval_text import JudgedText
+from slimoe.converter.report.eval_text import EvalText
 from slimoe.converter.report.evaluation import TRACED_TOKENS, Reference
 from slimoe.converter.report.generation_check import Continue, check_generation, greedy
 from slimoe.converter.report.layer_swap import divergence_by_block
 from slimoe.converter.report.quality import Comparison, DomainQuality, summarise
-from slimoe.converter.report.report import Coverage, FileFacts, JudgedOn, Provenance, Report, Writing
+from slimoe.converter.report.report import Coverage, EvaluatedOn, FileFacts, Provenance, Report, Writing
 from slimoe.converter.report.yardstick import PlainPlan, Yardstick, make_yardstick, plain_neighbours, planned_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.inventory import take_inventory
@@ -59,8 +59,8 @@ _HASHED_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class ReportSettings:
-    """How to judge: a torch device; tokens for what each block's changes cost, and tokens that each text is continued
-    by, 0 for neither; beyond how many bytes streams lie on disk; threads that quantise plain models to compare with.
+    """How to evaluate: a torch device; tokens for what each block's changes cost, and tokens that continue each
+    text, 0 for neither; beyond how many bytes streams lie on disk; threads that quantise plain models to compare with.
     """
 
     device: str = "cpu"
@@ -114,10 +114,10 @@ class ReportMaker:
         self,
         source: ModelSource,
         target: Path,
-        judged: JudgedText,
+        judged: EvalText,
         *,
         statistics: Statistics | None = None,
-        plan: SlimPlan | None = None,
+        plan: CompressPlan | None = None,
         settings: ReportSettings = ReportSettings(),
         engines: Engines = Engines(),
         expected_lacks: Sequence[str] = (),
@@ -129,8 +129,8 @@ class ReportMaker:
         self.source, self.target, self.judged = source, target, judged
         self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
         self.model = gguf_source(target)
-        told = None if known is None else reported_descent(known.blocks)
-        self.descent = planned_descent(plan) if plan else told or likely_descent(self.model, source)
+        told = None if known is None else reported_layer_map(known.blocks)
+        self.layer_map = planned_layer_map(plan) if plan else told or likely_layer_map(self.model, source)
         self.plain = plain_neighbours(source, statistics, target.stat().st_size)
         gguf = read_gguf(target)
         self.metadata = gguf.metadata
@@ -145,7 +145,7 @@ class ReportMaker:
         return estimate_seconds(self.source, work, self.settings.device)
 
     def make(self, on_progress: Progress = lambda _what, _done, _total: None, directory: Path | None = None) -> Report:
-        """Judges; streams that are large lie in `directory`, if one is given.
+        """Evaluates; streams that are large lie in `directory`, if one is given.
 
         Raises ModelFileError, UsageError for a file of another model, and BadLogitsError.
         """
@@ -158,12 +158,12 @@ class ReportMaker:
         return Report(
             file=self._file(),
             provenance=self._provenance(),
-            judged=self._judged_on(),
+            judged=self._evaluated_on(),
             quality=summarise(compared),
             low_quality=low,
             expected_kl=self.plan.expected_kl if self.plan else self.known.expected_kl if self.known else None,
             expected_lacks=self.expected_lacks,
-            blocks=block_facts(self.target, self.source, self.descent),
+            blocks=block_facts(self.target, self.source, self.layer_map),
             block_kl=block_kl,
             probes=self._probes(compared),
             writing=writing,
@@ -187,11 +187,11 @@ class ReportMaker:
             on_progress=_named(on_progress, SOURCE),
         )
         try:
-            compared = reference.compare(self.model, self.descent, _named(on_progress, FILE))
+            compared = reference.compare(self.model, self.layer_map, _named(on_progress, FILE))
             low = None
             if self.n_copy > 1:
                 second = gguf_source(self.target, self.n_copy - 1)
-                low = summarise(reference.compare(second, self.descent, _named(on_progress, SECOND))).total
+                low = summarise(reference.compare(second, self.layer_map, _named(on_progress, SECOND))).total
             return compared, low, self._yardstick(reference, on_progress)
         finally:
             reference.close()
@@ -212,13 +212,13 @@ class ReportMaker:
 
     def _block_kl(self, directory: Path | None, on_progress: Progress) -> tuple[float, ...] | None:
         windows = block_windows(self.judged.windows, self.settings.n_block_tokens)
-        if windows is None or self.descent is None:
+        if windows is None or self.layer_map is None:
             return None
         return divergence_by_block(
             self.model,
             self.source,
             windows,
-            descent=self.descent,
+            layer_map=self.layer_map,
             device=self.settings.device,
             directory=directory,
             on_progress=_named(on_progress, BLOCKS),
@@ -297,10 +297,10 @@ class ReportMaker:
             versions={name: version(name) for name in _LIBRARIES},
         )
 
-    def _judged_on(self) -> JudgedOn:
+    def _evaluated_on(self) -> EvaluatedOn:
         windows = self.judged.windows
         tokens = windows.sequences.tokens
-        return JudgedOn(
+        return EvaluatedOn(
             hash=CalibrationText(tokens, windows.domains).hash,
             n_tokens=windows.sequences.n_rows,
             n_scored=windows.n_scored,

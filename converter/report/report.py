@@ -69,8 +69,8 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedOn:
-    """The texts of the figures: tokens run and scored, tokens of a window, and as in `JudgedText`."""
+class EvaluatedOn:
+    """The texts of the figures: tokens run and scored, tokens of a window, and as in `EvalText`."""
 
     hash: str
     n_tokens: int
@@ -90,7 +90,7 @@ class Report:
 
     file: FileFacts
     provenance: Provenance
-    judged: JudgedOn
+    judged: EvaluatedOn
     quality: Quality
     low_quality: DomainQuality | None
     expected_kl: float | None

@@ -1,7 +1,7 @@
 """What a slimmed file is to be better than: the same model whole, in plain types, at as many bytes.
 
 No plain type has exactly the file's bytes, so that the nearest ones on both sides are taken, and the divergence between
-them where its logarithm is linear in bytes. Small models are quantised and judged; of large ones statistics foretell.
+them where its logarithm is linear in bytes. Small models are quantised and evaluated; statistics foretell large ones.
 """
 
 import math
@@ -16,13 +16,13 @@ from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.structure import build_structure
 from slimoe.converter.budget.types import apply
 from slimoe.converter.layout.offsets import PlanSize
-from slimoe.converter.layout.plan import Format, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, Format
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import LOSSLESS, stored_costs
-from slimoe.converter.write.writer import chosen_fit
+from slimoe.converter.write.writer import chosen_quantiser
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.offload.model.spec import NATIVE
 
@@ -66,7 +66,7 @@ class PlainPlan:
     """A plain model before it is made."""
 
     type: str
-    plan: SlimPlan
+    plan: CompressPlan
     n_bytes: int
 
 
@@ -92,15 +92,15 @@ def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator
             continue  # its blocks divide no rows
 
 
-def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -> SlimPlan:
+def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -> CompressPlan:
     recipe = Recipe(types=StorageRecipe(expert=name), hints=False)
     structure = build_structure(source, None, recipe)
     form: Format = "native" if source.spec.architecture == NATIVE else "stock"
-    plan = SlimPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
+    plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
     return apply(plan, named_types(source, structure, recipe), source, None)
 
 
-def _with_cost(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
+def _with_cost(plan: CompressPlan, statistics: Statistics | None) -> CompressPlan:
     """The plan with what the statistics foretell: nothing is lost in types of 16 bits."""
     types = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
     costs = None if statistics is None else stored_costs(statistics, types)
@@ -110,16 +110,18 @@ def _with_cost(plan: SlimPlan, statistics: Statistics | None) -> SlimPlan:
     return replace(plan, expected_kl=kl)
 
 
-def planned_source(source: ModelSource, statistics: Statistics | None, plan: SlimPlan, n_threads: int) -> ModelSource:
+def planned_source(
+    source: ModelSource, statistics: Statistics | None, plan: CompressPlan, n_threads: int
+) -> ModelSource:
     """A plain model as one to read, quantised matrix by matrix; raises as fitting does."""
-    fit = chosen_fit(source, plan, statistics, n_threads)
-    return PlannedSource(source, plan, FittedMatrices(source, fit, _CACHE_BYTES))
+    quantiser = chosen_quantiser(source, plan, statistics, n_threads)
+    return PlannedSource(source, plan, FittedMatrices(source, quantiser, _CACHE_BYTES))
 
 
 def make_yardstick(
     plans: Sequence[PlainPlan], n_bytes: int, measure: Callable[[PlainPlan], float] | None
 ) -> Yardstick | None:
-    """The yardstick for a file of so many bytes; `measure` judges a plain model, None leaves it to what is foretold.
+    """The yardstick for a file of so many bytes; `measure` evaluates a plain model, None leaves it to what is foretold.
 
     None where no plain type can be had.
     """

@@ -27,7 +27,7 @@ from slimoe.converter.forward.block import (
 )
 from slimoe.converter.forward.stream import Sequences, picks_by_expert
 from slimoe.converter.layout.layer import Matrix
-from slimoe.converter.layout.plan import LayerPlan, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.router_refit import refit
 from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
@@ -36,7 +36,7 @@ from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
-from slimoe.converter.write.quantiser import PlainFit
+from slimoe.converter.write.quantiser import PlainQuantiser
 
 _ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
 EFFORT = Effort(sweeps=1, rescale=0, starts=1)
@@ -59,15 +59,15 @@ class _LayerState:
     router: Tensor | None = None
 
 
-class FeedbackFit:
-    """A `Fit` with error feedback, on at most `n_tokens` of the statistics' tokens; memory is 3 streams of them."""
+class FeedbackQuantiser:
+    """A `Quantiser` with error feedback on at most `n_tokens` of the statistics' tokens; holds 3 streams of them."""
 
     def __init__(
         self,
         source: ModelSource,
-        plan: SlimPlan,
+        plan: CompressPlan,
         statistics: Statistics,
-        plain: PlainFit,
+        plain: PlainQuantiser,
         n_tokens: int = 16384,
         n_threads: int = 1,
     ) -> None:
@@ -82,13 +82,13 @@ class FeedbackFit:
         """Forgets the layer before."""
         self._state = _LayerState(self._plan.layers[layer])
 
-    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Blocks of the matrix; raises as `PlainFit.fit` does."""
+    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Blocks of the matrix; raises as `PlainQuantiser.quantise` does."""
         if matrix.key.name.endswith("ffn_gate_inp.weight"):
             return self._fit_router(weights)
         hessian = self._hessian(matrix) if matrix.type in BITS and self._plan.feedback else None
         if hessian is None:
-            blocks = self._plain.fit(matrix, weights)
+            blocks = self._plain.quantise(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
             blocks, values = quantize_with_feedback(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.layout.offsets import SlimLayout
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.offsets import FileLayout
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.type_costs import LOSSLESS
@@ -20,7 +20,7 @@ _BYTES_PER_SECOND = 250e6
 """Of reading weights and writing what becomes of them, on a disk that is not slow."""
 
 
-def writing_seconds(source: ModelSource, plan: SlimPlan, layout: SlimLayout, n_threads: int) -> float:
+def writing_seconds(source: ModelSource, plan: CompressPlan, layout: FileLayout, n_threads: int) -> float:
     """Seconds in all; blocks that are copied cost their bytes only."""
     counts: Counter[Type] = Counter()
     n_bytes = layout.n_bytes

@@ -1,4 +1,4 @@
-"""How weights become blocks of their type: the part of slimming that a better method can take the place of."""
+"""How weights become blocks of their type: the part of compression that a better method can take the place of."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -16,7 +16,7 @@ from slimoe.offload.errors import UsageError
 _ROWS_AT_ONCE = 256
 
 
-class Fit(Protocol):
+class Quantiser(Protocol):
     """Is asked by one thread for one matrix after the other, in the order in which the model uses them.
 
     First the token table, then the result's layers: `begin_layer`, queries, keys, values, attention's output, each
@@ -28,7 +28,7 @@ class Fit(Protocol):
         """The result's layer `layer` begins; all before are complete."""
         ...
 
-    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Blocks of `matrix.type` for weights of `matrix.shape`; of F32 for a router, whose values may change.
 
         Raises BadWeightsError for weights that the type cannot express.
@@ -44,7 +44,7 @@ class Fit(Protocol):
         ...
 
 
-class PlainFit:
+class PlainQuantiser:
     """Every matrix by itself, with the importance of its columns where `statistics` are given."""
 
     def __init__(self, statistics: Statistics | None = None, *, is_tied: bool = False, n_threads: int = 1) -> None:
@@ -59,7 +59,7 @@ class PlainFit:
     def kept(self, matrix: Matrix) -> None:
         """Nothing depends on it."""
 
-    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Blocks of the matrix; raises UsageError for a type that needs importance where there is none."""
         importance = self.importance(matrix)
         if importance is None and needs_importance(matrix.type):

@@ -1,4 +1,4 @@
-"""Makes a slimmed file of a source and a plan: layer by layer, a matrix at a time, all of it or nothing."""
+"""Makes a compressed file of a source and a plan: layer by layer, a matrix at a time, all of it or nothing."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from slimoe.converter.gguf.writer import Piece, Progress, write_pieces
 from slimoe.converter.layout.layer import Matrix
-from slimoe.converter.layout.offsets import SlimLayout, lay_out, matrix_bytes
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.offsets import FileLayout, lay_out, matrix_bytes
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.plain.plan_pieces import copy_blocks
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import BadWeightsError
 from slimoe.converter.source.model_source import PROJECTIONS, Blocks, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import copy_rows, kept_rows, origin_of, read_matrix, stored_blocks
-from slimoe.converter.write.quantiser import Fit, PlainFit
+from slimoe.converter.write.quantiser import PlainQuantiser, Quantiser
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.whole_file import Destination
 
@@ -30,7 +30,7 @@ _COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class SlimReport:
+class WriteReport:
     """What was written: path and bytes, `n_copied` of them as they lie in the source, seconds, bytes by type."""
 
     path: Path
@@ -41,31 +41,31 @@ class SlimReport:
     bytes_by_type: dict[str, int]
 
 
-def slim(
+def write_planned(
     source: ModelSource,
-    plan: SlimPlan,
+    plan: CompressPlan,
     target: Path | Destination,
     statistics: Statistics | None = None,
     *,
-    fit: Fit | None = None,
+    quantiser: Quantiser | None = None,
     n_threads: int = 1,
     force: bool = False,
     on_progress: Progress = lambda _done, _total: None,
-) -> SlimReport:
-    """Writes what `plan` makes of `source`. `fit` turns weights into blocks, by default `PlainFit`.
+) -> WriteReport:
+    """Writes what `plan` makes of `source`. `quantiser` turns weights into blocks, by default `PlainQuantiser`.
 
-    Memory is two matrices in float32, what merging and `fit` need, and a few matrices in blocks. Matrices that the
-    source stores as blocks of their type are copied. Raises what `lay_out` and `write_pieces` do, ModelFileError for
-    weights that their type cannot express, and UsageError for a plan that needs statistics without them.
+    Memory is two matrices in float32, what merging and `quantiser` need, and a few matrices in blocks. Matrices that
+    the source stores as blocks of their type are copied. Raises what `lay_out` and `write_pieces` do, ModelFileError
+    for weights that their type cannot express, and UsageError for a plan that needs statistics without them.
     """
     begin = time.monotonic()
     if plan.importance and statistics is None:
         raise UsageError("The plan fits types to what matrices read, which is not known. Give statistics.")
     layout = lay_out(source, plan, statistics)
-    if fit is None:
+    if quantiser is None:
         known = statistics if plan.importance else None
-        fit = PlainFit(known, is_tied=plan.output_type is None, n_threads=n_threads)
-    pieces = SlimPieces(source, layout, fit)
+        quantiser = PlainQuantiser(known, is_tied=plan.output_type is None, n_threads=n_threads)
+    pieces = FilePieces(source, layout, quantiser)
     write_pieces(
         layout.header,
         pieces.all(),
@@ -77,37 +77,37 @@ def slim(
         on_progress=on_progress,
     )
     seconds, path = time.monotonic() - begin, target.target if isinstance(target, Destination) else target
-    return SlimReport(path, layout.n_bytes, pieces.n_copied, seconds, len(layout.tensors), layout.bytes_by_type)
+    return WriteReport(path, layout.n_bytes, pieces.n_copied, seconds, len(layout.tensors), layout.bytes_by_type)
 
 
-class SlimPieces:
-    """Draws a file's pieces from a source, strictly in the order that `Fit` promises. `n_copied` counts bytes."""
+class FilePieces:
+    """Draws a file's pieces from a source, strictly in the order that `Quantiser` promises. `n_copied` counts bytes."""
 
-    def __init__(self, source: ModelSource, layout: SlimLayout, fit: Fit) -> None:
+    def __init__(self, source: ModelSource, layout: FileLayout, quantiser: Quantiser) -> None:
         self.n_copied = 0
-        self._source, self._fit = source, fit
+        self._source, self._quantiser = source, quantiser
         begin = len(layout.header)
         self._offsets = {tensor.name: begin + tensor.offset for tensor in layout.tensors}
         self._matrices = [matrix for tensor in layout.tensors for matrix in tensor.matrices]
 
     def all(self) -> Iterator[Piece]:
-        """Every matrix, fitted when it is drawn; raises as `slim` does."""
+        """Every matrix, fitted when it is drawn; raises as `write_planned` does."""
         ordered = [sorted(group, key=_use) for _, group in groupby(self._matrices, _layer)]
         with_weights = self._read_ahead(matrix for group in ordered for matrix in group)
         for group in ordered:
             layer = _layer(group[0])
             if layer >= 0:
-                self._fit.begin_layer(layer)
+                self._quantiser.begin_layer(layer)
             for _ in group:
                 yield from self._pieces(*next(with_weights))
             if layer >= 0:
-                self._fit.end_layer(layer)
+                self._quantiser.end_layer(layer)
 
     def _pieces(self, matrix: Matrix, weights: NDArray[np.float32] | None) -> Iterator[Piece]:
         offset = self._offsets[matrix.tensor] + matrix.slot * matrix_bytes(matrix)
         if weights is None:
             if not matrix.is_constant:
-                self._fit.kept(matrix)
+                self._quantiser.kept(matrix)
             yield from self._copies(matrix, offset)
         elif matrix.is_constant:
             yield _piece(offset, weights.reshape(-1).view(np.uint8))
@@ -116,7 +116,7 @@ class SlimPieces:
 
     def _fitted(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         try:
-            blocks = self._fit.fit(matrix, weights)
+            blocks = self._quantiser.quantise(matrix, weights)
         except BadWeightsError as error:
             raise ModelFileError(self._source.path, f"tensor {origin_of(matrix) or matrix.key} {error}.") from None
         assert blocks.nbytes == matrix_bytes(matrix), matrix.key
@@ -160,15 +160,19 @@ def _layer(matrix: Matrix) -> int:
 
 
 def _use(matrix: Matrix) -> tuple[int, ...]:
-    """Sorts a layer's matrices into the order that `Fit` promises."""
+    """Sorts a layer's matrices into the order that `Quantiser` promises."""
     if matrix.key.expert >= 0:
         return 1, matrix.copy, matrix.key.expert, PROJECTIONS.index(matrix.projection)
     return (2,) if "ffn_gate_inp" in matrix.key.name else (0,)
 
 
-def chosen_fit(source: ModelSource, plan: SlimPlan, statistics: Statistics | None, n_threads: int) -> Fit:
-    """The fit that carries the plan out; raises UsageError for one that needs statistics without them."""
-    plain = PlainFit(statistics if plan.importance else None, is_tied=plan.output_type is None, n_threads=n_threads)
+def chosen_quantiser(
+    source: ModelSource, plan: CompressPlan, statistics: Statistics | None, n_threads: int
+) -> Quantiser:
+    """The quantiser that carries the plan out; raises UsageError for one that needs statistics without them."""
+    plain = PlainQuantiser(
+        statistics if plan.importance else None, is_tied=plan.output_type is None, n_threads=n_threads
+    )
     if not plan.feedback and not plan.refit:
         return plain
     if statistics is None:
@@ -176,6 +180,6 @@ def chosen_fit(source: ModelSource, plan: SlimPlan, statistics: Statistics | Non
             "Feedback and refitted routers need calibration tokens. Run slimoe calibrate, give --stats FILE."
         )
     # torch is heavy, and all other ways of converting do without.
-    from slimoe.converter.write.error_feedback import FeedbackFit
+    from slimoe.converter.write.error_feedback import FeedbackQuantiser
 
-    return FeedbackFit(source, plan, statistics, plain, n_threads=n_threads)
+    return FeedbackQuantiser(source, plan, statistics, plain, n_threads=n_threads)

@@ -14,7 +14,7 @@ from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.write.estimate import writing_seconds
-from slimoe.converter.write.writer import SlimReport, chosen_fit, slim
+from slimoe.converter.write.writer import WriteReport, chosen_quantiser, write_planned
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note
@@ -102,14 +102,14 @@ def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:
     click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
 
 
-def _write(work: CompressWork, target: Destination, n_threads: int, *, force: bool) -> SlimReport:
+def _write(work: CompressWork, target: Destination, n_threads: int, *, force: bool) -> WriteReport:
     with byte_bar(work.layout.n_bytes) as on_progress:
-        return slim(
+        return write_planned(
             work.source,
             work.plan,
             target,
             work.statistics,
-            fit=chosen_fit(work.source, work.plan, work.statistics, n_threads),
+            quantiser=chosen_quantiser(work.source, work.plan, work.statistics, n_threads),
             n_threads=n_threads,
             force=force,
             on_progress=on_progress,
@@ -127,7 +127,7 @@ def _evaluate(evaluator: Evaluator, work: CompressWork, destination: Destination
         raise
 
 
-def _written(target: Path, report: SlimReport | None) -> dict[str, Any]:
+def _written(target: Path, report: WriteReport | None) -> dict[str, Any]:
     if report is None:
         return {"path": str(target), "seconds": 0.0}
     return {

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimoe.converter.budget.compress import plan_slim
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.named_types import NamedTypes
-from slimoe.converter.layout.offsets import SlimLayout, lay_out
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.offsets import FileLayout, lay_out
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.unfit_types import TypedMatrix
 from slimoe.converter.recipe.check import needs_statistics
 from slimoe.converter.recipe.fields import SourceSizes
@@ -29,8 +29,8 @@ class CompressWork:
     source: ModelSource
     statistics: Statistics | None
     recipe: Recipe
-    plan: SlimPlan
-    layout: SlimLayout
+    plan: CompressPlan
+    layout: FileLayout
 
     @property
     def matrices(self) -> tuple[TypedMatrix, ...]:
@@ -52,7 +52,7 @@ def plan_work(model: Path, options: CompressOptions, n_threads: int) -> Compress
         )
     statistics = None if options.stats is None else load_statistics(options.stats, source)
     with step_bar() as on_progress:
-        plan = plan_slim(
+        plan = plan_compression(
             source,
             statistics,
             recipe,

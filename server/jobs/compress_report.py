@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from slimoe.converter.layout.offsets import SlimLayout
+from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
@@ -32,7 +32,7 @@ def bits_per_weight(work: CompressWork) -> float:
     return 8 * work.layout.n_bytes / sum(math.prod(shape) for shape in work.source.shapes.values())
 
 
-def layer_bytes(layout: SlimLayout) -> Counter[int]:
+def layer_bytes(layout: FileLayout) -> Counter[int]:
     """Tensor bytes by layer of the result, -1 for what belongs to none."""
     sizes: Counter[int] = Counter()
     for tensor in layout.tensors:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from slimoe.converter.forward.texts import TextFile
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.report.estimate import estimate_seconds
-from slimoe.converter.report.eval_text import JudgedText, read_judged
+from slimoe.converter.report.eval_text import EvalText, read_eval_text
 from slimoe.converter.report.generation_check import Continue
 from slimoe.converter.report.make import known_report, report_paths, write_report
 from slimoe.converter.report.markdown import unread_text, yardstick_text
@@ -50,7 +50,7 @@ class Evaluator:
         return sum(estimate_seconds(self.source, work, self.device).values())
 
     def report(
-        self, destination: Destination, plan: SlimPlan | None, *, lacks: Sequence[str] = (), record: bool = False
+        self, destination: Destination, plan: CompressPlan | None, *, lacks: Sequence[str] = (), record: bool = False
     ) -> Report:
         """Evaluates the file and writes the report beside it; raises as `write_report` does.
 
@@ -99,10 +99,10 @@ def report_summary(report: Report, target: Path) -> dict[str, Any]:
     }
 
 
-def _read(source: ModelSource, statistics: Statistics | None, options: EvalOptions) -> JudgedText:
+def _read(source: ModelSource, statistics: Statistics | None, options: EvalOptions) -> EvalText:
     files = tuple(map(TextFile.parse, options.texts))
     with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
-        return read_judged(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
+        return read_eval_text(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
 
 
 def engine_writer(model: Path, n_ctx_train: int, ends: Collection[int], n_threads: int | None = None) -> Continue:

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.forward.texts import CalibrationText
-from slimoe.converter.layout.plan import ExpertPlan, Format, LayerPlan, SlimPlan, Types
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, Format, LayerPlan, Types
 from slimoe.converter.quant.mixes import find_recipe
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
@@ -21,7 +21,7 @@ SMALL_ROWS = (Type.F32, Type.F16, Type.Q8_0)
 """Types that any row of 32 weights takes, the largest first."""
 
 
-def same_plan(source: ModelSource, type_name: str, form: Format = "stock") -> SlimPlan:
+def same_plan(source: ModelSource, type_name: str, form: Format = "stock") -> CompressPlan:
     """Everything is kept, in the types of a recipe."""
     recipe, tied = find_recipe(type_name), MatrixKey("output.weight") not in source.shapes
 
@@ -30,7 +30,7 @@ def same_plan(source: ModelSource, type_name: str, form: Format = "stock") -> Sl
 
     layers = tuple(_same_layer(source, layer, kind) for layer in range(source.spec.n_layer))
     output = None if tied else kind("output.weight")
-    return SlimPlan(form, layers, kind("token_embd.weight"), output, f"type = {type_name!r}")
+    return CompressPlan(form, layers, kind("token_embd.weight"), output, f"type = {type_name!r}")
 
 
 def _same_layer(source: ModelSource, layer: int, kind: Callable[[str], Type]) -> LayerPlan:
@@ -46,7 +46,7 @@ def _same_layer(source: ModelSource, layer: int, kind: Callable[[str], Type]) ->
     )
 
 
-def with_layers(plan: SlimPlan, layers: dict[int, LayerPlan]) -> SlimPlan:
+def with_layers(plan: CompressPlan, layers: dict[int, LayerPlan]) -> CompressPlan:
     """The plan with some layers replaced."""
     return replace(plan, layers=tuple(layers.get(n, layer) for n, layer in enumerate(plan.layers)))
 
@@ -58,7 +58,7 @@ class RandomPlans:
         self.source, self.types, self.multiple = source, types, multiple
         self.rng = np.random.default_rng(seed)
 
-    def draw(self) -> SlimPlan:
+    def draw(self) -> CompressPlan:
         blocks = self.rng.permutation(self.source.spec.n_layer)[: self.rng.integers(1, self.source.spec.n_layer + 1)]
         layers = [self._layer(int(block)) for block in sorted(blocks)]
         # A model has attention and experts somewhere.
@@ -66,7 +66,7 @@ class RandomPlans:
         if not any(layer.rows for layer in layers):
             layers[-1] = self._with_experts(layers[-1])
         tied = MatrixKey("output.weight") not in self.source.shapes
-        return SlimPlan("native", tuple(layers), self._type(), None if tied else self._type(), "random")
+        return CompressPlan("native", tuple(layers), self._type(), None if tied else self._type(), "random")
 
     def _type(self) -> Type:
         return self.types[int(self.rng.integers(len(self.types)))]

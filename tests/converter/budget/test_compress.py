@@ -8,24 +8,24 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.compress import plan_slim, statistics_costs
+from slimoe.converter.budget.compress import plan_compression, statistics_costs
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.refinement import refine
 from slimoe.converter.budget.structure import build_structure
 from slimoe.converter.budget.types import TypeAllocator
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import lay_out, plan_bytes
-from slimoe.converter.layout.plan import SlimPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
-from slimoe.converter.report.alignment import likely_descent, planned_descent
+from slimoe.converter.report.alignment import likely_layer_map, planned_layer_map
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import CANDIDATES, packed_costs, stored_costs
-from slimoe.converter.write.quantiser import PlainFit
-from slimoe.converter.write.writer import chosen_fit, slim
+from slimoe.converter.write.quantiser import PlainQuantiser
+from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from tests.models.compress_plans import learnt, random_sequences
 
@@ -52,7 +52,7 @@ def divergence(reference: Reference, model: ModelSource) -> float:
     return summarise(reference.compare(model)).total.divergence.mean
 
 
-def expert_types(plan: SlimPlan) -> set[str]:
+def expert_types(plan: CompressPlan) -> set[str]:
     return {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types}
 
 
@@ -63,9 +63,9 @@ def test_a_budget_is_kept_to_the_byte_and_more_of_it_buys_quality(
     found = []
     for size in SIZES[kind]:
         recipe = Recipe(format=kind, target_size=size)  # type: ignore[arg-type]
-        plan = plan_slim(source, statistics, recipe)
+        plan = plan_compression(source, statistics, recipe)
         path = tmp_path / f"{size}.gguf"
-        report = slim(source, plan, path, statistics)
+        report = write_planned(source, plan, path, statistics)
         assert path.stat().st_size == report.n_bytes == plan_bytes(plan, source, statistics) <= size
         assert report.n_bytes > 0.9 * size
         found.append((plan.expected_kl, divergence(reference, open_source(path))))
@@ -76,22 +76,23 @@ def test_a_budget_is_kept_to_the_byte_and_more_of_it_buys_quality(
 
 def test_the_least_size_is_named_and_can_be_had(source: ModelSource, statistics: Statistics) -> None:
     with pytest.raises(DoesNotFitError, match="smallest file") as error:
-        plan_slim(source, statistics, Recipe(target_size=20_000, hints=False))
+        plan_compression(source, statistics, Recipe(target_size=20_000, hints=False))
     least = error.value.required_bytes
     assert least is not None
     assert (
-        plan_bytes(plan_slim(source, statistics, Recipe(target_size=least, hints=False)), source, statistics) <= least
+        plan_bytes(plan_compression(source, statistics, Recipe(target_size=least, hints=False)), source, statistics)
+        <= least
     )
 
 
 def test_bits_per_weight_are_those_of_the_source(source: ModelSource, statistics: Statistics) -> None:
     n_weights = sum(int(np.prod(shape)) for shape in source.shapes.values())
-    plan = plan_slim(source, statistics, Recipe(target_bpw=9.0))
+    plan = plan_compression(source, statistics, Recipe(target_bpw=9.0))
     assert 0.9 * 9.0 < 8 * plan_bytes(plan, source, statistics) / n_weights <= 9.0
 
 
 def test_named_types_need_no_statistics(source: ModelSource) -> None:
-    plan = plan_slim(source, None, Recipe(types=StorageRecipe(expert="Q8_0", low="Q4_0", attention="F16")))
+    plan = plan_compression(source, None, Recipe(types=StorageRecipe(expert="Q8_0", low="Q4_0", attention="F16")))
     assert expert_types(plan) == {"Q8_0"}
     assert {kind.name for layer in plan.layers for kind in layer.types.values()} == {"F16"}
     assert all(expert.low_types is not None for layer in plan.layers for expert in layer.experts)
@@ -102,7 +103,7 @@ def test_named_types_need_no_statistics(source: ModelSource) -> None:
 )
 def test_what_needs_statistics_says_so(source: ModelSource, recipe: Recipe) -> None:
     with pytest.raises(UsageError, match="slimoe calibrate"):
-        plan_slim(source, None, recipe)
+        plan_compression(source, None, recipe)
 
 
 DROPS = {
@@ -121,7 +122,7 @@ def test_methods_leave_what_they_say_and_the_result_is_the_plan(
     source: ModelSource, statistics: Statistics, tmp_path: Path, name: str
 ) -> None:
     recipe = Recipe(experts=DROPS[name], types=StorageRecipe(expert="F32", attention="F32", token="F32", output="F32"))
-    plan = plan_slim(source, statistics, recipe)
+    plan = plan_compression(source, statistics, recipe)
     n_expert = sum(len(layer.experts) for layer in plan.layers)
     assert n_expert == (6 if name == "narrow" else 4) * len(plan.layers)
     if name == "narrow":
@@ -131,8 +132,8 @@ def test_methods_leave_what_they_say_and_the_result_is_the_plan(
     if name in ("novices", "hc-smoe", "m-smoe"):
         assert all(layer.rows == tuple(range(6)) for layer in plan.layers), "the router keeps its rows"
     path = tmp_path / "result.gguf"
-    slim(source, plan, path, statistics)
-    written, planned = open_source(path), PlannedSource(source, plan, FittedMatrices(source, PlainFit(), 1 << 30))
+    write_planned(source, plan, path, statistics)
+    written, planned = open_source(path), PlannedSource(source, plan, FittedMatrices(source, PlainQuantiser(), 1 << 30))
     assert written.shapes.keys() == planned.shapes.keys()
     assert [layer.target for layer in written.layers] == [layer.target for layer in planned.layers]
     for key in planned.shapes:
@@ -141,22 +142,24 @@ def test_methods_leave_what_they_say_and_the_result_is_the_plan(
 
 def test_layers_attentions_and_blocks_go(source: ModelSource, statistics: Statistics) -> None:
     types = StorageRecipe(expert="Q8_0")
-    plan = plan_slim(source, statistics, Recipe(drop_ffn=1, drop_attention=1, types=types))
+    plan = plan_compression(source, statistics, Recipe(drop_ffn=1, drop_attention=1, types=types))
     assert sorted(bool(layer.experts) for layer in plan.layers) == [False, True]
     assert sorted(layer.has_attention for layer in plan.layers) == [False, True]
-    assert len(plan_slim(source, statistics, Recipe(drop_blocks=1, types=types)).layers) == source.spec.n_layer - 1
+    assert (
+        len(plan_compression(source, statistics, Recipe(drop_blocks=1, types=types)).layers) == source.spec.n_layer - 1
+    )
 
 
 def test_a_file_says_which_blocks_it_was_made_of(source: ModelSource, statistics: Statistics, tmp_path: Path) -> None:
-    plan = plan_slim(source, statistics, Recipe(drop_blocks=1, types=StorageRecipe(expert="Q8_0")))
-    slim(source, plan, tmp_path / "a.gguf", statistics)
-    found = likely_descent(open_source(tmp_path / "a.gguf"), source)
+    plan = plan_compression(source, statistics, Recipe(drop_blocks=1, types=StorageRecipe(expert="Q8_0")))
+    write_planned(source, plan, tmp_path / "a.gguf", statistics)
+    found = likely_layer_map(open_source(tmp_path / "a.gguf"), source)
     assert found is not None
-    assert found.blocks == planned_descent(plan).blocks != (0, 1)
+    assert found.blocks == planned_layer_map(plan).blocks != (0, 1)
 
 
 def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) -> None:
-    plan = plan_slim(source, statistics, Recipe(target_size=320_000))
+    plan = plan_compression(source, statistics, Recipe(target_size=320_000))
     assert {"use", "error", "skip_error", "sensitivity"} <= plan.layers[0].hints.keys()
     bare = replace(plan, layers=tuple(replace(layer, hints={}) for layer in plan.layers))
     assert plan_bytes(bare, source, statistics) <= plan_bytes(plan, source, statistics) <= 320_000
@@ -165,10 +168,10 @@ def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) ->
 def test_novices_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
     """So small that even the smallest types of all experts do not fit."""
     with pytest.raises(DoesNotFitError) as error:
-        plan_slim(source, statistics, Recipe(target_size=20_000, hints=False))
+        plan_compression(source, statistics, Recipe(target_size=20_000, hints=False))
     assert error.value.required_bytes is not None
     size = error.value.required_bytes - 20_000
-    plan = plan_slim(source, statistics, Recipe(target_size=size, hints=False, free_novices=True))
+    plan = plan_compression(source, statistics, Recipe(target_size=size, hints=False, free_novices=True))
     assert plan_bytes(plan, source, statistics) <= size
     assert any(layer.novices is not None for layer in plan.layers)
     assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)
@@ -181,9 +184,9 @@ def test_feedback_lowers_the_divergence(
     for feedback in (False, True):
         fit = FitRecipe(feedback=feedback, refit=feedback)
         named = StorageRecipe(expert="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
-        plan = plan_slim(source, statistics, Recipe(types=named, fit=fit))
+        plan = plan_compression(source, statistics, Recipe(types=named, fit=fit))
         path = tmp_path / f"{feedback}.gguf"
-        slim(source, plan, path, statistics, fit=chosen_fit(source, plan, statistics, 1))
+        write_planned(source, plan, path, statistics, quantiser=chosen_quantiser(source, plan, statistics, 1))
         found.append((path.stat().st_size, divergence(reference, open_source(path))))
     (n_plain, plain), (n_fed, fed) = found
     assert n_plain == n_fed
@@ -195,7 +198,7 @@ def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, s
     structure = build_structure(source, statistics, recipe)
     costs = statistics_costs(source, statistics, None, 1, lambda _what, _done, _total: None)
     allocator = TypeAllocator(source, statistics, costs, recipe, structure)
-    bare = plan_slim(source, statistics, recipe)
+    bare = plan_compression(source, statistics, recipe)
     plan, allocation = allocator.fit(bare, 320_000)
     found, how = refine(
         source, statistics, allocator, plan, allocation, budget=320_000, seconds=1.0, cache_bytes=1 << 28
@@ -215,12 +218,12 @@ def dispensable(statistics: Statistics, **nats: float) -> Statistics:
 
 def test_a_budget_may_cost_whole_attentions_but_the_last(source: ModelSource, statistics: Statistics) -> None:
     recipe = Recipe(target_size=320_000, free_layers=True)
-    plan = plan_slim(source, dispensable(statistics, attention=1e-12), recipe)
+    plan = plan_compression(source, dispensable(statistics, attention=1e-12), recipe)
     assert [layer.has_attention for layer in plan.layers].count(True) == 1
     assert plan_bytes(plan, source, statistics) <= 320_000
-    kept = plan_slim(source, dispensable(statistics, attention=1e6), recipe)
+    kept = plan_compression(source, dispensable(statistics, attention=1e6), recipe)
     assert all(layer.has_attention for layer in kept.layers)
-    never = plan_slim(source, dispensable(statistics, attention=1e-12), replace(recipe, free_layers=False))
+    never = plan_compression(source, dispensable(statistics, attention=1e-12), replace(recipe, free_layers=False))
     assert all(layer.has_attention for layer in never.layers)
 
 
@@ -231,22 +234,22 @@ def test_a_layer_without_anything_left_disappears(source: ModelSource, statistic
     layers[0] = replace(layers[0], removals=replace(layers[0].removals, ffn=1e-12))
     layers[1] = replace(layers[1], removals=replace(layers[0].removals, ffn=1e6, attention=1e6))
     recipe = Recipe(target_size=320_000, free_layers=True)
-    plan = plan_slim(source, replace(statistics, layers=tuple(layers)), recipe)
+    plan = plan_compression(source, replace(statistics, layers=tuple(layers)), recipe)
     assert 0 not in [layer.block for layer in plan.layers]
     assert lay_out(source, plan, statistics).n_bytes <= 320_000
 
 
 def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statistics: Statistics) -> None:
     named = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
-    plan = plan_slim(source, statistics, Recipe(types=named))
+    plan = plan_compression(source, statistics, Recipe(types=named))
     assert plan.uncounted == ()
     costs = stored_costs(statistics, ("Q8_0",))
     assert costs is not None
     assert plan.expected_kl == pytest.approx(2 * sum(float(nats[0]) for nats in costs.costs.values()))
-    again = plan_slim(source, replace(statistics, matrix_costs=None), Recipe(types=named))
+    again = plan_compression(source, replace(statistics, matrix_costs=None), Recipe(types=named))
     assert again.expected_kl == pytest.approx(plan.expected_kl), "what was not kept is measured"
     bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
-    unknown = plan_slim(source, replace(statistics, matrix_costs=None, layers=bare), Recipe(types=named))
+    unknown = plan_compression(source, replace(statistics, matrix_costs=None, layers=bare), Recipe(types=named))
     assert unknown.uncounted == ("types",)
 
 
@@ -266,11 +269,11 @@ def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics:
 def test_a_width_that_blocks_do_not_divide_is_refused_at_once(source: ModelSource, statistics: Statistics) -> None:
     width = ExpertRecipe(width=40)
     with pytest.raises(UsageError, match=r"into blocks of 32, .* Keep 32 or 64\.$"):
-        plan_slim(source, statistics, Recipe(experts=width, types=StorageRecipe(expert="Q8_0")))
+        plan_compression(source, statistics, Recipe(experts=width, types=StorageRecipe(expert="Q8_0")))
 
 
 def test_bytes_of_types_are_those_of_ggml(source: ModelSource, statistics: Statistics) -> None:
-    plan = plan_slim(source, statistics, Recipe(format="stock", target_size=320_000))
+    plan = plan_compression(source, statistics, Recipe(format="stock", target_size=320_000))
     for tensor in lay_out(source, plan, statistics).tensors:
         n_weights, n_bytes = GGML_QUANT_SIZES[tensor.type]
         assert tensor.n_bytes == int(np.prod(tensor.ne)) // n_weights * n_bytes

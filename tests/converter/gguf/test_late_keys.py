@@ -8,7 +8,7 @@ import pytest
 from slimoe.converter.gguf.late_keys import ROOM_BYTES, add_late_keys
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.checkpoint_source import checkpoint_source
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
@@ -22,7 +22,7 @@ from tests.models.configs import engine_config
 @pytest.fixture
 def native(tmp_path: Path, moe_checkpoint: Path) -> Path:
     source = checkpoint_source(moe_checkpoint)
-    return slim(source, same_plan(source, "Q8_0", "native"), tmp_path / "m.gguf").path
+    return write_planned(source, same_plan(source, "Q8_0", "native"), tmp_path / "m.gguf").path
 
 
 def test_a_file_learns_its_quality(native: Path) -> None:

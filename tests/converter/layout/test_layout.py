@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.gguf.header import alignment_of
 from slimoe.converter.layout.offsets import PlanSize, lay_out, plan_bytes
-from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import InputSums, LayerStatistics, SimilaritySums, Statistics
@@ -251,6 +251,6 @@ def test_statistics_of_another_checkpoint(source: ModelSource) -> None:
 
 def test_a_model_without_experts(dense_checkpoint: Path) -> None:
     source = checkpoint_source(dense_checkpoint)
-    plan = SlimPlan("stock", (), F32, F32, "")
+    plan = CompressPlan("stock", (), F32, F32, "")
     with pytest.raises(UnsupportedModelError, match="no experts to slim"):
         lay_out(source, plan)

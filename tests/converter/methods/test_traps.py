@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimoe.converter.budget.compress import plan_slim
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.structure import build_structure
 from slimoe.converter.forward.block import Expert, Linear, read_expert
 from slimoe.converter.forward.stream import Observer, run
@@ -95,7 +95,7 @@ def test_what_is_kept_is_worth_more_than_what_goes(model: HeldModel, statistics:
 
 def test_a_narrower_experts_down_matrix_is_fitted_to_what_it_reads(model: HeldModel, statistics: Statistics) -> None:
     """The products of its own inputs, not of the other matrices'; and the fit is what the plan holds."""
-    plan = plan_slim(model, statistics, Recipe(experts=ExpertRecipe(width=WIDTH), types=F32))
+    plan = plan_compression(model, statistics, Recipe(experts=ExpertRecipe(width=WIDTH), types=F32))
     for layer in plan.layers:
         naive = naive_layer(model, layer.block)
         x = torch.from_numpy(naive.x).float()
@@ -120,7 +120,7 @@ def test_attention_keeps_its_types_however_many_experts_stay(
     model: HeldModel, statistics: Statistics, keep: int
 ) -> None:
     types = StorageRecipe(expert="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
-    plan = plan_slim(model, statistics, Recipe(format="stock", experts=ExpertRecipe(keep=keep), types=types))
+    plan = plan_compression(model, statistics, Recipe(format="stock", experts=ExpertRecipe(keep=keep), types=types))
     assert {len(layer.experts) for layer in plan.layers} == {keep}
     assert {kind.name for layer in plan.layers for kind in layer.types.values()} == {"Q8_0"}
 

@@ -10,10 +10,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
 from slimoe.converter.budget import compress as slimming
-from slimoe.converter.budget.compress import plan_slim
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.named_types import NamedTypes
 from slimoe.converter.layout.offsets import lay_out, plan_bytes
-from slimoe.converter.layout.plan import Format, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, Format
 from slimoe.converter.quant.unfit_types import unfit_counts
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.report.yardstick import plain_neighbours
@@ -21,7 +21,7 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats import type_costs
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.server.cli import run
 from tests.models.compress_plans import learnt
@@ -62,7 +62,9 @@ def types_of(path: Path, part: str) -> set[Type]:
     return {Type(tensor.tensor_type) for tensor in GGUFReader(path).tensors if f"{part}_exps" in tensor.name}
 
 
-def counts(source: ModelSource, recipe: Recipe, plan: SlimPlan, statistics: Statistics | None = None) -> dict[str, int]:
+def counts(
+    source: ModelSource, recipe: Recipe, plan: CompressPlan, statistics: Statistics | None = None
+) -> dict[str, int]:
     layout = lay_out(source, plan, statistics)
     return unfit_counts(NamedTypes(source, recipe, len(plan.layers)).typed(layout))
 
@@ -87,8 +89,8 @@ def test_a_named_type_falls_back_and_is_told(
 
 def test_second_copies_fall_back_too(source: ModelSource, statistics: Statistics, tmp_path: Path) -> None:
     recipe = Recipe(types=StorageRecipe(expert="Q4_K", low="Q2_K"))
-    plan = plan_slim(source, statistics, recipe)
-    slim(source, plan, tmp_path / "m.gguf", statistics)
+    plan = plan_compression(source, statistics, recipe)
+    write_planned(source, plan, tmp_path / "m.gguf", statistics)
     assert types_of(tmp_path / "m.gguf", "down") == {Type.Q5_0, Type.IQ4_NL}
     assert types_of(tmp_path / "m.gguf", "gate") == {Type.Q4_K, Type.Q2_K}
     assert counts(source, recipe, plan, statistics) == {"Q4_K to Q5_0": 2, "Q2_K to IQ4_NL": 2}
@@ -102,8 +104,8 @@ def test_a_size_chooses_from_what_fits_each_matrix(
     source: ModelSource, statistics: Statistics, tmp_path: Path, form: Format
 ) -> None:
     recipe = Recipe(format=form, target_bpw=4.6)
-    plan = plan_slim(source, statistics, recipe)
-    report = slim(source, plan, tmp_path / "m.gguf", statistics)
+    plan = plan_compression(source, statistics, recipe)
+    report = write_planned(source, plan, tmp_path / "m.gguf", statistics)
     n_weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in source.shapes.values())
     assert 8 * report.n_bytes <= 4.6 * n_weights
     assert types_of(tmp_path / "m.gguf", "down") <= SMALL
@@ -114,7 +116,7 @@ def test_a_size_chooses_from_what_fits_each_matrix(
 @pytest.mark.parametrize("form", ["stock", "native"])
 def test_types_to_choose_from_fall_back(source: ModelSource, statistics: Statistics, form: Format) -> None:
     recipe = Recipe(format=form, target_bpw=5.0, types=StorageRecipe(candidates=("Q2_K", "Q4_K")))
-    plan = plan_slim(source, statistics, recipe)
+    plan = plan_compression(source, statistics, recipe)
     experts = [expert for layer in plan.layers for expert in layer.experts]
     assert {kind for expert in experts for kind in expert.types[:2]} <= {Type.Q2_K, Type.Q4_K}
     assert {expert.types[2] for expert in experts} <= {Type.IQ4_NL, Type.Q5_0}
@@ -127,7 +129,7 @@ def test_types_to_choose_from_fall_back(source: ModelSource, statistics: Statist
 def test_types_by_name_under_a_size_fall_back(source: ModelSource, statistics: Statistics) -> None:
     types = StorageRecipe(expert="Q4_K", low="Q2_K", attention="Q5_K")
     recipe = Recipe(target_bpw=9.0, types=types, free_novices=True)
-    plan = plan_slim(source, statistics, recipe)
+    plan = plan_compression(source, statistics, recipe)
     experts = [expert for layer in plan.layers for expert in layer.experts]
     assert {expert.types for expert in experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}
     assert {expert.low_types for expert in experts} == {(Type.Q2_K, Type.Q2_K, Type.IQ4_NL)}
@@ -137,14 +139,14 @@ def test_types_by_name_under_a_size_fall_back(source: ModelSource, statistics: S
 def test_prices_that_are_known_are_not_measured_again(source: ModelSource, statistics: Statistics) -> None:
     said: list[str] = []
     recipe = Recipe(types=StorageRecipe(expert="Q4_K", low="Q2_K"))
-    plan = plan_slim(source, statistics, recipe, on_progress=lambda what, _done, _total: said.append(what))
+    plan = plan_compression(source, statistics, recipe, on_progress=lambda what, _done, _total: said.append(what))
     assert said == []
     assert plan.expected_kl is not None
     assert 0 < plan.expected_kl < math.inf
 
 
 def test_plain_types_fall_back_in_the_yardstick(source: ModelSource, statistics: Statistics) -> None:
-    plan = plan_slim(source, statistics, Recipe(format="stock", types=StorageRecipe(expert="Q4_K")))
+    plan = plan_compression(source, statistics, Recipe(format="stock", types=StorageRecipe(expert="Q4_K")))
     below, above = plain_neighbours(source, statistics, plan_bytes(plan, source) + 10_000)
     assert below.type == "Q4_K"
     assert below.plan.expected_kl == pytest.approx(plan.expected_kl)
@@ -158,10 +160,10 @@ def test_narrower_experts_fall_back(sentencepiece_path: Path, tmp_path: Path) ->
     statistics = learnt(source, tmp_path)
     narrow = ExpertRecipe(width=384)
     named = Recipe(experts=narrow, types=StorageRecipe(expert="Q4_K"))
-    plan = plan_slim(source, statistics, named)
+    plan = plan_compression(source, statistics, named)
     assert {expert.types for expert in plan.layers[0].experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}
     assert counts(source, named, plan, statistics) == {"Q4_K to Q5_0": 1}
-    plan = plan_slim(source, statistics, Recipe(experts=narrow, target_bpw=3.6))
+    plan = plan_compression(source, statistics, Recipe(experts=narrow, target_bpw=3.6))
     kinds = {expert.types[2] for expert in plan.layers[0].experts}
     assert kinds <= SMALL - {Type.Q8_0, Type.F16}, "a budget that has no room for more"
     assert plan.expected_kl is not None
@@ -171,15 +173,15 @@ def test_narrower_experts_fall_back(sentencepiece_path: Path, tmp_path: Path) ->
 def test_a_type_that_fits_nowhere_is_refused(moe_checkpoint: Path) -> None:
     recipe = Recipe(types=StorageRecipe(expert="Q4_K"))
     with pytest.raises(UnsupportedModelError, match=r"no multiple of 256, as Q4_K in Q4_K needs\. Use --type Q8_0 or"):
-        plan_slim(open_source(moe_checkpoint), None, recipe)
+        plan_compression(open_source(moe_checkpoint), None, recipe)
 
 
 def test_second_copies_that_would_be_no_smaller_are_refused(moe_checkpoint: Path) -> None:
     recipe = Recipe(types=StorageRecipe(expert="IQ4_NL", low="Q2_K"))
     with pytest.raises(UsageError, match="Second copies in Q2_K would be no smaller than the first"):
-        plan_slim(open_source(moe_checkpoint), None, recipe)
+        plan_compression(open_source(moe_checkpoint), None, recipe)
 
 
 def test_types_that_must_know_what_matters_are_refused_before_writing(source: ModelSource) -> None:
     with pytest.raises(UsageError, match=r"IQ1_S, IQ2_XS cannot be made.* --stats"):
-        plan_slim(source, None, Recipe(types=StorageRecipe(expert="IQ2_XS", low="IQ1_S")))
+        plan_compression(source, None, Recipe(types=StorageRecipe(expert="IQ2_XS", low="IQ1_S")))

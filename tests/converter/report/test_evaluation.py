@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from slimoe.converter.forward.block import Head
 from slimoe.converter.forward.stream import Sequences
 from slimoe.converter.forward.windows import Windows, cut_windows
-from slimoe.converter.layout.plan import LayerPlan, SlimPlan
-from slimoe.converter.report.alignment import Descent, likely_descent, planned_descent
+from slimoe.converter.layout.plan import CompressPlan, LayerPlan
+from slimoe.converter.report.alignment import LayerMap, likely_layer_map, planned_layer_map
 from slimoe.converter.report.evaluation import Reference, evaluate, flip_rate
 from slimoe.converter.report.layer_swap import divergence_by_block
 from slimoe.converter.report.quality import Comparison, TokenScores, summarise
@@ -143,7 +143,7 @@ def test_flips_and_errors_of_models_that_lack_experts_and_blocks(held: tuple[Hel
     windows = cut_windows(texts(a=96), length=32)
     reference = Reference(full, windows)
     rows: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (0, 2, 3, 4))
-    found = reference.compare(dropped, Descent((0, 1, 2), rows))
+    found = reference.compare(dropped, LayerMap((0, 1, 2), rows))
     picked = reference._picks.by_layer[2]
     assert found.flips[:2] == (0, 0)
     assert found.flips[2] == pytest.approx(float((picked == 1).double().mean()))
@@ -152,7 +152,7 @@ def test_flips_and_errors_of_models_that_lack_experts_and_blocks(held: tuple[Hel
     assert unnamed.flips == (0, 0, None)
     assert unnamed.stream_error == found.stream_error
     assert found.stream_error[:2] == (0, 0)
-    blockless = reference.compare(full.with_blocks((0, 2)), Descent((0, 2), rows[:1] + rows[:1]))
+    blockless = reference.compare(full.with_blocks((0, 2)), LayerMap((0, 2), rows[:1] + rows[:1]))
     assert blockless.flips[:2] == (0, None)
     error = blockless.stream_error[1]
     assert error is not None
@@ -206,7 +206,9 @@ def test_divergence_by_block_is_that_of_one_block_swapped(held: tuple[HeldModel,
         expected = evaluate(swapped, full, given, length=32).total.divergence.mean
         assert found[block] == pytest.approx(expected, rel=1e-5)
     rows = (tuple(range(SIZES.n_expert)),) * 2
-    without = divergence_by_block(full.with_blocks((0, 2)), full, cut_windows(given, 32), descent=Descent((0, 2), rows))
+    without = divergence_by_block(
+        full.with_blocks((0, 2)), full, cut_windows(given, 32), layer_map=LayerMap((0, 2), rows)
+    )
     assert without[0] == without[2] == 0
     gone = full.with_blocks((0, 2))
     assert without[1] == pytest.approx(evaluate(gone, full, given, length=32).total.divergence.mean, rel=1e-5)
@@ -216,9 +218,9 @@ def test_divergence_by_block_is_that_of_one_block_swapped(held: tuple[HeldModel,
 
 def test_descent(held: tuple[HeldModel, HeldModel]) -> None:
     layer = LayerPlan(block=2, experts=(), rows=(3, 1), target=(0, 1), types={})
-    plan = SlimPlan("native", (replace(layer, block=0), layer), GGMLQuantizationType.F16, None, recipe="")
-    assert planned_descent(plan) == Descent((0, 2), ((3, 1), (3, 1)))
-    assert likely_descent(held[0].with_blocks((0, 1)), held[0]) is None
+    plan = CompressPlan("native", (replace(layer, block=0), layer), GGMLQuantizationType.F16, None, recipe="")
+    assert planned_layer_map(plan) == LayerMap((0, 2), ((3, 1), (3, 1)))
+    assert likely_layer_map(held[0].with_blocks((0, 1)), held[0]) is None
 
 
 def comparison(divergence: list[float], owners: list[int]) -> Comparison:

@@ -16,10 +16,10 @@ from gguf import GGMLQuantizationType as Type
 from PIL import Image
 
 from slimoe.converter.forward.texts import TextFile, default_texts, documents, held_out_texts
-from slimoe.converter.layout.plan import SlimPlan
-from slimoe.converter.report.alignment import planned_descent
+from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.report.alignment import planned_layer_map
 from slimoe.converter.report.block_facts import RowFacts
-from slimoe.converter.report.eval_text import JudgedText, judged_windows, read_judged, seen_share
+from slimoe.converter.report.eval_text import EvalText, eval_windows, read_eval_text, seen_share
 from slimoe.converter.report.evaluation import evaluate
 from slimoe.converter.report.make import report_paths, save_report, write_report
 from slimoe.converter.report.measure import ReportMaker, ReportSettings
@@ -28,7 +28,7 @@ from slimoe.converter.report.report import Report
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import read_gguf
@@ -41,13 +41,13 @@ SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
 LENGTH = 48
 
 
-def judged(source: ModelSource) -> JudgedText:
+def judged(source: ModelSource) -> EvalText:
     rng = np.random.default_rng(5)
     texts = {name: rng.integers(3, 500, n).tolist() for name, n in (("tales", 3 * LENGTH), ("code", 2 * LENGTH))}
-    return JudgedText(judged_windows(texts, LENGTH), True, 0.25)
+    return EvalText(eval_windows(texts, LENGTH), True, 0.25)
 
 
-def small_plan(source: ModelSource) -> SlimPlan:
+def small_plan(source: ModelSource) -> CompressPlan:
     """Types alike but in one expert, two experts gone and one a constant; second copies of the first layer."""
     plan = same_plan(source, "Q8_0", "native")
     first, second = plan.layers[:2]
@@ -71,10 +71,10 @@ def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def made(
     source: ModelSource, statistics: Statistics, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, SlimPlan, Report]:
+) -> tuple[Path, CompressPlan, Report]:
     """A file with its report beside it."""
     target, plan = tmp_path_factory.mktemp("report") / "tiny [q].gguf", small_plan(source)
-    slim(source, plan, target, statistics)
+    write_planned(source, plan, target, statistics)
     maker = ReportMaker(
         source,
         target,
@@ -93,13 +93,13 @@ def fields(target: Path) -> dict[str, Any]:
     return found
 
 
-def test_figures_are_those_of_the_evaluation(made: tuple[Path, SlimPlan, Report], source: ModelSource) -> None:
+def test_figures_are_those_of_the_evaluation(made: tuple[Path, CompressPlan, Report], source: ModelSource) -> None:
     target, plan, _ = made
     windows = judged(source).windows
     texts: dict[str, list[int]] = {}
     for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
         texts.setdefault(domain, []).extend(tokens)
-    quality = evaluate(open_source(target), source, texts, descent=planned_descent(plan), length=LENGTH)
+    quality = evaluate(open_source(target), source, texts, layer_map=planned_layer_map(plan), length=LENGTH)
     found = fields(target)
     assert found["quality"]["total"]["divergence"]["mean"] == quality.total.divergence.mean > 0
     assert {n: one["perplexity"] for n, one in found["quality"]["domains"].items()} == {
@@ -112,7 +112,7 @@ def test_figures_are_those_of_the_evaluation(made: tuple[Path, SlimPlan, Report]
     assert found["judged"]["seen"] == 0.25
 
 
-def test_bytes_and_types_are_those_of_the_file(made: tuple[Path, SlimPlan, Report]) -> None:
+def test_bytes_and_types_are_those_of_the_file(made: tuple[Path, CompressPlan, Report]) -> None:
     target, _, report = made
     found, gguf = fields(target), read_gguf(target)
     assert found["file"]["n_bytes"] == target.stat().st_size
@@ -130,7 +130,7 @@ def test_bytes_and_types_are_those_of_the_file(made: tuple[Path, SlimPlan, Repor
     assert [row.bits for row in second] == [8.5, None, 8.5, 8.5, None, None]
 
 
-def test_the_file_knows_its_quality(made: tuple[Path, SlimPlan, Report], source: ModelSource) -> None:
+def test_the_file_knows_its_quality(made: tuple[Path, CompressPlan, Report], source: ModelSource) -> None:
     target, _, report = made
     gguf = read_gguf(target)
     told = json.loads(str(gguf.metadata[keys.QUALITY]))
@@ -143,7 +143,7 @@ def test_the_file_knows_its_quality(made: tuple[Path, SlimPlan, Report], source:
     assert both[1] > both[0]
 
 
-def test_words_and_pictures(made: tuple[Path, SlimPlan, Report]) -> None:
+def test_words_and_pictures(made: tuple[Path, CompressPlan, Report]) -> None:
     target, _, report = made
     paths = report_paths(target)
     text = paths["markdown"].read_text()
@@ -172,7 +172,7 @@ def test_words_and_pictures(made: tuple[Path, SlimPlan, Report]) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
 
 
-def test_the_card_is_for_hubs(made: tuple[Path, SlimPlan, Report]) -> None:
+def test_the_card_is_for_hubs(made: tuple[Path, CompressPlan, Report]) -> None:
     target, _, report = made
     card = report_paths(target)["card"].read_text()
     _, front, body = card.split("---\n", 2)
@@ -194,7 +194,7 @@ def test_the_card_is_for_hubs(made: tuple[Path, SlimPlan, Report]) -> None:
 
 def test_a_file_like_its_source_lost_nothing(source: ModelSource, tmp_path: Path) -> None:
     target = tmp_path / "same.gguf"
-    slim(source, same_plan(source, "F32"), target)
+    write_planned(source, same_plan(source, "F32"), target)
     before = target.read_bytes()
     report = write_report(ReportMaker(source, target, judged(source), settings=SETTINGS), record=False)
     assert report.quality.total.divergence.largest == pytest.approx(0, abs=1e-6)
@@ -212,7 +212,7 @@ def test_a_file_like_its_source_lost_nothing(source: ModelSource, tmp_path: Path
 
 
 def test_experts_that_nobody_met_are_named(
-    made: tuple[Path, SlimPlan, Report], statistics: Statistics, source: ModelSource
+    made: tuple[Path, CompressPlan, Report], statistics: Statistics, source: ModelSource
 ) -> None:
     layer = statistics.layers[1]
     assert layer.outputs is not None
@@ -229,7 +229,7 @@ def test_experts_that_nobody_met_are_named(
     assert report.writing is None
 
 
-def test_maps_of_many_experts(made: tuple[Path, SlimPlan, Report], tmp_path: Path) -> None:
+def test_maps_of_many_experts(made: tuple[Path, CompressPlan, Report], tmp_path: Path) -> None:
     """48 layers of 128 experts still make a picture of sane size, as do 32 of 8."""
     _, _, report = made
     assert report.coverage is not None
@@ -279,10 +279,10 @@ def test_our_mixture_is_text_enough() -> None:
 
 def test_texts_that_were_calibrated_on_are_found(statistics: Statistics, source: ModelSource) -> None:
     strange = list(range(100, 148))
-    windows = judged_windows({"seen": list(statistics.tokens[0]), "new": strange}, LENGTH)
+    windows = eval_windows({"seen": list(statistics.tokens[0]), "new": strange}, LENGTH)
     assert seen_share(windows, statistics) == 0.5
     encoder = TokenizerEncoder(source.path, source.metadata)
-    text = read_judged((), encoder, source.spec.n_ctx_train, statistics, n_tokens=2000)
+    text = read_eval_text((), encoder, source.spec.n_ctx_train, statistics, n_tokens=2000)
     assert text.is_own
     assert text.seen == 0
     assert set(text.windows.domains) == {file.domain for file in default_texts()}
@@ -293,15 +293,15 @@ def test_texts_of_a_persons_own(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 100)
     (tmp_path / "b.txt").write_text("xyz" * 10)
     files: Mapping[str, TextFile] = {name: TextFile(name, tmp_path / f"{name}.txt") for name in "ab"}
-    text = read_judged(tuple(files.values()), Words(), 64, n_tokens=256)
+    text = read_eval_text(tuple(files.values()), Words(), 64, n_tokens=256)
     assert (text.is_own, text.seen) == (False, None)
     assert [*map(len, text.windows.sequences.tokens)] == [64, 64, 30]
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(UsageError, match="no text to judge by"):
-        read_judged((files["b"],), Words(), 64)
+        read_eval_text((files["b"],), Words(), 64)
 
 
-def test_a_report_that_cannot_be_written(made: tuple[Path, SlimPlan, Report], tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written(made: tuple[Path, CompressPlan, Report], tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     report_paths(target)["plots"].write_bytes(struct.pack("<I", 0))
     with pytest.raises(UsageError, match=r"m\.gguf\.report cannot be written"):

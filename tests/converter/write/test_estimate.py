@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
-from slimoe.converter.budget.compress import plan_slim
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
@@ -25,7 +25,7 @@ def test_copies_cost_their_bytes_and_other_types_their_weights(
     for path in (moe_checkpoint, stored):
         source = open_source(path)
         for name, types in named.items():
-            plan = plan_slim(source, None, Recipe(types=types))
+            plan = plan_compression(source, None, Recipe(types=types))
             found[path, name] = writing_seconds(source, plan, lay_out(source, plan), 2)
     n_weights = sum(shape[0] * shape[1] for shape in source.shapes.values() if len(shape) == 2 and shape[0] != 6)
     assert found[stored, "Q8_0"] < 0.1

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import plan_bytes
-from slimoe.converter.layout.plan import ExpertPlan, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
 from slimoe.converter.methods.expert_matrices import merged_matrix
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
-from slimoe.converter.write.quantiser import PlainFit
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.quantiser import PlainQuantiser
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout, stack_name
@@ -59,7 +59,7 @@ def keys(path: Path) -> dict[str, Any]:
     return {name: one.contents() for name, one in gguf.GGUFReader(path).fields.items() if name[:5] != "GGUF."}
 
 
-def stored_types(source: ModelSource) -> SlimPlan:
+def stored_types(source: ModelSource) -> CompressPlan:
     """A native plan that changes nothing, in the types that a GGUF source has."""
 
     def kind(key: MatrixKey) -> Type:
@@ -86,7 +86,7 @@ def test_a_plan_that_changes_nothing_is_the_plain_conversion(
     tmp_path: Path, k_quant_source: ModelSource, q4_k_m: Path
 ) -> None:
     plan = same_plan(k_quant_source, "Q4_K_M")
-    report = slim(k_quant_source, plan, tmp_path / "m.gguf", n_threads=2)
+    report = write_planned(k_quant_source, plan, tmp_path / "m.gguf", n_threads=2)
     assert tensors(report.path) == tensors(q4_k_m)
     assert report.n_bytes == report.path.stat().st_size == plan_bytes(plan, k_quant_source)
     ours, theirs = keys(report.path), keys(q4_k_m)
@@ -96,22 +96,22 @@ def test_a_plan_that_changes_nothing_is_the_plain_conversion(
 
 
 def test_a_native_file_holds_the_same_matrices(tmp_path: Path, source: ModelSource, moe_checkpoint: Path) -> None:
-    native = tensors(slim(source, same_plan(source, "Q8_0", "native"), tmp_path / "n.gguf").path)
+    native = tensors(write_planned(source, same_plan(source, "Q8_0", "native"), tmp_path / "n.gguf").path)
     plain = tensors(convert(ConvertOptions(moe_checkpoint, tmp_path / "p.gguf", "Q8_0", n_threads=1)).path)
     assert {name.replace(".b0.", "."): data for name, data in native.items()} == plain
 
 
 def test_what_lies_in_blocks_is_copied(tmp_path: Path, q4_k_m: Path) -> None:
     source = gguf_source(q4_k_m)
-    report = slim(source, same_plan(source, "Q4_K_M"), tmp_path / "m.gguf", fit=Refusing())
+    report = write_planned(source, same_plan(source, "Q4_K_M"), tmp_path / "m.gguf", quantiser=Refusing())
     assert tensors(report.path) == tensors(q4_k_m)
     assert report.n_copied == sum(len(data) for _, data in tensors(q4_k_m).values())
 
 
-class Refusing(PlainFit):
+class Refusing(PlainQuantiser):
     """Nothing is to be made."""
 
-    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         raise AssertionError(matrix.key)
 
 
@@ -122,11 +122,11 @@ def test_slimming_a_native_file_again_copies_it(tmp_path: Path, source: ModelSou
         n: replace(layer, experts=tuple(replace(expert, low_types=None) for expert in layer.experts))
         for n, layer in enumerate(plan.layers)
     }
-    first = slim(source, with_layers(plan, bare), tmp_path / "a.gguf").path
+    first = write_planned(source, with_layers(plan, bare), tmp_path / "a.gguf").path
     again = gguf_source(first)
     copied = stored_types(again)
     novices = {n: replace(layer, novices=bare[n].novices) for n, layer in enumerate(copied.layers)}
-    second = slim(again, with_layers(copied, novices), tmp_path / "b.gguf", fit=Refusing()).path
+    second = write_planned(again, with_layers(copied, novices), tmp_path / "b.gguf", quantiser=Refusing()).path
     assert tensors(second) == tensors(first)
 
 
@@ -136,7 +136,7 @@ def test_slimming_a_native_file_again_copies_it(tmp_path: Path, source: ModelSou
 @pytest.mark.parametrize("seed", range(4))
 def test_every_matrix_is_what_its_plan_says(tmp_path: Path, source: ModelSource, seed: int) -> None:
     plan = RandomPlans(source, seed + 10).draw()
-    file = read_gguf(slim(source, plan, tmp_path / "m.gguf").path)
+    file = read_gguf(write_planned(source, plan, tmp_path / "m.gguf").path)
     layout, found = read_layout(file, ModelSpec.from_gguf(file)), tensors(file.path)
     for n, layer in enumerate(plan.layers):
         assert (f"blk.{n}.attn_q.weight" in found) is layer.has_attention
@@ -171,13 +171,13 @@ def test_kept_experts_and_neurons_are_cut_out_of_blocks(tmp_path: Path, q4_k_m: 
     plan = stored_types(source)
     experts = (replace(plan.layers[0].experts[4], kept=kept, down=down), *plan.layers[0].experts[1:3])
     layer = replace(plan.layers[0], experts=experts, rows=(4, 1, 2), target=(0, 1, 2))
-    fit = Recording()
-    after = tensors(slim(source, with_layers(plan, {0: layer}), tmp_path / "m.gguf", fit=fit).path)
+    quantiser = Recording()
+    after = tensors(write_planned(source, with_layers(plan, {0: layer}), tmp_path / "m.gguf", quantiser=quantiser).path)
     kind, stack = before["blk.0.ffn_up_exps.weight"]
     by_expert = np.frombuffer(stack, np.uint8).reshape(6, 512, -1)
     assert after["blk.0.ffn_up_exps.b0.weight"] == (kind, by_expert[4][kept].tobytes())
     assert after["blk.0.ffn_up_exps.b1.weight"] == (kind, by_expert[1:3].tobytes())
-    assert fit.fitted == [expert_key(0, "down", 0)]
+    assert quantiser.fitted == [expert_key(0, "down", 0)]
     router = np.frombuffer(before["blk.0.ffn_gate_inp.weight"][1], np.float32).reshape(6, 256)
     assert after["blk.0.ffn_gate_inp.weight"] == (F32, router[[4, 1, 2]].tobytes())
 
@@ -186,7 +186,7 @@ def test_given_routers_and_dropped_blocks(tmp_path: Path, source: ModelSource) -
     router = np.random.default_rng(2).standard_normal((6, 64), np.float32)
     plan = same_plan(source, "F16")
     plan = replace(plan, layers=(replace(plan.layers[1], router=router),))
-    found = tensors(slim(source, plan, tmp_path / "m.gguf").path)
+    found = tensors(write_planned(source, plan, tmp_path / "m.gguf").path)
     assert found["blk.0.ffn_gate_inp.weight"] == (F32, router.tobytes())
     assert found["blk.0.attn_q.weight"][1] == encoded(source.read(MatrixKey("blk.1.attn_q.weight")), F16)
     assert not any(name.startswith("blk.1.") for name in found)
@@ -196,8 +196,8 @@ def test_a_tied_table_may_be_an_output_of_its_own(tmp_path: Path) -> None:
     held = hold(random_mixtral(TinyConfig()))
     tied = replace(held, matrices={k: v for k, v in held.matrices.items() if k.name != "output.weight"})
     plan = same_plan(tied, "F16")
-    assert "output.weight" not in tensors(slim(tied, plan, tmp_path / "a.gguf").path)
-    apart = tensors(slim(tied, replace(plan, output_type=Q8_0), tmp_path / "b.gguf").path)
+    assert "output.weight" not in tensors(write_planned(tied, plan, tmp_path / "a.gguf").path)
+    apart = tensors(write_planned(tied, replace(plan, output_type=Q8_0), tmp_path / "b.gguf").path)
     table = tied.read(MatrixKey("token_embd.weight"))
     assert apart["output.weight"] == (Q8_0, encoded(table, Q8_0))
     assert apart["token_embd.weight"] == (F16, encoded(table, F16))
@@ -208,7 +208,7 @@ def test_a_tied_table_may_be_an_output_of_its_own(tmp_path: Path) -> None:
 
 @dataclass(slots=True)
 class Recording:
-    """A plain fit that remembers what it was asked for; fails at a matrix if told to."""
+    """A plain quantiser that remembers what it was asked for; fails at a matrix if told to."""
 
     fails_at: MatrixKey | None = None
     failure: type[BaseException] = KeyboardInterrupt
@@ -224,7 +224,7 @@ class Recording:
     def kept(self, matrix: Matrix) -> None:
         self.told.append(f"kept {matrix.key}")
 
-    def fit(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         if matrix.key == self.fails_at:
             raise self.failure
         self.fitted.append(matrix.key)
@@ -237,11 +237,11 @@ def test_matrices_are_fitted_in_the_order_of_use(tmp_path: Path, source: ModelSo
     experts = tuple(ExpertPlan((e,), (F16,) * 3, (Q8_0,) * 3 if e == 0 else None) for e in range(3))
     layer = replace(plan.layers[0], experts=experts, rows=(0, 1, 2), target=(2, 1, 0))
     bare = replace(plan.layers[1], experts=(), rows=(), target=())
-    fit = Recording()
-    slim(source, replace(plan, layers=(layer, bare)), tmp_path / "m.gguf", fit=fit)
+    quantiser = Recording()
+    write_planned(source, replace(plan, layers=(layer, bare)), tmp_path / "m.gguf", quantiser=quantiser)
     parts = [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
     attention = [f"attn_{part}.weight" for part in ("q", "k", "v", "output")]
-    assert fit.told == [
+    assert quantiser.told == [
         "token_embd.weight",
         "begin 0",
         *(f"blk.0.{name}" for name in attention),
@@ -269,7 +269,7 @@ def test_importance_of_each_matrix(tmp_path: Path, k_quant_source: ModelSource) 
     )
     attention = dict.fromkeys(plan.layers[0].types, Type.Q4_0)
     layer = replace(plan.layers[0], experts=experts, rows=(0, 1, 2), target=(0, 1, 2), types=attention)
-    found = tensors(slim(k_quant_source, replace(plan, layers=(layer,)), tmp_path / "m.gguf", statistics).path)
+    found = tensors(write_planned(k_quant_source, replace(plan, layers=(layer,)), tmp_path / "m.gguf", statistics).path)
 
     def expected(expert: int, part: str, importance: NDArray[np.float32] | None) -> bytes:
         values = merged_matrix(k_quant_source, 0, experts[expert], part)
@@ -294,12 +294,12 @@ def test_importance_of_each_matrix(tmp_path: Path, k_quant_source: ModelSource) 
 def test_types_that_need_statistics(tmp_path: Path, k_quant_source: ModelSource) -> None:
     plan = same_plan(k_quant_source, "Q2_K")
     with pytest.raises(UsageError, match="Give statistics"):
-        slim(k_quant_source, replace(plan, importance=True), tmp_path / "m.gguf")
+        write_planned(k_quant_source, replace(plan, importance=True), tmp_path / "m.gguf")
     layers = {
         0: replace(plan.layers[0], experts=tuple(replace(e, types=(Type.IQ2_XXS,) * 3) for e in plan.layers[0].experts))
     }
     with pytest.raises(UsageError, match=r"blk.0.ffn_gate_exps.weight\[0\] cannot be IQ2_XXS"):
-        slim(k_quant_source, with_layers(plan, layers), tmp_path / "m.gguf")
+        write_planned(k_quant_source, with_layers(plan, layers), tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,14 +317,18 @@ def test_nothing_is_left_of_what_was_interrupted(
         seen.append([path.name for path in tmp_path.iterdir()])
 
     with pytest.raises(failure):
-        slim(source, same_plan(source, "F16"), tmp_path / "m.gguf", fit=Recording(at, failure), on_progress=look)
+        write_planned(
+            source, same_plan(source, "F16"), tmp_path / "m.gguf", quantiser=Recording(at, failure), on_progress=look
+        )
     assert seen[-1] == ["m.gguf.partial"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_ends_with_all_bytes_of_tensors(tmp_path: Path, source: ModelSource) -> None:
     seen: list[tuple[int, int]] = []
-    report = slim(source, same_plan(source, "F16"), tmp_path / "m.gguf", on_progress=lambda *both: seen.append(both))
+    report = write_planned(
+        source, same_plan(source, "F16"), tmp_path / "m.gguf", on_progress=lambda *both: seen.append(both)
+    )
     done = [one for one, _ in seen]
     assert done == sorted(done)
     assert {total for _, total in seen} == {report.n_bytes}
@@ -337,10 +341,10 @@ def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
     large = held.read(key)
     large[5, 7] = 1e30
     with pytest.raises(ModelFileError, match=r"tensor blk.1.ffn_up_exps.weight\[3\] holds weights beyond"):
-        slim(held.changed({key: large}), same_plan(held, "F16"), tmp_path / "m.gguf")
+        write_planned(held.changed({key: large}), same_plan(held, "F16"), tmp_path / "m.gguf")
     large[5, 7] = np.nan
     with pytest.raises(ModelFileError, match=r"tensor blk.1.ffn_up_exps.weight\[3\] holds NaN"):
-        slim(held.changed({key: large}), same_plan(held, "F16"), tmp_path / "m.gguf")
+        write_planned(held.changed({key: large}), same_plan(held, "F16"), tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -348,7 +352,7 @@ def test_an_existing_file_stays(tmp_path: Path, source: ModelSource) -> None:
     target = tmp_path / "m.gguf"
     target.write_text("mine")
     with pytest.raises(UsageError, match="exists"):
-        slim(source, same_plan(source, "F16"), target)
+        write_planned(source, same_plan(source, "F16"), target)
     assert target.read_text() == "mine"
-    slim(source, same_plan(source, "F16"), target, force=True)
+    write_planned(source, same_plan(source, "F16"), target, force=True)
     assert target.read_bytes()[:4] == b"GGUF"

@@ -15,11 +15,11 @@ from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.forward.block import read_head
 from slimoe.converter.forward.stream import Sequences, run
-from slimoe.converter.layout.plan import LayerPlan, SlimPlan
+from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.write.writer import slim
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.ggml.devices import available_devices
@@ -88,7 +88,7 @@ def without_ffn(layer: LayerPlan) -> LayerPlan:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_native_file_runs_under_any_budget(tmp_path: Path, source: ModelSource, seed: int) -> None:
-    path = slim(source, RandomPlans(source, seed).draw(), tmp_path / "m.gguf").path
+    path = write_planned(source, RandomPlans(source, seed).draw(), tmp_path / "m.gguf").path
     with closing(resident_engine(config(path))) as engine:
         whole, told = scores(engine), answers(engine)
     with closing(tiered_engine(config(path), 1.0)) as engine:
@@ -113,7 +113,7 @@ def test_tokens_one_by_one_are_tokens_in_a_batch(tmp_path: Path, sentencepiece_p
     directory = save_checkpoint(tmp_path / "c", sentencepiece_path, sizes, initializer_range=0.06)
     types = (Type.Q6_K, Type.Q8_0, Type.Q5_K, Type.Q4_K, Type.Q4_0, Type.Q2_K)
     many = checkpoint_source(directory)
-    path = slim(many, RandomPlans(many, seed, types, multiple=256).draw(), tmp_path / "m.gguf").path
+    path = write_planned(many, RandomPlans(many, seed, types, multiple=256).draw(), tmp_path / "m.gguf").path
     expected = reference(path)
     for n_batch in (1, 24):
         with closing(tiered_engine(config(path), 0.0)) as engine:
@@ -133,14 +133,14 @@ CUTS = {
 }
 
 
-def cut_plan(source: ModelSource, which: str, type_name: str = "F32") -> SlimPlan:
+def cut_plan(source: ModelSource, which: str, type_name: str = "F32") -> CompressPlan:
     plan = same_plan(source, type_name, "native")
     return with_layers(plan, {n: cut(plan.layers[n]) for n, cut in CUTS[which].items()})
 
 
 @pytest.mark.parametrize("which", CUTS)
 def test_layers_without_attention(tmp_path: Path, source: ModelSource, which: str) -> None:
-    path = slim(source, cut_plan(source, which), tmp_path / "m.gguf").path
+    path = write_planned(source, cut_plan(source, which), tmp_path / "m.gguf").path
     expected = reference(path)
     with closing(resident_engine(config(path))) as engine:
         whole = scores(engine)
@@ -167,7 +167,7 @@ def test_layers_without_attention_on_two_devices(
     tmp_path: Path, source: ModelSource, endpoints: tuple[str, str], which: str, on_device: float
 ) -> None:
     """Each device begins, and the last one ends, with a layer of either kind."""
-    path = slim(source, cut_plan(source, which), tmp_path / "m.gguf").path
+    path = write_planned(source, cut_plan(source, which), tmp_path / "m.gguf").path
     with closing(resident_engine(config(path, kv_type="f16"))) as engine:
         expected = conversation(engine), engine.read(TOKENS[:9], 7).copy()
     case = config(path, kv_type="f16", device=device_names(endpoints), rpc=endpoints)
@@ -183,8 +183,8 @@ def device_names(endpoints: Sequence[str]) -> str:
 
 
 def test_layers_without_attention_need_no_cache(tmp_path: Path, source: ModelSource) -> None:
-    paths = [slim(source, same_plan(source, "F32", "native"), tmp_path / "all.gguf").path]
-    paths.append(slim(source, cut_plan(source, "only one has it"), tmp_path / "one.gguf").path)
+    paths = [write_planned(source, same_plan(source, "F32", "native"), tmp_path / "all.gguf").path]
+    paths.append(write_planned(source, cut_plan(source, "only one has it"), tmp_path / "one.gguf").path)
     every, one = (plan_engine(config(path)).host_bytes["kv"] for path in paths)
     assert every == 4 * one > 0
     spec = ModelSpec.from_gguf(read_gguf(paths[1]))
@@ -193,7 +193,7 @@ def test_layers_without_attention_need_no_cache(tmp_path: Path, source: ModelSou
 
 
 def test_files_that_say_wrong_things_about_attention(tmp_path: Path, source: ModelSource) -> None:
-    path = slim(source, cut_plan(source, "first"), tmp_path / "m.gguf").path
+    path = write_planned(source, cut_plan(source, "first"), tmp_path / "m.gguf").path
     content = read_content(path).with_keys({"general.alignment": None})
     for values, message in (
         ([1, 1, 1, 1], "blk.0.attn_norm.weight is missing"),
@@ -228,7 +228,7 @@ def test_llama_cpp_runs_stock_files_as_we_do(tmp_path: Path, source: ModelSource
             (1, (1, 2, 3), (Type.F16, Type.Q4_0, Type.F32)),
         )
     ]
-    path = slim(source, replace(plan, layers=tuple(layers)), tmp_path / "m.gguf").path
+    path = write_planned(source, replace(plan, layers=tuple(layers)), tmp_path / "m.gguf").path
     with closing(LlamaCpp(LlamaCppConfig(path, 256, 1))) as baseline:
         theirs = baseline.score(TOKENS)
     with closing(Engine.open(config(path, kv_type="f16"))) as engine:
@@ -240,5 +240,5 @@ def test_llama_cpp_runs_stock_files_as_we_do(tmp_path: Path, source: ModelSource
 def test_scaled_shares_stay_scaled(tmp_path: Path) -> None:
     held = hold(random_mixtral(FOUR_LAYERS))
     scaled = replace(held, spec=replace(held.spec, experts=replace(held.spec.experts, weights_scale=1.75)))
-    path = slim(scaled, same_plan(scaled, "F32"), tmp_path / "m.gguf").path
+    path = write_planned(scaled, same_plan(scaled, "F32"), tmp_path / "m.gguf").path
     assert ModelSpec.from_gguf(read_gguf(path)).expert_weights_scale == 1.75
