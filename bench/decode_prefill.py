@@ -125,7 +125,7 @@ def _run_heat(plan: Plan, opened: Mapping[str, Candidate], report: Report, say: 
                 report.timings.setdefault((name, depth), []).append(measure(opened[name], prefill, decode))
             if isinstance(engine := opened.get(OURS), Engine):
                 report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
-                report.engine.update(engine.memory(), weights=engine.plan.placement.mode)
+                report.engine.update(engine.memory(), weights=engine.plan.weight_forms.mode)
 
 
 def check_logits(candidate: Candidate, tokens: list[int]) -> list[np.ndarray]:

@@ -127,7 +127,7 @@ def compare_with_llamacpp(plan: Plan, kind: str) -> dict[str, float]:
         batched = score(engine, tokens)
         engine.truncate(0)
         single = score_singly(engine, tokens)
-        repacked = engine.plan.placement.repacked
+        repacked = engine.plan.weight_forms.repacked
     reference = baseline_scores(plan, path, tokens, repack=False)
     figures = divergence("", batched, reference["batched"])
     figures |= divergence("single_", single, baseline_scores(plan, path, tokens, repack=True)["single"])

@@ -227,7 +227,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 @click.command()
 @click.option("--model", default="natural_medium", show_default=True, help="A file, or a shape for random Q4_K.")
 @click.option("--share", "shares", type=click.FloatRange(0, 1, min_open=True, max_open=True), multiple=True)
-@click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, default=["heat", "lru"])
+@click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, default=["lfu-decay", "lru"])
 @click.option("--rule", type=click.Choice(["card", "measured"]), default="card", show_default=True)
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one.")

@@ -60,7 +60,7 @@ class LoadedModel:
     def _token_rows(self, opened: ExitStack) -> TokenRows | None:
         """Room for a step's rows of the token table; none if the table is in memory anyway."""
         plan = self._plan
-        if plan.placement.mode == "mapped" or plan.is_tied_on_host:
+        if plan.weight_forms.mode == "mapped" or plan.is_tied_on_host:
             return None
         return opened.enter_context(closing(TokenRows(plan.gguf, plan.sources.token_embd, self.backend, plan.n_batch)))
 
@@ -68,15 +68,15 @@ class LoadedModel:
         self, rows: TokenRows | None, opened: ExitStack, on_progress: Callable[[int], None]
     ) -> tuple[ModelWeights, ModelWeights]:
         """Weights for batches and for single tokens: two arrangements, or twice the same one."""
-        placement, sources = self._plan.placement, self._plan.sources
+        weight_forms, sources = self._plan.weight_forms, self._plan.sources
         store = self._store = opened.enter_context(
             closing(WeightStore(self._plan.gguf, sources, on_progress, self.backend))
         )
-        if placement.mode != "mapped":
+        if weight_forms.mode != "mapped":
             sources = join_layers(sources)
         table = None if rows is None else rows.tensor
-        batched = load_weights(store, sources, placement.batch_form, table)
-        single = load_weights(store, sources, placement.single_form, table)
+        batched = load_weights(store, sources, weight_forms.batch_form, table)
+        single = load_weights(store, sources, weight_forms.single_form, table)
         store.release_staging()
         return batched, single
 

@@ -1,4 +1,4 @@
-"""Opens a model in tiers: experts in device slots, in the arena and on disk, and the runner over them."""
+"""Opens a model in tiers: experts in device slots, in the host expert cache and on disk, and the runner over them."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.disk_reader import DiskReader
-from slimoe.offload.cache.host_pool import Arena
+from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_policy
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
@@ -17,7 +17,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, meas
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
-from slimoe.offload.experts.resident import HeldCopies
+from slimoe.offload.experts.resident import ResidentExperts
 from slimoe.offload.experts.runner import Part, TieredRunner
 from slimoe.offload.experts.stage import ExpertStage, Site
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
@@ -44,25 +44,27 @@ class Tiers:
 
     runner: TieredRunner
     plan: EnginePlan
-    arena: Arena | None
+    host_pool: HostPool | None
     reader: DiskReader | None
     devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
     lossy: LossyPicks | None = None
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier; a device's under its name."""
-        arena = {} if self.arena is None else {"arena": self.arena.n_bytes}
+        n_bytes = 0 if self.host_pool is None else self.host_pool.n_bytes
+        # `host_pool` is what the version before called it.
+        host_pool = {} if self.host_pool is None else {"host_pool": n_bytes, "arena": n_bytes}
         on_devices = {device.device.name: device.required for device, _ in self.devices}
-        return {**self.plan.host_bytes, **arena, **on_devices}
+        return {**self.plan.host_bytes, **host_pool, **on_devices}
 
     def counters(self) -> dict[str, float]:
         """Running totals since the model was opened; none where host memory has room for all of it."""
         totals: dict[str, float] = {}
-        if self.arena is not None and self.arena.has_all and not self.devices and self.lossy is None:
+        if self.host_pool is not None and self.host_pool.has_all and not self.devices and self.lossy is None:
             return totals
-        if self.arena is not None and self.reader is not None:
+        if self.host_pool is not None and self.reader is not None:
             reader = self.reader
-            totals |= asdict(self.arena.counters)
+            totals |= asdict(self.host_pool.counters)
             totals |= {"bytes_read": reader.n_read, "bytes_wasted": reader.n_wasted}
             totals["read_seconds"] = reader.busy_seconds
         experts = [one for _, one in self.devices if one is not None]
@@ -77,7 +79,7 @@ class Tiers:
 
 
 class _Elsewhere:
-    """A policy's values as the arena sees them: what a device has is worth nothing there."""
+    """A policy's values as the host expert cache sees them: what a device has is worth nothing there."""
 
     def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
         self._policy, self._devices = policy, devices
@@ -137,7 +139,7 @@ class _Opening:
         n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
         runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch, n_out)
         self._opened.callback(runner.close)
-        reader = arena = lossy = None
+        reader = host_pool = lossy = None
         if plan.tiers is not None:
             n_used, possible = plan.spec.n_expert_used, slot_kinds(plan.cut_layers, plan.tiers.low)
             graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, set(possible))
@@ -146,15 +148,15 @@ class _Opening:
             self._opened.callback(reader.close)
             rows = 0 if self._rows is None else self._rows.n_bytes
             n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
-            arena = Arena(reader, _Elsewhere(self._policy, experts), n_slots, possible)
-            self._opened.callback(arena.close)
+            host_pool = HostPool(reader, _Elsewhere(self._policy, experts), n_slots, possible)
+            self._opened.callback(host_pool.close)
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)
-            self._fill(arena, experts)
-            lossy = self._lossy(HeldCopies(plan.layers, arena, reader, experts))
-            runner.attach(self._stage(parts, host, graphs, arena, experts, lossy))
+            self._fill(host_pool, experts)
+            lossy = self._lossy(ResidentExperts(plan.layers, host_pool, reader, experts))
+            runner.attach(self._stage(parts, host, graphs, host_pool, experts, lossy))
         by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
-        return Tiers(runner, plan, arena, reader, tuple(by_plan) if plan.devices else (), lossy)
+        return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy)
 
     def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
@@ -214,20 +216,20 @@ class _Opening:
 
     # --- experts --------------------------------------------------------------------------------------------
 
-    def _fill(self, arena: Arena, devices: list[DeviceExperts]) -> None:
-        """The most valuable experts go to the devices, the next ones to the arena."""
+    def _fill(self, host_pool: HostPool, devices: list[DeviceExperts]) -> None:
+        """The most valuable experts go to the devices, the next ones to the host expert cache."""
         best = most_valuable(self._policy.values, self._copies, len(self._copies))
         for key in best:
             for device in devices:
                 if key in device.copies and device.has_room(key):
-                    arena.pin({key})
-                    device.put(key, arena.addresses(arena.demand(key, self._copies[key], counts=0)))
+                    host_pool.pin({key})
+                    device.put(key, host_pool.addresses(host_pool.demand(key, self._copies[key], counts=0)))
                     self._count(self._copies[key].n_bytes)
-        arena.pin(set())
-        arena.forget()
+        host_pool.pin(set())
+        host_pool.forget()
         on_devices = {key for device in devices for key in device}
         order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
-        arena.fill([*self._low_copies(order), *((key, self._copies[key]) for key in order)], self._count)
+        host_pool.fill([*self._low_copies(order), *((key, self._copies[key]) for key in order)], self._count)
 
     def _low_copies(self, order: list[Key]) -> list[tuple[Key, ExpertCopy]]:
         """Last copies that are not the best ones, if they have slots."""
@@ -246,7 +248,7 @@ class _Opening:
         held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
         return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
 
-    def _lossy(self, held: HeldCopies) -> LossyPicks | None:
+    def _lossy(self, held: ResidentExperts) -> LossyPicks | None:
         lossy = self._plan.lossy
         if lossy is None:
             return None
@@ -257,7 +259,7 @@ class _Opening:
         parts: list[Part],
         host: Exchange,
         graphs: ExpertGraphs,
-        arena: Arena,
+        host_pool: HostPool,
         devices: list[DeviceExperts],
         lossy: LossyPicks | None,
     ) -> ExpertStage:
@@ -267,29 +269,29 @@ class _Opening:
             plan.layers,
             self._cut,
             graphs,
-            arena,
+            host_pool,
             lambda key: any(device.holds(key) for device in devices),
             None if lossy is None else lossy.copy_ahead,
         )
         for part in parts:
             if part.site.experts is not None:
-                self._measure(part.site.experts, part.site.backend, arena, host_experts)
+                self._measure(part.site.experts, part.site.backend, host_pool, host_experts)
         novices = read_novices(plan.gguf, plan.layers)
         return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace(), lossy)
 
-    def _measure(self, device: DeviceExperts, backend: Backend, arena: Arena, host: HostExperts) -> None:
+    def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Finds out what it costs to move an expert to a device, and what it gains."""
         able = [key for key in device.copies if device.kind_of(key) is not None]
         if not able:
             return
         assert isinstance(backend, DeviceBackend)
         key = next((key for key in able if host.has(key)), able[0])
-        arena.pin({key})
+        host_pool.pin({key})
         kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
         copy_seconds = device.seconds_per_copy(host.addresses(key), kind)
         there = measure_times(lambda n: device.run_passing(kind, n, backend.synchronize), n_batch)
         here = measure_times(lambda n: host.run_one(key, n), n_batch)
-        arena.pin(set())
+        host_pool.pin(set())
         device.times = LinkTimes(here, there, copy_seconds)
         rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
         device.swaps = SlotExchange(self._policy, rule, device.kind_of)

@@ -14,7 +14,7 @@ from bench.limits.isolated_run import Job, engine_config
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.plan.engine_plan import plan_engine
-from slimoe.offload.plan.expert_placement import whereabouts
+from slimoe.offload.plan.expert_placement import expert_placement
 from slimoe.offload.plan.prediction import measure_machine, predict_plan
 
 
@@ -34,7 +34,7 @@ def expect(job: Job) -> Expected:
     with tempfile.TemporaryDirectory(prefix="slimoe-plan-") as directory:
         cache = MeasurementCache(Path(directory) / "measurements.json")
         predicted = predict_plan(plan, measure_machine(config, plan, lambda _: None, cache))
-    return Expected(predicted.decode.ms_per_token, predicted.prefill.ms_per_token, whereabouts(plan).disk_share)
+    return Expected(predicted.decode.ms_per_token, predicted.prefill.ms_per_token, expert_placement(plan).disk_share)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def score(config: EngineConfig, texts: Sequence[Text], room_bytes: int) -> dict[
     plan = planned(config, room_bytes)
     assert plan.tiers is not None
     sizes = picked_bytes(config)
-    figures: dict[str, Any] = {"file_bytes": config.model.stat().st_size, "slot_bytes": plan.tiers.arena}
+    figures: dict[str, Any] = {"file_bytes": config.model.stat().st_size, "slot_bytes": plan.tiers.host_pool}
     with closing(Engine(config, plan, lambda done, total: None)) as engine:
         for name in PASSES:
             before = engine.counters()

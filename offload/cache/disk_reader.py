@@ -1,7 +1,7 @@
 """Reads experts from the file in the background: demanded ones first, those that are only likely when nothing waits.
 
 Reads are positioned and go around the page cache where the system allows it (O_DIRECT): inside a memory limit the
-cache would compete with the arena for the same bytes, and copying out of it takes a core that computes.
+cache would compete with the host expert cache for the same bytes, and copying out of it takes a core that computes.
 """
 
 import contextlib

@@ -24,8 +24,8 @@ Addresses = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class ArenaCounters:
-    """What the arena has done since it was opened.
+class HostPoolCounters:
+    """What the host expert cache has done since it was opened.
 
     `hits` picks found in memory, `ahead` picks whose read had begun before they were chosen, `misses` the others;
     `n_prefetched` and `n_cancelled` reads begun ahead and dropped again; `stall_seconds` spent waiting for the disk.
@@ -108,7 +108,7 @@ class _Pool:
         self._memory.close()
 
 
-class Arena:
+class HostPool:
     """Pools by slot class, the reader that fills them, and the copies they hold; `n_copies` there are of each class."""
 
     def __init__(
@@ -127,7 +127,7 @@ class Arena:
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
         self._invested: Loaded | None = None
-        self.counters = ArenaCounters()
+        self.counters = HostPoolCounters()
 
     @property
     def n_bytes(self) -> int:

@@ -49,7 +49,7 @@ class Policy(Protocol):
     """Keeps `values`, float64 [n_layer, n_expert]: the higher, the better worth having. The array is never replaced.
 
     `in_uses_per_token` says that a value is the expected number of steps per token that use the expert, so that it can
-    be weighed against seconds (`swap_rule.SwapRule`); otherwise values can only be compared with each other.
+    be weighed against seconds (`swap.SwapRule`); otherwise values can only be compared with each other.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Policy(Protocol):
         """A decode step is over. Not called for prompts."""
 
 
-class Heat:
+class DecayedLfu:
     """Mean use per token, the last tokens counting most; a prompt adds what it can foretell of its own answer.
 
     Each step's weight halves every `half_life` tokens. A prompt weighs as its number of tokens would, but at most as
@@ -79,7 +79,7 @@ class Heat:
     token later, than one of a layer to come: replayed traces hit 1 to 4 points more often for it.
     """
 
-    name = "heat"
+    name = "lfu-decay"
     in_uses_per_token = True
 
     def __init__(
@@ -186,7 +186,7 @@ class LeastFrequentlyUsed(Static):
 
 
 POLICIES: dict[str, Callable[[PolicyContext], Policy]] = {
-    "heat": Heat,
+    "lfu-decay": DecayedLfu,
     "lru": LeastRecentlyUsed,
     "lfu": LeastFrequentlyUsed,
     "static": Static,

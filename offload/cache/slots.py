@@ -44,7 +44,7 @@ class TierPlan:
         return self.program + self.weights + self.kv + self.compute
 
     @property
-    def arena(self) -> int:
+    def host_pool(self) -> int:
         """Bytes of all slots."""
         return sum(n * slot_bytes(kind) for kind, n in self.n_slots)
 

@@ -1,4 +1,4 @@
-"""Experts that the CPU multiplies: found in the arena or read into it, the likely next ones ahead of time."""
+"""Experts that the CPU multiplies: from the host expert cache, or read into it, the likely next ones ahead of time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from itertools import compress, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import Addresses, Arena, Loaded
+from slimoe.offload.cache.host_pool import Addresses, HostPool, Loaded
 from slimoe.offload.cache.prefetch import Foresight, Guess
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routing import Picks
@@ -36,12 +36,12 @@ class HostExperts:
         layers: Sequence[ExpertLayer | None],
         cut: Sequence[int],
         graphs: ExpertGraphs,
-        arena: Arena,
+        host_pool: HostPool,
         is_elsewhere: Callable[[Key], bool],
         copy_ahead: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
         self._copy_ahead = copy_ahead or self._copy
-        self._layers, self._graphs, self._arena = layers, graphs, arena
+        self._layers, self._graphs, self._host_pool = layers, graphs, host_pool
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
@@ -78,8 +78,8 @@ class HostExperts:
         """
         needed = {pick.key for pick in picks}
         self._settle(index, needed, elsewhere)
-        self._arena.pin(needed, self._foreseen())
-        loaded = [self._arena.demand(pick.key, pick.copy) for pick in picks]
+        self._host_pool.pin(needed, self._foreseen())
+        loaded = [self._host_pool.demand(pick.key, pick.copy) for pick in picks]
         self._look_ahead(index, ahead, needed)
         ready = [one.is_ready for one in loaded]
         works = [self._work(pick, one) for pick, one, is_ready in zip(picks, loaded, ready, strict=True) if is_ready]
@@ -102,7 +102,7 @@ class HostExperts:
 
     def _abandon(self, foreseen: Mapping[Key, ExpertCopy]) -> None:
         for key, copy in foreseen.items():
-            self._arena.abandon(key, copy)
+            self._host_pool.abandon(key, copy)
 
     def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
         """Has experts read that the next layers' routers would probably choose: the sure ones first, then the near."""
@@ -120,15 +120,15 @@ class HostExperts:
             self._abandon({key: copy for key, copy in gone.items() if foreseen.get(key) is not copy})
             self._predicted[later] = foreseen
             wanted += guesses[: layer.n_expert_used]
-        self._arena.pin(needed, self._foreseen())
+        self._host_pool.pin(needed, self._foreseen())
         wanted.sort(key=lambda guess: guess.probability < _SURE)
         self.foreseen = [guess.key for guess in wanted]
         for guess in wanted:
             copy = self._predicted[guess.key[0]][guess.key]
-            self._arena.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
+            self._host_pool.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
 
     def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
-        addresses = self._arena.addresses(loaded)
+        addresses = self._host_pool.addresses(loaded)
         return ExpertWork(pick.copy.slot_class, addresses, pick.tokens, pick.columns)
 
     # --- a batch --------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class HostExperts:
     def run_batch(self, index: int, picks: Sequence[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
         """Fills the columns of a batch's picks, each expert visited once: those that are here while others are read."""
         # Asked once: an expert that arrives between two questions would be on neither list.
-        is_here = [self._arena.holds(pick.key, pick.copy) for pick in picks]
+        is_here = [self._host_pool.holds(pick.key, pick.copy) for pick in picks]
         here = list(compress(picks, is_here))
         queue = here + [pick for pick, held in zip(picks, is_here, strict=True) if not held]
         coming = self._following(index)
@@ -144,14 +144,14 @@ class HostExperts:
         for at, pick in enumerate(queue):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
-            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._arena.n_free_to_pin)
+            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._host_pool.n_free_to_pin)
             after = coming[: max(0, n_wanted - len(queue))]
-            self._arena.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
+            self._host_pool.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
             while len(loaded) < min(n_wanted, len(queue)):
                 one = queue[len(loaded)]
-                loaded.append(self._arena.demand(one.key, one.copy, counts=len(one.columns)))
+                loaded.append(self._host_pool.demand(one.key, one.copy, counts=len(one.columns)))
             for key, copy in after:
-                self._arena.prefetch(key, copy)
+                self._host_pool.prefetch(key, copy)
             self._graphs.run([self._work(pick, loaded[at])], n_rows, is_cancelled)
 
     def _following(self, index: int) -> list[Wanted]:
@@ -162,40 +162,40 @@ class HostExperts:
             return []
         keys = [(following, expert) for expert in range(len(layer.experts))]
         wanted = [(key, self._copy_ahead(key)) for key in keys if not self._is_elsewhere(key)]
-        return [(key, copy) for key, copy in wanted if not self._arena.holds(key, copy)]
+        return [(key, copy) for key, copy in wanted if not self._host_pool.holds(key, copy)]
 
     def invest(self, keys: Iterable[Key], margin: float) -> None:
         """Has the first best copy read that is worth it, while the disk has nothing else to do."""
-        any(self._arena.invest(key, self._copy(key), margin) for key in keys)
+        any(self._host_pool.invest(key, self._copy(key), margin) for key in keys)
 
     # --- for devices ----------------------------------------------------------------------------------------
 
     @property
     def n_free_to_pin(self) -> int:
         """Experts that can be held at once."""
-        return self._arena.n_free_to_pin
+        return self._host_pool.n_free_to_pin
 
     def has(self, key: Key) -> bool:
         """Whether an expert is in memory here, complete."""
-        return self._arena.holds(key, self._copy(key))
+        return self._host_pool.holds(key, self._copy(key))
 
     def addresses(self, key: Key) -> Addresses:
         """Where an expert that is here lies."""
-        return self._arena.addresses(self._arena.demand(key, self._copy(key), counts=0))
+        return self._host_pool.addresses(self._host_pool.demand(key, self._copy(key), counts=0))
 
     @contextmanager
     def held(self, keys: Iterable[Key]) -> Iterator[None]:
         """Keeps experts here for as long as something reads them."""
-        self._arena.hold(list(keys))
+        self._host_pool.hold(list(keys))
         try:
             yield
         finally:
-            self._arena.hold(())
+            self._host_pool.hold(())
 
     def replace(self, gone: Key, come: Key) -> None:
         """An expert went to a device, and another has come back from there: it is read when nothing else is."""
-        self._arena.pin(set())
-        self._arena.prefetch(come, self._copy(come))
+        self._host_pool.pin(set())
+        self._host_pool.prefetch(come, self._copy(come))
 
     def run_one(self, key: Key, n_picks: int) -> None:
         """Computes an expert that is here for as many tokens as picks, whatever they hold."""

@@ -3,24 +3,24 @@
 from collections.abc import Sequence
 
 from slimoe.offload.cache.disk_reader import DiskReader
-from slimoe.offload.cache.host_pool import Arena
+from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.lossy.rules import SECONDS_PER_BYTE
 from slimoe.offload.model.experts import ExpertLayer
 
 
-class HeldCopies:
-    """The arena's and the devices' copies, as `copy_decision.Memory` asks for them."""
+class ResidentExperts:
+    """The host expert cache's and the devices' copies, as `decision.Memory` asks for them."""
 
     def __init__(
         self,
         layers: Sequence[ExpertLayer | None],
-        arena: Arena,
+        host_pool: HostPool,
         reader: DiskReader,
         devices: Sequence[DeviceExperts],
     ) -> None:
-        self._layers, self._arena, self._reader, self._devices = layers, arena, reader, devices
+        self._layers, self._host_pool, self._reader, self._devices = layers, host_pool, reader, devices
 
     def holds(self, key: Key, copy_index: int) -> bool:
         """Whether a copy is here, complete; devices have best copies only."""
@@ -28,7 +28,7 @@ class HeldCopies:
             return True
         layer = self._layers[key[0]]
         assert layer is not None
-        return self._arena.holds(key, layer.experts[key[1]][copy_index])
+        return self._host_pool.holds(key, layer.experts[key[1]][copy_index])
 
     def read_seconds(self, n_bytes: int) -> float:
         """At the mean speed so far, which the reads at the start give already."""

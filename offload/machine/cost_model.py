@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed
-from slimoe.offload.machine.workload import Matrices, ModelLoad
+from slimoe.offload.machine.workload import Matrices, Workload
 
 LOOK_AHEAD = 0.8
 """Share of picks that the next layer's router names one layer early; 0.8 to 0.9 are published for Mixtral."""
@@ -33,7 +33,7 @@ _OPS_PER_CUT_EXPERT = 4
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Shares of the picks whose expert is in a device's slots and in the host's arena; the rest is on the disk.
+    """Shares of the picks whose expert is in a device's slots and in the host expert cache; the rest is on disk.
 
     `is_cut`: whether a step stops at each router. Where everything is on one processor it does not.
     """
@@ -93,7 +93,7 @@ class _Layer:
 
 
 def predict(
-    load: ModelLoad, residency: Residency, speed: MachineSpeed, step: Step | None = None, device: str | None = None
+    load: Workload, residency: Residency, speed: MachineSpeed, step: Step | None = None, device: str | None = None
 ) -> Prediction:
     """The time of one step, by token. With a `device`, everything but the experts on the CPU is computed there.
 
@@ -121,7 +121,7 @@ def predict(
 class _Setting:
     """A model on a machine; `main` computes everything but the experts on the CPU."""
 
-    load: ModelLoad
+    load: Workload
     residency: Residency
     speed: MachineSpeed
     device: str | None
@@ -194,7 +194,7 @@ def _seconds(processor: ProcessorSpeed, matrices: Matrices, n_rows: float) -> fl
     return sum(processor.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
 
 
-def _visited(load: ModelLoad, n_tokens: int) -> float:
+def _visited(load: Workload, n_tokens: int) -> float:
     """Expected number of different experts of a layer in a step, for picks that are independent of each other."""
     if n_tokens == 1 or not load.n_expert:
         return load.n_used

@@ -39,7 +39,7 @@ _LINK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class KernelNeeds:
     """What of a machine a model uses: kernels with the rows of their largest matrix, and sizes in bytes."""
 
     kernels: Mapping[MatrixKernel, int]
@@ -58,9 +58,9 @@ class Limits:
     clock: Clock = field(default=time.perf_counter)
 
 
-def workload(
+def kernel_needs(
     spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLayer | None], kv_type: Type = Type.F16
-) -> Workload:
+) -> KernelNeeds:
     """The kernels that a model's matrices need, and their sizes."""
     kernels: dict[MatrixKernel, int] = {}
     n_bytes = 0
@@ -71,7 +71,7 @@ def workload(
         n_bytes += source.n_bytes
     copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
     attention = AttentionShape(spec.n_head, spec.n_head_kv, spec.n_embd_head, kv_type)
-    return Workload(kernels, attention, max(copies, default=0), n_bytes)
+    return KernelNeeds(kernels, attention, max(copies, default=0), n_bytes)
 
 
 class Calibration:
@@ -82,7 +82,7 @@ class Calibration:
 
     def __init__(
         self,
-        needs: Workload,
+        needs: KernelNeeds,
         limits: Limits | None = None,
         cache: MeasurementCache | None = None,
         on_measure: Callable[[str], None] | None = None,

@@ -13,7 +13,7 @@ Matrices = Mapping[MatrixKernel, float]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLoad:
+class Workload:
     """Sizes and sums over a model of `n_layer` layers, of which some attend and some have experts.
 
     `dense`: all matrices that every token is multiplied with, but for the `output`, with which only those are whose
@@ -39,16 +39,16 @@ class ModelLoad:
         return len(self.routed_layers)
 
 
-def model_load(
+def workload(
     spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLayer | None], low_share: float = 0.0
-) -> ModelLoad:
+) -> Workload:
     """A model's load. The CPU takes an expert's last copy, in place of the first, for `low_share` of its picks."""
     routed = [layer for layer in layers if layer]
     best = _mean_expert([copies[0] for layer in routed for copies in layer.experts])
     low = _mean_expert([copies[-1] for layer in routed for copies in layer.experts])
     kernels = dict.fromkeys((*best, *low))
     host = {k: (1 - low_share) * best.get(k, 0.0) + low_share * low.get(k, 0.0) for k in kernels}
-    return ModelLoad(
+    return Workload(
         n_layer=len(layers),
         attention_layers=spec.attention_layers,
         routed_layers=tuple(index for index, layer in enumerate(layers) if layer),

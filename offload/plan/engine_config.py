@@ -24,14 +24,14 @@ class ContextConfig:
 class MemoryConfig:
     """Host memory: how much, in which form the weights lie there, and which experts stay.
 
-    `ram` is a size as `budget.parse_size` reads it, None for what is free; `weights` a mode of `Placement` or auto;
+    `ram` is a size as `budget.parse_size` reads it, None for what is free; `weights` a mode of `WeightForms` or auto;
     `policy` the name of a cache policy; `direct_io` reads experts past the system's page cache. `reserve_bytes` are
     what other processes of ours take at most and count inside `ram`; `held_bytes` of these they hold already.
     """
 
     ram: str | None = None
     weights: str = "auto"
-    policy: str = "heat"
+    policy: str = "lfu-decay"
     direct_io: bool = True
     reserve_bytes: int = 0
     held_bytes: int = 0

@@ -30,8 +30,8 @@ from slimoe.offload.plan.machine import Machine, this_machine
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, request_bytes
 from slimoe.offload.plan.weight_forms import (
     Needs,
-    Placement,
-    decide_placement,
+    WeightForms,
+    choose_weight_forms,
     matrix_bytes,
     repackable_types,
     staging_bytes,
@@ -62,7 +62,7 @@ class EnginePlan:
     n_batch: int
     n_parallel: int
     n_threads: int
-    placement: Placement
+    weight_forms: WeightForms
     available: int
     reserve: int
     layers: tuple[ExpertLayer | None, ...]
@@ -93,9 +93,9 @@ class EnginePlan:
     def host_bytes(self) -> dict[str, int]:
         """Bytes in host memory by use, without experts' slots and intermediate results."""
         if self.is_resident:
-            placement = self.placement
-            by_form = {"mapped": placement.mapped, "copied": placement.copied, "repacked": placement.repacked}
-            return {**by_form, "kv": placement.kv}
+            weight_forms = self.weight_forms
+            by_form = {"mapped": weight_forms.mapped, "copied": weight_forms.copied, "repacked": weight_forms.repacked}
+            return {**by_form, "kv": weight_forms.kv}
         return {"copied": self.tiers.weights if self.tiers else 0, "kv": self.tiers.kv if self.tiers else 0}
 
     @property
@@ -103,8 +103,8 @@ class EnginePlan:
         """What is read from the file before the first step."""
         on_devices = sum(device.weights + device.slots for device in self.devices)
         if self.is_resident:
-            return self.placement.mapped + self.placement.copied + self.placement.repacked
-        return on_devices + (self.tiers.weights + self.tiers.arena if self.tiers else 0)
+            return self.weight_forms.mapped + self.weight_forms.copied + self.weight_forms.repacked
+        return on_devices + (self.tiers.weights + self.tiers.host_pool if self.tiers else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,8 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     for fewer in _batch_sizes(n_batch, context.n_parallel):
         program = model.program + memory.reserve_bytes + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
-        placement = decide_placement(sources, spec, memory.weights, speeds, needs, budget.ram)
-        if placement.required <= budget.ram:
+        weight_forms = choose_weight_forms(sources, spec, memory.weights, speeds, needs, budget.ram)
+        if weight_forms.required <= budget.ram:
             n_batch = fewer
             break
     plan = EnginePlan(
@@ -190,7 +190,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         n_batch=n_batch,
         n_parallel=context.n_parallel,
         n_threads=model.n_threads,
-        placement=placement,
+        weight_forms=weight_forms,
         available=budget.ram,
         reserve=memory.reserve_bytes,
         layers=layers,
@@ -235,7 +235,7 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, pr
     """The plan with tiers if it needs them, or with what it lacks."""
     if plan.shortfall is not None:
         return plan
-    required = plan.placement.required
+    required = plan.weight_forms.required
     may_be_resident = not plan.devices and not _needs_tiers(config, plan, fits=True)
     try:
         if plan.devices or _needs_tiers(config, plan, fits=required <= plan.available):
@@ -251,7 +251,7 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, pr
 
 def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
     """The plan with experts in several places, or with all of the model on devices. Raises DoesNotFitError."""
-    plan = replace(plan, placement=replace(plan.placement, mode="copied"))
+    plan = replace(plan, weight_forms=replace(plan.weight_forms, mode="copied"))
     if plan.devices:
         return _in_places(config, plan, devices, program)
     sizes = _batch_sizes(min(plan.n_batch, max(plan.n_parallel, TIERED_BATCH)), plan.n_parallel)
@@ -270,8 +270,8 @@ def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, progra
 def _on_devices(plan: EnginePlan, program: int) -> EnginePlan:
     """The plan whose host memory has nothing of the model."""
     fixed = _fixed(plan, program)
-    nothing = replace(plan.placement, mapped=0, copied=0, repacked=0, kv=0, staging=0)
-    return replace(plan, placement=replace(nothing, compute=fixed["compute"], program=fixed["program"]))
+    nothing = replace(plan.weight_forms, mapped=0, copied=0, repacked=0, kv=0, staging=0)
+    return replace(plan, weight_forms=replace(nothing, compute=fixed["compute"], program=fixed["program"]))
 
 
 def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:
@@ -323,7 +323,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     if plan.devices:
         return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}
     weights = matrix_bytes(without_experts(plan.sources))
-    return {"program": program, "weights": weights, "kv": plan.placement.kv, "compute": compute}
+    return {"program": program, "weights": weights, "kv": plan.weight_forms.kv, "compute": compute}
 
 
 def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:

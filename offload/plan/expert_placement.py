@@ -14,7 +14,7 @@ from slimoe.offload.plan.engine_plan import EnginePlan
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
+class ExpertPlacement:
     """Experts by place, and the expected share of picks that each place serves; all shares sum to 1.
 
     `on_devices` has one number for each device of the plan. A cache that follows the routing does better than
@@ -40,7 +40,7 @@ class Whereabouts:
         return max(0.0, 1.0 - self.device_share - self.host_share)
 
 
-def whereabouts(plan: EnginePlan) -> Whereabouts:
+def expert_placement(plan: EnginePlan) -> ExpertPlacement:
     """What the engine will do with the experts when it opens the model as planned, without loading it."""
     uses = _uses(plan)
     keys = [(layer, expert) for layer, one in _routed(plan) for expert in range(len(one.experts))]
@@ -51,7 +51,7 @@ def whereabouts(plan: EnginePlan) -> Whereabouts:
     on_host = set(left) if plan.is_resident else _host_keys(plan, left)
     total = float(uses.sum()) or 1.0
     device_share = _sum(uses, gone) / total
-    return Whereabouts(
+    return ExpertPlacement(
         n_experts=len(keys),
         on_devices=tuple(len(keys) for keys in on_devices),
         on_host=len(on_host),

@@ -9,14 +9,14 @@ from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.kv_cache import kv_type
 from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predict
-from slimoe.offload.machine.measure import Calibration, Limits, workload
+from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed, SpeedCurve
-from slimoe.offload.machine.workload import model_load
+from slimoe.offload.machine.workload import workload
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.expert_placement import whereabouts
+from slimoe.offload.plan.expert_placement import expert_placement
 
 TYPICAL_PAST = 512
 """Tokens before the one that is predicted: decoding slows down as they grow in number."""
@@ -43,7 +43,7 @@ def measure_machine(
     `on_measure` is told before each measurement, which takes seconds at most; what it raises ends them all. Raises
     DoesNotFitError, DeviceError, and what reading the file raises.
     """
-    needs = workload(plan.spec, plan.sources, plan.layers, kv_type(config.context.kv_type))
+    needs = kernel_needs(plan.spec, plan.sources, plan.layers, kv_type(config.context.kv_type))
     vram = min((device.budget for device in plan.devices), default=0)
     limits = Limits(ram=plan.available, vram=vram, direct_io=config.memory.direct_io)
     calibration = Calibration(needs, limits, cache, on_measure)
@@ -53,13 +53,13 @@ def measure_machine(
             known_as(device.device): opened.enter_context(closing(DeviceBackend(device.device)))
             for device in plan.devices
         }
-        speed = calibration.machine(plan.gguf if whereabouts(plan).on_disk else None, cpu, devices)
-        kinds = plan.placement.repacked_types if plan.is_resident else frozenset()
+        speed = calibration.machine(plan.gguf if expert_placement(plan).on_disk else None, cpu, devices)
+        kinds = plan.weight_forms.repacked_types if plan.is_resident else frozenset()
         if not kinds:
             return speed
         on_measure("rearranged weights")
         kernels = measured_speeds(kinds, cpu, plan.available // 2, cache)
-    return replace(speed, cpu=_rearranged(speed.cpu, kernels, for_batches=plan.placement.mode == "repacked"))
+    return replace(speed, cpu=_rearranged(speed.cpu, kernels, for_batches=plan.weight_forms.mode == "repacked"))
 
 
 def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
@@ -76,8 +76,8 @@ def known_as(device: Device) -> str:
 
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, step: Step) -> Prediction:
-    load = model_load(plan.spec, plan.sources, plan.layers)
-    where = whereabouts(plan)
+    load = workload(plan.spec, plan.sources, plan.layers)
+    where = expert_placement(plan)
     residency = Residency(where.device_share, where.host_share, where.is_cut)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]

@@ -25,7 +25,7 @@ _TYPICAL_PROMPT, _TYPICAL_ANSWER = 512, 128
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class WeightForms:
     """What will be in memory, in bytes, and how the matrices lie there.
 
     `mode` mapped: as pages of the file, shared with other processes. copied: in our own memory. repacked: those of
@@ -87,14 +87,14 @@ def staging_bytes(sources: ModelSources) -> int:
     return min(STAGED_BYTES, _JOINED * max(source.n_bytes for source in _weights(sources)))
 
 
-def decide_placement(
+def choose_weight_forms(
     sources: ModelSources,
     spec: ModelSpec,
     mode: str,
     speeds: Mapping[str, KernelSpeed],
     needs: Needs,
     available: int,
-) -> Placement:
+) -> WeightForms:
     """The placement that `mode` names, or for auto the fastest that fits into `available` bytes.
 
     If none fits, it is the smallest, and refusing it is the caller's. Raises UsageError for an unknown mode.
@@ -106,10 +106,10 @@ def decide_placement(
         compute += row_bytes(sources.token_embd, needs.n_batch)
     possible = frozenset(repackable_types(sources))
 
-    def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> Placement:
-        return _place(sources, Placement(chosen, kinds, 0, 0, 0, needs.kv, compute, needs.program))
+    def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> WeightForms:
+        return _place(sources, WeightForms(chosen, kinds, 0, 0, 0, needs.kv, compute, needs.program))
 
-    named: dict[str, Callable[[], Placement]] = {
+    named: dict[str, Callable[[], WeightForms]] = {
         "mapped": lambda: place("mapped", frozenset()),
         "copied": lambda: place("copied", frozenset()),
         "repacked": lambda: place("repacked", possible),
@@ -125,7 +125,7 @@ def decide_placement(
     return place("repacked", alone) if alone else place("copied", frozenset())
 
 
-def _place(sources: ModelSources, rule: Placement) -> Placement:
+def _place(sources: ModelSources, rule: WeightForms) -> WeightForms:
     """`rule` with its byte counts filled in."""
     forms = {
         (source.name, "copied" if form == "mapped" and len(source.spans) > 1 else form): source.n_bytes

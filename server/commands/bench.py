@@ -76,7 +76,7 @@ def command(values: Mapping[str, Any]) -> None:
         report = {
             "model": str(engine.gguf.path),
             "n_threads": engine.plan.n_threads,
-            "weights": engine.plan.placement.mode,
+            "weights": engine.plan.weight_forms.mode,
             **{name: getattr(options, name) for name in ("n_prompt", "n_gen", "depth", "n_rounds")},
             **msgspec.to_builtins(speeds),
             "memory": engine.memory(),

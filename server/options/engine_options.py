@@ -11,7 +11,7 @@ from slimoe.offload.plan.engine_config import EngineConfig, changed, setting_nam
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
 WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
-POLICIES = ("heat", "lru", "lfu", "static")
+POLICIES = ("lfu-decay", "lru", "lfu", "static")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +38,14 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
         if not all(words):
             self.fail(f"{value!r} has nothing before or after a comma.", param, ctx)
         return words
+
+
+class PolicyName(click.Choice[str]):
+    """The cache policies by name; what the version before called `heat` is still understood, and no longer told."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The policy's name of today."""
+        return super().convert("lfu-decay" if value == "heat" else value, param, ctx)
 
 
 def _joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
@@ -105,8 +113,8 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--policy",
-        type=click.Choice(POLICIES),
-        help="Cache policy: which experts stay in fast memory (default: heat, a decayed LFU).",
+        type=PolicyName(POLICIES),
+        help="Cache policy: which experts stay in fast memory (default: lfu-decay, a decayed LFU).",
     ),
     click.option(
         "--max-kl",

@@ -7,7 +7,7 @@ from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.cost_model import CPU, DISK, LINK, Prediction
 from slimoe.offload.plan.device_plan import DevicePlan
 from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
+from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
 from slimoe.offload.plan.prediction import PlanPrediction, known_as
 from slimoe.offload.resources.memory import human
 
@@ -37,7 +37,7 @@ class PlanReport:
             "n_parallel": plan.n_parallel,
             "n_batch": plan.n_batch,
             "n_threads": plan.n_threads,
-            "weights": plan.placement.mode,
+            "weights": plan.weight_forms.mode,
             "bytes": sizes,
             "required_bytes": sum(sizes.values()) if plan.shortfall is None else plan.shortfall.required_bytes,
             "available_bytes": plan.available if plan.shortfall is None else plan.shortfall.available_bytes,
@@ -56,7 +56,7 @@ class PlanReport:
     def memory_lines(self) -> list[str]:
         """Memory of the host by use, and what lies in which tier."""
         plan = self.plan
-        head = f"{plan.gguf.path.name}: weights {plan.placement.mode}, {_count(plan.n_threads, 'thread')}"
+        head = f"{plan.gguf.path.name}: weights {plan.weight_forms.mode}, {_count(plan.n_threads, 'thread')}"
         if plan.shortfall is not None and plan.devices:
             return [head]
         rows = [_row(name, human(n_bytes)) for name, n_bytes in _host_rows(plan).items() if n_bytes]
@@ -75,17 +75,17 @@ class PlanReport:
 
 def host_bytes(plan: EnginePlan) -> dict[str, int]:
     """Host memory by use."""
-    placement, tiers = plan.placement, plan.tiers
+    weight_forms, tiers = plan.weight_forms, plan.tiers
     if tiers is not None:
-        sizes = {"copied": tiers.weights, "arena": tiers.arena, "kv": tiers.kv, "compute": tiers.compute}
+        sizes = {"copied": tiers.weights, "arena": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}
         return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "processes": plan.reserve}
     return {
-        "mapped": placement.mapped,
-        "copied": placement.copied,
-        "repacked": placement.repacked,
-        "kv": placement.kv,
-        "compute": placement.compute,
-        "program": placement.program + placement.staging - plan.reserve,
+        "mapped": weight_forms.mapped,
+        "copied": weight_forms.copied,
+        "repacked": weight_forms.repacked,
+        "kv": weight_forms.kv,
+        "compute": weight_forms.compute,
+        "program": weight_forms.program + weight_forms.staging - plan.reserve,
         "processes": plan.reserve,
     }
 
@@ -112,7 +112,7 @@ def _host_rows(plan: EnginePlan) -> dict[str, int]:
 
 
 def _tiers(plan: EnginePlan) -> dict[str, Any]:
-    where = whereabouts(plan)
+    where = expert_placement(plan)
     pairs = zip(plan.devices, where.on_devices, strict=True)
     return {
         "devices": [_device(device, n_experts) for device, n_experts in pairs],
@@ -146,7 +146,7 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
     """Where the experts are; nothing if they are all in host memory."""
     if plan.is_resident or plan.shortfall is not None:
         return []
-    where = whereabouts(plan)
+    where = expert_placement(plan)
     lines = [_device_line(device, n) for device, n in zip(plan.devices, where.on_devices, strict=True)]
     if where.on_host:
         lines.append(_row("host memory", f"{where.on_host} of {_count(where.n_experts, 'expert')}"))
@@ -162,7 +162,7 @@ def _device_line(device: DevicePlan, n_experts: int) -> str:
     return _row(known_as(device.device), f"{what}, {human(device.required)} of {human(device.budget)}")
 
 
-def _hits(plan: EnginePlan, where: Whereabouts) -> str:
+def _hits(plan: EnginePlan, where: ExpertPlacement) -> str:
     shares = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
     told = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items() if share > 0)
     basis = "used as often as the file says" if plan.priors is not None else "all used alike"

@@ -64,8 +64,8 @@ def test_slots_are_those_of_the_room(tmp_path: Path) -> None:
     for lossy in (None, "low", "elastic"):
         tiers = planned(engine_config(model, n_ctx=256, lossy=lossy), int(0.7 * whole)).tiers
         assert tiers is not None
-        sizes[lossy] = tiers.arena
-        assert 0.4 * whole < tiers.arena < 0.9 * whole
+        sizes[lossy] = tiers.host_pool
+        assert 0.4 * whole < tiers.host_pool < 0.9 * whole
     fewest = planned(engine_config(model, n_ctx=256), 0).tiers
     assert fewest is not None
     assert fewest.n_resident == 2

@@ -152,12 +152,12 @@ def test_a_device_multiplies_misses_where_they_lie_and_swaps_what_pays() -> None
     """Expert 2 is used all the time: one move, and hits from then on. One use does not pay a move."""
     header = header_of(3)
     often = Trace(header, tuple(answers([[[2]]] * 300)))
-    tally = replay(Plan(often, pool_sizes(header, 1), DEVICE, None), ["heat"])["heat"]["answer"]
+    tally = replay(Plan(often, pool_sizes(header, 1), DEVICE, None), ["lfu-decay"])["lfu-decay"]["answer"]
     assert tally.moved_bytes == 1000
     assert 0 < tally.misses < 100
     assert tally.hits + tally.misses == 300
     once = Trace(header, tuple(answers([[[2]]])))
-    tally = replay(Plan(once, pool_sizes(header, 1), DEVICE, None), ["heat"])["heat"]["answer"]
+    tally = replay(Plan(once, pool_sizes(header, 1), DEVICE, None), ["lfu-decay"])["lfu-decay"]["answer"]
     assert (tally.moved_bytes, tally.misses, tally.miss_bytes, tally.hit_bytes) == (0, 1, 1000, 0)
 
 
@@ -165,7 +165,7 @@ def test_a_move_that_the_link_makes_too_dear_is_not_made() -> None:
     header = header_of(3)
     often = Trace(header, tuple(answers([[[2]]] * 300)))
     slow = Tier(1e6, 100e9, 10e9, computes_misses=True)
-    assert replay(Plan(often, pool_sizes(header, 1), slow, None), ["heat"])["heat"]["answer"].moved_bytes == 0
+    assert replay(Plan(often, pool_sizes(header, 1), slow, None), ["lfu-decay"])["lfu-decay"]["answer"].moved_bytes == 0
 
 
 def test_what_was_foreseen_takes_slots_and_is_read_once() -> None:
@@ -229,11 +229,11 @@ def test_a_mixed_step_seeds_with_its_prompt_only() -> None:
     picks = np.array([[3], [3], [1]], np.int32)
     runs = (TraceRun(PROMPT, 0, 0, 2), TraceRun(ANSWER, 1, 7, 1))
     step = TraceStep(runs, (TraceLayer(0, picks, np.ones(picks.shape, np.float16)),))
-    policy = make_policy("heat", PolicyContext(1, 4, 1))
+    policy = make_policy("lfu-decay", PolicyContext(1, 4, 1))
     candidate = Online(policy)
     (demand,) = demands(Trace(header, (step,)))
     candidate.observe(demand.visits[0])
-    told = make_policy("heat", PolicyContext(1, 4, 1))
+    told = make_policy("lfu-decay", PolicyContext(1, 4, 1))
     told.decode(0, [1])
     told.prompt(0, np.array([0, 0, 0, 2]))
     np.testing.assert_array_equal(policy.values, told.values)

@@ -34,7 +34,7 @@ def test_experts_of_several_sizes_move_as_replayed(tmp_path: Path) -> None:
     assert all(run.engine == run.replay for run in runs)
     assert all(run.is_exact and run.kl == 0 for run in runs)
     swaps = {run.policy: run.swaps for run in runs}
-    assert swaps["lru"] > swaps["heat"] > swaps["static"] == 0
+    assert swaps["lru"] > swaps["lfu-decay"] > swaps["static"] == 0
 
 
 def test_random_tokens_too(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_random_tokens_too(tmp_path: Path) -> None:
     assert {run["slots"] for run in document["runs"]} == {12}
 
 
-@pytest.mark.parametrize("policy", ["heat", "lru"])
+@pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 def test_steps_of_several_requests_move_as_replayed(tmp_path: Path, policy: str) -> None:
     """Prompts and answers in one batch: the same experts move, and none that only passed through for a batch."""
     config = engine_config(plain_model(tmp_path), n_ctx=256, n_batch=16, n_threads=1, n_parallel=3, policy=policy)

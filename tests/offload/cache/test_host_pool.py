@@ -15,7 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.cache.disk_reader import DiskReader, ReadFailedError
-from slimoe.offload.cache.host_pool import Addresses, Arena, slot_bytes
+from slimoe.offload.cache.host_pool import Addresses, HostPool, slot_bytes
 from slimoe.offload.cache.policy import PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import slot_classes
@@ -44,7 +44,7 @@ def path(stored: Path, tmp_path: Path) -> Path:
 
 
 class Bench:
-    """An arena over a file, with `n_slots` of either class; the values of its policy say who leaves first."""
+    """A host expert cache over a file, `n_slots` of either class; the values of its policy say who leaves first."""
 
     def __init__(self, path: Path, *n_slots: int) -> None:
         gguf = read_gguf(path)
@@ -60,27 +60,27 @@ class Bench:
         self.policy = make_policy("static", PolicyContext(N_LAYER, N_EXPERT, 2))
         self.reader = DiskReader(gguf)
         classes = list(slot_classes(layers))
-        self.arena = Arena(self.reader, self.policy, dict(zip(classes, n_slots, strict=True)))
+        self.host_pool = HostPool(self.reader, self.policy, dict(zip(classes, n_slots, strict=True)))
 
     def demand(self, *keys: Key) -> None:
         """Has experts read at once, and looks at them."""
-        self.arena.pin(set(keys))
-        slots = [self.arena.demand(key, self.copies[key]) for key in keys]
+        self.host_pool.pin(set(keys))
+        slots = [self.host_pool.demand(key, self.copies[key]) for key in keys]
         for key, slot in zip(keys, slots, strict=True):
-            self.assert_holds(key, self.arena.addresses(slot))
+            self.assert_holds(key, self.host_pool.addresses(slot))
 
     def prefetch(self, *keys: Key) -> None:
         for key in keys:
-            self.arena.prefetch(key, self.copies[key])
+            self.host_pool.prefetch(key, self.copies[key])
 
     def fill(self) -> list[int]:
         done: list[int] = []
-        self.arena.fill(self.copies.items(), done.append)
+        self.host_pool.fill(self.copies.items(), done.append)
         return done
 
     def settle(self) -> None:
         """Lets all that is under way arrive."""
-        slots = [slot for pool in self.arena._pools.values() for slot in pool.slots]
+        slots = [slot for pool in self.host_pool._pools.values() for slot in pool.slots]
         with self.reader._changed:
             assert self.reader._changed.wait_for(lambda: all(slot.is_ready for slot in slots), 30)
 
@@ -96,22 +96,22 @@ class Bench:
     @property
     def held(self) -> set[Key]:
         """Who has a slot."""
-        return {key for pool in self.arena._pools.values() for key in pool.cache}
+        return {key for pool in self.host_pool._pools.values() for key in pool.cache}
 
     @property
     def complete(self) -> set[Key]:
-        return {key for key, copy in self.copies.items() if self.arena.holds(key, copy)}
+        return {key for key, copy in self.copies.items() if self.host_pool.holds(key, copy)}
 
     def counts(self) -> tuple[int, int, int]:
-        counters = self.arena.counters
+        counters = self.host_pool.counters
         return counters.hits, counters.ahead, counters.misses
 
     def check(self) -> None:
-        for pool in self.arena._pools.values():
+        for pool in self.host_pool._pools.values():
             pool.cache.check()
 
     def close(self) -> None:
-        self.arena.close()
+        self.host_pool.close()
         self.reader.close()
 
 
@@ -168,8 +168,10 @@ def test_it_is_filled_in_order_as_far_as_there_is_room(bench: Bench) -> None:
     assert bench.fill() == []
     bench.demand(*bench.held)
     assert bench.counts() == (7, 0, 0)
-    assert bench.arena.n_bytes == sum(n * slot_bytes(kind) for kind, n in zip(bench.arena._pools, (4, 3), strict=True))
-    assert bench.arena.n_free_to_pin == 3
+    assert bench.host_pool.n_bytes == sum(
+        n * slot_bytes(kind) for kind, n in zip(bench.host_pool._pools, (4, 3), strict=True)
+    )
+    assert bench.host_pool.n_free_to_pin == 3
     bench.check()
 
 
@@ -189,30 +191,30 @@ def test_the_least_worth_leaves_and_the_pinned_stay(bench: Bench) -> None:
 def test_reading_ahead_takes_no_pinned_slot(bench: Bench) -> None:
     bench.fill()
     full = {(0, 0), (0, 1), (0, 2), (0, 3)}
-    bench.arena.pin(full | {(1, 0)})
+    bench.host_pool.pin(full | {(1, 0)})
     bench.prefetch((1, 0), (0, 0))
-    assert bench.arena.counters.n_prefetched == 0
-    bench.arena.pin(full - {(0, 2)} | {(1, 0), (1, 1)})
+    assert bench.host_pool.counters.n_prefetched == 0
+    bench.host_pool.pin(full - {(0, 2)} | {(1, 0), (1, 1)})
     bench.prefetch((1, 0), (1, 1))
     assert bench.held & set(bench.copies) - {(2, 0), (2, 1), (2, 2)} == full - {(0, 2)} | {(1, 0)}
-    assert bench.arena.counters.n_prefetched == 1
+    assert bench.host_pool.counters.n_prefetched == 1
     bench.check()
 
 
 def test_what_is_needed_drives_out_what_is_only_likely(bench: Bench) -> None:
     bench.fill()
     likely: set[Key] = {(0, 0), (0, 1), (0, 2)}
-    bench.arena.pin({(1, 0)}, likely)
-    bench.arena.demand((1, 0), bench.copies[1, 0])
+    bench.host_pool.pin({(1, 0)}, likely)
+    bench.host_pool.demand((1, 0), bench.copies[1, 0])
     assert bench.held >= likely | {(1, 0)}
-    bench.arena.pin({(1, 0), (1, 1), (1, 2)}, likely)
+    bench.host_pool.pin({(1, 0), (1, 1), (1, 2)}, likely)
     for key in ((1, 0), (1, 1), (1, 2)):
-        bench.arena.demand(key, bench.copies[key])
+        bench.host_pool.demand(key, bench.copies[key])
     assert bench.held >= {(1, 0), (1, 1), (1, 2)}
     assert len(bench.held & likely) == 1
-    bench.arena.hold({(1, 0), (1, 1), (1, 2)})
-    bench.arena.pin({(0, 3)})
-    bench.arena.demand((0, 3), bench.copies[0, 3])
+    bench.host_pool.hold({(1, 0), (1, 1), (1, 2)})
+    bench.host_pool.pin({(0, 3)})
+    bench.host_pool.demand((0, 3), bench.copies[0, 3])
     assert bench.held >= {(1, 0), (1, 1), (1, 2), (0, 3)}
     bench.check()
 
@@ -222,10 +224,10 @@ def test_what_is_needed_drives_out_what_is_only_likely(bench: Bench) -> None:
 
 def test_what_was_read_ahead_counts_once(bench: Bench) -> None:
     keys: list[Key] = [(0, 0), (1, 0), (2, 0)]
-    bench.arena.pin(set(keys))
+    bench.host_pool.pin(set(keys))
     bench.prefetch(*keys)
     bench.prefetch(*keys)
-    assert (bench.arena.counters.n_prefetched, bench.counts()) == (3, (0, 0, 0))
+    assert (bench.host_pool.counters.n_prefetched, bench.counts()) == (3, (0, 0, 0))
     bench.demand(*keys)
     assert bench.counts() == (0, 3, 0)
     bench.demand(*keys)
@@ -234,68 +236,68 @@ def test_what_was_read_ahead_counts_once(bench: Bench) -> None:
     assert bench.counts() == (3, 3, 1)
     n_bytes = sum(bench.copies[key].n_bytes for key in (*keys, (2, 1)))
     assert bench.reader.n_read >= n_bytes
-    assert (bench.arena.counters.n_cancelled, bench.reader.n_wasted) == (0, 0)
+    assert (bench.host_pool.counters.n_cancelled, bench.reader.n_wasted) == (0, 0)
 
 
 def test_one_read_serves_many_picks(bench: Bench) -> None:
     key = (1, 1)
-    bench.arena.pin({key})
-    slot = bench.arena.demand(key, bench.copies[key], counts=5)
-    assert bench.arena.demand(key, bench.copies[key], counts=2) is slot
+    bench.host_pool.pin({key})
+    slot = bench.host_pool.demand(key, bench.copies[key], counts=5)
+    assert bench.host_pool.demand(key, bench.copies[key], counts=2) is slot
     assert bench.counts() == (2, 0, 5)
-    bench.assert_holds(key, bench.arena.addresses(slot))
+    bench.assert_holds(key, bench.host_pool.addresses(slot))
 
 
 def test_a_read_that_is_driven_out_is_dropped(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.fill()
     disk.opens_when(bench.reader, "cancel", monkeypatch)
-    bench.arena.pin({(1, 0)})
+    bench.host_pool.pin({(1, 0)})
     bench.prefetch((1, 0))
     assert (1, 0) not in bench.complete
     bench.policy.values[1, 0] = -1
     bench.demand((1, 1))
     assert bench.held >= {(1, 1), (0, 0)}
     assert (1, 0) not in bench.held
-    assert bench.arena.counters.n_cancelled == 1
+    assert bench.host_pool.counters.n_cancelled == 1
     bench.check()
 
 
 def test_a_wrong_guess_gives_its_slot_back(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.opens_when(bench.reader, "cancel", monkeypatch)
     keys: list[Key] = [(0, 0), (0, 1), (0, 2), (0, 3)]
-    bench.arena.pin(set(keys))
+    bench.host_pool.pin(set(keys))
     bench.prefetch(*keys)
     for key in (*keys, (1, 4)):
-        bench.arena.abandon(key, bench.copies[key])
+        bench.host_pool.abandon(key, bench.copies[key])
     assert bench.held == set()
-    assert bench.arena.counters.n_cancelled == 4
+    assert bench.host_pool.counters.n_cancelled == 4
     bench.check()
     bench.demand((1, 0), (1, 1), (1, 2), (1, 3))
     assert bench.counts() == (0, 0, 4)
-    assert bench.arena.counters.n_cancelled == 4
+    assert bench.host_pool.counters.n_cancelled == 4
 
 
 def test_a_wrong_guess_that_is_here_stays(bench: Bench) -> None:
-    bench.arena.pin({(0, 0)})
+    bench.host_pool.pin({(0, 0)})
     bench.prefetch((0, 0))
     bench.settle()
-    bench.arena.abandon((0, 0), bench.copies[0, 0])
+    bench.host_pool.abandon((0, 0), bench.copies[0, 0])
     bench.demand((0, 0))
     assert bench.counts() == (1, 0, 0)
     bench.demand((0, 1))
-    bench.arena.abandon((0, 1), bench.copies[0, 1])
+    bench.host_pool.abandon((0, 1), bench.copies[0, 1])
     assert bench.held == {(0, 0), (0, 1)}
-    assert bench.arena.counters.n_cancelled == 0
+    assert bench.host_pool.counters.n_cancelled == 0
 
 
 def test_waiting_for_the_disk_is_counted(bench: Bench, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.demand((0, 0))
-    before = bench.arena.counters.stall_seconds
+    before = bench.host_pool.counters.stall_seconds
     bench.demand((0, 0))
-    assert bench.arena.counters.stall_seconds == before
+    assert bench.host_pool.counters.stall_seconds == before
     disk.opens_when(bench.reader, "wait", monkeypatch)
     bench.demand((0, 1))
-    assert bench.arena.counters.stall_seconds > before
+    assert bench.host_pool.counters.stall_seconds > before
 
 
 # --- faults ------------------------------------------------------------------------------------------------
@@ -320,9 +322,9 @@ def test_a_failed_read_frees_its_slot(bench: Bench, path: Path) -> None:
 
 def test_what_failed_ahead_of_time_is_tried_again(bench: Bench, disk: Disk) -> None:
     disk.fails = lambda: True
-    bench.arena.pin({(0, 1), (0, 2)})
+    bench.host_pool.pin({(0, 1), (0, 2)})
     bench.prefetch((0, 1))
-    bench.arena.demand((0, 2), bench.copies[0, 2])
+    bench.host_pool.demand((0, 2), bench.copies[0, 2])
     bench.settle()
     assert bench.complete == set()
     disk.fails = lambda: False
@@ -349,12 +351,12 @@ def test_a_slot_is_not_ready_because_somebody_stopped_waiting(
 
 
 def test_closing_with_reads_under_way(path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory is the arena's until nothing writes to it any more."""
+    """The memory is the host expert cache's until nothing writes to it any more."""
     bench = Bench(path, 4, 3)
     disk.opens_when(bench.reader, "cancel", monkeypatch)
     bench.prefetch(*((layer, expert) for layer in (0, 2) for expert in range(3)))
-    reads = [slot.read for pool in bench.arena._pools.values() for slot in pool.slots]
-    bench.arena.close()
+    reads = [slot.read for pool in bench.host_pool._pools.values() for slot in pool.slots]
+    bench.host_pool.close()
     assert sum(read is not None for read in reads) == 6
     assert all(read.is_done for read in reads if read is not None)
     bench.close()
@@ -374,18 +376,18 @@ def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> N
             layer = step % N_LAYER
             needed = {(layer, expert) for expert in draw.sample(range(N_EXPERT), 2)}
             ahead = {((layer + 1) % N_LAYER, expert) for expert in draw.sample(range(N_EXPERT), 2)}
-            bench.arena.pin(needed | ahead)
-            slots = {key: bench.arena.demand(key, bench.copies[key]) for key in needed}
+            bench.host_pool.pin(needed | ahead)
+            slots = {key: bench.host_pool.demand(key, bench.copies[key]) for key in needed}
             n_demanded += len(needed)
             bench.prefetch(*ahead)
             for key in draw.sample(sorted(ahead - needed), 1):
-                bench.arena.abandon(key, bench.copies[key])
+                bench.host_pool.abandon(key, bench.copies[key])
             assert bench.held >= needed
             try:
                 for key, slot in slots.items():
                     if draw.random() < 0.1:
                         break
-                    bench.assert_holds(key, bench.arena.addresses(slot))
+                    bench.assert_holds(key, bench.host_pool.addresses(slot))
             except ReadFailedError:
                 assert failing
             bench.policy.values[:] = numbers.random(bench.policy.values.shape)
@@ -393,6 +395,6 @@ def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> N
         disk.fails = lambda: False
         assert sum(bench.counts()) == n_demanded
         assert min(bench.counts()) > 0
-        assert bench.arena.counters.n_cancelled <= bench.arena.counters.n_prefetched + n_demanded
+        assert bench.host_pool.counters.n_cancelled <= bench.host_pool.counters.n_prefetched + n_demanded
         for key in bench.copies:
             bench.demand(key)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from slimoe.offload.cache.policy import POLICIES, Heat, Policy, PolicyContext, make_policy
+from slimoe.offload.cache.policy import POLICIES, DecayedLfu, Policy, PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
 from slimoe.offload.cache.swap import SwapRule, swap_pays
 from slimoe.offload.errors import UsageError
@@ -95,13 +95,13 @@ def test_a_cache_below_one_tokens_needs_never_hits_with_lru_but_every_second_tim
     """
     steps = [(layer, [1]) for _ in range(20) for layer in range(N_LAYER)]
     assert len(evictions(POLICIES["lru"](CONTEXT), N_LAYER - 1, steps)) == len(steps)
-    assert len(evictions(POLICIES["heat"](CONTEXT), N_LAYER - 1, steps)) == 1 + len(steps) // 2
-    assert len(evictions(POLICIES["heat"](CONTEXT), N_LAYER, steps)) == N_LAYER
+    assert len(evictions(POLICIES["lfu-decay"](CONTEXT), N_LAYER - 1, steps)) == 1 + len(steps) // 2
+    assert len(evictions(POLICIES["lfu-decay"](CONTEXT), N_LAYER, steps)) == N_LAYER
 
 
 def test_heat_keeps_what_has_its_turn_next_but_values_say_nothing_of_turns() -> None:
     """Layer 1 of 3 is being computed: layer 2 is next, then 0, and 1 itself comes last."""
-    policy = Heat(CONTEXT)
+    policy = DecayedLfu(CONTEXT)
     assert policy.keeping[:, 0].tolist() == sorted(policy.keeping[:, 0], reverse=True), "a step begins with layer 0"
     policy.prompt(1, np.zeros(N_EXPERT, np.int64))
     assert policy.keeping[2] == pytest.approx(policy.values[2])
@@ -132,7 +132,7 @@ def test_static_keeps_what_the_file_says_and_lets_the_rest_pass_through_one_slot
 
 
 def test_without_priors_the_first_layers_stay() -> None:
-    cache = SlotCache(4, make_policy("heat", CONTEXT))
+    cache = SlotCache(4, make_policy("lfu-decay", CONTEXT))
     for key in ((2, 0), (0, 3), (1, 1), (1, 4)):
         cache.acquire(key)
     assert [cache.victim(), cache.victim({(2, 0)}), cache.victim({(2, 0), (1, 4)})] == [(2, 0), (1, 4), (1, 1)]
@@ -140,7 +140,7 @@ def test_without_priors_the_first_layers_stay() -> None:
 
 def test_heat_is_the_mean_use_per_token() -> None:
     """Half the weight of what was before is gone after a half-life; a steady use rate is what it converges to."""
-    policy = Heat(PolicyContext(1, 4, 1), half_life=8)
+    policy = DecayedLfu(PolicyContext(1, 4, 1), half_life=8)
     for _ in range(8):
         policy.decode(0, [2])
         policy.end_token()
@@ -153,14 +153,17 @@ def test_heat_is_the_mean_use_per_token() -> None:
 
 
 def test_several_sequences_that_use_an_expert_in_one_step_load_it_once() -> None:
-    once, thrice = Heat(CONTEXT), Heat(CONTEXT)
+    once, thrice = DecayedLfu(CONTEXT), DecayedLfu(CONTEXT)
     once.decode(1, [4, 2])
     thrice.decode(1, [4, 2, 4, 4])
     assert np.array_equal(once.values, thrice.values)
 
 
 def test_a_prompt_seeds_heat_but_its_weight_is_bounded() -> None:
-    short, long = Heat(CONTEXT, half_life=64, prompt_tokens=64), Heat(CONTEXT, half_life=64, prompt_tokens=64)
+    short, long = (
+        DecayedLfu(CONTEXT, half_life=64, prompt_tokens=64),
+        DecayedLfu(CONTEXT, half_life=64, prompt_tokens=64),
+    )
     before = short.values[1].copy()
     short.prompt(1, np.array([64, 64, 0, 0, 0]))
     for _ in range(100):
@@ -168,11 +171,11 @@ def test_a_prompt_seeds_heat_but_its_weight_is_bounded() -> None:
     expected = 0.5 * before + 0.5 * np.array([1, 1, 0, 0, 0])
     assert short.values[1] == pytest.approx(expected)
     assert long.values[1] == pytest.approx(expected)
-    assert np.array_equal(short.values[0], Heat(CONTEXT).values[0])
+    assert np.array_equal(short.values[0], DecayedLfu(CONTEXT).values[0])
 
 
 def test_batches_of_one_prompt_count_alike_and_the_next_prompt_starts_anew() -> None:
-    parts, whole = Heat(CONTEXT), Heat(CONTEXT)
+    parts, whole = DecayedLfu(CONTEXT), DecayedLfu(CONTEXT)
     parts.prompt(0, np.array([90, 30, 0, 0, 0]))
     parts.prompt(0, np.array([0, 0, 200, 280, 0]))
     whole.prompt(0, np.array([90, 30, 200, 280, 0]))
@@ -181,7 +184,7 @@ def test_batches_of_one_prompt_count_alike_and_the_next_prompt_starts_anew() -> 
         policy.decode(0, [0, 1])
         policy.end_token()
     whole.prompt(0, np.array([0, 0, 0, 0, 7]))
-    never = Heat(CONTEXT)
+    never = DecayedLfu(CONTEXT)
     never.decode(0, [0, 1])
     never.end_token()
     never.prompt(0, np.array([0, 0, 0, 0, 7]))
@@ -189,16 +192,16 @@ def test_batches_of_one_prompt_count_alike_and_the_next_prompt_starts_anew() -> 
 
 
 def test_a_layer_with_fewer_experts_reports_only_those() -> None:
-    policy, padded = Heat(CONTEXT), Heat(CONTEXT)
+    policy, padded = DecayedLfu(CONTEXT), DecayedLfu(CONTEXT)
     policy.prompt(2, np.array([3, 0, 5]))
     padded.prompt(2, np.array([3, 0, 5, 0, 0]))
     assert np.array_equal(policy.values, padded.values)
 
 
 def test_an_empty_prompt_changes_nothing() -> None:
-    policy = Heat(CONTEXT)
+    policy = DecayedLfu(CONTEXT)
     policy.prompt(0, np.zeros(N_EXPERT, np.int64))
-    assert np.array_equal(policy.values, Heat(CONTEXT).values)
+    assert np.array_equal(policy.values, DecayedLfu(CONTEXT).values)
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "static"])
@@ -222,7 +225,7 @@ def test_priors_are_what_every_policy_starts_from_and_stay_unharmed(name: str) -
 
 
 def test_an_unknown_policy_is_a_usage_error_that_names_the_others() -> None:
-    with pytest.raises(UsageError, match="heat, lru, lfu, static"):
+    with pytest.raises(UsageError, match="lfu-decay, lru, lfu, static"):
         make_policy("magic", CONTEXT)
 
 

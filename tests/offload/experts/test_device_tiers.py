@@ -178,7 +178,7 @@ def test_with_room_for_all_nothing_is_cut(where: Where, model: Model, uneven: Mo
         where.check(conversation(engine), model.expected)
 
 
-@pytest.mark.parametrize("policy", ["heat", "lru"])
+@pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 def test_two_devices_share_the_layers(two: Where, model: Model, policy: str) -> None:
     case = two.config(model.path, policy=policy)
     with closing(device_engine(case, 0.2, 0.3)) as engine:
@@ -210,7 +210,7 @@ def test_several_requests_at_once(where: Where, mixed: Model) -> None:
     case = where.config(mixed.path, n_parallel=3, n_batch=16)
     with closing(resident_engine(reconfigured(case, device="none", rpc=()))) as engine:
         expected = answers(engine)
-    for policy, seconds in (("lru", NEVER), ("heat", ALWAYS)):
+    for policy, seconds in (("lru", NEVER), ("lfu-decay", ALWAYS)):
         with closing(device_engine(reconfigured(case, policy=policy), 0.3, 0.3)) as engine:
             set_rule(engine, FREE_SWAPS)
             set_times(engine, seconds)
@@ -321,7 +321,7 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
                     np.testing.assert_array_equal(there, stored)
 
 
-@pytest.mark.parametrize("policy", ["heat", "lru"])
+@pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 def test_every_pick_is_computed_once_and_with_slots_that_are_filled(
     where: Where, model: Model, policy: str, watched: Stop
 ) -> None:
@@ -385,7 +385,7 @@ def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeyp
         assert not stacks & read
 
 
-@pytest.mark.parametrize("policy", ["heat", "lru"])
+@pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 @pytest.mark.parametrize("in_memory", [0.0, 1.0], ids=["disk", "memory"])
 def test_after_a_swap_both_are_used_where_they_are_now(
     where: Where, plain: Model, in_memory: float, policy: str, uses: Uses

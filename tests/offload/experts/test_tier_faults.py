@@ -105,8 +105,8 @@ def assert_nothing_is_held(engine: Engine) -> None:
     assert cells.n_unused == cells.n_cells - engine.n_past
     tiers = engine.tiers
     assert tiers is not None
-    assert tiers.arena is not None
-    for pool in tiers.arena._pools.values():
+    assert tiers.host_pool is not None
+    for pool in tiers.host_pool._pools.values():
         pool.cache.check()
 
 

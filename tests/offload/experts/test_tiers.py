@@ -194,7 +194,7 @@ def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path) -> None:
 
     with closing(resident_engine(case)) as engine:
         expected = conversation(engine)
-    required = plan_engine(reconfigured(case, weights="copied"), roomy_machine(held=0)).placement.required
+    required = plan_engine(reconfigured(case, weights="copied"), roomy_machine(held=0)).weight_forms.required
     shortfall = within(0).shortfall
     assert shortfall is not None
     least = shortfall.required_bytes
@@ -206,10 +206,10 @@ def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path) -> None:
         with closing(Engine(case, plan, lambda *now, seen=seen: seen.append(now))) as engine:
             tiers = engine.plan.tiers
             assert tiers is not None
-            assert tiers.fixed + tiers.arena <= ram
+            assert tiers.fixed + tiers.host_pool <= ram
             np.testing.assert_array_equal(conversation(engine), expected)
             memory = engine.memory()
-        assert memory["arena"] == tiers.arena
+        assert memory["host_pool"] == memory["arena"] == tiers.host_pool
         assert memory["compute"] <= tiers.compute
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
         assert seen[-1][0] <= seen[-1][1]

@@ -268,7 +268,7 @@ def test_gates_do_not_care_what_lies_where(file: Path, exact: Array, mode: str) 
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
         expected = conversation(engine)
     assert not np.array_equal(expected, exact)
-    for share, policy in ((0.0, "heat"), (0.3, "lru"), (0.7, "lfu")):
+    for share, policy in ((0.0, "lfu-decay"), (0.3, "lru"), (0.7, "lfu")):
         with closing(tiered_engine(config(file, mode, policy=policy), share)) as engine:
             for _ in ("cold", "warm"):
                 np.testing.assert_array_equal(conversation(engine), expected, f"{share} {policy}")

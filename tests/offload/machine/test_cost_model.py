@@ -12,7 +12,7 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.lossy.elastic import Copies, choose_copies
 from slimoe.offload.machine.cost_model import Residency, Step, expected_hits, expected_uses, predict
 from slimoe.offload.machine.speed import LinkSpeed, MatrixKernel, Overheads
-from slimoe.offload.machine.workload import ModelLoad, model_load
+from slimoe.offload.machine.workload import Workload, workload
 from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import model_sources
@@ -23,7 +23,7 @@ from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 DENSE, EXPERT = MatrixKernel(Type.Q8_0, 256, False), MatrixKernel(Type.Q4_K, 256, True)
 KERNELS = [DENSE, EXPERT]
-LOAD = ModelLoad(
+LOAD = Workload(
     n_layer=5,
     attention_layers=(0, 1, 2, 3, 4),
     routed_layers=(1, 2, 3, 4),
@@ -88,7 +88,7 @@ def test_the_published_limit_of_a_12_gb_card() -> None:
     expert, rest, kv = 3 * 4096 * 14336 * 4.5 / 8, 1.06e9, 0.268e9
     share = ((11.2e9 - rest - 0.131e9 - kv) / expert / 256) ** 0.66
     experts = {EXPERT: expert}
-    load = ModelLoad(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, experts, expert)
+    load = Workload(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, experts, expert)
     speed = machine(processor(42e9, KERNELS), None, processor(306e9, KERNELS))
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e18 / 2, 1e18 / 2)})
     prediction = predict(load, Residency(share, 1 - share), slow_link, device="GPU0")
@@ -185,7 +185,7 @@ def test_a_batch_streams_experts_when_that_is_faster() -> None:
 
 
 def test_a_model_without_experts() -> None:
-    load = ModelLoad(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, {}, 0)
+    load = Workload(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, {}, 0)
     assert predict(load, IN_RAM, machine(CPU)).ms_per_token == pytest.approx(1.1)
     assert predict(load, IN_RAM, machine(CPU), Step(n_tokens=10)).ms_per_token > 0
 
@@ -272,7 +272,7 @@ def test_the_load_of_a_file(tmp_path: Path) -> None:
     gguf = read_gguf(write_content(tmp_path / "m.gguf", content))
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
-    load = model_load(spec, sources, expert_layers(sources, spec))
+    load = workload(spec, sources, expert_layers(sources, spec))
     assert (load.n_layer, load.n_routed, load.n_expert, load.n_used) == (2, 2, 3, 2)
     assert load.attention_layers == (0, 1)
     up, down = (gguf.tensors[f"blk.0.ffn_{name}_exps.weight"].n_bytes / 3 for name in ("up", "down"))
@@ -294,7 +294,7 @@ def test_the_load_of_a_native_file_that_lacks_parts(tmp_path: Path) -> None:
     gguf = read_gguf(write_content(tmp_path / "m.gguf", dataclasses.replace(content, tensors=kept)))
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
-    load = model_load(spec, sources, expert_layers(sources, spec))
+    load = workload(spec, sources, expert_layers(sources, spec))
     assert (load.n_layer, load.attention_layers, load.routed_layers) == (3, (0, 1), (0, 2))
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
     dense = sum(tensor.n_bytes for name, tensor in gguf.tensors.items() if name.split(".")[-2] in names)

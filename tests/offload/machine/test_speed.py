@@ -20,7 +20,7 @@ from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.machine.kernel_bench import AttentionShape, KernelBench
-from slimoe.offload.machine.measure import Calibration, Limits, Workload, workload
+from slimoe.offload.machine.measure import Calibration, KernelNeeds, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache, default_path, machine_name
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import LinkSpeed, MachineSpeed, MatrixKernel, SpeedCurve
@@ -63,10 +63,10 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> GGUFFile:
     return read_gguf(write_tiny_gguf(tmp_path_factory.mktemp("speed") / "m.gguf", None))
 
 
-def needs_of(gguf: GGUFFile) -> Workload:
+def needs_of(gguf: GGUFFile) -> KernelNeeds:
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
-    return workload(spec, sources, expert_layers(sources, spec))
+    return kernel_needs(spec, sources, expert_layers(sources, spec))
 
 
 # --- values ------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_a_real_machine_is_measured_once(gguf: GGUFFile, tmp_path: Path) -> None
 
 def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) -> None:
     clock = Clock()
-    needs = Workload({Q8: 64}, ATTENTION, 10_000, 1 << 20)
+    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 20)
     with closing(KnownBackend(clock)) as backend:
         first = Calibration(needs, Limits(clock=clock), cache)
         speed = first.processor("CPU", backend, 1 << 24)
@@ -340,7 +340,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
         again = Calibration(needs, Limits(clock=clock), cache)
         assert again.processor("CPU", backend, 1 << 24) == speed
         assert (again.n_measured, backend.n_computed) == (0, n_computed)
-        wider = Workload({Q8: 64, MatrixKernel(Type.Q4_K, 256, True): 64}, ATTENTION, 10_000, 1 << 20)
+        wider = KernelNeeds({Q8: 64, MatrixKernel(Type.Q4_K, 256, True): 64}, ATTENTION, 10_000, 1 << 20)
         more = Calibration(wider, Limits(clock=clock), cache)
         more.processor("CPU", backend, 1 << 24)
         assert more.n_measured == 1
@@ -350,7 +350,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
 
 def test_what_was_measured_in_noise_is_not_remembered(cache: MeasurementCache) -> None:
     clock = Clock()
-    needs = Workload({Q8: 64}, ATTENTION, 10_000, 1 << 20)
+    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 20)
     with closing(KnownBackend(clock, lambda n: 1.0 if n % 2 else 9.0)) as backend:
         for _ in range(2):
             noisy = Calibration(needs, Limits(clock=clock), cache)
@@ -376,7 +376,7 @@ class _Counting(KnownBackend):
 @pytest.mark.parametrize("limit", [8 << 20, 40 << 20])
 def test_measuring_keeps_to_its_memory(cache: MeasurementCache, limit: int) -> None:
     clock = Clock()
-    needs = Workload({Q8: 64}, ATTENTION, 10_000, 1 << 40)
+    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 40)
     with closing(_Counting(clock)) as backend:
         Calibration(needs, Limits(clock=clock), cache).processor("CPU", backend, limit)
         assert limit / 4 <= backend.allocated <= limit * 3 / 5 + (1 << 16)

@@ -16,11 +16,11 @@ from slimoe.offload.machine.cost_model import Residency, Step, predict
 from slimoe.offload.machine.measure import Calibration
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed
-from slimoe.offload.machine.workload import model_load
+from slimoe.offload.machine.workload import workload
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
-from slimoe.offload.plan.expert_placement import Whereabouts, whereabouts
+from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
 from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan
 from slimoe.offload.plan.weight_forms import Mode
 from tests.models.configs import engine_config, reconfigured
@@ -51,20 +51,20 @@ def with_slots(config: EngineConfig, n_slots: int) -> EnginePlan:
 
 
 def test_a_resident_model_is_in_one_place(model: Path) -> None:
-    where = whereabouts(plan_engine(engine_config(model, n_threads=1)))
-    assert where == Whereabouts(24, (), 24, 0.0, 1.0, is_cut=False)
+    where = expert_placement(plan_engine(engine_config(model, n_threads=1)))
+    assert where == ExpertPlacement(24, (), 24, 0.0, 1.0, is_cut=False)
     assert (where.on_disk, where.disk_share) == (0, 0.0)
 
 
 def test_a_model_without_experts(model: Path) -> None:
     """Nothing of it is ever read later."""
     plan = dataclasses.replace(plan_engine(engine_config(model, n_threads=1)), layers=(None,) * 4)
-    assert whereabouts(plan) == Whereabouts(0, (), 0, 0.0, 1.0, is_cut=False)
+    assert expert_placement(plan) == ExpertPlacement(0, (), 0, 0.0, 1.0, is_cut=False)
 
 
 @pytest.mark.parametrize("n_slots", [3, 13, 23])
 def test_slots_serve_their_share(model: Path, n_slots: int) -> None:
-    where = whereabouts(with_slots(engine_config(model, n_threads=1), n_slots))
+    where = expert_placement(with_slots(engine_config(model, n_threads=1), n_slots))
     assert (where.n_experts, where.on_host, where.on_disk) == (24, n_slots, 24 - n_slots)
     assert where.host_share == pytest.approx(n_slots / 24)
     assert where.disk_share == pytest.approx(1 - n_slots / 24)
@@ -76,7 +76,7 @@ def test_the_most_used_experts_come_first(model: Path) -> None:
     priors = np.ones((4, 6))
     priors[2, [1, 4]] = 1e6
     plan = dataclasses.replace(with_slots(engine_config(model, n_threads=1), 2), priors=priors)
-    assert whereabouts(plan).host_share == pytest.approx(2 / 12, rel=1e-3)
+    assert expert_placement(plan).host_share == pytest.approx(2 / 12, rel=1e-3)
 
 
 def test_rows_without_an_expert_take_no_slot(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_rows_without_an_expert_take_no_slot(tmp_path: Path) -> None:
     novices = np.ones((2, SHAPE.n_embd), np.float32)
     aliased = NativeFfn(tuple(StoredExpert(e) for e in range(3)), (0, 0, 1, 2, -1, -2), novices)
     path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6), None, aliased, plain_ffn(6)])
-    where = whereabouts(plan_engine(engine_config(path, n_threads=1, n_ctx=64)))
+    where = expert_placement(plan_engine(engine_config(path, n_threads=1, n_ctx=64)))
     assert (where.n_experts, where.on_host) == (15, 15)
     assert where.host_share == pytest.approx(1.0)
 
@@ -94,7 +94,7 @@ def test_priors_of_the_file_count(tmp_path: Path) -> None:
     stock = read_content(write_tiny_gguf(tmp_path / "stock.gguf", None, shape=SHAPE))
     hints = LayerHints(use=(0.9, 0.9, 0.9, 0.1, 0.1, 0.1))
     path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6, hints=hints)] * 4)
-    where = whereabouts(with_slots(engine_config(path, n_threads=1, n_ctx=64), 12))
+    where = expert_placement(with_slots(engine_config(path, n_threads=1, n_ctx=64), 12))
     assert where.host_share == pytest.approx(0.9)
 
 
@@ -111,12 +111,12 @@ def test_an_engine_puts_on_a_device_what_the_plan_says(model: Path) -> None:
     with rpc_server() as server:
         config = engine_config(model, n_threads=1, n_ctx=64, n_batch=8, rpc=(server.endpoint,))
         whole = plan_engine(config)
-        assert whereabouts(whole) == Whereabouts(24, (24,), 0, 1.0, 0.0, is_cut=False)
+        assert expert_placement(whole) == ExpertPlacement(24, (24,), 0, 1.0, 0.0, is_cut=False)
         too_small = plan_engine(reconfigured(config, vram=("1B",))).shortfall
         assert too_small is not None
         part = f"{too_small.required_bytes + 6 * EXPERT_BYTES}B"
         plan = plan_engine(reconfigured(config, vram=(part,)))
-        where = whereabouts(plan)
+        where = expert_placement(plan)
         assert where.on_devices == (7,)
         assert where.is_cut
         assert where.device_share == pytest.approx(where.on_devices[0] / 24)
@@ -150,7 +150,7 @@ def test_both_phases_are_the_cost_models(model: Path) -> None:
     plan = with_slots(engine_config(model, n_threads=1, n_batch=32), 12)
     speed = machine_for(plan, disk=1e8)
     prediction = predict_plan(plan, speed)
-    load = model_load(plan.spec, plan.sources, plan.layers)
+    load = workload(plan.spec, plan.sources, plan.layers)
     residency = Residency(0.0, 0.5)
     assert (prediction.n_past, prediction.n_prompt) == (511, plan.n_batch)
     assert prediction.decode == predict(load, residency, speed, Step(n_past=511))
@@ -190,10 +190,10 @@ def test_rearranged_weights_have_their_own_speed(
     config = engine_config(model, n_threads=1, n_ctx=64)
     plan = plan_engine(config)
     plain = machine_for(plan)
-    placement = dataclasses.replace(plan.placement, mode=mode, repacked_types=frozenset({Type.F32}))
+    weight_forms = dataclasses.replace(plan.weight_forms, mode=mode, repacked_types=frozenset({Type.F32}))
     monkeypatch.setattr(Calibration, "machine", lambda *_: plain)
     monkeypatch.setattr(slimoe.offload.plan.prediction, "measured_speeds", lambda *_: {"F32": KernelSpeed(2, 1, 1, 3)})
-    speed = measure_machine(config, dataclasses.replace(plan, placement=placement), lambda name: None)
+    speed = measure_machine(config, dataclasses.replace(plan, weight_forms=weight_forms), lambda name: None)
     for name, curve in speed.cpu.kernels.items():
         ratios = np.divide(curve.seconds_per_byte, plain.cpu.kernels[name].seconds_per_byte)
         assert list(ratios) == pytest.approx([0.5, prefill])

@@ -15,7 +15,7 @@ from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, model_sources
 from slimoe.offload.plan.engine_plan import plan_engine
-from slimoe.offload.plan.weight_forms import Needs, Placement, decide_placement, repackable_types
+from slimoe.offload.plan.weight_forms import Needs, WeightForms, choose_weight_forms, repackable_types
 from tests.models.configs import engine_config, reconfigured, roomy_machine
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
@@ -43,13 +43,13 @@ def sources(model: Path) -> ModelSources:
     return model_sources(gguf, ModelSpec.from_gguf(gguf))
 
 
-def decide(model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM) -> Placement:
+def decide(model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM) -> WeightForms:
     gguf = read_gguf(model)
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
     speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
     needs = Needs(kv=1000, program=100, n_cells=256, n_batch=32)
-    return decide_placement(sources, spec, mode, speeds, needs, available)
+    return choose_weight_forms(sources, spec, mode, speeds, needs, available)
 
 
 def tensor_bytes(model: Path) -> int:
@@ -115,10 +115,10 @@ def test_unknown_mode(model: Path) -> None:
 
 
 def test_what_is_required_is_the_sum(model: Path) -> None:
-    placement = decide(model, "both")
-    parts = (placement.mapped, placement.copied, placement.repacked, placement.kv, placement.compute)
-    assert placement.required == sum(parts) + placement.staging + 100
-    assert placement.staging > 0
+    weight_forms = decide(model, "both")
+    parts = (weight_forms.mapped, weight_forms.copied, weight_forms.repacked, weight_forms.kv, weight_forms.compute)
+    assert weight_forms.required == sum(parts) + weight_forms.staging + 100
+    assert weight_forms.staging > 0
 
 
 @pytest.mark.parametrize("mode", ["mapped", "copied", "repacked", "both"])
@@ -126,22 +126,22 @@ def test_what_is_required_is_the_sum(model: Path) -> None:
 def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: dict[str, Any]) -> None:
     config = engine_config(model, n_ctx=300, n_threads=1, weights=mode)
     engine = Engine.open(reconfigured(config, **changed))
-    placement = engine.plan.placement
+    weight_forms = engine.plan.weight_forms
     buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._model._store._buffers]
-    assert sum(buffers) == placement.copied + placement.repacked
-    assert engine.memory()["kv"] == placement.kv
+    assert sum(buffers) == weight_forms.copied + weight_forms.repacked
+    assert engine.memory()["kv"] == weight_forms.kv
     engine.prefill([1] * 250)
     engine.decode(2)
-    assert 0 < engine.memory()["compute"] <= placement.compute
+    assert 0 < engine.memory()["compute"] <= weight_forms.compute
     engine.close()
 
 
 def test_progress_ends_with_all_bytes(model: Path) -> None:
     seen: list[tuple[int, int]] = []
     engine = Engine.open(engine_config(model, n_threads=1, weights="both"), lambda *now: seen.append(now))
-    placement = engine.plan.placement
+    weight_forms = engine.plan.weight_forms
     engine.close()
-    total = placement.mapped + placement.copied + placement.repacked
+    total = weight_forms.mapped + weight_forms.copied + weight_forms.repacked
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert {whole for _, whole in seen} == {total}
     assert 0.99 * total <= seen[-1][0] <= total
@@ -151,7 +151,7 @@ def test_progress_ends_with_all_bytes(model: Path) -> None:
 def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modes that keep a model whole; others read what does not fit from disk."""
     config, machine = engine_config(model, n_threads=1, n_batch=64, weights=mode), roomy_machine()
-    required = plan_engine(config, machine).placement.required
+    required = plan_engine(config, machine).weight_forms.required
 
     def load(*_: object) -> None:
         raise AssertionError("a weight was loaded")
@@ -168,7 +168,7 @@ def test_smaller_batches_come_before_reading_from_disk(model: Path) -> None:
     config, machine = engine_config(model, n_threads=1, n_batch=512), roomy_machine()
     plans = [plan_engine(config, machine)]
     for _ in range(3):
-        ram = str(plans[-1].placement.required - 1)
+        ram = str(plans[-1].weight_forms.required - 1)
         plans.append(plan_engine(reconfigured(config, ram=ram), machine))
     assert [plan.n_batch for plan in plans[:3]] == [512, 256, 128]
     assert [plan.tiers is None for plan in plans] == [True, True, True, False]

@@ -19,7 +19,7 @@ from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import available_devices, choose_devices
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
-from slimoe.offload.plan.expert_placement import whereabouts
+from slimoe.offload.plan.expert_placement import expert_placement
 from slimoe.offload.plan.machine import Machine
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.options.serving_memory import serving_bytes
@@ -85,8 +85,8 @@ def lies(plan: EnginePlan) -> tuple[object, ...]:
     """What a plan says of a model's place in memory."""
     tiers = plan.tiers
     slots = None if tiers is None else (tiers.n_slots, tiers.fixed)
-    where = whereabouts(plan)
-    return plan.is_resident, plan.n_batch, plan.placement, slots, where.on_host, where.disk_share
+    where = expert_placement(plan)
+    return plan.is_resident, plan.n_batch, plan.weight_forms, slots, where.on_host, where.disk_share
 
 
 @pytest.mark.parametrize("lossy", [None, "low", "elastic"])
@@ -109,10 +109,10 @@ def test_opening_does_what_the_plan_says(config: EngineConfig, lossy: str | None
             memory, tiers = engine.memory(), engine.tiers
             if plan.tiers is not None:
                 assert tiers is not None
-                assert tiers.arena is not None
-                assert memory["arena"] == plan.tiers.arena
-                assert len(tiers.arena.keys) == plan.tiers.n_resident
-            assert memory["compute"] <= (plan.tiers or plan.placement).compute
+                assert tiers.host_pool is not None
+                assert memory["host_pool"] == plan.tiers.host_pool
+                assert len(tiers.host_pool.keys) == plan.tiers.n_resident
+            assert memory["compute"] <= (plan.tiers or plan.weight_forms).compute
 
 
 def test_what_is_advised_is_enough_and_a_mib_less_is_not(config: EngineConfig) -> None:

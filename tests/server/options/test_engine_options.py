@@ -142,6 +142,11 @@ def test_what_is_not_said_is_the_engines_to_choose(seen: list[EngineConfig]) -> 
     assert [reconfigured(one, reserve_bytes=0) for one in seen] == [config, config]
 
 
+def test_the_policy_that_had_another_name(seen: list[EngineConfig]) -> None:
+    assert run(["run", "some.gguf", "-p", "x", "--policy", "heat"]) == 2
+    assert [config.memory.policy for config in seen] == ["lfu-decay"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
