@@ -1,6 +1,6 @@
 """A recorded trace through every cache policy, next to two that know the future: the best fixed set, and Belady's.
 
-Tier `host_pool`, the host expert cache, loads every miss from disk first; tier `device` multiplies misses where they lie,
+Tier `arena`, the host expert cache, loads every miss from disk first; tier `device` multiplies misses where they lie,
 and moves experts in when that pays (LRU and LFU move in every miss). Seconds are charged from the given rates as if
 nothing overlapped; filling the tier at the start is free. The last line of stdout is one JSON document.
 """

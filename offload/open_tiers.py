@@ -52,7 +52,7 @@ class Tiers:
     def memory(self) -> dict[str, int]:
         """Bytes by tier; a device's under its name."""
         n_bytes = 0 if self.host_pool is None else self.host_pool.n_bytes
-        # `host_pool` is what the version before called it.
+        # `arena` is what the version before called it.
         host_pool = {} if self.host_pool is None else {"host_pool": n_bytes, "arena": n_bytes}
         on_devices = {device.device.name: device.required for device, _ in self.devices}
         return {**self.plan.host_bytes, **host_pool, **on_devices}
