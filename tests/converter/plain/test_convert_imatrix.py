@@ -290,7 +290,7 @@ def test_the_command(tmp_path: Path, checkpoint: Path, imatrix: Path, capsys: py
     assert run([*arguments, "--type", "F16"]) == 2
     assert "leave it out" in capsys.readouterr().err
     assert run([*arguments, "--target-size", "1MB"]) == 2
-    assert "Slimming takes importance from --stats" in capsys.readouterr().err
+    assert "Compressing takes importance from --stats" in capsys.readouterr().err
     assert run([*arguments[:3], "--type", "IQ1_S", "--dry-run"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
