@@ -18,7 +18,7 @@ from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
 from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
 from slimoe.offload.model.native_layout import NativeLayout
-from slimoe.offload.model.spec import NATIVE, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 _QUANTIZATION_VERSION = 2
 _SMALL_EXPERT = 1 << 22
@@ -49,7 +49,7 @@ def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
     experts = replace(source.spec.experts, n_expert=n_expert, layers=shapes if is_native else ())
     return replace(
         source.spec,
-        architecture=NATIVE if is_native else "llama",
+        is_native=is_native,
         n_layer=len(shapes),
         n_ff=max(shape.n_ff for shape in shapes),
         experts=experts,
@@ -60,7 +60,7 @@ def own_metadata(
     source: ModelSource, plan: CompressPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
 ) -> dict[str, Value]:
     """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
-    values: dict[str, Value] = room_for_late_keys(spec.architecture) | {
+    values: dict[str, Value] = room_for_late_keys(spec.stored_architecture) | {
         "general.size_label": _size_label(spec, matrices),
         "general.quantization_version": _QUANTIZATION_VERSION,
         keys.SLIMOE_VERSION: version("slimoe"),

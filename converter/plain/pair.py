@@ -8,7 +8,7 @@ from slimoe.converter.source.stored_model import StockTensor
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.native_format import stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 Pair = tuple[TypeRecipe, TypeRecipe]
 """The recipes of the better and of the smaller copy."""
@@ -26,7 +26,7 @@ def find_pair(names: str) -> Pair:
 def pair_spec(spec: ModelSpec) -> ModelSpec:
     """The same sizes in the native format."""
     layers = tuple(spec.layer_shape(layer) for layer in range(spec.n_layer))
-    return replace(spec, architecture=NATIVE, experts=replace(spec.experts, layers=layers))
+    return replace(spec, is_native=True, experts=replace(spec.experts, layers=layers))
 
 
 def pair_layout(spec: ModelSpec) -> NativeLayout:

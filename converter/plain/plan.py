@@ -14,7 +14,6 @@ from slimoe.converter.plain.pair import find_pair, pair_layout, pair_spec, pair_
 from slimoe.converter.quant.mixes import TypeRecipe, find_recipe
 from slimoe.converter.quant.quantize import needs_importance
 from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, typed, unfit_counts, unfit_notes
-from slimoe.converter.source.hf_llama import STOCK
 from slimoe.converter.source.model_source import expert_key
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.stored_model import StockTensor, StoredModel, stock_tensors
@@ -26,7 +25,7 @@ from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.model_file import check_header
 from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
-from slimoe.offload.model.spec import NATIVE, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 _QUANTIZATION_VERSION = 2
 _NOT_QUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -158,7 +157,7 @@ def plan_pair(source: Path, names: str, imatrix: Path | None = None) -> ConvertP
 def stock_spec(model: StoredModel) -> ModelSpec:
     """The sizes in a stock file; raises UnsupportedModelError for a native model that such a file cannot hold."""
     spec = model.spec
-    if spec.architecture != NATIVE:
+    if not spec.is_native:
         return spec
     for index, layer in enumerate(model.layers):
         widths = {model.shapes[expert_key(index, "up", expert)][0] for expert in range(layer.n_stored)}
@@ -166,7 +165,7 @@ def stock_spec(model: StoredModel) -> ModelSpec:
         if not layer.has_attention or widths != {spec.n_ff} or (layer.target, layer.n_stored) != (rows, len(rows)):
             problem = f"layer {index} is slimmed in a way that a stock file cannot hold."
             raise UnsupportedModelError(model.path, problem, "Convert the model that this one was made of.")
-    return replace(spec, architecture=STOCK, experts=replace(spec.experts, layers=()))
+    return replace(spec, is_native=False, experts=replace(spec.experts, layers=()))
 
 
 def _check_pair(planned: ConvertPlan) -> None:
@@ -201,7 +200,7 @@ def _placed(
         TensorPlan(target, entry.type, len(header) + entry.offset, n_bytes, unfit=wanted)
         for (target, _), entry, n_bytes, wanted in zip(targets, entries, sizes, unfit, strict=True)
     )
-    told = () if spec.architecture == NATIVE else notes(metadata)
+    told = () if spec.is_native else notes(metadata)
     planned = ConvertPlan(model.path, recipe, spec, header, tensors, len(header) + offset)
     for base in {one.base for _, one in targets}:
         check_fits(model.path, spec, recipe, base, planned.matrices)
@@ -250,7 +249,7 @@ def _metadata(
     n_experts = sum(math.prod(target.ne) for target in targets if "_exps." in target.name)
     per_expert = n_experts // spec.n_expert if spec.n_expert else 0
     general: dict[str, Value] = {
-        "general.architecture": spec.architecture,
+        "general.architecture": spec.stored_architecture,
         "general.size_label": size_label(n_all, n_all - n_experts, per_expert, spec.n_expert),
         "general.file_type": int(recipe.file_type),
         "general.quantization_version": _QUANTIZATION_VERSION,

@@ -44,7 +44,6 @@ from slimoe.converter.write.estimate import writing_seconds
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import Value, read_gguf
 from slimoe.offload.model.native_format import read_layout
-from slimoe.offload.model.spec import NATIVE
 
 LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
 """Programs that load a format."""
@@ -134,7 +133,7 @@ class ReportMaker:
         self.plain = plain_neighbours(source, statistics, target.stat().st_size)
         gguf = read_gguf(target)
         self.metadata = gguf.metadata
-        is_native = self.model.spec.architecture == NATIVE
+        is_native = self.model.spec.is_native
         self.n_copy = read_layout(gguf, self.model.spec).n_copy if is_native else 1
         self.format = "native" if is_native else "stock"
 

@@ -24,7 +24,6 @@ from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import LOSSLESS, stored_costs
 from slimoe.converter.write.writer import chosen_quantiser
 from slimoe.offload.errors import UnsupportedModelError, UsageError
-from slimoe.offload.model.spec import NATIVE
 
 _CACHE_BYTES = 1 << 26
 _LEAST_KL = 1e-9
@@ -95,7 +94,7 @@ def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator
 def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -> CompressPlan:
     recipe = Recipe(types=StorageRecipe(expert=name), hints=False)
     structure = build_structure(source, None, recipe)
-    form: Format = "native" if source.spec.architecture == NATIVE else "stock"
+    form: Format = "native" if source.spec.is_native else "stock"
     plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
     return apply(plan, named_types(source, structure, recipe), source, None)
 

@@ -16,7 +16,8 @@ from slimoe.converter.source.stored_model import StoredModel, stock_tensors
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
-from slimoe.offload.model.spec import ModelSpec, check_tensors
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 
 
 def checkpoint_source(path: Path) -> StoredModel:

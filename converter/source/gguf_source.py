@@ -54,9 +54,8 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
 
 
 def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
-    vectors = (one for one in (layer.attn_norm, layer.ffn_norm, layer.router) if one)
     linears = (*layer.qkv, *((layer.attn_output,) if layer.attn_output else ()))
-    for weight in (*vectors, *(part for linear in linears for part in _linear(linear))):
+    for weight in (*layer.vectors, *(part for linear in linears for part in _linear(linear))):
         yield MatrixKey(weight.name), weight
     if layer.buckets:
         yield from _copies(index, layer.buckets, copy)

@@ -13,11 +13,10 @@ from slimoe.converter.source.model_config import ModelConfig
 from slimoe.converter.source.model_source import MatrixKey
 from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix, StoredRows
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ROPE_FREQS, AttentionSpec, ExpertSpec, ModelSpec
 
-STOCK = "llama"
-"""The GGUF architecture that holds such models, which an unmodified llama.cpp runs."""
 _WHOLE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -51,7 +50,7 @@ def model_spec(config: ModelConfig, rope: RopeSpec) -> ModelSpec:
         # Up to the window's length, sliding attention is full attention; beyond it GGUF's llama has no word for it.
         n_ctx_train = window
     return ModelSpec(
-        architecture=STOCK,
+        architecture=LLAMA,
         n_layer=config.num_hidden_layers,
         n_embd=config.hidden_size,
         n_ff=config.intermediate_size,

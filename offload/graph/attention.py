@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.linear import add_linear, last_rows
-from slimoe.offload.graph.weights import LayerWeights, Linear
+from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
+from slimoe.offload.graph.weights import LayerWeights
 from slimoe.offload.model.spec import ModelSpec
 
 _BATCH_QUERIES = 64
@@ -55,7 +55,7 @@ class AttentionBuilder:
     def add(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
         """The output of layer `index` for its normalised input, [n_embd, n_queries], of the last queries only."""
         ctx, spec = self.ctx, self.spec
-        query, key, value = self._qkv(layer.qkv, hidden, n_queries)
+        query, key, value = self._qkv(layer, hidden, n_queries)
         query = self._rope(query, self._tail_positions(n_queries))
         self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
         self._store(self.cache.values[index], value)
@@ -80,31 +80,40 @@ class AttentionBuilder:
         offset = (self.shape.n_tokens - n_rows) * 4
         return int(ggml.ggml_view_2d(self.ctx, self.inputs.positions, n_rows, 1, n_rows * 4, offset))
 
-    def _qkv(self, qkv: tuple[Linear, ...], hidden: int, n_queries: int) -> tuple[int, int, int]:
+    def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int]:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens]."""
         spec, n_tokens = self.spec, self.shape.n_tokens
-        heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
-        if len(qkv) == 3:
-            counts = (n_queries, n_tokens, n_tokens)
-            parts = [
-                add_linear(self.ctx, part, last_rows(self.ctx, hidden, count))
-                for part, count in zip(qkv, counts, strict=True)
-            ]
-            query, key, value = (
-                int(ggml.ggml_reshape_3d(self.ctx, part, spec.n_embd_head, n_head, count))
-                for part, n_head, count in zip(parts, heads, counts, strict=True)
-            )
-            return query, key, value
-        assert n_queries == n_tokens, "the last layer's queries must stand alone"
-        joined = add_linear(self.ctx, qkv[0], hidden)
-        head_bytes = spec.n_embd_head * 4
-        row_bytes = sum(heads) * head_bytes
-        begins = (0, spec.n_head * head_bytes, (spec.n_head + spec.n_head_kv) * head_bytes)
-        query, key, value = (
-            int(ggml.ggml_view_3d(self.ctx, joined, spec.n_embd_head, n, n_tokens, head_bytes, row_bytes, begin))
-            for n, begin in zip(heads, begins, strict=True)
-        )
-        return query, key, value
+        counts = (n_queries, n_tokens, n_tokens)
+        if len(layer.qkv) == 3:
+            rows = [last_rows(self.ctx, hidden, count) for count in counts]
+            parts = [add_linear(self.ctx, part, seen) for part, seen in zip(layer.qkv, rows, strict=True)]
+        else:
+            assert n_queries == n_tokens, "the last layer's queries must stand alone"
+            parts = self._parts(add_linear(self.ctx, layer.qkv[0], hidden))
+        n_head, n_head_kv = spec.n_head, spec.n_head_kv
+        query = self._heads(parts[0], layer.q_norm, n_head)
+        return query, self._heads(parts[1], layer.k_norm, n_head_kv), self._heads(parts[2], 0, n_head_kv)
+
+    def _parts(self, joined: int) -> list[int]:
+        """The rows of queries, keys and values that one product over joined matrices gave."""
+        spec, stride = self.spec, ggml.tensor_at(joined).nb[1]
+        widths = [spec.n_embd_head * n_head for n_head in (spec.n_head, spec.n_head_kv, spec.n_head_kv)]
+        begins = (0, 4 * widths[0], 4 * (widths[0] + widths[1]))
+        return [
+            int(ggml.ggml_view_2d(self.ctx, joined, width, self.shape.n_tokens, stride, begin))
+            for width, begin in zip(widths, begins, strict=True)
+        ]
+
+    def _heads(self, rows: int, norm: int, n_head: int) -> int:
+        """Rows [n_embd_head * n_head, n] as heads [n_embd_head, n_head, n], normalised where there is a `norm`."""
+        spec = self.spec
+        if norm and spec.architecture.qk_norm == "row":
+            rows = add_rms_norm(self.ctx, rows, norm, spec.rms_eps)
+        n_tokens, stride, width = ggml.tensor_at(rows).ne[1], ggml.tensor_at(rows).nb[1], spec.n_embd_head
+        heads = int(ggml.ggml_view_3d(self.ctx, rows, width, n_head, n_tokens, 4 * width, stride, 0))
+        if norm and spec.architecture.qk_norm == "head":
+            return add_rms_norm(self.ctx, heads, norm, spec.rms_eps)
+        return heads
 
     def _rope(self, heads: int, positions: int) -> int:
         rope = self.spec.rope
@@ -114,7 +123,7 @@ class AttentionBuilder:
             positions,
             self.rope_freqs or None,
             rope.n_rot,
-            0,
+            self.spec.architecture.rope,
             rope.n_ctx_orig,
             rope.freq_base,
             rope.freq_scale,

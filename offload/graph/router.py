@@ -13,7 +13,8 @@ def add_router(ctx: int, spec: ModelSpec, router: int, normed: int) -> tuple[int
     selected = select_experts(ctx, spec, ranked)
     found = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_rows), selected)
     weights = ggml.ggml_reshape_2d(ctx, found, spec.n_expert_used, n_rows)
-    weights = ggml.ggml_div(ctx, weights, ggml.ggml_sum_rows(ctx, weights))
+    if spec.architecture.router.renormalise:
+        weights = ggml.ggml_div(ctx, weights, ggml.ggml_sum_rows(ctx, weights))
     if spec.expert_weights_scale not in (0.0, 1.0):
         weights = ggml.ggml_scale(ctx, weights, spec.expert_weights_scale)
     return ranked, int(ggml.ggml_reshape_3d(ctx, weights, 1, spec.n_expert_used, n_rows))

@@ -41,7 +41,7 @@ class StepBuilder:
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: KVCache | None, shape: StepShape) -> None:
         self.spec, self.weights, self.shape = spec, weights, shape
-        n_nodes = 64 + self._n_layers() * (48 + 2 * spec.n_expert_used)
+        n_nodes = 64 + self._n_layers() * (56 + 2 * spec.n_expert_used)
         n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
         self.ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         self.graph = ggml.ggml_new_graph_custom(self.ctx, n_nodes, False)

@@ -49,6 +49,8 @@ class LayerWeights:
     router: int
     gate_up: tuple[Linear, ...]
     down: Linear
+    q_norm: int = 0
+    k_norm: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,8 @@ def load_weights(
             router=weight(source.router) if source.router else 0,
             gate_up=tuple(linear(part) for part in source.gate_up),
             down=linear(source.down) if source.down else Linear(0),
+            q_norm=weight(source.q_norm) if source.q_norm else 0,
+            k_norm=weight(source.k_norm) if source.k_norm else 0,
         )
 
     return ModelWeights(

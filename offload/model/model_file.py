@@ -6,7 +6,8 @@ from pathlib import Path
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile, parse_gguf
 from slimoe.offload.gguf.keys import TOKENS
-from slimoe.offload.model.spec import ModelSpec, check_tensors
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.model.tensors import ModelSources, model_sources
 
 

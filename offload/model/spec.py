@@ -6,7 +6,6 @@ prefix are the native format's (`native_format`), where sizes may differ between
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +14,16 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
+from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
 from slimoe.offload.model.rope import RopeSpec, read_rope
 
 NATIVE = "slimoe"
 """Our own architecture, a name that stock loaders refuse."""
 NATIVE_VERSION = 1
 """The newest native format that is read, and the one that is written."""
-ARCHITECTURES = {"llama": "Llama, Mistral and Mixtral", NATIVE: "Mixtral, slimmed"}
-"""`general.architecture` values that the engine runs, and the models that carry them."""
+BASE_ARCHITECTURE = "base_architecture"
+"""The native format's key for the architecture that a model was made from; without it that is `llama`."""
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
 
 
@@ -49,7 +50,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
-    """Routing: softmax over `n_expert`, the best `n_expert_used` renormalised, times `weights_scale`; 0 is dense.
+    """Routing: of `n_expert` the best `n_expert_used`, their weights times `weights_scale`; 0 experts is a dense model.
 
     `layers` has every layer's shape in a native model, and is empty where all layers are alike.
     """
@@ -68,7 +69,7 @@ class ModelSpec:
     Where layers differ, `n_ff` and `n_expert` are those of the largest, and `layer_shape` has each layer's.
     """
 
-    architecture: str
+    architecture: Architecture
     n_layer: int
     n_embd: int
     n_ff: int
@@ -79,6 +80,12 @@ class ModelSpec:
     experts: ExpertSpec
     rope: RopeSpec
     n_window: int = 0
+    is_native: bool = False
+
+    @property
+    def stored_architecture(self) -> str:
+        """The value of `general.architecture`, and the prefix of the keys: in a native file the format's own name."""
+        return NATIVE if self.is_native else self.architecture.name
 
     @property
     def n_ctx_scaled(self) -> int:
@@ -117,7 +124,7 @@ class ModelSpec:
 
     @property
     def expert_weights_scale(self) -> float:
-        """Factor on the renormalised router weights."""
+        """Factor on the expert weights."""
         return self.experts.weights_scale
 
     def layer_shape(self, layer: int) -> LayerShape:
@@ -136,33 +143,33 @@ class ModelSpec:
         Raises UnsupportedModelError for what this engine does not run, ModelFileError for missing or
         contradictory values. Tensors are `check_tensors`' business.
         """
-        architecture = gguf.metadata.get("general.architecture")
         foreign = foreign_model(gguf.path, gguf.metadata, len(gguf.tensors))
         if foreign:
             raise foreign
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            known = ", ".join(f"{name} ({models})" for name, models in ARCHITECTURES.items())
-            problem = f"the architecture {architecture!r} is not supported, only {known}."
-            raise UnsupportedModelError(gguf.path, problem)
-        keys = MetadataKeys(gguf, f"{architecture}.")
+        stored = gguf.metadata.get("general.architecture")
+        keys = MetadataKeys(gguf, f"{stored}.")
+        is_native = stored == NATIVE
+        architecture = _architecture(gguf, keys.value(BASE_ARCHITECTURE, LLAMA.name) if is_native else stored)
         n_embd = keys.count("embedding_length")
         n_ctx_train = keys.count("context_length")
         attention = _attention(keys, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         n_layer = keys.count("block_count")
-        layers = _layer_shapes(keys, n_layer) if architecture == NATIVE else ()
+        layers = _layer_shapes(keys, n_layer) if is_native else ()
+        experts = _experts(keys, architecture, layers)
         return cls(
             architecture=architecture,
             n_layer=n_layer,
             n_embd=n_embd,
-            n_ff=max(shape.n_ff for shape in layers) if layers else keys.count("feed_forward_length"),
+            n_ff=max(shape.n_ff for shape in layers) if layers else _width(keys, architecture, experts),
             n_vocab=embeddings.ne[-1] if embeddings else keys.count("vocab_size"),
             n_ctx_train=n_ctx_train,
             rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
             attention=attention,
-            experts=_experts(keys, layers),
+            experts=experts,
             rope=read_rope(keys, attention.n_embd_head, n_ctx_train),
             n_window=keys.count("attention.sliding_window", 0),
+            is_native=is_native,
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -187,7 +194,11 @@ class ModelSpec:
             values["attention.sliding_window"] = self.n_window
         if self.expert_weights_scale != 1.0:
             values["expert_weights_scale"] = self.expert_weights_scale
-        if self.architecture == NATIVE:
+        if self.architecture.width_key != "feed_forward_length" and not self.is_native:
+            values[self.architecture.width_key] = self.n_ff
+        if self.is_native and self.architecture is not LLAMA:
+            values[BASE_ARCHITECTURE] = self.architecture.name
+        if self.is_native:
             shapes = [self.layer_shape(layer) for layer in range(self.n_layer)]
             values["format.version"] = NATIVE_VERSION
             values["expert_count"] = [shape.n_expert for shape in shapes]
@@ -199,7 +210,22 @@ class ModelSpec:
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
         if self.rope.attn_multiplier != 1.0:
             values["rope.scaling.attn_factor"] = self.rope.attn_multiplier
-        return {f"{self.architecture}.{key}": value for key, value in values.items()}
+        return {f"{self.stored_architecture}.{key}": value for key, value in values.items()}
+
+
+def _architecture(gguf: GGUFFile, name: Value) -> Architecture:
+    """The row of that name."""
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
+        raise UnsupportedModelError(gguf.path, f"the architecture {name!r} is not supported, only {known}.")
+    return ARCHITECTURES[name]
+
+
+def _width(keys: MetadataKeys, architecture: Architecture, experts: ExpertSpec) -> int:
+    """The width of an expert, or of a dense FFN."""
+    if architecture.width_key == "feed_forward_length" or keys.has(architecture.width_key):
+        return keys.count(architecture.width_key)
+    return keys.count("feed_forward_length") // experts.n_expert_used
 
 
 def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:
@@ -243,60 +269,10 @@ def _layers_with_attention(keys: MetadataKeys, n_layer: int) -> list[bool]:
     return [bool(one) for one in present]
 
 
-def _experts(keys: MetadataKeys, layers: tuple[LayerShape, ...]) -> ExpertSpec:
-    counts = [shape.n_expert for shape in layers if shape.n_expert] or [keys.count("expert_count", 0)]
+def _experts(keys: MetadataKeys, architecture: Architecture, layers: tuple[LayerShape, ...]) -> ExpertSpec:
+    least = 0 if architecture.may_be_dense else None
+    counts = [shape.n_expert for shape in layers if shape.n_expert] or [keys.count("expert_count", least)]
     n_used = keys.count("expert_used_count", 0)
     if n_used > min(counts) or (min(counts) and not n_used):
         raise ModelFileError(keys.gguf.path, f"it uses {n_used} of {min(counts)} experts per token.", AGAIN)
     return ExpertSpec(max(counts), n_used, keys.number("expert_weights_scale", 1.0), layers)
-
-
-def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
-    """Raises ModelFileError that names the first tensor that is missing or has another shape than `spec` says."""
-    for alternatives in _expected_tensors(spec):
-        found = next((choice for choice in alternatives if gguf.tensors.keys() & choice.keys()), alternatives[0])
-        for name, ne in found.items():
-            tensor = gguf.tensors.get(name)
-            if tensor is None:
-                raise ModelFileError(gguf.path, f"tensor {name} is missing.", AGAIN)
-            if tensor.ne != ne:
-                problem = f"tensor {name} has the shape {tensor.ne}, but {ne} belongs to this model."
-                raise ModelFileError(gguf.path, problem, AGAIN)
-
-
-_Layout = dict[str, tuple[int, ...]]
-
-
-def _expected_tensors(spec: ModelSpec) -> Iterator[list[_Layout]]:
-    """Groups of tensors, each in one or several layouts, as names and shapes in ggml's order; {} is no tensor."""
-    yield [{"token_embd.weight": (spec.n_embd, spec.n_vocab)}]
-    yield [{"output_norm.weight": (spec.n_embd,)}]
-    yield [{}, {"output.weight": (spec.n_embd, spec.n_vocab)}]
-    yield [{}, {ROPE_FREQS: (spec.rope.n_rot // 2,)}]
-    n_q, n_kv = spec.n_head * spec.n_embd_head, spec.n_head_kv * spec.n_embd_head
-    for layer in range(spec.n_layer):
-        block = f"blk.{layer}."
-        if spec.layer_shape(layer).has_attention:
-            yield [{block + "attn_norm.weight": (spec.n_embd,)}]
-            separate = {"attn_q.weight": n_q, "attn_k.weight": n_kv, "attn_v.weight": n_kv}
-            fused: _Layout = {block + "attn_qkv.weight": (spec.n_embd, n_q + 2 * n_kv)}
-            yield [{block + name: (spec.n_embd, n_out) for name, n_out in separate.items()}, fused]
-            yield [{block + "attn_output.weight": (n_q, spec.n_embd)}]
-        yield from _expected_ffn(spec, layer, block)
-
-
-def _expected_ffn(spec: ModelSpec, layer: int, block: str) -> Iterator[list[_Layout]]:
-    """A native layer's stacks of experts are for `native_format` to check."""
-    shape = spec.layer_shape(layer)
-    if not shape.n_ff:
-        return
-    yield [{block + "ffn_norm.weight": (spec.n_embd,)}]
-    if shape.n_expert:
-        yield [{block + "ffn_gate_inp.weight": (spec.n_embd, shape.n_expert)}]
-    for name in ("ffn_gate", "ffn_up", "ffn_down") if spec.architecture != NATIVE else ():
-        ne = (spec.n_ff, spec.n_embd) if name == "ffn_down" else (spec.n_embd, spec.n_ff)
-        if spec.n_expert:
-            each: _Layout = {f"{block}{name}.{expert}.weight": ne for expert in range(spec.n_expert)}
-            yield [{f"{block}{name}_exps.weight": (*ne, spec.n_expert)}, each]
-        else:
-            yield [{f"{block}{name}.weight": ne}]

@@ -14,7 +14,8 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import PROJECTIONS, novice_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import layer_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class LayerSources:
     gate_up: tuple[LinearSource, ...]
     down: LinearSource | None
     buckets: BucketSources | None = None
+    q_norm: WeightSource | None = None
+    k_norm: WeightSource | None = None
+
+    @property
+    def vectors(self) -> tuple[WeightSource, ...]:
+        """The norms and the router, in the order of the computation."""
+        every = (self.attn_norm, self.q_norm, self.k_norm, self.ffn_norm, self.router)
+        return tuple(one for one in every if one is not None)
 
     @property
     def is_stacked(self) -> bool:
@@ -162,7 +171,7 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
     Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
     """
     reader = _Reader(gguf)
-    layout = read_layout(gguf, spec) if spec.architecture == NATIVE else None
+    layout = read_layout(gguf, spec) if spec.is_native else None
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
     sources = ModelSources(
@@ -177,27 +186,34 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 
 
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
-    block = f"blk.{layer}"
+    names = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer)}
     buckets = _buckets(reader, layer, layout.layers[layer]) if layout else None
-    shape = spec.layer_shape(layer)
-    has_ffn = shape.n_ff > 0
+
+    def weight(role: str) -> WeightSource | None:
+        return reader.weight(names[role]) if role in names else None
+
+    def linear(role: str) -> LinearSource:
+        return reader.linear(names[role].removesuffix(".weight"))
+
     if buckets:
         gate_up, down = _plain_stacks(buckets)
-    elif spec.n_expert:
-        gate_up = tuple(reader.experts(layer, name, spec.n_expert) for name in ("ffn_gate", "ffn_up"))
+    elif "ffn_gate_exps" in names:
+        gate_up = tuple(reader.experts(layer, role, spec.n_expert) for role in ("ffn_gate", "ffn_up"))
         down = reader.experts(layer, "ffn_down", spec.n_expert)
     else:
-        gate_up = tuple(reader.linear(f"{block}.{name}") for name in ("ffn_gate", "ffn_up"))
-        down = reader.linear(f"{block}.ffn_down")
+        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
+    has_attention = "attn_norm" in names
     return LayerSources(
-        attn_norm=reader.weight(f"{block}.attn_norm.weight") if shape.has_attention else None,
-        qkv=_qkv(reader, spec, block) if shape.has_attention else (),
-        attn_output=reader.linear(f"{block}.attn_output") if shape.has_attention else None,
-        ffn_norm=reader.weight(f"{block}.ffn_norm.weight") if has_ffn else None,
-        router=reader.weight(f"{block}.ffn_gate_inp.weight") if has_ffn and spec.n_expert else None,
+        attn_norm=weight("attn_norm"),
+        qkv=_qkv(reader, spec, f"blk.{layer}") if has_attention else (),
+        attn_output=linear("attn_output") if has_attention else None,
+        ffn_norm=weight("ffn_norm"),
+        router=weight("ffn_gate_inp"),
         gate_up=gate_up,
         down=down,
         buckets=buckets,
+        q_norm=weight("attn_q_norm"),
+        k_norm=weight("attn_k_norm"),
     )
 
 

@@ -167,7 +167,7 @@ def _layer_weights(layer: LayerSources) -> Iterator[WeightSource]:
     linears = [linear for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down) if linear]
     yield from (linear.weight for linear in linears)
     yield from (linear.bias for linear in linears if linear.bias)
-    yield from (part for part in (layer.attn_norm, layer.ffn_norm, layer.router) if part)
+    yield from layer.vectors
 
 
 def _weights(sources: ModelSources) -> Iterator[WeightSource]:

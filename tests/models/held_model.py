@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer, block_key, expert_key
 from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
 from tests.models.tiny_checkpoint import TinyConfig
@@ -97,7 +98,7 @@ def hold(model: transformers.MixtralForCausalLM) -> HeldModel:
     n_embd_head = config.hidden_size // config.num_attention_heads
     n_ctx = config.max_position_embeddings
     spec = ModelSpec(
-        architecture="llama",
+        architecture=LLAMA,
         n_layer=config.num_hidden_layers,
         n_embd=config.hidden_size,
         n_ff=config.intermediate_size,

@@ -66,7 +66,7 @@ def native_content(
         for n, ffn in enumerate(layers)
     )
     experts = ExpertSpec(max(shape.n_expert for shape in shapes), spec.n_expert_used, layers=shapes)
-    spec = replace(spec, architecture=NATIVE, experts=experts)
+    spec = replace(spec, is_native=True, experts=experts)
     layout = NativeLayout(tuple(_layout(ffn) if ffn else NativeLayer() for ffn in layers), measured_kl)
     keys = {name: key for name, key in stock.keys.items() if not name.startswith("llama.")}
     keys |= {name: _key(value) for name, value in (spec.metadata() | layout_metadata(layout)).items()}

@@ -1,11 +1,14 @@
-"""A small random Mixtral-shaped GGUF with a real sentencepiece vocabulary, written by gguf's own writer."""
+"""Small random GGUF files, written by gguf's own writer: a Mixtral with a real vocabulary, and one of each family."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 from gguf.vocab import SentencePieceVocab
+
+from tests.models.gguf_content import quantise
 
 MIXTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -95,3 +98,122 @@ def _tensors(shape: TinyShape, n_vocab: int) -> dict[str, tuple[int, ...]]:
         }
         tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in layer.items()}
     return tensors | {"output_norm.weight": (d,), "output.weight": (n_vocab, d)}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What its files have beyond the usual: what its Q and K norms span, the key of an expert's width, an output."""
+
+    norm_of: str
+    width_key: str
+    has_output: bool
+
+
+FAMILIES = {
+    "llama": Family("nothing", "feed_forward_length", has_output=True),
+    "qwen3moe": Family("head", "expert_feed_forward_length", has_output=False),
+    "olmoe": Family("row", "feed_forward_length", has_output=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FineShape:
+    """Many small experts, and heads whose size is not n_embd / n_head."""
+
+    n_layer: int = 3
+    n_embd: int = 256
+    n_ff: int = 256
+    n_head: int = 4
+    n_head_kv: int = 2
+    n_embd_head: int = 128
+    n_expert: int = 32
+    n_expert_used: int = 8
+    n_vocab: int = 300
+
+
+def write_family(
+    path: Path, name: str, kind: Type = Type.F32, shape: FineShape = FineShape(), *, words: tuple[str, ...] = ()
+) -> Path:
+    """Writes a model of architecture `name` to `path`, all matrices but routers of type `kind`.
+
+    `words` are the tokens of a byte-level vocabulary, cut as Qwen's; without them only token ids go in.
+    """
+    family = FAMILIES[name]
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(512)
+    writer.add_block_count(shape.n_layer)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff if family.width_key == "feed_forward_length" else 7 * shape.n_ff)
+    if family.width_key == "expert_feed_forward_length":
+        writer.add_expert_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.n_embd_head)
+    writer.add_value_length(shape.n_embd_head)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_expert_count(shape.n_expert)
+    writer.add_expert_used_count(shape.n_expert_used)
+    writer.add_vocab_size(shape.n_vocab)
+    if words:
+        _add_byte_level(writer, words, shape.n_vocab)
+    else:
+        writer.add_tokenizer_model("none")
+    rng = np.random.default_rng(1)
+    for tensor, dims in _family_tensors(family, shape).items():
+        values = rng.standard_normal(dims, dtype=np.float32)
+        if len(dims) == 1:
+            writer.add_tensor(tensor, values / 8 + 1)
+        elif kind is Type.F32 or "ffn_gate_inp" in tensor:
+            writer.add_tensor(tensor, values * 2 * dims[-1] ** -0.5)
+        else:
+            stored = quantise(values * 2 * dims[-1] ** -0.5, kind)
+            writer.add_tensor(tensor, stored.data, raw_dtype=stored.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, words: tuple[str, ...], n_vocab: int) -> None:
+    """The bytes by their byte-level names, the words, and control tokens; words are merged byte by byte."""
+    bytes_ = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    bytes_ += [chr(256 + n) for n in range(256 - len(bytes_))]
+    tokens = [*bytes_, *words]
+    control = [f"<|control{n}|>" for n in range(n_vocab - len(tokens))]
+    kinds = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(control)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*tokens, *control])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{word[:-1]} {word[-1]}" for word in words])
+    writer.add_eos_token_id(n_vocab - 1)
+    writer.add_add_bos_token(False)
+
+
+def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ...]]:
+    """Shapes in numpy's order, written out independently of the code under test."""
+    d, n_ff = shape.n_embd, shape.n_ff
+    n_q, n_kv = shape.n_head * shape.n_embd_head, shape.n_head_kv * shape.n_embd_head
+    norms = {"head": (shape.n_embd_head, shape.n_embd_head), "row": (n_q, n_kv)}.get(family.norm_of)
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.n_vocab, d), "output_norm.weight": (d,)}
+    if family.has_output:
+        tensors["output.weight"] = (shape.n_vocab, d)
+    for n in range(shape.n_layer):
+        layer = {
+            "attn_norm": (d,),
+            "attn_q": (n_q, d),
+            "attn_k": (n_kv, d),
+            "attn_v": (n_kv, d),
+            "attn_output": (d, n_q),
+            "ffn_norm": (d,),
+            "ffn_gate_inp": (shape.n_expert, d),
+            "ffn_gate_exps": (shape.n_expert, n_ff, d),
+            "ffn_up_exps": (shape.n_expert, n_ff, d),
+            "ffn_down_exps": (shape.n_expert, d, n_ff),
+        }
+        if norms:
+            layer |= {"attn_q_norm": (norms[0],), "attn_k_norm": (norms[1],)}
+        tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in layer.items()}
+    return tensors

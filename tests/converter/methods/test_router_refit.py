@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from slimoe.converter.methods.router_refit import RefitSpec, refit
 from slimoe.offload.errors import UsageError
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
 
 N_EMBD, N_ROW, N_USED, N_TOKEN = 16, 5, 2, 300
 MODEL = ModelSpec(
-    architecture="llama",
+    architecture=LLAMA,
     n_layer=1,
     n_embd=N_EMBD,
     n_ff=8,

@@ -21,7 +21,8 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.model.spec import ModelSpec, check_tensors
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint, stack_experts

@@ -18,7 +18,8 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError, UsageEr
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.native_layout import NativeLayout
-from slimoe.offload.model.spec import ModelSpec, check_tensors
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.model.tensors import WeightSource, model_sources
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run

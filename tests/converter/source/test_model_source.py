@@ -116,7 +116,7 @@ def test_experts_stored_one_by_one_or_stacked_are_the_same_matrices(tmp_path: Pa
 def test_what_a_checkpoint_says_of_itself(moe_checkpoint: Path) -> None:
     source = open_source(moe_checkpoint)
     assert source.path == moe_checkpoint
-    assert (source.spec.n_expert, source.spec.n_ff, source.spec.architecture) == (6, 96, "llama")
+    assert (source.spec.n_expert, source.spec.n_ff, source.spec.architecture.name) == (6, 96, "llama")
     assert tuple(source.layers) == (SourceLayer(6, tuple(range(6))),) * 2
     assert source.shapes[expert_key(1, "down", 5)] == (64, 96)
     assert source.shapes[block_key(1, "attn_norm")] == (64,)

@@ -20,7 +20,8 @@ from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.model.experts import ExpertLayer, expert_layers
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
-from slimoe.offload.model.spec import LayerShape, ModelSpec, check_tensors
+from slimoe.offload.model.spec import LayerShape, ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.model.tensors import ModelSources, WeightSource, model_sources
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content

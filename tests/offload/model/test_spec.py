@@ -7,11 +7,13 @@ import pytest
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec, check_tensors
+from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
+from slimoe.offload.model.tensor_list import check_tensors
 
 SPEC = ModelSpec(
-    architecture="llama",
+    architecture=LLAMA,
     n_layer=2,
     n_embd=32,
     n_ff=48,

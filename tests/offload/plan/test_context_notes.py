@@ -17,6 +17,7 @@ from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
 from slimoe.offload.plan.context_notes import context_notes
@@ -30,7 +31,7 @@ from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 TRAINED = 1024
 SPEC = ModelSpec(
-    architecture="llama",
+    architecture=LLAMA,
     n_layer=2,
     n_embd=32,
     n_ff=48,

@@ -1,0 +1,107 @@
+"""The tensors of a model, with their shapes: one list, from which files are checked, loaded, planned and written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from slimoe.offload.errors import ModelFileError
+from slimoe.offload.gguf.header import GGUFFile
+from slimoe.offload.gguf.metadata_keys import AGAIN
+from slimoe.offload.model.architecture import When
+from slimoe.offload.model.spec import ModelSpec
+
+_Layout = dict[str, tuple[int, ...]]
+_ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensor:
+    """One tensor by its name in the file and its shape in ggml's order; `layer` is -1 for one of the whole model."""
+
+    role: str
+    name: str
+    ne: tuple[int, ...]
+    layer: int = -1
+    is_optional: bool = False
+
+
+def model_tensors(spec: ModelSpec) -> Iterator[ModelTensor]:
+    """Every tensor in the order of the computation. A native file's stacks of experts are `native_format`'s."""
+    yield from _whole(spec, is_output=False)
+    for layer in range(spec.n_layer):
+        yield from layer_tensors(spec, layer)
+    yield from _whole(spec, is_output=True)
+
+
+def _whole(spec: ModelSpec, *, is_output: bool) -> Iterator[ModelTensor]:
+    """The tensors of the model as a whole: those before its layers, or those behind them."""
+    sizes = _sizes(spec)
+    for role in spec.architecture.tensors:
+        if role.when == "model" and role.role.startswith("output") is is_output:
+            ne = tuple(sizes[n] for n in role.ne)
+            yield ModelTensor(role.role, f"{role.role}.weight", ne, is_optional=role.is_optional)
+
+
+def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
+    """The tensors of one layer."""
+    parts, sizes = _parts(spec, layer), _sizes(spec) | {"n_expert": spec.layer_shape(layer).n_expert}
+    for role in spec.architecture.tensors:
+        if role.when in parts:
+            name, ne = f"blk.{layer}.{role.role}.weight", tuple(sizes[n] for n in role.ne)
+            yield ModelTensor(role.role, name, ne, layer, role.is_optional)
+
+
+def _parts(spec: ModelSpec, layer: int) -> set[When]:
+    shape = spec.layer_shape(layer)
+    parts: set[When] = set()
+    if shape.has_attention:
+        parts.add("attention")
+    if shape.n_ff:
+        parts |= {"ffn", "router"} if shape.n_expert else {"ffn", "dense"}
+    if shape.n_expert and not spec.is_native:
+        parts.add("experts")
+    return parts
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """The sizes that shapes are made of, by the names that rows of architectures use."""
+    return {
+        "n_embd": spec.n_embd,
+        "n_vocab": spec.n_vocab,
+        "n_ff": spec.n_ff,
+        "n_expert": spec.n_expert,
+        "n_embd_head": spec.n_embd_head,
+        "n_q": spec.n_head * spec.n_embd_head,
+        "n_kv": spec.n_head_kv * spec.n_embd_head,
+        "n_rot_pairs": spec.rope.n_rot // 2,
+    }
+
+
+def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
+    """Raises ModelFileError that names the first tensor that is missing or has another shape than `spec` says."""
+    for alternatives in _layouts(spec):
+        found = next((choice for choice in alternatives if gguf.tensors.keys() & choice.keys()), alternatives[0])
+        for name, ne in found.items():
+            tensor = gguf.tensors.get(name)
+            if tensor is None:
+                raise ModelFileError(gguf.path, f"tensor {name} is missing.", AGAIN)
+            if tensor.ne != ne:
+                problem = f"tensor {name} has the shape {tensor.ne}, but {ne} belongs to this model."
+                raise ModelFileError(gguf.path, problem, AGAIN)
+
+
+def _layouts(spec: ModelSpec) -> Iterator[list[_Layout]]:
+    """Groups of tensors, each in the layouts that files have of it, the usual one first; {} is no tensor."""
+    joined: _Layout = {}
+    for tensor in model_tensors(spec):
+        if tensor.role in _ATTENTION_INPUT:
+            joined[tensor.name] = tensor.ne
+            if tensor.role == _ATTENTION_INPUT[-1]:
+                n_rows = sum(n for _, n in joined.values())
+                yield [joined, {f"blk.{tensor.layer}.attn_qkv.weight": (spec.n_embd, n_rows)}]
+                joined = {}
+        elif tensor.role.endswith("_exps"):
+            stem = tensor.name.removesuffix("_exps.weight")
+            each: _Layout = {f"{stem}.{expert}.weight": tensor.ne[:2] for expert in range(tensor.ne[2])}
+            yield [{tensor.name: tensor.ne}, each]
+        else:
+            yield [*([{}] if tensor.is_optional else []), {tensor.name: tensor.ne}]
