@@ -1,5 +1,8 @@
 """What the pages for people name is there: files, headings, commands, flags, benches; and the README stays short."""
 
+import ast
+import builtins
+import importlib
 import re
 from pathlib import Path
 
@@ -110,3 +113,18 @@ def test_the_floors_that_are_told_are_those_that_are_held(room: str) -> None:
     numbers = [number for found in floors for number in found]
     assert numbers == sorted(set(numbers), reverse=True)
     assert max(numbers) <= len(FLOORS[room])
+
+
+def test_examples_use_what_their_modules_have() -> None:
+    """Each example belongs to the first module that the paragraph before it names."""
+    parts = re.split(r"^```python\n(.*?)^```$", text(ROOT / "CONTRIBUTING.md"), flags=re.MULTILINE | re.DOTALL)
+    assert len(parts) > 1
+    for prose, example in zip(parts[:-1:2], parts[1::2], strict=True):
+        assert len(example.splitlines()) < 10, example
+        module = re.findall(r"`([\w/]+)\.py`", prose.rstrip().rpartition("\n\n")[2])[0]
+        known = vars(importlib.import_module(f"slimoe.{module.replace('/', '.')}")) | vars(builtins)
+        nodes = list(ast.walk(ast.parse(example)))
+        own = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name)} - own
+        assert used <= known.keys(), (module, used - known.keys())
