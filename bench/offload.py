@@ -41,6 +41,8 @@ from slimoe.offload.resources.processors import default_threads
 
 RATIOS = ("0.9", "1.4", "2")
 N_PROMPT, N_WARM = 64, 16
+OLD_FLAGS = {"pair": "copies"}
+"""Old spellings that are still understood for one version."""
 _SMOKE_LIMIT = Limit("smoke", 1 << 30, fits=True)
 _WITHOUT_LIMIT = 1.5
 """So many times the file's size must be free for runs without a limit: the file, and a rearranged copy of most."""
@@ -103,29 +105,33 @@ def expert_matrix_bytes(model: Path) -> int:
 
 
 @contextmanager
-def opened(model: str, pair: str | None, routing: str) -> Iterator[tuple[Path, Path]]:
+def opened(model: str, copies: str | None, routing: str) -> Iterator[tuple[Path, Path]]:
     """llama.cpp's file and ours: files of these names, or random ones of that shape, deleted at the end.
 
     Raises UsageError, and ModelFileError and UnsupportedModelError as the conversion does.
     """
-    if pair is not None and "," in pair:
+    if copies is not None and "," in copies:
         if model not in SHAPES:
-            raise UsageError(f"--pair {pair} is made of random weights: --model must be one of {' '.join(SHAPES)}.")
-        with tempfile.TemporaryDirectory(prefix="slimoe-pair-") as directory:
-            yield write_pair(Path(directory), model, pair, routing)
+            raise UsageError(f"--copies {copies} is made of random weights: --model must be one of {' '.join(SHAPES)}.")
+        with tempfile.TemporaryDirectory(prefix="slimoe-copies-") as directory:
+            yield write_copies(Path(directory), model, copies, routing)
     elif model in SHAPES:
         with random_model_file(model, "Q4_K", routing=routing) as path:
-            yield path, Path(pair or path)
+            yield path, Path(copies or path)
     else:
-        yield Path(model), Path(pair or model)
+        yield Path(model), Path(copies or model)
 
 
-def write_pair(directory: Path, shape: str, pair: str, routing: str) -> tuple[Path, Path]:
+def write_copies(directory: Path, shape: str, copies: str, routing: str) -> tuple[Path, Path]:
     """The same random weights twice: a stock file of the better type, and one with both copies of every expert."""
-    checkpoint, stock, native = directory / "checkpoint", directory / f"{shape}.gguf", directory / f"{shape}-pair.gguf"
+    checkpoint, stock, native = (
+        directory / "checkpoint",
+        directory / f"{shape}.gguf",
+        directory / f"{shape}-copies.gguf",
+    )
     write_random_checkpoint(checkpoint, SHAPES[shape], routing=routing)
-    convert(ConvertOptions(checkpoint, stock, pair.partition(",")[0]))
-    convert(ConvertOptions(checkpoint, native, pair=pair))
+    convert(ConvertOptions(checkpoint, stock, copies.partition(",")[0]))
+    convert(ConvertOptions(checkpoint, native, pair=copies))
     shutil.rmtree(checkpoint)
     return stock, native
 
@@ -140,9 +146,9 @@ def smoke_limits() -> tuple[Limit, ...]:
         return (Limit("unlimited", None, fits=True),)
 
 
-@click.command()
+@click.command(context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)})
 @click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights in Q4_K.")
-@click.option("--pair", help="Two copies of each expert for our engine: types such as Q4_K,Q2_K, or a native file.")
+@click.option("--copies", help="Two copies of each expert for our engine: types such as Q4_K,Q2_K, or a native file.")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Or memory such as 12GiB.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
@@ -153,7 +159,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 @click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
 def main(
     model: str,
-    pair: str | None,
+    copies: str | None,
     routing: str,
     ratios: tuple[str, ...],
     rounds: int,
@@ -169,7 +175,7 @@ def main(
     try:
         changes = parse_changes(engine)
         with ExitStack() as stack:
-            path, own = stack.enter_context(opened("smoke" if smoke else model, pair, routing))
+            path, own = stack.enter_context(opened("smoke" if smoke else model, copies, routing))
             limits = smoke_limits() if smoke else limits_for(path, ratios)
             plan = make_plan(path, own, limits, routing, lengths)
             plan = replace(plan, n_threads=threads or default_threads(), engine=changes)
@@ -182,7 +188,7 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    about = {"model": path.name, "pair": pair, "routing": routing, "machine": machine.describe()}
+    about = {"model": path.name, "copies": copies, "pair": copies, "routing": routing, "machine": machine.describe()}
     print(json.dumps(document | loads | about))
 
 

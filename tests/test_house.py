@@ -71,7 +71,6 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_FILES = 17
 MIN_LINES_OF_LONELY_FILES = 60
-ROOMS_WITHOUT_FRAGMENTS = ("server", "bench", "converter")
 REASON = "Apart: "
 """A shorter file with a single importer says behind this word, in its first line, why it is a file of its own."""
 REACHING_IN = {"converter", "offload"}
@@ -170,7 +169,7 @@ def test_a_short_file_for_a_single_other_says_why() -> None:
     for name in needs():
         path = ROOT.joinpath(*name).with_suffix(".py")
         is_short = len(path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_LONELY_FILES
-        if is_short and importers[name] == 1 and name[0] in ROOMS_WITHOUT_FRAGMENTS:
+        if is_short and importers[name] == 1:
             first = (ast.get_docstring(tree(path)) or "").partition("\n")[0]
             lonely += [named(path)] if REASON not in first else []
     assert lonely == []

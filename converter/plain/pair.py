@@ -18,7 +18,7 @@ def find_pair(names: str) -> Pair:
     """The recipes of "HIGH,LOW"; raises UsageError for anything but two known types."""
     parts = [name.strip() for name in names.split(",")]
     if len(parts) != 2:
-        raise UsageError(f"--pair is {names!r}, but takes two types: the better one first, such as Q4_K,Q2_K.")
+        raise UsageError(f"--two-copies is {names!r}, but takes two types: the better one first, such as Q4_K,Q2_K.")
     high, low = (find_recipe(name) for name in parts)
     return high, low
 

@@ -175,7 +175,9 @@ def _check_pair(planned: ConvertPlan) -> None:
             if tensor.target.name.startswith(f"blk.{layer}.") and "_exps." in tensor.target.name:
                 sizes[tensor.target.name.split(".")[-2]] += tensor.n_bytes
         if sizes["b0"] <= sizes["b1"]:
-            problem = f"The second copies of --pair {planned.recipe} are not smaller than the first in layer {layer}."
+            problem = (
+                f"The second copies of --two-copies {planned.recipe} are not smaller than the first in layer {layer}."
+            )
             raise UsageError(f"{problem} Name the better type first, and a smaller one second.")
 
 

@@ -1,4 +1,4 @@
-"""Which copies of experts are in some memory now, and how long it takes to read one that is not."""
+"""The copies of experts in any memory now, and the time to read another. Apart: lossy modes know nothing else."""
 
 from collections.abc import Sequence
 

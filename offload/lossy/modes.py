@@ -23,7 +23,7 @@ Layers = Sequence[ExpertLayer | None]
 _DEFAULT_GATE = 0.6
 _WITH_COPIES = (
     "This makes such a file: slimoe convert SRC DST --recipe hobbit --stats STATS, "
-    "or --pair Q4_K,Q2_K without statistics."
+    "or --two-copies Q4_K,Q2_K without statistics."
 )
 _MEASURED = "This makes such a file: slimoe calibrate SRC -o STATS, then slimoe convert SRC DST --stats STATS"
 

@@ -1,4 +1,4 @@
-"""Keeps Ctrl-C from being lost in functions of C that call back into Python."""
+"""Keeps Ctrl-C from being lost in C functions that call back into Python. Apart: it is about signals, not text."""
 
 import signal
 import threading

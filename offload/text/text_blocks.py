@@ -1,4 +1,4 @@
-"""Cuts long texts for libllama's tokenizer where that changes nothing, and refuses those on which it would crash.
+"""Cuts long texts for libllama's tokenizer, or refuses them. Apart: it knows libllama's faults and nothing else.
 
 libllama copies all tokens found so far at each character that it spells out in bytes, so the time of a long text
 grows with its square; and where it splits words by std::regex, each character of an unbroken run takes stack.

@@ -15,7 +15,7 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.options.compress_options import compress_flags, compress_options, with_pair, with_type
+from slimoe.server.options.compress_options import compress_flags, compress_options, with_copies, with_type
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import eval_flags
@@ -23,12 +23,19 @@ from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar
 
+OLD_FLAGS = {"pair": "two-copies"}
+"""Old spellings that are still understood for one version."""
 
-@click.command("convert", cls=OptionsCommand)
+
+@click.command(
+    "convert", cls=OptionsCommand, context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)}
+)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("-t", "--type", "type_name", help="Type of the weights, one of those below (default: Q4_K_M).")
-@click.option("--pair", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K.")
+@click.option(
+    "--two-copies", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K."
+)
 @click.option(
     "--imatrix",
     metavar="FILE",
@@ -51,16 +58,16 @@ def command(values: Mapping[str, Any]) -> None:
 
     A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer of a
     Mixtral, Mistral or Llama model. Of a GGUF file, tensors that have the right type already are copied byte for byte.
-    The result loads in llama.cpp too, unless it has the two copies of --pair, which serve any memory between the sizes
-    of both. DST appears under its name only when it is whole.
+    The result loads in llama.cpp too, unless it has --two-copies, which serve any memory between the sizes of both.
+    DST appears under its name only when it is whole.
 
     With --target-size, a recipe or any other flag from --stats to --refit the model is compressed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
     is given. Then it is evaluated against SRC on texts, in a report and a model card beside DST.
     """
-    compression, type_name, pair = compress_options(values), values["type_name"], values["pair"]
-    if pair and type_name:
-        raise click.UsageError("--pair names the types of everything. Leave --type out.")
+    compression, type_name, copies = compress_options(values), values["type_name"], values["two_copies"]
+    if copies and type_name:
+        raise click.UsageError("--two-copies names the types of everything. Leave --type out.")
     if not compression.is_asked:
         if values["eval_texts"]:
             raise click.UsageError("--eval-text is for a model that is compressed. slimoe report evaluates any file.")
@@ -72,7 +79,11 @@ def command(values: Mapping[str, Any]) -> None:
         from slimoe.server.jobs.compress import convert_compressed
 
         compression = (
-            with_type(compression, type_name) if type_name else with_pair(compression, pair) if pair else compression
+            with_type(compression, type_name)
+            if type_name
+            else with_copies(compression, copies)
+            if copies
+            else compression
         )
         convert_compressed(values, compression, values["threads"] or usable_processors())
 
@@ -89,7 +100,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["type_name"] or DEFAULT_TYPE,
         values["threads"] or usable_processors(),
         values["force"],
-        values["pair"],
+        values["two_copies"],
         values["imatrix"],
     )
     if values["dry_run"]:

@@ -34,7 +34,7 @@ FLAGS: Mapping[str, str] = {
     **{key: f"--{name.replace('_', '-')}" for name, (_, key) in _KEYS.items()},
     **{
         "expert": "--type",
-        "low": "--pair",
+        "low": "--two-copies",
         "free_novices": "--novices",
         "replacement": "--novices",
         "format": "--stock",
@@ -65,7 +65,9 @@ class CompressOptions:
         keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
         keys |= {"free_novices", "replacement"} if self.novices else set()
         keys |= {"format"} if self.stock else set()
-        return {key: FLAGS[key] for key in keys} | (dict.fromkeys(("expert", "low"), "--pair") if "low" in keys else {})
+        return {key: FLAGS[key] for key in keys} | (
+            dict.fromkeys(("expert", "low"), "--two-copies") if "low" in keys else {}
+        )
 
     def merged(self, tables: Mapping[str, Any]) -> Tables:
         """A recipe's tables with what the flags say in its place."""
@@ -220,12 +222,14 @@ def with_type(options: CompressOptions, type_name: str) -> CompressOptions:
     return _with_types(options, {"expert": type_name}, "--type")
 
 
-def with_pair(options: CompressOptions, pair: str) -> CompressOptions:
-    """The options with two types for every expert, as --pair names them; raises UsageError beside a size."""
-    names = [name.strip() for name in pair.split(",")]
+def with_copies(options: CompressOptions, copies: str) -> CompressOptions:
+    """The options with two types for every expert, as --two-copies names them; raises UsageError beside a size."""
+    names = [name.strip() for name in copies.split(",")]
     if len(names) != 2:
-        raise click.UsageError(f"--pair is {pair!r}, but takes two types: the better one first, such as Q4_K,Q2_K.")
-    return _with_types(options, dict(zip(("expert", "low"), names, strict=True)), "--pair")
+        raise click.UsageError(
+            f"--two-copies is {copies!r}, but takes two types: the better one first, such as Q4_K,Q2_K."
+        )
+    return _with_types(options, dict(zip(("expert", "low"), names, strict=True)), "--two-copies")
 
 
 def _with_types(options: CompressOptions, types: Tables, flag: str) -> CompressOptions:

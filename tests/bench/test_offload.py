@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import gguf
@@ -16,8 +17,8 @@ from bench.limits.engine_changes import parse_changes
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
 from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_candidate
+from bench.models.random_copies import write_random_copies
 from bench.models.random_model import SHAPES, write_random_model
-from bench.models.random_pair import write_random_pair
 from bench.offload import expert_matrix_bytes, limits_for, main, opened
 from bench.quality.offload_report import as_json
 from slimoe.offload.engine import Engine
@@ -179,7 +180,7 @@ def test_a_run_without_enough_memory_is_killed_and_told(model: Path) -> None:
         assert run.usage.n_oom_kills >= 1
 
 
-def test_a_random_pair_is_one_model_in_two_files() -> None:
+def test_random_copies_are_one_model_in_two_files() -> None:
     """The better copies of ours are llama.cpp's file's experts, byte for byte; both files go in the end."""
     with opened("smoke", "Q8_0,Q4_K", "natural") as (stock, native):
         theirs, ours = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (stock, native))
@@ -224,10 +225,16 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
     assert done.stdout == ""
 
 
-def test_a_random_pair_runs_exact_and_elastic(tmp_path: Path) -> None:
+def test_random_copies_run_exact_and_elastic(tmp_path: Path) -> None:
     path = tmp_path / "pair.gguf"
-    n_bytes = write_random_pair(path, SHAPES["smoke"], "Q4_K", "Q2_K")
+    n_bytes = write_random_copies(path, SHAPES["smoke"], "Q4_K", "Q2_K")
     assert n_bytes == path.stat().st_size
     for lossy in (None, "elastic"):
         with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
             assert np.isfinite(engine.prefill([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("bench", ["offload", "copies_quality"])
+def test_the_old_spelling_of_two_copies_is_understood(bench: str) -> None:
+    context = import_module(f"bench.{bench}").main.make_context("bench", ["--pair", "Q4_K,Q2_K"])
+    assert context.params["copies"] == "Q4_K,Q2_K"

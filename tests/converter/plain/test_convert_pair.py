@@ -1,4 +1,4 @@
-"""`slimoe convert --pair`: both copies are what a stock conversion to their type has."""
+"""`slimoe convert --two-copies`: both copies are what a stock conversion to their type has."""
 
 import json
 from contextlib import closing
@@ -165,7 +165,7 @@ def test_the_writer_refuses_what_the_loader_would(
 
 
 def test_the_command(tmp_path: Path, moe_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["convert", str(moe_checkpoint), str(tmp_path / "m.gguf"), "--pair", "Q8_0,Q4_0", "--json"]
+    arguments = ["convert", str(moe_checkpoint), str(tmp_path / "m.gguf"), "--two-copies", "Q8_0,Q4_0", "--json"]
     assert run([*arguments, "--dry-run"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []

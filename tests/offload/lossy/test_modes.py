@@ -431,7 +431,7 @@ def test_what_a_file_does_not_say(bare: Path, mode: str, told: str) -> None:
 @pytest.mark.parametrize("mode", ["low", "gate", "elastic", "gate:0.5"])
 def test_a_file_of_single_copies(directory: Path, mode: str) -> None:
     path = write_tiny_gguf(directory / "single.gguf", None, shape=TinyShape())
-    with pytest.raises(UsageError, match="--pair"):
+    with pytest.raises(UsageError, match="--two-copies"):
         plan_engine(config(path, mode))
 
 

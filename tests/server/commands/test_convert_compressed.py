@@ -230,10 +230,13 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "overall subset": (["--overall", "--keep-experts", "4"], "Name another one with --score."),
     "type and size": (["--type", "q8_0", "--target-size", "1MB"], "chooses types by itself"),
     "no type": (["--type", "q9", "--drop-layers", "1"], "--type is 'q9', but must be a type"),
-    "pair and size": (["--pair", "q8_0,q4_0", "--target-size", "1MB"], "chooses types by itself. Leave --pair out"),
-    "pair of one": (["--pair", "q8_0", "--drop-layers", "1"], "--pair is 'q8_0', but takes two types"),
-    "pair upside down": (["--pair", "q4_0,q8_0"], "--pair is for second copies, which would be no smaller"),
-    "pair of mixes": (["--pair", "q8_0,q4_k_m"], "--pair is 'q4_k_m', but must be a type"),
+    "pair and size": (
+        ["--two-copies", "q8_0,q4_0", "--target-size", "1MB"],
+        "chooses types by itself. Leave --two-copies out",
+    ),
+    "pair of one": (["--two-copies", "q8_0", "--drop-layers", "1"], "--two-copies is 'q8_0', but takes two types"),
+    "pair upside down": (["--two-copies", "q4_0,q8_0"], "--two-copies is for second copies, which would be no smaller"),
+    "pair of mixes": (["--two-copies", "q8_0,q4_k_m"], "--two-copies is 'q4_k_m', but must be a type"),
     "stock and novices": (
         ["--stock", "--keep-experts", "4", "--novices"],
         "--stock keeps to what llama.cpp loads, which cannot hold novices in place of experts (--novices). Leave one",
@@ -242,7 +245,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),
     "stock and attention": (["--stock", "--drop-attention", "1"], "layers without attention (--drop-attention)"),
     "stock and copies": (["--stock", "--recipe", "hobbit"], "hobbit: --stock keeps to what llama.cpp loads"),
-    "stock and pair": (["--stock", "--pair", "q8_0,q4_0"], "cannot hold second copies of experts (--pair)"),
+    "stock and pair": (["--stock", "--two-copies", "q8_0,q4_0"], "cannot hold second copies of experts (--two-copies)"),
     "stock and counts": (
         ["--stock", "--recipe", "unified-expert-drop"],
         "number of experts (experts.overall)",
@@ -417,3 +420,9 @@ def test_what_must_be_installed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     status, _, err = told(["convert", model, tmp_path / "m.gguf", "--drop-layers", "1"], capsys)
     assert (status, err) == (2, "slimoe: Compressing needs torch. Install it: pip install 'slimoe[convert]'")
+
+
+def test_the_old_spelling_of_two_copies_is_understood() -> None:
+    context = convert_command.make_context("convert", ["source", "target", "--pair", "Q4_K,Q2_K"])
+    assert context.params["two_copies"] == "Q4_K,Q2_K"
+    assert "--pair" not in convert_command.get_help(context)

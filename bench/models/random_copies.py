@@ -1,9 +1,9 @@
 """Writes random models with two copies of every expert: native files, for speed alone.
 
-The copies are random each for itself, so that a low one approximates nothing. `bench.offload --pair TYPES` makes real
-pairs, out of a random checkpoint, which takes many minutes at true shape; this takes seconds.
+The copies are random each for itself, so that a low one approximates nothing. `bench.offload --copies TYPES` makes real
+copies, out of a random checkpoint, which takes many minutes at true shape; this takes seconds.
 
-    python -m bench.models.random_pair design8 /tmp/pair.gguf --types Q4_K,Q2_K
+    python -m bench.models.random_copies design8 /tmp/copies.gguf --types Q4_K,Q2_K
 """
 
 import sys
@@ -26,7 +26,7 @@ from slimoe.offload.model.spec import NATIVE, NATIVE_VERSION
 _EXPERTS = "_exps.weight"
 
 
-def pair_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
+def copies_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
     """All tensors, the stacks of experts once per type."""
     kinds = weight_type(high), weight_type(low)
     for tensor in random_tensors(shape, kinds[0], kinds[0], STYLES[routing]):
@@ -39,9 +39,9 @@ def pair_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[Ra
             yield replace(tensor, name=stack_name(int(layer), projection, bucket), type=kind)
 
 
-def write_random_pair(path: Path, shape: Shape, high: str, low: str, routing: str = "uniform", seed: int = 1) -> int:
+def write_random_copies(path: Path, shape: Shape, high: str, low: str, routing: str = "uniform", seed: int = 1) -> int:
     """Writes a native file to `path`; returns its bytes. Raises UsageError for unknown types."""
-    tensors = list(pair_tensors(shape, high, low, routing))
+    tensors = list(copies_tensors(shape, high, low, routing))
     experts = tuple(range(shape.n_expert))
     layer = NativeLayer(experts, tuple((0, 1) for _ in experts))
     writer = GGUFWriter(path, NATIVE)
@@ -77,7 +77,7 @@ def main(shape: str, path: Path, types: str, layers: int | None, routing: str) -
     """Write a random native model of SHAPE to PATH."""
     high, _, low = types.partition(",")
     try:
-        n_bytes = write_random_pair(path, shape_named(shape, layers), high, low, routing)
+        n_bytes = write_random_copies(path, shape_named(shape, layers), high, low, routing)
     except (SlimoeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"{path}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)

@@ -4,11 +4,11 @@ A checkpoint is converted to F32, which llama.cpp reads for reference, to severa
 with two copies of every expert. Our engine reads the texts token by token with each file, the cache of experts live
 and room for a share of the better copies' bytes, the same for all modes; twice, cold and again warm, since what a
 lossy mode answers may depend on what is in memory. The second half of each text is scored. A mode is a name, a file
-and changes of the engine's configuration; further ones of the pair are named with --mode. Bytes per token are those
+and changes of the engine's configuration; further ones of two copies are named with --mode. Bytes per token are those
 of the experts that were multiplied, and those read from disk and used. The table goes to stderr, the last line of
 stdout is one JSON document. Divergences are in nats.
 
-    python -m bench.pair_quality --checkpoint ~/models/mixtral --room 0.5 --mode "kl 0.01:max_kl=0.01"
+    python -m bench.copies_quality --checkpoint ~/models/mixtral --room 0.5 --mode "kl 0.01:max_kl=0.01"
 """
 
 import json
@@ -30,8 +30,8 @@ from bench.limits.engine_changes import Changes, parse_changes
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from bench.models.topics import natural_tokens
-from bench.quality.pair_hints import measure_hints, write_hints
-from bench.quality.pair_scores import PASSES, Text, score
+from bench.quality.copies_hints import measure_hints, write_hints
+from bench.quality.copies_scores import PASSES, Text, score
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.plain.pair import find_pair
 from slimoe.offload.cache.host_pool import slot_bytes
@@ -43,6 +43,8 @@ from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.resources.processors import default_threads
 from slimoe.offload.text.tokenizer import Tokenizer
 
+OLD_FLAGS = {"pair": "copies"}
+"""Old spellings that are still understood for one version."""
 UNIFORM = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K_PURE")
 _PIECES, _PIECE_TOKENS = 10, 64
 """A calibration text is read in some places only, since its topics may change."""
@@ -51,7 +53,7 @@ ROOMS = (1.0, 0.5, 0.25)
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One row of the table: a file's type, or two with a comma for a pair, and changes of the configuration."""
+    """One row of the table: a file's type, or two with a comma for two copies, and changes of the configuration."""
 
     name: str
     kind: str
@@ -60,11 +62,11 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is compared, over `texts` of token ids, each mode with room for each share of `pair`'s better copies."""
+    """What is compared, over `texts` of token ids, each mode with room for each share of the better of two `copies`."""
 
     checkpoint: Path
     directory: Path
-    pair: str
+    copies: str
     modes: tuple[Mode, ...]
     rooms: tuple[float, ...]
     texts: tuple[tuple[int, ...], ...]
@@ -77,7 +79,7 @@ class Plan:
         return -(-max(map(len, self.texts)) // 256) * 256
 
     def file(self, kind: str) -> Path:
-        """The checkpoint as a file of that type or pair, converted when it is first asked for."""
+        """The checkpoint as a file of that type or those two copies, converted when it is first asked for."""
         path = self.directory / f"{kind}.gguf"
         if not path.exists():
             pair = kind if "," in kind else None
@@ -87,19 +89,19 @@ class Plan:
         return path
 
     def _measure(self, path: Path) -> None:
-        """Writes what saving on each expert costs into a pair."""
+        """Writes what saving on each expert costs into a file of two copies."""
         with_hints = path.with_suffix(".hints")
         texts = [Text(tokens, np.empty((0, 0))) for tokens in self.calibration]
         write_hints(path, with_hints, measure_hints(path, texts, self.n_threads, lambda line: None))
         with_hints.replace(path)
 
 
-def parse_mode(text: str, pair: str) -> Mode:
-    """A mode of the pair written as NAME:FIELD=VALUE, with spaces between several changes; raises UsageError."""
+def parse_mode(text: str, copies: str) -> Mode:
+    """A mode of the two copies written as NAME:FIELD=VALUE, with spaces between several changes; raises UsageError."""
     name, separator, changes = text.partition(":")
     if not separator:
         raise UsageError(f"--mode takes NAME:FIELD=VALUE, not {text!r}.")
-    return Mode(name, pair, parse_changes(changes.split()))
+    return Mode(name, copies, parse_changes(changes.split()))
 
 
 def reference(plan: Plan) -> list[Text]:
@@ -117,7 +119,7 @@ def reference(plan: Plan) -> list[Text]:
 def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """A row per mode and room; a mode that the engine refuses has its sentence in place of figures."""
     texts = reference(plan)
-    whole = total_expert_bytes(plan.file(plan.pair))
+    whole = total_expert_bytes(plan.file(plan.copies))
     rows = []
     for mode in plan.modes:
         config = EngineConfig(plan.file(mode.kind), n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))
@@ -195,17 +197,19 @@ def smallest_plan(directory: Path) -> Plan:
     """A comparison on a random checkpoint in a few seconds."""
     checkpoint, shape = directory / "checkpoint", SHAPES["smoke"]
     write_random_checkpoint(checkpoint, shape, routing="natural")
-    modes = (Mode("Q8_0", "Q8_0"), Mode("pair, exact", "Q8_0,Q4_K"))
+    modes = (Mode("Q8_0", "Q8_0"), Mode("two copies, exact", "Q8_0,Q4_K"))
     texts = (tuple(natural_tokens(24, shape.n_vocab)),)
     return Plan(checkpoint, directory, "Q8_0,Q4_K", modes, (1.0, 0.25), texts, n_threads=1)
 
 
-@click.command()
+@click.command(context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)})
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face Mixtral.")
 @click.option("--text", "files", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens of each text.")
-@click.option("--pair", default="Q4_K,Q2_K_PURE", show_default=True, help="Types of the two copies, the better first.")
-@click.option("--mode", "modes", multiple=True, metavar="NAME:FIELD=VALUE", help="A lossy mode of the pair.")
+@click.option(
+    "--copies", default="Q4_K,Q2_K_PURE", show_default=True, help="Types of the two copies, the better first."
+)
+@click.option("--mode", "modes", multiple=True, metavar="NAME:FIELD=VALUE", help="A lossy mode of the copies.")
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -219,7 +223,7 @@ def main(
     checkpoint: Path | None,
     files: tuple[Path, ...],
     tokens: int,
-    pair: str,
+    copies: str,
     modes: tuple[str, ...],
     calibration: Path | None,
     uniform: bool,
@@ -227,19 +231,19 @@ def main(
     threads: int | None,
     smoke: bool,
 ) -> None:
-    """Compare lossy modes of a pair with uniform types, in divergence and bytes."""
+    """Compare lossy modes of two copies with uniform types, in divergence and bytes."""
     console = Console(stderr=True, width=120)
     try:
-        with tempfile.TemporaryDirectory(prefix="slimoe-pair-") as name:
+        with tempfile.TemporaryDirectory(prefix="slimoe-copies-") as name:
             directory = Path(name)
             if smoke:
                 plan = smallest_plan(directory)
             elif checkpoint is not None:
-                find_pair(pair)
-                own = (Mode("pair, exact", pair), *(parse_mode(mode, pair) for mode in modes))
+                find_pair(copies)
+                own = (Mode("two copies, exact", copies), *(parse_mode(mode, copies) for mode in modes))
                 texts = tuple(read_texts(checkpoint, files, tokens, directory))
                 alone = tuple(Mode(kind, kind) for kind in UNIFORM if uniform)
-                plan = Plan(checkpoint, directory, pair, alone + own, rooms, texts, threads or default_threads())
+                plan = Plan(checkpoint, directory, copies, alone + own, rooms, texts, threads or default_threads())
                 if calibration is not None:
                     plan = replace(plan, calibration=tuple(read_pieces(checkpoint, calibration, directory)))
             else:
@@ -249,7 +253,17 @@ def main(
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
     console.print(table(rows))
-    print(json.dumps({"rows": rows, "pair": plan.pair, "n_texts": len(plan.texts), "n_tokens": len(plan.texts[0])}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "copies": plan.copies,
+                "pair": plan.copies,
+                "n_texts": len(plan.texts),
+                "n_tokens": len(plan.texts[0]),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

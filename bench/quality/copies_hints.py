@@ -1,4 +1,4 @@
-"""Measures what the experts of a pair file cost when they are saved on, and writes that into a copy of the file.
+"""Measures what saving on each expert of a file of two copies costs, and writes that into a copy of the file.
 
 For each expert the texts are read once with all its picks in the low copy and once with all of them skipped; the rise
 of the KL divergence from the file's best copies is the hint. So many readings suit small models only.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.baselines.stepping import kl_divergence
-from bench.quality.pair_scores import Text, tiers_within
+from bench.quality.copies_scores import Text, tiers_within
 from slimoe.converter.gguf.header import HeaderTensor, pack_header
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots

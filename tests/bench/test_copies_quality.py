@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.pair_quality import Mode, measure, parse_mode, smallest_plan, table
-from bench.quality.pair_hints import measure_hints, write_hints
-from bench.quality.pair_scores import Text, bytes_per_token, divergences, picked_bytes, planned
+from bench.copies_quality import Mode, measure, parse_mode, smallest_plan, table
+from bench.quality.copies_hints import measure_hints, write_hints
+from bench.quality.copies_scores import Text, bytes_per_token, divergences, picked_bytes, planned
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.engine_plan import plan_engine
@@ -29,7 +29,7 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
     refused = Mode("no such cache", "Q8_0", {"kv_type": "q1"})
     rows = measure(replace(plan, modes=(*plan.modes, refused)), lambda _: None)
     assert [(row["mode"], row["room"]) for row in rows] == [
-        (mode, room) for mode in ("Q8_0", "pair, exact", "no such cache") for room in plan.rooms
+        (mode, room) for mode in ("Q8_0", "two copies, exact", "no such cache") for room in plan.rooms
     ]
     scored = [row for row in rows if row["mode"] != "no such cache"]
     divergence = {row[name]["kl_mean"] for row in scored for name in ("cold", "warm")}
