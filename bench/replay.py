@@ -77,7 +77,7 @@ def figures(tally: Tally, tier: Tier) -> dict[str, float]:
         "tokens": tally.n_tokens,
         "hits": tally.hits,
         "misses": tally.misses,
-        "ahead": tally.ahead,
+        "ahead": tally.pending,
         "hit_share": tally.hit_share,
         "moved_bytes": tally.moved_bytes,
         "moved_bytes_per_token": tally.moved_bytes / max(1, tally.n_tokens),

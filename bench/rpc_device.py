@@ -141,7 +141,7 @@ def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], tr
         rule, plan = device.swaps.rule, engine.plan
         logits, counted = read_all(engine, job)
     n_tokens = len(job.tokens) - job.n_prompt
-    n_picks = counted["device_hits"] + counted["hits"] + counted["ahead"] + counted["misses"]
+    n_picks = counted["device_hits"] + counted["hits"] + counted["pending"] + counted["misses"]
     figures = Figures(counted["device_hits"] / n_picks, counted["bytes_uploaded"] / n_tokens)
     tally = replayed(plan, trace, policy, rule)
     return Run(

@@ -65,6 +65,7 @@ class Tiers:
         if self.host_pool is not None and self.reader is not None:
             reader = self.reader
             totals |= asdict(self.host_pool.counters)
+            totals["ahead"] = totals["pending"]  # what the version before called it
             totals |= {"bytes_read": reader.n_read, "bytes_wasted": reader.n_wasted}
             totals["read_seconds"] = reader.busy_seconds
         experts = [one for _, one in self.devices if one is not None]
@@ -271,7 +272,7 @@ class _Opening:
             graphs,
             host_pool,
             lambda key: any(device.holds(key) for device in devices),
-            None if lossy is None else lossy.copy_ahead,
+            None if lossy is None else lossy.prefetch_copy,
         )
         for part in parts:
             if part.site.experts is not None:

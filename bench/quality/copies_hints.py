@@ -58,7 +58,7 @@ class Probe:
             return without(choice, is_chosen, np.zeros_like(stored), novices=False)
         return Decision(np.where(is_chosen, choice.table.last_copy[self.key[1]], 0), stored)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """Everything is in memory."""
         return 0
 

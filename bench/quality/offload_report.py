@@ -11,7 +11,7 @@ from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import BASELINES, OURS, Outcome
 from bench.limits.limited_runs import Limit, Plan, Run, Runs
 
-_PICKS = ("hits", "ahead", "misses")
+_PICKS = ("hits", "pending", "misses")
 
 
 def as_json(plan: Plan, runs: Runs) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs a trace through a cache: what is found, what is missed, what is moved, and what that costs.
 
-The decisions are the engine's own (`residency.SlotCache`, `slot_exchange.SlotExchange`), asked in the order in which it
-asks them. What the engine foresaw is in its traces and takes slots here as it did there; only how fast the disk was is
-not. A device is taken to be the only one, and every expert that it lacks to be in memory.
+The decisions are the engine's own (`residency.SlotCache`, `swap.SlotExchange`), asked in the order in which it
+asks them. What the engine predicted is in its traces and takes slots here as it did there; only how fast the disk was
+is not. A device is taken to be the only one, and every expert that it lacks to be in memory.
 """
 
 from collections import Counter
@@ -25,13 +25,13 @@ IN_FLIGHT = 2
 class Tally:
     """Visits to experts, each counted once per step and layer, and bytes moved for them.
 
-    `ahead` are those of the misses that had been foreseen; what was foreseen in vain is in `moved_bytes` as well.
+    `pending` are those of the misses that had been predicted; what was predicted in vain is in `moved_bytes` as well.
     """
 
     n_tokens: int = 0
     hits: int = 0
     misses: int = 0
-    ahead: int = 0
+    pending: int = 0
     hit_bytes: int = 0
     miss_bytes: int = 0
     moved_bytes: int = 0
@@ -104,7 +104,7 @@ class CacheReplay:
             for key in most_valuable(candidate.values, self._keys(n_bytes), cache.n_slots):
                 cache.acquire(key)
         self._missed: list[Key] = []
-        self._foreseen: set[Key] = set()
+        self._predicted: set[Key] = set()
         self._read_ahead: set[Key] = set()
         self._exchange = None
         if tier.computes_misses and isinstance(candidate, Online):
@@ -121,7 +121,7 @@ class CacheReplay:
         for step in steps:
             tally = tallies["answer" if step.is_answer else "prompt"]
             tally.n_tokens += step.n_tokens
-            self._foresee(set())
+            self._predict(set())
             for visit in step.visits:
                 self._candidate.observe(visit)
                 self._serve(visit, tally)
@@ -141,7 +141,7 @@ class CacheReplay:
         ahead = [key for key in here if key in self._read_ahead]
         tally.hits += len(here) - len(ahead)
         tally.misses += len(absent) + len(ahead)
-        tally.ahead += len(ahead)
+        tally.pending += len(ahead)
         tally.hit_bytes += self._n_bytes(here)
         tally.miss_bytes += self._n_bytes(absent)
         if not self._tier.computes_misses:
@@ -183,14 +183,14 @@ class CacheReplay:
                     tally.moved_bytes += self._n_bytes([key])
 
     def _load(self, keys: Sequence[Key], needed: set[Key]) -> None:
-        """Loads all that have a pool, over what is foreseen if need be.
+        """Loads all that have a pool, over what is predicted if need be.
 
         In a pool too small for one step, the step's own experts take turns.
         """
         for key in keys:
             cache = self._pool(key)
             if cache is not None:
-                levels = (needed | self._foreseen, needed, set[Key]())
+                levels = (needed | self._predicted, needed, set[Key]())
                 self._acquire(cache, key, next(pinned for pinned in levels if _can_take(cache, pinned)))
 
     def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> None:
@@ -199,22 +199,22 @@ class CacheReplay:
             self._read_ahead.discard(evicted)
 
     def _load_single(self, visit: Visit, absent: list[Key], tally: Tally) -> None:
-        """One token's misses, and then what is foreseen for its later layers, as long as there are slots to spare."""
-        self._foresee({key for key in self._foreseen if key[0] != visit.layer})
+        """One token's misses, and then what is predicted for its later layers, as long as there are slots to spare."""
+        self._predict({key for key in self._predicted if key[0] != visit.layer})
         self._load(absent, set(visit.keys))
-        self._foresee(set(visit.ahead))
-        pinned = self._foreseen.union(visit.keys)
-        for key in visit.ahead:
+        self._predict(set(visit.predicted))
+        pinned = self._predicted.union(visit.keys)
+        for key in visit.predicted:
             cache = self._pool(key)
             if cache is not None and key not in cache and _can_take(cache, pinned):
                 self._acquire(cache, key, pinned)
                 self._read_ahead.add(key)
                 tally.moved_bytes += self._n_bytes([key])
 
-    def _foresee(self, keys: set[Key]) -> None:
-        """Takes back what is no longer foreseen: should it be used one day, it was there before."""
-        self._read_ahead -= self._foreseen - keys
-        self._foreseen = keys
+    def _predict(self, keys: set[Key]) -> None:
+        """Takes back what is no longer predicted: should it be used one day, it was there before."""
+        self._read_ahead -= self._predicted - keys
+        self._predicted = keys
 
     def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
         """Those that are here first, the others read while they are multiplied; what is done may leave."""

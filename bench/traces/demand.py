@@ -13,14 +13,15 @@ from slimoe.offload.cache.router_trace import Trace, TraceLayer, TraceStep
 class Visit:
     """What a step wants of a layer: `keys`, distinct, in the engine's order, and whose they are.
 
-    `picks` int32 [n_rows, n_used], `is_answer` bool [n_rows]. `ahead` is what the engine then foresaw for later layers.
+    `picks` int32 [n_rows, n_used], `is_answer` bool [n_rows]. `predicted` are the experts
+    that the engine then expected of later layers.
     """
 
     layer: int
     keys: tuple[Key, ...]
     picks: NDArray[np.int32]
     is_answer: NDArray[np.bool_]
-    ahead: tuple[Key, ...] = ()
+    predicted: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,4 +51,4 @@ def _visit(part: TraceLayer, is_answer: NDArray[np.bool_]) -> Visit:
     chosen = part.picks[part.picks >= 0].tolist()
     distinct = dict.fromkeys(chosen) if len(part.picks) == 1 else sorted(set(chosen))
     keys = tuple((part.layer, expert) for expert in distinct)
-    return Visit(part.layer, keys, part.picks, is_answer, part.ahead)
+    return Visit(part.layer, keys, part.picks, is_answer, part.predicted)

@@ -27,12 +27,12 @@ Addresses = tuple[int, int, int]
 class HostPoolCounters:
     """What the host expert cache has done since it was opened.
 
-    `hits` picks found in memory, `ahead` picks whose read had begun before they were chosen, `misses` the others;
+    `hits` picks found in memory, `pending` picks whose read had begun before they were chosen, `misses` the others;
     `n_prefetched` and `n_cancelled` reads begun ahead and dropped again; `stall_seconds` spent waiting for the disk.
     """
 
     hits: int = 0
-    ahead: int = 0
+    pending: int = 0
     misses: int = 0
     n_prefetched: int = 0
     n_cancelled: int = 0
@@ -200,7 +200,7 @@ class HostPool:
         if slot.read is not None:
             self._reader.demand(slot.read)
         if slot.is_ahead:
-            self.counters.ahead += counts
+            self.counters.pending += counts
         else:
             self.counters.hits += counts
         slot.is_ahead = False

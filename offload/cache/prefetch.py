@@ -48,8 +48,8 @@ class _Book:
             self.hits[column] = self.hits[column] * _FADE + hit
 
 
-class Foresight:
-    """Guesses that are open, and what became of the others."""
+class ExpertPredictor:
+    """Predicts which experts later layers will use: guesses that are open, and what became of the others."""
 
     def __init__(self) -> None:
         self._books: dict[int, _Book] = {}

@@ -3,7 +3,7 @@
 Layout, little-endian: MAGIC, version u32, length u32 of a JSON header, the header. Then for each step: length u32 of
 what follows, number of runs u16, the runs (kind u8, sequence, first position and number of tokens u32), and for each
 layer in the order of computation: layer u16, picks per token u16, rows u32, then per pick the expert (u8, or u16 from
-255 experts up; the largest value means none) and its share (float16), then the number u16 of experts foreseen, and of
+255 experts up; the largest value means none) and its share (float16), then the number u16 of experts predicted, and of
 each its layer and number u16. A writer that was killed leaves a partial last step, which a reader leaves out.
 """
 
@@ -88,14 +88,14 @@ class TraceRun:
 class TraceLayer:
     """A layer's choice: `picks` int32 [n_rows, n_used], stored experts or -1 for none, `shares` float16 beside them.
 
-    The rows are the step's last tokens: all of them, unless the layer computed no others. `ahead` are (layer, expert)
-    that were foreseen there for later layers, in the order in which they were to be read.
+    The rows are the step's last tokens: all of them, unless the layer computed no others. `predicted` are (layer,
+    expert) that were expected there of later layers, in the order in which they were to be read.
     """
 
     layer: int
     picks: NDArray[np.int32]
     shares: NDArray[np.float16]
-    ahead: tuple[tuple[int, int], ...] = ()
+    predicted: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,8 +210,8 @@ class TraceWriter:
         self._parts.append(shares.astype("<f2").tobytes())
         self._parts.append(_COUNT.pack(0))
 
-    def ahead(self, keys: Sequence[tuple[int, int]]) -> None:
-        """Records what was foreseen at the layer just recorded: (layer, expert), the first to be read first."""
+    def predicted(self, keys: Sequence[tuple[int, int]]) -> None:
+        """Records what was predicted at the layer just recorded: (layer, expert), the first to be read first."""
         self._parts[-1] = _COUNT.pack(len(keys)) + b"".join(_PAIR.pack(*key) for key in keys)
 
     def _end_step(self) -> None:
@@ -301,12 +301,12 @@ def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
         picks = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int32))
         if (picks >= len(header.expert_bytes[layer])).any():
             raise ValueError(layer)
-        (n_ahead,) = _COUNT.unpack_from(data, at)
-        at += _COUNT.size + n_ahead * _PAIR.size
-        ahead = tuple(_PAIR.iter_unpack(data[at - n_ahead * _PAIR.size : at]))
-        if len(ahead) != n_ahead or any(not _has(header, *key) for key in ahead):
+        (n_predicted,) = _COUNT.unpack_from(data, at)
+        at += _COUNT.size + n_predicted * _PAIR.size
+        predicted = tuple(_PAIR.iter_unpack(data[at - n_predicted * _PAIR.size : at]))
+        if len(predicted) != n_predicted or any(not _has(header, *key) for key in predicted):
             raise ValueError(layer)
-        layers.append(TraceLayer(layer, picks, shares, ahead))
+        layers.append(TraceLayer(layer, picks, shares, predicted))
     return TraceStep(runs, tuple(layers))
 
 

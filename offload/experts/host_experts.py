@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.cache.host_pool import Addresses, HostPool, Loaded
-from slimoe.offload.cache.prefetch import Foresight, Guess
+from slimoe.offload.cache.prefetch import ExpertPredictor, Guess
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routing import Picks
 from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
@@ -27,8 +27,8 @@ Wanted = tuple[Key, ExpertCopy]
 class HostExperts:
     """The host's part of every cut layer.
 
-    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `copy_ahead` which copy
-    to read of one that will perhaps be chosen, the best one without it.
+    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `prefetch_copy` which
+    copy to read of one that will perhaps be chosen, the best one without it.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class HostExperts:
         graphs: ExpertGraphs,
         host_pool: HostPool,
         is_elsewhere: Callable[[Key], bool],
-        copy_ahead: Callable[[Key], ExpertCopy] | None = None,
+        prefetch_copy: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
-        self._copy_ahead = copy_ahead or self._copy
+        self._prefetch_copy = prefetch_copy or self._copy
         self._layers, self._graphs, self._host_pool = layers, graphs, host_pool
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
-        self._foresight = Foresight()
-        self.foreseen: list[Key] = []
+        self._predictor = ExpertPredictor()
+        self.predicted: list[Key] = []
         """What the last layer of a single token had read ahead, the first to be read first."""
 
     @property
@@ -55,11 +55,11 @@ class HostExperts:
         return self._graphs.compute_bytes
 
     def begin(self) -> None:
-        """A step begins: what the last one foresaw is void."""
-        for foreseen in self._predicted.values():
-            self._abandon(foreseen)
+        """A step begins: what the last one predicted is void."""
+        for predicted in self._predicted.values():
+            self._abandon(predicted)
         self._predicted.clear()
-        self._foresight.begin()
+        self._predictor.begin()
 
     # --- one token ------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class HostExperts:
         """
         needed = {pick.key for pick in picks}
         self._settle(index, needed, elsewhere)
-        self._host_pool.pin(needed, self._foreseen())
+        self._host_pool.pin(needed, self._all_predicted())
         loaded = [self._host_pool.demand(pick.key, pick.copy) for pick in picks]
         self._look_ahead(index, ahead, needed)
         ready = [one.is_ready for one in loaded]
@@ -89,19 +89,19 @@ class HostExperts:
             if not is_ready:
                 self._graphs.run([self._work(pick, one)], 1, is_cancelled)
 
-    def _foreseen(self) -> set[Key]:
+    def _all_predicted(self) -> set[Key]:
         return {key for keys in self._predicted.values() for key in keys}
 
     def _settle(self, index: int, needed: set[Key], elsewhere: Iterable[Key]) -> None:
-        """What was foreseen for this layer and is not needed is not read on."""
+        """What was predicted for this layer and is not needed is not read on."""
         layer = self._layers[index]
         assert layer is not None
-        self._foresight.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
-        foreseen = self._predicted.pop(index, {})
-        self._abandon({key: copy for key, copy in foreseen.items() if key not in needed})
+        self._predictor.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
+        predicted = self._predicted.pop(index, {})
+        self._abandon({key: copy for key, copy in predicted.items() if key not in needed})
 
-    def _abandon(self, foreseen: Mapping[Key, ExpertCopy]) -> None:
-        for key, copy in foreseen.items():
+    def _abandon(self, predicted: Mapping[Key, ExpertCopy]) -> None:
+        for key, copy in predicted.items():
             self._host_pool.abandon(key, copy)
 
     def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
@@ -112,17 +112,17 @@ class HostExperts:
             assert layer is not None
             guesses = [
                 guess
-                for guess in self._foresight.guess(later, distance, layer, scores)
+                for guess in self._predictor.guess(later, distance, layer, scores)
                 if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
             ]
-            foreseen = {guess.key: self._copy_ahead(guess.key) for guess in guesses[: layer.n_expert_used]}
+            predicted = {guess.key: self._prefetch_copy(guess.key) for guess in guesses[: layer.n_expert_used]}
             gone = self._predicted.get(later, {})
-            self._abandon({key: copy for key, copy in gone.items() if foreseen.get(key) is not copy})
-            self._predicted[later] = foreseen
+            self._abandon({key: copy for key, copy in gone.items() if predicted.get(key) is not copy})
+            self._predicted[later] = predicted
             wanted += guesses[: layer.n_expert_used]
-        self._host_pool.pin(needed, self._foreseen())
+        self._host_pool.pin(needed, self._all_predicted())
         wanted.sort(key=lambda guess: guess.probability < _SURE)
-        self.foreseen = [guess.key for guess in wanted]
+        self.predicted = [guess.key for guess in wanted]
         for guess in wanted:
             copy = self._predicted[guess.key[0]][guess.key]
             self._host_pool.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
@@ -161,7 +161,7 @@ class HostExperts:
         if following is None or layer is None:
             return []
         keys = [(following, expert) for expert in range(len(layer.experts))]
-        wanted = [(key, self._copy_ahead(key)) for key in keys if not self._is_elsewhere(key)]
+        wanted = [(key, self._prefetch_copy(key)) for key in keys if not self._is_elsewhere(key)]
         return [(key, copy) for key, copy in wanted if not self._host_pool.holds(key, copy)]
 
     def invest(self, keys: Iterable[Key], margin: float) -> None:

@@ -135,7 +135,7 @@ class ExpertStage:
         if is_apart:
             self._send(site.exchange, on_host)
         if self._trace is not None and n_rows == 1:
-            self._trace.ahead(self._host_experts.foreseen)
+            self._trace.predicted(self._host_experts.predicted)
 
     def _run_plain(self, segment: Segment, layer: ExpertLayer, rows: list[int], is_cancelled: Cancelled) -> None:
         """One token's experts, where nothing but the host's memory and the disk is there to find them.

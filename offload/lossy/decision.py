@@ -74,7 +74,7 @@ class Chooser(Protocol):
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """What is to be done for a layer's picks."""
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The copy that is worth reading for an expert which will perhaps be chosen soon."""
 
 

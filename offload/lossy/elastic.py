@@ -113,7 +113,7 @@ class Elastic:
         """The only copy there is."""
         return unchanged(choice)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The only one as well."""
         return 0
 

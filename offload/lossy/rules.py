@@ -52,7 +52,7 @@ class Gate:
         copies = np.where(before <= self.high, 0, last)
         return without(choice, (before > max(self.high, self.low)) & (choice.stored >= 0), copies, novices=True)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The best copy: most picks of any mode that is worth using need it."""
         return 0
 
@@ -76,7 +76,7 @@ class SmallShares:
         small = choice.shares < self.ratios[choice.index] * choice.shares[:, :1]
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), self.novices)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The best copy: most picks of any mode that is worth using need it."""
         return 0
 
@@ -100,7 +100,7 @@ class Sensitivity:
         small[:, 0] = False
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), novices=False)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The best copy: most picks of any mode that is worth using need it."""
         return 0
 
@@ -130,7 +130,7 @@ class NeverWait:
         last = choice.table.last_copy[choice.table.rows(choice.stored)]
         return Decision(np.where(np.array(is_missing)[places].reshape(last.shape), last, 0), choice.stored)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """What would be used."""
         return 0 if memory.holds(key, 0) else int(table.last_copy[key[1]])
 
@@ -165,7 +165,7 @@ class Rule:
             given_up[where] = actions == _NONE
         return without(choice, given_up, copies, novices=True)
 
-    def ahead(self, key: Key, table: LossTable, memory: Memory) -> int:
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """What would be used for a pick of middling share."""
         expert = key[1]
         loss = table.low[expert] * table.share_square[expert]

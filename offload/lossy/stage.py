@@ -88,12 +88,12 @@ class LossyPicks:
         self.counters.add(cost)
         return decision
 
-    def copy_ahead(self, key: Key) -> ExpertCopy:
+    def prefetch_copy(self, key: Key) -> ExpertCopy:
         """The copy to read of an expert that will perhaps be chosen soon."""
         layer, table = self._layers[key[0]], self._tables[key[0]]
         assert layer is not None
         assert table is not None
-        return layer.experts[key[1]][self._chooser.ahead(key, table, self._memory)]
+        return layer.experts[key[1]][self._chooser.prefetch_copy(key, table, self._memory)]
 
 
 def _cost(choice: Choice, decision: Decision) -> LossyCounters:

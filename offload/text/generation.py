@@ -121,7 +121,7 @@ class TierUse:
     def hit_share(self) -> float | None:
         """The share of the picks whose expert was in a device's slot or in host memory; None without picks."""
         found = self.counts.get("hits", 0) + self.counts.get("device_hits", 0)
-        picks = found + self.counts.get("ahead", 0) + self.counts.get("misses", 0)
+        picks = found + self.counts.get("pending", 0) + self.counts.get("misses", 0)
         return found / picks if picks else None
 
 

@@ -55,7 +55,7 @@ def plan(model: Path) -> Plan:
 @pytest.fixture
 def runs() -> Runs:
     killed = Run(None, "killed, because it needed more memory than the limit", Usage(1000, 1000, 9, 1))
-    cached = {"hits": 6.0, "ahead": 3.0, "misses": 1.0, "bytes_read": 1600.0, "bytes_wasted": 400.0}
+    cached = {"hits": 6.0, "pending": 3.0, "misses": 1.0, "bytes_read": 1600.0, "bytes_wasted": 400.0}
     return Runs(
         {
             (FREE.name, OURS): [run_of(outcome(0.1)), run_of(outcome(0.1))],

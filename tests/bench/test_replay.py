@@ -171,32 +171,32 @@ def test_a_move_that_the_link_makes_too_dear_is_not_made() -> None:
 def test_what_was_foreseen_takes_slots_and_is_read_once() -> None:
     """Two layers of three experts, three slots, which hold layer 0 at the start.
 
-    At layer 0 experts 0 and 1 of layer 1 are foreseen. The latest equal in layer 0 that is not in use leaves for each.
+    At layer 0 experts 0 and 1 of layer 1 are predicted. The latest equal in layer 0 that is not in use leaves for each.
     Expert 0 is picked, which was read ahead; expert 1 was read in vain, but is a hit at the next token.
     """
     header = header_of(3, 3)
     tokens = [[[0], [0]], [[0], [1]]]
     first, second = answers(tokens)
-    foreseen = replace(first.layers[0], ahead=((1, 0), (1, 1)))
-    steps = demands(Trace(header, (replace(first, layers=(foreseen, first.layers[1])), second)))
+    predicted = replace(first.layers[0], predicted=((1, 0), (1, 1)))
+    steps = demands(Trace(header, (replace(first, layers=(predicted, first.layers[1])), second)))
     cache = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
     tally = cache.run(steps)["answer"]
     cache.check()
-    assert (tally.hits, tally.ahead, tally.misses, tally.moved_bytes) == (3, 1, 1, 2000)
+    assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (3, 1, 1, 2000)
     blind = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
     tally = blind.run(demands(Trace(header, (first, second))))["answer"]
-    assert (tally.hits, tally.ahead, tally.misses, tally.moved_bytes) == (2, 0, 2, 2000)
+    assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (2, 0, 2, 2000)
 
 
 def test_what_is_in_use_or_foreseen_does_not_leave_for_what_is_foreseen() -> None:
-    """Two slots: the expert in use keeps its own, the first foreseen one takes the other, the second gets none."""
+    """Two slots: the expert in use keeps its own, the first predicted one takes the other, the second gets none."""
     header = header_of(3, 3)
     (step,) = answers([[[0], [1]]])
-    foreseen = replace(step.layers[0], ahead=((1, 0), (1, 1)))
-    steps = demands(Trace(header, (replace(step, layers=(foreseen, step.layers[1])),)))
+    predicted = replace(step.layers[0], predicted=((1, 0), (1, 1)))
+    steps = demands(Trace(header, (replace(step, layers=(predicted, step.layers[1])),)))
     cache = CacheReplay(header, {1000: 2}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
     tally = cache.run(steps)["answer"]
-    assert (tally.hits, tally.ahead, tally.misses, tally.moved_bytes) == (1, 0, 1, 2000)
+    assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (1, 0, 1, 2000)
 
 
 def test_a_batch_visits_each_expert_once_and_what_is_here_first() -> None:

@@ -33,7 +33,7 @@ def record(engine: Engine, trace: Path, n_prompt: int) -> tuple[Trace, dict[str,
         engine.decode(token)
     after = engine.counters()
     engine.close()
-    return read_trace(trace), {name: after[name] - before[name] for name in ("hits", "ahead", "misses") if after}
+    return read_trace(trace), {name: after[name] - before[name] for name in ("hits", "pending", "misses") if after}
 
 
 def replayed(trace: Trace, n_slots: int, policy: str) -> Tally:
@@ -57,19 +57,19 @@ def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, 
     assert tally.n_tokens == len(TOKENS)
     assert tally.hits + tally.misses == len(TOKENS) * SHAPE.n_layer * SHAPE.n_expert_used
     assert (tally.misses == 0) is (share == 1)
-    assert counted == ({} if share == 1 else {"hits": tally.hits, "ahead": 0, "misses": tally.misses})
+    assert counted == ({} if share == 1 else {"hits": tally.hits, "pending": 0, "misses": tally.misses})
 
 
 def test_what_the_engine_foresaw_is_in_its_trace(model: Path, tmp_path: Path) -> None:
     """For answers only, the next two layers at most, never more than are used."""
     config = engine_config(model, n_ctx=256, n_threads=1, trace=tmp_path / "trace")
     trace, counted = record(tiered_engine(config, 0.5, n_ahead=2), tmp_path / "trace", n_prompt=20)
-    foreseen = 0
+    predicted = 0
     assert [run.n_tokens for run in trace.steps[0].runs] == [20]
-    assert all(part.ahead == () for part in trace.steps[0].layers[:-1]), "of a prompt, the last layer has one row"
+    assert all(part.predicted == () for part in trace.steps[0].layers[:-1]), "of a prompt, the last layer has one row"
     for part in (part for step in trace.steps for part in step.layers):
-        later = [layer for layer, _ in part.ahead]
+        later = [layer for layer, _ in part.predicted]
         assert all(part.layer < layer <= part.layer + 2 for layer in later)
         assert all(later.count(layer) <= SHAPE.n_expert_used for layer in set(later))
-        foreseen += len(later)
-    assert foreseen >= counted["ahead"] > 0
+        predicted += len(later)
+    assert predicted >= counted["pending"] > 0

@@ -104,7 +104,7 @@ class Bench:
 
     def counts(self) -> tuple[int, int, int]:
         counters = self.host_pool.counters
-        return counters.hits, counters.ahead, counters.misses
+        return counters.hits, counters.pending, counters.misses
 
     def check(self) -> None:
         for pool in self.host_pool._pools.values():

@@ -112,11 +112,11 @@ def test_what_was_foreseen_stays_with_its_layer_in_its_order(tmp_path: Path) -> 
     writer = TraceWriter(tmp_path / "trace", HEADER)
     writer.step([TraceRun(ANSWER, 0, 0, 1)])
     writer.layer(0, picks, picks)
-    writer.ahead([(2, 3), (0, 5), (2, 0)])
+    writer.predicted([(2, 3), (0, 5), (2, 0)])
     writer.layer(2, picks, picks)
     writer.close()
     (step,) = read_trace(tmp_path / "trace").steps
-    assert [part.ahead for part in step.layers] == [((2, 3), (0, 5), (2, 0)), ()]
+    assert [part.predicted for part in step.layers] == [((2, 3), (0, 5), (2, 0)), ()]
     assert [part.picks.tolist() for part in step.layers] == [picks.tolist()] * 2
 
 
@@ -125,7 +125,7 @@ def test_foreseen_experts_that_the_model_does_not_have_are_damage(tmp_path: Path
     writer = TraceWriter(tmp_path / "trace", HEADER)
     writer.step([TraceRun(ANSWER, 0, 0, 1)])
     writer.layer(0, np.array([[0, 1, 2]]), np.array([[0, 1, 2]]))
-    writer.ahead([(0, 0), key])
+    writer.predicted([(0, 0), key])
     writer.close()
     with pytest.raises(TraceFileError, match="damaged"):
         read_trace(tmp_path / "trace")

@@ -167,7 +167,7 @@ def test_every_room_gives_the_same_bits(where: Where, model: Model, in_memory: f
             where.check(conversation(engine), model.expected)
             counters = engine.counters()
             assert counters["device_hits"] > 0
-            n_read = counters["misses"] + counters["ahead"]
+            n_read = counters["misses"] + counters["pending"]
             assert n_read > 0 if in_memory + on_device == 0 else n_read == 0 or in_memory + on_device < 1
 
 

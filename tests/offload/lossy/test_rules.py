@@ -393,4 +393,4 @@ def test_every_mode_can_be_asked_what_to_read_early() -> None:
         (Elastic(), 0, 0),
     ]
     for mode, missing, here in modes:
-        assert (mode.ahead(key, table, Held()), mode.ahead(key, table, held)) == (missing, here)
+        assert (mode.prefetch_copy(key, table, Held()), mode.prefetch_copy(key, table, held)) == (missing, here)

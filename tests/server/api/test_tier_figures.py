@@ -25,7 +25,7 @@ from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 SHAPE = TinyShape(n_layer=4)
 PICKS_OF_A_STEP = 4 * 3
-PICKS = ("hits", "ahead", "misses")
+PICKS = ("hits", "pending", "misses")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_resident_model_has_nothing_to_tell(model: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "share"),
     [
-        ({"hits": 6, "ahead": 3, "misses": 1}, 0.6),
+        ({"hits": 6, "pending": 3, "misses": 1}, 0.6),
         ({"device_hits": 5}, 1.0),
         ({"device_hits": 2, "hits": 1, "misses": 1}, 0.75),
         ({"bytes_read": 7}, None),
