@@ -44,7 +44,7 @@ class ChatApi:
 
 
 class ChatShape:
-    """Writes chat answers."""
+    """Writes chat answers as OpenAI's documents."""
 
     prompt_param = "messages"
 
@@ -53,23 +53,23 @@ class ChatShape:
         self._is_scored = n_logprobs is not None
 
     def opening(self, index: int) -> list[wire.Document]:
-        """The role, alone."""
+        """The first chunk, which holds the role and no text."""
         return [self._chunk(index, wire.Delta(role="assistant", content=""), [], None)]
 
     def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
-        """Nothing: a chat does not give its prompt back."""
+        """No chunks: a chat does not return its prompt."""
         return []
 
     def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
-        """A piece of the message."""
+        """The chunk for a piece of the message."""
         return self._chunk(index, wire.Delta(content=text), scores, None)
 
     def closing(self, index: int, reason: str, scores: list[ScoredToken]) -> wire.Document:
-        """Why it ended."""
+        """The last chunk, which says why the answer ended."""
         return self._chunk(index, wire.Delta(), scores, reason)
 
     def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
-        """All messages."""
+        """The document of a whole answer."""
         choices = []
         for index, state in enumerate(states):
             assert state.done is not None

@@ -18,7 +18,7 @@ from slimoe.server.process.request_handle import EngineFailure
 
 CompletionRequest = extended(CompletionBody, COMPLETION)
 DEFAULT_MAX_TOKENS = 16
-"""What this endpoint generates when nothing is said, as OpenAI's does."""
+"""Most tokens to generate when a request does not say, as with OpenAI."""
 
 
 class CompletionApi:
@@ -61,7 +61,7 @@ class CompletionApi:
 
 
 class CompletionShape:
-    """Writes plain completions; `echoes` are the prompts' texts to give back, by choice."""
+    """Writes plain completions as OpenAI's documents; `echoes` are the prompt texts to return, one for each choice."""
 
     prompt_param = "prompt"
 
@@ -72,7 +72,7 @@ class CompletionShape:
         self._written = [0] * len(echoes)
 
     def opening(self, index: int) -> list[wire.Document]:
-        """The prompt's text, if it is given back without scores."""
+        """The first chunk: the prompt's text, if it is returned without scores."""
         echo = self._echoes[index]
         return [self._chunk(index, echo, [], None)] if echo and not self._is_scored else []
 
@@ -82,15 +82,15 @@ class CompletionShape:
         return [self._chunk(index, echo, fitted(scores, echo), None)]
 
     def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
-        """A piece of the continuation."""
+        """The chunk for a piece of the continuation."""
         return self._chunk(index, text, scores, None)
 
     def closing(self, index: int, reason: str, scores: list[ScoredToken]) -> wire.Document:
-        """Why it ended."""
+        """The last chunk, which says why the continuation ended."""
         return self._chunk(index, "", scores, reason)
 
     def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
-        """All continuations."""
+        """The document of all continuations."""
         choices = []
         for index, state in enumerate(states):
             assert state.done is not None

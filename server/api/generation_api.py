@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class GenerationApi:
-    """What chat and plain completions share."""
+    """The part of generating that chat and plain completions share."""
 
     def __init__(self, supervisor: Supervisor, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
         self.supervisor = supervisor
@@ -86,7 +86,7 @@ class _StreamWriter:
         self._states = [ChoiceState(choice) for choice in choices]
 
     async def write(self, arrival: Arrival | None) -> None:
-        """Writes what has arrived, in one go; silence is worth a ping."""
+        """Writes all new answers in one go, and a ping when there are none."""
         if arrival is None:
             await self.events.ping()
             return
@@ -98,7 +98,7 @@ class _StreamWriter:
             await self.events.send(documents)
 
     async def finish(self) -> web.StreamResponse:
-        """Writes what comes after the last choice."""
+        """Writes the figures and the end of the stream, after the last choice."""
         if self._with_usage:
             usage = self._shape.envelope.document([], usage_of(self._states))
             await self.events.send([_encode(usage)])

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus: one registry per server, read without waking the engine."""
+"""Counters and gauges of the server for Prometheus; reading them does not disturb the engine."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ _BY_UNIT = {
 
 
 class Metrics:
-    """Counts what passes from the engine to clients."""
+    """Counts the engine's answers on their way to clients."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -69,7 +69,7 @@ def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
 
 
 class TierCollector(Collector):
-    """Running totals as the engine last told them; they begin again at 0 when its process does."""
+    """The engine's tier counters as it last reported them; they restart at 0 with its process."""
 
     def __init__(self, totals: Callable[[], Mapping[str, float]]) -> None:
         self._totals = totals
@@ -86,7 +86,7 @@ class TierCollector(Collector):
 
 
 def _unit(name: str) -> tuple[str, str]:
-    """What a counter counts, and its name without that."""
+    """Splits a counter's name into its unit and the rest."""
     if name.startswith("bytes_"):
         return "bytes", name.removeprefix("bytes_")
     if name.endswith("_seconds"):

@@ -82,7 +82,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
 
     @property
     def n_choices(self) -> int:
-        """How many answers to each prompt."""
+        """The number of answers to each prompt."""
         return 1 if self.n is None else self.n
 
     def limit(self, default: int | None = None) -> int | None:

@@ -1,4 +1,4 @@
-"""Scores that fit a text: the tokens that are told, joined, are the text that is told."""
+"""Scores that fit a text: the reported tokens, joined, are exactly the text that is sent."""
 
 import codecs
 from collections.abc import Sequence

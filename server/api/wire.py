@@ -20,7 +20,7 @@ class CachedTokens(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens read and written."""
+    """`usage`: tokens of prompts and answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -73,14 +73,14 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What a chunk adds to the message."""
+    """`delta`: the text that a chunk adds to the message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """The whole answer."""
+    """`message`: the text of a whole chat answer."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -130,7 +130,7 @@ class Document(msgspec.Struct, frozen=True):
 
 
 def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
-    """What the tiers did for an answer, by name; empty when the whole model is in memory."""
+    """The tier counters of an answer by name; empty when the whole model is in memory."""
     if not tiers.counts:
         return {}
     counts = {name: value if name.endswith("_seconds") else round(value) for name, value in tiers.counts.items()}

@@ -1,4 +1,4 @@
-"""One run of the engine's process, held by its pipes."""
+"""One run of the engine's process, seen from the server: its pipes and its end."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ class EngineChild(asyncio.SubprocessProtocol):
         self._transport: asyncio.SubprocessTransport | None = None
 
     async def start(self, command: Sequence[str] = COMMAND) -> None:
-        """Starts the process; its standard error is ours.
+        """Starts the process, which shares this process's standard error.
 
         It searches for modules where this program lies and not in the working directory, and gets a session of
         its own, so that Ctrl-C in the terminal reaches this side only.
@@ -43,7 +43,7 @@ class EngineChild(asyncio.SubprocessProtocol):
         return self._transport.get_pid()
 
     def send(self, message: Message) -> None:
-        """Sends one message; lost when the process is gone, which `on_exit` tells."""
+        """Sends one message, which is lost if the process has ended; `on_exit` is called then."""
         assert self._transport is not None
         pipe = self._transport.get_pipe_transport(0)
         assert isinstance(pipe, asyncio.WriteTransport)

@@ -1,6 +1,6 @@
-"""The engine's own process: opens one model and generates for the HTTP side, several requests at once.
+"""The engine's process: opens one model and generates for the HTTP server, several requests at once.
 
-The main thread sits in the engine. Another reads messages, so that a cancellation is seen in the middle of a prefill
+The main thread runs the engine. Another reads messages, so that a cancellation is seen in the middle of a prefill
 and a closed pipe ends the process whatever it is doing. Two more prepare prompts, see `slimoe.server.process.preparer`.
 Run as `python -m slimoe.server.process.engine_process PARENT_PID`.
 """
@@ -35,17 +35,17 @@ _ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
 
 
 class ServedEngine(OpenModel, Protocol):
-    """What this process uses of an engine; `slimoe.offload.engine.Engine` is one."""
+    """The part of an engine's interface that this process uses; `slimoe.offload.engine.Engine` has it."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is there."""
+        """Whether the engine has no request to work on."""
 
     def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool]) -> int:
         """Queues a request and gives it an id."""
 
     def step(self) -> list[Outcome]:
-        """Moves requests on and tells what happened to them."""
+        """Computes one step of all running requests and returns what came of each."""
 
     def check_files(self) -> None:
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
@@ -118,7 +118,7 @@ class EngineProcess:
         self._preparer.prepare(job)
 
     def _take(self, job: Job) -> None:
-        """Called by the preparer when it is done with a job."""
+        """Takes a prepared job from the preparer's threads."""
         if job.request is None:
             self._jobs.pop(job.message.id, None)
         else:
@@ -164,7 +164,7 @@ class EngineProcess:
             return
 
     def _give_up(self, error: SlimoeError) -> None:
-        """Ends the process, which can no longer rely on a device or file; the other side starts another."""
+        """Ends the process after a failure of a device or file; the server starts another."""
         self._pipe.send(failure_of(0, error))
         leave()
 
@@ -197,7 +197,7 @@ class EngineProcess:
 
 
 def open_engine(config: EngineConfig, on_progress: Callable[[int, int], None]) -> ServedEngine:
-    """Opens the real engine."""
+    """Opens the engine that the configuration describes."""
     from slimoe.offload.engine import Engine
 
     return Engine.open(config, on_progress)
@@ -219,7 +219,7 @@ def settle_in(parent_pid: int) -> None:
 
 
 def main(open_engine: OpenEngine = open_engine) -> None:
-    """The process's whole life."""
+    """Runs the engine's process until its pipe closes."""
     settle_in(int(sys.argv[1]))
     EngineProcess(Pipe.over_stdio()).run(open_engine)
     leave()

@@ -8,7 +8,7 @@ from slimoe.server.messages import BEAT_SECONDS, Beat
 
 
 class Heartbeat:
-    """Beats in a thread of its own from `start` on; the engine's thread calls `tick` whenever it gets on.
+    """Sends a beat every `BEAT_SECONDS` from a thread of its own; the engine's thread calls `tick` at each step.
 
     `progress` is a figure that changes when slow work gets on without a tick, such as bytes read from disk. `check` is
     called with every beat.
@@ -22,16 +22,16 @@ class Heartbeat:
         self.check: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Begins to beat."""
+        """Starts the thread."""
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def tick(self) -> None:
-        """The engine gets on."""
+        """Notes that the engine has made progress."""
         self._n_ticks += 1
         self._is_idle = False
 
     def rest(self) -> None:
-        """The engine has nothing to do until the next tick."""
+        """Notes that the engine is idle until the next tick."""
         self._is_idle = True
 
     def _beat(self) -> None:

@@ -13,7 +13,7 @@ _READ_BYTES = 1 << 16
 
 
 class Pipe:
-    """Reads from one thread, writes from any."""
+    """The two ends of the pipes to the server; one thread reads, any thread may write."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
@@ -34,14 +34,14 @@ class Pipe:
         return cls(read_fd, write_fd)
 
     def messages(self) -> Iterator[ToEngine]:
-        """Every message until the other side closes the pipe."""
+        """Yields every message until the server closes the pipe."""
         buffer = MessageBuffer()
         while data := os.read(self._read_fd, _READ_BYTES):
             for body in buffer.feed(data):
                 yield decode_to_engine(body)
 
     def send(self, message: Message) -> None:
-        """Writes one message; ends the process when nobody reads it any more."""
+        """Writes one message; ends the process if the server has closed the pipe."""
         data = memoryview(pack(message))
         try:
             with self._lock:

@@ -1,7 +1,7 @@
-"""What comes before the engine's work: templates, tokens and checks, away from the threads that must answer at once.
+"""Prepares prompts for the engine: chat templates, tokens and checks, away from threads that must answer at once.
 
-Two threads. One has conversations rendered, which a stranger's template decides the time of; the other reads plain
-texts, which a long one delays. Each takes its work in turn, and leaves out what nobody waits for any more. A
+There are two threads, since either kind of work may take long. One renders conversations by the model's template, the
+other tokenizes plain texts. Each works in order of arrival and skips requests that were cancelled meanwhile. A
 conversation before which the template had to be stopped too often is refused: many that take long would add up.
 """
 
@@ -24,7 +24,7 @@ Question = messages.Encode | messages.Decode | messages.Render
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One generation: as it was asked for, and once it is prepared, as the engine takes it."""
+    """A generation: the message that asked for it, and the engine's request once it is prepared."""
 
     message: messages.Submit
     cancelled: threading.Event = field(default_factory=threading.Event)

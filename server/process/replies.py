@@ -1,4 +1,4 @@
-"""What the engine's process says: events, errors and the model itself as messages."""
+"""Turns the engine's events and errors, and the facts of its model, into messages to the server."""
 
 import sys
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from slimoe.server.log_format import log_text
 
 
 class OpenModel(Protocol):
-    """What is told of an engine."""
+    """The part of an engine's interface that describes an open model."""
 
     n_ctx: int
     spec: ModelSpec
@@ -45,16 +45,16 @@ class OpenModel(Protocol):
         """Bytes held per tier."""
 
     def counters(self) -> dict[str, float]:
-        """Running totals of the tiers."""
+        """Running totals of the memory tiers."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about how it was opened."""
+        """Sentences for the user about how the model was opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """The messages about one generation; `piece` gives a token's bytes, `counters` the engine's totals."""
+    """Makes the messages about one generation; `piece` gives a token's bytes, `counters` the engine's totals."""
 
     id: int
     request: GenerationRequest
@@ -62,7 +62,7 @@ class Replies:
     counters: Callable[[], dict[str, float]] = dict
 
     def event(self, event: Event) -> messages.Message | None:
-        """The message of an event; None when it has nothing to say."""
+        """Returns the message for an event; None for one that the server need not know."""
         match event:
             case TokenStep(_, text, logprob, piece, added):
                 scored = None if logprob is None else self._in_answer(logprob, piece, added)
@@ -75,7 +75,7 @@ class Replies:
                 return messages.Done(self.id, reason, text, timings, memory, tiers, self.counters())
 
     def failure(self, error: Exception) -> messages.Failure:
-        """The message of an error that ended the generation."""
+        """Returns the message for the error that ended the generation."""
         return failure_of(self.id, error, self.request.max_tokens)
 
     def _prompt_scores(self, scores: tuple[TokenLogprob | None, ...]) -> tuple[messages.ScoredToken, ...]:
@@ -100,7 +100,7 @@ class Replies:
 
 
 def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> messages.Failure:
-    """The message that tells the other side of `error`; a bug of ours also leaves its traceback in the log."""
+    """Returns the message for `error`; an unexpected one also leaves its traceback in the log."""
     match error:
         case ContextOverflowError():
             n_completion = max_tokens or 0
@@ -139,7 +139,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> mess
 
 
 def describe(engine: OpenModel) -> messages.ModelInfo:
-    """What the other side tells about an open model."""
+    """Collects the facts that the server tells clients about the open model."""
     tokenizer, spec = engine.tokenizer, engine.spec
     names = [None, None] if tokenizer is None else [tokenizer.bos, tokenizer.eos]
     texts = ["" if tokenizer is None or token is None else tokenizer.token_text(token) for token in names]

@@ -45,7 +45,7 @@ class Patience:
 
 
 class QueueFullError(Exception):
-    """So many requests wait already that one more is refused; `n_waiting` of them."""
+    """The queue is full: `n_waiting` requests wait already, and one more is refused."""
 
     def __init__(self, n_waiting: int) -> None:
         self.n_waiting = n_waiting
@@ -53,7 +53,7 @@ class QueueFullError(Exception):
 
 
 class Supervisor:
-    """The HTTP side's engine: `start` it, `submit` requests, `stop` it."""
+    """The engine as the HTTP server uses it: `start` it, `submit` requests, `stop` it."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Supervisor:
         return None
 
     async def wait_ready(self) -> messages.ModelInfo:
-        """What the open model is; raises EngineFailure when it cannot be opened."""
+        """Waits for the model and returns its facts; raises EngineFailure when it cannot be opened."""
         while self.phase == "loading":
             self._changed.clear()
             await self._changed.wait()
@@ -163,7 +163,7 @@ class Supervisor:
     async def ask(
         self, question: Callable[[int], messages.Encode | messages.Decode | messages.Render]
     ) -> messages.Answer:
-        """The one answer to a question about text; raises EngineFailure."""
+        """Asks a question about text and returns the answer; raises EngineFailure."""
         handle = self._send(question)
         try:
             return (await handle.next())[0]
@@ -185,7 +185,7 @@ class Supervisor:
         await self._wait(lambda: self._child is None, KILL_SECONDS)
 
     async def _wait(self, is_true: Callable[[], bool], seconds: float) -> None:
-        """Until something is so, or at most for so long."""
+        """Waits until a condition holds, or until the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not is_true():
@@ -262,7 +262,7 @@ class Supervisor:
         self._note_change()
 
     def _tell(self, notes: Sequence[str]) -> None:
-        """Says on standard error what has not been said before."""
+        """Writes notes to standard error, each once."""
         for note in notes:
             if note not in self._told:
                 print(printable(note), file=sys.stderr)
