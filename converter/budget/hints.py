@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from slimoe.converter.layout.plan import LayerPlan, Types
+from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import Survivors
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
-from slimoe.converter.methods.novices import novice_vectors
 from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
 from slimoe.converter.source.model_source import ModelSource, expert_key
@@ -56,17 +56,17 @@ def with_hints(
 
 def with_fallbacks(statistics: Statistics, layer: LayerPlan) -> LayerPlan:
     """The layer with a constant for each expert that it keeps, behind those that stand for experts already."""
-    one, stands = statistics.layers[layer.block], layer.novices is None and min(layer.target, default=0) < 0
+    one, stands = statistics.layers[layer.block], layer.constants is None and min(layer.target, default=0) < 0
     if not layer.experts or one.outputs is None or stands or any(len(expert.members) > 1 for expert in layer.experts):
         return layer
-    vectors = novice_vectors(one)[[expert.members[0] for expert in layer.experts]]
-    return replace(layer, novices=vectors if layer.novices is None else np.concatenate([layer.novices, vectors]))
+    vectors = constant_vectors(one)[[expert.members[0] for expert in layer.experts]]
+    return replace(layer, constants=vectors if layer.constants is None else np.concatenate([layer.constants, vectors]))
 
 
 def _fallbacks(layer: LayerPlan) -> tuple[int, ...] | None:
     """The number of each expert's own constant; None where only experts that are gone have one."""
     n_stand = -min((0, *layer.target))
-    n_all = 0 if layer.novices is None else len(layer.novices)
+    n_all = 0 if layer.constants is None else len(layer.constants)
     return tuple(range(n_stand, n_all)) if n_all > n_stand else None
 
 

@@ -15,7 +15,7 @@ from slimoe.converter.budget.knapsack import Group, Option, Part
 from slimoe.converter.budget.structure import ROLES
 from slimoe.converter.layout.layer import fitted_types, matrix_width
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
-from slimoe.converter.methods.novices import novice_costs
+from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.removal import attention_removals, layer_removals
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.recipe.recipe import Recipe
@@ -175,7 +175,7 @@ class OptionParts:
         one = self._statistics.layers[layer.block]
         if one.removals is None or one.outputs is None or any(target < 0 for target in layer.target):
             return {}
-        costs = novice_costs(one)
+        costs = constant_costs(one)
         prices = {
             number: float(costs[expert.members[0]])
             for number, expert in enumerate(layer.experts)

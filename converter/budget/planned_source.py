@@ -59,24 +59,24 @@ class PlannedSource:
             for matrix in tensor.matrices
             if not matrix.copy and ".ffn_novice." not in matrix.tensor
         }
-        self._novices = {
+        self._constants = {
             MatrixKey(f"blk.{index}.ffn_novice.weight", number): vector
             for index, layer in enumerate(plan.layers)
-            for number, vector in enumerate([] if layer.novices is None else layer.novices)
+            for number, vector in enumerate([] if layer.constants is None else layer.constants)
         }
         self.spec: ModelSpec = layout.spec
         self.layers: Sequence[SourceLayer] = tuple(_layer(layer) for layer in plan.layers)
         self.shapes: Mapping[MatrixKey, tuple[int, ...]] = {
             key: matrix.shape[1:] if matrix.is_vector else matrix.shape for key, matrix in self._matrices.items()
-        } | {key: vector.shape for key, vector in self._novices.items()}
+        } | {key: vector.shape for key, vector in self._constants.items()}
         self.path: Path = source.path
         self.source_hash: str = source.source_hash
         self.metadata: Mapping[str, Value] = source.metadata
 
     def read(self, key: MatrixKey) -> NDArray[np.float32]:
         """The values that a reader of the written file would see; raises as fitting does."""
-        if key in self._novices:
-            vector: NDArray[np.float32] = self._novices[key]
+        if key in self._constants:
+            vector: NDArray[np.float32] = self._constants[key]
             return vector
         matrix = self._matrices[key]
         values: NDArray[np.float32] = self._fitted.read(matrix)

@@ -10,12 +10,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
+from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
 from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
 from slimoe.converter.methods.naee import best_subset
-from slimoe.converter.methods.novices import novice_costs, novice_vectors
 from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, first, layer_removals
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.methods.sketch_policy import layer_sketch
@@ -60,7 +60,7 @@ def _needs_statistics(recipe: Recipe) -> bool:
 
 
 def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = None) -> LayerPlan:
-    """A layer with all of its parts, or with these experts; its novices are the source's own."""
+    """A layer with all of its parts, or with these experts; its constants are the source's own."""
     layer = source.layers[block]
     kept = survivors or redirect(layer.target, range(layer.n_stored))
     experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
@@ -70,16 +70,16 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
 
 def without_ffn(layer: LayerPlan) -> LayerPlan:
     """The layer with its attention alone."""
-    return replace(layer, experts=(), rows=(), target=(), router=None, novices=None)
+    return replace(layer, experts=(), rows=(), target=(), router=None, constants=None)
 
 
-def with_novices(source: ModelSource, statistics: Statistics, block: int, kept: Sequence[int]) -> LayerPlan:
+def with_constants(source: ModelSource, statistics: Statistics, block: int, kept: Sequence[int]) -> LayerPlan:
     """The layer with constants in place of the experts that are not kept; raises UsageError."""
     survivors = substitute(source.layers[block].target, kept)
     layer = whole_layer(source, block, survivors)
     if not survivors.replaced:
         return layer
-    return replace(layer, novices=novice_vectors(statistics.layers[block])[list(survivors.replaced)])
+    return replace(layer, constants=constant_vectors(statistics.layers[block])[list(survivors.replaced)])
 
 
 class _Builder:
@@ -132,7 +132,8 @@ class _Builder:
             self._count(block, one)
         if experts.replacement == "novice":
             return [
-                with_novices(self.source, self.statistics, block, one) for block, one in zip(blocks, kept, strict=True)
+                with_constants(self.source, self.statistics, block, one)
+                for block, one in zip(blocks, kept, strict=True)
             ]
         layers = self.source.layers
         return [
@@ -166,7 +167,7 @@ class _Builder:
         if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "novice":
-            self.nats += float(novice_costs(layer)[list(dropped)].sum())
+            self.nats += float(constant_costs(layer)[list(dropped)].sum())
             return
         sketch = layer_sketch(layer, target, self.source.spec.experts)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)

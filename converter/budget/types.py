@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.knapsack import Allocation, allocate, least_bytes
 from slimoe.converter.budget.options import ATTENTION, OptionParts
-from slimoe.converter.budget.structure import Structure, with_novices, without_ffn
+from slimoe.converter.budget.structure import Structure, with_constants, without_ffn
 from slimoe.converter.layout.offsets import PlanSize
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan, Types
 from slimoe.converter.recipe.recipe import Recipe
@@ -38,7 +38,7 @@ class Choices:
 
 
 def apply(plan: CompressPlan, choices: Choices, source: ModelSource, statistics: Statistics | None) -> CompressPlan:
-    """The plan with these types; experts without types become novices, layers that have nothing left disappear."""
+    """The plan with these types; experts without types become constants, layers that have nothing left disappear."""
     layers = []
     for index, layer in enumerate(plan.layers):
         one = layer
@@ -61,7 +61,7 @@ def _with_types(
     base = layer
     if len(kept) < len(layer.experts):
         assert statistics is not None
-        base = with_novices(source, statistics, layer.block, [expert.members[0] for expert, _ in kept])
+        base = with_constants(source, statistics, layer.block, [expert.members[0] for expert, _ in kept])
         base = replace(base, types=layer.types, has_attention=layer.has_attention)
     return replace(base, experts=tuple(replace(expert, types=kinds) for expert, kinds in kept))
 
@@ -130,7 +130,7 @@ class TypeAllocator:
         raise too_large(least, budget) from None
 
     def typed(self, plan: CompressPlan, found: Allocation) -> CompressPlan:
-        """The plan with the types, novices and feed-forward parts of an allocation."""
+        """The plan with the types, constants and feed-forward parts of an allocation."""
         chosen = {name: option.choice for name, option in found.chosen.items()}
         experts: dict[tuple[int, int], Types | None] = {}
         for index, layer in enumerate(self._layers):

@@ -1,7 +1,7 @@
 """A transformer block and the head in torch, from a model's matrices by their GGUF names: what calibration observes.
 
 Meanings are those of llama.cpp's `llama` graph, and of our native format where a layer lacks parts, means one expert by
-several rows of its router, or has novices. Everything is float32; tokens of one sequence are rows [n, n_embd].
+several rows of its router, or has constant experts. Everything is float32; tokens of one sequence are rows [n, n_embd].
 """
 
 import math

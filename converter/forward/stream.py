@@ -180,7 +180,7 @@ class Stream:
 
 
 def picks_by_expert(target: Sequence[int], routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, rows that chose it, their shares) of every stored expert, and of novices as -1 - n, that was chosen."""
+    """(expert, rows that chose it, their shares) of every chosen expert, constant ones as -1 - n."""
     means = torch.tensor(target)[routing.picks]
     for expert in means.unique().tolist():
         rows, ranks = torch.nonzero(means == expert, as_tuple=True)

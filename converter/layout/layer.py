@@ -78,7 +78,7 @@ def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Typ
 
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
-    """Router rows and width of the widest expert; of width 1 where there are novices only."""
+    """Router rows and width of the widest expert; of width 1 where there are constant experts only."""
     widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
     n_ff = max(widths, default=1) if layer.rows else 0
     return LayerShape(len(layer.rows), n_ff, layer.has_attention)
@@ -118,8 +118,8 @@ class LayerMatrices:
         yield self._whole("ffn_norm")
         yield self._router()
         yield from self._experts()
-        if self.native and self.plan.novices is not None:
-            yield self._given(novice_name(self.index), self.plan.novices)
+        if self.native and self.plan.constants is not None:
+            yield self._given(novice_name(self.index), self.plan.constants)
 
     def _whole(self, role: str, suffix: str = "weight", kind: Type = Type.F32) -> Matrix:
         block = self.plan.block
@@ -185,7 +185,7 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
         raise UnsupportedModelError(source.path, "no layer would keep its attention.", "Keep one layer's, at least.")
     check = _StockCheck(source, plan) if plan.format == "stock" else _Check(source, plan)
     for layer in plan.layers:
-        assert all(-len(_novices(layer)) <= target < len(layer.experts) for target in layer.target)
+        assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
         assert len(layer.target) == len(layer.rows)
         check.layer(layer)
         assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
@@ -197,8 +197,8 @@ def _bits(types: Types) -> float:
     return float(sum(8 * n_bytes / n for n, n_bytes in sizes))
 
 
-def _novices(layer: LayerPlan) -> range:
-    return range(0 if layer.novices is None else len(layer.novices))
+def _constants(layer: LayerPlan) -> range:
+    return range(0 if layer.constants is None else len(layer.constants))
 
 
 class _Check:
@@ -235,7 +235,7 @@ class _StockCheck(_Check):
             yield "would be without attention"
         if not layer.experts:
             yield "would be without experts"
-        if _novices(layer):
+        if _constants(layer):
             yield "would have constant vectors in place of experts"
         if any(expert.low_types for expert in layer.experts):
             yield "would have second copies of experts"

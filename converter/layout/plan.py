@@ -37,10 +37,10 @@ class LayerPlan:
     """One block of the result, made of the source's `block`.
 
     `rows` are the rows of the source's router that are kept, in order, `target` says for each which of `experts` it
-    means, or -1 - n for novice n. `router` [n_row, n_embd] replaces their values. `novices` [n_novice, n_embd] are
-    constant vectors. Without `experts` there is no feed-forward part (`rows` is then empty). `types` are those of the
-    attention's matrices by role: attn_q, attn_k, attn_v, attn_output. `hints` are for the engine, as `LayerHints` names
-    them.
+    means, or -1 - n for constant n. `router` [n_row, n_embd] replaces their values. `constants`
+    [n_constant, n_embd] are the constant experts' vectors. Without `experts` there is no feed-forward part (`rows` is
+    then empty). `types` are those of the attention's matrices by role: attn_q, attn_k, attn_v, attn_output. `hints` are
+    for the engine, as `LayerHints` names them.
     """
 
     block: int
@@ -50,7 +50,7 @@ class LayerPlan:
     types: Mapping[str, GGMLQuantizationType]
     has_attention: bool = True
     router: NDArray[np.float32] | None = None
-    novices: NDArray[np.float32] | None = None
+    constants: NDArray[np.float32] | None = None
     hints: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -21,7 +21,7 @@ class Survivors:
     """A layer after some experts are gone, as a `LayerPlan` has it.
 
     `experts` are the source's that stay, `rows` those of the source's router, and `target` says for each row its place
-    in `experts`, or -1 - n for novice n. Novices of the source come first, then one for each expert of `replaced`.
+    in `experts`, or -1 - n for constant n. Constants of the source come first, then one for each expert of `replaced`.
     """
 
     experts: tuple[int, ...]
@@ -39,7 +39,7 @@ def redirect(target: Sequence[int], kept: Iterable[int]) -> Survivors:
 
 
 def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
-    """All rows stay; those of dropped experts mean a novice each (MoNE, arXiv 2507.00390)."""
+    """All rows stay; those of dropped experts mean a constant each (MoNE, arXiv 2507.00390)."""
     experts = tuple(sorted(kept))
     n_before = max((-expert for expert in target if expert < 0), default=0)
     replaced = tuple(sorted({expert for expert in target if expert >= 0} - set(experts)))

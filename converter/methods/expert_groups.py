@@ -120,7 +120,7 @@ Double = NDArray[np.float64]
 def logit_similarity(router: RouterSums, target: Sequence[int], n_expert: int) -> Double:
     """Cosines [E, E] of the experts' router logits over all tokens; with several rows, of the rows' mean.
 
-    `target` says which stored expert each row means; rows of novices are left out.
+    `target` says which stored expert each row means; rows of constant experts are left out.
     """
     of_row = np.zeros((n_expert, len(target)))
     for row, expert in enumerate(target):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.expert_drop import Survivors
 from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens, router_of
-from slimoe.converter.methods.novices import novice_costs
 from slimoe.converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
 from slimoe.offload.model.native_layout import LayerHints
@@ -23,7 +23,7 @@ _FEWEST_PICKS = 16
 @dataclass(frozen=True, slots=True)
 class SkipRules:
     """A layer's thresholds, as `skip_thresholds` finds them, None for none; and for each stored expert of the result
-    the novice that can stand in for it, or -1.
+    the constant that can stand in for it, or -1.
     """
 
     skip_ratio: float | None = None
@@ -57,7 +57,7 @@ def hints_for(
     hints = replace(hints, skip_error=tuple(skip.tolist()), sensitivity=sensitivity)
     if rules.fallback is None:
         return hints
-    novice = np.where(np.array(rules.fallback) >= 0, _novice_rates(layer)[kept] * square, 0.0)
+    novice = np.where(np.array(rules.fallback) >= 0, _constant_rates(layer)[kept] * square, 0.0)
     return replace(hints, fallback_error=tuple(novice.tolist()))
 
 
@@ -119,9 +119,9 @@ def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fe
     return result
 
 
-def _novice_rates(layer: LayerStatistics) -> Double:
+def _constant_rates(layer: LayerStatistics) -> Double:
     """Nats per squared share [E] of picks for which the expert's constant stands in."""
-    return _ratio(novice_costs(layer) * max(1, routed_tokens(layer)), outputs_of(layer).share_square)
+    return _ratio(constant_costs(layer) * max(1, routed_tokens(layer)), outputs_of(layer).share_square)
 
 
 def _ratio(errors: Double, squares: Double) -> Double:

@@ -107,7 +107,7 @@ def routed_tokens(layer: LayerStatistics) -> int:
 
 
 def by_expert(values: NDArray[np.float64], target: Sequence[int], n_expert: int) -> NDArray[np.float64]:
-    """Sums [n_expert] of values [R] over the rows of the router that mean an expert; rows of novices are left out."""
+    """Sums [n_expert] of values [R] over the router's rows that mean an expert, without those of constant experts."""
     sums = np.zeros(n_expert)
     means = np.array(target, np.int64)
     np.add.at(sums, means[means >= 0], values[means >= 0])

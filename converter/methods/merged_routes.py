@@ -30,7 +30,7 @@ class MergedRoutes:
 
 
 def keep_rows(target: Sequence[int], groups: ExpertGroups) -> MergedRoutes:
-    """All rows, each for the group that its expert is in; rows of novices stay theirs. `target` as in `SourceLayer`."""
+    """All rows, each for the group that its expert is in, or its constant expert; `target` is as in `SourceLayer`."""
     meant = tuple(expert if expert < 0 else groups.group_of(expert) for expert in target)
     return MergedRoutes(tuple(range(len(target))), meant)
 
@@ -48,13 +48,13 @@ class RouterRows:
 def merge_rows(router: RouterRows, groups: ExpertGroups, how: str) -> MergedRoutes:
     """One row for each group, made as `ROW_MERGES` names it; a group of one row keeps it bit for bit.
 
-    Raises UsageError for an unknown name, and for a layer with novices, which no stock file holds.
+    Raises UsageError for an unknown name, and for a layer with constant experts, which no stock file holds.
     """
     if how not in ROW_MERGES:
         raise UsageError(f"Router rows cannot be merged by '{how}'. Choose one of {', '.join(ROW_MERGES)}.")
     if min(router.target) < 0:
         raise UsageError(
-            "Rows that mean novices cannot be merged into those of experts. Keep all rows (native format)."
+            "Rows that mean constant experts cannot be merged into those of experts. Keep all rows (native format)."
         )
     weight, rows = router.weight.copy(), []
     for members in groups.members:

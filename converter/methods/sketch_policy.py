@@ -67,11 +67,11 @@ class LayerSketch:
         """Stored experts."""
         return int(self.gram.shape[1]) // 2
 
-    def coefficients(self, shares: Double, novices: Collection[int] = ()) -> Double:
-        """Coefficients of rows' shares [S, R], with the mean outputs of the experts `novices` in their place."""
+    def coefficients(self, shares: Double, constants: Collection[int] = ()) -> Double:
+        """Coefficients of rows' shares [S, R], with the mean outputs of the experts `constants` in their place."""
         result = np.zeros((shares.shape[0], self.gram.shape[1]))
         for row, expert in enumerate(self.target):
-            result[:, expert + self.n_expert * (expert in novices)] += shares[:, row]
+            result[:, expert + self.n_expert * (expert in constants)] += shares[:, row]
         return result
 
     def unchanged(self) -> Double:
@@ -86,7 +86,7 @@ class LayerSketch:
         """Without some experts and their rows: tokens pick among the others."""
         return self.coefficients(row_shares(self.logits, ~self.rows_of(dropped), self.experts))
 
-    def with_novices(self, dropped: Collection[int]) -> Double:
+    def with_constants(self, dropped: Collection[int]) -> Double:
         """With the mean outputs of some experts in their place."""
         return self.coefficients(self.shares, dropped)
 
@@ -119,8 +119,8 @@ class LayerSketch:
 def layer_sketch(layer: LayerStatistics, target: Sequence[int], experts: ExpertSpec) -> LayerSketch:
     """A layer's sketch; `target` is the source's, `experts` says how the model routes.
 
-    Raises UsageError for a layer without a sketch, and for one that has novices already, of which a sketch knows
-    nothing.
+    Raises UsageError for a layer without a sketch, and for one that has constant experts already, of which a
+    sketch knows nothing.
     """
     sketch = sketch_of(layer)
     means = np.array(target, np.int64)

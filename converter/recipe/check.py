@@ -126,9 +126,9 @@ _NOT_IN_STOCK: tuple[_Fault, ...] = (
     _Fault(
         lambda recipe: recipe.experts.replacement == "novice",
         ("replacement",),
-        "novices in place of experts ({replacement})",
+        "constants in place of experts ({replacement})",
     ),
-    _Fault(lambda recipe: recipe.free_novices, ("free_novices",), "novices in place of experts ({free_novices})"),
+    _Fault(lambda recipe: recipe.free_novices, ("free_novices",), "constants in place of experts ({free_novices})"),
     _Fault(lambda recipe: recipe.types.low is not None, ("low",), "second copies of experts ({low})"),
     _Fault(lambda recipe: recipe.drop_ffn > 0, ("drop_ffn",), "layers without experts ({drop_ffn})"),
     _Fault(lambda recipe: recipe.free_layers, ("free_layers",), "layers without experts ({free_layers})"),

@@ -61,7 +61,7 @@ class Recipe:
     """Everything. `target_size` is the file's bytes at most, `target_bpw` the same as bits per weight of the source.
 
     `drop_ffn`, `drop_attention` and `drop_blocks` are numbers of layers. With `free_novices` the allocator may put
-    novices in place of experts, with `free_layers` leave out feed-forward parts and attentions, where bytes are
+    constants in place of experts, with `free_layers` leave out feed-forward parts and attentions, where bytes are
     better spent elsewhere. `hints` stores what the engine's lossy modes need.
     """
 

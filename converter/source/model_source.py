@@ -55,7 +55,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class SourceLayer:
-    """A layer's experts. `target` says for each row of the router which stored expert it means, or -1 - n for novice n.
+    """A layer's experts. `target` says for each router row which stored expert it means, or -1 - n for constant n.
 
     Both are 0 and empty in a layer without experts; `has_ffn` then tells a dense layer from one without that part.
     """
@@ -71,7 +71,7 @@ class ModelSource(Protocol):
 
     `source_hash` tells checkpoints apart, `metadata` has the keys to carry over: general.*, tokenizer.* and provenance,
     no sizes. `shapes` are (n_rows, n_per_row) of matrices, (n,) of vectors. Query and key rows are in ggml's order of
-    rotation. A novice is the vector MatrixKey("blk.L.ffn_novice.weight", n).
+    rotation. A constant expert is the vector MatrixKey("blk.L.ffn_novice.weight", n).
     """
 
     @property

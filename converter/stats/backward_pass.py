@@ -180,7 +180,7 @@ class Backward:
                 by_share[some, at] = self._expert(layer, expert, weights, router.norm, some, shares[some, at], answers)
             own = shares[rows, ranks]
             along_constant = self._gradient[rows] @ answers.constant()
-            self._removals[layer].add_novice(expert, own, by_share[rows, ranks], along_constant)
+            self._removals[layer].add_constant(expert, own, by_share[rows, ranks], along_constant)
         self._removals[layer].add_skips(means, shares, by_share)
         for span in self._spans():
             self._through_router(router, span, by_share[span])
@@ -191,7 +191,7 @@ class Backward:
         return x, route(router.weight, self.source.spec, x)
 
     def _read_expert(self, layer: int, expert: int) -> Expert | Tensor:
-        """A stored expert, or the vector of novice -1 - expert."""
+        """A stored expert, or the vector of constant expert -1 - expert."""
         if expert < 0:
             return read_tensor(self.source, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert), self.device)
         return read_expert(self.source, layer, expert, self.device)

@@ -57,7 +57,7 @@ class Answers:
         self._weight += float(weights.sum())
 
     def constant(self) -> Tensor:
-        """The vector that is best in the expert's place; see `methods.novices`."""
+        """The vector that is best in the expert's place; see `methods.constant_experts`."""
         return (self._sum / max(self._weight, torch.finfo(torch.float64).tiny)).float()
 
 
@@ -81,7 +81,7 @@ class RemovalSums:
         self._add("ffn", along)
         self._add("block", along + along_attention)
 
-    def add_novice(self, expert: int, shares: Tensor, along_output: Tensor, along_constant: Tensor) -> None:
+    def add_constant(self, expert: int, shares: Tensor, along_output: Tensor, along_constant: Tensor) -> None:
         """Picks [n] of a stored expert: their shares, and along what it answers and what a constant would."""
         self._novice[expert] += (shares * (along_output - along_constant)).double().square().sum()
 

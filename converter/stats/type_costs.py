@@ -93,7 +93,7 @@ def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
-    """Everything that can have a type of its own: what is no vector, no router and no novice."""
+    """Everything that can have a type of its own: what is no vector, no router and no constant expert."""
     kept = ("ffn_gate_inp", "ffn_novice")
     return [
         key for key, shape in source.shapes.items() if len(shape) > 1 and not any(name in key.name for name in kept)

@@ -204,10 +204,10 @@ class FeedbackQuantiser:
     def _output(self, expert: int, x: Tensor) -> Tensor:
         if expert >= 0:
             return self._expert(expert)(x)
-        novices = self._state.plan.novices
+        constants = self._state.plan.constants
         vector = (
-            torch.from_numpy(novices[-1 - expert])
-            if novices is not None
+            torch.from_numpy(constants[-1 - expert])
+            if constants is not None
             else read_tensor(self._source, MatrixKey(f"blk.{self._state.plan.block}.ffn_novice.weight", -1 - expert))
         )
         return vector.expand(len(x), -1)

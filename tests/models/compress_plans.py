@@ -92,7 +92,7 @@ class RandomPlans:
         novices = self.rng.standard_normal((n_novice, self.source.spec.n_embd), np.float32) if n_novice else None
         experts = tuple(self._expert(layer.block) for _ in range(n_expert))
         changes: dict[str, Any] = {"rows": tuple(rows.tolist()), "target": tuple(target.tolist())}
-        return replace(layer, experts=experts, novices=novices, **changes)
+        return replace(layer, experts=experts, constants=novices, **changes)
 
     def _expert(self, block: int) -> ExpertPlan:
         n_stored, spec = self.source.layers[block].n_stored, self.source.spec

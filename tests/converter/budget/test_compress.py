@@ -173,7 +173,7 @@ def test_novices_take_the_place_of_what_is_worth_less(source: ModelSource, stati
     size = error.value.required_bytes - 20_000
     plan = plan_compression(source, statistics, Recipe(target_size=size, hints=False, free_novices=True))
     assert plan_bytes(plan, source, statistics) <= size
-    assert any(layer.novices is not None for layer in plan.layers)
+    assert any(layer.constants is not None for layer in plan.layers)
     assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)
 
 

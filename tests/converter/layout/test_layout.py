@@ -155,7 +155,7 @@ STOCK_CANNOT = {
     ),
     "novices": (
         lambda layer: replace(
-            layer, experts=layer.experts[:5], target=(0, 1, 2, 3, 4, -1), novices=np.zeros((1, 64), np.float32)
+            layer, experts=layer.experts[:5], target=(0, 1, 2, 3, 4, -1), constants=np.zeros((1, 64), np.float32)
         ),
         "constant vectors",
     ),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import (
     keep_by_layer,
     keep_overall,
@@ -16,7 +17,6 @@ from slimoe.converter.methods.expert_drop import (
 )
 from slimoe.converter.methods.layer_weight import outputs_of
 from slimoe.converter.methods.naee import best_subset
-from slimoe.converter.methods.novices import novice_vectors
 from slimoe.converter.methods.removal import (
     Removal,
     attention_removals,
@@ -157,7 +157,7 @@ def test_an_expert_of_zeros_is_lost_first_and_missed_by_nobody(model: HeldModel,
     assert outputs_of(layer).share_square_norm_square[2] == 0
     survivors = substitute(EVERY, {0, 1, 3, 4})
     assert survivors.replaced == (2,)
-    smaller = without_experts(planted, 1, survivors, novice_vectors(layer)[[2]])
+    smaller = without_experts(planted, 1, survivors, constant_vectors(layer)[[2]])
     assert torch.equal(logits(smaller), logits(planted))
 
 

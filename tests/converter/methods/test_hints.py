@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from slimoe.converter.methods.constant_experts import constant_errors, constant_vectors, variances
 from slimoe.converter.methods.expert_drop import keep_overall, redirect, substitute
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
 from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.novices import novice_errors, novice_vectors, variances
 from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch
 from slimoe.converter.methods.skip_thresholds import (
     gate_thresholds,
@@ -74,7 +74,7 @@ def naive(model: HeldModel) -> NaiveLayer:
 
 
 def test_constants_and_their_errors_are_those_of_a_double_loop(layer: LayerStatistics, naive: NaiveLayer) -> None:
-    vectors, errors = novice_vectors(layer), novice_errors(layer)
+    vectors, errors = constant_vectors(layer), constant_errors(layer)
     assert layer.outputs is not None
     absence = layer.outputs.share_square_norm_square / TEXTS.n_rows
     spread = variances(layer.outputs)
@@ -94,13 +94,13 @@ def test_constants_and_their_errors_are_those_of_a_double_loop(layer: LayerStati
 def test_an_expert_that_never_changes_is_a_constant(model: HeldModel, statistics: Statistics) -> None:
     layer = statistics.layers[LAYER]
     assert layer.outputs is not None
-    scores = novice_errors(layer)
+    scores = constant_errors(layer)
     assert scores[3] < 0.01 * scores.mean()
     kept = keep_overall([scores], SIZES.n_expert - 1, 1)
     assert kept == ((0, 1, 2, 4),)
     assert scores[3] < 1e-6 * layer.outputs.share_square_norm_square[3] / TEXTS.n_rows
     survivors = substitute(EVERY, kept[0])
-    smaller = without_experts(model, LAYER, survivors, novice_vectors(layer)[list(survivors.replaced)])
+    smaller = without_experts(model, LAYER, survivors, constant_vectors(layer)[list(survivors.replaced)])
     torch.testing.assert_close(logits(smaller), logits(model), rtol=1e-4, atol=1e-4)
     skipped = without_experts(model, LAYER, survivors, np.zeros((1, SIZES.n_embd), np.float32))
     assert (logits(skipped) - logits(model)).abs().max() > 1e-2
@@ -112,15 +112,15 @@ def test_an_expert_that_nobody_picked_is_the_mean_of_the_others(layer: LayerStat
     outputs.share_square[2] = 0
     outputs = replace(outputs, share_square_output=layer.outputs.share_square_output.copy())
     outputs.share_square_output[2] = 0
-    found = novice_vectors(replace(layer, outputs=outputs))
+    found = constant_vectors(replace(layer, outputs=outputs))
     weights = outputs.share_square[[0, 1, 3, 4]]
     np.testing.assert_allclose(found[2], np.average(found[[0, 1, 3, 4]], axis=0, weights=weights), rtol=1e-4, atol=1e-6)
 
 
 def test_the_sketch_says_the_same_of_one_constant(layer: LayerStatistics, sketch: LayerSketch) -> None:
     for expert in (0, 1, 2, 4):
-        found = sketch.error(sketch.with_novices({expert})).mean()
-        assert found == pytest.approx(novice_errors(layer)[expert], rel=1e-3)
+        found = sketch.error(sketch.with_constants({expert})).mean()
+        assert found == pytest.approx(constant_errors(layer)[expert], rel=1e-3)
 
 
 def test_skip_ratio_is_the_median_of_second_over_first(layer: LayerStatistics, naive: NaiveLayer) -> None:
@@ -222,7 +222,7 @@ def test_errors_are_weights_times_squared_errors_of_the_layer(
         change = naive.mixed(shares / shares.sum(1, keepdims=True)) - naive.y
         weight = layer_weight(layer, layer.outputs.output_square[expert])
         assert hints.skip_error[expert] == pytest.approx(weight.cost((change**2).sum(1).mean()), rel=1e-3)
-        change = own * (novice_vectors(layer)[expert] - naive.outputs[:, expert])
+        change = own * (constant_vectors(layer)[expert] - naive.outputs[:, expert])
         weight = layer_weight(layer, variances(layer.outputs)[expert])
         expected = weight.cost((change**2).sum(1).mean())
         assert hints.fallback_error[expert] == pytest.approx(expected, rel=1e-3, abs=1e-5 * hints.skip_error[expert])

@@ -232,7 +232,7 @@ def test_rows_are_refused_that_cannot_be_merged() -> None:
     groups = weighted_groups([[0, 1]], np.ones(2))
     with pytest.raises(UsageError, match="dominant, mean, log_sum"):
         merge_rows(router_rows(target=(0, 1)), groups, "sum")
-    with pytest.raises(UsageError, match="novices"):
+    with pytest.raises(UsageError, match="constant experts"):
         merge_rows(router_rows(target=(0, 1, -1)), groups, "mean")
     assert keep_rows((0, -1, 1), groups).target == (0, -1, 0)
 

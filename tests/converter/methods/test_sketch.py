@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from slimoe.converter.forward.stream import Observer, Stream, final_logits
+from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import redirect
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.naee import best_subset, removals
-from slimoe.converter.methods.novices import novice_vectors
 from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch, policy_error
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Statistics
@@ -68,7 +68,7 @@ def test_200_random_policies_have_the_error_that_vectors_give(
     layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
 ) -> None:
     rng = np.random.default_rng(3)
-    novices = np.broadcast_to(novice_vectors(layer), naive.outputs.shape)
+    novices = np.broadcast_to(constant_vectors(layer), naive.outputs.shape)
     vectors = np.concatenate([naive.outputs, novices, naive.middle[:, None]], 1)
     for _ in range(200):
         change = rng.normal(size=vectors.shape[:2]) * (rng.random(vectors.shape[:2]) < 0.4)
@@ -97,18 +97,18 @@ def test_novices_and_skips_and_nothing_are_what_vectors_give(
     layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
 ) -> None:
     replaced = naive.outputs.copy()
-    replaced[:, [1, 3]] = novice_vectors(layer)[[1, 3]]
-    with_novices = np.einsum("te,ted->td", naive.by_expert(), replaced)
+    replaced[:, [1, 3]] = constant_vectors(layer)[[1, 3]]
+    with_constants = np.einsum("te,ted->td", naive.by_expert(), replaced)
     first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.picks[:, 0])])
     for policy, y in (
-        (sketch.with_novices({1, 3}), with_novices),
+        (sketch.with_constants({1, 3}), with_constants),
         (sketch.skipping(1.0), first),
         (sketch.nothing(), 0 * first),
     ):
         expected = squares(y - naive.y)
         np.testing.assert_allclose(sketch.error(policy), expected, rtol=1e-4, atol=1e-6 * expected.mean())
     assert not sketch.error(sketch.skipping(0.0)).any()
-    assert not sketch.error(sketch.with_novices(())).any()
+    assert not sketch.error(sketch.with_constants(())).any()
 
 
 def test_cosine_of_the_unchanged_layer_is_that_of_the_pass(sketch: LayerSketch, statistics: Statistics) -> None:

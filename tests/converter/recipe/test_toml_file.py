@@ -176,8 +176,8 @@ CONTRADICTIONS = {
     "equal second copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "no smaller than the first"),
 }
 BEYOND_STOCK = {
-    "novices": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "novices in place of experts"),
-    "free novices": (replace(FITTING, free_novices=True), "novices in place of experts"),
+    "novices": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "constants in place of experts"),
+    "free novices": (replace(FITTING, free_novices=True), "constants in place of experts"),
     "second copies": (Recipe(types=StorageRecipe(low="Q2_K")), "second copies of experts"),
     "layers": (Recipe(drop_ffn=1), "layers without experts"),
     "free layers": (replace(FITTING, free_layers=True), "layers without experts"),

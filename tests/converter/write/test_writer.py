@@ -125,7 +125,7 @@ def test_slimming_a_native_file_again_copies_it(tmp_path: Path, source: ModelSou
     first = write_planned(source, with_layers(plan, bare), tmp_path / "a.gguf").path
     again = gguf_source(first)
     copied = stored_types(again)
-    novices = {n: replace(layer, novices=bare[n].novices) for n, layer in enumerate(copied.layers)}
+    novices = {n: replace(layer, constants=bare[n].constants) for n, layer in enumerate(copied.layers)}
     second = write_planned(again, with_layers(copied, novices), tmp_path / "b.gguf", quantiser=Refusing()).path
     assert tensors(second) == tensors(first)
 
@@ -144,8 +144,8 @@ def test_every_matrix_is_what_its_plan_says(tmp_path: Path, source: ModelSource,
         if layer.rows:
             router = source.read(MatrixKey(f"blk.{layer.block}.ffn_gate_inp.weight"))[list(layer.rows)]
             assert found[f"blk.{n}.ffn_gate_inp.weight"] == (F32, router.tobytes())
-        if layer.novices is not None:
-            assert found[f"blk.{n}.ffn_novice.weight"] == (F32, layer.novices.tobytes())
+        if layer.constants is not None:
+            assert found[f"blk.{n}.ffn_novice.weight"] == (F32, layer.constants.tobytes())
         for expert, copy, bucket, slot in layout.layers[n].slots():
             planned = layer.experts[expert]
             types = planned.low_types if copy else planned.types

@@ -239,7 +239,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "pair of mixes": (["--two-copies", "q8_0,q4_k_m"], "--two-copies is 'q4_k_m', but must be a type"),
     "stock and novices": (
         ["--stock", "--keep-experts", "4", "--novices"],
-        "--stock keeps to what llama.cpp loads, which cannot hold novices in place of experts (--novices). Leave one",
+        "--stock keeps to what llama.cpp loads, which cannot hold constants in place of experts (--novices). Leave one",
     ),
     "stock and free novices": (["--stock", "--target-size", "1MB", "--novices"], "in place of experts (--novices)"),
     "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),

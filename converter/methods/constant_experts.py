@@ -10,7 +10,7 @@ from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, rout
 from slimoe.converter.stats.statistics import Double, LayerStatistics, OutputSums, Single
 
 
-def novice_vectors(layer: LayerStatistics) -> Single:
+def constant_vectors(layer: LayerStatistics) -> Single:
     """The constants [E, d], sum of share^2 f over sum of share^2; that of all experts for one that was never picked.
 
     Raises UsageError.
@@ -23,7 +23,7 @@ def novice_vectors(layer: LayerStatistics) -> Single:
     return result
 
 
-def novice_errors(layer: LayerStatistics) -> Double:
+def constant_errors(layer: LayerStatistics) -> Double:
     """Mean squared errors [E] per token of the layer's output if each expert alone became its constant.
 
     In the units of `LayerSketch.error`, for whose cross terms this is the diagonal. Raises UsageError.
@@ -35,14 +35,14 @@ def novice_errors(layer: LayerStatistics) -> Double:
     return errors
 
 
-def novice_costs(layer: LayerStatistics) -> Double:
+def constant_costs(layer: LayerStatistics) -> Double:
     """Nats per token [E] if each expert alone became its constant; `layer` has sensitivities.
 
     As measured along the change; by the squared error where that is more or all there is: gradients are those of fewer
     tokens, which may not have picked every expert. Raises UsageError.
     """
     weights = [layer_weight(layer, profile).per_square for profile in variances(outputs_of(layer))]
-    costs: Double = novice_errors(layer) * np.array(weights)
+    costs: Double = constant_errors(layer) * np.array(weights)
     return costs if layer.removals is None else np.maximum(costs, layer.removals.novice)
 
 
