@@ -26,7 +26,7 @@ from slimoe.offload.graph.exchange import Exchange, ExchangeShape
 from slimoe.offload.graph.kv_cache import KVCache, kv_type
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import Share, WeightStore, load_weights
-from slimoe.offload.lossy.stage import LossyPicks
+from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.model.tensors import ModelSources, join_layers, without_experts
 from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
@@ -47,7 +47,7 @@ class Tiers:
     host_pool: HostPool | None
     reader: DiskReader | None
     devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
-    lossy: LossyPicks | None = None
+    lossy: LossyStep | None = None
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier; a device's under its name."""
@@ -249,11 +249,11 @@ class _Opening:
         held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
         return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
 
-    def _lossy(self, held: ResidentExperts) -> LossyPicks | None:
+    def _lossy(self, held: ResidentExperts) -> LossyStep | None:
         lossy = self._plan.lossy
         if lossy is None:
             return None
-        return LossyPicks(self._plan.layers, lossy.tables, lossy.chooser, held, lossy.limit)
+        return LossyStep(self._plan.layers, lossy.tables, lossy.chooser, held, lossy.limit)
 
     def _stage(
         self,
@@ -262,7 +262,7 @@ class _Opening:
         graphs: ExpertGraphs,
         host_pool: HostPool,
         devices: list[DeviceExperts],
-        lossy: LossyPicks | None,
+        lossy: LossyStep | None,
     ) -> ExpertStage:
         plan = self._plan
         sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}

@@ -50,7 +50,7 @@ class Probe:
         """All but the one expert as ever."""
         index, stored = choice.index, choice.stored
         np.add.at(self.uses[index], stored[stored >= 0], 1)
-        np.add.at(self.squares[index], stored[stored >= 0], choice.shares[stored >= 0].astype(np.float64) ** 2)
+        np.add.at(self.squares[index], stored[stored >= 0], choice.weights[stored >= 0].astype(np.float64) ** 2)
         if index != self.key[0]:
             return unchanged(choice)
         is_chosen = stored == self.key[1]

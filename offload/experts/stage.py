@@ -21,7 +21,7 @@ from slimoe.offload.ggml.cpu_backend import Backend
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.segment import Segment
-from slimoe.offload.lossy.stage import LossyPicks
+from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertLayer
 
 _INVEST_MARGIN = 1.3
@@ -56,7 +56,7 @@ class ExpertStage:
         policy: Policy,
         novices: Novices,
         trace: TraceWriter | None,
-        lossy: LossyPicks | None = None,
+        lossy: LossyStep | None = None,
     ) -> None:
         self._layers, self._sites, self._host, self._host_experts = layers, sites, host, host_experts
         self._policy, self._novices, self._trace = policy, novices, trace
@@ -181,12 +181,12 @@ class ExpertStage:
             self._host_experts.replace(newcomer, victim)
 
     def _decide(
-        self, lossy: LossyPicks, exchange: Exchange, index: int, stored: NDArray[np.int64]
+        self, lossy: LossyStep, exchange: Exchange, index: int, stored: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What a lossy mode makes of a layer's picks: stored experts and the copies to use, both [n_rows, n_used]."""
         decision = lossy.decide(index, stored, exchange.read("shares", *stored.shape))
-        if decision.shares is not None:
-            exchange.write("shares", decision.shares)
+        if decision.weights is not None:
+            exchange.write("shares", decision.weights)
         self._lowered |= {(index, int(expert)) for expert in decision.stored[decision.copies > 0]}
         return decision.stored, decision.copies
 

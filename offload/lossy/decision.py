@@ -1,4 +1,4 @@
-"""What a lossy mode decides for a layer's picks: the copy that each one uses, or what stands in its place."""
+"""What a lossy mode decides for the selected experts of a layer: the copy to use, or what stands in its place."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,34 +12,34 @@ from slimoe.offload.lossy.loss import LossTable
 from slimoe.offload.model.experts import ExpertLayer
 
 SKIPPED = int(np.iinfo(np.int64).min)
-"""In place of a stored expert: nothing is computed or added for this pick."""
+"""In place of a stored expert: nothing is computed or added for this selected expert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """What the router of layer `index` chose, in descending order of the shares.
+    """The experts that the router of layer `index` selected for each token, the largest weight first.
 
-    `stored` I64 [n_rows, n_used] are stored experts, or -1 - n for novice n; `shares` F32 their weights in the sum.
+    `stored` I64 [n_rows, n_used] are stored experts, or -1 - n for constant expert n; `weights` F32 their weights.
     """
 
     index: int
     layer: ExpertLayer
     table: LossTable
     stored: NDArray[np.int64]
-    shares: NDArray[np.float32]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """What becomes of a choice, all [n_rows, n_used].
 
-    `copies` I64 numbers each expert's copies from the best on; `stored` is the choice's, with novices and `SKIPPED`
-    where experts are done without; `shares` are new ones, None for no change.
+    `copies` I64 numbers each expert's copies from the best on; `stored` is the choice's, with constant experts and
+    `SKIPPED` where experts are left out; `weights` are new ones, None for no change.
     """
 
     copies: NDArray[np.int64]
     stored: NDArray[np.int64]
-    shares: NDArray[np.float32] | None = None
+    weights: NDArray[np.float32] | None = None
 
 
 class Memory(Protocol):
@@ -55,8 +55,9 @@ class Memory(Protocol):
 class Chooser(Protocol):
     """A lossy mode.
 
-    `low_slots` is the memory it wants for low copies; `invests` says whether missing high ones are to be read while the
-    disk has nothing else to do; `is_steady` whether it decides by shares alone, and so must see those of all layers.
+    `low_slots` is the memory it wants for low-bit copies; `invests` says whether missing better ones are to be read
+    while the disk has nothing else to do; `is_steady` whether it decides by expert weights alone, and so must see those
+    of all layers.
     """
 
     @property
@@ -72,22 +73,22 @@ class Chooser(Protocol):
         """See above."""
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """What is to be done for a layer's picks."""
+        """Decides for the selected experts of a layer."""
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """The copy that is worth reading for an expert which will perhaps be chosen soon."""
 
 
 def unchanged(choice: Choice) -> Decision:
-    """The exact answer: the best copy for every pick."""
+    """Returns the exact decision: the best copy of every selected expert."""
     return Decision(np.zeros_like(choice.stored), choice.stored)
 
 
 def without(choice: Choice, given_up: NDArray[np.bool_], copies: NDArray[np.int64], novices: bool) -> Decision:
-    """A decision in which some picks are given up: their fallbacks stand in with `novices`, the others are skipped.
+    """Leaves some selected experts out: with `novices` their constant experts stand in, the others are skipped.
 
-    The shares of the picks that stay grow by what was skipped, since the sum of a token's shares matters more than who
-    has them; a novice keeps the share of the expert that it stands for.
+    The weights of the experts that stay grow by what was skipped, since the sum of a token's expert weights matters
+    more than its parts; a constant expert keeps the weight of the expert that it stands for.
     """
     if not given_up.any():
         return Decision(copies, choice.stored)
@@ -97,9 +98,9 @@ def without(choice: Choice, given_up: NDArray[np.bool_], copies: NDArray[np.int6
     skipped = stored == SKIPPED
     if not skipped.any():
         return decision
-    kept = np.where(skipped, np.float32(0), choice.shares)
-    whole, left = (values.sum(axis=1, keepdims=True, dtype=np.float64) for values in (choice.shares, kept))
+    kept = np.where(skipped, np.float32(0), choice.weights)
+    whole, left = (values.sum(axis=1, keepdims=True, dtype=np.float64) for values in (choice.weights, kept))
     has_lost = skipped.any(axis=1, keepdims=True) & (left > 0)
-    # Rows that lost nothing keep their shares to the last bit.
+    # Rows that lost nothing keep their weights to the last bit.
     grown = np.where(has_lost, kept * (whole / np.where(has_lost, left, 1.0)), kept)
-    return replace(decision, shares=grown.astype(np.float32))
+    return replace(decision, weights=grown.astype(np.float32))

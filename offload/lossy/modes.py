@@ -15,7 +15,7 @@ from slimoe.offload.lossy.decision import Chooser
 from slimoe.offload.lossy.elastic import Elastic, Mix
 from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
 from slimoe.offload.lossy.loss import LossTable, loss_tables
-from slimoe.offload.lossy.rules import NEVER, SECONDS_PER_BYTE, Gate, NeverWait, Rule, Sensitivity, SmallShares
+from slimoe.offload.lossy.rules import NEVER, SECONDS_PER_BYTE, Gate, NeverWait, Rule, Sensitivity, SmallWeights
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 
 Layers = Sequence[ExpertLayer | None]
@@ -106,7 +106,7 @@ def _gate(request: Request) -> Chooser:
 
 
 def _skip(request: Request) -> Chooser:
-    return SmallShares(_ratios(request))
+    return SmallWeights(_ratios(request))
 
 
 def _novice(request: Request) -> Chooser:
@@ -114,7 +114,7 @@ def _novice(request: Request) -> Chooser:
     has_fallbacks = any(novice >= 0 for fallback in fallbacks for novice in fallback)
     remedy = f"{_MEASURED} --target-size SIZE --novices. --lossy skip does without."
     request.need(has_fallbacks, "constant experts that stand in for others", remedy)
-    return SmallShares(_ratios(request), novices=True)
+    return SmallWeights(_ratios(request), novices=True)
 
 
 def _ratios(request: Request) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """The lossy modes: what each does with the experts that the router selected.
 
-`Gate`, `SmallShares` and `Sensitivity` look at the expert weights alone: their answer is the same whatever lies where.
+`Gate`, `SmallWeights` and `Sensitivity` look at the expert weights alone: their answer is the same whatever lies where.
 `NeverWait` and `Rule` look at what is in memory. All treat a prompt as they treat an answer, since in the next turn an
 answer is part of the prompt.
 """
@@ -22,14 +22,14 @@ SECONDS_PER_BYTE = 1e-9
 """What reading is taken to cost before it is measured."""
 _HIGH, _LOW, _NONE = 0, 1, 2
 _MOSTLY_HIGH = 0.5
-"""From here on most picks use the best copy."""
+"""From here on most selected experts use the best copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The best copy while the larger shares sum up to `high` of all, the last copy up to `low`, then none.
+    """Uses the best copy while the larger weights of a token sum up to `high`, the last copy up to `low`, then none.
 
-    A pick that is given up has its fallback novice in its place if the file names one. Source: HOBBIT (arXiv
+    A constant expert stands in for an expert that is left out, if the file names one. Source: HOBBIT (arXiv
     2411.01433), whose thresholds are 0.6 and 0.9, and which does this only for what is not in memory.
     """
 
@@ -40,29 +40,29 @@ class Gate:
 
     @property
     def low_slots(self) -> LowSlots:
-        """A byte is worth more for what more picks use; which that is cannot be told for thresholds below one half."""
+        """A byte is worth more where it is used more; which copies that are cannot be told for thresholds below 1/2."""
         if self.low <= self.high:
             return "none"
         return "last" if self.high >= _MOSTLY_HIGH else "shared"
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """By the sum of the shares before each pick."""
-        before = shares_before(choice.shares)
+        """Decides by the sum of the larger weights of the token."""
+        before = weights_before(choice.weights)
         last = choice.table.last_copy[choice.table.rows(choice.stored)]
         copies = np.where(before <= self.high, 0, last)
         return without(choice, (before > max(self.high, self.low)) & (choice.stored >= 0), copies, novices=True)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """The best copy: most picks of any mode that is worth using need it."""
+        """Returns the best copy: most selected experts need it in any mode that is worth using."""
         return 0
 
 
 @dataclass(frozen=True, slots=True)
-class SmallShares:
-    """Does without picks whose share is below `ratios` (by layer) of the token's largest.
+class SmallWeights:
+    """Leaves out selected experts whose weight is below `ratios` (by layer) of the token's largest.
 
-    Sources: NAEE (arXiv 2402.14800) and MC's ODP (arXiv 2410.06270), which skip; with `novices` a fallback stands in
-    where the file names one, as MoNE (arXiv 2507.00390) does for whole experts.
+    Sources: NAEE (arXiv 2402.14800) and MC's ODP (arXiv 2410.06270), which skip; with `novices` a constant expert
+    stands in where the file names one, as MoNE (arXiv 2507.00390) does for whole experts.
     """
 
     ratios: Mapping[int, float]
@@ -72,18 +72,18 @@ class SmallShares:
     is_steady = True
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """By each pick's share next to the first one's."""
-        small = choice.shares < self.ratios[choice.index] * choice.shares[:, :1]
+        """Decides by each weight next to the token's largest."""
+        small = choice.weights < self.ratios[choice.index] * choice.weights[:, :1]
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), self.novices)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """The best copy: most picks of any mode that is worth using need it."""
+        """Returns the best copy: most selected experts need it in any mode that is worth using."""
         return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Skips picks, but never the first, whose share is below sqrt(`limit` / sensitivity of the layer).
+    """Skips selected experts, but never the first, whose weight is below sqrt(`limit` / sensitivity of the layer).
 
     Source: AdapMoE (arXiv 2408.10284), which does this while decoding only.
     """
@@ -95,19 +95,19 @@ class Sensitivity:
     is_steady = True
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """By what each pick's share weighs in this layer."""
-        small = self.sensitivities[choice.index] * choice.shares.astype(np.float64) ** 2 < self.limit
+        """Decides by each weight and the sensitivity of the layer."""
+        small = self.sensitivities[choice.index] * choice.weights.astype(np.float64) ** 2 < self.limit
         small[:, 0] = False
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), novices=False)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """The best copy: most picks of any mode that is worth using need it."""
+        """Returns the best copy: most selected experts need it in any mode that is worth using."""
         return 0
 
 
-def shares_before(shares: NDArray[np.float32]) -> NDArray[np.float64]:
-    """For each pick the sum of the larger shares of its token, as a part of all of them, at most 1."""
-    values = shares.astype(np.float64)
+def weights_before(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Sums, for each selected expert, the larger weights of its token, as a part of all of them, at most 1."""
+    values = weights.astype(np.float64)
     sums = values.cumsum(axis=1)
     return np.asarray(np.minimum((sums - values) / sums[:, -1:], 1.0))
 
@@ -116,7 +116,7 @@ def shares_before(shares: NDArray[np.float32]) -> NDArray[np.float64]:
 class NeverWait:
     """The last copy of every expert whose best copy is in no memory, in prompts as in answers.
 
-    Source: HOBBIT (arXiv 2411.01433), which waits for the low copy; here all of them have a place in memory first.
+    Source: HOBBIT (arXiv 2411.01433), which waits for the low-bit copy; here all of them have a place in memory first.
     """
 
     low_slots: LowSlots = "first"
@@ -124,14 +124,14 @@ class NeverWait:
     is_steady = False
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """By what is here."""
+        """Decides by what is in memory."""
         experts, places = np.unique(choice.stored, return_inverse=True)
         is_missing = [expert >= 0 and not memory.holds((choice.index, expert), 0) for expert in experts.tolist()]
         last = choice.table.last_copy[choice.table.rows(choice.stored)]
         return Decision(np.where(np.array(is_missing)[places].reshape(last.shape), last, 0), choice.stored)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """What would be used."""
+        """Returns the copy that would be used."""
         return 0 if memory.holds(key, 0) else int(table.last_copy[key[1]])
 
 
@@ -140,10 +140,10 @@ class Rule:
     """For every expert of a step the cheapest of what can be done, by time and by error.
 
     What is minimised is the seconds of reading plus `mu` (seconds per nat) times the expected rise of the divergence,
-    over the best copy (at hand or read), the last copy (at hand or read), the fallback novice and nothing. Without `mu`
-    a byte read costs `price` nats. A read serves all picks of an expert in the step, so that a prompt is answered in
-    better copies than single tokens. Computing is not in the balance: whatever is in memory counts as free. The rule
-    contains published ones: mu = 0 never waits where there is another way, an infinite mu is the exact engine.
+    over the best copy (at hand or read), the last copy (at hand or read), its constant expert and nothing. Without `mu`
+    a byte read costs `price` nats. A read serves all tokens of the step that selected the expert, so that a prompt is
+    answered in better copies than single tokens. Computing is not in the balance: whatever is in memory counts as free.
+    The rule contains published ones: mu = 0 never waits where there is another way, an infinite mu is the exact engine.
     """
 
     mu: float | None = None
@@ -153,7 +153,7 @@ class Rule:
     is_steady = False
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """Expert by expert, since each is read once whatever the others do."""
+        """Decides expert by expert, since each is read once whatever the others do."""
         copies, given_up = np.zeros_like(choice.stored), np.zeros(choice.stored.shape, np.bool_)
         price = self._price(memory)
         for expert in np.unique(choice.stored[choice.stored >= 0]).tolist():
@@ -166,7 +166,7 @@ class Rule:
         return without(choice, given_up, copies, novices=True)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """What would be used for a pick of middling share."""
+        """Returns what would be used with the expert's mean weight."""
         expert = key[1]
         loss = table.low[expert] * table.share_square[expert]
         is_worth_it = memory.holds(key, 0) or loss > self._price(memory) * table.high_bytes[expert]
@@ -181,9 +181,9 @@ class Rule:
     def _actions(
         choice: Choice, memory: Memory, expert: int, where: NDArray[np.bool_], price: float
     ) -> NDArray[np.int64]:
-        """What is best for each pick of an expert whose best copy is missing."""
+        """Chooses, for each token that selected an expert whose best copy is missing, the cheapest way."""
         table, stored = choice.table, choice.layer.experts[expert]
-        squares = choice.shares[where].astype(np.float64) ** 2
+        squares = choice.weights[where].astype(np.float64) ** 2
         low = _loss(table.low[expert], squares)
         if table.fallback[expert] >= 0:
             none = _loss(table.novice[expert], squares)

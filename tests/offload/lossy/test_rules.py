@@ -16,8 +16,8 @@ from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision
 from slimoe.offload.lossy.elastic import Elastic, mix_copies, share_within
 from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
 from slimoe.offload.lossy.loss import loss_tables
-from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, SmallShares, shares_before
-from slimoe.offload.lossy.stage import LossyPicks
+from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, SmallWeights, weights_before
+from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.model.tensors import Span, WeightSource
@@ -81,7 +81,7 @@ def objective(choice: Choice, actions: tuple[int, ...], held: Held, mu: float) -
     """Seconds and nats of one action (high, low, none) per pick; infinite for what the rule must not do."""
     hints, read, nats = choice.layer.hints, set(), 0.0
     for (row, rank), action in zip(np.ndindex(choice.stored.shape), actions, strict=True):
-        expert, share = int(choice.stored[row, rank]), float(choice.shares[row, rank])
+        expert, share = int(choice.stored[row, rank]), float(choice.weights[row, rank])
         assert hints.error
         assert hints.use
         assert hints.share_square
@@ -154,7 +154,7 @@ def test_never_wait_takes_what_is_here() -> None:
     held = Held({((0, e), 0) for e in (1, 3)})
     decision = NeverWait().choose(choice, held)
     np.testing.assert_array_equal(decision.copies, ~np.isin(choice.stored, (1, 3)))
-    assert decision.shares is None
+    assert decision.weights is None
 
 
 # --- shares ------------------------------------------------------------------------------------------------
@@ -162,25 +162,25 @@ def test_never_wait_takes_what_is_here() -> None:
 
 def test_shares_before_are_of_the_whole_and_at_most_one() -> None:
     shares = np.array([[0.8, 0.4, 0.4], [1, 0, 0]], np.float32)
-    assert np.abs(shares_before(shares) - np.array([[0, 0.5, 0.75], [0, 1, 1]])).max() < 1e-6
+    assert np.abs(weights_before(shares) - np.array([[0, 0.5, 0.75], [0, 1, 1]])).max() < 1e-6
     tiny = np.array([[0.1, 0.7, 0.2 + 1e-7, 1e-9]], np.float32)
-    assert shares_before(tiny).max() <= 1
+    assert weights_before(tiny).max() <= 1
 
 
 def test_what_is_skipped_goes_to_the_others_and_else_no_bit_changes() -> None:
     choice = choices(50, layer(Type.Q8_0, Type.Q4_0), 5)
-    decision = SmallShares({0: 0.5}).choose(choice, Held())
+    decision = SmallWeights({0: 0.5}).choose(choice, Held())
     lost = (decision.stored == SKIPPED).any(axis=1)
     assert 0 < lost.sum() < 50
-    assert decision.shares is not None
-    np.testing.assert_array_equal(decision.shares[~lost], choice.shares[~lost])
-    np.testing.assert_allclose(decision.shares.sum(axis=1), choice.shares.sum(axis=1), rtol=1e-6)
-    assert (decision.shares[decision.stored == SKIPPED] == 0).all()
+    assert decision.weights is not None
+    np.testing.assert_array_equal(decision.weights[~lost], choice.weights[~lost])
+    np.testing.assert_allclose(decision.weights.sum(axis=1), choice.weights.sum(axis=1), rtol=1e-6)
+    assert (decision.weights[decision.stored == SKIPPED] == 0).all()
 
 
 def test_a_novice_takes_the_share_of_its_expert() -> None:
     choice = choices(50, layer(Type.Q8_0, Type.Q4_0), 6)
-    decision = SmallShares({0: 1.0}, novices=True).choose(choice, Held())
+    decision = SmallWeights({0: 1.0}, novices=True).choose(choice, Held())
     is_novice = (decision.stored < 0) & (decision.stored != SKIPPED)
     assert choice.layer.hints.fallback is not None
     fallback = np.array(choice.layer.hints.fallback)
@@ -191,7 +191,7 @@ def test_a_novice_takes_the_share_of_its_expert() -> None:
 def test_picks_that_are_novices_already_stay() -> None:
     one = choices(4, layer(Type.Q8_0, Type.Q4_0), 7)
     choice = replace(one, stored=np.where(one.stored == 2, -2, one.stored))
-    for chooser in (Gate(0.2, 0.5), SmallShares({0: 1.0}), Rule(mu=0.0), NeverWait()):
+    for chooser in (Gate(0.2, 0.5), SmallWeights({0: 1.0}), Rule(mu=0.0), NeverWait()):
         decision = chooser.choose(choice, Held())
         assert (decision.stored[choice.stored == -2] == -2).all()
         assert (decision.copies[choice.stored == -2] == 0).all()
@@ -208,7 +208,7 @@ def test_costs_are_those_of_the_file() -> None:
     assert hints.share_square
     assert hints.low_error
     tables = loss_tables([one])
-    account = LossyPicks([one], tables, NeverWait(), Held())
+    account = LossyStep([one], tables, NeverWait(), Held())
     n_tokens, expert = 1000, 3
     n_picks = round(n_tokens * hints.use[expert])
     share = np.sqrt(hints.share_square[expert])
@@ -224,11 +224,11 @@ def test_costs_are_those_of_the_file() -> None:
 def test_a_limit_is_never_passed() -> None:
     one = layer(Type.Q8_0, Type.Q4_0)
     for limit in (0.0, 0.05, 0.2):
-        account = LossyPicks([one], loss_tables([one]), NeverWait(), Held(), limit)
+        account = LossyStep([one], loss_tables([one]), NeverWait(), Held(), limit)
         for n_tokens in (1, 1, 7, 1, 3):
             account.begin(n_tokens)
             choice = choices(n_tokens, one, n_tokens)
-            decision = account.decide(0, choice.stored, choice.shares)
+            decision = account.decide(0, choice.stored, choice.weights)
             assert account.counters.expected_kl <= limit * account._n_tokens
             assert limit or (decision.copies == 0).all()
         assert (account.counters.low_picks > 0) == (limit > 0)
@@ -238,11 +238,11 @@ def test_a_price_rises_while_less_is_lost_than_allowed() -> None:
     one = layer(Type.Q8_0, Type.Q4_0)
     low_picks = []
     for limit in (1e-4, 1e-2, 1.0):
-        account = LossyPicks([one], loss_tables([one]), Rule(price=1e-9), Held(), limit)
+        account = LossyStep([one], loss_tables([one]), Rule(price=1e-9), Held(), limit)
         for step in range(200):
             account.begin(1)
             choice = choices(1, one, step)
-            account.decide(0, choice.stored, choice.shares)
+            account.decide(0, choice.stored, choice.weights)
         assert account.counters.expected_kl <= 200 * limit
         low_picks.append(account.counters.low_picks)
     assert 0 < low_picks[0] < low_picks[1] < low_picks[2]
@@ -302,8 +302,8 @@ def test_a_gates_threshold_bounds_what_any_shares_can_cost() -> None:
     assert (highs[0], highs[-1]) == (1.0, 0.0)
     # Whatever the shares: a pick behind others that have `high` has at most what is left.
     for high in highs[1:3]:
-        shares = choices(400, layers[0], 8).shares
-        assert (shares[shares_before(shares) > high] <= 1 - high + 1e-6).all()
+        shares = choices(400, layers[0], 8).weights
+        assert (shares[weights_before(shares) > high] <= 1 - high + 1e-6).all()
 
 
 # --- elastic mixes -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A lossy mode at work: decides the picks of each layer, and keeps account of what that cost."""
+"""A lossy mode at work: decides for the selected experts of each layer, and keeps account of what that cost."""
 
 import math
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ Tables = Sequence[LossTable | None]
 class LossyCounters:
     """What was saved on since the model was opened.
 
-    `low_picks` used a copy that is not the file's best, `skipped_picks` nothing, `novice_picks` the expert's fallback.
-    `expected_kl` is the sum of what the file says these cost, in nats: infinite where it does not say.
+    Selected experts by what stood in for them: `low_picks` a copy that is not the best, `skipped_picks` nothing,
+    `novice_picks` a constant expert. `expected_kl` is the sum of what the file says these cost, in nats: infinite where
+    it does not say.
     """
 
     low_picks: int = 0
@@ -36,7 +37,7 @@ class LossyCounters:
     expected_kl: float = 0.0
 
     def add(self, other: "LossyCounters") -> None:
-        """Counts further picks."""
+        """Adds the counts of another account."""
         self.low_picks += other.low_picks
         self.skipped_picks += other.skipped_picks
         self.novice_picks += other.novice_picks
@@ -47,7 +48,7 @@ class LossyCounters:
         return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
-class LossyPicks:
+class LossyStep:
     """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far.
 
     A limit is for a `Rule`, whose price rises and falls so that what is allowed is used: it was set by bounds.
@@ -75,12 +76,12 @@ class LossyPicks:
             self._chooser = replace(self._rule, price=self._rule.price * self._scale)
         self._n_tokens += n_tokens
 
-    def decide(self, index: int, stored: NDArray[np.int64], shares: NDArray[np.float32]) -> Decision:
-        """What is done for a layer's picks, both arrays [n_rows, n_used] as in `copy_decision.Choice`."""
+    def decide(self, index: int, stored: NDArray[np.int64], weights: NDArray[np.float32]) -> Decision:
+        """Decides for the selected experts of a layer, both arrays [n_rows, n_used] as in `decision.Choice`."""
         layer, table = self._layers[index], self._tables[index]
         assert layer is not None
         assert table is not None
-        choice = Choice(index, layer, table, stored, shares)
+        choice = Choice(index, layer, table, stored, weights)
         decision = self._chooser.choose(choice, self._memory)
         cost = _cost(choice, decision)
         if self._limit is not None and self.counters.expected_kl + cost.expected_kl > self._limit * self._n_tokens:
@@ -105,6 +106,6 @@ def _cost(choice: Choice, decision: Decision) -> LossyCounters:
     counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
     if not any(counts):
         return LossyCounters()
-    squares = choice.shares.astype(np.float64) ** 2
+    squares = choice.weights.astype(np.float64) ** 2
     expected = sum(float((rates[rows[mask]] * squares[mask]).sum()) for mask, rates in losses)
     return LossyCounters(counts[0], counts[1], counts[2], expected)
