@@ -20,7 +20,7 @@ _HALVINGS = 60
 def price_within(
     limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None], resident: Collection[Key]
 ) -> float:
-    """The highest price of a byte, in nats, for `lossy_rule.Rule`; 0 where nothing may be lost.
+    """The highest price of a byte, in nats, for `rules.Rule`; 0 where nothing may be lost.
 
     No pick loses more than reading its expert would have cost at that price, and no expert more than its low copy
     costs; those that are `resident` lose nothing.

@@ -1,4 +1,4 @@
-"""What this machine does in a second, as far as running a model asks: values only, measured by `calibration`."""
+"""What this machine does in a second, as far as running a model asks: values only, measured by `measure`."""
 
 from bisect import bisect_right
 from collections.abc import Mapping

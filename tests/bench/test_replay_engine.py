@@ -32,6 +32,7 @@ def record(engine: Engine, trace: Path, n_prompt: int) -> tuple[Trace, dict[str,
     for token in TOKENS[n_prompt:]:
         engine.decode(token)
     after = engine.counters()
+    assert after.get("ahead") == after.get("pending"), "the name that the version before gave"
     engine.close()
     return read_trace(trace), {name: after[name] - before[name] for name in ("hits", "pending", "misses") if after}
 
