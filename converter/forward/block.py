@@ -1,7 +1,8 @@
 """A transformer block and the head in torch, from a model's matrices by their GGUF names: what calibration observes.
 
-Meanings are those of llama.cpp's `llama` graph, and of our native format where a layer lacks parts, means one expert by
-several rows of its router, or has constant experts. Everything is float32; tokens of one sequence are rows [n, n_embd].
+Meanings are those of llama.cpp's graph of the model's architecture, and of our native format where a layer lacks parts,
+means one expert by several rows of its router, or has constant experts. Everything is float32; tokens of one sequence
+are rows [n, n_embd].
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key
+from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ModelSpec
 
@@ -33,7 +35,9 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """A block's attention: norm, projections, and the angles' divisors [n_rot / 2] where the model has some."""
+    """A block's attention: norm, projections, and what not all models have: the angles' divisors [n_rot / 2], and norms
+    of queries and keys.
+    """
 
     norm: Tensor
     q: Linear
@@ -41,6 +45,8 @@ class Attention:
     v: Linear
     out: Linear
     rope_factors: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,11 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     factors = MatrixKey("rope_freqs.weight")
     q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
     divisors = read_tensor(source, factors, device) if factors in source.shapes else None
-    return Attention(read_tensor(source, block_key(layer, "attn_norm"), device), q, k, v, out, divisors)
+    norms = [
+        read_tensor(source, key, device) if key in source.shapes else None
+        for key in (block_key(layer, "attn_q_norm"), block_key(layer, "attn_k_norm"))
+    ]
+    return Attention(read_tensor(source, block_key(layer, "attn_norm"), device), q, k, v, out, divisors, *norms)
 
 
 def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router | None:
@@ -151,10 +161,18 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     x = rms_norm(h, block.norm, spec.rms_eps)
     cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
-    queries = rotate(q.view(n, spec.n_head, width), cos, sin)
-    keys = rotate(k.view(n, spec.n_head_kv, width), cos, sin)
+    queries = rotate(_heads(q, block.q_norm, spec), cos, sin, spec.architecture.rope)
+    keys = rotate(_heads(k, block.k_norm, spec), cos, sin, spec.architecture.rope)
     mixed, received = _mix(queries, keys, v.view(n, spec.n_head_kv, width), spec.attention_scale)
     return AttentionPass(x, mixed, block.out(mixed), received, q, k, v)
+
+
+def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
+    """Rows [n, n_head * n_embd_head] as heads [n, n_head, n_embd_head], normalised where there is a `norm`."""
+    if norm is not None and spec.architecture.qk_norm == "row":
+        rows = rms_norm(rows, norm, spec.rms_eps)
+    heads = rows.view(len(rows), -1, spec.n_embd_head)
+    return rms_norm(heads, norm, spec.rms_eps) if norm is not None and spec.architecture.qk_norm == "head" else heads
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -172,12 +190,19 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]
     return torch.cat(mixed, -1), received
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of heads [n, n_head, n_embd_head]; values beyond the angles stay."""
-    n_rot = 2 * cos.shape[-1]
-    even, odd = heads[..., 0:n_rot:2], heads[..., 1:n_rot:2]
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, kind: RopeType = RopeType.NORM) -> Tensor:
+    """Rotates the pairs of heads [n, n_head, n_embd_head]: (2i, 2i + 1), or (i, i + half) as NEOX has it.
+
+    Values beyond the angles stay.
+    """
+    half = cos.shape[-1]
+    n_rot = 2 * half
+    is_split = kind is RopeType.NEOX
+    first, second = (slice(0, half), slice(half, n_rot)) if is_split else (slice(0, n_rot, 2), slice(1, n_rot, 2))
+    even, odd = heads[..., first], heads[..., second]
     cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
+    rotated = torch.cat(turned, -1) if is_split else torch.stack(turned, -1).flatten(-2)
     return torch.cat((rotated, heads[..., n_rot:]), -1)
 
 
@@ -208,8 +233,9 @@ def route(router: Tensor, spec: ModelSpec, x: Tensor) -> Routing:
     logits = x @ router.T
     probabilities = logits.softmax(-1)
     chosen, picks = probabilities.topk(spec.n_expert_used, -1)
-    shares = chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SHARE_SUM) * spec.expert_weights_scale
-    return Routing(logits, probabilities, picks, shares)
+    if spec.architecture.router.renormalise:
+        chosen = chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SHARE_SUM)
+    return Routing(logits, probabilities, picks, chosen * spec.expert_weights_scale)
 
 
 _LOGITS_AT_ONCE = 1 << 23

@@ -18,6 +18,7 @@ from slimoe.offload.model.native_layout import LayerHints, NativeLayer
 from slimoe.offload.model.spec import LayerShape
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_ATTENTION_NORMS = ("attn_q_norm", "attn_k_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,9 @@ class LayerMatrices:
                 yield self._whole(role, kind=self.plan.types[role])
                 if block_key(self.plan.block, role, "bias") in self.source.shapes:
                     yield self._whole(role, "bias")
+            for role in _ATTENTION_NORMS:
+                if block_key(self.plan.block, role) in self.source.shapes:
+                    yield self._whole(role)
         if not self.plan.rows:
             return
         yield self._whole("ffn_norm")
