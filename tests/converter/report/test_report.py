@@ -53,7 +53,7 @@ def small_plan(source: ModelSource) -> CompressPlan:
     first, second = plan.layers[:2]
     low = replace(first.experts[0], types=(Type.F16,) * 3, low_types=(Type.Q4_0,) * 3)
     changes: dict[str, Any] = {"experts": second.experts[:3], "rows": (0, 2, 3, 5), "target": (0, 1, 2, -1)}
-    changes["novices"] = np.zeros((1, source.spec.n_embd), np.float32)
+    changes["constants"] = np.zeros((1, source.spec.n_embd), np.float32)
     layers = {0: replace(first, experts=(low, *first.experts[1:])), 1: replace(second, **changes)}
     return replace(with_layers(plan, layers), expected_kl=0.0625)
 
