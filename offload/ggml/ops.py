@@ -36,6 +36,8 @@ _BASE = open_library("ggml-base")
 _NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
 PREC_F32 = 10
 SORT_DESCENDING = 1
+BATCH_QUERIES = 64
+"""From so many queries on ggml's attention takes its kernel for batches, which is faster and rounds differently."""
 
 
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

@@ -8,9 +8,6 @@ from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
 from slimoe.offload.graph.weights import LayerWeights
 from slimoe.offload.model.spec import ModelSpec
 
-_BATCH_QUERIES = 64
-"""From so many queries on ggml's attention takes its kernel for batches, which rounds differently."""
-
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
@@ -23,7 +20,7 @@ class StepShape:
     @property
     def n_queries(self) -> int:
         """Tokens, counted from the last, whose queries the last layer computes."""
-        return min(self.n_tokens, max(self.n_out, _BATCH_QUERIES))
+        return min(self.n_tokens, max(self.n_out, ggml.BATCH_QUERIES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.cache.disk_reader import PAGE
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
+from slimoe.offload.ggml.ops import BATCH_QUERIES
 from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.machine.kernel_bench import MIN_BYTES, AttentionShape, Clock, KernelBench
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import (
-    BATCH_QUERIES,
     LinkSpeed,
     MachineSpeed,
     MatrixKernel,

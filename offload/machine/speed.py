@@ -8,8 +8,7 @@ from typing import Annotated
 import msgspec
 from gguf import GGMLQuantizationType
 
-BATCH_QUERIES = 64
-"""From so many queries on ggml's attention takes its kernel for batches, which is several times as fast."""
+from slimoe.offload.ggml.ops import BATCH_QUERIES
 
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 

@@ -10,6 +10,7 @@ from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.speed import MachineSpeed
+from slimoe.offload.plan import machine
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.server.cli import run
@@ -24,8 +25,9 @@ PLAN = ["plan", "--batch", "64", "--no-measure"]
 
 @pytest.fixture(autouse=True)
 def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this machine, at the start of each test."""
+    """Of this machine, at the start of each test; what the tests' own process holds grows meanwhile, and stays out."""
     monkeypatch.setenv("SLIMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 0)
 
 
 def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str]) -> None:
