@@ -43,7 +43,7 @@ class FaultBenchError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class AttackOptions:
-    """How much of everything; a `case` is the only one."""
+    """How much of each attack is carried out. With a `case`, only that one of the bodies or files is tried."""
 
     seed: int
     n_bodies: int
@@ -61,8 +61,14 @@ class AttackOptions:
 
 
 def carry_out(name: str, options: AttackOptions) -> Outcome:
-    """One of the attacks; raises SlimoeError where it could not even begin."""
+    """Carries out one of ATTACKS; raises SlimoeError where it could not even begin."""
     first = 0 if options.case is None else options.case
+
+    budget = BudgetPlan(options.budget_seconds, model=options.model)
+    endurance = SoakPlan(options.seed, options.soak_seconds, n_kills=options.n_kills)
+    if options.is_smoke:
+        budget = BudgetPlan(1, Greed(1 << 16, 1 << 16, 2, 1000, 1, 2), budget_mib=_SMOKE_MIB)
+        endurance = SoakPlan(options.seed, 1, 4, 2, n_kills=1, shape=SHAPES["smoke"], budget_mib=_SMOKE_MIB)
 
     def count(number: int) -> int:
         return number if options.case is None else 1
@@ -70,8 +76,8 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     attacks: dict[str, Callable[[], Outcome]] = {
         "bodies": lambda: attack_bodies(BodyPlan(options.seed, count(options.n_bodies), first, options.model)),
         "templates": lambda: attack_templates(options.n_bombs),
-        "budget": lambda: attack_budget(_budget_plan(options)),
-        "soak": lambda: soak(_soak_plan(options)),
+        "budget": lambda: attack_budget(budget),
+        "soak": lambda: soak(endurance),
         "faults": lambda: attack_system(options.seed),
         "files": lambda: attack_files(
             FilePlan(
@@ -88,20 +94,8 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     return attacks[name]()
 
 
-def _budget_plan(options: AttackOptions) -> BudgetPlan:
-    if options.is_smoke:
-        return BudgetPlan(1, Greed(1 << 16, 1 << 16, 2, 1000, 1, 2), budget_mib=_SMOKE_MIB)
-    return BudgetPlan(options.budget_seconds, model=options.model)
-
-
-def _soak_plan(options: AttackOptions) -> SoakPlan:
-    if options.is_smoke:
-        return SoakPlan(options.seed, 1, 4, 2, n_kills=1, shape=SHAPES["smoke"], budget_mib=_SMOKE_MIB)
-    return SoakPlan(options.seed, options.soak_seconds, n_kills=options.n_kills)
-
-
 class Names(click.ParamType[tuple[str, ...]]):
-    """Some of the names that there are, with commas between."""
+    """Some of `known` names, separated by commas."""
 
     name = "names"
 

@@ -33,7 +33,7 @@ class BodyPlan:
 
 @dataclass(slots=True)
 class Tally:
-    """What has come back until now."""
+    """How often each status has come back until now, what was wrong, and the seconds of the slowest answer."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -49,7 +49,7 @@ def attack_bodies(plan: BodyPlan) -> Outcome:
         with watched_memory(server.process.pid) as memory, watched_health(server.url) as health:
             asyncio.run(_send_all(plan, server, tally))
         seconds = time.perf_counter() - begin
-        tally.findings += _afterwards(server, expected)
+        tally.findings += server.log_findings() + server.aftermath(expected)
         log_bytes = len(server.log())
     if memory.peak - memory.before > GROWTH_BYTES or memory.after - memory.before > LEFT_BYTES:
         tally.findings.append(Finding("memory grows", "memory", str(memory.figures())))
@@ -66,18 +66,6 @@ def attack_bodies(plan: BodyPlan) -> Outcome:
     return Outcome(figures, tally.findings)
 
 
-def _afterwards(server: Victim, expected: str) -> list[Finding]:
-    findings = server.log_findings()
-    try:
-        if server.greedy() != expected:
-            findings.append(Finding("another answer than before the attack", "after"))
-    except (OSError, ValueError) as error:
-        findings.append(Finding("no answer after the attack", "after", str(error)))
-    if server.process.poll() is not None:
-        findings.append(Finding("the server ended", "after", str(server.process.returncode)))
-    return findings
-
-
 async def _send_all(plan: BodyPlan, server: Victim, tally: Tally) -> None:
     cases = iter(range(plan.first, plan.first + plan.n_cases))
 
@@ -92,7 +80,10 @@ async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
     request = hostile_request(seed, case)
     begin = time.perf_counter()
     try:
-        data, is_cut = await _answered(server, request)
+        try:
+            data, is_cut = await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+        except TimeoutError:  # once more: on a busy machine this process waits for itself
+            data, is_cut = await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
     except TimeoutError:
         tally.findings.append(Finding(f"no whole answer in {HANG_SECONDS:g} s", str(case), _shown(request)))
         return
@@ -105,18 +96,12 @@ async def _try(server: Victim, seed: int, case: int, tally: Tally) -> None:
     for status, fault in _evaluate(request, data, is_cut):
         tally.statuses[status] += 1
         if fault is not None:
-            tally.findings.append(Finding(_kind(fault), str(case), f"{fault} to {_shown(request)}"))
-
-
-async def _answered(server: Victim, request: HostileRequest) -> tuple[bytes, bool]:
-    """What `exchange` gives, at the second try if need be: on a busy machine this process waits for itself."""
-    with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
-    return await asyncio.wait_for(exchange(server.place, request), HANG_SECONDS)
+            kind = fault[:60] if fault.startswith("status 5") else fault.split(":")[0].split("(")[0].strip()
+            tally.findings.append(Finding(kind, str(case), f"{fault} to {_shown(request)}"))
 
 
 def _evaluate(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[str, str | None]]:
-    """Statuses and what is wrong with each."""
+    """The status of each reply, or a word where there is none, and what is wrong with it, None for nothing."""
     if request.is_abandoned:
         return [("abandoned", None)]
     try:
@@ -133,7 +118,7 @@ def _evaluate(request: HostileRequest, data: bytes, is_cut: bool) -> list[tuple[
 
 
 async def exchange(place: tuple[str, int], request: HostileRequest) -> tuple[bytes, bool]:
-    """What a server answers until it closes the connection, and whether it did so by resetting it."""
+    """Sends a request. Returns what the server answers until it closes the connection, and whether it was reset."""
     reader, writer = await asyncio.open_connection(*place, limit=1 << 20)
     data = bytearray()
     is_cut = False
@@ -149,11 +134,12 @@ async def exchange(place: tuple[str, int], request: HostileRequest) -> tuple[byt
             writer.transport.abort()
             return bytes(data), True
         if not request.is_whole:
-            await _linger(reader, data)
+            # An answer may come before the client shows that nothing more will follow.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_read_on(reader, data), _LINGER_SECONDS)
             with contextlib.suppress(OSError, RuntimeError):
                 writer.write_eof()
-        while piece := await reader.read(1 << 16):
-            data += piece
+        await _read_on(reader, data)
     except ConnectionError:
         is_cut = True
     finally:
@@ -161,16 +147,10 @@ async def exchange(place: tuple[str, int], request: HostileRequest) -> tuple[byt
     return bytes(data), is_cut
 
 
-async def _linger(reader: asyncio.StreamReader, data: bytearray) -> None:
-    """Waits a moment for an answer before the client shows that nothing more will come."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER_SECONDS):
-            while piece := await reader.read(1 << 16):
-                data += piece
-
-
-def _kind(fault: str) -> str:
-    return fault[:60] if fault.startswith("status 5") else fault.split(":")[0].split("(")[0].strip()
+async def _read_on(reader: asyncio.StreamReader, data: bytearray) -> None:
+    """Appends to `data` whatever comes until the server closes the connection."""
+    while piece := await reader.read(1 << 16):
+        data += piece
 
 
 def _shown(request: HostileRequest) -> str:

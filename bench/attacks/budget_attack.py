@@ -1,6 +1,7 @@
 """Serves in a control group of the budget's size while greedy clients take what they can get."""
 
 import asyncio
+import contextlib
 import os
 import re
 import threading
@@ -17,7 +18,7 @@ from bench.attacks.greedy_clients import Answers, Greed, greedy_clients
 from bench.limits.cgroup import MemoryGroup, NoControlGroupError, memory_group
 from bench.limits.finding import Finding, Outcome
 from bench.limits.least_budget import LeastBudget, least_budget
-from bench.limits.victim import Victim, victim, watched_health, watched_memory
+from bench.limits.victim import Victim, meanwhile, victim, watched_health, watched_memory
 
 HEALTH_MS, WORST_HEALTH_MS = 100.0, 1000.0
 _FLAGS = ("--ctx", "256", "--parallel", "2", "--threads", "1")
@@ -26,7 +27,7 @@ _RESTARTS = re.compile(r"^slimoe_engine_restarts (\S+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
-    """So many seconds of `greed`, in a server of the demo or another model; without a budget it is the least."""
+    """Seconds of `greed` in a server of a model, the demo if None, with `budget_mib` or the least that starts."""
 
     seconds: float
     greed: Greed = field(default_factory=Greed)
@@ -36,11 +37,16 @@ class BudgetPlan:
 
 @dataclass(slots=True)
 class Ordinary:
-    """How a client fared that asks one plain question after the other."""
+    """How a client fared that asks one plain question after the other: right answers, requests to wait, and faults."""
 
     n_right: int = 0
     n_told_to_wait: int = 0
     faults: list[str] = field(default_factory=list)
+
+    def findings(self) -> list[Finding]:
+        """What the client was told wrongly, or that it was told nothing."""
+        found = [Finding(f"an ordinary client: {fault.partition(':')[0]}", "ordinary", fault) for fault in self.faults]
+        return found if self.n_right else [*found, Finding("an ordinary client gets no answer", "ordinary")]
 
 
 def attack_budget(plan: BudgetPlan) -> Outcome:
@@ -51,14 +57,26 @@ def attack_budget(plan: BudgetPlan) -> Outcome:
         findings.append(Finding("the advised --ram does not start", "advice", str(budget.tried)))
     ordinary, answers = Ordinary(), Answers()
     with ExitStack() as stack:
-        group = _group(stack, budget.mib << 20)
+        group: MemoryGroup | None = None
+        with contextlib.suppress(NoControlGroupError):
+            group = stack.enter_context(memory_group(budget.mib << 20))
         wrap = list if group is None else group.entering
         server = stack.enter_context(victim(plan.model, "--ram", f"{budget.mib}MiB", *_FLAGS, wrap=wrap))
         expected = server.greedy()
         memory = stack.enter_context(watched_memory(server.process.pid))
         with watched_health(server.url) as health, ThreadPoolExecutor(1, initializer=_give_way) as attackers:
             attackers.submit(asyncio.run, _attack(plan, server, expected, answers, ordinary)).result()
-        findings += _afterwards(server, expected, ordinary)
+        findings += server.log_findings() + ordinary.findings()
+        if server.process.poll() is None:
+            time.sleep(1)
+            try:
+                with urllib.request.urlopen(server.url + "/metrics", timeout=10) as response:
+                    restarts = _RESTARTS.search(response.read().decode())
+                if restarts is not None and float(restarts[1]):
+                    findings.append(Finding("the engine was started again", "after", restarts[1]))
+            except OSError as error:
+                findings.append(Finding("no metrics after the attack", "after", str(error)))
+        findings += server.aftermath(expected)
         usage = None if group is None else group.usage()
         memory_now = memory.peak
     findings += health.findings(HEALTH_MS, WORST_HEALTH_MS)
@@ -81,27 +99,8 @@ def _give_way() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
-def _group(stack: ExitStack, limit_bytes: int) -> MemoryGroup | None:
-    try:
-        return stack.enter_context(memory_group(limit_bytes))
-    except NoControlGroupError:
-        return None
-
-
 async def _attack(plan: BudgetPlan, server: Victim, expected: str, answers: Answers, ordinary: Ordinary) -> None:
-    ended = threading.Event()
-    asking = asyncio.create_task(asyncio.to_thread(_ask, server, expected, ended, ordinary))
-    clients = [asyncio.create_task(one) for one in greedy_clients(server.place, plan.greed, answers)]
-    await asyncio.sleep(plan.seconds)
-    for task in clients:
-        task.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
-    ended.set()
-    await asking
-
-
-def _ask(server: Victim, expected: str, ended: threading.Event, ordinary: Ordinary) -> None:
-    while not ended.wait(0.1):
+    def ask() -> None:
         try:
             if server.greedy() == expected:
                 ordinary.n_right += 1
@@ -115,24 +114,9 @@ def _ask(server: Victim, expected: str, ended: threading.Event, ordinary: Ordina
         except (OSError, ValueError) as error:
             ordinary.faults.append(f"{type(error).__name__}: {error}")
 
-
-def _afterwards(server: Victim, expected: str, ordinary: Ordinary) -> list[Finding]:
-    findings = server.log_findings()
-    findings += [
-        Finding(f"an ordinary client: {fault.partition(':')[0]}", "ordinary", fault) for fault in ordinary.faults
-    ]
-    if not ordinary.n_right:
-        findings.append(Finding("an ordinary client gets no answer", "ordinary"))
-    if server.process.poll() is not None:
-        return [*findings, Finding("the server ended", "after", str(server.process.returncode))]
-    time.sleep(1)
-    try:
-        with urllib.request.urlopen(server.url + "/metrics", timeout=10) as response:
-            restarts = _RESTARTS.search(response.read().decode())
-        if restarts is not None and float(restarts[1]):
-            findings.append(Finding("the engine was started again", "after", restarts[1]))
-        if server.greedy() != expected:
-            findings.append(Finding("another answer than before the attack", "after"))
-    except (OSError, ValueError) as error:
-        findings.append(Finding("no answer after the attack", "after", str(error)))
-    return findings
+    with meanwhile(ask, 0.1):
+        clients = [asyncio.create_task(one) for one in greedy_clients(server.place, plan.greed, answers)]
+        await asyncio.sleep(plan.seconds)
+        for task in clients:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,22 +49,29 @@ def attack_files(plan: FilePlan) -> Outcome:
     environment |= {"XDG_CACHE_HOME": str(root / "cache")}
     _run([sys.executable, "-m", "bench.attacks.specimens", str(root), *plan.kinds], environment, "")
     job = ReadingJob(str(root), plan.seed, plan.first, plan.n_cases, plan.n_jobs, plan.keeps)
-    if plan.tries_specimens:
-        _try_specimens(replace(job, first=0, sound=True), environment)
+    if plan.tries_specimens:  # where a sound file is refused, what is said of its mutants would mean nothing
+        n_specimens = len(json.loads((root / "specimens.json").read_text()))
+        sound = _read(replace(job, first=0, n_cases=n_specimens, sound=True), environment)
+        refused = next((one for one in sound if one.status != 0), None)
+        if refused is not None:
+            said = refused.fault or refused.text[-500:]
+            raise ReaderError(f"The sound {refused.target} is refused by slimoe {refused.command}: {said}")
     begin = time.perf_counter()
     readings = _read(job, environment)
     if not plan.keeps:
-        subprocess.run(["rm", "-rf", str(root)], check=True)
-    return _outcome(plan, readings, time.perf_counter() - begin)
-
-
-def _try_specimens(job: ReadingJob, environment: dict[str, str]) -> None:
-    """Raises ReaderError where a sound file is refused: what is said of its mutants would mean nothing."""
-    n_specimens = len(json.loads((Path(job.root) / "specimens.json").read_text()))
-    refused = next((one for one in _read(replace(job, n_cases=n_specimens), environment) if one.status != 0), None)
-    if refused is not None:
-        said = refused.fault or refused.text[-500:]
-        raise ReaderError(f"The sound {refused.target} is refused by slimoe {refused.command}: {said}")
+        shutil.rmtree(root)
+    seconds = time.perf_counter() - begin
+    ended: dict[str, Counter[str]] = {kind: Counter() for kind in plan.kinds}
+    for reading in readings:
+        ended[reading.kind]["signal" if reading.status is None else str(reading.status)] += 1
+    figures: dict[str, Any] = {
+        "n_cases": len(readings),
+        "seconds": round(seconds, 1),
+        "ended": {kind: dict(sorted(counter.items())) for kind, counter in ended.items()},
+        "slowest_s": max((reading.seconds for reading in readings), default=0),
+        "most_growth_mib": round(max((reading.growth for reading in readings), default=0) / 2**20, 1),
+    }
+    return Outcome(figures, [finding for reading in readings for finding in evaluated(reading)])
 
 
 def _read(job: ReadingJob, environment: dict[str, str]) -> list[Reading]:
@@ -78,23 +86,8 @@ def _run(command: list[str], environment: dict[str, str], text: str) -> str:
     return done.stdout
 
 
-def _outcome(plan: FilePlan, readings: list[Reading], seconds: float) -> Outcome:
-    findings = [finding for reading in readings for finding in evaluated(reading)]
-    ended: dict[str, Counter[str]] = {kind: Counter() for kind in plan.kinds}
-    for reading in readings:
-        ended[reading.kind]["signal" if reading.status is None else str(reading.status)] += 1
-    figures: dict[str, Any] = {
-        "n_cases": len(readings),
-        "seconds": round(seconds, 1),
-        "ended": {kind: dict(sorted(counter.items())) for kind, counter in ended.items()},
-        "slowest_s": max((reading.seconds for reading in readings), default=0),
-        "most_growth_mib": round(max((reading.growth for reading in readings), default=0) / 2**20, 1),
-    }
-    return Outcome(figures, findings)
-
-
 def evaluated(reading: Reading) -> list[Finding]:
-    """What a reading shows that should not be."""
+    """The promises that a reading shows broken: a hang, a crash, a traceback, a refusal without a clear line."""
     case, found = str(reading.case), []
     last = next((line for line in reversed(reading.text.splitlines()) if line.strip()), "")
     detail = f"{reading.target}: slimoe {reading.command}: {last[:200]}"

@@ -2,8 +2,8 @@
 
 import random
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.attacks.hostile_values import TEXTS
@@ -13,26 +13,8 @@ _STRING, _ARRAY = 8, 9
 _RANGES = {"B": (0, 2**8), "b": (-(2**7), 2**7), "H": (0, 2**16), "h": (-(2**15), 2**15), "I": (0, 2**32)}
 _RANGES |= {"i": (-(2**31), 2**31), "Q": (0, 2**64), "q": (-(2**63), 2**63)}
 _INTEGERS = (
-    0,
-    1,
-    2,
-    3,
-    5,
-    7,
-    64,
-    255,
-    256,
-    4097,
-    65535,
-    2**24,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63,
-    2**64 - 1,
-    -1,
-    -2,
+    *(0, 1, 2, 3, 5, 7, 64, 255, 256, 4097, 65535, 2**24),
+    *(2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1, -1, -2),
 )
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-30, 1e30, 3e38, float("nan"), float("inf"), float("-inf"))
 
@@ -49,7 +31,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor's entry."""
+    """A tensor's entry: its name, sizes in ggml's order, the number of its type, and where its data begin."""
 
     name: bytes
     ne: tuple[int, ...]
@@ -64,6 +46,11 @@ class Header:
     keys: list[Key]
     tensors: list[Tensor]
     n_bytes: int = 0
+
+    @property
+    def alignment(self) -> Any:
+        """What the data's offsets are multiples of, by the file's own word, which may be nonsense."""
+        return next((key.value for key in self.keys if key.name == b"general.alignment"), 32)
 
 
 class _Reader:
@@ -106,7 +93,7 @@ def read_header(data: bytes) -> Header:
 
 
 def pack_header(header: Header) -> bytes:
-    """Its bytes, without padding."""
+    """A header's bytes in version 3 of the format, without padding."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(header.tensors), len(header.keys))]
     for key in header.keys:
         parts += [_text(key.name), struct.pack("<I", key.kind)]
@@ -121,20 +108,28 @@ def pack_header(header: Header) -> bytes:
     return b"".join(parts)
 
 
+def rewritten(data: bytes, change: Callable[[Header], None]) -> bytes:
+    """A sound file with its header changed in place by `change`, and its data behind that as before."""
+    header = read_header(data)
+    payload = data[-(-header.n_bytes // header.alignment) * header.alignment :]
+    change(header)
+    packed, alignment = pack_header(header), header.alignment
+    if isinstance(alignment, int) and 0 < alignment <= 65536:
+        packed = packed.ljust(-(-len(packed) // alignment) * alignment, b"\0")
+    return packed + payload
+
+
 def gguf_mutant(rng: random.Random, data: bytes) -> bytes:
     """The file with one to three keys or tensors that say something else, its data behind it as before."""
-    header = read_header(data)
-    alignment = next((key.value for key in header.keys if key.name == b"general.alignment"), 32)
-    payload = data[-(-header.n_bytes // alignment) * alignment :]
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if header.tensors and rng.random() < 0.3:
-            _worse_tensor(rng, header.tensors)
-        elif header.keys:
-            _worse_key(rng, header.keys)
-    packed = pack_header(header)
-    alignment = next((key.value for key in header.keys if key.name == b"general.alignment"), 32)
-    sound = isinstance(alignment, int) and 0 < alignment <= 65536
-    return packed.ljust(-(-len(packed) // alignment) * alignment, b"\0") + payload if sound else packed + payload
+
+    def worsen(header: Header) -> None:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            if header.tensors and rng.random() < 0.3:
+                _worse_tensor(rng, header.tensors)
+            elif header.keys:
+                _worse_key(rng, header.keys)
+
+    return rewritten(data, worsen)
 
 
 def _worse_key(rng: random.Random, keys: list[Key]) -> None:
@@ -149,29 +144,20 @@ def _worse_key(rng: random.Random, keys: list[Key]) -> None:
     elif kind == 1:
         keys.append(key)
     elif kind == 2:
-        keys[at] = Key(
-            rng.choice((key.name + b"x", b"", b"general.alignment", b"\xff", key.name.upper())), *_parts(key)
-        )
+        name = rng.choice((key.name + b"x", b"", b"general.alignment", b"\xff", key.name.upper()))
+        keys[at] = replace(key, name=name)
     elif kind == 3:
-        other = rng.choice(keys)
-        keys[at] = Key(key.name, *_parts(other))
-    elif kind == 4 or key.kind != _ARRAY:
-        keys[at] = Key(key.name, *_any_value(rng, key))
+        keys[at] = replace(rng.choice(keys), name=key.name)
+    elif kind == 4 or key.kind != _ARRAY:  # another value, of the same type as often as of another
+        other = key.kind if rng.random() < 0.6 else rng.choice((0, 4, 5, 6, 7, 8, 9, 10, 11, 12))
+        if other == _ARRAY:
+            item = rng.choice((4, 5, 6, 7, _STRING))
+            values = [_any_scalar(rng, item) for _ in range(rng.choice((0, 1, 2, 384, 3000)))]
+            keys[at] = Key(key.name, other, item, values)
+        else:
+            keys[at] = Key(key.name, other, 0, _any_scalar(rng, other))
     else:
-        keys[at] = Key(key.name, key.kind, key.item, _worse_list(rng, key.item, key.value))
-
-
-def _parts(key: Key) -> tuple[int, int, Any]:
-    return key.kind, key.item, key.value
-
-
-def _any_value(rng: random.Random, key: Key) -> tuple[int, int, Any]:
-    """Of the same type as often as of another."""
-    kind = key.kind if rng.random() < 0.6 else rng.choice((0, 4, 5, 6, 7, 8, 9, 10, 11, 12))
-    if kind == _ARRAY:
-        item = rng.choice((4, 5, 6, 7, _STRING))
-        return kind, item, [_any_scalar(rng, item) for _ in range(rng.choice((0, 1, 2, 384, 3000)))]
-    return kind, 0, _any_scalar(rng, kind)
+        keys[at] = replace(key, value=_worse_list(rng, key.item, key.value))
 
 
 def _worse_list(rng: random.Random, item: int, values: Sequence[Any]) -> list[Any]:
@@ -207,19 +193,18 @@ def _worse_tensor(rng: random.Random, tensors: list[Tensor]) -> None:
         tensors.append(tensor)
     elif kind == 2:
         name = rng.choice((tensor.name + b"x", b"", b"\xff", tensors[rng.randrange(len(tensors))].name, b"a" * 70_000))
-        tensors[at] = Tensor(name, tensor.ne, tensor.type, tensor.offset)
+        tensors[at] = replace(tensor, name=name)
     elif kind == 3:
         sizes = list(tensor.ne)
         sizes[rng.randrange(len(sizes))] = abs(rng.choice(_INTEGERS))
-        tensors[at] = Tensor(tensor.name, tuple(sizes), tensor.type, tensor.offset)
+        tensors[at] = replace(tensor, ne=tuple(sizes))
     elif kind == 4:
-        ne = rng.choice((tensor.ne[::-1], tensor.ne[:-1] or (1,), (*tensor.ne, 1), tensor.ne * 3))
-        tensors[at] = Tensor(tensor.name, ne, tensor.type, tensor.offset)
+        shapes = (tensor.ne[::-1], tensor.ne[:-1] or (1,), (*tensor.ne, 1), tensor.ne * 3)
+        tensors[at] = replace(tensor, ne=rng.choice(shapes))
     elif kind == 5:
-        tensors[at] = Tensor(tensor.name, tensor.ne, rng.choice((*range(42), 99, 2**32 - 1)), tensor.offset)
+        tensors[at] = replace(tensor, type=rng.choice((*range(42), 99, 2**32 - 1)))
     else:
-        offset = rng.choice((0, 1, 32, tensor.offset + 32, 2**40, 2**63, 2**64 - 32))
-        tensors[at] = Tensor(tensor.name, tensor.ne, tensor.type, offset)
+        tensors[at] = replace(tensor, offset=rng.choice((0, 1, 32, tensor.offset + 32, 2**40, 2**63, 2**64 - 32)))
 
 
 def _text(text: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Clients that take more than their share: of memory, of connections, of the server's patience."""
+"""Clients that take more than is fair of a server's memory, connections and patience."""
 
 import asyncio
 import contextlib
@@ -16,12 +16,13 @@ from bench.attacks.http_reply import BadReplyError, split_replies
 _MIB = 1 << 20
 _REPLY_SECONDS = 120.0
 _PAUSE = 0.2
+_ESTABLISHED = 1  # the kernel's TCP_ESTABLISHED
 Place = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Greed:
-    """How much of everything: prompts of so many bytes, so many half-sent bodies, entries of a map."""
+    """The sizes of prompts and texts in bytes, and how many of each kind of client there are."""
 
     prompt_bytes: int = 60 * _MIB
     text_bytes: int = 20 * _MIB
@@ -38,12 +39,12 @@ class Answers:
     statuses: dict[str, Counter[int]] = field(default_factory=dict)
 
     def note(self, name: str, status: int) -> None:
-        """Counts one."""
+        """Counts one answer to the kind of client named."""
         self.statuses.setdefault(name, Counter())[status] += 1
 
 
 def greedy_clients(place: Place, greed: Greed, answers: Answers) -> Iterator[Coroutine[None, None, None]]:
-    """All of them, at once; each begins anew until it is cancelled."""
+    """Yields all clients, to run at once; each begins anew until it is cancelled."""
     for name, request in _large_requests(greed).items():
         yield _again(answers, name, place, request)
     prompt = plain("/v1/completions", json.dumps({"prompt": "a b " * 50_000, "max_tokens": 1}).encode())
@@ -103,30 +104,17 @@ async def status_of(place: Place, request: bytes) -> int:
 
 
 async def _held(answers: Answers, name: str, place: Place, data: bytes) -> None:
-    """Sends and then neither reads nor goes, until the server closes the connection."""
+    """Again and again sends and then neither reads nor goes, until the server closes the connection."""
+    loop = asyncio.get_running_loop()
     while True:
-        with contextlib.suppress(OSError):
-            await _hold(place, data)
+        with contextlib.suppress(OSError), socket.socket() as connection:
+            connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await loop.sock_connect(connection, place)
+            await loop.sock_sendall(connection, data)
+            # Nothing is read, so that only the kernel knows whether the server has reset or ended the connection.
+            while connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED:
+                await asyncio.sleep(_PAUSE)
         answers.note(name, 0)
         await asyncio.sleep(_PAUSE)
-
-
-async def _hold(place: Place, data: bytes) -> None:
-    loop = asyncio.get_running_loop()
-    connection = socket.socket()
-    connection.setblocking(False)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    try:
-        await loop.sock_connect(connection, place)
-        await loop.sock_sendall(connection, data)
-        while _is_open(connection):
-            await asyncio.sleep(_PAUSE)
-    finally:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
-
-
-def _is_open(connection: socket.socket) -> bool:
-    """Whether the server has not reset or ended the connection; nothing is read from it."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    return info[0] == 1  # TCP_ESTABLISHED

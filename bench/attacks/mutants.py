@@ -9,6 +9,7 @@ import random
 import struct
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bench.attacks.gguf_mutants import gguf_mutant
@@ -20,29 +21,14 @@ _LENGTHS = (0, 1, 2, 255, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**6
 
 def mutant(kind: str, name: str, data: bytes, rng: random.Random) -> bytes:
     """The bytes of a sound file of that kind and name, made worse."""
-    structured = _structured(kind, name)
+    is_safetensors = kind in ("safetensors", "statistics")
     if rng.random() < 0.5:
-        return damaged(rng, data, _header_bytes(kind, name, data))
-    return structured(rng, data)
-
-
-def _structured(kind: str, name: str) -> Mutation:
-    if name.endswith(".json"):
-        return json_mutant
-    if name.endswith(".toml"):
-        return toml_mutant
-    if name.endswith(".model"):
-        return protobuf_mutant
-    if name.endswith(".dat"):
-        return damaged
-    return safetensors_mutant if kind in ("safetensors", "statistics") else gguf_mutant
-
-
-def _header_bytes(kind: str, name: str, data: bytes) -> int:
-    """Where damage is most likely to be seen: the part before numbers that nobody checks."""
-    if kind in ("safetensors", "statistics") and not name.endswith(".json"):
-        return 8 + int.from_bytes(data[:8], "little")
-    return min(len(data), 16384) if kind in ("gguf", "native", "imatrix") else len(data)
+        # Damage is most likely to be seen in the part before numbers that nobody checks.
+        n_header = min(len(data), 16384) if kind in ("gguf", "native", "imatrix") else len(data)
+        if is_safetensors and not name.endswith(".json"):
+            n_header = 8 + int.from_bytes(data[:8], "little")
+        return damaged(rng, data, n_header)
+    return _BY_SUFFIX.get(Path(name).suffix, safetensors_mutant if is_safetensors else gguf_mutant)(rng, data)
 
 
 def damaged(rng: random.Random, data: bytes, n_header: int = 0) -> bytes:
@@ -74,7 +60,8 @@ def json_mutant(rng: random.Random, data: bytes) -> bytes:
     document = json.loads(data)
     kind = rng.randrange(12)
     if kind == 0:
-        return _nested_text(rng)
+        depth = rng.choice((500, 5000, 200_000))
+        return rng.choice((b"[" * depth, b'{"a":' * depth, b"[" * depth + b"]" * depth, b'{"model":' + b"[" * depth))
     if kind == 1 and document and isinstance(document, dict):
         key = rng.choice(list(document))
         return data.replace(b"{", b"{%b: %b, " % (json.dumps(key).encode(), json.dumps(value(rng)).encode()), 1)
@@ -87,18 +74,20 @@ def json_mutant(rng: random.Random, data: bytes) -> bytes:
 
 
 def toml_mutant(rng: random.Random, data: bytes) -> bytes:
-    """The same for TOML."""
+    """A TOML document with another value somewhere, without one, or nested out of bounds."""
     document = tomllib.loads(data.decode())
     if rng.randrange(12) == 0:
         return b"a = " + b"[" * rng.choice((400, 900, 100_000))
     for _ in range(rng.choice((1, 1, 2))):
         document = _worse(rng, document)
-    return _toml(document if isinstance(document, dict) else {"value": document}).encode("utf-8", "replace")
-
-
-def _nested_text(rng: random.Random) -> bytes:
-    depth = rng.choice((500, 5000, 200_000))
-    return rng.choice((b"[" * depth, b'{"a":' * depth, b"[" * depth + b"]" * depth, b'{"model":' + b"[" * depth))
+    if not isinstance(document, dict):
+        document = {"value": document}
+    tables = {name: inner for name, inner in document.items() if isinstance(inner, dict)}
+    lines = [f"{json.dumps(name)} = {_toml_value(inner)}" for name, inner in document.items() if name not in tables]
+    for name, table in tables.items():
+        lines.append(f"[{json.dumps(name)}]")
+        lines += [f"{json.dumps(key)} = {_toml_value(inner)}" for key, inner in table.items()]
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
 def _worse(rng: random.Random, document: Any) -> Any:
@@ -114,7 +103,10 @@ def _worse(rng: random.Random, document: Any) -> Any:
     if kind == 1:
         return changed(document, path, nested(rng, rng.choice((3, 40, 150))))
     if kind == 2 and len(path) and isinstance(path[-1], str):
-        return changed(without(document, path), path[:-1], _renamed(document, path, rng))
+        parent = dict(_at(document, path[:-1]))
+        inner = parent.pop(path[-1])
+        parent[rng.choice((path[-1].upper(), path[-1] + "x", "", "0"))] = inner
+        return changed(document, path[:-1], parent)
     if kind == 3:
         others = list(paths(document))
         return changed(document, path, _at(document, rng.choice(others[:500])))
@@ -125,21 +117,6 @@ def _at(document: Any, path: tuple[Any, ...]) -> Any:
     for step in path:
         document = document[step]
     return document
-
-
-def _renamed(document: Any, path: tuple[Any, ...], rng: random.Random) -> dict[str, Any]:
-    parent = dict(_at(document, path[:-1]))
-    inner = parent.pop(path[-1])
-    return {**parent, rng.choice((path[-1].upper(), path[-1] + "x", "", "0")): inner}
-
-
-def _toml(document: dict[str, Any]) -> str:
-    tables = {name: inner for name, inner in document.items() if isinstance(inner, dict)}
-    lines = [f"{json.dumps(name)} = {_toml_value(inner)}" for name, inner in document.items() if name not in tables]
-    for name, table in tables.items():
-        lines.append(f"[{json.dumps(name)}]")
-        lines += [f"{json.dumps(key)} = {_toml_value(inner)}" for key, inner in table.items()]
-    return "\n".join(lines) + "\n"
 
 
 def _toml_value(inner: Any) -> str:
@@ -208,3 +185,11 @@ def _varint(number: int) -> bytes:
         parts.append(number & 127 | 128)
         number >>= 7
     return bytes((*parts, number))
+
+
+_BY_SUFFIX: dict[str, Mutation] = {
+    ".json": json_mutant,
+    ".toml": toml_mutant,
+    ".model": protobuf_mutant,
+    ".dat": damaged,
+}

@@ -43,15 +43,18 @@ _FLAGS = (
 )
 _EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|ahead|misses)"\} (\S+)', re.MULTILINE)
 _RUNNING = re.compile(r"^slimoe_num_requests_running (\S+)", re.MULTILINE)
+_RESTART_SECONDS = 20
+"""So long before a stream begins may a kill have been that explains its end: the next engine was not there yet."""
 _PATIENCE = aiohttp.ClientTimeout(total=120)
 HEALTH_MS, WORST_HEALTH_MS = 100.0, 2000.0
 
 
 @dataclass(frozen=True, slots=True)
 class SoakPlan:
-    """So many seconds of so many streams of `n_prompts`, a share of them cut off, and so many kills of the engine.
+    """How long `n_streams` clients ask `n_prompts` different prompts, and how often the engine is killed meanwhile.
 
-    The budget is what the server needs at least and some more, unless it is given.
+    A stream is cut off with the probability `cut_share`. Without `budget_mib` the budget is what the server needs at
+    least, and some more.
     """
 
     seed: int
@@ -66,7 +69,7 @@ class SoakPlan:
 
 @dataclass(slots=True)
 class _Course:
-    """How it went."""
+    """How it went: how streams ended, the times of kills, (time, bytes) of memory, and the tiers' counters."""
 
     ends: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -110,9 +113,10 @@ def soak(plan: SoakPlan) -> Outcome:
 
 
 def memory_drift(samples: list[tuple[float, int]], kills: list[float]) -> float | None:
-    """By what share the memory of the last engine is above that of the second one, each in its second half.
+    """The memory of the last engine over that of the second one, less 1, each the median of its second half.
 
-    `samples` are (time, bytes). The first engine has what is made once still before it. None where there are too few.
+    `samples` are (time, bytes). The first engine does not count, since it has still to allocate what is made once.
+    None where there are too few samples.
     """
     ends = [*kills, samples[-1][0] + 1.0] if samples else []
     medians = []
@@ -153,15 +157,10 @@ async def _client(
             course.findings.append(
                 Finding("another answer than alone", prompt, f"{text!r}, alone {expected[prompt]!r}")
             )
-        elif how in ("error", "broken") and not _was_killed(course, begin):
+        elif how in ("error", "broken") and not any(kill > begin - _RESTART_SECONDS for kill in course.kills):
             course.findings.append(Finding(f"a stream ends with an {how} that no kill explains", prompt, text))
         if how in ("later", "error", "broken"):
             await asyncio.sleep(0.5)
-
-
-def _was_killed(course: _Course, begin: float) -> bool:
-    """Whether an engine was killed since then, or so shortly before that the next one was not there yet."""
-    return any(kill > begin - 20 for kill in course.kills)
 
 
 async def _stream(session: aiohttp.ClientSession, server: Victim, prompt: str, n_pieces: int | None) -> tuple[str, str]:

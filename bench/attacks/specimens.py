@@ -37,6 +37,25 @@ score = "frequency"
 overall = false
 """
 
+_CHECKPOINT_FILES = (
+    ("safetensors", "source", "model.safetensors"),
+    ("safetensors", "sharded", "model.safetensors.index.json"),
+    ("safetensors", "sharded", "model-00002-of-00002.safetensors"),
+    ("tokenizer", "source", "tokenizer.model"),
+    ("tokenizer", "by_json", "tokenizer.json"),
+    ("tokenizer", "by_bytes", "tokenizer.json"),
+    ("tokenizer", "source", "tokenizer_config.json"),
+    ("tokenizer", "by_json", "tokenizer_config.json"),
+    ("tokenizer", "source", "added_tokens.json"),
+    ("tokenizer", "by_json", "special_tokens_map.json"),
+    ("config", "source", "config.json"),
+    ("config", "by_json", "config.json"),
+    ("config", "source", "generation_config.json"),
+)
+"""The kind, checkpoint and name of every specimen that belongs to a checkpoint."""
+_ONE_TOKEN = ("--prompt-ids", "1,5,6", "-n", "1", "--ctx", "64", "--threads", "1", "--weights", "copied")
+_TEXT_TOKEN = ("-p", "the river", *_ONE_TOKEN[2:])
+
 
 class SpecimenError(SlimoeError):
     """A sound file could not be made, so that nothing can be said of mutants."""
@@ -65,9 +84,23 @@ def make_specimens(root: Path, kinds: Sequence[str] = KINDS) -> list[Specimen]:
         shutil.copytree(source, other)
     _shard(sharded)
     for folder, tokenizer in ((by_json, _sentencepiece_like()), (by_bytes, _byte_level())):
-        _forget(folder)
+        # What belongs to the sentencepiece model alone goes.
+        (folder / "tokenizer.model").unlink()
+        (folder / "added_tokens.json").unlink()
+        for file, changes in (
+            ("config", {"eos_token_id": 2}),
+            ("special_tokens_map", {"additional_special_tokens": []}),
+        ):
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=1))
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    made = _checkpoints(source, sharded, by_json, by_bytes) + _files(root, source, kinds)
+    commands = (
+        ("inspect", "."),
+        ("convert", ".", "OUT", "--type", "Q8_0", "--threads", "1"),
+        ("!run", "OUT", *_TEXT_TOKEN),
+    )
+    made = [Specimen(kind, root / folder, name, commands) for kind, folder, name in _CHECKPOINT_FILES]
+    made += _files(root, source, kinds)
     return [specimen for specimen in made if specimen.kind in kinds]
 
 
@@ -103,15 +136,6 @@ def _describe(source: Path) -> None:
     }
     for name, document in documents.items():
         (source / name).write_text(json.dumps(document, indent=1))
-
-
-def _forget(folder: Path) -> None:
-    """Takes away what belongs to the sentencepiece model alone."""
-    (folder / "tokenizer.model").unlink()
-    (folder / "added_tokens.json").unlink()
-    for name, changes in (("config", {"eos_token_id": 2}), ("special_tokens_map", {"additional_special_tokens": []})):
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=1))
 
 
 def _shard(folder: Path) -> None:
@@ -191,31 +215,6 @@ def _byte_level() -> dict[str, Any]:
     }
 
 
-_ONE_TOKEN = ("--prompt-ids", "1,5,6", "-n", "1", "--ctx", "64", "--threads", "1", "--weights", "copied")
-_TEXT_TOKEN = ("-p", "the river", *_ONE_TOKEN[2:])
-
-
-def _checkpoints(source: Path, sharded: Path, by_json: Path, by_bytes: Path) -> list[Specimen]:
-    convert = ("convert", ".", "OUT", "--type", "Q8_0", "--threads", "1")
-    commands = (("inspect", "."), convert, ("!run", "OUT", *_TEXT_TOKEN))
-    kinds = {
-        (source, "model.safetensors"): "safetensors",
-        (sharded, "model.safetensors.index.json"): "safetensors",
-        (sharded, "model-00002-of-00002.safetensors"): "safetensors",
-        (source, "tokenizer.model"): "tokenizer",
-        (by_json, "tokenizer.json"): "tokenizer",
-        (by_bytes, "tokenizer.json"): "tokenizer",
-        (source, "tokenizer_config.json"): "tokenizer",
-        (by_json, "tokenizer_config.json"): "tokenizer",
-        (source, "added_tokens.json"): "tokenizer",
-        (by_json, "special_tokens_map.json"): "tokenizer",
-        (source, "config.json"): "config",
-        (by_json, "config.json"): "config",
-        (source, "generation_config.json"): "config",
-    }
-    return [Specimen(kind, folder, name, commands) for (folder, name), kind in kinds.items()]
-
-
 def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
     """Those that slimoe's own commands make."""
     files = root / "files"
@@ -239,8 +238,19 @@ def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
     if "imatrix" in kinds:
         found += _imatrices(files)
     if {"statistics", "recipe"} & set(kinds):
-        _do(*_calibration(source, files))
-        found += _measured(files)
+        sizes = ("--tokens", "2048", "--length", "128", "--types", "none", "--text", str(_TEXT))
+        _do("calibrate", str(source), "-o", str(files / "stats"), *sizes)
+        (files / "recipe.toml").write_text(_RECIPE)
+        compression = ("--stats", "stats", "--target-bpw", "4", "--threads", "1")
+        by_statistics = (
+            ("plan", "source", *compression),
+            ("convert", "source", "OUT", *compression, "--no-report"),
+            ("convert", "source", "OUT", "--type", "Q4_K", "--dry-run", "--imatrix", "stats"),
+            ("plan", "source", "--stats", "stats", "--keep-experts", "3", "--threads", "1"),
+        )
+        by_recipe = ("plan", "source", "--stats", "stats", "--threads", "1", "--recipe", "./recipe.toml")
+        found.append(Specimen("statistics", files, "stats", by_statistics))
+        found.append(Specimen("recipe", files, "recipe.toml", (by_recipe,)))
     return found
 
 
@@ -266,27 +276,6 @@ def _imatrices(files: Path) -> list[Specimen]:
     (files / "imatrix.dat").write_bytes(b"".join(old))
     command = ("convert", "source", "OUT", "--type", "Q4_K", "--threads", "1", "--imatrix", "F")
     return [_file("imatrix", files, name, (command,)) for name in ("imatrix.gguf", "imatrix.dat")]
-
-
-def _calibration(source: Path, files: Path) -> tuple[str, ...]:
-    sizes = ("--tokens", "2048", "--length", "128", "--types", "none", "--text", str(_TEXT))
-    return ("calibrate", str(source), "-o", str(files / "stats"), *sizes)
-
-
-def _measured(files: Path) -> list[Specimen]:
-    (files / "recipe.toml").write_text(_RECIPE)
-    compression = ("--stats", "stats", "--target-bpw", "4", "--threads", "1")
-    by_statistics = (
-        ("plan", "source", *compression),
-        ("convert", "source", "OUT", *compression, "--no-report"),
-        ("convert", "source", "OUT", "--type", "Q4_K", "--dry-run", "--imatrix", "stats"),
-        ("plan", "source", "--stats", "stats", "--keep-experts", "3", "--threads", "1"),
-    )
-    by_recipe = ("--stats", "stats", "--threads", "1", "--recipe", "./recipe.toml")
-    return [
-        Specimen("statistics", files, "stats", by_statistics),
-        Specimen("recipe", files, "recipe.toml", (("plan", "source", *by_recipe),)),
-    ]
 
 
 def _file(kind: str, folder: Path, name: str, commands: Sequence[Sequence[str]]) -> Specimen:

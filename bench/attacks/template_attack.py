@@ -1,7 +1,6 @@
 """Serves models whose chat templates are bombs, sets each off, and watches what others notice of it."""
 
 import tempfile
-import threading
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.attacks.gguf_mutants import Key, pack_header, read_header
+from bench.attacks.gguf_mutants import Header, rewritten
 from bench.attacks.template_bombs import COMPILED, RENDERED, armed_template
 from bench.limits.finding import Finding, Outcome
-from bench.limits.victim import Victim, VictimError, victim, watched_health, watched_memory
+from bench.limits.victim import Victim, VictimError, meanwhile, victim, watched_health, watched_memory
 from slimoe.offload.gguf.keys import CHAT_TEMPLATE
 
 DEMO = Path(__file__).parents[2] / "server" / "demo" / "demo.gguf"
@@ -21,7 +20,6 @@ ANSWER_SECONDS, GROWTH_BYTES = 2.0, 256 << 20
 _PATIENCE = 15.0
 HEALTH_MS, WORST_HEALTH_MS = 100.0, 1000.0
 _FLAGS = ("--ctx", "256", "--parallel", "2", "--threads", "1")
-_ALIGNMENT, _STRING = 32, 8
 
 
 @dataclass(slots=True)
@@ -32,14 +30,6 @@ class _Tally:
     worst_health: float = 0.0
     n_bombs: int = 0
     findings: list[Finding] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Others:
-    """What an ordinary client was told meanwhile."""
-
-    n_asked: int = 0
-    faults: list[str] = field(default_factory=list)
 
 
 def attack_templates(n_bombs: int) -> Outcome:
@@ -66,14 +56,13 @@ def attack_templates(n_bombs: int) -> Outcome:
 
 
 def write_with_template(source: Path, target: Path, template: str) -> None:
-    """A copy of a model with another chat template."""
-    data = source.read_bytes()
-    header = read_header(data)
-    payload = data[-(-header.n_bytes // _ALIGNMENT) * _ALIGNMENT :]
-    new = Key(CHAT_TEMPLATE.encode(), _STRING, 0, template.encode())
-    header.keys[:] = [new if key.name == new.name else key for key in header.keys]
-    packed = pack_header(header)
-    target.write_bytes(packed.ljust(-(-len(packed) // _ALIGNMENT) * _ALIGNMENT, b"\0") + payload)
+    """Writes a copy of a model with another chat template."""
+    name = CHAT_TEMPLATE.encode()
+
+    def replace_template(header: Header) -> None:
+        header.keys = [replace(key, value=template.encode()) if key.name == name else key for key in header.keys]
+
+    target.write_bytes(rewritten(source.read_bytes(), replace_template))
 
 
 def _rendered(model: Path, bombs: list[int], tally: _Tally) -> list[int]:
@@ -130,7 +119,7 @@ def _set_off(server: Victim, case: str, content: str, expected: str | None, tall
     """One bomb; False where the server is of no use afterwards."""
     tally.n_bombs += 1
     pid, url = server.process.pid, server.url
-    with watched_memory(pid) as memory, watched_health(url) as health, _asking(server, expected) as others:
+    with watched_memory(pid) as memory, watched_health(url) as health, _asking(server, expected) as faults:
         begin = time.perf_counter()
         fault = _answer_fault(server, content)
         seconds = time.perf_counter() - begin
@@ -146,7 +135,7 @@ def _set_off(server: Victim, case: str, content: str, expected: str | None, tall
     if growth > GROWTH_BYTES:
         tally.findings.append(Finding("a bomb takes more than 256 MiB", case, str(memory.figures())))
     found = [*health.findings(HEALTH_MS, WORST_HEALTH_MS)]
-    found += [Finding("others are not answered meanwhile", case, one) for one in others.faults[:1]]
+    found += [Finding("others are not answered meanwhile", case, one) for one in faults[:1]]
     tally.findings += [replace(finding, case=case) for finding in found]
     return fault is None or not fault.startswith("no answer")
 
@@ -171,26 +160,21 @@ def _chat(server: Victim, content: str) -> str:
 
 
 @contextmanager
-def _asking(server: Victim, expected: str | None) -> Iterator[_Others]:
-    """An ordinary client meanwhile: chats where `expected` is the right answer, otherwise plain completions."""
-    others, ended = _Others(), threading.Event()
+def _asking(server: Victim, expected: str | None) -> Iterator[list[str]]:
+    """An ordinary client meanwhile: chats where `expected` is the right answer, otherwise plain completions.
+
+    Yields the list of what it was told wrongly.
+    """
+    faults: list[str] = []
 
     def ask() -> None:
-        while not ended.is_set():
-            others.n_asked += 1
-            try:
-                if expected is None:
-                    server.greedy()
-                elif _chat(server, "Hello") != expected:
-                    others.faults.append("another answer than before")
-            except (OSError, ValueError) as error:
-                others.faults.append(f"{error}")
-            ended.wait(0.1)
+        try:
+            if expected is None:
+                server.greedy()
+            elif _chat(server, "Hello") != expected:
+                faults.append("another answer than before")
+        except (OSError, ValueError) as error:
+            faults.append(f"{error}")
 
-    thread = threading.Thread(target=ask, name="others", daemon=True)
-    thread.start()
-    try:
-        yield others
-    finally:
-        ended.set()
-        thread.join()
+    with meanwhile(ask, 0.1):
+        yield faults

@@ -18,12 +18,11 @@ def _loops(depth: int, n: int = 99999, body: str = "") -> str:
     return begin + body + "{% endfor %}" * depth
 
 
-def _macros(depth: int) -> str:
-    macros = ["{% macro m0() %}aaaaaaaaaa{% endmacro %}"]
-    for level in range(1, depth):
-        macros.append("{% macro m" + str(level) + "() %}" + ("{{ m" + str(level - 1) + "() }}") * 10 + "{% endmacro %}")
-    return "".join(macros) + "{{ m" + str(depth - 1) + "() }}"
-
+_MACROS = "".join(
+    "{% macro m" + str(level) + "() %}" + ("{{ m" + str(level - 1) + "() }}") * 10 + "{% endmacro %}"
+    for level in range(1, 12)
+)
+"""Each calls the one before ten times."""
 
 RENDERED: tuple[str, ...] = (
     _loops(2),
@@ -32,7 +31,7 @@ RENDERED: tuple[str, ...] = (
     _loops(1, 99999, "{% for c in 'a' * 99999 %}{% if c == 'b' %}x{% endif %}{% endfor %}"),
     "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    _macros(12),
+    "{% macro m0() %}aaaaaaaaaa{% endmacro %}" + _MACROS + "{{ m11() }}",
     *(f"{{{{ {_C}.{name}({_N})|length }}}}" for name in ("ljust", "rjust", "center", "zfill")),
     f"{{{{ ('\\t' * 1000).expandtabs({_N})|length }}}}",
     f"{{{{ ('%' ~ {_N} ~ 'd') % 1 }}}}",

@@ -79,6 +79,18 @@ class Victim:
         raw = next((line for line in lines if _CONTROL.search(line)), None)
         return findings if raw is None else [*findings, Finding("raw control characters in the log", "log", repr(raw))]
 
+    def aftermath(self, expected: str) -> list[Finding]:
+        """Whether the server still runs and answers `greedy` with the expected text, as it did before the attack."""
+        found = []
+        try:
+            if self.greedy() != expected:
+                found.append(Finding("another answer than before the attack", "after"))
+        except (OSError, ValueError) as error:
+            found.append(Finding("no answer after the attack", "after", str(error)))
+        if self.process.poll() is not None:
+            found.append(Finding("the server ended", "after", str(self.process.returncode)))
+        return found
+
 
 @contextmanager
 def victim(model: Path | None, *flags: str, wrap: Callable[[Sequence[str]], list[str]] = list) -> Iterator[Victim]:
@@ -154,22 +166,36 @@ class MemoryWatch:
 
 
 @contextmanager
-def watched_memory(pid: int) -> Iterator[MemoryWatch]:
-    """Samples the memory of a process and its children some fifty times a second."""
-    watch = MemoryWatch(before=tree_bytes(pid))
+def meanwhile(action: Callable[[], None], pause: float) -> Iterator[None]:
+    """Carries out `action` again and again in a thread while the block runs, with `pause` seconds between."""
     ended = threading.Event()
 
-    def sample() -> None:
-        while not ended.wait(_SAMPLE_SECONDS):
-            watch.peak = max(watch.peak, tree_bytes(pid))
+    def repeat() -> None:
+        while not ended.is_set():
+            action()
+            ended.wait(pause)
 
-    thread = threading.Thread(target=sample, name="memory", daemon=True)
+    thread = threading.Thread(target=repeat, name="meanwhile", daemon=True)
     thread.start()
     try:
-        yield watch
+        yield
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def watched_memory(pid: int) -> Iterator[MemoryWatch]:
+    """Samples the memory of a process and its children some fifty times a second."""
+    watch = MemoryWatch(before=tree_bytes(pid))
+
+    def sample() -> None:
+        watch.peak = max(watch.peak, tree_bytes(pid))
+
+    try:
+        with meanwhile(sample, _SAMPLE_SECONDS):
+            yield watch
+    finally:
         watch.after = tree_bytes(pid)
         watch.peak = max(watch.peak, watch.after)
 
