@@ -8,16 +8,20 @@ from gguf import GGMLQuantizationType
 
 from slimoe.converter.gguf.bytes import all_bytes
 from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.converter.source.hf_llama import checkpoint_matrices, model_spec
-from slimoe.converter.source.model_config import read_model_config
+from slimoe.converter.source.families import llama, olmoe, qwen
+from slimoe.converter.source.families.config import ConfigClass, ModelConfig
+from slimoe.converter.source.families.family import Family
+from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer
 from slimoe.converter.source.rotation import read_rotation
 from slimoe.converter.source.stored_model import StoredModel, stock_tensors
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
-from slimoe.offload.errors import ModelFileError
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
-from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
+
+FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | olmoe.FAMILIES
+"""The families that are read, by the name of their model class, `architectures` of config.json."""
 
 
 def checkpoint_source(path: Path) -> StoredModel:
@@ -27,10 +31,10 @@ def checkpoint_source(path: Path) -> StoredModel:
     is needed and absent.
     """
     checkpoint = Checkpoint.open(path)
-    config = read_model_config(checkpoint)
+    family, config = read_model_config(checkpoint)
     rotation = read_rotation(checkpoint.config_path, config)
-    spec = model_spec(config, rotation.spec)
-    matrices = checkpoint_matrices(checkpoint, config, spec, rotation.divisors)
+    spec = model_spec(family, config, rotation.spec)
+    matrices = checkpoint_matrices(checkpoint, family, config, spec, rotation.divisors)
     tensors = stock_tensors(matrices)
     f32 = GGMLQuantizationType.F32
     infos = {t.name: TensorInfo(t.name, t.ne, f32, 0, 0, 4 * math.prod(t.ne)) for t in tensors}
@@ -38,17 +42,38 @@ def checkpoint_source(path: Path) -> StoredModel:
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
     layer = SourceLayer(spec.n_expert, tuple(range(spec.n_expert)))
-    return StoredModel(
-        path, spec, checkpoint.source_hash, _metadata(checkpoint, spec), (layer,) * spec.n_layer, matrices
-    )
+    metadata = _metadata(checkpoint) | tokenizer_metadata(path, spec.n_vocab, family.token_ids)
+    return StoredModel(path, spec, checkpoint.source_hash, metadata, (layer,) * spec.n_layer, matrices)
 
 
-def _metadata(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Value]:
+def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    """Reads which family a checkpoint is of, and its settings.
+
+    Raises ModelFileError for values of wrong types or sizes, UnsupportedModelError for a family that is not read or a
+    setting that a GGUF file cannot express.
+    """
+    kind = checkpoint.read_config(ConfigClass)
+    family = FAMILIES.get(kind.name)
+    if family is None:
+        unknown = f"the architecture {kind.name!r:.100} is not supported, only {', '.join(FAMILIES)}."
+        unknown += f" Its model_type is {kind.model_type!r:.100}." if kind.model_type else ""
+        raise UnsupportedModelError(checkpoint.path, unknown)
+    if kind.model_type not in (None, family.model_type):
+        mixed_up = f"model_type is {kind.model_type!r:.100}, but {kind.name} belongs to {family.model_type!r}."
+        raise UnsupportedModelError(checkpoint.config_path, mixed_up, "Correct the one that is wrong.")
+    config = checkpoint.read_config(family.config)
+    problem = config.unsupported(family.architecture)
+    if problem:
+        raise UnsupportedModelError(checkpoint.config_path, problem)
+    return family, config
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, Value]:
     values: dict[str, Value] = {"general.type": "model", "general.name": checkpoint.path.resolve().name}
     licence = _licence(checkpoint.path)
     if licence:
         values["general.license"] = licence
-    return values | tokenizer_metadata(checkpoint.path, spec.n_vocab)
+    return values
 
 
 def _licence(path: Path) -> str | None:

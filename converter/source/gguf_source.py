@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from slimoe.converter.gguf.bytes import add_samples, read_bytes
-from slimoe.converter.source.hf_llama import file_order
 from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, expert_key
 from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
@@ -49,7 +48,7 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
         _digest(gguf),
         _metadata(gguf.metadata, path.stem),
         tuple(_layer(index, layer, spec) for index, layer in enumerate(sources.layers)),
-        {key: found[key] for key in sorted(found, key=file_order)},
+        found,
     )
 
 

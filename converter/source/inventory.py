@@ -12,7 +12,7 @@ import msgspec
 
 from slimoe.converter.source.bnb import type_sizes
 from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.converter.source.model_config import ConfigClass
+from slimoe.converter.source.families.config import ConfigClass
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value, read_gguf

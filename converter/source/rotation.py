@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import UnsetType
 from numpy.typing import NDArray
 
-from slimoe.converter.source.model_config import ModelConfig
+from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.rope import RopeSpec
 

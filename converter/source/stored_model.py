@@ -16,7 +16,7 @@ from slimoe.offload.model.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A ModelSource, and for converters the rows behind each matrix."""
+    """A ModelSource, and for converters the rows behind each matrix, which are put in the order of use."""
 
     path: Path
     spec: ModelSpec
@@ -27,6 +27,7 @@ class StoredModel:
     shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "matrices", _in_order(self.matrices, self.spec))
         object.__setattr__(self, "shapes", {key: matrix.shape for key, matrix in self.matrices.items()})
 
     @property
@@ -46,6 +47,18 @@ class StoredModel:
     def blocks(self, key: MatrixKey) -> Blocks | None:
         """Where the matrix lies in ggml's own blocks, if it does."""
         return self.matrices[key].rows.blocks
+
+
+def _in_order(matrices: Mapping[MatrixKey, StoredMatrix], spec: ModelSpec) -> dict[MatrixKey, StoredMatrix]:
+    """Sorts matrices as the architecture lists its tensors, layer by layer, so that reading follows the computation."""
+    places = {tensor.role: place for place, tensor in enumerate(spec.architecture.tensors)}
+
+    def place(key: MatrixKey) -> tuple[int, int, str, int]:
+        *block, role, kind = key.name.split(".")
+        layer = int(block[1]) if block else spec.n_layer if role.startswith("output") else -1
+        return layer, places.get(role, len(places)), kind, key.expert
+
+    return {key: matrices[key] for key in sorted(matrices, key=place)}
 
 
 @dataclass(frozen=True, slots=True)

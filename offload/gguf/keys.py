@@ -17,9 +17,11 @@ PREFIX_AFTER_SPECIAL = "slimoe.tokenizer.prefix_after_special"
 """False: the space prefix stands only at the start of a text, not after each special token. Absent: True."""
 PREFIX_BEFORE_SPACE = "slimoe.tokenizer.prefix_before_space"
 """False: a text that begins with a space gets no further one as its prefix. Absent: True."""
+NORMALIZER = "slimoe.tokenizer.normalizer"
+"""With "nfc" a text is brought to Unicode's normal form C before it is split, which llama.cpp never does."""
 END_TOKEN_IDS = "slimoe.tokenizer.end_token_ids"
 """i32: tokens that end an answer besides eos, eot and eom, of which llama.cpp knows only one each."""
-OF_THE_TOKENIZER = (PREFIX_AFTER_SPECIAL, PREFIX_BEFORE_SPACE, END_TOKEN_IDS)
+OF_THE_TOKENIZER = (PREFIX_AFTER_SPECIAL, PREFIX_BEFORE_SPACE, NORMALIZER, END_TOKEN_IDS)
 """Our own keys of the tokenizer, which go where it goes."""
 
 SLIMOE_VERSION = "slimoe.version"

@@ -4,12 +4,12 @@ from slimoe.offload.model.architecture import Architecture, RopeType, Router, Te
 
 _BEGIN = (
     TensorRole("token_embd", ("n_embd", "n_vocab"), "model"),
-    TensorRole("rope_freqs", ("n_rot_pairs",), "model", is_optional=True),
     TensorRole("attn_norm", ("n_embd",), "attention"),
     TensorRole("attn_q", ("n_embd", "n_q"), "attention"),
     TensorRole("attn_k", ("n_embd", "n_kv"), "attention"),
     TensorRole("attn_v", ("n_embd", "n_kv"), "attention"),
 )
+_ROPE_FREQS = TensorRole("rope_freqs", ("n_rot_pairs",), "model", is_optional=True)
 _NORM_OF_HEADS = (
     TensorRole("attn_q_norm", ("n_embd_head",), "attention"),
     TensorRole("attn_k_norm", ("n_embd_head",), "attention"),
@@ -29,19 +29,20 @@ _END = (
     TensorRole("ffn_up_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
     TensorRole("ffn_down_exps", ("n_ff", "n_embd", "n_expert"), "experts"),
     TensorRole("output_norm", ("n_embd",), "model"),
-    TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True),
 )
+_OUTPUT = TensorRole("output", ("n_embd", "n_vocab"), "model")
+_OUTPUT_OR_TIED = TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True)
 
 LLAMA = Architecture(
     name="llama",
     models="Llama, Mistral and Mixtral",
-    tensors=(*_BEGIN, *_END),
+    tensors=(_ROPE_FREQS, *_BEGIN, *_END, _OUTPUT_OR_TIED),
     may_be_dense=True,
 )
 QWEN3MOE = Architecture(
     name="qwen3moe",
     models="Qwen3 MoE",
-    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END),
+    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _OUTPUT_OR_TIED),
     rope=RopeType.NEOX,
     qk_norm="head",
     width_key="expert_feed_forward_length",
@@ -49,7 +50,7 @@ QWEN3MOE = Architecture(
 OLMOE = Architecture(
     name="olmoe",
     models="OLMoE",
-    tensors=(*_BEGIN, *_NORM_OF_ROWS, *_END),
+    tensors=(*_BEGIN, *_NORM_OF_ROWS, *_END, _OUTPUT),
     rope=RopeType.NEOX,
     qk_norm="row",
     router=Router(renormalise=False),

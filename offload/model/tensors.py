@@ -14,7 +14,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import PROJECTIONS, novice_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
 from slimoe.offload.model.tensor_list import layer_tensors
 
 
@@ -112,7 +112,7 @@ _WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16"
 """Types that ggml can store, but neither multiply with nor look rows up in."""
 
 # Written by old converters, read by nobody: the rotation is computed.
-_IGNORED_SUFFIXES = ("attn_rot_embd", "rope_freqs.weight", "attn.rotary_emb.inv_freq")
+_IGNORED_SUFFIXES = ("attn_rot_embd", ".rope_freqs.weight", "attn.rotary_emb.inv_freq")
 
 
 class _Reader:
@@ -171,6 +171,7 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
     Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
     """
     reader = _Reader(gguf)
+    roles = {tensor.role for tensor in spec.architecture.tensors}
     layout = read_layout(gguf, spec) if spec.is_native else None
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
@@ -178,7 +179,7 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
         token_embd=token_embd,
         output_norm=reader.weight("output_norm.weight"),
         output=reader.linear("output") if has_output else LinearSource(token_embd),
-        rope_freqs=reader.optional("rope_freqs.weight"),
+        rope_freqs=reader.optional(ROPE_FREQS) if "rope_freqs" in roles else None,
         layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
     )
     reader.refuse_unread()

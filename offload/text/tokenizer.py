@@ -7,6 +7,7 @@ text can spell, and they are placed by id. Likewise the space that sentencepiece
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _END_OF_TURN = frozenset(
 )
 """Tokens that llama.cpp takes for the end of an answer by their names, of whatever type they are."""
 _OF_A_TOKENIZER = ("tokenizer.", "slimoe.tokenizer.")
+_MOST_COMPOSED = 3
+"""Bytes of UTF-8 that become one when a text is composed, at most."""
 _SPACES = (" ", "▁")
 """sentencepiece has the second for the first, so that texts with either are one."""
 
@@ -64,7 +67,11 @@ class Tokenizer:
     def longest(self) -> int | None:
         """No token stands for more UTF-8 bytes of a text; None where a run of any length may be one unknown token."""
         spells_all = self._spec.model == BYTE_LEVEL or _BYTES.issubset(self._spec.texts)
-        return max(len(raw_bytes(text)) for text in self._spec.texts) if spells_all else None
+        if not spells_all:
+            return None
+        return max(len(raw_bytes(text)) for text in self._spec.texts) * (
+            _MOST_COMPOSED if self._spec.is_composed else 1
+        )
 
     def close(self) -> None:
         """Frees libllama's copy; the tokenizer can no longer encode."""
@@ -92,6 +99,8 @@ class Tokenizer:
 
     def _encode_text(self, text: str, *, at_start: bool) -> list[int]:
         spec = self._spec
+        if spec.is_composed:
+            text = unicodedata.normalize("NFC", text)
         is_prefixed = spec.add_space_prefix and (at_start or spec.prefix_after_special)
         if text and is_prefixed and (spec.prefix_before_space or text[0] not in _SPACES):
             text = " " + text

@@ -35,7 +35,8 @@ class VocabularySpec:
 
     `control` tokens have no text of their own (unused ones are such too), `user_defined` ones are always matched
     in a text. `prefix_after_special` says whether the space prefix is repeated after each special token,
-    `prefix_before_space` whether a text that begins with a space gets it too. `ends` end an answer.
+    `prefix_before_space` whether a text that begins with a space gets it too. With `is_composed` texts are brought to
+    Unicode's normal form C first. `ends` end an answer.
     """
 
     model: str
@@ -47,6 +48,7 @@ class VocabularySpec:
     add_space_prefix: bool
     prefix_after_special: bool
     prefix_before_space: bool
+    is_composed: bool
     chat_template: str | None
 
     @classmethod
@@ -75,6 +77,7 @@ class VocabularySpec:
             add_space_prefix=_flag(gguf, keys.ADD_SPACE_PREFIX) and model == keys.SENTENCEPIECE,
             prefix_after_special=_flag(gguf, keys.PREFIX_AFTER_SPECIAL),
             prefix_before_space=_flag(gguf, keys.PREFIX_BEFORE_SPACE),
+            is_composed=_is_composed(gguf),
             chat_template=template if isinstance(template, str) else None,
         )
 
@@ -128,6 +131,14 @@ def _flag(gguf: GGUFFile, key: str) -> bool:
     if not isinstance(value, bool):
         raise ModelFileError(gguf.path, f"{key} is {value!r:.100}, but true or false belongs there.", _CONVERT_AGAIN)
     return value
+
+
+def _is_composed(gguf: GGUFFile) -> bool:
+    normalizer = gguf.metadata.get(keys.NORMALIZER)
+    if normalizer not in (None, "nfc"):
+        problem = f"{keys.NORMALIZER} is {normalizer!r:.100}, but only nfc is known."
+        raise UnsupportedModelError(gguf.path, problem, "Update slimoe, or convert the model again.")
+    return normalizer is not None
 
 
 def _of_type(types: tuple[int, ...], *wanted: TokenType) -> frozenset[int]:

@@ -5,10 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
 
 
@@ -84,10 +87,11 @@ def stack_experts(path: Path) -> None:
     stacked = {name: value for name, value in tensors.items() if ".experts." not in name}
     layers = sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name})
     for layer in layers:
-        parts = {w: [tensors[n] for n in _in_order(tensors, layer, w)] for w in ("w1", "w2", "w3")}
-        gates_ups = [torch.cat(pair) for pair in zip(parts["w1"], parts["w3"], strict=True)]
+        names = ("w1", "w3", "w2") if "block_sparse_moe" in layer else ("gate_proj", "up_proj", "down_proj")
+        gate, up, down = ([tensors[n] for n in _in_order(tensors, layer, w)] for w in names)
+        gates_ups = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
         stacked[f"{layer}.experts.gate_up_proj"] = torch.stack(gates_ups)
-        stacked[f"{layer}.experts.down_proj"] = torch.stack(parts["w2"])
+        stacked[f"{layer}.experts.down_proj"] = torch.stack(down)
     renamed = {name.replace("block_sparse_moe", "mlp"): value.contiguous() for name, value in stacked.items()}
     save_file(renamed, path / "model.safetensors")
 
@@ -95,3 +99,66 @@ def stack_experts(path: Path) -> None:
 def _in_order(tensors: dict[str, torch.Tensor], layer: str, w: str) -> list[str]:
     names = [name for name in tensors if name.startswith(f"{layer}.experts.") and name.endswith(f".{w}.weight")]
     return sorted(names, key=lambda name: int(name.split(".experts.")[1].split(".")[0]))
+
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FINE = ("qwen3moe", "olmoe")
+"""Architectures of many small experts, whose checkpoints `save_fine` makes."""
+
+
+def save_fine(path: Path, name: str, sizes: TinyConfig, **config: object) -> Path:
+    """Saves a Qwen3-MoE, whose heads are larger than n_embd / n_head, or an OLMoE, with a tokenizer of its kind."""
+    torch.manual_seed(1234)
+    values: dict[str, object] = {
+        "hidden_size": sizes.n_embd,
+        "num_hidden_layers": sizes.n_layer,
+        "num_attention_heads": sizes.n_head,
+        "vocab_size": sizes.n_vocab,
+        "max_position_embeddings": 512,
+        "initializer_range": 2 * sizes.n_embd**-0.5,
+        "num_experts": sizes.n_expert,
+        "num_experts_per_tok": sizes.n_expert_used,
+    }
+    if name == "qwen3moe":
+        values |= {"num_key_value_heads": sizes.n_head_kv, "head_dim": 2 * sizes.n_embd // sizes.n_head}
+        values |= {"moe_intermediate_size": sizes.n_ff, "intermediate_size": 3 * sizes.n_ff, "norm_topk_prob": True}
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**values | config))
+    else:
+        values |= {"intermediate_size": sizes.n_ff, "eos_token_id": 257, "pad_token_id": 256}
+        model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**values | config))
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(path)
+    _byte_level(name).save(str(path / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>" if name == "qwen3moe" else "<|endoftext|>", "chat_template": CHATML}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def _byte_level(name: str) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer with steps and added tokens as Qwen's, or as OLMo's."""
+    reference = tokenizers.Tokenizer(models.BPE())
+    reference.normalizer = normalizers.NFC()
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "olmoe")
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+    reference.pre_tokenizer = bytes_ if name == "olmoe" else pre_tokenizers.Sequence([split, bytes_])
+    reference.post_processor = processors.ByteLevel(trim_offsets=False)
+    reference.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    reference.train_from_iterator(HARD_TEXTS * 3, trainer)
+    if name == "olmoe":
+        reference.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in (8, 4, 2)])
+        reference.add_special_tokens(["<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"])
+    else:
+        reference.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        reference.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    return reference

@@ -1,6 +1,6 @@
 """The small JSON files beside a tokenizer: tokens by role, added ones, ends of answers, the chat template."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 
 ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 """GGUF's names of the roles, and Hugging Face's."""
-_CLASS_IDS = {"bos": 1, "eos": 2}
+LLAMA_IDS = {"bos": 1, "eos": 2}
 """What the configuration classes of Llama, Mistral and Mixtral have where nothing names a token."""
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -85,7 +85,7 @@ class _Config(msgspec.Struct):
     bos_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
     eos_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
     unk_token_id: _TokenIds = None
-    pad_token_id: _TokenIds = None
+    pad_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
 
     def ids(self, role: str) -> list[int]:
         """What a role's token numbers are."""
@@ -114,8 +114,11 @@ class TokenizerSettings:
     chat_template: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> "TokenizerSettings":
-        """Of a checkpoint's directory; raises ModelFileError, and UnsupportedModelError for what a GGUF cannot hold."""
+    def read(cls, path: Path, class_ids: Mapping[str, int] = LLAMA_IDS) -> "TokenizerSettings":
+        """Reads a checkpoint's directory. `class_ids` are the tokens of roles that no file names.
+
+        Raises ModelFileError, and UnsupportedModelError for what a GGUF file cannot hold.
+        """
         tokenizer = _optional(path / "tokenizer_config.json", _TokenizerConfig)
         names = _optional(path / "special_tokens_map.json", _Roles)
         configs = [_optional(path / name, _Config) for name in ("generation_config.json", "config.json")]
@@ -125,7 +128,7 @@ class TokenizerSettings:
         shorts = (*ROLES.values(), "eot", "eom")
         texts = {role: tokenizer.text(role) or names.text(role) for role in shorts}
         ids = {role: [n for config in configs for n in config.ids(role)] for role in ROLES.values()}
-        for role, number in _CLASS_IDS.items():
+        for role, number in class_ids.items():
             if all(getattr(config, f"{role}_token_id") is msgspec.UNSET for config in configs) and not texts[role]:
                 ids[role] = [number]
         return cls(

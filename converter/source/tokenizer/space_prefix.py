@@ -1,4 +1,4 @@
-"""When a sentencepiece-like tokenizer puts a space before a text."""
+"""When a sentencepiece-like tokenizer puts a space before a text, and what llama.cpp will read in a way of its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +38,10 @@ def notes(metadata: Mapping[str, Value]) -> tuple[str, ...]:
         )
         if metadata.get(key) is False
     ]
-    if not places:
-        return ()
-    return (f"llama.cpp will read a space {' and '.join(places)}, which this tokenizer does not add. slimoe does not.",)
+    if places:
+        where = " and ".join(places)
+        return (f"llama.cpp will read a space {where}, which this tokenizer does not add. slimoe does not.",)
+    if keys.NORMALIZER in metadata:
+        what = "will not join accents with their letters (Unicode's NFC) before it splits a text"
+        return (f"llama.cpp {what}, as this tokenizer does. slimoe does.",)
+    return ()

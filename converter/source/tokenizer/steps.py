@@ -75,7 +75,8 @@ class Steps:
     def pre_tokenizer_name(self, ignores_merges: bool) -> str:
         """llama.cpp's name for how a byte-level tokenizer splits text."""
         for step in self.normalizer:
-            self._refuse("normaliser", step.type)
+            if step.type != "NFC":
+                self._refuse("normaliser", step.type)
         pattern = _GPT_2
         for step in self.pre_tokenizer[:-1]:
             if step.type != "Split" or len(self.pre_tokenizer) > 2:

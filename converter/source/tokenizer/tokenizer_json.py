@@ -48,9 +48,11 @@ class _File(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
-    """What the file says. `pre` is llama.cpp's name for how text is split; `added` are tokens added after training, by
-    id; `before` and `behind` the special tokens that are put around a whole text. Batches are filled up with
-    `padding_token`.
+    """What the file says.
+
+    `pre` is llama.cpp's name for how text is split, and `added` are tokens added after training, by id. `before` and
+    `behind` are the special tokens around a whole text, and batches are filled up with `padding_token`. With
+    `has_normalizer` texts are rewritten before they are split, with `is_composed` only to Unicode's normal form C.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class TokenizerJson:
     merges: list[tuple[str, str]]
     added: dict[int, AddedToken]
     has_normalizer: bool
+    is_composed: bool
     space_prefix: SpacePrefix | None
     before: list[str]
     behind: list[str]
@@ -87,7 +90,8 @@ class TokenizerJson:
             model=model,
             merges=model.pairs(path),
             added=_added(path, model, file.added_tokens),
-            has_normalizer=bool(steps.normalizer) and not settings.is_llama_class,
+            has_normalizer=bool(steps.normalizer) and not is_bytes and not settings.is_llama_class,
+            is_composed=bool(steps.normalizer) and is_bytes,
             space_prefix=None if is_bytes else _space_prefix(steps, model, file.added_tokens, settings),
             before=before,
             behind=behind,
@@ -131,6 +135,8 @@ class TokenizerJson:
     def metadata(self) -> dict[str, Value]:
         """The keys that the file decides, without the tokens."""
         values: dict[str, Value] = {keys.TOKENIZER_MODEL: self.kind, keys.TOKENIZER_PRE: self.pre}
+        if self.is_composed:
+            values[keys.NORMALIZER] = "nfc"
         if self.space_prefix is None:
             return values | {keys.MERGES: [f"{left} {right}" for left, right in self.merges]}
         return values | self.space_prefix.metadata()

@@ -4,6 +4,8 @@ transformers reads tokenizer.json where both are there. So it counts here too, b
 tokenizer.model's where the other file's merges are not quite those of a sentencepiece model.
 """
 
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gguf import TokenType
 
 from slimoe.converter.source.tokenizer.check import check_json, check_model
 from slimoe.converter.source.tokenizer.sentencepiece_model import SentencePieceModel
-from slimoe.converter.source.tokenizer.settings import ROLES, AddedToken, TokenizerSettings
+from slimoe.converter.source.tokenizer.settings import LLAMA_IDS, ROLES, AddedToken, TokenizerSettings
 from slimoe.converter.source.tokenizer.space_prefix import SpacePrefix
 from slimoe.converter.source.tokenizer.steps import inexpressible
 from slimoe.converter.source.tokenizer.tokenizer_json import TokenizerJson
@@ -29,13 +31,13 @@ class _Token:
     type: int
 
 
-def tokenizer_metadata(path: Path, n_vocab: int) -> dict[str, Value]:
+def tokenizer_metadata(path: Path, n_vocab: int, class_ids: Mapping[str, int] = LLAMA_IDS) -> dict[str, Value]:
     """The keys of a checkpoint's tokenizer, padded to the `n_vocab` rows of the embedding.
 
     Raises ModelFileError when the directory has no tokenizer, a damaged one, or one with more tokens than rows, and
     UnsupportedModelError for one that a GGUF file cannot hold.
     """
-    settings = TokenizerSettings.read(path)
+    settings = TokenizerSettings.read(path, class_ids)
     json_path = path / "tokenizer.json"
     json_file = TokenizerJson.read(json_path, settings) if json_path.is_file() else None
     added = settings.older_added | (json_file.added if json_file else {}) | settings.added
@@ -78,7 +80,8 @@ def _check_ids(path: Path, json_file: TokenizerJson | None, added: dict[int, Add
         for flag in ("lstrip", "rstrip", "single_word"):
             if getattr(entry, flag):
                 raise inexpressible(path, "added token", f"{name} with {flag}")
-        if json_file and json_file.has_normalizer and entry.is_normalized:
+        is_decomposed = json_file and json_file.is_composed and not unicodedata.is_normalized("NFC", entry.content)
+        if json_file and (json_file.has_normalizer or is_decomposed) and entry.is_normalized:
             raise inexpressible(path, "added token", f"{name} with normalized")
 
 

@@ -238,12 +238,12 @@ def one_layer_more(means: Means) -> Means:
 
 BAD = {
     "narrower": (narrower, "made for rows of 128 weights, but the model's have"),
-    "more experts": (one_expert_more, "knows 4 matrices of blk.0.ffn_down_exps.weight, but the model has 3"),
+    "more experts": (one_expert_more, "knows 4 matrices of blk.0.ffn_gate_exps.weight, but the model has 3"),
     "fewer experts": (lambda means: {n: v[:2] for n, v in means.items()}, "knows 2 matrices of blk"),
     "more layers": (one_layer_more, "knows blk.1.attn_q.weight, which the model does not have"),
     "no experts": (
         lambda means: {n: v for n, v in means.items() if "_exps" not in n},
-        "knows nothing of blk.0.ffn_down_exps.weight, which IQ2_XXS needs",
+        "knows nothing of blk.0.ffn_gate_exps.weight, which IQ2_XXS needs",
     ),
     "no layers": (lambda means: {"output.weight": means["output.weight"]}, "knows nothing of layer 0"),
     "nothing": (lambda means: {}, "knows none of the matrices|knows nothing of"),

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.plain.convert import ConvertOptions, convert
-from slimoe.converter.source.model_config import MixtralConfig
+from slimoe.converter.source.families.llama import MixtralConfig
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.rotation import Rotation, read_rotation
 from slimoe.offload.engine import Engine

@@ -108,8 +108,8 @@ def test_normalized_tokens_are_refused_where_there_is_a_normaliser(tmp_path: Pat
 
 BYTES = as_json(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
 BYTE_LEVEL = {
-    "normaliser NFC": ("normalizer", as_json(normalizers.NFC())),
-    "Lowercase": ("normalizer", as_json(normalizers.Sequence([normalizers.Lowercase()]))),
+    "normaliser NFKC": ("normalizer", as_json(normalizers.NFKC())),
+    "Lowercase": ("normalizer", as_json(normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]))),
     "add_prefix_space": ("pre_tokenizer", as_json(pre_tokenizers.ByteLevel(add_prefix_space=True))),
     "use_regex false": ("pre_tokenizer", BYTES),
     "use_regex true": ("pre_tokenizer", [as_json(split_by(GPT_4)), BYTES | {"use_regex": True}]),

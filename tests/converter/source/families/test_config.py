@@ -9,12 +9,16 @@ import transformers
 
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.converter.source.model_config import CLASSES, ModelConfig, read_model_config
+from slimoe.converter.source.checkpoint_source import FAMILIES, read_model_config
+from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from tests.converter.source.test_rotation import TOKENS, llama_logits
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
 
-NAMES = ["LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"]
+NAMES = ["LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"]
+FINE = ["Qwen3MoeForCausalLM", "OlmoeForCausalLM"]
+RENORMALISED = {"norm_topk_prob": True}
+"""What a Qwen3-MoE has to say, since its class means the other."""
 FIELDS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
 FIELDS += ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"]
 
@@ -24,8 +28,8 @@ def theirs(name: str, settings: dict[str, Any]) -> transformers.PretrainedConfig
 
 
 def ours(name: str, settings: dict[str, Any]) -> ModelConfig:
-    content = {"architectures": [name], "model_type": CLASSES[name][0]} | settings
-    return read_model_config(Checkpoint(Path("c"), json.dumps(content).encode(), {}, ""))
+    content = {"architectures": [name], "model_type": FAMILIES[name].model_type} | settings
+    return read_model_config(Checkpoint(Path("c"), json.dumps(content).encode(), {}, ""))[1]
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -34,36 +38,47 @@ SETTINGS: list[dict[str, Any]] = [
     {"head_dim": 48, "num_attention_heads": 16},
     {"sliding_window": None},
     {"sliding_window": 17},
-    {"attention_bias": True},
     {"mlp_bias": True, "rms_norm_eps": 0.5},
     {"num_experts": 5},
     {"num_experts": 5, "num_local_experts": 6, "num_experts_per_tok": 3},
     {"tie_word_embeddings": True, "rope_theta": 33},
+    {"use_sliding_window": True, "sliding_window": 17},
+    {"moe_intermediate_size": 33, "intermediate_size": 44},
+    {"num_local_experts": 9},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_absent_fields_have_the_defaults_of_the_class(name: str, settings: dict[str, Any]) -> None:
+    settings = settings | (RENORMALISED if name == "Qwen3MoeForCausalLM" else {})
     expected, found = theirs(name, settings), ours(name, settings)
     for field in FIELDS:
         assert getattr(found, field) == getattr(expected, field), field
     assert found.n_head_kv == expected.num_key_value_heads
-    assert found.n_embd_head == (expected.head_dim or expected.hidden_size // expected.num_attention_heads)
+    head_dim = getattr(expected, "head_dim", None)
+    assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
     assert found.rope_theta == expected.rope_parameters["rope_theta"]
     biases = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
     is_llama = name == "LlamaForCausalLM"
     assert found.biased == tuple(m for m, field in biases.items() if is_llama and getattr(expected, field))
-    assert found.window == (None if is_llama else expected.sliding_window)
-    is_moe = name == "MixtralForCausalLM"
+    has_window = name not in ("LlamaForCausalLM", "OlmoeForCausalLM")
+    assert found.window == (expected.sliding_window if has_window else None)
+    is_moe = name in ("MixtralForCausalLM", *FINE)
     experts = (expected.num_local_experts, expected.num_experts_per_tok) if is_moe else (0, 0)
     assert (found.n_expert, found.n_expert_used) == experts
+    assert found.n_ff == (expected.moe_intermediate_size if name == FINE[0] else expected.intermediate_size)
+
+
+def test_biases_of_a_llama() -> None:
+    assert ours("LlamaForCausalLM", {"attention_bias": True}).biased == ("self_attn",)
 
 
 def test_every_field_is_one_of_the_class() -> None:
-    aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "num_experts"}
+    aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    aliases |= {"num_experts", "num_local_experts", "head_dim"}
     for name in NAMES:
-        fields = set(CLASSES[name][1].__struct_fields__) - aliases
+        fields = set(FAMILIES[name].config.__struct_fields__) - aliases
         assert fields <= set(theirs(name, {}).to_dict()), name
 
 
@@ -96,6 +111,49 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_values_of_wrong_types_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ModelFileError, UnsupportedModelError), match=message):
         ours("MixtralForCausalLM", settings)
+
+
+INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("Qwen3MoeForCausalLM", {}, "norm_topk_prob is false, but in qwen3moe files .* are always scaled to a sum of 1"),
+    ("OlmoeForCausalLM", RENORMALISED, "norm_topk_prob is true, but in olmoe files .* are never scaled"),
+    ("Qwen3MoeForCausalLM", RENORMALISED | {"attention_bias": True}, "attention_bias is true, but qwen3moe files"),
+    ("OlmoeForCausalLM", {"attention_bias": True}, "attention_bias is true, but olmoe files"),
+    ("Qwen3MoeForCausalLM", RENORMALISED | {"decoder_sparse_step": 2}, "decoder_sparse_step is 2, so that some layers"),
+    ("Qwen3MoeForCausalLM", RENORMALISED | {"decoder_sparse_step": 0}, "decoder_sparse_step: expected int >= 1"),
+    ("Qwen3MoeForCausalLM", RENORMALISED | {"mlp_only_layers": [3, 1]}, r"mlp_only_layers is \[1, 3\]"),
+    ("Qwen3MoeForCausalLM", RENORMALISED | {"hidden_act": "gelu"}, "the activation 'gelu' is not supported"),
+    ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv is 8; queries, keys and values that are clipped"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), INEXPRESSIBLE, ids=str)
+def test_what_a_gguf_file_cannot_express_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ModelFileError, UnsupportedModelError), match=message):
+        ours(name, settings)
+
+
+def test_layers_without_experts_beyond_the_last_are_none() -> None:
+    assert (
+        ours("Qwen3MoeForCausalLM", RENORMALISED | {"mlp_only_layers": [24], "num_hidden_layers": 24}).n_expert == 128
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            {"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"},
+            "'RwkvForCausalLM' is not supported, only .* Its model_type is 'rwkv'",
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "'Qwen3ForCausalLM' is not supported, only LlamaForCausalLM, Mis"),
+        ({"model_type": "rwkv"}, "'unknown' is not supported, only .*, OlmoeForCausalLM"),
+        ({"architectures": ["OlmoeForCausalLM"], "model_type": "qwen3_moe"}, "but OlmoeForCausalLM belongs to 'olmoe'"),
+    ],
+    ids=str,
+)
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(kind: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_model_config(Checkpoint(Path("c"), json.dumps(kind).encode(), {}, ""))
 
 
 def test_a_long_value_is_not_quoted_whole() -> None:

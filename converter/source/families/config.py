@@ -1,8 +1,8 @@
-"""What config.json says of a model, with the defaults of its architecture's own configuration class.
+"""What config.json says of a model: the fields that the configuration classes of all families have.
 
-Each class below stands for the one of transformers that has its name, as of version 5: a field that the file lacks has
-that class's default, null is taken where that class takes it, and further fields are not read by it either. What
-decides about the tokenizer is in `tokenizer_settings`.
+A family's own class stands for the one of transformers that has its name, as of version 5: a field that the file lacks
+has that class's default, null is taken where that class takes it, and further fields are not read by it either. What
+decides about the tokenizer is in `tokenizer.settings`.
 """
 
 from typing import Annotated
@@ -10,8 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.offload.errors import UnsupportedModelError
+from slimoe.offload.model.architecture import Architecture
 
 _MOST = 2**31 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
@@ -72,6 +71,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.head_dim or max(1, self.hidden_size // self.num_attention_heads)
 
     @property
+    def n_ff(self) -> int:
+        """The width of one expert, or of a dense feed-forward part."""
+        return self.intermediate_size
+
+    @property
     def n_expert(self) -> int:
         """Experts per layer; 0 for a dense model."""
         return 0
@@ -96,65 +100,44 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens that attention looks back at; None for all."""
         return None
 
+    def unsupported(self, architecture: Architecture) -> str | None:
+        """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
+        if self.hidden_act not in _SILU:
+            return f"the activation {self.hidden_act!r} is not supported, only {_SILU[0]}."
+        return None
 
-class LlamaConfig(ModelConfig, frozen=True, kw_only=True):
-    """LlamaForCausalLM, a dense model."""
 
-    intermediate_size: Count = 11008
-    num_key_value_heads: SmallCount | None = None
-    max_position_embeddings: Count = 2048
+class RoutedConfig(ModelConfig, frozen=True, kw_only=True):
+    """The fields of classes with a router that may or may not renormalise its weights, and norms of queries and keys.
+
+    `num_local_experts` is another name of `num_experts`, and counts where both are there.
+    """
+
+    num_experts: SmallCount = 128
+    num_local_experts: SmallCount | UnsetType = UNSET
+    num_experts_per_tok: SmallCount = 8
+    norm_topk_prob: bool = False
     attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @property
-    def biased(self) -> tuple[str, ...]:
-        """The modules of a layer whose matrices have biases."""
-        return ("self_attn",) * self.attention_bias + ("mlp",) * self.mlp_bias
-
-
-class MistralConfig(ModelConfig, frozen=True, kw_only=True):
-    """MistralForCausalLM, a dense model with sliding attention."""
-
-    sliding_window: Count | None = 4096
-
-    @property
-    def window(self) -> int | None:
-        """Tokens that attention looks back at; None for all."""
-        return self.sliding_window
-
-
-class MixtralConfig(ModelConfig, frozen=True, kw_only=True):
-    """MixtralForCausalLM; `num_experts` is another name of `num_local_experts`, and counts where both are there."""
-
-    rms_norm_eps: Positive = 1e-5
-    rope_theta: Positive = 1e6
-    num_local_experts: SmallCount = 8
-    num_experts: SmallCount | UnsetType = UNSET
-    num_experts_per_tok: SmallCount = 2
-    sliding_window: Count | None = None
-
-    @property
-    def window(self) -> int | None:
-        """Tokens that attention looks back at; None for all."""
-        return self.sliding_window
 
     @property
     def n_expert(self) -> int:
         """Experts per layer."""
-        return self.num_local_experts if isinstance(self.num_experts, UnsetType) else self.num_experts
+        return self.num_experts if isinstance(self.num_local_experts, UnsetType) else self.num_local_experts
 
     @property
     def n_expert_used(self) -> int:
         """Experts per token."""
         return self.num_experts_per_tok
 
-
-CLASSES: dict[str, tuple[str, type[ModelConfig]]] = {
-    "LlamaForCausalLM": ("llama", LlamaConfig),
-    "MistralForCausalLM": ("mistral", MistralConfig),
-    "MixtralForCausalLM": ("mixtral", MixtralConfig),
-}
-"""The classes of Hugging Face that are read: their `model_type`, and what their configuration holds."""
+    def unsupported(self, architecture: Architecture) -> str | None:
+        """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
+        if self.norm_topk_prob is not architecture.router.renormalise:
+            how = "are always" if architecture.router.renormalise else "are never"
+            what = f"the weights of the selected experts {how} scaled to a sum of 1"
+            return f"norm_topk_prob is {str(self.norm_topk_prob).lower()}, but in {architecture.name} files {what}."
+        if self.attention_bias:
+            return f"attention_bias is true, but {architecture.name} files have no biases of queries, keys and values."
+        return super().unsupported(architecture)
 
 
 class ConfigClass(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,19 +150,3 @@ class ConfigClass(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """The class of Hugging Face, "unknown" where none is named."""
         return next(iter(self.architectures or ()), "unknown")
-
-
-def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Raises ModelFileError for values of wrong types or sizes, UnsupportedModelError for a class that is not read."""
-    kind = checkpoint.read_config(ConfigClass)
-    if kind.name not in CLASSES:
-        problem = f"the architecture {kind.name!r} is not supported, only {', '.join(CLASSES)}."
-        raise UnsupportedModelError(checkpoint.path, problem)
-    model_type, config_class = CLASSES[kind.name]
-    if kind.model_type not in (None, model_type):
-        problem = f"model_type is {kind.model_type!r}, but {kind.name} belongs to {model_type!r}."
-        raise UnsupportedModelError(checkpoint.config_path, problem, "Correct the one that is wrong.")
-    config = checkpoint.read_config(config_class)
-    if config.hidden_act not in _SILU:
-        raise UnsupportedModelError(checkpoint.config_path, f"the activation {config.hidden_act!r} is not supported.")
-    return config
