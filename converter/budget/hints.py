@@ -8,8 +8,8 @@ import numpy as np
 from slimoe.converter.layout.plan import LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import Survivors
+from slimoe.converter.methods.gram_policy import layer_gram
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
-from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
 from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.statistics import Statistics
@@ -39,11 +39,11 @@ def with_hints(
     gone = sorted({expert for expert in target if expert >= 0} - set(kept))
     replaced = tuple(gone) if min(layer.target) < 0 else ()
     survivors = Survivors(kept, layer.rows, layer.target, replaced)
-    sketch = layer_sketch(one, target, source.spec.experts) if one.sketch is not None else None
+    gram = layer_gram(one, target, source.spec.experts) if one.sketch is not None else None
     # One pick a token leaves nothing for a gate to choose by.
     share = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
     rules = SkipRules(skip_ratio(one.router), share, _fallbacks(layer))
-    hints = hints_for(one, survivors, sketch, rules)
+    hints = hints_for(one, survivors, gram, rules)
     found = {name: getattr(hints, name) for name in _FIELDS}
     values: dict[str, object] = {name: value for name, value in found.items() if value is not None}
     if costs is not None:

@@ -13,12 +13,12 @@ from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
 from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
+from slimoe.converter.methods.gram_policy import layer_gram
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
 from slimoe.converter.methods.naee import best_subset
 from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, first, layer_removals
 from slimoe.converter.methods.scores import SCORES
-from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.statistics import Statistics
@@ -150,8 +150,8 @@ class _Builder:
                     "The best subset is found layer by layer. Choose a score to rank all experts together."
                 )
             pairs = zip(layers, targets, strict=True)
-            sketches = [layer_sketch(one, target, self.source.spec.experts) for one, target in pairs]
-            return tuple(best_subset(sketch, n_keep).kept for sketch in sketches)
+            grams = [layer_gram(one, target, self.source.spec.experts) for one, target in pairs]
+            return tuple(best_subset(gram, n_keep).kept for gram in grams)
         if experts.score not in SCORES:
             raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
         score = SCORES[experts.score]
@@ -169,13 +169,13 @@ class _Builder:
         if self.recipe.experts.replacement == "novice":
             self.nats += float(constant_costs(layer)[list(dropped)].sum())
             return
-        sketch = layer_sketch(layer, target, self.source.spec.experts)
+        gram = layer_gram(layer, target, self.source.spec.experts)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
         weight = layer_weight(layer, profile)
-        whole = weight.cost(float(sketch.error(sketch.nothing()).mean()))
+        whole = weight.cost(float(gram.error(gram.nothing()).mean()))
         # How much more the model listens to what the layer says than to noise of the same size.
         listening = layer.removals.ffn / whole if whole else 1.0
-        self.nats += listening * weight.cost(float(sketch.error(sketch.redirected(dropped)).mean()))
+        self.nats += listening * weight.cost(float(gram.error(gram.redirected(dropped)).mean()))
 
     def _merged(self, blocks: Sequence[int]) -> list[LayerPlan]:
         keep, how = self.recipe.experts.keep, self.recipe.experts.merge

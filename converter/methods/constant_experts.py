@@ -1,7 +1,8 @@
-"""Constants in place of experts: which experts hardly vary, the best constant for each, and what it costs.
+"""Constant experts: for each expert the constant vector that replaces it best, and what the replacement costs.
 
-Source: MoNE (arXiv 2507.00390). Its constant is the mean output over picks; the one here minimises the sum of
-share^2 |f - c|^2, which is what the layer's output loses. The router keeps all rows, so that no token moves.
+Source: MoNE (arXiv 2507.00390), which calls them novices. Its constant is the mean of the outputs f over the tokens
+that selected the expert; the one here minimises the sum of w^2 |f - c|^2, w being the expert weight, which is the error
+of the layer's output. The router keeps all rows, so that no token selects other experts than before.
 """
 
 import numpy as np
@@ -11,9 +12,10 @@ from slimoe.converter.stats.statistics import Double, LayerStatistics, OutputSum
 
 
 def constant_vectors(layer: LayerStatistics) -> Single:
-    """The constants [E, d], sum of share^2 f over sum of share^2; that of all experts for one that was never picked.
+    """The constants [E, d]: the sum of w^2 f over the sum of w^2, w being the expert weight.
 
-    Raises UsageError.
+    An expert that no token selected gets the constant of all experts together. Raises UsageError for statistics without
+    sums of the experts' outputs.
     """
     outputs = outputs_of(layer)
     sums, weights = outputs.share_square_output.astype(np.float64), outputs.share_square[:, None]
@@ -26,7 +28,8 @@ def constant_vectors(layer: LayerStatistics) -> Single:
 def constant_errors(layer: LayerStatistics) -> Double:
     """Mean squared errors [E] per token of the layer's output if each expert alone became its constant.
 
-    In the units of `LayerSketch.error`, for whose cross terms this is the diagonal. Raises UsageError.
+    They are in the units of `LayerGram.error`, which also knows the cross terms of several experts. Raises UsageError
+    for statistics without sums of the experts' outputs.
     """
     outputs = outputs_of(layer)
     constant = np.square(outputs.share_square_output.astype(np.float64)).sum(1)
@@ -36,10 +39,11 @@ def constant_errors(layer: LayerStatistics) -> Double:
 
 
 def constant_costs(layer: LayerStatistics) -> Double:
-    """Nats per token [E] if each expert alone became its constant; `layer` has sensitivities.
+    """KL divergence in nats per token [E] if each expert alone became its constant; `layer` has sensitivities.
 
-    As measured along the change; by the squared error where that is more or all there is: gradients are those of fewer
-    tokens, which may not have picked every expert. Raises UsageError.
+    The greater of two estimates: the gradient along the change, where it was measured, and the squared error of the
+    output. Gradients are those of fewer tokens, which may not have selected every expert. Raises UsageError for
+    statistics without sums of the experts' outputs.
     """
     weights = [layer_weight(layer, profile).per_square for profile in variances(outputs_of(layer))]
     costs: Double = constant_errors(layer) * np.array(weights)
@@ -47,7 +51,7 @@ def constant_costs(layer: LayerStatistics) -> Double:
 
 
 def variances(outputs: OutputSums) -> Double:
-    """Variance [E, d] of each component of the experts' outputs over their picks."""
+    """Variance [E, d] of each component of the experts' outputs, over the tokens that selected them."""
     n = np.maximum(outputs.n_pick, 1)[:, None]
     means = outputs.output.astype(np.float64) / n
     return np.maximum(outputs.output_square.astype(np.float64) / n - np.square(means), 0.0)

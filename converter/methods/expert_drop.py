@@ -1,4 +1,4 @@
-"""Expert Drop: which experts of each layer stay, by any score, and what becomes of the router's rows.
+"""Expert Drop: which experts of each layer are kept, by any score, and what becomes of the router's rows.
 
 Source: Unified MoE Compression (arXiv 2406.02500), layer by layer and globally. Scores are [E] per layer, the best
 highest; a layer without experts has none.
@@ -13,15 +13,16 @@ from slimoe.converter.stats.statistics import Double
 from slimoe.offload.errors import UsageError
 
 Kept = tuple[tuple[int, ...], ...]
-"""Stored experts of the source that stay, ascending, by layer."""
+"""Stored experts of the source that are kept, ascending, by layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survivors:
-    """A layer after some experts are gone, as a `LayerPlan` has it.
+    """A layer after some of its experts have been dropped, as a `LayerPlan` has it.
 
-    `experts` are the source's that stay, `rows` those of the source's router, and `target` says for each row its place
-    in `experts`, or -1 - n for constant n. Constants of the source come first, then one for each expert of `replaced`.
+    `experts` are the experts of the source that are kept, `rows` the rows of its router that are kept, and `target`
+    says for each row its place in `experts`, or -1 - n for constant n. Constants of the source come first, then one for
+    each expert of `replaced`.
     """
 
     experts: tuple[int, ...]
@@ -31,7 +32,7 @@ class Survivors:
 
 
 def redirect(target: Sequence[int], kept: Iterable[int]) -> Survivors:
-    """Rows of dropped experts leave the router, so that tokens pick among the others."""
+    """Drops the rows of dropped experts from the router, so that tokens select among the others."""
     experts = tuple(sorted(kept))
     place = {expert: index for index, expert in enumerate(experts)}
     rows = tuple(row for row, expert in enumerate(target) if expert < 0 or expert in place)
@@ -39,7 +40,7 @@ def redirect(target: Sequence[int], kept: Iterable[int]) -> Survivors:
 
 
 def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
-    """All rows stay; those of dropped experts mean a constant each (MoNE, arXiv 2507.00390)."""
+    """Keeps all rows of the router; a row of a dropped expert then means a constant (MoNE, arXiv 2507.00390)."""
     experts = tuple(sorted(kept))
     n_before = max((-expert for expert in target if expert < 0), default=0)
     replaced = tuple(sorted({expert for expert in target if expert >= 0} - set(experts)))
@@ -49,7 +50,7 @@ def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
 
 
 def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
-    """The best `n_keep` of every layer; raises UsageError for fewer than `least` or more than a layer has."""
+    """The best `n_keep` experts of every layer; raises UsageError for fewer than `least` or more than a layer has."""
     fewest = min((one.size for one in scores if one.size), default=0)
     if not least <= n_keep <= fewest:
         raise UsageError(f"Keeping {n_keep} experts in each layer is not possible. Keep {least} to {fewest} of them.")
@@ -57,10 +58,10 @@ def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
 
 
 def keep_overall(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
-    """The best `n_keep` of all layers together, but at least `least` in each, usually the picks per token.
+    """The best `n_keep` experts of all layers together, but at least `least` in each: as many as a token selects.
 
-    Scores must mean the same in all layers: those of routing do; norms of outputs only times `layer_weight`. Raises
-    UsageError for a number that cannot be kept.
+    Scores must mean the same in all layers: those of routing do, norms of outputs only after multiplication by
+    `layer_weight`. Raises UsageError for a number that cannot be kept.
     """
     order = [_best(one) for one in scores]
     fewest, most = sum(min(least, one.size) for one in scores), sum(one.size for one in scores)
@@ -74,7 +75,7 @@ def keep_overall(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
 
 
 def _best(scores: Double) -> list[int]:
-    """All experts, the best first; of equals the first."""
+    """All experts, the best first; of equally good ones the one of the lower number."""
     assert not np.isnan(scores).any(), "a score is not a number"
     best: list[int] = np.argsort(-scores, kind="stable").tolist()
     return best

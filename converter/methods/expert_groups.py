@@ -1,9 +1,9 @@
-"""Experts of a layer that become one: which, with which weights, and the plans of the experts that result.
+"""Which experts of a layer are merged into one, with which weights, and the plans of the merged experts.
 
-HC-SMoE (arXiv 2410.08589) merges experts that answer alike: clusters of their mean outputs, then a mean weighted by
-use, with any number of experts left in each layer. M-SMoE (arXiv 2310.01334) merges experts that are wanted alike: the
-most used experts of the whole model are kept, and every other one joins that of its layer whose router logits are most
-like its own.
+HC-SMoE (arXiv 2410.08589) merges experts of similar outputs: their mean outputs are clustered, and the experts of a
+cluster averaged, weighted by use; any number of experts can be left in each layer. M-SMoE (arXiv 2310.01334) merges
+experts of similar router logits: the most used experts of the whole model are kept, and every other one joins the kept
+expert of its layer whose logits are most like its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,12 +20,14 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import LayerStatistics, OutputSums, RouterSums
 from slimoe.offload.errors import UsageError
 
+Double = NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
-    """A layer's stored experts, each in one group. A group's first member is the one that the others are fitted to.
+    """A layer's stored experts, each in one group, whose first member is the one that the others are aligned with.
 
-    `weights` are those of the members in the mean that takes their place; each group's sum to 1.
+    `weights` are those of the members in the mean that takes their place; the weights of a group sum to 1.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -36,49 +38,48 @@ class ExpertGroups:
         return next(group for group, members in enumerate(self.members) if expert in members)
 
 
-def weighted_groups(members: Iterable[Iterable[int]], use: NDArray[np.float64]) -> ExpertGroups:
+def use_weights(use: Double) -> Double:
+    """Weights in proportion to `use` that sum to 1; equal ones if nothing was used."""
+    total = use.sum()
+    return use / total if total > 0 else np.full(len(use), 1 / len(use))
+
+
+def weighted_groups(members: Iterable[Iterable[int]], use: Double) -> ExpertGroups:
     """Groups whose members weigh as often as they were used; `use` [E] are counts, or anything like them.
 
-    The most used member of a group comes first, and groups are in the order of their first members. Members weigh the
-    same in a group that was never used.
+    The most used member of a group comes first, and groups are in the order of their first members. The members of a
+    group that was never used have equal weights.
     """
     ordered = sorted(tuple(sorted(group, key=lambda expert: (-use[expert], expert))) for group in members)
-    return ExpertGroups(tuple(ordered), tuple(_shares(use[list(group)]) for group in ordered))
-
-
-def _shares(use: NDArray[np.float64]) -> tuple[float, ...]:
-    total = float(use.sum())
-    shares = use / total if total > 0 else np.full(len(use), 1 / len(use))
-    return tuple(map(float, shares))
+    return ExpertGroups(tuple(ordered), tuple(tuple(use_weights(use[list(group)]).tolist()) for group in ordered))
 
 
 def plan_groups(
     source: ModelSource, layer: int, groups: ExpertGroups, types: Sequence[Types], aligned: bool = True
 ) -> tuple[ExpertPlan, ...]:
-    """The result's experts, one per group, of `types` per group; unless `aligned`, neurons are averaged as they lie.
+    """The plans of the merged experts, one per group, in the types that `types` has for each group.
 
-    Holds two experts and what alignment takes. Raises ModelFileError.
+    Unless `aligned`, neurons are averaged in the order in which they are stored. Holds two experts and what alignment
+    takes. Raises ModelFileError.
     """
-    return tuple(
-        ExpertPlan(members, kinds, weights=weights, neurons=_orders(source, layer, members, aligned))
-        for members, weights, kinds in zip(groups.members, groups.weights, types, strict=True)
-    )
-
-
-def _orders(source: ModelSource, layer: int, members: tuple[int, ...], aligned: bool) -> tuple[Int, ...]:
-    if len(members) == 1:
-        return ()
-    first = read_matrices(source, layer, members[0])
-    if not aligned:
-        return tuple(np.arange(first.n_ff) for _ in members[1:])
-    return tuple(align(first, read_matrices(source, layer, member)) for member in members[1:])
+    plans = []
+    for members, weights, kinds in zip(groups.members, groups.weights, types, strict=True):
+        orders: tuple[Int, ...] = ()
+        if len(members) > 1:
+            first = read_matrices(source, layer, members[0])
+            orders = tuple(
+                align(first, read_matrices(source, layer, member)) if aligned else np.arange(first.n_ff)
+                for member in members[1:]
+            )
+        plans.append(ExpertPlan(members, kinds, weights=weights, neurons=orders))
+    return tuple(plans)
 
 
 Metric = Literal["euclidean", "cosine"]
 
 
-def mean_outputs(outputs: OutputSums) -> NDArray[np.float64]:
-    """Each expert's mean output [E, d] over the tokens that picked it; the layer's mean for one that none picked."""
+def mean_outputs(outputs: OutputSums) -> Double:
+    """Each expert's mean output [E, d] over the tokens that selected it; the layer's mean if no token did."""
     sums = outputs.output.astype(np.float64)
     layer_mean = sums.sum(0) / max(int(outputs.n_pick.sum()), 1)
     counts = outputs.n_pick[:, None]
@@ -86,41 +87,33 @@ def mean_outputs(outputs: OutputSums) -> NDArray[np.float64]:
 
 
 def merge_by_output(outputs: OutputSums, n_keep: int, metric: Metric = "euclidean") -> ExpertGroups:
-    """`n_keep` groups: the two clusters with the least mean distance between their members' mean outputs become one,
-    again and again.
+    """Groups the experts by average-linkage clustering of their mean outputs, until `n_keep` groups are left.
 
-    Raises UsageError unless there are as many experts.
+    Raises UsageError unless `n_keep` is from 1 to the number of experts.
     """
     n_expert = len(outputs.n_pick)
     if not 1 <= n_keep <= n_expert:
         raise UsageError(f"{n_keep} experts cannot be left of {n_expert}. Choose 1 to {n_expert}.")
     clusters = {expert: [expert] for expert in range(n_expert)}
     if n_keep < n_expert:
-        for step, (a, b, _, _) in enumerate(_tree(mean_outputs(outputs), metric)[: n_expert - n_keep]):
+        # It takes a second to load, and most plans merge nothing.
+        from scipy.cluster.hierarchy import linkage
+
+        means, distance = mean_outputs(outputs), "euclidean"
+        if metric == "cosine":
+            # Normalised here, as scipy's cosine is undefined for an expert of zeros: twice the distance by cosine.
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            distance = "sqeuclidean"
+        for step, (a, b, _, _) in enumerate(linkage(means, "average", distance)[: n_expert - n_keep]):
             clusters[n_expert + step] = clusters.pop(int(a)) + clusters.pop(int(b))
     return weighted_groups(clusters.values(), outputs.n_pick.astype(np.float64))
 
 
-def _tree(means: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
-    """scipy's list of merges; directions are taken by hand, as an expert of zeros has none."""
-    # It takes a second to load, and most plans merge nothing.
-    from scipy.cluster.hierarchy import linkage
-
-    if metric == "cosine":
-        means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        tree: NDArray[np.float64] = linkage(means, "average", "sqeuclidean")  # twice the distance by cosine
-        return tree
-    tree = linkage(means, "average", "euclidean")
-    return tree
-
-
-Double = NDArray[np.float64]
-
-
 def logit_similarity(router: RouterSums, target: Sequence[int], n_expert: int) -> Double:
-    """Cosines [E, E] of the experts' router logits over all tokens; with several rows, of the rows' mean.
+    """Cosines [E, E] of the experts' router logits over all tokens.
 
-    `target` says which stored expert each row means; rows of constant experts are left out.
+    `target` says which stored expert each row of the router means. The logits of an expert of several rows are their
+    mean; rows of constant experts are left out.
     """
     of_row = np.zeros((n_expert, len(target)))
     for row, expert in enumerate(target):
@@ -134,10 +127,10 @@ def logit_similarity(router: RouterSums, target: Sequence[int], n_expert: int) -
 
 
 def dominant_experts(use: Sequence[Double], n_total: int, n_least: int = 1) -> tuple[tuple[int, ...], ...]:
-    """The experts of every layer that are kept: those used most in the whole model, each layer's use over its greatest.
+    """The `n_total` most used experts of the whole model, by layer; use is relative to the layer's most used expert.
 
-    Every layer keeps `n_least`, or all if it has fewer, its own most used. Layers without experts have none. Raises
-    UsageError for a total that is too small for this, or larger than all.
+    Every layer keeps at least its `n_least` most used experts, or all if it has fewer; layers without experts have
+    none. Raises UsageError for a total that is too small for this, or larger than the model's number of experts.
     """
     least = sum(min(n_least, len(counts)) for counts in use)
     n_all = sum(map(len, use))
@@ -155,7 +148,10 @@ def dominant_experts(use: Sequence[Double], n_total: int, n_least: int = 1) -> t
 
 
 def merge_by_router(similarity: Double, dominant: Sequence[int], use: Double) -> ExpertGroups:
-    """Every expert joins the dominant one that `similarity` [E, E] says is most like it; `use` [E] are the weights."""
+    """The groups of the `dominant` experts, each joined by the experts most similar to it.
+
+    `similarity` [E, E] compares all experts of the layer; `use` [E] are their weights.
+    """
     groups = {expert: [expert] for expert in dominant}
     for expert in range(len(use)):
         if expert not in groups:
@@ -166,10 +162,10 @@ def merge_by_router(similarity: Double, dominant: Sequence[int], use: Double) ->
 def msmoe(
     layers: Sequence[LayerStatistics], targets: Sequence[Sequence[int]], n_total: int, n_least: int = 1
 ) -> tuple[ExpertGroups, ...]:
-    """The groups of every layer, `n_total` in all, at least `n_least` in each; no groups in a layer without experts.
+    """M-SMoE's groups of every layer: `n_total` in all, at least `n_least` in each layer with experts.
 
-    `targets` are the layers' rows, as `SourceLayer` has them. Raises UsageError for a total that cannot be, and
-    for statistics without sums of routers or outputs.
+    `targets` say for each layer what its router's rows mean, as `SourceLayer.target` does. Raises UsageError for a
+    total that cannot be, and for statistics without sums of routers or outputs.
     """
     pairs = list(zip(layers, targets, strict=True))
     use = [outputs_of(one).n_pick.astype(np.float64) if target else np.zeros(0) for one, target in pairs]

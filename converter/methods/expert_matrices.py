@@ -1,13 +1,12 @@
-"""An expert's weights as arrays: reordered, aligned with another's, and merged as a plan says.
+"""An expert's matrices as arrays: reordered, aligned with another's, and merged as a plan says.
 
-Alignment finds the order of an expert's neurons that lies nearest to another expert. It maximises the inner products of
-matched neurons over gate, up and down (arXiv 2310.01334, with a term for SwiGLU's gate), which minimises the squared
-distance of the weights. Up to `N_EXACT` neurons it is the best there is. Beyond, the greatest products are matched
-first and what is left at last exactly, since an exact assignment takes time with the cube of the width. Copies are
-found either way: the greatest product of all is that of a neuron and its copy.
+Alignment finds the order of an expert's neurons in which its weights are nearest to another expert's. It maximises the
+inner products of matched neurons over gate, up and down (arXiv 2310.01334, with a term for SwiGLU's gate), which
+minimises the squared distance of the weights. Up to `N_EXACT` neurons the assignment is optimal. Beyond, the greatest
+products are matched first and the remaining neurons exactly, since an exact assignment takes time with the cube of the
+width. Copies are found either way: the greatest product of all is that of a neuron and its copy.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrices:
-    """`gate` and `up` [n_ff, n_embd], `down` [n_embd, n_ff]. A neuron is a row of the first two and a column of it."""
+    """`gate` and `up` [n_ff, n_embd], `down` [n_embd, n_ff]. A neuron is a row of gate and up and a column of down."""
 
     gate: Single
     up: Single
@@ -30,15 +29,15 @@ class ExpertMatrices:
 
     @property
     def n_ff(self) -> int:
-        """Neurons."""
+        """The number of neurons."""
         return len(self.gate)
 
     def reordered(self, neurons: Int) -> "ExpertMatrices":
-        """Only these neurons, in this order. With all of them the expert computes the same."""
+        """The expert of only these neurons, in this order; with all neurons it computes the same as before."""
         return ExpertMatrices(self.gate[neurons], self.up[neurons], self.down[:, neurons])
 
     def distance(self, other: "ExpertMatrices") -> float:
-        """Squared distance of all weights, over the squared norm of both: 0 for equal ones, 1 for orthogonal ones."""
+        """The squared distance of all weights over the squared norms of both: 0 if equal, 1 if orthogonal."""
         pairs = ((self.gate, other.gate), (self.up, other.up), (self.down, other.down))
         apart = sum(_square(a - b) for a, b in pairs)
         return apart / max(sum(_square(a) + _square(b) for a, b in pairs), np.finfo(np.float64).tiny)
@@ -49,12 +48,12 @@ def _square(values: Single) -> float:
 
 
 def read_matrices(source: ModelSource, layer: int, expert: int) -> ExpertMatrices:
-    """A stored expert of a model; raises ModelFileError."""
+    """Reads a stored expert of a model; raises ModelFileError."""
     return ExpertMatrices(*(source.read(expert_key(layer, projection, expert)) for projection in PROJECTIONS))
 
 
 N_EXACT = 2048
-"""Neurons up to which the assignment is exact; the products then take 4 * N_EXACT^2 bytes, and 8 within scipy."""
+"""Neurons up to which the assignment is exact; the products then take 4 * N_EXACT^2 bytes, and twice that in scipy."""
 _N_CANDIDATES = 32
 _ROWS_AT_ONCE = 512
 
@@ -62,7 +61,7 @@ _ROWS_AT_ONCE = 512
 def align(reference: ExpertMatrices, other: ExpertMatrices, n_exact: int = N_EXACT) -> Int:
     """The order [n_ff] of `other`'s neurons in which they match `reference`'s, for `ExpertMatrices.reordered`.
 
-    Beside the experts it holds the products of at most `n_exact` neurons squared, or of 512 with all of them.
+    Beside the experts it holds the products of `n_exact` by `n_exact` neurons at most, or of 512 neurons by all.
     """
     # It takes a second to load, and most plans align nothing.
     from scipy.optimize import linear_sum_assignment
@@ -90,35 +89,33 @@ def _products(reference: ExpertMatrices, other: ExpertMatrices, rows: Int, colum
 
 
 def _likeliest(reference: ExpertMatrices, other: ExpertMatrices, rows: Int, columns: Int) -> tuple[Int, Int]:
-    """Pairs of these neurons, the greatest products first, each neuron once: at least one pair, and mostly many."""
-    found = [np.concatenate(parts) for parts in zip(*_candidates(reference, other, rows, columns), strict=True)]
+    """Pairs of these neurons, the greatest products first, each neuron once: at least one pair, and mostly many.
+
+    The candidates are the columns of the greatest products of every row.
+    """
+    n_best = min(_N_CANDIDATES, len(columns))
+    best_columns, best_products = [], []
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        products = _products(reference, other, rows[begin : begin + _ROWS_AT_ONCE], columns)
+        best = np.argpartition(-products, n_best - 1, axis=1)[:, :n_best]
+        best_columns.append(columns[best].ravel())
+        best_products.append(np.take_along_axis(products, best, axis=1).ravel())
+    candidate_rows, candidate_columns = np.repeat(rows, n_best), np.concatenate(best_columns)
     matched: dict[int, int] = {}
     taken: set[int] = set()
-    for pair in np.argsort(-found[2], kind="stable"):
-        row, column = int(found[0][pair]), int(found[1][pair])
+    for pair in np.argsort(-np.concatenate(best_products), kind="stable"):
+        row, column = int(candidate_rows[pair]), int(candidate_columns[pair])
         if row not in matched and column not in taken:
             matched[row] = column
             taken.add(column)
     return np.array(list(matched), np.int64), np.array(list(matched.values()), np.int64)
 
 
-def _candidates(
-    reference: ExpertMatrices, other: ExpertMatrices, rows: Int, columns: Int
-) -> Iterator[tuple[Int, Int, NDArray[np.float32]]]:
-    """Rows, columns and products of every row's best columns."""
-    n_best = min(_N_CANDIDATES, len(columns))
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[begin : begin + _ROWS_AT_ONCE]
-        products = _products(reference, other, part, columns)
-        best = np.argpartition(-products, n_best - 1, axis=1)[:, :n_best]
-        values = np.take_along_axis(products, best, axis=1)
-        yield np.repeat(part, n_best), columns[best].ravel(), values.ravel()
-
-
 def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection: str) -> Single:
-    """One of the result's matrices; an expert of one member that keeps all neurons is the source's, bit for bit.
+    """One matrix of the expert that `plan` describes: gate, up or down, as `projection` names it.
 
-    Holds three matrices of the source's size, whatever the number of members. Raises ModelFileError.
+    An expert of one member that keeps all neurons is the source's, bit for bit. Holds three matrices of the source's
+    size, whatever the number of members. Raises ModelFileError.
     """
     is_down = projection == "down"
     if is_down and plan.down is not None:

@@ -1,7 +1,7 @@
-"""How an expert's neurons fire together: sums of products of its activations, for trimming its width.
+"""How an expert's activations go together: sums of their products, for trimming the expert's width.
 
-The largest statistic of all, n_ff^2 per expert, so it is never stored: a pass of one layer hands each expert's over as
-soon as the expert is done.
+At n_ff^2 numbers per expert it is the largest statistic, so it is never stored: a pass over one layer hands over the
+sums of each expert as soon as all of the expert's tokens have been seen.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,23 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class HiddenSums:
-    """Over an expert's tokens: `product` [n_ff, n_ff] of share^2 a a^T, where a is what `down` reads; `share_square`,
-    the sum of share^2; and the number of tokens.
+    """Sums over an expert's tokens: `product` [n_ff, n_ff] of w^2 a a^T and `weight_square` of w^2.
 
-    A change of `down` by D then costs tr(D product D^T): the sum of share^2 |change of the output|^2.
+    Here a [n_ff] are the activations that `down` reads, and w is the token's expert weight. A change of `down` by D
+    adds tr(D product D^T) to the sum of w^2 |change of the output|^2. `n_token` is the number of tokens.
     """
 
     product: NDArray[np.float32]
-    share_square: float
+    weight_square: float
     n_token: int
 
     def covariance(self) -> NDArray[np.float64]:
-        """The mean of a a^T, tokens weighted by share^2; zeros without tokens."""
-        return self.product.astype(np.float64) / max(self.share_square, np.finfo(np.float64).tiny)
+        """The mean of a a^T [n_ff, n_ff], tokens weighted by w^2; zeros without tokens."""
+        return self.product.astype(np.float64) / max(self.weight_square, np.finfo(np.float64).tiny)
 
 
 def hidden_sums(expert: Expert, x: Tensor) -> HiddenSums:
-    """The sums over any inputs [n, n_embd], each of share 1: what an expert does with tokens that did not pick it."""
+    """The sums over any inputs [n, n_embd] with expert weight 1, whether or not a token selected the expert."""
     product = torch.zeros(len(expert.gate.weight), len(expert.gate.weight), device=expert.gate.weight.device)
     with torch.no_grad():
         for rows in x.split(_ROWS_AT_ONCE):
@@ -46,10 +46,10 @@ def hidden_sums(expert: Expert, x: Tensor) -> HiddenSums:
 
 
 def shrunk_covariance(own: HiddenSums, layer: HiddenSums | None = None) -> NDArray[np.float64]:
-    """The covariance [n_ff, n_ff] of an expert's tokens, drawn towards that of any tokens of the layer.
+    """The covariance [n_ff, n_ff] of an expert's own tokens, mixed with that of any tokens of the `layer`.
 
-    The latter weighs like n_ff tokens, without which few tokens would leave neurons undetermined that others need.
-    Takes 16 bytes times n_ff^2.
+    The layer's weighs like n_ff tokens: with only a few tokens of its own, an expert would leave neurons undetermined
+    that other tokens need. Takes 16 bytes times n_ff^2.
     """
     covariance = own.covariance()
     if layer is None:
@@ -61,17 +61,17 @@ def shrunk_covariance(own: HiddenSums, layer: HiddenSums | None = None) -> NDArr
 
 
 class HiddenCollector(Observer):
-    """Hands the sums of one layer's experts that were picked to `take(expert, sums)`, in the order of their numbers.
+    """Calls `take(expert, sums)` for each expert of one layer that a token selected, in the order of their numbers.
 
-    Holds 4 bytes times n_ff^2, for one expert at a time: 0.8 GB for 14336 neurons. `finish` after the pass hands the
-    last one over.
+    Holds 4 bytes times n_ff^2, for one expert at a time: 0.8 GB for 14336 neurons. Call `finish` after the pass, which
+    hands over the last expert.
     """
 
     def __init__(self, layer: int, take: Callable[[int, HiddenSums], None]) -> None:
         self.layer, self._take = layer, take
         self._expert = -1
         self._product = torch.zeros(0, 0)
-        self._share_square, self._n_token = 0.0, 0
+        self._weight_square, self._n_token = 0.0, 0
 
     def expert(  # noqa: D102 (the Observer's)
         self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor
@@ -79,22 +79,19 @@ class HiddenCollector(Observer):
         if layer != self.layer:
             return None
         if expert != self._expert:
+            assert expert > self._expert, "experts come in order, each at once"
             self.finish()
-            self._begin(expert, hidden)
+            self._expert = expert
+            self._product = torch.zeros(hidden.shape[1], hidden.shape[1], device=hidden.device)
+            self._weight_square, self._n_token = 0.0, 0
         weighted = hidden * shares[:, None]
         self._product.addmm_(weighted.T, weighted)
-        self._share_square += float(shares.double().square().sum())
+        self._weight_square += float(shares.double().square().sum())
         self._n_token += len(rows)
         return None
 
-    def _begin(self, expert: int, hidden: Tensor) -> None:
-        assert expert > self._expert, "experts come in order, each at once"
-        self._expert = expert
-        self._product = torch.zeros(hidden.shape[1], hidden.shape[1], device=hidden.device)
-        self._share_square, self._n_token = 0.0, 0
-
     def finish(self) -> None:
-        """Hands over what is left."""
+        """Hands over the sums of the last expert."""
         if self._n_token:
-            self._take(self._expert, HiddenSums(self._product.cpu().numpy(), self._share_square, self._n_token))
+            self._take(self._expert, HiddenSums(self._product.cpu().numpy(), self._weight_square, self._n_token))
             self._n_token = 0

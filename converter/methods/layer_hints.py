@@ -1,8 +1,8 @@
-"""What a native file tells the engine about the experts of a layer: how often they serve, and what doing without costs.
+"""Hints of a native file for the engine: how often a layer's experts are selected, and what skipping them costs.
 
-Errors are nats of KL divergence per token if every pick of an expert took an action, as `LayerHints` has them: the
-layer's weight times the squared error of its output per token. The weight is taken with the profile over components
-that the error of each expert has.
+Errors are KL divergences in nats per token if all tokens that selected an expert did without it, as `LayerHints` has
+them: the squared error of the layer's output per token, times the layer's weight for errors whose profile over the
+components of the output is that of the expert's own output.
 """
 
 from dataclasses import dataclass, replace
@@ -11,19 +11,23 @@ import numpy as np
 
 from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.expert_drop import Survivors
+from slimoe.converter.methods.gram_policy import LayerGram, policy_error, renormalised, row_weights
 from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens, router_of
-from slimoe.converter.methods.sketch_policy import LayerSketch, grown, policy_error, row_shares
-from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
+from slimoe.converter.stats.statistics import Double, LayerStatistics
 from slimoe.offload.model.native_layout import LayerHints
 
-_FEWEST_PICKS = 16
-"""With fewer picks in the sketch, the sums over all tokens say more, unless it has all picks that there are."""
+_FEWEST_TOKENS = 16
+"""With fewer tokens of an expert in the Gram matrices, the sums over all tokens are the better estimate, unless the
+Gram matrices have every token that selected the expert.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SkipRules:
-    """A layer's thresholds, as `skip_thresholds` finds them, None for none; and for each stored expert of the result
-    the constant that can stand in for it, or -1.
+    """When the engine's lossy modes may skip experts of a layer; None for what is not known.
+
+    `skip_ratio` and `low_share` are thresholds of expert weights, as `skip_thresholds` finds them. `fallback` has for
+    each stored expert of the compressed model the number of the constant that can replace it, or -1.
     """
 
     skip_ratio: float | None = None
@@ -32,17 +36,18 @@ class SkipRules:
 
 
 def hints_for(
-    layer: LayerStatistics, survivors: Survivors, sketch: LayerSketch | None = None, rules: SkipRules | None = None
+    layer: LayerStatistics, survivors: Survivors, gram: LayerGram | None = None, rules: SkipRules | None = None
 ) -> LayerHints:
-    """Hints of the experts that `survivors` keeps.
+    """The hints for the experts that `survivors` keeps.
 
-    The sketch, if there is one, tells how tokens of dropped experts move and how the outputs of a token's experts go
-    together. Without measured sensitivities there are no errors, since they would be no nats. `sensitivity` is nats per
-    squared share of skipped picks, as AdapMoE (arXiv 2408.10284) has it. Raises UsageError.
+    `gram`, if given, tells which experts the tokens of dropped experts select instead, and how the outputs of a token's
+    experts go together. Without measured sensitivities there are no errors, since their unit would not be nats.
+    `sensitivity` is nats per squared expert weight of skipped experts (AdapMoE, arXiv 2408.10284). Raises UsageError
+    for statistics without sums of the router or of the experts' outputs.
     """
     rules = rules or SkipRules()
-    kept = list(survivors.experts)
-    use, square = _uses(layer, survivors, sketch)
+    kept, n_tokens = list(survivors.experts), max(1, routed_tokens(layer))
+    use, square = _uses(layer, survivors, gram)
     hints = LayerHints(
         use=tuple(use.tolist()),
         share_square=tuple(np.divide(square, use, out=np.zeros_like(use), where=use > 0).tolist()),
@@ -52,81 +57,61 @@ def hints_for(
     )
     if layer.sensitivity is None:
         return hints
-    skip = _skip_rates(layer, survivors, sketch)[kept] * square
+    skip = _skip_rates(layer, survivors, gram)[kept] * square
     sensitivity = float(skip.sum() / square.sum()) if square.sum() else 0.0
     hints = replace(hints, skip_error=tuple(skip.tolist()), sensitivity=sensitivity)
     if rules.fallback is None:
         return hints
-    novice = np.where(np.array(rules.fallback) >= 0, _constant_rates(layer)[kept] * square, 0.0)
-    return replace(hints, fallback_error=tuple(novice.tolist()))
+    constant = _ratio(constant_costs(layer) * n_tokens, outputs_of(layer).share_square)[kept] * square
+    return replace(hints, fallback_error=tuple(np.where(np.array(rules.fallback) >= 0, constant, 0.0).tolist()))
 
 
-def _uses(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketch | None) -> tuple[Double, Double]:
-    """Picks per token of the kept experts, and the sums of their squared shares per token."""
+def _uses(layer: LayerStatistics, survivors: Survivors, gram: LayerGram | None) -> tuple[Double, Double]:
+    """Of each kept expert per token: how often it is selected, and the sum of its squared expert weights."""
     outputs, n_tokens, kept = outputs_of(layer), max(1, routed_tokens(layer)), list(survivors.experts)
     use, square = outputs.n_pick[kept] / n_tokens, outputs.share_square[kept] / n_tokens
-    if sketch is None or len(survivors.rows) == sketch.target.size:
+    if gram is None or len(survivors.rows) == gram.target.size:
         return use, square
-    before, after = _sketched_uses(sketch, sketch.shares), _sketched_uses(sketch, _shares(sketch, survivors))
-    # The sketch has fewer tokens: only what tokens of dropped experts add is taken from it.
+    before, after = np.zeros((2, 2, gram.n_expert))
+    for weights, (uses, squares) in ((gram.weights, before), (_weights(gram, survivors), after)):
+        np.add.at(uses, gram.target, (weights > 0).mean(0))
+        np.add.at(squares, gram.target, np.square(weights).mean(0))
+    # Gram matrices have fewer tokens: only what tokens of dropped experts add is taken from them.
     more_use, more_square = np.maximum(after - before, 0.0)[:, kept]
     return use + more_use, square + more_square
 
 
-def _sketched_uses(sketch: LayerSketch, shares: Double) -> Double:
-    """Picks and squared shares [2, E] per token of the sketch."""
-    result = np.zeros((2, sketch.n_expert))
-    np.add.at(result[0], sketch.target, (shares > 0).mean(0))
-    np.add.at(result[1], sketch.target, np.square(shares).mean(0))
-    return result
-
-
-def _shares(sketch: LayerSketch, survivors: Survivors) -> Double:
-    """Shares [S, R] of the rows that are left."""
-    rows = np.zeros(sketch.target.size, np.bool_)
+def _weights(gram: LayerGram, survivors: Survivors) -> Double:
+    """Expert weights [S, R] with only the rows that are left."""
+    rows = np.zeros(gram.target.size, np.bool_)
     rows[list(survivors.rows)] = True
-    return row_shares(sketch.logits, rows, sketch.experts)
+    return row_weights(gram.logits, rows, gram.experts)
 
 
-def _skip_rates(layer: LayerStatistics, survivors: Survivors, sketch: LayerSketch | None) -> Double:
-    """Nats per squared share [E] of picks that are skipped, while the token's other shares grow."""
+def _skip_rates(layer: LayerStatistics, survivors: Survivors, gram: LayerGram | None) -> Double:
+    """Nats per squared expert weight [E] if an expert is skipped and the token's other expert weights renormalised."""
     outputs, n_others = outputs_of(layer), router_of(layer).rank_count.shape[1] - 1
     rates = _ratio(outputs.share_square_norm_square, outputs.share_square)
     if n_others and outputs.n_pick.any():
         # In f's place comes the mean of the token's other experts, taken for orthogonal to it and to each other.
         rates += outputs.norm_square.sum() / outputs.n_pick.sum() / n_others
-    if sketch is not None:
-        rates = _sketched_rates(sketch, survivors, rates, np.minimum(outputs.n_pick, _FEWEST_PICKS))
-    rates *= _weights(layer, outputs.output_square.astype(np.float64))
+    if gram is not None:
+        weights = _weights(gram, survivors)
+        for expert in survivors.experts:
+            is_own = gram.rows_of((expert,))
+            tokens = np.flatnonzero((weights[:, is_own] > 0).any(1))
+            if tokens.size >= max(1, min(int(outputs.n_pick[expert]), _FEWEST_TOKENS)):
+                before = weights[tokens]
+                after = renormalised(np.where(is_own, 0.0, before), before)
+                change = gram.coefficients(after - before, survivors.replaced)
+                rates[expert] = policy_error(gram.products[tokens], change).sum() / np.square(before[:, is_own]).sum()
+    rates *= [layer_weight(layer, profile).per_square for profile in outputs.output_square.astype(np.float64)]
     if layer.removals is None or len(survivors.rows) < router_of(layer).rank_count.shape[0]:
         return rates
-    # All rows are left: tokens pick as when it was measured, by fewer of them, which may not have picked every expert.
+    # All rows are left: tokens select as when it was measured, but fewer tokens, which may have left out some expert.
     measured = _ratio(layer.removals.skipped * max(1, routed_tokens(layer)), outputs.share_square)
     return np.where(measured > 0, measured, rates)
 
 
-def _sketched_rates(sketch: LayerSketch, survivors: Survivors, rates: Double, fewest: Int) -> Double:
-    """Squared errors per squared share [E]: exact for experts of which the sketch has `fewest` picks, or `rates`."""
-    result, shares = rates.copy(), _shares(sketch, survivors)
-    for expert in survivors.experts:
-        is_own = sketch.rows_of((expert,))
-        tokens = np.flatnonzero((shares[:, is_own] > 0).any(1))
-        if tokens.size >= max(1, fewest[expert]):
-            before = shares[tokens]
-            after = grown(np.where(is_own, 0.0, before), before)
-            change = sketch.coefficients(after - before, survivors.replaced)
-            result[expert] = policy_error(sketch.gram[tokens], change).sum() / np.square(before[:, is_own]).sum()
-    return result
-
-
-def _constant_rates(layer: LayerStatistics) -> Double:
-    """Nats per squared share [E] of picks for which the expert's constant stands in."""
-    return _ratio(constant_costs(layer) * max(1, routed_tokens(layer)), outputs_of(layer).share_square)
-
-
 def _ratio(errors: Double, squares: Double) -> Double:
     return np.divide(errors, squares, out=np.zeros_like(errors), where=squares > 0)
-
-
-def _weights(layer: LayerStatistics, profiles: Double) -> Double:
-    return np.array([layer_weight(layer, profile).per_square for profile in profiles])

@@ -1,7 +1,8 @@
-"""How tokens reach merged experts: every row of the router stays and means its group, or a group gets one row.
+"""How tokens reach merged experts: either all rows of the router are kept and mean the group, or a group gets one row.
 
-All rows: exact where the merged experts were equal, as both can be picked and their shares add up; native files only.
-One row: no linear row has the logit log(e^a + e^b) that a group deserves, so a stock file's rows are near it at best.
+With all rows the result is exact if the merged experts were equal: a token can select several of them, and their expert
+weights add up. Only native files can hold it. With one row it is an approximation, as no linear row has the logit
+log(e^a + e^b) of the group; stock files need it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.converter.methods.expert_groups import ExpertGroups
+from slimoe.converter.methods.expert_groups import ExpertGroups, use_weights
 from slimoe.offload.errors import UsageError
 
 Single = NDArray[np.float32]
@@ -22,7 +23,9 @@ _RIDGE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class MergedRoutes:
-    """What a `LayerPlan` needs: rows of the source's router that are kept, the group that each means, new values."""
+    """What a `LayerPlan` needs: the rows of the source's router that are kept, the group that each of them means, and
+    `router` [rows, d], their new values; None for those of the source.
+    """
 
     rows: tuple[int, ...]
     target: tuple[int, ...]
@@ -30,14 +33,20 @@ class MergedRoutes:
 
 
 def keep_rows(target: Sequence[int], groups: ExpertGroups) -> MergedRoutes:
-    """All rows, each for the group that its expert is in, or its constant expert; `target` is as in `SourceLayer`."""
+    """Keeps all rows: each means the group that its expert is in, or its constant expert.
+
+    `target` says what each row means in the source, as `SourceLayer.target` does.
+    """
     meant = tuple(expert if expert < 0 else groups.group_of(expert) for expert in target)
     return MergedRoutes(tuple(range(len(target))), meant)
 
 
 @dataclass(frozen=True, slots=True)
 class RouterRows:
-    """A layer's router [R, d], what each row means, how often it was picked [R], and inputs [n, d] to fit rows on."""
+    """A layer's router: `weight` [R, d] and the stored expert that each row means.
+
+    `use` [R] is how often each row was selected, and `x` [n, d] are inputs to fit new rows to.
+    """
 
     weight: Single
     target: tuple[int, ...]
@@ -46,7 +55,7 @@ class RouterRows:
 
 
 def merge_rows(router: RouterRows, groups: ExpertGroups, how: str) -> MergedRoutes:
-    """One row for each group, made as `ROW_MERGES` names it; a group of one row keeps it bit for bit.
+    """Makes one row for each group, in the way of `ROW_MERGES` that `how` names; a group of one row keeps its row.
 
     Raises UsageError for an unknown name, and for a layer with constant experts, which no stock file holds.
     """
@@ -71,15 +80,13 @@ def _dominant(router: RouterRows, own: Int) -> Single:
 
 
 def _mean(router: RouterRows, own: Int) -> Single:
-    use = router.use[own]
-    shares = use / use.sum() if use.sum() > 0 else np.full(len(own), 1 / len(own))
-    return (shares @ router.weight[own]).astype(np.float32)
+    return (use_weights(router.use[own]) @ router.weight[own]).astype(np.float32)
 
 
 def _log_sum(router: RouterRows, own: Int) -> Single:
-    """Least squares over the inputs, by its difference to the mean row, which it is where inputs say nothing.
+    """The least-squares fit over the inputs of the difference to the mean row; the mean row where inputs say nothing.
 
-    What all groups' logits have in common changes no softmax; the solution is the same with and without such an offset.
+    An offset that the logits of all groups have in common changes no softmax, so none is subtracted.
     """
     x, mean = router.x.astype(np.float64), _mean(router, own)
     logits = x @ router.weight[own].T
@@ -95,4 +102,6 @@ ROW_MERGES: Mapping[str, Callable[[RouterRows, Int], Single]] = {
     "mean": _mean,
     "log_sum": _log_sum,
 }
-"""The dominant's row; the mean weighted by use; a least-squares fit to the logarithm of the sum of exponentials."""
+"""The row of the most used member; the mean of the rows, weighted by use; and a least-squares fit to the logarithm of
+the sum of the members' exponentials.
+"""

@@ -1,9 +1,10 @@
-"""Leaving out whole parts of blocks: what could go, ordered by how little it changes the residual stream.
+"""Dropping whole parts of blocks: the parts that could go, ordered by how little they change the residual stream.
 
-Layer Drop and Block Drop (arXiv 2406.02500) leave out feed-forward parts with their norms, or whole blocks; Attention
-Drop (LLM-Drop, arXiv 2406.15786) leaves out attention, which saves few weights of a model of experts, but a layer's
-keys and values. Layer Drop's cosine is between m and m + y: that of the part's input and y says nothing. Only single
-blocks are ranked, since cosines across a span of blocks do not follow from those of its blocks.
+Layer Drop and Block Drop (arXiv 2406.02500) leave out feed-forward parts with their norms, or whole blocks. Attention
+Drop (LLM-Drop, arXiv 2406.15786) leaves out attention, which has few of the weights of a mixture-of-experts model, but
+all of a layer's KV cache. Layer Drop's cosine is between the residual stream m before a part and m + y after it; the
+cosine between the part's input and y does not tell how dispensable it is. Only single blocks are ranked, since cosines
+across a span of blocks do not follow from those of its blocks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,9 +21,10 @@ _PREFIXES: dict[Part, str] = {"ffn": "ffn_", "attention": "attn_", "block": ""}
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One part of a layer and the mean cosine between the stream before and after it: 1 for what does nothing.
+    """One part of a layer that could be dropped, and its `similarity`.
 
-    `nats` is the expected rise of the KL divergence, nats per token; None where the statistics cannot say it.
+    That is the mean cosine between the residual stream before and after the part: 1 for a part that changes nothing.
+    `nats` is the expected KL divergence in nats per token without the part; None if the statistics do not have it.
     """
 
     part: Part
@@ -32,17 +34,17 @@ class Removal:
 
 
 def layer_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
-    """Every feed-forward part, experts or dense, the most dispensable first; `layers` are the source's."""
+    """Ranks every feed-forward part, of experts or dense, the most dispensable first; `layers` are the source's."""
     return _removals("ffn", statistics, layers)
 
 
 def attention_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
-    """Every attention, the most dispensable first; `layers` are the source's."""
+    """Ranks every attention, the most dispensable first; `layers` are the source's."""
     return _removals("attention", statistics, layers)
 
 
 def block_removals(statistics: Statistics, layers: Sequence[SourceLayer]) -> tuple[Removal, ...]:
-    """Every block that has anything, the most dispensable first; `layers` are the source's."""
+    """Ranks every block that has any part, the most dispensable first; `layers` are the source's."""
     return _removals("block", statistics, layers)
 
 
@@ -58,20 +60,20 @@ def _removals(part: Part, statistics: Statistics, layers: Sequence[SourceLayer])
 
 
 def ranked(removals: Iterable[Removal]) -> tuple[Removal, ...]:
-    """What to remove first comes first; of equals the deeper layer, as published orders mostly begin deep."""
+    """Sorts removals, the most dispensable first; of equal ones the deeper layer, as published orders mostly do."""
     return tuple(sorted(removals, key=lambda one: (-one.similarity, -one.layer)))
 
 
 def removed_keys(removal: Removal, keys: Iterable[MatrixKey]) -> tuple[MatrixKey, ...]:
-    """Those of a source's matrices and vectors that would go, norms included: what to count bytes of."""
+    """The matrices and vectors of a source that a removal drops, norms included."""
     prefix = f"blk.{removal.layer}.{_PREFIXES[removal.part]}"
     return tuple(key for key in keys if key.name.startswith(prefix))
 
 
 def first(ranking: Sequence[Removal], n: int) -> tuple[Removal, ...]:
-    """The first `n` that can be removed together: a block takes the place of its parts.
+    """The first `n` parts of a ranking that can be removed together: a block takes the place of its parts.
 
-    Raises UsageError when there are not so many.
+    Raises UsageError if there are fewer.
     """
     chosen: list[Removal] = []
     for removal in ranking:
@@ -88,5 +90,8 @@ def first(ranking: Sequence[Removal], n: int) -> tuple[Removal, ...]:
 
 
 def margin(ranking: Sequence[Removal], n: int) -> float:
-    """How much more similar the last of the first `n` is than the next one; about 0 says that the choice is a toss."""
+    """The difference in similarity between the n-th part of a ranking and the next one.
+
+    Near 0 the choice between the two is arbitrary; it is infinite if all parts or none are chosen.
+    """
     return ranking[n - 1].similarity - ranking[n].similarity if 0 < n < len(ranking) else float("inf")

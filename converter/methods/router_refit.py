@@ -1,8 +1,9 @@
-"""Fits a layer's router to experts that are no longer what it was trained with: trimmed, merged or quantised.
+"""Fits a layer's router to experts that have changed since it was trained: trimmed, merged or quantised ones.
 
-Forward only: experts are fixed, so that everything the rows can change is a token's shares, and the error of the mix is
-u^T G u with G the inner products of the experts' outputs and the wanted one, and u the shares and -1. No output is
-touched again after G. Picks are those of the rows as they are at every step; gradients flow through the shares.
+The experts are fixed, so that the router's rows can change only a token's expert weights. The error of the output is
+u^T G u, where G is the Gram matrix of the experts' outputs and the wanted output, and u are the expert weights and -1.
+The outputs are not needed after G. At every step the rows as they are then select the experts; gradients flow through
+the expert weights.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ _DECAY, _SQUARE_DECAY = 0.9, 0.999
 
 @dataclass(frozen=True, slots=True)
 class RefitSpec:
-    """Adam takes `n_step` steps of `n_batch` tokens, of `rate` times the rows' root mean square, falling to 0; every
-    `n_between` steps the rows are evaluated on the `held_out` share of the tokens.
+    """How the router is fitted: by `n_step` steps of Adam on `n_batch` tokens each.
+
+    The learning rate is `rate` times the root mean square of the rows and falls to 0. Every `n_between` steps the rows
+    are evaluated on the `held_out` part of the tokens.
     """
 
     n_step: int = 400
@@ -42,8 +45,9 @@ _USUAL = RefitSpec()
 
 @dataclass(frozen=True, slots=True)
 class RefittedRouter:
-    """Rows [n_row, n_embd], and the mean squared errors of the layer's output on the held-out tokens, |y' - y|^2 over
-    |y|^2: `before` and `after`, which is never greater.
+    """The rows `weight` [n_row, n_embd], and the errors of the layer's output on the held-out tokens.
+
+    `before` and `after` are means of |y' - y|^2 over the mean of |y|^2; `after` is never greater.
     """
 
     weight: Single
@@ -54,16 +58,19 @@ class RefittedRouter:
 def refit(
     x: Tensor, outputs: Tensor, y: Tensor, router: Single, model: ModelSpec, spec: RefitSpec = _USUAL
 ) -> RefittedRouter:
-    """The rows whose mix of `outputs` [n, n_row, n_embd] is nearest to `y` [n, n_embd], for inputs `x` [n, n_embd].
+    """Finds rows with which the weighted sum of `outputs` [n, n_row, n_embd] is nearest to `y` [n, n_embd].
 
-    Starts from `router` [n_row, n_embd]; `outputs` go by rows, so aliases repeat their expert's. `model` says how many
-    rows a token picks and how their shares are scaled. Memory: n (n_row + 1)^2
-    floats beside the arguments. Raises UsageError for fewer than 8 tokens.
+    Starts from `router` [n_row, n_embd] with inputs `x` [n, n_embd]. `outputs` are by row of the router: rows that mean
+    the same expert repeat its output. `model` says how many rows a token selects and how expert weights are scaled.
+    Takes memory for n (n_row + 1)^2 floats beside the arguments. Raises UsageError for fewer than 8 tokens.
     """
     assert outputs.shape[1] == len(router)
     if len(x) < 8:
         raise UsageError(f"A router cannot be fitted to {len(x)} tokens. Give more calibration text.")
-    tokens = _Tokens(x.float(), _products(outputs, y), model)
+    scale = y.double().square().sum(1).mean().clamp(min=1e-30).sqrt().float()
+    parts = zip(outputs.split(_TOKENS_AT_ONCE), y.split(_TOKENS_AT_ONCE), strict=True)
+    vectors = (torch.cat((some.float(), wanted[:, None].float()), 1) / scale for some, wanted in parts)
+    tokens = _Tokens(x.float(), torch.cat([part @ part.mT for part in vectors]), model)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(spec.seed))
     n_held = max(int(len(x) * spec.held_out), 1)
     held, train = order[:n_held], order[n_held:]
@@ -77,31 +84,26 @@ def refit(
     return RefittedRouter(best.numpy(), before, after)
 
 
-def _products(outputs: Tensor, y: Tensor) -> Tensor:
-    """Inner products [n, n_row + 1, n_row + 1] of every token's outputs and, last, what is wanted; over mean |y|^2."""
-    scale = y.double().square().sum(1).mean().clamp(min=1e-30).sqrt().float()
-    parts = zip(outputs.split(_TOKENS_AT_ONCE), y.split(_TOKENS_AT_ONCE), strict=True)
-    vectors = (torch.cat((some.float(), wanted[:, None].float()), 1) / scale for some, wanted in parts)
-    return torch.cat([part @ part.mT for part in vectors])
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Inputs [n, n_embd] and inner products of a sample."""
+    """A sample of tokens: inputs `x` [n, n_embd], and Gram matrices `products` [n, n_row + 1, n_row + 1].
+
+    Their vectors are the token's outputs by row and last the wanted output, all over the root of the mean |y|^2.
+    """
 
     x: Tensor
     products: Tensor
     model: ModelSpec
 
     def error(self, router: Tensor, rows: Tensor) -> Tensor:
-        """Mean squared error of the mix of some tokens, differentiable where picks do not change."""
+        """The mean squared error of the output of some tokens, differentiable while they select the same experts."""
         routing = route(router, self.model, self.x[rows])
         mix = torch.zeros_like(routing.logits).scatter(-1, routing.picks, routing.shares)
         mix = torch.cat((mix, -torch.ones(len(rows), 1)), -1)
         return torch.einsum("ti,tij,tj->t", mix, self.products[rows], mix).mean()
 
     def gradient(self, router: Tensor, rows: Tensor) -> Tensor:
-        """Of the error of some tokens, by the rows of the router."""
+        """The gradient of the error of some tokens by the rows of the router."""
         router = router.detach().requires_grad_()
         return torch.autograd.grad(self.error(router, rows), router)[0]
 
@@ -112,7 +114,7 @@ class _Tokens:
 
 
 def _iterates(tokens: _Tokens, start: Tensor, train: Tensor, spec: RefitSpec) -> Iterator[Tensor]:
-    """Rows after every few steps. Adam is written out, as torch's own takes seconds to import what it does not use."""
+    """Yields the rows after every few steps of Adam, written out, as torch's own takes seconds to import."""
     rows, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     rate = spec.rate * float(start.square().mean().sqrt())
     random = torch.Generator().manual_seed(spec.seed)

@@ -1,7 +1,8 @@
-"""From which shares on a pick is worth its expert: the thresholds of published rules, measured on this model.
+"""Expert weights below which a selected expert may be skipped: published rules, with thresholds of this model.
 
-NAEE (arXiv 2402.14800) compares a token's second share with its first, HOBBIT (arXiv 2411.01433) adds up the shares
-before a pick. None of their published values are used. The same thresholds mean the same in the engine's lossy modes.
+NAEE (arXiv 2402.14800) compares a token's second expert weight with its first; HOBBIT (arXiv 2411.01433) adds up the
+weights of the experts that the router ranks before an expert. Their published values are not used. The thresholds have
+the same meaning in the engine's lossy modes.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimoe.converter.methods.layer_weight import router_of, trace_of
-from slimoe.converter.stats.statistics import Double, Int, LayerStatistics, RouterSums, TokenTrace
+from slimoe.converter.stats.statistics import Int, LayerStatistics, RouterSums
 from slimoe.offload.errors import UsageError
 
 
 def bin_quantile(bins: Int, part: float) -> float:
-    """The value below which a `part` of what a histogram of 0 to 1 has counted lies, evenly spread within a bin."""
+    """The quantile `part` of the values that a histogram of 0 to 1 has counted, taken as evenly spread within a bin."""
     counts = np.concatenate([[0], np.cumsum(bins)])
     if not counts[-1]:
         return 0.0
@@ -25,14 +26,19 @@ def bin_quantile(bins: Int, part: float) -> float:
 
 
 def skip_ratio(router: RouterSums, part: float = 0.5) -> float:
-    """NAEE's beta: the second share over the first is below it for a `part` of the tokens. 0 for one pick."""
+    """NAEE's beta: for a `part` of the tokens the second expert weight over the first is below it.
+
+    It is 0 for models whose tokens select one expert.
+    """
     return bin_quantile(router.ratio_bins, part)
 
 
 @dataclass(frozen=True, slots=True)
 class GateThresholds:
-    """HOBBIT's T1 and T2: a pick behind others that have more than `high` of a token's shares in sum may use a copy of
-    fewer bytes, behind more than `low` none.
+    """HOBBIT's thresholds T1 (`high`) and T2 (`low`) of the sum of a token's expert weights before an expert.
+
+    If the experts that rank before an expert have more than `high` of the sum, its low-bit copy is good enough; if more
+    than `low`, the expert may be skipped.
     """
 
     high: float
@@ -40,31 +46,28 @@ class GateThresholds:
 
 
 def gate_thresholds(layers: Sequence[LayerStatistics], high: float = 0.67, skipped: float = 0.03) -> GateThresholds:
-    """Thresholds for a whole model so that a part `high` of the picks uses the best copy and `skipped` none.
+    """The thresholds of a whole model with which a part `high` of the selected experts uses the best copy.
 
-    Raises UsageError for parts that cannot be, as the first pick of a token always is high.
+    A part `skipped` of them uses none, and the others the low-bit copy. Raises UsageError for parts that cannot be, as
+    the first expert of a token always uses the best copy.
     """
     routed = [one for one in layers if one.router is not None]
     n_used = router_of(routed[0]).rank_count.shape[1] if routed else 1
     if not (1 / n_used <= high <= 1 and 0 <= skipped <= 1 - high):
         raise UsageError(
-            f"{high:.0%} of the picks in high precision and {skipped:.0%} skipped is not possible with {n_used} picks "
-            f"per token. Ask for at least {1 / n_used:.0%} and at most the rest."
+            f"{high:.0%} of the selected experts in high precision and {skipped:.0%} skipped is not possible with "
+            f"{n_used} experts per token. Ask for at least {1 / n_used:.0%} in it and skip at most the rest."
         )
     if n_used == 2:
         bins = np.sum([router_of(one).top_bins for one in routed], axis=0)
         return GateThresholds(bin_quantile(bins, 2 * high - 1), bin_quantile(bins, 1 - 2 * skipped))
-    before = np.concatenate([_before(trace_of(one)) for one in routed]) if routed else np.zeros(1)
+    weights = [trace_of(one).shares.astype(np.float64) for one in routed]
+    # Of every selected expert, the part of its token's expert weights that the experts before it have.
+    parts = [((one.cumsum(1) - one) / one.sum(1, keepdims=True)).ravel() for one in weights]
+    before = np.concatenate(parts) if parts else np.zeros(1)
     return GateThresholds(float(np.quantile(before, high)), float(np.quantile(before, 1 - skipped)))
 
 
-def _before(trace: TokenTrace) -> Double:
-    """For every pick, what part of its token's shares the picks before it have."""
-    shares = trace.shares.astype(np.float64)
-    before: Double = (shares.cumsum(1) - shares) / shares.sum(1, keepdims=True)
-    return before.ravel()
-
-
 def low_share(thresholds: GateThresholds) -> float:
-    """The share below which a pick may use a copy of fewer bytes; of two picks those that T1 names."""
+    """The expert weight below which an expert may use its low-bit copy; with two experts per token this is T1."""
     return 1.0 - thresholds.high

@@ -1,10 +1,10 @@
-"""Narrower experts: fewer neurons, and a `down` that is fitted to what is left (MoDeGPT's type I, arXiv 2408.09632).
+"""Narrower experts: fewer neurons, and a `down` that is fitted to those left (MoDeGPT's type I, arXiv 2408.09632).
 
 With C the covariance of the activations, `down` becomes the least-squares fit of the output from the kept activations
-(Nystrom). Which neurons are kept is a row of `SELECTIONS`. "leverage" is the paper's: the greatest ridge leverage,
-which knows nothing of `down` and keeps both of two equal neurons. "elimination" takes away, one after the other, the
-neuron whose loss costs the output least after the fit (an optimal brain surgeon for structures, arXiv 2302.04089).
-Everything is float64; with 14336 neurons an expert takes about 8 GB for the time of its trimming, and minutes.
+(Nystrom). `SELECTIONS` has the ways to choose the neurons. "leverage" is the paper's: it keeps those of the greatest
+ridge leverage, without regard to `down`, and keeps both of two equal neurons. "elimination" removes, one after the
+other, the neuron whose loss costs the output least after the fit (an optimal brain surgeon for structures, arXiv
+2302.04089). Everything is float64; trimming an expert of 14336 neurons takes about 8 GB and some minutes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,43 +22,43 @@ Single = NDArray[np.float32]
 
 _LEVERAGE_RIDGE = 1e-2
 _FIT_RIDGE = 1e-6
-_POOL = 128
-"""Neurons among which elimination is exact before the others hear of it; half of them go at once."""
+N_POOL = 128
+"""Neurons among which elimination is exact before all others are updated; half of them are removed at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrimmedExpert:
-    """The neurons that are kept, ascending, and the matrix [n_embd, n_kept] fitted to them: `ExpertPlan`'s fields."""
+    """The neurons that are kept, ascending, and `down` [n_embd, n_kept] fitted to them, as `ExpertPlan` has them."""
 
     kept: Int
     down: Single
 
 
 def trim(
-    down: Single, covariance: Double, widths: Sequence[int], selection: str = "elimination"
+    down: Single, covariance: Double, widths: Sequence[int], selection: str = "elimination", n_pool: int = N_POOL
 ) -> tuple[TrimmedExpert, ...]:
-    """The expert with `down` [n_embd, n_ff] at each of the widths; at full width it is unchanged, bit for bit.
+    """Trims the expert with `down` [n_embd, n_ff] to each of the widths; at full width it is unchanged, bit for bit.
 
-    Raises UsageError for a width that cannot be, or an unknown selection.
+    `covariance` [n_ff, n_ff] is that of its activations. Raises UsageError for a width that is not from 1 to n_ff, and
+    for an unknown selection. "elimination" is exact among `n_pool` neurons at a time.
     """
     n_ff = down.shape[1]
     if selection not in SELECTIONS:
         raise UsageError(f"Neurons cannot be chosen by '{selection}'. Choose one of {', '.join(SELECTIONS)}.")
     if not all(1 <= width <= n_ff for width in widths):
         raise UsageError(f"An expert of {n_ff} neurons cannot have {min(widths)} to {max(widths)}. Choose 1 to {n_ff}.")
-    ranked = SELECTIONS[selection](down.astype(np.float64), covariance, min(widths))
-    return tuple(_trimmed(down, covariance, np.sort(ranked[:width])) for width in widths)
-
-
-def _trimmed(down: Single, covariance: Double, kept: Int) -> TrimmedExpert:
-    return TrimmedExpert(kept, down if len(kept) == down.shape[1] else fit_down(down, covariance, kept))
+    ranked = SELECTIONS[selection](down.astype(np.float64), covariance, min(widths), n_pool)
+    neurons = [np.sort(ranked[:width]) for width in widths]
+    return tuple(
+        TrimmedExpert(kept, down if len(kept) == n_ff else fit_down(down, covariance, kept)) for kept in neurons
+    )
 
 
 def fit_down(down: Single, covariance: Double, kept: Int) -> Single:
-    """The matrix [n_embd, n_kept] that reads the kept neurons and answers as much like `down` as can be.
+    """The matrix [n_embd, n_kept] that gives the output of `down` from the kept neurons with the least squared error.
 
-    A small ridge draws it to the kept columns, so that it never fits worse than those, and keeps them where the
-    covariance says nothing.
+    A small ridge draws it towards the kept columns of `down`, so that it never fits worse than those, and keeps them
+    where the covariance determines nothing.
     """
     weights = down.astype(np.float64)
     inner = covariance[np.ix_(kept, kept)]
@@ -70,15 +70,18 @@ def fit_down(down: Single, covariance: Double, kept: Int) -> Single:
 
 
 def ridge_leverage(covariance: Double) -> Double:
-    """How little the other neurons say about each [n_ff]: the diagonal of C (C + r I)^-1, r a hundredth of the mean."""
+    """The ridge leverage [n_ff] of each neuron, which is greatest where the other neurons predict it least.
+
+    It is the diagonal of C (C + r I)^-1, where r is a hundredth of the mean of C's diagonal.
+    """
     ridge = _ridge(covariance, _LEVERAGE_RIDGE)
     inverse_diagonal = np.diag(_inverse(covariance, ridge))
     leverage: Double = 1.0 - ridge * inverse_diagonal
     return leverage
 
 
-def _ridge(covariance: Double, share: float) -> float:
-    return share * float(np.trace(covariance)) / len(covariance) or 1.0  # 1.0: an expert that never answered
+def _ridge(covariance: Double, part: float) -> float:
+    return part * float(np.trace(covariance)) / len(covariance) or 1.0  # 1.0: an expert that no token selected
 
 
 def _inverse(covariance: Double, ridge: float) -> Double:
@@ -89,19 +92,19 @@ def _inverse(covariance: Double, ridge: float) -> Double:
     return inverse
 
 
-def _by_leverage(down: Double, covariance: Double, n_least: int) -> Int:
+def _by_leverage(down: Double, covariance: Double, n_least: int, n_pool: int) -> Int:
     return np.argsort(-ridge_leverage(covariance), kind="stable")
 
 
-def _by_elimination(down: Double, covariance: Double, n_least: int) -> Int:
-    """All neurons, the one that is dispensable first at the end; the first `n_least` in no order.
+def _by_elimination(down: Double, covariance: Double, n_least: int, n_pool: int) -> Int:
+    """All neurons, ranked so that the first to remove is the last; the first `n_least` are in no order.
 
-    Taking neuron i away costs |w_i|^2 / V_ii, with V the inverse covariance and w the matrix fitted to those left.
+    Removing neuron i costs |w_i|^2 / V_ii, with V the inverse covariance and w the matrix fitted to those left.
     """
     left, gone = np.arange(len(covariance)), []
     inverse, weights = _inverse(covariance, _ridge(covariance, _FIT_RIDGE)), down
     while len(left) > n_least:
-        n_pool = min(_POOL, len(left))
+        n_pool = min(n_pool, len(left))
         cost = np.square(weights).sum(0) / np.diag(inverse)
         pool = np.argpartition(cost, n_pool - 1)[:n_pool]
         n_go = min(max(n_pool // 2, 1), len(left) - n_least)
@@ -116,7 +119,7 @@ def _by_elimination(down: Double, covariance: Double, n_least: int) -> Int:
 
 
 def _cheapest(weights: Double, inverse: Double, n_go: int) -> Int:
-    """Columns to take away, in that order, each one's cost counted after the fit to the loss of those before."""
+    """The columns to remove, in that order; the cost of each is that after the fit without those before it."""
     order: list[int] = []
     alive = np.ones(len(inverse), bool)
     for _ in range(n_go):
@@ -131,8 +134,8 @@ def _cheapest(weights: Double, inverse: Double, n_go: int) -> Int:
     return np.array(order, np.int64)
 
 
-SELECTIONS: Mapping[str, Callable[[Double, Double, int], Int]] = {
+SELECTIONS: Mapping[str, Callable[[Double, Double, int, int], Int]] = {
     "elimination": _by_elimination,
     "leverage": _by_leverage,
 }
-"""Functions of (down, covariance, the least width asked for) that rank neurons, those to keep first."""
+"""Functions of (down, covariance, the least of the widths, `n_pool`) that rank neurons, those to keep first."""

@@ -128,7 +128,7 @@ class TypeErrors:
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class GramSample:
     """Inner products of all that a policy could add to a token's stream, for some tokens. (B4)
 
     `gram` [S, n, n] of the rows f_1 .. f_E, c_1 .. c_E (the experts' mean outputs weighted by share^2) and m, the
@@ -197,7 +197,7 @@ class LayerStatistics:
     outputs: OutputSums | None = None
     trace: TokenTrace | None = None
     type_errors: TypeErrors | None = None
-    sketch: Sketch | None = None
+    sketch: GramSample | None = None
     sensitivity: Sensitivity | None = None
     removals: Removals | None = None
 

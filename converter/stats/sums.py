@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, Routing
 from slimoe.converter.source.model_source import ModelSource, expert_key
-from slimoe.converter.stats.statistics import InputSums, OutputSums, SimilaritySums, Sketch, TokenTrace
+from slimoe.converter.stats.statistics import GramSample, InputSums, OutputSums, SimilaritySums, TokenTrace
 
 
 class OutputTotals:
@@ -190,7 +190,7 @@ def sketch_size(n_sample: int, n_rows: int, n_stored: int, n_embd: int) -> int:
 
 
 class SketchRows:
-    """Gathers one layer's `Sketch`: inputs of the sampled `rows` first, then every expert's answers to them.
+    """Gathers one layer's `GramSample`: inputs of the sampled `rows` first, then every expert's answers to them.
 
     The Gram matrix holds all inner products of what a policy could add to a token's residual stream. The squared error
     of any linear combination of these vectors (fewer experts, skipped ones, constant ones in their place) follows from
@@ -229,7 +229,7 @@ class SketchRows:
         """Experts that have not been asked."""
         return sorted(self._missing)
 
-    def finish(self, means: Tensor) -> Sketch:
+    def finish(self, means: Tensor) -> GramSample:
         """The products, with `means` [E, n_embd] float64 as the experts' mean outputs."""
         assert not self._missing
         n_vectors = 2 * len(means) + 1
@@ -239,4 +239,4 @@ class SketchRows:
             outputs, middle = self._outputs[part].double(), self._middle[part].double()[:, None]
             vectors = torch.cat((outputs, means.expand(len(outputs), -1, -1), middle), 1)
             gram[part] = (vectors @ vectors.mT).numpy()
-        return Sketch(gram, self._logits.numpy(), self._rows)
+        return GramSample(gram, self._logits.numpy(), self._rows)

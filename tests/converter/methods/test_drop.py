@@ -15,6 +15,7 @@ from slimoe.converter.methods.expert_drop import (
     redirect,
     substitute,
 )
+from slimoe.converter.methods.gram_policy import layer_gram
 from slimoe.converter.methods.layer_weight import outputs_of
 from slimoe.converter.methods.naee import best_subset
 from slimoe.converter.methods.removal import (
@@ -28,7 +29,6 @@ from slimoe.converter.methods.removal import (
     removed_keys,
 )
 from slimoe.converter.methods.scores import SCORES, unseen
-from slimoe.converter.methods.sketch_policy import layer_sketch
 from slimoe.converter.source.model_source import MatrixKey, block_key, expert_key
 from slimoe.converter.stats.statistics import LayerStatistics, OutputSums, Removals, RouterSums
 from slimoe.offload.errors import UsageError
@@ -53,20 +53,20 @@ def downs(layer: int) -> list[MatrixKey]:
     return [expert_key(layer, "down", expert) for expert in EVERY]
 
 
-Pick = tuple[int, float, Sequence[float]]
+Selected = tuple[int, float, Sequence[float]]
 
 
-def output_sums(n_expert: int, tokens: Sequence[Sequence[Pick]]) -> OutputSums:
-    """A double loop over tokens and their picks (expert, share, f)."""
+def output_sums(n_expert: int, tokens: Sequence[Sequence[Selected]]) -> OutputSums:
+    """A double loop over tokens and their selected experts (number, expert weight, f)."""
     n_pick, sums, vectors = np.zeros(n_expert, np.int64), np.zeros((5, n_expert)), np.zeros((4, n_expert, 2))
     largest = np.zeros(n_expert)
-    for picks in tokens:
-        for expert, share, values in picks:
+    for selected in tokens:
+        for expert, weight, values in selected:
             f = np.array(values)
             norm = float(np.linalg.norm(f))
             n_pick[expert] += 1
-            sums[:, expert] += (norm, norm**2, share * norm, share**2 * norm**2, share**2)
-            vectors[:, expert] += [f, f**2, share * f, share**2 * f]
+            sums[:, expert] += (norm, norm**2, weight * norm, weight**2 * norm**2, weight**2)
+            vectors[:, expert] += [f, f**2, weight * f, weight**2 * f]
             largest[expert] = max(largest[expert], np.abs(f).max())
     norm_sum, norm_square, share_norm, share_square_norm_square, share_square = sums
     output, output_square, share_output, share_square_output = vectors.astype(np.float32)
@@ -86,13 +86,13 @@ def output_sums(n_expert: int, tokens: Sequence[Sequence[Pick]]) -> OutputSums:
 
 
 def with_outputs(
-    layer: LayerStatistics, outputs: OutputSums, shares: Sequence[float], n_tokens: int
+    layer: LayerStatistics, outputs: OutputSums, weights: Sequence[float], n_tokens: int
 ) -> LayerStatistics:
-    """Statistics of so many tokens; `shares` are sums by row."""
+    """Statistics of so many tokens; `weights` are sums by row."""
     assert layer.router is not None
-    counts = np.zeros((len(shares), 2), np.int64)
+    counts = np.zeros((len(weights), 2), np.int64)
     counts[0, 0] = n_tokens
-    sums = np.array(shares)
+    sums = np.array(weights)
     router: RouterSums = replace(layer.router, rank_count=counts, share=sums, probability=sums / 2)
     return replace(layer, outputs=outputs, router=router)
 
@@ -102,7 +102,7 @@ def some_layer(model: HeldModel, tmp_path_factory: pytest.TempPathFactory) -> La
     return learn(model, tmp_path_factory.mktemp("pass")).layers[0]
 
 
-TOY: list[list[Pick]] = [
+TOY: list[list[Selected]] = [
     [(0, 0.75, (3.0, 4.0)), (1, 0.25, (0.0, 2.0))],
     [(0, 0.5, (0.0, -1.0)), (2, 0.5, (6.0, 8.0))],
     [(1, 0.9, (1.0, 0.0)), (2, 0.1, (0.0, 5.0))],
@@ -171,7 +171,7 @@ def test_an_expert_that_no_token_picks_is_lost_first_without_a_trace(model: Held
         assert scores.argmin() == 4, name
         assert scores[4] == 0
     assert unseen(layer) == (4,)
-    found = best_subset(layer_sketch(layer, EVERY, model.spec.experts), 4)
+    found = best_subset(layer_gram(layer, EVERY, model.spec.experts), 4)
     assert found.kept == (0, 1, 2, 3)
     assert found.error == 0
     smaller = without_experts(planted, 1, redirect(EVERY, found.kept))

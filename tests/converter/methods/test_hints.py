@@ -9,9 +9,9 @@ import torch
 
 from slimoe.converter.methods.constant_experts import constant_errors, constant_vectors, variances
 from slimoe.converter.methods.expert_drop import keep_overall, redirect, substitute
+from slimoe.converter.methods.gram_policy import LayerGram, layer_gram
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
 from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch
 from slimoe.converter.methods.skip_thresholds import (
     gate_thresholds,
     low_share,
@@ -64,8 +64,8 @@ def layer(statistics: Statistics) -> LayerStatistics:
 
 
 @pytest.fixture(scope="module")
-def sketch(model: HeldModel, layer: LayerStatistics) -> LayerSketch:
-    return layer_sketch(layer, EVERY, model.spec.experts)
+def gram(model: HeldModel, layer: LayerStatistics) -> LayerGram:
+    return layer_gram(layer, EVERY, model.spec.experts)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,15 @@ def test_constants_and_their_errors_are_those_of_a_double_loop(layer: LayerStati
     absence = layer.outputs.share_square_norm_square / TEXTS.n_rows
     spread = variances(layer.outputs)
     for expert in EVERY:
-        shares = naive.by_expert()[:, expert]
+        weights = naive.by_expert()[:, expert]
         outputs = naive.outputs[:, expert]
-        c = sum(g**2 * f for g, f in zip(shares, outputs, strict=True)) / (shares**2).sum()
+        c = sum(g**2 * f for g, f in zip(weights, outputs, strict=True)) / (weights**2).sum()
         np.testing.assert_allclose(vectors[expert], c, rtol=1e-4, atol=1e-6)
-        loss = sum(g**2 * ((f - c) ** 2).sum() for g, f in zip(shares, outputs, strict=True)) / TEXTS.n_rows
-        missing = sum(g**2 * (f**2).sum() for g, f in zip(shares, outputs, strict=True)) / TEXTS.n_rows
+        loss = sum(g**2 * ((f - c) ** 2).sum() for g, f in zip(weights, outputs, strict=True)) / TEXTS.n_rows
+        missing = sum(g**2 * (f**2).sum() for g, f in zip(weights, outputs, strict=True)) / TEXTS.n_rows
         assert errors[expert] == pytest.approx(loss, rel=1e-4, abs=1e-5 * missing)
         assert absence[expert] == pytest.approx(missing, rel=1e-5)
-        own = outputs[shares > 0]
+        own = outputs[weights > 0]
         np.testing.assert_allclose(spread[expert], own.var(0), rtol=1e-3, atol=1e-5 * (own**2).mean())
 
 
@@ -117,9 +117,9 @@ def test_an_expert_that_nobody_picked_is_the_mean_of_the_others(layer: LayerStat
     np.testing.assert_allclose(found[2], np.average(found[[0, 1, 3, 4]], axis=0, weights=weights), rtol=1e-4, atol=1e-6)
 
 
-def test_the_sketch_says_the_same_of_one_constant(layer: LayerStatistics, sketch: LayerSketch) -> None:
+def test_gram_matrices_say_the_same_of_one_constant(layer: LayerStatistics, gram: LayerGram) -> None:
     for expert in (0, 1, 2, 4):
-        found = sketch.error(sketch.with_constants({expert})).mean()
+        found = gram.error(gram.with_constants({expert})).mean()
         assert found == pytest.approx(constant_errors(layer)[expert], rel=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_skip_ratio_is_the_median_of_second_over_first(layer: LayerStatistics, n
     below = [(ratios < skip_ratio(layer.router, part)).mean() for part in (0.0, 0.25, 0.5, 0.9, 1.0)]
     assert below == pytest.approx([0.0, 0.25, 0.5, 0.9, 1.0], abs=0.02)
     empty = replace(layer.router, ratio_bins=np.zeros_like(layer.router.ratio_bins))
-    assert skip_ratio(empty) == 0.0, "models of one pick have nothing to skip"
+    assert skip_ratio(empty) == 0.0, "models of one expert per token have nothing to skip"
 
 
 def test_importance_is_that_of_a_naive_loop_over_attention(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, tmp_path: Path) 
     found = gate_thresholds(layers, 0.67, 0.05)
     before = []
     for index in range(len(layers)):
-        shares = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).shares
-        before.append(shares.cumsum(1) - shares)
+        weights = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).shares
+        before.append(weights.cumsum(1) - weights)
     values = np.concatenate(before).ravel()
     assert (values <= found.high).mean() == pytest.approx(0.67, abs=0.01)
     assert (values > found.low).mean() == pytest.approx(0.05, abs=0.01)
@@ -172,54 +172,54 @@ def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, tmp_path: Path) 
 
 @pytest.mark.parametrize(("high", "skipped"), [(0.4, 0.0), (0.9, 0.2), (1.1, 0.0), (0.8, -0.1)])
 def test_gate_thresholds_that_cannot_be(layer: LayerStatistics, high: float, skipped: float) -> None:
-    with pytest.raises(UsageError, match="2 picks per token"):
+    with pytest.raises(UsageError, match="2 experts per token"):
         gate_thresholds([layer], high, skipped)
 
 
-def test_uses_are_those_of_the_text(layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer) -> None:
-    hints = hints_for(layer, redirect(EVERY, EVERY), sketch)
-    shares = naive.by_expert()
-    np.testing.assert_allclose(hints.use or (), (shares > 0).mean(0))
-    squares = [np.square(one[one > 0]).mean() for one in shares.T]
+def test_uses_are_those_of_the_text(layer: LayerStatistics, gram: LayerGram, naive: NaiveLayer) -> None:
+    hints = hints_for(layer, redirect(EVERY, EVERY), gram)
+    weights = naive.by_expert()
+    np.testing.assert_allclose(hints.use or (), (weights > 0).mean(0))
+    squares = [np.square(one[one > 0]).mean() for one in weights.T]
     np.testing.assert_allclose(hints.share_square or (), squares, rtol=1e-5)
 
 
 def test_uses_after_dropping_are_those_of_the_smaller_model(
-    model: HeldModel, layer: LayerStatistics, sketch: LayerSketch
+    model: HeldModel, layer: LayerStatistics, gram: LayerGram
 ) -> None:
     survivors = redirect(EVERY, (0, 2, 4))
-    hints = hints_for(layer, survivors, sketch)
-    shares = naive_layer(without_experts(model, LAYER, survivors), LAYER).by_expert()
-    np.testing.assert_allclose(hints.use or (), (shares > 0).mean(0))
+    hints = hints_for(layer, survivors, gram)
+    weights = naive_layer(without_experts(model, LAYER, survivors), LAYER).by_expert()
+    np.testing.assert_allclose(hints.use or (), (weights > 0).mean(0))
     np.testing.assert_allclose(
-        hints.share_square or (), [np.square(one[one > 0]).mean() for one in shares.T], rtol=1e-4
+        hints.share_square or (), [np.square(one[one > 0]).mean() for one in weights.T], rtol=1e-4
     )
-    kept = hints_for(layer, substitute(EVERY, (0, 2, 4)), sketch)
+    kept = hints_for(layer, substitute(EVERY, (0, 2, 4)), gram)
     assert kept.use == tuple(np.array(hints_for(layer, redirect(EVERY, EVERY)).use)[[0, 2, 4]])
 
 
-def test_without_sensitivities_there_are_no_nats(layer: LayerStatistics, sketch: LayerSketch) -> None:
+def test_without_sensitivities_there_are_no_nats(layer: LayerStatistics, gram: LayerGram) -> None:
     rules = SkipRules(skip_ratio=0.3, low_share=0.4, fallback=(0, 1, 2, 3, 4))
-    hints = hints_for(replace(layer, sensitivity=None), redirect(EVERY, EVERY), sketch, rules)
+    hints = hints_for(replace(layer, sensitivity=None), redirect(EVERY, EVERY), gram, rules)
     assert (hints.skip_ratio, hints.low_share, hints.fallback) == (0.3, 0.4, (0, 1, 2, 3, 4))
     assert hints.use
     assert (hints.skip_error, hints.fallback_error, hints.sensitivity) == (None, None, None)
 
 
 def test_errors_are_weights_times_squared_errors_of_the_layer(
-    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+    layer: LayerStatistics, gram: LayerGram, naive: NaiveLayer
 ) -> None:
     """Where a removal itself was not measured."""
     layer = replace(layer, removals=None)
-    hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    hints = hints_for(layer, redirect(EVERY, EVERY), gram, SkipRules(fallback=tuple(EVERY)))
     assert hints.skip_error
     assert hints.fallback_error
     assert layer.outputs is not None
     for expert in EVERY:
-        shares = naive.by_expert()
-        own = shares[:, expert, None].copy()
-        shares[:, expert] = 0
-        change = naive.mixed(shares / shares.sum(1, keepdims=True)) - naive.y
+        weights = naive.by_expert()
+        own = weights[:, expert, None].copy()
+        weights[:, expert] = 0
+        change = naive.mixed(weights / weights.sum(1, keepdims=True)) - naive.y
         weight = layer_weight(layer, layer.outputs.output_square[expert])
         assert hints.skip_error[expert] == pytest.approx(weight.cost((change**2).sum(1).mean()), rel=1e-3)
         change = own * (constant_vectors(layer)[expert] - naive.outputs[:, expert])
@@ -230,31 +230,31 @@ def test_errors_are_weights_times_squared_errors_of_the_layer(
     assert hints.sensitivity == pytest.approx(sum(hints.skip_error) / squares.sum())
 
 
-def test_errors_are_those_that_were_measured(layer: LayerStatistics, sketch: LayerSketch) -> None:
-    """Of all experts; when some are dropped, others are picked where they were not."""
+def test_errors_are_those_that_were_measured(layer: LayerStatistics, gram: LayerGram) -> None:
+    """Of all experts; when some are dropped, others are selected where they were not."""
     assert layer.removals is not None
-    hints = hints_for(layer, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
+    hints = hints_for(layer, redirect(EVERY, EVERY), gram, SkipRules(fallback=tuple(EVERY)))
     np.testing.assert_allclose(hints.skip_error or (), layer.removals.skipped, rtol=1e-6)
     assert np.all(np.array(hints.fallback_error) >= layer.removals.novice * (1 - 1e-6))
     unseen = replace(layer, removals=replace(layer.removals, skipped=np.zeros(5), novice=np.zeros(5)))
-    found = hints_for(unseen, redirect(EVERY, EVERY), sketch, SkipRules(fallback=tuple(EVERY)))
-    assert min(found.skip_error or ()) > 0, "picked, but not by the tokens whose gradients were taken"
+    found = hints_for(unseen, redirect(EVERY, EVERY), gram, SkipRules(fallback=tuple(EVERY)))
+    assert min(found.skip_error or ()) > 0, "selected, but not by the tokens whose gradients were taken"
     assert np.array(found.fallback_error)[[0, 1, 2, 4]].min() > 0, "expert 3 is a constant"
-    fewer = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch)
-    unmeasured = hints_for(replace(layer, removals=None), redirect(EVERY, (0, 2, 4)), sketch)
+    fewer = hints_for(layer, redirect(EVERY, (0, 2, 4)), gram)
+    unmeasured = hints_for(replace(layer, removals=None), redirect(EVERY, (0, 2, 4)), gram)
     assert fewer.skip_error == unmeasured.skip_error
 
 
-def test_closed_forms_without_a_sketch_are_near(layer: LayerStatistics, sketch: LayerSketch) -> None:
+def test_closed_forms_without_gram_matrices_are_near(layer: LayerStatistics, gram: LayerGram) -> None:
     layer = replace(layer, removals=None)
-    with_sketch = hints_for(layer, redirect(EVERY, EVERY), sketch).skip_error
+    with_gram = hints_for(layer, redirect(EVERY, EVERY), gram).skip_error
     without = hints_for(layer, redirect(EVERY, EVERY)).skip_error
-    np.testing.assert_allclose(without or (), with_sketch or (), rtol=0.6)
+    np.testing.assert_allclose(without or (), with_gram or (), rtol=0.6)
 
 
-def test_files_take_the_hints(layer: LayerStatistics, sketch: LayerSketch) -> None:
+def test_files_take_the_hints(layer: LayerStatistics, gram: LayerGram) -> None:
     rules = SkipRules(0.3, 0.4, (0, -1, 1))
-    hints = hints_for(layer, redirect(EVERY, (0, 2, 4)), sketch, rules)
+    hints = hints_for(layer, redirect(EVERY, (0, 2, 4)), gram, rules)
     assert hints.fallback_error
     assert hints.fallback_error[1] == 0.0
     written = layout_metadata(NativeLayout((NativeLayer((0, 1, 2), ((0,),) * 3, hints),)))

@@ -30,7 +30,7 @@ FEW_STEPS = RefitSpec(n_step=100, n_batch=256, rate=0.03)
 
 
 def mixed(x: torch.Tensor, outputs: torch.Tensor, router: NDArray[np.float32], scale: float = 1.0) -> torch.Tensor:
-    """What a layer adds, token by token and pick by pick."""
+    """What a layer adds, token by token and expert by expert."""
     added = torch.zeros(len(x), outputs.shape[2], dtype=torch.float64)
     for token in range(len(x)):
         logits = router.astype(np.float64) @ x[token].double().numpy()
@@ -99,7 +99,7 @@ def test_no_sample_of_tokens_makes_it_worse(seed: int) -> None:
     assert relative_error(x, outputs, y, fitted.weight) <= start * (1 + 1e-6)
 
 
-def test_scaled_shares_are_those_of_the_model(
+def test_scaled_expert_weights_are_those_of_the_model(
     layer: tuple[torch.Tensor, torch.Tensor, NDArray[np.float32]],
 ) -> None:
     x, outputs, router = layer

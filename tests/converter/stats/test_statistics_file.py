@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import (
+    GramSample,
     InputSums,
     LayerStatistics,
     MatrixCosts,
@@ -25,7 +26,6 @@ from slimoe.converter.stats.statistics import (
     RouterSums,
     Sensitivity,
     SimilaritySums,
-    Sketch,
     Statistics,
     TokenTrace,
     TypeErrors,
@@ -66,7 +66,7 @@ def statistics() -> Statistics:
         "outputs": OutputSums,
         "trace": TokenTrace,
         "type_errors": TypeErrors,
-        "sketch": Sketch,
+        "sketch": GramSample,
         "sensitivity": Sensitivity,
         "removals": Removals,
     }

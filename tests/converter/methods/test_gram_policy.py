@@ -1,4 +1,4 @@
-"""The sketch against forward passes: any policy's error, the best subsets, and what the layer's weight makes of it."""
+"""Gram matrices against forward passes: any policy's error, the best subsets, and the layer's weight."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -11,9 +11,9 @@ import torch
 from slimoe.converter.forward.stream import Observer, Stream, final_logits
 from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import redirect
+from slimoe.converter.methods.gram_policy import LayerGram, layer_gram, policy_error
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.naee import best_subset, removals
-from slimoe.converter.methods.sketch_policy import LayerSketch, layer_sketch, policy_error
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Statistics
 from slimoe.offload.errors import UsageError
@@ -51,8 +51,8 @@ def layer(statistics: Statistics) -> LayerStatistics:
 
 
 @pytest.fixture(scope="module")
-def sketch(model: HeldModel, layer: LayerStatistics) -> LayerSketch:
-    return layer_sketch(layer, model.layers[LAYER].target, model.spec.experts)
+def gram(model: HeldModel, layer: LayerStatistics) -> LayerGram:
+    return layer_gram(layer, model.layers[LAYER].target, model.spec.experts)
 
 
 @pytest.fixture(scope="module")
@@ -65,107 +65,107 @@ def squares(change: Array) -> Array:
 
 
 def test_200_random_policies_have_the_error_that_vectors_give(
-    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+    layer: LayerStatistics, gram: LayerGram, naive: NaiveLayer
 ) -> None:
     rng = np.random.default_rng(3)
-    novices = np.broadcast_to(constant_vectors(layer), naive.outputs.shape)
-    vectors = np.concatenate([naive.outputs, novices, naive.middle[:, None]], 1)
+    constants = np.broadcast_to(constant_vectors(layer), naive.outputs.shape)
+    vectors = np.concatenate([naive.outputs, constants, naive.middle[:, None]], 1)
     for _ in range(200):
         change = rng.normal(size=vectors.shape[:2]) * (rng.random(vectors.shape[:2]) < 0.4)
         expected = squares(np.einsum("tn,tnd->td", change, vectors))
-        np.testing.assert_allclose(policy_error(sketch.gram, change), expected, rtol=1e-4, atol=1e-4 * expected.mean())
+        np.testing.assert_allclose(
+            policy_error(gram.products, change), expected, rtol=1e-4, atol=1e-4 * expected.mean()
+        )
 
 
-def test_shares_from_logits_are_the_models(sketch: LayerSketch, naive: NaiveLayer) -> None:
-    np.testing.assert_allclose(sketch.shares, naive.by_expert(), atol=1e-6)
-    np.testing.assert_allclose(naive.mixed(sketch.shares), naive.y, atol=1e-4)
+def test_expert_weights_from_logits_are_the_models(gram: LayerGram, naive: NaiveLayer) -> None:
+    np.testing.assert_allclose(gram.weights, naive.by_expert(), atol=1e-6)
+    np.testing.assert_allclose(naive.mixed(gram.weights), naive.y, atol=1e-4)
 
 
 @pytest.mark.parametrize("dropped", [(0,), (3,), (1, 4), (0, 2, 3)])
 def test_dropping_is_what_a_model_with_fewer_experts_computes(
-    model: HeldModel, sketch: LayerSketch, naive: NaiveLayer, dropped: tuple[int, ...]
+    model: HeldModel, gram: LayerGram, naive: NaiveLayer, dropped: tuple[int, ...]
 ) -> None:
-    kept = set(range(sketch.n_expert)) - set(dropped)
+    kept = set(range(gram.n_expert)) - set(dropped)
     smaller = without_experts(model, LAYER, redirect(model.layers[LAYER].target, kept))
     expected = squares(naive_layer(smaller, LAYER).y - naive.y)
-    np.testing.assert_allclose(
-        sketch.error(sketch.redirected(dropped)), expected, rtol=1e-4, atol=1e-6 * expected.mean()
-    )
+    np.testing.assert_allclose(gram.error(gram.redirected(dropped)), expected, rtol=1e-4, atol=1e-6 * expected.mean())
 
 
-def test_novices_and_skips_and_nothing_are_what_vectors_give(
-    layer: LayerStatistics, sketch: LayerSketch, naive: NaiveLayer
+def test_constants_and_skips_and_nothing_are_what_vectors_give(
+    layer: LayerStatistics, gram: LayerGram, naive: NaiveLayer
 ) -> None:
     replaced = naive.outputs.copy()
     replaced[:, [1, 3]] = constant_vectors(layer)[[1, 3]]
     with_constants = np.einsum("te,ted->td", naive.by_expert(), replaced)
     first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.picks[:, 0])])
     for policy, y in (
-        (sketch.with_constants({1, 3}), with_constants),
-        (sketch.skipping(1.0), first),
-        (sketch.nothing(), 0 * first),
+        (gram.with_constants({1, 3}), with_constants),
+        (gram.skipping(1.0), first),
+        (gram.nothing(), 0 * first),
     ):
         expected = squares(y - naive.y)
-        np.testing.assert_allclose(sketch.error(policy), expected, rtol=1e-4, atol=1e-6 * expected.mean())
-    assert not sketch.error(sketch.skipping(0.0)).any()
-    assert not sketch.error(sketch.with_constants(())).any()
+        np.testing.assert_allclose(gram.error(policy), expected, rtol=1e-4, atol=1e-6 * expected.mean())
+    assert not gram.error(gram.skipping(0.0)).any()
+    assert not gram.error(gram.with_constants(())).any()
 
 
-def test_cosine_of_the_unchanged_layer_is_that_of_the_pass(sketch: LayerSketch, statistics: Statistics) -> None:
-    found = sketch.cosine(sketch.unchanged())
+def test_cosine_of_the_unchanged_layer_is_that_of_the_pass(gram: LayerGram, statistics: Statistics) -> None:
+    found = gram.cosine(gram.unchanged())
     assert found.mean() == pytest.approx(statistics.layers[LAYER].similarity.ffn_cosine / TEXTS.n_rows, rel=1e-6)
-    assert sketch.cosine(sketch.nothing()) == pytest.approx(1.0)
+    assert gram.cosine(gram.nothing()) == pytest.approx(1.0)
 
 
 def test_rows_that_mean_the_same_expert(model: HeldModel, tmp_path: Path) -> None:
     target = (0, 1, 1, 2, 0)
     aliased = with_aliases(model, LAYER, target)
-    sketch = layer_sketch(learn(aliased, tmp_path).layers[LAYER], target, model.spec.experts)
+    gram = layer_gram(learn(aliased, tmp_path).layers[LAYER], target, model.spec.experts)
     y = naive_layer(aliased, LAYER).y
     smaller = without_experts(aliased, LAYER, redirect(target, (0, 2)))
     expected = squares(naive_layer(smaller, LAYER).y - y)
-    np.testing.assert_allclose(sketch.error(sketch.redirected((1,))), expected, rtol=1e-4, atol=1e-6 * expected.mean())
-    assert best_subset(sketch, 1).kept in {(0,), (1,)}, "expert 2 has one row, but tokens pick two"
+    np.testing.assert_allclose(gram.error(gram.redirected((1,))), expected, rtol=1e-4, atol=1e-6 * expected.mean())
+    assert best_subset(gram, 1).kept in {(0,), (1,)}, "expert 2 has one row, but tokens select two"
 
 
-def test_a_model_with_novices_is_refused(model: HeldModel, layer: LayerStatistics) -> None:
+def test_a_model_with_constants_is_refused(model: HeldModel, layer: LayerStatistics) -> None:
     with pytest.raises(UsageError, match="constants"):
-        layer_sketch(layer, (0, 1, 2, 3, -1), model.spec.experts)
+        layer_gram(layer, (0, 1, 2, 3, -1), model.spec.experts)
 
 
 @pytest.mark.parametrize("n_keep", [2, 3, 4])
 def test_best_subset_is_that_of_forward_passes(
-    model: HeldModel, sketch: LayerSketch, naive: NaiveLayer, n_keep: int
+    model: HeldModel, gram: LayerGram, naive: NaiveLayer, n_keep: int
 ) -> None:
     target, errors = model.layers[LAYER].target, {}
-    for kept in combinations(range(sketch.n_expert), n_keep):
+    for kept in combinations(range(gram.n_expert), n_keep):
         smaller = without_experts(model, LAYER, redirect(target, kept))
         errors[kept] = float(squares(naive_layer(smaller, LAYER).y - naive.y).mean())
-    best = best_subset(sketch, n_keep)
+    best = best_subset(gram, n_keep)
     assert best.kept == min(errors, key=errors.__getitem__)
     assert best.error == pytest.approx(errors[best.kept], rel=1e-4)
 
 
-def test_one_by_one_where_subsets_are_too_many(sketch: LayerSketch) -> None:
-    path = list(removals(sketch))
+def test_one_by_one_where_subsets_are_too_many(gram: LayerGram) -> None:
+    path = list(removals(gram))
     assert [len(one.kept) for one in path] == [5, 4, 3, 2]
     assert path[0].error == 0.0
     for one in path[1:]:
-        dropped = set(range(sketch.n_expert)) - set(one.kept)
-        assert one.error == pytest.approx(float(sketch.error(sketch.redirected(dropped)).mean()), rel=1e-9)
-    assert best_subset(sketch, 3, most_subsets=0) == path[2]
-    assert path[1] == best_subset(sketch, 4), "the first to go is the best one to remove"
+        dropped = set(range(gram.n_expert)) - set(one.kept)
+        assert one.error == pytest.approx(float(gram.error(gram.redirected(dropped)).mean()), rel=1e-9)
+    assert best_subset(gram, 3, most_subsets=0) == path[2]
+    assert path[1] == best_subset(gram, 4), "the first to go is the best one to remove"
 
 
-def test_all_experts_are_no_error_and_too_few_are_refused(sketch: LayerSketch) -> None:
-    assert best_subset(sketch, sketch.n_expert).error == 0.0
+def test_all_experts_are_no_error_and_too_few_are_refused(gram: LayerGram) -> None:
+    assert best_subset(gram, gram.n_expert).error == 0.0
     for most_subsets in (0, 1000):
-        with pytest.raises(UsageError, match=r"a token picks 2\. Keep 2 to 5"):
-            best_subset(sketch, 1, most_subsets)
+        with pytest.raises(UsageError, match=r"a token selects 2\. Keep 2 to 5"):
+            best_subset(gram, 1, most_subsets)
 
 
 def test_a_layers_weight_times_a_squared_error_is_the_divergence(tmp_path: Path) -> None:
-    """Noise is added to a layer's output; what comes of it is measured. Tokens pick all experts, so that none of them
+    """Noise is added to a layer's output; what comes of it is measured. Tokens select all experts, so that none of them
     moves to another one, which no gradient sees.
     """
     model = hold(random_mixtral(replace(SIZES, n_expert_used=SIZES.n_expert)))
