@@ -79,21 +79,20 @@ class Plan:
         return -(-max(map(len, self.texts)) // 256) * 256
 
     def file(self, kind: str) -> Path:
-        """The checkpoint as a file of that type or those two copies, converted when it is first asked for."""
+        """The checkpoint as a file of that type or those two copies, converted when it is first asked for.
+
+        With a calibration text, a file of two copies says what saving on each expert costs.
+        """
         path = self.directory / f"{kind}.gguf"
         if not path.exists():
             pair = kind if "," in kind else None
             convert(ConvertOptions(self.checkpoint, path, "F32" if pair else kind, self.n_threads, pair=pair))
             if pair and self.calibration:
-                self._measure(path)
+                with_hints = path.with_suffix(".hints")
+                texts = [Text(tokens, np.empty((0, 0))) for tokens in self.calibration]
+                write_hints(path, with_hints, measure_hints(path, texts, self.n_threads, lambda line: None))
+                with_hints.replace(path)
         return path
-
-    def _measure(self, path: Path) -> None:
-        """Writes what saving on each expert costs into a file of two copies."""
-        with_hints = path.with_suffix(".hints")
-        texts = [Text(tokens, np.empty((0, 0))) for tokens in self.calibration]
-        write_hints(path, with_hints, measure_hints(path, texts, self.n_threads, lambda line: None))
-        with_hints.replace(path)
 
 
 def parse_mode(text: str, copies: str) -> Mode:
@@ -168,19 +167,8 @@ def read_pieces(checkpoint: Path, file: Path, directory: Path) -> list[tuple[int
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The figures for a person, cheapest first among those of one room."""
-    columns = (
-        "room",
-        "mode",
-        "file MB",
-        "expert MB/token",
-        "in memory MB",
-        "read MB/token",
-        "KL cold",
-        "KL warm",
-        "99.9 %",
-        "same top",
-    )
-    drawn = Table(*columns, title="Divergence and bytes")
+    sizes = ("file MB", "expert MB/token", "in memory MB", "read MB/token")
+    drawn = Table("room", "mode", *sizes, "KL cold", "KL warm", "99.9 %", "same top", title="Divergence and bytes")
     for row in sorted(rows, key=lambda row: (-row["room"], row.get("warm", {}).get("expert_bytes", 0.0))):
         if "failure" in row:
             drawn.add_row(f"{row['room']:g}", row["mode"], row["failure"])

@@ -39,12 +39,15 @@ class DiskSpeed:
 
 
 def disk_speed(path: Path, piece_bytes: int, seconds: float) -> DiskSpeed:
-    """Reads for `seconds` with each number of threads and size of request.
+    """The fastest of all numbers of threads and sizes of requests, each tried for `seconds` on pieces at random places.
 
     Raises ModelFileError for a file that cannot be read.
     """
     try:
-        file, is_direct = _open(path)
+        try:
+            file, is_direct = os.open(path, os.O_RDONLY | os.O_DIRECT), True
+        except OSError:  # some file systems know no direct reads
+            file, is_direct = os.open(path, os.O_RDONLY), False
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
     try:
@@ -60,13 +63,6 @@ def disk_speed(path: Path, piece_bytes: int, seconds: float) -> DiskSpeed:
         os.close(file)
     best = max(speeds, key=lambda way: speeds[way])
     return DiskSpeed(speeds[best], best[0], is_direct, best[1])
-
-
-def _open(path: Path) -> tuple[int, bool]:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-    except OSError:
-        return os.open(path, os.O_RDONLY), False
 
 
 def _speed(file: int, size: int, pieces: tuple[int, int], n_threads: int, seconds: float) -> float:

@@ -81,20 +81,18 @@ def limits_for(model: Path, ratios: tuple[str, ...]) -> tuple[Limit, ...]:
     Raises UsageError and ModelFileError.
     """
     size = read_gguf(model).n_bytes
-    limits = tuple(_limit(ratio, size) for ratio in ratios)
-    return (Limit("unlimited", None, fits=True), *limits) if _WITHOUT_LIMIT * size < available_bytes() else limits
-
-
-def _limit(ratio: str, size: int) -> Limit:
-    try:
-        value = float(ratio)
-    except ValueError:
-        n_bytes = parse_size(ratio, size, "--ratio") or size
-    else:
-        if value <= 0:
-            raise UsageError("--ratio must be above 0: it is the file's size over the memory's.")
-        n_bytes = int(size / value)
-    return Limit(ratio, n_bytes, fits=n_bytes > size)
+    limits = [Limit("unlimited", None, fits=True)] if _WITHOUT_LIMIT * size < available_bytes() else []
+    for ratio in ratios:
+        try:
+            value = float(ratio)
+        except ValueError:
+            n_bytes = parse_size(ratio, size, "--ratio") or size
+        else:
+            if value <= 0:
+                raise UsageError(f"--ratio is the file's size over the memory's and must be above 0, got {ratio}.")
+            n_bytes = int(size / value)
+        limits.append(Limit(ratio, n_bytes, fits=n_bytes > size))
+    return tuple(limits)
 
 
 def expert_matrix_bytes(model: Path) -> int:

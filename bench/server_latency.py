@@ -16,8 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import click
 
 from bench.baselines.stepping import random_tokens
 from bench.limits import machine
+from bench.limits.victim import victim
 from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
@@ -36,12 +36,10 @@ from slimoe.offload.text.generation import Finished, GenerationRequest, Sampling
 
 N_PROMPT = 16
 FIRST_PLAIN_TOKEN = 259  # after the special tokens and the bytes, in every vocabulary of SentencePiece's kind
-START_SECONDS = 300
-STOP_SECONDS = 10
 
 
 class ServerFailedError(SlimoeError):
-    """The server under test did not start or did not answer."""
+    """The server under test did not answer, or not to the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +68,10 @@ class Stream:
     engine_seconds_per_token: float
 
 
-@asynccontextmanager
-async def running_server(plan: Plan) -> AsyncIterator[str]:
-    """A `slimoe serve` child; gives its base URL once it answers. Raises ServerFailedError when it ends before."""
-    arguments = ["serve", str(plan.model), "--port", "0", "--threads", str(plan.n_threads), "--ctx", str(plan.n_ctx)]
-    command = [sys.executable, "-m", "slimoe.server.cli", *arguments]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
-        if not line:
-            raise ServerFailedError(f"slimoe serve ended before it was ready. Try it: slimoe serve {plan.model}")
-        yield json.loads(line)["url"].rstrip("/")
-    finally:
-        await _stop(process)
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    except TimeoutError:
-        process.kill()
-        raise ServerFailedError(f"The server did not stop within {STOP_SECONDS} seconds and was killed.") from None
-
-
 async def stream_from_server(session: aiohttp.ClientSession, url: str, prompt: list[int], n_tokens: int) -> Stream:
     """Reads one completion over SSE; the clock starts at the first text and ends with the finishing chunk."""
-    body = {
-        "model": "any",
-        "prompt": prompt,
-        "max_tokens": n_tokens,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
+    body = {"model": "any", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "stream": True}
+    body["ignore_eos"] = True
     lines = []
     async with session.post(f"{url}/v1/completions", json=body) as response:
         if response.status != 200:
@@ -137,16 +103,20 @@ def stream_from_engine(engine: Engine, prompt: list[int], n_tokens: int) -> Stre
 
 
 async def run(plan: Plan, engine: Engine) -> tuple[list[Stream], list[Stream]]:
-    """All rounds: the server's streams and the engine's. One of each goes before and does not count."""
+    """The streams of all rounds, of the server and of the engine; one of each goes before and does not count.
+
+    Raises VictimError where the server does not start, and ServerFailedError where it does not answer.
+    """
     served, own = [], []
     n_vocab = engine.gguf.tensors["token_embd.weight"].ne[1]
     patient = aiohttp.ClientTimeout(total=None)
-    async with running_server(plan) as url, aiohttp.ClientSession(timeout=patient) as session:
-        for round_no in range(plan.n_rounds + 1):
-            tokens = random_tokens(N_PROMPT, n_vocab - FIRST_PLAIN_TOKEN, seed=round_no)
-            prompt = [FIRST_PLAIN_TOKEN + token for token in tokens]
-            served.append(await stream_from_server(session, url, prompt, plan.n_tokens))
-            own.append(stream_from_engine(engine, prompt, plan.n_tokens))
+    with victim(plan.model, "--threads", str(plan.n_threads), "--ctx", str(plan.n_ctx)) as server:
+        async with aiohttp.ClientSession(timeout=patient) as session:
+            for round_no in range(plan.n_rounds + 1):
+                tokens = random_tokens(N_PROMPT, n_vocab - FIRST_PLAIN_TOKEN, seed=round_no)
+                prompt = [FIRST_PLAIN_TOKEN + token for token in tokens]
+                served.append(await stream_from_server(session, server.url, prompt, plan.n_tokens))
+                own.append(stream_from_engine(engine, prompt, plan.n_tokens))
     return served[1:], own[1:]
 
 

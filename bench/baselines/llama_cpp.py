@@ -58,19 +58,36 @@ class LlamaCpp:
         self.config = config
         self.n_past = 0
         llama.llama_log_set(_log_errors, ctypes.c_void_p(0))
-        self._model = _open_model(config)
-        self._context = _open_context(self._model, config, watch)
-        self._pool = _attach_threads(self._context, config.n_threads)
+
+        model_params = llama.llama_model_default_params()
+        model_params.use_extra_bufts = config.extra_buffers
+        model_params.n_gpu_layers = 0
+        self._model = llama.llama_model_load_from_file(str(config.model).encode(), model_params)
+        if not self._model:
+            raise ModelFileError(config.model, "llama.cpp cannot load this file.", "Compare on a stock GGUF file.")
+
+        params = llama.llama_context_default_params()
+        params.cb_eval = watch
+        params.n_ctx = config.n_ctx
+        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_threads = params.n_threads_batch = config.n_threads
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
+        self._context = llama.llama_init_from_model(self._model, params)
+        assert self._context, "llama.cpp made no context"
+
+        pool_params = ggml_backend.ThreadpoolParams()
+        ggml_backend.ggml_threadpool_params_init(ctypes.addressof(pool_params), config.n_threads)
+        self._pool = ggml_backend.ggml_threadpool_new(ctypes.addressof(pool_params))
+        # llama-cpp-python binds every function but this one, and only its own copy of the library knows its contexts.
+        attach = llama._lib.llama_attach_threadpool
+        attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
+        attach(self._context, self._pool, None)
         self.n_vocab = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model)))
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         """Appends tokens; returns the last one's logits, float32 of shape (n_vocab,), good until the next call."""
         for begin in range(0, len(tokens), N_BATCH):
-            batch = tokens[begin : begin + N_BATCH]
-            array = (ctypes.c_int32 * len(batch))(*batch)
-            status = llama.llama_decode(self._context, llama.llama_batch_get_one(array, len(batch)))
-            assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
-            self.n_past += len(batch)
+            self._append(tokens[begin : begin + N_BATCH])
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (self.n_vocab,))
 
     def decode(self, token: int) -> np.ndarray:
@@ -79,18 +96,23 @@ class LlamaCpp:
 
     def score(self, tokens: Sequence[int]) -> np.ndarray:
         """Appends tokens; returns the logits of all of them, float32 of shape (len(tokens), n_vocab)."""
-        rows = [self._score_batch(tokens[begin : begin + N_BATCH]) for begin in range(0, len(tokens), N_BATCH)]
+        rows = []
+        for begin in range(0, len(tokens), N_BATCH):
+            batch = tokens[begin : begin + N_BATCH]
+            self._append(batch, all_logits=True)
+            shape = (len(batch), self.n_vocab)
+            rows.append(np.ctypeslib.as_array(llama.llama_get_logits(self._context), shape).copy())
         return np.concatenate(rows)
 
-    def _score_batch(self, tokens: Sequence[int]) -> np.ndarray:
+    def _append(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
+        """Reads one batch; the logits of its last token are computed, or those of every token."""
         array, wanted = (ctypes.c_int32 * len(tokens))(*tokens), (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
         batch = llama.llama_batch_get_one(array, len(tokens))
-        batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
+        if all_logits:
+            batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
         status = llama.llama_decode(self._context, batch)
         assert status == 0, f"llama_decode returned {status} at {self.n_past} of {self.config.n_ctx} tokens"
         self.n_past += len(tokens)
-        rows = np.ctypeslib.as_array(llama.llama_get_logits(self._context), (len(tokens), self.n_vocab))
-        return rows.copy()
 
     def truncate(self, n_past: int) -> None:
         """Forgets everything after the first `n_past` tokens."""
@@ -103,39 +125,6 @@ class LlamaCpp:
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)
         ggml_backend.ggml_threadpool_free(self._pool)
-
-
-def _open_model(config: LlamaCppConfig) -> ctypes.c_void_p:
-    params = llama.llama_model_default_params()
-    params.use_extra_bufts = config.extra_buffers
-    params.n_gpu_layers = 0
-    model: ctypes.c_void_p | None = llama.llama_model_load_from_file(str(config.model).encode(), params)
-    if not model:
-        raise ModelFileError(config.model, "llama.cpp cannot load this file.", "Compare on a stock GGUF file.")
-    return model
-
-
-def _open_context(model: ctypes.c_void_p, config: LlamaCppConfig, watch: EvalCallback) -> ctypes.c_void_p:
-    params = llama.llama_context_default_params()
-    params.cb_eval = watch
-    params.n_ctx = config.n_ctx
-    params.n_batch = params.n_ubatch = N_BATCH
-    params.n_threads = params.n_threads_batch = config.n_threads
-    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
-    context: ctypes.c_void_p | None = llama.llama_init_from_model(model, params)
-    assert context, "llama.cpp made no context"
-    return context
-
-
-def _attach_threads(context: ctypes.c_void_p, n_threads: int) -> int:
-    params = ggml_backend.ThreadpoolParams()
-    ggml_backend.ggml_threadpool_params_init(ctypes.addressof(params), n_threads)
-    pool: int = ggml_backend.ggml_threadpool_new(ctypes.addressof(params))
-    # llama-cpp-python binds every function but this one, and only its own copy of the library knows its contexts.
-    attach = llama._lib.llama_attach_threadpool
-    attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
-    attach(context, pool, None)
-    return pool
 
 
 def llama_quantize(source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray], n_threads: int) -> None:

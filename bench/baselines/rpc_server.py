@@ -69,12 +69,12 @@ def _wait_until_it_answers(server: RpcServer) -> None:
             time.sleep(0.02)
 
 
-def _serve(port: int) -> None:
-    """Never returns."""
+def main() -> None:
+    """Serves on the port that the command line names; never returns."""
     threading.Thread(target=_end_with_input, daemon=True).start()
     cpu = ggml_backend.ggml_backend_reg_dev_get(ggml_backend.ggml_backend_cpu_reg(), 0)
     devices = (ctypes.c_void_p * 1)(cpu)
-    endpoint = f"127.0.0.1:{port}".encode()
+    endpoint = f"127.0.0.1:{int(sys.argv[1])}".encode()
     ggml_rpc.ggml_backend_rpc_start_server(endpoint, None, 1, 1, ctypes.addressof(devices))
 
 
@@ -84,4 +84,4 @@ def _end_with_input() -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    main()

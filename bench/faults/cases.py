@@ -124,31 +124,9 @@ def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool
     few = ["--text", str(places.text), "--tokens", "2048", "--length", "64", "--types", "none", "--device", "cpu"]
     calibrate = ("calibrate", model, "-o", target, *few, "--no-sensitivity", "--force")
     plain = ("convert", model, target, "--type", "Q8_0", "--threads", "2", "--force")
-    compression = (
-        "--stats",
-        statistics,
-        "--keep-experts",
-        "4",
-        "--type",
-        "Q8_0",
-        "--no-report",
-        "--threads",
-        "2",
-        "--force",
-    )
-    run = (
-        "run",
-        str(places.exact_model),
-        "--prompt-ids",
-        "1,300,400,500",
-        "-n",
-        "8",
-        "--temp",
-        "0",
-        "--json",
-        "--ctx",
-        "256",
-    )
+    compress = (*plain, "--stats", statistics, "--keep-experts", "4", "--no-report")
+    greedy = ("--prompt-ids", "1,300,400,500", "-n", "8", "--temp", "0", "--json", "--ctx", "256")
+    run = ("run", str(places.exact_model), *greedy)
     if calibrates:
         _must(commands.run([statistics if word == target else word for word in calibrate]))
     least = _TOO_SMALL.search(commands.run([*run, "--ram", "1MiB"]).err)
@@ -160,7 +138,7 @@ def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool
         Scenario("inspect", ("inspect", model, "--json"), _printed, writes=()),
     ]
     if calibrates:
-        scenarios.append(Scenario("compress", ("convert", model, target, *compression), _file_bytes))
+        scenarios.append(Scenario("compress", compress, _file_bytes))
         scenarios.append(Scenario("calibrate", calibrate, _measured, resumes=True))
     return scenarios
 
@@ -193,15 +171,12 @@ def evaluate(ended: Ended, scenario: Scenario, places: Places, right: object, *,
     lines = [line for line in ended.err.splitlines() if line.startswith(_CLEAR_LINES)]
     if ended.status not in _STATUSES or len(lines) != 1 or lines[0] != ended.err.splitlines()[-1]:
         return WRONG, f"status {ended.status}, and no clear line: {ended.err.strip()[-200:]}"
-    if scenario.writes and not _is_as_before(places.target, with_old):
+    is_changed = places.target.read_bytes() != _OLD if with_old else places.target.exists()
+    if scenario.writes and is_changed:
         if _WHOLE in lines[0] and scenario.content(ended, places) == right:
             return CLEAR, lines[0]
         return WRONG, f"a file is there all the same: {lines[0]}"
     return CLEAR, lines[0]
-
-
-def _is_as_before(target: Path, with_old: bool) -> bool:
-    return target.read_bytes() == _OLD if with_old else not target.exists()
 
 
 # --- what is compared ----------------------------------------------------------------------------------------

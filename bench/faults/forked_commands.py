@@ -98,7 +98,8 @@ def _become(order: dict[str, object]) -> None:
         os._exit(status)
 
 
-def _serve_orders() -> None:
+def main() -> None:
+    """Loads what commands need, then carries out one for each line of standard input; each is an object in JSON."""
     import slimoe.server.commands.convert
     import slimoe.server.commands.inspect
     import slimoe.server.commands.run
@@ -112,4 +113,4 @@ def _serve_orders() -> None:
 
 
 if __name__ == "__main__":
-    _serve_orders()
+    main()

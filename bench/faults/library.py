@@ -13,18 +13,8 @@ from pathlib import Path
 from slimoe.offload.errors import SlimoeError
 
 CALLS = (
-    "open",
-    "read",
-    "write",
-    "sync",
-    "truncate",
-    "rename",
-    "map",
-    "memory",
-    "thread",
-    "allocate",
-    "lock",
-    "mkdir",
+    *("open", "read", "write", "sync", "truncate", "rename"),
+    *("map", "memory", "thread", "allocate", "lock", "mkdir"),
 )
 """In the order of the numbers that library.c has for them, from 1 on; `memory` is 2 MiB or more of no file."""
 KINDS = {"short": -1, "end": -2}

@@ -2,18 +2,17 @@
 
 import json
 import random
-import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.faults.cases import CLEAR, RIGHT, WRONG, BrokenBenchError, drawn
 from bench.faults.library import Fault, FaultLibrary
-from bench.limits.victim import Victim, VictimError, victim
+from bench.limits.least_budget import least_budget
+from bench.limits.victim import Victim, victim
 
 _FAULTS = (
     Fault("read", "short", pattern="/sources/"),
@@ -28,19 +27,23 @@ _PROMPT = list(range(300, 340))
 _SAME = -1
 _ROUNDING = 0.05
 """Weights are F32, but keys and values are kept in F16."""
-_MOST_STEPS, _PAUSE_SECONDS = 4, 0.5
-_PATIENCE_SECONDS = 60.0
-_ADVICE = re.compile(r"Raise --ram to (\S+),")
+_PAUSE_SECONDS, _PATIENCE_SECONDS = 0.5, 60.0
+_FLAGS = ("--ctx", "256")
 
 
 def serve_cases(model: Path, n_cases: int, seed: int, library: FaultLibrary) -> Iterator[tuple[Fault, str, str, bool]]:
-    """(fault, outcome, why, whether it was met) of each; a server that has ended is started again."""
+    """Yields (fault, outcome, why, whether it was met) of each case; a server that has ended is started again.
+
+    The server has as little memory as it says it needs. Raises VictimError and BrokenBenchError where it does not work
+    without any fault.
+    """
     draw = random.Random(f"{seed} serve")
     done = 0
     environment = {**library.environment, "SLIMOE_CACHE": str(model.parent / "cache")}
-    room = _room(model)
+    setting = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    flags = ("--ram", f"{least_budget(model, *_FLAGS).mib}MiB", *_FLAGS)
     while done < n_cases:
-        with victim(model, "--ram", room, "--ctx", "256", wrap=lambda command: _with(environment, command)) as server:
+        with victim(model, *flags, wrap=lambda command: [*setting, *command]) as server:
             right = _asked(server, _SAME)
             if right.status != 200:
                 raise BrokenBenchError(f"The server answers {right} without any fault.")
@@ -55,23 +58,6 @@ def serve_cases(model: Path, n_cases: int, seed: int, library: FaultLibrary) -> 
                 is_hit = library.n_hit > 0
                 done += 1
                 yield (fault, *_evaluated(server, answer, right), is_hit)
-
-
-def _with(environment: dict[str, str], command: Any) -> list[str]:
-    return ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
-
-
-def _room(model: Path) -> str:
-    """The least --ram that the server says it needs; raises BrokenBenchError."""
-    room = "1MiB"
-    for _ in range(_MOST_STEPS):
-        try:
-            with victim(model, "--ram", room, "--ctx", "256"):
-                return room
-        except VictimError as error:
-            found = _ADVICE.search(str(error))
-            room = room if found is None else found[1]
-    raise BrokenBenchError(f"slimoe serve --ram {room} does not say how much it needs.")
 
 
 def _asked(server: Victim, skip: int) -> "Answer":

@@ -18,10 +18,11 @@ from bench.limits.engine_changes import Changes
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, MemoryConfig, changed
+from slimoe.offload.resources.memory import peak_resident_bytes
 
 OURS = "slimoe"
 BASELINES = {"llama.cpp": True, "llama.cpp --no-repack": False}
-_IO, _STATUS = Path("/proc/self/io"), Path("/proc/self/status")
+_IO = Path("/proc/self/io")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def carry_out(job: Job) -> Outcome:
             _graph_seconds(candidate) - graphs,
             {name: value - counters.get(name, 0) for name, value in _counters(candidate).items()},
             None if disk is None or now is None else now - disk,
-            _peak_resident(),
+            peak_resident_bytes(),
             choices,
             checksum,
         )
@@ -130,11 +131,6 @@ def _disk_bytes() -> int | None:
     except OSError:
         return None
     return int(fields["read_bytes"])
-
-
-def _peak_resident() -> int:
-    """The most memory this process ever held. Its `getrusage` counts what its parent held before it began."""
-    return int(_STATUS.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The machine that is measured on: what it is, and what else runs on it.
 
-ggml's threads wait by spinning, so that another process on the cores does not cost its share but many times it:
-no figure taken beside one is worth writing down.
+ggml's threads wait by spinning, so that another process on the cores costs many times what it takes itself: no figure
+taken beside one is worth writing down.
 """
 
 import platform
@@ -24,22 +24,21 @@ class BusyMachineError(SlimoeError):
 
 def describe() -> dict[str, str | int]:
     """Processor, cores, memory in GiB, operating system and library, for a report."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        cpu = platform.processor()
+    else:
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        cpu = next(names, platform.machine())
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "cores": psutil.cpu_count() or 0,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "library": PINNED,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class OtherLoad:
@@ -60,16 +59,9 @@ def _cpu_seconds() -> tuple[float, float]:
     times = psutil.cpu_times()
     total = sum(times[:8])  # what follows on Linux is guest time, which stands in the first eight already
     own = psutil.Process()
-    mine = sum(sum(process.cpu_times()[:4]) for process in (own, *_alive_children(own)))
-    return total - times.idle - _iowait(times) - mine, total
-
-
-def _iowait(times: tuple[float, ...]) -> float:
-    return times[4] if sys.platform == "linux" else 0.0
-
-
-def _alive_children(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    children = [child for child in own.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    mine = sum(sum(process.cpu_times()[:4]) for process in (own, *children))
+    return total - times.idle - getattr(times, "iowait", 0.0) - mine, total
 
 
 def require_quiet(*, allow_busy: bool, seconds: float = 1.0) -> float:

@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from bench.models.topics import topical_rows
 from slimoe.offload.ggml.ops import ggml_quantize_chunk
 
-CHUNK = 256  # weights picked from the pool at once: the longest block of any ggml type
+CHUNK = 256  # weights drawn from the pool at once: the longest block of any ggml type
 POOL_CHUNKS = 4096
 WRITE_CHUNKS = 1 << 14
 

@@ -15,13 +15,17 @@ _CHUNK = 1 << 22
 
 
 def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing: str = "uniform") -> None:
-    """A Mixtral in bfloat16: config.json, one safetensors file, and a tokenizer.json of bytes and numbered words.
+    """Writes a Mixtral in bfloat16: config.json, a safetensors file, and a tokenizer.json of bytes and numbered words.
 
     `routing` is one of STYLES.
     """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(_config(shape)))
-    (path / "tokenizer.json").write_text(json.dumps(_tokenizer(shape.n_vocab)))
+    words = (f"w{number}" for number in range(shape.n_vocab))
+    tokens = list(dict.fromkeys(("w", "0", "w0", *sorted(ALPHABET), *words)))[: shape.n_vocab]
+    model = {"type": "BPE", "vocab": {text: token for token, text in enumerate(tokens)}, "merges": ["w 0"]}
+    splitting = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": splitting}))
     shapes = _tensor_shapes(shape)
     header, offset = {}, 0
     for name, tensor_shape in shapes.items():
@@ -37,13 +41,6 @@ def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing:
                 file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def _tokenizer(n_vocab: int) -> dict[str, object]:
-    words = (f"w{number}" for number in range(n_vocab))
-    tokens = list(dict.fromkeys(("w", "0", "w0", *sorted(ALPHABET), *words)))[:n_vocab]
-    model = {"type": "BPE", "vocab": {text: token for token, text in enumerate(tokens)}, "merges": ["w 0"]}
-    return {"model": model, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
-
-
 def _values(
     name: str, shape: tuple[int, ...], style: RoutingStyle, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
@@ -52,15 +49,13 @@ def _values(
         n_rows, n_embd = shape
         yield from topical_rows(n_rows, n_embd, style.topical, int(generator.integers(1 << 32)), _CHUNK // n_embd)
         return
-    mean, deviation = (1.0, 0.1) if "norm" in name else (0.0, _factor(name, style) * shape[-1] ** -0.5)
+    mean, deviation = 1.0, 0.1
+    if "norm" not in name:
+        factors = {"o_proj": style.attention, "w2": style.feed_forward, "gate": style.router}
+        mean, deviation = 0.0, factors.get(name.split(".")[-2], 1.0) * shape[-1] ** -0.5
     for begin in range(0, math.prod(shape), _CHUNK):
         drawn = generator.standard_normal(min(_CHUNK, math.prod(shape) - begin), np.float32)
         yield drawn * np.float32(deviation) + np.float32(mean)
-
-
-def _factor(name: str, style: RoutingStyle) -> float:
-    factors = {"o_proj": style.attention, "w2": style.feed_forward, "gate": style.router}
-    return factors.get(name.split(".")[-2], 1.0)
 
 
 def _config(shape: Shape) -> dict[str, object]:

@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import numpy as np
 from gguf import GGUFWriter
 
 from bench.models.random_blocks import RandomTensor
-from bench.models.random_model import SHAPES, Shape, describe, random_tensors, shape_named, weight_type, write_tensors
+from bench.models.random_model import SHAPES, Shape, describe, random_tensors, shape_named, weight_type, write_file
 from bench.models.topics import STYLES
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
@@ -57,13 +56,7 @@ def write_random_copies(path: Path, shape: Shape, high: str, low: str, routing: 
         else:
             writer.add_uint32(key, value)
     writer.add_tokenizer_model("none")
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    write_tensors(writer, tensors, seed)
-    writer.close()
+    write_file(writer, tensors, seed)
     return path.stat().st_size
 
 

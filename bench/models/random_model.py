@@ -2,7 +2,7 @@
 
 Speed does not depend on the weights' values, so none have to be downloaded. Values are drawn with the deviation
 that keeps activations and logits near 1. A pool of blocks is quantised once for each kind of tensor and every
-tensor is filled with random picks from it, so that a file is written about as fast as the disk takes it and
+tensor is filled with blocks drawn from it, so that a file is written about as fast as the disk takes it and
 experts differ from each other. llama.cpp loads the files, with a made-up vocabulary or without any. Experts are
 chosen evenly, or about as a trained model chooses them (`bench.models.topics`).
 
@@ -148,18 +148,17 @@ def write_random_model(
             _add_vocabulary(writer, shape.n_vocab)
         else:
             writer.add_tokenizer_model("none")
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        write_tensors(writer, tensors, seed)
-        writer.close()
+        write_file(writer, tensors, seed)
     return path.stat().st_size
 
 
-def write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
-    """Writes the tensors' data behind a header that announced them; equal kinds of tensors share a pool of blocks."""
+def write_file(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) -> None:
+    """Writes the metadata and the tensors, then closes the file; equal kinds of tensors share a pool of blocks."""
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.ne[::-1], np.dtype(np.float32), tensor.n_bytes, tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
     pools: dict[tuple[GGMLQuantizationType, float, float], np.ndarray] = {}
     file = writer.fout[0]
     for tensor in tensors:
@@ -171,6 +170,7 @@ def write_tensors(writer: GGUFWriter, tensors: list[RandomTensor], seed: int) ->
         for piece in pieces:
             piece.tofile(file)
     writer.write_padding(file, file.tell())
+    writer.close()
 
 
 def weight_type(name: str) -> GGMLQuantizationType:

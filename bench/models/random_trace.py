@@ -17,7 +17,7 @@ SKEW = 0.3
 
 
 def write_random_trace(path: Path, header: TraceHeader, n_prompt: int, n_answer: int, n_turns: int, seed: int) -> None:
-    """Turns of one sequence: a prompt in one batch, then an answer token by token."""
+    """Writes turns of one sequence: in each a prompt in one batch, then an answer token by token."""
     rng = np.random.default_rng(seed)
     likings = [rng.normal(0, SKEW, len(experts)) for experts in header.expert_bytes]
     writer = TraceWriter(path, header)
@@ -33,20 +33,20 @@ def write_random_trace(path: Path, header: TraceHeader, n_prompt: int, n_answer:
 
 def _write_step(writer: TraceWriter, run: TraceRun, routed: list[NDArray[np.int64]], begin: int) -> None:
     writer.step([run])
-    for layer, picks in enumerate(routed):
-        if picks.size:
-            rows = picks[begin : begin + run.n_tokens]
+    for layer, selected in enumerate(routed):
+        if selected.size:
+            rows = selected[begin : begin + run.n_tokens]
             writer.layer(layer, rows, np.full(rows.shape, 1 / rows.shape[1]))
 
 
 def _route(rng: np.random.Generator, liking: NDArray[np.float64], n_tokens: int, n_used: int) -> NDArray[np.int64]:
-    """Picks [n_tokens, n_used], drawn without replacement; empty for a layer without experts."""
+    """The experts that tokens select, [n_tokens, n_used], no expert twice; empty for a layer without experts."""
     if not liking.size:
         return np.empty((0, n_used), np.int64)
     scores = liking + rng.gumbel(size=(n_tokens, liking.size))
-    picks = np.argsort(-scores, axis=1)[:, :n_used]
+    selected = np.argsort(-scores, axis=1)[:, :n_used]
     for token in range(1, n_tokens):
-        kept = [expert for expert in picks[token - 1] if rng.random() < REPEATS]
-        fresh = [expert for expert in picks[token] if expert not in kept]
-        picks[token] = (*kept, *fresh)[:n_used]
-    return picks
+        kept = [expert for expert in selected[token - 1] if rng.random() < REPEATS]
+        fresh = [expert for expert in selected[token] if expert not in kept]
+        selected[token] = (*kept, *fresh)[:n_used]
+    return selected

@@ -15,7 +15,6 @@ it. On a graphics card what fits beside the rest lies there and is read at the c
 are computed by the processor: an estimate that nothing here has measured, and an upper limit.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +115,10 @@ def calibration_of(shape: Shape, short: Calibrated, long: Calibrated) -> dict[st
     prices = long.taken.parts["prices"] * weights.n_matrices / Weights.of(long.shape).n_matrices
     tried = long.taken.parts["types"] * shape.n_layer * shape.n_expert * _tried(shape) / _tried(long.shape)
     fixed = (layers.per_weight + sensitivity.per_weight) * weights.total + prices + tried
+    # The measured peak less its streams, as much larger as an expert is, and streams up to where they go to disk.
+    held = _stream_bytes(long.shape, long.n_tokens, long.n_sensitivity)
+    grown = shape.n_embd * shape.n_ff / (long.shape.n_embd * long.shape.n_ff)
+    peak = max(0, long.taken.peak_resident - held) * max(1.0, grown)
     # A backward pass is as many forward ones as it took here.
     passes = sensitivity.per_product / layers.per_product if layers.per_product else 0.0
     return {
@@ -124,16 +127,8 @@ def calibration_of(shape: Shape, short: Calibrated, long: Calibrated) -> dict[st
         "seconds_not_of_products": fixed,
         "seconds_of_trying_types": tried,
         "seconds_with_card": fixed + 2 * (multiplied + passes * back) / CARD_FLOPS,
-        "peak_resident": _calibration_peak(shape, long),
+        "peak_resident": peak + _stream_bytes(shape, DEFAULT_TOKENS, settings.n_sensitivity),
     }
-
-
-def _calibration_peak(shape: Shape, long: Calibrated) -> float:
-    """The measured peak less its streams, as much larger as an expert is, and streams up to where they go to disk."""
-    held = _stream_bytes(long.shape, long.n_tokens, long.n_sensitivity)
-    grown = shape.n_embd * shape.n_ff / (long.shape.n_embd * long.shape.n_ff)
-    streams = _stream_bytes(shape, DEFAULT_TOKENS, CalibrationSettings().n_sensitivity)
-    return max(0, long.taken.peak_resident - held) * max(1.0, grown) + streams
 
 
 def _stream_bytes(shape: Shape, n_tokens: int, n_sensitivity: int) -> int:
@@ -178,7 +173,9 @@ class Density:
     @classmethod
     def of(cls, path: Path, shape: Shape) -> "Density":
         """Of a file made of a model of that shape; raises ModelFileError."""
-        weights, n_bytes = Weights.of(shape), _bytes_by_kind(path)
+        weights, n_bytes = Weights.of(shape), {"experts": 0, "embeddings": 0}
+        for count in take_inventory(path).counts:
+            n_bytes[count.kind] = n_bytes.get(count.kind, 0) + count.n_bytes
         always = sum(count for kind, count in n_bytes.items() if kind not in ("experts", "embeddings"))
         return cls(
             n_bytes["experts"] / weights.experts,
@@ -200,13 +197,6 @@ class Density:
         """What one token reads."""
         weights = Weights.of(shape)
         return self.always_bytes(shape) + weights.expert_share * self.experts * weights.experts
-
-
-def _bytes_by_kind(path: Path) -> Mapping[str, int]:
-    totals = {"experts": 0, "embeddings": 0}
-    for count in take_inventory(path).counts:
-        totals[count.kind] = totals.get(count.kind, 0) + count.n_bytes
-    return totals
 
 
 def decoding_of(shape: Shape, density: Density, bandwidth: float, memory: int) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """Measures what saving on each expert of a file of two copies costs, and writes that into a copy of the file.
 
-For each expert the texts are read once with all its picks in the low copy and once with all of them skipped; the rise
-of the KL divergence from the file's best copies is the hint. So many readings suit small models only.
+For each expert the texts are read once with its low-bit copy wherever it is selected, and once without it; the rise of
+the KL divergence from the file's best copies is the hint. So many readings suit small models only.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,10 @@ _ROOM = 1 << 40
 
 
 class Probe:
-    """A mode that saves on one expert, `key`, by its low copy or by skipping it; it counts all picks meanwhile."""
+    """A lossy mode that saves on one expert, `key`, by its low-bit copy, or by leaving it out if it `skips`.
+
+    Meanwhile it sums up how often each expert is selected, and the squares of its weights, by layer.
+    """
 
     low_slots: LowSlots = "first"
     invests = False
@@ -47,7 +50,7 @@ class Probe:
         self.squares = [counts.copy() for counts in self.uses]
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """All but the one expert as ever."""
+        """Every expert's best copy, but for the one expert."""
         index, stored = choice.index, choice.stored
         np.add.at(self.uses[index], stored[stored >= 0], 1)
         np.add.at(self.squares[index], stored[stored >= 0], choice.weights[stored >= 0].astype(np.float64) ** 2)
@@ -59,7 +62,7 @@ class Probe:
         return Decision(np.where(is_chosen, choice.table.last_copy[self.key[1]], 0), stored)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """Everything is in memory."""
+        """The best copy: everything is in memory."""
         return 0
 
 
@@ -79,12 +82,12 @@ def measure_hints(model: Path, texts: Sequence[Text], n_threads: int, say: Calla
     plan = replace(plan, tiers=tiers_within(plan, _ROOM), n_batch=n_ctx)
     with closing(Engine(EngineConfig(model, n_threads=n_threads), plan, lambda done, total: None)) as engine:
 
-        def read() -> list[Array]:
-            told = []
+        def read() -> Array:
+            rows = []
             for text in texts:
                 engine.truncate(0)
-                told.append(engine.read(text.tokens, len(text.tokens)).copy())
-            return told
+                rows.append(engine.read(text.tokens, len(text.tokens)).copy())
+            return np.concatenate(rows)
 
         expected = read()
         n_tokens = sum(len(text.tokens) for text in texts)
@@ -96,24 +99,19 @@ def measure_hints(model: Path, texts: Sequence[Text], n_threads: int, say: Calla
             for expert in range(0 if layer is None else len(layer.experts)):
                 for probe.skips, found in rises.items():
                     probe.key = (index, expert)
-                    found.append(_divergence(expected, read()))
-            hints.append(_hints(uses[index], squares[index], rises[False], rises[True]))
+                    pairs = zip(read(), expected, strict=True)
+                    found.append(float(np.mean([max(0.0, kl_divergence(*pair)) for pair in pairs])))
+            use, square = uses[index], squares[index]
+            hints.append(
+                LayerHints(
+                    use=tuple(use.tolist()),
+                    share_square=tuple((square / np.maximum(use, 1e-9)).tolist()),
+                    error=tuple((0.0, rise) for rise in rises[False]),
+                    skip_error=tuple(rises[True]),
+                    sensitivity=float(sum(rises[True]) / square.sum()) if square.sum() else 0.0,
+                )
+            )
     return hints
-
-
-def _divergence(expected: list[Array], told: list[Array]) -> float:
-    rows = [pair for texts in zip(told, expected, strict=True) for pair in zip(*texts, strict=True)]
-    return float(np.mean([max(0.0, kl_divergence(got, wanted)) for got, wanted in rows]))
-
-
-def _hints(uses: Array, squares: Array, low: list[float], skip: list[float]) -> LayerHints:
-    return LayerHints(
-        use=tuple(uses.tolist()),
-        share_square=tuple((squares / np.maximum(uses, 1e-9)).tolist()),
-        error=tuple((0.0, rise) for rise in low),
-        skip_error=tuple(skip),
-        sensitivity=float(sum(skip) / squares.sum()) if squares.sum() else 0.0,
-    )
 
 
 def write_hints(model: Path, target: Path, hints: Sequence[LayerHints]) -> None:
