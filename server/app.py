@@ -33,18 +33,9 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     metrics = Metrics(supervisor)
     info = InfoApi(config.model, supervisor, metrics)
     generation = GenerationApi(supervisor, metrics, config.ping_seconds)
-    app.router.add_routes(_info_routes(info))
-    app.router.add_routes(
-        [
-            web.post("/v1/chat/completions", ChatApi(config.model, generation).handle),
-            web.post("/v1/completions", CompletionApi(config.model, generation).handle),
-        ]
-    )
-    return app
-
-
-def _info_routes(info: InfoApi) -> list[web.RouteDef]:
-    return [
+    routes = [
+        web.post("/v1/chat/completions", ChatApi(config.model, generation).handle),
+        web.post("/v1/completions", CompletionApi(config.model, generation).handle),
         web.get("/health", info.health),
         web.get("/v1/health", info.health),
         web.get("/v1/models", info.models),
@@ -59,3 +50,5 @@ def _info_routes(info: InfoApi) -> list[web.RouteDef]:
         web.post("/v1/detokenize", info.detokenize),
         web.post("/apply-template", info.apply_template),
     ]
+    app.router.add_routes(routes)
+    return app

@@ -1,4 +1,5 @@
-"""The endpoints: bodies checked, requests made, answers written in the API's words.
+"""The endpoints, which `server.app` lists.
 
-`server.app` lists them.
+A dialect of the API is a file such as `chat_api.py`: it turns a client's body into `Choice`s, the one form in which
+everything that generates is asked for, and has a `Shape`, which writes what comes of them.
 """

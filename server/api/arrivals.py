@@ -26,34 +26,36 @@ async def arrivals(
 ) -> AsyncGenerator[Arrival | None, None]:
     """Yields the engine's answers about all `choices` until they are done, None after `patience` seconds of silence.
 
-    Raises EngineFailure when one of them fails. Close the iterator to give the others up.
+    Raises QueueFullError when too many requests wait already, and EngineFailure when one of the choices fails. Close
+    the iterator to give the others up.
     """
     to_come = iter(enumerate(choices))
     waiting: _Waiting = {}
-    try:
-        while True:
-            for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):
-                _wait(waiting, index, supervisor.submit(choice.prompt, choice.request))
-            if not waiting:
-                return
-            done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                yield None
-            for task in sorted(done, key=lambda task: waiting[task][0]):
-                answers = task.result()
-                index, handle = waiting.pop(task)
-                if any(isinstance(answer, Done) for answer in answers):
-                    handle.close()
-                else:
-                    _wait(waiting, index, handle)
-                for answer in answers:
-                    metrics.note(handle, answer)
-                yield Arrival(index, answers)
-    finally:
-        for task, (_, handle) in waiting.items():
-            # A failure that nobody asks for would be logged.
-            _ = task.cancel() or task.cancelled() or task.exception()
-            handle.close()
+    with supervisor.admit():
+        try:
+            while True:
+                for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):
+                    _wait(waiting, index, supervisor.submit(choice.prompt, choice.request))
+                if not waiting:
+                    return
+                done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    yield None
+                for task in sorted(done, key=lambda task: waiting[task][0]):
+                    answers = task.result()
+                    index, handle = waiting.pop(task)
+                    if any(isinstance(answer, Done) for answer in answers):
+                        handle.close()
+                    else:
+                        _wait(waiting, index, handle)
+                    for answer in answers:
+                        metrics.note(handle, answer)
+                    yield Arrival(index, answers)
+        finally:
+            for task, (_, handle) in waiting.items():
+                # A failure that nobody asks for would be logged.
+                _ = task.cancel() or task.cancelled() or task.exception()
+                handle.close()
 
 
 def _wait(waiting: _Waiting, index: int, handle: RequestHandle) -> None:

@@ -1,22 +1,52 @@
 """`POST /v1/chat/completions`."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from slimoe.server.api import wire
-from slimoe.server.api.choice import ChoiceState, Envelope, choices_of, usage_of
+from slimoe.server.api.choice import ChoiceState, choices_of
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, ChatBody, StreamOptions, read_body, refuse_unsupported
+from slimoe.server.api.request_body import MAX_CHAT_VALUES, GenerationBody, LogprobCount, StreamOptions, read_body
 from slimoe.server.api.served_model import ServedModel
+from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unkept_fields import CHAT, extended
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.chat.history import turns
+from slimoe.server.chat.history import Message, turns
 from slimoe.server.messages import ChatPrompt, ScoredToken
 
-ChatRequest = extended(ChatBody, CHAT)
 MAX_DEPTH = 32
 _OWN_VALUES = ("messages", "tools", "documents")
+FORMS = frozenset({"json_object", "json_schema", "grammar", "regex", "choice", "structural_tag", "lark", "ebnf"})
+_NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
+
+
+class ResponseFormat(msgspec.Struct):
+    """`response_format`; only plain text is written."""
+
+    type: str
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+ChatRequest = extended(ChatBody, CHAT)
 
 
 class ChatApi:
@@ -37,49 +67,45 @@ class ChatApi:
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         choices = choices_of([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        shape = ChatShape(Envelope.new("chatcmpl", kind, self._model.id, self._model.fingerprint), n_logprobs)
+        envelope = Envelope.new("chatcmpl", kind, self._model.id, self._model.fingerprint)
+        shape = ChatShape(envelope, body.stream_options, is_scored=n_logprobs is not None)
         if body.stream:
-            return await self._generation.stream(request, choices, shape, body.stream_options or StreamOptions())
+            return await self._generation.stream(request, choices, shape)
         return await self._generation.whole(choices, shape)
 
 
-class ChatShape:
+class ChatShape(OpenAIShape):
     """Writes chat answers as OpenAI's documents."""
 
     prompt_param = "messages"
 
-    def __init__(self, envelope: Envelope, n_logprobs: int | None) -> None:
-        self.envelope = envelope
-        self._is_scored = n_logprobs is not None
+    def __init__(self, envelope: Envelope, options: StreamOptions | None, *, is_scored: bool) -> None:
+        super().__init__(envelope, options)
+        self._is_scored = is_scored
 
     def opening(self, index: int) -> list[wire.Document]:
         """The first chunk, which holds the role and no text."""
-        return [self._chunk(index, wire.Delta(role="assistant", content=""), [], None)]
+        opening = wire.ChatChunkChoice(index, wire.Delta(role="assistant", content=""))
+        return [self.envelope.document([opening])]
 
     def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
         """No chunks: a chat does not return its prompt."""
         return []
 
-    def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
-        """The chunk for a piece of the message."""
-        return self._chunk(index, wire.Delta(content=text), scores, None)
+    def chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None = None) -> wire.Document:
+        """The chunk for a piece of the message, or the last one, which says why the answer ended."""
+        delta = wire.Delta(content=text) if reason is None else wire.Delta()
+        logprobs = wire.chat_logprobs(scores) if self._is_scored and scores else None
+        return self.envelope.document([wire.ChatChunkChoice(index, delta, logprobs, reason)])
 
-    def closing(self, index: int, reason: str, scores: list[ScoredToken]) -> wire.Document:
-        """The last chunk, which says why the answer ended."""
-        return self._chunk(index, wire.Delta(), scores, reason)
-
-    def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
-        """The document of a whole answer."""
+    def document(self, states: Sequence[ChoiceState], usage: wire.Usage) -> wire.Document:
+        """The document of all answers."""
         choices = []
         for index, state in enumerate(states):
             assert state.done is not None
             logprobs = wire.chat_logprobs(state.scores) if self._is_scored else None
             choices.append(wire.ChatChoice(index, wire.ChatMessage(state.text), logprobs, state.done.reason))
-        return self.envelope.document(choices, usage_of(states), states[0])
-
-    def _chunk(self, index: int, delta: wire.Delta, scores: list[ScoredToken], reason: str | None) -> wire.Document:
-        logprobs = wire.chat_logprobs(scores) if self._is_scored and scores else None
-        return self.envelope.document([wire.ChatChunkChoice(index, delta, logprobs, reason)])
+        return self.envelope.document(choices, usage)
 
 
 def chat_prompt(body: ChatBody) -> ChatPrompt:
@@ -115,3 +141,21 @@ def _check_values(value: object, depth: int) -> None:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for element in inner:
         _check_values(element, depth - 1)
+
+
+def refuse_unsupported(body: ChatBody) -> None:
+    """Raises ApiError for what a chat client may ask for and this server does not do."""
+    names_tool = body.tool_choice not in (None, "none", "auto")
+    if (body.tools and body.tool_choice != "none") or names_tool:
+        raise unsupported(_NO_TOOLS, "tools" if body.tools else "tool_choice")
+    if (body.functions and body.function_call != "none") or body.function_call not in (None, "none", "auto"):
+        raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")
+    kind = "text" if body.response_format is None else body.response_format.type
+    if kind in FORMS:
+        raise unsupported(
+            f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
+        )
+    if kind != "text":
+        raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")

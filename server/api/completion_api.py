@@ -6,19 +6,32 @@ from typing import Any
 from aiohttp import web
 
 from slimoe.server.api import wire
-from slimoe.server.api.choice import ChoiceState, Envelope, choices_of, usage_of
+from slimoe.server.api.choice import ChoiceState, choices_of
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_PROMPTS, CompletionBody, StreamOptions, read_body
+from slimoe.server.api.request_body import MAX_PROMPTS, GenerationBody, LogprobCount, StreamOptions, read_body
 from slimoe.server.api.scored_text import fitted
 from slimoe.server.api.served_model import ServedModel
+from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unkept_fields import COMPLETION, extended
 from slimoe.server.api_error import from_failure, invalid, unsupported
 from slimoe.server.messages import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
 from slimoe.server.process.request_handle import EngineFailure
 
-CompletionRequest = extended(CompletionBody, COMPLETION)
 DEFAULT_MAX_TOKENS = 16
 """Most tokens to generate when a request does not say, as with OpenAI."""
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """`POST /v1/completions`; `prompt` is a text, texts, token ids, or lists of token ids."""
+
+    prompt: str | list[Any]
+    echo: bool | None = None
+    logprobs: LogprobCount | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+CompletionRequest = extended(CompletionBody, COMPLETION)
 
 
 class CompletionApi:
@@ -32,19 +45,21 @@ class CompletionApi:
         """Continues one or many prompts; raises ApiError."""
         body = await read_body(request, CompletionRequest)
         self._generation.unkept.refuse(body, COMPLETION)
-        _refuse_unsupported(body)
+        if body.suffix:
+            raise unsupported("This server does not fill in the middle.", "suffix")
+        if body.best_of is not None and body.best_of != body.n_choices:
+            raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")
         prompts = prompt_sources(body.prompt)
         if len(prompts) * body.n_choices > MAX_PROMPTS:
             raise invalid(f"n times the prompts may be {MAX_PROMPTS:,}.", "n")
-        wanted = body.request(
-            body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and body.logprobs is not None
-        )
+        is_scored = body.logprobs is not None
+        wanted = body.request(body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and is_scored)
         choices = choices_of(prompts, wanted, body.n_choices)
         echoes = [await self._echo(choice.prompt) if body.echo else "" for choice in choices]
         envelope = Envelope.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
-        shape = CompletionShape(envelope, echoes, body.logprobs is not None)
+        shape = CompletionShape(envelope, body.stream_options, echoes, is_scored=is_scored)
         if body.stream:
-            return await self._generation.stream(request, choices, shape, body.stream_options or StreamOptions())
+            return await self._generation.stream(request, choices, shape)
         return await self._generation.whole(choices, shape)
 
     async def _echo(self, prompt: PromptSource) -> str:
@@ -60,13 +75,15 @@ class CompletionApi:
         return answer.text
 
 
-class CompletionShape:
+class CompletionShape(OpenAIShape):
     """Writes plain completions as OpenAI's documents; `echoes` are the prompt texts to return, one for each choice."""
 
     prompt_param = "prompt"
 
-    def __init__(self, envelope: Envelope, echoes: Sequence[str], is_scored: bool) -> None:
-        self.envelope = envelope
+    def __init__(
+        self, envelope: Envelope, options: StreamOptions | None, echoes: Sequence[str], *, is_scored: bool
+    ) -> None:
+        super().__init__(envelope, options)
         self._echoes = echoes
         self._is_scored = is_scored
         self._written = [0] * len(echoes)
@@ -74,22 +91,14 @@ class CompletionShape:
     def opening(self, index: int) -> list[wire.Document]:
         """The first chunk: the prompt's text, if it is returned without scores."""
         echo = self._echoes[index]
-        return [self._chunk(index, echo, [], None)] if echo and not self._is_scored else []
+        return [self.chunk(index, echo, [])] if echo and not self._is_scored else []
 
     def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
         """The prompt's text and its tokens' scores."""
         echo = self._echoes[index]
-        return [self._chunk(index, echo, fitted(scores, echo), None)]
+        return [self.chunk(index, echo, fitted(scores, echo))]
 
-    def piece(self, index: int, text: str, scores: list[ScoredToken]) -> wire.Document:
-        """The chunk for a piece of the continuation."""
-        return self._chunk(index, text, scores, None)
-
-    def closing(self, index: int, reason: str, scores: list[ScoredToken]) -> wire.Document:
-        """The last chunk, which says why the continuation ended."""
-        return self._chunk(index, "", scores, reason)
-
-    def whole(self, states: Sequence[ChoiceState]) -> wire.Document:
+    def document(self, states: Sequence[ChoiceState], usage: wire.Usage) -> wire.Document:
         """The document of all continuations."""
         choices = []
         for index, state in enumerate(states):
@@ -99,9 +108,10 @@ class CompletionShape:
             scores = [*fitted(state.prompt_scores, echo), *state.scores]
             logprobs = wire.completion_logprobs(scores, 0) if self._is_scored else None
             choices.append(wire.CompletionChoice(index, text, logprobs, state.done.reason))
-        return self.envelope.document(choices, usage_of(states), states[0])
+        return self.envelope.document(choices, usage)
 
-    def _chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None) -> wire.Document:
+    def chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None = None) -> wire.Document:
+        """The chunk for a piece of the continuation, or the last one, which says why it ended."""
         is_scored = self._is_scored and scores
         logprobs = wire.completion_logprobs(scores, self._written[index]) if is_scored else None
         self._written[index] += len(text)
@@ -118,15 +128,15 @@ def prompt_sources(prompt: str | list[Any]) -> list[PromptSource]:
         return [_ids(prompt)]
     if len(prompt) > MAX_PROMPTS:
         raise invalid(f"{len(prompt)} prompts are too many: {MAX_PROMPTS} are allowed.", "prompt")
-    return [_one(n, element) for n, element in enumerate(prompt)]
-
-
-def _one(n: int, element: object) -> PromptSource:
-    if isinstance(element, str):
-        return TextPrompt(element)
-    if isinstance(element, list) and _are_ids(element):
-        return _ids(element)
-    raise invalid("A prompt is a text, texts, token ids, or lists of token ids.", f"prompt[{n}]")
+    sources: list[PromptSource] = []
+    for n, element in enumerate(prompt):
+        if isinstance(element, str):
+            sources.append(TextPrompt(element))
+        elif isinstance(element, list) and _are_ids(element):
+            sources.append(_ids(element))
+        else:
+            raise invalid("A prompt is a text, texts, token ids, or lists of token ids.", f"prompt[{n}]")
+    return sources
 
 
 def _are_ids(elements: list[Any]) -> bool:
@@ -138,10 +148,3 @@ def _ids(ids: list[int]) -> TokenPrompt:
     if wrong is not None:
         raise invalid(f"{wrong} is no token id.", "prompt")
     return TokenPrompt(tuple(ids))
-
-
-def _refuse_unsupported(body: CompletionBody) -> None:
-    if body.suffix:
-        raise unsupported("This server does not fill in the middle.", "suffix")
-    if body.best_of is not None and body.best_of != body.n_choices:
-        raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")

@@ -8,9 +8,9 @@ import msgspec
 from aiohttp import web
 
 from slimoe.server import messages
-from slimoe.server.api.chat_api import ChatRequest, chat_prompt
+from slimoe.server.api.chat_api import ChatRequest, chat_prompt, refuse_unsupported
 from slimoe.server.api.metrics import Metrics
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, refuse_unsupported
+from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.unkept_fields import CHAT, UnkeptFields
 from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found

@@ -80,15 +80,10 @@ class TierCollector(Collector):
             unit: CounterMetricFamily(f"slimoe_tier_{unit}", text, labels=["what"]) for unit, text in _BY_UNIT.items()
         }
         for name, value in self._totals().items():
-            unit, what = _unit(name)
-            families[unit].add_metric([what], value)
+            if name.startswith("bytes_"):
+                families["bytes"].add_metric([name.removeprefix("bytes_")], value)
+            elif name.endswith("_seconds"):
+                families["seconds"].add_metric([name.removesuffix("_seconds")], value)
+            else:
+                families["events"].add_metric([name.removeprefix("n_")], value)
         yield from (family for family in families.values() if family.samples)
-
-
-def _unit(name: str) -> tuple[str, str]:
-    """Splits a counter's name into its unit and the rest."""
-    if name.startswith("bytes_"):
-        return "bytes", name.removeprefix("bytes_")
-    if name.endswith("_seconds"):
-        return "seconds", name.removesuffix("_seconds")
-    return "events", name.removeprefix("n_")

@@ -1,6 +1,6 @@
-"""The bodies that clients send: their fields, types and ranges, and the request to the engine they amount to.
+"""What the bodies of generating requests have in common: fields, types and ranges, and the request to the engine.
 
-Fields that are neither listed here nor in `unkept_fields` are ignored, for they do no harm.
+Fields that are neither listed in a body nor in `unkept_fields` are ignored, for they do no harm.
 """
 
 import asyncio
@@ -12,8 +12,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
-from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.chat.history import Message
+from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
@@ -37,9 +36,6 @@ Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 LastN = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
-FORMS = frozenset({"json_object", "json_schema", "grammar", "regex", "choice", "structural_tag", "lark", "ebnf"})
-_NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
-
 T = TypeVar("T")
 
 
@@ -48,12 +44,6 @@ class StreamOptions(msgspec.Struct):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class ResponseFormat(msgspec.Struct):
-    """`response_format`; only plain text is written."""
-
-    type: str
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -129,43 +119,10 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         )
 
 
-class ChatBody(GenerationBody, kw_only=True):
-    """`POST /v1/chat/completions`."""
-
-    messages: list[Message]
-    logprobs: bool | None = None
-    top_logprobs: LogprobCount | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    response_format: ResponseFormat | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-
-
-class CompletionBody(GenerationBody, kw_only=True):
-    """`POST /v1/completions`; `prompt` is a text, texts, token ids, or lists of token ids."""
-
-    prompt: str | list[Any]
-    echo: bool | None = None
-    logprobs: LogprobCount | None = None
-    suffix: str | None = None
-    best_of: int | None = None
-
-
 async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:
     """The request's body as `kind`; raises ApiError that names the field at fault."""
     data = await request.app[INTAKE].read(request)
-    await _check_values(data, max_values)
-    body: T = _decoded(data, kind)
-    return body
-
-
-async def _check_values(data: bytearray, max_values: int) -> None:
-    """Raises ApiError for more values than there may be, which is found without making them."""
+    # The values are counted without making them.
     n_values = 1
     for begin in range(0, len(data), _SLICE):
         piece = data[begin : begin + _SLICE]
@@ -175,6 +132,8 @@ async def _check_values(data: bytearray, max_values: int) -> None:
             last = max(_WITH_MANY_VALUES, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
             raise invalid(f"{last} holds too many values: a body may have {max_values:,} in all.", last)
         await asyncio.sleep(0)
+    body: T = _decoded(data, kind)
+    return body
 
 
 def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
@@ -190,24 +149,6 @@ def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
         raise invalid(f"The body is not valid JSON: {error}.") from None
     except RecursionError:
         raise invalid("The body is nested too deeply.", where or None) from None
-
-
-def refuse_unsupported(body: ChatBody) -> None:
-    """Raises ApiError for what a chat client may ask for and this server does not do."""
-    names_tool = body.tool_choice not in (None, "none", "auto")
-    if (body.tools and body.tool_choice != "none") or names_tool:
-        raise unsupported(_NO_TOOLS, "tools" if body.tools else "tool_choice")
-    if (body.functions and body.function_call != "none") or body.function_call not in (None, "none", "auto"):
-        raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
-    if body.top_logprobs and not body.logprobs:
-        raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")
-    kind = "text" if body.response_format is None else body.response_format.type
-    if kind in FORMS:
-        raise unsupported(
-            f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
-        )
-    if kind != "text":
-        raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")
 
 
 def _logit_bias(data: bytes) -> dict[int, float]:

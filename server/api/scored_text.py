@@ -54,7 +54,10 @@ class ScoredText:
         for token in self._tokens:
             own = token.text or ""
             if len(own) > len(left):
-                scores += [_cut(token, own, len(left))] if left else []
+                if left:
+                    at = token.piece.rfind(own[len(left) :].encode("utf-8", "replace"))
+                    piece = token.piece[:at] if at >= 0 else token.piece
+                    scores.append(msgspec.structs.replace(token, text=own[: len(left)], piece=piece))
                 left = ""
                 break
             scores.append(token)
@@ -69,11 +72,6 @@ class ScoredText:
         self._text = self._text[n_chars:]
         del self._tokens[:n_tokens], self._is_whole[:n_tokens]
         return piece
-
-
-def _cut(token: ScoredToken, text: str, n_chars: int) -> ScoredToken:
-    at = token.piece.rfind(text[n_chars:].encode("utf-8", "replace"))
-    return msgspec.structs.replace(token, text=text[:n_chars], piece=token.piece[:at] if at >= 0 else token.piece)
 
 
 def fitted(scores: Sequence[ScoredToken], text: str) -> list[ScoredToken]:

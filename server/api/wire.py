@@ -152,15 +152,15 @@ def timings_info(timings: Timings) -> TimingsInfo:
 
 def chat_logprobs(scores: list[ScoredToken]) -> ChatLogprobs:
     """The scores of an answer's tokens as a chat client reads them."""
-    return ChatLogprobs([_token_info(score) for score in scores])
-
-
-def _token_info(score: ScoredToken) -> TokenLogprobInfo:
-    top = [
-        TopLogprob(_candidate(score, token, piece), finite(logprob), list(piece)) for token, piece, logprob in score.top
-    ]
-    logprob = LOWEST_LOGPROB if score.logprob is None else finite(score.logprob)
-    return TokenLogprobInfo(_shown(score), logprob, list(score.piece), top)
+    content = []
+    for score in scores:
+        top = [
+            TopLogprob(_candidate(score, token, piece), finite(logprob), list(piece))
+            for token, piece, logprob in score.top
+        ]
+        logprob = LOWEST_LOGPROB if score.logprob is None else finite(score.logprob)
+        content.append(TokenLogprobInfo(_shown(score), logprob, list(score.piece), top))
+    return ChatLogprobs(content)
 
 
 def completion_logprobs(scores: list[ScoredToken], begin: int) -> CompletionLogprobs:

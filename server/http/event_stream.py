@@ -1,5 +1,7 @@
 """A response of server-sent events, written piece by piece. Apart: it knows HTTP and nothing of models."""
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
 from slimoe.server.api_error import ApiError
@@ -26,9 +28,10 @@ class EventStream:
         """Whether headers are out and errors must go in-band."""
         return self._response is not None
 
-    async def send(self, documents: list[bytes]) -> None:
-        """Writes JSON documents, one event each, at once."""
-        await self._write(b"".join(b"data: " + document + b"\n\n" for document in documents))
+    async def send(self, documents: Sequence[bytes]) -> None:
+        """Writes JSON documents, one event each, at once; nothing for none."""
+        if documents:
+            await self._write(b"".join(b"data: " + document + b"\n\n" for document in documents))
 
     async def ping(self) -> None:
         """Writes a comment, which keeps the connection from looking dead."""

@@ -1,0 +1,131 @@
+"""How answers are written: a `Shape` for each dialect of the API, and what OpenAI's two have in common."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from slimoe.server import messages
+from slimoe.server.api import wire
+from slimoe.server.api.choice import ChoiceState
+from slimoe.server.api.request_body import StreamOptions
+from slimoe.server.api.scored_text import Piece
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Shape(Protocol):
+    """Writes the answer to one request as a dialect has it. `states` are its choices, in the order of their index."""
+
+    prompt_param: str
+    """The field of the body that holds the prompt, which errors name."""
+
+    def chunks(
+        self, states: Sequence[ChoiceState], index: int, answer: messages.Answer, piece: Piece
+    ) -> Sequence[bytes]:
+        """The stream's documents for an engine's `answer` about choice `index`, to whose text it has added `piece`."""
+
+    def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
+        """The stream's documents after the last choice is complete."""
+
+    def whole(self, states: Sequence[ChoiceState]) -> bytes:
+        """The document of an answer that is not streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The fields that all JSON documents of one API response share."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    fingerprint: str
+
+    @classmethod
+    def new(cls, prefix: str, kind: str, model: str, fingerprint: str) -> "Envelope":
+        """An envelope with an id of its own, such as `chatcmpl-...`."""
+        return cls(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), model, fingerprint)
+
+    def document(
+        self,
+        choices: list[wire.ChatChoice] | list[wire.ChatChunkChoice] | list[wire.CompletionChoice],
+        usage: wire.Usage | UnsetType | None = UNSET,
+    ) -> wire.Document:
+        """Wraps choices into a document."""
+        return wire.Document(self.id, self.object, self.created, self.model, self.fingerprint, choices, usage)
+
+
+class OpenAIShape(ABC):
+    """What chat and plain completions have in common: chunks, the figures, and the usage that clients ask for."""
+
+    def __init__(self, envelope: Envelope, options: StreamOptions | None) -> None:
+        self.envelope = envelope
+        self._with_usage = options is not None and bool(options.include_usage)
+        self._keeps_counting = options is not None and bool(options.continuous_usage_stats)
+
+    @abstractmethod
+    def opening(self, index: int) -> list[wire.Document]:
+        """The chunks that a streamed choice begins with."""
+
+    @abstractmethod
+    def prompt_scores(self, index: int, scores: list[messages.ScoredToken]) -> list[wire.Document]:
+        """The chunks for a prompt that is given back with its scores."""
+
+    @abstractmethod
+    def chunk(
+        self, index: int, text: str, scores: list[messages.ScoredToken], reason: str | None = None
+    ) -> wire.Document:
+        """The chunk for a piece of text, or with the `reason` why the choice ends its last one, without text."""
+
+    @abstractmethod
+    def document(self, states: Sequence[ChoiceState], usage: wire.Usage) -> wire.Document:
+        """The document of all complete choices."""
+
+    def chunks(
+        self, states: Sequence[ChoiceState], index: int, answer: messages.Answer, piece: Piece
+    ) -> Sequence[bytes]:
+        """The chunks for an engine's `answer` about choice `index`, to whose text it has added `piece`."""
+        documents = [self.chunk(index, piece.text, piece.scores)] if piece.text else []
+        match answer:
+            case messages.Accepted():
+                documents = self.opening(index)
+            case messages.PromptScores(tokens=tokens):
+                documents = self.prompt_scores(index, list(tokens))
+            case messages.Done(reason=reason):
+                closing = self.chunk(index, "", [] if documents else piece.scores, reason)
+                documents.append(_with_figures(closing, answer))
+        if self._with_usage:
+            usage = usage_of(states) if self._keeps_counting else None
+            documents = [msgspec.structs.replace(document, usage=usage) for document in documents]
+        return [_encode(document) for document in documents]
+
+    def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
+        """The chunk with the usage of all choices, if the client asks for it."""
+        return [_encode(self.envelope.document([], usage_of(states)))] if self._with_usage else []
+
+    def whole(self, states: Sequence[ChoiceState]) -> bytes:
+        """The document of a whole answer, with the figures of its first choice."""
+        document, done = self.document(states, usage_of(states)), states[0].done
+        assert done is not None
+        return _encode(_with_figures(document, done))
+
+
+def usage_of(states: Sequence[ChoiceState]) -> wire.Usage:
+    """Tokens read and written so far for all choices."""
+    n_prompt = sum(state.n_prompt for state in states if state.choice.is_first)
+    n_cached = sum(state.timings.cached_n for state in states if state.timings and state.choice.is_first)
+    n_written = sum(state.timings.predicted_n if state.timings else state.n_steps for state in states)
+    return wire.Usage(n_prompt, n_written, n_prompt + n_written, wire.CachedTokens(n_cached))
+
+
+def _with_figures(document: wire.Document, done: messages.Done) -> wire.Document:
+    """Adds the answer's times, the memory held and, where not all experts are in memory, the tiers' counters."""
+    tiers = wire.tiers_info(done.tiers) or UNSET
+    timings = wire.timings_info(done.timings)
+    return msgspec.structs.replace(document, timings=timings, tiers=tiers, memory=done.memory)
