@@ -39,7 +39,7 @@ def with_hints(
     gone = sorted({expert for expert in target if expert >= 0} - set(kept))
     replaced = tuple(gone) if min(layer.target) < 0 else ()
     survivors = Survivors(kept, layer.rows, layer.target, replaced)
-    gram = layer_gram(one, target, source.spec.experts) if one.sketch is not None else None
+    gram = layer_gram(one, target, source.spec) if one.sketch is not None else None
     # One pick a token leaves nothing for a gate to choose by.
     share = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
     rules = SkipRules(skip_ratio(one.router), share, _fallbacks(layer))

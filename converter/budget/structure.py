@@ -150,7 +150,7 @@ class _Builder:
                     "The best subset is found layer by layer. Choose a score to rank all experts together."
                 )
             pairs = zip(layers, targets, strict=True)
-            grams = [layer_gram(one, target, self.source.spec.experts) for one, target in pairs]
+            grams = [layer_gram(one, target, self.source.spec) for one, target in pairs]
             return tuple(best_subset(gram, n_keep).kept for gram in grams)
         if experts.score not in SCORES:
             raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
@@ -169,7 +169,7 @@ class _Builder:
         if self.recipe.experts.replacement == "novice":
             self.nats += float(constant_costs(layer)[list(dropped)].sum())
             return
-        gram = layer_gram(layer, target, self.source.spec.experts)
+        gram = layer_gram(layer, target, self.source.spec)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
         weight = layer_weight(layer, profile)
         whole = weight.cost(float(gram.error(gram.nothing()).mean()))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from slimoe.converter.methods.layer_weight import gram_of
 from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
 from slimoe.offload.errors import UsageError
-from slimoe.offload.model.spec import ExpertSpec
+from slimoe.offload.model.spec import ModelSpec
 
 _TOKENS_AT_ONCE = 4096
 
@@ -35,18 +35,21 @@ def policy_error(products: Single, change: Double) -> Double:
     return np.maximum(errors, 0.0)
 
 
-def row_weights(logits: Single, kept: NDArray[np.bool_], experts: ExpertSpec) -> Double:
-    """Expert weights [S, R] of the rows that tokens select among those `kept` [R]; zero for all other rows.
+def row_weights(logits: Single, kept: NDArray[np.bool_], spec: ModelSpec) -> Double:
+    """Expert weights [S, R] of a router that has only the rows `kept` [R]; zero for rows that are not selected.
 
-    `logits` [S, R] are the router's.
+    `logits` [S, R] are those of all rows.
     """
-    assert kept.sum() >= experts.n_expert_used, "fewer rows than a token selects"
+    n_used = spec.n_expert_used
+    assert kept.sum() >= n_used, "fewer rows than a token selects"
     values = np.where(kept, logits.astype(np.float64), -np.inf)
-    selected = np.argsort(-values, axis=1, kind="stable")[:, : experts.n_expert_used]
+    selected = np.argsort(-values, axis=1, kind="stable")[:, :n_used]
     top = np.take_along_axis(values, selected, 1)
     powers = np.exp(top - top[:, :1])
+    # Renormalised weights are a softmax over the selected rows alone.
+    whole = powers if spec.architecture.router.renormalise else np.exp(values - top[:, :1])
     weights = np.zeros_like(values)
-    np.put_along_axis(weights, selected, powers / powers.sum(1, keepdims=True) * experts.weights_scale, 1)
+    np.put_along_axis(weights, selected, powers / whole.sum(1, keepdims=True) * spec.expert_weights_scale, 1)
     return weights
 
 
@@ -67,7 +70,7 @@ class LayerGram:
     products: Single
     logits: Single
     target: NDArray[np.int64]
-    experts: ExpertSpec
+    spec: ModelSpec
     weights: Double
 
     @property
@@ -92,7 +95,7 @@ class LayerGram:
 
     def redirected(self, dropped: Collection[int]) -> Double:
         """The coefficients without some experts and their rows: tokens select among the others."""
-        return self.coefficients(row_weights(self.logits, ~self.rows_of(dropped), self.experts))
+        return self.coefficients(row_weights(self.logits, ~self.rows_of(dropped), self.spec))
 
     def with_constants(self, dropped: Collection[int]) -> Double:
         """The coefficients with the mean outputs of some experts in their place."""
@@ -124,8 +127,8 @@ class LayerGram:
         return np.asarray(np.divide(inner, norms, out=np.zeros_like(norms), where=norms > 0))
 
 
-def layer_gram(layer: LayerStatistics, target: Sequence[int], experts: ExpertSpec) -> LayerGram:
-    """The Gram matrices of a layer's statistics; `target` is the source's, `experts` says how the model routes.
+def layer_gram(layer: LayerStatistics, target: Sequence[int], spec: ModelSpec) -> LayerGram:
+    """The Gram matrices of a layer's statistics; `target` is the source's, `spec` says how the model routes.
 
     Raises UsageError for a layer without Gram matrices, and for one that has constant experts already, which the Gram
     matrices do not contain.
@@ -137,5 +140,5 @@ def layer_gram(layer: LayerStatistics, target: Sequence[int], experts: ExpertSpe
             "The model already has constants in place of experts. Compress the model that it was made from."
         )
     assert sample.gram.shape[1] > 2 * means.max(initial=0) + 2, "statistics of another model"
-    weights = row_weights(sample.logits, np.ones(means.size, np.bool_), experts)
-    return LayerGram(sample.gram, sample.logits, means, experts, weights)
+    weights = row_weights(sample.logits, np.ones(means.size, np.bool_), spec)
+    return LayerGram(sample.gram, sample.logits, means, spec, weights)

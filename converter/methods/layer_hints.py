@@ -85,7 +85,7 @@ def _weights(gram: LayerGram, survivors: Survivors) -> Double:
     """Expert weights [S, R] with only the rows that are left."""
     rows = np.zeros(gram.target.size, np.bool_)
     rows[list(survivors.rows)] = True
-    return row_weights(gram.logits, rows, gram.experts)
+    return row_weights(gram.logits, rows, gram.spec)
 
 
 def _skip_rates(layer: LayerStatistics, survivors: Survivors, gram: LayerGram | None) -> Double:

@@ -41,14 +41,14 @@ def best_subset(gram: LayerGram, n_keep: int, most_subsets: int = MOST_SUBSETS) 
         tried = [one for one in removals(gram) if len(one.kept) == n_keep]
     if not tried:
         raise UsageError(
-            f"Of {n_expert} experts, {n_keep} cannot be kept: a token selects {gram.experts.n_expert_used}. "
-            f"Keep {gram.experts.n_expert_used} to {n_expert} of them."
+            f"Of {n_expert} experts, {n_keep} cannot be kept: a token selects {gram.spec.n_expert_used}. "
+            f"Keep {gram.spec.n_expert_used} to {n_expert} of them."
         )
     return min(tried, key=lambda one: one.error)
 
 
 def _can_keep(gram: LayerGram, kept: tuple[int, ...]) -> bool:
-    return int(gram.rows_of(kept).sum()) >= gram.experts.n_expert_used
+    return int(gram.rows_of(kept).sum()) >= gram.spec.n_expert_used
 
 
 def removals(gram: LayerGram) -> Iterator[Subset]:
@@ -68,15 +68,18 @@ def removals(gram: LayerGram) -> Iterator[Subset]:
         if not tried:
             return
         errors, kept = min(tried, key=lambda one: float(one[0].sum()))
-        weights = row_weights(gram.logits, gram.rows_of(kept), gram.experts)
+        weights = row_weights(gram.logits, gram.rows_of(kept), gram.spec)
         yield Subset(kept, float(errors.mean()))
 
 
 def _errors_after(gram: LayerGram, kept: tuple[int, ...], weights: Double, errors: Double) -> Double:
-    """Squared errors [S] with fewer experts; only those of tokens whose `weights` [S, R] have a dropped row change."""
+    """Squared errors [S] with fewer experts; only those of tokens whose `weights` [S, R] have a dropped row change.
+
+    Without renormalisation, a router with fewer rows changes the weights of every token.
+    """
     rows = gram.rows_of(kept)
-    moved = np.flatnonzero((weights[:, ~rows] > 0).any(1))
-    new = gram.coefficients(row_weights(gram.logits[moved], rows, gram.experts))
+    moved = np.flatnonzero((weights[:, ~rows] > 0).any(1) | (not gram.spec.architecture.router.renormalise))
+    new = gram.coefficients(row_weights(gram.logits[moved], rows, gram.spec))
     result = errors.copy()
     result[moved] = policy_error(gram.products[moved], new - gram.coefficients(gram.weights[moved]))
     return result

@@ -37,7 +37,7 @@ class RoutingSums:
         by_pick = (_by_row(picks, values, self._n_row) for values in (shares, shares**2, picked))
         self._sums += np.stack([probabilities.sum(0), logits.sum(0).cpu().numpy(), *by_pick])
         self._logit_product += (logits.T @ logits).cpu().numpy()
-        self._top_bins += histogram(shares[:, 0])
+        self._top_bins += histogram(shares[:, 0] / shares.sum(1))
         if self._n_used > 1:
             self._ratio_bins += histogram(shares[:, 1] / np.maximum(shares[:, 0], np.finfo(np.float64).tiny))
         self._together += pair_counts(picks, picks, (self._n_row, self._n_row))

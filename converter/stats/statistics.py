@@ -1,9 +1,9 @@
 """What a calibration pass learns of a model: sums over tokens, in arrays that any method turns into its own measure.
 
 Everything is a sum, so that parts of a pass add up. Shapes name E stored experts of the layer, R rows of its router, k
-picks per token, d = n_embd, f = n_ff, T tokens, S tokens of the sketch. *share* is a pick's renormalised weight, *f_j*
-an expert's output before it. The letters in brackets are those of the statistics in the literature on pruning and
-caching. `statistics_file` keeps them.
+picks per token, d = n_embd, f = n_ff, T tokens, S tokens of the sketch. *share* is a pick's weight, renormalised where
+the model does it, *f_j* an expert's output before it. The letters in brackets are those of the statistics in the
+literature on pruning and caching. `statistics_file` keeps them.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ class RouterSums:
 
     `rank_count` [R, k] picks by rank; `probability` [R] sum of the softmax over all tokens; `share`, `share_square`,
     `picked_probability` [R] over the picks. `ratio_bins` [1024] of the second share over the first, `top_bins` [1024]
-    of the first share. `together` [R, R] tokens that picked both, itself on the diagonal. `logit` [R] and
-    `logit_product` [R, R] over all tokens. `ahead_hits` [3, k, k]: of the picks that the router q + 1 layers later made
-    at rank i, those that its logits on this layer's input have at rank j. `to_next` [R, R of the next layer] picks of a
-    token here and there; `to_next_token` [R, R] picks of a token and of the one after it. (A1, A2, A3, A6, A7, A8, A11,
-    A12)
+    of the first share over the sum of all k. `together` [R, R] tokens that picked both, itself on the diagonal. `logit`
+    [R] and `logit_product` [R, R] over all tokens. `ahead_hits` [3, k, k]: of the picks that the router q + 1 layers
+    later made at rank i, those that its logits on this layer's input have at rank j. `to_next` [R, R of the next layer]
+    picks of a token here and there; `to_next_token` [R, R] picks of a token and of the one after it. (A1, A2, A3, A6,
+    A7, A8, A11, A12)
     """
 
     rank_count: Int

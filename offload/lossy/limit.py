@@ -39,12 +39,13 @@ def price_within(
 def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> float:
     """The lowest `high` of `gate_rules.Gate` without skipping.
 
-    A pick behind others that have more than `high` in sum has a share below 1 - `high`.
+    A pick behind others that have more than `high` of a token's weights in sum has less than 1 - `high` of them, and
+    they sum up to the layer's `weights_scale` at most.
     """
     losing = [one for one in _experts(layers, tables) if one.has_low]
 
     def loss(rest: float) -> float:
-        return sum(one.low_loss * min(1.0, rest**2 / one.share_square) for one in losing)
+        return sum(one.low_loss * min(1.0, (rest * one.most_weight) ** 2 / one.share_square) for one in losing)
 
     return 1.0 - _largest(loss, limit, 1.0)
 
@@ -67,13 +68,17 @@ def lowered_loss(tables: Sequence[LossTable | None]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One expert: nats and bytes per token if every pick used its last copy, or was read."""
+    """One expert: nats and bytes per token if every pick used its last copy, or was read.
+
+    `most_weight` is the most that a token's expert weights sum up to.
+    """
 
     key: Key
     has_low: bool
     low_loss: float
     read_bytes: float
     share_square: float
+    most_weight: float
 
 
 def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> Iterator[_Expert]:
@@ -84,7 +89,9 @@ def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | 
             use, square = float(table.use[expert]), float(table.share_square[expert])
             if use * square:
                 low_loss = float(table.low[expert]) * use * square
-                yield _Expert((index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square)
+                yield _Expert(
+                    (index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square, layer.weights_scale
+                )
 
 
 def _largest(loss: Callable[[float], float], limit: float, most: float) -> float:

@@ -53,8 +53,8 @@ def loss_tables(
 def _table(layer: ExpertLayer, lowered: NDArray[np.bool_] | None) -> LossTable:
     hints, n = layer.hints, len(layer.experts)
     use = np.full(n, layer.n_expert_used / max(1, n)) if hints.use is None else np.array(hints.use, np.float64)
-    # No pick's mean square is below that of equal shares.
-    least = layer.n_expert_used**-2
+    # No mean square is below that of equal weights.
+    least = (layer.weights_scale / (layer.n_expert_used if layer.is_renormalised else len(layer.target))) ** 2
     square = np.full(n, least) if hints.share_square is None else np.array(hints.share_square, np.float64)
     best = np.zeros(n) if hints.error is None else np.array([copies[0] for copies in hints.error], np.float64)
     weight = use * square

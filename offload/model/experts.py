@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import BucketSources, LayerSources, ModelSources, WeightSource, stacked_matrix
+from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource, stacked_matrix
 
 MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 """Type and shape of one matrix."""
@@ -75,7 +75,8 @@ class ExpertLayer:
 
     `router` F32 [n_embd, n_row]; `experts` the stored ones, each with its copies, best first. `target` says for each
     row of the router which stored expert it means, or -1 - n for column n of `novices`, F32 [n_embd, n_novice]:
-    constant vectors in place of experts. Several rows may mean the same expert.
+    constant vectors in place of experts. Several rows may mean the same expert. A token's expert weights sum up to
+    `weights_scale` if `is_renormalised`, and otherwise to less.
     """
 
     router: WeightSource
@@ -84,6 +85,8 @@ class ExpertLayer:
     novices: WeightSource | None
     n_expert_used: int
     hints: LayerHints = NO_HINTS
+    weights_scale: float = 1.0
+    is_renormalised: bool = True
 
     @property
     def low_error(self) -> tuple[float, ...] | None:
@@ -93,7 +96,7 @@ class ExpertLayer:
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
     """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
-    return tuple(_expert_layer(layer, spec.n_expert_used) for layer in sources.layers)
+    return tuple(_expert_layer(layer, spec) for layer in sources.layers)
 
 
 def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | None:
@@ -111,25 +114,24 @@ def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | 
     return priors
 
 
-def _expert_layer(layer: LayerSources, n_used: int) -> ExpertLayer | None:
+def _expert_layer(layer: LayerSources, spec: ModelSpec) -> ExpertLayer | None:
     if not layer.router:
         return None
+    novices, hints = None, NO_HINTS
     if layer.buckets:
-        return _bucketed_layer(layer.router, layer.buckets, n_used)
-    assert layer.down
-    assert len(layer.gate_up) == 2, "the matrices are joined already"
-    stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
-    n_expert = layer.router.ne[1]
-    experts = tuple((_copy(stacks, expert),) for expert in range(n_expert))
-    return ExpertLayer(layer.router, experts, tuple(range(n_expert)), None, n_used)
-
-
-def _bucketed_layer(router: WeightSource, sources: BucketSources, n_used: int) -> ExpertLayer:
-    experts: list[list[ExpertCopy]] = [[] for _ in sources.layout.buckets]
-    for expert, _copy_number, bucket, slot in sources.layout.slots():
-        experts[expert].append(_copy(sources.buckets[bucket], slot))
-    copies = tuple(tuple(expert) for expert in experts)
-    return ExpertLayer(router, copies, sources.layout.target, sources.novices, n_used, sources.layout.hints)
+        layout, novices = layer.buckets.layout, layer.buckets.novices
+        copies: list[list[ExpertCopy]] = [[] for _ in layout.buckets]
+        for expert, _copy_number, bucket, slot in layout.slots():
+            copies[expert].append(_copy(layer.buckets.buckets[bucket], slot))
+        experts, target, hints = tuple(tuple(expert) for expert in copies), layout.target, layout.hints
+    else:
+        assert layer.down
+        assert len(layer.gate_up) == 2, "the matrices are joined already"
+        stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
+        target = tuple(range(layer.router.ne[1]))
+        experts = tuple((_copy(stacks, expert),) for expert in target)
+    routing = spec.expert_weights_scale, spec.architecture.router.renormalise
+    return ExpertLayer(layer.router, experts, target, novices, spec.n_expert_used, hints, *routing)
 
 
 def _copy(stacks: Sequence[WeightSource], slot: int) -> ExpertCopy:

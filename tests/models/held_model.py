@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer, block_key, expert_key
 from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
@@ -56,6 +57,10 @@ class HeldModel:
         layers = list(self.layers)
         layers[index] = layer
         return replace(self, layers=tuple(layers))
+
+    def of(self, architecture: Architecture) -> "HeldModel":
+        """The same matrices, computed as that architecture does."""
+        return replace(self, spec=replace(self.spec, architecture=architecture))
 
     def with_blocks(self, blocks: Sequence[int]) -> "HeldModel":
         """Only these of its blocks."""

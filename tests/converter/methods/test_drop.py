@@ -171,7 +171,7 @@ def test_an_expert_that_no_token_picks_is_lost_first_without_a_trace(model: Held
         assert scores.argmin() == 4, name
         assert scores[4] == 0
     assert unseen(layer) == (4,)
-    found = best_subset(layer_gram(layer, EVERY, model.spec.experts), 4)
+    found = best_subset(layer_gram(layer, EVERY, model.spec), 4)
     assert found.kept == (0, 1, 2, 3)
     assert found.error == 0
     smaller = without_experts(planted, 1, redirect(EVERY, found.kept))

@@ -17,6 +17,7 @@ from slimoe.converter.methods.naee import best_subset, removals
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Statistics
 from slimoe.offload.errors import UsageError
+from slimoe.offload.model.architectures import LLAMA, OLMOE
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.naive_layer import (
     SIZES,
@@ -35,9 +36,10 @@ from tests.models.naive_layer import (
 LAYER = 1
 
 
-@pytest.fixture(scope="module")
-def model() -> HeldModel:
-    return biased_model()
+@pytest.fixture(scope="module", params=[LLAMA, OLMOE], ids=lambda row: row.name)
+def model(request: pytest.FixtureRequest) -> HeldModel:
+    """One whose router scales the weights of the selected experts to a sum of 1, and one whose does not."""
+    return biased_model().of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def layer(statistics: Statistics) -> LayerStatistics:
 
 @pytest.fixture(scope="module")
 def gram(model: HeldModel, layer: LayerStatistics) -> LayerGram:
-    return layer_gram(layer, model.layers[LAYER].target, model.spec.experts)
+    return layer_gram(layer, model.layers[LAYER].target, model.spec)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,7 @@ def test_constants_and_skips_and_nothing_are_what_vectors_give(
     replaced[:, [1, 3]] = constant_vectors(layer)[[1, 3]]
     with_constants = np.einsum("te,ted->td", naive.by_expert(), replaced)
     first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.picks[:, 0])])
+    first *= naive.shares.sum(1, keepdims=True)
     for policy, y in (
         (gram.with_constants({1, 3}), with_constants),
         (gram.skipping(1.0), first),
@@ -120,7 +123,7 @@ def test_cosine_of_the_unchanged_layer_is_that_of_the_pass(gram: LayerGram, stat
 def test_rows_that_mean_the_same_expert(model: HeldModel, tmp_path: Path) -> None:
     target = (0, 1, 1, 2, 0)
     aliased = with_aliases(model, LAYER, target)
-    gram = layer_gram(learn(aliased, tmp_path).layers[LAYER], target, model.spec.experts)
+    gram = layer_gram(learn(aliased, tmp_path).layers[LAYER], target, model.spec)
     y = naive_layer(aliased, LAYER).y
     smaller = without_experts(aliased, LAYER, redirect(target, (0, 2)))
     expected = squares(naive_layer(smaller, LAYER).y - y)
@@ -130,7 +133,7 @@ def test_rows_that_mean_the_same_expert(model: HeldModel, tmp_path: Path) -> Non
 
 def test_a_model_with_constants_is_refused(model: HeldModel, layer: LayerStatistics) -> None:
     with pytest.raises(UsageError, match="constants"):
-        layer_gram(layer, (0, 1, 2, 3, -1), model.spec.experts)
+        layer_gram(layer, (0, 1, 2, 3, -1), model.spec)
 
 
 @pytest.mark.parametrize("n_keep", [2, 3, 4])

@@ -20,6 +20,9 @@ from slimoe.converter.methods.skip_thresholds import (
 from slimoe.converter.source.model_source import expert_key
 from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 from slimoe.offload.errors import UsageError
+from slimoe.offload.lossy.rules import weights_before
+from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.architectures import LLAMA, OLMOE
 from slimoe.offload.model.native_format import layout_metadata
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer, NativeLayout
 from tests.models.held_model import HeldModel, hold, random_mixtral
@@ -40,10 +43,13 @@ EVERY = range(SIZES.n_expert)
 LENGTHS = tuple(map(len, TEXTS.tokens))
 
 
-@pytest.fixture(scope="module")
-def model() -> HeldModel:
-    """One of whose experts, number 3 of layer 1, answers the same to every token."""
-    model = biased_model()
+@pytest.fixture(scope="module", params=[LLAMA, OLMOE], ids=lambda row: row.name)
+def model(request: pytest.FixtureRequest) -> HeldModel:
+    """One of whose experts, number 3 of layer 1, answers the same to every token.
+
+    The second router does not scale the weights of the selected experts to a sum of 1.
+    """
+    model = biased_model().of(request.param)
     changed = {}
     for name in ("gate", "up"):
         key = expert_key(LAYER, name, 3)
@@ -65,7 +71,7 @@ def layer(statistics: Statistics) -> LayerStatistics:
 
 @pytest.fixture(scope="module")
 def gram(model: HeldModel, layer: LayerStatistics) -> LayerGram:
-    return layer_gram(layer, EVERY, model.spec.experts)
+    return layer_gram(layer, EVERY, model.spec)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +159,18 @@ def test_importance_is_that_of_a_naive_loop_over_attention(tmp_path: Path) -> No
         begin += n
 
 
+@pytest.mark.parametrize("architecture", [LLAMA, OLMOE], ids=lambda row: row.name)
 @pytest.mark.parametrize("n_used", [2, 3])
-def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, tmp_path: Path) -> None:
-    model = biased_model(replace(SIZES, n_expert_used=n_used))
+def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, architecture: Architecture, tmp_path: Path) -> None:
+    """Parts of a token's expert weights, whatever their sum is, as `--lossy gate` has them."""
+    model = biased_model(replace(SIZES, n_expert_used=n_used)).of(architecture)
     layers = learn(model, tmp_path, random_texts(SIZES.n_vocab, 200)).layers
     found = gate_thresholds(layers, 0.67, 0.05)
     before = []
     for index in range(len(layers)):
         weights = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).shares
-        before.append(weights.cumsum(1) - weights)
+        assert (weights.sum(1).min() > 1 - 1e-5) == (architecture is LLAMA)
+        before.append(weights_before(weights.astype(np.float32)))
     values = np.concatenate(before).ravel()
     assert (values <= found.high).mean() == pytest.approx(0.67, abs=0.01)
     assert (values > found.low).mean() == pytest.approx(0.05, abs=0.01)
@@ -217,9 +226,9 @@ def test_errors_are_weights_times_squared_errors_of_the_layer(
     assert layer.outputs is not None
     for expert in EVERY:
         weights = naive.by_expert()
-        own = weights[:, expert, None].copy()
+        own, whole = weights[:, expert, None].copy(), weights.sum(1, keepdims=True)
         weights[:, expert] = 0
-        change = naive.mixed(weights / weights.sum(1, keepdims=True)) - naive.y
+        change = naive.mixed(weights * whole / weights.sum(1, keepdims=True)) - naive.y
         weight = layer_weight(layer, layer.outputs.output_square[expert])
         assert hints.skip_error[expert] == pytest.approx(weight.cost((change**2).sum(1).mean()), rel=1e-3)
         change = own * (constant_vectors(layer)[expert] - naive.outputs[:, expert])

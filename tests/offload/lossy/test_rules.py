@@ -33,10 +33,17 @@ def copy(kind: Type, n_ff: int = 64) -> ExpertCopy:
     return ExpertCopy(*parts)
 
 
-def layer(*kinds: Type, hints: LayerHints | None = None, n_expert: int = N_EXPERT) -> ExpertLayer:
+def layer(
+    *kinds: Type,
+    hints: LayerHints | None = None,
+    n_expert: int = N_EXPERT,
+    scale: float = 1.0,
+    renormalised: bool = True,
+) -> ExpertLayer:
     router = WeightSource("router", (64, n_expert), Type.F32, (Span(0, 0, 256 * n_expert),))
     experts = tuple(tuple(copy(kind) for kind in kinds) for _ in range(n_expert))
-    return ExpertLayer(router, experts, tuple(range(n_expert)), None, N_USED, hints or random_hints(n_expert))
+    hints = hints or random_hints(n_expert)
+    return ExpertLayer(router, experts, tuple(range(n_expert)), None, N_USED, hints, scale, renormalised)
 
 
 def random_hints(n: int = N_EXPERT, seed: int = 3) -> LayerHints:
@@ -304,6 +311,26 @@ def test_a_gates_threshold_bounds_what_any_shares_can_cost() -> None:
     for high in highs[1:3]:
         shares = choices(400, layers[0], 8).weights
         assert (shares[weights_before(shares) > high] <= 1 - high + 1e-6).all()
+
+
+def test_a_gates_threshold_knows_what_weights_sum_up_to() -> None:
+    """Twice the weights cost four times as much, which a hint of a squared weight four times as large takes back."""
+    hints = random_hints()
+    scaled = replace(hints, share_square=tuple(4 * square for square in hints.share_square or ()))
+    plain, doubled = layer(Type.Q8_0, Type.Q4_0, hints=hints), layer(Type.Q8_0, Type.Q4_0, hints=scaled, scale=2.0)
+    for limit in (1e-3, 5e-3):
+        found = [gate_within(limit, [one], loss_tables([one])) for one in (plain, doubled)]
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        assert 0 < found[0] < 1
+
+
+@pytest.mark.parametrize(("renormalised", "least"), [(True, 2 / N_USED), (False, 2 / N_EXPERT)])
+def test_without_hints_weights_are_taken_for_equal(renormalised: bool, least: float) -> None:
+    """The least that the mean square of a selected expert's weight can be."""
+    one = layer(Type.Q8_0, Type.Q4_0, hints=LayerHints(), scale=2.0, renormalised=renormalised)
+    table = loss_tables([one])[0]
+    assert table is not None
+    np.testing.assert_allclose(table.share_square[:-1], least**2)
 
 
 # --- elastic mixes -----------------------------------------------------------------------------------------
