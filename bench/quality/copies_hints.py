@@ -58,7 +58,7 @@ class Probe:
             return unchanged(choice)
         is_chosen = stored == self.key[1]
         if self.skips:
-            return without(choice, is_chosen, np.zeros_like(stored), novices=False)
+            return without(choice, is_chosen, np.zeros_like(stored), constants=False)
         return Decision(np.where(is_chosen, choice.table.last_copy[self.key[1]], 0), stored)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:

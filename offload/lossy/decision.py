@@ -43,40 +43,35 @@ class Decision:
 
 
 class Memory(Protocol):
-    """What a mode may know of where experts lie."""
+    """What a mode may ask about memory and disk."""
 
     def holds(self, key: Key, copy_index: int) -> bool:
-        """Whether a copy is in host or device memory, complete."""
+        """Whether a copy of an expert is in host or device memory, complete."""
 
     def read_seconds(self, n_bytes: int) -> float:
-        """How long reading so much takes."""
+        """The seconds that reading so many bytes takes."""
 
 
 class Chooser(Protocol):
-    """A lossy mode.
-
-    `low_slots` is the memory it wants for low-bit copies; `invests` says whether missing better ones are to be read
-    while the disk has nothing else to do; `is_steady` whether it decides by expert weights alone, and so must see those
-    of all layers.
-    """
+    """A lossy mode: decides what is computed for the experts that the router selected."""
 
     @property
     def low_slots(self) -> LowSlots:
-        """See above."""
+        """Which memory the mode wants for low-bit copies."""
 
     @property
     def invests(self) -> bool:
-        """See above."""
+        """Whether missing best copies are to be read while the disk has nothing else to do."""
 
     @property
     def is_steady(self) -> bool:
-        """See above."""
+        """Whether the mode decides by expert weights alone, and so must see those of all layers."""
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Decides for the selected experts of a layer."""
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """The copy that is worth reading for an expert which will perhaps be chosen soon."""
+        """The copy that is worth reading for an expert that will perhaps be selected soon."""
 
 
 def unchanged(choice: Choice) -> Decision:
@@ -84,15 +79,15 @@ def unchanged(choice: Choice) -> Decision:
     return Decision(np.zeros_like(choice.stored), choice.stored)
 
 
-def without(choice: Choice, given_up: NDArray[np.bool_], copies: NDArray[np.int64], novices: bool) -> Decision:
-    """Leaves some selected experts out: with `novices` their constant experts stand in, the others are skipped.
+def without(choice: Choice, given_up: NDArray[np.bool_], copies: NDArray[np.int64], constants: bool) -> Decision:
+    """Leaves some selected experts out: with `constants` their constant experts stand in, the others are skipped.
 
     The weights of the experts that stay grow by what was skipped, since the sum of a token's expert weights matters
     more than its parts; a constant expert keeps the weight of the expert that it stands for.
     """
     if not given_up.any():
         return Decision(copies, choice.stored)
-    fallback = choice.table.fallback[choice.table.rows(choice.stored)] if novices else np.int64(-1)
+    fallback = choice.table.fallback[choice.table.rows(choice.stored)] if constants else np.int64(-1)
     stored = np.where(given_up, np.where(fallback >= 0, -1 - fallback, SKIPPED), choice.stored)
     decision = Decision(np.where(stored < 0, 0, copies), stored)
     skipped = stored == SKIPPED

@@ -1,6 +1,6 @@
-"""Elastic files: of every expert the one copy that stays in memory, chosen for a budget when a model is opened.
+"""The elastic mode: one copy of every expert stays in memory, chosen for a budget when the model is opened.
 
-Nothing is read from disk while such a model runs, and what it answers depends on the mix alone.
+Nothing is read from disk while such a model runs, and its answers depend on the mix of copies alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from slimoe.offload.cache.slots import LowSlots
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.lossy.decision import Choice, Decision, Memory, unchanged
 from slimoe.offload.lossy.loss import LossTable
-from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
+from slimoe.offload.model.experts import ExpertLayer
 from slimoe.offload.resources.memory import human
 
 
@@ -35,15 +35,15 @@ def choose_copies(
     low_error: NDArray[np.float64] | None,
     budget: int,
 ) -> NDArray[np.uint8]:
-    """`Copies` of each expert, in an array of the same shape as all others, so that they take at most `budget` bytes.
+    """Chooses each expert's `Copies` so that they take at most `budget` bytes; all arrays have one shape.
 
-    `values` are expected picks per token, `low_error` the KL (nats per token) that the low copy adds when every pick of
-    the expert takes it; None means in proportion to `values`.
+    `values` are how often a token is expected to select each expert; `low_error` is the KL divergence, in nats per
+    token, that the low-bit copy adds when it always stands for its expert, None for in proportion to `values`.
 
-    First everything gets a low copy, since an expert that is in no memory makes the answer wait; if not even these fit,
-    those that serve most picks per byte get one, and no high copy is kept. Then high copies are given, most error saved
-    per byte first. That is the fractional knapsack's order, so what is saved falls short of the best possible by less
-    than one expert's error: by what did not fit any more when the first one was passed over.
+    First every expert gets its low-bit copy, since an expert that is in no memory makes the answer wait; if not even
+    these fit, the experts that are selected most per byte get one, and no high copy is kept. Then high copies are
+    given, the most error saved per byte first. That is the fractional knapsack's order, so that what is saved falls
+    short of the best possible by less than one expert's error.
     """
     shape = values.shape
     value, high, low = values.ravel(), high_bytes.ravel(), low_bytes.ravel()
@@ -72,15 +72,15 @@ def _fill(gains: NDArray[np.float64], n_bytes: NDArray[np.int64], room: int) -> 
 Layers = Sequence[ExpertLayer | None]
 
 _STEPS = 32
-"""Mixes that a budget is rounded down to: what a process takes differs by some megabytes from run to run."""
+"""A budget is rounded down to a 32nd: what a process takes differs by some megabytes from run to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
-    """Every pick uses the copy that was chosen for its expert.
+    """Uses, for every selected expert, the one copy that was chosen when the model was opened.
 
-    `share` is the part of the room between all experts in their last copies and all in their best ones; None: as much
-    as there is.
+    `share` is the part that is used of the room between all experts in their last copies and all in their best ones;
+    None uses as much as there is.
     """
 
     share: float | None = None
@@ -89,11 +89,11 @@ class Elastic:
 
     @property
     def is_steady(self) -> bool:
-        """A mix that was asked for is the same whatever a device has room for."""
+        """Whether the mix is given by `share`, and so is the same whatever a device has room for."""
         return self.share is not None and self.share < 1
 
     def mix(self, layers: Layers, room: int, required: int, priors: NDArray[np.float64] | None, what: str) -> "Mix":
-        """The mix for `room` bytes of slots, `required` being what everything else takes.
+        """The mix for `room` bytes of slots, when everything else takes `required` bytes; `what` names the model.
 
         Raises DoesNotFitError when not even the last copies fit, or the mix that was asked for does not.
         """
@@ -110,17 +110,17 @@ class Elastic:
         return mix_copies(layers, most if self.share is None else self.share, priors)
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
-        """The only copy there is."""
+        """Returns the exact decision: each expert has only one copy."""
         return unchanged(choice)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
-        """The only one as well."""
+        """Returns the only copy."""
         return 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:
-    """Layers whose experts have one copy each; `lowered` [n_stored] by layer says where that is not the best."""
+    """Layers whose experts have one copy each; `lowered` [n_stored], by layer, is true where it is not the best one."""
 
     layers: tuple[ExpertLayer | None, ...]
     lowered: dict[int, NDArray[np.bool_]]
@@ -128,19 +128,20 @@ class Mix:
 
     @property
     def n_experts(self) -> int:
-        """All of them."""
+        """The number of all experts."""
         return sum(mask.size for mask in self.lowered.values())
 
     @property
     def n_lowered(self) -> int:
-        """Experts that are not in their best copy."""
+        """The number of experts that are not in their best copy."""
         return sum(int(mask.sum()) for mask in self.lowered.values())
 
 
 def share_within(layers: Layers, room: int, required: int, what: str) -> float:
-    """The share for `room` bytes of slots, 1 where the best copies all fit.
+    """The largest `Elastic.share` for `room` bytes of slots, 1 where the best copies all fit.
 
-    `required` is what everything else takes. Raises DoesNotFitError when not even the last copies fit.
+    Everything else takes `required` bytes; `what` names the model. Raises DoesNotFitError when not even the last copies
+    fit.
     """
     least, most = (_slots_bytes(layers, copy) for copy in (-1, 0))
     if least > room:
@@ -156,46 +157,28 @@ def share_within(layers: Layers, room: int, required: int, what: str) -> float:
 
 
 def mix_copies(layers: Layers, share: float, priors: NDArray[np.float64] | None) -> Mix:
-    """Chooses each expert's copy, most expected loss saved per byte first.
+    """Chooses each expert's copy for a `share` as in `Elastic`, the most expected loss saved per byte first.
 
-    `priors` [n_layer, n_expert] are expected picks per token, None if all are alike.
+    `priors` [n_layer, n_expert] say how often a token is expected to select each expert, None if all are alike.
     """
-    experts = [
-        (index, number)
-        for index, layer in enumerate(layers)
-        if layer is not None
-        for number in range(len(layer.experts))
-    ]
-    copies = [_layer(layers, index).experts[number] for index, number in experts]
+    routed = {index: layer for index, layer in enumerate(layers) if layer is not None}
+    keys = [(index, number) for index, layer in routed.items() for number in range(len(layer.experts))]
+    copies = [routed[index].experts[number] for index, number in keys]
     high, low = (np.array([slot_bytes(one[copy].slot_class) for one in copies], np.int64) for copy in (0, -1))
-    values = np.array([1.0 if priors is None else priors[key] for key in experts], np.float64)
-    errors = [_layer(layers, index).low_error for index in dict.fromkeys(index for index, _ in experts)]
+    values = np.array([1.0 if priors is None else priors[key] for key in keys], np.float64)
+    errors = [layer.low_error for layer in routed.values() if layer.experts]
     known = None if any(one is None for one in errors) else np.concatenate([np.array(one) for one in errors])
     chosen = choose_copies(values, high, low, known, _mix_bytes(layers, share))
     assert (chosen != Copies.NONE).all()
     is_lowered = (chosen == Copies.LOW) & (high > low)
-    kept = [(one[-1 if lowered else 0],) for one, lowered in zip(copies, is_lowered, strict=True)]
-    return _mix(layers, kept, is_lowered, share)
-
-
-def _mix(layers: Layers, kept: list[tuple[ExpertCopy]], is_lowered: NDArray[np.bool_], share: float) -> Mix:
-    mixed: list[ExpertLayer | None] = []
-    lowered, begin = {}, 0
-    for index, layer in enumerate(layers):
-        if layer is None:
-            mixed.append(None)
-            continue
+    mixed, lowered, begin = list(layers), {}, 0
+    for index, layer in routed.items():
         end = begin + len(layer.experts)
-        mixed.append(replace(layer, experts=tuple(kept[begin:end])))
         lowered[index] = is_lowered[begin:end]
+        kept = [(one[-1 if is_low else 0],) for one, is_low in zip(layer.experts, lowered[index], strict=True)]
+        mixed[index] = replace(layer, experts=tuple(kept))
         begin = end
     return Mix(tuple(mixed), lowered, share)
-
-
-def _layer(layers: Layers, index: int) -> ExpertLayer:
-    layer = layers[index]
-    assert layer is not None
-    return layer
 
 
 def _mix_bytes(layers: Layers, share: float) -> int:

@@ -1,7 +1,7 @@
-"""Turns an allowed loss, in nats per token, into the threshold of a mode: the loosest whose expected loss is within it.
+"""Turns an allowed KL divergence, in nats per token, into the loosest threshold of a mode that should keep to it.
 
-Only means are known of an expert's shares, so these are upper bounds: what a mode lets pass is bounded pick by pick,
-and what an expert can cost in all is known.
+Of an expert's weights only the mean square is known, so that the losses expected here are upper bounds: what a mode
+lets pass is bounded for each selected expert, and what an expert can cost in all is known.
 """
 
 import math
@@ -20,10 +20,10 @@ _HALVINGS = 60
 def price_within(
     limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None], resident: Collection[Key]
 ) -> float:
-    """The highest price of a byte, in nats, for `rules.Rule`; 0 where nothing may be lost.
+    """The highest price of reading a byte, in nats, with which `rules.Rule` keeps to `limit`; 0 for a limit of 0.
 
-    No pick loses more than reading its expert would have cost at that price, and no expert more than its low copy
-    costs; those that are `resident` lose nothing.
+    A selected expert loses at most what reading it would have cost at that price, and all selections of an expert
+    together at most what its low-bit copy costs; `resident` experts lose nothing.
     """
     missing = [one for one in _experts(layers, tables) if one.key not in resident]
 
@@ -37,30 +37,33 @@ def price_within(
 
 
 def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> float:
-    """The lowest `high` of `gate_rules.Gate` without skipping.
+    """The lowest `high` of `rules.Gate` that keeps to `limit`, without skipping.
 
-    A pick behind others that have more than `high` of a token's weights in sum has less than 1 - `high` of them, and
-    they sum up to the layer's `weights_scale` at most.
+    An expert behind others that have more than `high` of a token's weights has less than 1 - `high` of them, and they
+    sum up to the layer's `weights_scale` at most.
     """
     losing = [one for one in _experts(layers, tables) if one.has_low]
 
     def loss(rest: float) -> float:
-        return sum(one.low_loss * min(1.0, (rest * one.most_weight) ** 2 / one.share_square) for one in losing)
+        return sum(one.low_loss * min(1.0, (rest * one.most_weight) ** 2 / one.weight_square) for one in losing)
 
     return 1.0 - _largest(loss, limit, 1.0)
 
 
 def low_slots_at(price: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> LowSlots:
-    """Whether at a price most picks that miss their best copy would use the low one, which then comes first."""
+    """Whether, at a price per byte, most selections that miss the best copy would use the last one, or else read it.
+
+    In the first case the last copies come first in memory.
+    """
     experts = list(_experts(layers, tables))
     low = sum(one.read_bytes for one in experts if one.low_loss <= price * one.read_bytes)
     return "first" if 2 * low >= sum(one.read_bytes for one in experts) else "last"
 
 
 def lowered_loss(tables: Sequence[LossTable | None]) -> float:
-    """Expected nats per token of the copies that were left out of memory for good."""
+    """The KL divergence, in nats per token, expected of the best copies that are left out of memory for good."""
     return sum(
-        float((table.low * table.use * table.share_square)[table.is_lowered].sum())
+        float((table.low * table.use * table.weight_square)[table.is_lowered].sum())
         for table in tables
         if table is not None
     )
@@ -68,7 +71,7 @@ def lowered_loss(tables: Sequence[LossTable | None]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One expert: nats and bytes per token if every pick used its last copy, or was read.
+    """An expert: what it loses if it is always in its last copy, and the bytes if it is always read, per token.
 
     `most_weight` is the most that a token's expert weights sum up to.
     """
@@ -77,7 +80,7 @@ class _Expert:
     has_low: bool
     low_loss: float
     read_bytes: float
-    share_square: float
+    weight_square: float
     most_weight: float
 
 
@@ -86,7 +89,7 @@ def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | 
         if layer is None or table is None:
             continue
         for expert, copies in enumerate(layer.experts):
-            use, square = float(table.use[expert]), float(table.share_square[expert])
+            use, square = float(table.use[expert]), float(table.weight_square[expert])
             if use * square:
                 low_loss = float(table.low[expert]) * use * square
                 yield _Expert(

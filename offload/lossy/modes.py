@@ -30,9 +30,9 @@ _MEASURED = "This makes such a file: slimoe calibrate SRC -o STATS, then slimoe 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lossy:
-    """A mode, what it knows of the experts by layer, and the nats per token that it may cost if there is a limit.
+    """A mode, what it knows of each layer's experts, and the KL divergence in nats per token that it may cost at most.
 
-    `note` tells a person what was chosen.
+    `limit` is None without a limit. `note` tells a person what was chosen.
     """
 
     chooser: Chooser
@@ -42,13 +42,13 @@ class Lossy:
 
     @property
     def is_best_that_fits(self) -> bool:
-        """Whether it is exact where the best copies all fit."""
+        """Whether the mode is exact where the best copies all fit into memory."""
         return isinstance(self.chooser, Elastic) and self.chooser.share in (None, 1.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What was asked for: a mode's name and values, or a limit, of a file with these `layers`."""
+    """A mode's name and values, or a limit, as asked for, and the `layers` of the model's file."""
 
     name: str
     values: tuple[float, ...]
@@ -57,12 +57,12 @@ class Request:
     tables: tuple[LossTable | None, ...]
 
     def value(self, most: float = 1.0) -> float | None:
-        """The one value, None without; raises UsageError where there are more, or one out of range."""
+        """The mode's only value, None without; raises UsageError for more values than one, or one out of range."""
         values = self.numbers(1, most)
         return values[0] if values else None
 
     def numbers(self, most_values: int, most: float = 1.0) -> tuple[float, ...]:
-        """The values; raises UsageError where there are too many, or one is out of range."""
+        """The mode's values; raises UsageError for too many values, or one out of range."""
         if len(self.values) > most_values:
             raise UsageError(f"--lossy {self.name} takes at most {most_values} values. Write {EXAMPLES[self.name]}.")
         if not all(0 <= value <= most for value in self.values):
@@ -81,7 +81,7 @@ class Request:
         self.need(has_low, "second copies of its experts", _WITH_COPIES)
 
     def by_layer(self, what: str, values: Sequence[float | None], remedy: str) -> dict[int, float]:
-        """A hint of every layer that has experts; raises UsageError where one is missing."""
+        """A hint for every layer that has experts; raises UsageError where one is missing."""
         found = {index: value for index, value in enumerate(values) if value is not None}
         present = {index for index, layer in enumerate(self.layers) if layer is not None and layer.experts}
         self.need(present <= found.keys(), what, remedy)
@@ -109,12 +109,12 @@ def _skip(request: Request) -> Chooser:
     return SmallWeights(_ratios(request))
 
 
-def _novice(request: Request) -> Chooser:
+def _constant(request: Request) -> Chooser:
     fallbacks = (layer.hints.fallback or () for layer in request.layers if layer is not None)
-    has_fallbacks = any(novice >= 0 for fallback in fallbacks for novice in fallback)
+    has_fallbacks = any(constant >= 0 for fallback in fallbacks for constant in fallback)
     remedy = f"{_MEASURED} --target-size SIZE --novices. --lossy skip does without."
     request.need(has_fallbacks, "constant experts that stand in for others", remedy)
-    return SmallWeights(_ratios(request), novices=True)
+    return SmallWeights(_ratios(request), constants=True)
 
 
 def _ratios(request: Request) -> dict[int, float]:
@@ -141,7 +141,8 @@ def _rule(request: Request) -> Chooser | None:
     if request.max_kl is not None:
         return _priced(request.max_kl, request.layers, request.tables, ())
     if value is None:
-        raise UsageError(f"--lossy rule needs a value, seconds of waiting worth one nat. Write {EXAMPLES['rule']}.")
+        what = "the seconds of waiting that one nat of KL divergence is worth"
+        raise UsageError(f"--lossy rule needs a value, {what}. Write {EXAMPLES['rule']}.")
     if value == math.inf:
         return None
     hints = [layer.hints for layer in request.layers if layer is not None and layer.experts]
@@ -168,11 +169,11 @@ LOSSY: dict[str, Callable[[Request], Chooser | None]] = {
     "gate": _gate,
     "skip": _skip,
     "adap": _adap,
-    "novice": _novice,
+    "novice": _constant,
     "rule": _rule,
     "elastic": _elastic,
 }
-"""What makes each mode; None is the exact engine."""
+"""Makes each mode by its name; None is the exact engine."""
 EXAMPLES = {
     "low": "--lossy low",
     "gate": "--lossy gate:0.6 or --lossy gate:0.6,0.9",
@@ -187,7 +188,7 @@ _LIMITED = ("rule", "gate", "elastic")
 
 
 def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy | None:
-    """The mode that was asked for, None for the exact engine.
+    """The mode that `--lossy` (`text`) and `--max-kl` ask for, None for the exact engine.
 
     Raises UsageError for what cannot be understood, and for modes that need what the file does not have.
     """
@@ -196,7 +197,11 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     name, _, values = ("rule" if text is None else text).partition(":")
     if name not in LOSSY:
         raise UsageError(f"There is no lossy mode {name!r}. Choose one of {', '.join(LOSSY)}.")
-    request = Request(name, _numbers(name, values), max_kl, layers, loss_tables(layers))
+    try:
+        numbers = tuple(float(part) for part in values.split(",")) if values else ()
+    except ValueError:
+        raise UsageError(f"{values!r} is no value of --lossy {name}. Write {EXAMPLES[name]}.") from None
+    request = Request(name, numbers, max_kl, layers, loss_tables(layers))
     if not any(layer is not None and layer.experts for layer in layers):
         raise UsageError("The model has no experts to save on. Leave --lossy and --max-kl out.")
     if max_kl is not None:
@@ -209,16 +214,27 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
 
 
 def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values | None) -> Lossy:
-    """The mode when it is known which experts are in their best copies in memory from the start."""
+    """The mode when it is known which experts are in memory in their best copies from the start.
+
+    These are the most valuable experts of each class of slots that have one beside the low-bit copies.
+    """
     if lossy.limit is None:
         return lossy
-    rule = _priced(lossy.limit, layers, lossy.tables, _resident(layers, tiers, priors))
+    keys: dict[SlotClass, list[Key]] = {}
+    for index, layer in enumerate(layers):
+        for expert, copies in enumerate(layer.experts if layer is not None else ()):
+            keys.setdefault(copies[0].slot_class, []).append((index, expert))
+    n_expert = max(len(layer.experts) for layer in layers if layer is not None)
+    values = np.zeros((len(layers), n_expert)) if priors is None else priors
+    free = Counter(dict(tiers.n_slots)) - low_classes(layers, tiers.low)
+    resident = {key for kind, own in keys.items() for key in most_valuable(values, own, free[kind])}
+    rule = _priced(lossy.limit, layers, lossy.tables, resident)
     # The slots are planned already.
     return replace(lossy, chooser=replace(rule, low_slots=tiers.low))
 
 
 def mixed_lossy(lossy: Lossy, mix: Mix, max_kl: float | None) -> Lossy:
-    """The mode of an elastic file whose mix is known; raises UsageError if it is expected to cost more than allowed."""
+    """The elastic mode once its mix is known; raises UsageError if that is expected to cost more than `max_kl`."""
     tables = loss_tables(mix.layers, mix.lowered)
     loss = lowered_loss(tables)
     if max_kl is not None and loss > max_kl:
@@ -229,26 +245,6 @@ def mixed_lossy(lossy: Lossy, mix: Mix, max_kl: float | None) -> Lossy:
     cost = f", expected to cost {loss:.3g} nats per token" if loss < math.inf else ""
     note = f"Elastic mix {mix.share:g}: {mix.n_lowered} of {mix.n_experts} experts in their smaller copy{cost}."
     return replace(lossy, tables=tables, note=note)
-
-
-def _resident(layers: Layers, tiers: TierPlan, priors: Values | None) -> set[Key]:
-    """The most valuable experts of each class that have slots beside the low copies."""
-    n_expert = max(len(layer.experts) for layer in layers if layer is not None)
-    values = np.zeros((len(layers), n_expert)) if priors is None else priors
-    free = Counter(dict(tiers.n_slots)) - low_classes(layers, tiers.low)
-    keys: dict[SlotClass, list[Key]] = {}
-    for index, layer in enumerate(layers):
-        for expert, copies in enumerate(layer.experts if layer is not None else ()):
-            keys.setdefault(copies[0].slot_class, []).append((index, expert))
-    return {key for kind, own in keys.items() for key in most_valuable(values, own, free[kind])}
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise UsageError(f"{text!r} is no value of --lossy {name}. Write {EXAMPLES[name]}.") from None
-    return numbers
 
 
 def _check_limit(request: Request, max_kl: float) -> None:

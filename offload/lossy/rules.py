@@ -50,7 +50,7 @@ class Gate:
         before = weights_before(choice.weights)
         last = choice.table.last_copy[choice.table.rows(choice.stored)]
         copies = np.where(before <= self.high, 0, last)
-        return without(choice, (before > max(self.high, self.low)) & (choice.stored >= 0), copies, novices=True)
+        return without(choice, (before > max(self.high, self.low)) & (choice.stored >= 0), copies, constants=True)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """Returns the best copy: most selected experts need it in any mode that is worth using."""
@@ -61,12 +61,12 @@ class Gate:
 class SmallWeights:
     """Leaves out selected experts whose weight is below `ratios` (by layer) of the token's largest.
 
-    Sources: NAEE (arXiv 2402.14800) and MC's ODP (arXiv 2410.06270), which skip; with `novices` a constant expert
+    Sources: NAEE (arXiv 2402.14800) and MC's ODP (arXiv 2410.06270), which skip; with `constants` a constant expert
     stands in where the file names one, as MoNE (arXiv 2507.00390) does for whole experts.
     """
 
     ratios: Mapping[int, float]
-    novices: bool = False
+    constants: bool = False
     low_slots: LowSlots = "none"
     invests = False
     is_steady = True
@@ -74,7 +74,7 @@ class SmallWeights:
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Decides by each weight next to the token's largest."""
         small = choice.weights < self.ratios[choice.index] * choice.weights[:, :1]
-        return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), self.novices)
+        return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), self.constants)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """Returns the best copy: most selected experts need it in any mode that is worth using."""
@@ -98,7 +98,7 @@ class Sensitivity:
         """Decides by each weight and the sensitivity of the layer."""
         small = self.sensitivities[choice.index] * choice.weights.astype(np.float64) ** 2 < self.limit
         small[:, 0] = False
-        return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), novices=False)
+        return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), constants=False)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """Returns the best copy: most selected experts need it in any mode that is worth using."""
@@ -139,9 +139,9 @@ class NeverWait:
 class Rule:
     """For every expert of a step the cheapest of what can be done, by time and by error.
 
-    What is minimised is the seconds of reading plus `mu` (seconds per nat) times the expected rise of the divergence,
-    over the best copy (at hand or read), the last copy (at hand or read), its constant expert and nothing. Without `mu`
-    a byte read costs `price` nats. A read serves all tokens of the step that selected the expert, so that a prompt is
+    What is minimised is the seconds of reading plus `mu` (seconds per nat) times the expected KL divergence, over the
+    best copy (at hand or read), the last copy (at hand or read), its constant expert and nothing. Without `mu` a byte
+    read costs `price` nats. A read serves all tokens of the step that selected the expert, so that a prompt is
     answered in better copies than single tokens. Computing is not in the balance: whatever is in memory counts as free.
     The rule contains published ones: mu = 0 never waits where there is another way, an infinite mu is the exact engine.
     """
@@ -163,12 +163,12 @@ class Rule:
             actions = self._actions(choice, memory, expert, where, price)
             copies[where] = np.where(actions == _LOW, choice.table.last_copy[expert], 0)
             given_up[where] = actions == _NONE
-        return without(choice, given_up, copies, novices=True)
+        return without(choice, given_up, copies, constants=True)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
         """Returns what would be used with the expert's mean weight."""
         expert = key[1]
-        loss = table.low[expert] * table.share_square[expert]
+        loss = table.low[expert] * table.weight_square[expert]
         is_worth_it = memory.holds(key, 0) or loss > self._price(memory) * table.high_bytes[expert]
         return 0 if is_worth_it else int(table.last_copy[expert])
 
@@ -186,7 +186,7 @@ class Rule:
         squares = choice.weights[where].astype(np.float64) ** 2
         low = _loss(table.low[expert], squares)
         if table.fallback[expert] >= 0:
-            none = _loss(table.novice[expert], squares)
+            none = _loss(table.constant[expert], squares)
         else:
             # Never all of a token's experts.
             none = np.where(np.nonzero(where)[1] == 0, np.inf, _loss(table.skip[expert], squares))

@@ -14,9 +14,9 @@ from slimoe.offload.lossy.rules import Rule
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
 _AIM = 0.9
-"""Share of the loss allowed that is aimed at, since no layer may pass it."""
+"""The part of the allowed loss that is aimed at, since no layer may pass it."""
 _STEP, _MOST = 1.1, 1e4
-"""How fast a price follows, by step, and how far above the one that bounds give."""
+"""The factor by which a price changes at each step, and the most that it may be above the one that bounds give."""
 
 Layers = Sequence[ExpertLayer | None]
 Tables = Sequence[LossTable | None]
@@ -24,11 +24,11 @@ Tables = Sequence[LossTable | None]
 
 @dataclass(slots=True)
 class LossyCounters:
-    """What was saved on since the model was opened.
+    """Counts of selected experts since the model was opened, by what stood in for them.
 
-    Selected experts by what stood in for them: `low_picks` a copy that is not the best, `skipped_picks` nothing,
-    `novice_picks` a constant expert. `expected_kl` is the sum of what the file says these cost, in nats: infinite where
-    it does not say.
+    That is a copy which is not the best (`low_picks`), nothing (`skipped_picks`) or a constant expert (`novice_picks`).
+    `expected_kl` is the sum of the KL divergence, in nats, that the file expects of these: infinite where it does not
+    say.
     """
 
     low_picks: int = 0
@@ -37,21 +37,22 @@ class LossyCounters:
     expected_kl: float = 0.0
 
     def add(self, other: "LossyCounters") -> None:
-        """Adds the counts of another account."""
+        """Adds the counts of another object."""
         self.low_picks += other.low_picks
         self.skipped_picks += other.skipped_picks
         self.novice_picks += other.novice_picks
         self.expected_kl += other.expected_kl
 
     def known(self) -> dict[str, float]:
-        """By name, without an expectation that nobody has."""
+        """The counters by name, without `expected_kl` where the file does not say it."""
         return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 class LossyStep:
-    """Decides with `chooser`; with the best copies alone where more would cost over `limit` nats per token so far.
+    """Decides with `chooser`, but exactly wherever the KL divergence expected so far would pass `limit` nats per token.
 
-    A limit is for a `Rule`, whose price rises and falls so that what is allowed is used: it was set by bounds.
+    With a limit and a `Rule`, the rule's price, which comes from upper bounds, rises and falls so that what is allowed
+    is used.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class LossyStep:
         return self._chooser.invests
 
     def begin(self, n_tokens: int) -> None:
-        """A step of so many tokens begins."""
+        """Begins a step of `n_tokens` tokens."""
         if self._rule is not None and self._limit is not None and self._n_tokens:
             is_within = self.counters.expected_kl < _AIM * self._limit * self._n_tokens
             self._scale = min(_MOST, max(1.0, self._scale * (_STEP if is_within else 1 / _STEP)))
@@ -90,7 +91,7 @@ class LossyStep:
         return decision
 
     def prefetch_copy(self, key: Key) -> ExpertCopy:
-        """The copy to read of an expert that will perhaps be chosen soon."""
+        """The copy to read of an expert that will perhaps be selected soon."""
         layer, table = self._layers[key[0]], self._tables[key[0]]
         assert layer is not None
         assert table is not None
@@ -98,11 +99,11 @@ class LossyStep:
 
 
 def _cost(choice: Choice, decision: Decision) -> LossyCounters:
-    """What a decision saves on."""
+    """Counts what a decision does without, and the loss expected of it."""
     table, rows = choice.table, choice.table.rows(choice.stored)
     is_replaced, is_skipped = decision.stored != choice.stored, decision.stored == SKIPPED
     is_low = ~is_replaced & ((decision.copies > 0) | table.is_lowered[rows])
-    losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.novice))
+    losses = ((is_low, table.low), (is_skipped, table.skip), (is_replaced & ~is_skipped, table.constant))
     counts = [int(np.count_nonzero(mask)) for mask, _ in losses]
     if not any(counts):
         return LossyCounters()

@@ -240,15 +240,3 @@ def _capped(weights: NDArray[np.float64], total: int) -> NDArray[np.float64]:
         uses[over] = 1.0
         is_open &= ~over
     return uses
-
-
-def expected_hits(priors: NDArray[np.float64] | None, resident: NDArray[np.bool_], n_used: int) -> float:
-    """Expected share of the picks that fall on resident experts, `resident` being a mask [n_layer, n_expert].
-
-    For caches that follow the routing it is the least to expect: what was used lately is used again.
-    """
-    n_layer, n_expert = resident.shape
-    if not n_layer or not n_used:
-        return 1.0
-    uses = expected_uses(priors, n_layer, n_expert, n_used)
-    return float((uses * resident).sum() / (n_layer * n_used))

@@ -1,6 +1,5 @@
 """Which cell of the KV cache holds which token: sequences that share what they have in common."""
 
-import heapq
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,11 +46,8 @@ class Sequence:
         self._cells[self._n : end] = cells
         self._n = end
 
-    def _cut(self, n_kept: int) -> Indices:
-        """Shortens the sequence; the cells it gave up."""
-        dropped = self._cells[n_kept : self._n].copy()
-        self._n = n_kept
-        return dropped
+    def _cut(self, n_kept: int) -> None:
+        self._n = min(self._n, n_kept)
 
 
 class Cells:
@@ -64,8 +60,8 @@ class Cells:
 
     def __init__(self, n_cells: int) -> None:
         self.n_cells = n_cells
-        self._n_users = np.zeros(n_cells, np.int32)
-        self._free = list(range(n_cells))  # a heap
+        self.n_users = np.zeros(n_cells, np.int32)
+        """I32 [n_cells]: sequences in use or remembered that hold each cell; a cell is free at 0."""
         self._live: dict[Sequence, None] = {}
         self._remembered: dict[Sequence, None] = {}
 
@@ -84,33 +80,45 @@ class Cells:
         return sequence
 
     def append(self, sequence: Sequence, tokens: Iterable[int]) -> None:
-        """Gives new tokens cells of their own, taken from remembered sequences if need be."""
+        """Gives new tokens cells of their own; remembered sequences lose theirs for it, the oldest and its end first.
+
+        There must be enough unused cells.
+        """
         assert sequence in self._live
         added = np.asarray(tokens, np.int32)
-        self._make_room(len(added))
-        assert len(added) <= len(self._free), "more cells are in use than were promised"
-        cells = np.array([heapq.heappop(self._free) for _ in range(len(added))], np.int64)
-        self._n_users[cells] = 1
+        cells = np.flatnonzero(self.n_users == 0)
+        while len(cells) < len(added) and self._remembered:
+            oldest = next(iter(self._remembered))
+            self._cut(oldest, max(0, len(oldest) - (len(added) - len(cells))))
+            if not len(oldest):
+                del self._remembered[oldest]
+            cells = np.flatnonzero(self.n_users == 0)
+        assert len(added) <= len(cells), "more cells are in use than were promised"
+        cells = cells[: len(added)]
+        self.n_users[cells] = 1
         sequence._append(added, cells)
 
     def truncate(self, sequence: Sequence, n_kept: int) -> None:
         """Forgets all but the first `n_kept` tokens; what others share stays theirs."""
         assert sequence in self._live
-        if n_kept < len(sequence):
-            self._give_back(sequence._cut(n_kept))
+        self._cut(sequence, n_kept)
 
     def adopt(self, sequence: Sequence, tokens: Iterable[int]) -> None:
         """Makes `sequence`, itself a beginning of `tokens`, the longest beginning of them that anyone has read."""
         assert sequence in self._live
         wanted = np.asarray(tokens, np.int32)
-        known, n_known = self._longest(wanted)
-        if known is None or n_known <= len(sequence):
+        known, n_known = sequence, len(sequence)
+        for other in (*self._live, *self._remembered):
+            n_common = common_prefix(other.tokens, wanted)
+            if n_common > n_known:
+                known, n_known = other, n_common
+        if known is sequence:
             return
         if known in self._remembered:
             self._touch(known)
         cells = known.cells[:n_known].copy()
-        self._n_users[cells] += 1
-        self._give_back(sequence._cut(0))
+        self.n_users[cells] += 1
+        self._cut(sequence, 0)
         sequence._append(wanted[:n_known], cells)
 
     def remember(self, sequence: Sequence) -> None:
@@ -122,7 +130,7 @@ class Cells:
             n_common = common_prefix(sequence.tokens, other.tokens)
             if n_common == len(sequence):
                 self._touch(other)
-                self._give_back(sequence._cut(0))
+                self._cut(sequence, 0)
                 return
             if n_common == len(other):
                 self._forget(other)
@@ -130,46 +138,19 @@ class Cells:
         if len(self._remembered) > _MAX_REMEMBERED:
             self._forget(next(iter(self._remembered)))
 
-    def release(self, sequence: Sequence) -> None:
-        """Ends the use of a sequence whose cells may hold anything."""
-        del self._live[sequence]
-        self._give_back(sequence._cut(0))
-
-    def forget(self) -> None:
-        """Forgets all remembered sequences."""
-        for sequence in list(self._remembered):
-            self._forget(sequence)
-
-    def _longest(self, tokens: Tokens) -> tuple[Sequence | None, int]:
-        """The sequence with the longest beginning of `tokens`, and how long that is."""
-        best, n_best = None, 0
-        for sequence in (*self._live, *self._remembered):
-            n_common = common_prefix(sequence.tokens, tokens)
-            if n_common > n_best:
-                best, n_best = sequence, n_common
-        return best, n_best
-
-    def _make_room(self, n_cells: int) -> None:
-        """Shortens remembered sequences, the oldest first and from their ends, until so many cells are free."""
-        while len(self._free) < n_cells and self._remembered:
-            oldest = next(iter(self._remembered))
-            self._give_back(oldest._cut(max(0, len(oldest) - (n_cells - len(self._free)))))
-            if not len(oldest):
-                del self._remembered[oldest]
-
     def _forget(self, sequence: Sequence) -> None:
         del self._remembered[sequence]
-        self._give_back(sequence._cut(0))
+        self._cut(sequence, 0)
 
     def _touch(self, sequence: Sequence) -> None:
         """Makes a remembered sequence the latest."""
         del self._remembered[sequence]
         self._remembered[sequence] = None
 
-    def _give_back(self, cells: Indices) -> None:
-        self._n_users[cells] -= 1
-        for cell in cells[self._n_users[cells] == 0].tolist():
-            heapq.heappush(self._free, cell)
+    def _cut(self, sequence: Sequence, n_kept: int) -> None:
+        """Shortens a sequence, which no longer uses the cells behind its first `n_kept` tokens."""
+        self.n_users[sequence.cells[n_kept:]] -= 1
+        sequence._cut(n_kept)
 
 
 def common_prefix(ours: Tokens, theirs: Tokens) -> int:

@@ -1,4 +1,4 @@
-"""One request: what it wants read next, and the events it makes of the logits."""
+"""One request's generation: which tokens are to be read next, and the events that follow from their logits."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,10 @@ _LOGPROB_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a request must know of the model; `memory` tells the bytes held per tier, `counters` running totals."""
+    """What a request must know of the model.
+
+    `memory` returns the bytes held by each tier, by name, and `counters` the tiers' running totals, by name.
+    """
 
     n_ctx: int
     n_vocab: int
@@ -38,11 +41,11 @@ class ModelFacts:
 
 
 class Generator:
-    """The state of one request. It computes nothing: a scheduler reads tokens for it and hands it their logits.
+    """The state of one request, which computes nothing: a scheduler reads tokens for it and hands it their logits.
 
-    `sequence` holds its tokens from the moment it is admitted. It is over once it has made its `Finished`. Whoever
-    reads for others in the same time says so with `has_company`.
-    Raises UsageError and ContextOverflowError.
+    The scheduler sets `sequence`, the request's tokens, when the request becomes active, and `has_company` when others
+    are active at the same time. `is_over` is true once `Finished` was made. Raises UsageError for a prompt or
+    parameters that make no sense, and ContextOverflowError for a prompt that is too long.
     """
 
     def __init__(
@@ -74,12 +77,12 @@ class Generator:
 
     @property
     def n_tokens_at_most(self) -> int:
-        """Tokens that the sequence can ever hold; the last one drawn is not read any more."""
+        """The most tokens that the sequence can come to hold; the last token drawn is never read."""
         return len(self.request.prompt_ids) + max(0, self._max_tokens - 1)
 
     @property
     def shareable(self) -> tuple[int, ...]:
-        """The beginning of the prompt that need not be read if others have read it; logits of the rest are wanted."""
+        """The tokens of the prompt that need not be read again where they are in the KV cache: no logits are wanted."""
         return () if self.request.prompt_logprobs else self.request.prompt_ids[:-1]
 
     @property
@@ -90,7 +93,7 @@ class Generator:
     # --- what to read --------------------------------------------------------------------------------------
 
     def skip(self, n_known: int) -> None:
-        """Notes that so many tokens of the prompt, from the first on, are in the sequence."""
+        """Notes that the first `n_known` tokens of the prompt are in the sequence already."""
         if self._begin is None:
             self._begin = time.perf_counter()
             self._counted = self._facts.counters()
@@ -98,14 +101,14 @@ class Generator:
         self._n_done = n_known
 
     def next_tokens(self, n_most: int) -> tuple[int, ...]:
-        """What to read next: some of the prompt, or the token drawn last."""
+        """The tokens to read next: at most `n_most` of the prompt, or the token drawn last."""
         if not self.is_reading:
             return (self._drawn,)
         n_tokens = min(n_most, _LOGPROB_BATCH) if self.request.prompt_logprobs else n_most
         return self.request.prompt_ids[self._n_done : self._n_done + n_tokens]
 
     def n_rows(self, n_tokens: int) -> int:
-        """Of how many of the next `n_tokens` tokens, counted from the last, the logits are wanted."""
+        """How many of the next `n_tokens` tokens need logits; they are the last ones."""
         if self.is_reading and self.request.prompt_logprobs:
             return n_tokens
         return 1 if self._n_done + n_tokens >= len(self.request.prompt_ids) else 0
@@ -113,7 +116,10 @@ class Generator:
     # --- what comes of it ----------------------------------------------------------------------------------
 
     def take(self, n_tokens: int, logits: Logits) -> list[Event]:
-        """What follows from having read `n_tokens` more; logits [n_rows, n_vocab]. Raises BadLogitsError."""
+        """Takes in that `n_tokens` more were read, with logits [n_rows, n_vocab], and returns the events that follow.
+
+        Raises BadLogitsError for logits that are no numbers.
+        """
         events: list[Event] = []
         if self.is_reading:
             events += self._note_prompt(n_tokens, logits)
@@ -152,7 +158,7 @@ class Generator:
         return [step]
 
     def finish(self, reason: FinishReason) -> Finished:
-        """Ends the request."""
+        """Ends the request and returns its last event."""
         self.is_over = True
         now = time.perf_counter()
         total = now - (self._begin or now)
@@ -164,14 +170,12 @@ class Generator:
             predicted_ms=(total - prompt_seconds) * 1000,
             cached_n=self._n_cached,
         )
-        return Finished(reason, self._text.finish(), timings, self._facts.memory(), self._tier_use())
-
-    def _tier_use(self) -> TierUse:
-        if self._begin is None:
-            return TierUse()
-        counted = self._counted
-        counts = {name: value - counted.get(name, 0) for name, value in self._facts.counters().items()}
-        return TierUse(counts, self.has_company)
+        tier_use = TierUse()
+        if self._begin is not None:
+            totals = self._facts.counters()
+            counts = {name: total - self._counted.get(name, 0) for name, total in totals.items()}
+            tier_use = TierUse(counts, self.has_company)
+        return Finished(reason, self._text.finish(), timings, self._facts.memory(), tier_use)
 
 
 def _check(request: GenerationRequest, facts: ModelFacts) -> None:

@@ -20,7 +20,8 @@ from slimoe.offload.text.generation import Failed, Outcome
 Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
 
 _PROMPT_SHARE = 4
-"""While others write, a step reads one part in so many of a full batch: short enough for them, and not much slower."""
+"""While other requests write, a step reads a quarter of a batch of a prompt: they wait little, and it is not much
+slower."""
 
 
 class _Part(NamedTuple):
@@ -32,10 +33,10 @@ class _Part(NamedTuple):
 
 
 class Scheduler:
-    """Requests in turn: `n_parallel` at most are active, the others wait in order.
+    """Requests in turn: at most `n_parallel` are active, the others wait in order.
 
-    A request is admitted once all cells that it may come to need are sure to be there; so none gets stuck half-way.
-    Steps read at most `n_batch` tokens.
+    A request becomes active once there are cells for all tokens that the active requests and it may come to; so none
+    gets stuck half-way. `compute` runs one step of at most `n_batch` tokens.
     """
 
     def __init__(self, cells: Cells, compute: Compute, n_parallel: int, n_batch: int) -> None:
@@ -59,7 +60,7 @@ class Scheduler:
         self._waiting.append(job)
 
     def drop(self, job: Generator) -> None:
-        """Forgets a request that nobody waits for."""
+        """Forgets a request whose answer nobody waits for any more."""
         if job in self._waiting:
             self._waiting.remove(job)
             self._borrowers.discard(job)
@@ -67,7 +68,7 @@ class Scheduler:
             self._retire(job)
 
     def step(self) -> list[Outcome]:
-        """Moves all requests on by one step, and says what happened."""
+        """Computes one step for all requests, and returns what came of it for each."""
         outcomes = [self._cancel(job) for job in (*self._active, *self._waiting) if job.is_cancelled()]
         self._admit()
         parts = self._choose()
@@ -80,7 +81,10 @@ class Scheduler:
         return Outcome(job.id, job.finish("cancelled"))
 
     def _admit(self) -> None:
-        while self._waiting and len(self._active) < self._n_parallel and self._has_room(self._waiting[0]):
+        while self._waiting and len(self._active) < self._n_parallel:
+            promised = sum(_n_to_come(job) for job in (*self._active, self._waiting[0]))
+            if promised > self._cells.n_unused:
+                break
             job = self._waiting.popleft()
             if job.sequence is None:
                 job.sequence = self._cells.begin()
@@ -88,10 +92,6 @@ class Scheduler:
         if len(self._active) > 1:
             for job in self._active:
                 job.has_company = True
-
-    def _has_room(self, job: Generator) -> bool:
-        promised = sum(_n_to_come(other) for other in self._active)
-        return promised + _n_to_come(job) <= self._cells.n_unused
 
     def _choose(self) -> list[_Part]:
         """The next part of one prompt, and the last token of everyone who is writing."""
@@ -102,15 +102,12 @@ class Scheduler:
             return parts
         self._active.remove(reading)
         self._active.append(reading)
-        self._reuse(reading)
+        # What others have read of the same prompt, also since this one began, is taken over.
+        assert reading.sequence is not None
+        self._cells.adopt(reading.sequence, reading.shareable)
+        reading.skip(len(reading.sequence))
         room = self._n_batch - len(writing)
         return [_part(reading, min(room, max(1, self._n_batch // _PROMPT_SHARE)) if writing else room), *parts]
-
-    def _reuse(self, job: Generator) -> None:
-        """Takes over what others have read of the same prompt, also since this one began."""
-        assert job.sequence is not None
-        self._cells.adopt(job.sequence, job.shareable)
-        job.skip(len(job.sequence))
 
     # --- what comes of it ----------------------------------------------------------------------------------
 
@@ -120,8 +117,10 @@ class Scheduler:
             self._cells.append(part.sequence, part.tokens)
         n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
         batch = make_batch([(part.tokens, part.sequence.cells) for part in parts], max(1, sum(n_rows)))
+        # Only a request alone may stop a step half-way, and only in its prompt: one token is over soon enough.
+        may_stop = len(parts) == 1 and parts[0].job.is_reading
         try:
-            logits = self._compute(batch, _abort(parts))
+            logits = self._compute(batch, parts[0].job.is_cancelled if may_stop else None)
         except EngineAbortedError:
             self._undo(parts, before)
             return [self._cancel(part.job) for part in parts]
@@ -180,8 +179,3 @@ def _part(job: Generator, n_most: int) -> _Part:
 def _n_to_come(job: Generator) -> int:
     """Cells that a request may still ask for."""
     return job.n_tokens_at_most - (0 if job.sequence is None else len(job.sequence))
-
-
-def _abort(parts: list[_Part]) -> Callable[[], bool] | None:
-    """What may stop a step half-way: the only request, while it reads its prompt. One token is over soon enough."""
-    return parts[0].job.is_cancelled if len(parts) == 1 and parts[0].job.is_reading else None

@@ -1,16 +1,19 @@
-"""What goes into a generation, sampling parameters included, and what comes out: values that cross process borders."""
+"""Requests for generated text, with their sampling parameters, and the events that answer them, as plain values.
+
+They are sent from process to process.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 BANNING_BIAS = -100.0
-"""A bias of so much or less forbids a token, as in OpenAI's API."""
+"""A `logit_bias` of this or less forbids a token, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The knobs of one request, by the field's usual names; the defaults are llama.cpp's.
+    """The sampling parameters of one request, by the field's usual names; the defaults are llama.cpp's.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `repeat_penalty`
     divides positive logits of the last `repeat_last_n` tokens (-1: all of them); presence and frequency
@@ -67,7 +70,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """So many of the prompt's tokens are read; `n_cached` of them were in the KV cache already."""
+    """How far the prompt is read: `n_done` of `n_total` tokens, `n_cached` of which were in the KV cache already."""
 
     n_done: int
     n_total: int
@@ -76,7 +79,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """One entry per prompt token; None for the first, which nothing predicts."""
+    """Log-probabilities of a prompt's tokens, one entry each; None for the first, which nothing predicts."""
 
     tokens: tuple[TokenLogprob | None, ...]
 
@@ -97,7 +100,10 @@ class TokenStep:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Tokens and milliseconds of the two phases; `cached_n` prompt tokens were not computed again."""
+    """Tokens and milliseconds of reading the prompt and of generating; `cached_n` prompt tokens were not read again.
+
+    The names are those of llama.cpp's server.
+    """
 
     prompt_n: int
     prompt_ms: float
@@ -108,10 +114,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """What the tiers did during an answer: by how much each of the engine's counters rose, by name.
+    """What the memory tiers did during an answer: by how much each of the engine's counters rose, by name.
 
-    Empty when the whole model is one graph. `is_shared`: other requests were being answered in the meantime, and what
-    was done for them is in the counts too.
+    `counts` are empty when the whole model is one graph. With `is_shared` they hold also what was done for other
+    requests at the same time.
     """
 
     counts: dict[str, float] = field(default_factory=dict)
@@ -119,17 +125,17 @@ class TierUse:
 
     @property
     def hit_share(self) -> float | None:
-        """The share of the picks whose expert was in a device's slot or in host memory; None without picks."""
+        """The part of the selected experts that were in host memory or on a device; None if none was selected."""
         found = self.counts.get("hits", 0) + self.counts.get("device_hits", 0)
-        picks = found + self.counts.get("pending", 0) + self.counts.get("misses", 0)
-        return found / picks if picks else None
+        selected = found + self.counts.get("pending", 0) + self.counts.get("misses", 0)
+        return found / selected if selected else None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event: why it ended, the text that was still held back, and what it took.
+    """The last event of a request: why it ended, the text that was still held back, and the time and memory it took.
 
-    `memory` is peak bytes per tier, by name.
+    `memory` are bytes by tier and the peak of the process, by name.
     """
 
     reason: FinishReason
@@ -144,13 +150,13 @@ Event = PromptProgress | PromptLogprobs | TokenStep | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request could not go on, and why; nothing follows."""
+    """The last event of a request that could not go on, and the error that stopped it."""
 
     error: Exception
 
 
 class Outcome(NamedTuple):
-    """Something that happened to one of several requests."""
+    """An event of one of several requests, with the request's id."""
 
     id: int
     event: Event | Failed

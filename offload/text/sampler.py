@@ -1,4 +1,4 @@
-"""Draws tokens from logits, and reports log-probabilities."""
+"""Draws tokens from logits and computes log-probabilities."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ _FORBIDDEN = np.float32(1e30)
 
 
 def check_params(params: SamplingParams, n_vocab: int) -> None:
-    """Raises UsageError for a value out of range."""
+    """Raises UsageError for a parameter out of range, and for a bias of what is no token of `n_vocab`."""
     ranges = (
         ("temperature", params.temperature, params.temperature >= 0, "0 or more"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
@@ -42,9 +42,9 @@ def check_params(params: SamplingParams, n_vocab: int) -> None:
 
 
 class Sampler:
-    """The sampler of one request; it remembers what was drawn for the penalties.
+    """Samples the tokens of one request, and remembers the prompt and what was drawn for the penalties.
 
-    The order is llama.cpp's: bias, penalties, top_k, top_p, min_p, temperature, draw.
+    The filters come in llama.cpp's order: bias, penalties, top_k, top_p, min_p, temperature.
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
@@ -91,16 +91,16 @@ class Sampler:
         p = self.params
         order = _likeliest(logits, p.top_k or len(logits))
         kept = logits[order].astype(np.float64)
-        shares = _softmax(kept)
+        probabilities = _softmax(kept)
         n_kept = len(order)
         if p.top_p < 1:
-            n_kept = int(np.searchsorted(np.cumsum(shares), p.top_p)) + 1
+            n_kept = int(np.searchsorted(np.cumsum(probabilities), p.top_p)) + 1
         if p.min_p > 0:
-            n_kept = min(n_kept, int(np.count_nonzero(shares >= p.min_p * shares[0])))
+            n_kept = min(n_kept, int(np.count_nonzero(probabilities >= p.min_p * probabilities[0])))
         # The difference first: the quotient of a logit and a tiny temperature may be infinite.
         with np.errstate(over="ignore"):
-            shares = _softmax((kept[: max(1, n_kept)] - kept[0]) / p.temperature)
-        return int(order[self._random.choice(len(shares), p=shares)])
+            probabilities = _softmax((kept[: max(1, n_kept)] - kept[0]) / p.temperature)
+        return int(order[self._random.choice(len(probabilities), p=probabilities)])
 
 
 def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
@@ -117,22 +117,17 @@ def token_logprob(logits: Logits, token: int, n_top: int) -> TokenLogprob:
 
 def _likeliest(logits: Logits, n: int) -> NDArray[np.int64]:
     """Tokens of the `n` greatest logits, greatest first; of equals the lower token comes first."""
-    chosen = np.arange(len(logits)) if n >= len(logits) else _candidates(logits, n)
-    order: NDArray[np.int64] = chosen[np.argsort(-logits[chosen], kind="stable")[:n]]
+    candidates = np.arange(len(logits))
+    if n < len(logits):
+        # The n-th greatest of blocks' maxima is at most the n-th greatest logit, and is found several times faster.
+        n_blocks = len(logits) // _BLOCK
+        few = logits if n_blocks < n else logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
+        candidates = np.flatnonzero(logits >= np.partition(few, -n)[-n])
+    order: NDArray[np.int64] = candidates[np.argsort(-logits[candidates], kind="stable")[:n]]
     return order
-
-
-def _candidates(logits: Logits, n: int) -> NDArray[np.int64]:
-    """Tokens in order, among them those of the `n` greatest logits.
-
-    The n-th greatest of the maxima of blocks is at most the n-th greatest logit, and is found several times faster.
-    """
-    n_blocks = len(logits) // _BLOCK
-    few = logits if n_blocks < n else logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
-    return np.flatnonzero(logits >= np.partition(few, -n)[-n])
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     exponents = np.exp(values - values.max())
-    shares: NDArray[np.float64] = exponents / exponents.sum()
-    return shares
+    probabilities: NDArray[np.float64] = exponents / exponents.sum()
+    return probabilities

@@ -6,6 +6,7 @@ text can spell, and they are placed by id. Likewise the space that sentencepiece
 """
 
 import codecs
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,11 +29,11 @@ _OF_A_TOKENIZER = ("tokenizer.", "slimoe.tokenizer.")
 _MOST_COMPOSED = 3
 """Bytes of UTF-8 that become one when a text is composed, at most."""
 _SPACES = (" ", "▁")
-"""sentencepiece has the second for the first, so that texts with either are one."""
+"""sentencepiece writes a space as the second, so that both are the same in a text."""
 
 
 class Tokenizer:
-    """A model's tokenizer; `open` makes one, `close` frees libllama's vocabulary (about 10 MB)."""
+    """A model's tokenizer; `open` makes one from a file, `close` frees libllama's vocabulary (about 10 MB)."""
 
     def __init__(self, spec: VocabularySpec, vocab: LlamaVocab) -> None:
         self._spec = spec
@@ -43,7 +44,8 @@ class Tokenizer:
         self.add_bos: bool = vocab.add_bos and vocab.bos is not None
         self.chat_template = spec.chat_template
         self.special_tokens = {spec.texts[i]: i for i in sorted(spec.control | spec.user_defined, reverse=True)}
-        self.eog = self._end_of_generation()
+        named = {token for token, text in enumerate(spec.texts) if text in _END_OF_TURN}
+        self.eog = frozenset(named | spec.ends | ({vocab.eos} if vocab.eos is not None else set()))
         self._any_special = _alternatives(self.special_tokens)
         self._user_defined = _alternatives(spec.texts[i] for i in spec.user_defined)
         self._pieces: dict[int, bytes] = {}
@@ -60,12 +62,15 @@ class Tokenizer:
     @classmethod
     def of_metadata(cls, path: Path, metadata: Mapping[str, Value]) -> "Tokenizer":
         """The tokenizer that a file with these keys will hold; arrays may be lists. Raises as `open` does."""
-        values = {key: _as_in_file(value) for key, value in metadata.items() if key.startswith(_OF_A_TOKENIZER)}
+        values = {key: value for key, value in metadata.items() if key.startswith(_OF_A_TOKENIZER)}
+        for key, value in values.items():
+            if isinstance(value, list) and value and not isinstance(value[0], str):
+                values[key] = np.array(value)
         return cls.open(GGUFFile((path,), values, {}))
 
     @property
     def longest(self) -> int | None:
-        """No token stands for more UTF-8 bytes of a text; None where a run of any length may be one unknown token."""
+        """The most UTF-8 bytes of text that one token stands for; None where one unknown token may be any run."""
         spells_all = self._spec.model == BYTE_LEVEL or _BYTES.issubset(self._spec.texts)
         if not spells_all:
             return None
@@ -78,35 +83,33 @@ class Tokenizer:
         self._vocab.close()
 
     def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:
-        """The token ids of `text`, with a BOS if wanted; with `parse_special`, names of special tokens are them."""
+        """The token ids of `text`, with `add_bos` after a BOS, with `parse_special` with special tokens by their names.
+
+        Raises UsageError for a text that libllama cannot split.
+        """
         bos = [self.bos] if add_bos and self.bos is not None else []
         parts = list(_split(self._any_special, text, self.special_tokens)) if parse_special else [text]
         return bos + self.encode_segments(parts)
 
     def encode_segments(self, segments: Sequence[str | int]) -> list[int]:
-        """The token ids of a prompt in pieces: an int is a token, a str is text that names no special token.
+        """The token ids of a prompt in pieces: an int is a token, a str is text that holds no special tokens.
 
-        Neighbouring strings are one text. Where the tokenizer is of that kind, a text at the start gets a space before
-        it, and so does one after a token that is not text.
+        Neighbouring strings are one text. Where the tokenizer puts a space before texts, it does so at the start and,
+        if it is of that kind, after each int. Raises UsageError for a text that libllama cannot split.
         """
-        tokens: list[int] = []
-        for segment in _joined(segments):
-            if isinstance(segment, int):
-                tokens.append(segment)
-            else:
-                tokens += self._encode_text(segment, at_start=not tokens)
-        return tokens
-
-    def _encode_text(self, text: str, *, at_start: bool) -> list[int]:
-        spec = self._spec
-        if spec.is_composed:
-            text = unicodedata.normalize("NFC", text)
-        is_prefixed = spec.add_space_prefix and (at_start or spec.prefix_after_special)
-        if text and is_prefixed and (spec.prefix_before_space or text[0] not in _SPACES):
-            text = " " + text
-        tokens: list[int] = []
-        for part in _split(self._user_defined, text, self.special_tokens):
-            tokens += [part] if isinstance(part, int) else self._vocab.encode(part)
+        spec, tokens = self._spec, list[int]()
+        for is_token, run in itertools.groupby(segments, lambda segment: isinstance(segment, int)):
+            parts: Iterable[str | int] = list(run)
+            if not is_token:
+                text = "".join(map(str, parts))
+                if spec.is_composed:
+                    text = unicodedata.normalize("NFC", text)
+                is_prefixed = spec.add_space_prefix and (not tokens or spec.prefix_after_special)
+                if text and is_prefixed and (spec.prefix_before_space or text[0] not in _SPACES):
+                    text = " " + text
+                parts = _split(self._user_defined, text, self.special_tokens)
+            for part in parts:
+                tokens += [part] if isinstance(part, int) else self._vocab.encode(part)
         return tokens
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -128,15 +131,6 @@ class Tokenizer:
             raise IndexError(f"token {token} is not one of {self.n_vocab}")
         return self._spec.texts[token]
 
-    def _end_of_generation(self) -> frozenset[int]:
-        named = {token for token, text in enumerate(self._spec.texts) if text in _END_OF_TURN}
-        return frozenset(named | self._spec.ends | ({self.eos} if self.eos is not None else set()))
-
-
-def _as_in_file(value: Value) -> Value:
-    """Lists of numbers as the arrays that are read from a file."""
-    return np.array(value) if isinstance(value, list) and value and not isinstance(value[0], str) else value
-
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
     """Matches any of `texts`, the longest one first."""
@@ -151,27 +145,12 @@ def _split(pattern: re.Pattern[str] | None, text: str, tokens: dict[str, int]) -
             yield tokens[part] if n % 2 else part
 
 
-def _joined(segments: Iterable[str | int]) -> Iterator[str | int]:
-    """The same segments with neighbouring strings joined."""
-    text = ""
-    for segment in segments:
-        if isinstance(segment, str):
-            text += segment
-            continue
-        if text:
-            yield text
-        text = ""
-        yield segment
-    if text:
-        yield text
-
-
 class TextStream:
-    """Feeds on token ids and releases text.
+    """Turns token ids into text as they come: whole characters, and none that may begin a stop string.
 
-    `piece` gives a token's bytes. After a stop string has appeared `stopped` is true, and neither it nor anything
-    behind it is released. With `strips_space` one space at the very beginning is left out. `piece` are the bytes that
-    the last token fed stands for here, `added` the characters that they complete.
+    The argument `piece` gives a token's bytes. Once a stop string has appeared `stopped` is true, and neither it nor
+    anything behind it is released. With `strips_space` one space at the very beginning is left out. The attribute
+    `piece` is the bytes of the last token in this text, `added` the characters that they complete.
     """
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str], strips_space: bool = False) -> None:
@@ -184,7 +163,7 @@ class TextStream:
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """The text that `token` releases; may be empty, and may contain what earlier tokens held back."""
+        """Takes a token and returns the text that can now be told, which may be empty or hold earlier tokens' text."""
         if self.stopped:
             return ""
         self.piece = self._piece_of(token)
@@ -193,10 +172,13 @@ class TextStream:
             self._strips_space = False
         self.added = self._decoder.decode(self.piece)
         self._held += self.added
-        return self._release(keep=_possible_stop(self._held, self._stop))
+        # The longest end of the text that begins a stop string is held back.
+        longest = min(max(map(len, self._stop), default=0), len(self._held))
+        ends = (n for n in range(longest, 0, -1) if any(text.startswith(self._held[-n:]) for text in self._stop))
+        return self._release(keep=next(ends, 0))
 
     def finish(self) -> str:
-        """The rest, once nothing more comes."""
+        """Returns the text that was held back, once no more tokens come."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(b"", True)
@@ -211,12 +193,3 @@ class TextStream:
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]
         return released
-
-
-def _possible_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = max((len(s) for s in stop), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-length:]) for s in stop):
-            return length
-    return 0

@@ -4,7 +4,7 @@ No file is loaded by libllama, so files that it refuses (other architectures, ol
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from gguf import TokenType
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.ggml import llama
 from slimoe.offload.gguf import keys
-from slimoe.offload.gguf.header import GGUFFile, Value, number_array
+from slimoe.offload.gguf.header import GGUFFile, number_array
 from slimoe.offload.text.interrupts import interrupts_held
 from slimoe.offload.text.text_blocks import TextBlocks, check_runs
 
@@ -24,19 +24,19 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _OWN_SPLITTERS = ("gpt-2", "llama-bpe", "dbrx", "qwen2")
 """Byte-level pre-tokenizers that libllama splits by code of its own, not by std::regex."""
 MOST_SPECIAL_SQUARES = 1 << 25
-"""Characters in all beginnings of all special tokens, roughly: a client's text is searched for each of these. Real
-vocabularies have up to a million, with thousands of tokens that nothing uses."""
+"""The sum of the squared lengths of all special tokens that is allowed: a text is searched for each of their
+beginnings. Real vocabularies come to a million, with thousands of tokens that nothing uses."""
 _CONVERT_AGAIN = "Convert the model again, from a directory with its tokenizer."
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularySpec:
-    """What the metadata says; `texts` and `types` have one entry per token, the sets hold token ids.
+    """A file's vocabulary as its metadata has it: `texts` and `types` by token; the sets hold token ids.
 
-    `control` tokens have no text of their own (unused ones are such too), `user_defined` ones are always matched
-    in a text. `prefix_after_special` says whether the space prefix is repeated after each special token,
-    `prefix_before_space` whether a text that begins with a space gets it too. With `is_composed` texts are brought to
-    Unicode's normal form C first. `ends` end an answer.
+    `control` tokens have no text of their own (unused and unknown ones count as such), `user_defined` ones are found
+    in every text, and those of `ends` end an answer. `add_space_prefix` puts a space before a text,
+    `prefix_after_special` one after each special token too, `prefix_before_space` even where the text has one.
+    With `is_composed` texts are brought to Unicode's normal form C first.
     """
 
     model: str
@@ -61,12 +61,18 @@ class VocabularySpec:
         if model not in (keys.SENTENCEPIECE, keys.BYTE_LEVEL):
             problem = f"the tokenizer is of kind {model!r}; llama (sentencepiece) and gpt2 (byte-level BPE) are known."
             raise UnsupportedModelError(gguf.path, problem)
-        texts = _texts(gguf)
+        texts = metadata.get(keys.TOKENS)
+        if not isinstance(texts, list) or not texts:
+            raise ModelFileError(gguf.path, f"the tokenizer has no token list ({keys.TOKENS}).", _CONVERT_AGAIN)
         types = _types(gguf, texts)
         template = metadata.get(keys.CHAT_TEMPLATE)
         control = _of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED)
         user_defined = _of_type(types, TokenType.USER_DEFINED)
-        _check_special(gguf, [texts[token] for token in control | user_defined])
+        special = [texts[token] for token in control | user_defined]
+        if sum(len(text) ** 2 for text in special) > MOST_SPECIAL_SQUARES:
+            longest = max(map(len, special))
+            problem = f"{len(special)} special tokens, up to {longest} characters long, are too long in all."
+            raise UnsupportedModelError(gguf.path, f"the tokenizer's {problem}")
         return cls(
             model=model,
             texts=texts,
@@ -93,13 +99,6 @@ def utf8(text: str) -> bytes:
 def raw_bytes(text: str) -> bytes:
     """The bytes of a string of the metadata, which need not be valid UTF-8."""
     return text.encode("utf-8", "surrogateescape")
-
-
-def _texts(gguf: GGUFFile) -> list[str]:
-    texts = gguf.metadata.get(keys.TOKENS)
-    if not isinstance(texts, list) or not texts:
-        raise ModelFileError(gguf.path, f"the tokenizer has no token list ({keys.TOKENS}).", _CONVERT_AGAIN)
-    return texts
 
 
 def _types(gguf: GGUFFile, texts: list[str]) -> tuple[int, ...]:
@@ -145,14 +144,6 @@ def _of_type(types: tuple[int, ...], *wanted: TokenType) -> frozenset[int]:
     return frozenset(token for token, kind in enumerate(types) if kind in wanted)
 
 
-def _check_special(gguf: GGUFFile, texts: list[str]) -> None:
-    """Raises UnsupportedModelError where searching for special tokens would take all memory."""
-    if sum(len(text) ** 2 for text in texts) > MOST_SPECIAL_SQUARES:
-        longest = max(map(len, texts))
-        problem = f"the tokenizer's {len(texts)} special tokens, up to {longest} characters long, are too long in all."
-        raise UnsupportedModelError(gguf.path, problem)
-
-
 class LlamaVocab:
     """libllama's vocabulary: encodes text in which no special token is, and knows the pieces of plain tokens."""
 
@@ -185,7 +176,10 @@ class LlamaVocab:
             tokens = self._encode_block(utf8(text))
         else:
             tokens = [token for block in self._blocks.cut(text) for token in self._encode_block(utf8(block))]
-        return tokens if not tokens or max(tokens) < self._n_vocab else self._with_unknowns(tokens)
+        if not tokens or max(tokens) < self._n_vocab:
+            return tokens
+        kept = [self._unknown if token >= self._n_vocab else token for token in tokens]
+        return [t for i, t in enumerate(kept) if i == 0 or (t, kept[i - 1]) != (self._unknown, self._unknown)]
 
     def _encode_block(self, text: bytes) -> list[int]:
         assert self._vocab is not None, "the tokenizer is closed"
@@ -194,10 +188,6 @@ class LlamaVocab:
         n = llama.llama_tokenize(self._vocab, text, len(text), ctypes.addressof(buffer), n_max, False, False)
         assert n >= 0, "a text has more tokens than its bytes with spaces written out"
         return buffer[:n]
-
-    def _with_unknowns(self, tokens: list[int]) -> list[int]:
-        kept = [self._unknown if token >= self._n_vocab else token for token in tokens]
-        return [t for i, t in enumerate(kept) if i == 0 or (t, kept[i - 1]) != (self._unknown, self._unknown)]
 
     def piece(self, token: int) -> bytes:
         """The bytes of a plain token."""
@@ -238,8 +228,7 @@ def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:
     """libllama's model of only a vocabulary; raises UnsupportedModelError with libllama's reason."""
     metadata = llama.gguf_init_empty()
     try:
-        _set_values(metadata, gguf.metadata)
-        _set_arrays(metadata, gguf, spec, names)
+        _set_metadata(metadata, gguf, spec, names)
         params = llama.llama_model_default_params()
         params.vocab_only = True
         with interrupts_held(), _captured_log() as log:
@@ -252,9 +241,10 @@ def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:
     return int(model)
 
 
-def _set_values(target: int, metadata: Mapping[str, Value]) -> None:
+def _set_metadata(target: int, gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> None:
+    """Gives libllama's `target` the file's tokenizer with these `names`. Raises ModelFileError for bad scores."""
     llama.gguf_set_val_str(target, b"general.architecture", b"llama")
-    for key, value in metadata.items():
+    for key, value in gguf.metadata.items():
         if not key.startswith("tokenizer.ggml.") or key == keys.ADD_SPACE_PREFIX:
             continue
         if isinstance(value, bool):
@@ -264,9 +254,6 @@ def _set_values(target: int, metadata: Mapping[str, Value]) -> None:
         elif isinstance(value, str):
             llama.gguf_set_val_str(target, key.encode(), raw_bytes(value))
     llama.gguf_set_val_bool(target, keys.ADD_SPACE_PREFIX.encode(), False)
-
-
-def _set_arrays(target: int, gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> None:
     n_extra = len(names) - len(spec.texts)
     _set_strings(target, keys.TOKENS, names)
     types = np.array([*spec.types, *[TokenType.BYTE] * n_extra], np.int32)

@@ -32,6 +32,7 @@ class HistoryModel:
         self.batches: list[Batch] = []
         self.could_abort: list[bool] = []
         self.before_each: Callable[[Batch], None] = lambda batch: None
+        self.after_each: Callable[[Batch, Logits], None] = lambda batch, logits: None
 
     @property
     def n_read(self) -> int:
@@ -58,4 +59,5 @@ class HistoryModel:
                     seen = run.visible[: len(run.visible) - run.n_tokens + index + 1]
                     logits[row, next_token(self.cells[seen].tolist())] = 9
             end -= run.n_tokens
+        self.after_each(batch, logits)
         return logits

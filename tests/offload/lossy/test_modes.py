@@ -1,4 +1,4 @@
-"""Lossy modes in the engine: exact where they should be, and otherwise what transformers computes of the same picks."""
+"""Lossy modes in the engine: exact where they should be, else what transformers makes of the same selected experts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -29,7 +29,7 @@ from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 TOKENS = [1, 17, 305, 4, 99, 306, 211, 42, 7, 500, 333, 12, 88, 401, 3, 250]
 N_EXPERT, N_USED = 6, 3
 _RNG = np.random.default_rng(11)
-NOVICES = _RNG.standard_normal((2, 64), np.float32)
+CONSTANTS = _RNG.standard_normal((2, 64), np.float32)
 HINTS = LayerHints(
     use=(0.7, 0.5, 0.4, 0.6, 0.3, 0.5),
     share_square=(0.2, 0.15, 0.2, 0.25, 0.12, 0.18),
@@ -43,9 +43,9 @@ HINTS = LayerHints(
 
 
 def pair(*types: Type, hints: LayerHints = HINTS) -> NativeFfn:
-    """All experts in the given types, with two novices."""
+    """All experts in the given types, with two constant experts."""
     experts = tuple(StoredExpert(e, types) for e in range(N_EXPERT))
-    return NativeFfn(experts, tuple(range(N_EXPERT)), NOVICES, hints)
+    return NativeFfn(experts, tuple(range(N_EXPERT)), CONSTANTS, hints)
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +134,16 @@ def test_in_exact_mode_low_copies_take_no_memory(file: Path) -> None:
 # --- what is computed --------------------------------------------------------------------------------------
 
 
-class _Judged:
-    """In place of transformers' experts: each pick is a copy of its expert, a novice or nothing, as `decide` says.
+class _Expected:
+    """Replaces transformers' experts: a copy, a constant expert or nothing answers for each one, as `decide` says.
 
-    `decide` gets a token's shares, the largest first, with the rows chosen, and gives (action, share) for each.
+    `decide` gets a token's expert weights, the largest first, and its selected experts; it gives (action, weight) for
+    each.
     """
 
     def __init__(self, stock: GGUFContent, layer: int, ffn: NativeFfn, decide: Callable[..., Any]) -> None:
         self.target, self.decide = ffn.target, decide
-        self.novices = torch.from_numpy(NOVICES)
+        self.constants = torch.from_numpy(CONSTANTS)
         self.experts = [
             [
                 [torch.from_numpy(dequantised(stock, layer, e, part, copy).copy()) for part in PROJECTIONS]
@@ -151,74 +152,73 @@ class _Judged:
             for copy in (0, 1)
         ]
 
-    def _matrices(self, stock: GGUFContent, layer: int, expert: StoredExpert, copy: int) -> list[torch.Tensor]:
-        return [torch.from_numpy(dequantised(stock, layer, expert, part, copy).copy()) for part in PROJECTIONS]
-
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(hidden)
-        for token, (chosen, weights) in enumerate(zip(rows.tolist(), shares.tolist(), strict=True)):
-            ranked = sorted(zip(weights, chosen, strict=True), reverse=True)
+        for token, (selected, of_token) in enumerate(zip(rows.tolist(), weights.tolist(), strict=True)):
+            ranked = sorted(zip(of_token, selected, strict=True), reverse=True)
             experts = [self.target[row] for _, row in ranked]
-            for expert, (action, share) in zip(experts, self.decide([w for w, _ in ranked], experts), strict=True):
-                total[token] += share * self._output(action, expert, hidden[token])
+            for expert, (action, weight) in zip(experts, self.decide([w for w, _ in ranked], experts), strict=True):
+                total[token] += weight * self._output(action, expert, hidden[token])
         return total
 
     def _output(self, action: str, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         if action == "skip":
             return torch.zeros_like(hidden)
-        if action == "novice":
+        if action == "constant":
             assert HINTS.fallback is not None
-            return self.novices[HINTS.fallback[expert]]
+            return self.constants[HINTS.fallback[expert]]
         gate, up, down = self.experts[("high", "low").index(action)][expert]
         return down @ (torch.nn.functional.silu(gate @ hidden) * (up @ hidden))
 
 
-def judged(checkpoint: Path, stock: GGUFContent, layers: Sequence[NativeFfn], decide: Callable[..., Any]) -> Array:
+def transformers_logits(
+    checkpoint: Path, stock: GGUFContent, layers: Sequence[NativeFfn], decide: Callable[..., Any]
+) -> Array:
     """Logits of the conversation by transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for n, (block, ffn) in enumerate(zip(model.model.layers, layers, strict=True)):
         block.mlp.gate.weight = torch.nn.Parameter(block.mlp.gate.weight[: len(ffn.target)])
-        block.mlp.experts.forward = _Judged(stock, n, ffn, decide).forward
+        block.mlp.experts.forward = _Expected(stock, n, ffn, decide).forward
     with torch.no_grad():
         result: Array = model(torch.tensor([TOKENS])).logits[0].numpy()
     return result
 
 
-def given_up(shares: list[float], experts: list[int], actions: list[str], novices: bool) -> list[tuple[str, float]]:
+def given_up(weights: list[float], experts: list[int], actions: list[str], constants: bool) -> list[tuple[str, float]]:
     """Fallbacks for "none" where there is one; what is left of the others grows by what was skipped."""
     assert HINTS.fallback is not None
     for rank, expert in enumerate(experts):
         if actions[rank] == "none":
-            actions[rank] = "novice" if novices and HINTS.fallback[expert] >= 0 else "skip"
-    kept = sum(share for share, action in zip(shares, actions, strict=True) if action != "skip")
+            actions[rank] = "constant" if constants and HINTS.fallback[expert] >= 0 else "skip"
+    kept = sum(weight for weight, action in zip(weights, actions, strict=True) if action != "skip")
     return [
-        (action, 0.0 if action == "skip" else share * sum(shares) / kept)
-        for share, action in zip(shares, actions, strict=True)
+        (action, 0.0 if action == "skip" else weight * sum(weights) / kept)
+        for weight, action in zip(weights, actions, strict=True)
     ]
 
 
 def gate(high: float, low: float) -> Callable[..., Any]:
-    def decide(shares: list[float], experts: list[int]) -> list[tuple[str, float]]:
-        before = [sum(shares[:rank]) for rank in range(len(shares))]
+    def decide(weights: list[float], experts: list[int]) -> list[tuple[str, float]]:
+        before = [sum(weights[:rank]) for rank in range(len(weights))]
         return given_up(
-            shares, experts, ["high" if s <= high else "low" if s <= low else "none" for s in before], novices=True
+            weights, experts, ["high" if s <= high else "low" if s <= low else "none" for s in before], constants=True
         )
 
     return decide
 
 
-def small(ratio: float, novices: bool) -> Callable[..., Any]:
-    def decide(shares: list[float], experts: list[int]) -> list[tuple[str, float]]:
-        return given_up(shares, experts, ["high" if s >= ratio * shares[0] else "none" for s in shares], novices)
+def small(ratio: float, constants: bool) -> Callable[..., Any]:
+    def decide(weights: list[float], experts: list[int]) -> list[tuple[str, float]]:
+        return given_up(weights, experts, ["high" if w >= ratio * weights[0] else "none" for w in weights], constants)
 
     return decide
 
 
 def sensitive(limit: float) -> Callable[..., Any]:
-    def decide(shares: list[float], experts: list[int]) -> list[tuple[str, float]]:
+    def decide(weights: list[float], experts: list[int]) -> list[tuple[str, float]]:
         threshold = (limit / 0.5) ** 0.5
-        actions = ["high" if not rank or s >= threshold else "none" for rank, s in enumerate(shares)]
-        return given_up(shares, experts, actions, novices=False)
+        actions = ["high" if not rank or w >= threshold else "none" for rank, w in enumerate(weights)]
+        return given_up(weights, experts, actions, constants=False)
 
     return decide
 
@@ -229,18 +229,18 @@ def sensitive(limit: float) -> Callable[..., Any]:
         ("gate:0", gate(0, 1)),
         ("gate:0.5,0.7", gate(0.5, 0.7)),
         ("gate:0.6,0.6", gate(0.6, 0.6)),
-        ("skip:0.6", small(0.6, novices=False)),
-        ("skip:1", small(1, novices=False)),
-        ("skip", small(0.4, novices=False)),
-        ("novice:0.7", small(0.7, novices=True)),
+        ("skip:0.6", small(0.6, constants=False)),
+        ("skip:1", small(1, constants=False)),
+        ("skip", small(0.4, constants=False)),
+        ("novice:0.7", small(0.7, constants=True)),
         ("adap:0.05", sensitive(0.05)),
     ],
 )
-def test_picks_are_what_transformers_makes_of_them(
+def test_selected_experts_are_what_transformers_makes_of_them(
     file: Path, stock: GGUFContent, moe_checkpoint: Path, layers: list[NativeFfn], mode: str, decide: Callable[..., Any]
 ) -> None:
-    expected = judged(moe_checkpoint, stock, layers, decide)
-    plain = judged(moe_checkpoint, stock, layers, gate(1, 1))
+    expected = transformers_logits(moe_checkpoint, stock, layers, decide)
+    plain = transformers_logits(moe_checkpoint, stock, layers, gate(1, 1))
     with closing(tiered_engine(config(file, mode), 0.4)) as engine:
         got = conversation(engine)
     # Activations are quantised for kernels of Q8_0 and Q4_0.
@@ -249,9 +249,9 @@ def test_picks_are_what_transformers_makes_of_them(
     assert error < 0.05
 
 
-def test_a_layer_of_novices_alone_has_nothing_to_choose(directory: Path, stock: GGUFContent) -> None:
-    only = NativeFfn((), (-1, -2, -3, -2), np.concatenate([NOVICES, NOVICES[:1]]))
-    path = write_native(directory / "novices.gguf", stock, [only, pair(Type.Q8_0, Type.Q4_0)])
+def test_a_layer_of_constants_alone_has_nothing_to_choose(directory: Path, stock: GGUFContent) -> None:
+    only = NativeFfn((), (-1, -2, -3, -2), np.concatenate([CONSTANTS, CONSTANTS[:1]]))
+    path = write_native(directory / "constants.gguf", stock, [only, pair(Type.Q8_0, Type.Q4_0)])
     with closing(tiered_engine(config(path), 0.5)) as engine:
         expected = conversation(engine)
     for mode in ("gate:1,1", "skip:0", "low"):
@@ -259,7 +259,7 @@ def test_a_layer_of_novices_alone_has_nothing_to_choose(directory: Path, stock: 
             np.testing.assert_array_equal(conversation(engine), expected)
 
 
-# --- by shares alone ---------------------------------------------------------------------------------------
+# --- by weights alone ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["gate:0.4,0.7", "skip:0.5", "novice:0.5", "adap:0.03"])
@@ -279,9 +279,9 @@ def test_copies_split_as_the_traced_shares_say(directory: Path, file: Path) -> N
     with closing(tiered_engine(config(file, "gate:0.45,0.75", trace=path), 0.5)) as engine:
         conversation(engine)
         counters = engine.counters()
-    shares = np.concatenate([layer.shares for step in read_trace(path).steps for layer in step.layers]).astype(float)
-    before = np.array([[sum(row[:rank]) / sum(row) for rank in range(N_USED)] for row in shares])
-    # A trace's shares have eleven bits.
+    weights = np.concatenate([layer.shares for step in read_trace(path).steps for layer in step.layers]).astype(float)
+    before = np.array([[sum(row[:rank]) / sum(row) for rank in range(N_USED)] for row in weights])
+    # A trace's weights have eleven bits.
     slack = 2 * int((np.abs(before - 0.45) < 2e-3).sum() + (np.abs(before - 0.75) < 2e-3).sum())
     assert abs(counters["low_picks"] - ((before > 0.45) & (before <= 0.75)).sum()) <= slack
     assert abs(counters["skipped_picks"] + counters["novice_picks"] - (before > 0.75).sum()) <= slack
@@ -467,8 +467,8 @@ def server() -> Iterator[RpcServer]:
 
 
 @pytest.mark.parametrize("mode", ["gate:0.4,0.7", "novice:0.5", "elastic:0.5", "low"])
-def test_devices_change_no_pick(file: Path, exact: Array, server: RpcServer, mode: str) -> None:
-    """All best copies are in the device's slots, low ones and novices are the host's; each has its own kernels."""
+def test_devices_change_no_selected_expert(file: Path, exact: Array, server: RpcServer, mode: str) -> None:
+    """All best copies are in the device's slots, low ones and constant experts the host's; each has its own kernels."""
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
         expected, counters = conversation(engine), engine.counters()
     with closing(Engine.open(config(file, mode, rpc=(server.endpoint,), device="auto"))) as engine:

@@ -75,20 +75,20 @@ class Held:
 def choices(n_rows: int, one: ExpertLayer, seed: int) -> Choice:
     rng = np.random.default_rng(seed)
     stored = np.stack([rng.permutation(len(one.experts))[:N_USED] for _ in range(n_rows)]).astype(np.int64)
-    shares = -np.sort(-rng.dirichlet(np.ones(N_USED), n_rows).astype(np.float32), axis=1)
+    weights = -np.sort(-rng.dirichlet(np.ones(N_USED), n_rows).astype(np.float32), axis=1)
     table = loss_tables([one])[0]
     assert table is not None
-    return Choice(0, one, table, stored, shares)
+    return Choice(0, one, table, stored, weights)
 
 
 # --- the rule ----------------------------------------------------------------------------------------------
 
 
 def objective(choice: Choice, actions: tuple[int, ...], held: Held, mu: float) -> float:
-    """Seconds and nats of one action (high, low, none) per pick; infinite for what the rule must not do."""
+    """Seconds and nats of one action (high, low, none) for each expert; infinite for what the rule must not do."""
     hints, read, nats = choice.layer.hints, set(), 0.0
     for (row, rank), action in zip(np.ndindex(choice.stored.shape), actions, strict=True):
-        expert, share = int(choice.stored[row, rank]), float(choice.weights[row, rank])
+        expert, weight = int(choice.stored[row, rank]), float(choice.weights[row, rank])
         assert hints.error
         assert hints.use
         assert hints.share_square
@@ -105,7 +105,7 @@ def objective(choice: Choice, actions: tuple[int, ...], held: Held, mu: float) -
         else:
             error = hints.skip_error[expert]
         rise = max(0.0, error - hints.error[expert][0])
-        nats += rise * share**2 / (hints.use[expert] * hints.share_square[expert])
+        nats += rise * weight**2 / (hints.use[expert] * hints.share_square[expert])
     return sum(choice.layer.experts[e][number].n_bytes * 1e-9 for e, number in read) + mu * nats
 
 
@@ -139,7 +139,7 @@ def test_a_price_of_bytes_says_the_same_as_seconds() -> None:
 
 
 def test_at_no_price_nothing_is_read_but_what_must_be() -> None:
-    """Without novices nothing of a first pick can be left out: then the smaller copy is read."""
+    """Without constant experts the first selected one cannot be left out: then its smaller copy is read."""
     hints = replace(random_hints(), fallback=None, fallback_error=None)
     choice = choices(3, layer(Type.Q8_0, Type.Q4_0, hints=hints), 2)
     decision = Rule(mu=0.0).choose(choice, Held())
@@ -164,12 +164,12 @@ def test_never_wait_takes_what_is_here() -> None:
     assert decision.weights is None
 
 
-# --- shares ------------------------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------------------
 
 
 def test_shares_before_are_of_the_whole_and_at_most_one() -> None:
-    shares = np.array([[0.8, 0.4, 0.4], [1, 0, 0]], np.float32)
-    assert np.abs(weights_before(shares) - np.array([[0, 0.5, 0.75], [0, 1, 1]])).max() < 1e-6
+    weights = np.array([[0.8, 0.4, 0.4], [1, 0, 0]], np.float32)
+    assert np.abs(weights_before(weights) - np.array([[0, 0.5, 0.75], [0, 1, 1]])).max() < 1e-6
     tiny = np.array([[0.1, 0.7, 0.2 + 1e-7, 1e-9]], np.float32)
     assert weights_before(tiny).max() <= 1
 
@@ -187,7 +187,7 @@ def test_what_is_skipped_goes_to_the_others_and_else_no_bit_changes() -> None:
 
 def test_a_novice_takes_the_share_of_its_expert() -> None:
     choice = choices(50, layer(Type.Q8_0, Type.Q4_0), 6)
-    decision = SmallWeights({0: 1.0}, novices=True).choose(choice, Held())
+    decision = SmallWeights({0: 1.0}, constants=True).choose(choice, Held())
     is_novice = (decision.stored < 0) & (decision.stored != SKIPPED)
     assert choice.layer.hints.fallback is not None
     fallback = np.array(choice.layer.hints.fallback)
@@ -208,7 +208,7 @@ def test_picks_that_are_novices_already_stay() -> None:
 
 
 def test_costs_are_those_of_the_file() -> None:
-    """Every pick of an expert in its low copy costs what the file says of just that."""
+    """An expert that is always in its low-bit copy costs what the file says of just that."""
     one = layer(Type.Q8_0, Type.Q4_0)
     hints = one.hints
     assert hints.use
@@ -217,14 +217,14 @@ def test_costs_are_those_of_the_file() -> None:
     tables = loss_tables([one])
     account = LossyStep([one], tables, NeverWait(), Held())
     n_tokens, expert = 1000, 3
-    n_picks = round(n_tokens * hints.use[expert])
-    share = np.sqrt(hints.share_square[expert])
-    stored = np.full((n_picks, N_USED), -1, np.int64)
+    n_selected = round(n_tokens * hints.use[expert])
+    weight = np.sqrt(hints.share_square[expert])
+    stored = np.full((n_selected, N_USED), -1, np.int64)
     stored[:, 0] = expert
-    shares = np.zeros((n_picks, N_USED), np.float32)
-    shares[:, 0] = share
-    account.decide(0, stored, shares)
-    assert account.counters.low_picks == n_picks
+    weights = np.zeros((n_selected, N_USED), np.float32)
+    weights[:, 0] = weight
+    account.decide(0, stored, weights)
+    assert account.counters.low_picks == n_selected
     assert account.counters.expected_kl / n_tokens == pytest.approx(hints.low_error[expert], rel=1e-2)
 
 
@@ -232,11 +232,13 @@ def test_a_limit_is_never_passed() -> None:
     one = layer(Type.Q8_0, Type.Q4_0)
     for limit in (0.0, 0.05, 0.2):
         account = LossyStep([one], loss_tables([one]), NeverWait(), Held(), limit)
+        n_read = 0
         for n_tokens in (1, 1, 7, 1, 3):
+            n_read += n_tokens
             account.begin(n_tokens)
             choice = choices(n_tokens, one, n_tokens)
             decision = account.decide(0, choice.stored, choice.weights)
-            assert account.counters.expected_kl <= limit * account._n_tokens
+            assert account.counters.expected_kl <= limit * n_read
             assert limit or (decision.copies == 0).all()
         assert (account.counters.low_picks > 0) == (limit > 0)
 
@@ -255,7 +257,7 @@ def test_a_price_rises_while_less_is_lost_than_allowed() -> None:
     assert 0 < low_picks[0] < low_picks[1] < low_picks[2]
 
 
-def test_low_copies_come_first_where_most_picks_would_use_them() -> None:
+def test_low_copies_come_first_where_most_would_use_them() -> None:
     layers = [layer(Type.Q8_0, Type.Q4_0)]
     tables = loss_tables(layers)
     assert low_slots_at(0.0, layers, tables) == "last"
@@ -264,7 +266,7 @@ def test_low_copies_come_first_where_most_picks_would_use_them() -> None:
         fit_slots(layers, 1, 0, "m", "last")
 
 
-def test_an_expert_that_was_never_picked_is_taken_for_the_worst() -> None:
+def test_an_expert_that_was_never_selected_is_taken_for_the_worst() -> None:
     hints = random_hints()
     assert hints.use
     one = layer(Type.Q8_0, Type.Q4_0, hints=replace(hints, use=(0.0, *hints.use[1:])))
@@ -307,10 +309,10 @@ def test_a_gates_threshold_bounds_what_any_shares_can_cost() -> None:
     highs = [gate_within(limit, layers, tables) for limit in (0.0, 1e-3, 1e-2, 1.0)]
     assert highs == sorted(highs, reverse=True)
     assert (highs[0], highs[-1]) == (1.0, 0.0)
-    # Whatever the shares: a pick behind others that have `high` has at most what is left.
+    # Whatever the weights: an expert behind others that have `high` has at most what is left.
     for high in highs[1:3]:
-        shares = choices(400, layers[0], 8).weights
-        assert (shares[weights_before(shares) > high] <= 1 - high + 1e-6).all()
+        weights = choices(400, layers[0], 8).weights
+        assert (weights[weights_before(weights) > high] <= 1 - high + 1e-6).all()
 
 
 def test_a_gates_threshold_knows_what_weights_sum_up_to() -> None:

@@ -1,16 +1,15 @@
-"""Predictions worked out by hand, what must hold of all of them, and choices against all alternatives."""
+"""Predictions worked out by hand, and what must hold of all of them."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.lossy.elastic import Copies, choose_copies
-from slimoe.offload.machine.cost_model import Residency, Step, expected_hits, expected_uses, predict
+from slimoe.offload.machine.cost_model import Residency, Step, expected_uses, predict
 from slimoe.offload.machine.speed import LinkSpeed, MatrixKernel, Overheads
 from slimoe.offload.machine.workload import Workload, workload
 from slimoe.offload.model.experts import expert_layers
@@ -74,7 +73,7 @@ def test_reading_overlaps_as_far_as_it_is_known_ahead(
 
 
 def test_device_and_cpu_work_side_by_side() -> None:
-    """Half of the picks on each: of two picks both, one or none are on the device."""
+    """Half of the selected experts on each: of two, both, one or none are on the device."""
     prediction = predict(LOAD, Residency(0.5, 0.5), machine(CPU, None, GPU), device="GPU0")
     layer = 0.25 * 0.02 + 0.5 * 1.0 + 0.25 * 2.0
     link = 4 * (1 + 2 * 0.5) * 4000 / 1e10 * 1000
@@ -220,7 +219,14 @@ def test_more_slots_on_a_faster_device_are_never_slower() -> None:
     assert times == sorted(times, reverse=True)
 
 
-# --- hit shares --------------------------------------------------------------------------------------------
+# --- expected uses -----------------------------------------------------------------------------------------
+
+
+def expected_hits(priors: NDArray[np.float64] | None, resident: NDArray[np.bool_], n_used: int) -> float:
+    """Expected part of the selected experts that are resident."""
+    n_layer, n_expert = resident.shape
+    uses = expected_uses(priors, n_layer, n_expert, n_used)
+    return float((uses * resident).sum() / (n_layer * n_used))
 
 
 def test_alike_experts_hit_in_proportion() -> None:
@@ -253,13 +259,13 @@ def test_hits_of_random_priors_grow_with_what_is_resident() -> None:
         assert uses.max() <= 1
         order = rng.permutation(3 * n_expert)
         mask = np.zeros(3 * n_expert, np.bool_)
-        shares = [expected_hits(priors, mask.reshape(3, -1), n_used)]
+        hits = [expected_hits(priors, mask.reshape(3, -1), n_used)]
         for index in order:
             mask[index] = True
-            shares.append(expected_hits(priors, mask.reshape(3, -1), n_used))
-        assert shares == sorted(shares)
-        assert shares[0] == 0
-        assert shares[-1] == pytest.approx(1)
+            hits.append(expected_hits(priors, mask.reshape(3, -1), n_used))
+        assert hits == sorted(hits)
+        assert hits[0] == 0
+        assert hits[-1] == pytest.approx(1)
 
 
 # --- what a model asks -------------------------------------------------------------------------------------
@@ -299,51 +305,3 @@ def test_the_load_of_a_native_file_that_lacks_parts(tmp_path: Path) -> None:
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
     dense = sum(tensor.n_bytes for name, tensor in gguf.tensors.items() if name.split(".")[-2] in names)
     assert sum(load.dense.values()) == dense
-
-
-# --- copies ------------------------------------------------------------------------------------------------
-
-
-def _bytes_of(chosen: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], high: list[int], low: list[int]) -> int:
-    return sum(
-        (h if choice & Copies.HIGH else 0) + (w if choice & Copies.LOW else 0)
-        for choice, h, w in zip(chosen.ravel(), high, low, strict=True)
-    )
-
-
-def test_copies_are_chosen_nearly_as_well_as_possible() -> None:
-    """Against every alternative: short of the best by less than one expert's error, and never over the budget."""
-    rng = np.random.default_rng(9)
-    for _ in range(60):
-        n = int(rng.integers(1, 8))
-        low = rng.integers(1, 10, n)
-        high, error, value = low + rng.integers(1, 20, n), rng.exponential(size=n), rng.uniform(size=n)
-        budget = int(rng.integers(low.sum(), (high + low).sum() + 2))
-        chosen = choose_copies(value, high, low, error, budget)
-        assert set(chosen) <= {int(Copies.LOW), int(Copies.HIGH)}
-        assert _bytes_of(chosen, list(high), list(low)) <= budget
-        choices = (np.array(c, np.uint8) for c in itertools.product((Copies.LOW, Copies.HIGH), repeat=n))
-        errors = [error[c == Copies.LOW].sum() for c in choices if _bytes_of(c, list(high), list(low)) <= budget]
-        left = error[chosen == Copies.LOW].sum()
-        assert left - min(errors) <= max(error[chosen == Copies.LOW], default=0.0) + 1e-12
-
-
-def test_copies_by_hand() -> None:
-    value, error = np.array([[0.5, 0.3], [0.1, 0.1]]), np.array([[1.0, 8.0], [4.0, 0.0]])
-    high, low = np.full((2, 2), 10), np.full((2, 2), 4)
-    none, few, half, most, everything = (choose_copies(value, high, low, error, n).tolist() for n in (3, 8, 28, 34, 40))
-    assert none == [[0, 0], [0, 0]]
-    assert few == [[1, 1], [0, 0]]  # not even the low ones fit: those that serve most picks
-    assert half == [[1, 2], [2, 1]]
-    assert most == [[2, 2], [2, 1]]
-    assert everything == [[2, 2], [2, 2]]
-
-
-def test_without_errors_the_most_used_are_the_best() -> None:
-    value, high, low = np.array([0.1, 0.6, 0.3]), np.full(3, 10), np.full(3, 4)
-    assert choose_copies(value, high, low, None, 18).tolist() == [1, 2, 1]
-
-
-def test_a_high_copy_that_is_no_larger_is_free() -> None:
-    value, high, low = np.array([0.9, 0.1]), np.array([10, 4]), np.array([4, 4])
-    assert choose_copies(value, high, low, None, 8).tolist() == [1, 2]

@@ -15,6 +15,7 @@ class Ledger:
     def __init__(self, n_cells: int) -> None:
         self.cells = Cells(n_cells)
         self.live: list[Sequence] = []
+        self.ended: list[Sequence] = []
         self.content: list[tuple[int, ...] | None] = [None] * n_cells
 
     def begin(self) -> Sequence:
@@ -30,23 +31,28 @@ class Ledger:
                 self.content[cell] = history[: position + 1]
 
     def end(self, sequence: Sequence, remember: bool) -> None:
+        if not remember:
+            self.cells.truncate(sequence, 0)
+        self.cells.remember(sequence)
         self.live.remove(sequence)
-        (self.cells.remember if remember else self.cells.release)(sequence)
+        self.ended.append(sequence)
+
+    @property
+    def known(self) -> list[Sequence]:
+        """Sequences that hold cells: those in use, and those that are remembered."""
+        return [*self.live, *(sequence for sequence in self.ended if len(sequence))]
 
     def check(self) -> None:
         """Every sequence finds its own tokens in its cells, and the counts are those of the sequences."""
         cells = self.cells
-        assert list(cells._live) == self.live
-        known = [*cells._live, *cells._remembered]
         n_users = np.zeros(cells.n_cells, int)
-        for sequence in known:
+        for sequence in self.known:
             tokens = tuple(sequence.tokens.tolist())
             assert len(set(sequence.cells.tolist())) == len(sequence) == len(tokens)
             for position, cell in enumerate(sequence.cells.tolist()):
                 assert self.content[cell] == tokens[: position + 1]
             n_users[sequence.cells] += 1
-        np.testing.assert_array_equal(cells._n_users, n_users)
-        assert sorted(cells._free) == np.flatnonzero(n_users == 0).tolist()
+        np.testing.assert_array_equal(cells.n_users, n_users)
         held = set().union(*(sequence.cells.tolist() for sequence in self.live))
         assert cells.n_unused == cells.n_cells - len(held)
 
@@ -73,18 +79,17 @@ def test_whatever_happens_every_sequence_keeps_its_tokens(seed: int) -> None:
                 ledger.end(sequence, remember=action == "remember")
             case "adopt":
                 wanted = [*sequence.tokens.tolist(), *some_tokens(10)]
-                longest = max(
-                    common_prefix(np.array(wanted), other.tokens)
-                    for other in (*ledger.cells._live, *ledger.cells._remembered)
-                )
+                longest = max(common_prefix(np.array(wanted), other.tokens) for other in ledger.known)
                 ledger.cells.adopt(sequence, wanted)
                 assert sequence.tokens.tolist() == wanted[:longest]
         ledger.check()
     for sequence in list(ledger.live):
         ledger.end(sequence, remember=True)
-    ledger.cells.forget()
     ledger.check()
-    assert sorted(ledger.cells._free) == list(range(ledger.cells.n_cells))
+    everything = ledger.begin()
+    ledger.append(everything, [0] * ledger.cells.n_cells)
+    assert everything.cells.tolist() == list(range(ledger.cells.n_cells))
+    assert ledger.known == [everything]
 
 
 def test_a_sequence_alone_lies_in_the_first_cells() -> None:
@@ -129,7 +134,8 @@ def test_the_oldest_is_forgotten_first_and_from_its_end() -> None:
         probe = cells.begin()
         cells.adopt(probe, range(start, start + 10))
         n = len(probe)
-        cells.release(probe)
+        cells.truncate(probe, 0)
+        cells.remember(probe)
         return n
 
     assert (n_known(200), n_known(300), n_known(100)) == (0, 6, 10)
@@ -142,17 +148,17 @@ def test_what_is_known_twice_is_kept_once() -> None:
             sequence = cells.begin()
             cells.append(sequence, range(n_tokens))
             cells.remember(sequence)
-    assert len(cells._free) == 30 - 8
+    assert np.count_nonzero(cells.n_users == 0) == 30 - 8
 
 
 def test_few_are_remembered() -> None:
     cells = Cells(2000)
-    for token in range(1000):
-        sequence = cells.begin()
+    sequences = [cells.begin() for _ in range(1000)]
+    for token, sequence in enumerate(sequences):
         cells.append(sequence, [token])
         cells.remember(sequence)
-    assert len(cells._remembered) == 256
-    assert len(cells._free) == 2000 - 256
+    assert [len(sequence) for sequence in sequences] == [0] * (1000 - 256) + [1] * 256
+    assert np.count_nonzero(cells.n_users == 0) == 2000 - 256
 
 
 def test_a_longer_beginning_takes_the_place_of_an_own_one() -> None:

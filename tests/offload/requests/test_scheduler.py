@@ -10,6 +10,7 @@ import pytest
 from slimoe.offload.cache.disk_reader import ReadFailedError
 from slimoe.offload.errors import BadLogitsError, ContextOverflowError, UsageError
 from slimoe.offload.graph.batch import Batch
+from slimoe.offload.graph.runner import Logits
 from slimoe.offload.requests.cells import Cells
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
@@ -44,11 +45,13 @@ class Bench:
         self.cells = Cells(self.n_cells)
         self.scheduler = Scheduler(self.cells, self.model.compute, self.n_parallel, self.n_batch)
         self.requests: dict[int, GenerationRequest] = {}
+        self.jobs: dict[int, Generator] = {}
 
     def submit(self, request: GenerationRequest) -> int:
         id = len(self.requests)
         facts = ModelFacts(self.n_ctx, N_VOCAB, None, lambda: {})
-        self.scheduler.submit(Generator(request, facts, lambda: id in self.cancelled, id))
+        self.jobs[id] = Generator(request, facts, lambda: id in self.cancelled, id)
+        self.scheduler.submit(self.jobs[id])
         self.requests[id] = request
         return id
 
@@ -80,9 +83,10 @@ class Bench:
     def assert_nothing_is_held(self) -> None:
         assert self.scheduler.is_idle
         assert self.cells.n_unused == self.n_cells
-        self.cells.forget()
-        assert sorted(self.cells._free) == list(range(self.n_cells))
-        assert not self.cells._n_users.any()
+        everything = self.cells.begin()
+        self.cells.append(everything, [0] * self.n_cells)
+        assert everything.cells.tolist() == list(range(self.n_cells))
+        assert (self.cells.n_users == 1).all()
 
 
 def greedy(prompt: tuple[int, ...] | range, max_tokens: int = 5) -> GenerationRequest:
@@ -296,7 +300,7 @@ def test_what_cannot_be_read_ends_only_who_needs_it() -> None:
     ids = [bench.submit(greedy((n, n + 1), max_tokens=6)) for n in (10, 20, 30)]
     while not all(bench.tokens(id) for id in ids):
         bench.step()
-    victim = next(job.sequence for job in bench.scheduler._active if job.id == ids[1])
+    victim = bench.jobs[ids[1]].sequence
     assert victim is not None
     first = int(victim.cells[0])
 
@@ -314,17 +318,15 @@ def test_what_cannot_be_read_ends_only_who_needs_it() -> None:
     bench.assert_nothing_is_held()
 
 
-def test_bad_logits_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_logits_end_one_request() -> None:
     bench = Bench()
     ids = [bench.submit(greedy((n, n), max_tokens=5)) for n in range(3)]
-    compute = bench.model.compute
-    monkeypatch.setattr(bench.scheduler, "_compute", lambda batch, stop: spoiled(batch, compute(batch, stop)))
 
-    def spoiled(batch: Batch, logits: np.ndarray) -> np.ndarray:
+    def spoil(batch: Batch, logits: Logits) -> None:
         if len(batch.runs) == 3:
             logits[1] = np.nan
-        return logits
 
+    bench.model.after_each = spoil
     bench.finish()
     ends = [bench.end(id) for id in ids]
     failed = [id for id, end in zip(ids, ends, strict=True) if isinstance(end, Failed)]
