@@ -332,7 +332,7 @@ def test_without_hints_weights_are_taken_for_equal(renormalised: bool, least: fl
     one = layer(Type.Q8_0, Type.Q4_0, hints=LayerHints(), scale=2.0, renormalised=renormalised)
     table = loss_tables([one])[0]
     assert table is not None
-    np.testing.assert_allclose(table.share_square[:-1], least**2)
+    np.testing.assert_allclose(table.weight_square[:-1], least**2)
 
 
 # --- elastic mixes -----------------------------------------------------------------------------------------
