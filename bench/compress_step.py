@@ -143,9 +143,9 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
     samples, spec = Samples(), source.spec
     table = TypeErrorTable(source, 0, tuple(job.tried), samples.n_rows, job.n_threads)
     expert = read_expert(source, 0, 0)
-    x, shares = torch.randn(samples.n_picks, spec.n_embd), torch.full((samples.n_picks,), 0.5)
+    x, weights = torch.randn(samples.n_picks, spec.n_embd), torch.full((samples.n_picks,), 0.5)
     importance = np.ones(spec.n_embd, np.float32), np.ones(expert.down.weight.shape[1], np.float32)
-    table.measure(0, expert, x, shares, importance)
+    table.measure(0, expert, x, weights, importance)
 
 
 def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
@@ -179,7 +179,7 @@ def compressing(job: CompressionJob, laps: Laps) -> dict[str, int]:
 STEPS: dict[str, tuple[type[Any], Callable[[Any, Laps], dict[str, int]]]] = {
     "calibrate": (CalibrationJob, calibration),
     "convert": (ConversionJob, conversion),
-    "slim": (CompressionJob, compressing),
+    "compress": (CompressionJob, compressing),
 }
 
 

@@ -64,7 +64,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out: a timing per candidate, depth and round, everyone's logits, our Python's share, our memory."""
+    """What was measured: a timing per candidate, depth and round, and each candidate's checked logits.
+
+    `python_shares` has, by depth and round, the share of a decode step that our engine spends outside ggml's graphs.
+    """
 
     timings: dict[tuple[str, int], list[Timing]]
     logits: dict[str, list[np.ndarray]]
@@ -98,18 +101,18 @@ def run(plan: Plan, say: Callable[[str], None]) -> Report:
     """Measures all candidates together if memory allows it, one after the other if not."""
     report = Report({}, {}, {}, {})
     makers = candidates(plan)
-    heats = [list(makers)] if plan.fits_together else [[name] for name in makers]
-    for heat in heats:
+    for names in [list(makers)] if plan.fits_together else [[name] for name in makers]:
         with ExitStack() as stack:
             opened = {}
-            for name in heat:
+            for name in names:
                 say(f"loading {name}")
                 opened[name] = stack.enter_context(closing(makers[name]()))
-            _run_heat(plan, opened, report, say)
+            _measure_together(plan, opened, report, say)
     return report
 
 
-def _run_heat(plan: Plan, opened: Mapping[str, Candidate], report: Report, say: Callable[[str], None]) -> None:
+def _measure_together(plan: Plan, opened: Mapping[str, Candidate], report: Report, say: Callable[[str], None]) -> None:
+    """Adds all rounds of the candidates that are open at the same time to the report."""
     n_vocab = read_vocabulary_size(plan.model)
     tokens = random_tokens(max(plan.depths), n_vocab)
     prefill, decode = random_tokens(plan.n_prefill, n_vocab, seed=2), random_tokens(plan.n_decode, n_vocab, seed=3)

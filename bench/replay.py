@@ -1,6 +1,6 @@
 """A recorded trace through every cache policy, next to two that know the future: the best fixed set, and Belady's.
 
-Tier `arena`, the host expert cache, loads every miss from disk first; tier `device` multiplies misses where they lie,
+Tier `host`, the host expert cache, loads every miss from disk first; tier `device` multiplies misses where they lie,
 and moves experts in when that pays (LRU and LFU move in every miss). Seconds are charged from the given rates as if
 nothing overlapped; filling the tier at the start is free. The last line of stdout is one JSON document.
 """
@@ -21,14 +21,16 @@ from bench.models.random_trace import write_random_trace
 from bench.traces.cache_replay import CacheReplay, Tally, Tier, experts_by_size, pool_sizes, pools_within
 from bench.traces.candidate import Belady, Candidate, Online, OracleStatic
 from bench.traces.demand import Demand, demands
-from slimoe.offload.cache.policy import POLICIES, PolicyContext, Values
+from slimoe.offload.cache.policy import POLICIES, PolicyContext, Values, make_policy
 from slimoe.offload.cache.router_trace import Trace, TraceHeader, read_trace
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.plan.budget import parse_size
 
 GB = 1e9
-RATES = {"arena": (1.2, 20.0, 20.0), "device": (12.0, 300.0, 20.0)}
+RATES = {"host": (1.2, 20.0, 20.0), "device": (12.0, 300.0, 20.0)}
 """Default GB per second of moving, of multiplying hits, and of multiplying misses."""
+OLD_TIERS = {"arena": "host"}
+"""Old spellings that are still understood for one version."""
 SMOKE_SLOTS = 9
 PHASES = ("answer", "prompt")
 
@@ -43,28 +45,21 @@ class Plan:
     priors: Values | None
 
 
-def _online(name: str) -> Callable[[Plan, Sequence[Demand]], Candidate]:
-    def make(plan: Plan, _: Sequence[Demand]) -> Candidate:
-        header = plan.trace.header
-        context = PolicyContext(header.n_layer, header.n_expert, header.n_expert_used, plan.priors)
-        return Online(POLICIES[name](context))
-
-    return make
-
-
-CANDIDATES: dict[str, Callable[[Plan, Sequence[Demand]], Candidate]] = {
-    **{name: _online(name) for name in POLICIES},
-    "oracle-static": lambda plan, steps: OracleStatic(plan.trace.header, steps),
-    "belady": lambda plan, steps: Belady(plan.trace.header, steps),
+ORACLES: dict[str, Callable[[TraceHeader, Sequence[Demand]], Candidate]] = {
+    "oracle-static": OracleStatic,
+    "belady": Belady,
 }
+CANDIDATES = (*POLICIES, *ORACLES)
 
 
 def replay(plan: Plan, names: Sequence[str]) -> dict[str, dict[str, Tally]]:
-    """Tallies by candidate and phase."""
-    steps = demands(plan.trace)
+    """Tallies by candidate and phase; names are some of CANDIDATES."""
+    steps, header = demands(plan.trace), plan.trace.header
+    context = PolicyContext(header.n_layer, header.n_expert, header.n_expert_used, plan.priors)
     results = {}
     for name in names:
-        cache = CacheReplay(plan.trace.header, plan.slots, CANDIDATES[name](plan, steps), plan.tier)
+        candidate = ORACLES[name](header, steps) if name in ORACLES else Online(make_policy(name, context))
+        cache = CacheReplay(header, plan.slots, candidate, plan.tier)
         results[name] = cache.run(steps)
         cache.check()
     return results
@@ -77,7 +72,8 @@ def figures(tally: Tally, tier: Tier) -> dict[str, float]:
         "tokens": tally.n_tokens,
         "hits": tally.hits,
         "misses": tally.misses,
-        "ahead": tally.pending,
+        "pending": tally.pending,
+        "ahead": tally.pending,  # the field's old name, for one version
         "hit_share": tally.hit_share,
         "moved_bytes": tally.moved_bytes,
         "moved_bytes_per_token": tally.moved_bytes / max(1, tally.n_tokens),
@@ -100,12 +96,6 @@ def table(plan: Plan, results: dict[str, dict[str, dict[str, float]]]) -> Table:
             cells = (f"{100 * row['hit_share']:.1f}", f"{moved:.1f}", *(f"{charge:.2f}" for charge in charges))
             drawn.add_row(name, phase, f"{row['tokens']:.0f}", *cells)
     return drawn
-
-
-def _either(slots: int | None, size: str | None) -> int | str:
-    if (wanted := slots if size is None else size) is None or None not in (slots, size):
-        raise UsageError("Name either --slots or --bytes.")
-    return wanted
 
 
 def make_plan(trace: Trace, size: int | str, tier: Tier, priors: Path | None) -> Plan:
@@ -132,11 +122,11 @@ def smoke_trace() -> Trace:
         return read_trace(path)
 
 
-@click.command()
+@click.command(context_settings={"token_normalize_func": lambda name: OLD_TIERS.get(name, name)})
 @click.argument("trace", required=False, type=click.Path(path_type=Path))
 @click.option("--slots", type=click.IntRange(0), help="Experts that fit into the tier.")
 @click.option("--bytes", "size", help="The tier's size instead, such as 8GiB, or in percent of all experts.")
-@click.option("--tier", "tier_name", type=click.Choice(list(RATES)), default="arena", show_default=True)
+@click.option("--tier", "tier_name", type=click.Choice(list(RATES)), default="host", show_default=True)
 @click.option("--policy", "names", type=click.Choice(["all", *CANDIDATES]), multiple=True, default=["all"])
 @click.option("--priors", type=click.Path(path_type=Path), help="A trace of other text, known at the start.")
 @click.option("--move-gbs", type=click.FloatRange(0, min_open=True), help="GB/s of moving experts in.")
@@ -159,14 +149,16 @@ def main(
     given = (move_gbs, hit_gbs, miss_gbs)
     move, hit, miss = (GB * (rate or default) for rate, default in zip(given, RATES[tier_name], strict=True))
     tier = Tier(move, hit, miss, computes_misses=tier_name == "device")
-    chosen = list(CANDIDATES) if "all" in names else list(names)
+    chosen, wanted = list(CANDIDATES) if "all" in names else list(names), slots if size is None else size
     try:
         if smoke:
             plan = make_plan(smoke_trace(), SMOKE_SLOTS, tier, None)
         elif trace is None:
             raise UsageError("Name a trace, or use --smoke.")
+        elif wanted is None or None not in (slots, size):
+            raise UsageError("Name either --slots or --bytes.")
         else:
-            plan = make_plan(read_trace(trace), _either(slots, size), tier, priors)
+            plan = make_plan(read_trace(trace), wanted, tier, priors)
         tallies = replay(plan, chosen)
     except SlimoeError as error:
         print(error, file=sys.stderr)

@@ -1,9 +1,10 @@
 """How a model chooses its experts: the figures on which a cache of experts lives, per layer.
 
-Uneven choice (share of the busiest expert, over all texts and within one), choice that lasts (how often a pick was
-the previous token's, and what a least-recently-used cache would hold), and choice that can be foreseen (how many
-picks the routers of the next layers name from this layer's input). Of a GGUF file, of a checkpoint, or of a random
-model; read by llama.cpp. The table goes to stderr, the last line of stdout is one JSON document.
+How unevenly experts are selected (the part of the busiest one, over all texts and within one), how long a selection
+lasts (how often the previous token selected an expert too, and what a least-recently-used cache would hold), and how
+well it can be predicted (how many of them the routers of the next layers name from this layer's input). Of a GGUF file,
+of a checkpoint, or of a random model; read by llama.cpp. The table goes to stderr, the last line of stdout is one JSON
+document.
 
     python -m bench.routing_stats --checkpoint ~/models/Mixtral-8x7B --text article.txt
     python -m bench.routing_stats --shape design8 --routing natural
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from bench.models.random_model import SHAPES, random_model_file
 from bench.models.topics import STYLES, TOKENS
-from bench.traces.routing import Floats, Picks, Routers, Routing, best, observe
+from bench.traces.routing import ExpertIds, Floats, Routers, Routing, best, observe
 from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
@@ -33,34 +34,36 @@ from slimoe.offload.text.tokenizer import Tokenizer
 AHEAD = (1, 2)
 LRU_SHARES = (0.25, 0.5, 0.75)
 N_RANDOM_TEXTS = 4
+OLD_FIGURES = {"first_share": "first_weight", "repeat_pick": "repeat_selected"}
+"""Old names of figures that are still written for one version."""
 
 
-def pick_shares(routings: Sequence[Routing]) -> Floats:
-    """The share of a layer's picks that each expert gets, [n_layer, n_expert]."""
+def frequencies(routings: Sequence[Routing]) -> Floats:
+    """How often each expert is among the selected ones, [n_layer, n_expert]; a layer's sum to 1."""
     n_expert = routings[0].n_expert
-    picks = np.concatenate([routing.picks for routing in routings], axis=1)
-    counts = (picks[..., None] == np.arange(n_expert)).sum(axis=(1, 2))
-    shares: Floats = counts / counts.sum(axis=1, keepdims=True)
-    return shares
+    selected = np.concatenate([routing.selected for routing in routings], axis=1)
+    counts = (selected[..., None] == np.arange(n_expert)).sum(axis=(1, 2))
+    result: Floats = counts / counts.sum(axis=1, keepdims=True)
+    return result
 
 
 def first_repeats(routings: Sequence[Routing]) -> Floats:
-    """How often a token's first choice is the previous token's first choice, [n_layer]."""
-    return _mean_over_tokens(picks[:, 1:, 0] == picks[:, :-1, 0] for picks in (r.picks for r in routings))
+    """How often a token's likeliest expert is the previous token's likeliest, [n_layer]."""
+    return _mean_over_tokens(ids[:, 1:, 0] == ids[:, :-1, 0] for ids in (r.selected for r in routings))
 
 
-def pick_repeats(routings: Sequence[Routing]) -> Floats:
-    """The share of picks that were the previous token's picks as well, [n_layer]; by chance n_used / n_expert."""
-    return _mean_over_tokens(overlap(picks[:, 1:], picks[:, :-1]) for picks in (r.picks for r in routings))
+def repeats(routings: Sequence[Routing]) -> Floats:
+    """How many of the selected experts the previous token selected as well, [n_layer]; by chance n_used / n_expert."""
+    return _mean_over_tokens(overlap(ids[:, 1:], ids[:, :-1]) for ids in (r.selected for r in routings))
 
 
 def lookahead(routings: Sequence[Routing], routers: Routers, ahead: int) -> Floats:
-    """The share of picks that the routers `ahead` layers up name from this layer's input, [n_layer - ahead]."""
+    """How many selected experts the routers `ahead` layers up name from this layer's input, [n_layer - ahead]."""
     n_layer = len(routers.weights)
     per_layer = []
     for layer in range(n_layer - ahead):
         overlaps = (
-            overlap(r.picks[layer + ahead], best(routers.logits(layer + ahead, r.inputs[layer]), r.n_used))
+            overlap(r.selected[layer + ahead], best(routers.logits(layer + ahead, r.inputs[layer]), r.n_used))
             for r in routings
         )
         per_layer.append(float(np.mean(np.concatenate(list(overlaps)))))
@@ -68,22 +71,22 @@ def lookahead(routings: Sequence[Routing], routers: Routers, ahead: int) -> Floa
 
 
 def lru_hits(routings: Sequence[Routing], n_slots: int) -> Floats:
-    """The share of picks that a least-recently-used cache of `n_slots` experts per layer holds, [n_layer]."""
+    """How many selected experts a least-recently-used cache of `n_slots` per layer holds, [n_layer]."""
     hits = []
     for layer in range(routings[0].logits.shape[0]):
         recent: list[int] = []
-        n_hits = n_picks = 0
-        for picks in (row for routing in routings for row in routing.picks[layer].tolist()):
-            n_hits += len(set(picks) & set(recent))
-            n_picks += len(picks)
-            recent = [*picks, *(expert for expert in recent if expert not in picks)][: max(n_slots, len(picks))]
-        hits.append(n_hits / n_picks)
+        n_hits = n_selected = 0
+        for ids in (row for routing in routings for row in routing.selected[layer].tolist()):
+            n_hits += len(set(ids) & set(recent))
+            n_selected += len(ids)
+            recent = [*ids, *(expert for expert in recent if expert not in ids)][: max(n_slots, len(ids))]
+        hits.append(n_hits / n_selected)
     return np.array(hits, np.float32)
 
 
-def overlap(picks: Picks, others: Picks) -> Floats:
-    """The share of `picks` [..., n_used] that `others` hold as well, [...]."""
-    return np.asarray((picks[..., :, None] == others[..., None, :]).any(axis=-1).mean(axis=-1), np.float32)
+def overlap(selected: ExpertIds, others: ExpertIds) -> Floats:
+    """How many of the `selected` experts [..., n_used] are among the `others` as well, from 0 to 1, [...]."""
+    return np.asarray((selected[..., :, None] == others[..., None, :]).any(axis=-1).mean(axis=-1), np.float32)
 
 
 def _mean_over_tokens(parts: Iterable[np.ndarray]) -> Floats:
@@ -93,24 +96,21 @@ def _mean_over_tokens(parts: Iterable[np.ndarray]) -> Floats:
 
 def statistics(routings: Sequence[Routing], routers: Routers) -> dict[str, list[float]]:
     """All figures, a value per layer; look-ahead from a layer stands at that layer, so the last have none."""
-    shares, n_expert = pick_shares(routings), routings[0].n_expert
-    entropy = -(shares * np.log(np.maximum(shares, 1e-30))).sum(axis=1)
-    first = np.concatenate([routing.shares[..., 0] for routing in routings], axis=1)
+    frequency, n_expert = frequencies(routings), routings[0].n_expert
+    entropy = -(frequency * np.log(np.maximum(frequency, 1e-30))).sum(axis=1)
+    first = np.concatenate([routing.expert_weights[..., 0] for routing in routings], axis=1)
     figures = {
-        "busiest_share": shares.max(axis=1),
-        "busiest_in_a_text": np.mean([pick_shares([routing]).max(axis=1) for routing in routings], axis=0),
+        "busiest_share": frequency.max(axis=1),
+        "busiest_in_a_text": np.mean([frequencies([routing]).max(axis=1) for routing in routings], axis=0),
         "effective_experts": np.exp(entropy),
-        "first_share": first.mean(axis=1),
+        "first_weight": first.mean(axis=1),
         "repeat_first": first_repeats(routings),
-        "repeat_pick": pick_repeats(routings),
+        "repeat_selected": repeats(routings),
     }
-    figures |= {f"lookahead_{ahead}": lookahead(routings, routers, ahead) for ahead in AHEAD if ahead < len(shares)}
+    figures |= {f"lookahead_{ahead}": lookahead(routings, routers, ahead) for ahead in AHEAD if ahead < len(frequency)}
     slots = {share: max(1, round(share * n_expert)) for share in LRU_SHARES}
     figures |= {f"lru_{share:.0%}": lru_hits(routings, n_slots) for share, n_slots in slots.items()}
     return {name: [float(value) for value in values] for name, values in figures.items()}
-
-
-# --- what is looked at -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def opened(model: Path | None, checkpoint: Path | None, shape: str, routing: str
 
 
 def read_texts(path: Path, files: Sequence[Path], routing: str, n_tokens: int) -> list[list[int]]:
-    """The first tokens of each file, or some random texts without any."""
+    """The first `n_tokens` token ids of each file, or random ones where there is no file; raises UsageError."""
     gguf = read_gguf(path)
     if not files:
         n_vocab = gguf.tensors["token_embd.weight"].ne[1]
@@ -177,6 +177,7 @@ def main(
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     Console(stderr=True, width=160).print(table(by_layer))
+    by_layer |= {old: by_layer[name] for old, name in OLD_FIGURES.items()}
     means = {name: float(np.mean(values)) for name, values in by_layer.items()}
     sizes = {"n_expert": routings[0].n_expert, "n_used": routings[0].n_used, "n_tokens": sum(map(len, ids))}
     print(json.dumps({"mean": means, "by_layer": by_layer} | sizes))

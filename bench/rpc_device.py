@@ -1,11 +1,11 @@
 """Experts in a device's slots: the engine against the replay of what it recorded, and against the CPU.
 
 For each share of the experts that have room on the device, and each policy: a prompt and then natural tokens one by
-one, recorded, and the recording replayed with the same decisions (`cache_replay`). Bytes uploaded per token and
-the share of picks found on the device must be the same; the logits must be the CPU's, to the last bit on an RPC device,
-whose kernels are the same. Without --device an RPC server over this machine's CPU stands in for a card: nothing here
-is a matter of time. A swap costs and gains what it would on a card (`bench.replay`) or, with --rule measured, what the
-engine measured. The table goes to stderr, the last line of stdout is one JSON document.
+one, recorded, and the recording replayed with the same decisions (`cache_replay`). Bytes uploaded per token and the
+share of selected experts found on the device must be the same; the logits must be the CPU's, to the last bit on an RPC
+device, whose kernels are the same. Without --device an RPC server over this machine's CPU stands in for a card: nothing
+here is a matter of time. A swap costs and gains what it would on a card (`bench.replay`) or, with --rule measured, what
+the engine measured. The table goes to stderr, the last line of stdout is one JSON document.
 
     python -m bench.rpc_device --model natural_medium
 """
@@ -141,8 +141,8 @@ def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], tr
         rule, plan = device.swaps.rule, engine.plan
         logits, counted = read_all(engine, job)
     n_tokens = len(job.tokens) - job.n_prompt
-    n_picks = counted["device_hits"] + counted["hits"] + counted["pending"] + counted["misses"]
-    figures = Figures(counted["device_hits"] / n_picks, counted["bytes_uploaded"] / n_tokens)
+    n_visits = sum(counted[name] for name in ("device_hits", "hits", "pending", "misses"))
+    figures = Figures(counted["device_hits"] / n_visits, counted["bytes_uploaded"] / n_tokens)
     tally = replayed(plan, trace, policy, rule)
     return Run(
         share,

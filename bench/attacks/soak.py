@@ -41,7 +41,7 @@ _FLAGS = (
     *("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1"),
     *("--weights", "copied", "--kv-type", "f32"),
 )
-_EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|ahead|misses)"\} (\S+)', re.MULTILINE)
+_EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|pending|misses)"\} (\S+)', re.MULTILINE)
 _RUNNING = re.compile(r"^slimoe_num_requests_running (\S+)", re.MULTILINE)
 _RESTART_SECONDS = 20
 """So long before a stream begins may a kill have been that explains its end: the next engine was not there yet."""
@@ -92,8 +92,8 @@ def soak(plan: SoakPlan) -> Outcome:
             with watched_health(server.url) as health:
                 asyncio.run(_run(plan, server, expected, course))
             course.findings += server.log_findings()
-    n_picks = sum(course.events.values())
-    hit_share = course.events["hits"] / n_picks if n_picks else 1.0
+    n_asked = sum(course.events.values())
+    hit_share = course.events["hits"] / n_asked if n_asked else 1.0
     drift = memory_drift(course.memory, course.kills)
     if drift is not None and drift > FLAT_SHARE:
         course.findings.append(Finding("memory grows", "memory", f"{drift:.1%}"))

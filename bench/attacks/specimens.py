@@ -232,9 +232,9 @@ def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
         again = ("convert", "F", "OUT", "--type", "Q8_0", "--threads", "1")
         found.append(_file("gguf", files, "model.gguf", (*reading, again)))
     if "native" in kinds:
-        _do("convert", str(source), str(files / "pair.gguf"), "--two-copies", "Q4_K,Q2_K")
+        _do("convert", str(source), str(files / "copies.gguf"), "--two-copies", "Q4_K,Q2_K")
         lossy = ("run", "F", *_ONE_TOKEN, "--lossy", "low")
-        found.append(_file("native", files, "pair.gguf", (*reading, lossy)))
+        found.append(_file("native", files, "copies.gguf", (*reading, lossy)))
     if "imatrix" in kinds:
         found += _imatrices(files)
     if {"statistics", "recipe"} & set(kinds):

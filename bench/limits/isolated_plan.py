@@ -20,7 +20,7 @@ from slimoe.offload.plan.prediction import measure_machine, predict_plan
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Milliseconds per token, and the share of picks that are expected to need the disk."""
+    """Milliseconds per token, and the share of selected experts that are expected to need the disk."""
 
     decode_ms: float
     prefill_ms: float

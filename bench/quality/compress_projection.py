@@ -1,17 +1,16 @@
 """From layers that were measured to whole models: formulas, no measurements.
 
 Calibration. A pass takes `per_weight` for each weight, which is read, and `per_product` for each product of a weight
-with a token: those that a token's own experts and attention have, and those of the tokens that pass all experts for the
-sketch. Both are found from two runs of different length. Prices of types take the same time for each matrix, since
-samples of equal size are taken; trying types on an expert takes what it took on one, by its sampled weights.
-On a graphics card reading and quantising stay what they are, and products run at the card's published speed: a lower
-limit.
+with a token: those that a token's own experts and attention have, and those of the tokens that pass all experts for
+their Gram matrix. Both are found from two runs of different length. Prices of types take the same time for each matrix,
+since samples of equal size are taken; trying types on an expert takes what it took on one, by its sampled weights. On a
+graphics card reading and quantising stay what they are, and products run at the card's published speed: a lower limit.
 
 Conversion. Seconds are the measured ones per weight of the source; peak memory grows with the largest matrix.
 
 Decoding. A file's bits per weight, for experts and for the rest, are those of the measured file, and a token reads the
-shares of them that it uses. The processor gives the bytes per second that it gave when it was measured, whatever bounds
-it. On a graphics card what fits beside the rest lies there and is read at the card's published bandwidth, other experts
+weights that it uses. The processor gives the bytes per second that it gave when it was measured, whatever bounds it. On
+a graphics card what fits beside the rest lies there and is read at the card's published bandwidth, other experts
 are computed by the processor: an estimate that nothing here has measured, and an upper limit.
 """
 

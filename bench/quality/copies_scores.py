@@ -39,7 +39,7 @@ def score(config: EngineConfig, texts: Sequence[Text], room_bytes: int) -> dict[
     """
     plan = planned(config, room_bytes)
     assert plan.tiers is not None
-    sizes = picked_bytes(config)
+    sizes = selected_bytes(config)
     figures: dict[str, Any] = {"file_bytes": config.model.stat().st_size, "slot_bytes": plan.tiers.host_pool}
     with closing(Engine(config, plan, lambda done, total: None)) as engine:
         for name in PASSES:
@@ -105,24 +105,24 @@ def expert_bytes(plan: EnginePlan, copy: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class PickedBytes:
-    """What a token multiplies: its picks, and the mean bytes of an expert in its best and in its last copy."""
+class SelectedBytes:
+    """How many experts a token selects in all layers, and an expert's mean bytes in its best and in its last copy."""
 
-    n_picks: int
+    n_selected: int
     high: float
     low: float
 
 
-def picked_bytes(config: EngineConfig) -> PickedBytes:
+def selected_bytes(config: EngineConfig) -> SelectedBytes:
     """As the file has it, whatever the mode."""
     plan = plan_engine(changed(config, {"lossy": None, "max_kl": None}))
-    n_picks = sum(layer.n_expert_used for layer in plan.layers if layer is not None)
-    return PickedBytes(n_picks, expert_bytes(plan, 0), expert_bytes(plan, -1))
+    n_selected = sum(layer.n_expert_used for layer in plan.layers if layer is not None)
+    return SelectedBytes(n_selected, expert_bytes(plan, 0), expert_bytes(plan, -1))
 
 
-def bytes_per_token(sizes: PickedBytes, per_token: dict[str, float]) -> dict[str, float]:
+def bytes_per_token(sizes: SelectedBytes, per_token: dict[str, float]) -> dict[str, float]:
     """Bytes of experts multiplied for a token, and bytes that were read from disk for it and used."""
     left_out = per_token.get("skipped_picks", 0.0) + per_token.get("novice_picks", 0.0)
     saved = per_token.get("low_picks", 0.0) * (sizes.high - sizes.low) + left_out * sizes.high
     read = per_token.get("bytes_read", 0.0) - per_token.get("bytes_wasted", 0.0)
-    return {"expert_bytes": sizes.n_picks * sizes.high - saved, "saved_bytes": saved, "missed_bytes": read}
+    return {"expert_bytes": sizes.n_selected * sizes.high - saved, "saved_bytes": saved, "missed_bytes": read}

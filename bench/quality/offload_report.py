@@ -11,7 +11,8 @@ from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import BASELINES, OURS, Outcome
 from bench.limits.limited_runs import Limit, Plan, Run, Runs
 
-_PICKS = ("hits", "pending", "misses")
+_VISITS = ("hits", "pending", "misses")
+"""Counters of where a selected expert was found: each counts once for a step and layer."""
 
 
 def as_json(plan: Plan, runs: Runs) -> dict[str, Any]:
@@ -84,13 +85,13 @@ def expected_figures(expected: Sequence[Expected], own: float | None) -> dict[st
 
 
 def cache_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The engine's own counters per token, and the share of picks that were in memory when they were chosen."""
+    """The engine's own counters per token, and the share of selected experts that were in memory by then."""
     per_token = {}
     for name in outcomes[0].counters:
         of_all = [outcome.counters[name] / len(outcome.step_seconds) for outcome in outcomes]
         per_token[name] = statistics.median(of_all)
-    n_picks = sum(per_token.get(name, 0.0) for name in _PICKS)
-    return {"counters_per_token": per_token, "hit_share": per_token["hits"] / n_picks if n_picks else None}
+    n_visits = sum(per_token.get(name, 0.0) for name in _VISITS)
+    return {"counters_per_token": per_token, "hit_share": per_token["hits"] / n_visits if n_visits else None}
 
 
 def bound_figures(plan: Plan, limit: Limit, runs: Runs, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ is not. A device is taken to be the only one, and every expert that it lacks to 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """Fast memory. Rates are bytes per second: of moving experts in, and of multiplying with those here and not here.
+    """Fast memory. Rates are bytes per second: of moving experts in, and of multiplying with hits and with misses.
 
     `computes_misses`: a missed expert is multiplied where it lies and moved in after the step, if at all; otherwise
     each miss is moved in first.
@@ -56,11 +56,11 @@ class Tier:
     computes_misses: bool
 
     def seconds(self, tally: Tally) -> tuple[float, float]:
-        """Of moving, and of multiplying, if nothing overlaps."""
+        """The seconds of moving experts in, and of multiplying with experts, if nothing overlaps."""
         return tally.moved_bytes / self.move_rate, tally.hit_bytes / self.hit_rate + tally.miss_bytes / self.miss_rate
 
     def swap_rule(self, n_bytes: int) -> SwapRule:
-        """The rule for experts of so many bytes."""
+        """The rule that says which swaps pay for experts of `n_bytes`."""
         return SwapRule(n_bytes / self.miss_rate - n_bytes / self.hit_rate, n_bytes / self.move_rate)
 
 
@@ -70,7 +70,7 @@ def experts_by_size(header: TraceHeader) -> Counter[int]:
 
 
 def pool_sizes(header: TraceHeader, n_slots: int) -> dict[int, int]:
-    """Slots by expert size. Experts of one size share a pool; all pools hold about the same share of their experts."""
+    """The slots of each pool, by its experts' bytes: each size has a pool, which holds about the same part of them."""
     experts = experts_by_size(header)
     total = experts.total()
     ends = np.cumsum(list(experts.values())) * min(n_slots, total) // total
@@ -78,7 +78,7 @@ def pool_sizes(header: TraceHeader, n_slots: int) -> dict[int, int]:
 
 
 def pools_within(header: TraceHeader, n_bytes: int) -> dict[int, int]:
-    """The same for memory in bytes instead of slots, which is not exceeded."""
+    """The slots of each pool, by its experts' bytes, that fit into `n_bytes` of memory in all."""
     experts = experts_by_size(header)
     total = sum(size * n for size, n in experts.items())
     return {size: n * min(n_bytes, total) // total for size, n in experts.items()}
@@ -101,7 +101,13 @@ class CacheReplay:
         self._bytes, self._candidate, self._tier = header.expert_bytes, candidate, tier
         self._pools = {n_bytes: SlotCache(n, candidate) for n_bytes, n in slots.items() if n}
         for n_bytes, cache in self._pools.items():
-            for key in most_valuable(candidate.values, self._keys(n_bytes), cache.n_slots):
+            keys = (
+                (layer, expert)
+                for layer, sizes in enumerate(self._bytes)
+                for expert, size in enumerate(sizes)
+                if size == n_bytes
+            )
+            for key in most_valuable(candidate.values, keys, cache.n_slots):
                 cache.acquire(key)
         self._missed: list[Key] = []
         self._predicted: set[Key] = set()
@@ -110,10 +116,6 @@ class CacheReplay:
         if tier.computes_misses and isinstance(candidate, Online):
             rule = rule or tier.swap_rule(max(slots, default=0))
             self._exchange = SlotExchange(candidate.policy, rule, self._kind_of)
-
-    def _keys(self, n_bytes: int) -> Iterator[Key]:
-        for layer, sizes in enumerate(self._bytes):
-            yield from ((layer, expert) for expert, size in enumerate(sizes) if size == n_bytes)
 
     def run(self, steps: Sequence[Demand]) -> dict[str, Tally]:
         """Tallies of the steps of `prompt` and `answer`."""
@@ -126,7 +128,14 @@ class CacheReplay:
                 self._candidate.observe(visit)
                 self._serve(visit, tally)
             if self._exchange is not None and step.has_answer:
-                self._swap(self._exchange, tally)
+                resident = {key for cache in self._pools.values() for key in cache}
+                for victim, newcomer in self._exchange.choose(resident, self._missed, lambda key: True):
+                    pool = self._pool(victim)
+                    assert pool is not None
+                    pool.free(victim)
+                    pool.acquire(newcomer)
+                    tally.moved_bytes += self._n_bytes([newcomer])
+                self._missed.clear()
             self._candidate.end_step(step)
         return tallies
 
@@ -138,10 +147,10 @@ class CacheReplay:
     def _serve(self, visit: Visit, tally: Tally) -> None:
         here = [key for key in visit.keys if self._is_here(key)]
         absent = [key for key in visit.keys if not self._is_here(key)]
-        ahead = [key for key in here if key in self._read_ahead]
-        tally.hits += len(here) - len(ahead)
-        tally.misses += len(absent) + len(ahead)
-        tally.pending += len(ahead)
+        n_pending = sum(key in self._read_ahead for key in here)
+        tally.hits += len(here) - n_pending
+        tally.misses += len(absent) + n_pending
+        tally.pending += n_pending
         tally.hit_bytes += self._n_bytes(here)
         tally.miss_bytes += self._n_bytes(absent)
         if not self._tier.computes_misses:
@@ -150,10 +159,14 @@ class CacheReplay:
             self._load_if_worth(absent, tally)
         elif self._tier.computes_misses:
             self._missed += absent if visit.is_answer.all() else []
-        elif len(visit.picks) == 1:
+        elif len(visit.selected) == 1:
             self._load_single(visit, absent, tally)
-        else:
-            self._load_batch(here, absent)
+        else:  # those that are here first, the others read while they are multiplied; what is done may leave
+            queue, n_begun = here + absent, len(here)
+            for at in range(len(queue)):
+                end = max(at + 1, len(here)) + IN_FLIGHT
+                self._load(queue[n_begun:end], set(queue[at:end]))
+                n_begun = max(n_begun, min(end, len(queue)))
         self._read_ahead.difference_update(visit.keys)
 
     def _kind_of(self, key: Key) -> int | None:
@@ -215,24 +228,6 @@ class CacheReplay:
         """Takes back what is no longer predicted: should it be used one day, it was there before."""
         self._read_ahead -= self._predicted - keys
         self._predicted = keys
-
-    def _load_batch(self, here: list[Key], absent: list[Key]) -> None:
-        """Those that are here first, the others read while they are multiplied; what is done may leave."""
-        queue, n_begun = here + absent, len(here)
-        for at in range(len(queue)):
-            end = max(at + 1, len(here)) + IN_FLIGHT
-            self._load(queue[n_begun:end], set(queue[at:end]))
-            n_begun = max(n_begun, min(end, len(queue)))
-
-    def _swap(self, exchange: SlotExchange, tally: Tally) -> None:
-        resident = {key for cache in self._pools.values() for key in cache}
-        for victim, newcomer in exchange.choose(resident, self._missed, lambda key: True):
-            cache = self._pool(victim)
-            assert cache is not None
-            cache.free(victim)
-            cache.acquire(newcomer)
-            tally.moved_bytes += self._n_bytes([newcomer])
-        self._missed.clear()
 
 
 def _can_take(cache: SlotCache, pinned: set[Key]) -> bool:

@@ -24,10 +24,10 @@ class Candidate(Protocol):
         """What each expert is worth now."""
 
     def observe(self, visit: Visit) -> None:
-        """Sees a layer's picks before the cache is asked for them."""
+        """Sees the experts that a layer selects before the cache is asked for them."""
 
     def end_step(self, demand: Demand) -> None:
-        """A step is over."""
+        """Called when a step is over."""
 
 
 class Online:
@@ -41,20 +41,20 @@ class Online:
 
     @property
     def keeping(self) -> Values:
-        """What the policy says."""
+        """What each expert is worth to the policy now."""
         return self.policy.keeping
 
     def observe(self, visit: Visit) -> None:
-        """Answers count, prompts at most seed."""
-        for row in visit.picks[visit.is_answer]:
+        """Tells the policy of the tokens of answers one by one, and of those of a prompt in sum."""
+        for row in visit.selected[visit.is_answer]:
             self.policy.decode(visit.layer, [int(expert) for expert in row if expert >= 0])
         if visit.is_answer.all():
             return
-        read = visit.picks[~visit.is_answer]
+        read = visit.selected[~visit.is_answer]
         self.policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.values.shape[1]))
 
     def end_step(self, demand: Demand) -> None:
-        """Ages the values."""
+        """Ages the values after a step of an answer."""
         if demand.has_answer:
             self.policy.end_token()
 
@@ -71,7 +71,7 @@ class OracleStatic:
 
     @property
     def keeping(self) -> Values:
-        """The values."""
+        """What each expert is worth now."""
         return self.values
 
     def observe(self, visit: Visit) -> None:
@@ -102,7 +102,7 @@ class Belady:
 
     @property
     def keeping(self) -> Values:
-        """The values."""
+        """What each expert is worth now."""
         return self.values
 
     def observe(self, visit: Visit) -> None:

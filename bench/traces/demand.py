@@ -6,27 +6,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.router_trace import Trace, TraceLayer, TraceStep
+from slimoe.offload.cache.router_trace import Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Visit:
-    """What a step wants of a layer: `keys`, distinct, in the engine's order, and whose they are.
+    """What a step needs of a layer: the `keys` of distinct experts, in the order in which the engine asks for them.
 
-    `picks` int32 [n_rows, n_used], `is_answer` bool [n_rows]. `predicted` are the experts
-    that the engine then expected of later layers.
+    `selected` int32 [n_rows, n_used] are the experts of each token, -1 for none, `is_answer` bool [n_rows] says which
+    tokens belong to answers. `predicted` are the experts that the engine then expected of later layers.
     """
 
     layer: int
     keys: tuple[Key, ...]
-    picks: NDArray[np.int32]
+    selected: NDArray[np.int32]
     is_answer: NDArray[np.bool_]
     predicted: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
-    """One step. It counts as an answer's if it holds nothing of a prompt."""
+    """What one step needs of all layers. It counts as an answer's if it holds nothing of a prompt."""
 
     visits: tuple[Visit, ...]
     n_tokens: int
@@ -35,20 +35,18 @@ class Demand:
 
 
 def demands(trace: Trace) -> list[Demand]:
-    """All steps of a trace."""
-    return [_demand(step) for step in trace.steps]
-
-
-def _demand(step: TraceStep) -> Demand:
-    n_tokens = sum(run.n_tokens for run in step.runs)
-    is_answer = step.is_answer(n_tokens)
-    visits = tuple(_visit(part, is_answer[n_tokens - len(part.picks) :]) for part in step.layers)
-    return Demand(visits, n_tokens, bool(is_answer.all()), bool(is_answer.any()))
-
-
-def _visit(part: TraceLayer, is_answer: NDArray[np.bool_]) -> Visit:
-    """One token's experts in the router's order, a batch's in the order of their numbers."""
-    chosen = part.picks[part.picks >= 0].tolist()
-    distinct = dict.fromkeys(chosen) if len(part.picks) == 1 else sorted(set(chosen))
-    keys = tuple((part.layer, expert) for expert in distinct)
-    return Visit(part.layer, keys, part.picks, is_answer, part.predicted)
+    """What each step of a trace asks of a cache."""
+    result = []
+    for step in trace.steps:
+        n_tokens = sum(run.n_tokens for run in step.runs)
+        is_answer = step.is_answer(n_tokens)
+        visits = []
+        for part in step.layers:
+            selected = part.picks[part.picks >= 0].tolist()
+            # One token's experts come in the router's order, a batch's in the order of their numbers.
+            distinct = dict.fromkeys(selected) if len(part.picks) == 1 else sorted(set(selected))
+            keys = tuple((part.layer, expert) for expert in distinct)
+            rows = is_answer[n_tokens - len(part.picks) :]
+            visits.append(Visit(part.layer, keys, part.picks, rows, part.predicted))
+        result.append(Demand(tuple(visits), n_tokens, bool(is_answer.all()), bool(is_answer.any())))
+    return result

@@ -1,4 +1,4 @@
-"""Which experts a model chooses, seen through llama.cpp: router logits and router inputs of every token.
+"""Which experts a model selects, seen through llama.cpp: router logits and router inputs of every token.
 
 llama.cpp shows any tensor that it computes, so that the figures are those of an implementation that nobody here
 wrote, and of any file it loads.
@@ -21,16 +21,16 @@ from slimoe.offload.ggml.struct import array_at, tensor_at
 from slimoe.offload.gguf.header import read_gguf
 
 Floats = NDArray[np.float32]
-Picks = NDArray[np.int64]
+ExpertIds = NDArray[np.int64]
 _LOGITS, _INPUT = b"ffn_moe_logits-", b"ffn_inp-"
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """A text's way through the routers.
+    """What the routers said of a text, and what they read.
 
-    `logits` [n_layer, n_tokens, n_expert]; `inputs` [n_layer, n_tokens, n_embd] is the stream before the norm of
-    each feed-forward part; `n_used` experts are chosen per token.
+    `logits` [n_layer, n_tokens, n_expert]; `inputs` [n_layer, n_tokens, n_embd] is the residual stream before the norm
+    of each feed-forward part; each token selects `n_used` experts.
     """
 
     logits: Floats
@@ -43,17 +43,17 @@ class Routing:
         return int(self.logits.shape[2])
 
     @property
-    def picks(self) -> Picks:
-        """The chosen experts [n_layer, n_tokens, n_used], the likeliest first."""
+    def selected(self) -> ExpertIds:
+        """The selected experts [n_layer, n_tokens, n_used], the likeliest first."""
         return best(self.logits, self.n_used)
 
     @property
-    def shares(self) -> Floats:
-        """The weight of each pick [n_layer, n_tokens, n_used]; a token's sum to 1."""
-        chosen = np.take_along_axis(self.logits, self.picks, axis=2)
-        weights = np.exp(chosen - chosen[..., :1])
-        shares: Floats = weights / weights.sum(axis=2, keepdims=True)
-        return shares
+    def expert_weights(self) -> Floats:
+        """The weights of the selected experts [n_layer, n_tokens, n_used]; a token's sum to 1."""
+        logits = np.take_along_axis(self.logits, self.selected, axis=2)
+        exponentials = np.exp(logits - logits[..., :1])
+        weights: Floats = exponentials / exponentials.sum(axis=2, keepdims=True)
+        return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Routers:
         )
 
     def logits(self, layer: int, stream: Floats) -> Floats:
-        """What this layer's router says of a stream [n_tokens, n_embd]."""
+        """The logits [n_tokens, n_expert] of a layer's router for a residual stream [n_tokens, n_embd]."""
         mean_square = np.mean(stream**2, axis=1, keepdims=True)
         normed = stream / np.sqrt(mean_square + self.epsilon) * self.scales[layer]
         result: Floats = normed @ self.weights[layer].T
@@ -94,15 +94,16 @@ def _values(tensor: gguf.ReaderTensor) -> Floats:
     return values
 
 
-def best(scores: Floats, n_used: int) -> Picks:
-    """The `n_used` greatest along the last axis, greatest first; of equals the first."""
-    picks: Picks = np.argsort(-scores, axis=-1, kind="stable")[..., :n_used]
-    return picks
+def best(scores: Floats, n_used: int) -> ExpertIds:
+    """The places of the `n_used` greatest scores along the last axis, greatest first; of equals the first."""
+    ids: ExpertIds = np.argsort(-scores, axis=-1, kind="stable")[..., :n_used]
+    return ids
 
 
 def observe(path: Path, texts: Sequence[Sequence[int]], n_threads: int) -> list[Routing]:
     """Reads texts of token ids, each from an empty cache, and watches the routers; raises ModelFileError."""
-    routers, n_used = Routers.read(path), _n_used(path)
+    n_layer, metadata = len(Routers.read(path).weights), read_gguf(path).metadata
+    n_used = int(metadata[f"{metadata['general.architecture']}.expert_used_count"])
     seen: dict[tuple[bytes, int], list[Floats]] = {}
 
     def watch(address: int, asks: bool, _: Any) -> bool:
@@ -123,14 +124,8 @@ def observe(path: Path, texts: Sequence[Sequence[int]], n_threads: int) -> list[
             seen.clear()
             baseline.truncate(0)
             baseline.score(text)
-            layers = range(len(routers.weights))
             logits, inputs = (
-                np.stack([np.concatenate(seen[kind, layer]) for layer in layers]) for kind in (_LOGITS, _INPUT)
+                np.stack([np.concatenate(seen[kind, layer]) for layer in range(n_layer)]) for kind in (_LOGITS, _INPUT)
             )
             routings.append(Routing(logits, inputs, n_used))
     return routings
-
-
-def _n_used(path: Path) -> int:
-    metadata = read_gguf(path).metadata
-    return int(metadata[f"{metadata['general.architecture']}.expert_used_count"])

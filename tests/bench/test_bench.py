@@ -159,6 +159,18 @@ def test_speed_of_compressed_files_has_its_old_names_too(smoke: Smoke) -> None:
         assert document[f"slim_vs_{base}"] == document[f"compressed_vs_{base}"]
 
 
+@pytest.mark.parametrize("bench", ["offload", "copies_quality"])
+def test_two_copies_have_their_old_name_too(bench: str, smoke: Smoke) -> None:
+    document = smoke(bench)
+    assert document["pair"] == document["copies"]
+
+
+def test_figures_of_routing_have_their_old_names_too(smoke: Smoke) -> None:
+    for figures in (smoke("routing_stats")["mean"], smoke("routing_stats")["by_layer"]):
+        assert figures["first_share"] == figures["first_weight"]
+        assert figures["repeat_pick"] == figures["repeat_selected"]
+
+
 def test_faults_of_the_system_end_in_right_results_or_clear_errors(smoke: Smoke) -> None:
     document = smoke("system_faults")
     assert document["found"] == []

@@ -1,4 +1,4 @@
-"""The bench of lossy modes: figures by hand, and an exact pair that is its better copy to the last bit."""
+"""The bench of lossy modes: figures by hand, and two exact copies that are the better one to the last bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from bench.copies_quality import Mode, measure, parse_mode, smallest_plan, table
 from bench.quality.copies_hints import measure_hints, write_hints
-from bench.quality.copies_scores import Text, bytes_per_token, divergences, picked_bytes, planned
+from bench.quality.copies_scores import Text, bytes_per_token, divergences, planned, selected_bytes
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.engine_plan import plan_engine
@@ -33,7 +33,7 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
     ]
     scored = [row for row in rows if row["mode"] != "no such cache"]
     divergence = {row[name]["kl_mean"] for row in scored for name in ("cold", "warm")}
-    assert len(divergence) == 1, "exact in every room, cold and warm, and the pair is its better copy"
+    assert len(divergence) == 1, "exact in every room, cold and warm, and two copies are the better one"
     assert 0 < divergence.pop() < 0.1
     for row in scored:
         assert row["warm"]["expert_bytes"] == pytest.approx(2 * 2 * 3 * 256 * 512 * 34 / 32)
@@ -44,13 +44,13 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
 
 
 def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
-    """A pick by the smaller copy saves the difference, a skipped one all."""
+    """A selected expert in its smaller copy saves the difference, a skipped one all."""
     model = smallest_plan(tmp_path).file("Q8_0,Q4_K")
     config = engine_config(model, n_ctx=256)
     weights = 3 * 256 * 512
     high, low = weights * 34 // 32, weights * 144 // 256
     counters = {"low_picks": 1.5, "skipped_picks": 0.3, "novice_picks": 0.2, "bytes_read": 900.0, "bytes_wasted": 100.0}
-    figures = bytes_per_token(picked_bytes(config), counters)
+    figures = bytes_per_token(selected_bytes(config), counters)
     assert figures["saved_bytes"] == pytest.approx(1.5 * (high - low) + 0.5 * high)
     assert figures["expert_bytes"] == pytest.approx(4 * high - figures["saved_bytes"])
     assert figures["missed_bytes"] == 800

@@ -226,7 +226,7 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
 
 
 def test_random_copies_run_exact_and_elastic(tmp_path: Path) -> None:
-    path = tmp_path / "pair.gguf"
+    path = tmp_path / "copies.gguf"
     n_bytes = write_random_copies(path, SHAPES["smoke"], "Q4_K", "Q2_K")
     assert n_bytes == path.stat().st_size
     for lossy in (None, "elastic"):

@@ -30,7 +30,7 @@ from slimoe.offload.cache.router_trace import (
 )
 
 ROOT = Path(__file__).parents[2]
-ARENA = Tier(1e9, 10e9, 10e9, computes_misses=False)
+HOST = Tier(1e9, 10e9, 10e9, computes_misses=False)
 DEVICE = Tier(1e9, 100e9, 10e9, computes_misses=True)
 
 
@@ -58,7 +58,7 @@ def random_trace(tmp_path: Path, header: TraceHeader, seed: int, n_prompt: int =
     return read_trace(path)
 
 
-def hits(header: TraceHeader, steps: Sequence[Demand], n_slots: int, candidate: Candidate, tier: Tier = ARENA) -> int:
+def hits(header: TraceHeader, steps: Sequence[Demand], n_slots: int, candidate: Candidate, tier: Tier = HOST) -> int:
     cache = CacheReplay(header, pool_sizes(header, n_slots), candidate, tier)
     tallies = cache.run(steps)
     cache.check()
@@ -111,7 +111,7 @@ def test_the_static_oracle_is_the_best_fixed_set(tmp_path: Path, n_slots: int) -
         assert hits(header, steps, n_slots, OracleStatic(header, steps)) == best
 
 
-@pytest.mark.parametrize("tier", [ARENA, DEVICE], ids=["arena", "device"])
+@pytest.mark.parametrize("tier", [HOST, DEVICE], ids=["host", "device"])
 @pytest.mark.parametrize("n_slots", [1, 2, 5, 9, 15])
 def test_nobody_beats_belady(tmp_path: Path, n_slots: int, tier: Tier) -> None:
     header = header_of(5, 5, 5, n_used=2)
@@ -129,7 +129,7 @@ def test_room_for_everything_never_misses(tmp_path: Path, name: str) -> None:
     header = header_of(5, 0, 3, n_used=2)
     steps = demands(random_trace(tmp_path, header, 1))
     context = PolicyContext(header.n_layer, header.n_expert, 2)
-    cache = CacheReplay(header, pool_sizes(header, 99), Online(make_policy(name, context)), ARENA)
+    cache = CacheReplay(header, pool_sizes(header, 99), Online(make_policy(name, context)), HOST)
     assert all(tally.misses == 0 and tally.hits > 0 for tally in cache.run(steps).values())
 
 
@@ -137,10 +137,10 @@ def test_lru_by_hand_and_what_it_costs() -> None:
     """One layer, two slots, full of a and b at the start: c takes a's, a takes b's, c is hit."""
     header = header_of(3)
     trace = Trace(header, tuple(answers([[[expert]] for expert in (1, 2, 0, 2)])))
-    plan = Plan(trace, pool_sizes(header, 2), ARENA, None)
+    plan = Plan(trace, pool_sizes(header, 2), HOST, None)
     tally = replay(plan, ["lru"])["lru"]["answer"]
     assert (tally.hits, tally.misses, tally.moved_bytes, tally.n_tokens) == (2, 2, 2000, 4)
-    row = figures(tally, ARENA)
+    row = figures(tally, HOST)
     assert row["hit_share"] == 0.5
     assert row["moved_bytes_per_token"] == 500
     assert row["move_ms_per_token"] == pytest.approx(1e3 * 500 / 1e9)
@@ -168,33 +168,33 @@ def test_a_move_that_the_link_makes_too_dear_is_not_made() -> None:
     assert replay(Plan(often, pool_sizes(header, 1), slow, None), ["lfu-decay"])["lfu-decay"]["answer"].moved_bytes == 0
 
 
-def test_what_was_foreseen_takes_slots_and_is_read_once() -> None:
+def test_what_was_predicted_takes_slots_and_is_read_once() -> None:
     """Two layers of three experts, three slots, which hold layer 0 at the start.
 
     At layer 0 experts 0 and 1 of layer 1 are predicted. The latest equal in layer 0 that is not in use leaves for each.
-    Expert 0 is picked, which was read ahead; expert 1 was read in vain, but is a hit at the next token.
+    Expert 0 is selected, which was read ahead; expert 1 was read in vain, but is a hit at the next token.
     """
     header = header_of(3, 3)
     tokens = [[[0], [0]], [[0], [1]]]
     first, second = answers(tokens)
     predicted = replace(first.layers[0], predicted=((1, 0), (1, 1)))
     steps = demands(Trace(header, (replace(first, layers=(predicted, first.layers[1])), second)))
-    cache = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
+    cache = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), HOST)
     tally = cache.run(steps)["answer"]
     cache.check()
     assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (3, 1, 1, 2000)
-    blind = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
+    blind = CacheReplay(header, {1000: 3}, Online(make_policy("static", PolicyContext(2, 3, 1))), HOST)
     tally = blind.run(demands(Trace(header, (first, second))))["answer"]
     assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (2, 0, 2, 2000)
 
 
-def test_what_is_in_use_or_foreseen_does_not_leave_for_what_is_foreseen() -> None:
+def test_what_is_in_use_or_predicted_does_not_leave_for_what_is_predicted() -> None:
     """Two slots: the expert in use keeps its own, the first predicted one takes the other, the second gets none."""
     header = header_of(3, 3)
     (step,) = answers([[[0], [1]]])
     predicted = replace(step.layers[0], predicted=((1, 0), (1, 1)))
     steps = demands(Trace(header, (replace(step, layers=(predicted, step.layers[1])),)))
-    cache = CacheReplay(header, {1000: 2}, Online(make_policy("static", PolicyContext(2, 3, 1))), ARENA)
+    cache = CacheReplay(header, {1000: 2}, Online(make_policy("static", PolicyContext(2, 3, 1))), HOST)
     tally = cache.run(steps)["answer"]
     assert (tally.hits, tally.pending, tally.misses, tally.moved_bytes) == (1, 0, 1, 2000)
 
@@ -202,11 +202,11 @@ def test_what_is_in_use_or_foreseen_does_not_leave_for_what_is_foreseen() -> Non
 def test_a_batch_visits_each_expert_once_and_what_is_here_first() -> None:
     """Slots hold experts 0 and 1; the batch wants 1, 2 and 3: one hit, though 2 and 3 come in."""
     header = header_of(4)
-    picks = np.array([[3], [2], [1], [3], [2]], np.int32)
-    step = TraceStep((TraceRun(PROMPT, 0, 0, 5),), (TraceLayer(0, picks, np.ones(picks.shape, np.float16)),))
+    selected = np.array([[3], [2], [1], [3], [2]], np.int32)
+    step = TraceStep((TraceRun(PROMPT, 0, 0, 5),), (TraceLayer(0, selected, np.ones(selected.shape, np.float16)),))
     (demand,) = demands(Trace(header, (step,)))
     assert demand.visits[0].keys == ((0, 1), (0, 2), (0, 3))
-    cache = CacheReplay(header, {1000: 2}, Online(make_policy("lru", PolicyContext(1, 4, 1))), ARENA)
+    cache = CacheReplay(header, {1000: 2}, Online(make_policy("lru", PolicyContext(1, 4, 1))), HOST)
     tally = cache.run([demand])["prompt"]
     assert (tally.hits, tally.misses, tally.n_tokens) == (1, 2, 5)
 
@@ -219,16 +219,16 @@ def test_experts_of_several_sizes_have_pools_of_their_own(tmp_path: Path) -> Non
     assert pools_within(header, 99) == {10: 3, 30: 1}
     trace = random_trace(tmp_path, header, 3)
     for size in range(13):
-        for phases in replay(Plan(trace, pool_sizes(header, size), ARENA, None), list(CANDIDATES)).values():
+        for phases in replay(Plan(trace, pool_sizes(header, size), HOST, None), list(CANDIDATES)).values():
             assert all(tally.moved_bytes == tally.miss_bytes for tally in phases.values())
 
 
 def test_a_mixed_step_seeds_with_its_prompt_only() -> None:
     """The answer's row in a batch with a prompt counts for itself, and is not taken for the prompt's."""
     header = header_of(4)
-    picks = np.array([[3], [3], [1]], np.int32)
+    selected = np.array([[3], [3], [1]], np.int32)
     runs = (TraceRun(PROMPT, 0, 0, 2), TraceRun(ANSWER, 1, 7, 1))
-    step = TraceStep(runs, (TraceLayer(0, picks, np.ones(picks.shape, np.float16)),))
+    step = TraceStep(runs, (TraceLayer(0, selected, np.ones(selected.shape, np.float16)),))
     policy = make_policy("lfu-decay", PolicyContext(1, 4, 1))
     candidate = Online(policy)
     (demand,) = demands(Trace(header, (step,)))
@@ -253,11 +253,16 @@ def test_the_command_replays_a_file_with_priors_of_another(tmp_path: Path) -> No
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["slots"] == 6
     assert list(document["policies"]) == ["static", "belady"]
-    expected = Plan(read_trace(tmp_path / "trace-1"), {1000: 6}, ARENA, read_trace(tmp_path / "trace-2").rates())
+    expected = Plan(read_trace(tmp_path / "trace-1"), {1000: 6}, HOST, read_trace(tmp_path / "trace-2").rates())
     tally: Tally = replay(expected, ["static"])["static"]["answer"]
     row = document["policies"]["static"]["answer"]
     assert (row["hits"], row["misses"]) == (tally.hits, tally.misses)
+    assert row["pending"] == row["ahead"] == tally.pending, "the field's old name"
     assert row["move_ms_per_token"] == pytest.approx(tally.moved_bytes / tally.n_tokens / 3e9 * 1e3)
+
+
+def test_the_old_name_of_the_host_tier_is_understood() -> None:
+    assert main.make_context("bench", ["--tier", "arena"]).params["tier_name"] == "host"
 
 
 def test_mistakes_are_answered_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, 
     assert counted == ({} if share == 1 else {"hits": tally.hits, "pending": 0, "misses": tally.misses})
 
 
-def test_what_the_engine_foresaw_is_in_its_trace(model: Path, tmp_path: Path) -> None:
+def test_what_the_engine_predicted_is_in_its_trace(model: Path, tmp_path: Path) -> None:
     """For answers only, the next two layers at most, never more than are used."""
     config = engine_config(model, n_ctx=256, n_threads=1, trace=tmp_path / "trace")
     trace, counted = record(tiered_engine(config, 0.5, n_ahead=2), tmp_path / "trace", n_prompt=20)

@@ -10,7 +10,7 @@ import transformers
 from bench.baselines.stepping import random_tokens
 from bench.models.random_model import SHAPES, write_random_model
 from bench.models.topics import N_TOPICS, TOPIC_TOKENS, natural_tokens, topical_rows
-from bench.routing_stats import first_repeats, lookahead, lru_hits, pick_repeats, pick_shares, statistics
+from bench.routing_stats import first_repeats, frequencies, lookahead, lru_hits, repeats, statistics
 from bench.traces.routing import Routers, Routing, best, observe
 from slimoe.converter.plain.convert import ConvertOptions, convert
 
@@ -31,10 +31,10 @@ def test_routers_are_seen_as_transformers_shows_them(moe_checkpoint: Path, conve
     assert routing.n_used == model.config.num_experts_per_tok
     np.testing.assert_allclose(routing.logits, expected, atol=0.02)  # the F16 cache of llama.cpp
     weights = torch.softmax(torch.from_numpy(expected), dim=-1).topk(routing.n_used, dim=-1)
-    assert (routing.picks == weights.indices.numpy()).mean() > 0.98
-    np.testing.assert_allclose(routing.shares.sum(axis=2), 1, rtol=1e-6)
+    assert (routing.selected == weights.indices.numpy()).mean() > 0.98
+    np.testing.assert_allclose(routing.expert_weights.sum(axis=2), 1, rtol=1e-6)
     theirs = weights.values / weights.values.sum(dim=-1, keepdim=True)
-    np.testing.assert_allclose(routing.shares, theirs.numpy(), atol=0.02)
+    np.testing.assert_allclose(routing.expert_weights, theirs.numpy(), atol=0.02)
 
 
 def test_a_router_on_its_own_input_says_what_was_seen(converted: Path) -> None:
@@ -47,36 +47,38 @@ def test_a_router_on_its_own_input_says_what_was_seen(converted: Path) -> None:
     by_hand = [
         len(set(row) & set(other)) / routing.n_used
         for row, other in zip(
-            routing.picks[1].tolist(), best(routers.logits(1, routing.inputs[0]), routing.n_used).tolist(), strict=True
+            routing.selected[1].tolist(),
+            best(routers.logits(1, routing.inputs[0]), routing.n_used).tolist(),
+            strict=True,
         )
     ]
     assert ahead == pytest.approx([np.mean(by_hand)])
 
 
-def of_picks(*picks: tuple[int, int]) -> Routing:
-    """One layer of four experts that chooses these two of each token."""
-    logits = np.full((1, len(picks), 4), -9, np.float32)
-    for token, (first, second) in enumerate(picks):
+def selecting(*experts: tuple[int, int]) -> Routing:
+    """One layer of four experts, of which each token selects these two."""
+    logits = np.full((1, len(experts), 4), -9, np.float32)
+    for token, (first, second) in enumerate(experts):
         logits[0, token, first], logits[0, token, second] = 2, 1
-    return Routing(logits, np.zeros((1, len(picks), 8), np.float32), n_used=2)
+    return Routing(logits, np.zeros((1, len(experts), 8), np.float32), n_used=2)
 
 
 def test_figures_by_hand() -> None:
-    text = of_picks((0, 1), (0, 2), (2, 0), (1, 3))
-    assert pick_shares([text])[0] == pytest.approx([3 / 8, 2 / 8, 2 / 8, 1 / 8])
+    text = selecting((0, 1), (0, 2), (2, 0), (1, 3))
+    assert frequencies([text])[0] == pytest.approx([3 / 8, 2 / 8, 2 / 8, 1 / 8])
     assert first_repeats([text]) == pytest.approx([1 / 3])
-    assert pick_repeats([text]) == pytest.approx([(1 / 2 + 1 + 0) / 3])
+    assert repeats([text]) == pytest.approx([(1 / 2 + 1 + 0) / 3])
     assert lru_hits([text], 2) == pytest.approx([3 / 8])
     assert lru_hits([text], 3) == pytest.approx([4 / 8])
     assert lru_hits([text], 4) == pytest.approx([4 / 8])
-    assert text.shares[0, 0] == pytest.approx([np.e / (1 + np.e), 1 / (1 + np.e)])
+    assert text.expert_weights[0, 0] == pytest.approx([np.e / (1 + np.e), 1 / (1 + np.e)])
 
 
 def test_nothing_repeats_from_one_text_to_the_next() -> None:
     """The last token of a text is not the one before the next text's first; a cache stays as it is."""
-    texts = [of_picks((0, 1), (2, 3)), of_picks((2, 3), (0, 1))]
+    texts = [selecting((0, 1), (2, 3)), selecting((2, 3), (0, 1))]
     assert first_repeats(texts) == pytest.approx([0])
-    assert pick_repeats(texts) == pytest.approx([0])
+    assert repeats(texts) == pytest.approx([0])
     assert lru_hits(texts, 2) == pytest.approx([2 / 8])
 
 
@@ -108,7 +110,7 @@ def test_embeddings_of_a_topic_lean_the_same_way() -> None:
     assert np.mean([alike[t, t + 1] for t in range(N_TOPICS)]) == pytest.approx(0, abs=0.04)
 
 
-def test_natural_routing_lasts_longer_and_is_foreseen_better(tmp_path: Path) -> None:
+def test_natural_routing_lasts_longer_and_is_predicted_better(tmp_path: Path) -> None:
     """Between chance and a trained model: where published figures of Mixtral and those of a small one lie."""
     means = {}
     for routing, tokens in (("natural", natural_tokens), ("uniform", random_tokens)):
