@@ -76,11 +76,11 @@ class Lab:
 
     @property
     def bf16_bytes(self) -> int:
-        """All weights in 16 bits."""
+        """The bytes of all weights in 16 bits."""
         return 2 * sum(int(np.prod(shape)) for shape in self.source.shapes.values())
 
     def evaluated(self, path: Path) -> Row:
-        """A file's figures; the file is deleted."""
+        """The size of a file and how it compares with the checkpoint; the file is deleted."""
         n_bytes = path.stat().st_size
         quality: Quality = summarise(self.reference.compare(open_source(path)))
         path.unlink()
@@ -93,7 +93,7 @@ class Lab:
         }
 
     def ours(self, recipe: Recipe) -> Row:
-        """The file of a recipe; its bytes never exceed the budget."""
+        """The figures of the file that our recipe makes; its bytes never exceed the recipe's budget."""
         plan = plan_compression(self.source, self.statistics, recipe, n_threads=self.n_threads)
         path = self.directory / "ours.gguf"
         quantiser = chosen_quantiser(self.source, plan, self.statistics, self.n_threads)
@@ -106,7 +106,7 @@ class Lab:
 
 
 def baselines(lab: Lab, say: Say) -> list[Row]:
-    """llama.cpp's mixes, and ours of the same bytes: stock and native, each with feedback as well."""
+    """Rows of llama.cpp's mixes, and of ours with the same bytes: stock and native, with and without error feedback."""
     whole, rows = lab.directory / "whole.gguf", []
     convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
     importance = {
@@ -134,7 +134,7 @@ def _sized(kind: str, n_bytes: int, feedback: bool) -> Recipe:
 
 
 def budgets(lab: Lab, say: Say) -> list[Row]:
-    """More and more bits, and whatever may be left out for them: the divergence must not rise."""
+    """Rows of growing budgets, for which whatever pays may be left out: the divergence must not rise."""
     rows = []
     for bits in BITS:
         row: Row = {"name": f"{bits} bits", "bits": bits}
@@ -148,7 +148,7 @@ def budgets(lab: Lab, say: Say) -> list[Row]:
 
 
 def recipes(lab: Lab, say: Say) -> list[Row]:
-    """Two tight budgets, spent our way and by the recipes of others."""
+    """Rows of two tight budgets, spent our way and by the recipes of others."""
     rows = []
     for share in SHARES:
         budget = int(share * lab.bf16_bytes)
@@ -160,7 +160,7 @@ def recipes(lab: Lab, say: Say) -> list[Row]:
 
 
 def ways(lab: Lab, budget: int) -> Iterator[tuple[str, Recipe | None]]:
-    """Ours, and recipes of others that give up as little as meets the budget; None if nothing does."""
+    """Yields names and recipes: ours, and those of others that leave out as little as they can, None if none fits."""
     yield "ours", Recipe(target_size=budget)
     for kind, feedback in product(("native", "stock"), (False, True)[: 1 + lab.feedback]):
         yield f"ours, {kind}{', feedback' if feedback else ''}", _sized(kind, budget, feedback)
@@ -197,7 +197,7 @@ def _line(row: Row) -> str:
 
 
 def as_json(found: Mapping[str, list[Row]]) -> Row:
-    """All rows; ratios by name at the top, and whether divergences fall as budgets grow."""
+    """All rows as one document: ratios by name at the top, and whether divergences fall as budgets grow."""
     ratios = {row["name"]: row["kl_vs_llamacpp"] for row in found.get("baselines", []) if "kl_vs_llamacpp" in row}
     document: Row = {"kl_vs_llamacpp": ratios}
     rows = [row for row in found.get("budgets", []) if "kl" in row]
@@ -217,7 +217,7 @@ def read_windows(source: ModelSource, texts: tuple[str, ...], n_windows: int) ->
 
 
 def smoke(lab: Lab, say: Say) -> list[Row]:
-    """One small budget, and a recipe that others would spend it by."""
+    """Rows of two small files, of our recipe and of one that drops a layer's experts."""
     few = StorageRecipe(candidates=("Q4_0", "Q8_0"))
     drop = Recipe(drop_ffn=1, types=StorageRecipe(expert="Q4_0"), hints=False)
     rows = [
@@ -228,7 +228,7 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
 
 
 def smoke_lab(directory: Path) -> Lab:
-    """A random model, learnt from random tokens."""
+    """A random checkpoint, calibrated and evaluated on random tokens."""
     write_random_checkpoint(directory / "checkpoint", SHAPES["smoke"])
     source = open_source(directory / "checkpoint")
     rng = np.random.default_rng(1)

@@ -36,7 +36,7 @@ OLD_FLAGS = {"slim": "files"}
 
 
 def parse_types(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    """Names of types with commas between them."""
+    """Reads names of types with commas between them; raises BadParameter."""
     names = tuple(name.strip().upper() for name in text.split(","))
     wrong = [name for name in names if name not in CANDIDATES]
     if wrong:
@@ -45,7 +45,7 @@ def parse_types(_context: click.Context, _option: click.Parameter, text: str) ->
 
 
 def smallest(plan: Plan) -> Plan:
-    """The same in seconds, with one compressed file and types that are quick to make."""
+    """The plan cut down to seconds: the smallest shape, one compressed file, and types that are quick to make."""
     compressed, types = ("native",) if "native" in plan.compressed else plan.compressed[:1], ("Q3_K", "Q6_K")
     plan = replace(plan, shape=SHAPES["smoke"], compressed=compressed, types=types, priced=types, bits=4.0)
     return replace(plan, n_tokens=64, n_decode=4, n_rounds=1, n_threads=1, alone=False)

@@ -28,7 +28,7 @@ class StepFailedError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class CalibrationJob:
-    """Learns from texts of token ids, `n_sensitivity` of them backwards too, and prices `types`.
+    """Calibrates on texts of token ids, the first `n_sensitivity` tokens backwards too, and prices `types`.
 
     The pass tries no types on experts; `tried` are tried on the first expert alone, to know how long that takes.
     """
@@ -45,7 +45,7 @@ class CalibrationJob:
 
 @dataclass(frozen=True, slots=True)
 class ConversionJob:
-    """Converts everything to the type `kind`."""
+    """Converts a checkpoint to the type `kind`."""
 
     source: str
     target: str
@@ -55,7 +55,7 @@ class ConversionJob:
 
 @dataclass(frozen=True, slots=True)
 class CompressionJob:
-    """Carries out a recipe, which is the text of its TOML file."""
+    """Compresses a checkpoint by a recipe, which is the text of its TOML file."""
 
     source: str
     target: str
@@ -81,7 +81,7 @@ class Taken:
 
     @property
     def seconds(self) -> float:
-        """All parts."""
+        """The seconds of all parts."""
         return sum(self.parts.values())
 
 
@@ -93,7 +93,7 @@ class Laps:
         self._what, self._begin = "", time.perf_counter()
 
     def now(self, what: str, _done: int = 0, _all: int = 0) -> None:
-        """What is done now; whatever was done before is over if it had another name."""
+        """Begins the part of the work that is named, and ends the one before if that had another name."""
         if what != self._what:
             end = time.perf_counter()
             if self._what:
@@ -102,7 +102,7 @@ class Laps:
 
 
 def calibration(job: CalibrationJob, laps: Laps) -> dict[str, int]:
-    """Measures and saves; raises as `calibrate` does."""
+    """Calibrates and saves the statistics; raises as `calibrate` does."""
     import torch
 
     from slimoe.converter.forward.texts import CalibrationText
@@ -149,7 +149,7 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
 
 
 def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
-    """Converts; raises as `convert` does."""
+    """Converts; returns bytes by type. Raises as `convert` does."""
     from slimoe.converter.plain.convert import ConvertOptions, convert
 
     laps.now("write")
@@ -157,7 +157,7 @@ def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
 
 
 def compressing(job: CompressionJob, laps: Laps) -> dict[str, int]:
-    """Plans and writes; raises as `plan_compression` and `write_planned` do."""
+    """Plans and writes; returns bytes by type. Raises as `plan_compression` and `write_planned` do."""
     from slimoe.converter.budget.compress import plan_compression
     from slimoe.converter.recipe.fields import SourceSizes
     from slimoe.converter.recipe.toml_file import parse_recipe

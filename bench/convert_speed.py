@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def checkpoint(self) -> Path:
-        """Our input."""
+        """The checkpoint that our conversion reads."""
         return self.directory / "checkpoint"
 
     @property
     def bf16(self) -> Path:
-        """llama.cpp's input."""
+        """The same weights as a GGUF file in BF16, which llama.cpp reads."""
         return self.directory / "bf16.gguf"
 
 
@@ -120,7 +120,7 @@ def same_blocks(ours: Path, theirs: Path) -> bool:
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """All rounds, ours and llama.cpp's in turn; one of each goes before and does not count."""
+    """The figures of all rounds, ours and llama.cpp's in turn; one of each goes before and does not count."""
     ours, theirs = plan.directory / "ours.gguf", plan.directory / "theirs.gguf"
     rounds = [(convert_once(plan, ours), quantize_once(plan, theirs)) for _ in range(plan.n_rounds + 1)][1:]
     largest = max(tensor.n_elements for tensor in read_gguf(ours).tensors.values())

@@ -116,7 +116,7 @@ def reference(plan: Plan) -> list[Text]:
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row per mode and room; a mode that the engine refuses has its sentence in place of figures."""
+    """A row per mode and room; a mode that the engine refuses has the refusal in place of figures."""
     texts = reference(plan)
     whole = total_expert_bytes(plan.file(plan.copies))
     rows = []

@@ -75,7 +75,7 @@ class Report:
     engine: dict[str, Any]
 
     def seconds(self, name: str, depth: int, phase: str) -> float:
-        """Median over the rounds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
+        """The median of the rounds' seconds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
         return float(statistics.median(getattr(timing, phase) for timing in self.timings[name, depth]))
 
     def ratio(self, depth: int, phase: str) -> float:
@@ -148,7 +148,7 @@ def python_share(engine: Engine, tokens: list[int]) -> float:
 
 
 def read_vocabulary_size(model: Path) -> int:
-    """Rows of the token embedding."""
+    """The size of a model's vocabulary, which its token embedding has rows for."""
     return read_gguf(model).tensors["token_embd.weight"].ne[1]
 
 

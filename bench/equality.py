@@ -71,7 +71,7 @@ def score_singly(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
 
 
 def greedy(engine: Engine, prompt: Sequence[int], n_tokens: int) -> list[int]:
-    """The likeliest token, so many times, whether or not one of them ends a text."""
+    """The `n_tokens` that greedy decoding finds after a prompt, whether or not one of them ends a text."""
     engine.truncate(0)
     tokens = [int(engine.prefill(prompt).argmax())]
     while len(tokens) < n_tokens:
@@ -80,14 +80,14 @@ def greedy(engine: Engine, prompt: Sequence[int], n_tokens: int) -> list[int]:
 
 
 def text_tokens(plan: Plan, engine: Engine) -> list[int]:
-    """Tokens to compare on: of the text, or random ones."""
+    """The tokens to compare on: of the text, or random ones where there is none."""
     if plan.text is None or engine.tokenizer is None:
         return random_tokens(plan.n_tokens, engine.spec.n_vocab)
     return engine.tokenizer.encode(plan.text.read_text("utf-8"), add_bos=True)[: plan.n_tokens]
 
 
 def compare_with_transformers(plan: Plan) -> dict[str, Any]:
-    """The F32 file with an F32 cache next to transformers in float32."""
+    """Compares the F32 file with an F32 cache to transformers in float32: logits, and greedy tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(plan.checkpoint, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     n_ctx = max(plan.n_tokens, 64 + plan.n_greedy)
@@ -116,7 +116,7 @@ def prompt_tokens(plan: Plan, engine: Engine) -> list[list[int]]:
 
 
 def compare_with_llamacpp(plan: Plan, kind: str) -> dict[str, float]:
-    """Divergence of our distributions from llama.cpp's on the same file, over the tokens."""
+    """The KL divergences of our distributions from llama.cpp's on the same file, over the tokens."""
     path = plan.converted(kind)
     n_ctx = -(-plan.n_tokens // 256) * 256
     config = EngineConfig(
@@ -145,7 +145,7 @@ def baseline_scores(plan: Plan, path: Path, tokens: Sequence[int], *, repack: bo
 
 
 def divergence(name: str, logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Mean and largest divergence over the rows; rounding can make a tiny one negative."""
+    """The mean and the largest KL divergence over the rows; one that rounding made negative counts as 0."""
     each = [max(0.0, kl_divergence(ours, theirs)) for ours, theirs in zip(logits, reference, strict=True)]
     return {f"{name}mean": float(np.mean(each)), f"{name}max": max(each)}
 
@@ -160,7 +160,7 @@ def table(by_type: dict[str, dict[str, float]]) -> Table:
 
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
-    """All comparisons."""
+    """Carries out all comparisons; returns their figures as one document."""
     document = compare_with_transformers(plan)
     console.print(
         f"transformers, F32: logits differ by at most {document['max_logit_difference']:.1e}; "

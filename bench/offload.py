@@ -59,7 +59,7 @@ class Lengths:
 
 
 def make_plan(model: Path, own_model: Path, limits: tuple[Limit, ...], routing: str, lengths: Lengths) -> Plan:
-    """What to run with one thread; raises ModelFileError."""
+    """The runs of both files with one thread; raises ModelFileError."""
     n_tokens = lengths.n_prompt + lengths.n_warm + lengths.n_measured
     tokens = TOKENS[routing](n_tokens, read_gguf(model).tensors["token_embd.weight"].ne[1])
     return Plan(
@@ -121,7 +121,7 @@ def opened(model: str, copies: str | None, routing: str) -> Iterator[tuple[Path,
 
 
 def write_copies(directory: Path, shape: str, copies: str, routing: str) -> tuple[Path, Path]:
-    """The same random weights twice: a stock file of the better type, and one with both copies of every expert."""
+    """Writes the same random weights twice: a stock file of the better type, and a file with two copies of experts."""
     checkpoint, stock, native = (
         directory / "checkpoint",
         directory / f"{shape}.gguf",
@@ -135,7 +135,7 @@ def write_copies(directory: Path, shape: str, copies: str, routing: str) -> tupl
 
 
 def smoke_limits() -> tuple[Limit, ...]:
-    """A wide one, or none where none can be set."""
+    """A limit that holds everything, or none where no limit can be set."""
     try:
         with memory_group(1 << 30):
             return (_SMOKE_LIMIT,)

@@ -37,7 +37,7 @@ PHASES = ("answer", "prompt")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is replayed: slots by expert size, and what the policies know beforehand."""
+    """A trace to replay through a tier with slots by expert bytes; `priors` is what policies know beforehand."""
 
     trace: Trace
     slots: dict[int, int]
@@ -66,7 +66,7 @@ def replay(plan: Plan, names: Sequence[str]) -> dict[str, dict[str, Tally]]:
 
 
 def figures(tally: Tally, tier: Tier) -> dict[str, float]:
-    """Counts, and charges per token in milliseconds."""
+    """Counts of a tally, and what its tokens cost in milliseconds each."""
     move, compute = (1e3 * seconds / max(1, tally.n_tokens) for seconds in tier.seconds(tally))
     return {
         "tokens": tally.n_tokens,
@@ -99,7 +99,10 @@ def table(plan: Plan, results: dict[str, dict[str, dict[str, float]]]) -> Table:
 
 
 def make_plan(trace: Trace, size: int | str, tier: Tier, priors: Path | None) -> Plan:
-    """`size` is a number of slots, or text such as 8GiB or 50%. Raises UsageError and TraceFileError."""
+    """The plan for a tier of `size`, a number of slots or a text such as 8GiB or 50%.
+
+    Raises UsageError and TraceFileError.
+    """
     experts = experts_by_size(trace.header)
     if not experts:
         raise UsageError("The trace is of a model without experts. Record a mixture of experts.")

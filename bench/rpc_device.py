@@ -74,7 +74,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One engine and its replay; `kl` is the largest of a token's to the CPU's logits."""
+    """What an engine and its replay counted; `kl` is the largest KL divergence of a token from the CPU's logits."""
 
     share: float
     policy: str
@@ -89,18 +89,18 @@ class Run:
 
     @property
     def bytes_difference(self) -> float:
-        """The engine's bytes against the replay's, relative to the larger ones."""
+        """The difference of uploaded bytes between engine and replay, relative to the larger ones."""
         counts = self.engine.uploaded_bytes_per_token, self.replay.uploaded_bytes_per_token
         return abs(counts[0] - counts[1]) / max(1.0, *counts)
 
     @property
     def hit_difference(self) -> float:
-        """The difference of the hit shares."""
+        """The difference of the hit shares of engine and replay."""
         return abs(self.engine.hit_share - self.replay.hit_share)
 
 
 def plan_with_room(config: EngineConfig, share: float) -> EngineConfig:
-    """The configuration whose device has slots for so many of the experts; raises UsageError without experts."""
+    """The configuration whose device has slots for a `share` of the experts; raises UsageError without experts."""
     shortfall = plan_engine(changed(config, {"vram": ("1",)})).shortfall
     layers = [
         layer for layer in plan_engine(changed(config, {"device": "none", "rpc": ()})).layers if layer is not None
@@ -130,7 +130,7 @@ def read_all(engine: Engine, job: Job) -> tuple[list[Logits], dict[str, float]]:
 
 
 def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], trace: Path) -> Run:
-    """Runs an engine and its replay."""
+    """Runs an engine, replays its trace, and compares both; raises as `check` and `Engine.open` do."""
     config = changed(plan_with_room(job.config, share), {"policy": policy, "trace": trace})
     check(plan_engine(config))
     with closing(Engine.open(config)) as engine:
@@ -190,7 +190,7 @@ def device_config(config: EngineConfig, device: str | None) -> Iterator[EngineCo
 
 
 def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[Run]:
-    """All runs, one after the other."""
+    """Carries out all runs, one after the other; raises as `run_case` does."""
     with closing(Engine.open(changed(job.config, {"device": "none", "rpc": (), "weights": "copied"}))) as engine:
         expected, _ = read_all(engine, job)
     with tempfile.TemporaryDirectory(prefix="slimoe-trace-") as directory:

@@ -41,7 +41,7 @@ class Case:
 
 
 class Tally:
-    """What came of all cases."""
+    """How all cases ended until now."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class Tally:
             print(f"WRONG {self.wrong[-1]}", file=sys.stderr, flush=True)
 
     def document(self, seconds: float) -> dict[str, object]:
-        """All of it as JSON has it."""
+        """The counts as a JSON document."""
         return {
             "bench": "system_faults",
             "cases": self.outcomes.total(),
@@ -74,7 +74,7 @@ class Tally:
 
 
 def draw_cases(scenario: Scenario, counts: dict[Fault, int], n_cases: int, draw: random.Random) -> list[Case]:
-    """Faults of all kinds in turn that the command can meet, each somewhere among the calls that it makes."""
+    """Draws faults of all kinds in turn that the command can meet, each somewhere among the calls that it makes."""
     met = [fault for fault in scenario.faults() if counts[fault]]
     draw.shuffle(met)
     cases = []
@@ -89,7 +89,7 @@ def draw_cases(scenario: Scenario, counts: dict[Fault, int], n_cases: int, draw:
 def count_calls(
     scenario: Scenario, places: Places, commands: ForkedCommands, library: FaultLibrary
 ) -> dict[Fault, int]:
-    """How many calls of each fault's kind the command makes, by trying without one."""
+    """How many calls of each fault's kind the command makes, counted in runs without any fault."""
     counts: dict[str, dict[str, int]] = {}
     for pattern in {fault.pattern for fault in scenario.faults()}:
         places.clear(with_old=True)

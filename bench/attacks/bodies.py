@@ -52,7 +52,7 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class HostileRequest:
-    """Pieces of bytes to send one after the other; how long to wait between them, and whether they are all there is.
+    """The bytes of a request, in pieces to send one after the other with `pause` seconds between.
 
     `n_replies` complete requests are in it. A request that is not `is_whole` need not be answered, and one that is
     `is_abandoned` has its connection closed when the answer begins.
@@ -67,12 +67,12 @@ class HostileRequest:
 
     @property
     def bytes(self) -> bytes:
-        """All of it."""
+        """All pieces together."""
         return b"".join(self.pieces)
 
 
 def hostile_request(seed: int, case: int) -> HostileRequest:
-    """One of them."""
+    """The request of a seed and a case's number, always the same."""
     rng = random.Random(f"{seed}/{case}")
     path = rng.choice(PATHS)
     content = _content(rng, path)
@@ -82,7 +82,7 @@ def hostile_request(seed: int, case: int) -> HostileRequest:
 
 
 def sound_body(rng: random.Random, path: str) -> dict[str, Any]:
-    """What a client might send."""
+    """A body that a client might send to a path, with nothing wrong in it."""
     if path == "/tokenize":
         return {"content": _text(rng), "add_special": True, "with_pieces": rng.random() < 0.5}
     if path == "/detokenize":
@@ -200,7 +200,7 @@ def _bad_length(rng: random.Random, path: str, content: bytes) -> HostileRequest
 
 @functools.cache
 def _blanks(n_bytes: int) -> bytes:
-    """So many blanks, packed: a member of a gzip stream."""
+    """A member of a gzip stream that unpacks to `n_bytes` blanks."""
     return gzip.compress(b" " * n_bytes, 1, mtime=0)
 
 

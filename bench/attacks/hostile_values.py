@@ -33,7 +33,7 @@ TEXTS = (
 
 
 def value(rng: random.Random, depth: int = 3) -> Any:
-    """Any value: a scalar more often than not."""
+    """A value at random, a scalar more often than not; `depth` is how deep lists and objects may nest."""
     kind = rng.randrange(12 if depth else 8)
     if kind < 3:
         return rng.choice(NUMBERS)
@@ -51,7 +51,7 @@ def value(rng: random.Random, depth: int = 3) -> Any:
 
 
 def nested(rng: random.Random, depth: int) -> Any:
-    """Lists in lists, or objects in objects."""
+    """Lists in lists, or objects in objects, `depth` of them."""
     inner: Any = rng.choice((0, "x", None))
     is_list = rng.random() < 0.5
     for _ in range(depth):
@@ -60,7 +60,7 @@ def nested(rng: random.Random, depth: int) -> Any:
 
 
 def paths(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value in a document, its own included."""
+    """The keys and places that lead to every value in a document; the document's own path is empty."""
     yield here
     if isinstance(document, dict):
         for key, inner in document.items():
@@ -71,7 +71,7 @@ def paths(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def changed(document: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy of the document with another value there."""
+    """A copy of the document with a `new` value at the path."""
     if not path:
         return new
     copy = dict(document) if isinstance(document, dict) else list(document)
@@ -80,7 +80,7 @@ def changed(document: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def without(document: Any, path: tuple[Any, ...]) -> Any:
-    """A copy of the document that lacks that value; itself where that is all of it."""
+    """A copy of the document without the value at the path; the document itself where the path is empty."""
     if not path:
         return document
     copy = dict(document) if isinstance(document, dict) else list(document)

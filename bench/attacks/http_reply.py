@@ -77,7 +77,7 @@ def _dechunked(data: bytes) -> tuple[bytes, bytes]:
 
 
 def fault_of(reply: HttpReply, method: str = "POST") -> str | None:
-    """What the API promises and this answer is not, None if all is well."""
+    """How an answer breaks what the API promises, None if it does not."""
     if reply.status >= 500 and not (reply.status == 503 and "retry-after" in reply.headers):
         return f"status {reply.status}: {reply.body[:300].decode('utf-8', 'replace')}"
     if method == "HEAD" or reply.status == 204:
@@ -96,7 +96,7 @@ def fault_of(reply: HttpReply, method: str = "POST") -> str | None:
 
 
 def error_fault(document: dict[str, Any]) -> str | None:
-    """What an error's document lacks, None for nothing."""
+    """What is wrong with the JSON document of an error, None if nothing is."""
     error = document.get("error")
     if not isinstance(error, dict) or not isinstance(error.get("message"), str) or not error["message"].strip():
         return "an error without a message"
@@ -108,7 +108,7 @@ def error_fault(document: dict[str, Any]) -> str | None:
 
 
 def stream_fault(body: bytes) -> str | None:
-    """What makes a body no whole stream of events, None if it is one."""
+    """What is wrong with the body of a stream of events, None if nothing is."""
     blocks = body.decode("utf-8", "replace").split("\n\n")
     events = [block.partition("data: ")[2] for block in blocks if "data: " in block]
     if not events:
@@ -123,7 +123,7 @@ def stream_fault(body: bytes) -> str | None:
 
 
 def strict_json(data: bytes) -> Any:
-    """A JSON document without NaN, infinities and lone surrogates; raises ValueError."""
+    """Reads a JSON document; raises ValueError, also for NaN, infinities and lone surrogates."""
     document = json.loads(data.decode("utf-8"), parse_constant=_refuse)
     json.dumps(document, ensure_ascii=False).encode("utf-8")
     return document

@@ -30,12 +30,12 @@ from slimoe.server import cli
 CPU_SECONDS, WALL_SECONDS = 10, 60
 _MAX_ADDRESSES = 4 << 30
 _COMMANDS = ("convert", "inspect", "plan", "run")
-_SLIMMING = ("slimoe.converter.stats.calibrate", "slimoe.server.jobs.compress")  # with torch, seconds
+_TORCH = ("slimoe.converter.stats.calibrate", "slimoe.server.jobs.compress")  # with torch, seconds
 
 
 @dataclass(frozen=True, slots=True)
 class ReadingJob:
-    """Cases `first` to `first + n_cases` of a seed, of the specimens below `root`, so many at once.
+    """Cases `first` to `first + n_cases` of a seed, of the specimens below `root`, `n_jobs` at once.
 
     If they are `sound`, the specimens themselves are read in place of mutants, one for each case.
     """
@@ -77,19 +77,19 @@ class _Running:
 
 
 def main() -> None:
-    """Carry out the job."""
+    """Carries out the job on stdin; prints each reading as a line of JSON."""
     job = ReadingJob(**json.loads(sys.stdin.read()))
     listed = json.loads((Path(job.root) / "specimens.json").read_text())
     specimens = [Specimen(**one | {"folder": Path(one["folder"])}) for one in listed]
     needs_calibration = {"statistics", "recipe"} & {one.kind for one in specimens}
-    for name in (*(f"slimoe.server.commands.{name}" for name in _COMMANDS), *(_SLIMMING if needs_calibration else ())):
+    for name in (*(f"slimoe.server.commands.{name}" for name in _COMMANDS), *(_TORCH if needs_calibration else ())):
         importlib.import_module(name)
     for reading in _read_all(job, specimens):
         print(json.dumps(asdict(reading)), flush=True)
 
 
 def specimen_of(specimens: list[Specimen], seed: int, case: int) -> tuple[Specimen, random.Random]:
-    """What a case is a mutant of, all kinds in turn, and the chance that makes it."""
+    """The specimen that a case is a mutant of, all kinds in turn, and the random numbers that make the mutant."""
     kinds = list(dict.fromkeys(specimen.kind for specimen in specimens))
     rng = random.Random(f"{seed}/{case}")
     return rng.choice([one for one in specimens if one.kind == kinds[case % len(kinds)]]), rng

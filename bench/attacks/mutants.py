@@ -32,7 +32,7 @@ def mutant(kind: str, name: str, data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged(rng: random.Random, data: bytes, n_header: int = 0) -> bytes:
-    """Flipped, lost, repeated and overwritten bytes, four out of five in the first `n_header` ones."""
+    """The data with flipped, lost, repeated or overwritten bytes, four out of five in the first `n_header` ones."""
     broken = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 3, 20))):
         span = n_header if n_header and rng.random() < 0.8 else len(broken)
@@ -128,7 +128,7 @@ def _toml_value(inner: Any) -> str:
 
 
 def safetensors_mutant(rng: random.Random, data: bytes) -> bytes:
-    """A header that is another JSON document, or other numbers behind a sound one."""
+    """A safetensors file whose header is another JSON document, or with other numbers behind a sound header."""
     length = int.from_bytes(data[:8], "little")
     header, payload = data[8 : 8 + length], data[8 + length :]
     kind = rng.randrange(6)
@@ -161,7 +161,7 @@ def _other_numbers(rng: random.Random, payload: bytes) -> bytes:
 
 
 def protobuf_mutant(rng: random.Random, data: bytes) -> bytes:
-    """A message with a field more, of any number and wire type, one that lasts for ever, or pieces twice."""
+    """A protobuf message with one field more, of any number and wire type, with one that never ends, or twice."""
     kind = rng.randrange(5)
     number, wire = rng.choice((1, 2, 3, 4, 99, 2**20)), rng.randrange(8)
     tag = _varint(number << 3 | wire)

@@ -194,7 +194,7 @@ async def _alone(server: Victim, prompt: str) -> str:
 
 
 async def _kill(plan: SoakPlan, session: aiohttp.ClientSession, server: Victim, course: _Course) -> None:
-    """At equal distances, so that each engine has the same time."""
+    """Kills the engine at equal distances, so that each engine has the same time."""
     for _ in range(plan.n_kills):
         await asyncio.sleep(plan.seconds / (plan.n_kills + 1))
         with contextlib.suppress(aiohttp.ClientError, ProcessLookupError):
@@ -205,7 +205,7 @@ async def _kill(plan: SoakPlan, session: aiohttp.ClientSession, server: Victim, 
 
 
 async def _sample(session: aiohttp.ClientSession, server: Victim, course: _Course, end: float) -> None:
-    """Memory and the tiers' counters, which begin again with each engine."""
+    """Notes the memory and the tiers' counters, which begin again with each engine."""
     last: Counter[str] = Counter()
     while time.monotonic() < end:
         course.memory.append((time.monotonic(), tree_bytes(server.process.pid)))
@@ -220,7 +220,7 @@ async def _sample(session: aiohttp.ClientSession, server: Victim, course: _Cours
 async def _check_slots(
     session: aiohttp.ClientSession, server: Victim, expected: dict[str, str], course: _Course
 ) -> None:
-    """All slots answer at once, rightly, and then nothing runs."""
+    """Checks that all slots answer at once and rightly, and that nothing runs afterwards."""
     prompts = [prompt for prompt, _ in zip(expected, range(_N_PARALLEL), strict=False)]
     answers = await asyncio.gather(*(_stream(session, server, prompt, None) for prompt in prompts))
     for prompt, (text, how) in zip(prompts, answers, strict=True):

@@ -75,7 +75,7 @@ class Specimen:
 
 
 def make_specimens(root: Path, kinds: Sequence[str] = KINDS) -> list[Specimen]:
-    """Writes what is needed below `root`; raises SpecimenError."""
+    """Writes specimens of these kinds, and what they belong to, below `root`; raises SpecimenError."""
     source = root / "source"
     write_random_checkpoint(source, _SHAPE)
     _describe(source)
@@ -105,7 +105,7 @@ def make_specimens(root: Path, kinds: Sequence[str] = KINDS) -> list[Specimen]:
 
 
 def _describe(source: Path) -> None:
-    """The files beside the weights, as a repository has them."""
+    """Writes the files beside the weights, as a repository has them."""
     (source / "tokenizer.json").unlink()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -216,7 +216,7 @@ def _byte_level() -> dict[str, Any]:
 
 
 def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
-    """Those that slimoe's own commands make."""
+    """Makes the specimens that slimoe's own commands write."""
     files = root / "files"
     files.mkdir()
     (files / "source").symlink_to(source)
@@ -255,7 +255,7 @@ def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
 
 
 def _imatrices(files: Path) -> list[Specimen]:
-    """Both forms of one that knows all matrices."""
+    """Writes an importance matrix of all matrices in both of llama.cpp's formats."""
     rng = np.random.default_rng(0)
     entries = {}
     for layer in range(_SHAPE.n_layer):

@@ -33,7 +33,7 @@ class _Tally:
 
 
 def attack_templates(n_bombs: int) -> Outcome:
-    """Sets off the first of both kinds of bombs, in the proportion that there are; raises VictimError."""
+    """Sets off `n_bombs` in all, as many of both kinds as there are in proportion; raises VictimError."""
     n_compiled = min(len(COMPILED), max(1, round(n_bombs * len(COMPILED) / (len(COMPILED) + len(RENDERED)))))
     tally = _Tally()
     with tempfile.TemporaryDirectory(prefix="slimoe-templates-") as folder:
@@ -116,7 +116,7 @@ def _compiled(model: Path, number: int, tally: _Tally) -> None:
 
 
 def _set_off(server: Victim, case: str, content: str, expected: str | None, tally: _Tally) -> bool:
-    """One bomb; False where the server is of no use afterwards."""
+    """Sets off one bomb; False where the server is of no use afterwards."""
     tally.n_bombs += 1
     pid, url = server.process.pid, server.url
     with watched_memory(pid) as memory, watched_health(url) as health, _asking(server, expected) as faults:

@@ -121,7 +121,7 @@ class LlamaCpp:
         self.n_past = n_past
 
     def close(self) -> None:
-        """Gives all memory and threads back; the object is dead afterwards."""
+        """Gives all memory and threads back; the object must not be used afterwards."""
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)
         ggml_backend.ggml_threadpool_free(self._pool)

@@ -32,13 +32,13 @@ class RpcServer:
     process: "subprocess.Popen[bytes]"
 
     def kill(self) -> None:
-        """Ends it as a crash would."""
+        """Ends the server as a crash would."""
         self.process.kill()
         self.process.wait()
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port at which it listens."""
         return int(self.endpoint.rpartition(":")[2])
 
 

@@ -55,7 +55,7 @@ class Places:
 
     @classmethod
     def make(cls, directory: Path) -> "Places":
-        """Below a directory."""
+        """Makes the folders and the files to read below a directory."""
         places = cls(directory / "sources", directory / "results")
         places.sources.mkdir()
         shutil.copy2(DEMO, places.model)
@@ -71,26 +71,26 @@ class Places:
 
     @property
     def exact_model(self) -> Path:
-        """The same in F32."""
+        """The same model in F32, whose results do not depend on batches."""
         return self.sources / "exact.gguf"
 
     @property
     def text(self) -> Path:
-        """Some prose."""
+        """A text of prose to calibrate on."""
         return self.sources / "text.txt"
 
     @property
     def statistics(self) -> Path:
-        """What the model's calibration gave."""
+        """The statistics of the model's calibration."""
         return self.sources / "model.stats"
 
     @property
     def target(self) -> Path:
-        """What a command writes, if it does."""
+        """The file that a command writes, if it writes one."""
         return self.results / "result"
 
     def clear(self, *, with_old: bool) -> None:
-        """Empties the results, but for an older file under the target's name if wanted."""
+        """Empties the folder of results, but for an older file under the target's name if wanted."""
         shutil.rmtree(self.results, ignore_errors=True)
         self.results.mkdir()
         if with_old:
@@ -109,7 +109,7 @@ class Scenario:
     resumes: bool = False
 
     def faults(self) -> list[Fault]:
-        """One of each kind, at the first call, once."""
+        """A fault of each kind that the command may meet, at the first call, once."""
         return [
             *(Fault(call, kind, pattern="/sources/") for call, kind in self.reads),
             *(Fault(call, kind, pattern="/results") for call, kind in self.writes),
@@ -118,7 +118,10 @@ class Scenario:
 
 
 def make_scenarios(places: Places, commands: ForkedCommands, *, calibrates: bool) -> list[Scenario]:
-    """All of them, or those without a calibration, with what they need made; raises BrokenBenchError."""
+    """All scenarios, or those without a calibration, once the files that they need are made.
+
+    Raises BrokenBenchError.
+    """
     places.clear(with_old=False)
     model, target, statistics = str(places.model), str(places.target), str(places.statistics)
     few = ["--text", str(places.text), "--tokens", "2048", "--length", "64", "--types", "none", "--device", "cpu"]
@@ -150,13 +153,13 @@ def _must(ended: Ended) -> Ended:
 
 
 def expected(scenario: Scenario, places: Places, commands: ForkedCommands) -> object:
-    """What the command makes without any fault; raises BrokenBenchError."""
+    """The content that the command makes without any fault; raises BrokenBenchError."""
     places.clear(with_old=False)
     return scenario.content(_must(commands.run(scenario.arguments)), places)
 
 
 def evaluate(ended: Ended, scenario: Scenario, places: Places, right: object, *, with_old: bool) -> tuple[str, str]:
-    """RIGHT, CLEAR or WRONG, and why."""
+    """Whether a command under a fault ended RIGHT, CLEAR or WRONG, and why."""
     litter = sorted(path.name for path in places.results.iterdir() if path != places.target)
     if scenario.resumes:
         litter = [name for name in litter if name != "result.partial"]
@@ -188,7 +191,7 @@ def _file_bytes(_ended: Ended, places: Places) -> object:
 
 
 def _measured(_ended: Ended, places: Places) -> object:
-    """All arrays; the rest tells of seconds."""
+    """All arrays of a statistics file; the rest of it tells of seconds."""
     with safe_open(places.target, "numpy") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118 (no mapping)
 
@@ -203,6 +206,6 @@ def _printed(ended: Ended, _places: Places) -> object:
 
 
 def drawn(fault: Fault, n_calls: int, place: float, *, always: bool) -> Fault:
-    """The fault at another of so many calls, `place` of the way to the last."""
+    """The fault moved to another of `n_calls` calls, `place` (0 to 1) of the way from the first to the last."""
     first = 1 + min(n_calls - 1, int(place * n_calls))
     return Fault(fault.call, fault.kind, first, ALWAYS if always else 1, fault.pattern)

@@ -89,5 +89,5 @@ class FaultLibrary:
 
     @property
     def n_hit(self) -> int:
-        """Those that were made to fail."""
+        """How many calls were made to fail."""
         return int(_STATE.unpack_from(self._shared)[5])

@@ -192,7 +192,7 @@ def _upwards(top: Path, inside: str) -> list[Path]:
 
 
 def smallest_check() -> dict[str, object]:
-    """That a limit holds: a command that takes more is killed, one that takes less is not."""
+    """Shows that a limit holds: a command that takes more is killed, one that takes less is not."""
     take = "import sys; block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096])"
     seen: dict[str, object] = {}
     try:
@@ -213,7 +213,10 @@ class StillCachedError(SlimoeError):
 
 
 def cached_bytes(path: Path) -> int:
-    """How much of a file lies in the page cache, whoever read it; a file of ours, or as root: others show all."""
+    """How many bytes of a file lie in the page cache, whoever read it.
+
+    For a file of another user the system says so to root alone; to others it shows all of it as cached.
+    """
     n_bytes = path.stat().st_size
     if not n_bytes:
         return 0

@@ -13,7 +13,7 @@ _OWN = ("model", "n_ctx", "n_threads", "ram")  # every candidate's, or the bench
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
-    """Changes written as FIELD=VALUE; numbers and true are read as such. Raises UsageError."""
+    """Reads changes written as FIELD=VALUE, values as JSON where they are JSON. Raises UsageError."""
     changes = {}
     names = [name for name in setting_names() if name not in _OWN]
     for text in texts:

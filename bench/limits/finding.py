@@ -32,7 +32,7 @@ class Outcome:
 
 
 def counted(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many there are of each kind, the most frequent first."""
+    """The number of findings of each kind, the most frequent kind first."""
     return {kind: len(group) for kind, group in _grouped(findings)}
 
 

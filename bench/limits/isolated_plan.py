@@ -28,7 +28,7 @@ class Expected:
 
 
 def expect(job: Job) -> Expected:
-    """Plans, measures and predicts; raises what planning and `measure_machine` do."""
+    """Plans the job, measures the machine and predicts the speed; raises what planning and `measure_machine` do."""
     config = engine_config(job)
     plan = plan_engine(config)
     with tempfile.TemporaryDirectory(prefix="slimoe-plan-") as directory:

@@ -27,7 +27,7 @@ _IO = Path("/proc/self/io")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Who reads what: a prompt at once, then tokens one by one, the first `n_warm` of which do not count.
+    """What a candidate reads: a prompt at once, then tokens one by one, the first `n_warm` of which do not count.
 
     `ram` and `engine` are for our engine alone.
     """
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def engine_config(job: Job) -> EngineConfig:
-    """What a job asks of our engine."""
+    """The configuration of our engine for a job."""
     config = EngineConfig(
         Path(job.model),
         n_threads=job.n_threads,
@@ -86,7 +86,7 @@ def open_candidate(job: Job) -> Candidate:
 
 
 def carry_out(job: Job) -> Outcome:
-    """Opens, reads and closes."""
+    """Opens the candidate, has it read everything, and closes it; raises as `open_candidate` does."""
     begin = time.perf_counter()
     with closing(open_candidate(job)) as candidate:
         opened = time.perf_counter()

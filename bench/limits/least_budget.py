@@ -14,13 +14,13 @@ _TRIES = 5
 
 @dataclass(frozen=True, slots=True)
 class LeastBudget:
-    """What was asked for before the server started, in MiB, each as the refusal before it advised."""
+    """The values of --ram in MiB that were tried until the server started, each as the refusal before it advised."""
 
     tried: tuple[int, ...]
 
     @property
     def mib(self) -> int:
-        """The one with which it starts."""
+        """The value with which the server starts."""
         return self.tried[-1]
 
 

@@ -25,7 +25,7 @@ class BenchChildError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """So much memory, None for no limit; llama.cpp's rearranged copies are tried only where the file `fits`."""
+    """A limit of memory, None for none; llama.cpp's rearranged copies are tried only where the file `fits`."""
 
     name: str
     n_bytes: int | None
@@ -33,7 +33,7 @@ class Limit:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Who runs under it, ours first."""
+        """The candidates that run under the limit, ours first."""
         return (OURS, *(name for name in BASELINES if self.fits or name != REARRANGED))
 
 
@@ -57,7 +57,7 @@ class Plan:
     engine: Changes = field(default_factory=dict)
 
     def job(self, candidate: str, limit: Limit) -> Job:
-        """What a candidate is told to do."""
+        """The job of a candidate under a limit."""
         ours = candidate == OURS
         return Job(
             candidate,
@@ -93,7 +93,7 @@ class Runs:
 
 
 def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
-    """All rounds; the order of the candidates turns from round to round. Raises SlimoeError."""
+    """Carries out all rounds; the order of the candidates turns from round to round. Raises SlimoeError."""
     runs = Runs()
     for round_no in range(plan.n_rounds):
         for limit in plan.limits:
@@ -110,7 +110,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
 
 
 def run_candidate(job: Job, limit_bytes: int | None) -> Run:
-    """One run in a process of its own; under a limit nothing of the file is in the page cache when it begins.
+    """Runs a job in a process of its own; under a limit nothing of the file is in the page cache when it begins.
 
     Raises NoControlGroupError and StillCachedError.
     """
@@ -127,7 +127,7 @@ def run_candidate(job: Job, limit_bytes: int | None) -> Run:
 
 
 def expect(plan: Plan, limit: Limit) -> Expected:
-    """What our plan predicts of the run under the limit, measured under it; raises BenchChildError."""
+    """What our plan predicts for the run under the limit, from measurements under it; raises BenchChildError."""
     with ExitStack() as stack:
         group = stack.enter_context(memory_group(limit.n_bytes)) if limit.n_bytes is not None else None
         done = _run("bench.limits.isolated_plan", [], group, json.dumps(asdict(plan.job(OURS, limit))))

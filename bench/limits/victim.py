@@ -42,7 +42,7 @@ class Victim:
 
     @property
     def place(self) -> tuple[str, int]:
-        """Host and port."""
+        """The host and port at which the server listens."""
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -65,7 +65,7 @@ class Victim:
         return text
 
     def log(self) -> str:
-        """What it has written to standard error until now."""
+        """What the server has written to standard error until now."""
         return self.log_path.read_text("utf-8", "replace")
 
     def log_findings(self) -> list[Finding]:
@@ -80,7 +80,7 @@ class Victim:
         return findings if raw is None else [*findings, Finding("raw control characters in the log", "log", repr(raw))]
 
     def aftermath(self, expected: str) -> list[Finding]:
-        """Whether the server still runs and answers `greedy` with the expected text, as it did before the attack."""
+        """Findings where the server has ended or no longer gives the answer to `greedy` that it gave before."""
         found = []
         try:
             if self.greedy() != expected:
@@ -128,7 +128,7 @@ def _address(process: subprocess.Popen[str], log_path: Path) -> str:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends the server, and whatever it leaves behind."""
+    """Ends a server, and whatever it leaves behind."""
     if process.poll() is None:
         process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -160,7 +160,7 @@ class MemoryWatch:
     after: int = 0
 
     def figures(self) -> dict[str, float]:
-        """In MiB."""
+        """The peak and its growth, and the growth that stays, in MiB."""
         growth = {"peak_growth": self.peak - self.before, "growth": self.after - self.before}
         return {f"{name}_mib": round(n_bytes / 2**20, 1) for name, n_bytes in {"peak": self.peak, **growth}.items()}
 
@@ -207,7 +207,7 @@ class HealthWatch:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def findings(self, median_ms: float, max_ms: float) -> list[Finding]:
-        """Where it was slower than that, or not 200."""
+        """Findings where /health was slower than these milliseconds, in the median or at worst, or not 200."""
         found = []
         if self.figures["median_ms"] > median_ms or self.figures["max_ms"] > max_ms:
             found.append(

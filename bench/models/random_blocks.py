@@ -32,17 +32,17 @@ class RandomTensor:
 
     @property
     def n_chunks(self) -> int:
-        """Chunks of the pool that fill it."""
+        """How many chunks of the pool fill the tensor."""
         return math.prod(self.ne) // CHUNK
 
     @property
     def n_bytes(self) -> int:
-        """Size in the file."""
+        """The tensor's bytes in the file."""
         return self.n_chunks * chunk_bytes(self.type)
 
 
 def chunk_bytes(kind: GGMLQuantizationType) -> int:
-    """Bytes of CHUNK weights of a type."""
+    """The bytes of CHUNK weights of a type."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     return CHUNK // int(block) * int(block_bytes)
 

@@ -26,7 +26,7 @@ _EXPERTS = "_exps.weight"
 
 
 def copies_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
-    """All tensors, the stacks of experts once per type."""
+    """Yields all tensors of a model, its stacks of experts once in each of both types."""
     kinds = weight_type(high), weight_type(low)
     for tensor in random_tensors(shape, kinds[0], kinds[0], STYLES[routing]):
         if not tensor.name.endswith(_EXPERTS):

@@ -41,7 +41,10 @@ SPARE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """How many weights a shape has: in experts, in attention, in the token table and as many in the output."""
+    """How many weights a shape has, in all layers: in experts, in attention, and in the token table.
+
+    The output has as many as the token table. `expert_share` is the part of the experts that a token uses.
+    """
 
     experts: int
     attention: int
@@ -51,7 +54,7 @@ class Weights:
 
     @classmethod
     def of(cls, shape: Shape) -> "Weights":
-        """Of all layers; norms and routers are left out."""
+        """The weights of all layers of a shape; norms and routers are left out."""
         n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
         return cls(
             experts=3 * shape.n_embd * shape.n_ff * shape.n_expert * shape.n_layer,
@@ -63,11 +66,11 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All weights."""
         return self.experts + self.attention + 2 * self.table
 
     def products(self, n_tokens: int, n_sketch: int = 0) -> float:
-        """Of weights with tokens: `n_tokens` through the layers, and `n_sketch` through all experts."""
+        """Products of weights with tokens: `n_tokens` pass the layers, and `n_sketch` of them all experts."""
         return n_tokens * (self.expert_share * self.experts + self.attention) + n_sketch * self.experts
 
 
@@ -82,7 +85,7 @@ class Calibrated:
     taken: Taken
 
     def products(self, part: str) -> float:
-        """What the part multiplied, forward."""
+        """Products of weights with tokens in a part of the calibration, forward."""
         weights = Weights.of(self.shape)
         if part == "sensitivity":
             return weights.products(self.n_sensitivity)
@@ -98,7 +101,7 @@ class Rates:
 
     @classmethod
     def between(cls, short: Calibrated, long: Calibrated, part: str) -> "Rates":
-        """Of the line through two runs, of which neither end may be below 0."""
+        """The rates of the line through two runs, of which neither end may be below 0."""
         weights, first, last = Weights.of(long.shape).total, short.products(part), long.products(part)
         rise = (long.taken.parts[part] - short.taken.parts[part]) / (last - first)
         per_product = min(max(0.0, rise), long.taken.parts[part] / last)
@@ -131,14 +134,14 @@ def calibration_of(shape: Shape, short: Calibrated, long: Calibrated) -> dict[st
 
 
 def _stream_bytes(shape: Shape, n_tokens: int, n_sensitivity: int) -> int:
-    """The larger of the pass's and of the sensitivity's, whichever of them lie in memory."""
+    """Bytes of residual streams in memory, of the pass or of the sensitivity, whichever are more."""
     sizes = (N_STREAMS * n_tokens, (shape.n_layer + 8) * n_sensitivity)
     limit = CalibrationSettings().max_state_bytes
     return max(n_bytes if n_bytes <= limit else 0 for n_bytes in (4 * shape.n_embd * size for size in sizes))
 
 
 def _tried(shape: Shape) -> int:
-    """Weights of an expert that types are tried on."""
+    """How many weights of an expert types are tried on."""
     n_rows = sampled_rows(Samples().n_rows, shape.n_embd, shape.n_ff)
     return min(n_rows, shape.n_embd) * shape.n_ff + 2 * min(n_rows, shape.n_ff) * shape.n_embd
 
@@ -171,7 +174,7 @@ class Density:
 
     @classmethod
     def of(cls, path: Path, shape: Shape) -> "Density":
-        """Of a file made of a model of that shape; raises ModelFileError."""
+        """The density of a file made of a model of that shape; raises ModelFileError."""
         weights, n_bytes = Weights.of(shape), {"experts": 0, "embeddings": 0}
         for count in take_inventory(path).counts:
             n_bytes[count.kind] = n_bytes.get(count.kind, 0) + count.n_bytes
@@ -183,17 +186,17 @@ class Density:
         )
 
     def n_bytes(self, shape: Shape) -> float:
-        """Of the file of a model."""
+        """The bytes of the file of a model."""
         weights = Weights.of(shape)
         return self.experts * weights.experts + self.table * weights.table + self.always_bytes(shape)
 
     def always_bytes(self, shape: Shape) -> float:
-        """What every token reads."""
+        """The bytes that every token reads."""
         weights = Weights.of(shape)
         return self.always * (weights.attention + weights.table)
 
     def token_bytes(self, shape: Shape) -> float:
-        """What one token reads."""
+        """The bytes that one token reads, its own experts included."""
         weights = Weights.of(shape)
         return self.always_bytes(shape) + weights.expert_share * self.experts * weights.experts
 

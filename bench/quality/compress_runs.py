@@ -56,20 +56,20 @@ class Plan:
 
     @property
     def checkpoint(self) -> Path:
-        """What all files are made of."""
+        """The checkpoint that all files are made of."""
         return self.directory / "checkpoint"
 
     @property
     def statistics(self) -> Path:
-        """What the longer calibration learnt."""
+        """The statistics of the longer calibration."""
         return self.directory / f"{_LONG}.stats"
 
     def file(self, name: str) -> Path:
-        """The file of that name."""
+        """The path of the file of that name."""
         return self.directory / f"{name}.gguf"
 
     def recipe(self, name: str) -> Recipe:
-        """How one of COMPRESSED is made."""
+        """The recipe of one of COMPRESSED."""
         if name == "layer-drop":
             kept = StorageRecipe(expert=Q4_K)
             n_drop = max(1, round(self.shape.n_layer / 4))
@@ -89,7 +89,7 @@ class Report:
     rounds: dict[str, list[Outcome]] = field(default_factory=dict)
 
     def step_seconds(self, name: str) -> float:
-        """Of a decoded token, the median of the rounds' medians."""
+        """Seconds of a decoded token: the median of the rounds' medians."""
         return statistics.median(statistics.median(run.step_seconds) for run in self.rounds[name])
 
     def peak(self, name: str) -> int:
@@ -154,7 +154,7 @@ def calibrated(plan: Plan, name: str, n_tokens: int) -> Calibrated:
 
 
 def made(plan: Plan, name: str) -> Taken:
-    """Makes a file."""
+    """Makes the file of that name; raises as its step does."""
     source, target = str(plan.checkpoint), str(plan.file(name))
     if name not in COMPRESSED:
         return _run(plan, ConversionJob(source, target, name, plan.n_threads))
@@ -168,7 +168,7 @@ def _run(plan: Plan, job: Job) -> Taken:
 
 
 def decode(plan: Plan, report: Report, say: Say) -> None:
-    """All rounds of all files; the order turns. Raises BenchChildError."""
+    """Decodes with all files in all rounds; the order turns from round to round. Raises BenchChildError."""
     tokens = random_tokens(_PROMPT + _WARM + plan.n_decode, plan.shape.n_vocab)
     prompt, steps = tuple(tokens[:_PROMPT]), tuple(tokens[_PROMPT:])
     names = list(report.made)

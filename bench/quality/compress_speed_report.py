@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def file_row(plan: Plan, report: Report, name: str) -> Row:
-    """A file's figures."""
+    """The figures of one file: its size, how it was made, and how it decodes."""
     taken, runs, n_weights = report.made[name], report.rounds[name], Weights.of(plan.shape).total
     seconds = report.step_seconds(name)
     return {
@@ -34,7 +34,7 @@ def file_row(plan: Plan, report: Report, name: str) -> Row:
 
 
 def whole_models(plan: Plan, report: Report) -> Row:
-    """What each whole model would take, by formulas."""
+    """What each whole model would take, by the formulas of `compress_projection`."""
     short, long = report.calibrations
     return {
         model: {

@@ -114,7 +114,7 @@ class SelectedBytes:
 
 
 def selected_bytes(config: EngineConfig) -> SelectedBytes:
-    """As the file has it, whatever the mode."""
+    """The experts' bytes as the file has them, whatever the mode."""
     plan = plan_engine(changed(config, {"lossy": None, "max_kl": None}))
     n_selected = sum(layer.n_expert_used for layer in plan.layers if layer is not None)
     return SelectedBytes(n_selected, expert_bytes(plan, 0), expert_bytes(plan, -1))

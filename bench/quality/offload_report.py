@@ -154,12 +154,12 @@ def same_logits(plan: Plan, limit: Limit, runs: Runs) -> bool | None:
 
 
 def outcomes_of(runs: Sequence[Run]) -> list[Outcome]:
-    """The runs that came to an end."""
+    """The outcomes of the runs that came to an end."""
     return [run.outcome for run in runs if run.outcome is not None]
 
 
 def ms_per_token(outcome: Outcome) -> float:
-    """The mean over the steps, since a user waits for all of them."""
+    """Milliseconds per token: the mean over the steps, since a user waits for all of them."""
     return 1e3 * statistics.mean(outcome.step_seconds)
 
 
