@@ -116,7 +116,7 @@ def calibration(job: CalibrationJob, laps: Laps) -> dict[str, int]:
     torch.set_num_threads(job.n_threads)
     laps.now("open")
     source = open_source(Path(job.source))
-    samples = Samples(types=(), n_sketch=job.n_sketch)
+    samples = Samples(types=(), n_gram=job.n_sketch)
     settings = CalibrationSettings(samples, n_sensitivity=job.n_sensitivity, n_threads=job.n_threads)
     text = CalibrationText(texts, ("random",) * len(texts))
     statistics = calibrate(source, text, settings, target.with_suffix(".partial"), laps.now)
@@ -143,7 +143,7 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
     samples, spec = Samples(), source.spec
     table = TypeErrorTable(source, 0, tuple(job.tried), samples.n_rows, job.n_threads)
     expert = read_expert(source, 0, 0)
-    x, weights = torch.randn(samples.n_picks, spec.n_embd), torch.full((samples.n_picks,), 0.5)
+    x, weights = torch.randn(samples.n_tokens, spec.n_embd), torch.full((samples.n_tokens,), 0.5)
     importance = np.ones(spec.n_embd, np.float32), np.ones(expert.down.weight.shape[1], np.float32)
     table.measure(0, expert, x, weights, importance)
 

@@ -23,7 +23,7 @@ from slimoe.converter.forward.texts import DEFAULT_TOKENS
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
 from slimoe.converter.stats.observer import Samples
-from slimoe.converter.stats.sums import sketch_size
+from slimoe.converter.stats.sums import gram_size
 from slimoe.converter.stats.type_errors import sampled_rows
 
 WHOLE = {
@@ -112,7 +112,7 @@ def calibration_of(shape: Shape, short: Calibrated, long: Calibrated) -> dict[st
     """Seconds and peak bytes of a default calibration of a model, here and with a graphics card."""
     weights, settings = Weights.of(shape), CalibrationSettings()
     layers, sensitivity = (Rates.between(short, long, part) for part in ("layers", "sensitivity"))
-    multiplied = weights.products(DEFAULT_TOKENS, _sketch(shape, settings.samples.n_sketch, DEFAULT_TOKENS))
+    multiplied = weights.products(DEFAULT_TOKENS, _sketch(shape, settings.samples.n_gram, DEFAULT_TOKENS))
     back = weights.products(settings.n_sensitivity)
     prices = long.taken.parts["prices"] * weights.n_matrices / Weights.of(long.shape).n_matrices
     tried = long.taken.parts["types"] * shape.n_layer * shape.n_expert * _tried(shape) / _tried(long.shape)
@@ -147,7 +147,7 @@ def _tried(shape: Shape) -> int:
 
 
 def _sketch(shape: Shape, n_sketch: int, n_tokens: int) -> int:
-    return sketch_size(n_sketch, n_tokens, shape.n_expert, shape.n_embd)
+    return gram_size(n_sketch, n_tokens, shape.n_expert, shape.n_embd)
 
 
 def conversion_of(shape: Shape, measured: Shape, taken: Taken) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Calibration: what is summed up while texts pass through the model, and the statistics file.
+"""Calibration: sums that are gathered while texts pass through the model, and the statistics file.
 
 `methods`, `budget` and `report` read the statistics.
 """

@@ -1,4 +1,4 @@
-"""One backward pass of a likelihood through a model that is read block by block, and what is summed on the way."""
+"""A backward pass of the likelihood through a model that is read block by block, and the sums of squared gradients."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ from slimoe.converter.forward.block import (
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.stream import HiddenStates, Sequences
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
-from slimoe.converter.stats.gradient_sums import Answers, RemovalSums, Squares
+from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
 from slimoe.offload.errors import BadLogitsError
@@ -35,7 +35,10 @@ _ROWS_AT_ONCE = 4096
 
 
 def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A next token for each row [n] from the distribution that logits [n, n_vocab] give. `generator` is a CPU's."""
+    """Draws a next token for each row [n] from the distribution that logits [n, n_vocab] give.
+
+    `generator` must be on the CPU, wherever the logits are.
+    """
     thresholds = torch.rand(logits.shape[0], 1, generator=generator, dtype=torch.float64)
     sums = logits.double().softmax(-1).cumsum(-1)
     labels = torch.searchsorted(sums, thresholds.to(logits.device) * sums[:, -1:])
@@ -43,7 +46,7 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Backward:
-    """The gradient of the labels' likelihood by the stream, on its way from the last layer to the first."""
+    """The gradient of the labels' log-likelihood by the residual stream, from the last layer back to the first."""
 
     def __init__(
         self,
@@ -63,12 +66,15 @@ class Backward:
         self._ends = Squares()
 
     def close(self) -> None:
-        """Deletes what lies on disk."""
+        """Deletes the files on disk."""
         for buffer in self._buffers:
             buffer.close()
 
     def run(self, seed: int, on_layer: Callable[[], None]) -> None:
-        """One draw of labels, and their gradients' squares."""
+        """Draws a label for every token and adds the squares of their gradients; `on_layer` is called for each layer.
+
+        Raises ModelFileError, and BadLogitsError where the model computes no finite numbers.
+        """
         n_layer = self.source.spec.n_layer
         n_left = self._restored()
         if n_left > n_layer:
@@ -95,7 +101,7 @@ class Backward:
         self._ends.add("token", self._gradient)
 
     def _restored(self) -> int:
-        """How many layers are not done; one more than there are if not even the head is."""
+        """How many layers are left to do; one more than there are if the head is left too."""
         found = self._partial.restore(self._gradient) if self._partial is not None else {}
         n_layer = self.source.spec.n_layer
         for step, sums in found.items():
@@ -112,16 +118,16 @@ class Backward:
             self._partial.add(step, sums, self._gradient)
 
     def layers(self, count: int) -> tuple[Sensitivity, ...]:
-        """The means over `count` tokens of all that was added up, by layer."""
+        """The sensitivities of each layer: means over `count` tokens."""
         names = ("update", "gate", "up", "down", "q", "k", "v", "attention")
         return tuple(Sensitivity(*(squares.mean(name, count) for name in names)) for squares in self._squares)
 
     def removals(self, count: int) -> tuple[Removals, ...]:
-        """What leaving parts out costs, by layer."""
+        """What leaving out parts of each layer costs, as means over `count` tokens."""
         return tuple(sums.result(count) for sums in self._removals)
 
     def ends(self, count: int) -> tuple[Single, Single]:
-        """By the logits and by the rows of the embeddings."""
+        """Mean squared gradients by the logits [n_vocab] and by the rows of the token table [n_embd]."""
         return self._ends.mean("output", count), self._ends.mean("token", count)
 
     def _head(self, head: Head, generator: torch.Generator) -> None:
@@ -138,7 +144,7 @@ class Backward:
             self._ends.add("output", (chances * (1 - chances)).sqrt())
 
     def _find_middle(self, layer: int, attention: Attention | None) -> None:
-        """The stream between attention and feed-forward part once more."""
+        """Computes the residual stream between attention and feed-forward part again."""
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device)
             if attention is not None:
@@ -151,100 +157,89 @@ class Backward:
         yield from (slice(begin, min(begin + _ROWS_AT_ONCE, n_rows)) for begin in range(0, n_rows, _ROWS_AT_ONCE))
 
     def _along_attention(self, layer: int) -> Tensor:
-        """The gradient along attention's update, by token."""
+        """The inner product of the gradient and attention's update, by token [n_rows]."""
         before, along = self.states.before[layer], torch.empty(self.sequences.n_rows)
         for rows in self._spans():
             along[rows] = (self._gradient[rows] * (self._middle[rows] - before[rows])).sum(1)
         return along
 
     def _mixture(self, layer: int, router: Router) -> Tensor:
-        """The gradient goes back through the experts, one after the other, and through the shares they had.
+        """Takes the gradient back through the experts, one after the other, and through their expert weights.
 
-        Returns that along the part's output, by token.
+        Returns the inner product of the gradient and the part's output, by token [n_rows].
         """
         with torch.no_grad():
             parts = [self._route(router, self._middle[rows].to(self.device))[1] for rows in self._spans()]
-        picks, shares = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("picks", "shares"))
+        selected, routed = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("picks", "shares"))
         self._by_input.zero_()
-        by_share = torch.zeros_like(shares)
-        means = torch.tensor(self.source.layers[layer].target)[picks]
-        self._declare(layer, self.source.layers[layer].n_stored)
+        by_weight = torch.zeros_like(routed)
+        means = torch.tensor(self.source.layers[layer].target)[selected]
+        n_stored, shapes = self.source.layers[layer].n_stored, self.source.shapes
+        width = max((shapes[expert_key(layer, "gate", expert)][0] for expert in range(n_stored)), default=0)
+        for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
+            self._squares[layer].declare(name, n_stored, n_out)
         for expert in means.unique().tolist():
-            weights = self._read_expert(layer, expert)
             rows, ranks = torch.nonzero(means == expert, as_tuple=True)
-            if isinstance(weights, Tensor):
-                by_share[rows, ranks] = self._gradient[rows] @ weights.cpu()
+            if expert < 0:
+                key = MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert)
+                by_weight[rows, ranks] = self._gradient[rows] @ read_tensor(self.source, key)
                 continue
-            answers = Answers(self.source.spec.n_embd)
+            matrices, mean = read_expert(self.source, layer, expert, self.device), OutputMean(self.source.spec.n_embd)
             for some, at in zip(rows.split(_ROWS_AT_ONCE), ranks.split(_ROWS_AT_ONCE), strict=True):
-                by_share[some, at] = self._expert(layer, expert, weights, router.norm, some, shares[some, at], answers)
-            own = shares[rows, ranks]
-            along_constant = self._gradient[rows] @ answers.constant()
-            self._removals[layer].add_constant(expert, own, by_share[rows, ranks], along_constant)
-        self._removals[layer].add_skips(means, shares, by_share)
+                by_weight[some, at] = self._expert(layer, expert, matrices, router.norm, some, routed[some, at], mean)
+            along_constant = self._gradient[rows] @ mean.constant()
+            self._removals[layer].add_constant(expert, routed[rows, ranks], by_weight[rows, ranks], along_constant)
+        self._removals[layer].add_skips(means, routed, by_weight)
         for span in self._spans():
-            self._through_router(router, span, by_share[span])
-        return (shares * by_share).sum(1)
+            middle = self._middle[span].to(self.device).requires_grad_()
+            x, routing = self._route(router, middle)
+            gradients = (self._by_input[span].to(self.device), by_weight[span].to(self.device))
+            self._gradient[span] += torch.autograd.grad((x, routing.shares), middle, gradients)[0].cpu()
+        return (routed * by_weight).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
         x = rms_norm(middle, router.norm, self.source.spec.rms_eps)
         return x, route(router.weight, self.source.spec, x)
 
-    def _read_expert(self, layer: int, expert: int) -> Expert | Tensor:
-        """A stored expert, or the vector of constant expert -1 - expert."""
-        if expert < 0:
-            return read_tensor(self.source, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert), self.device)
-        return read_expert(self.source, layer, expert, self.device)
-
-    def _declare(self, layer: int, n_stored: int) -> None:
-        shapes = self.source.shapes
-        width = max((shapes[expert_key(layer, "gate", expert)][0] for expert in range(n_stored)), default=0)
-        for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
-            self._squares[layer].declare(name, n_stored, n_out)
-
     def _expert(
         self,
         layer: int,
         expert: int,
-        weights: Expert,
+        matrices: Expert,
         norm: Tensor,
         rows: Tensor,
-        shares: Tensor,
-        answers: Answers,
+        routed: Tensor,
+        mean: OutputMean,
     ) -> Tensor:
-        """Adds an expert's squares, its answers and its part of the gradient by the experts' input.
+        """Adds an expert's squared gradients, its outputs, and its part of the gradient by the experts' input.
 
-        Returns that by the shares.
+        `routed` are the tokens' expert weights. Returns the gradient by them.
         """
         x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps).requires_grad_()
-        share = shares.to(self.device).detach().requires_grad_()
-        gate, up = weights.gate(x), weights.up(x)
-        down = weights.down(activate(gate, up))
+        weights = routed.to(self.device).detach().requires_grad_()
+        gate, up = matrices.gate(x), matrices.up(x)
+        down = matrices.down(activate(gate, up))
         by_output = self._gradient[rows].to(self.device)
-        gradients = torch.autograd.grad(share[:, None] * down, (gate, up, down, x, share), by_output)
-        by_gate, by_up, by_down, by_input, by_share = gradients
+        gradients = torch.autograd.grad(weights[:, None] * down, (gate, up, down, x, weights), by_output)
+        by_gate, by_up, by_down, by_input, by_weight = gradients
         for name, gradient in (("gate", by_gate), ("up", by_up), ("down", by_down)):
             self._squares[layer].add(name, gradient, expert)
         self._by_input.index_add_(0, rows, by_input.cpu())
-        answers.add(shares, down.detach().cpu())
-        return by_share.cpu()
-
-    def _through_router(self, router: Router, rows: slice, by_share: Tensor) -> None:
-        """Adds to the gradient what comes through norm and router, from the experts' input and from their shares."""
-        middle = self._middle[rows].to(self.device).requires_grad_()
-        x, routing = self._route(router, middle)
-        gradients = (self._by_input[rows].to(self.device), by_share.to(self.device))
-        self._gradient[rows] += torch.autograd.grad((x, routing.shares), middle, gradients)[0].cpu()
+        mean.add(routed, down.detach().cpu())
+        return by_weight.cpu()
 
     def _dense(self, layer: int) -> Tensor:
-        """The same for a single expert of all tokens."""
-        along, answers = torch.zeros(self.sequences.n_rows), Answers(self.source.spec.n_embd)
-        norm, weights = read_dense(self.source, layer, self.device)
-        for name, linear in (("gate", weights.gate), ("up", weights.up), ("down", weights.down)):
+        """Takes the gradient back through a dense feed-forward part, which is one expert that all tokens select.
+
+        Returns the inner product of the gradient and the part's output, by token [n_rows].
+        """
+        along, mean = torch.zeros(self.sequences.n_rows), OutputMean(self.source.spec.n_embd)
+        norm, matrices = read_dense(self.source, layer, self.device)
+        for name, linear in (("gate", matrices.gate), ("up", matrices.up), ("down", matrices.down)):
             self._squares[layer].declare(name, 1, linear.weight.shape[0])
         self._by_input.zero_()
         for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):
-            along[rows] = self._expert(layer, 0, weights, norm, rows, torch.ones(len(rows)), answers)
+            along[rows] = self._expert(layer, 0, matrices, norm, rows, torch.ones(len(rows)), mean)
             middle = self._middle[rows].to(self.device).requires_grad_()
             x = rms_norm(middle, norm, self.source.spec.rms_eps)
             by_middle = torch.autograd.grad(x, middle, self._by_input[rows].to(self.device))[0]

@@ -1,4 +1,4 @@
-"""Calibrates a model and keeps what was learnt in a file: the front door of everything that is measured on texts."""
+"""Calibrates a model: the entry point, which runs texts through it and writes their statistics to a file."""
 
 import resource
 import time
@@ -38,9 +38,9 @@ OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """What to calibrate on what: `texts` are FILE or DOMAIN=FILE, none for the mixture that comes along.
+    """Which model to calibrate, and on what: `texts` are FILE or DOMAIN=FILE, none for the shipped mixture of texts.
 
-    `imatrix` is where llama.cpp's importance matrix is written too, if anywhere.
+    `imatrix` is the path of llama.cpp's importance matrix, None if it is not wanted.
     """
 
     source: Path
@@ -55,7 +55,10 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, slots=True)
 class CalibratePlan:
-    """The model, the texts as tokens, how to learn, what it will take, and where an importance matrix is written."""
+    """An opened calibration: the model, the texts as tokens, the settings, and the estimate of time and memory.
+
+    `imatrix` is the path of the importance matrix, None if it is not wanted.
+    """
 
     source: ModelSource
     text: CalibrationText
@@ -66,8 +69,11 @@ class CalibratePlan:
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """A layer in a line: the share of all picks that its busiest expert has, experts without any, and mean cosines of
-    the stream before and after the block and its feed-forward part. Without experts the first two are None.
+    """A layer in a line; `busiest_share` and `n_unseen` are None for a layer without experts.
+
+    `busiest_share` is the part of all expert selections that its most used expert has, `n_unseen` the number of experts
+    that no token selected. The cosines are means between the residual stream before and after the block and before and
+    after its feed-forward part.
     """
 
     busiest_share: float | None
@@ -78,7 +84,7 @@ class LayerSummary:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateReport:
-    """What was learnt, shortly: `n_seen` of `n_experts` were routed to; peak bytes are of the whole process."""
+    """A summary of a calibration, in which `n_seen` of `n_experts` were selected; peak bytes are of the process."""
 
     path: Path
     n_tokens: int
@@ -93,7 +99,7 @@ class CalibrateReport:
 
 
 def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
-    """Opens the model, reads the texts, and tries what it will take; writes nothing.
+    """Opens the model, reads the texts, and estimates the time and memory that are needed; writes nothing.
 
     Raises UsageError for a target that exists or cannot be, unknown types or too little text, and ModelFileError or
     UnsupportedModelError for the model.
@@ -122,7 +128,7 @@ def check_targets(options: CalibrateOptions) -> None:
 
 
 def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Progress) -> CalibrateReport:
-    """Learns and saves; until that is done, what is lies in the destination's folder.
+    """Calibrates and saves the statistics; until then, finished layers lie in the destination's folder.
 
     Raises as `calibrate`, `save_statistics` and `write_imatrix` do.
     """
@@ -136,9 +142,9 @@ def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Pro
 
 
 def settings(device: str = "auto", types: str | None = None, sensitivity: bool = True) -> CalibrationSettings:
-    """From the words of a command line: a device, and names of types with commas between them, or none.
+    """The settings from a command line's words: a torch device or "auto", and types with commas between them or "none".
 
-    Raises UsageError.
+    Raises UsageError for a device that torch does not have.
     """
     samples = Samples()
     if types is not None:

@@ -1,4 +1,4 @@
-"""What a calibration will take, from speeds that are measured for a moment on the model's own weights."""
+"""The time and memory that a calibration needs, from speeds measured for a moment on the model's own weights."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from slimoe.converter.quant.mixes import fits
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
-from slimoe.converter.stats.sums import sketch_size
+from slimoe.converter.stats.sums import gram_size
 from slimoe.converter.stats.type_costs import CANDIDATES, priced_matrices, sampled_weights
 from slimoe.converter.stats.type_errors import sampled_rows
 
@@ -29,26 +29,26 @@ _SENSITIVITY_PASSES = 5
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds by kind of work, and bytes of what is kept for each token."""
+    """Seconds by kind of work, and the bytes of all tokens' residual streams."""
 
     seconds: dict[str, float]
     state_bytes: int
 
     @property
     def steps(self) -> dict[str, float]:
-        """Seconds by what a calibration says that it is doing."""
+        """Seconds by the steps that a calibration's progress names."""
         parts = dict(self.seconds)
         layers = sum(parts.pop(name, 0.0) for name in ("read", "pass", "types"))
         return {"layers": layers, **parts}
 
     @property
     def total_seconds(self) -> float:
-        """Of everything."""
+        """The sum of all seconds."""
         return sum(self.seconds.values())
 
 
 def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSettings) -> Estimate:
-    """Reads and tries one expert of the model. Raises ModelFileError."""
+    """Estimates a calibration by reading and running one expert of the model. Raises ModelFileError."""
     spec, samples = source.spec, settings.samples
     with_experts = [n for n, layer in enumerate(source.layers) if layer.target]
     n_experts = sum(source.layers[n].n_stored for n in with_experts)
@@ -61,12 +61,13 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     per_token, _ = _timed(lambda: float(expert(x).sum()))
     per_token /= _N_TOKENS
     n_expert_weights = sum(matrix.weight.numel() for matrix in (expert.gate, expert.up, expert.down))
-    per_layer = spec.n_expert_used + _attention_weights(source) / n_expert_weights
+    attention = (source.shapes.get(block_key(0, f"attn_{role}"), (0, 0)) for role in ("q", "k", "v", "output"))
+    per_layer = spec.n_expert_used + sum(shape[0] * shape[1] for shape in attention) / n_expert_weights
     passes = per_token * per_layer * len(source.layers)
-    n_sketch = sketch_size(samples.n_sketch, text.n_tokens, source.layers[with_experts[0]].n_stored, spec.n_embd)
+    n_gram = gram_size(samples.n_gram, text.n_tokens, source.layers[with_experts[0]].n_stored, spec.n_embd)
     seconds = {
         "read": read_seconds * n_experts,
-        "pass": passes * text.n_tokens + per_token * (n_sketch if samples.n_sketch else 0) * n_experts,
+        "pass": passes * text.n_tokens + per_token * (n_gram if samples.n_gram else 0) * n_experts,
         "types": _type_seconds(expert.down.weight, samples.types) * n_experts / settings.n_threads,
     }
     n_ff = expert.down.weight.shape[1]
@@ -81,13 +82,8 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     return Estimate(seconds, state_bytes)
 
 
-def _attention_weights(source: ModelSource) -> int:
-    shapes = (source.shapes.get(block_key(0, f"attn_{role}"), (0, 0)) for role in ("q", "k", "v", "output"))
-    return sum(shape[0] * shape[1] for shape in shapes)
-
-
 def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:
-    """Of all types, for one weight."""
+    """Seconds to quantise one weight to all types."""
     rows = weight[:_N_ROWS].cpu().contiguous().numpy()
     importance = abs(rows[0]) + 1.0
     kinds = [GGMLQuantizationType[name] for name in types if fits(GGMLQuantizationType[name], rows.shape[1])]

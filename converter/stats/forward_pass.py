@@ -1,43 +1,44 @@
-"""Runs texts through a model once and learns everything that methods ask for, one layer in memory at a time.
+"""Runs texts through a model once and gathers all statistics that methods need, one layer in memory at a time.
 
-What is done of a pass lies beside its result until that is whole, so that an interrupted pass continues where it was.
+Finished layers are kept on disk until the pass is complete, so that an interrupted pass continues where it was.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slimoe.converter.forward.block import read_tensor, rms_norm
 from slimoe.converter.forward.stream import Sequences, Stream
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
-from slimoe.converter.stats.observer import LayerFindings, LayerObserver, Samples
+from slimoe.converter.stats.observer import LayerObserver, Samples
 from slimoe.converter.stats.resume import PartialBackward, PartialPass
 from slimoe.converter.stats.routing_sums import link
 from slimoe.converter.stats.sensitivity import measure_sensitivity
-from slimoe.converter.stats.statistics import Int, LayerStatistics, Single, Statistics
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 from slimoe.converter.stats.sums import column_squares, spread_rows
 from slimoe.converter.stats.type_costs import measure_type_costs, packed_costs
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is done now, the steps of it that are done, and all of them."""
+"""Called with the name of the work, the number of its steps that are done, and the number of all its steps."""
 
 _ROWS_AT_ONCE = 4096
 N_STREAMS = 4
-"""Streams of the whole text that a pass holds."""
+"""The number of residual streams of the whole text that a pass holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """How to learn: what on samples; of how many tokens the sensitivity, 0 for none; a torch device; threads of the
-    quantiser; beyond how many bytes streams lie on disk; and whether to find what every type costs every matrix
-    of a model that has experts to slim.
+    """How to calibrate: what to measure on samples of tokens, and with which resources.
+
+    `n_sensitivity` is the number of tokens for sensitivities, 0 for none; `device` a torch device; `n_threads` are
+    threads of the quantiser; residual streams of more than `max_state_bytes` lie on disk. With `prices`, the cost of
+    every type for every matrix is measured, if the model has experts.
     """
 
     samples: Samples = field(default_factory=Samples)
@@ -55,20 +56,35 @@ def calibrate(
     partial: Path,
     on_progress: Progress = lambda _what, _done, _all: None,
 ) -> Statistics:
-    """Everything about texts that pass `source`; `partial` is a directory for what is done so far.
+    """The statistics of texts that pass through the model `source`; `partial` is a directory for finished layers.
 
-    A pass of the same texts and settings that was interrupted goes on from there; the caller deletes the directory when
-    it has saved the result. Raises ModelFileError or BadLogitsError for weights that give no numbers, DoesNotFitError
-    when the disk is too small for the streams.
+    An interrupted pass of the same texts and settings continues from there; the caller deletes the directory after
+    saving the result. Raises ModelFileError or BadLogitsError for weights that compute NaN or infinity, and
+    DoesNotFitError if the disk is too small for the residual streams.
     """
-    begin = time.monotonic()
-    kept = PartialPass(partial, {"source": source.source_hash, "text": text.hash, "samples": asdict(settings.samples)})
+    begin, samples = time.monotonic(), settings.samples.stored()
+    kept = PartialPass(partial, {"source": source.source_hash, "text": text.hash, "samples": samples})
     statistics = _pass(source, text, settings, kept, on_progress)
     if settings.n_sensitivity:
         statistics = _with_sensitivity(statistics, source, settings, kept, on_progress)
         if settings.prices and source.spec.n_expert:
-            statistics = _with_costs(statistics, source, settings, on_progress)
-    return replace(statistics, notes=_notes(statistics, settings, time.monotonic() - begin))
+            costs = measure_type_costs(
+                source,
+                statistics,
+                n_threads=settings.n_threads,
+                on_progress=lambda done, matrices: on_progress("prices", done, matrices),
+            )
+            statistics = replace(statistics, matrix_costs=packed_costs(costs))
+    n_seen, n_experts = coverage(statistics.layers)
+    notes = {
+        "coverage": f"{n_seen} of {n_experts} experts were routed to",
+        "device": settings.device,
+        "sensitivity": f"{settings.n_sensitivity} tokens",
+        "samples": json.dumps(samples),
+        "seconds": f"{time.monotonic() - begin:.1f}",
+        "torch": str(torch.__version__),
+    }
+    return replace(statistics, notes=notes)
 
 
 def _pass(
@@ -82,17 +98,26 @@ def _pass(
             stream.embed()
         for layer in range(len(findings), n_layer):
             on_progress("layers", layer, n_layer)
-            findings.append(_pass_layer(stream, layer, settings))
+            observer = LayerObserver(
+                source, layer, sequences.n_rows, settings.samples, settings.device, settings.n_threads
+            )
+            stream.pass_layer(layer, observer, observer.read_expert)
+            with torch.no_grad():
+                findings.append(observer.finish())
             kept.add(findings[-1], stream.h)
         on_progress("layers", n_layer, n_layer)
+        norm, output_input = read_tensor(source, MatrixKey("output_norm.weight")), np.zeros(source.spec.n_embd)
+        for part in stream.h.split(_ROWS_AT_ONCE):
+            output_input += column_squares(rms_norm(part, norm, source.spec.rms_eps))
+        tokens = [token for one in text.tokens for token in one]
         return Statistics(
             source_hash=source.source_hash,
             text_hash=text.hash,
             tokens=text.tokens,
             domains=text.domains,
-            layers=tuple(link([one.statistics for one in findings], [one.foreseen for one in findings])),
-            output_input=_output_input(source, stream.h),
-            token_count=_token_count(text, source),
+            layers=tuple(link([one.statistics for one in findings], [one.predicted for one in findings])),
+            output_input=output_input.astype(np.float32),
+            token_count=np.bincount(tokens, minlength=source.shapes[MatrixKey("token_embd.weight")][0]),
         )
     finally:
         stream.close()
@@ -101,7 +126,7 @@ def _pass(
 def _directory(
     n_streams: int, sequences: Sequences, source: ModelSource, settings: CalibrationSettings, kept: PartialPass
 ) -> Path | None:
-    """Where so many streams are to lie; None for memory. Raises DoesNotFitError."""
+    """The directory for `n_streams` residual streams; None if they may lie in memory. Raises DoesNotFitError."""
     n_bytes = n_streams * 4 * sequences.n_rows * source.spec.n_embd
     if n_bytes <= settings.max_state_bytes:
         return None
@@ -116,7 +141,11 @@ def _with_sensitivity(
     kept: PartialPass,
     on_progress: Progress,
 ) -> Statistics:
-    sequences = Sequences(_some(statistics.tokens, settings.n_sensitivity))
+    tokens = statistics.tokens
+    # Evenly spread sequences that have about as many tokens as are wanted.
+    part = min(1.0, settings.n_sensitivity / statistics.n_tokens)
+    rows = spread_rows(len(tokens), max(1, round(part * len(tokens))))
+    sequences = Sequences(tuple(tokens[row] for row in rows))
     directory = _directory(source.spec.n_layer + 8, sequences, source, settings, kept)
     found = measure_sensitivity(
         source,
@@ -126,63 +155,12 @@ def _with_sensitivity(
         partial=PartialBackward(kept.path, f"{sequences.n_rows} tokens", source.spec.n_layer),
         on_progress=lambda done, steps: on_progress("sensitivity", done, steps),
     )
-    rows = zip(statistics.layers, found.layers, found.removals, strict=True)
-    layers = tuple(replace(layer, sensitivity=one, removals=removals) for layer, one, removals in rows)
+    found_layers = zip(statistics.layers, found.layers, found.removals, strict=True)
+    layers = tuple(replace(layer, sensitivity=one, removals=removals) for layer, one, removals in found_layers)
     return replace(statistics, layers=layers, output_gradient=found.output, token_gradient=found.token)
 
 
-def _with_costs(
-    statistics: Statistics, source: ModelSource, settings: CalibrationSettings, on_progress: Progress
-) -> Statistics:
-    costs = measure_type_costs(
-        source,
-        statistics,
-        n_threads=settings.n_threads,
-        on_progress=lambda done, matrices: on_progress("prices", done, matrices),
-    )
-    return replace(statistics, matrix_costs=packed_costs(costs))
-
-
-def _some(tokens: Sequence[tuple[int, ...]], n_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Evenly spread sequences that have about so many tokens."""
-    share = min(1.0, n_tokens / sum(map(len, tokens)))
-    return tuple(tokens[row] for row in spread_rows(len(tokens), max(1, round(share * len(tokens)))))
-
-
-def _pass_layer(stream: Stream, layer: int, settings: CalibrationSettings) -> LayerFindings:
-    n_rows = stream.sequences.n_rows
-    observer = LayerObserver(stream.source, layer, n_rows, settings.samples, settings.device, settings.n_threads)
-    stream.pass_layer(layer, observer, observer.read_expert)
-    with torch.no_grad():
-        return observer.finish()
-
-
-def _output_input(source: ModelSource, h: Tensor) -> Single:
-    norm = read_tensor(source, MatrixKey("output_norm.weight"))
-    total = np.zeros(source.spec.n_embd)
-    for part in h.split(_ROWS_AT_ONCE):
-        total += column_squares(rms_norm(part, norm, source.spec.rms_eps))
-    return total.astype(np.float32)
-
-
-def _token_count(text: CalibrationText, source: ModelSource) -> Int:
-    n_vocab = source.shapes[MatrixKey("token_embd.weight")][0]
-    return np.bincount([token for one in text.tokens for token in one], minlength=n_vocab)
-
-
-def _notes(statistics: Statistics, settings: CalibrationSettings, seconds: float) -> dict[str, str]:
-    seen, n_experts = coverage(statistics.layers)
-    return {
-        "coverage": f"{seen} of {n_experts} experts were routed to",
-        "device": settings.device,
-        "sensitivity": f"{settings.n_sensitivity} tokens",
-        "samples": json.dumps(asdict(settings.samples)),
-        "seconds": f"{seconds:.1f}",
-        "torch": str(torch.__version__),
-    }
-
-
 def coverage(layers: tuple[LayerStatistics, ...]) -> tuple[int, int]:
-    """How many experts any token was routed to, and how many there are."""
+    """The number of experts that any token selected, and the number of all experts."""
     counts = [layer.outputs.n_pick for layer in layers if layer.outputs is not None]
     return sum(int((one > 0).sum()) for one in counts), sum(len(one) for one in counts)

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix: mean squares of what each column of a matrix is multiplied with, in a file.
+"""llama.cpp's importance matrix file: mean squares of the inputs of each column of a matrix.
 
 Reads and writes the GGUF form (`NAME.in_sum2` [n_matrices, n_per_row] sums of squares, `NAME.counts` [n_matrices, 1]
 tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and tools/quantize.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.gguf.header import HeaderTensor, pack_header, padded
 from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.stats.statistics import LayerStatistics, Statistics
+from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.regular_file import open_regular, read_regular, reason
 from slimoe.offload.files.whole_file import write_whole
@@ -30,27 +30,34 @@ _OLD_LIMIT = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class InputSquares:
-    """Of a matrix or a stack of them: sums of squares [n_matrices, n_per_row] over `counts` [n_matrices] tokens."""
+    """The inputs of a matrix or a stack of matrices: sums of squares [n_matrices, n_per_row] over tokens.
+
+    `counts` [n_matrices] are the numbers of tokens.
+    """
 
     sums: Single
     counts: Single
 
     @property
     def n_seen(self) -> int:
-        """Matrices that any token has met."""
+        """The number of matrices that any token went through."""
         return int(np.count_nonzero(self.counts > 0))
 
     def means(self, matrix: int) -> Single:
-        """Mean squares [n_per_row]; of a matrix never met, those of all others; ones if there are none."""
+        """Mean squares [n_per_row] of a matrix's inputs.
+
+        For a matrix that no token went through they are those of all others, or ones if there are none.
+        """
         seen = [matrix] if self.counts[matrix] > 0 else list(np.flatnonzero(self.counts > 0))
         total = self.counts[seen].sum(dtype=np.float32)
         means: Single = self.sums[seen].sum(0) / total if seen else np.ones_like(self.sums[0])
         return means
 
     def of_width(self, n_per_row: int) -> "InputSquares":
-        """The same for matrices of rows so wide: the older form of the file does not tell how many a stack has.
+        """The same sums for matrices of rows of `n_per_row` weights.
 
-        Raises UsageError where that cannot be.
+        The older form of the file does not say how many matrices a stack has. Raises UsageError for an imatrix of rows
+        of another width.
         """
         if self.sums.shape[1] == n_per_row:
             return self
@@ -65,7 +72,10 @@ class InputSquares:
 
 @dataclass(frozen=True, slots=True)
 class Imatrix:
-    """An importance matrix by tensor names, the texts that it is from, and chunks of so many tokens."""
+    """An importance matrix: `entries` by tensor names, and the texts that it was measured on.
+
+    These are the names of the data sets, and the number of chunks and their size in tokens.
+    """
 
     entries: Mapping[str, InputSquares]
     datasets: tuple[str, ...] = ()
@@ -73,7 +83,7 @@ class Imatrix:
     chunk_size: int = 0
 
     def importance(self, key: MatrixKey, n_per_row: int) -> Single | None:
-        """Mean squares [n_per_row] of a matrix's columns, None where nothing is known of it.
+        """Mean squares [n_per_row] of the inputs of a matrix, None if the file does not have them.
 
         Raises UsageError for an imatrix of another model.
         """
@@ -86,39 +96,31 @@ class Imatrix:
 
     @property
     def coverage(self) -> dict[str, tuple[int, int]]:
-        """(matrices met, all) of the stacks in which some were never met."""
+        """For each stack of which no token went through some matrices: how many were seen, and how many there are."""
         counts = {name: (entry.n_seen, len(entry.counts)) for name, entry in self.entries.items()}
         return {name: (seen, every) for name, (seen, every) in counts.items() if seen < every}
 
 
 def imatrix_of(statistics: Statistics) -> Imatrix:
-    """What a calibration learnt, as llama.cpp would have it of the same model."""
+    """The importance matrix that llama.cpp would measure of the same model on the same texts."""
+    n_tokens = np.array([statistics.n_tokens], np.float32)
     entries: dict[str, InputSquares] = {}
     for layer, one in enumerate(statistics.layers):
-        entries |= _layer_entries(layer, one, statistics.n_tokens)
-    entries["output.weight"] = _dense(statistics.output_input, statistics.n_tokens)
+        inputs, found = one.inputs, dict[str, InputSquares]()
+        if inputs.attention.size:
+            found |= {f"attn_{role}": InputSquares(inputs.attention[None], n_tokens) for role in "qkv"}
+            found["attn_output"] = InputSquares(inputs.mixed[None], n_tokens)
+        if inputs.router.size:
+            found["ffn_gate_inp"] = InputSquares(inputs.router[None], n_tokens)
+        if one.outputs is not None and inputs.expert.size:
+            counts = one.outputs.n_pick.astype(np.float32)
+            found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}
+            found["ffn_down_exps"] = InputSquares(inputs.hidden, counts)
+        entries |= {f"blk.{layer}.{role}.weight": entry for role, entry in found.items()}
+    entries["output.weight"] = InputSquares(statistics.output_input[None], n_tokens)
     datasets = tuple(dict.fromkeys(statistics.domains))
     longest = max(map(len, statistics.tokens), default=0)
     return Imatrix(entries, datasets, len(statistics.tokens), longest)
-
-
-def _dense(sums: Single, n_tokens: int) -> InputSquares:
-    return InputSquares(sums[None], np.array([n_tokens], np.float32))
-
-
-def _layer_entries(layer: int, one: LayerStatistics, n_tokens: int) -> dict[str, InputSquares]:
-    inputs = one.inputs
-    found: dict[str, InputSquares] = {}
-    if inputs.attention.size:
-        found |= {f"attn_{role}": _dense(inputs.attention, n_tokens) for role in "qkv"}
-        found["attn_output"] = _dense(inputs.mixed, n_tokens)
-    if inputs.router.size:
-        found["ffn_gate_inp"] = _dense(inputs.router, n_tokens)
-    if one.outputs is not None and inputs.expert.size:
-        counts = one.outputs.n_pick.astype(np.float32)
-        found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}
-        found["ffn_down_exps"] = InputSquares(inputs.hidden, counts)
-    return {f"blk.{layer}.{role}.weight": entry for role, entry in found.items()}
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
@@ -140,7 +142,7 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Reads either form; raises ModelFileError for what is none."""
+    """Reads a file of either form; raises ModelFileError for one that cannot be read or is no imatrix."""
     try:
         with open_regular(path) as file:
             magic = file.read(4)
@@ -152,7 +154,8 @@ def read_imatrix(path: Path) -> Imatrix:
             numbers = np.isfinite(entry.sums.sum(0)).all() and np.isfinite(entry.counts.sum())
         counts = entry.counts[entry.counts != 0]
         if not numbers or entry.sums.min(initial=0) < 0 or counts.min(initial=1) < 1:
-            raise ModelFileError(path, f"{name} holds what are no sums of squares.", "Make the imatrix again.")
+            problem = f"{name} has values that cannot be sums of squares: negative ones, NaN or infinity."
+            raise ModelFileError(path, problem, "Make the imatrix again.")
     return imatrix
 
 
@@ -184,7 +187,7 @@ def _values(file: GGUFFile, name: str) -> Single:
 
 
 def _from_old(path: Path) -> Imatrix:
-    """The form of before 2025: whole tensors, whose sums are divided by their own counts already, times all calls."""
+    """Reads the form of before 2025: whole tensors, whose sums are divided by counts and multiplied by all calls."""
     at, entries = 4, {}
     try:
         data = read_regular(path)

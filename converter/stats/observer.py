@@ -1,6 +1,7 @@
-"""Learns one layer's statistics while a stream passes it."""
+"""Gathers the statistics of one layer while the residual stream of texts passes through it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,16 +10,16 @@ from torch import Tensor
 from slimoe.converter.forward.block import AttentionPass, Expert, Routing, read_expert, read_tensor, rms_norm
 from slimoe.converter.forward.stream import Observer
 from slimoe.converter.source.model_source import ModelSource, block_key
-from slimoe.converter.stats.routing_sums import Foresight, Picks, RoutingSums
+from slimoe.converter.stats.routing_sums import RouterPrediction, RoutingSums, Selected
 from slimoe.converter.stats.statistics import LayerStatistics, SimilaritySums, TypeErrors
 from slimoe.converter.stats.statistics_file import to_arrays
 from slimoe.converter.stats.sums import (
+    GramRows,
     InputTotals,
     OutputTotals,
     SimilarityTotals,
-    SketchRows,
     TraceRows,
-    sketch_size,
+    gram_size,
     spread_rows,
 )
 from slimoe.converter.stats.type_errors import DEFAULT_TYPES, TypeErrorTable
@@ -27,26 +28,35 @@ from slimoe.offload.errors import ModelFileError
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What is measured on a sample: errors of `types` on so many picks of each expert and so many rows of its matrices,
-    none if empty, and the sketch of so many tokens, none if 0.
+    """What is measured on a sample of the tokens, and how large the samples are.
+
+    The errors of `types`, none if empty, are measured on `n_tokens` tokens of each expert and `n_rows` rows of its
+    matrices; Gram matrices of the experts' outputs on `n_gram` tokens of the layer, none if 0.
     """
 
     types: tuple[str, ...] = DEFAULT_TYPES
-    n_picks: int = 512
+    n_tokens: int = 512
     n_rows: int = 512
-    n_sketch: int = 2048
+    n_gram: int = 2048
+
+    def stored(self) -> dict[str, Any]:
+        """The samples under the names that the notes of statistics files and interrupted passes have for them."""
+        return {"types": self.types, "n_picks": self.n_tokens, "n_rows": self.n_rows, "n_sketch": self.n_gram}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFindings:
-    """A layer's statistics, and what the next routers would pick from its input; the sums of both are linked later."""
+    """A layer's statistics, and the rows that the next layers' routers select from this layer's input.
+
+    `link` adds the sums that compare both with the next layers.
+    """
 
     statistics: LayerStatistics
-    foreseen: Picks | None
+    predicted: Selected | None
 
 
 class LayerObserver(Observer):
-    """Feeds every sum of one layer; `read_expert` is to be the pass's source of experts."""
+    """Gathers all sums of one layer; the pass must read experts by `read_expert`."""
 
     def __init__(
         self, source: ModelSource, layer: int, n_rows: int, samples: Samples, device: str = "cpu", n_threads: int = 1
@@ -60,43 +70,43 @@ class LayerObserver(Observer):
         self._experts = _ExpertObserver(source, layer, n_rows, samples, device, n_threads) if self._of.target else None
 
     def read_expert(self, expert: int) -> Expert:
-        """The layer's own expert, of which all that needs its weights is measured before the next is read."""
+        """Reads an expert of the layer, after measuring everything that needs the matrices of the one before it."""
         assert self._experts is not None
         return self._experts.read(expert, self._inputs)
 
     def attention(self, layer: int, first_row: int, h: Tensor, seen: AttentionPass) -> None:
-        """Sums over its inputs."""
+        """Adds a sequence's inputs of the attention."""
         self._check(seen.update)
         self._inputs.add_attention(seen.x, seen.mixed)
         if self._experts is not None:
             self._experts.trace.add_attention(first_row, seen.received)
 
     def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
-        """Sums over the router's answers."""
+        """Adds a sequence's routing."""
         assert self._experts is not None
         self._check(routing.logits)
         self._inputs.add_router(x)
         self._experts.add_routing(first_row, x, routing)
 
     def expert(self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor) -> None:
-        """Sums over an expert's inputs."""
+        """Adds tokens of an expert: the inputs of its matrices."""
         assert self._experts is not None
         self._inputs.add_expert(expert, x, hidden)
         self._experts.keep_sample(x, shares)
 
     def output(self, layer: int, expert: int, rows: Tensor, shares: Tensor, output: Tensor) -> None:
-        """Sums over its answers."""
+        """Adds tokens of an expert: its outputs."""
         assert self._experts is not None
         self._check(output)
         self._experts.outputs.add(expert, shares, output)
 
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
-        """Similarities."""
+        """Adds a sequence's residual streams, to compare before and after."""
         self._check(after)
         x = None if self._norm is None else rms_norm(middle, self._norm, self._source.spec.rms_eps)
         self._similarity.add(h, middle, after, x)
-        if self._experts is not None and self._experts.sketch is not None:
-            self._experts.sketch.add_middle(first_row, middle)
+        if self._experts is not None and self._experts.gram is not None:
+            self._experts.gram.add_middle(first_row, middle)
 
     def _check(self, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
@@ -108,14 +118,14 @@ class LayerObserver(Observer):
         return ModelFileError(self._source.path, problem, hint)
 
     def finish(self) -> LayerFindings:
-        """Everything; the pass must be over. Raises ModelFileError for sums beyond float32."""
+        """The layer's statistics, after the pass; raises ModelFileError for sums beyond float32."""
         similarity = self._similarity.finish()
         with np.errstate(over="ignore"):
             if self._experts is None:
                 return LayerFindings(LayerStatistics(similarity, self._inputs.finish()), None)
             found = self._experts.finish(similarity, self._inputs)
         parts = (found.statistics.inputs, found.statistics.outputs, found.statistics.sketch)
-        # The squares of large answers overflow where the answers themselves do not.
+        # The squares of large outputs overflow where the outputs themselves do not.
         arrays = [array for part in parts if part is not None for array in to_arrays(part).values()]
         if not all(np.isfinite(array).all() for array in arrays):
             raise self._no_numbers()
@@ -123,7 +133,7 @@ class LayerObserver(Observer):
 
 
 class _ExpertObserver:
-    """What a layer with experts has beside the rest."""
+    """Gathers what only a layer with experts has: routing, outputs, errors of types, and Gram matrices."""
 
     def __init__(
         self, source: ModelSource, layer: int, n_rows: int, samples: Samples, device: str, n_threads: int
@@ -132,64 +142,64 @@ class _ExpertObserver:
         self._target = np.array(source.layers[layer].target)
         n_stored, n_row, n_embd = source.layers[layer].n_stored, len(self._target), source.spec.n_embd
         self._routing = RoutingSums(n_row, source.spec.n_expert_used)
-        self._foresight = Foresight(source, layer, n_rows, device)
+        self._prediction = RouterPrediction(source, layer, n_rows, device)
         self.trace = TraceRows(n_rows, source.spec.n_expert_used)
         self.outputs = OutputTotals(n_stored, n_embd)
         self._errors: TypeErrorTable | None = None
         if samples.types:
             self._errors = TypeErrorTable(source, layer, samples.types, samples.n_rows, n_threads)
-        self.sketch: SketchRows | None = None
-        if samples.n_sketch:
-            rows = spread_rows(n_rows, sketch_size(samples.n_sketch, n_rows, n_stored, n_embd))
-            self.sketch = SketchRows(rows, n_stored, n_row, n_embd)
+        self.gram: GramRows | None = None
+        if samples.n_gram:
+            rows = spread_rows(n_rows, gram_size(samples.n_gram, n_rows, n_stored, n_embd))
+            self.gram = GramRows(rows, n_stored, n_row, n_embd)
         self._current: tuple[int, Expert] | None = None
         self._sampled: list[tuple[Tensor, Tensor]] = []
         self._wanted, self._n_seen = np.empty(0, np.int64), 0
 
     def add_routing(self, first_row: int, x: Tensor, routing: Routing) -> None:
-        """One sequence's."""
+        """Adds a sequence's routing, and the inputs [n, n_embd] of its router."""
         self._routing.add(routing)
-        self._foresight.add(first_row, x)
+        self._prediction.add(first_row, x)
         self.trace.add_routing(first_row, x, routing)
-        if self.sketch is not None:
-            self.sketch.add_routing(first_row, x, routing.logits)
+        if self.gram is not None:
+            self.gram.add_routing(first_row, x, routing.logits)
 
     def read(self, expert: int, inputs: InputTotals) -> Expert:
-        """The next expert's weights."""
+        """Reads the matrices of the next expert, after finishing the one before it."""
         self._finish_current(inputs)
-        weights = read_expert(self._source, self._layer, expert, self._device)
-        self._current = (expert, weights)
-        n_picks = int(self._routing.n_picks[self._target == expert].sum())
-        self._wanted, self._n_seen = spread_rows(n_picks, self._samples.n_picks), 0
-        if self.sketch is not None:
-            self.sketch.add_expert(expert, weights)
-        return weights
+        matrices = read_expert(self._source, self._layer, expert, self._device)
+        self._current = (expert, matrices)
+        n_tokens = int(self._routing.n_selected[self._target == expert].sum())
+        self._wanted, self._n_seen = spread_rows(n_tokens, self._samples.n_tokens), 0
+        if self.gram is not None:
+            self.gram.add_expert(expert, matrices)
+        return matrices
 
     def keep_sample(self, x: Tensor, shares: Tensor) -> None:
-        """Keeps those of the current expert's next picks that are in the sample."""
+        """Keeps those of the current expert's next tokens that are in the sample: inputs and expert weights."""
         begin, end = np.searchsorted(self._wanted, (self._n_seen, self._n_seen + len(x))).tolist()
         own = torch.from_numpy(self._wanted[begin:end] - self._n_seen).to(x.device)
         self._sampled.append((x[own], shares[own]))
         self._n_seen += len(x)
 
     def _finish_current(self, inputs: InputTotals) -> None:
-        """Measures what types cost the expert whose picks have all been seen."""
+        """Measures the errors of types for the current expert, all of whose tokens have been seen."""
         if self._current is not None and self._errors is not None:
-            number, weights = self._current
-            x, shares = (torch.cat(part) for part in zip(*self._sampled, strict=True))
-            of_sample = self._errors.measure(number, weights, x, shares, inputs.of_expert(number))
+            number, matrices = self._current
+            x, weights = (torch.cat(part) for part in zip(*self._sampled, strict=True))
+            of_sample = self._errors.measure(number, matrices, x, weights, inputs.of_expert(number))
             of_all = self.outputs.weighted_square(number)
             self._errors.scale(number, of_all / of_sample if of_sample > 0 else 1.0)
         self._sampled, self._current = [], None
 
     def finish(self, similarity: SimilaritySums, inputs: InputTotals) -> LayerFindings:
-        """Everything, also of experts that no token picked."""
+        """The layer's statistics; the Gram matrices also have the experts that no token selected."""
         self._finish_current(inputs)
-        sketch = None
-        if self.sketch is not None:
-            for expert in self.sketch.missing:
-                self.sketch.add_expert(expert, read_expert(self._source, self._layer, expert, self._device))
-            sketch = self.sketch.finish(self.outputs.means())
+        gram = None
+        if self.gram is not None:
+            for expert in self.gram.missing:
+                self.gram.add_expert(expert, read_expert(self._source, self._layer, expert, self._device))
+            gram = self.gram.finish(self.outputs.means())
         errors = None if self._errors is None else TypeErrors(self._errors.types, self._errors.error)
         return LayerFindings(
             LayerStatistics(
@@ -199,7 +209,7 @@ class _ExpertObserver:
                 outputs=self.outputs.finish(),
                 trace=self.trace.finish(),
                 type_errors=errors,
-                sketch=sketch,
+                sketch=gram,
             ),
-            self._foresight.picks,
+            self._prediction.selected,
         )

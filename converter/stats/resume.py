@@ -1,6 +1,6 @@
-"""A calibration on disk while it runs: what each finished layer gave, and what the next one begins with.
+"""The state of a running calibration on disk: the results of finished layers, and what the next layer starts from.
 
-The forward pass keeps the hidden states behind the last finished layer, the backward pass the gradient before it.
+The forward pass keeps the residual stream behind the last finished layer, the backward pass the gradient before it.
 """
 
 import json
@@ -21,17 +21,14 @@ from slimoe.converter.stats.statistics_file import StatisticsError, from_arrays,
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.files.whole_file import clear, whole_file, write_error, write_whole
 
-_STATE, _FORESEEN = "state.json", "foreseen"
+_STATE, _PREDICTED = "state.json", "foreseen"
 _STATES_AT_ONCE = 6
-"""Streams that may lie here at the same time: four of a pass and two generations of the kept one."""
+"""Residual streams that may lie here at the same time: four of a pass and two generations of the kept one."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartialPass:
-    """The folder of a destination, for one pass; `key` says which.
-
-    What another pass left there is deleted.
-    """
+    """The folder `path` of one forward pass, which `key` identifies; the files of another pass are deleted from it."""
 
     path: Path
     key: Mapping[str, Any]
@@ -45,7 +42,7 @@ class PartialPass:
             raise write_error(self.path, error) from None
 
     def matches(self) -> bool:
-        """Whether what lies there is of this pass."""
+        """Whether the files in the folder are of this pass."""
         return bool(self._state().get("key") == json.loads(json.dumps(dict(self.key))))
 
     def _state(self) -> dict[str, Any]:
@@ -57,11 +54,11 @@ class PartialPass:
 
     @property
     def n_done(self) -> int:
-        """Layers that are finished."""
+        """The number of layers that are finished."""
         return int(self._state().get("n_done", 0))
 
     def reserve(self, n_bytes: int) -> None:
-        """Raises DoesNotFitError when the disk has fewer bytes free: files that are mapped must not find it full."""
+        """Raises DoesNotFitError if the disk has fewer bytes free: writing to a mapped file must not find it full."""
         available = shutil.disk_usage(self.path).free
         if available < n_bytes:
             message = f"The pass needs up to {n_bytes:,} bytes of disk, but {self.path} has only {available:,} free."
@@ -69,16 +66,20 @@ class PartialPass:
             raise DoesNotFitError(message, required_bytes=n_bytes, available_bytes=available)
 
     def restore(self, h: Tensor) -> list[LayerFindings]:
-        """What finished layers gave; `h` becomes the stream behind them. Nothing if it cannot be read.
+        """Returns the findings of finished layers, and sets `h` to the residual stream behind them.
 
-        Raises DoesNotFitError.
+        Returns none, and leaves `h`, if they cannot be read. Raises DoesNotFitError if the disk has too little room for
+        the streams of the pass.
         """
         self.reserve(_STATES_AT_ONCE * h.numel() * 4)
         n_done = self.n_done
         if not n_done:
             return []
         try:
-            findings = [self._read(layer) for layer in range(n_done)]
+            findings = []
+            for layer in range(n_done):
+                arrays, _ = read_arrays(self._layer_path(layer))
+                findings.append(LayerFindings(from_arrays(LayerStatistics, arrays), arrays.get(_PREDICTED)))
             rows = np.load(self._stream_path(n_done), mmap_mode="c")
         except (StatisticsError, KeyError, OSError, ValueError):
             return []
@@ -86,22 +87,18 @@ class PartialPass:
         return findings
 
     def add(self, findings: LayerFindings, h: Tensor) -> None:
-        """Keeps another layer's findings, and the stream behind it in place of the one before.
+        """Stores the findings of the next layer, and replaces the stored residual stream with that behind the layer.
 
-        Raises UsageError or DoesNotFitError.
+        Raises UsageError or DoesNotFitError if the files cannot be written.
         """
         layer = self.n_done
         arrays = to_arrays(findings.statistics)
-        if findings.foreseen is not None:
-            arrays[_FORESEEN] = findings.foreseen
+        if findings.predicted is not None:
+            arrays[_PREDICTED] = findings.predicted
         write_arrays(arrays, self._layer_path(layer), {})
         save_rows(self._stream_path(layer + 1), h)
         write_whole(self.path / _STATE, json.dumps({"key": dict(self.key), "n_done": layer + 1}).encode())
         self._stream_path(layer).unlink(missing_ok=True)
-
-    def _read(self, layer: int) -> LayerFindings:
-        arrays, _ = read_arrays(self._layer_path(layer))
-        return LayerFindings(from_arrays(LayerStatistics, arrays), arrays.get(_FORESEEN))
 
     def _layer_path(self, layer: int) -> Path:
         return self.path / f"layer-{layer:04}.safetensors"
@@ -111,7 +108,7 @@ class PartialPass:
 
 
 def save_rows(path: Path, rows: Tensor) -> None:
-    """Writes a matrix as numpy's file, whole or not at all; raises as `whole_file` does."""
+    """Writes a matrix to a .npy file, whole or not at all; raises as `whole_file` does."""
     with whole_file(path) as part, part.open("wb") as file:
         np.save(file, rows.numpy())
 
@@ -122,16 +119,19 @@ _BACKWARD_STATE = "backward.json"
 
 
 class PartialBackward:
-    """Lies in the directory of the calibration that it belongs to; `key` says which pass of it this is.
+    """The state of one backward pass, which `key` identifies, in the folder `path` of its calibration.
 
-    Steps are numbered as layers are, and the head as the layer behind the last: each is done after those above it.
+    Steps have the numbers of their layers, and the head that after the last layer; they are done from the highest down.
     """
 
     def __init__(self, path: Path, key: str, n_layer: int) -> None:
         self._path, self._key, self._n_layer = path, key, n_layer
 
     def restore(self, gradient: Tensor) -> dict[int, Sums]:
-        """What finished steps gave; `gradient` becomes the one before the last. Nothing if it cannot be read."""
+        """Returns the sums of finished steps, and sets `gradient` to that before the last of them.
+
+        Returns none if they cannot be read.
+        """
         try:
             state = json.loads((self._path / _BACKWARD_STATE).read_text("utf-8"))
             if state["key"] != self._key:
@@ -144,8 +144,10 @@ class PartialBackward:
         return found
 
     def add(self, step: int, sums: Sums, gradient: Tensor) -> None:
-        """Keeps another step's sums, and the gradient before it in place of the one behind; raises as
-        `PartialPass.add` does."""
+        """Stores the sums of the next step, and replaces the stored gradient with that before the step.
+
+        Raises UsageError or DoesNotFitError if the files cannot be written.
+        """
         write_arrays(sums, self._sums(step), {})
         state: dict[str, Any] = {"key": self._key, "step": step}
         save_rows(self._gradient(step), gradient)

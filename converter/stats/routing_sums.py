@@ -1,4 +1,4 @@
-"""How tokens are routed: sums over the router's answers, and how they agree with later layers and later tokens."""
+"""Sums over the routing of tokens, and over its agreement with the routing of later layers and later tokens."""
 
 from dataclasses import replace
 
@@ -11,11 +11,12 @@ from slimoe.converter.forward.block import Routing
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, RouterSums
 
-Picks = NDArray[np.uint16]
+Selected = NDArray[np.uint16]
+"""Rows of a router that tokens select."""
 
 
 class RoutingSums:
-    """Gathers one layer's `RouterSums` from one sequence's routing after the other."""
+    """Gathers one layer's `RouterSums`, one sequence after the other."""
 
     def __init__(self, n_row: int, n_used: int) -> None:
         self._n_row, self._n_used = n_row, n_used
@@ -27,30 +28,32 @@ class RoutingSums:
         self._to_next_token = np.zeros((n_row, n_row), np.int64)
 
     def add(self, routing: Routing) -> None:
-        """One sequence's."""
-        picks, shares = routing.picks.cpu().numpy(), routing.shares.double().cpu().numpy()
+        """Adds the routing of one sequence."""
+        selected, weights = routing.picks.cpu().numpy(), routing.shares.double().cpu().numpy()
         logits = routing.logits.double()
         probabilities = routing.probabilities.double().cpu().numpy()
-        picked = np.take_along_axis(probabilities, picks, 1)
+        of_selected = np.take_along_axis(probabilities, selected, 1)
         for rank in range(self._n_used):
-            self._rank_count[:, rank] += np.bincount(picks[:, rank], minlength=self._n_row)
-        by_pick = (_by_row(picks, values, self._n_row) for values in (shares, shares**2, picked))
-        self._sums += np.stack([probabilities.sum(0), logits.sum(0).cpu().numpy(), *by_pick])
+            self._rank_count[:, rank] += np.bincount(selected[:, rank], minlength=self._n_row)
+        by_row = [
+            np.bincount(selected.ravel(), values.ravel(), self._n_row) for values in (weights, weights**2, of_selected)
+        ]
+        self._sums += np.stack([probabilities.sum(0), logits.sum(0).cpu().numpy(), *by_row])
         self._logit_product += (logits.T @ logits).cpu().numpy()
-        self._top_bins += histogram(shares[:, 0] / shares.sum(1))
+        self._top_bins += histogram(weights[:, 0] / weights.sum(1))
         if self._n_used > 1:
-            self._ratio_bins += histogram(shares[:, 1] / np.maximum(shares[:, 0], np.finfo(np.float64).tiny))
-        self._together += pair_counts(picks, picks, (self._n_row, self._n_row))
-        self._to_next_token += pair_counts(picks[:-1], picks[1:], (self._n_row, self._n_row))
+            self._ratio_bins += histogram(weights[:, 1] / np.maximum(weights[:, 0], np.finfo(np.float64).tiny))
+        self._together += pair_counts(selected, selected, (self._n_row, self._n_row))
+        self._to_next_token += pair_counts(selected[:-1], selected[1:], (self._n_row, self._n_row))
 
     @property
-    def n_picks(self) -> NDArray[np.int64]:
-        """Picks of each row of the router [R] so far."""
+    def n_selected(self) -> NDArray[np.int64]:
+        """How often each row of the router [R] has been selected so far."""
         counts: NDArray[np.int64] = self._rank_count.sum(1)
         return counts
 
     def finish(self) -> RouterSums:
-        """The sums; those that say something of later layers are empty until `link` fills them."""
+        """The sums; those that compare with later layers are empty until `link` fills them."""
         probability, logit, share, share_square, picked = self._sums
         return RouterSums(
             rank_count=self._rank_count,
@@ -69,23 +72,19 @@ class RoutingSums:
         )
 
 
-def _by_row(picks: NDArray[np.int64], values: NDArray[np.float64], n_row: int) -> NDArray[np.float64]:
-    return np.bincount(picks.ravel(), values.ravel(), n_row).astype(np.float64, copy=False)
-
-
 def histogram(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Counts of values between 0 and 1 in `N_BINS` even bins; the last one takes 1 and what is beyond."""
+    """Counts values between 0 and 1 in `N_BINS` even bins; the last one also has those of 1 and above."""
     return np.bincount(np.minimum((values * N_BINS).astype(np.int64), N_BINS - 1), minlength=N_BINS)
 
 
 def pair_counts(here: NDArray[np.integer], there: NDArray[np.integer], shape: tuple[int, int]) -> NDArray[np.int64]:
-    """How many tokens have a row in `here` [T, k] and one in `there` [T, k], by both [shape]."""
+    """Counts, by pair of rows [shape], tokens with the first row in `here` [T, k] and the second in `there` [T, k]."""
     pairs = here.astype(np.int64)[:, :, None] * shape[1] + there.astype(np.int64)[:, None, :]
     return np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
 
-class Foresight:
-    """What the routers of the next layers would pick from this layer's input: `picks` [N_AHEAD, T, k].
+class RouterPrediction:
+    """Predicts the experts of the next layers: `selected` [N_AHEAD, T, k] by their routers from this layer's input.
 
     Source: the look-ahead gates of arXiv 2411.01433 and 2408.10284.
     """
@@ -98,17 +97,17 @@ class Foresight:
             if later < len(source.layers) and source.layers[later].target:
                 weight = source.read(block_key(later, "ffn_gate_inp"))
                 self._routers[ahead] = torch.from_numpy(weight).to(device)
-        self.picks: Picks = np.zeros((N_AHEAD, n_rows, self._n_used), np.uint16)
+        self.selected: Selected = np.zeros((N_AHEAD, n_rows, self._n_used), np.uint16)
 
     def add(self, first_row: int, x: Tensor) -> None:
-        """One sequence's normalised input [n, n_embd]."""
+        """Adds the router's normalised inputs [n, n_embd] of one sequence."""
         for ahead, router in self._routers.items():
-            picks = (x @ router.T).topk(self._n_used, -1).indices.cpu().numpy()
-            self.picks[ahead, first_row : first_row + len(picks)] = picks
+            selected = (x @ router.T).topk(self._n_used, -1).indices.cpu().numpy()
+            self.selected[ahead, first_row : first_row + len(selected)] = selected
 
 
-def link(layers: list[LayerStatistics], foreseen: list[Picks | None]) -> list[LayerStatistics]:
-    """Fills in what a layer's sums say of later layers, now that all of them are known."""
+def link(layers: list[LayerStatistics], predicted: list[Selected | None]) -> list[LayerStatistics]:
+    """The layers, with the sums that compare them with later layers filled in."""
     linked = []
     for n, layer in enumerate(layers):
         if layer.router is None or layer.trace is None:
@@ -116,7 +115,7 @@ def link(layers: list[LayerStatistics], foreseen: list[Picks | None]) -> list[La
             continue
         n_row, n_used = layer.router.rank_count.shape
         hits, to_next = np.zeros((N_AHEAD, n_used, n_used), np.int64), np.zeros((n_row, 0), np.int64)
-        guesses = foreseen[n]
+        guesses = predicted[n]
         for ahead, later in enumerate(layers[n + 1 : n + 1 + N_AHEAD]):
             if later.trace is None or later.router is None:
                 continue

@@ -1,4 +1,4 @@
-"""How much the model's answer hangs on each number in each layer, by a backward pass that reads one block at a time.
+"""How sensitive the model's prediction is to each value in each layer, by a backward pass that reads block after block.
 
 The measure is the diagonal of Fisher's information, whose half is the second-order growth of the KL divergence: the
 squared gradient of the log-likelihood of a label that is drawn from the model's own prediction. Labels of different
@@ -19,14 +19,14 @@ from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
 
 @dataclass(frozen=True, slots=True)
 class ModelSensitivity:
-    """All layers; matrices that one lacks are empty, a dense feed-forward part is one expert that all tokens picked.
+    """The sensitivities of all layers, measured on `n_tokens` tokens with `n_draws` draws of labels.
 
-    The mean squared error of a matrix's output times its numbers here, summed and halved, is the KL divergence in nats
-    per token; for an expert's matrices the mean runs over the tokens which picked it. Left out are products of errors,
-    those of one matrix in several tokens among them, and the choice of other experts. Experts narrower than the layer's
-    widest end in zeros. `removals` are what leaving parts of the layers out costs. `output` [n_vocab] is by the logits,
-    and exact: the mean of p (1 - p). `token` [n_embd] is by the rows of the embeddings. `n_tokens` were looked at,
-    `n_draws` times.
+    The mean squared error of a matrix's output times its sensitivity, summed and halved, is the KL divergence in nats
+    per token; for an expert's matrices the mean runs over the tokens that selected it. Products of errors are left out,
+    those of one matrix in several tokens among them, and the selection of other experts. Matrices that a layer does not
+    have are empty, a dense feed-forward part is one expert that all tokens selected, and the arrays of experts narrower
+    than the layer's widest end in zeros. `removals` are the costs of leaving out parts of the layers. `output`
+    [n_vocab] is by the logits, and exact: the mean of p (1 - p). `token` [n_embd] is by the rows of the token table.
     """
 
     layers: tuple[Sensitivity, ...]
@@ -48,11 +48,11 @@ def measure_sensitivity(
     partial: PartialBackward | None = None,
     on_progress: Progress = lambda _done, _total: None,
 ) -> ModelSensitivity:
-    """Runs the sequences forward, keeping the streams before all layers, and then backward `n_draws` times.
+    """Runs the sequences forward, keeping the residual streams before all layers, and then backward `n_draws` times.
 
     The streams lie in files of `directory`, or in memory without one (see `layer_states.state_bytes`). With `partial`,
-    a single draw that was interrupted goes on after the last whole layer. Raises ModelFileError, and BadLogitsError
-    where the model computes no finite numbers.
+    a single draw that was interrupted continues after the last whole layer. Raises ModelFileError, and BadLogitsError
+    if the model computes NaN or infinity.
     """
     assert partial is None or n_draws == 1
     done, total = 0, (1 + n_draws) * source.spec.n_layer

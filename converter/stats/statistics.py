@@ -1,9 +1,12 @@
-"""What a calibration pass learns of a model: sums over tokens, in arrays that any method turns into its own measure.
+"""The statistics of a model that a calibration gathers: sums over tokens, from which methods compute their measures.
 
-Everything is a sum, so that parts of a pass add up. Shapes name E stored experts of the layer, R rows of its router, k
-picks per token, d = n_embd, f = n_ff, T tokens, S tokens of the sketch. *share* is a pick's weight, renormalised where
-the model does it, *f_j* an expert's output before it. The letters in brackets are those of the statistics in the
-literature on pruning and caching. `statistics_file` keeps them.
+Everything is a sum, so that parts of a pass add up. In shapes, E are stored experts of the layer, R rows of its router,
+k experts that a token selects, d is n_embd, f is n_ff, T are tokens, and S tokens of the Gram matrices. *w* is the
+expert weight of a token's selected expert, renormalised where the model does it, and *f_j* the expert's output without
+it. Letters in brackets are those of the statistics in the literature on pruning and caching.
+
+`statistics_file` stores every array under the name of its field, so the names stay as they are: there, `share` is the
+expert weight, a `pick` is a selected expert, a `novice` a constant expert, and the `sketch` has Gram matrices.
 """
 
 from collections.abc import Mapping
@@ -19,20 +22,21 @@ Single = NDArray[np.float32]
 N_BINS = 1024
 """Bins of the histograms, which divide 0 to 1 evenly; the last one holds 1 itself."""
 N_AHEAD = 3
-"""So many later layers are foreseen."""
+"""The number of later layers whose experts are predicted."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSums:
-    """How tokens were routed, by row of the router.
+    """Sums over the routing of tokens, by row of the router. (A1, A2, A3, A6, A7, A8, A11, A12)
 
-    `rank_count` [R, k] picks by rank; `probability` [R] sum of the softmax over all tokens; `share`, `share_square`,
-    `picked_probability` [R] over the picks. `ratio_bins` [1024] of the second share over the first, `top_bins` [1024]
-    of the first share over the sum of all k. `together` [R, R] tokens that picked both, itself on the diagonal. `logit`
-    [R] and `logit_product` [R, R] over all tokens. `ahead_hits` [3, k, k]: of the picks that the router q + 1 layers
-    later made at rank i, those that its logits on this layer's input have at rank j. `to_next` [R, R of the next layer]
-    picks of a token here and there; `to_next_token` [R, R] picks of a token and of the one after it. (A1, A2, A3, A6,
-    A7, A8, A11, A12)
+    `rank_count` [R, k] is how often a row was selected, by rank. `probability` [R] is the sum of the softmax over all
+    tokens; `share`, `share_square` and `picked_probability` [R] are sums of w, w^2 and the softmax over the tokens that
+    selected the row. `ratio_bins` [1024] is the histogram of a token's second expert weight over its first, `top_bins`
+    [1024] of its first over the sum of all k. `together` [R, R] counts tokens that selected both rows, with a row's own
+    tokens on the diagonal. `logit` [R] and `logit_product` [R, R] are sums over all tokens. `ahead_hits` [3, k, k]
+    counts the rows that the router q + 1 layers later selected at rank i and has at rank j by its logits on this
+    layer's input. `to_next` [R, R of the next layer] counts tokens that selected a row here and one there,
+    `to_next_token` [R, R] a row for a token and one for the token after it.
     """
 
     rank_count: Int
@@ -52,10 +56,11 @@ class RouterSums:
 
 @dataclass(frozen=True, slots=True)
 class OutputSums:
-    """What experts answered, over the tokens that picked them.
+    """Sums over the outputs of experts, over the tokens that selected them. (A4, A5)
 
-    [E]: `n_pick`; `norm` of |f|, `norm_square` of |f|^2, `share_norm` of share |f|, `share_square_norm_square`;
-    `largest`, the greatest absolute value. [E, d]: sums of f, f^2, share f, share^2 f, and [E] of share^2. (A4, A5)
+    [E]: `n_pick` is the number of these tokens; `norm` sums |f|, `norm_square` |f|^2, `share_norm` w |f|,
+    `share_square_norm_square` w^2 |f|^2 and `share_square` w^2; `largest` is the greatest absolute value of f. [E, d]:
+    `output` sums f, `output_square` f^2, `share_output` w f and `share_square_output` w^2 f.
     """
 
     n_pick: Int
@@ -73,11 +78,11 @@ class OutputSums:
 
 @dataclass(frozen=True, slots=True)
 class InputSums:
-    """Sums of squares of what each matrix reads, for importance-weighted quantisation. (A10)
+    """Sums of squares of the inputs of each matrix, for importance-weighted quantisation. (A10)
 
-    `expert` [E, d] what gate and up of each expert read, `hidden` [E, f] what its down reads; `attention` [d] what q, k
-    and v read, `mixed` [n_head * n_embd_head] what attn_output reads; `router` [d] over all tokens. Empty without that
-    part.
+    `expert` [E, d] are those of gate and up of each expert, `hidden` [E, f] of its down; `attention` [d] of q, k and v,
+    `mixed` [n_head * n_embd_head] of attn_output; `router` [d] of the router. Arrays of parts that a layer does not
+    have are empty.
     """
 
     expert: Single
@@ -89,11 +94,11 @@ class InputSums:
 
 @dataclass(frozen=True, slots=True)
 class SimilaritySums:
-    """Sums over tokens that say how little a part of the layer does. (A9)
+    """Sums over tokens of how little the parts of the layer change the residual stream. (A9)
 
-    Cosines between the stream before and after the block, before and after the attention, before and after the
-    feed-forward part; between the latter's input x and output y; and of |y|^2 over the squared norm of the stream that
-    it is added to.
+    The cosines are between the stream before and after the block, the attention and the feed-forward part, and between
+    the latter's input x and output y. `relative_update` sums |y|^2 over the squared norm of the stream to which y is
+    added.
     """
 
     block_cosine: float
@@ -105,8 +110,10 @@ class SimilaritySums:
 
 @dataclass(frozen=True, slots=True)
 class TokenTrace:
-    """Every token's routing: `picks` [T, k] rows and `shares` [T, k] (A13); `received` [T] attention from all later
-    tokens, summed over heads, and `norm` [T], the sum of the absolute values of the router's input (A14).
+    """The routing of every token: the rows `picks` [T, k] that it selected, and their weights `shares` [T, k] (A13).
+
+    `received` [T] is the attention from all later tokens, summed over heads, and `norm` [T] the sum of the absolute
+    values of the router's input (A14).
     """
 
     picks: NDArray[np.uint16]
@@ -117,10 +124,11 @@ class TokenTrace:
 
 @dataclass(frozen=True, slots=True)
 class TypeErrors:
-    """Squared errors of an expert's output times share^2, over its picks, if matrices had another type. (B3)
+    """Sums over an expert's tokens of w^2 times the squared error of its output, if its matrices had another type. (B3)
 
-    `types` are names of ggml types; `error` [types, E, 4]: of gate, up and down alone, and of all three. Estimates
-    where only a sample was tried; infinite where a type does not divide the rows; 0 for experts that no token picked.
+    `types` are names of ggml types; `error` [types, E, 4] is that with gate, up or down alone in the type, and with all
+    three. It is an estimate if only a sample was tried, infinite if a type does not divide the rows, and 0 for experts
+    that no token selected.
     """
 
     types: tuple[str, ...]
@@ -129,10 +137,11 @@ class TypeErrors:
 
 @dataclass(frozen=True, slots=True)
 class GramSample:
-    """Inner products of all that a policy could add to a token's stream, for some tokens. (B4)
+    """Gram matrices of all vectors that a policy could add to a token's residual stream, for a sample of tokens. (B4)
 
-    `gram` [S, n, n] of the rows f_1 .. f_E, c_1 .. c_E (the experts' mean outputs weighted by share^2) and m, the
-    stream that they are added to, so n = 2 E + 1; `logits` [S, R]; `rows` [S] which tokens these are.
+    `gram` [S, n, n] has the inner products of the vectors f_1 .. f_E, c_1 .. c_E (the experts' mean outputs weighted by
+    w^2) and m, the stream that they are added to, so n = 2 E + 1. `logits` [S, R] are the router's, and `rows` [S] the
+    numbers of the tokens.
     """
 
     gram: Single
@@ -142,12 +151,12 @@ class GramSample:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How the model's answer depends on the layer: means over tokens of squared gradients, a token's label drawn from
-    the model's own prediction, so that half a squared error times them is nats of KL divergence, to second order. (C1)
+    """How sensitive the model's prediction is to the layer: means over tokens of squared gradients. (C1)
 
-    `update` [d] to the feed-forward part's output y. By the output of each matrix: `gate` and `up` [E, f], `down` [E,
-    d] as sums over all tokens divided by all tokens, the share included; `q`, `k`, `v`, `attention` (attn_output's),
-    each [n_out].
+    A token's label is drawn from the model's own prediction, so that half a squared error times the sensitivity is the
+    KL divergence in nats, to second order. `update` [d] is by the feed-forward part's output y. The others are by the
+    output of each matrix: `gate` and `up` [E, f] and `down` [E, d], with w included and divided by the number of all
+    tokens, and `q`, `k`, `v` and `attention` (attn_output's), each [n_out].
     """
 
     update: Single
@@ -162,11 +171,11 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class Removals:
-    """What leaving parts of the layer out costs in nats of KL divergence per token, to second order.
+    """The KL divergence in nats per token, to second order, if parts of the layer were left out.
 
-    Half the mean square of the gradient along that which goes, so that it counts in which directions the model listens,
-    as `Sensitivity` cannot. `attention`, `ffn` and `block` as a whole. For stored experts [E]: `skipped`, where its
-    picks are skipped and the token's other shares grow, and `novice`, where the best constant answers in its place.
+    It is half the mean square of the gradient along the removed vector, which knows the directions in which the model
+    is sensitive, as `Sensitivity` does not. `attention`, `ffn` and `block` are whole parts. `skipped` [E] is without a
+    stored expert, the token's other expert weights renormalised, and `novice` [E] with its best constant in its place.
     """
 
     attention: float
@@ -178,8 +187,9 @@ class Removals:
 
 @dataclass(frozen=True, slots=True)
 class MatrixCosts:
-    """Nats of KL divergence per token that each matrix costs in each type: `nats` [matrices, types], infinite where a
-    type does not divide the rows. `matrices` are keys as text, `types` names of ggml types.
+    """The KL divergence in nats per token that storing each matrix in each type costs: `nats` [matrices, types].
+
+    It is infinite if a type does not divide the rows. `matrices` are matrix keys as text, `types` names of ggml types.
     """
 
     types: tuple[str, ...]
@@ -189,7 +199,7 @@ class MatrixCosts:
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """All of one layer; None for what the layer lacks or the pass left out."""
+    """The statistics of one layer; None for those of parts that the layer does not have or the pass left out."""
 
     similarity: SimilaritySums
     inputs: InputSums
@@ -204,11 +214,11 @@ class LayerStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """All that a pass learnt, and of what.
+    """The statistics of a model, and the texts that they are from.
 
-    `tokens` are the calibration sequences, `domains` the name of each one's text. `output_input` [d] sums of squares of
-    what the output matrix reads; `output_gradient` [n_vocab] and `token_gradient` [d] as in `Sensitivity`, None without
-    it; `token_count` [n_vocab] occurrences in the texts.
+    `tokens` are the calibration sequences, `domains` the name of each one's text. `output_input` [d] are sums of
+    squares of the output matrix's input; `output_gradient` [n_vocab] and `token_gradient` [d] are as in `Sensitivity`,
+    None without it; `token_count` [n_vocab] is how often a token occurs in the texts.
     """
 
     source_hash: str
@@ -225,5 +235,5 @@ class Statistics:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the sums run over."""
+        """The number of tokens that the sums run over."""
         return sum(map(len, self.tokens))

@@ -1,6 +1,6 @@
-"""Statistics in one file: safetensors whose metadata is JSON. Needs no torch.
+"""The statistics file: safetensors with JSON metadata, read and written without torch.
 
-Every array lies under its field's name, such as `layers.3.router.share`; lists of names are JSON in bytes.
+Every array has the name of its field, such as `layers.3.router.share`; lists of names are JSON in bytes.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ VERSION = 3
 _COSTS = "matrix_costs."
 _FORMAT = "slimoe statistics"
 _MAY_BE_INFINITE = ("nats", "error", "received")
-"""Costs in types that do not divide the rows; sums of attention over long texts in few bits."""
+"""Names of arrays that may hold infinity: costs of types that do not divide the rows, and float16 sums of attention."""
 _AGAIN = "Make it again with `slimoe calibrate`."
 
 
 class StatisticsError(SlimoeError):
-    """A statistics file is missing, damaged, or not one; `path` is the file, `problem` what is wrong."""
+    """A statistics file is missing or damaged, or is none; `path` is the file, `problem` the reason."""
 
     exit_code = 3
 
@@ -48,11 +48,11 @@ class StatisticsError(SlimoeError):
 
 
 class OtherSourceError(StatisticsError):
-    """Statistics of another checkpoint than the one they were to be used for."""
+    """The statistics are those of another checkpoint than the one that they are given for."""
 
 
 def save_statistics(statistics: Statistics, path: Path, folder: Path | None = None) -> None:
-    """Writes `statistics` whole or not at all; raises as `write_arrays` does."""
+    """Writes `statistics` to the file `path`, whole or not at all; raises as `write_arrays` does."""
     tokens = [np.asarray(one, np.int32) for one in statistics.tokens]
     arrays: Arrays = {
         "tokens": np.concatenate(tokens) if tokens else np.empty(0, np.int32),
@@ -83,8 +83,8 @@ def save_statistics(statistics: Statistics, path: Path, folder: Path | None = No
 def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics:
     """Reads a file that `save_statistics` wrote.
 
-    Raises StatisticsError when it is none, damaged, of another version or of other sizes than `source`, and
-    OtherSourceError when `source` is given and is not the checkpoint that was calibrated.
+    Raises StatisticsError if it is no such file, damaged, of another version or of other sizes than `source`, and
+    OtherSourceError if `source` is given and is not the checkpoint that was calibrated.
     """
     arrays, metadata = read_arrays(path)
     about = _about(path, arrays, metadata)
@@ -116,7 +116,7 @@ def load_statistics(path: Path, source: ModelSource | None = None) -> Statistics
 
 
 def content_checksum(arrays: Arrays, about: str) -> str:
-    """A digest of every array's name, type, shape and numbers, and of the text about them all."""
+    """A digest of every array's name, type, shape and values, and of the JSON metadata `about`."""
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for name, values in sorted(arrays.items()):
         digest.update(f"{name} {values.dtype} {values.shape} ".encode())
@@ -125,13 +125,13 @@ def content_checksum(arrays: Arrays, about: str) -> str:
 
 
 class _Version(msgspec.Struct):
-    """What a file says of itself in every version."""
+    """The part of a file's metadata that every version has."""
 
     version: int
 
 
 class _About(msgspec.Struct):
-    """The rest of it."""
+    """The rest of a file's metadata."""
 
     source_hash: str
     text_hash: str
@@ -165,16 +165,18 @@ def _sequences(arrays: Arrays, n_sequences: int) -> tuple[tuple[int, ...], ...]:
 
 
 def finite(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    """An array without anything that is no number; raises KeyError, or ValueError."""
+    """The array of a name; raises KeyError if it is missing, and ValueError if it has NaN, or infinity where none may
+    be.
+    """
     values = arrays[name]
     may_be_infinite = name.rpartition(".")[2] in _MAY_BE_INFINITE
     if values.dtype.kind == "f" and not (~np.isnan(values) if may_be_infinite else np.isfinite(values)).all():
-        raise ValueError(f"{name} holds what are no numbers")
+        raise ValueError(f"{name} holds NaN or infinity")
     return values
 
 
 def to_arrays(value: object, prefix: str = "") -> Arrays:
-    """The arrays of a dataclass of arrays, numbers, tuples of names and further dataclasses, without what is None."""
+    """The arrays of a dataclass of arrays, numbers, tuples of names and further dataclasses; None is left out."""
     arrays: Arrays = {}
     for field in fields(value):  # type: ignore[arg-type]  # any dataclass
         item = getattr(value, field.name)
@@ -191,8 +193,9 @@ def to_arrays(value: object, prefix: str = "") -> Arrays:
 
 
 def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> T:
-    """What `to_arrays` took apart; raises KeyError with the name of an array that is missing, ValueError for one that
-    is not what it should be.
+    """Makes the dataclass `kind` of the arrays that `to_arrays` returned for it.
+
+    Raises KeyError with the name of an array that is missing, and ValueError for one of another type or shape.
     """
     values: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
@@ -218,7 +221,7 @@ def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str =
 
 
 def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str], folder: Path | None = None) -> None:
-    """A safetensors file, whole or not at all, made in `folder` if one is given; raises as `whole_file` does."""
+    """Writes a safetensors file, whole or not at all, in `folder` until it is whole; raises as `whole_file` does."""
     with whole_file(path, folder) as part:
         try:
             save_file(arrays, part, dict(metadata))
@@ -227,7 +230,7 @@ def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str], folder
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """All arrays of a safetensors file, and its metadata; raises StatisticsError."""
+    """Reads all arrays of a safetensors file and its metadata; raises StatisticsError if it cannot be read."""
     try:
         open_regular(path).close()
         with safe_open(path, "numpy") as file:

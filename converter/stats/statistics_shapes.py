@@ -1,4 +1,4 @@
-"""Whether statistics are of the sizes of the model that they are used for, which no checksum says."""
+"""Checks that statistics have the sizes of the model that they are used for, which no checksum can."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, 
 from slimoe.converter.stats.type_costs import priced_matrices
 
 _ROUTED = ("router", "outputs", "trace")
-"""What is known of every layer with experts."""
+"""The groups of statistics that every layer with experts has."""
 _WHOLE: Mapping[str, str] = {
     "output_input": "d",
     "token_count": "vocabulary",
@@ -54,12 +54,12 @@ _LAYER: Mapping[str, Mapping[str, str]] = {
     },
     "removals": {"skipped": "E", "novice": "E"},
 }
-"""The sizes of every array, in the letters of `statistics`, and in words where these have none."""
+"""The shape of every array, in the letters of the module `statistics`, and in words for all other sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    """An array and the sizes that it ought to have."""
+    """An array and the shape that it must have."""
 
     name: str
     values: NDArray[Any]
@@ -67,18 +67,18 @@ class _Sized:
 
     @property
     def is_right(self) -> bool:
-        """Whether it has them. What a layer lacks is empty in one way or another."""
+        """Whether the array has the shape. Arrays of parts that a layer does not have may be empty in any shape."""
         return self.values.shape == self.shape or self.values.size == 0 == np.prod(self.shape)
 
 
 def misfit(statistics: Statistics, source: ModelSource) -> str | None:
-    """What of the statistics cannot be of that model, in a sentence; None if all fits."""
+    """A sentence on the first part of the statistics that cannot be of the model; None if all of them can be."""
     if len(statistics.layers) != source.spec.n_layer:
         return f"it is of {len(statistics.layers)} layers, but {source.path} has {source.spec.n_layer}."
     for one in _arrays(statistics, source):
         if not one.is_right:
             return f"{one.name} is of shape {one.values.shape}, but for {source.path} it would be {one.shape}."
-    return next(_strangers(statistics, source), None)
+    return next(_unknown_names(statistics, source), None)
 
 
 def _arrays(statistics: Statistics, source: ModelSource) -> Iterator[_Sized]:
@@ -100,7 +100,7 @@ def _sized(prefix: str, group: object, shapes: Mapping[str, str], sizes: Mapping
 
 
 def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str, int]:
-    """What the letters and words stand for in one layer."""
+    """The sizes in one layer that the letters and words of `_LAYER` stand for."""
     spec, of = source.spec, source.layers[number]
     later = source.layers[number + 1] if number + 1 < len(source.layers) else None
     # A dense feed-forward part is measured like one expert.
@@ -129,8 +129,8 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
     }
 
 
-def _strangers(statistics: Statistics, source: ModelSource) -> Iterator[str]:
-    """What names that which the model does not have."""
+def _unknown_names(statistics: Statistics, source: ModelSource) -> Iterator[str]:
+    """Sentences on values that name tokens, experts, types or matrices which the model does not have."""
     of_model = f"that {source.path} does not have."
     if not all(0 <= token < source.spec.n_vocab for one in statistics.tokens for token in one):
         yield f"tokens has some {of_model}"
@@ -142,7 +142,8 @@ def _strangers(statistics: Statistics, source: ModelSource) -> Iterator[str]:
             yield f"layers.{number}.{absent[0]} {what}."
         if layer.trace is not None and layer.trace.picks.max(initial=0) >= max(1, len(of.target)):
             yield f"layers.{number}.trace.picks has experts {of_model}"
-        if layer.sketch is not None and not _are_rows(layer.sketch.rows, statistics.n_tokens):
+        rows = np.zeros(0, np.int64) if layer.sketch is None else layer.sketch.rows
+        if not ((rows >= 0) & (rows < statistics.n_tokens)).all():
             yield f"layers.{number}.sketch.rows has tokens that were not read."
         if layer.type_errors is not None and not set(layer.type_errors.types) <= set(Type.__members__):
             yield f"layers.{number}.type_errors.types has what is no type."
@@ -151,10 +152,6 @@ def _strangers(statistics: Statistics, source: ModelSource) -> Iterator[str]:
             yield f"matrix_costs.matrices are not those of {source.path}."
         if not set(costs.types) <= set(Type.__members__):
             yield "matrix_costs.types has what is no type."
-
-
-def _are_rows(rows: NDArray[np.int64], n_tokens: int) -> bool:
-    return bool((rows >= 0).all() and (rows < n_tokens).all())
 
 
 assert {field.name for field in fields(LayerStatistics)} == {"similarity", *_LAYER}

@@ -1,4 +1,4 @@
-"""What a layer's statistics sum up over tokens: outputs of experts, inputs of matrices, similarities, routes.
+"""The sums over tokens of a layer's statistics: outputs of experts, inputs of matrices, similarities and routing.
 
 Sums are gathered in double precision: in bfloat16, the cosines of most layers of a large model are the same number.
 """
@@ -14,7 +14,7 @@ from slimoe.converter.stats.statistics import GramSample, InputSums, OutputSums,
 
 
 class OutputTotals:
-    """Gathers one layer's `OutputSums`, in double precision, from parts of an expert's tokens."""
+    """Gathers one layer's `OutputSums`, in double precision, from parts of the tokens of each expert."""
 
     def __init__(self, n_stored: int, n_embd: int) -> None:
         self._scalars = np.zeros((5, n_stored))
@@ -22,27 +22,27 @@ class OutputTotals:
         self._largest = np.zeros(n_stored)
         self._vectors = np.zeros((4, n_stored, n_embd))
 
-    def add(self, expert: int, shares: Tensor, output: Tensor) -> None:
-        """Answers [n, n_embd] of one expert and each one's share [n]."""
-        f, share = output.double(), shares.double()
+    def add(self, expert: int, weights: Tensor, output: Tensor) -> None:
+        """Adds tokens of one expert: its outputs [n, n_embd] and their expert weights [n]."""
+        f, w = output.double(), weights.double()
         square = f.square()
         norm_square = square.sum(-1)
-        norm, share_square = norm_square.sqrt(), share.square()
-        scalars = (norm, norm_square, share * norm, share_square * norm_square, share_square)
-        vectors = torch.stack((f.sum(0), square.sum(0), share @ f, share_square @ f))
+        norm, w_square = norm_square.sqrt(), w.square()
+        scalars = (norm, norm_square, w * norm, w_square * norm_square, w_square)
+        vectors = torch.stack((f.sum(0), square.sum(0), w @ f, w_square @ f))
         self._n_pick[expert] += len(f)
         self._scalars[:, expert] += torch.stack([value.sum() for value in scalars]).cpu().numpy()
         self._largest[expert] = max(self._largest[expert], float(f.abs().max()))
         self._vectors[:, expert] += vectors.cpu().numpy()
 
     def weighted_square(self, expert: int) -> float:
-        """Sum over an expert's picks of share^2 |f|^2."""
+        """The sum of w^2 |f|^2 over an expert's tokens."""
         return float(self._scalars[3, expert])
 
     def means(self) -> Tensor:
-        """Each expert's mean output weighted by the square of its share [E, n_embd] float64.
+        """Each expert's mean output, weighted by the square of the expert weight [E, n_embd] float64.
 
-        That of an expert that no token picked is the mean over all picks of the layer.
+        That of an expert that no token selected is the mean over all experts of the layer.
         """
         weights, sums = self._scalars[4], self._vectors[3]
         weight = weights.sum()
@@ -51,7 +51,7 @@ class OutputTotals:
         return torch.from_numpy(np.where(weights[:, None] > 0, divided, overall))
 
     def finish(self) -> OutputSums:
-        """The sums."""
+        """The sums of all tokens."""
         norm, norm_square, share_norm, share_square_norm_square, share_square = self._scalars
         output, output_square, share_output, share_square_output = self._vectors.astype(np.float32)
         return OutputSums(
@@ -70,7 +70,7 @@ class OutputTotals:
 
 
 class InputTotals:
-    """Gathers one layer's `InputSums` in double precision; experts narrower than the widest end in zeros."""
+    """Gathers one layer's `InputSums`, in double precision; the sums of narrower experts end in zeros."""
 
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
@@ -82,31 +82,31 @@ class InputTotals:
         self._router = np.zeros(spec.n_embd if of.target else 0)
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> None:
-        """One sequence's attention: its normalised input, and the heads' joined output."""
+        """Adds a sequence's attention: its normalised input, and the attention output before attn_output."""
         self._attention += column_squares(x)
         self._mixed += column_squares(mixed)
 
     def add_router(self, x: Tensor) -> None:
-        """One sequence's input of the router."""
+        """Adds the router's inputs of one sequence."""
         self._router += column_squares(x)
 
     def add_expert(self, expert: int, x: Tensor, hidden: Tensor) -> None:
-        """Inputs of an expert [n, n_embd], and of its down [n, n_ff]."""
+        """Adds tokens of one expert: its inputs [n, n_embd], and those of its down [n, n_ff]."""
         self._expert[expert] += column_squares(x)
         self._hidden[expert, : self._n_ff[expert]] += column_squares(hidden)
 
     def of_expert(self, expert: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What is known so far of the inputs of one expert, and of its down."""
+        """The sums so far of the inputs of one expert [n_embd], and of its down [n_ff]."""
         return self._expert[expert].astype(np.float32), self._hidden[expert, : self._n_ff[expert]].astype(np.float32)
 
     def finish(self) -> InputSums:
-        """The sums."""
+        """The sums of all tokens."""
         sums = (self._expert, self._hidden, self._attention, self._mixed, self._router)
         return InputSums(*(one.astype(np.float32) for one in sums))
 
 
 def column_squares(values: Tensor) -> NDArray[np.float64]:
-    """Sums of squares over rows [n_column]."""
+    """The sum of squares over the rows, for each column [n_column]."""
     sums: NDArray[np.float64] = values.double().square().sum(0).cpu().numpy()
     return sums
 
@@ -115,13 +115,16 @@ _LEAST = 1e-300
 
 
 class SimilarityTotals:
-    """Gathers one layer's `SimilaritySums` from one sequence after the other."""
+    """Gathers one layer's `SimilaritySums`, one sequence after the other."""
 
     def __init__(self) -> None:
         self._sums = np.zeros(5)
 
     def add(self, h: Tensor, middle: Tensor, after: Tensor, x: Tensor | None) -> None:
-        """Streams [n, n_embd] before the block, after attention, after the block; what its feed-forward part read."""
+        """Adds a sequence's residual streams [n, n_embd] before the block, after its attention and after the block.
+
+        `x` is the input of its feed-forward part, None if it has none.
+        """
         h, middle, after = h.double(), middle.double(), after.double()
         y = after - middle
         cosines = [_cosine(h, after), _cosine(h, middle), _cosine(middle, after)]
@@ -130,12 +133,12 @@ class SimilarityTotals:
         self._sums += torch.stack([*cosines, relative]).sum(-1).cpu().numpy()
 
     def finish(self) -> SimilaritySums:
-        """The sums."""
+        """The sums of all tokens."""
         return SimilaritySums(*self._sums.tolist())
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of rows; 0 where one of them is 0."""
+    """The cosines of rows; 0 where a row is 0."""
     lengths = a.square().sum(-1) * b.square().sum(-1)
     return (a * b).sum(-1) / lengths.clamp(min=_LEAST).sqrt()
 
@@ -144,7 +147,7 @@ _F16_MAX = 65504.0
 
 
 class TraceRows:
-    """Fills one layer's `TokenTrace`. Attention received that float16 cannot hold is its largest number."""
+    """Gathers one layer's `TokenTrace`; attention that exceeds float16's largest number becomes that number."""
 
     def __init__(self, n_rows: int, n_used: int) -> None:
         self._picks = np.zeros((n_rows, n_used), np.uint16)
@@ -153,44 +156,44 @@ class TraceRows:
         self._norm = np.zeros(n_rows, np.float32)
 
     def add_attention(self, first_row: int, received: Tensor) -> None:
-        """What a sequence's tokens received from those that attend to them."""
+        """Adds the attention that each token of a sequence received."""
         rows = slice(first_row, first_row + len(received))
         self._received[rows] = received.clamp(max=_F16_MAX).cpu().numpy()
 
     def add_routing(self, first_row: int, x: Tensor, routing: Routing) -> None:
-        """A sequence's input of the router, and its answer."""
+        """Adds a sequence's inputs of the router, and its routing."""
         rows = slice(first_row, first_row + len(x))
         self._picks[rows], self._shares[rows] = routing.picks.cpu().numpy(), routing.shares.cpu().numpy()
         self._norm[rows] = x.abs().sum(-1).cpu().numpy()
 
     def finish(self) -> TokenTrace:
-        """All tokens."""
+        """The routing of all tokens."""
         return TokenTrace(self._picks, self._shares, self._received, self._norm)
 
 
 _MOST_BYTES = 1 << 25
-"""Of a layer's products, beyond which fewer tokens are taken."""
+"""Bytes of a layer's Gram matrices, beyond which they are made of fewer tokens."""
 _MOST_OUTPUT_BYTES = 1 << 29
 _TOKENS_AT_ONCE = 64
 
 
 def spread_rows(n_rows: int, n_sample: int) -> NDArray[np.int64]:
-    """Sorted rows, one at random out of each of `n_sample` even parts; all of them if there are no more."""
+    """A sorted sample of `n_rows` rows: one at random of each of `n_sample` even parts, or all if they are fewer."""
     if n_sample >= n_rows:
         return np.arange(n_rows, dtype=np.int64)
     places = np.arange(n_sample) + np.random.default_rng(0).random(n_sample)
     return (places * n_rows / n_sample).astype(np.int64)
 
 
-def sketch_size(n_sample: int, n_rows: int, n_stored: int, n_embd: int) -> int:
-    """How many tokens to take: `n_sample` unless there are fewer, or so many experts that they would be too large."""
+def gram_size(n_sample: int, n_rows: int, n_stored: int, n_embd: int) -> int:
+    """The number of tokens for Gram matrices: `n_sample`, or fewer if there are fewer or memory would not suffice."""
     n_vectors = 2 * n_stored + 1
     room = min(_MOST_BYTES // (4 * n_vectors**2), _MOST_OUTPUT_BYTES // (4 * n_stored * n_embd))
     return max(1, min(n_sample, n_rows, room))
 
 
-class SketchRows:
-    """Gathers one layer's `GramSample`: inputs of the sampled `rows` first, then every expert's answers to them.
+class GramRows:
+    """Gathers one layer's `GramSample`: inputs of the sampled `rows` first, then every expert's outputs for them.
 
     The Gram matrix holds all inner products of what a policy could add to a token's residual stream. The squared error
     of any linear combination of these vectors (fewer experts, skipped ones, constant ones in their place) follows from
@@ -205,32 +208,32 @@ class SketchRows:
         self._missing = set(range(n_stored))
 
     def add_routing(self, first_row: int, x: Tensor, logits: Tensor) -> None:
-        """One sequence's normalised input, and the router's answer."""
+        """Adds a sequence's normalised inputs, and the router's logits."""
         sampled, own = self._sampled(first_row, len(x))
         self._x[sampled], self._logits[sampled] = x[own.to(x.device)].cpu(), logits[own.to(x.device)].cpu()
 
     def add_middle(self, first_row: int, middle: Tensor) -> None:
-        """One sequence's stream that the experts' answers are added to."""
+        """Adds a sequence's residual stream to which the experts' outputs are added."""
         sampled, own = self._sampled(first_row, len(middle))
         self._middle[sampled] = middle[own]
 
     def _sampled(self, first_row: int, n_rows: int) -> tuple[slice, Tensor]:
-        """Which of the sampled rows a sequence has, and where in it they are."""
+        """Which of the sampled rows are in a sequence, and where in it they are."""
         begin, end = np.searchsorted(self._rows, (first_row, first_row + n_rows)).tolist()
         return slice(begin, end), torch.from_numpy(self._rows[begin:end] - first_row)
 
     def add_expert(self, number: int, expert: Expert) -> None:
-        """Asks an expert for its answers to all sampled rows."""
+        """Adds the outputs of an expert for all sampled rows."""
         self._outputs[:, number] = expert(self._x.to(expert.down.weight.device)).cpu()
         self._missing.discard(number)
 
     @property
     def missing(self) -> list[int]:
-        """Experts that have not been asked."""
+        """The experts that have not been added, in order."""
         return sorted(self._missing)
 
     def finish(self, means: Tensor) -> GramSample:
-        """The products, with `means` [E, n_embd] float64 as the experts' mean outputs."""
+        """The Gram matrices, with `means` [E, n_embd] float64 as the experts' mean outputs."""
         assert not self._missing
         n_vectors = 2 * len(means) + 1
         gram = np.empty((len(self._rows), n_vectors, n_vectors), np.float32)

@@ -1,8 +1,8 @@
-"""What each ggml type costs each matrix of a model, in nats of KL divergence per token, as statistics foretell it.
+"""The KL divergence in nats per token that each ggml type costs for each matrix of a model, as statistics predict it.
 
-To second order a matrix W whose output's gradients have mean squares r and whose inputs have mean squares c costs half
+To second order, a matrix W whose output's gradients have mean squares r and whose inputs have mean squares c costs half
 the sum of r_i c_j (error_ij)^2: the diagonal of Fisher's information, taken as a product of rows and columns (GEMQ,
-arXiv 2605.23078, has it by expert). Errors are measured by quantising, of large matrices only rows evenly apart.
+arXiv 2605.23078, has it by expert). Errors are measured by quantising; of large matrices only evenly spaced rows.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,18 +24,18 @@ CANDIDATES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
     *("Q5_K", "Q6_K", "Q8_0", "F16", "IQ4_NL", "Q4_0", "Q5_0"),
 )
-"""Types to choose from. The last ones are for rows that are no multiple of 256."""
+"""Types from which a budget chooses. The last three are for rows that are no multiple of 256."""
 LOSSLESS = (Type.F16, Type.BF16, Type.F32)
-"""Types that cost nothing worth counting."""
+"""Types whose cost is negligible."""
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
 _SAMPLED_WEIGHTS = 1 << 18
 _SEEN_TOKENS = 0.5
-"""What a token counts as that the texts never had."""
+"""The count of a token that does not occur in the texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixWeights:
-    """What an error costs by row and by column: half of rows_i columns_j (error_ij)^2, summed, are nats per token."""
+    """Weights of a matrix's errors: half the sum of rows_i columns_j (error_ij)^2 is the KL divergence per token."""
 
     rows: NDArray[np.float32]
     columns: NDArray[np.float32]
@@ -43,28 +43,31 @@ class MatrixWeights:
 
 @dataclass(frozen=True, slots=True)
 class TypeCosts:
-    """Nats per token [len(types)] of each matrix; infinite where a type does not divide its rows."""
+    """The KL divergence in nats per token [len(types)] that the types cost for each matrix.
+
+    It is infinite if a type does not divide the matrix's rows.
+    """
 
     types: tuple[str, ...]
     costs: Mapping[MatrixKey, NDArray[np.float64]]
 
     def of(self, key: MatrixKey, kind: Type) -> float:
-        """One of them."""
+        """The cost of storing one matrix in one type."""
         return float(self.costs[key][self.types.index(kind.name)])
 
 
 Progress = Callable[[int, int], None]
-"""Called with matrices done and all."""
+"""Called with the number of matrices that are done, and of all matrices."""
 
 
 def packed_costs(costs: TypeCosts) -> MatrixCosts:
-    """The costs as a part of statistics."""
+    """The costs in the form that statistics have."""
     nats = np.stack(list(costs.costs.values())) if costs.costs else np.empty((0, len(costs.types)))
     return MatrixCosts(costs.types, tuple(map(str, costs.costs)), nats)
 
 
 def known_types(source: ModelSource, statistics: Statistics) -> frozenset[str]:
-    """Types that the statistics have a price of for every matrix whose rows they divide."""
+    """Types whose cost the statistics have for every matrix whose rows they divide."""
     known = statistics.matrix_costs
     if known is None:
         return frozenset()
@@ -77,7 +80,7 @@ def known_types(source: ModelSource, statistics: Statistics) -> frozenset[str]:
 
 
 def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | None:
-    """What the statistics have of these types; None where any is missing."""
+    """The costs of these types in the statistics; None if the statistics lack one of them."""
     known = statistics.matrix_costs
     if known is None or not types or not set(types) <= set(known.types):
         return None
@@ -87,13 +90,13 @@ def stored_costs(statistics: Statistics, types: Sequence[str]) -> TypeCosts | No
 
 
 def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
-    """Those of both, of the same matrices."""
+    """The costs of the types of both, which must be of the same matrices."""
     costs = {key: np.concatenate((nats, other.costs[key])) for key, nats in one.costs.items()}
     return TypeCosts(one.types + other.types, costs)
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
-    """Everything that can have a type of its own: what is no vector, no router and no constant expert."""
+    """The matrices that can have a type of their own: all except routers and constant experts."""
     kept = ("ffn_gate_inp", "ffn_novice")
     return [
         key for key, shape in source.shapes.items() if len(shape) > 1 and not any(name in key.name for name in kept)
@@ -108,9 +111,10 @@ def measure_type_costs(
     n_threads: int = 1,
     on_progress: Progress = lambda _done, _total: None,
 ) -> TypeCosts:
-    """Quantises every matrix to each of `types` that fits it; to those worth choosing from if they are not given.
+    """Measures what types cost by quantising every matrix to each of `types` that divides its rows.
 
-    Raises UsageError for statistics without sensitivities, and ModelFileError.
+    Without `types` these are `CANDIDATES`, small blocks only where large ones do not fit. Raises UsageError for
+    statistics without sensitivities, and ModelFileError.
     """
     keys, tried = priced_matrices(source), CANDIDATES if types is None else tuple(types)
     done = 0
@@ -118,7 +122,7 @@ def measure_type_costs(
     def price(key: MatrixKey) -> NDArray[np.float64]:
         nonlocal done
         values, weights = source.read(key), matrix_weights(source, statistics, key)
-        # Where types of 256 weights fit, those of small blocks are worth a price only to who asks for them.
+        # Where types of 256 weights fit, those of small blocks are measured only if they are asked for.
         left_out = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
         costs = _matrix_costs(values, weights, tried, left_out)
         done += 1
@@ -147,14 +151,14 @@ def _matrix_costs(
 
 
 def sampled_weights(shape: tuple[int, ...]) -> int:
-    """How many weights of a matrix are quantised to every type."""
+    """The number of a matrix's weights that are quantised to every type."""
     n_rows, n_per_row = shape
     step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
     return len(range(step // 2, n_rows, step)) * n_per_row
 
 
 def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) -> MatrixWeights:
-    """What the statistics say of one matrix; raises UsageError for statistics without sensitivities."""
+    """The weights of one matrix's errors; raises UsageError for statistics without sensitivities."""
     layer, role = layer_and_role(key.name)
     n_tokens = max(1, statistics.n_tokens)
     if layer < 0:
@@ -168,7 +172,7 @@ def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) 
         name = {"attn_output": "attention"}.get(role, role.removeprefix("attn_"))
         columns = one.inputs.mixed if role == "attn_output" else one.inputs.attention
         return MatrixWeights(getattr(one.sensitivity, name), columns / np.float32(n_tokens))
-    # A dense feed-forward part is one expert that all tokens picked.
+    # A dense feed-forward part is one expert that all tokens selected.
     return _expert_weights(one, one.sensitivity, MatrixKey(key.name, 0), source.shapes[key])
 
 
@@ -180,10 +184,10 @@ def _expert_weights(
     sums = layer.inputs.hidden if projection == "down" else layer.inputs.expert
     own = sums[key.expert][: shape[1]]
     if not own.any():
-        # Nothing is known of an expert that no token picked: it must not look free, nor be worth more than others.
+        # Nothing is known of an expert that no token selected: it must neither look free nor cost more than others.
         own = sums.sum(0)[: shape[1]]
         gradients = getattr(sensitivity, projection).mean(0)[: shape[0]]
-    # The gradients' means run over all tokens, so that the inputs' must run over those that picked the expert.
+    # The gradients' means run over all tokens, so that the inputs' must run over those that selected the expert.
     n_pick = layer.outputs.n_pick if layer.outputs is not None else None
     n_own = 0 if n_pick is None else int(n_pick[key.expert]) or int(n_pick.sum())
     return MatrixWeights(gradients, own / np.float32(max(1, n_own)))
@@ -195,11 +199,10 @@ def _outer_weights(source: ModelSource, statistics: Statistics, role: str, n_tok
     columns = statistics.output_input / np.float32(n_tokens)
     if role == "output":
         return MatrixWeights(statistics.output_gradient, columns)
-    counts = np.maximum(statistics.token_count, _SEEN_TOKENS).astype(np.float32)
-    shares = counts / counts.sum()
     if MatrixKey("output.weight") in source.shapes:
-        return MatrixWeights(shares, statistics.token_gradient)
-    # A tied table is read as embeddings and as the output: the latter is what most depends on.
+        counts = np.maximum(statistics.token_count, _SEEN_TOKENS).astype(np.float32)
+        return MatrixWeights(counts / counts.sum(), statistics.token_gradient)
+    # A tied table is read as embeddings and as the output, which is the more sensitive use.
     return MatrixWeights(statistics.output_gradient, columns)
 
 

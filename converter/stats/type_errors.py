@@ -1,8 +1,8 @@
-"""What ggml types would cost an expert: squared errors of its answers by requantised matrices, on a sample.
+"""The errors of ggml types for an expert: squared errors of its output with requantised matrices, on a sample.
 
-Quantisers of few bits take far longer than the pass itself, so of large matrices only some rows are tried: neurons of
-gate and up, outputs of down. Neurons that matter more are taken more likely, and the square of the sum over all is
-estimated without bias from the sampled ones (Horvitz and Thompson's estimator, for neurons and for pairs of them).
+Quantisers of few bits take far longer than the pass itself, so only some rows of large matrices are tried: neurons of
+gate and up, outputs of down. Neurons that matter more are sampled more likely, and the square of the sum over all
+neurons is estimated from the sample without bias (Horvitz and Thompson's estimator, for neurons and for pairs of them).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from slimoe.converter.stats.sums import spread_rows
 from slimoe.offload.errors import ModelFileError, UsageError
 
 Importance = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Of the columns of gate and up, and of those of down."""
+"""The importance of the columns of gate and up [n_embd], and of those of down [n_ff]."""
 
 _FEW_BITS = ("IQ1_S", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K")
 DEFAULT_TYPES = (*_FEW_BITS, "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -33,7 +33,7 @@ _OF_ACTIVATIONS = ("Q8_1", "Q8_K")
 
 
 def type_by_name(name: str) -> GGMLQuantizationType:
-    """A ggml type that quantises; raises UsageError with those that there are."""
+    """The ggml type of a name; raises UsageError, which lists the names, unless weights can be quantised to it."""
     known = {k.name: k for k, (block, _) in GGML_QUANT_SIZES.items() if block > 1 and k.name not in _OF_ACTIVATIONS}
     if name not in known:
         raise UsageError(f"{name!r} is no type that weights are quantised to. Choose from {', '.join(known)}.")
@@ -41,19 +41,22 @@ def type_by_name(name: str) -> GGMLQuantizationType:
 
 
 def sampled_rows(n_rows: int, n_embd: int, n_ff: int) -> int:
-    """Rows of each matrix to try: `n_rows`, or fewer of large ones, which would take longer than the pass."""
+    """The number of rows of each matrix to try: `n_rows`, or fewer of large matrices, which would take too long."""
     return min(n_rows, max(_FEWEST_ROWS, _SAMPLED_WEIGHTS // (2 * n_embd + n_ff)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Picks:
-    """An expert's answers for some picks: products with sampled rows of gate and up [n, neurons], all activations
-    [n, n_ff], and each pick's share [n]. `down` and `reduced` are down's sampled rows, the latter of sampled neurons,
-    which are in the sample with their probability `chance` [neurons].
+class _Sample:
+    """Some of an expert's tokens, neurons and outputs, and what the expert computes for them.
+
+    `x` [n, n_embd] are the inputs of the tokens and `weights` [n] their expert weights; `gate` and `up` [n, neurons]
+    the products with the sampled neurons, which were sampled with probability `chance` [neurons]; `hidden` [n, n_ff]
+    all activations, and `sampled` those of the sampled neurons. `down` has the sampled rows of down, and `reduced`
+    these of the sampled neurons only.
     """
 
     x: Tensor
-    shares: Tensor
+    weights: Tensor
     gate: Tensor
     up: Tensor
     hidden: Tensor
@@ -64,7 +67,7 @@ class _Picks:
 
 
 class TypeErrorTable:
-    """Measures one layer's `TypeErrors`, expert after expert, by `n_rows` rows of each matrix or fewer of large ones.
+    """Measures one layer's `TypeErrors`, expert after expert, on `n_rows` rows of each matrix, fewer of large ones.
 
     A type's error is infinite for matrices whose rows do not divide into its blocks.
     """
@@ -75,13 +78,20 @@ class TypeErrorTable:
         self.types = tuple(types)
         self.error = np.zeros((len(types), source.layers[layer].n_stored, 4))
 
-    def measure(self, number: int, expert: Expert, x: Tensor, shares: Tensor, importance: Importance) -> float:
-        """Sets an expert's errors over the picks given; the sum over them of share^2 |f|^2, to scale errors by."""
+    def measure(self, number: int, expert: Expert, x: Tensor, weights: Tensor, importance: Importance) -> float:
+        """Sets an expert's errors over tokens of inputs `x` [n, n_embd] and expert weights [n].
+
+        Returns the sum of w^2 |f|^2 over these tokens, by which `scale` can be told how much more all tokens have.
+        """
         n_embd, hidden = expert.down.weight.shape[0], expert.hidden(x)
         outputs = torch.from_numpy(spread_rows(n_embd, self._n_rows)).to(x.device)
-        neurons, chance = self._some_neurons(number, expert, hidden, shares)
+        # Neurons are sampled in proportion to what they add to the outputs.
+        adds = (weights.square() @ hidden.square() * expert.down.weight.square().sum(0)).sqrt().double().cpu().numpy()
+        likely = inclusion(adds, self._n_rows)
+        taken = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(likely)) < likely)
+        neurons, chance = (torch.from_numpy(one).to(hidden.device) for one in (taken, likely[taken]))
         gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
-        picks = _Picks(x, shares, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons], chance)
+        sample = _Sample(x, weights, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons], chance)
         all_outputs = n_embd / len(outputs)
         for row, name in enumerate(self.types):
             kind = type_by_name(name)
@@ -93,25 +103,18 @@ class TypeErrorTable:
                     ("down", down, importance[1]),
                 )
             ]
-            errors = _errors(picks, changed, neurons)
+            errors = _errors(sample, changed, neurons)
             self.error[row, number] = [all_outputs * error for error in errors]
-        return _weighted_square(expert.down(hidden), shares)
-
-    def _some_neurons(self, number: int, expert: Expert, hidden: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Neurons to try, about `n_rows`, and how likely each was: in proportion to what it adds to answers."""
-        adds = (shares.square() @ hidden.square() * expert.down.weight.square().sum(0)).sqrt().double().cpu().numpy()
-        chance = inclusion(adds, self._n_rows)
-        neurons = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(chance)) < chance)
-        return torch.from_numpy(neurons).to(hidden.device), torch.from_numpy(chance[neurons]).to(hidden.device)
+        return _weighted_square(expert.down(hidden), weights)
 
     def scale(self, number: int, factor: float) -> None:
-        """From the sample of an expert's picks to all."""
+        """Multiplies an expert's errors by `factor`, to get from a sample of its tokens to all of them."""
         self.error[:, number] *= factor
 
     def _requantised(
         self, kind: GGMLQuantizationType, number: int, projection: str, rows: Tensor, columns: NDArray[np.float32]
     ) -> Tensor | None:
-        """Rows of a matrix after a round trip through the type; None where they do not divide into blocks."""
+        """Rows of a matrix after quantising and dequantising; None if they do not divide into the type's blocks."""
         if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
             return None
         values = rows.cpu().contiguous().numpy()
@@ -130,42 +133,44 @@ class TypeErrorTable:
         return torch.from_numpy(target).to(rows.device)
 
 
-def _errors(picks: _Picks, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
-    """Of gate, up and down alone, and of all three, over the sampled outputs."""
+def _errors(sample: _Sample, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
+    """The errors over the sampled outputs of changed gate, up and down alone, and of all three; None is infinite."""
     gate, up, down = changed
-    other_gate = None if gate is None else picks.x @ gate.T
-    other_up = None if up is None else picks.x @ up.T
-
-    def of_neurons(sampled: Tensor, matrix: Tensor) -> float:
-        return _estimate(picks, sampled, matrix)
-
+    other_gate = None if gate is None else sample.x @ gate.T
+    other_up = None if up is None else sample.x @ up.T
     errors = [np.inf] * 4
     if other_gate is not None:
-        errors[0] = of_neurons(activate(other_gate, picks.up), picks.reduced)
+        errors[0] = _estimate(sample, activate(other_gate, sample.up), sample.reduced)
     if other_up is not None:
-        errors[1] = of_neurons(activate(picks.gate, other_up), picks.reduced)
+        errors[1] = _estimate(sample, activate(sample.gate, other_up), sample.reduced)
     if down is not None:
-        errors[2] = _weighted_square(picks.hidden @ (down - picks.down).T, picks.shares)
+        errors[2] = _weighted_square(sample.hidden @ (down - sample.down).T, sample.weights)
         if other_gate is not None and other_up is not None:
-            errors[3] = of_neurons(activate(other_gate, other_up), down[:, neurons])
+            errors[3] = _estimate(sample, activate(other_gate, other_up), down[:, neurons])
     return errors
 
 
-def _estimate(picks: _Picks, sampled: Tensor, matrix: Tensor) -> float:
-    """The error of all neurons, where the sampled ones are `sampled` [n, neurons] and meet `matrix`."""
-    before, after, a, b, chance = (t.double() for t in (picks.reduced, matrix, picks.sampled, sampled, picks.chance))
-    found = _weighted_square((b / chance) @ after.T - (a / chance) @ before.T, picks.shares)
+def _estimate(sample: _Sample, changed: Tensor, down: Tensor) -> float:
+    """Estimates the error with all neurons from the sampled ones, whose activations are `changed` [n, neurons].
+
+    `down` [outputs, neurons] has the sampled columns of down.
+    """
+    before, after, a, b, chance = (t.double() for t in (sample.reduced, down, sample.sampled, changed, sample.chance))
+    found = _weighted_square((b / chance) @ after.T - (a / chance) @ before.T, sample.weights)
     if bool((chance == 1).all()):
         return found
     squares = b.square() * after.square().sum(0) - 2 * a * b * (before * after).sum(0)
     squares += a.square() * before.square().sum(0)
-    of_neuron = picks.shares.double().square() @ squares
+    of_neuron = sample.weights.double().square() @ squares
     estimate = found - float((of_neuron * (1 - chance) / chance.square()).sum())
     return estimate if estimate > 0 else float((of_neuron / chance).sum())
 
 
 def inclusion(weights: NDArray[np.float64], n_sample: int) -> NDArray[np.float64]:
-    """Probabilities [n] in proportion to `weights`, but at most 1 and never 0, whose sum is `n_sample`."""
+    """Probabilities [n] of including each element in a sample, which sum to `n_sample`.
+
+    They are in proportion to `weights` [n], but at most 1 and never 0.
+    """
     if n_sample >= len(weights):
         return np.ones(len(weights))
     weights = weights + _LEAST_WEIGHT * weights.mean() + np.finfo(np.float64).tiny
@@ -178,6 +183,6 @@ def inclusion(weights: NDArray[np.float64], n_sample: int) -> NDArray[np.float64
             return chance
 
 
-def _weighted_square(vectors: Tensor, shares: Tensor) -> float:
-    """Sum over rows of share^2 |vector|^2."""
-    return float((shares.double().square() * vectors.double().square().sum(-1)).sum())
+def _weighted_square(vectors: Tensor, weights: Tensor) -> float:
+    """The sum over rows of w^2 |vector|^2, w being the expert weights [n]."""
+    return float((weights.double().square() * vectors.double().square().sum(-1)).sum())

@@ -56,9 +56,9 @@ def biased_model(sizes: TinyConfig = SIZES, seed: int = 0) -> HeldModel:
 
 
 def learn(model: HeldModel, directory: Path, texts: Sequences = TEXTS, n_sensitivity: int = 0) -> Statistics:
-    """Statistics; the sketch has all tokens, sensitivities are of so many."""
+    """Statistics; the Gram matrices have all tokens, sensitivities are of so many."""
     text = CalibrationText(texts.tokens, ("text",) * len(texts.tokens))
-    samples = Samples(types=(), n_sketch=texts.n_rows)
+    samples = Samples(types=(), n_gram=texts.n_rows)
     return calibrate(model, text, CalibrationSettings(samples, n_sensitivity), directory)
 
 

@@ -184,7 +184,7 @@ def test_an_interruption_keeps_what_is_done(
 
 
 def test_a_model_without_experts(dense_checkpoint: Path, tmp_path: Path, prose: Path) -> None:
-    """Nothing of it can be slimmed, but an importance matrix can be made of its statistics."""
+    """It has no experts to compress, but an importance matrix can be made of its statistics."""
     target = tmp_path / "a.stats"
     assert run(arguments(dense_checkpoint, target, prose)) == 0
     statistics = load_statistics(target, open_source(dense_checkpoint))

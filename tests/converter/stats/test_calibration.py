@@ -9,13 +9,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import slimoe.converter.stats.forward_pass as calibration
 from slimoe.converter.forward.block import Expert, Linear
 from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.source.held_source import HeldSource
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.stats.backward_pass import Backward
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import LayerStatistics, Statistics
@@ -26,7 +28,7 @@ from slimoe.offload.errors import DoesNotFitError, ModelFileError
 from tests.models.naive_statistics import Array, NaiveModel, expected_sums, hidden_and_output
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
-EXACT = CalibrationSettings(Samples(("Q8_0", "Q4_K"), n_picks=10**6, n_rows=10**6, n_sketch=10**6), n_sensitivity=0)
+EXACT = CalibrationSettings(Samples(("Q8_0", "Q4_K"), n_tokens=10**6, n_rows=10**6, n_gram=10**6), n_sensitivity=0)
 N_LAYER = 5
 
 
@@ -97,27 +99,26 @@ def test_what_the_output_reads_and_the_tokens(learnt: Statistics, naive: NaiveMo
     assert learnt.token_count.tolist() == [flat.count(token) for token in range(520)]
 
 
-def test_the_sketch_is_all_inner_products(learnt: Statistics, naive: NaiveModel) -> None:
-    """Also the error of a policy that it was not made for: the second pick left out, the rest renormalised."""
+def test_gram_matrices_are_all_inner_products(learnt: Statistics, naive: NaiveModel) -> None:
+    """Also the error of a policy that it was not made for: a token's second expert left out, the rest renormalised."""
     for n, layer in enumerate(learnt.layers):
-        sketch, outputs = layer.sketch, layer.outputs
-        assert sketch is not None
+        sample, outputs = layer.sketch, layer.outputs
+        assert sample is not None
         assert outputs is not None
-        assert sketch.rows.tolist() == list(range(learnt.n_tokens))
+        assert sample.rows.tolist() == list(range(learnt.n_tokens))
         means = outputs.share_square_output / np.maximum(outputs.share_square, 1e-30)[:, None]
         x, middle = (np.concatenate(part) for part in (naive.layers[n].x, naive.layers[n].middle))
         for row in range(0, learnt.n_tokens, 11):
             answers = [hidden_and_output(naive.matrices(n, expert), x[row])[1] for expert in range(6)]
             vectors = np.stack([*answers, *means, middle[row]])
-            close(sketch.gram[row], vectors @ vectors.T)
-            logits, _, picks, shares = naive.picks(n, x[row])
-            close(sketch.logits[row], logits)
+            close(sample.gram[row], vectors @ vectors.T)
+            logits, _, selected, weights = naive.picks(n, x[row])
+            close(sample.logits[row], logits)
             change = np.zeros(13)
-            change[picks] = -shares
-            change[picks[[0, 2]]] += shares[[0, 2]] / shares[[0, 2]].sum()
-            assert change @ sketch.gram[row] @ change == pytest.approx(
-                (change @ vectors) @ (change @ vectors), rel=1e-4
-            )
+            change[selected] = -weights
+            change[selected[[0, 2]]] += weights[[0, 2]] / weights[[0, 2]].sum()
+            added = change @ vectors
+            assert change @ sample.gram[row] @ change == pytest.approx(added @ added, rel=1e-4)
 
 
 def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, naive: NaiveModel) -> None:
@@ -133,12 +134,12 @@ def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, na
         other = [gguf.dequantize(gguf.quantize(m.astype(np.float32), _Q8), _Q8) for m in true]
         changes = [(other[0], *true[1:]), (true[0], other[1], true[2]), (*true[:2], other[2]), tuple(other)]
         for t in range(len(x)):
-            _, _, picks, shares = naive.picks(1, x[t])
-            if expert in picks:
-                share = shares[picks.tolist().index(expert)]
+            _, _, selected, weights = naive.picks(1, x[t])
+            if expert in selected:
+                weight = weights[selected.tolist().index(expert)]
                 f = hidden_and_output(true, x[t])[1]
                 differences = [hidden_and_output(change, x[t])[1] - f for change in changes]
-                expected[expert] += [share**2 * (d @ d) for d in differences]
+                expected[expert] += [weight**2 * (d @ d) for d in differences]
     close(errors.error[0], expected, 1e-3)
 
 
@@ -150,12 +151,12 @@ def test_errors_of_types_on_samples_are_near_those_of_all(k_quant_checkpoint: Pa
     torch.manual_seed(0)
     shapes = ((512, 256), (512, 256), (256, 512))
     expert = Expert(*(Linear(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes))
-    x, shares = torch.randn(64, 256), torch.rand(64)
+    x, weights = torch.randn(64, 256), torch.rand(64)
     importance = (np.ones(256, np.float32), np.ones(512, np.float32))
     found = {}
     for n_rows in (512, 128):
         table = TypeErrorTable(source, 0, ("Q2_K", "Q4_K"), n_rows, 2)
-        found[n_rows] = (table.measure(3, expert, x, shares, importance), table.error[:, 3])
+        found[n_rows] = (table.measure(3, expert, x, weights, importance), table.error[:, 3])
         assert (table.error[:, :3] == 0).all()
     assert found[512][0] == found[128][0]
     assert found[128][1] == pytest.approx(found[512][1], rel=0.25)
@@ -176,11 +177,11 @@ def test_neurons_are_sampled_without_bias() -> None:
     assert inclusion(np.zeros(10), 4) == pytest.approx(np.full(10, 0.4))
 
 
-def test_a_sample_of_picks_stands_for_all(k_quant_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sample_of_tokens_stands_for_all(k_quant_checkpoint: Path, tmp_path: Path) -> None:
     text = random_text(7)
     both = []
-    for n_picks in (10**6, 24):
-        settings = CalibrationSettings(Samples(("Q8_0",), n_picks, n_sketch=0), n_sensitivity=0)
+    for n_tokens in (10**6, 24):
+        settings = CalibrationSettings(Samples(("Q8_0",), n_tokens, n_gram=0), n_sensitivity=0)
         statistics = learn(k_quant_checkpoint, tmp_path, text, settings)
         assert statistics.layers[0].sketch is None
         errors = statistics.layers[0].type_errors
@@ -257,10 +258,20 @@ def test_the_sensitivity_belongs_to_it(checkpoint: Path, tmp_path: Path) -> None
     assert statistics.token_gradient is not None
 
 
+class WatchedSource(HeldSource):
+    """Keeps the keys that are read."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__(source)
+        self.read_keys: list[MatrixKey] = []
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        self.read_keys.append(key)
+        return super().read(key)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
-def test_an_interrupted_sensitivity_goes_on(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
-) -> None:
+def test_an_interrupted_sensitivity_goes_on(checkpoint: Path, tmp_path: Path, damaged: bool) -> None:
     settings = replace(EXACT, n_sensitivity=64, samples=Samples(()))
     source, text, partial = open_source(checkpoint), random_text(), tmp_path / "other.partial"
     whole = learn(checkpoint, tmp_path, text, settings)
@@ -273,17 +284,10 @@ def test_an_interrupted_sensitivity_goes_on(
         calibrate(source, text, settings, partial, interrupt)
     if damaged:
         next(partial.glob("backward-*.safetensors")).write_bytes(b"nothing")
-    heads: list[int] = []
-    head = Backward._head
-
-    def counted(*arguments: Any) -> None:
-        heads.append(1)
-        head(*arguments)
-
-    monkeypatch.setattr(Backward, "_head", counted)
+    watched = WatchedSource(source)
     steps: list[tuple[str, int, int]] = []
-    found = calibrate(source, text, settings, partial, lambda *step: steps.append(step))
-    assert len(heads) == damaged
+    found = calibrate(watched, text, settings, partial, lambda *step: steps.append(step))
+    assert watched.read_keys.count(MatrixKey("output.weight")) == damaged, "only the head's step reads it"
     n_steps = 2 * len(found.layers)
     assert [done for what, done, _ in steps if what == "sensitivity"] == list(range(1, n_steps + 1))
     for one, two in zip(found.layers, whole.layers, strict=True):
@@ -304,7 +308,7 @@ def spoilt(checkpoint: Path, target: Path, change: Any) -> Path:
     return target
 
 
-def test_an_expert_that_nobody_picks(tmp_path: Path, sentencepiece_path: Path) -> None:
+def test_an_expert_that_no_token_selects(tmp_path: Path, sentencepiece_path: Path) -> None:
     """A row of zeros between rows and their negatives, one of each pair above 0, is never among the first three."""
     path = save_checkpoint(tmp_path / "seven", sentencepiece_path, TinyConfig(n_expert=7))
 

@@ -82,7 +82,7 @@ def test_sums_that_are_none_are_refused(tmp_path: Path) -> None:
     for bad in (-1.0, np.nan):
         entry = InputSquares(np.full((1, 4), bad, np.float32), np.ones(1, np.float32))
         write_imatrix(Imatrix({"x.weight": entry}), tmp_path / "bad.gguf")
-        with pytest.raises(ModelFileError, match="weight holds what are no sums"):
+        with pytest.raises(ModelFileError, match="weight has values that cannot be sums"):
             read_imatrix(tmp_path / "bad.gguf")
 
 

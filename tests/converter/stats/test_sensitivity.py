@@ -223,7 +223,7 @@ def inputs_of(held: HeldModel, sequences: Sequences) -> dict[MatrixKey, NDArray[
 
 
 def odd_model() -> HeldModel:
-    """Blocks with a novice and two rows for one expert, without attention, without feed-forward part, and dense."""
+    """Blocks without attention, without feed-forward part, and dense; one with a constant and an expert of two rows."""
     numbers = np.random.default_rng(8)
     held = hold(random_mixtral(replace(SIZES, n_layer=4), spread=0.2))
     extra = {MatrixKey("blk.0.ffn_novice.weight", 0): numbers.standard_normal(SIZES.n_embd).astype(np.float32)}
@@ -244,7 +244,7 @@ def read(held: HeldModel, key: MatrixKey) -> torch.Tensor:
 
 
 def naive_ffn(held: HeldModel, layer: int, row: torch.Tensor) -> torch.Tensor:
-    """One token's feed-forward part, pick after pick."""
+    """One token's feed-forward part, expert after expert."""
     source = held.layers[layer]
     if not source.has_ffn:
         return 0 * row
@@ -253,21 +253,21 @@ def naive_ffn(held: HeldModel, layer: int, row: torch.Tensor) -> torch.Tensor:
         gate, up, down = (read(held, block_key(layer, f"ffn_{name}")) for name in ("gate", "up", "down"))
         return down @ (torch.nn.functional.silu(gate @ x) * (up @ x))
     chances = (read(held, block_key(layer, "ffn_gate_inp")) @ x).softmax(0)
-    picks = chances.topk(SIZES.n_expert_used).indices.tolist()
+    selected = chances.topk(SIZES.n_expert_used).indices.tolist()
     total = torch.zeros_like(row)
-    for pick in picks:
-        meant = source.target[pick]
+    for row_number in selected:
+        meant = source.target[row_number]
         if meant < 0:
             output = read(held, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - meant))
         else:
             gate, up, down = (read(held, expert_key(layer, name, meant)) for name in ("gate", "up", "down"))
             output = down @ (torch.nn.functional.silu(gate @ x) * (up @ x))
-        total = total + chances[pick] / sum(chances[other] for other in picks) * output
+        total = total + chances[row_number] / sum(chances[other] for other in selected) * output
     return total
 
 
-def test_blocks_may_lack_parts_and_have_novices_and_aliases() -> None:
-    """Against autograd through a loop over tokens and picks."""
+def test_blocks_may_lack_parts_and_have_constants_and_aliases() -> None:
+    """Against autograd through a loop over tokens and selected experts."""
     held, sequences = odd_model(), texts(SIZES, 21, 30)
     measured = measure_sensitivity(held, sequences, seed=SEED)
     labels = labels_of(held, sequences)
@@ -306,29 +306,29 @@ def test_blocks_may_lack_parts_and_have_novices_and_aliases() -> None:
     assert measured.layers[3].down.shape == (1, SIZES.n_embd)
 
 
-def test_giving_up_experts_costs_half_the_squared_slope_towards_it() -> None:
-    """Every pick alone, against a loop: skipped while the others grow, and answered by the best constant."""
+def test_skipping_experts_costs_half_the_squared_slope_towards_it() -> None:
+    """Every selected expert alone, against a loop: skipped, the others renormalised, and replaced by a constant."""
     held, sequences = hold(random_mixtral(SIZES, spread=0.2)), texts(SIZES, 30)
     measured, layer = measure_sensitivity(held, sequences, seed=SEED).removals[1], 1
     x, by_y = inner_gradient(held, sequences, layer)
     chances = (x @ read(held, block_key(layer, "ffn_gate_inp")).T).softmax(-1)
-    shares = torch.zeros_like(chances).scatter(1, *chances.topk(SIZES.n_expert_used)[::-1])
-    shares /= shares.sum(1, keepdim=True)
+    weights = torch.zeros_like(chances).scatter(1, *chances.topk(SIZES.n_expert_used)[::-1])
+    weights /= weights.sum(1, keepdim=True)
     experts = [read_expert(held, layer, number) for number in range(SIZES.n_expert)]
-    answers = torch.stack([expert(x) for expert in experts], 1)
-    skip, novice = np.zeros(SIZES.n_expert), np.zeros(SIZES.n_expert)
+    outputs = torch.stack([expert(x) for expert in experts], 1)
+    skip, replaced = np.zeros(SIZES.n_expert), np.zeros(SIZES.n_expert)
     for expert in range(SIZES.n_expert):
-        own = shares[:, expert]
-        constant = (own.square()[:, None] * answers[:, expert]).sum(0) / own.square().sum().clamp(min=1e-30)
-        changes = own[:, None] * (constant - answers[:, expert])
-        novice[expert] = (by_y * changes).sum(1).square().sum()
+        own = weights[:, expert]
+        constant = (own.square()[:, None] * outputs[:, expert]).sum(0) / own.square().sum().clamp(min=1e-30)
+        changes = own[:, None] * (constant - outputs[:, expert])
+        replaced[expert] = (by_y * changes).sum(1).square().sum()
         for token in torch.nonzero(own)[:, 0].tolist():
-            left = shares[token].clone()
+            left = weights[token].clone()
             left[expert] = 0
-            change = (left / left.sum() - shares[token]) @ answers[token]
+            change = (left / left.sum() - weights[token]) @ outputs[token]
             skip[expert] += float(by_y[token] @ change) ** 2
     np.testing.assert_allclose(measured.skipped, skip / 60, rtol=1e-3)
-    np.testing.assert_allclose(measured.novice, novice / 60, rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(measured.novice, replaced / 60, rtol=1e-3, atol=1e-9)
 
 
 def inner_gradient(held: HeldModel, sequences: Sequences, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -172,9 +172,9 @@ DAMAGES = {
     "no digest": (lambda arrays, metadata: about(source_hash=None)(arrays, metadata), "source_hash: expected str"),
     "domains of anything": (about(domains=[{"a": 1}, 2, 3]), "domains"),
     "fewer domains": (about(domains=["prose"]), "do not belong together"),
-    "no number": (set_array("layers.0.router.share", np.full(3, np.nan)), "share holds what are no numbers"),
-    "infinite": (set_array("output_input", np.full(3, np.inf, np.float32)), "output_input holds what are no numbers"),
-    "nats of nothing": (set_array("matrix_costs.nats", np.full(3, np.nan)), "nats holds what are no numbers"),
+    "no number": (set_array("layers.0.router.share", np.full(3, np.nan)), "share holds NaN or infinity"),
+    "infinite": (set_array("output_input", np.full(3, np.inf, np.float32)), "output_input holds NaN or infinity"),
+    "nats of nothing": (set_array("matrix_costs.nats", np.full(3, np.nan)), "nats holds NaN or infinity"),
     "no dimension": (set_array("layers.0.similarity.ffn_cosine", np.float64(1)), "ffn_cosine is of shape"),
     "another type": (
         set_array("layers.0.router.share", np.zeros(3, "i8")),
