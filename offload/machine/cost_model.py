@@ -2,8 +2,8 @@
 
 A step computes for C seconds and reads from the disk for R seconds. Layers follow each other, so C is a sum: matrices
 that every token meets, attention, small operations, the cuts at the routers, and for each layer its experts, where
-device and CPU work side by side and the slower one counts. Reading runs beside computing, but only for experts that the
-look-ahead router named in time, a share a of them; for the others everything waits. So a step takes
+device and CPU work side by side and the slower one counts. Reading runs beside computing, but only for a share a of the
+experts, those that were predicted in time; for the others everything waits. So a step takes
 
     T = max(R, C + (1 - a) R)
 
@@ -24,7 +24,7 @@ from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed
 from slimoe.offload.machine.workload import Matrices, Workload
 
 LOOK_AHEAD = 0.8
-"""Share of picks that the next layer's router names one layer early; 0.8 to 0.9 are published for Mixtral."""
+"""Share of the selected experts that are predicted one layer early; 0.8 to 0.9 are published for Mixtral."""
 CPU, DISK, LINK = "cpu", "disk", "link"
 _OPS_PER_ATTENTION = 10
 _OPS_PER_FEED_FORWARD = 8
@@ -33,7 +33,7 @@ _OPS_PER_CUT_EXPERT = 4
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Shares of the picks whose expert is in a device's slots and in the host expert cache; the rest is on disk.
+    """Shares of the selected experts that are in a device's slots and in the host expert cache; the rest is on disk.
 
     `is_cut`: whether a step stops at each router. Where everything is on one processor it does not.
     """
@@ -48,16 +48,16 @@ class Residency:
 
     @property
     def disk(self) -> float:
-        """The share that is in no memory."""
+        """The share of the selected experts that are in no memory."""
         share = 1.0 - self.device - self.host
         return share if share > 1e-9 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass: so many tokens, with so many before them, and logits of the last `n_out`.
+    """One step: `n_tokens` tokens with `n_past` before them, and logits of the last `n_out`.
 
-    The last layer is computed for these only. `look_ahead`: the share of the reads known in time.
+    The last layer is computed for these only. `look_ahead` is the share of the reads that are known in time.
     """
 
     n_tokens: int = 1
@@ -68,9 +68,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`ms_per_token` as expected, `bound_ms` as physics allow, and the tier that sets the bound.
+    """Milliseconds per token: `ms_per_token` as expected, and `bound_ms`, below which it cannot be.
 
-    `tier_ms`: what each tier needs for its bytes, per token; the largest is the bound.
+    `tier_ms` are what each tier needs for its bytes; the tier of the largest, `bound_name`, sets the bound.
     """
 
     ms_per_token: float
@@ -80,13 +80,13 @@ class Prediction:
 
     @property
     def tokens_per_second(self) -> float:
-        """The same the other way round."""
+        """The tokens of a second at `ms_per_token`."""
         return 1000 / self.ms_per_token
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's experts: seconds until all are done, cuts included, and what each tier is busy with."""
+    """One layer's experts: seconds until all are done, cuts included, and the seconds that each tier is busy."""
 
     seconds: float
     tiers: Mapping[str, float]
@@ -95,10 +95,10 @@ class _Layer:
 def predict(
     load: Workload, residency: Residency, speed: MachineSpeed, step: Step | None = None, device: str | None = None
 ) -> Prediction:
-    """The time of one step, by token. With a `device`, everything but the experts on the CPU is computed there.
+    """Predicts the time of one step, per token. With a `device`, all but the experts on the CPU is computed there.
 
     Several devices take turns, since layers follow each other: they count as one, the slowest. A prompt's batch is a
-    step of many tokens, with a look-ahead of 1: each of its experts computes long enough for the next to be read.
+    step of many tokens, with a `look_ahead` of 1: each of its experts computes long enough for the next to be read.
     """
     step = step or Step()
     setting = _Setting(load, residency, speed, device)
@@ -153,32 +153,45 @@ class _Setting:
 
     def layer(self, n_tokens: int) -> _Layer:
         """The experts of one layer."""
-        visited = _visited(self.load, n_tokens)
-        n_pairs = n_tokens * self.load.n_used / visited if visited else 0.0
+        load = self.load
+        # The expected number of different experts, as if tokens selected them independently of each other.
+        visited: float = load.n_used
+        if n_tokens > 1 and load.n_expert:
+            visited = load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** n_tokens)
+        n_pairs = n_tokens * load.n_used / visited if visited else 0.0
         layer = self._experts(n_tokens, visited, n_pairs)
         tiers = dict(layer.tiers)
         if self.residency.disk:
             assert self.speed.disk, "experts on a disk that was not measured"
-            tiers[DISK] = visited * self.residency.disk * self.load.read_bytes / self.speed.disk
+            tiers[DISK] = visited * self.residency.disk * load.read_bytes / self.speed.disk
         cut = self._cut_seconds(n_tokens, visited) if self.residency.is_cut else 0.0
         return _Layer(layer.seconds + cut, tiers)
 
     def _experts(self, n_tokens: int, visited: float, n_pairs: float) -> _Layer:
-        on_cpu, share = _seconds(self.speed.cpu, self.load.host_expert, n_pairs), self.residency.device
+        on_cpu, share = _seconds(self.speed.cpu, self.load.expert, n_pairs), self.residency.device
         if not self.device:
             assert not share, "experts on a device that is not used"
             return _Layer(visited * on_cpu, {CPU: visited * on_cpu})
-        on_device = _seconds(self.main, self.load.device_expert, n_pairs)
+        on_device = _seconds(self.main, self.load.expert, n_pairs)
         tiers = {self.device: visited * share * on_device, CPU: visited * (1 - share) * on_cpu}
         if n_tokens == 1:
-            return _Layer(_slower_side(self.load.n_used, share, on_device, on_cpu), tiers)
+            # The expected time of the slower side, where each expert is on the device with probability `share`.
+            n_used = self.load.n_used
+            seconds = sum(
+                math.comb(n_used, n)
+                * share**n
+                * (1 - share) ** (n_used - n)
+                * max(n * on_device, (n_used - n) * on_cpu)
+                for n in range(n_used + 1)
+            )
+            return _Layer(seconds, tiers)
         beside = _Layer(max(tiers.values()), tiers)
-        copied = visited * (1 - share) * sum(self.load.device_expert.values()) / self.speed.links[self.device].to_device
+        copied = visited * (1 - share) * sum(self.load.expert.values()) / self.speed.links[self.device].to_device
         tiers = {self.device: visited * on_device, LINK: copied}
         return min(beside, _Layer(max(tiers.values()), tiers), key=lambda layer: layer.seconds)
 
     def _cut_seconds(self, n_tokens: int, visited: float) -> float:
-        """Reading the choice back, the experts' graphs, and activations over the link."""
+        """Seconds for reading the router's results back, for the experts' graphs, and for activations over the link."""
         load, of_cpu = self.load, self.speed.cpu.overheads
         n_graphs = 1.0 if n_tokens == 1 else visited
         seconds = self.main.overheads.graph_seconds + n_graphs * of_cpu.graph_seconds
@@ -194,26 +207,11 @@ def _seconds(processor: ProcessorSpeed, matrices: Matrices, n_rows: float) -> fl
     return sum(processor.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
 
 
-def _visited(load: Workload, n_tokens: int) -> float:
-    """Expected number of different experts of a layer in a step, for picks that are independent of each other."""
-    if n_tokens == 1 or not load.n_expert:
-        return load.n_used
-    return load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** n_tokens)
-
-
-def _slower_side(n_used: int, share: float, on_device: float, on_cpu: float) -> float:
-    """Expected time of one token's experts when each pick is on the device with probability `share`."""
-    return sum(
-        math.comb(n_used, n) * share**n * (1 - share) ** (n_used - n) * max(n * on_device, (n_used - n) * on_cpu)
-        for n in range(n_used + 1)
-    )
-
-
 def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: int, n_used: int) -> NDArray[np.float64]:
-    """Probabilities [n_layer, n_expert] that a token picks each expert; each row sums to `n_used`.
+    """Probabilities [n_layer, n_expert] that a token selects each expert; each row sums to `n_used`.
 
-    `priors` are proportional to how often each is picked; a row of zeros, or None, means alike. Nothing is picked twice
-    by a token, so that what would exceed 1 goes to the others of the layer.
+    `priors` are proportional to how often each is selected; a row of zeros, or None, means alike. A token selects no
+    expert twice, so that what would exceed 1 goes to the layer's others.
     """
     shape = (n_layer, n_expert)
     weights = np.ones(shape) if priors is None else np.asarray(priors, np.float64).copy()
@@ -226,14 +224,14 @@ def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: in
 
 
 def _capped(weights: NDArray[np.float64], total: int) -> NDArray[np.float64]:
-    """Values proportional to `weights`, at most 1, that sum to `total`; when no weight is left, the others alike."""
+    """Values proportional to `weights`, but at most 1, that sum to `total`; alike for those left without weight."""
     uses = np.zeros(len(weights))
     is_open = np.ones(len(weights), np.bool_)
     while is_open.any():
         left = total - np.count_nonzero(~is_open)
-        share = weights[is_open]
-        share = np.full(len(share), 1 / len(share)) if not share.sum() else share / share.sum()
-        uses[is_open] = left * share
+        parts = weights[is_open]
+        parts = parts / parts.sum() if parts.sum() else np.full(len(parts), 1 / len(parts))
+        uses[is_open] = left * parts
         over = is_open & (uses > 1)
         if not over.any():
             break

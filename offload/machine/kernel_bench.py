@@ -56,7 +56,7 @@ class AttentionShape:
 
     @property
     def name(self) -> str:
-        """What its speed is known by."""
+        """The name under which its speed is kept."""
         return f"attention {self.n_head}/{self.n_head_kv} x {self.n_embd_head} {self.type.name}"
 
 
@@ -200,34 +200,34 @@ class KernelBench:
         return low
 
     def _runs(self, nodes: Nodes, rounds: int, values: NDArray[Any] | None = None) -> list[float]:
-        """Seconds of each run; with `values`, set before and a result of as many read after."""
-        return [self._run(nodes, values) for _ in range(1 + rounds)][1:]
-
-    def _run(self, nodes: Nodes, values: NDArray[Any] | None) -> float:
+        """Seconds of each run; with `values`, the first input is set before and a result of as many read after."""
         n_nodes = 8 * _MANY_PAIRS
         n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
-        with _context(n_bytes) as ctx:
-            graph = ggml.ggml_new_graph_custom(ctx, n_nodes, False)
-            inputs, results = nodes(ctx)
-            for node in results:
-                ggml.ggml_build_forward_expand(graph, node)
-            if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, graph):
-                raise out_of_memory(self._n_bytes)
-            for tensor in inputs:
-                self._backend.set(tensor, np.zeros(ggml.ggml_nbytes(tensor), np.uint8))
-            # A device may answer before it has everything; a read waits for it.
-            out = np.empty(_SMALL, np.float32)
-            self._backend.get(inputs[0], out[:1])
-            begin = self._clock()
-            if values is not None:
-                self._backend.set(inputs[0], values)
-            self._backend.compute(graph)
-            self._backend.get(results[-1], out if values is not None else out[:1])
-            return self._clock() - begin
+        seconds = []
+        for _ in range(1 + rounds):
+            with _context(n_bytes) as ctx:
+                graph = ggml.ggml_new_graph_custom(ctx, n_nodes, False)
+                inputs, results = nodes(ctx)
+                for node in results:
+                    ggml.ggml_build_forward_expand(graph, node)
+                if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, graph):
+                    raise out_of_memory(self._n_bytes)
+                for tensor in inputs:
+                    self._backend.set(tensor, np.zeros(ggml.ggml_nbytes(tensor), np.uint8))
+                # A device may answer before it has everything; a read waits for it.
+                out = np.empty(_SMALL, np.float32)
+                self._backend.get(inputs[0], out[:1])
+                begin = self._clock()
+                if values is not None:
+                    self._backend.set(inputs[0], values)
+                self._backend.compute(graph)
+                self._backend.get(results[-1], out if values is not None else out[:1])
+                seconds.append(self._clock() - begin)
+        return seconds[1:]
 
 
 def lower_quartile(seconds: Sequence[float]) -> float:
-    """What a quarter of the runs stayed below."""
+    """The value that a quarter of the runs stayed below."""
     return sorted(seconds)[len(seconds) // 4]
 
 

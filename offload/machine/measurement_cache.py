@@ -35,7 +35,7 @@ def default_path() -> Path:
 
 
 class MeasurementCache:
-    """Values by name, of one machine: those of others in the same file are kept, and never seen.
+    """Values by name, of one machine: those of other machines in the same file are kept, and never seen.
 
     Values are whatever msgspec turns into JSON and back: numbers, frozen dataclasses, dicts of them.
     """
@@ -82,20 +82,14 @@ class MeasurementCache:
 @functools.cache
 def machine_name() -> str:
     """What a measurement depends on: processor, cores, memory, and the very library that computes."""
-    n_cores, n_gib = psutil.cpu_count() or 1, round(psutil.virtual_memory().total / 2**30)
-    return f"{_processor()}, {n_cores} cores, {n_gib} GiB, ggml {GGML_VERSION} {_build()}"
-
-
-def _processor() -> str:
+    processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        return next(names, platform.machine())
-    return platform.processor() or platform.machine()
-
-
-def _build() -> str:
-    """Tells two builds of one version apart: compiler flags change speeds by a factor."""
+        processor = next(names, platform.machine())
+    # Two builds of one version differ: compiler flags change speeds by a factor.
     files = sorted(path for path in library_directory().glob("*ggml*") if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return f"{zlib.crc32(repr(stats).encode()):08x}"
+    build = f"{zlib.crc32(repr(stats).encode()):08x}"
+    n_cores, n_gib = psutil.cpu_count() or 1, round(psutil.virtual_memory().total / 2**30)
+    return f"{processor}, {n_cores} cores, {n_gib} GiB, ggml {GGML_VERSION} {build}"

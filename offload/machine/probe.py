@@ -1,4 +1,4 @@
-"""Measures, on this machine, which arrangement of weights multiplies faster, and remembers the answer.
+"""Measures, on this machine, whether plain or repacked weights multiply faster, and remembers the answer.
 
 Nothing about it can be assumed: with AVX-512, repacked Q4_K is 1.4 times as fast as plain Q4_K for one token and
 2.5 times as slow for a batch; elsewhere it is another number.
@@ -29,7 +29,7 @@ _MOST_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class KernelSpeed:
-    """Seconds for a fixed amount of work with each arrangement, for one token and for a batch of them."""
+    """Seconds for a fixed amount of work, with plain and with repacked weights, for one token and for a batch."""
 
     single_plain: Positive
     single_repacked: Positive
@@ -63,7 +63,10 @@ def measured_speeds(
 
 
 def _measure(kind: GGMLQuantizationType, backend: CpuBackend, max_bytes: int) -> KernelSpeed:
-    data = _random_stack(kind, max_bytes)
+    # 64 random rows quantised, and repeated: [n_stack, bytes of a matrix]. Two buffers will hold as much.
+    n_rows = 64
+    matrix = np.tile(random_rows(kind, _N_COLUMNS, n_rows), _N_ROWS // n_rows)
+    data = np.tile(matrix, (min(_N_STACK, max(_N_BATCH_STACK, max_bytes // (3 * matrix.nbytes))), 1))
     benches = [_Bench(kind, buft, data) for buft in (ggml_backend.ggml_backend_cpu_buffer_type(), repack_buffer_type())]
     single: list[list[float]] = [[], []]
     batch: list[list[float]] = [[], []]
@@ -78,14 +81,6 @@ def _measure(kind: GGMLQuantizationType, backend: CpuBackend, max_bytes: int) ->
         bench.close()
     medians = [float(np.median(seconds[len(seconds) // _ROUNDS :])) for seconds in (*single, *batch)]
     return KernelSpeed(*medians)
-
-
-def _random_stack(kind: GGMLQuantizationType, max_bytes: int) -> NDArray[np.uint8]:
-    """Bytes [n_stack, bytes of a matrix]: 64 random rows quantised, and repeated. Two buffers will hold as much."""
-    n_rows = 64
-    matrix = np.tile(random_rows(kind, _N_COLUMNS, n_rows), _N_ROWS // n_rows)
-    n_stack = min(_N_STACK, max(_N_BATCH_STACK, max_bytes // (3 * matrix.nbytes)))
-    return np.tile(matrix, (n_stack, 1))
 
 
 class _Bench:
@@ -113,8 +108,8 @@ class _Bench:
         ggml_backend.ggml_gallocr_alloc_graph(allocator, graph)
         ctypes.memset(ggml.ggml_get_data(rows), 0, ggml.ggml_nbytes(rows))
         span = 2 if n_tokens == 1 else _N_BATCH_STACK
-        chosen = (np.arange(2 * n_tokens, dtype=np.int32) % span) + first
-        ctypes.memmove(ggml.ggml_get_data(ids), chosen.ctypes.data, chosen.nbytes)
+        selected = (np.arange(2 * n_tokens, dtype=np.int32) % span) + first
+        ctypes.memmove(ggml.ggml_get_data(ids), selected.ctypes.data, selected.nbytes)
         begin = time.perf_counter()
         backend.compute(graph)
         taken = time.perf_counter() - begin

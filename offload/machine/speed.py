@@ -1,4 +1,4 @@
-"""What this machine does in a second, as far as running a model asks: values only, measured by `measure`."""
+"""Speeds of a machine's processors, links and disk, as far as running a model asks: values that `measure` finds."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ class MatrixKernel:
 
     @property
     def name(self) -> str:
-        """What its speed is known by."""
+        """The name under which its speed is kept."""
         return f"{self.type.name} {self.n_columns} {'expert' if self.is_expert else 'dense'}"
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedCurve:
-    """Seconds per byte of a matrix for a product with so many rows of activations (pairs of an expert, tokens).
+    """Seconds per byte of a matrix for its product with each number of rows of activations in `n_rows`, ascending.
 
-    `n_rows` ascends. All rows together are meant: reading the matrix costs once, multiplying costs for each row.
+    The seconds are those of all rows together: reading the matrix costs once, multiplying costs for each row.
     """
 
     n_rows: tuple[int, ...]
@@ -46,10 +46,10 @@ class SpeedCurve:
             raise ValueError("a curve needs as many speeds as ascending row counts")
 
     def seconds(self, n_bytes: float, n_rows: float) -> float:
-        """Seconds for a matrix of `n_bytes` and `n_rows` rows; straight between the measured points.
+        """Seconds for a matrix of `n_bytes` and `n_rows` rows of activations; linear between the measured points.
 
-        Below the first point, and above the last one, in proportion to the rows: fewer rows than one are a share of
-        the steps, and where a product is bound by arithmetic each further row costs the same.
+        Below the first point and above the last one it is in proportion to the rows: fewer rows than one are a share
+        of the steps, and where a product is bound by arithmetic each further row costs the same.
         """
         points, speeds = self.n_rows, self.seconds_per_byte
         if n_rows <= points[0]:
@@ -63,10 +63,10 @@ class SpeedCurve:
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """What is paid however little is computed.
+    """Time that is spent however little is computed.
 
-    `graph_seconds`: to hand a small input over, compute a graph of two operations and read the result, Python
-    included. `op_seconds`: for each further operation of a graph, on a vector of some thousand values.
+    `graph_seconds` go to handing a small input over, computing a graph of two operations and reading the result, Python
+    included; `op_seconds` to each further operation of a graph, on a vector of some thousand values.
     """
 
     graph_seconds: Positive
@@ -75,10 +75,10 @@ class Overheads:
 
 @dataclass(frozen=True, slots=True)
 class ProcessorSpeed:
-    """One backend: the CPU with so many threads, or a device.
+    """The speed of one backend: the CPU with its threads, or a device.
 
-    `kernels` by the kernel's name; `attention_seconds` for one token's attention to one cell of the KV cache in one
-    layer, `batch_attention_seconds` for the same in a batch of `BATCH_QUERIES` tokens or more.
+    `kernels` are by the kernel's name. `attention_seconds` are for one token's attention to one cell of the KV cache in
+    one layer, `batch_attention_seconds` for the same in a batch of `BATCH_QUERIES` tokens or more.
     """
 
     kernels: Mapping[str, SpeedCurve]
@@ -105,10 +105,10 @@ class LinkSpeed:
 
 @dataclass(frozen=True, slots=True)
 class MachineSpeed:
-    """The machine: its CPU, its devices by name with the links to them, and the disk the model lies on.
+    """The speed of a machine: its CPU, its devices by name, the links to them, and the disk that the model lies on.
 
-    `disk` is bytes per second of whole experts read around the page cache; None where the file is not to be read while
-    the model runs.
+    `disk` is bytes per second of whole experts read around the page cache; None where the file is not read while the
+    model runs.
     """
 
     cpu: ProcessorSpeed

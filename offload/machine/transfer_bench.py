@@ -6,12 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from numpy.typing import NDArray
 
 from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, padded
 from slimoe.offload.ggml import buffers as ggml_backend
@@ -40,9 +38,10 @@ class Reader(Protocol):
 
 
 def disk_bytes_per_second(gguf: GGUFFile, expert_bytes: int, direct: bool, clock: Clock = time.perf_counter) -> float:
-    """How fast experts of that size are read as the engine reads them, two under way; half a second or 512 MB.
+    """Bytes per second when experts of that size are read as the engine reads them, two at a time.
 
-    Takes memory for two experts, of at most `MAX_PIECE` each. Raises ModelFileError and ReadFailedError.
+    Takes half a second, or as long as 512 MB take, and memory for two experts of at most `MAX_PIECE` each. Raises
+    ModelFileError and ReadFailedError.
     """
     with closing(DiskReader(gguf, direct=direct)) as reader:
         return read_speed(reader, random_pieces(gguf, expert_bytes), clock)
@@ -86,19 +85,14 @@ def random_pieces(gguf: GGUFFile, expert_bytes: int) -> Iterator[Span]:
     places = random.Random()
     while True:
         piece = Span(shard, places.randint(0, sizes[shard] - n_bytes), n_bytes)
-        _forget(gguf.paths[shard], piece)
+        if "posix_fadvise" in dir(os):
+            # Where direct reads are not to be had, the page cache would be measured instead.
+            file = os.open(gguf.paths[shard], os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, piece.offset, piece.n_bytes, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
         yield piece
-
-
-def _forget(path: Path, piece: Span) -> None:
-    """Drops a stretch from the page cache: where direct reads are not to be had, it would be measured instead."""
-    if "posix_fadvise" not in dir(os):
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(file, piece.offset, piece.n_bytes, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
 
 
 def link_speed(backend: Backend, n_bytes: int, clock: Clock = time.perf_counter) -> LinkSpeed:
@@ -107,15 +101,7 @@ def link_speed(backend: Backend, n_bytes: int, clock: Clock = time.perf_counter)
     buffer = backend.allocate(n_bytes)
     tensor = ggml.ggml_new_tensor_1d(ctx, Type.I8, n_bytes)
     ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, ggml_backend.ggml_backend_buffer_get_base(buffer))
-    try:
-        return _link_speed(backend, tensor, np.ones(n_bytes, np.uint8), clock)
-    finally:
-        ggml_backend.ggml_backend_buffer_free(buffer)
-        ggml.ggml_free(ctx)
-
-
-def _link_speed(backend: Backend, tensor: int, values: NDArray[np.uint8], clock: Clock) -> LinkSpeed:
-    word = values[:4].copy()
+    values, word = np.ones(n_bytes, np.uint8), np.empty(4, np.uint8)
 
     def there(n: int) -> float:
         begin = clock()
@@ -129,8 +115,12 @@ def _link_speed(backend: Backend, tensor: int, values: NDArray[np.uint8], clock:
         return clock() - begin
 
     def speed(transfer: Callable[[int], float]) -> float:
-        transfer(len(values))
-        whole, nothing = (lower_quartile([transfer(n) for _ in range(_LINK_ROUNDS)]) for n in (len(values), 4))
-        return len(values) / max(whole - nothing, 1e-9)
+        transfer(n_bytes)
+        whole, nothing = (lower_quartile([transfer(n) for _ in range(_LINK_ROUNDS)]) for n in (n_bytes, 4))
+        return n_bytes / max(whole - nothing, 1e-9)
 
-    return LinkSpeed(speed(there), speed(back))
+    try:
+        return LinkSpeed(speed(there), speed(back))
+    finally:
+        ggml_backend.ggml_backend_buffer_free(buffer)
+        ggml.ggml_free(ctx)

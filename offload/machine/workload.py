@@ -1,10 +1,10 @@
-"""What a model asks of a machine for each token: bytes of matrices, by the kernel that multiplies with them."""
+"""The work that a model is for each token: bytes of matrices, by the kernel that multiplies with them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from slimoe.offload.machine.speed import MatrixKernel
-from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
+from slimoe.offload.model.experts import ExpertLayer
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, WeightSource
 
@@ -16,9 +16,9 @@ Matrices = Mapping[MatrixKernel, float]
 class Workload:
     """Sizes and sums over a model of `n_layer` layers, of which some attend and some have experts.
 
-    `dense`: all matrices that every token is multiplied with, but for the `output`, with which only those are whose
-    logits are wanted. `host_expert`: one expert in the copy that the CPU computes, averaged over experts and picks;
-    `device_expert`: in the device's copy. `read_bytes`: what is read for an expert that is in no memory.
+    `dense` are the matrices that every token is multiplied with, `output` is the one for tokens whose logits are
+    wanted, and `expert` is one expert, averaged over all. `read_bytes` is what is read for an expert that is in no
+    memory.
     """
 
     n_layer: int
@@ -29,8 +29,7 @@ class Workload:
     n_used: int
     dense: Matrices
     output: Matrices
-    host_expert: Matrices
-    device_expert: Matrices
+    expert: Matrices
     read_bytes: float
 
     @property
@@ -39,15 +38,12 @@ class Workload:
         return len(self.routed_layers)
 
 
-def workload(
-    spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLayer | None], low_share: float = 0.0
-) -> Workload:
-    """A model's load. The CPU takes an expert's last copy, in place of the first, for `low_share` of its picks."""
+def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLayer | None]) -> Workload:
+    """A model's workload, with every expert in its best copy."""
     routed = [layer for layer in layers if layer]
-    best = _mean_expert([copies[0] for layer in routed for copies in layer.experts])
-    low = _mean_expert([copies[-1] for layer in routed for copies in layer.experts])
-    kernels = dict.fromkeys((*best, *low))
-    host = {k: (1 - low_share) * best.get(k, 0.0) + low_share * low.get(k, 0.0) for k in kernels}
+    best = [copies[0] for layer in routed for copies in layer.experts]
+    parts = [part for copy in best for part in (copy.gate, copy.up, copy.down)]
+    expert = {kernel: n_bytes / len(best) for kernel, n_bytes in _sums(parts, is_expert=True).items()}
     return Workload(
         n_layer=len(layers),
         attention_layers=spec.attention_layers,
@@ -57,9 +53,8 @@ def workload(
         n_used=max((layer.n_expert_used for layer in routed), default=0),
         dense=_sums(layer_matrices(sources), is_expert=False),
         output=_sums([sources.output.weight], is_expert=False),
-        host_expert={kernel: n_bytes for kernel, n_bytes in host.items() if n_bytes},
-        device_expert=best,
-        read_bytes=sum(host.values()),
+        expert=expert,
+        read_bytes=sum(expert.values()),
     )
 
 
@@ -79,11 +74,6 @@ def expert_matrices(layers: Sequence[ExpertLayer | None]) -> Iterator[WeightSour
         for copies in layer.experts if layer else ():
             for copy in copies:
                 yield from (copy.gate, copy.up, copy.down)
-
-
-def _mean_expert(copies: Sequence[ExpertCopy]) -> dict[MatrixKernel, float]:
-    parts = [part for copy in copies for part in (copy.gate, copy.up, copy.down)]
-    return {kernel: n_bytes / len(copies) for kernel, n_bytes in _sums(parts, is_expert=True).items()}
 
 
 def _sums(sources: Iterable[WeightSource], is_expert: bool) -> dict[MatrixKernel, float]:

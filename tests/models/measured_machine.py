@@ -44,9 +44,11 @@ class Clock:
 class KnownBackend(CpuBackend):
     """Computes nothing but takes its time: by graph, operation, byte and row of matrices, cell of attention."""
 
-    def __init__(self, clock: Clock, noise: Callable[[int], float] = lambda n: 1.0) -> None:
+    def __init__(
+        self, clock: Clock, noise: Callable[[int], float] = lambda n: 1.0, row_seconds: float = ROW_SECONDS
+    ) -> None:
         super().__init__(1)
-        self.clock, self.noise, self.n_computed = clock, noise, 0
+        self.clock, self.noise, self.row_seconds, self.n_computed = clock, noise, row_seconds, 0
         self.addresses: list[int] = []
 
     def compute(self, graph: int) -> None:
@@ -60,7 +62,7 @@ class KnownBackend(CpuBackend):
                 seconds += other.ne[1] * n_queries * (CELL_SECONDS if n_queries < 64 else BATCH_CELL_SECONDS)
             elif matrix.type != Type.F32:
                 n_rows = ggml.ggml_nbytes(tensor.src[1]) // (4 * matrix.ne[0])
-                seconds += ggml.ggml_nbytes(tensor.src[0]) * (BYTE_SECONDS + n_rows * ROW_SECONDS)
+                seconds += ggml.ggml_nbytes(tensor.src[0]) * (BYTE_SECONDS + n_rows * self.row_seconds)
                 self.addresses.append(int(matrix.data or 0))
             else:
                 seconds += OP_SECONDS

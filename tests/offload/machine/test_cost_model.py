@@ -31,8 +31,7 @@ LOAD = Workload(
     n_used=2,
     dense={DENSE: 1e6},
     output={DENSE: 1e5},
-    host_expert={EXPERT: 1e6},
-    device_expert={EXPERT: 1e6},
+    expert={EXPERT: 1e6},
     read_bytes=1e6,
 )
 CPU, GPU = processor(1e9, KERNELS), processor(1e11, KERNELS)
@@ -87,7 +86,7 @@ def test_the_published_limit_of_a_12_gb_card() -> None:
     expert, rest, kv = 3 * 4096 * 14336 * 4.5 / 8, 1.06e9, 0.268e9
     share = ((11.2e9 - rest - 0.131e9 - kv) / expert / 256) ** 0.66
     experts = {EXPERT: expert}
-    load = Workload(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, experts, expert)
+    load = Workload(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, expert)
     speed = machine(processor(42e9, KERNELS), None, processor(306e9, KERNELS))
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e18 / 2, 1e18 / 2)})
     prediction = predict(load, Residency(share, 1 - share), slow_link, device="GPU0")
@@ -184,7 +183,7 @@ def test_a_batch_streams_experts_when_that_is_faster() -> None:
 
 
 def test_a_model_without_experts() -> None:
-    load = Workload(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, {}, 0)
+    load = Workload(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, 0)
     assert predict(load, IN_RAM, machine(CPU)).ms_per_token == pytest.approx(1.1)
     assert predict(load, IN_RAM, machine(CPU), Step(n_tokens=10)).ms_per_token > 0
 
@@ -283,7 +282,7 @@ def test_the_load_of_a_file(tmp_path: Path) -> None:
     assert load.attention_layers == (0, 1)
     up, down = (gguf.tensors[f"blk.0.ffn_{name}_exps.weight"].n_bytes / 3 for name in ("up", "down"))
     expected = {MatrixKernel(Type.F32, 256, True): 2 * up, MatrixKernel(Type.Q6_K, 512, True): down}
-    assert (load.host_expert, load.device_expert) == (expected, expected)
+    assert load.expert == expected
     assert load.read_bytes == 2 * up + down
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
     dense = sum(gguf.tensors[f"blk.{n}.{name}.weight"].n_bytes for n in range(2) for name in names)
