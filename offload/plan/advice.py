@@ -1,4 +1,4 @@
-"""What to do about a model that does not fit: the least budgets that it can be opened with."""
+"""The least budgets that a model which does not fit can be opened with. Apart: it plans by calling back only."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,17 +15,19 @@ def advised(
     shortfall: DoesNotFitError,
     lack: Callable[[EngineConfig], DoesNotFitError | None],
 ) -> DoesNotFitError:
-    """The error with the sizes for --ram and --vram to raise, or with other ways out where there is no more to give.
+    """The error with what to do: raise --ram or --vram to a size, or something else where there is no more to give.
 
-    `lack` plans with another config, and says what that lacks: only what was tried is advised. `devices` are the
-    names of those that are used, in the order of --vram.
+    `lack` plans with another configuration and returns what that lacks: only what was tried is advised. `devices` are
+    the names of those that are used, in the order of --vram.
     """
     tried, missing = config, shortfall
     while True:
         tried = _with_more(tried, devices, missing)
         left = lack(tried)
         if left is None:
-            return _hinted(shortfall, f"Raise {_raised(config, tried)}, {_SMALLER}.")
+            raised = [f"--ram to {tried.memory.ram}"] if tried.memory.ram != config.memory.ram else []
+            raised += [f"--vram to {','.join(tried.devices.vram)}"] if tried.devices.vram != config.devices.vram else []
+            return _hinted(shortfall, f"Raise {' and '.join(raised)}, {_SMALLER}.")
         if left.device == missing.device and left.available_bytes < missing.required_bytes:
             return _hinted(
                 shortfall, f"There is no more to give now: free memory of {left.device or 'the host'}, {_SMALLER}."
@@ -34,7 +36,7 @@ def advised(
 
 
 def _with_more(config: EngineConfig, devices: Sequence[str], missing: DoesNotFitError) -> EngineConfig:
-    """The config with the size raised that is too small: one device's own where each has its own."""
+    """The configuration with the size raised that is too small: one device's own where each has its own."""
     enough = human_up(missing.required_bytes)
     if not missing.device:
         return changed(config, {"ram": enough})
@@ -42,12 +44,6 @@ def _with_more(config: EngineConfig, devices: Sequence[str], missing: DoesNotFit
         return changed(config, {"vram": (enough,)})
     sizes = zip(devices, config.devices.vram, strict=True)
     return changed(config, {"vram": tuple(enough if name == missing.device else size for name, size in sizes)})
-
-
-def _raised(config: EngineConfig, tried: EngineConfig) -> str:
-    sizes = {"--ram": tried.memory.ram if tried.memory.ram != config.memory.ram else None}
-    sizes["--vram"] = ",".join(tried.devices.vram) if tried.devices.vram != config.devices.vram else None
-    return " and ".join(f"{flag} to {size}" for flag, size in sizes.items() if size)
 
 
 def _hinted(error: DoesNotFitError, hint: str) -> DoesNotFitError:

@@ -1,4 +1,4 @@
-"""Budgets: how many bytes of host and device memory this program may hold, out of what a person wrote."""
+"""Budgets: how many bytes of host and device memory this program may hold, by what --ram and --vram say."""
 
 import re
 from collections.abc import Sequence
@@ -10,35 +10,35 @@ from slimoe.offload.errors import UsageError
 from slimoe.offload.resources.memory import HostMemory, human, parse_bytes
 
 AUTO = "auto"
-_SHARE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
+_PERCENT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*%")
 _LARGEST_DEVICE_MARGIN = 1 << 30
 
 
 class DeviceMemory(Protocol):
-    """What a budget needs to know about a device; `slimoe.offload.ggml.devices.Device` is one."""
+    """What a budget needs to know about a device, such as `slimoe.offload.ggml.devices.Device`."""
 
     @property
     def name(self) -> str:
-        """The name it goes by in messages."""
+        """The device's name in messages."""
 
     @property
     def free_bytes(self) -> int:
-        """Memory of the device that nobody holds."""
+        """Bytes of the device's memory that nobody holds."""
 
     @property
     def total_bytes(self) -> int:
-        """All memory of the device."""
+        """Bytes of all memory of the device."""
 
     @property
     def shares_host_memory(self) -> bool:
-        """Whether what it holds is taken from the host's memory."""
+        """Whether the device has no memory of its own, but takes the host's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be held at most: `ram` by the process that asks, and one number of `vram` for each device.
+    """Bytes that may be held at most: `ram` in host memory, and one number of `vram` for each device.
 
-    `notes` are sentences for the person who set the budget: where less is free than they allowed.
+    `notes` are sentences for the person who set the budget, where less is free than they allowed.
     """
 
     ram: int
@@ -47,15 +47,15 @@ class Budget:
 
 
 def parse_size(text: str, total: int, flag: str = "--ram") -> int | None:
-    """The bytes that a person wrote, None for auto.
+    """The bytes that a person wrote after `flag`, None for auto.
 
-    Units are those of `parse_bytes`, and % for a share of `total`. Raises UsageError, which names `flag`.
+    Units are those of `parse_bytes`, and % of `total`. Raises UsageError for what is no size.
     """
     if text.strip().lower() == AUTO:
         return None
-    share = _SHARE.fullmatch(text.strip())
-    if share is not None:
-        percent = Decimal(share[1])
+    part = _PERCENT.fullmatch(text.strip())
+    if part is not None:
+        percent = Decimal(part[1])
         if percent > 100:
             raise UsageError(f"{flag} is {text}, more than there is. Write at most 100%, or a size like 8GiB.")
         return int(percent * total / 100)
@@ -72,24 +72,33 @@ def decide_budget(
     memory: HostMemory,
     held_bytes: int = 0,
 ) -> Budget:
-    """The budget that flags and free memory allow, the less of the two.
+    """The budget in bytes: what the flags --ram and --vram say, but no more than is free.
 
-    `ram` is for all our processes: `held_bytes` are what others of them than this one hold already, and need not be
-    free. `vram` has one size for all devices or one for each. auto is what is free, less a margin: `memory`
+    `ram` is for all our processes; of these, others than this one hold `held_bytes` already, which need not be free.
+    `vram` has one size for all devices or one for each. auto, or None, is what is free, less a margin: `memory`
     knows which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its
     driver allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
-    UsageError.
+    UsageError for what is no size, and for sizes that do not match the devices.
     """
     notes: list[str] = []
+    taken: list[int] = []
     holdable = memory.holdable + held_bytes
-    sizes = _per_device(vram, devices)
-    taken = tuple(_device_budget(size, device, holdable, notes) for size, device in zip(sizes, devices, strict=True))
+    for size, device in zip(_per_device(vram, devices), devices, strict=True):
+        asked, free = parse_size(size, device.total_bytes, "--vram"), device.free_bytes
+        if asked is None:
+            free -= min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
+        if device.shares_host_memory:
+            # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
+            free = min(free, holdable * 3 // 4)
+        if asked is not None and asked > free:
+            notes.append(_short("--vram", asked, free, device.name))
+        taken.append(max(0, free if asked is None else min(asked, free)))
     shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
     asked = parse_size(AUTO if ram is None else ram, memory.limit)
     free = max(0, (holdable if asked is None else memory.grantable + held_bytes) - shared)
     if asked is not None and asked > free:
         notes.append(_short("--ram", asked, free, "the host"))
-    return Budget(free if asked is None else min(asked, free), taken, tuple(notes))
+    return Budget(free if asked is None else min(asked, free), tuple(taken), tuple(notes))
 
 
 def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequence[str]:
@@ -106,18 +115,6 @@ def _per_device(vram: Sequence[str], devices: Sequence[DeviceMemory]) -> Sequenc
             "Give one size for all, or one for each."
         )
     return vram
-
-
-def _device_budget(size: str, device: DeviceMemory, holdable: int, notes: list[str]) -> int:
-    asked, free = parse_size(size, device.total_bytes, "--vram"), device.free_bytes
-    if asked is None:
-        free -= min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
-    if device.shares_host_memory:
-        # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
-        free = min(free, holdable * 3 // 4)
-    if asked is not None and asked > free:
-        notes.append(_short("--vram", asked, free, device.name))
-    return max(0, free if asked is None else min(asked, free))
 
 
 def _short(flag: str, asked: int, free: int, where: str) -> str:

@@ -1,10 +1,10 @@
-"""Sentences about a context window that is larger than what a model was made for."""
+"""Sentences for a person about a context window that is larger than what the model was trained for."""
 
 from slimoe.offload.model.spec import ModelSpec
 
 
 def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
-    """At most one note: that a context window of `n_ctx` tokens is longer than what the model knows."""
+    """A note where a context window of `n_ctx` tokens is longer than what the model was trained for, else none."""
     parts = list[str]()
     if n_ctx > spec.n_ctx_scaled:
         parts.append(f"it was trained for {spec.n_ctx_scaled} tokens, beyond which answers get worse")
@@ -20,7 +20,7 @@ def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
 
 
 def window_note(spec: ModelSpec) -> str:
-    """What is to be known of a model with a sliding window, whatever its context; empty for other models."""
+    """A note about a model with sliding window attention, whatever its context; empty for other models."""
     if not spec.n_window:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Decides what lies on devices: which layers, and how many of their experts."""
+"""Plans what devices hold: which layers, and how many of their experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
 N_PASSING = 2
-"""Slots of each class for experts that pass through: one is filled while the other is multiplied."""
+"""Slots of each class for experts that are copied for one step: one is filled while the other is multiplied."""
 _GRAPH_BYTES = 8 << 20
 """A device's copies of graphs and the like."""
 
@@ -26,8 +26,8 @@ _GRAPH_BYTES = 8 << 20
 class DevicePlan:
     """Bytes on one device, within `budget`, for the consecutive `layers` that are computed there.
 
-    `is_whole`: all experts of its layers are here, and its graphs are not cut. Otherwise `n_slots` by class, those for
-    passing through included.
+    With `is_whole` the device has all experts of its layers, and its graphs are not cut at routers. Otherwise `n_slots`
+    is the number of slots of each class, those for experts that pass through included.
     """
 
     device: Device
@@ -46,16 +46,16 @@ class DevicePlan:
 
     @property
     def required(self) -> int:
-        """All of it."""
+        """Bytes of everything on the device."""
         return self.weights + self.kv + self.compute + self.slots
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceNeeds:
-    """A model and how it is run, as far as devices need to know; `n_cells` and `n_batch` in tokens.
+    """A model and how it is run, as far as plans for devices need to know; `n_cells` and `n_batch` in tokens.
 
-    `n_rows` are the rows of logits that a step makes at most.
-    `may_be_whole`: whether a device that has room for all experts of its layers computes them in graphs without cuts.
+    A step makes at most `n_rows` rows of logits. With `may_be_whole` a device that has room for all experts of its
+    layers computes them in graphs that are not cut.
     """
 
     spec: ModelSpec
@@ -73,7 +73,7 @@ Budgeted = Sequence[tuple[Device, int]]
 
 
 def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[DevicePlan, ...], tuple[str, ...]]:
-    """Plans for devices without the smallest ones, as far as their budgets do not do, and notes about these."""
+    """Plans for the devices whose budgets suffice, and notes about those that were left out, the smallest first."""
     left, notes = list(devices), list[str]()
     while left:
         try:
@@ -86,9 +86,9 @@ def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[De
 
 
 def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...]:
-    """Plans for devices, each with its budget in bytes; layers are shared out in proportion to the budgets.
+    """Plans for devices, each with its budget in bytes, in proportion to which they get layers.
 
-    Raises DoesNotFitError for a budget that does not even hold what is no expert.
+    Raises DoesNotFitError for a budget that does not even hold what a device needs without experts of its own.
     """
     used = [(device, budget) for device, budget in devices if budget > 0]
     plans, begin = [], 0
@@ -140,7 +140,7 @@ def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> i
 
 
 def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
-    """Buffers on the device: a graph of all layers, or segments, what passes between them, and slots' graphs."""
+    """Bytes of buffers on the device: for a graph of all layers or for segments, and what passes between them."""
     spec, n_batch = needs.spec, needs.n_batch
     d, n_used = spec.n_embd, max(1, spec.n_expert_used)
     exchange = n_batch * (4 * d * (2 + n_used) + 2 * needs.n_cells + 8 * max(1, spec.n_expert) + 64)

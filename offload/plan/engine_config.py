@@ -1,17 +1,20 @@
-"""How to open a model, as a person or a program asks for it: made once, and handed on as it is."""
+"""How to open a model, as a person or a program asks for it: one configuration, from the command line to the engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
+"""The values of `MemoryConfig.weights`, see `slimoe.offload.plan.weight_forms.WeightForms`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ContextConfig:
-    """What the KV cache holds and a step reads.
+    """How many tokens the KV cache holds and a step reads.
 
-    `n_ctx` are the tokens of each of `n_parallel` requests at once, None for the model's own number within reason;
-    `n_batch` those of a step. `kv_type` is f32, f16 or q8_0.
+    Each of `n_parallel` requests at once has `n_ctx` tokens, None for the model's own number within reason; a step has
+    `n_batch`. `kv_type` is f32, f16 or q8_0.
     """
 
     n_ctx: int | None = None
@@ -24,9 +27,9 @@ class ContextConfig:
 class MemoryConfig:
     """Host memory: how much, in which form the weights lie there, and which experts stay.
 
-    `ram` is a size as `budget.parse_size` reads it, None for what is free; `weights` a mode of `WeightForms` or auto;
-    `policy` the name of a cache policy; `direct_io` reads experts past the system's page cache. `reserve_bytes` are
-    what other processes of ours take at most and count inside `ram`; `held_bytes` of these they hold already.
+    `ram` is a size as `budget.parse_size` reads it, None for what is free; `weights` is one of `WEIGHT_MODES`, `policy`
+    the name of a cache policy; `direct_io` reads experts past the system's page cache. Other processes of ours take at
+    most `reserve_bytes`, which count inside `ram`, and hold `held_bytes` of these already.
     """
 
     ram: str | None = None
@@ -41,7 +44,7 @@ class MemoryConfig:
 class DeviceConfig:
     """Devices besides the CPU: `device` is auto, none or names with commas between.
 
-    `vram` are sizes, one for each device or one for all; `rpc` are endpoints HOST:PORT of machines that lend theirs.
+    `vram` has one size for each device or one for all; `rpc` has endpoints HOST:PORT of machines that lend theirs.
     """
 
     device: str = "auto"
@@ -51,9 +54,10 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """What may be lost for speed: nothing by default.
+    """How much exactness may be given up for speed: none by default.
 
-    `lossy` is the name of a lossy mode and, after a colon, its value; `max_kl` the loss allowed in nats per token.
+    `lossy` is the name of a lossy mode and, after a colon, its value; `max_kl` is the KL divergence allowed, in nats
+    per token.
     """
 
     lossy: str | None = None
@@ -82,7 +86,7 @@ _GROUPS = {"context": ContextConfig, "memory": MemoryConfig, "devices": DeviceCo
 
 
 def setting_names() -> list[str]:
-    """The names of all settings, those in groups as well: no two groups have one in common."""
+    """The names of all settings, also of those in groups: each name stands in one group only."""
     own = [item.name for item in fields(EngineConfig) if item.name not in _GROUPS]
     return own + [item.name for group in _GROUPS.values() for item in fields(group)]
 

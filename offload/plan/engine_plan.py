@@ -1,7 +1,8 @@
-"""What opening a model will take, decided from its header before a weight is read."""
+"""Plans how a model will be opened, and what that takes, from its header, before a weight is read."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,9 +50,10 @@ _PROBE_ABOVE_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """Everything decided before the first weight is loaded; with a `shortfall` it cannot be loaded at all.
+    """Everything that is decided before the first weight is loaded; with a `shortfall` the model cannot be opened.
 
-    `available` is the host memory for all our processes, and `reserve` what those beside the engine's take of it.
+    `available` are the bytes of host memory for all our processes, of which those beside the engine's take `reserve`.
+    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests.
     """
 
     gguf: GGUFFile
@@ -75,7 +77,7 @@ class EnginePlan:
 
     @property
     def cut_layers(self) -> list[ExpertLayer | None]:
-        """The layers whose experts are not all in one graph, None in place of others."""
+        """The layers whose experts are in several places, so that steps stop at their routers; None for others."""
         whole = {layer for device in self.devices if device.is_whole for layer in device.layers}
         return [None if index in whole else layer for index, layer in enumerate(self.layers)]
 
@@ -100,7 +102,7 @@ class EnginePlan:
 
     @property
     def load_bytes(self) -> int:
-        """What is read from the file before the first step."""
+        """Bytes that are read from the file before the first step."""
         on_devices = sum(device.weights + device.slots for device in self.devices)
         if self.is_resident:
             return self.weight_forms.mapped + self.weight_forms.copied + self.weight_forms.repacked
@@ -109,7 +111,10 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What is known of a model and of the machine whatever the budget: of the program's bytes those of no batch."""
+    """What is known of a model and of the machine, whatever the budget.
+
+    `program` are the bytes of the program itself, without what grows with the size of a batch.
+    """
 
     gguf: GGUFFile
     spec: ModelSpec
@@ -122,34 +127,19 @@ class _Model:
 
 
 def plan_engine(config: EngineConfig, machine: Machine | None = None) -> EnginePlan:
-    """Reads the header and decides; loads nothing. The same for every command that asks with the same config.
+    """Plans how to open a model from its header; loads nothing. Every command that asks the same gets the same plan.
 
     The plan is for this machine as it is now, or for the `machine` that is given. Raises ModelFileError,
-    UnsupportedModelError and UsageError.
+    UnsupportedModelError, DeviceError and UsageError.
     """
     return plan_each([config], machine)[0]
 
 
 def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -> list[EnginePlan]:
-    """The plans for one model, whose header is read once, in several budgets and contexts; raises the same."""
+    """The plans for one model, whose header is read once, in several budgets and contexts; raises as `plan_engine`."""
     if not configs:
         return []
-    model = _read(configs[0], machine)
-    return [_plan(config, model) for config in configs]
-
-
-def _plan(config: EngineConfig, model: _Model) -> EnginePlan:
-    plan = _decide(config, model)
-    if plan.shortfall is None:
-        return plan
-    names = [device.name for device in model.machine.devices]
-    return replace(
-        plan, shortfall=advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
-    )
-
-
-def _read(config: EngineConfig, machine: Machine | None) -> _Model:
-    resident = resident_bytes()
+    config, resident = configs[0], resident_bytes()
     file = ModelFile.of(read_gguf(config.model))
     gguf, spec, sources = file.gguf, file.spec, file.sources
     layers = expert_layers(sources, spec)
@@ -158,12 +148,25 @@ def _read(config: EngineConfig, machine: Machine | None) -> _Model:
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
     program = program_bytes(machine.held, spec.n_layer, n_texts, n_copies)
     n_threads = machine.n_threads if config.n_threads is None else config.n_threads
-    speeds = {} if config.is_budgeted else _speeds(config, sources, machine, n_threads)
-    return _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
+    speeds = {} if config.is_budgeted else machine.kernels
+    if speeds is None:
+        speeds = {}
+        if config.memory.weights == "auto" and matrix_bytes(sources) >= _PROBE_ABOVE_BYTES:
+            with closing(CpuBackend(n_threads)) as backend:
+                speeds = measured_speeds(repackable_types(sources), backend)
+    model = _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
+    names, plans = [device.name for device in machine.devices], []
+    for config in configs:
+        plan = _decide(config, model)
+        if plan.shortfall is not None:
+            advice = advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
+            plan = replace(plan, shortfall=advice)
+        plans.append(plan)
+    return plans
 
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
-    """The plan for the config's budget, or with what it lacks."""
+    """The plan for the configuration's budget, with a shortfall if that is too small."""
     spec, sources, layers = model.spec, model.sources, model.layers
     machine, context, memory = model.machine, config.context, config.memory
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
@@ -215,10 +218,10 @@ def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
 
 
 def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
-    """The plan with what lies on devices. One that is too small is left out and noted, or with a name, refused."""
+    """The plan with what devices hold. A device that is too small is left out and noted, but refused if named."""
     if not devices:
         return plan
-    # A mode that goes by shares must see those of every layer, and so must a trace.
+    # A mode that goes by expert weights must see those of every layer, and so must a trace.
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
     kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
     needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
@@ -232,7 +235,7 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
 
 
 def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
-    """The plan with tiers if it needs them, or with what it lacks."""
+    """The plan with tiers if it needs them, or with a shortfall."""
     if plan.shortfall is not None:
         return plan
     required = plan.weight_forms.required
@@ -262,16 +265,22 @@ def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program
 
 
 def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
+    """The same with the plan's batch size. Raises DoesNotFitError and UsageError."""
     plan = _mixed(config, plan, devices, program)
-    tiers = _tiers(config, plan, program)
-    return _settled(replace(plan, tiers=tiers)) if tiers else _on_devices(plan, program)
-
-
-def _on_devices(plan: EnginePlan, program: int) -> EnginePlan:
-    """The plan whose host memory has nothing of the model."""
-    fixed = _fixed(plan, program)
-    nothing = replace(plan.weight_forms, mapped=0, copied=0, repacked=0, kv=0, staging=0)
-    return replace(plan, weight_forms=replace(nothing, compute=fixed["compute"], program=fixed["program"]))
+    layers, fixed = plan.cut_layers, _fixed(plan, program)
+    if not any(layers):
+        # Host memory holds nothing of the model.
+        _require(config, plan, sum(fixed.values()))
+        forms = replace(plan.weight_forms, mapped=0, copied=0, repacked=0, kv=0, staging=0)
+        return replace(plan, weight_forms=replace(forms, compute=fixed["compute"], program=fixed["program"]))
+    low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
+    tiers = plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
+    if plan.lossy is None:
+        return replace(plan, tiers=tiers)
+    # An elastic mix was made for just these slots.
+    tiers = replace(tiers, is_final=isinstance(plan.lossy.chooser, Elastic))
+    lossy = with_resident(plan.lossy, layers, tiers, plan.priors)
+    return replace(plan, tiers=tiers, lossy=lossy, notes=(*plan.notes, lossy.note))
 
 
 def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:
@@ -302,20 +311,8 @@ def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
     return [n_batch, *(n for n in (256, 128) if max(n_parallel, 1) <= n < n_batch)]
 
 
-def _tiers(config: EngineConfig, plan: EnginePlan, program: int) -> TierPlan | None:
-    """Tiers in host memory, None if devices hold everything. Raises DoesNotFitError."""
-    layers, fixed = plan.cut_layers, _fixed(plan, program)
-    if not any(layers):
-        _require(config, plan, sum(fixed.values()))
-        return None
-    low = "none" if plan.lossy is None else plan.lossy.chooser.low_slots
-    tiers = plan_tiers(layers, plan.available, **fixed, what=_what(config, plan), low=low)
-    # An elastic mix was made for just these slots.
-    return replace(tiers, is_final=plan.lossy is not None and isinstance(plan.lossy.chooser, Elastic))
-
-
 def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
-    """Bytes of host memory that experts cannot have."""
+    """Bytes of host memory that experts cannot have, by use."""
     n_cells = 1 if plan.devices else plan.n_cells
     compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
     compute += 0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch)
@@ -327,7 +324,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
 
 
 def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
-    """Of an elastic file, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
+    """In the elastic mode, the plan with one copy of each expert. Raises DoesNotFitError and UsageError."""
     if plan.lossy is None or not isinstance(plan.lossy.chooser, Elastic):
         return plan
     if not any(plan.cut_layers):
@@ -340,28 +337,8 @@ def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: i
     return _with_devices(config, replace(plan, devices=()), devices) if plan.devices else plan
 
 
-def _settled(plan: EnginePlan) -> EnginePlan:
-    """The plan whose lossy mode knows what is in memory from the start."""
-    if plan.lossy is None or plan.tiers is None:
-        return plan
-    lossy = with_resident(plan.lossy, plan.cut_layers, plan.tiers, plan.priors)
-    return replace(plan, lossy=lossy, notes=(*plan.notes, lossy.note))
-
-
 def _what(config: EngineConfig, plan: EnginePlan) -> str:
     return f"{config.model} with {plan.n_ctx} tokens of context"
-
-
-def _speeds(config: EngineConfig, sources: ModelSources, machine: Machine, n_threads: int) -> Mapping[str, KernelSpeed]:
-    if machine.kernels is not None:
-        return machine.kernels
-    if config.memory.weights != "auto" or matrix_bytes(sources) < _PROBE_ABOVE_BYTES:
-        return {}
-    backend = CpuBackend(n_threads)
-    try:
-        return measured_speeds(repackable_types(sources), backend)
-    finally:
-        backend.close()
 
 
 def has_tokenizer(gguf: GGUFFile) -> bool:

@@ -1,4 +1,4 @@
-"""Where a plan puts each expert at the start, and which share of the picks will find theirs there."""
+"""Where a plan puts each expert at the start, and how many of the selected experts will be found there."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.machine.cost_model import expected_uses
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
-from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
+from slimoe.offload.plan.device_plan import N_PASSING
 from slimoe.offload.plan.engine_plan import EnginePlan
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlacement:
-    """Experts by place, and the expected share of picks that each place serves; all shares sum to 1.
+    """Numbers of experts by place, and the share of the selected experts that each place is expected to serve.
 
     `on_devices` has one number for each device of the plan. A cache that follows the routing does better than
-    `device_share` and `host_share`, which are for experts that stay where they are at the start. `is_cut`: whether
+    `device_share` and `host_share`, which are for experts that stay where they are at the start. `is_cut` says whether
     steps stop at routers, because some layer's experts are in more than one place.
     """
 
@@ -36,24 +36,34 @@ class ExpertPlacement:
 
     @property
     def disk_share(self) -> float:
-        """The share of picks whose expert must be read first."""
+        """The share of the selected experts that must be read first."""
         return max(0.0, 1.0 - self.device_share - self.host_share)
 
 
 def expert_placement(plan: EnginePlan) -> ExpertPlacement:
-    """What the engine will do with the experts when it opens the model as planned, without loading it."""
+    """Where the engine will put the experts when it opens the model as planned, without loading it."""
     uses = _uses(plan)
     keys = [(layer, expert) for layer, one in _routed(plan) for expert in range(len(one.experts))]
     best = most_valuable(uses, keys, len(keys))
-    on_devices = [_device_keys(plan, device, best) for device in plan.devices]
-    gone = {key for keys in on_devices for key in keys}
+    on_devices = []
+    for device in plan.devices:
+        own = [key for key in best if key[0] in device.layers]
+        free = {kind: n - N_PASSING for kind, n in device.n_slots}
+        on_devices.append(set(own) if device.is_whole else _fill(plan, own, free))
+    gone = {key for own in on_devices for key in own}
     left = [key for key in best if key not in gone]
-    on_host = set(left) if plan.is_resident else _host_keys(plan, left)
+    on_host = set(left) if plan.is_resident else set()
+    if plan.tiers is not None:
+        room = dict(plan.tiers.n_slots)
+        on_host = _fill(plan, left, room)
+        if plan.tiers.low == "first":
+            # A mode that keeps low-bit copies first does not wait for better ones.
+            on_host |= _fill(plan, left, room, copy=-1)
     total = float(uses.sum()) or 1.0
     device_share = _sum(uses, gone) / total
     return ExpertPlacement(
         n_experts=len(keys),
-        on_devices=tuple(len(keys) for keys in on_devices),
+        on_devices=tuple(map(len, on_devices)),
         on_host=len(on_host),
         device_share=device_share,
         # Without experts all there is to compute is on the processor that computes.
@@ -67,7 +77,7 @@ def _routed(plan: EnginePlan) -> Iterator[tuple[int, ExpertLayer]]:
 
 
 def _uses(plan: EnginePlan) -> NDArray[np.float64]:
-    """Expected picks per token, [n_layer, most router rows]; rows of layers without experts are 0."""
+    """Probabilities that a token selects each expert, [n_layer, most router rows]; 0 in layers without experts."""
     uses = np.zeros((len(plan.layers), max((len(layer.target) for _, layer in _routed(plan)), default=1)))
     for index, layer in _routed(plan):
         n_stored = len(layer.experts)
@@ -83,24 +93,8 @@ def _sum(uses: NDArray[np.float64], keys: Collection[Key]) -> float:
     return float(sum(uses[key] for key in keys))
 
 
-def _device_keys(plan: EnginePlan, device: DevicePlan, best: Sequence[Key]) -> set[Key]:
-    own = [key for key in best if key[0] in device.layers]
-    if device.is_whole:
-        return set(own)
-    return _fill(plan, own, {kind: n - N_PASSING for kind, n in device.n_slots})
-
-
-def _host_keys(plan: EnginePlan, best: Sequence[Key]) -> set[Key]:
-    """Experts that are multiplied without a read; a mode that keeps low copies first does not wait for better ones."""
-    if plan.tiers is None:
-        return set()
-    room = dict(plan.tiers.n_slots)
-    keys = _fill(plan, best, room)
-    return keys | _fill(plan, best, room, copy=-1) if plan.tiers.low == "first" else keys
-
-
 def _fill(plan: EnginePlan, best: Sequence[Key], room: dict[SlotClass, int], copy: int = 0) -> set[Key]:
-    """The best ones that find a slot of their copy's class; these slots are then taken from `room`."""
+    """The first of `best` that find a slot of their copy's class; these slots are taken from `room`."""
     keys = set()
     for key in best:
         layer = plan.layers[key[0]]

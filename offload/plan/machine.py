@@ -1,4 +1,4 @@
-"""What a plan finds on the machine that it is made for: asked for once, or given by a caller who knows."""
+"""What a plan must know of the machine that it is made for: memory, devices and threads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from slimoe.offload.resources.processors import default_threads
 class Machine:
     """Free host memory, the devices to use, threads where the configuration names none, and what is held already.
 
-    `held` is what this process holds before it opens a model. `kernels` are the speeds of plain and repacked weights;
-    None has those measured that a plan must know.
+    This process holds `held` bytes before it opens a model. `kernels` are the speeds of plain and repacked weights, by
+    type; with None the plan measures those that it must know.
     """
 
     memory: HostMemory
@@ -27,7 +27,7 @@ class Machine:
 
 
 def this_machine(config: EngineConfig, model_bytes: int = 0) -> Machine:
-    """What there is now, as far as the configuration asks for it.
+    """The machine that this process runs on, as it is now, with the devices that the configuration asks for.
 
     `model_bytes` of what this process holds belong to the model already. Raises UsageError and DeviceError.
     """

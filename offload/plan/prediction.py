@@ -12,7 +12,7 @@ from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predi
 from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
-from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed, SpeedCurve
+from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
 from slimoe.offload.machine.workload import workload
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
@@ -24,7 +24,7 @@ TYPICAL_PAST = 512
 
 @dataclass(frozen=True, slots=True)
 class PlanPrediction:
-    """Speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens."""
+    """The speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens."""
 
     decode: Prediction
     n_past: int
@@ -57,13 +57,30 @@ def measure_machine(
         kinds = plan.weight_forms.repacked_types if plan.is_resident else frozenset()
         if not kinds:
             return speed
-        on_measure("rearranged weights")
-        kernels = measured_speeds(kinds, cpu, plan.available // 2, cache)
-    return replace(speed, cpu=_rearranged(speed.cpu, kernels, for_batches=plan.weight_forms.mode == "repacked"))
+        on_measure("repacked weights")
+        return repacked_speed(speed, plan, measured_speeds(kinds, cpu, plan.available // 2, cache))
+
+
+def repacked_speed(speed: MachineSpeed, plan: EnginePlan, kernels: Mapping[str, KernelSpeed]) -> MachineSpeed:
+    """The speed of a machine with weights of the types in `kernels` repacked, where `speed` is that of plain weights.
+
+    Batches are computed from plain weights where the plan keeps these as well.
+    """
+    has_plain = plan.weight_forms.mode != "repacked"
+    curves = dict(speed.cpu.kernels)
+    for name, plain in curves.items():
+        kernel = kernels.get(name.split()[0])
+        if kernel is not None:
+            single = kernel.single_repacked / kernel.single_plain
+            batch = 1.0 if has_plain else kernel.batch_repacked / kernel.batch_plain
+            ratios = [single if n_rows == 1 else batch for n_rows in plain.n_rows]
+            seconds = tuple(r * s for r, s in zip(ratios, plain.seconds_per_byte, strict=True))
+            curves[name] = SpeedCurve(plain.n_rows, seconds)
+    return replace(speed, cpu=replace(speed.cpu, kernels=curves))
 
 
 def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
-    """How fast the plan is on a machine. Of several devices, which take turns, the slowest stands for all."""
+    """Predicts how fast a plan is on a machine. Of several devices, which take turns, the slowest stands for all."""
     n_past = min(TYPICAL_PAST, plan.n_ctx - 1)
     n_prompt = min(plan.n_batch, plan.n_ctx)
     decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
@@ -71,7 +88,7 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
 
 
 def known_as(device: Device) -> str:
-    """What tells a device from others, also at the next start."""
+    """The name that tells a device from others, also at the next start."""
     return f"{device.name} ({device.description})"
 
 
@@ -83,18 +100,3 @@ def _slowest(plan: EnginePlan, speed: MachineSpeed, step: Step) -> Prediction:
     processors: list[str | None] = [*devices] or [None]
     predictions = [predict(load, residency, speed, step, name) for name in processors]
     return max(predictions, key=lambda prediction: prediction.ms_per_token)
-
-
-def _rearranged(cpu: ProcessorSpeed, kernels: Mapping[str, KernelSpeed], *, for_batches: bool) -> ProcessorSpeed:
-    """The processor with the weights of these types rearranged: for single tokens, and perhaps for batches as well."""
-
-    def curve(name: str, plain: SpeedCurve) -> SpeedCurve:
-        kernel = kernels.get(name.split()[0])
-        if kernel is None:
-            return plain
-        single = kernel.single_repacked / kernel.single_plain
-        batch = kernel.batch_repacked / kernel.batch_plain if for_batches else 1.0
-        ratios = [single if n_rows == 1 else batch for n_rows in plain.n_rows]
-        return SpeedCurve(plain.n_rows, tuple(r * s for r, s in zip(ratios, plain.seconds_per_byte, strict=True)))
-
-    return replace(cpu, kernels={name: curve(name, plain) for name, plain in cpu.kernels.items()})

@@ -1,6 +1,6 @@
-"""Memory of the program itself: what it takes beside weights, KV cache, experts' slots and intermediate results.
+"""Memory of the program itself, beside weights, KV cache, experts' slots and intermediate results.
 
-All of this is known from the file and the flags, so that `slimoe plan`, `run` and `serve` come to the same figure,
+All of it is computed from the file and the flags, so that `slimoe plan`, `run` and `serve` come to the same figure,
 whatever each of them has loaded when it asks.
 """
 
@@ -8,7 +8,7 @@ from slimoe.offload.model.spec import ModelSpec
 
 _HELD_BYTES, _HELD_STEP = 60 << 20, 20 << 20
 """Python, numpy, ggml and our modules hold 50 to 53 MiB when a model is opened, depending on the command. Libraries for
-graphics cards take more: that is counted in steps, so that the few MiB between commands make no difference."""
+graphics cards take more, which is counted in steps, so that the few MiB between commands make no difference."""
 _LAYER_BYTES = 512 << 10
 """The graphs that are kept of one layer, some 20 KB each."""
 _TEXT_BYTES = 400
@@ -22,26 +22,26 @@ _LOGIT_ROWS = 64
 
 
 def held_bytes(resident: int) -> int:
-    """What a process that has `resident` bytes before it opens a model is taken to hold: the same for all commands."""
+    """Bytes that a process with `resident` bytes before it opens a model counts as held: the same for all commands."""
     return max(_HELD_BYTES, -(-resident // _HELD_STEP) * _HELD_STEP)
 
 
 def program_bytes(held: int, n_layer: int, n_texts: int, n_copies: int) -> int:
-    """What the program takes for a model with `n_texts` texts in its vocabulary and `n_copies` copies of experts."""
+    """Bytes of the program for a model with `n_texts` texts in its vocabulary and `n_copies` copies of experts."""
     return held + n_layer * _LAYER_BYTES + n_texts * _TEXT_BYTES + n_copies * _COPY_BYTES
 
 
 def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
-    """What steps and requests take beside the buffers planned for them: ggml's scratch memory, logits, and Python's."""
+    """Bytes of steps and requests beside their graphs' buffers: ggml's scratch memory, logits, and Python's objects."""
     scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)
     return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _STEP_BYTES + n_parallel * _REQUEST_BYTES
 
 
 def most_logit_rows(n_batch: int, n_parallel: int) -> int:
-    """Rows of logits that one step makes at most."""
+    """The most rows of logits that one step computes."""
     return min(n_batch, _LOGIT_ROWS + n_parallel)
 
 
 def widest_row(spec: ModelSpec) -> int:
-    """The longest row that is quantised before it is multiplied."""
+    """Values of the longest row that is quantised before it is multiplied."""
     return max(spec.layer_shape(layer).n_ff for layer in range(spec.n_layer))

@@ -1,6 +1,6 @@
-"""Decides in which arrangement each weight lies in memory, and what that costs. Loads nothing."""
+"""Decides in which form each weight lies in host memory, and how many bytes that takes. Loads nothing."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,9 +12,9 @@ from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.graph.weights import STAGED_BYTES, Form
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource
+from slimoe.offload.model.tensors import ModelSources, WeightSource
+from slimoe.offload.plan.engine_config import WEIGHT_MODES
 
-WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 Mode = Literal["mapped", "copied", "repacked", "both"]
 
 _JOINED = 2
@@ -45,7 +45,7 @@ class WeightForms:
 
     @property
     def required(self) -> int:
-        """All of it."""
+        """Bytes of everything in host memory."""
         return self.mapped + self.copied + self.repacked + self.kv + self.compute + self.program + self.staging
 
     def batch_form(self, source: WeightSource) -> Form:
@@ -64,7 +64,7 @@ class WeightForms:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of the KV cache and of the program itself, cells of the cache and tokens of a batch."""
+    """Bytes of the KV cache (`kv`) and of the program itself, the cache's cells and a batch's tokens."""
 
     kv: int
     program: int
@@ -73,17 +73,17 @@ class Needs:
 
 
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
-    """Types of this model that the repack buffer takes; measure these."""
+    """Types of this model's weights that can be repacked on this CPU."""
     return {source.type for source in _weights(sources) if _repackable(source)}
 
 
 def matrix_bytes(sources: ModelSources) -> int:
-    """Bytes of all matrices."""
+    """Bytes of all matrices of a model."""
     return sum(source.n_bytes for source in _weights(sources) if source.is_matrix)
 
 
 def staging_bytes(sources: ModelSources) -> int:
-    """Host memory through which weights go to a device, piece by piece."""
+    """Bytes of host memory through which weights go to a device, piece by piece."""
     return min(STAGED_BYTES, _JOINED * max(source.n_bytes for source in _weights(sources)))
 
 
@@ -95,9 +95,10 @@ def choose_weight_forms(
     needs: Needs,
     available: int,
 ) -> WeightForms:
-    """The placement that `mode` names, or for auto the fastest that fits into `available` bytes.
+    """The forms that `mode` names, or for auto the fastest that fit into `available` bytes.
 
-    If none fits, it is the smallest, and refusing it is the caller's. Raises UsageError for an unknown mode.
+    If none fit, they are the smallest, and refusing them is the caller's. `speeds` are by the name of the type. Raises
+    UsageError for an unknown mode.
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
@@ -105,27 +106,31 @@ def choose_weight_forms(
     if mode != "mapped" and sources.output.weight is not sources.token_embd:
         compute += row_bytes(sources.token_embd, needs.n_batch)
     possible = frozenset(repackable_types(sources))
-
-    def place(chosen: Mode, kinds: frozenset[GGMLQuantizationType]) -> WeightForms:
-        return _place(sources, WeightForms(chosen, kinds, 0, 0, 0, needs.kv, compute, needs.program))
-
-    named: dict[str, Callable[[], WeightForms]] = {
-        "mapped": lambda: place("mapped", frozenset()),
-        "copied": lambda: place("copied", frozenset()),
-        "repacked": lambda: place("repacked", possible),
-        "both": lambda: place("both", possible),
-    }
-    if mode != "auto":
-        return named[mode]()
-    paying = frozenset(kind for kind in possible if kind.name in speeds and _pays(speeds[kind.name]))
-    both = place("both", paying)
+    forms = WeightForms("copied", frozenset(), 0, 0, 0, needs.kv, compute, needs.program)
+    if mode == "mapped":
+        return _counted(sources, replace(forms, mode="mapped"))
+    if mode == "copied":
+        return _counted(sources, forms)
+    if mode == "repacked":
+        return _counted(sources, replace(forms, mode="repacked", repacked_types=possible))
+    if mode == "both":
+        return _counted(sources, replace(forms, mode="both", repacked_types=possible))
+    known = {kind: speeds[kind.name] for kind in possible if kind.name in speeds}
+    paying = {k: speed for k, speed in known.items() if speed.single_repacked < _WORTHWHILE * speed.single_plain}
+    both = _counted(sources, replace(forms, mode="both", repacked_types=frozenset(paying)))
     if paying and both.required <= available:
         return both
-    alone = frozenset(kind for kind in paying if _pays_alone(speeds[kind.name]))
-    return place("repacked", alone) if alone else place("copied", frozenset())
+    # One copy is better repacked if that saves time over a prompt and an answer of usual lengths.
+    alone = frozenset(
+        kind
+        for kind, speed in paying.items()
+        if _TYPICAL_ANSWER * (speed.single_plain - speed.single_repacked)
+        > _TYPICAL_PROMPT / 256 * (speed.batch_repacked - speed.batch_plain)
+    )
+    return _counted(sources, replace(forms, mode="repacked", repacked_types=alone) if alone else forms)
 
 
-def _place(sources: ModelSources, rule: WeightForms) -> WeightForms:
+def _counted(sources: ModelSources, rule: WeightForms) -> WeightForms:
     """`rule` with its byte counts filled in."""
     forms = {
         (source.name, "copied" if form == "mapped" and len(source.spans) > 1 else form): source.n_bytes
@@ -134,27 +139,10 @@ def _place(sources: ModelSources, rule: WeightForms) -> WeightForms:
     }
     if rule.mode == "mapped":
         forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes
-    totals = {wanted: sum(n for (_, form), n in forms.items() if form == wanted) for wanted in get_args(Form)}
-    # A weight is read whole before it is rearranged.
+    mapped, copied, repacked = (sum(n for (_, form), n in forms.items() if form == wanted) for wanted in get_args(Form))
+    # A weight is read whole before it is repacked.
     staging = max((n for (_, form), n in forms.items() if form == "repacked"), default=0)
-    return replace(
-        rule,
-        mapped=totals["mapped"],
-        copied=totals["copied"],
-        repacked=totals["repacked"],
-        staging=_JOINED * staging,
-    )
-
-
-def _pays(speed: KernelSpeed) -> bool:
-    return speed.single_repacked < _WORTHWHILE * speed.single_plain
-
-
-def _pays_alone(speed: KernelSpeed) -> bool:
-    """Whether one copy is better repacked, for a prompt and an answer of usual lengths."""
-    single = _TYPICAL_ANSWER * (speed.single_plain - speed.single_repacked)
-    batches = _TYPICAL_PROMPT / 256
-    return single > batches * (speed.batch_repacked - speed.batch_plain)
+    return replace(rule, mapped=mapped, copied=copied, repacked=repacked, staging=_JOINED * staging)
 
 
 def _repackable(source: WeightSource) -> bool:
@@ -163,25 +151,23 @@ def _repackable(source: WeightSource) -> bool:
     return can_repack(source.type, source.ne[0], source.ne[1])
 
 
-def _layer_weights(layer: LayerSources) -> Iterator[WeightSource]:
-    linears = [linear for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down) if linear]
-    yield from (linear.weight for linear in linears)
-    yield from (linear.bias for linear in linears if linear.bias)
-    yield from layer.vectors
-
-
 def _weights(sources: ModelSources) -> Iterator[WeightSource]:
-    """Everything but the token table, which is here only if it is the output matrix as well."""
+    """All weights but the token table, which is among them only if it is the output matrix as well."""
     yield sources.output.weight
     yield sources.output_norm
     if sources.rope_freqs:
         yield sources.rope_freqs
     for layer in sources.layers:
-        yield from _layer_weights(layer)
+        for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down):
+            if linear:
+                yield linear.weight
+            if linear and linear.bias:
+                yield linear.bias
+        yield from layer.vectors
 
 
 def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
-    """An upper estimate of the intermediate results of a batch, F32, and of its attention mask, F16."""
+    """An upper estimate of the bytes of a batch's intermediate results, F32, and of its attention mask, F16."""
     n_used = max(1, spec.n_expert_used)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
     return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (2 << 20)

@@ -82,8 +82,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._n_parallel:
-            promised = sum(_n_to_come(job) for job in (*self._active, self._waiting[0]))
-            if promised > self._cells.n_unused:
+            jobs = (*self._active, self._waiting[0])
+            if sum(job.n_tokens_at_most - len(job.sequence or ()) for job in jobs) > self._cells.n_unused:
                 break
             job = self._waiting.popleft()
             if job.sequence is None:
@@ -174,8 +174,3 @@ class Scheduler:
 def _part(job: Generator, n_most: int) -> _Part:
     assert job.sequence is not None
     return _Part(job, job.sequence, job.next_tokens(n_most))
-
-
-def _n_to_come(job: Generator) -> int:
-    """Cells that a request may still ask for."""
-    return job.n_tokens_at_most - (0 if job.sequence is None else len(job.sequence))

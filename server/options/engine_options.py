@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 
 import click
 
-from slimoe.offload.plan.engine_config import EngineConfig, changed, setting_names
+from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
-WEIGHT_MODES = ("auto", "mapped", "copied", "repacked", "both")
 POLICIES = ("lfu-decay", "lru", "lfu", "static")
 
 F = TypeVar("F", bound=Callable[..., Any])

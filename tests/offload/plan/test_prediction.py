@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import slimoe.offload.plan.prediction
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.machine.cost_model import Residency, Step, predict
-from slimoe.offload.machine.measure import Calibration
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.machine.workload import workload
@@ -21,7 +19,7 @@ from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
-from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan
+from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan, repacked_speed
 from slimoe.offload.plan.weight_forms import Mode
 from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import read_content
@@ -72,7 +70,7 @@ def test_slots_serve_their_share(model: Path, n_slots: int) -> None:
 
 
 def test_the_most_used_experts_come_first(model: Path) -> None:
-    """Of 3 picks of 6 experts, two experts take nearly one each; experts of equal worth come by layers."""
+    """Of 3 selected ones of 6 experts, two take nearly one each; experts of equal worth come by layers."""
     priors = np.ones((4, 6))
     priors[2, [1, 4]] = 1e6
     plan = dataclasses.replace(with_slots(engine_config(model, n_threads=1), 2), priors=priors)
@@ -80,10 +78,10 @@ def test_the_most_used_experts_come_first(model: Path) -> None:
 
 
 def test_rows_without_an_expert_take_no_slot(tmp_path: Path) -> None:
-    """Aliases count twice, layers without experts and novices never."""
+    """Aliases count twice, layers without experts and constant experts never."""
     stock = read_content(write_tiny_gguf(tmp_path / "stock.gguf", None, shape=SHAPE))
-    novices = np.ones((2, SHAPE.n_embd), np.float32)
-    aliased = NativeFfn(tuple(StoredExpert(e) for e in range(3)), (0, 0, 1, 2, -1, -2), novices)
+    constants = np.ones((2, SHAPE.n_embd), np.float32)
+    aliased = NativeFfn(tuple(StoredExpert(e) for e in range(3)), (0, 0, 1, 2, -1, -2), constants)
     path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6), None, aliased, plain_ffn(6)])
     where = expert_placement(plan_engine(engine_config(path, n_threads=1, n_ctx=64)))
     assert (where.n_experts, where.on_host) == (15, 15)
@@ -183,17 +181,13 @@ def test_what_is_told_may_prevent_it(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "prefill"), [("both", 1.0), ("repacked", 3.0)])
-def test_rearranged_weights_have_their_own_speed(
-    model: Path, mode: Mode, prefill: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repacked_weights_have_their_own_speed(model: Path, mode: Mode, prefill: float) -> None:
     """Half the time for a token, and three times for a batch where the plain ones are not kept."""
-    config = engine_config(model, n_threads=1, n_ctx=64)
-    plan = plan_engine(config)
+    plan = plan_engine(engine_config(model, n_threads=1, n_ctx=64))
     plain = machine_for(plan)
     weight_forms = dataclasses.replace(plan.weight_forms, mode=mode, repacked_types=frozenset({Type.F32}))
-    monkeypatch.setattr(Calibration, "machine", lambda *_: plain)
-    monkeypatch.setattr(slimoe.offload.plan.prediction, "measured_speeds", lambda *_: {"F32": KernelSpeed(2, 1, 1, 3)})
-    speed = measure_machine(config, dataclasses.replace(plan, weight_forms=weight_forms), lambda name: None)
+    plan = dataclasses.replace(plan, weight_forms=weight_forms)
+    speed = repacked_speed(plain, plan, {"F32": KernelSpeed(2, 1, 1, 3)})
     for name, curve in speed.cpu.kernels.items():
         ratios = np.divide(curve.seconds_per_byte, plain.cpu.kernels[name].seconds_per_byte)
         assert list(ratios) == pytest.approx([0.5, prefill])
