@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 
 from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
+from tests.models.tiny_gguf import write_tiny_gguf
 
 torch.set_num_threads(1)
 """Products of tiny matrices do not gain from more, and files of tests run side by side."""
@@ -59,6 +60,12 @@ def train_sentencepiece(path: Path, *, byte_fallback: bool = True, user_symbols:
 @pytest.fixture(scope="session")
 def sentencepiece_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
+    """A Mixtral of two layers as a GGUF file, with a real vocabulary and Mixtral's chat template."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("sequences") / "m.gguf", sentencepiece_path)
-
-
 def open_engine(model: Path, **changed: Any) -> Engine:
     """Its cache is in F32: rounding to F16 turns differences in the last bit into ones that change close choices."""
     options: dict[str, Any] = {
@@ -58,16 +53,16 @@ def open_engine(model: Path, **changed: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    engine = open_engine(model)
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    engine = open_engine(tiny_model)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> Iterator[Engine]:
+def alone(tiny_model: Path) -> Iterator[Engine]:
     """Answers one request at a time and remembers nothing."""
-    engine = open_engine(model, n_parallel=1)
+    engine = open_engine(tiny_model, n_parallel=1)
     yield engine
     engine.close()
 
@@ -112,8 +107,8 @@ def test_greedy_answers_are_those_of_each_alone(engine: Engine, alone: Engine) -
 
 
 @pytest.mark.parametrize("changed", [{"weights": "both"}, {"n_batch": 7}, {"n_parallel": 2}], ids=str)
-def test_however_the_model_is_opened(model: Path, alone: Engine, changed: dict[str, Any]) -> None:
-    engine = open_engine(model, **changed)
+def test_however_the_model_is_opened(tiny_model: Path, alone: Engine, changed: dict[str, Any]) -> None:
+    engine = open_engine(tiny_model, **changed)
     requests = [greedy(prompt, 8) for prompt in PROMPTS]
     together = answers(engine, requests)
     engine.close()
@@ -200,13 +195,13 @@ def test_a_request_that_makes_no_sense_disturbs_nobody(engine: Engine, alone: En
 
 
 @pytest.mark.parametrize("changed", [{"n_parallel": 0}, {"n_parallel": 10**6}])
-def test_numbers_of_requests_that_make_no_sense(model: Path, changed: dict[str, Any]) -> None:
+def test_numbers_of_requests_that_make_no_sense(tiny_model: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--parallel"):
-        open_engine(model, **changed)
+        open_engine(tiny_model, **changed)
 
 
-def test_a_batch_has_room_for_everyone(model: Path, alone: Engine) -> None:
-    engine = open_engine(model, n_batch=2, n_parallel=5)
+def test_a_batch_has_room_for_everyone(tiny_model: Path, alone: Engine) -> None:
+    engine = open_engine(tiny_model, n_batch=2, n_parallel=5)
     together = answers(engine, [greedy(prompt, 5) for prompt in PROMPTS])
     engine.close()
     assert [tokens_of(events) for events in together] == [tokens_of(answer(alone, greedy(p, 5))) for p in PROMPTS]

@@ -27,18 +27,13 @@ PROMPT = (1, 300, 17, 45, 301, 99, 4)
 N_CTX = 48
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("generation") / "m.gguf", sentencepiece_path)
-
-
 def open_engine(model: Path, **changed: Any) -> Engine:
     return Engine.open(engine_config(model, **{"n_ctx": N_CTX, "n_threads": 1} | changed))
 
 
 @pytest.fixture(scope="module")
-def shared(model: Path) -> Iterator[Engine]:
-    engine = open_engine(model)
+def shared(tiny_model: Path) -> Iterator[Engine]:
+    engine = open_engine(tiny_model)
     yield engine
     engine.close()
 
@@ -160,7 +155,7 @@ def test_a_stop_string_ends_the_answer(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("n_kept", [0, 1, 3, len(PROMPT) - 1, len(PROMPT)])
-def test_a_known_beginning_is_not_read_again(engine: Engine, model: Path, n_kept: int) -> None:
+def test_a_known_beginning_is_not_read_again(engine: Engine, tiny_model: Path, n_kept: int) -> None:
     answer(engine, prompt_ids=(*PROMPT[:n_kept], 50, 51, 52), max_tokens=5)
     events = answer(engine, max_tokens=12)
     n_cached = min(n_kept, len(PROMPT) - 1)
@@ -168,7 +163,7 @@ def test_a_known_beginning_is_not_read_again(engine: Engine, model: Path, n_kept
     assert (timings.cached_n, timings.prompt_n) == (n_cached, len(PROMPT) - n_cached)
     assert isinstance(events[0], PromptProgress)
     assert events[0].n_cached == n_cached
-    fresh = open_engine(model)
+    fresh = open_engine(tiny_model)
     expected = answer(fresh, max_tokens=12)
     fresh.close()
     assert tokens_of(events) == tokens_of(expected)
@@ -184,8 +179,8 @@ def test_an_answer_is_known_in_the_next_turn(engine: Engine) -> None:
     assert tokens_of(answer(engine, prompt_ids=following, max_tokens=4)) == tokens_of(events)
 
 
-def test_progress_counts_batches(model: Path) -> None:
-    engine = open_engine(model, n_batch=3)
+def test_progress_counts_batches(tiny_model: Path) -> None:
+    engine = open_engine(tiny_model, n_batch=3)
     progress = [event for event in answer(engine, max_tokens=1) if isinstance(event, PromptProgress)]
     engine.close()
     assert [(event.n_done, event.n_total) for event in progress] == [(3, 7), (6, 7), (7, 7)]
@@ -221,9 +216,9 @@ def test_logprobs_of_the_prompt_are_those_of_single_steps(engine: Engine, n_prom
         assert [value for _, value in got.top] == pytest.approx([value for _, value in expected.top], abs=1e-3)
 
 
-def test_a_prompt_that_is_scored_answers_the_same(model: Path) -> None:
+def test_a_prompt_that_is_scored_answers_the_same(tiny_model: Path) -> None:
     """Scoring takes logits of whole batches, more memory than anything else: nothing computed before may break."""
-    engine = open_engine(model, n_ctx=300)
+    engine = open_engine(tiny_model, n_ctx=300)
     prompt = tuple(range(10, 210))
     plain = tokens_of(answer(engine, prompt_ids=prompt, max_tokens=5))
     scored = tokens_of(answer(engine, prompt_ids=prompt, max_tokens=5, prompt_logprobs=True))
@@ -309,16 +304,16 @@ def test_a_file_without_a_tokenizer_answers_in_tokens(tmp_path: Path) -> None:
     assert text_of(events) == ""
 
 
-def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path, model: Path) -> None:
-    content = read_content(model)
+def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    content = read_content(tiny_model)
     longer = {name: np.ones((520, 64), np.float32) for name in ("token_embd.weight", "output.weight")}
     path = write_content(tmp_path / "m.gguf", content.with_values(longer))
     with pytest.raises(ModelFileError, match="the tokenizer has 512 tokens, the model 520"):
         open_engine(path)
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path, model: Path) -> None:
-    content = read_content(model)
+def test_weights_that_are_no_numbers(tmp_path: Path, tiny_model: Path) -> None:
+    content = read_content(tiny_model)
     path = write_content(
         tmp_path / "m.gguf", content.with_values({"blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)})
     )
@@ -329,8 +324,8 @@ def test_weights_that_are_no_numbers(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("n_ctx", [2, 255, 256, 257])
-def test_contexts_of_any_size_are_used_to_their_end(model: Path, n_ctx: int) -> None:
-    engine = open_engine(model, n_ctx=n_ctx)
+def test_contexts_of_any_size_are_used_to_their_end(tiny_model: Path, n_ctx: int) -> None:
+    engine = open_engine(tiny_model, n_ctx=n_ctx)
     events = answer(engine, prompt_ids=(1,) * (n_ctx - 1))
     assert len(tokens_of(events)) == 2
     assert engine.n_past == n_ctx
@@ -343,13 +338,13 @@ def test_contexts_of_any_size_are_used_to_their_end(model: Path, n_ctx: int) -> 
     "changed",
     [{"n_ctx": 0}, {"n_batch": 0}, {"n_threads": 0}, {"n_threads": 10**5}, {"kv_type": "q3"}, {"weights": "x"}],
 )
-def test_settings_that_make_no_sense(model: Path, changed: dict[str, Any]) -> None:
+def test_settings_that_make_no_sense(tiny_model: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        open_engine(model, **changed)
+        open_engine(tiny_model, **changed)
 
 
-def test_a_closed_engine_may_be_closed_again(model: Path) -> None:
-    engine = open_engine(model)
+def test_a_closed_engine_may_be_closed_again(tiny_model: Path) -> None:
+    engine = open_engine(tiny_model)
     answer(engine, max_tokens=2)
     engine.close()
     engine.close()

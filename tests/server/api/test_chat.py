@@ -1,34 +1,17 @@
 """`/v1/chat/completions` as OpenAI's own client sees it, over a real socket."""
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 from openai import AsyncOpenAI
 
-from tests.models.live_server import LiveServer, live_server
-from tests.models.tiny_gguf import write_tiny_gguf
+from tests.models.live_server import LiveServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
 ECHOED = " [INST] hello world [/INST]"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveServer]:
-    path = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
-    async with live_server(path) as server:
-        yield server
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def client(server: LiveServer) -> AsyncIterator[AsyncOpenAI]:
-    async with server.client() as client:
-        yield client
 
 
 async def test_a_whole_answer(client: AsyncOpenAI) -> None:

@@ -14,16 +14,10 @@ import pytest_asyncio
 from slimoe.server.http.access import AccessRules
 from slimoe.server.http.body_intake import MAX_BODY
 from tests.models.live_server import LiveOptions, LiveServer, live_server
-from tests.models.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def model(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

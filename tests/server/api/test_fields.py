@@ -1,17 +1,13 @@
 """Fields beyond the common ones: what is honoured, what is refused because it would not be kept, what does no harm."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from slimoe.server.api.unkept_fields import CHAT, COMPLETION, SAMPLERS
 from slimoe.server.log_format import LogFormatter
-from tests.models.live_server import LiveServer, live_server
-from tests.models.tiny_gguf import write_tiny_gguf
+from tests.models.live_server import LiveServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
@@ -79,13 +75,6 @@ HARMLESS: dict[str, Any] = {
     "response_format": {"type": "text"},
     "typical_p": 0.5,
 }
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveServer]:
-    path = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
-    async with live_server(path) as server:
-        yield server
 
 
 async def post(server: LiveServer, path: str, body: object) -> tuple[int, Any]:

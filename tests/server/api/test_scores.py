@@ -8,7 +8,6 @@ import openai
 import pytest
 
 from tests.models.live_server import serving
-from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
 WILD: dict[str, Any] = {"temperature": 1000.0, "top_p": 1, "max_tokens": 40}
@@ -17,10 +16,9 @@ ANY_TOKEN = {"ignore_eos": True, "top_k": 0, "min_p": 0}
 
 
 @pytest.fixture(scope="module")
-def client(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    path = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path, shape=TinyShape())
+def client(tiny_model: Path) -> Iterator[openai.OpenAI]:
     with (
-        serving(path, "--parallel", "2") as (_, url),
+        serving(tiny_model, "--parallel", "2") as (_, url),
         openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
     ):
         yield client

@@ -5,29 +5,18 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from slimoe.offload.printable import printable
 from slimoe.server.log_format import LogFormatter
-from tests.models.live_server import DEADLINE, LiveServer, live_server
-from tests.models.tiny_gguf import write_tiny_gguf
+from tests.models.live_server import DEADLINE, LiveServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HOST = b"Host: localhost\r\n"
 BODY = b'{"prompt": "hello", "max_tokens": 1}'
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveServer]:
-    path = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
-    async with live_server(path) as server:
-        yield server
 
 
 async def exchange(server: LiveServer, *parts: bytes) -> tuple[int, dict[str, str], bytes]:

@@ -10,15 +10,9 @@ import pytest
 
 from slimoe.server.http.connection import ConnectionLimits
 from tests.models.live_server import LiveOptions, live_server, until
-from tests.models.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def model(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
 
 
 async def test_an_answer_that_nobody_reads_is_given_up(model: Path) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import aiohttp
 import openai
 import psutil
 import pytest
-import pytest_asyncio
 
 from slimoe.server.messages import Message, Open
 from slimoe.server.process import supervisor
@@ -28,17 +26,6 @@ CHAT = "/v1/chat/completions"
 
 def messages(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
-
-
-@pytest.fixture(scope="module")
-def model(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(model: Path) -> AsyncIterator[LiveServer]:
-    async with live_server(model) as server:
-        yield server
 
 
 async def answer(server: LiveServer, text: str) -> str:
