@@ -79,21 +79,13 @@ async def serve(
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a server that listens on `host`; a name that is unknown reaches nobody."""
-    if _is_address(host):
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         return True
     return all(ipaddress.ip_address(place[0]).is_loopback for *_, place in found)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 async def _listen(runner: web.AppRunner, address: Address, backlog: int) -> Address:

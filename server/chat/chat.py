@@ -16,8 +16,9 @@ from slimoe.server.chat.template_messages import CONTINUED
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_BLANK = "\n\n"
+_PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: ", "tool": "Tool: "}
 FALLBACK_STOP = ("\nUser:",)
+"""What ends an answer of a model without a template, besides its own end token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,14 @@ class Chat:
         Without a template the turns are written out as `User: ...` and `Assistant: ...`. Raises ChatTemplateError
         when the template refuses the conversation, also after system turns were folded and equal roles merged.
         """
-        text = self.text(conversation)
-        segments = self._segments(text)
+        tokenizer = self._tokenizer
+        parts = self._marks.split(self.text(conversation))
+        segments = [tokenizer.special_tokens[part] if n % 2 else self._marks.undo(part) for n, part in enumerate(parts)]
+        ids = tokenizer.encode_segments([segment for segment in segments if segment != ""])
         if self._template is None:
-            bos = self._tokenizer.bos
-            prefix = [bos] if self._tokenizer.add_bos and bos is not None else []
-            return Prompt((*prefix, *self._tokenizer.encode_segments(segments)), FALLBACK_STOP)
-        return Prompt(tuple(self._tokenizer.encode_segments(segments)))
+            prefix = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+            return Prompt((*prefix, *ids), FALLBACK_STOP)
+        return Prompt(tuple(ids))
 
     def render(self, conversation: Conversation) -> str:
         """The conversation as a person may read it: the template's text with the client's own words put back."""
@@ -91,16 +93,13 @@ class Chat:
         """The rendered text, in which control tokens are only those of the template."""
         messages = tuple(Message(m.role, self._marks.hide(m.content)) for m in conversation.messages)
         if self._template is None:
-            return _plain_text(messages, conversation.add_generation_prompt)
+            turns = [_PLAIN_NAMES.get(m.role, "") + m.content for m in messages]
+            if conversation.add_generation_prompt and (not messages or messages[-1].role != "assistant"):
+                turns.append("Assistant:")
+            return "\n\n".join(turns)
         values = {**_hide_in(dict(conversation.values), self._marks), **self._special_values}
         plain = [{"role": m.role, "content": m.content} for m in messages]
         return self._template.render(plain, values, conversation.add_generation_prompt)
-
-    def _segments(self, text: str) -> list[str | int]:
-        ids = self._tokenizer.special_tokens
-        parts = self._marks.split(text)
-        segments = [ids[part] if n % 2 else self._marks.undo(part) for n, part in enumerate(parts)]
-        return [segment for segment in segments if segment != ""]
 
 
 class _Marks:
@@ -159,11 +158,3 @@ def _hide_in(value: Any, marks: _Marks) -> Any:
     if isinstance(value, dict):
         return {name: _hide_in(inner, marks) for name, inner in value.items()}
     return [_hide_in(inner, marks) for inner in value] if isinstance(value, list) else value
-
-
-def _plain_text(messages: tuple[Message, ...], generate: bool) -> str:
-    names = {"user": "User: ", "assistant": "Assistant: ", "tool": "Tool: "}
-    turns = [names.get(m.role, "") + m.content for m in messages]
-    if generate and (not messages or messages[-1].role != "assistant"):
-        turns.append("Assistant:")
-    return _BLANK.join(turns)

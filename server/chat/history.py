@@ -77,7 +77,8 @@ def turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
         raise invalid("There are no messages. Send at least one.", "messages")
     if len(messages) > MAX_MESSAGES:
         raise invalid(f"{len(messages):,} messages are too many: {MAX_MESSAGES:,} are allowed.", "messages")
-    names = {call.id: _name(call) for message in messages for call in message.tool_calls or () if call.id}
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    names = {call.id: called.name for call in calls if call.id and (called := call.function or call.custom)}
     found = tuple(_turn(f"messages[{n}]", message, names) for n, message in enumerate(messages))
     if len(found) > 1 and found[-1][0] == found[-2][0] == "assistant":
         raise invalid(
@@ -98,54 +99,38 @@ def _turn(where: str, message: Message, names: dict[str, str]) -> Turn:
     if text is None and not calls:
         raise invalid("A message needs content.", f"{where}.content")
     said = "\n".join(part for part in (text, *calls) if part)
-    return role, f"{_heading(role, message, names)}{said}"
-
-
-def _heading(role: str, message: Message, names: dict[str, str]) -> str:
-    """Whose text it is, if the role does not say that."""
     if role != "tool":
-        return f"{message.name}: " if message.name else ""
+        return role, f"{message.name}: {said}" if message.name else said
     id = message.tool_call_id or ""
     name = message.name or names.get(id, "")
-    of = f"{name} ({id})" if name and id else name or id
-    return f"Result of {of}:\n" if of else ""
+    whose = f"{name} ({id})" if name and id else name or id
+    return role, f"Result of {whose}:\n{said}" if whose else said
 
 
 def _text(where: str, message: Message) -> str | None:
     """What was said in words; None for nothing at all."""
-    texts: list[str] = []
-    if isinstance(message.content, str):
-        texts.append(message.content)
-    elif message.content is not None:
-        texts += _parts(where, message.content)
+    content = message.content
+    texts = [content] if isinstance(content, str) else []
+    parts = content if isinstance(content, list) else []
+    if len(parts) > MAX_PARTS:
+        raise invalid(f"{len(parts):,} parts are too many: {MAX_PARTS:,} are allowed.", f"{where}.content")
+    for n, part in enumerate(parts):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in (*_TEXT_PARTS, "refusal"):
+            raise _not_text(part.type, f"{where}.content[{n}]")
+        if text is None:
+            raise invalid("A text part needs a text.", f"{where}.content[{n}]")
+        texts.append(text)
     if message.refusal:
         texts.append(message.refusal)
     reasoning = message.reasoning_content or message.reasoning
     if not texts and not message.tool_calls and not message.function_call and isinstance(reasoning, str) and reasoning:
         texts.append(reasoning)
-    return "\n".join(texts) if texts or message.content is not None else None
-
-
-def _parts(where: str, parts: list[Part]) -> Iterator[str]:
-    if len(parts) > MAX_PARTS:
-        raise invalid(f"{len(parts):,} parts are too many: {MAX_PARTS:,} are allowed.", f"{where}.content")
-    for n, part in enumerate(parts):
-        place = f"{where}.content[{n}]"
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in (*_TEXT_PARTS, "refusal"):
-            raise _not_text(part.type, place)
-        if text is None:
-            raise invalid("A text part needs a text.", place)
-        yield text
+    return "\n".join(texts) if texts or content is not None else None
 
 
 def _not_text(kind: str, where: str) -> ApiError:
     return unsupported(f"This model reads text only, not a part of type {kind!r}.", where)
-
-
-def _name(call: ToolCall) -> str:
-    called = call.function or call.custom
-    return called.name if called is not None else ""
 
 
 def _calls(where: str, message: Message, role: str) -> Iterator[str]:

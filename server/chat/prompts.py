@@ -57,12 +57,19 @@ class Prompts:
                 "logit_bias", f"logit_bias forbids all of the model's {self._n_vocab} tokens. Leave some of them out."
             )
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
-        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=_begins_answer(source))
+        # A first space belongs to a new message's token, and to the text of a message that is continued.
+        begins_answer = isinstance(source, ChatPrompt) and source.messages[-1][0] != "assistant"
+        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=begins_answer)
 
     def prompt(self, source: PromptSource) -> Prompt:
         """The ids of `source`; raises RequestError, ChatTemplateError, and ContextOverflowError before a long work."""
         if isinstance(source, TokenPrompt):
-            return self._tokens(source.ids)
+            if not source.ids:
+                raise RequestError("prompt", "The prompt is empty. Give at least one token.")
+            wrong = next((token for token in source.ids if not 0 <= token < self._n_vocab), None)
+            if wrong is not None:
+                raise RequestError("prompt", f"Token {wrong} is not one of the model's {self._n_vocab}.")
+            return Prompt(source.ids)
         if isinstance(source, TextPrompt):
             self._check_length(source.text)
             return Prompt(tuple(self.encode(source.text)))
@@ -129,22 +136,9 @@ class Prompts:
         if self._longest is not None and n_bytes > self._n_ctx * self._longest:
             raise ContextOverflowError(-(-n_bytes // self._longest), self._n_ctx, at_least=True)
 
-    def _tokens(self, ids: tuple[int, ...]) -> Prompt:
-        if not ids:
-            raise RequestError("prompt", "The prompt is empty. Give at least one token.")
-        wrong = next((token for token in ids if not 0 <= token < self._n_vocab), None)
-        if wrong is not None:
-            raise RequestError("prompt", f"Token {wrong} is not one of the model's {self._n_vocab}.")
-        return Prompt(ids)
-
 
 def _n_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _begins_answer(source: PromptSource) -> bool:
-    """Whether what comes is a new message, and not the rest of one that the conversation ends with."""
-    return isinstance(source, ChatPrompt) and source.messages[-1][0] != "assistant"
 
 
 def conversation(source: ChatPrompt, add_generation_prompt: bool = True) -> Conversation:

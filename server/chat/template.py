@@ -43,6 +43,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**"))
 
+    def __init__(self) -> None:
+        """Adds what Hugging Face's templates are written against."""
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuses the operation when its result would be huge."""
         if operator == "*":
@@ -74,14 +81,6 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment() -> _Sandbox:
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    sandbox.filters["tojson"] = _tojson
-    sandbox.globals["raise_exception"] = _raise_exception
-    sandbox.globals["strftime_now"] = _strftime_now
-    return sandbox
-
-
 class ChatTemplate:
     """A compiled template; `render` turns messages into the text the model was trained on."""
 
@@ -94,7 +93,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise UnusableTemplateError(f"it is longer than {MAX_SOURCE} characters")
         try:
-            self._template = _environment().from_string(source)
+            self._template = _Sandbox().from_string(source)
         except RecursionError:
             raise UnusableTemplateError("it is nested too deeply") from None
         except MemoryError:

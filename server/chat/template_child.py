@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from signal import SIGPROF, Signals
-from typing import Any, NoReturn
+from typing import Any
 
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
 from slimoe.server.chat.template_messages import HEADER_BYTES, packed, unpacked
@@ -84,11 +84,8 @@ class TemplateChild:
             raise self._unusable
         if self._process is not None and not self._process.is_alive:
             self.close()
-        if self._process is None:
-            self._process = self._start()
-        return self._process
-
-    def _start(self) -> "_Process":
+        if self._process is not None:
+            return self._process
         process = _Process()
         setup = packed({"source": self._source, **asdict(self._limits)})
         try:
@@ -97,6 +94,7 @@ class TemplateChild:
             reason = f"compiling it takes more than {error.limit}"
         else:
             if "unusable" not in answer:
+                self._process = process
                 return process
             process.end()
             reason = answer["unusable"]
@@ -111,8 +109,16 @@ class TemplateChild:
             # What comes later would be taken for the answer to the next question.
             self.close()
             process.end()
+            if isinstance(error, _GoneError) and error.returncode == -SIGPROF:
+                raise TemplateLimitError(f"{cpu_seconds:g} seconds of processor time") from None
             if isinstance(error, _GoneError):
-                _explain(error.returncode, cpu_seconds)
+                how = (
+                    f"by {Signals(-error.returncode).name}"
+                    if error.returncode < 0
+                    else f"with status {error.returncode}"
+                )
+                problem = f"The process that renders the model's chat template ended {how}."
+                raise ChatTemplateError(f"{problem} Try again.") from None
             if isinstance(error, TimeoutError):
                 raise TemplateLimitError(f"{seconds:g} seconds") from None
             raise
@@ -121,13 +127,6 @@ class TemplateChild:
             process.end()
             raise TemplateLimitError(answer["limit"])
         return answer
-
-
-def _explain(returncode: int, cpu_seconds: float) -> NoReturn:
-    if returncode == -SIGPROF:
-        raise TemplateLimitError(f"{cpu_seconds:g} seconds of processor time") from None
-    how = f"by {Signals(-returncode).name}" if returncode < 0 else f"with status {returncode}"
-    raise ChatTemplateError(f"The process that renders the model's chat template ended {how}. Try again.") from None
 
 
 class _GoneError(Exception):
@@ -184,21 +183,18 @@ class _Process:
             if not readable and not writable:
                 raise TimeoutError
             if writable:
-                unsent = unsent[self._write(unsent) :]
+                try:
+                    unsent = unsent[os.write(self._stdin.fileno(), unsent) :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    raise _GoneError(self._popen.wait()) from None
             if readable:
                 piece = os.read(self._stdout.fileno(), _READ_BYTES)
                 if not piece:
                     raise _GoneError(self._popen.wait())
                 data += piece
         return unpacked(bytes(data[HEADER_BYTES:]))
-
-    def _write(self, data: memoryview) -> int:
-        try:
-            return os.write(self._stdin.fileno(), data)
-        except BlockingIOError:
-            return 0
-        except BrokenPipeError:
-            raise _GoneError(self._popen.wait()) from None
 
 
 def _end(popen: "subprocess.Popen[bytes]") -> None:

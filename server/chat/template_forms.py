@@ -40,13 +40,7 @@ def _forms(messages: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
     roles = {message["role"] for message in messages}
     if "developer" in roles:
         yield [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-    folded = _fold(messages)
-    if folded != messages:
-        yield folded
-
-
-def _fold(messages: Sequence[Turn]) -> list[Turn]:
-    """Everything that is not the assistant's becomes the user's, and neighbours of one role become one message."""
+    # Everything that is not the assistant's becomes the user's, and neighbours of one role become one message.
     turns: list[Turn] = []
     for message in messages:
         role = "assistant" if message["role"] == "assistant" else "user"
@@ -55,7 +49,8 @@ def _fold(messages: Sequence[Turn]) -> list[Turn]:
             turns[-1] = {**turns[-1], "content": _BLANK.join(text for text in texts if text)}
         else:
             turns.append({**message, "role": role})
-    return turns
+    if turns != messages:
+        yield turns
 
 
 def _render_form(template: ChatTemplate, messages: Sequence[Turn], values: Mapping[str, Any], generate: bool) -> str:

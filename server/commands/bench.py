@@ -100,20 +100,18 @@ def _measure(engine: Engine, options: BenchOptions) -> Speeds:
     tokens = [draw.randrange(engine.spec.n_vocab) for _ in range(longest)]
     if options.depth:
         engine.prefill(tokens[: options.depth])
-    rounds = [_round(engine, options, tokens[options.depth :]) for _ in range(options.n_rounds + 1)]
+    new = tokens[options.depth :]
+    prefills, decodes = [], []
+    for _ in range(options.n_rounds + 1):
+        engine.truncate(options.depth)
+        begin = time.perf_counter()
+        engine.prefill(new[: options.n_prompt])
+        prefills.append(time.perf_counter() - begin)
+        engine.truncate(options.depth)
+        begin = time.perf_counter()
+        for token in new[: options.n_gen]:
+            engine.decode(token)
+        decodes.append(time.perf_counter() - begin)
     # The first round warms up: it builds graphs and touches memory.
-    prefill = statistics.median(seconds for seconds, _ in rounds[1:])
-    decode = statistics.median(seconds for _, seconds in rounds[1:])
+    prefill, decode = statistics.median(prefills[1:]), statistics.median(decodes[1:])
     return Speeds(options.n_prompt / prefill, options.n_gen / decode, 1000 * decode / options.n_gen)
-
-
-def _round(engine: Engine, options: BenchOptions, tokens: list[int]) -> tuple[float, float]:
-    engine.truncate(options.depth)
-    begin = time.perf_counter()
-    engine.prefill(tokens[: options.n_prompt])
-    prefill = time.perf_counter() - begin
-    engine.truncate(options.depth)
-    begin = time.perf_counter()
-    for token in tokens[: options.n_gen]:
-        engine.decode(token)
-    return prefill, time.perf_counter() - begin

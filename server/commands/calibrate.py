@@ -18,7 +18,7 @@ from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import duration, status, step_bar
 
 if TYPE_CHECKING:
-    from slimoe.converter.stats.calibrate import CalibrateOptions, CalibratePlan, CalibrateReport
+    from slimoe.converter.stats.calibrate import CalibrateOptions, CalibratePlan
 
 _MANY_TOKENS = 32768
 _WORK = {
@@ -88,7 +88,12 @@ def command(values: Mapping[str, Any]) -> None:
             if not destination.is_empty:
                 tell(f"What is done lies in {destination.folder}; the same command goes on there.")
             raise
-    _announce_result(report)
+    tell(
+        f"{report.path}: {report.n_bytes:,} bytes in {duration(report.seconds)}; "
+        f"{report.n_seen} of {report.n_experts} experts were routed to"
+    )
+    if report.n_seen < report.n_experts:
+        tell("Nothing is known of the others; more or more varied text may reach them.")
     if values["as_json"]:
         fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}
         click.echo(msgspec.json.encode(fields))
@@ -106,12 +111,3 @@ def _announce(planned: "CalibratePlan", options: "CalibrateOptions") -> None:
         tell("The texts are the mixture that comes along. Texts of your own use (--text) are better.")
     elif text.n_tokens < min(_MANY_TOKENS, options.n_tokens):
         tell(f"That is little text: {_MANY_TOKENS:,} tokens or more show what rare experts do.")
-
-
-def _announce_result(report: "CalibrateReport") -> None:
-    tell(
-        f"{report.path}: {report.n_bytes:,} bytes in {duration(report.seconds)}; "
-        f"{report.n_seen} of {report.n_experts} experts were routed to"
-    )
-    if report.n_seen < report.n_experts:
-        tell("Nothing is known of the others; more or more varied text may reach them.")

@@ -24,28 +24,25 @@ def command(model: Path, as_json: bool) -> None:
     """
     inventory = take_inventory(model)
     if as_json:
-        click.echo(msgspec.json.encode(_as_json(inventory)))
+        fields = {
+            "path": str(inventory.path),
+            "format": inventory.format,
+            "architecture": inventory.architecture,
+            "name": inventory.name,
+            "sizes": inventory.sizes,
+            "n_weights": inventory.n_weights,
+            "n_bytes": inventory.n_bytes,
+            "bits_per_weight": round(inventory.bits_per_weight, 4),
+            "tensors": [msgspec.to_builtins(count) for count in inventory.counts],
+            "experts": inventory.experts,
+            "tokenizer": inventory.tokenizer,
+            "provenance": inventory.provenance,
+            "note": inventory.note,
+        }
+        click.echo(msgspec.json.encode(fields))
         return
     for line in _lines(inventory):
         click.echo(printable(line))
-
-
-def _as_json(inventory: Inventory) -> dict[str, Any]:
-    return {
-        "path": str(inventory.path),
-        "format": inventory.format,
-        "architecture": inventory.architecture,
-        "name": inventory.name,
-        "sizes": inventory.sizes,
-        "n_weights": inventory.n_weights,
-        "n_bytes": inventory.n_bytes,
-        "bits_per_weight": round(inventory.bits_per_weight, 4),
-        "tensors": [msgspec.to_builtins(count) for count in inventory.counts],
-        "experts": inventory.experts,
-        "tokenizer": inventory.tokenizer,
-        "provenance": inventory.provenance,
-        "note": inventory.note,
-    }
 
 
 def _lines(inventory: Inventory) -> list[str]:
@@ -74,18 +71,14 @@ def _lines(inventory: Inventory) -> list[str]:
 
 def _origin(name: str, value: str) -> list[str]:
     """A line, and below it those of a text that has several, such as a recipe, or of the fields of a JSON object."""
-    inner = _fields(value) or value.strip().split("\n")
-    return [f"{name} {value}"] if inner == [value.strip()] else [name, *(f"  {line}" for line in inner if line)]
-
-
-def _fields(value: str) -> list[str]:
-    """A line for each field of a JSON object, none for any other text."""
     try:
         fields = msgspec.json.decode(value, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError):
-        return []
-    shown = {name: one if isinstance(one, str) else msgspec.json.encode(one).decode() for name, one in fields.items()}
-    return [f"{name} {one}" for name, one in shown.items()]
+        fields = {}
+    inner = [
+        f"{key} {one if isinstance(one, str) else msgspec.json.encode(one).decode()}" for key, one in fields.items()
+    ] or value.strip().split("\n")
+    return [f"{name} {value}"] if inner == [value.strip()] else [name, *(f"  {line}" for line in inner if line)]
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from slimoe.server.options.engine_options import OptionsCommand, engine_config, 
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.terminal.repl import Repl
-from slimoe.server.terminal.terminal import Outcome, generate, show_figures
+from slimoe.server.terminal.terminal import generate, show_figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +92,11 @@ def _check(options: RunOptions) -> None:
         raise UsageError("A prompt is a text or token ids. Give --prompt or --prompt-ids, not both.")
     if options.chat and options.prompt is None:
         raise UsageError("--chat needs a --prompt. Leave both out for an interactive chat.")
-    if options.as_json and options.prompt is None and options.prompt_ids is None:
+    is_interactive = options.prompt is None and options.prompt_ids is None
+    if options.as_json and is_interactive:
         raise UsageError("--json needs a prompt. Add --prompt or --prompt-ids.")
-    if options.system is not None and not options.chat and not _is_interactive(options):
+    if options.system is not None and not options.chat and not is_interactive:
         raise UsageError("--system is for chats. Add --chat, or leave the prompt out.")
-
-
-def _is_interactive(options: RunOptions) -> bool:
-    return options.prompt is None and options.prompt_ids is None
 
 
 def _source(options: RunOptions) -> PromptSource | None:
@@ -117,25 +114,20 @@ def _source(options: RunOptions) -> PromptSource | None:
 def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, options: RunOptions) -> None:
     prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
     outcome = generate(engine, prompts.complete(request, source), shows_text=not options.as_json)
+    finished = outcome.finished
     if options.as_json:
-        print(_report(outcome), flush=True)
+        report: dict[str, Any] = {
+            "text": outcome.text,
+            "tokens": outcome.tokens,
+            "finish_reason": finished.reason,
+            "timings": finished.timings,
+            "memory": finished.memory,
+        }
+        if tiers := tiers_info(finished.tiers):
+            report["tiers"] = tiers
+        print(msgspec.json.encode(report).decode(), flush=True)
     else:
         print(flush=True)
-        show_figures(outcome.finished)
-    if outcome.finished.reason == "cancelled":
+        show_figures(finished)
+    if finished.reason == "cancelled":
         raise KeyboardInterrupt
-
-
-def _report(outcome: Outcome) -> str:
-    finished = outcome.finished
-    report: dict[str, Any] = {
-        "text": outcome.text,
-        "tokens": outcome.tokens,
-        "finish_reason": finished.reason,
-        "timings": finished.timings,
-        "memory": finished.memory,
-    }
-    tiers = tiers_info(finished.tiers)
-    if tiers:
-        report["tiers"] = tiers
-    return msgspec.json.encode(report).decode()

@@ -17,7 +17,7 @@ from slimoe.offload.files.regular_file import read_regular, reason
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
-from slimoe.server.http.accepting import connection_limits
+from slimoe.server.http.accepting import connection_limits, open_file_limit
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
@@ -94,10 +94,16 @@ def command(values: Mapping[str, Any]) -> None:
     Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
     standard output; everything else goes to standard error.
     """
-    engine = _absolute(engine_config(values, serving_bytes()))
+    engine = engine_config(values, serving_bytes())
+    # Named so that the engine's process finds the files wherever it runs.
+    path, trace = engine.model.absolute(), None if engine.trace is None else engine.trace.absolute()
+    engine = replace(engine, model=path, trace=trace)
     options = msgspec.convert(dict(values), ServeOptions)
-    path = engine.model
-    served = ServedModel(model_id(path, options.alias), path, _version())
+    try:
+        version = metadata.version("slimoe")
+    except metadata.PackageNotFoundError:  # a source tree that was not installed
+        version = "unknown"
+    served = ServedModel(model_id(path, options.alias), path, version)
     rules = AccessRules(
         _key(options),
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
@@ -134,14 +140,8 @@ async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOpt
         say_ready,
         exits_with_parent=options.exit_with_parent,
         grace=options.grace,
-        limits=connection_limits(options.max_connections),
+        limits=connection_limits(options.max_connections, open_file_limit()),
     )
-
-
-def _absolute(config: EngineConfig) -> EngineConfig:
-    """The same files, named so that the engine's process finds them wherever it runs."""
-    trace = None if config.trace is None else config.trace.absolute()
-    return replace(config, model=config.model.absolute(), trace=trace)
 
 
 def _check_exposure(options: ServeOptions, rules: AccessRules) -> None:
@@ -176,11 +176,3 @@ def _key(options: ServeOptions) -> str | None:
     if not key:
         raise UsageError(f"{where} holds no key. Put one there, or leave the option out.")
     return key
-
-
-def _version() -> str:
-    """This program's version, such as `0.1.0`; `unknown` in a source tree that was not installed."""
-    try:
-        return metadata.version("slimoe")
-    except metadata.PackageNotFoundError:
-        return "unknown"

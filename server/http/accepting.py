@@ -17,20 +17,21 @@ _OUT_OF_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOME
 _NOTE = "New connections have to wait: the system gives no more of them (%s). Lower --max-connections."
 
 
-def connection_limits(n_most: int | None) -> ConnectionLimits:
-    """The limits for `n_most` connections, or for as many as there are descriptors for, if those are few."""
+def connection_limits(n_most: int | None, n_descriptors: int) -> ConnectionLimits:
+    """The limits for `n_most` connections, or for None, as many as usual or as there are descriptors for."""
     if n_most is None:
-        n_most = max(_LEAST, min(USUAL_LIMITS.n_most, _descriptors() - _OWN_DESCRIPTORS))
+        left = sys.maxsize if n_descriptors < 0 else n_descriptors - _OWN_DESCRIPTORS
+        n_most = max(_LEAST, min(USUAL_LIMITS.n_most, left))
     return ConnectionLimits(n_most, min(USUAL_LIMITS.n_most_each, n_most))
 
 
-def _descriptors() -> int:
+def open_file_limit() -> int:
+    """How many files and connections the system lets this process have open at once; below 0 for any number."""
     if sys.platform == "win32":
         return sys.maxsize
     import resource
 
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class AcceptFailures:

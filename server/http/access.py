@@ -57,7 +57,8 @@ class AccessRules:
         name = None if parts is None else host_name(parts["authority"])
         if parts is None or (name is None and parts["authority"]):
             raise invalid(f"The header Origin is {origin!r}, which is no web origin such as http://localhost:3000.")
-        is_local = parts["scheme"].lower() in APP_SCHEMES or (name is not None and _is_local(name))
+        is_local = parts["scheme"].lower() in APP_SCHEMES or name in LOCAL_NAMES
+        is_local = is_local or (name is not None and _is_address(name) and ipaddress.ip_address(name).is_loopback)
         # A page that this very server gave out.
         is_own = host is not None and parts["authority"] == host and self.allows_host(host)
         return is_local or is_own
@@ -75,7 +76,10 @@ async def access_middleware(request: web.Request, handler: Handler) -> web.Strea
 async def add_cors_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Lets the page that sent the request read the answer; credentials are never involved."""
     origin = request.headers.get(hdrs.ORIGIN)
-    if origin is None or not _may_read(request.app[RULES], origin, request.headers.get(hdrs.HOST)):
+    try:
+        if origin is None or not request.app[RULES].allows_origin(origin, request.headers.get(hdrs.HOST)):
+            return
+    except ApiError:  # what is no origin gets no headers either
         return
     response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
     response.headers[hdrs.VARY] = hdrs.ORIGIN
@@ -117,17 +121,6 @@ def _one(request: web.Request, header: str) -> str | None:
     if len(values) > 1:
         raise invalid(f"The header {header} is there {len(values)} times. Send it once.")
     return values[0] if values else None
-
-
-def _may_read(rules: AccessRules, origin: str, host: str | None) -> bool:
-    try:
-        return rules.allows_origin(origin, host)
-    except ApiError:
-        return False
-
-
-def _is_local(name: str) -> bool:
-    return name in LOCAL_NAMES or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
 
 def _is_address(name: str) -> bool:

@@ -70,17 +70,13 @@ class BodyIntake:
             raise too_large(self._most_of_one)
         while self.n_bytes > self._most:
             largest = max(self._arriving, key=lambda other: other.n_bytes)
-            self._give_up(largest)
+            largest.is_given_up, largest.data = True, bytearray()
+            self._arriving.discard(largest)
+            self._release(largest)
+            largest.deadline.reschedule(asyncio.get_running_loop().time())
             if largest is body:
                 raise overloaded()
         body.data += piece
-
-    def _give_up(self, body: _Arriving) -> None:
-        body.is_given_up = True
-        body.data = bytearray()
-        self._arriving.discard(body)
-        self._release(body)
-        body.deadline.reschedule(asyncio.get_running_loop().time())
 
     def _release(self, body: _Arriving) -> None:
         self.n_bytes -= body.n_bytes

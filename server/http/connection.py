@@ -23,9 +23,8 @@ from slimoe.server.api_error import (
 
 _log = logging.getLogger(__name__)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
 READ_BYTES = 16 << 10
+"""Bytes of a body that lie ready for its reader before the client has to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,12 @@ class ConnectionLimits:
 
 
 USUAL_LIMITS = ConnectionLimits()
+_OVERLOADED = overloaded().body()
+_CROWDED = (
+    f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(_OVERLOADED)}\r\n"
+    f"Retry-After: {RETRY_SECONDS}\r\nConnection: close\r\n\r\n"
+).encode() + _OVERLOADED
+"""What a connection that is one too many is told before it is closed."""
 
 
 class Connection(web.RequestHandler):
@@ -180,15 +185,6 @@ def _address(transport: asyncio.Transport) -> str | None:
     """The other side's address without its zone; None where there is none."""
     peer = transport.get_extra_info("peername")
     return str(peer[0]).partition("%")[0] if isinstance(peer, tuple) else None
-
-
-def _crowded() -> bytes:
-    body = overloaded().body()
-    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return f"{head}Retry-After: {RETRY_SECONDS}\r\nConnection: close\r\n\r\n".encode() + body
-
-
-_CROWDED = _crowded()
 
 
 def answering_errors(handler: Handler) -> Handler:

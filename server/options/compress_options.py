@@ -79,20 +79,15 @@ class CompressOptions:
         for name in {"target_size", "target_bpw"} - budget if budget else ():
             # One budget takes the place of the other, unless flags give both.
             result.pop(name, None)
-        if self.novices:
-            _let_novices(result)
+        experts = result.get("experts")
+        if self.novices and isinstance(experts, dict) and "keep" in experts:
+            experts["replacement"] = "novice"
+        elif self.novices:
+            result["free_novices"] = True
         if self.stock:
             # A recipe's permissions end at what the format holds; what flags ask for themselves stays, and is refused.
             result |= {"format": "stock", "free_layers": False} | ({} if self.novices else {"free_novices": False})
         return result
-
-
-def _let_novices(tables: Tables) -> None:
-    experts = tables.get("experts")
-    if isinstance(experts, dict) and "keep" in experts:
-        experts["replacement"] = "novice"
-    else:
-        tables["free_novices"] = True
 
 
 class MinutesType(click.FloatRange):

@@ -20,7 +20,7 @@ from slimoe.offload.cache.disk_reader import FileChangedError
 from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, Outcome
+from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.process.heartbeat import Heartbeat
@@ -150,9 +150,15 @@ class EngineProcess:
                 self._start(engine, prompts, self._waiting.get())
             self._heartbeat.tick()
             for id, event in engine.step():
+                replies = self._running[id]
                 if isinstance(event, Failed) and isinstance(event.error, _ENDS_THE_PROCESS):
                     self._give_up(event.error)
-                self._tell(id, event)
+                message = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
+                if message is not None:
+                    self._pipe.send(message)
+                if isinstance(event, Failed | Finished):
+                    del self._running[id]
+                    self._jobs.pop(replies.id, None)
 
     def _check_files(self, engine: ServedEngine) -> None:
         try:
@@ -184,15 +190,6 @@ class EngineProcess:
             self._running[engine.submit(job.request, is_cancelled)] = replies
         except Exception as error:
             self._pipe.send(replies.failure(error))
-            self._jobs.pop(replies.id, None)
-
-    def _tell(self, id: int, event: Event | Failed) -> None:
-        replies = self._running[id]
-        message = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
-        if message is not None:
-            self._pipe.send(message)
-        if isinstance(event, Failed | Finished):
-            del self._running[id]
             self._jobs.pop(replies.id, None)
 
 

@@ -38,16 +38,13 @@ class Heartbeat:
         last: object = None
         moved_at = time.monotonic()
         while True:
-            state = (self._n_ticks, self._figures())
+            try:
+                state = (self._n_ticks, self.progress())
+            except Exception:
+                # The figures were changing while they were read.
+                state = (self._n_ticks, object())
             if self._is_idle or state != last:
                 last, moved_at = state, time.monotonic()
             self._send(Beat(time.monotonic() - moved_at))
             self.check()
             time.sleep(BEAT_SECONDS)
-
-    def _figures(self) -> object:
-        try:
-            return self.progress()
-        except Exception:
-            # They were changing while they were read.
-            return object()

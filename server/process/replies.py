@@ -70,19 +70,18 @@ class Replies:
             case PromptProgress(n_done, n_total, n_cached):
                 return messages.Progress(self.id, n_done, n_total, n_cached)
             case PromptLogprobs(tokens):
-                return messages.PromptScores(self.id, self._prompt_scores(tokens))
+                ids = self.request.prompt_ids
+                scores = (
+                    messages.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
+                    for token, score in zip(ids, tokens, strict=True)
+                )
+                return messages.PromptScores(self.id, tuple(scores))
             case Finished(reason, text, timings, memory, tiers):
                 return messages.Done(self.id, reason, text, timings, memory, tiers, self.counters())
 
     def failure(self, error: Exception) -> messages.Failure:
         """Returns the message for the error that ended the generation."""
         return failure_of(self.id, error, self.request.max_tokens)
-
-    def _prompt_scores(self, scores: tuple[TokenLogprob | None, ...]) -> tuple[messages.ScoredToken, ...]:
-        return tuple(
-            messages.ScoredToken(token, self.piece(token), None) if score is None else self._scored(score)
-            for token, score in zip(self.request.prompt_ids, scores, strict=True)
-        )
 
     def _in_answer(self, score: TokenLogprob, piece: bytes, text: str) -> messages.ScoredToken:
         """The score of a token as it stands in the answer, where control tokens and a first space are not seen."""

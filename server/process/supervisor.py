@@ -121,19 +121,15 @@ class Supervisor:
             if self._child is None:
                 continue
             self._silent_seconds += messages.BEAT_SECONDS
-            problem = self._hopeless_problem()
-            if problem is not None:
-                self._crash = messages.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
-                self._silent_seconds = self._stuck_seconds = 0.0
-                self._child.kill()
-
-    def _hopeless_problem(self) -> str | None:
-        patience = self._patience
-        if self._silent_seconds > (patience.silent if self._is_heard else patience.opening):
-            return f"The engine's process did not respond for {self._silent_seconds:.0f} seconds."
-        if self._stuck_seconds > patience.stuck:
-            return f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
-        return None
+            if self._silent_seconds > (self._patience.silent if self._is_heard else self._patience.opening):
+                problem = f"The engine's process did not respond for {self._silent_seconds:.0f} seconds."
+            elif self._stuck_seconds > self._patience.stuck:
+                problem = f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
+            else:
+                continue
+            self._crash = messages.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
+            self._silent_seconds = self._stuck_seconds = 0.0
+            self._child.kill()
 
     async def wait_ready(self) -> messages.ModelInfo:
         """Waits for the model and returns its facts; raises EngineFailure when it cannot be opened."""
@@ -247,19 +243,21 @@ class Supervisor:
             case messages.Beat(stuck_seconds):
                 self._is_heard, self._stuck_seconds = True, stuck_seconds
             case messages.Ready(info):
-                self._be_ready(info)
+                self.info, self.failure, self._crash = info, None, None
+                self._tell(info.notes)
+                if self.phase != "stopped":
+                    self.phase = "ready"
+                self._flush()
+                self._note_change()
             case messages.Failure(id=0):
                 self.failure = message
-            case _:
-                self._deliver(message)
-
-    def _be_ready(self, info: messages.ModelInfo) -> None:
-        self.info, self.failure, self._crash = info, None, None
-        self._tell(info.notes)
-        if self.phase != "stopped":
-            self.phase = "ready"
-        self._flush()
-        self._note_change()
+            case _ if handle := self._handles.get(message.id):
+                handle.push(message)
+                if handle.is_underway:
+                    self._sent.pop(message.id, None)
+                if isinstance(message, messages.Done):
+                    self._pause = 0.0
+                    self.info = None if self.info is None else messages.with_figures(self.info, message)
 
     def _tell(self, notes: Sequence[str]) -> None:
         """Writes notes to standard error, each once."""
@@ -267,17 +265,6 @@ class Supervisor:
             if note not in self._told:
                 print(printable(note), file=sys.stderr)
         self._told.update(notes)
-
-    def _deliver(self, answer: messages.Answer) -> None:
-        handle = self._handles.get(answer.id)
-        if handle is None:
-            return
-        handle.push(answer)
-        if handle.is_underway:
-            self._sent.pop(answer.id, None)
-        if isinstance(answer, messages.Done):
-            self._pause = 0.0
-            self.info = None if self.info is None else messages.with_figures(self.info, answer)
 
     def _on_exit(self, returncode: int) -> None:
         self._child = None
@@ -293,7 +280,10 @@ class Supervisor:
             self.failure, self.phase = crash, "failed"
             self._fail_all(list(self._handles), lambda id: _for(crash, id))
         else:
-            self._restart(crash, may_heal=leaves_devices or self._may_heal(crash))
+            # A device that failed in use may be back; one that failed at once will fail again.
+            failed_in_use = crash.kind == "device" and self.phase == "ready"
+            may_heal = leaves_devices or failed_in_use or crash.kind in ("engine_crashed", "engine_stuck")
+            self._restart(crash, may_heal=may_heal)
         self._note_change()
 
     def _lost(self) -> list[int]:
@@ -317,10 +307,6 @@ class Supervisor:
         self._config = changed(config, {"device": "none"})
         self._tell(["Going on without devices. Start the server again to use them again."])
         return True
-
-    def _may_heal(self, crash: messages.Failure) -> bool:
-        """Whether the next try may end otherwise: a device that failed in use may be back, not one that did at once."""
-        return crash.kind in ("engine_crashed", "engine_stuck") or (crash.kind == "device" and self.phase == "ready")
 
     def _restart(self, crash: messages.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""

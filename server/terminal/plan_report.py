@@ -5,9 +5,8 @@ from typing import Any
 
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.cost_model import CPU, DISK, LINK, Prediction
-from slimoe.offload.plan.device_plan import DevicePlan
 from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
+from slimoe.offload.plan.expert_placement import expert_placement
 from slimoe.offload.plan.prediction import PlanPrediction, known_as
 from slimoe.offload.resources.memory import human
 
@@ -49,7 +48,12 @@ class PlanReport:
             },
             "nearest": None if self.nearest_ctx is None else {"n_ctx": self.nearest_ctx},
             "tiers": _tiers(plan) if fits else None,
-            "prediction": None if self.prediction is None else _predicted(self.prediction),
+            "prediction": None
+            if self.prediction is None
+            else {
+                "decode": {"n_past": self.prediction.n_past, **_phase(self.prediction.decode)},
+                "prefill": {"n_tokens": self.prediction.n_prompt, **_phase(self.prediction.prefill)},
+            },
             "notes": list(plan.notes),
         }
 
@@ -59,8 +63,23 @@ class PlanReport:
         head = f"{plan.gguf.path.name}: weights {plan.weight_forms.mode}, {_count(plan.n_threads, 'thread')}"
         if plan.shortfall is not None and plan.devices:
             return [head]
-        rows = [_row(name, human(n_bytes)) for name, n_bytes in _host_rows(plan).items() if n_bytes]
-        return [head, *rows, *_tier_lines(plan)]
+        sizes = host_bytes(plan)
+        times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
+        rows = {
+            "weights, mapped": sizes["mapped"],
+            "weights, copied": sizes["copied"],
+            "weights, repacked": sizes["repacked"],
+            "experts, read from disk": sizes.get("arena", 0),
+            f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
+            f"compute, batches of {plan.n_batch}": sizes["compute"],
+            "program, at most": sizes["program"],
+            "other processes, at most": sizes["processes"],
+            "in all": sum(sizes.values()),
+            "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
+            "may be taken": plan.available,
+        }
+        lines = [_row(name, human(n_bytes)) for name, n_bytes in rows.items() if n_bytes]
+        return [head, *lines, *_tier_lines(plan)]
 
     def speed_lines(self) -> list[str]:
         """What to expect, none if it was not predicted."""
@@ -90,32 +109,26 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     }
 
 
-def _host_rows(plan: EnginePlan) -> dict[str, int]:
-    sizes = host_bytes(plan)
-    times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
-    return {
-        "weights, mapped": sizes["mapped"],
-        "weights, copied": sizes["copied"],
-        "weights, repacked": sizes["repacked"],
-        "experts, read from disk": sizes.get("arena", 0),
-        f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
-        f"compute, batches of {plan.n_batch}": sizes["compute"],
-        "program, at most": sizes["program"],
-        "other processes, at most": sizes["processes"],
-        "in all": sum(sizes.values()),
-        "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
-        "may be taken": plan.available,
-    }
-
-
 # --- tiers -------------------------------------------------------------------------------------------------
 
 
 def _tiers(plan: EnginePlan) -> dict[str, Any]:
     where = expert_placement(plan)
-    pairs = zip(plan.devices, where.on_devices, strict=True)
+    devices = [
+        {
+            "name": device.device.name,
+            "description": device.device.description,
+            "layers": list(device.layers),
+            "is_whole": device.is_whole,
+            "n_experts": n_experts,
+            "bytes": {"weights": device.weights, "kv": device.kv, "compute": device.compute, "slots": device.slots},
+            "required_bytes": device.required,
+            "budget_bytes": device.budget,
+        }
+        for device, n_experts in zip(plan.devices, where.on_devices, strict=True)
+    ]
     return {
-        "devices": [_device(device, n_experts) for device, n_experts in pairs],
+        "devices": devices,
         "host": {
             "n_experts": where.on_host,
             "n_slots": plan.tiers.n_resident if plan.tiers else None,
@@ -128,55 +141,31 @@ def _tiers(plan: EnginePlan) -> dict[str, Any]:
     }
 
 
-def _device(device: DevicePlan, n_experts: int) -> dict[str, Any]:
-    sizes = {"weights": device.weights, "kv": device.kv, "compute": device.compute, "slots": device.slots}
-    return {
-        "name": device.device.name,
-        "description": device.device.description,
-        "layers": list(device.layers),
-        "is_whole": device.is_whole,
-        "n_experts": n_experts,
-        "bytes": sizes,
-        "required_bytes": device.required,
-        "budget_bytes": device.budget,
-    }
-
-
 def _tier_lines(plan: EnginePlan) -> list[str]:
     """Where the experts are; nothing if they are all in host memory."""
     if plan.is_resident or plan.shortfall is not None:
         return []
     where = expert_placement(plan)
-    lines = [_device_line(device, n) for device, n in zip(plan.devices, where.on_devices, strict=True)]
+    lines = []
+    for device, n_experts in zip(plan.devices, where.on_devices, strict=True):
+        first, last = device.layers[0], device.layers[-1]
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        what = "all of it" if device.is_whole else f"{_count(n_experts, 'expert')} of theirs"
+        taken = f"{layers}, {what}, {human(device.required)} of {human(device.budget)}"
+        lines.append(_row(known_as(device.device), taken))
     if where.on_host:
         lines.append(_row("host memory", f"{where.on_host} of {_count(where.n_experts, 'expert')}"))
     if where.on_disk:
         lines.append(_row("disk only", f"{where.on_disk} of {_count(where.n_experts, 'expert')}"))
-    return ["", *lines, _hits(plan, where)] if where.is_cut else ["", *lines]
-
-
-def _device_line(device: DevicePlan, n_experts: int) -> str:
-    first, last = device.layers[0], device.layers[-1]
-    layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-    what = f"{layers}, all of it" if device.is_whole else f"{layers}, {_count(n_experts, 'expert')} of theirs"
-    return _row(known_as(device.device), f"{what}, {human(device.required)} of {human(device.budget)}")
-
-
-def _hits(plan: EnginePlan, where: ExpertPlacement) -> str:
-    shares = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
-    told = ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares.items() if share > 0)
-    basis = "used as often as the file says" if plan.priors is not None else "all used alike"
-    return _row("experts are found", f"{told} ({basis}; following the text does better)")
+    if where.is_cut:
+        hits = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
+        found = ", ".join(f"{100 * hit:.0f} % {name}" for name, hit in hits.items() if hit > 0)
+        basis = "used as often as the file says" if plan.priors is not None else "all used alike"
+        lines.append(_row("experts are found", f"{found} ({basis}; following the text does better)"))
+    return ["", *lines]
 
 
 # --- speed -------------------------------------------------------------------------------------------------
-
-
-def _predicted(prediction: PlanPrediction) -> dict[str, Any]:
-    return {
-        "decode": {"n_past": prediction.n_past, **_phase(prediction.decode)},
-        "prefill": {"n_tokens": prediction.n_prompt, **_phase(prediction.prefill)},
-    }
 
 
 def _phase(one: Prediction) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.chat.template_error import ChatTemplateError
 from slimoe.server.messages import ChatPrompt
-from slimoe.server.terminal.terminal import Outcome, generate, show_figures
+from slimoe.server.terminal.terminal import generate, show_figures
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves."
 PROMPT = "> "
@@ -47,33 +47,23 @@ class Repl:
             elif words.startswith("/") and " " not in words and words.count("/") == 1:
                 click.echo(HELP, err=True)
             elif words:
-                self._try_to_answer(line)
-
-    def _try_to_answer(self, line: str) -> None:
-        # Ctrl-C ends a generation cleanly; this is for the moments before and after it.
-        try:
-            self._answer(line)
-        except KeyboardInterrupt:
-            click.echo("Stopped.", err=True)
+                self._answer(line)
 
     def _answer(self, line: str) -> None:
         turns = [*self._turns, ("user", line)]
         try:
             request = self._prompts.complete(self._request, ChatPrompt(tuple(turns)))
-            outcome = self._generate(request)
+            outcome = generate(self._engine, request, shows_text=True)
+            print(flush=True)
+            show_figures(outcome.finished)
+            self._turns = [*turns, ("assistant", outcome.text.strip())]
         except ContextOverflowError as error:
             click.echo(f"{error} Or type /reset to start over.", err=True)
-            return
         except ChatTemplateError as error:
             click.echo(str(error), err=True)
-            return
-        self._turns = [*turns, ("assistant", outcome.text.strip())]
-
-    def _generate(self, request: GenerationRequest) -> Outcome:
-        outcome = generate(self._engine, request, shows_text=True)
-        print(flush=True)
-        show_figures(outcome.finished)
-        return outcome
+        except KeyboardInterrupt:
+            # Ctrl-C ends a generation cleanly; this is for the moments before and after it.
+            click.echo("Stopped.", err=True)
 
 
 def _read_line() -> str | None:

@@ -33,8 +33,8 @@ def generate(engine: Engine, request: GenerationRequest, *, shows_text: bool) ->
                 tokens.append(event.token)
             if isinstance(event, (TokenStep, Finished)):
                 texts.append(event.text)
-                if shows_text:
-                    _show(event.text)
+                if shows_text and event.text:
+                    print(event.text, end="", flush=True)
             if isinstance(event, Finished):
                 return Outcome("".join(texts), tuple(tokens), event)
     raise AssertionError("the engine ended a generation without saying so")
@@ -93,12 +93,6 @@ def _interruptible() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _show(text: str) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def _speed(n_tokens: int, milliseconds: float) -> str:

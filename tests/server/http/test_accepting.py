@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 
-from slimoe.server.http.accepting import AcceptFailures, connection_limits
+from slimoe.server.http.accepting import AcceptFailures, connection_limits, open_file_limit
 
 
-def test_limits_follow_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {n: n for n in (20, 64, 100, 1024, resource.RLIM_INFINITY)}
-    for n_descriptors, expected in zip(found, (4, 24, 60, 256, 256), strict=True):
-        monkeypatch.setattr(resource, "getrlimit", lambda kind, n=n_descriptors: (n, n))
-        assert connection_limits(None).n_most == expected
-        assert connection_limits(3).n_most == connection_limits(3).n_most_each == 3
-        assert connection_limits(None).n_most_each == min(expected, 64)
+def test_limits_follow_the_descriptors() -> None:
+    for n_descriptors, expected in zip((20, 64, 100, 1024, resource.RLIM_INFINITY), (4, 24, 60, 256, 256), strict=True):
+        assert connection_limits(None, n_descriptors).n_most == expected
+        assert connection_limits(3, n_descriptors).n_most == connection_limits(3, n_descriptors).n_most_each == 3
+        assert connection_limits(None, n_descriptors).n_most_each == min(expected, 64)
+
+
+def test_the_descriptors_are_the_systems() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (20, 64, before[0]):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        found = open_file_limit()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert found == limit
 
 
 async def test_failures_to_accept_are_told_once_a_minute(capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
