@@ -61,11 +61,9 @@ def fit_down(down: Single, covariance: Double, kept: Int) -> Single:
     where the covariance determines nothing.
     """
     weights = down.astype(np.float64)
-    inner = covariance[np.ix_(kept, kept)]
-    ridge = _ridge(covariance, _FIT_RIDGE)
-    inner[np.diag_indices_from(inner)] += ridge
+    factor, ridge = _factor(covariance[np.ix_(kept, kept)], _ridge(covariance, _FIT_RIDGE))
     wanted = covariance[kept] @ weights.T + ridge * weights[:, kept].T
-    fitted: Double = scipy.linalg.solve(inner, wanted, assume_a="pos").T
+    fitted: Double = scipy.linalg.cho_solve(factor, wanted).T
     return fitted.astype(np.float32)
 
 
@@ -75,7 +73,8 @@ def ridge_leverage(covariance: Double) -> Double:
     It is the diagonal of C (C + r I)^-1, where r is a hundredth of the mean of C's diagonal.
     """
     ridge = _ridge(covariance, _LEVERAGE_RIDGE)
-    inverse_diagonal = np.diag(_inverse(covariance, ridge))
+    factor, ridge = _factor(covariance, ridge)
+    inverse_diagonal = np.diag(scipy.linalg.cho_solve(factor, np.eye(len(covariance)), overwrite_b=True))
     leverage: Double = 1.0 - ridge * inverse_diagonal
     return leverage
 
@@ -84,12 +83,18 @@ def _ridge(covariance: Double, part: float) -> float:
     return part * float(np.trace(covariance)) / len(covariance) or 1.0  # 1.0: an expert that no token selected
 
 
-def _inverse(covariance: Double, ridge: float) -> Double:
-    inner = covariance.copy()
-    inner[np.diag_indices_from(inner)] += ridge
-    factor = scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True)
-    inverse: Double = scipy.linalg.cho_solve(factor, np.eye(len(covariance)), overwrite_b=True)
-    return inverse
+def _factor(covariance: Double, ridge: float) -> tuple[tuple[Double, bool], float]:
+    """The Cholesky factor of C + r I, and r.
+
+    Covariances of fewer tokens than neurons are singular, and products in float32 may round below that: r then grows.
+    """
+    while True:
+        inner = covariance.copy()
+        inner[np.diag_indices_from(inner)] += ridge
+        try:
+            return scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True), ridge
+        except np.linalg.LinAlgError:
+            ridge *= 10
 
 
 def _by_leverage(down: Double, covariance: Double, n_least: int, n_pool: int) -> Int:
@@ -102,7 +107,8 @@ def _by_elimination(down: Double, covariance: Double, n_least: int, n_pool: int)
     Removing neuron i costs |w_i|^2 / V_ii, with V the inverse covariance and w the matrix fitted to those left.
     """
     left, gone = np.arange(len(covariance)), []
-    inverse, weights = _inverse(covariance, _ridge(covariance, _FIT_RIDGE)), down
+    factor, _ = _factor(covariance, _ridge(covariance, _FIT_RIDGE))
+    inverse, weights = scipy.linalg.cho_solve(factor, np.eye(len(covariance)), overwrite_b=True), down
     while len(left) > n_least:
         n_pool = min(n_pool, len(left))
         cost = np.square(weights).sum(0) / np.diag(inverse)

@@ -59,6 +59,15 @@ class _HFSizes(msgspec.Struct, rename=_HF_NAMES):
     n_vocab: int | None = None
     n_expert: int | None = None
     n_expert_used: int | None = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
+
+    def by_name(self) -> dict[str, int]:
+        """Those that are known, an expert's width and not that of layers without experts."""
+        sizes = msgspec.structs.asdict(self)
+        n_expert, n_ff = sizes.pop("num_experts"), sizes.pop("moe_intermediate_size")
+        sizes |= {"n_expert": sizes["n_expert"] or n_expert, "n_ff": n_ff or sizes["n_ff"]}
+        return {name: value for name, value in sizes.items() if value is not None}
 
 
 _GGUF_SIZES = {
@@ -138,6 +147,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     copies = _copies_by_stack(layout) if layout else {}
     tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
+    values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
     own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.QUALITY) if key in metadata}
     if layout and layout.measured_kl is not None:
@@ -209,7 +219,6 @@ def _gguf_tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
-    sizes = msgspec.structs.asdict(checkpoint.read_config(_HFSizes))
     tensors = ((_kind_of(name), kind, n, n_bytes) for name, kind, n, n_bytes in type_sizes(checkpoint))
     files = {tensor.path for tensor in checkpoint.tensors.values()}
     return Inventory(
@@ -217,7 +226,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
         format="Hugging Face",
         architecture=checkpoint.read_config(ConfigClass).name,
         name=checkpoint.path.resolve().name,
-        sizes={name: value for name, value in sizes.items() if value is not None},
+        sizes=checkpoint.read_config(_HFSizes).by_name(),
         counts=_counts(tensors),
         n_bytes=sum(file.stat().st_size for file in files),
         tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},

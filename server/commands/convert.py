@@ -57,9 +57,9 @@ def command(values: Mapping[str, Any]) -> None:
     """Convert the Hugging Face checkpoint directory or GGUF file SRC to the GGUF file DST.
 
     A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer of a
-    Mixtral, Mistral or Llama model. Of a GGUF file, tensors that have the right type already are copied byte for byte.
-    The result loads in llama.cpp too, unless it has --two-copies, which serve any memory between the sizes of both.
-    DST appears under its name only when it is whole.
+    Mixtral, Mistral, Llama, Qwen3-MoE or OLMoE model. Of a GGUF file, tensors that have the right type already are
+    copied byte for byte. The result loads in llama.cpp too, unless it has --two-copies, which serve any memory between
+    the sizes of both. DST appears under its name only when it is whole.
 
     With --target-size, a recipe or any other flag from --stats to --refit the model is compressed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock

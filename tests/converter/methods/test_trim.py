@@ -144,6 +144,18 @@ def test_an_expert_without_tokens_keeps_its_columns(selection: str) -> None:
     np.testing.assert_allclose(trimmed.down, down[:, trimmed.kept], rtol=1e-6)
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_fewer_tokens_than_neurons_are_no_mistake(selection: str) -> None:
+    """Products in float32 of a tenth as many tokens may round to a matrix that is no covariance."""
+    expert = random_expert(256, 64, 3)
+    tokens = inputs(24, 64) / 8 + 4 * inputs(1, 64, 1)
+    own = hidden_sums(expert, tokens)
+    assert np.linalg.eigvalsh(own.covariance()).min() < -1e-6 * np.trace(own.covariance()) / 256
+    (trimmed,) = trim(down_of(expert), shrunk_covariance(own), [128], selection)
+    answers, expected = narrowed(expert, trimmed)(tokens), expert(tokens)
+    assert float((answers - expected).square().mean()) < 1e-4 * float(expected.square().mean())
+
+
 def test_tokens_of_the_layer_help_an_expert_with_few_of_its_own() -> None:
     expert, fresh = random_expert(64, 16, 10), inputs(600, 16, 1)
     own, layer = hidden_sums(expert, inputs(20, 16, 2)), hidden_sums(expert, inputs(2000, 16, 3))

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slimoe.converter.forward.stream import Sequences, final_logits, run
+from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.engine import Engine
@@ -21,7 +22,7 @@ from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run as slimoe
 from tests.models.configs import engine_config
-from tests.models.gguf_content import Array
+from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.tiny_checkpoint import FINE, TinyConfig, logits, save_fine, stack_experts
 
 TOKENS = [(37 * n) % 500 for n in range(48)]
@@ -180,3 +181,12 @@ def test_tensors_that_are_missing(checkpoint: Path, tmp_path: Path, tensor: str,
     save_file({name: value for name, value in tensors.items() if name != tensor}, source / "model.safetensors")
     with pytest.raises(ModelFileError, match=problem):
         open_source(source)
+
+
+def test_an_inventory_has_the_sizes_of_experts(checkpoint: Path, tmp_path: Path) -> None:
+    found = take_inventory(checkpoint).sizes
+    assert (found["n_expert"], found["n_expert_used"], found["n_ff"], found["n_embd"]) == (16, 4, 128, 256)
+    content = read_content(converted(checkpoint, tmp_path / "m.gguf"))
+    stock = content.with_keys({"qwen3moe.feed_forward_length": 6144}) if checkpoint.name == "qwen3moe" else content
+    path = write_content(tmp_path / "stock.gguf", stock)
+    assert take_inventory(path).sizes["n_ff"] == ModelSpec.from_gguf(read_gguf(path)).n_ff == 128
