@@ -20,7 +20,7 @@ from bench.models.topics import STYLES
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE, NATIVE_VERSION
+from slimoe.offload.model.spec import NATIVE, LayerShape
 
 _EXPERTS = "_exps.weight"
 
@@ -28,7 +28,7 @@ _EXPERTS = "_exps.weight"
 def copies_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
     """Yields all tensors of a model, its stacks of experts once in each of both types."""
     kinds = weight_type(high), weight_type(low)
-    for tensor in random_tensors(shape, kinds[0], kinds[0], STYLES[routing]):
+    for tensor in random_tensors(shape.spec, kinds[0], kinds[0], STYLES[routing]):
         if not tensor.name.endswith(_EXPERTS):
             yield tensor
             continue
@@ -44,17 +44,11 @@ def write_random_copies(path: Path, shape: Shape, high: str, low: str, routing: 
     experts = tuple(range(shape.n_expert))
     layer = NativeLayer(experts, tuple((0, 1) for _ in experts))
     writer = GGUFWriter(path, NATIVE)
-    describe(writer, replace(shape, n_expert=0, n_ff=0))
+    layers = (LayerShape(shape.n_expert, shape.n_ff),) * shape.n_layer
+    spec = replace(shape.spec, experts=replace(shape.spec.experts, layers=layers), is_native=True)
+    describe(writer, spec.metadata() | layout_metadata(NativeLayout((layer,) * shape.n_layer)))
     writer.data_alignment = ALIGNMENT
     writer.add_custom_alignment(ALIGNMENT)
-    values = layout_metadata(NativeLayout((layer,) * shape.n_layer))
-    values |= {f"{NATIVE}.format.version": NATIVE_VERSION, f"{NATIVE}.expert_count": [shape.n_expert] * shape.n_layer}
-    values |= {f"{NATIVE}.feed_forward_length": [shape.n_ff] * shape.n_layer}
-    for key, value in values.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            writer.add_uint32(key, value)
     writer.add_tokenizer_model("none")
     write_file(writer, tensors, seed)
     return path.stat().st_size

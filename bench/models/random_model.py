@@ -12,7 +12,7 @@ chosen evenly, or about as a trained model chooses them (`bench.models.topics`).
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,11 @@ from bench.models.random_blocks import RandomTensor, block_pool, random_pieces, 
 from bench.models.topics import STYLES, RoutingStyle
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
+from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.rope import RopeSpec
+from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
+from slimoe.offload.model.tensor_list import model_tensors
 
 TYPES = (
     "F32",
@@ -47,6 +52,7 @@ TYPES = (
     "MXFP4",
 )
 SPECIAL_TOKENS = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
+_N_CTX = 32768
 BYTE_TOKENS = tuple((f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(256))
 
 
@@ -64,6 +70,22 @@ class Shape:
     n_expert_used: int
     n_vocab: int
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The same in the engine's terms, of a stock file."""
+        return ModelSpec(
+            architecture=LLAMA,
+            n_layer=self.n_layer,
+            n_embd=self.n_embd,
+            n_ff=self.n_ff,
+            n_vocab=self.n_vocab,
+            n_ctx_train=_N_CTX,
+            rms_eps=1e-5,
+            attention=AttentionSpec(self.n_head, self.n_head_kv, self.head_dim),
+            experts=ExpertSpec(self.n_expert, self.n_expert_used),
+            rope=RopeSpec(self.head_dim, _N_CTX, 1e6),
+        )
+
 
 SHAPES = {
     "design8": Shape(8, 2048, 7168, 16, 8, 128, 8, 2, 32000),
@@ -77,51 +99,32 @@ SHAPES = {
 
 
 def random_tensors(
-    shape: Shape, kind: GGMLQuantizationType, output: GGMLQuantizationType, style: RoutingStyle
+    spec: ModelSpec, kind: GGMLQuantizationType, output: GGMLQuantizationType, style: RoutingStyle
 ) -> Iterator[RandomTensor]:
-    """All tensors of a model, in the order of the file; the router and the norms are F32."""
-    d, n_ff, n_expert = shape.n_embd, shape.n_ff, shape.n_expert
-    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
-    f32 = GGMLQuantizationType.F32
-
-    def matrix(name: str, *ne: int, factor: float = 1.0) -> RandomTensor:
-        return RandomTensor(f"{name}.weight", ne, kind, factor * ne[0] ** -0.5)
-
-    yield replace(matrix("token_embd", d, shape.n_vocab), std=1.0, topical=style.topical)
-    for layer in range(shape.n_layer):
-        blk = f"blk.{layer}."
-        yield RandomTensor(f"{blk}attn_norm.weight", (d,), f32, 0.1, mean=1.0)
-        yield matrix(f"{blk}attn_q", d, n_q)
-        yield matrix(f"{blk}attn_k", d, n_kv)
-        yield matrix(f"{blk}attn_v", d, n_kv)
-        yield matrix(f"{blk}attn_output", n_q, d, factor=style.attention)
-        yield RandomTensor(f"{blk}ffn_norm.weight", (d,), f32, 0.1, mean=1.0)
-        yield RandomTensor(f"{blk}ffn_gate_inp.weight", (d, n_expert), f32, style.router * d**-0.5)
-        yield matrix(f"{blk}ffn_gate_exps", d, n_ff, n_expert)
-        yield matrix(f"{blk}ffn_up_exps", d, n_ff, n_expert)
-        yield matrix(f"{blk}ffn_down_exps", n_ff, d, n_expert, factor=style.feed_forward)
-    yield RandomTensor("output_norm.weight", (d,), f32, 0.1, mean=1.0)
-    yield replace(matrix("output", d, shape.n_vocab), type=output)
+    """All tensors of a stock model, in the order of the file; the router and the norms are F32."""
+    factors = {"attn_output": style.attention, "ffn_gate_inp": style.router, "ffn_down_exps": style.feed_forward}
+    types = {"ffn_gate_inp": GGMLQuantizationType.F32, "output": output}
+    for tensor in model_tensors(spec):
+        std = factors.get(tensor.role, 1.0) * tensor.ne[0] ** -0.5
+        if tensor.role == "token_embd":
+            yield RandomTensor(tensor.name, tensor.ne, kind, 1.0, topical=style.topical)
+        elif len(tensor.ne) > 1:
+            yield RandomTensor(tensor.name, tensor.ne, types.get(tensor.role, kind), std)
+        elif not tensor.is_optional:
+            yield RandomTensor(tensor.name, tensor.ne, GGMLQuantizationType.F32, 0.1, mean=1.0)
 
 
-def describe(writer: GGUFWriter, shape: Shape) -> None:
-    """Adds the metadata that llama.cpp needs to load a model, its tokenizer left out."""
+def describe(writer: GGUFWriter, values: Mapping[str, Value]) -> None:
+    """Adds the metadata that llama.cpp needs to load a model, its tokenizer left out; `values` are the sizes."""
     writer.add_name("random")
-    writer.add_context_length(32768)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    if shape.n_expert:  # a native file has a value for each layer in their place
-        writer.add_feed_forward_length(shape.n_ff)
-        writer.add_expert_count(shape.n_expert)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(1e6)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_used_count(shape.n_expert_used)
-    writer.add_vocab_size(shape.n_vocab)
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            assert isinstance(value, int)
+            writer.add_uint32(key, value)
     writer.add_quantization_version(2)
 
 
@@ -140,10 +143,10 @@ def write_random_model(
     Without a `vocabulary` it can only be spoken to in token ids. `routing` is one of STYLES.
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
-    tensors = list(random_tensors(shape, weight_type(kind), weight_type(output or kind), STYLES[routing]))
+    tensors = list(random_tensors(shape.spec, weight_type(kind), weight_type(output or kind), STYLES[routing]))
     with whole_file(path) as part:
         writer = GGUFWriter(part, "llama")
-        describe(writer, shape)
+        describe(writer, shape.spec.metadata())
         if vocabulary:
             _add_vocabulary(writer, shape.n_vocab)
         else:
