@@ -1,7 +1,7 @@
 """`slimoe plan`: what opening a model would take, what lies where, and how fast it would be."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import msgspec
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.ggml.abort import end_with_error, on_device_abort
+from slimoe.offload.machine.speed import MachineSpeed
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
 from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
@@ -23,6 +24,7 @@ from slimoe.server.telling import tell
 from slimoe.server.terminal.plan_report import PlanReport
 
 _LEAST_CTX = 256
+Measure = Callable[[EngineConfig, EnginePlan, Callable[[str], None]], MachineSpeed]
 
 
 class _UnmeasuredError(SlimoeError):
@@ -61,7 +63,15 @@ def command(values: Mapping[str, Any]) -> None:
         from slimoe.server.jobs.compress import tell_plan
 
         tell_plan(values, compression)
-        return
+    else:
+        tell_engine_plan(values)
+
+
+def tell_engine_plan(values: Mapping[str, Any], measure: Measure = measure_machine) -> None:
+    """Tells what opening the model takes, and how fast it is on the machine that `measure` knows or measures.
+
+    Raises DoesNotFitError after telling what is lacking.
+    """
     config = engine_config(values, running_bytes())
     on_device_abort(config.devices.rpc, end_with_error)
     served = changed(config, {"reserve_bytes": serving_bytes()})
@@ -73,10 +83,12 @@ def command(values: Mapping[str, Any]) -> None:
         _tell(replace(report, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
         raise plan.shortfall
     if values["as_json"]:
-        _tell(replace(report, prediction=_prediction(config, plan, measures=values["measure"])), as_json=True)
+        prediction = _prediction(config, plan, measure, is_allowed=values["measure"])
+        _tell(replace(report, prediction=prediction), as_json=True)
         return
     _tell(report, as_json=False)
-    speed = replace(report, prediction=_prediction(config, plan, measures=values["measure"])).speed_lines()
+    prediction = _prediction(config, plan, measure, is_allowed=values["measure"])
+    speed = replace(report, prediction=prediction).speed_lines()
     click.echo("\n".join(["", *speed]) if speed else "")
 
 
@@ -95,13 +107,13 @@ def _tell(report: PlanReport, *, as_json: bool) -> None:
         tell(f"It would fit with --ctx {report.nearest_ctx}.")
 
 
-def _prediction(config: EngineConfig, plan: EnginePlan, *, measures: bool) -> PlanPrediction | None:
-    """What to expect; None when it is not known and not to be measured, or cannot be."""
+def _prediction(config: EngineConfig, plan: EnginePlan, measure: Measure, *, is_allowed: bool) -> PlanPrediction | None:
+    """What to expect; None when it is not known and measuring is not allowed, or fails."""
     told = False
 
     def before(name: str) -> None:
         nonlocal told
-        if not measures:
+        if not is_allowed:
             raise _UnmeasuredError(f"{name} is not known.")
         if not told:
             tell(
@@ -111,7 +123,7 @@ def _prediction(config: EngineConfig, plan: EnginePlan, *, measures: bool) -> Pl
         told = True
 
     try:
-        return predict_plan(plan, measure_machine(config, plan, before))
+        return predict_plan(plan, measure(config, plan, before))
     except _UnmeasuredError:
         tell("Speed is not predicted: this machine is not measured yet. Leave --no-measure out.")
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`slimoe run`: one completion, or a chat in the terminal."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import msgspec
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
+from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.api.wire import tiers_info
 from slimoe.server.chat.prompts import Prompts
@@ -67,6 +68,11 @@ def command(values: Mapping[str, Any]) -> None:
 
     Without MODEL the built-in demo is used. The text goes to standard output, figures to standard error.
     """
+    carry_out(values)
+
+
+def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], Engine] = open_engine) -> None:
+    """Does what the command's `values` say, with the engine that `open_engine` opens; raises SlimoeError."""
     options = msgspec.convert(dict(values), RunOptions)
     _check(options)
     request = GenerationRequest(

@@ -61,7 +61,9 @@ class Supervisor:
         n_queue: int = DEFAULT_N_QUEUE,
         command: Sequence[str] = COMMAND,
         patience: Patience = Patience(),
+        held_bytes: Callable[[], int] = private_bytes,
     ) -> None:
+        """Prepares an engine for `config`; `held_bytes` tells how much memory this process holds itself."""
         self.phase: Phase = "loading"
         self.progress = messages.Loading(0, 0)
         self.info: messages.ModelInfo | None = None
@@ -82,6 +84,7 @@ class Supervisor:
         self._launching: asyncio.Task[None] | None = None
         self._told: set[str] = set()
         self._patience = patience
+        self._held_bytes = held_bytes
         self._silent_seconds = self._stuck_seconds = 0.0
         self._is_heard = False
         self._watching: asyncio.Task[None] | None = None
@@ -233,7 +236,7 @@ class Supervisor:
         self._child = child
         self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
-        child.send(messages.Open(changed(self._config, {"held_bytes": private_bytes()})))
+        child.send(messages.Open(changed(self._config, {"held_bytes": self._held_bytes()})))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._silent_seconds = 0.0

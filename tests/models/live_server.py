@@ -15,6 +15,7 @@ from aiohttp import web
 from openai import AsyncOpenAI
 
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.resources.memory import private_bytes
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.app import AppConfig, init_app
 from slimoe.server.http.access import AccessRules
@@ -47,13 +48,15 @@ class LiveOptions:
     waits: bool = True
     patience: Patience = field(default_factory=Patience)
     limits: ConnectionLimits = USUAL_LIMITS
+    held_bytes: Callable[[], int] = private_bytes
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
 
 
 @asynccontextmanager
 async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
     """The application over the scripted engine."""
-    supervisor = Supervisor(replace(options.engine, model=path), options.n_queue, SCRIPTED, options.patience)
+    engine = replace(options.engine, model=path)
+    supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
     config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
     runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
     await runner.setup()

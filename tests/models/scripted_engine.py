@@ -57,7 +57,8 @@ class ScriptedEngine:
         self._n_parallel = config.context.n_parallel
         self._ids = itertools.count()
         self._n_done = 0
-        self.notes = ("It is scripted.", f"Its device is {config.devices.device}.")
+        held_bytes = config.memory.held_bytes
+        self.notes = ("It is scripted.", f"Its device is {config.devices.device}.", f"The server holds {held_bytes} B.")
         self._answers: dict[int, Iterator[Event]] = {}
 
     def memory(self) -> dict[str, int]:

@@ -24,8 +24,8 @@ from tests.models.tiered import tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 SHAPE = TinyShape(n_layer=4)
-PICKS_OF_A_STEP = 4 * 3
-PICKS = ("hits", "pending", "misses")
+SELECTED_BY_A_STEP = 4 * 3
+COUNTERS = ("hits", "pending", "misses")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_each_answer_counts_its_own(engine: Engine) -> None:
     ends = [finished(engine, 5, 4), finished(engine, 9, 6)]
     for end, n_steps in zip(ends, (4, 6), strict=True):
         counts = end.tiers.counts
-        assert sum(counts[name] for name in PICKS) == n_steps * PICKS_OF_A_STEP
-        assert end.tiers.hit_share == counts["hits"] / (n_steps * PICKS_OF_A_STEP)
+        assert sum(counts[name] for name in COUNTERS) == n_steps * SELECTED_BY_A_STEP
+        assert end.tiers.hit_share == counts["hits"] / (n_steps * SELECTED_BY_A_STEP)
         assert counts["misses"] > 0
         assert not end.tiers.is_shared
     for name, value in engine.counters().items():
@@ -90,20 +90,18 @@ def test_a_resident_model_has_nothing_to_tell(model: Path) -> None:
         ({"bytes_read": 7}, None),
     ],
 )
-def test_the_share_of_picks_in_memory(counts: dict[str, float], share: float | None) -> None:
+def test_the_share_of_selected_experts_in_memory(counts: dict[str, float], share: float | None) -> None:
     assert TierUse(counts).hit_share == share
 
 
 # --- telling -----------------------------------------------------------------------------------------------
 
 
-def test_run_tells_of_the_tiers(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run_command, "open_engine", lambda options: engine)
-    assert run(["run", "--prompt-ids", "5", "-n", "4", "--ignore-eos", "--json"]) == 0
+def test_run_tells_of_the_tiers(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt-ids", "5", "-n", "4", "--ignore-eos", "--json"]
+    run_command.carry_out(run_command.command.make_context("run", flags).params, lambda config: engine)
     tiers = json.loads(capsys.readouterr().out)["tiers"]
-    assert sum(tiers[name] for name in PICKS) == 4 * PICKS_OF_A_STEP
+    assert sum(tiers[name] for name in COUNTERS) == 4 * SELECTED_BY_A_STEP
     assert 0 <= tiers["hit_share"] < 1
     assert tiers["is_shared"] is False
 
@@ -116,11 +114,9 @@ def test_what_is_all_in_memory_has_no_tiers_to_tell_of(tmp_path: Path, capsys: p
         assert "tiers" not in json.loads(capsys.readouterr().out)
 
 
-def test_a_person_sees_how_many_experts_were_there(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run_command, "open_engine", lambda options: engine)
-    assert run(["run", "--prompt-ids", "5", "-n", "4", "--ignore-eos"]) == 0
+def test_a_person_sees_how_many_experts_were_there(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt-ids", "5", "-n", "4", "--ignore-eos"]
+    run_command.carry_out(run_command.command.make_context("run", flags).params, lambda config: engine)
     assert re.search(r"wrote 4 at .*/s, \d+ % of experts were in memory\]", capsys.readouterr().err)
 
 

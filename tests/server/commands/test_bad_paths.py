@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import slimoe.offload.files.whole_file
 from slimoe.offload.files.whole_file import Destination
 from slimoe.server.cli import run
 from slimoe.server.options.engine_options import DEMO
@@ -118,13 +117,6 @@ def test_one_file_is_not_named_as_one_of_several(places: Path, name: str, capsys
     assert "one file of several" in told(capsys)
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the end of the other run."""
-    monkeypatch.setattr(slimoe.offload.files.whole_file, "PATIENCE_SECONDS", 0.0)
-
-
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "command",
     [
@@ -149,7 +141,6 @@ def test_what_another_run_writes_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("impatient")
 def test_a_file_that_is_evaluated_is_not_written_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "o.gguf"
     target.write_bytes(DEMO.read_bytes())

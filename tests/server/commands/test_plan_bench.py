@@ -127,23 +127,26 @@ def test_notes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 # --- predictions -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def known_machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine of 1 GB/s; what is told before it is measured."""
-    told: list[str] = []
+class KnownMachine:
+    """A machine of 1 GB/s, and what was told before each thing was measured."""
 
-    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __call__(self, config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
         for name in ("one thing", "another"):
             before(name)
-            told.append(name)
+            self.told.append(name)
         return machine_for(planned, disk=1e8)
 
-    monkeypatch.setattr(plan, "measure_machine", measure)
-    return told
+
+def tell(*flags: str, measure: plan.Measure) -> None:
+    plan.tell_engine_plan(plan.command.make_context("plan", list(flags)).params, measure)
 
 
-def test_speed_is_predicted_and_its_limit_named(capsys: pytest.CaptureFixture[str], known_machine: list[str]) -> None:
-    assert run(["plan", "--json"]) == 0
+def test_speed_is_predicted_and_its_limit_named(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = KnownMachine()
+    tell("--json", measure=machine)
     out, err = capsys.readouterr()
     predicted = json.loads(out)["prediction"]
     for phase in ("decode", "prefill"):
@@ -152,19 +155,20 @@ def test_speed_is_predicted_and_its_limit_named(capsys: pytest.CaptureFixture[st
         assert one["tokens_per_second"] == pytest.approx(1000 / one["ms_per_token"])
         assert one["bound_ms"] == max(one["tier_ms"].values()) <= one["ms_per_token"]
     assert err.count("Measuring this machine") == 1
-    assert known_machine == ["one thing", "another"]
-    assert run(["plan"]) == 0
+    assert machine.told == ["one thing", "another"]
+    tell(measure=machine)
     out, _ = capsys.readouterr()
     assert f"about {predicted['decode']['tokens_per_second']:.1f} tokens/s" in out
     assert "the CPU is the limit" in out
 
 
-def test_nothing_is_measured_without_leave(capsys: pytest.CaptureFixture[str], known_machine: list[str]) -> None:
-    assert run([*PLAN, "--json"]) == 0
+def test_nothing_is_measured_without_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = KnownMachine()
+    tell(*PLAN[1:], "--json", measure=machine)
     out, err = capsys.readouterr()
     assert json.loads(out)["prediction"] is None
     assert "--no-measure" in err
-    assert known_machine == []
+    assert machine.told == []
 
 
 @pytest.mark.parametrize(
@@ -172,14 +176,11 @@ def test_nothing_is_measured_without_leave(capsys: pytest.CaptureFixture[str], k
     [(KeyboardInterrupt(), "stopped"), (DoesNotFitError("No room.", required_bytes=2, available_bytes=1), "No room.")],
     ids=["interrupted", "without room"],
 )
-def test_a_plan_outlives_its_measurement(
-    error: BaseException, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_outlives_its_measurement(error: BaseException, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*arguments: object) -> MachineSpeed:
         raise error
 
-    monkeypatch.setattr(plan, "measure_machine", fail)
-    assert run(["plan", "--batch", "64"]) == 0
+    tell("--batch", "64", measure=fail)
     out, err = capsys.readouterr()
     assert "in all" in out
     assert f"not predicted: {told}" in err or told in err

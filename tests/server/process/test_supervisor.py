@@ -12,9 +12,6 @@ import openai
 import psutil
 import pytest
 
-from slimoe.server.messages import Message, Open
-from slimoe.server.process import supervisor
-from slimoe.server.process.engine_child import EngineChild
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Patience
 from tests.models.live_server import LiveOptions, LiveServer, live_server, until
@@ -95,23 +92,16 @@ async def test_the_queue_has_an_end(model: Path) -> None:
         assert await answer(server, "next") == " [INST] next [/INST]"
 
 
-async def test_a_new_engine_hears_what_the_front_holds_by_then(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_new_engine_hears_what_the_front_holds_by_then(model: Path) -> None:
     """Or else what was enough at the start would not be for a restart: the front grows with requests."""
-    held, told = itertools.count(1000), list[int]()
-    send = EngineChild.send
-
-    def see(child: EngineChild, message: Message) -> None:
-        if isinstance(message, Open):
-            told.append(message.config.memory.held_bytes)
-        send(child, message)
-
-    monkeypatch.setattr(EngineChild, "send", see)
-    monkeypatch.setattr(supervisor, "private_bytes", lambda: next(held))
-    async with live_server(model) as server:
+    held, told = itertools.count(1000), list[str]()
+    async with live_server(model, LiveOptions(held_bytes=lambda: next(held))) as server:
+        told.append((await server.supervisor.wait_ready()).notes[-1])
         with pytest.raises(openai.InternalServerError):
             await answer(server, "abort")
         await until(lambda: server.supervisor.n_restarts == 1 and server.supervisor.phase == "ready")
-    assert told == [1000, 1001]
+        told.append((await server.supervisor.wait_ready()).notes[-1])
+    assert told == ["The server holds 1000 B.", "The server holds 1001 B."]
 
 
 @pytest.mark.parametrize("how", ["abort", "killed"])
