@@ -1,8 +1,8 @@
-"""JSON and TOML that strangers wrote, decoded into types: the one door for checkpoints, statistics and recipes.
+"""Decodes untrusted JSON and TOML into types: all of checkpoints, statistics, reports and recipes comes through here.
 
-A type is a msgspec Struct, or any other that msgspec knows. Fields that it does not name are skipped, whatever they
-hold; those that it names have its type, or the document is refused with the place and both types. Sizes are limited,
-and so is depth (by Python's limit on recursion), so that no document costs more memory or time than its kind may need.
+A type is a msgspec Struct, or any other that msgspec knows. Fields that the type does not have are skipped; fields of
+another type than it says are refused, with their place and both types. Size and depth (by Python's limit on recursion)
+are limited, so that no document takes more memory or time than its kind may need.
 """
 
 import re
@@ -18,30 +18,30 @@ from slimoe.offload.files.regular_file import open_regular, reason
 T = TypeVar("T")
 
 MAX_JSON_BYTES = 64 << 20
-"""Vocabularies of 260,000 tokens take some 35 MB."""
+"""Most bytes of a JSON document: vocabularies of 260,000 tokens take some 35 MB."""
 MAX_TOML_BYTES = 16 << 10
-"""Python's TOML parser takes memory with the square of a key's length."""
+"""Most bytes of a TOML document: Python's parser takes memory with the square of a key's length."""
 
 _AGAIN = "Download the checkpoint again."
 _PLACE = re.compile(r"(?P<message>.*) - at `(?P<place>.*)`", re.DOTALL)
 
 
 class BadDocumentError(ValueError):
-    """A document is too large, no JSON or TOML, or holds another type somewhere; the message says which and where."""
+    """A document is too large, is no JSON or TOML, or has a value of another type; the message says what and where."""
 
 
 def decode_json(data: bytes, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
-    """JSON as `kind`; raises BadDocumentError."""
+    """Decodes JSON as `kind`; raises BadDocumentError."""
     return _decode(lambda: msgspec.json.decode(data, type=kind), "JSON", len(data), max_bytes)
 
 
 def decode_toml(data: bytes, kind: type[T], max_bytes: int = MAX_TOML_BYTES) -> T:
-    """TOML as `kind`; raises BadDocumentError."""
+    """Decodes TOML as `kind`; raises BadDocumentError."""
     return _decode(lambda: msgspec.toml.decode(data, type=kind), "TOML", len(data), max_bytes)
 
 
 def read_json(path: Path, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
-    """A JSON file of a checkpoint as `kind`; raises ModelFileError."""
+    """Reads a JSON file of a checkpoint as `kind`; raises ModelFileError if it cannot be read or decoded."""
     try:
         with open_regular(path) as file:
             return decode_json(file.read(max_bytes + 1), kind, max_bytes)
@@ -61,12 +61,12 @@ def _decode(decode: Callable[[], T], language: str, n_bytes: int, max_bytes: int
     except RecursionError:
         raise BadDocumentError(f"this is {language} that is nested too deeply") from None
     except (msgspec.DecodeError, ValueError) as error:
-        # Of bytes that are no text, and of numbers with more digits than Python reads.
+        # ValueError: bytes that are no text, and numbers with more digits than Python reads.
         raise BadDocumentError(f"this is not readable as {language} ({error})") from None
 
 
 def _with_place(message: str) -> str:
-    """msgspec's words with the place in front: "rms_norm_eps: expected float, got array"."""
+    """msgspec's message with the place in front, such as "rms_norm_eps: expected float, got array"."""
     match = _PLACE.fullmatch(message)
     text, place = (match["message"], match["place"]) if match else (message, "$")
     text = text.replace("`", "")

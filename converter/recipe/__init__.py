@@ -1,4 +1,4 @@
-"""Recipes in TOML: fields, checks and the shipped files.
+"""Recipes of compressed models, in TOML: their fields and checks, and the reader of shipped and own files.
 
-`budget` reads recipes; commands open them.
+`budget` makes plans of recipes; commands open them.
 """

@@ -1,4 +1,4 @@
-"""Recipes whose parts contradict each other, refused before anything is read of a model."""
+"""Refuses recipes whose parts contradict each other, before anything is read of a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def _low_is_no_smaller(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """What is wrong with a recipe for which `holds`, in a sentence for `Words`; `keys` are at fault."""
+    """A reason to refuse recipes for which `holds`: `problem` is a sentence for `Words`, `keys` are those at fault."""
 
     holds: Holds
     keys: tuple[str, ...]
@@ -52,17 +52,17 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
     _Fault(
         lambda recipe: recipe.experts.merge is not None and recipe.free_novices,
         ("merge", "free_novices"),
-        "{free_novices} would put constants in place of what {merge} has just joined. Leave one of them out.",
+        "{free_novices} puts constants in place of experts, which {merge} merges. Leave one of them out.",
     ),
     _Fault(
         lambda recipe: recipe.experts.merge is not None and recipe.experts.keep is None,
         ("merge",),
-        "{merge} does not say how many experts are to be left. Give {give_keep}.",
+        "{merge} needs the number of experts to merge down to. Give {give_keep}.",
     ),
     _Fault(
         lambda recipe: recipe.experts.merge is not None and recipe.experts.width is not None,
         ("merge", "width"),
-        "{merge} joins experts, which {width} cannot trim as well. Leave one of them out.",
+        "{merge} merges experts, which {width} cannot trim as well. Leave one of them out.",
     ),
     _Fault(
         lambda recipe: recipe.experts.replacement == "novice" and recipe.experts.keep is None,
@@ -73,12 +73,12 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
     _Fault(
         lambda recipe: recipe.experts.overall and recipe.experts.keep is None,
         ("overall",),
-        "{overall} says how experts are ranked that are dropped, and none is. Give {give_keep}.",
+        "{overall} ranks the experts to drop, and none is dropped. Give {give_keep}.",
     ),
     _Fault(
         lambda recipe: recipe.experts.overall and recipe.experts.merge is not None,
         ("overall", "merge"),
-        "{overall} ranks experts that are dropped, and {merge} drops none. Leave one of them out.",
+        "{overall} ranks the experts to drop, and {merge} drops none. Leave one of them out.",
     ),
     _Fault(
         lambda recipe: recipe.experts.overall and recipe.experts.score == "subset",
@@ -91,35 +91,35 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
             _has_target(recipe) and recipe.types.expert is not None and not (recipe.free_novices or recipe.free_layers)
         ),
         ("expert",),
-        "{expert} names the type of all experts, and a target leaves types to the budget. Give one of them.",
+        "{expert} sets the type of all experts, which a target size leaves to the allocator. Give one of them.",
     ),
     _Fault(
         lambda recipe: _has_target(recipe) and recipe.types.expert in set(RECIPES) - set(Type.__members__),
         ("expert",),
-        "{expert} is a mix of types, which has no place under a target. Name a plain type.",
+        "{expert} is a mix of types, which a target size does not allow. Name a single type.",
     ),
     _Fault(
         lambda recipe: recipe.free_novices and not _has_target(recipe),
         ("free_novices",),
-        "{free_novices} puts constants in place of experts that make room for a target, and there is none. "
+        "{free_novices} puts constants in place of experts to reach a target size, and there is none. "
         "Give {give_target_size} or {give_target_bpw}.",
     ),
     _Fault(
         lambda recipe: recipe.free_layers and not _has_target(recipe),
         ("free_layers",),
-        "{free_layers} says what may make room for a target, and there is none. "
+        "{free_layers} leaves out parts of layers to reach a target size, and there is none. "
         "Give {give_target_size} or {give_target_bpw}.",
     ),
     _Fault(
         lambda recipe: bool(recipe.types.candidates) and not _has_target(recipe),
         ("candidates",),
-        "{candidates} are to choose from for a target, and there is none. "
+        "{candidates} are types to choose from to reach a target size, and there is none. "
         "Give {give_target_size} or {give_target_bpw}.",
     ),
     _Fault(
         _low_is_no_smaller,
         ("low",),
-        "{low} is for second copies, which would be no smaller than the first. Name a smaller type.",
+        "{low} is the type of low-bit copies, which would be no smaller than the first copies. Name a smaller type.",
     ),
 )
 _NOT_IN_STOCK: tuple[_Fault, ...] = (
@@ -129,7 +129,7 @@ _NOT_IN_STOCK: tuple[_Fault, ...] = (
         "constants in place of experts ({replacement})",
     ),
     _Fault(lambda recipe: recipe.free_novices, ("free_novices",), "constants in place of experts ({free_novices})"),
-    _Fault(lambda recipe: recipe.types.low is not None, ("low",), "second copies of experts ({low})"),
+    _Fault(lambda recipe: recipe.types.low is not None, ("low",), "low-bit copies of experts ({low})"),
     _Fault(lambda recipe: recipe.drop_ffn > 0, ("drop_ffn",), "layers without experts ({drop_ffn})"),
     _Fault(lambda recipe: recipe.free_layers, ("free_layers",), "layers without experts ({free_layers})"),
     _Fault(
@@ -142,7 +142,7 @@ _NOT_IN_STOCK: tuple[_Fault, ...] = (
 
 
 def check_recipe(recipe: Recipe, words: Words) -> None:
-    """Raises UsageError, in `words`, for what contradicts itself or what a stock file cannot hold."""
+    """Raises UsageError, in `words`, for a recipe that contradicts itself or that a stock file cannot hold."""
     for fault in _CONTRADICTIONS:
         if fault.holds(recipe):
             raise UsageError(words.message(fault.keys, fault.problem.format_map(words)))
@@ -155,7 +155,7 @@ def check_recipe(recipe: Recipe, words: Words) -> None:
 
 
 def needs_statistics(recipe: Recipe) -> bool:
-    """Whether a plan of it can be made only with what a calibration has learnt."""
+    """Whether a plan of the recipe needs the statistics of a calibration."""
     drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
     fits = recipe.fit.feedback, recipe.fit.refit
     return _has_target(recipe) or any(drops) or any(fits)

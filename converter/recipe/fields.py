@@ -1,4 +1,4 @@
-"""What each key of a recipe's file may hold, and how it is read: one row a key."""
+"""The keys of recipe files: one row per key, with the function that checks and reads its value."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,16 +14,19 @@ _LARGE_TYPES = ("F16", "BF16", "F32")
 _MOST_BITS = 64
 _MOST_BYTES = 1 << 62
 TYPES = tuple(dict.fromkeys((*CANDIDATES, *_LARGE_TYPES)))
-"""Types that a matrix may be stored in."""
+"""The names of the types in which a matrix may be stored."""
 
 
 class NotExpectedError(Exception):
-    """A value is not what its key holds; the message says what it holds."""
+    """A value is not one that its key allows; the message says what the key allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSizes:
-    """What numbers and shares in a recipe are of: layers, experts of a layer, and neurons of an expert."""
+    """The sizes of a model to which a recipe's numbers and percentages refer.
+
+    They are its layers, the experts of a layer, and the neurons of an expert.
+    """
 
     n_layer: int
     n_expert: int
@@ -31,16 +34,19 @@ class SourceSizes:
 
 
 Read = Callable[[object, SourceSizes], object]
-"""From a TOML value to the recipe's; raises NotExpectedError."""
+"""Turns a TOML value into the recipe's; raises NotExpectedError."""
 
 
 def read_amount(value: object, whole: int, least: int, noun: str) -> int:
-    """A number, or a share of `whole` such as "25%", rounded; raises NotExpectedError."""
+    """Reads a number from `least` to `whole`, or a percentage of `whole` such as "25%", rounded.
+
+    `noun` is what is counted. Raises NotExpectedError.
+    """
     share = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
     if share is not None and float(share[1]) <= 100:
         value = round(whole * float(share[1]) / 100)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= whole:
-        raise NotExpectedError(f'a number of {noun} from {least} to {whole}, or a share such as "25%"')
+        raise NotExpectedError(f'a number of {noun} from {least} to {whole}, or a percentage such as "25%"')
     return value
 
 

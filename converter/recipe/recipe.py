@@ -1,6 +1,6 @@
-"""What a person asks of a slimmed model, as a value: what to leave out, in which types to store the rest, how large.
+"""A recipe of a compressed model, as a value: what is left out, in which types the rest is stored, and how large it is.
 
-`recipe_file` reads and writes it as TOML, `structure` and `slim_types` make a plan of it.
+`toml_file` reads and writes it as TOML; `budget.structure` and `budget.types` make a plan of it.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ Replacement = Literal["nothing", "novice"]
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecipe:
-    """What becomes of experts, in the order given: dropped or merged down to `keep`, then trimmed to `width` neurons.
+    """How experts are reduced: dropped or merged down to `keep`, and then trimmed to `width` neurons.
 
-    `keep` is per layer on average; `score` names one of `methods.scores.SCORES`, or "subset" for the best set by the
-    sketch; `overall` ranks all layers' experts together. A dropped expert is replaced by nothing, so that tokens pick
-    among the others, or by a novice, a constant vector. `merge` merges in place of dropping.
+    `keep` is per layer on average. `score` names one of `methods.scores.SCORES`, or "subset" for the best subset by
+    Gram matrices; `overall` ranks the experts of all layers together. A dropped expert is replaced by "nothing", so
+    that tokens select among the others, or by a "novice", which is a constant vector. With `merge`, experts are merged
+    instead of dropped.
     """
 
     keep: int | None = None
@@ -33,10 +34,11 @@ class ExpertRecipe:
 
 @dataclass(frozen=True, slots=True)
 class StorageRecipe:
-    """In which types matrices are stored: `expert` names one for all experts, None leaves it to the allocator.
+    """The types in which matrices are stored; None leaves a type to the allocator.
 
-    `low` is for a second copy of every expert. The others, if given, are for the attention, the token table and the
-    output; the allocator chooses from `candidates`, all that it knows if empty.
+    `expert` is that of all experts, and `low` that of a low-bit copy of every expert, which is made only if it is
+    given. `attention`, `token` and `output` are those of the attention, the token table and the output matrix. The
+    allocator chooses from `candidates`, or from all types if there are none.
     """
 
     expert: str | None = None
@@ -49,7 +51,7 @@ class StorageRecipe:
 
 @dataclass(frozen=True, slots=True)
 class FitRecipe:
-    """How weights are fitted to their types; see `CompressPlan`. `refit` runs the calibration's tokens once more."""
+    """How weights are quantised; see `CompressPlan`. `refit` runs the calibration's tokens once more to fit routers."""
 
     importance: bool = True
     feedback: bool = False
@@ -58,11 +60,12 @@ class FitRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything. `target_size` is the file's bytes at most, `target_bpw` the same as bits per weight of the source.
+    """A recipe of a compressed model.
 
+    `target_size` is the most bytes that the file may have, `target_bpw` the same in bits per weight of the source.
     `drop_ffn`, `drop_attention` and `drop_blocks` are numbers of layers. With `free_novices` the allocator may put
-    constants in place of experts, with `free_layers` leave out feed-forward parts and attentions, where bytes are
-    better spent elsewhere. `hints` stores what the engine's lossy modes need.
+    constants in place of experts, and with `free_layers` it may leave out feed-forward parts and attentions, where
+    bytes are better spent elsewhere. With `hints` the file has what the engine's lossy modes need.
     """
 
     name: str = ""

@@ -1,8 +1,8 @@
-"""Recipes as TOML: read from a person's file or from those that come along, checked, and written into what they made.
+"""Recipes as TOML: read from a file or by the name of a shipped one, checked, and written into the file they made.
 
 ```toml
 target_size = "12GiB"    # or target_bpw = 2.5
-drop_ffn = "25%"         # layers, or a share of them
+drop_ffn = "25%"         # a number of layers, or a percentage of them
 [experts]
 keep = 6
 score = "reap"
@@ -31,20 +31,23 @@ from slimoe.offload.files.regular_file import open_regular, reason
 from slimoe.offload.resources.memory import bytes_text
 
 Tables = Mapping[str, Any]
-"""A recipe as TOML has it, nothing checked."""
+"""A recipe as TOML has it, not checked."""
 
 _LONGEST_KEY = 40
 _OWN = Path(__file__).parents[1] / "recipes"
 
 
 def ready_recipes() -> dict[str, str]:
-    """Those that come along: name and what it is, the first line of its file."""
+    """The shipped recipes: their names, and the first line of their files, which describes them."""
     paths = sorted(_OWN.glob("*.toml"), key=lambda path: (not path.stem[0].isdigit(), len(path.stem), path.stem))
     return {path.stem: path.read_text("utf-8").splitlines()[0].removeprefix("#").strip() for path in paths}
 
 
 def recipe_tables(name: str) -> Tables:
-    """The tables of a recipe that comes along, or else of the file of that name; raises UsageError."""
+    """The tables of the shipped recipe of that name, or else of the file of that name.
+
+    Raises UsageError if there is neither, or it cannot be read.
+    """
     ready = ready_recipes()
     path = _OWN / f"{name}.toml" if name in ready else Path(name)
     try:
@@ -60,7 +63,7 @@ def recipe_tables(name: str) -> Tables:
 
 
 def text_tables(text: bytes, origin: str) -> Tables:
-    """TOML as tables; raises UsageError, which begins with `origin`."""
+    """Decodes TOML; raises UsageError, which begins with `origin`."""
     try:
         return decode_toml(text, dict[str, Any])
     except BadDocumentError as error:
@@ -68,17 +71,17 @@ def text_tables(text: bytes, origin: str) -> Tables:
 
 
 def make_recipe(tables: Tables, sizes: SourceSizes, words: Words) -> Recipe:
-    """The recipe that tables describe, its shares as numbers of a model of `sizes`.
+    """The recipe that tables describe, with percentages turned into numbers for a model of `sizes`.
 
-    Raises UsageError, in `words`, for a key that there is not, a value that its key does not hold, and what contradicts
-    itself.
+    Raises UsageError, in `words`, for an unknown key, a value that its key does not allow, and parts that contradict
+    each other.
     """
     top = {key: value for key, value in tables.items() if key not in SECTIONS}
     sections = {name: tables.get(name, {}) for name in SECTIONS}
     for name, section in sections.items():
         if not isinstance(section, Mapping):
             found = reprlib.repr(section)
-            raise UsageError(f"{words.origin}: {name} is {found}, but is a table. Begin it with [{name}].")
+            raise UsageError(f"{words.origin}: {name} is {found}, but must be a table. Begin it with [{name}].")
     values = _values(top, TOP, sizes, words, "")
     experts, types, fit = (_values(sections[name], SECTIONS[name], sizes, words, f"{name}.") for name in SECTIONS)
     recipe = Recipe(**values, experts=ExpertRecipe(**experts), types=StorageRecipe(**types), fit=FitRecipe(**fit))
@@ -97,18 +100,15 @@ def _values(table: Tables, known: Mapping[str, Read], sizes: SourceSizes, words:
         if key not in known:
             names = [*known, *SECTIONS] if not prefix else list(known)
             hint = _nearest(key, names) or f" Those there are: {', '.join(names)}."
-            raise UsageError(f"{words.origin}: there is no key {prefix}{_shown(key)}.{hint}")
+            # A key may be anything, and the message is one line.
+            shown = key if key.isprintable() and len(key) <= _LONGEST_KEY else reprlib.repr(key)
+            raise UsageError(f"{words.origin}: there is no key {prefix}{shown}.{hint}")
         try:
             values[key] = known[key](value, sizes)
         except NotExpectedError as error:
             problem = f"{words[key]} is {reprlib.repr(value)}, but must be {error}."
             raise UsageError(words.message([key], problem)) from None
     return values
-
-
-def _shown(key: str) -> str:
-    """A stranger's key on one line."""
-    return key if key.isprintable() and len(key) <= _LONGEST_KEY else reprlib.repr(key)
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
@@ -120,7 +120,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """All of a recipe as TOML, defaults included, so that it says the same when defaults have changed."""
+    """All of a recipe as TOML, with its defaults, so that it keeps its meaning if defaults change."""
     top = [field.name for field in fields(recipe) if not is_dataclass(getattr(recipe, field.name))]
     lines = _lines(recipe, top)
     for section in SECTIONS:
@@ -133,9 +133,5 @@ def _lines(part: object, names: Collection[str]) -> list[str]:
     values = {name: getattr(part, name) for name in names}
     if values.get("target_size") is not None:
         values["target_size"] = bytes_text(values["target_size"])
-    return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-
-
-def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
-    """Booleans, numbers, printable texts and lists of them are written alike in JSON and TOML."""
-    return json.dumps(value, ensure_ascii=False)
+    # Booleans, numbers, printable texts and lists of them are written alike in JSON and TOML.
+    return [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None]

@@ -1,4 +1,4 @@
-"""Recipes in TOML: read back equal, shares of the model, mistakes by name, contradictions, those that come along."""
+"""Recipes in TOML: read back equal, percentages of the model, mistakes by name, contradictions, the shipped ones."""
 
 import random
 import tomllib
@@ -40,12 +40,12 @@ def drawn(seed: int) -> Recipe:
     keep = rng.choice([None, 1, 6, 8])
     merges: list[Merge | None] = [None, "m-smoe", "hc-smoe"]
     merge = rng.choice(merges) if keep else None
-    is_novice = bool(keep) and not merge and rng.random() < 0.5
+    is_constant = bool(keep) and not merge and rng.random() < 0.5
     experts = ExpertRecipe(
         keep,
         rng.choice(["subset", *SCORES]),
         False,
-        "novice" if is_novice else "nothing",
+        "novice" if is_constant else "nothing",
         merge,
         rng.choice([None, 512]) if not merge else None,
     )
@@ -59,7 +59,7 @@ def drawn(seed: int) -> Recipe:
 def test_a_recipe_reads_back_equal(recipe: Recipe) -> None:
     text = recipe_text(recipe)
     assert parse_recipe(text, SIZES) == recipe
-    assert parse_recipe(text, SourceSizes(40, 60, 20000)) == recipe, "no share is left in it"
+    assert parse_recipe(text, SourceSizes(40, 60, 20000)) == recipe, "no percentage is left in it"
 
 
 def test_every_field_has_a_key() -> None:
@@ -87,7 +87,7 @@ def test_what_a_person_writes(text: str, expected: Recipe) -> None:
     assert parse_recipe(text, SIZES) == expected
 
 
-def test_shares_are_of_the_model_at_hand() -> None:
+def test_percentages_are_of_the_model_at_hand() -> None:
     text = 'drop_ffn = "25%"\n[experts]\nkeep = "50%"'
     recipe = parse_recipe(text, SourceSizes(n_layer=3, n_expert=60, n_ff=512))
     assert (recipe.drop_ffn, recipe.experts.keep) == (1, 30)
@@ -100,7 +100,7 @@ def test_shares_are_of_the_model_at_hand() -> None:
         ("[expert]\nkeep = 3", r"no key expert\. Did you mean experts\?"),
         ("[experts]\nwdith = 3", r"no key experts\.wdith\. Did you mean width\?"),
         ("[fit]\nzzz = 3", r"no key fit\.zzz\. Those there are: importance, feedback, refit\."),
-        ("experts = 3", r"experts is 3, but is a table\. Begin it with \[experts\]"),
+        ("experts = 3", r"experts is 3, but must be a table\. Begin it with \[experts\]"),
         ('target_size = "12Gigs"', "target_size is '12Gigs', but must be a size"),
         ("target_size = 0", "target_size is 0"),
         ("target_size = true", "target_size is True"),
@@ -108,7 +108,7 @@ def test_shares_are_of_the_model_at_hand() -> None:
         ("target_bpw = nan", "target_bpw is nan"),
         ("target_bpw = inf", "target_bpw is inf"),
         ("drop_ffn = 33", "number of layers from 0 to 32"),
-        ("drop_ffn = 0.25", "number of layers from 0 to 32, or a share"),
+        ("drop_ffn = 0.25", "number of layers from 0 to 32, or a percentage"),
         ("drop_ffn = true", "drop_ffn is True"),
         ('drop_blocks = "101%"', "drop_blocks is '101%'"),
         ("[experts]\nkeep = 0", r"experts\.keep is 0, but must be a number of experts from 1 to 8"),
@@ -145,40 +145,40 @@ def test_mistakes(text: str, message: str) -> None:
 FITTING = Recipe(target_size=1 << 30)
 CONTRADICTIONS = {
     "two budgets": (replace(FITTING, target_bpw=2.0), "two budgets"),
-    "merge and novices": (
+    "merge and constants": (
         Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", replacement="novice")),
         "experts.merge leaves no expert out",
     ),
-    "merge and free novices": (
+    "merge and free constants": (
         replace(FITTING, experts=ExpertRecipe(keep=4, merge="hc-smoe"), free_novices=True),
-        "what experts.merge has just joined",
+        "experts, which experts.merge merges",
     ),
     "merge into what": (Recipe(experts=ExpertRecipe(merge="m-smoe")), "Give experts.keep"),
     "merged and trimmed": (
         Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", width=512)),
-        "experts.merge joins experts, which experts.width cannot trim",
+        "experts.merge merges experts, which experts.width cannot trim",
     ),
-    "novices for none": (Recipe(experts=ExpertRecipe(replacement="novice")), "none is dropped"),
+    "constants for none": (Recipe(experts=ExpertRecipe(replacement="novice")), "none is dropped"),
     "ranked but kept": (Recipe(experts=ExpertRecipe(score="reap", overall=True)), "Give experts.keep"),
     "ranked and merged": (
         Recipe(experts=ExpertRecipe(keep=4, score="reap", merge="m-smoe", overall=True)),
         "experts.merge drops none",
     ),
     "subset overall": (Recipe(experts=ExpertRecipe(keep=4, overall=True)), "Name another one with experts.score"),
-    "type and target": (replace(FITTING, types=StorageRecipe("Q4_K")), "a target leaves types to the budget"),
+    "type and target": (replace(FITTING, types=StorageRecipe("Q4_K")), "which a target size leaves to the allocator"),
     "mix and target": (
         replace(FITTING, free_layers=True, types=StorageRecipe("Q4_K_M")),
-        "a mix of types, which has no place under a target",
+        "a mix of types, which a target size does not allow",
     ),
     "free without target": (Recipe(free_novices=True), "there is none"),
     "candidates without target": (Recipe(types=StorageRecipe(candidates=("Q4_K",))), "there is none"),
-    "larger second copies": (Recipe(types=StorageRecipe("Q2_K", "Q4_K")), "no smaller than the first"),
-    "equal second copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "no smaller than the first"),
+    "larger low-bit copies": (Recipe(types=StorageRecipe("Q2_K", "Q4_K")), "no smaller than the first"),
+    "equal low-bit copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "no smaller than the first"),
 }
 BEYOND_STOCK = {
-    "novices": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "constants in place of experts"),
-    "free novices": (replace(FITTING, free_novices=True), "constants in place of experts"),
-    "second copies": (Recipe(types=StorageRecipe(low="Q2_K")), "second copies of experts"),
+    "constants": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "constants in place of experts"),
+    "free constants": (replace(FITTING, free_novices=True), "constants in place of experts"),
+    "low-bit copies": (Recipe(types=StorageRecipe(low="Q2_K")), "low-bit copies of experts"),
     "layers": (Recipe(drop_ffn=1), "layers without experts"),
     "free layers": (replace(FITTING, free_layers=True), "layers without experts"),
     "attention": (Recipe(drop_attention=1), "layers without attention"),

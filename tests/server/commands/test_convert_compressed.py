@@ -215,17 +215,17 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     ),
     "merge and free novices": (
         ["--merge", "hc-smoe", "--target-size", "1MB", "--novices"],
-        "--novices would put constants in place of what --merge has just joined",
+        "--novices puts constants in place of experts, which --merge merges",
     ),
     "merge alone": (
         ["--merge", "hc-smoe"],
-        "--merge does not say how many experts are to be left. Give --keep-",
+        "--merge needs the number of experts to merge down to. Give --keep-",
     ),
     "merge and width": (["--merge", "hc-smoe", "--keep-experts", "3", "--width", "64"], "which --width cannot trim"),
     "novices alone": (["--novices"], "nothing says how many. Give --keep-experts, --target-size or --target-bpw."),
     "overall alone": (
         ["--overall"],
-        "how experts are ranked that are dropped, and none is. Give --keep-",
+        "--overall ranks the experts to drop, and none is dropped. Give --keep-",
     ),
     "overall subset": (["--overall", "--keep-experts", "4"], "Name another one with --score."),
     "type and size": (["--type", "q8_0", "--target-size", "1MB"], "chooses types by itself"),
@@ -235,7 +235,10 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
         "chooses types by itself. Leave --two-copies out",
     ),
     "pair of one": (["--two-copies", "q8_0", "--drop-layers", "1"], "--two-copies is 'q8_0', but takes two types"),
-    "pair upside down": (["--two-copies", "q4_0,q8_0"], "--two-copies is for second copies, which would be no smaller"),
+    "pair upside down": (
+        ["--two-copies", "q4_0,q8_0"],
+        "--two-copies is the type of low-bit copies, which would be no smaller",
+    ),
     "pair of mixes": (["--two-copies", "q8_0,q4_k_m"], "--two-copies is 'q4_k_m', but must be a type"),
     "stock and novices": (
         ["--stock", "--keep-experts", "4", "--novices"],
@@ -245,7 +248,10 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),
     "stock and attention": (["--stock", "--drop-attention", "1"], "layers without attention (--drop-attention)"),
     "stock and copies": (["--stock", "--recipe", "hobbit"], "hobbit: --stock keeps to what llama.cpp loads"),
-    "stock and pair": (["--stock", "--two-copies", "q8_0,q4_0"], "cannot hold second copies of experts (--two-copies)"),
+    "stock and pair": (
+        ["--stock", "--two-copies", "q8_0,q4_0"],
+        "cannot hold low-bit copies of experts (--two-copies)",
+    ),
     "stock and counts": (
         ["--stock", "--recipe", "unified-expert-drop"],
         "number of experts (experts.overall)",
