@@ -3,12 +3,15 @@
 import io
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 
+from bench.baselines.rpc_server import rpc_server
+from slimoe.converter.plain.convert import ConvertOptions, convert
 from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
 from tests.models.tiny_gguf import write_tiny_gguf
 
@@ -68,10 +71,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Pat
     return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
 
 
+@pytest.fixture(scope="module")
+def endpoints() -> Iterator[tuple[str, str]]:
+    """HOST:PORT of two RPC servers over this machine's CPU."""
+    with rpc_server() as one, rpc_server() as other:
+        yield one.endpoint, other.endpoint
+
+
 @pytest.fixture(scope="session")
 def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
     """A Mixtral of 6 experts, top 3, whose sizes fit no K-quant, in float32."""
     return save_checkpoint(tmp_path_factory.mktemp("moe") / "tiny-moe", sentencepiece_path, TinyConfig())
+
+
+@pytest.fixture(scope="session")
+def moe_gguf(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> Path:
+    """`moe_checkpoint` as a GGUF file in F32: two layers of 6 experts, top 3, n_embd 64, n_ff 96."""
+    target = tmp_path_factory.mktemp("moe-gguf") / "model.gguf"
+    return convert(ConvertOptions(moe_checkpoint, target, "F32", n_threads=1)).path
 
 
 @pytest.fixture(scope="session")

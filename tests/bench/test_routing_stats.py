@@ -12,22 +12,16 @@ from bench.models.random_model import SHAPES, write_random_model
 from bench.models.topics import N_TOPICS, TOPIC_TOKENS, natural_tokens, topical_rows
 from bench.routing_stats import first_repeats, frequencies, lookahead, lru_hits, repeats, statistics
 from bench.traces.routing import Routers, Routing, best, observe
-from slimoe.converter.plain.convert import ConvertOptions, convert
 
 N_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def converted(moe_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(ConvertOptions(moe_checkpoint, tmp_path_factory.mktemp("routing") / "model.gguf", "F32", 1)).path
-
-
-def test_routers_are_seen_as_transformers_shows_them(moe_checkpoint: Path, converted: Path) -> None:
+def test_routers_are_seen_as_transformers_shows_them(moe_checkpoint: Path, moe_gguf: Path) -> None:
     tokens = random_tokens(N_TOKENS, 500)
     model = transformers.AutoModelForCausalLM.from_pretrained(moe_checkpoint, dtype=torch.float32)
     with torch.no_grad():
         expected = torch.stack(model(torch.tensor([tokens]), output_router_logits=True).router_logits).numpy()
-    routing = observe(converted, [random_tokens(7, 500, seed=9), tokens], n_threads=1)[1]
+    routing = observe(moe_gguf, [random_tokens(7, 500, seed=9), tokens], n_threads=1)[1]
     assert routing.n_used == model.config.num_experts_per_tok
     np.testing.assert_allclose(routing.logits, expected, atol=0.02)  # the F16 cache of llama.cpp
     weights = torch.softmax(torch.from_numpy(expected), dim=-1).topk(routing.n_used, dim=-1)
@@ -37,9 +31,9 @@ def test_routers_are_seen_as_transformers_shows_them(moe_checkpoint: Path, conve
     np.testing.assert_allclose(routing.expert_weights, theirs.numpy(), atol=0.02)
 
 
-def test_a_router_on_its_own_input_says_what_was_seen(converted: Path) -> None:
-    routing = observe(converted, [random_tokens(N_TOKENS, 500)], n_threads=1)[0]
-    routers = Routers.read(converted)
+def test_a_router_on_its_own_input_says_what_was_seen(moe_gguf: Path) -> None:
+    routing = observe(moe_gguf, [random_tokens(N_TOKENS, 500)], n_threads=1)[0]
+    routers = Routers.read(moe_gguf)
     for layer, stream in enumerate(routing.inputs):
         np.testing.assert_allclose(routers.logits(layer, stream), routing.logits[layer], atol=1e-3)
     assert lookahead([routing], routers, 0) == pytest.approx(1)

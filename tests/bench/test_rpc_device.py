@@ -17,9 +17,9 @@ from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.configs import engine_config, reconfigured
+from tests.models.conversation import answers
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, tiered_plan
-from tests.offload.experts.test_tiers import answers
 
 
 def runs_of(model: Path, tokens: list[int], shares: tuple[float, ...]) -> list[Run]:

@@ -10,7 +10,6 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.stepping import kl_divergence
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_plan import plan_engine
@@ -23,10 +22,8 @@ _RNG = np.random.default_rng(5)
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> GGUFContent:
-    """Two layers of 6 experts, top 3, n_embd 64, n_ff 96, in F32."""
-    target = tmp_path_factory.mktemp("native") / "stock.gguf"
-    return read_content(convert(ConvertOptions(moe_checkpoint, target, "F32", n_threads=1)).path)
+def stock(moe_gguf: Path) -> GGUFContent:
+    return read_content(moe_gguf)
 
 
 def scores(path: Path, n_batch: int) -> Array:

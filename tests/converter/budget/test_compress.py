@@ -33,11 +33,6 @@ SIZES = {"stock": (205_000, 240_000, 300_000, 420_000), "native": (290_000, 320_
 
 
 @pytest.fixture(scope="module")
-def source(moe_checkpoint: Path) -> ModelSource:
-    return open_source(moe_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     return learnt(source, tmp_path_factory.mktemp("slimming"))
 

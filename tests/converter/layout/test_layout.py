@@ -19,12 +19,6 @@ from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 F32, F16, Q8_0, Q4_K = Type.F32, Type.F16, Type.Q8_0, Type.Q4_K
 
 
-@pytest.fixture(scope="module")
-def source(moe_checkpoint: Path) -> ModelSource:
-    """Two layers of 6 experts, top 3, n_embd 64, n_ff 96."""
-    return checkpoint_source(moe_checkpoint)
-
-
 def statistics_of(source: ModelSource, seed: int = 0) -> Statistics:
     """Importance as a calibration would know it; expert 1 of layer 0 was never picked."""
     rng, spec = np.random.default_rng(seed), source.spec

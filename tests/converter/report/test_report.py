@@ -35,7 +35,7 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.chat.text_encoder import TokenizerEncoder
-from tests.models.compress_plans import learnt, same_plan, with_layers
+from tests.models.compress_plans import same_plan, with_layers
 
 SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
 LENGTH = 48
@@ -56,16 +56,6 @@ def small_plan(source: ModelSource) -> CompressPlan:
     changes["constants"] = np.zeros((1, source.spec.n_embd), np.float32)
     layers = {0: replace(first, experts=(low, *first.experts[1:])), 1: replace(second, **changes)}
     return replace(with_layers(plan, layers), expected_kl=0.0625)
-
-
-@pytest.fixture(scope="module")
-def source(moe_checkpoint: Path) -> ModelSource:
-    return open_source(moe_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    return learnt(source, tmp_path_factory.mktemp("statistics"), n_sequences=2)
 
 
 @pytest.fixture(scope="module")

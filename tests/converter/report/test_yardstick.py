@@ -11,17 +11,6 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.server.cli import run
-from tests.models.compress_plans import learnt
-
-
-@pytest.fixture(scope="module")
-def source(moe_checkpoint: Path) -> ModelSource:
-    return open_source(moe_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    return learnt(source, tmp_path_factory.mktemp("statistics"), n_sequences=2)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from slimoe.converter.forward.stream import Sequences, final_logits, run
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, SourceLayer, block_key, expert_key
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
@@ -55,15 +54,8 @@ def assert_same_logits(ours: Array, expected: Array) -> None:
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> Path:
-    """6 experts, top 3, n_embd 64, n_ff 96, in F32."""
-    target = tmp_path_factory.mktemp("source") / "stock.gguf"
-    return convert(ConvertOptions(moe_checkpoint, target, "F32", n_threads=1)).path
-
-
-@pytest.fixture(scope="module")
-def content(stock: Path) -> GGUFContent:
-    return read_content(stock)
+def content(moe_gguf: Path) -> GGUFContent:
+    return read_content(moe_gguf)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------
@@ -170,8 +162,8 @@ def assert_same_model(ours: ModelSource, theirs: ModelSource) -> None:
         np.testing.assert_array_equal(ours.read(key), theirs.read(key), err_msg=str(key))
 
 
-def test_a_file_is_what_it_was_made_of(moe_checkpoint: Path, stock: Path) -> None:
-    ours, theirs = open_source(stock), open_source(moe_checkpoint)
+def test_a_file_is_what_it_was_made_of(moe_checkpoint: Path, moe_gguf: Path) -> None:
+    ours, theirs = open_source(moe_gguf), open_source(moe_checkpoint)
     assert_same_model(ours, theirs)
     assert ours.metadata == theirs.metadata
     assert replace(ours.spec, rms_eps=0.0) == replace(theirs.spec, rms_eps=0.0)
@@ -192,8 +184,8 @@ def test_matrices_of_any_type_are_what_gguf_decodes(tmp_path: Path, content: GGU
         assert blocks.path.read_bytes()[blocks.offset : blocks.offset + blocks.n_bytes] == data.tobytes()
 
 
-def test_shards_are_one_model(tmp_path: Path, stock: Path, content: GGUFContent) -> None:
-    assert_same_model(open_source(write_shards(tmp_path, content, 3)), open_source(stock))
+def test_shards_are_one_model(tmp_path: Path, moe_gguf: Path, content: GGUFContent) -> None:
+    assert_same_model(open_source(write_shards(tmp_path, content, 3)), open_source(moe_gguf))
 
 
 def test_fused_queries_keys_and_values_are_told_apart(tmp_path: Path, content: GGUFContent) -> None:
@@ -211,13 +203,13 @@ def test_fused_queries_keys_and_values_are_told_apart(tmp_path: Path, content: G
     assert_same_model(fused, open_source(write_content(tmp_path / "apart.gguf", biased)))
 
 
-def test_experts_one_by_one_in_old_files(tmp_path: Path, stock: Path, content: GGUFContent) -> None:
+def test_experts_one_by_one_in_old_files(tmp_path: Path, moe_gguf: Path, content: GGUFContent) -> None:
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in content.tensors.items():
         parts = {name.replace("_exps", f".{e}"): StoredTensor(data, tensor.type) for e, data in enumerate(tensor.data)}
         tensors |= parts if "_exps" in name else {name: tensor}
     path = write_content(tmp_path / "m.gguf", GGUFContent(content.keys, tensors))
-    assert_same_model(open_source(path), open_source(stock))
+    assert_same_model(open_source(path), open_source(moe_gguf))
 
 
 def test_metadata_carries_over_what_is_the_models(tmp_path: Path, content: GGUFContent) -> None:

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import (
     GramSample,
     InputSums,
@@ -192,11 +191,6 @@ def test_damaged_files_are_named(saved: Path, name: str) -> None:
         load_statistics(rewritten(saved, change))
     assert str(caught.value).startswith(f"{saved}: ")
     assert caught.value.exit_code == 3
-
-
-@pytest.fixture(scope="module")
-def source(moe_checkpoint: Path) -> ModelSource:
-    return open_source(moe_checkpoint)
 
 
 @pytest.fixture(scope="module")

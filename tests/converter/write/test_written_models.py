@@ -1,6 +1,6 @@
 """The engine runs whatever the slim writer writes, under any budget, and llama.cpp what is stock."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,6 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
-from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.forward.block import read_head
 from slimoe.converter.forward.stream import Sequences, run
@@ -30,12 +29,12 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 from tests.models.configs import engine_config
+from tests.models.conversation import answers, conversation
 from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.held_model import hold, random_mixtral
 from tests.models.native_files import set_array
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
-from tests.offload.experts.test_tiers import answers, conversation
 
 TOKENS = random_tokens(24, 500)
 FOUR_LAYERS = TinyConfig(n_layer=4, n_embd=128, n_ff=96, n_head=2, n_head_kv=1, n_expert=5, n_expert_used=2)
@@ -153,12 +152,6 @@ def test_layers_without_attention(tmp_path: Path, source: ModelSource, which: st
             np.testing.assert_array_equal(scores(engine), whole)
     with closing(tiered_engine(config(path), 0.0)) as engine:
         np.testing.assert_array_equal(conversation(engine), spoken)
-
-
-@pytest.fixture(scope="module")
-def endpoints() -> Iterator[tuple[str, str]]:
-    with rpc_server() as one, rpc_server() as other:
-        yield one.endpoint, other.endpoint
 
 
 @pytest.mark.parametrize("which", CUTS)

@@ -5,8 +5,8 @@ otherwise.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.policy import POLICIES
@@ -40,10 +39,10 @@ from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
 from tests.models.configs import engine_config, reconfigured
+from tests.models.conversation import TOKENS, answers, conversation, stopped_after
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
-from tests.offload.experts.test_tiers import TOKENS, answers, conversation
 
 Array = np.ndarray[Any, Any]
 LOCAL = [device.name for device in available_devices()]
@@ -71,12 +70,6 @@ class Where:
         if self.is_exact:
             np.testing.assert_array_equal(got, expected)
         assert max(kl_divergence(*rows) for rows in zip(got, expected, strict=True)) < KL
-
-
-@pytest.fixture(scope="module")
-def endpoints() -> Iterator[tuple[str, ...]]:
-    with ExitStack() as opened:
-        yield tuple(opened.enter_context(rpc_server()).endpoint for _ in range(2))
 
 
 def lent(*endpoints: str) -> Where:
@@ -597,12 +590,6 @@ def test_a_device_that_lacks_an_operation(
 
 
 # --- faults ------------------------------------------------------------------------------------------------
-
-
-def stopped_after(n_calls: int) -> Callable[[], bool]:
-    """Says no so many times, and then yes."""
-    calls = iter(range(n_calls))
-    return lambda: next(calls, None) is None
 
 
 def test_a_step_may_be_stopped_anywhere(where: Where, plain: Model) -> None:

@@ -25,6 +25,7 @@ from slimoe.offload.graph.batch import Batch
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import Event, Failed, Finished, GenerationRequest, SamplingParams, TokenStep
 from tests.models.configs import engine_config
+from tests.models.conversation import stopped_after
 from tests.models.tiered import resident_engine, tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -261,12 +262,6 @@ def test_two_engines_over_one_file(stored: Path) -> None:
 
 
 # --- cancelling --------------------------------------------------------------------------------------------
-
-
-def stopped_after(n_calls: int) -> Callable[[], bool]:
-    """Says no so many times, and then yes."""
-    calls = iter(range(n_calls))
-    return lambda: next(calls, None) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.baselines.stepping import random_tokens
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_AHEAD
 from slimoe.offload.engine import Engine
@@ -24,8 +23,8 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.resources.memory import HostMemory
-from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
 from tests.models.configs import engine_config, reconfigured, roomy_machine
+from tests.models.conversation import TOKENS, answers, conversation
 from tests.models.gguf_content import GGUFContent, StoredTensor
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
@@ -34,7 +33,6 @@ from tests.models.tiny_gguf import TinyShape
 from tests.offload.experts.watched_ids import WatchedIds
 
 Array = np.ndarray[Any, Any]
-TOKENS = random_tokens(48, 300)
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +71,6 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 def config(path: Path, **changed: Any) -> EngineConfig:
     return engine_config(path, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | changed)
-
-
-def conversation(engine: Engine) -> Array:
-    """Logits of parts that are read whole, in batches and token by token, some of whose rows are not wanted."""
-    told = [engine.read(TOKENS[:9], 9).copy(), engine.prefill(TOKENS[9:30])[None].copy()]
-    told += [engine.decode(token)[None].copy() for token in TOKENS[30:40]]
-    told.append(engine.read(TOKENS[40:45], 2).copy())
-    engine.truncate(20)
-    told.append(engine.decode(TOKENS[45])[None].copy())
-    return np.concatenate(told)
 
 
 # --- exactness ---------------------------------------------------------------------------------------------
@@ -165,21 +153,6 @@ def test_several_requests_at_once_get_the_same_bits(mixed: Path) -> None:
     assert len({token for steps in expected.values() for token, _ in steps}) > 10
     with closing(tiered_engine(case, 0.2)) as engine:
         assert answers(engine) == expected
-
-
-def answers(engine: Engine) -> dict[int, list[tuple[int, float]]]:
-    """Tokens and their scores by request."""
-    greedy = SamplingParams(temperature=0.0)
-    for length in (30, 3, 17, 40):
-        engine.submit(GenerationRequest(tuple(TOKENS[:length]), 8, greedy, n_logprobs=0))
-    told: dict[int, list[tuple[int, float]]] = {}
-    while not engine.is_idle:
-        for id, event in engine.step():
-            assert not isinstance(event, Failed)
-            if isinstance(event, TokenStep):
-                assert event.logprob is not None
-                told.setdefault(id, []).append((event.token, event.logprob.logprob))
-    return told
 
 
 # --- plans -------------------------------------------------------------------------------------------------

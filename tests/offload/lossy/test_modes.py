@@ -54,9 +54,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(directory: Path, moe_checkpoint: Path) -> GGUFContent:
-    """Two layers of 6 experts, top 3, n_embd 64, n_ff 96, in F32."""
-    return read_content(convert(ConvertOptions(moe_checkpoint, directory / "stock.gguf", "F32", n_threads=1)).path)
+def stock(moe_gguf: Path) -> GGUFContent:
+    return read_content(moe_gguf)
 
 
 @pytest.fixture(scope="module")

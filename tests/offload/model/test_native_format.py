@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
@@ -41,10 +40,8 @@ NOVICES = np.random.default_rng(5).standard_normal((2, 64), np.float32)
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> GGUFContent:
-    """Two layers of 6 experts, top 3, n_embd 64, n_ff 96, in F32."""
-    target = tmp_path_factory.mktemp("native") / "stock.gguf"
-    return read_content(convert(ConvertOptions(moe_checkpoint, target, "F32", n_threads=1)).path)
+def stock(moe_gguf: Path) -> GGUFContent:
+    return read_content(moe_gguf)
 
 
 HINTS = LayerHints(

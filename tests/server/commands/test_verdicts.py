@@ -6,14 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import available_devices, choose_devices
@@ -139,12 +137,6 @@ def test_more_than_there_is_is_not_advised(model: Path) -> None:
 
 
 # --- devices -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def endpoints() -> Iterator[tuple[str, ...]]:
-    with rpc_server() as one, rpc_server() as other:
-        yield one.endpoint, other.endpoint
 
 
 @pytest.mark.parametrize("vram", [("1MiB",), ("8MiB", "8MiB"), ("8MiB", "12MiB")])

@@ -1,0 +1,44 @@
+"""What tests say to engines that must answer alike: a conversation, requests at once, steps that are stopped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench.baselines.stepping import random_tokens
+from slimoe.offload.engine import Engine
+from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
+
+Array = np.ndarray[Any, Any]
+TOKENS = random_tokens(48, 300)
+
+
+def conversation(engine: Engine) -> Array:
+    """Logits of parts that are read whole, in batches and token by token, some of whose rows are not wanted."""
+    told = [engine.read(TOKENS[:9], 9).copy(), engine.prefill(TOKENS[9:30])[None].copy()]
+    told += [engine.decode(token)[None].copy() for token in TOKENS[30:40]]
+    told.append(engine.read(TOKENS[40:45], 2).copy())
+    engine.truncate(20)
+    told.append(engine.decode(TOKENS[45])[None].copy())
+    return np.concatenate(told)
+
+
+def answers(engine: Engine) -> dict[int, list[tuple[int, float]]]:
+    """Tokens and their scores by request."""
+    greedy = SamplingParams(temperature=0.0)
+    for length in (30, 3, 17, 40):
+        engine.submit(GenerationRequest(tuple(TOKENS[:length]), 8, greedy, n_logprobs=0))
+    told: dict[int, list[tuple[int, float]]] = {}
+    while not engine.is_idle:
+        for id, event in engine.step():
+            assert not isinstance(event, Failed)
+            if isinstance(event, TokenStep):
+                assert event.logprob is not None
+                told.setdefault(id, []).append((event.token, event.logprob.logprob))
+    return told
+
+
+def stopped_after(n_calls: int) -> Callable[[], bool]:
+    """Says no so many times, and then yes."""
+    calls = iter(range(n_calls))
+    return lambda: next(calls, None) is None
