@@ -80,7 +80,7 @@ def main(
     console = Console(stderr=True, width=120)
     shape = replace(SHAPES["mixtral"], n_layer=layers)
     try:
-        load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+        load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
         load = machine.OtherLoad()
         with tempfile.TemporaryDirectory(prefix="slimoe-bench-") as name:
             plan = Plan(

@@ -152,7 +152,7 @@ def main(shape: str, layers: int, kind: str, threads: int | None, rounds: int, s
     llama_cpp.llama_log_set(silent, None)
     name = "smoke" if smoke else shape
     try:
-        load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+        load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
         with tempfile.TemporaryDirectory(prefix="slimoe-bench-") as directory:
             plan = Plan(Path(directory), kind, threads or default_threads(), 1 if smoke else rounds)
             write_random_checkpoint(plan.checkpoint, replace(SHAPES[name], n_layer=layers))

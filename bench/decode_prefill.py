@@ -238,7 +238,7 @@ def main(
             plan = Plan(path, threads or default_threads(), rounds, *tokens, depths)
             if smoke:
                 plan = replace(plan, n_rounds=1, n_prefill=32, n_decode=4, depths=(0, 16))
-            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
             load = machine.OtherLoad()
             report = run(plan, console.print)
             console.print(table(plan, report))

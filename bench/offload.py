@@ -177,7 +177,7 @@ def main(
             limits = smoke_limits() if smoke else limits_for(path, ratios)
             plan = make_plan(path, own, limits, routing, lengths)
             plan = replace(plan, n_threads=threads or default_threads(), engine=changes)
-            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
             load = machine.OtherLoad()
             runs = measure(plan, console.print)
             document = as_json(plan, runs)

@@ -158,7 +158,7 @@ def main(
     """Measure what the HTTP server adds to each token."""
     try:
         with ExitStack() as stack:
-            load_before = machine.require_quiet(allow_busy=allow_busy or smoke)
+            load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
             path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, vocabulary=True))
             plan = Plan(path, threads or default_threads(), 1 if smoke else rounds, 16 if smoke else tokens)
             config = EngineConfig(path, n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))

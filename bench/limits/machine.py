@@ -64,13 +64,15 @@ def _cpu_seconds() -> tuple[float, float]:
     return total - times.idle - getattr(times, "iowait", 0.0) - mine, total
 
 
-def require_quiet(*, allow_busy: bool, seconds: float = 1.0) -> float:
-    """Watches the cores for `seconds` and returns how many of them others use.
+def require_quiet(*, allow_busy: bool, is_smoke: bool = False) -> float:
+    """Watches the cores for a second and returns how many of them others use; for a smoke, which measures nothing, 0.
 
     Raises BusyMachineError above QUIET_CORES; with `allow_busy` it only warns on stderr.
     """
+    if is_smoke:
+        return 0.0
     load = OtherLoad()
-    most_busy = busiest(seconds)
+    most_busy = busiest(1.0)
     cores = load.cores()
     if cores > QUIET_CORES:
         message = f"Other processes use {cores:.1f} cores, most of all {most_busy}: the figures would mean nothing."

@@ -23,7 +23,7 @@ from bench.models.random_model import SHAPES, write_random_model
 ROOT = Path(__file__).parents[2]
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if '"--smoke"' in path.read_text("utf-8"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "@click.command" in path.read_text("utf-8"))
 Smoke = Callable[[str], dict[str, Any]]
 
 
@@ -38,12 +38,10 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", str(directory))
             patch.setattr("tempfile.tempdir", None)
-            # A second of watching others, which a smoke does not mind.
-            patch.setattr("bench.limits.machine.busiest", lambda _seconds: "nobody")
             # Threads wait for each other by spinning, which takes the cores from the tests beside.
-            patch.setattr(f"bench.{bench}.default_threads", lambda: 1, raising=False)
+            threads = ["--threads", "1"] if any(option.name == "threads" for option in main.params) else []
             handler, n_torch_threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-            done = CliRunner().invoke(main, ["--smoke"], catch_exceptions=False)
+            done = CliRunner().invoke(main, ["--smoke", *threads], catch_exceptions=False)
             signal.signal(signal.SIGTERM, handler)
             torch.set_num_threads(n_torch_threads)
         assert done.exit_code == 0, done.stderr
@@ -144,8 +142,7 @@ def test_kl_divergence_by_hand() -> None:
         ["decode_prefill", "--tokens", "4"],
     ],
 )
-def test_mistakes_are_answered_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.limits.machine.busiest", lambda _seconds: "nobody")
+def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
     done = CliRunner().invoke(import_module(f"bench.{arguments[0]}").main, [*arguments[1:], "--smoke"])
     assert done.exit_code not in (0, 1)
     assert isinstance(done.exception, SystemExit)
