@@ -17,8 +17,8 @@ from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ModelSpec
 
-_LEAST_SHARE_SUM = 2.0**-14
-"""llama.cpp's lower bound of what chosen probabilities are divided by."""
+_LEAST_SUM = 2.0**-14
+"""llama.cpp's lower bound of what the probabilities of the selected experts are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,15 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPass:
-    """What attention saw and said: its normalised input, the heads' joined output [n, n_head * n_embd_head], the update
-    of the stream [n, n_embd], and what each token received from all later ones, summed over heads [n]. Queries, keys
-    and values [n, n_out] are those before rotation.
+    """One pass of attention over a sequence of n tokens.
+
+    `x` [n, n_embd] is its normalised input, `output` [n, n_head * n_embd_head] the joined output of the heads, `update`
+    [n, n_embd] what is added to the residual stream. `received` [n] are the attention weights that each token gets from
+    itself and all later ones, summed over heads. `q`, `k` and `v` [n, n_out] are those before norms and rotation.
     """
 
     x: Tensor
-    mixed: Tensor
+    output: Tensor
     update: Tensor
     received: Tensor
     q: Tensor
@@ -75,12 +77,14 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The router's answer: logits and softmax over all rows [n, n_row], rows picked and their shares [n, n_used]."""
+    """What a router answers to n tokens: logits and softmax over all its rows [n, n_row], the rows that are selected
+    and the expert weights [n, n_used], the largest first.
+    """
 
     logits: Tensor
     probabilities: Tensor
-    picks: Tensor
-    shares: Tensor
+    selected: Tensor
+    weights: Tensor
 
 
 def activate(gate: Tensor, up: Tensor) -> Tensor:
@@ -156,15 +160,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
-    """Causal attention of one sequence from its first token on; `update` is still to be added to `h`."""
-    n, width = h.shape[0], spec.n_embd_head
+    """Causal attention of one sequence [n, n_embd] from its first token on; `update` is still to be added to `h`.
+
+    It goes from one key head to the next, so that the attention weights of one group of heads are held at a time.
+    """
+    n, group = h.shape[0], spec.n_head // spec.n_head_kv
     x = rms_norm(h, block.norm, spec.rms_eps)
     cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
     queries = rotate(_heads(q, block.q_norm, spec), cos, sin, spec.architecture.rope)
     keys = rotate(_heads(k, block.k_norm, spec), cos, sin, spec.architecture.rope)
-    mixed, received = _mix(queries, keys, v.view(n, spec.n_head_kv, width), spec.attention_scale)
-    return AttentionPass(x, mixed, block.out(mixed), received, q, k, v)
+    values = v.view(n, spec.n_head_kv, spec.n_embd_head)
+    is_later = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
+    outputs, received = [], torch.zeros(n, device=h.device)
+    for head in range(spec.n_head_kv):
+        of_group = queries[:, head * group : (head + 1) * group].transpose(0, 1)
+        products = (of_group @ keys[:, head].T * spec.attention_scale).masked_fill(is_later, -math.inf)
+        weights = products.softmax(-1)
+        received = received + weights.sum((0, 1))
+        outputs.append((weights @ values[:, head]).transpose(0, 1).reshape(n, -1))
+    output = torch.cat(outputs, -1)
+    return AttentionPass(x, output, block.out(output), received, q, k, v)
 
 
 def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
@@ -173,21 +189,6 @@ def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
         rows = rms_norm(rows, norm, spec.rms_eps)
     heads = rows.view(len(rows), -1, spec.n_embd_head)
     return rms_norm(heads, norm, spec.rms_eps) if norm is not None and spec.architecture.qk_norm == "head" else heads
-
-
-def _mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One key head after the other, so that the products of one group are held and not those of all heads."""
-    n, n_head, width = q.shape
-    group = n_head // k.shape[1]
-    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    mixed, received = [], torch.zeros(n, device=q.device)
-    for head in range(k.shape[1]):
-        queries = q[:, head * group : (head + 1) * group].transpose(0, 1)
-        products = (queries @ k[:, head].T * scale).masked_fill(hidden, -math.inf)
-        weights = products.softmax(-1)
-        received = received + weights.sum((0, 1))
-        mixed.append((weights @ v[:, head]).transpose(0, 1).reshape(n, group * width))
-    return torch.cat(mixed, -1), received
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, kind: RopeType = RopeType.NORM) -> Tensor:
@@ -214,7 +215,7 @@ def _angles(rope: RopeSpec, n: int, device: torch.device, factors: Tensor | None
         frequencies = frequencies / factors
     scaled, size = rope.freq_scale * frequencies, rope.attn_factor
     if rope.ext_factor:
-        low, high = (_turning_pair(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
+        low, high = rope.turning_pair(rope.beta_fast), rope.turning_pair(rope.beta_slow)
         low, high = max(0.0, math.floor(low)), min(rope.n_rot - 1.0, math.ceil(high))
         mix = (1.0 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)) * rope.ext_factor
         scaled = scaled * (1 - mix) + frequencies * mix
@@ -223,23 +224,18 @@ def _angles(rope: RopeSpec, n: int, device: torch.device, factors: Tensor | None
     return (size * angles.cos()).float(), (size * angles.sin()).float()
 
 
-def _turning_pair(rope: RopeSpec, n_turns: float) -> float:
-    """The pair that turns so many times within the context that the model was trained for."""
-    return rope.n_rot * math.log(rope.n_ctx_orig / (n_turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))
-
-
 def route(router: Tensor, spec: ModelSpec, x: Tensor) -> Routing:
-    """The router's picks for normalised rows `x`, the likeliest first."""
+    """The experts that a router [n_row, n_embd] selects for normalised rows `x` [n, n_embd], the likeliest first."""
     logits = x @ router.T
     probabilities = logits.softmax(-1)
-    chosen, picks = probabilities.topk(spec.n_expert_used, -1)
+    weights, selected = probabilities.topk(spec.n_expert_used, -1)
     if spec.architecture.router.renormalise:
-        chosen = chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SHARE_SUM)
-    return Routing(logits, probabilities, picks, chosen * spec.expert_weights_scale)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
+    return Routing(logits, probabilities, selected, weights * spec.expert_weights_scale)
 
 
 _LOGITS_AT_ONCE = 1 << 23
-"""So many numbers, 32 MiB, are held of logits at once."""
+"""The most logits that are held at once, 32 MiB of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,11 +247,11 @@ class Head:
     eps: float
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Logits [n, n_vocab] of streams behind the last layer [n, n_embd]."""
+        """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
         return rms_norm(h, self.norm, self.eps) @ self.weight.T
 
     def spans(self, n_rows: int) -> Iterator[slice]:
-        """Rows in parts whose logits are few enough to be held at once."""
+        """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
         step = max(1, _LOGITS_AT_ONCE // self.weight.shape[0])
         yield from (slice(begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
 

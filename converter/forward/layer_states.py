@@ -1,4 +1,4 @@
-"""The streams before every layer and behind the last, kept for what looks at a pass backwards or layer by layer."""
+"""The hidden states between all layers, for what goes through a pass backwards or compares it layer by layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,14 @@ from slimoe.converter.forward.stream import HiddenStates, Observer, Sequences, S
 from slimoe.converter.source.model_source import ModelSource
 
 Progress = Callable[[int, int], None]
-"""Called with the steps done and all steps."""
+"""Called with the number of steps that are done, and that of all steps."""
 
 
 class LayerStates:
-    """`before[layer]` [n_rows, n_embd], with the streams behind the last layer at the end; closing deletes files."""
+    """The hidden states [n_rows, n_embd] before each layer and, last, those behind the last layer.
+
+    They lie in memory, or in files of `directory` that closing deletes.
+    """
 
     def __init__(self, source: ModelSource, n_rows: int, directory: Path | None = None) -> None:
         n_states = source.spec.n_layer + 1
@@ -22,11 +25,11 @@ class LayerStates:
 
     @property
     def before(self) -> list[Tensor]:
-        """All of them."""
+        """The hidden states before each layer, and those behind the last one."""
         return [states.rows for states in self._states]
 
     def close(self) -> None:
-        """Deletes what lies on disk."""
+        """Deletes them."""
         for states in self._states:
             states.close()
 
@@ -40,7 +43,7 @@ class LayerStates:
 
 
 def state_bytes(source: ModelSource, n_rows: int) -> int:
-    """Bytes that LayerStates take for so many tokens."""
+    """The bytes that LayerStates take for `n_rows` tokens."""
     return 4 * (source.spec.n_layer + 1) * n_rows * source.spec.n_embd
 
 
@@ -53,7 +56,7 @@ def fill_states(
     directory: Path | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs the sequences through the model; raises ModelFileError."""
+    """Runs the sequences through the model, and keeps their hidden states in `states`; raises ModelFileError."""
     stream = Stream(source, sequences, device, directory)
     try:
         stream.embed()

@@ -1,6 +1,6 @@
-"""Runs texts through a model block by block and expert by expert, so that little more than one expert is in memory.
+"""Runs texts through a model layer by layer and expert by expert, so that little more than one expert is in memory.
 
-All sequences pass a layer before the next layer is read. What is learnt on the way is an observer's business.
+All sequences pass a layer before the next layer is read. An observer sums up what is to be learnt on the way.
 """
 
 import os
@@ -30,45 +30,51 @@ from slimoe.converter.forward.block import (
 )
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.offload.files.whole_file import write_error
+from slimoe.offload.model.native_format import novice_name
 
 _ROWS_AT_ONCE = 4096
 
 
 class Observer:
-    """Sees everything of a pass; this one ignores it. Rows of all sequences follow each other, numbered from 0."""
+    """Is told of everything that a forward pass computes; this one ignores it.
+
+    Rows are the tokens of all sequences, one sequence after the other, numbered from 0.
+    """
 
     def attention(self, layer: int, first_row: int, h: Tensor, seen: AttentionPass) -> None:
-        """One sequence's stream before attention, and what attention made of it."""
+        """One sequence's residual stream before attention, and the pass of attention."""
 
     def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
-        """The normalised input of a sequence's router and experts, and the router's answer."""
+        """The normalised input of a sequence's router and experts, and what the router answers."""
 
-    def expert(self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor) -> Tensor | None:
-        """Tokens `rows` that chose a stored expert, its input and activations, and what each token's share of it is.
+    def expert(
+        self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, weights: Tensor
+    ) -> Tensor | None:
+        """The tokens `rows` that selected a stored expert, its inputs and activations for them, and its weights.
 
-        May return an output in place of the product with `down`, such as that of other weights.
+        May return an output [n, n_embd] in place of the product with `down`, such as that of other matrices.
         """
 
-    def output(self, layer: int, expert: int, rows: Tensor, shares: Tensor, output: Tensor) -> None:
-        """What the expert answered."""
+    def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
+        """The expert's output [n, n_embd] for these tokens, not yet weighted."""
 
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
-        """A sequence's stream before the block, after its attention, and after its experts."""
+        """A sequence's residual stream before the block, after its attention, and after its feed-forward part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """The token ids of texts that do not see each other, and the row at which each begins."""
+    """The token ids of texts that do not attend to each other."""
 
     tokens: tuple[tuple[int, ...], ...]
 
     @property
     def n_rows(self) -> int:
-        """Tokens of all of them."""
+        """Tokens of all sequences."""
         return sum(map(len, self.tokens))
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(first row, row after the last) of each."""
+        """The first row of each sequence, and the row after its last."""
         begin = 0
         for tokens in self.tokens:
             yield begin, begin + len(tokens)
@@ -76,10 +82,10 @@ class Sequences:
 
 
 class HiddenStates:
-    """Streams [n_rows, n_embd] float32: in memory, or in a file of `directory` without a name, which leaves nothing."""
+    """Hidden states [n_rows, n_embd] float32, in memory or in a file of `directory` without a name."""
 
     def __init__(self, n_rows: int, n_embd: int, directory: Path | None = None) -> None:
-        """Raises UsageError or DoesNotFitError where the file cannot be made."""
+        """Makes room for them; raises UsageError or DoesNotFitError where the file cannot be made."""
         if directory is None:
             self.rows = torch.empty(n_rows, n_embd)
             return
@@ -92,12 +98,12 @@ class HiddenStates:
             raise write_error(directory, error) from None
 
     def close(self) -> None:
-        """Lets the file go."""
+        """Deletes them."""
         self.rows = torch.empty(0, 0)
 
 
 class Stream:
-    """The state of a pass between two layers: `h`, and buffers for the stream within a layer."""
+    """A forward pass between two layers: the residual stream `h` [n_rows, n_embd], and buffers within a layer."""
 
     def __init__(
         self, source: ModelSource, sequences: Sequences, device: str = "cpu", directory: Path | None = None
@@ -113,7 +119,7 @@ class Stream:
         torch.index_select(table, 0, torch.tensor(tokens), out=self.h)
 
     def pass_layer(self, layer: int, observer: Observer, experts: Callable[[int], Expert] | None = None) -> None:
-        """Moves `h` behind a layer. `experts` gives other weights for a stored expert than the model's.
+        """Moves `h` behind a layer; `experts` reads a stored expert, the model's own if None.
 
         Raises ModelFileError.
         """
@@ -121,15 +127,20 @@ class Stream:
             self._attention(layer, observer)
             router = read_router(self.source, layer, self.device)
             if router is not None:
-                self._mix(layer, self._route(layer, router, observer), observer, experts or self._reader(layer))
+                routing = self._route(layer, router, observer)
+                self._experts(layer, routing, observer, experts)
             elif self.source.layers[layer].has_ffn:
-                self._dense(layer)
+                norm, ffn = read_dense(self.source, layer, self.device)
+                for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
+                    rows = slice(begin, begin + _ROWS_AT_ONCE)
+                    self._after[rows] += ffn(self._normalised(rows, norm)).cpu()
         for begin, end in self.sequences.spans():
             observer.block(layer, begin, self.h[begin:end], self._middle[begin:end], self._after[begin:end])
         self.h, self._after = self._after, self.h
 
-    def _reader(self, layer: int) -> Callable[[int], Expert]:
-        return lambda expert: read_expert(self.source, layer, expert, self.device)
+    def _normalised(self, rows: slice, norm: Tensor) -> Tensor:
+        """The input [n, n_embd] of some rows' feed-forward part."""
+        return rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps)
 
     def _attention(self, layer: int, observer: Observer) -> None:
         block = read_attention(self.source, layer, self.device)
@@ -144,56 +155,48 @@ class Stream:
     def _route(self, layer: int, router: Router, observer: Observer) -> Routing:
         found = []
         for begin, end in self.sequences.spans():
-            x = rms_norm(self._middle[begin:end].to(self.device), router.norm, self.source.spec.rms_eps)
-            self._x[begin:end] = x
+            x = self._x[begin:end] = self._normalised(slice(begin, end), router.norm)
             found.append(route(router.weight, self.source.spec, x))
             observer.routed(layer, begin, x, found[-1])
-        parts = zip(*((one.logits, one.probabilities, one.picks, one.shares) for one in found), strict=True)
+        parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
         return Routing(*(torch.cat(part).cpu() for part in parts))
 
-    def _mix(self, layer: int, routing: Routing, observer: Observer, experts: Callable[[int], Expert]) -> None:
-        for expert, rows, shares in picks_by_expert(self.source.layers[layer].target, routing):
-            if expert < 0:
-                novice = read_tensor(self.source, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert))
-                self._after.index_add_(0, rows, shares[:, None] * novice)
+    def _experts(self, layer: int, routing: Routing, observer: Observer, read: Callable[[int], Expert] | None) -> None:
+        for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing):
+            if number < 0:
+                constant = read_tensor(self.source, MatrixKey(novice_name(layer), -1 - number))
+                self._after.index_add_(0, rows, weights[:, None] * constant)
                 continue
-            weights = experts(expert)
-            for part, of_part in zip(rows.split(_ROWS_AT_ONCE), shares.split(_ROWS_AT_ONCE), strict=True):
-                x, share = self._x[part].to(self.device), of_part.to(self.device)
-                hidden = weights.hidden(x)
-                other = observer.expert(layer, expert, part, x, hidden, share)
-                output = weights.down(hidden) if other is None else other
-                observer.output(layer, expert, part, share, output)
-                self._after.index_add_(0, part, (share[:, None] * output).cpu())
-
-    def _dense(self, layer: int) -> None:
-        norm, expert = read_dense(self.source, layer, self.device)
-        for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
-            rows = slice(begin, begin + _ROWS_AT_ONCE)
-            x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps)
-            self._after[rows] += expert(x).cpu()
+            expert = read(number) if read else read_expert(self.source, layer, number, self.device)
+            for part, of_part in zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True):
+                x, weight = self._x[part].to(self.device), of_part.to(self.device)
+                hidden = expert.hidden(x)
+                other = observer.expert(layer, number, part, x, hidden, weight)
+                output = expert.down(hidden) if other is None else other
+                observer.output(layer, number, part, weight, output)
+                self._after.index_add_(0, part, (weight[:, None] * output).cpu())
 
     def close(self) -> None:
-        """Lets go what lies on disk."""
+        """Deletes the buffers."""
         for buffer in self._buffers:
             buffer.close()
 
 
-def picks_by_expert(target: Sequence[int], routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, rows that chose it, their shares) of every chosen expert, constant ones as -1 - n."""
-    means = torch.tensor(target)[routing.picks]
-    for expert in means.unique().tolist():
-        rows, ranks = torch.nonzero(means == expert, as_tuple=True)
-        yield expert, rows, routing.shares[rows, ranks]
+def rows_by_expert(target: Sequence[int], routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every expert that is selected, or -1 - n for constant n; the rows that select it, and its weights for them."""
+    meant = torch.tensor(target)[routing.selected]
+    for expert in meant.unique().tolist():
+        rows, ranks = torch.nonzero(meant == expert, as_tuple=True)
+        yield expert, rows, routing.weights[rows, ranks]
 
 
 def final_logits(source: ModelSource, h: Tensor) -> Tensor:
-    """Logits [n, n_vocab] of streams behind the last layer; raises ModelFileError."""
+    """Logits [n, n_vocab] of hidden states [n, n_embd] behind the last layer; raises ModelFileError."""
     return read_head(source)(h)
 
 
 def run(source: ModelSource, sequences: Sequences, observer: Observer | None = None) -> Tensor:
-    """The streams behind the last layer [n_rows, n_embd], in one go; raises ModelFileError."""
+    """The hidden states behind the last layer [n_rows, n_embd], in one go; raises ModelFileError."""
     stream = Stream(source, sequences)
     stream.embed()
     for layer in range(source.spec.n_layer):

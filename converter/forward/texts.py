@@ -4,6 +4,7 @@ A file is plain text, or JSON lines: objects with `messages`, which the model's 
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ _SHORTEST = 16
 """Tokens that a text's last sequence needs to count, unless it is all there is."""
 _CHARACTERS_PER_TOKEN = 32
 _EXCERPTS = 64
+_GOLDEN = (5**0.5 - 1) / 2
 _HELD_OUT = 0.1
-"""The share of our own mixture that is not calibrated on: the last lines of each file, for evaluating what was made."""
+"""The part of our own mixture that is not calibrated on: the last lines of each file, for evaluating what was made."""
 _OWN = Path(__file__).parents[1] / "texts"
 
 
@@ -42,7 +44,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file of texts, and what its kind of text is called; only the lines from one share of it to another count."""
+    """A file of texts of one domain, of which the lines between the parts `begin` and `end` of its length count."""
 
     domain: str
     path: Path
@@ -51,7 +53,7 @@ class TextFile:
 
     @classmethod
     def parse(cls, value: str) -> "TextFile":
-        """From FILE or DOMAIN=FILE; a file's own name stands for its domain."""
+        """Parses FILE or DOMAIN=FILE; without a domain it is the file's name."""
         domain, equals, path = value.partition("=")
         if equals and domain and not os.path.lexists(value):
             return cls(domain, Path(path))
@@ -60,19 +62,19 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationText:
-    """Sequences of token ids, and the name of each one's text."""
+    """Sequences of token ids, and the domain of each."""
 
     tokens: tuple[tuple[int, ...], ...]
     domains: tuple[str, ...]
 
     @property
     def n_tokens(self) -> int:
-        """Of all sequences."""
+        """Tokens of all sequences."""
         return sum(map(len, self.tokens))
 
     @property
     def hash(self) -> str:
-        """A digest of all of it."""
+        """A digest of the tokens and domains."""
         return hashlib.sha256(json.dumps([self.tokens, self.domains]).encode()).hexdigest()
 
 
@@ -92,26 +94,32 @@ def _own_texts(begin: float, end: float) -> tuple[TextFile, ...]:
 
 
 def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int) -> CalibrationText:
-    """At most `n_tokens` in sequences of at most `length`, as even as can be from all domains and all over each file.
+    """Reads at most `n_tokens` in sequences of at most `length`, evenly from all domains and all over each file.
 
     Raises ModelFileError for a file that is no text, and UsageError for lines that are none or when there are fewer
     tokens than `MIN_TOKENS`.
     """
-    domains = dict.fromkeys(file.domain for file in files)
-    n_characters = _CHARACTERS_PER_TOKEN * n_tokens
-    pieces = {
-        domain: _spread(
-            [
-                piece
-                for file in files
-                if file.domain == domain
-                for ids in documents(file, encoder, n_characters)
-                for piece in _cut(ids, length)
-            ]
-        )
-        for domain in domains
-    }
-    text = _mix(pieces, n_tokens)
+    pieces: dict[str, list[tuple[int, ...]]] = {file.domain: [] for file in files}
+    for file in files:
+        for ids in documents(file, encoder, _CHARACTERS_PER_TOKEN * n_tokens):
+            for begin in range(0, len(ids), length):
+                piece = tuple(ids[begin : begin + length])
+                if len(piece) >= _SHORTEST or (begin == 0 and len(piece) > 1):
+                    pieces[file.domain].append(piece)
+    # By steps of the golden ratio, so that any number of the first pieces come from all over the domain's files.
+    spread = [
+        [one for _, one in sorted(enumerate(some), key=lambda at: at[0] * _GOLDEN % 1)] for some in pieces.values()
+    ]
+    tokens: list[tuple[int, ...]] = []
+    domains: list[str] = []
+    n_left = n_tokens
+    for in_turn in itertools.zip_longest(*spread):
+        for domain, one in zip(pieces, in_turn, strict=True):
+            if one is not None and n_left:
+                tokens.append(one[:n_left])
+                domains.append(domain)
+                n_left -= len(tokens[-1])
+    text = CalibrationText(tuple(tokens), tuple(domains))
     if text.n_tokens < MIN_TOKENS:
         least = f"{MIN_TOKENS - text.n_tokens:,} less than the least that a calibration needs"
         hint = "Ask for more --tokens." if n_tokens < MIN_TOKENS else "Give longer or more texts with --text."
@@ -119,43 +127,19 @@ def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, l
     return text
 
 
-def _mix(pieces: Mapping[str, Sequence[Sequence[int]]], n_tokens: int) -> CalibrationText:
-    """One piece of each domain after the other while there are any."""
-    left = {domain: iter(of_domain) for domain, of_domain in pieces.items()}
-    tokens: list[tuple[int, ...]] = []
-    domains: list[str] = []
-    n_left = n_tokens
-    while left and n_left > 0:
-        for domain in list(left):
-            piece = tuple(next(left[domain], ()))[: max(0, n_left)]
-            if not piece:
-                del left[domain]
-                continue
-            tokens.append(piece)
-            domains.append(domain)
-            n_left -= len(piece)
-    return CalibrationText(tuple(tokens), tuple(domains))
-
-
-def _spread(pieces: list[list[int]]) -> list[list[int]]:
-    """Reordered so that any number of the first ones come from all over the list."""
-    golden = (5**0.5 - 1) / 2
-    return [piece for _, piece in sorted(enumerate(pieces), key=lambda item: (item[0] * golden) % 1)]
-
-
-def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
-    for begin in range(0, len(ids), length):
-        piece = ids[begin : begin + length]
-        if len(piece) >= _SHORTEST or (begin == 0 and len(piece) > 1):
-            yield piece
-
-
 def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterator[list[int]]:
-    """The ids of each text in a file; of a long one, about so many characters from all over it.
+    """The ids of each text in a file; of a long text, those of about `n_characters` from all over it.
 
     Raises ModelFileError for a file that is no text, and UsageError for lines that are neither texts nor conversations.
     """
-    whole = _read(file.path)
+    try:
+        whole = read_regular(file.path).decode("utf-8").replace("\r\n", "\n")
+    except OSError as error:
+        raise ModelFileError(file.path, f"the text cannot be read ({reason(error)}).", "Name a text file.") from None
+    except UnicodeDecodeError:
+        raise ModelFileError(
+            file.path, "this is not UTF-8 text.", "Give plain text, or .jsonl with messages."
+        ) from None
     text = whole[_line_at(whole, file.begin) : _line_at(whole, file.end)]
     if file.path.suffix == ".jsonl":
         yield from (_entry(file.path, n, line, encoder) for n, line in enumerate(text.splitlines(), 1) if line.strip())
@@ -164,18 +148,9 @@ def documents(file: TextFile, encoder: TextEncoder, n_characters: int) -> Iterat
         yield encoder.text(part, at_start=begin == 0)
 
 
-def _read(path: Path) -> str:
-    try:
-        return read_regular(path).decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise ModelFileError(path, f"the text cannot be read ({reason(error)}).", "Name a text file.") from None
-    except UnicodeDecodeError:
-        raise ModelFileError(path, "this is not UTF-8 text.", "Give plain text, or .jsonl with messages.") from None
-
-
-def _line_at(text: str, share: float) -> int:
-    """Where the first line begins that is behind a share of the text."""
-    at = round(share * len(text))
+def _line_at(text: str, part: float) -> int:
+    """Where the first line begins behind a part of the text's length."""
+    at = round(part * len(text))
     return at if at in (0, len(text)) else (text.find("\n", at) + 1 or len(text))
 
 
@@ -199,7 +174,7 @@ class _Message(msgspec.Struct):
 
 
 class _Entry(msgspec.Struct):
-    """A line of JSON: either of both."""
+    """A line of JSON, which has one of both."""
 
     messages: tuple[_Message, ...] | None = None
     text: str | None = None

@@ -41,12 +41,20 @@ class Windows:
 
 
 def cut_windows(texts: Mapping[str, Sequence[int]], length: int = 512, most: int | None = None) -> Windows:
-    """Consecutive windows of each domain's text, `most` of them evenly spread; what is left at the end is not used.
+    """Cuts each domain's text into consecutive windows of `length` tokens, and takes `most` of them, evenly spread.
 
-    A text shorter than a window is one. Raises UsageError for a text too short to predict anything of it.
+    What is left at a text's end is not used; a text shorter than a window is one. Raises UsageError for a text too
+    short to predict anything of it.
     """
     assert length >= _FEWEST
-    found = [(domain, window) for domain, text in texts.items() for window in _cut(domain, text, length, most)]
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for domain, text in texts.items():
+        if len(text) < _FEWEST:
+            problem = f"The text {domain} has only {len(text)} tokens, but an evaluation needs {_FEWEST}."
+            raise UsageError(f"{problem} Give a longer one.")
+        n_windows = max(1, len(text) // length)
+        spread = np.linspace(0, n_windows - 1, min(most or n_windows, n_windows)).round().astype(int)
+        found += ((domain, tuple(text[n * length : (n + 1) * length])) for n in np.unique(spread).tolist())
     sequences = Sequences(tuple(window for _, window in found))
     rows, targets, owners = [], [], []
     for index, (begin, end) in enumerate(sequences.spans()):
@@ -56,11 +64,3 @@ def cut_windows(texts: Mapping[str, Sequence[int]], length: int = 512, most: int
         owners.append(np.full(len(half), index))
     domains = tuple(domain for domain, _ in found)
     return Windows(sequences, domains, np.concatenate(rows), np.concatenate(targets), np.concatenate(owners))
-
-
-def _cut(domain: str, text: Sequence[int], length: int, most: int | None) -> list[tuple[int, ...]]:
-    if len(text) < _FEWEST:
-        raise UsageError(f"The text {domain} has only {len(text)} tokens. Give a longer one to judge a model by.")
-    n_windows = max(1, len(text) // length)
-    chosen = np.unique(np.linspace(0, n_windows - 1, min(most or n_windows, n_windows)).round().astype(int))
-    return [tuple(text[index * length : (index + 1) * length]) for index in chosen.tolist()]

@@ -98,7 +98,7 @@ class _Tokens:
     def error(self, router: Tensor, rows: Tensor) -> Tensor:
         """The mean squared error of the output of some tokens, differentiable while they select the same experts."""
         routing = route(router, self.model, self.x[rows])
-        mix = torch.zeros_like(routing.logits).scatter(-1, routing.picks, routing.shares)
+        mix = torch.zeros_like(routing.logits).scatter(-1, routing.selected, routing.weights)
         mix = torch.cat((mix, -torch.ones(len(rows), 1)), -1)
         return torch.einsum("ti,tij,tj->t", mix, self.products[rows], mix).mean()
 

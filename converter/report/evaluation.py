@@ -33,9 +33,9 @@ class _Picks(Observer):
 
     def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
         """Adds a sequence."""
-        n, n_used = routing.picks.shape
+        n, n_used = routing.selected.shape
         picks = self.by_layer.setdefault(layer, torch.empty(self.n_rows, n_used, dtype=torch.int16))
-        picks[first_row : first_row + n] = routing.picks
+        picks[first_row : first_row + n] = routing.selected
 
 
 class Reference:

@@ -108,7 +108,7 @@ class _Reader:
             problem = f"YaRN with beta_fast {betas[0]:g}, beta_slow {betas[1]:g} and rope_theta"
             raise ModelFileError(self.path, f"{problem} {self.plain.freq_base:g} means nothing.")
         size = self._yarn_magnitude(factor)
-        bounds = [_turning_pair(self.plain, n_ctx, beta) for beta in betas]
+        bounds = [replace(self.plain, n_ctx_orig=n_ctx).turning_pair(beta) for beta in betas]
         low, high = (math.floor(bounds[0]), math.ceil(bounds[1])) if fields.truncate else bounds
         low, high = max(low, 0), min(high, self.plain.n_rot - 1)
         is_clear = all(abs(bound - round(bound)) > _ROUNDING for bound in bounds)
@@ -133,8 +133,3 @@ class _Reader:
             problem = f"mscale {fields.mscale} and mscale_all_dim {fields.mscale_all_dim} make a magnitude of {size:g}."
             raise ModelFileError(self.path, problem)
         return size
-
-
-def _turning_pair(rope: RopeSpec, n_ctx: int, n_turns: float) -> float:
-    """The pair that turns so many times within a context."""
-    return rope.n_rot * math.log(n_ctx / (n_turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))

@@ -170,7 +170,9 @@ class Backward:
         """
         with torch.no_grad():
             parts = [self._route(router, self._middle[rows].to(self.device))[1] for rows in self._spans()]
-        selected, routed = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("picks", "shares"))
+        selected, routed = (
+            torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("selected", "weights")
+        )
         self._by_input.zero_()
         by_weight = torch.zeros_like(routed)
         means = torch.tensor(self.source.layers[layer].target)[selected]
@@ -194,7 +196,7 @@ class Backward:
             middle = self._middle[span].to(self.device).requires_grad_()
             x, routing = self._route(router, middle)
             gradients = (self._by_input[span].to(self.device), by_weight[span].to(self.device))
-            self._gradient[span] += torch.autograd.grad((x, routing.shares), middle, gradients)[0].cpu()
+            self._gradient[span] += torch.autograd.grad((x, routing.weights), middle, gradients)[0].cpu()
         return (routed * by_weight).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:

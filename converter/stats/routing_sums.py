@@ -29,7 +29,7 @@ class RoutingSums:
 
     def add(self, routing: Routing) -> None:
         """Adds the routing of one sequence."""
-        selected, weights = routing.picks.cpu().numpy(), routing.shares.double().cpu().numpy()
+        selected, weights = routing.selected.cpu().numpy(), routing.weights.double().cpu().numpy()
         logits = routing.logits.double()
         probabilities = routing.probabilities.double().cpu().numpy()
         of_selected = np.take_along_axis(probabilities, selected, 1)

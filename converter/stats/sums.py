@@ -163,7 +163,7 @@ class TraceRows:
     def add_routing(self, first_row: int, x: Tensor, routing: Routing) -> None:
         """Adds a sequence's inputs of the router, and its routing."""
         rows = slice(first_row, first_row + len(x))
-        self._picks[rows], self._shares[rows] = routing.picks.cpu().numpy(), routing.shares.cpu().numpy()
+        self._picks[rows], self._shares[rows] = routing.selected.cpu().numpy(), routing.weights.cpu().numpy()
         self._norm[rows] = x.abs().sum(-1).cpu().numpy()
 
     def finish(self) -> TokenTrace:

@@ -25,7 +25,7 @@ from slimoe.converter.forward.block import (
     rms_norm,
     route,
 )
-from slimoe.converter.forward.stream import Sequences, picks_by_expert
+from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.router_refit import refit
@@ -110,7 +110,7 @@ class FeedbackQuantiser:
             if state.router is not None:
                 routing = route(state.router, self._source.spec, x)
             middle = middle.clone()
-            for expert, rows, shares in picks_by_expert(state.plan.target, routing):
+            for expert, rows, shares in rows_by_expert(state.plan.target, routing):
                 middle.index_add_(0, rows, shares[:, None] * self._output(expert, x[rows]))
         self._h = middle
 
@@ -143,14 +143,14 @@ class FeedbackQuantiser:
         if role != "attn_output":
             return _products(rms_norm(self._h, block.norm, self._source.spec.rms_eps))
         seen = [attend(self._attention(block), self._source.spec, self._h[b:e]) for b, e in self._sequences.spans()]
-        return _products(torch.cat([one.mixed for one in seen]))
+        return _products(torch.cat([one.output for one in seen]))
 
     def _expert_products(self, matrix: Matrix) -> Tensor:
         """Over the tokens that picked the expert, by the square of their share; others help where these are few."""
         x, routing = self._routed()
         number = matrix.key.expert
         found = [
-            (rows, shares) for one, rows, shares in picks_by_expert(self._state.plan.target, routing) if one == number
+            (rows, shares) for one, rows, shares in rows_by_expert(self._state.plan.target, routing) if one == number
         ]
         rows, shares = found[0] if found else (torch.empty(0, dtype=torch.long), torch.empty(0))
         anyone = x[:: max(1, len(x) // _FEW)]
@@ -232,7 +232,7 @@ class FeedbackQuantiser:
         assert router is not None
         result = torch.zeros_like(x)
         routing = route(router.weight, self._source.spec, x)
-        for expert, rows, shares in picks_by_expert(self._source.layers[block].target, routing):
+        for expert, rows, shares in rows_by_expert(self._source.layers[block].target, routing):
             if expert >= 0:
                 result.index_add_(0, rows, shares[:, None] * read_expert(self._source, block, expert)(x[rows]))
         return result

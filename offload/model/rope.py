@@ -11,7 +11,7 @@ ROPE_SCALINGS = ("none", "linear", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. The first fields are the file's, the properties are `ggml_rope_ext`'s arguments."""
+    """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`."""
 
     n_rot: int
     n_ctx_orig: int
@@ -23,11 +23,15 @@ class RopeSpec:
     def n_ctx_reached(self, n_ctx_train: int) -> int:
         """Tokens that the scaled rotation was made for, in a file whose context length is `n_ctx_train`.
 
-        That length is the scaled one already where it is above the original one; with linear scaling, for which files
-        name no original one, always.
+        The context length is the scaled one already if it is longer than the original one. With linear scaling, where
+        files name no original length, it always is.
         """
         is_scaled = self.scaling == "yarn" or self.n_ctx_orig < n_ctx_train
         return max(n_ctx_train, int(self.n_ctx_orig * self.factor) if is_scaled else 0)
+
+    def turning_pair(self, n_turns: float) -> float:
+        """The pair, a number that need not be whole, that turns `n_turns` times within the original context."""
+        return self.n_rot * math.log(self.n_ctx_orig / (n_turns * 2 * math.pi)) / (2 * math.log(self.freq_base))
 
     @property
     def freq_scale(self) -> float:
@@ -36,7 +40,7 @@ class RopeSpec:
 
     @property
     def ext_factor(self) -> float:
-        """Share of YaRN's extrapolation: all or nothing."""
+        """The part of YaRN's extrapolation: all of it, or none."""
         return 1.0 if self.scaling == "yarn" else 0.0
 
     @property

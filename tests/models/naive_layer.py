@@ -120,7 +120,7 @@ def naive_layer(model: HeldModel, layer: int, texts: Sequences = TEXTS) -> Naive
     x = torch.cat([one for one, _ in watch.seen])
     middle, after = (torch.cat(part).double().numpy() for part in zip(*watch.streams, strict=True))
     outputs = [read_expert(model, layer, expert)(x).double() for expert in range(model.layers[layer].n_stored)]
-    routing = [torch.cat([getattr(one, name) for _, one in watch.seen]) for name in ("logits", "picks", "shares")]
+    routing = [torch.cat([getattr(one, name) for _, one in watch.seen]) for name in ("logits", "selected", "weights")]
     return NaiveLayer(
         x.double().numpy(),
         middle,

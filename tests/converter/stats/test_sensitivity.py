@@ -200,7 +200,7 @@ class Inputs(Observer):
         self.rows: dict[MatrixKey, list[torch.Tensor]] = {}
 
     def attention(self, layer: int, first_row: int, h: torch.Tensor, seen: AttentionPass) -> None:
-        for role, x in (("attn_v", seen.x), ("attn_output", seen.mixed)):
+        for role, x in (("attn_v", seen.x), ("attn_output", seen.output)):
             self.rows.setdefault(block_key(layer, role), []).append(x)
 
     def expert(
