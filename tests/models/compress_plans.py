@@ -52,7 +52,7 @@ def with_layers(plan: CompressPlan, layers: dict[int, LayerPlan]) -> CompressPla
 
 
 class RandomPlans:
-    """Draws native plans for a source: counts, aliases, novices, widths, types, copies, missing parts."""
+    """Draws native plans for a source: counts, aliases, constant experts, widths, types, copies, missing parts."""
 
     def __init__(self, source: ModelSource, seed: int, types: Sequence[Type] = SMALL_ROWS, multiple: int = 32) -> None:
         self.source, self.types, self.multiple = source, types, multiple
@@ -85,14 +85,14 @@ class RandomPlans:
         stored, n_used = self.source.layers[layer.block], self.source.spec.n_expert_used
         n_rows = int(self.rng.integers(n_used, len(stored.target) + 1))
         rows = np.sort(self.rng.permutation(len(stored.target))[:n_rows])
-        n_novice = int(self.rng.integers(0, n_rows - 1)) if self._chance(0.3) else 0
-        n_expert = int(self.rng.integers(max(1, n_used - n_novice), n_rows - n_novice + 1))
-        means = [*range(-n_novice, n_expert)]
+        n_constant = int(self.rng.integers(0, n_rows - 1)) if self._chance(0.3) else 0
+        n_expert = int(self.rng.integers(max(1, n_used - n_constant), n_rows - n_constant + 1))
+        means = [*range(-n_constant, n_expert)]
         target = self.rng.permutation([*means, *self.rng.choice(means, n_rows - len(means))])
-        novices = self.rng.standard_normal((n_novice, self.source.spec.n_embd), np.float32) if n_novice else None
+        constants = self.rng.standard_normal((n_constant, self.source.spec.n_embd), np.float32) if n_constant else None
         experts = tuple(self._expert(layer.block) for _ in range(n_expert))
         changes: dict[str, Any] = {"rows": tuple(rows.tolist()), "target": tuple(target.tolist())}
-        return replace(layer, experts=experts, constants=novices, **changes)
+        return replace(layer, experts=experts, constants=constants, **changes)
 
     def _expert(self, block: int) -> ExpertPlan:
         n_stored, spec = self.source.layers[block].n_stored, self.source.spec

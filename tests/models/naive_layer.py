@@ -56,7 +56,7 @@ def biased_model(sizes: TinyConfig = SIZES, seed: int = 0) -> HeldModel:
 
 
 def learn(model: HeldModel, directory: Path, texts: Sequences = TEXTS, n_sensitivity: int = 0) -> Statistics:
-    """Statistics; the Gram matrices have all tokens, sensitivities are of so many."""
+    """Statistics of texts; Gram matrices have all tokens, sensitivities are of the first `n_sensitivity`."""
     text = CalibrationText(texts.tokens, ("text",) * len(texts.tokens))
     samples = Samples(types=(), n_gram=texts.n_rows)
     return calibrate(model, text, CalibrationSettings(samples, n_sensitivity), directory)
@@ -74,28 +74,30 @@ def divergence(model: torch.Tensor, other: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class NaiveLayer:
-    """`x` [T, d] read, `middle` [T, d] added to, `logits` [T, R], `picks` and `shares` [T, k], `outputs` [T, E, d] of
-    all experts for all tokens, `y` [T, d] their sum.
+    """What a layer of experts computes for T tokens.
+
+    It reads `x` [T, d] and adds to `middle` [T, d]. `logits` [T, R], `selected` experts and their `weights` [T, k],
+    `outputs` [T, E, d] of all experts for all tokens, `y` [T, d] their weighted sum.
     """
 
     x: Array
     middle: Array
     logits: Array
-    picks: NDArray[np.int64]
-    shares: Array
+    selected: NDArray[np.int64]
+    weights: Array
     outputs: Array
     y: Array
 
-    def mixed(self, shares: Array) -> Array:
-        """The sum [T, d] for other shares [T, E]."""
-        return np.stack([share @ outputs for share, outputs in zip(shares, self.outputs, strict=True)])
+    def mixed(self, weights: Array) -> Array:
+        """The sum [T, d] for other weights [T, E] of all experts."""
+        return np.stack([weight @ outputs for weight, outputs in zip(weights, self.outputs, strict=True)])
 
     def by_expert(self) -> Array:
-        """The shares [T, E] where row and expert are the same."""
+        """The weights [T, E] of all experts, 0 where one is not selected, where row and expert are the same."""
         result = np.zeros(self.logits.shape)
-        for token, (picks, shares) in enumerate(zip(self.picks, self.shares, strict=True)):
-            for pick, share in zip(picks, shares, strict=True):
-                result[token, pick] += share
+        for token, (selected, weights) in enumerate(zip(self.selected, self.weights, strict=True)):
+            for expert, weight in zip(selected, weights, strict=True):
+                result[token, expert] += weight
         return result
 
 
@@ -133,16 +135,16 @@ def naive_layer(model: HeldModel, layer: int, texts: Sequences = TEXTS) -> Naive
 
 
 def without_experts(
-    model: HeldModel, layer: int, survivors: Survivors, novices: NDArray[np.float32] | None = None
+    model: HeldModel, layer: int, survivors: Survivors, constants: NDArray[np.float32] | None = None
 ) -> HeldModel:
-    """The model with one layer's experts as `survivors` says."""
+    """The model with one layer's experts as `survivors` says, and `constants` [n, d] in place of others."""
     router = block_key(layer, "ffn_gate_inp")
     changed = {router: model.matrices[router][list(survivors.rows)]}
     for new, old in enumerate(survivors.experts):
         for name in ("gate", "up", "down"):
             changed[expert_key(layer, name, new)] = model.matrices[expert_key(layer, name, old)]
-    for index, novice in enumerate(() if novices is None else novices):
-        changed[MatrixKey(f"blk.{layer}.ffn_novice.weight", index)] = novice
+    for index, constant in enumerate(() if constants is None else constants):
+        changed[MatrixKey(f"blk.{layer}.ffn_novice.weight", index)] = constant
     held = replace(model.layers[layer], n_stored=len(survivors.experts), target=survivors.target)
     return model.changed(changed).with_layer(layer, held)
 

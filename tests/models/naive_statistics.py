@@ -64,8 +64,8 @@ class NaiveModel:
         gate, up = experts.gate_up_proj[expert].detach().chunk(2)
         return gate.numpy(), up.numpy(), experts.down_proj[expert].detach().numpy()
 
-    def picks(self, layer: int, x: Array) -> tuple[Array, Array, Array, Array]:
-        """(logits, probabilities, picks, shares) of one token."""
+    def select(self, layer: int, x: Array) -> tuple[Array, Array, Array, Array]:
+        """(logits, probabilities, selected experts, expert weights) of one token."""
         logits = self.router(layer) @ x
         exponentials = np.exp(logits - logits.max())
         probabilities = exponentials / exponentials.sum()
@@ -103,7 +103,7 @@ def hidden_and_output(matrices: tuple[Array, Array, Array], x: Array) -> tuple[A
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Of two vectors."""
+    """The cosine between two vectors."""
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
@@ -146,42 +146,42 @@ def expected_sums(naive: NaiveModel, layer: int) -> dict[str, Any]:
         similarity["ffn"] += cosine(middle[t], after[t])
         similarity["input_output"] += cosine(x[t], y)
         update += (y @ y) / (middle[t] @ middle[t])
-        logits, probabilities, picks, shares = naive.picks(layer, x[t])
-        trace["picks"].append(picks)
-        trace["shares"].append(shares)
+        logits, probabilities, selected, weights = naive.select(layer, x[t])
+        trace["picks"].append(selected)
+        trace["shares"].append(weights)
         router["probability"] += probabilities
         router["logit"] += logits
         router["logit_product"] += np.outer(logits, logits)
-        router["top_bins"][min(int(shares[0] * 1024), 1023)] += 1
+        router["top_bins"][min(int(weights[0] * 1024), 1023)] += 1
         if n_used > 1:
-            router["ratio_bins"][min(int(shares[1] / shares[0] * 1024), 1023)] += 1
-        for rank, (expert, share) in enumerate(zip(picks, shares, strict=True)):
+            router["ratio_bins"][min(int(weights[1] / weights[0] * 1024), 1023)] += 1
+        for rank, (expert, weight) in enumerate(zip(selected, weights, strict=True)):
             router["rank_count"][expert, rank] += 1
-            router["share"][expert] += share
-            router["share_square"][expert] += share**2
+            router["share"][expert] += weight
+            router["share_square"][expert] += weight**2
             router["picked_probability"][expert] += probabilities[expert]
-            for other in picks:
+            for other in selected:
                 router["together"][expert, other] += 1
             hidden, f = hidden_and_output(naive.matrices(layer, expert), x[t])
             norm = np.linalg.norm(f)
-            values = (1, norm, norm**2, share * norm, share**2 * norm**2)
+            values = (1, norm, norm**2, weight * norm, weight**2 * norm**2)
             for name, value in zip(scalars, values, strict=False):
                 outputs[name][expert] += value
             outputs["largest"][expert] = max(outputs["largest"][expert], abs(f).max())
-            outputs["share_square"][expert] += share**2
-            for name, value in zip(vectors, (f, f**2, share * f, share**2 * f), strict=True):
+            outputs["share_square"][expert] += weight**2
+            for name, value in zip(vectors, (f, f**2, weight * f, weight**2 * f), strict=True):
                 outputs[name][expert] += value
             inputs["expert"][expert] += x[t] ** 2
             inputs["hidden"][expert] += hidden**2
             if t not in ends:
-                for other in naive.picks(layer, x[t + 1])[2]:
+                for other in naive.select(layer, x[t + 1])[2]:
                     router["to_next_token"][expert, other] += 1
         for ahead, later in enumerate(range(layer + 1, min(n_layer, layer + 4))):
-            actual = naive.picks(later, np.concatenate(naive.layers[later].x)[t])[2]
-            foreseen = naive.picks(later, x[t])[2]
-            router["ahead_hits"][ahead] += actual[:, None] == foreseen[None, :]
+            actual = naive.select(later, np.concatenate(naive.layers[later].x)[t])[2]
+            predicted = naive.select(later, x[t])[2]
+            router["ahead_hits"][ahead] += actual[:, None] == predicted[None, :]
             if ahead == 0:
-                for here in picks:
+                for here in selected:
                     for there in actual:
                         router["to_next"][here, there] += 1
     trace |= {"received": np.concatenate(seen.received), "norm": abs(x).sum(1)}

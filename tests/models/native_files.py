@@ -34,11 +34,11 @@ class StoredExpert:
 
 @dataclass(frozen=True, slots=True)
 class NativeFfn:
-    """One layer: what is stored, what the router's first rows mean, and novices [n_novice, n_embd]."""
+    """One layer: what is stored, what the router's first rows mean, and constant experts [n, n_embd]."""
 
     experts: tuple[StoredExpert, ...]
     target: tuple[int, ...]
-    novices: Array | None = None
+    constants: Array | None = None
     hints: LayerHints = NO_HINTS
 
 
@@ -119,8 +119,8 @@ def _tensors(stock: GGUFContent, layer: int, ffn: NativeFfn) -> Iterator[tuple[s
             stack = np.stack([matrix(stock, layer, e, part) for e in members])
             values = StoredTensor(stack, kind) if kind is Type.F32 else quantise(stack, kind)
             yield stack_name(layer, part, number), values
-    if ffn.novices is not None:
-        yield novice_name(layer), StoredTensor(ffn.novices, Type.F32)
+    if ffn.constants is not None:
+        yield novice_name(layer), StoredTensor(ffn.constants, Type.F32)
 
 
 def matrix(stock: GGUFContent, layer: int, expert: StoredExpert, part: str) -> Array:
@@ -140,24 +140,24 @@ class _NativeExperts:
 
     def __init__(self, stock: GGUFContent, layer: int, ffn: NativeFfn, copy: int) -> None:
         self.target = ffn.target
-        self.novices = None if ffn.novices is None else torch.from_numpy(ffn.novices)
+        self.constants = None if ffn.constants is None else torch.from_numpy(ffn.constants)
         self.experts = [
             [torch.from_numpy(dequantised(stock, layer, e, part, copy).copy()) for part in PROJECTIONS]
             for e in ffn.experts
         ]
 
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """[n_tokens, n_embd], and the router's choice [n_tokens, n_used] with its shares, to [n_tokens, n_embd]."""
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The outputs [n_tokens, n_embd] for hidden states, and the rows that a router selects [n_tokens, n_used]."""
         total = torch.zeros_like(hidden)
-        for token, (chosen, weights) in enumerate(zip(rows.tolist(), shares, strict=True)):
-            for row, share in zip(chosen, weights, strict=True):
-                total[token] += share * self._output(self.target[row], hidden[token])
+        for token, (selected, own) in enumerate(zip(rows.tolist(), weights, strict=True)):
+            for row, weight in zip(selected, own, strict=True):
+                total[token] += weight * self._output(self.target[row], hidden[token])
         return total
 
     def _output(self, target: int, hidden: torch.Tensor) -> torch.Tensor:
         if target < 0:
-            assert self.novices is not None
-            return self.novices[-1 - target]
+            assert self.constants is not None
+            return self.constants[-1 - target]
         gate, up, down = self.experts[target]
         return down @ (torch.nn.functional.silu(gate @ hidden) * (up @ hidden))
 

@@ -34,7 +34,7 @@ def mixed_model(directory: Path) -> Path:
 
 
 def tied_model(directory: Path) -> Path:
-    """F16, the token table is the output as well, all 4 experts are used, and their shares are scaled."""
+    """F16, the token table is the output as well, all 4 experts are used, and their weights are scaled."""
     content = content_of(directory, replace(WIDE, n_expert=4, n_expert_used=4, n_layer=3))
     content = content.with_values({"output.weight": None}).with_keys({"llama.expert_weights_scale": 1.75})
     return write_content(directory / "tied.gguf", content.quantised(Type.F16))
@@ -56,13 +56,13 @@ def apart_model(directory: Path) -> Path:
 
 
 def uneven_model(directory: Path) -> Path:
-    """Types and widths that differ inside a layer, rows that mean one expert, novices, a layer without any."""
+    """Types and widths that differ inside a layer, rows that mean one expert, constant experts, a layer without any."""
     stock = content_of(directory, replace(WIDE, n_layer=4))
-    novices = np.random.default_rng(1).standard_normal((2, WIDE.n_embd), np.float32)
+    constants = np.random.default_rng(1).standard_normal((2, WIDE.n_embd), np.float32)
     layers = [
         NativeFfn((StoredExpert(4), StoredExpert(1, (Type.F16,)), StoredExpert(3, (Type.Q8_0,))), (1, 0, 2, 0, 1)),
         None,
-        NativeFfn((StoredExpert(2), StoredExpert(5, width=32)), (1, -1, 0, -2), novices),
+        NativeFfn((StoredExpert(2), StoredExpert(5, width=32)), (1, -1, 0, -2), constants),
         plain_ffn(6),
     ]
     return write_native(directory / "uneven.gguf", stock, layers)

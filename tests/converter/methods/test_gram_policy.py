@@ -101,8 +101,8 @@ def test_constants_and_skips_and_nothing_are_what_vectors_give(
     replaced = naive.outputs.copy()
     replaced[:, [1, 3]] = constant_vectors(layer)[[1, 3]]
     with_constants = np.einsum("te,ted->td", naive.by_expert(), replaced)
-    first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.picks[:, 0])])
-    first *= naive.shares.sum(1, keepdims=True)
+    first = np.stack([naive.outputs[token, pick] for token, pick in enumerate(naive.selected[:, 0])])
+    first *= naive.weights.sum(1, keepdims=True)
     for policy, y in (
         (gram.with_constants({1, 3}), with_constants),
         (gram.skipping(1.0), first),

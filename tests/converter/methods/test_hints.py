@@ -130,7 +130,7 @@ def test_gram_matrices_say_the_same_of_one_constant(layer: LayerStatistics, gram
 
 
 def test_skip_ratio_is_the_median_of_second_over_first(layer: LayerStatistics, naive: NaiveLayer) -> None:
-    ratios = naive.shares[:, 1] / naive.shares[:, 0]
+    ratios = naive.weights[:, 1] / naive.weights[:, 0]
     assert layer.router is not None
     assert skip_ratio(layer.router) == pytest.approx(np.quantile(ratios, 0.5, method="hazen"), abs=0.02)
     below = [(ratios < skip_ratio(layer.router, part)).mean() for part in (0.0, 0.25, 0.5, 0.9, 1.0)]
@@ -168,7 +168,7 @@ def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, architecture: Ar
     found = gate_thresholds(layers, 0.67, 0.05)
     before = []
     for index in range(len(layers)):
-        weights = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).shares
+        weights = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).weights
         assert (weights.sum(1).min() > 1 - 1e-5) == (architecture is LLAMA)
         before.append(weights_before(weights.astype(np.float32)))
     values = np.concatenate(before).ravel()

@@ -112,7 +112,7 @@ def test_gram_matrices_are_all_inner_products(learnt: Statistics, naive: NaiveMo
             answers = [hidden_and_output(naive.matrices(n, expert), x[row])[1] for expert in range(6)]
             vectors = np.stack([*answers, *means, middle[row]])
             close(sample.gram[row], vectors @ vectors.T)
-            logits, _, selected, weights = naive.picks(n, x[row])
+            logits, _, selected, weights = naive.select(n, x[row])
             close(sample.logits[row], logits)
             change = np.zeros(13)
             change[selected] = -weights
@@ -134,7 +134,7 @@ def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, na
         other = [gguf.dequantize(gguf.quantize(m.astype(np.float32), _Q8), _Q8) for m in true]
         changes = [(other[0], *true[1:]), (true[0], other[1], true[2]), (*true[:2], other[2]), tuple(other)]
         for t in range(len(x)):
-            _, _, selected, weights = naive.picks(1, x[t])
+            _, _, selected, weights = naive.select(1, x[t])
             if expert in selected:
                 weight = weights[selected.tolist().index(expert)]
                 f = hidden_and_output(true, x[t])[1]

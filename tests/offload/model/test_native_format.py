@@ -36,7 +36,7 @@ from tests.models.native_files import (
 )
 
 TOKENS = [1, 17, 305, 4, 99, 306, 211, 42, 7, 500, 333, 12]
-NOVICES = np.random.default_rng(5).standard_normal((2, 64), np.float32)
+CONSTANTS = np.random.default_rng(5).standard_normal((2, 64), np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ MIXED = NativeFfn(
         StoredExpert(3, (Type.Q4_0,), width=64),
     ),
     target=(1, -1, 0, 2, 0, -2),
-    novices=NOVICES,
+    constants=CONSTANTS,
     hints=HINTS,
 )
-"""Three types, two widths, two copies of some, an alias, two novices, fewer experts than rows."""
+"""Three types, two widths, two copies of some, an alias, two constant experts, fewer experts than rows."""
 
 
 def opened(path: Path) -> tuple[ModelSpec, ModelSources, tuple[ExpertLayer | None, ...]]:
@@ -105,7 +105,7 @@ def test_everything_at_once_is_read_back(tmp_path: Path, stock: GGUFContent) -> 
     assert first is not None
     assert (first.target, first.hints, first.low_error) == (MIXED.target, HINTS, (0.5, 0.0, 0.0))
     assert first.novices is not None
-    np.testing.assert_array_equal(values(path, first.novices), NOVICES)
+    np.testing.assert_array_equal(values(path, first.novices), CONSTANTS)
     for expert, copies in zip(MIXED.experts, first.experts, strict=True):
         assert len(copies) == len(expert.types)
         for number, copy in enumerate(copies):
@@ -152,9 +152,9 @@ def test_the_keys_are_those_of_the_documentation(tmp_path: Path, stock: GGUFCont
     assert read_layout(file, ModelSpec.from_gguf(file)).measured_kl == (0.5, 1.5)
 
 
-def test_a_layer_can_be_novices_only(tmp_path: Path, stock: GGUFContent) -> None:
-    novices = np.ones((3, 64), np.float32)
-    path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6), NativeFfn((), (-1, -2, -3), novices)])
+def test_a_layer_can_be_constants_only(tmp_path: Path, stock: GGUFContent) -> None:
+    constants = np.ones((3, 64), np.float32)
+    path = write_native(tmp_path / "m.gguf", stock, [plain_ffn(6), NativeFfn((), (-1, -2, -3), constants)])
     layer = opened(path)[2][1]
     assert layer is not None
     assert (layer.experts, layer.target) == ((), (-1, -2, -3))
