@@ -26,11 +26,17 @@ class LeastBudget:
 
 def least_budget(model: Path | None, *flags: str) -> LeastBudget:
     """Follows the advice of `slimoe serve` from 1 MiB on; raises VictimError when it leads nowhere."""
+    given = [] if model is None else [str(model)]
+    command = [sys.executable, "-m", "slimoe.server.cli", "serve", *given, "--port", "0", *flags, "--ram"]
     tried: list[int] = []
     mib = 1
     for _ in range(_TRIES):
-        said = _refusal(model, mib, flags)
-        if said is None:
+        process = subprocess.Popen([*command, f"{mib}MiB"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        starts = bool(process.stdout.readline())
+        process.terminate()
+        said = process.communicate(timeout=START_SECONDS)[1].strip()
+        if starts:
             return LeastBudget((*tried, mib))
         advice = _ADVICE.search(said)
         if advice is None or int(advice[1]) <= mib:
@@ -38,15 +44,3 @@ def least_budget(model: Path | None, *flags: str) -> LeastBudget:
         tried.append(mib)
         mib = int(advice[1])
     raise VictimError(f"The advice of slimoe serve was followed {_TRIES} times, from {tried}, and it does not start.")
-
-
-def _refusal(model: Path | None, mib: int, flags: tuple[str, ...]) -> str | None:
-    """What a server writes that does not start; None for one that does."""
-    given = [] if model is None else [str(model)]
-    command = [sys.executable, "-m", "slimoe.server.cli", "serve", *given, "--port", "0", "--ram", f"{mib}MiB", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    starts = bool(process.stdout.readline())
-    process.terminate()
-    said = process.communicate(timeout=START_SECONDS)[1]
-    return None if starts else said.strip()

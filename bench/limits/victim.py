@@ -109,22 +109,16 @@ def victim(model: Path | None, *flags: str, wrap: Callable[[Sequence[str]], list
                 wrap(command), stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True
             )
         try:
-            yield Victim(_address(process, log_path), process, log_path)
+            assert process.stdout is not None
+            timer = threading.Timer(START_SECONDS, process.kill)
+            timer.start()
+            line = process.stdout.readline()
+            timer.cancel()
+            if not line:
+                raise VictimError(f"slimoe serve did not start: {log_path.read_text('utf-8', 'replace').strip()}")
+            yield Victim(json.loads(line)["url"].rstrip("/"), process, log_path)
         finally:
             stop(process)
-
-
-def _address(process: subprocess.Popen[str], log_path: Path) -> str:
-    assert process.stdout is not None
-    timer = threading.Timer(START_SECONDS, process.kill)
-    timer.start()
-    line = process.stdout.readline()
-    timer.cancel()
-    if not line:
-        raise VictimError(f"slimoe serve did not start: {log_path.read_text('utf-8', 'replace').strip()}")
-    url = json.loads(line)["url"]
-    assert isinstance(url, str)
-    return url.rstrip("/")
 
 
 def stop(process: subprocess.Popen[str]) -> None:

@@ -20,7 +20,23 @@ def write_random_checkpoint(path: Path, shape: Shape, *, seed: int = 0, routing:
     `routing` is one of STYLES.
     """
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(_config(shape)))
+    config: dict[str, object] = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.n_ff,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_head_kv,
+        "head_dim": shape.head_dim,
+        "num_local_experts": shape.n_expert,
+        "num_experts_per_tok": shape.n_expert_used,
+        "vocab_size": shape.n_vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+    (path / "config.json").write_text(json.dumps(config))
     words = (f"w{number}" for number in range(shape.n_vocab))
     tokens = list(dict.fromkeys(("w", "0", "w0", *sorted(ALPHABET), *words)))[: shape.n_vocab]
     model = {"type": "BPE", "vocab": {text: token for token, text in enumerate(tokens)}, "merges": ["w 0"]}
@@ -56,25 +72,6 @@ def _values(
     for begin in range(0, math.prod(shape), _CHUNK):
         drawn = generator.standard_normal(min(_CHUNK, math.prod(shape) - begin), np.float32)
         yield drawn * np.float32(deviation) + np.float32(mean)
-
-
-def _config(shape: Shape) -> dict[str, object]:
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": shape.n_embd,
-        "intermediate_size": shape.n_ff,
-        "num_hidden_layers": shape.n_layer,
-        "num_attention_heads": shape.n_head,
-        "num_key_value_heads": shape.n_head_kv,
-        "head_dim": shape.head_dim,
-        "num_local_experts": shape.n_expert,
-        "num_experts_per_tok": shape.n_expert_used,
-        "vocab_size": shape.n_vocab,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-    }
 
 
 def _tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -140,7 +140,8 @@ def write_random_model(
 ) -> int:
     """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
 
-    Without a `vocabulary` it can only be spoken to in token ids. `routing` is one of STYLES.
+    With a `vocabulary`, made up in SentencePiece's form (three special tokens, the 256 bytes, numbered words), it can
+    be served as text; without one it can only be spoken to in token ids. `routing` is one of STYLES.
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
     tensors = list(random_tensors(shape.spec, weight_type(kind), weight_type(output or kind), STYLES[routing]))
@@ -148,7 +149,16 @@ def write_random_model(
         writer = GGUFWriter(part, "llama")
         describe(writer, shape.spec.metadata())
         if vocabulary:
-            _add_vocabulary(writer, shape.n_vocab)
+            n_words = shape.n_vocab - len(SPECIAL_TOKENS) - len(BYTE_TOKENS)
+            words = ((f"▁w{number}", TokenType.NORMAL) for number in range(n_words))
+            tokens, types = zip(*SPECIAL_TOKENS, *BYTE_TOKENS, *words, strict=True)
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list(tokens)
+            writer.add_token_scores([0.0] * shape.n_vocab)
+            writer.add_token_types(types)
+            writer.add_unk_token_id(0)
+            writer.add_bos_token_id(1)
+            writer.add_eos_token_id(2)
         else:
             writer.add_tokenizer_model("none")
         write_file(writer, tensors, seed)
@@ -202,21 +212,6 @@ def random_model_file(
     finally:
         if not keep:
             path.unlink(missing_ok=True)
-
-
-def _add_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
-    """Adds a made-up SentencePiece vocabulary, so that the model can be served as text: three special tokens, the 256
-    bytes, and numbered words.
-    """
-    words = ((f"▁w{number}", TokenType.NORMAL) for number in range(n_vocab - len(SPECIAL_TOKENS) - len(BYTE_TOKENS)))
-    tokens, types = zip(*SPECIAL_TOKENS, *BYTE_TOKENS, *words, strict=True)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * n_vocab)
-    writer.add_token_types(types)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
 
 
 @click.command()
