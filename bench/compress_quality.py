@@ -29,10 +29,10 @@ from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from slimoe.converter.budget.compress import plan_compression, target_bytes
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.forward.texts import CalibrationText, TextFile
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import plan_bytes
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import Quality, summarise

@@ -150,7 +150,7 @@ def try_types(source: "ModelSource", job: CalibrationJob) -> None:
 
 def conversion(job: ConversionJob, laps: Laps) -> dict[str, int]:
     """Converts; returns bytes by type. Raises as `convert` does."""
-    from slimoe.converter.plain.convert import ConvertOptions, convert
+    from slimoe.converter.convert import ConvertOptions, convert
 
     laps.now("write")
     return convert(ConvertOptions(Path(job.source), Path(job.target), job.kind, job.n_threads)).bytes_by_type

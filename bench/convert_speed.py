@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.quant.mixes import find_recipe
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf.header import read_gguf
@@ -36,7 +36,7 @@ ALLOWANCE = 1 << 30
 _MEASURED_CHILD = """
 import sys
 from pathlib import Path
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 source, target, kind, n_threads = sys.argv[1:]
 convert(ConvertOptions(Path(source), Path(target), kind, int(n_threads), force=True))
 status = Path("/proc/self/status").read_text()

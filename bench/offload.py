@@ -32,7 +32,7 @@ from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES, random_model_file
 from bench.models.topics import STYLES, TOKENS
 from bench.quality.offload_report import as_json, table
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.budget import parse_size

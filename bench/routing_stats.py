@@ -25,7 +25,7 @@ from rich.table import Table
 from bench.models.random_model import SHAPES, random_model_file
 from bench.models.topics import STYLES, TOKENS
 from bench.traces.routing import ExpertIds, Floats, Routers, Routing, best, observe
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.resources.processors import default_threads

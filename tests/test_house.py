@@ -42,7 +42,7 @@ FLOORS = {
         {"source"},
         {"forward"},
         {"stats"},
-        {"layout", "plain"},
+        {"layout"},
         {"methods"},
         {"recipe", "write"},
         {"budget"},

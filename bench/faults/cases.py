@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from bench.faults.forked_commands import Ended, ForkedCommands
 from bench.faults.library import ALWAYS, Fault
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.forward.texts import held_out_texts
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.server.options.engine_options import DEMO

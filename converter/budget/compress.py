@@ -3,25 +3,25 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.hints import with_fallbacks, with_hints
 from slimoe.converter.budget.knapsack import Allocation
 from slimoe.converter.budget.named_types import (
+    NamedTypes,
     are_priced,
     check_importance,
     check_width,
-    named_types,
     plan_kinds,
     priced,
+    with_low_copies,
+    with_named_types,
 )
 from slimoe.converter.budget.structure import Structure, build_structure
-from slimoe.converter.budget.types import TypeAllocator, apply, too_large
-from slimoe.converter.layout.layer import fitted_types
-from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, Types
-from slimoe.converter.quant.mixes import fits, fitting_type
-from slimoe.converter.recipe.recipe import Recipe
+from slimoe.converter.budget.types import TypeAllocator, too_large
+from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
+from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.recipe.toml_file import recipe_text
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
@@ -113,7 +113,9 @@ class _Job:
         self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None
     ) -> tuple[CompressPlan, TypeCosts | None]:
         """The plan with the types that the recipe names, and what types cost, if that can be known."""
-        plan = apply(plan, named_types(self.source, structure, self.recipe), self.source, self.statistics)
+        names = NamedTypes(self.source, self.recipe, len(structure.layers))
+        default = find_recipe(self.recipe.types.expert or DEFAULT_EXPERT)
+        plan = with_named_types(self.source, plan, names.of, default.name, default.base)
         low = self.recipe.types.low
         whole = plan if low is None else _both_copies(self.source, plan, low)
         check_importance(whole)
@@ -171,7 +173,8 @@ class _Job:
         """The plan with second copies and hints."""
         source, statistics, recipe = self.source, self.statistics, self.recipe
         if recipe.types.low is not None:
-            plan = with_low_copies(source, plan, Type[recipe.types.low])
+            low = Type[recipe.types.low]
+            plan = with_low_copies(source, plan, lambda _name, _copy: low)
         if not recipe.hints or recipe.format != "native" or statistics is None:
             return plan
         layers = plan.layers
@@ -185,7 +188,7 @@ class _Job:
 
 def _both_copies(source: ModelSource, plan: CompressPlan, low: str) -> CompressPlan:
     """The plan with second copies; raises UsageError if there would be none."""
-    whole = with_low_copies(source, plan, Type[low])
+    whole = with_low_copies(source, plan, lambda _name, _copy: Type[low])
     if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
         raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
     return whole
@@ -257,22 +260,3 @@ def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:
         n_weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in source.shapes.values())
         return int(recipe.target_bpw * n_weights / 8)
     return recipe.target_size
-
-
-def with_low_copies(source: ModelSource, plan: CompressPlan, low: Type) -> CompressPlan:
-    """The plan with second copies of all experts whose first ones are larger."""
-
-    def with_copy(block: int, expert: ExpertPlan) -> ExpertPlan:
-        types = fitted_types(source, block, expert, (low, low, low))
-        return replace(expert, low_types=types if _is_smaller(types, expert.types) else None)
-
-    layers = (
-        replace(layer, experts=tuple(with_copy(layer.block, expert) for expert in layer.experts))
-        for layer in plan.layers
-    )
-    return replace(plan, layers=tuple(layers))
-
-
-def _is_smaller(low: Types, high: Types) -> bool:
-    bits = [sum(GGML_QUANT_SIZES[kind][1] / GGML_QUANT_SIZES[kind][0] for kind in types) for types in (low, high)]
-    return bool(bits[0] < bits[1])

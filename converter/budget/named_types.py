@@ -1,16 +1,15 @@
 """Types that a recipe names itself: for every matrix, with what they cost, and which of them cannot be had."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.structure import ROLES, Structure
-from slimoe.converter.budget.types import Choices
-from slimoe.converter.layout.layer import matrix_width
+from slimoe.converter.budget.structure import ROLES
+from slimoe.converter.layout.layer import Matrix, fitted_types, matrix_width, type_bits
 from slimoe.converter.layout.offsets import FileLayout
-from slimoe.converter.layout.plan import CompressPlan, Types
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
 from slimoe.converter.quant.mixes import find_recipe, fitting_type, layer_and_role
 from slimoe.converter.quant.quantize import needs_importance
 from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, typed
@@ -26,35 +25,66 @@ _SMALL_BLOCK = 32
 """Weights in a block of the quantised types that divide most rows."""
 
 
-def named_types(source: ModelSource, structure: Structure, recipe: Recipe) -> Choices:
-    """The types that a recipe names, those of `slimoe convert --type` where it leaves some open, and others where these
-    do not fit the rows; raises UnsupportedModelError for what fits nowhere.
+Wanted = Callable[[str, int], Type | None]
+"""The type that is asked for, by a matrix's name in a stock file and the number of its copy; None if a size decides."""
+
+
+def with_named_types(source: ModelSource, plan: CompressPlan, wanted: Wanted, asked: str, base: Type) -> CompressPlan:
+    """The plan whose matrices have the types that are `wanted` by name, or others where these do not fit the rows.
+
+    Raises UnsupportedModelError if nothing fits `base`, the type that `asked` is mostly made of.
     """
-    names = NamedTypes(source, recipe, len(structure.layers))
     matrices: list[TypedMatrix] = []
 
     def kind(name: str, n_per_row: int) -> Type:
-        wanted = names.of(name)
-        assert wanted is not None, "no size chooses types"
-        matrices.append(typed(name, n_per_row, wanted))
+        named = wanted(name, 0)
+        assert named is not None, "no size chooses types"
+        matrices.append(typed(name, n_per_row, named))
         return matrices[-1].type
 
     n_embd = source.spec.n_embd
-    token, output = kind(_TOKENS, n_embd), None if names.is_tied else kind(_OUTPUT, n_embd)
-    experts: dict[tuple[int, int], Types | None] = {}
-    roles: dict[tuple[int, str], Type] = {}
-    for index, layer in enumerate(structure.layers):
-        for role in layer.types:
-            n_per_row = source.shapes[block_key(layer.block, role)][1]
-            roles[index, role] = kind(block_key(index, role).name, n_per_row)
+    token, output = kind(_TOKENS, n_embd), kind(_OUTPUT, n_embd) if MatrixKey(_OUTPUT) in source.shapes else None
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        types = {
+            role: kind(block_key(index, role).name, source.shapes[block_key(layer.block, role)][1])
+            for role in layer.types
+        }
+        experts = []
         for number, expert in enumerate(layer.experts):
             rows = (n_embd, n_embd, matrix_width(source, layer.block, expert))
             named = zip(PROJECTIONS, rows, strict=True)
             gate, up, down = (kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
-            experts[index, number] = gate, up, down
-    default = find_recipe(recipe.types.expert or DEFAULT_EXPERT)
-    check_fits(source.path, source.spec, default.name, default.base, matrices)
-    return Choices(experts, roles, token, output)
+            experts.append(replace(expert, types=(gate, up, down)))
+        layers.append(replace(layer, types=types, experts=tuple(experts)))
+    check_fits(source.path, source.spec, asked, base, matrices)
+    return replace(plan, layers=tuple(layers), token_type=token, output_type=output)
+
+
+def with_low_copies(source: ModelSource, plan: CompressPlan, wanted: Wanted) -> CompressPlan:
+    """The plan with second copies of all experts whose first ones are larger."""
+
+    def with_copy(index: int, block: int, expert: ExpertPlan) -> ExpertPlan:
+        gate, up, down = (wanted(expert_key(index, name, 0).name, 1) or Type.F32 for name in PROJECTIONS)
+        types = fitted_types(source, block, expert, (gate, up, down))
+        return replace(expert, low_types=types if type_bits(types) < type_bits(expert.types) else None)
+
+    layers = (
+        replace(layer, experts=tuple(with_copy(index, layer.block, expert) for expert in layer.experts))
+        for index, layer in enumerate(plan.layers)
+    )
+    return replace(plan, layers=tuple(layers))
+
+
+def typed_matrices(layout: FileLayout, wanted: Callable[[Matrix], Type | None]) -> tuple[TypedMatrix, ...]:
+    """The matrices of a file, or stacks of them, that have a type, with what stands in for one that is `wanted`."""
+    found = []
+    for tensor in layout.tensors:
+        first = tensor.matrices[0]
+        if not first.is_vector and layer_and_role(first.key.name)[1] in _ROLES:
+            named = wanted(first)
+            found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, None if named is tensor.type else named))
+    return tuple(found)
 
 
 class NamedTypes:
@@ -78,14 +108,9 @@ class NamedTypes:
 
     def typed(self, layout: FileLayout) -> tuple[TypedMatrix, ...]:
         """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""
-        found = []
-        for tensor in layout.tensors:
-            first = tensor.matrices[0]
-            if not first.is_vector and layer_and_role(first.key.name)[1] in _ROLES:
-                wanted = self.of(first.key.name, first.copy) or self._candidate(tensor.ne[0], tensor.type)
-                unfit = None if wanted is tensor.type else wanted
-                found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, unfit))
-        return tuple(found)
+        return typed_matrices(
+            layout, lambda one: self.of(one.key.name, one.copy) or self._candidate(one.shape[1], one.type)
+        )
 
     def _candidate(self, n_per_row: int, kind: Type) -> Type | None:
         """The type that was named to choose from and in whose place a matrix has another; None if there is none."""

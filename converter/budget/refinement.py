@@ -14,7 +14,7 @@ from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.write.quantiser import PlainQuantiser
+from slimoe.converter.write.quantiser import PlainQuantiser, statistics_importance
 
 _POOL_SEQUENCES = 64
 _ROWS_AT_ONCE = 512
@@ -31,7 +31,7 @@ class _Evaluator:
         self._pool = statistics.tokens[::step]
         self._behind: dict[int, Tensor] = {}
         is_tied = MatrixKey("output.weight") not in source.shapes
-        quantiser = PlainQuantiser(statistics, is_tied=is_tied, n_threads=n_threads)
+        quantiser = PlainQuantiser(statistics_importance(statistics, is_tied=is_tied), n_threads=n_threads)
         self._fitted = FittedMatrices(source, quantiser, cache_bytes)
 
     def divergence(self, plan: CompressPlan, n_tokens: int, seed: int) -> float:

@@ -26,6 +26,7 @@ from slimoe.offload.errors import UsageError
 
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 """The attention's matrices."""
+_DENSE_ROLES = ("ffn_gate", "ffn_up", "ffn_down")
 _OPEN: Types = (Type.F32, Type.F32, Type.F32)
 _ROW_SAMPLE = 4096
 
@@ -64,7 +65,8 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
     layer = source.layers[block]
     kept = survivors or redirect(layer.target, range(layer.n_stored))
     experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
-    types = dict.fromkeys(ROLES, Type.F32) if layer.has_attention else {}
+    dense = [role for role in _DENSE_ROLES if block_key(block, role) in source.shapes]
+    types = dict.fromkeys([*(ROLES if layer.has_attention else ()), *dense], Type.F32)
     return LayerPlan(block, experts, kept.rows, kept.target, types, layer.has_attention)
 
 

@@ -1,8 +1,8 @@
 """What one layer of a compressed model stores: its matrices, which of them lie together, what a format cannot hold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES
@@ -16,9 +16,7 @@ from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.model.native_format import novice_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
 from slimoe.offload.model.spec import LayerShape
-
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
-_ATTENTION_NORMS = ("attn_q_norm", "attn_k_norm")
+from slimoe.offload.model.tensor_list import ModelTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,8 @@ def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Typ
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
     """Router rows and width of the widest expert; of width 1 where there are constant experts only."""
+    if "ffn_gate" in layer.types:
+        return LayerShape(0, source.spec.n_ff, layer.has_attention)
     widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
     n_ff = max(widths, default=1) if layer.rows else 0
     return LayerShape(len(layer.rows), n_ff, layer.has_attention)
@@ -106,26 +106,22 @@ class LayerMatrices:
     def __init__(self, source: ModelSource, index: int, plan: LayerPlan, *, native: bool) -> None:
         self.source, self.index, self.plan, self.native = source, index, plan, native
 
-    def all(self) -> Iterator[Matrix]:
-        """Those of attention, the router, the experts and their stand-ins."""
-        if self.plan.has_attention:
-            yield self._whole("attn_norm")
-            for role in _ATTENTION:
-                yield self._whole(role, kind=self.plan.types[role])
-                if block_key(self.plan.block, role, "bias") in self.source.shapes:
-                    yield self._whole(role, "bias")
-            for role in _ATTENTION_NORMS:
-                if block_key(self.plan.block, role) in self.source.shapes:
-                    yield self._whole(role)
+    def all(self, tensors: Iterable[ModelTensor]) -> Iterator[Matrix]:
+        """Those of the layer's `tensors` and their biases, then the experts and the constants."""
+        for role in (tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
+            if role == "ffn_gate_inp":
+                yield self._router()
+                continue
+            for suffix in ("weight", "bias"):
+                if block_key(self.plan.block, role, suffix) in self.source.shapes:
+                    yield self._whole(role, suffix, self.plan.types.get(role, Type.F32))
         if not self.plan.rows:
             return
-        yield self._whole("ffn_norm")
-        yield self._router()
         yield from self._experts()
         if self.native and self.plan.constants is not None:
             yield self._given(novice_name(self.index), self.plan.constants)
 
-    def _whole(self, role: str, suffix: str = "weight", kind: Type = Type.F32) -> Matrix:
+    def _whole(self, role: str, suffix: str, kind: Type) -> Matrix:
         block = self.plan.block
         return source_matrix(
             self.source, block_key(block, role, suffix), block_key(self.index, role, suffix).name, kind, block
@@ -173,83 +169,74 @@ class LayerMatrices:
         )
 
 
-_NATIVE = "Write the native format, which can."
-
-
 def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     """Raises UnsupportedModelError, which names the source's layer, for what the plan's format cannot hold.
 
     Of the stock format this is what llama.cpp refuses or misreads; of the native one, what leaves too little.
     """
-    if not source.spec.n_expert:
-        raise UnsupportedModelError(source.path, "the model has no experts to slim.", "Convert it with --type.")
-    if not any(layer.rows for layer in plan.layers):
-        raise UnsupportedModelError(source.path, "no layer would keep an expert.", "Keep one layer's, at least.")
-    if not any(layer.has_attention for layer in plan.layers):
-        raise UnsupportedModelError(source.path, "no layer would keep its attention.", "Keep one layer's, at least.")
-    check = _StockCheck(source, plan) if plan.format == "stock" else _Check(source, plan)
+    is_whole = plan.file_type is not None
+    if not is_whole:
+        if not source.spec.n_expert:
+            raise UnsupportedModelError(source.path, "the model has no experts to compress.", "Convert it with --type.")
+        if not any(layer.rows for layer in plan.layers):
+            raise UnsupportedModelError(source.path, "no layer would keep an expert.", "Keep one layer's, at least.")
+        if not any(layer.has_attention for layer in plan.layers):
+            raise UnsupportedModelError(
+                source.path, "no layer would keep its attention.", "Keep one layer's, at least."
+            )
     for layer in plan.layers:
-        assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
+        problem = next(_stock_problems(source, plan.layers[0], layer), None) if plan.format == "stock" else None
+        if problem is not None:
+            hint = "Convert the model that it was made of." if is_whole else "Write the native format, which can."
+            problem = f"layer {layer.block} {problem}, which the stock format cannot hold."
+            raise UnsupportedModelError(source.path, problem, hint)
+        if not is_whole:
+            _check_layer(source, layer)
         assert len(layer.target) == len(layer.rows)
-        check.layer(layer)
+        assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
         assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
 
 
-def _bits(types: Types) -> float:
-    """Bits per weight, of the three matrices together, which are of one size."""
-    sizes = (GGML_QUANT_SIZES[kind] for kind in types)
-    return float(sum(8 * n_bytes / n for n, n_bytes in sizes))
+def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
+    """What both formats ask of a layer from which something was removed."""
+    n_used, n_kept = source.spec.n_expert_used, len(set(layer.target))
+    if layer.rows and n_kept < n_used:
+        problem = f"layer {layer.block} would keep {n_kept} experts, but {n_used} are used per token."
+        raise UnsupportedModelError(source.path, problem, "Keep as many.")
+    for number, expert in enumerate(layer.experts):
+        if expert.low_types and type_bits(expert.low_types) >= type_bits(expert.types):
+            problem = f"would have a second copy of expert {number} that is not smaller than the first"
+            raise UnsupportedModelError(source.path, f"layer {layer.block} {problem}.", "Choose a smaller type for it.")
+
+
+def type_bits(types: Types) -> float:
+    """Bits per weight of an expert's matrices, added up over the three, which have as many weights each."""
+    return float(sum(8 * n_bytes / n for n, n_bytes in (GGML_QUANT_SIZES[kind] for kind in types)))
 
 
 def _constants(layer: LayerPlan) -> range:
     return range(0 if layer.constants is None else len(layer.constants))
 
 
-class _Check:
-    """What both formats ask of a layer."""
-
-    def __init__(self, source: ModelSource, plan: CompressPlan) -> None:
-        self.source, self.plan = source, plan
-
-    def layer(self, layer: LayerPlan) -> None:
-        n_used, n_kept = self.source.spec.n_expert_used, len(set(layer.target))
-        if layer.rows and n_kept < n_used:
-            self.refuse(layer, f"would keep {n_kept} experts, but {n_used} are used per token", "Keep as many.")
-        for number, expert in enumerate(layer.experts):
-            if expert.low_types and _bits(expert.low_types) >= _bits(expert.types):
-                problem = f"would have a second copy of expert {number} that is not smaller than the first"
-                self.refuse(layer, problem, "Choose a smaller type for it.")
-
-    def refuse(self, layer: LayerPlan, problem: str, hint: str) -> NoReturn:
-        raise UnsupportedModelError(self.source.path, f"layer {layer.block} {problem}.", hint)
-
-
-class _StockCheck(_Check):
-    """What llama.cpp's `llama` architecture asks besides: layers alike in everything but their types."""
-
-    def layer(self, layer: LayerPlan) -> None:
-        problem = next(self._problems(layer), None)
-        if problem:
-            self.refuse(layer, f"{problem}, which the stock format cannot hold", _NATIVE)
-        super().layer(layer)
-
-    def _problems(self, layer: LayerPlan) -> Iterator[str]:
-        first = self.plan.layers[0]
-        if not layer.has_attention:
-            yield "would be without attention"
-        if not layer.experts:
-            yield "would be without experts"
-        if _constants(layer):
-            yield "would have constant vectors in place of experts"
-        if any(expert.low_types for expert in layer.experts):
-            yield "would have second copies of experts"
-        if len({expert.types for expert in layer.experts}) > 1:
-            yield "would have experts of different types"
-        if layer.target != tuple(range(len(layer.experts))):
-            yield "would have a router whose rows mean other experts than their own"
-        if len(layer.experts) != len(first.experts):
-            yield f"would have {len(layer.experts)} experts and layer {first.block} {len(first.experts)}"
-        widths = {matrix_width(self.source, layer.block, expert) for expert in layer.experts}
-        width = matrix_width(self.source, first.block, first.experts[0])
-        if widths != {width}:
-            yield f"would have experts of other widths than {width}, as layer {first.block} has"
+def _stock_problems(source: ModelSource, first: LayerPlan, layer: LayerPlan) -> Iterator[str]:
+    """Why llama.cpp would refuse or misread the layer: all are alike in everything but their types."""
+    if not layer.has_attention:
+        yield "would be without attention"
+    if layer_shape(source, layer).n_ff and not layer.rows:
+        return
+    if not layer.experts:
+        yield "would be without experts"
+    if _constants(layer):
+        yield "would have constant vectors in place of experts"
+    if any(expert.low_types for expert in layer.experts):
+        yield "would have second copies of experts"
+    if len({expert.types for expert in layer.experts}) > 1:
+        yield "would have experts of different types"
+    if layer.target != tuple(range(len(layer.experts))):
+        yield "would have a router whose rows mean other experts than their own"
+    if len(layer.experts) != len(first.experts):
+        yield f"would have {len(layer.experts)} experts and layer {first.block} {len(first.experts)}"
+    widths = {matrix_width(source, layer.block, expert) for expert in layer.experts}
+    width = matrix_width(source, first.block, first.experts[0])
+    if widths != {width}:
+        yield f"would have experts of other widths than {width}, as layer {first.block} has"

@@ -1,4 +1,4 @@
-"""The keys of a slimmed file: sizes, the layout of its experts, what it was made of and how."""
+"""The keys of a file: sizes, the layout of its experts, what it was made of and how."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -56,10 +56,27 @@ def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
     )
 
 
+def whole_metadata(
+    source: ModelSource, plan: CompressPlan, spec: ModelSpec, matrices: Iterable[Matrix]
+) -> dict[str, Value]:
+    """All keys of a file from whose model nothing is removed: it has the number of a mix of types, and no late keys."""
+    assert plan.file_type is not None
+    values: dict[str, Value] = {
+        "general.architecture": spec.stored_architecture,
+        "general.size_label": _size_label(spec, matrices),
+        "general.file_type": int(plan.file_type),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        keys.SLIMOE_VERSION: version("slimoe"),
+        keys.SOURCE_HASH: source.source_hash,
+    }
+    values |= spec.metadata() | dict(source.metadata) | dict(plan.provenance) | {keys.RECIPE: plan.recipe}
+    return values | (_layout_keys(source, plan, ALIGNMENT) if plan.format == "native" else {})
+
+
 def own_metadata(
     source: ModelSource, plan: CompressPlan, spec: ModelSpec, matrices: Iterable[Matrix], statistics: Statistics | None
 ) -> dict[str, Value]:
-    """What the result does not share with the source; `statistics`, if any, are those that the plan was made from."""
+    """The keys that a compressed file does not share with its source; `statistics`, if any, made the plan."""
     values: dict[str, Value] = room_for_late_keys(spec.stored_architecture) | {
         "general.size_label": _size_label(spec, matrices),
         "general.quantization_version": _QUANTIZATION_VERSION,
@@ -74,10 +91,15 @@ def own_metadata(
         values |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
     values |= spec.metadata()
     if plan.format == "native":
-        layout = NativeLayout(tuple(native_layer(source, layer) for layer in plan.layers))
         alignment = ALIGNMENT if 3 * spec.n_ff * spec.n_embd >= _SMALL_EXPERT else DEFAULT_ALIGNMENT
-        values |= {ALIGNMENT_KEY: alignment} | layout_metadata(layout)
+        values |= _layout_keys(source, plan, alignment)
     return values
+
+
+def _layout_keys(source: ModelSource, plan: CompressPlan, alignment: int) -> dict[str, Value]:
+    """The native format's keys about experts."""
+    layout = NativeLayout(tuple(native_layer(source, layer) for layer in plan.layers))
+    return {ALIGNMENT_KEY: alignment} | layout_metadata(layout)
 
 
 def merged_metadata(carried: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
@@ -89,5 +111,5 @@ def _size_label(spec: ModelSpec, matrices: Iterable[Matrix]) -> str:
     """Parameters as people say them, second copies not counted."""
     counts = [(math.prod(m.shape), m.key.expert >= 0) for m in matrices if not m.copy]
     n_all, n_experts = sum(n for n, _ in counts), sum(n for n, is_expert in counts if is_expert)
-    label: str = size_label(n_all, n_all - n_experts, n_experts // spec.n_expert, spec.n_expert)
+    label: str = size_label(n_all, n_all - n_experts, n_experts // max(1, spec.n_expert), spec.n_expert)
     return label

@@ -1,25 +1,34 @@
-"""Where every byte of a slimmed file will be: decided from a plan before a byte is written.
+"""Where every byte of a file will be: decided from a plan before a byte is written.
 
 `lay_out` says all of it, `PlanSize` only how much it is, cheaply enough for who compares many plans.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.gguf.header import HeaderTensor, alignment_of, header_bytes, pack_header, pack_keys, padded
 from slimoe.converter.layout.layer import LayerMatrices, Matrix, check_plan, source_matrix
-from slimoe.converter.layout.metadata import carried_metadata, merged_metadata, own_metadata, result_spec
+from slimoe.converter.layout.metadata import (
+    carried_metadata,
+    merged_metadata,
+    own_metadata,
+    result_spec,
+    whole_metadata,
+)
 from slimoe.converter.layout.plan import CompressPlan
-from slimoe.converter.quant.mixes import fits, fitting_types
+from slimoe.converter.quant.mixes import fits, fitting_types, layer_and_role
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.model_file import check_header
-from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import model_tensors
 
 _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
 
@@ -30,7 +39,7 @@ class FileTensor:
 
     name: str
     ne: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: Type
     offset: int
     n_bytes: int
     matrices: tuple[Matrix, ...]
@@ -64,11 +73,15 @@ def lay_out(source: ModelSource, plan: CompressPlan, statistics: Statistics | No
     check_plan(source, plan)
     if statistics is not None and statistics.source_hash != source.source_hash:
         raise UsageError(f"The statistics are of another checkpoint than {source.path}. Calibrate this one.")
-    matrices = list(_matrices(source, plan))
-    _check_types(source, matrices)
     spec = result_spec(source, plan)
-    own = own_metadata(source, plan, spec, matrices, statistics)
-    metadata = merged_metadata(carried_metadata(source), own)
+    matrices = list(_matrices(source, plan, spec))
+    _check_types(source, matrices)
+    if plan.file_type is None:
+        own = own_metadata(source, plan, spec, matrices, statistics)
+        metadata = merged_metadata(carried_metadata(source), own)
+    else:
+        metadata = whole_metadata(source, plan, spec, matrices)
+        matrices = _in_source_order(source, matrices)
     tensors, n_data = _placed(matrices, alignment_of(metadata))
     header = pack_header(metadata, _entries(tensors))
     check_header(source.path, header, len(header) + n_data)
@@ -76,7 +89,7 @@ def lay_out(source: ModelSource, plan: CompressPlan, statistics: Statistics | No
 
 
 class PlanSize:
-    """Counts the exact bytes of files made of one source; `statistics` as in `lay_out`."""
+    """Counts the exact bytes of compressed files made of one source; `statistics` as in `lay_out`."""
 
     def __init__(self, source: ModelSource, statistics: Statistics | None = None) -> None:
         self._source, self._statistics = source, statistics
@@ -86,9 +99,9 @@ class PlanSize:
     def of(self, plan: CompressPlan) -> int:
         """What `lay_out` says without laying out; raises UnsupportedModelError as it does."""
         check_plan(self._source, plan)
-        matrices = list(_matrices(self._source, plan))
-        _check_types(self._source, matrices)
         spec = result_spec(self._source, plan)
+        matrices = list(_matrices(self._source, plan, spec))
+        _check_types(self._source, matrices)
         own = own_metadata(self._source, plan, spec, matrices, self._statistics)
         tensors, n_data = _placed(matrices, alignment_of(own))
         n_keys = len(pack_keys(own)) + self._carried_bytes(frozenset(own.keys() & self._carried.keys()))
@@ -117,21 +130,32 @@ def matrix_bytes(matrix: Matrix) -> int:
     return n_bytes
 
 
-def _matrices(source: ModelSource, plan: CompressPlan) -> Iterator[Matrix]:
-    """Everything of the file in its order, stacks slot after slot."""
-    f32 = GGMLQuantizationType.F32
-    yield source_matrix(source, MatrixKey(_TOKENS), _TOKENS, plan.token_type)
-    if MatrixKey(ROPE_FREQS) in source.shapes:
-        yield source_matrix(source, MatrixKey(ROPE_FREQS), ROPE_FREQS, f32)
-    for index, layer in enumerate(plan.layers):
-        yield from LayerMatrices(source, index, layer, native=plan.format == "native").all()
-    yield source_matrix(source, MatrixKey("output_norm.weight"), "output_norm.weight", f32)
+def _matrices(source: ModelSource, plan: CompressPlan, spec: ModelSpec) -> Iterator[Matrix]:
+    """Everything of the file in the order of use, stacks slot after slot; `spec` has the file's sizes."""
     is_tied = MatrixKey(_OUTPUT) not in source.shapes
-    if plan.output_type is not None:
-        # A tied table may be stored once more, as an output of another type.
-        yield source_matrix(source, MatrixKey(_TOKENS if is_tied else _OUTPUT), _OUTPUT, plan.output_type)
-    else:
-        assert is_tied, "the output matrix has no type"
+    assert is_tied or plan.output_type is not None, "the output matrix has no type"
+    types = {_TOKENS: plan.token_type, _OUTPUT: plan.output_type}
+    for layer, tensors in groupby(model_tensors(spec), key=lambda tensor: tensor.layer):
+        if layer >= 0:
+            yield from LayerMatrices(source, layer, plan.layers[layer], native=plan.format == "native").all(tensors)
+            continue
+        for name in (tensor.name for tensor in tensors):
+            # A tied table may be stored once more, as an output of another type.
+            key, kind = MatrixKey(_TOKENS if is_tied and name == _OUTPUT else name), types.get(name, Type.F32)
+            if key in source.shapes and kind is not None:
+                yield source_matrix(source, key, name, kind)
+
+
+def _in_source_order(source: ModelSource, matrices: Iterable[Matrix]) -> list[Matrix]:
+    """The matrices in the order of the source, a layer's second copies behind all others of the layer."""
+    order = {key.name: place for place, key in enumerate(source.shapes)}
+    ends = {layer_and_role(name)[0]: place for name, place in order.items()}
+
+    def place(matrix: Matrix) -> tuple[int, int, int]:
+        name, layer = matrix.key.name, layer_and_role(matrix.key.name)[0]
+        return (order[name] if layer < 0 else ends[layer]), matrix.copy, order[name]
+
+    return sorted(matrices, key=place)
 
 
 def _check_types(source: ModelSource, matrices: Sequence[Matrix]) -> None:

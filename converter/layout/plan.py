@@ -1,12 +1,14 @@
-"""What a slimmed model will be: decisions as values, made by methods and the allocator, carried out by the writer."""
+"""What a file will hold: decisions as values, made by methods and the allocator, carried out by the writer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
+
+from slimoe.offload.gguf.header import Value
 
 Format = Literal["stock", "native"]
 """stock: what an unmodified llama.cpp loads. native: our own format, which can hold all of this."""
@@ -38,9 +40,10 @@ class LayerPlan:
 
     `rows` are the rows of the source's router that are kept, in order, `target` says for each which of `experts` it
     means, or -1 - n for constant n. `router` [n_row, n_embd] replaces their values. `constants`
-    [n_constant, n_embd] are the constant experts' vectors. Without `experts` there is no feed-forward part (`rows` is
-    then empty). `types` are those of the attention's matrices by role: attn_q, attn_k, attn_v, attn_output. `hints` are
-    for the engine, as `LayerHints` names them.
+    [n_constant, n_embd] are the constant experts' vectors. `types` are those of the other matrices by role: attn_q,
+    attn_k, attn_v and attn_output, and of a dense layer ffn_gate, ffn_up and ffn_down. Without these and without
+    `experts` there is no feed-forward part (`rows` is then empty). `hints` are for the engine, as `LayerHints` names
+    them.
     """
 
     block: int
@@ -60,8 +63,11 @@ class CompressPlan:
 
     `importance`: types are fitted to what matrices read (needs statistics); `feedback`: errors of a block of columns
     are made up for in the later ones, against inputs that the quantised layers before produce; `refit`: routers are
-    fitted to the quantised experts. `expected_kl` is what the statistics say, nats per token, `uncounted` what they say
-    nothing of.
+    fitted to the quantised experts. `expected_kl` is the KL divergence per token that the statistics foretell,
+    `uncounted` what they say nothing of.
+
+    `file_type` is the number of a mix of types that all matrices have by name, in a plan that removes nothing: the file
+    then has no room for keys that come late, and `provenance` are its keys about the importance matrix.
     """
 
     format: Format
@@ -74,3 +80,5 @@ class CompressPlan:
     refit: bool = False
     expected_kl: float | None = None
     uncounted: tuple[str, ...] = ()
+    file_type: LlamaFileType | None = None
+    provenance: Mapping[str, Value] = field(default_factory=dict)

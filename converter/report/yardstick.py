@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.compress import BEYOND
-from slimoe.converter.budget.named_types import named_types, plan_kinds, priced
+from slimoe.converter.budget.named_types import NamedTypes, plan_kinds, priced, with_named_types
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.structure import build_structure
-from slimoe.converter.budget.types import apply
 from slimoe.converter.layout.offsets import PlanSize
 from slimoe.converter.layout.plan import CompressPlan, Format
-from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
+from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES, find_recipe
 from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
@@ -96,7 +95,8 @@ def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -
     structure = build_structure(source, None, recipe)
     form: Format = "native" if source.spec.is_native else "stock"
     plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
-    return apply(plan, named_types(source, structure, recipe), source, None)
+    mix = find_recipe(name)
+    return with_named_types(source, plan, NamedTypes(source, recipe, len(plan.layers)).of, mix.name, mix.base)
 
 
 def _with_cost(plan: CompressPlan, statistics: Statistics | None) -> CompressPlan:

@@ -1,6 +1,7 @@
 """The importance matrix that a person gives for a conversion, read from whichever file and held against the model."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.quant.mixes import layer_and_role
-from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.source.stored_model import StockTensor, StoredModel
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.imatrix_file import Imatrix, imatrix_of, read_imatrix
 from slimoe.offload.errors import LibraryError, UsageError
 from slimoe.offload.files.regular_file import open_regular
@@ -35,30 +35,32 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class GivenImportance:
-    """An importance matrix that fits the model, its file, and the keys that tell of it in what is made."""
+    """An importance matrix that fits the model, its file, and the keys that tell of it in what is made.
+
+    `n_matrices` counts the model's matrices by the name of their tensor in a stock GGUF file.
+    """
 
     path: Path
     imatrix: Imatrix
     metadata: Mapping[str, Value]
+    n_matrices: Mapping[str, int]
 
-    def of(self, target: StockTensor, *, tied: bool) -> tuple[Importance, ...]:
-        """Mean squares [n_per_row] for each matrix of a tensor; none where nothing is known of it.
+    def of(self, key: MatrixKey, n_per_row: int) -> Importance | None:
+        """Mean squares [n_per_row] of a matrix's columns; None where nothing is known of it.
 
-        `tied` says that the token table is also the output matrix. Raises UsageError for an imatrix of another model.
+        Without an output matrix the token table is it. Raises UsageError for an imatrix of another model.
         """
-        name = target.stock_name
-        if tied and name == _TOKENS and name not in self.imatrix.entries:
+        name = key.name
+        if name == _TOKENS and _OUTPUT not in self.n_matrices and name not in self.imatrix.entries:
             name = _OUTPUT
         entry = self.imatrix.entries.get(name)
         if entry is None:
-            return ()
-        n_known, n_matrices = len(entry.of_width(target.ne[0]).counts), len(target.sources)
+            return None
+        n_known, n_matrices = len(entry.of_width(n_per_row).counts), self.n_matrices[key.name]
         if n_known != n_matrices:
             problem = f"{self.path} knows {n_known} matrices of {name}, but the model has {n_matrices}."
             raise UsageError(f"{problem} {_OF_THIS_MODEL}")
-        numbers = range(n_matrices) if n_matrices > 1 else (-1,)
-        means = (self.imatrix.importance(MatrixKey(name, number), target.ne[0]) for number in numbers)
-        return tuple(one for one in means if one is not None)
+        return self.imatrix.importance(MatrixKey(name, key.expert), n_per_row)
 
     def reach(self, n_matrices: int, n_fitted: int, n_experts: int) -> Fitted:
         """What to tell about it; raises UsageError if it is of no use."""
@@ -72,15 +74,15 @@ class GivenImportance:
         return Fitted(n_matrices, n_fitted, n_experts, sum(unmet.values()))
 
 
-def read_importance(path: Path, model: StoredModel, targets: Iterable[StockTensor]) -> GivenImportance:
-    """Reads llama.cpp's imatrix in either form, or a file of `slimoe calibrate`, for a model of such tensors.
+def read_importance(path: Path, model: ModelSource) -> GivenImportance:
+    """Reads llama.cpp's imatrix in either form, or a file of `slimoe calibrate`, for a model.
 
     Raises UsageError for an imatrix of another model, OtherSourceError for such statistics, ModelFileError or
     StatisticsError for what is neither, and LibraryError where safetensors is needed and absent.
     """
-    given = _of_statistics(path, model) if _is_statistics(path) else _of_imatrix(path)
-    known = {target.stock_name for target in targets} | {_OUTPUT}
-    strange = sorted(given.imatrix.entries.keys() - known)
+    imatrix, metadata = _of_statistics(path, model) if _is_statistics(path) else _of_imatrix(path)
+    given = GivenImportance(path, imatrix, metadata, Counter(key.name for key in model.shapes))
+    strange = sorted(given.imatrix.entries.keys() - given.n_matrices.keys() - {_OUTPUT})
     if strange:
         raise UsageError(f"{path} knows {strange[0]}, which the model does not have. {_OF_THIS_MODEL}")
     layers = {layer_and_role(name)[0] for name in given.imatrix.entries}
@@ -99,7 +101,7 @@ def _is_statistics(path: Path) -> bool:
         return False
 
 
-def _of_statistics(path: Path, model: StoredModel) -> GivenImportance:
+def _of_statistics(path: Path, model: ModelSource) -> tuple[Imatrix, dict[str, Value]]:
     try:
         from slimoe.converter.stats.statistics_file import load_statistics
     except ImportError:
@@ -107,10 +109,10 @@ def _of_statistics(path: Path, model: StoredModel) -> GivenImportance:
         raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
     statistics = load_statistics(path, model)
     about = {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
-    return GivenImportance(path, imatrix_of(statistics), about)
+    return imatrix_of(statistics), about
 
 
-def _of_imatrix(path: Path) -> GivenImportance:
+def _of_imatrix(path: Path) -> tuple[Imatrix, dict[str, Value]]:
     imatrix = read_imatrix(path)
     about: dict[str, Value] = {
         keys.IMATRIX_FILE: path.name,
@@ -118,4 +120,4 @@ def _of_imatrix(path: Path) -> GivenImportance:
         keys.IMATRIX_ENTRIES: len(imatrix.entries),
         keys.IMATRIX_CHUNKS: imatrix.n_chunks,
     }
-    return GivenImportance(path, imatrix, {key: value for key, value in about.items() if value})
+    return imatrix, {key: value for key, value in about.items() if value}

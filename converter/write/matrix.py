@@ -3,11 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import matrix_bytes
 from slimoe.converter.methods.expert_matrices import merged_matrix
-from slimoe.converter.plain.plan_pieces import copy_blocks
+from slimoe.converter.quant.quantize import ggml_validate_row_data
 from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, expert_key
+from slimoe.converter.source.stored_model import StoredModel
+from slimoe.converter.source.stored_rows import StoredRows
+from slimoe.offload.errors import ModelFileError
 
 
 def read_matrix(source: ModelSource, matrix: Matrix) -> NDArray[np.float32]:
@@ -30,6 +34,14 @@ def stored_blocks(source: ModelSource, matrix: Matrix) -> Blocks | None:
     return blocks if blocks and blocks.type is matrix.type else None
 
 
+def stored_rows(source: ModelSource, matrix: Matrix) -> StoredRows | None:
+    """The rows in the source's files that the matrix has, all of them; None where it is made in memory."""
+    origin = origin_of(matrix)
+    if origin is None or kept_rows(matrix) is not None or not isinstance(source, StoredModel):
+        return None
+    return source.matrices[origin].rows
+
+
 def origin_of(matrix: Matrix) -> MatrixKey | None:
     """The source's matrix that this is, whole or some rows of it."""
     expert = matrix.expert
@@ -46,6 +58,14 @@ def kept_rows(matrix: Matrix) -> NDArray[np.int64] | None:
     if matrix.rows is not None:
         return np.asarray(matrix.rows, np.int64)
     return matrix.expert.kept if matrix.expert else None
+
+
+def copy_blocks(blocks: Blocks, name: str) -> NDArray[np.uint8]:
+    """The bytes of blocks; raises ModelFileError where they cannot be read or hold NaN or infinity."""
+    data = read_bytes(blocks.path, blocks.offset, blocks.n_bytes)
+    if not ggml_validate_row_data(blocks.type, data.ctypes.data, data.size):
+        raise ModelFileError(blocks.path, f"tensor {name} holds NaN or infinity; the file is damaged.")
+    return data
 
 
 def copy_rows(blocks: Blocks, matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

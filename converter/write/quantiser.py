@@ -1,5 +1,6 @@
 """How weights become blocks of their type: the part of compression that a better method can take the place of."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from slimoe.converter.layout.plan import ExpertPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import needs_importance, quantize_rows
 from slimoe.converter.stats.statistics import InputSums, Statistics
+from slimoe.converter.stats.type_costs import LOSSLESS
 from slimoe.offload.errors import UsageError
 
 _ROWS_AT_ONCE = 256
@@ -44,11 +46,15 @@ class Quantiser(Protocol):
         ...
 
 
-class PlainQuantiser:
-    """Every matrix by itself, with the importance of its columns where `statistics` are given."""
+Importance = Callable[[Matrix], NDArray[np.float32] | None]
+"""The importance of a matrix's columns [n_per_row]; None where nothing is known of them."""
 
-    def __init__(self, statistics: Statistics | None = None, *, is_tied: bool = False, n_threads: int = 1) -> None:
-        self._statistics, self._is_tied, self._n_threads = statistics, is_tied, n_threads
+
+class PlainQuantiser:
+    """Quantises every matrix by itself, row by row, with the `importance` of its columns where that is known."""
+
+    def __init__(self, importance: Importance = lambda _matrix: None, *, n_threads: int = 1) -> None:
+        self._importance, self._n_threads = importance, n_threads
 
     def begin_layer(self, layer: int) -> None:
         """Nothing to prepare."""
@@ -60,31 +66,37 @@ class PlainQuantiser:
         """Nothing depends on it."""
 
     def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Blocks of the matrix; raises UsageError for a type that needs importance where there is none."""
-        importance = self.importance(matrix)
+        """Blocks of the matrix, made by all threads; raises as `rows` does."""
+        parts = [weights[begin : begin + _ROWS_AT_ONCE] for begin in range(0, len(weights), _ROWS_AT_ONCE)]
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            return np.concatenate(list(pool.map(lambda part: self.rows(matrix, part), parts)))
+
+    def rows(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Blocks of some of the matrix's rows, or of a vector; may be asked for by any thread, in any order.
+
+        Raises UsageError for a type that needs importance where there is none, and BadWeightsError for weights that the
+        type cannot express.
+        """
+        importance = None if matrix.is_vector or matrix.type in LOSSLESS else self._importance(matrix)
         if importance is None and needs_importance(matrix.type):
             problem = f"{matrix.key} cannot be {matrix.type.name}: it is not known which of its weights matter."
             raise UsageError(f"{problem} Give statistics, or use IQ3_S or larger there.")
-        parts = [weights[begin : begin + _ROWS_AT_ONCE] for begin in range(0, len(weights), _ROWS_AT_ONCE)]
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            return np.concatenate(list(pool.map(lambda part: quantize_rows(part, matrix.type, importance), parts)))
-
-    def importance(self, matrix: Matrix) -> NDArray[np.float32] | None:
-        """Of the matrix's columns [n_per_row]."""
-        if self._statistics is None:
-            return None
-        return matrix_importance(self._statistics, matrix, is_tied=self._is_tied)
+        return quantize_rows(weights, matrix.type, importance)
 
 
 _ATTENTION = {"attn_q": "attention", "attn_k": "attention", "attn_v": "attention", "attn_output": "mixed"}
 
 
-def matrix_importance(statistics: Statistics, matrix: Matrix, *, is_tied: bool = False) -> NDArray[np.float32] | None:
+def statistics_importance(statistics: Statistics, *, is_tied: bool) -> Importance:
+    """What statistics say of matrices; `is_tied` tells that the token table is the output matrix as well."""
+    return lambda matrix: _of_statistics(statistics, matrix, is_tied=is_tied)
+
+
+def _of_statistics(statistics: Statistics, matrix: Matrix, *, is_tied: bool) -> NDArray[np.float32] | None:
     """Sums of squares [n_per_row] of what a matrix is multiplied with; None where nothing is known.
 
     Of the token table, which is only read, they are the sensitivities to its columns.
-    An expert that no token picked reads what its layer's others read; its neurons all count the same (zeros).
-    `is_tied` tells that the token table is the output matrix as well.
+    An expert that no token selected reads what its layer's others read; its neurons all count the same (zeros).
     """
     _, role = layer_and_role(matrix.key.name)
     if role == "output" or (role == "token_embd" and is_tied):

@@ -8,9 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from slimoe.converter.plain import convert as conversion
-from slimoe.converter.plain.convert import DEFAULT_TYPE, ConvertOptions, ConvertReport
-from slimoe.converter.plain.plan import ConvertPlan
+from slimoe.converter.convert import DEFAULT_TYPE, Conversion, ConvertOptions, ConvertReport, carry_out, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
@@ -104,40 +102,26 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["imatrix"],
     )
     if values["dry_run"]:
-        planned = conversion.plan(options)
+        planned = plan(options)
         _announce(planned, options)
-        _report(_expected(planned, target), values["as_json"])
+        _report(planned.report(target), values["as_json"])
         return
     with unwritten(target), reserve(target) as destination:
-        planned = conversion.plan(options)
+        planned = plan(options)
         _announce(planned, options)
-        with byte_bar(planned.n_bytes) as on_progress:
-            report = conversion.carry_out(planned, options, on_progress, destination)
+        with byte_bar(planned.layout.n_bytes) as on_progress:
+            report = carry_out(planned, options, on_progress, destination)
     tell(f"{target}: {report.n_bytes:,} bytes in {report.seconds:.1f} s")
     _report(report, values["as_json"])
 
 
-def _expected(planned: ConvertPlan, target: Path) -> ConvertReport:
-    """The report of what was not written."""
-    return ConvertReport(
-        path=target,
-        recipe=planned.recipe,
-        n_bytes=planned.n_bytes,
-        seconds=0.0,
-        n_tensors=len(planned.tensors),
-        bytes_by_type=planned.bytes_by_type,
-        n_copied_bytes=planned.n_copied_bytes,
-        fitted=planned.fitted,
-        unfit_types=planned.unfit_types,
-    )
-
-
-def _announce(planned: ConvertPlan, options: ConvertOptions) -> None:
-    parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in planned.bytes_by_type.items())
+def _announce(planned: Conversion, options: ConvertOptions) -> None:
+    layout = planned.layout
+    parts = ", ".join(f"{name} {n_bytes:,}" for name, n_bytes in layout.bytes_by_type.items())
     copied = f", {planned.n_copied_bytes:,} of them copied" if planned.n_copied_bytes else ""
-    size = f"{planned.n_bytes:,} bytes will be written{copied}"
-    tell(f"{options.target}: {size}, {planned.recipe} ({parts})")
-    if note := window_note(planned.spec):
+    size = f"{layout.n_bytes:,} bytes will be written{copied}"
+    tell(f"{options.target}: {size}, {planned.plan.recipe} ({parts})")
+    if note := window_note(layout.spec):
         tell(note)
     for note in planned.notes:
         tell(note)

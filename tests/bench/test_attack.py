@@ -101,8 +101,8 @@ def test_answers_on_one_connection_are_told_apart() -> None:
         ({"status": 3, "text": "KeyError\n"}, "refused without a line"),
         ({"status": 3, "text": "slimoe: " + "x" * 5000}, "a message of more than"),
         (
-            {"status": 99, "fault": 'File "/x/converter/plain/plan.py", line 3, in plan\nKeyError: 1'},
-            "converter/plain/plan.py:plan",
+            {"status": 99, "fault": 'File "/x/converter/convert.py", line 3, in plan\nKeyError: 1'},
+            "converter/convert.py:plan",
         ),
         ({"status": None, "signal": 11}, "signal 11"),
         ({"status": None, "signal": 24}, "10 s of processor"),

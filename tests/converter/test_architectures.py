@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.forward.stream import Sequences, final_logits, run
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import kl_divergence, random_tokens
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
 from slimoe.offload.plan.engine_config import EngineConfig

@@ -5,8 +5,8 @@ from pathlib import Path
 import gguf
 import pytest
 
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.gguf.late_keys import ROOM_BYTES, add_late_keys
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import ModelFileError

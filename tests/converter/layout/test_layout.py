@@ -246,5 +246,5 @@ def test_statistics_of_another_checkpoint(source: ModelSource) -> None:
 def test_a_model_without_experts(dense_checkpoint: Path) -> None:
     source = checkpoint_source(dense_checkpoint)
     plan = CompressPlan("stock", (), F32, F32, "")
-    with pytest.raises(UnsupportedModelError, match="no experts to slim"):
+    with pytest.raises(UnsupportedModelError, match="no experts to compress"):
         lay_out(source, plan)

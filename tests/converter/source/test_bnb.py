@@ -15,13 +15,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.model_source import MatrixKey, block_key, expert_key
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.offload.errors import LibraryError, ModelFileError, SlimoeError, UnsupportedModelError
-from tests.converter.plain.test_convert import PROMPT, llama_logits
+from tests.converter.test_convert import PROMPT, llama_logits
 from tests.models.gguf_content import Array
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 

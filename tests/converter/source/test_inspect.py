@@ -5,7 +5,7 @@ import gguf
 import numpy as np
 import pytest
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.errors import ModelFileError
 from slimoe.server.cli import run

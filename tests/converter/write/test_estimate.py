@@ -6,8 +6,8 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.layout.offsets import lay_out
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.write import estimate as slim_estimate

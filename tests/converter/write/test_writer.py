@@ -10,11 +10,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
 from slimoe.converter.methods.expert_matrices import merged_matrix
-from slimoe.converter.plain.convert import ConvertOptions, convert
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.gguf_source import gguf_source
@@ -109,10 +109,11 @@ def test_what_lies_in_blocks_is_copied(tmp_path: Path, q4_k_m: Path) -> None:
 
 
 class Refusing(PlainQuantiser):
-    """Nothing is to be made."""
+    """Nothing is to be made but constants."""
 
-    def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        raise AssertionError(matrix.key)
+    def rows(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        assert matrix.is_constant, matrix.key
+        return super().rows(matrix, weights)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,7 +12,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.rpc_server import RpcServer, rpc_server
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.checkpoint_source import FAMILIES, read_model_config
 from slimoe.converter.source.families.config import ModelConfig

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import END_TOKEN_IDS

@@ -9,8 +9,7 @@ import pytest
 from llama_cpp import Llama
 from transformers import LlamaTokenizer
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
-from slimoe.converter.plain.plan import plan_conversion, plan_pair
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
@@ -119,11 +118,11 @@ def test_chats_texts_and_prompts_have_transformers_ids(
 def test_what_llama_cpp_reads_otherwise_is_said(tmp_path: Path, moe_checkpoint: Path) -> None:
     source = shutil.copytree(moe_checkpoint, tmp_path / "c")
     settings = json.loads((source / "tokenizer_config.json").read_text())
-    assert plan_conversion(source, "Q8_0").notes == ()
+    assert plan(ConvertOptions(source, tmp_path / "m.gguf", "Q8_0")).notes == ()
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": False}))
-    (note,) = plan_conversion(source, "Q8_0").notes
+    (note,) = plan(ConvertOptions(source, tmp_path / "m.gguf", "Q8_0")).notes
     assert "llama.cpp will read a space behind each control token" in note
-    assert plan_pair(source, "F16,Q8_0").notes == ()
+    assert plan(ConvertOptions(source, tmp_path / "m.gguf", pair="F16,Q8_0")).notes == ()
 
 
 def test_a_chat_without_a_template_is_a_text_behind_a_bos(tmp_path: Path, sentencepiece_path: Path) -> None:

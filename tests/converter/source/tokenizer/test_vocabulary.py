@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from gguf.vocab import SentencePieceVocab
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.sentencepiece_model import SentencePieceModel
 from slimoe.converter.source.tokenizer.tokenizer_json import TokenizerJson

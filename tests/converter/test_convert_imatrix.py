@@ -13,7 +13,7 @@ import pytest
 from gguf import LlamaFileType
 from numpy.typing import NDArray
 
-from slimoe.converter.plain.convert import ConvertOptions, convert, plan
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE
 from slimoe.offload.errors import ModelFileError, SlimoeError, UsageError
 from slimoe.server.cli import run
@@ -197,9 +197,12 @@ def test_a_tied_table_is_the_output_matrix(tmp_path: Path, sentencepiece_path: P
     layer = {"blk.0.attn_q.weight": values}
     fitted = plan(replace(options, imatrix=write(tmp_path / "a.imatrix", {"output.weight": values, **layer})))
     other = plan(replace(options, imatrix=write(tmp_path / "b.imatrix", layer)))
-    for planned, expected in ((fitted, [values[0]]), (other, [])):
-        table = next(tensor for tensor in planned.tensors if tensor.target.name == "token_embd.weight")
-        np.testing.assert_allclose(table.importance, expected, rtol=1e-6)
+    tables = [planned.layout.tensors[0].matrices[0] for planned in (fitted, other)]
+    assert [table.key.name for table in tables] == ["token_embd.weight"] * 2
+    importance = fitted.importance(tables[0])
+    assert importance is not None
+    np.testing.assert_allclose(importance, values[0], rtol=1e-6)
+    assert other.importance(tables[1]) is None
 
 
 def test_blocks_that_are_copied_need_no_importance(tmp_path: Path, fitted: dict[str, Path], imatrix: Path) -> None:
@@ -219,7 +222,7 @@ def test_types_that_need_importance(tmp_path: Path, checkpoint: Path, imatrix: P
     for one in (options, replace(options, pair=f"Q4_K,{kind}")):
         with pytest.raises(UsageError, match=f"{kind} is only of use .* Give --imatrix, or use IQ3_S"):
             plan(one)
-        types = {tensor.type.name for tensor in plan(replace(one, imatrix=imatrix)).tensors}
+        types = {tensor.type.name for tensor in plan(replace(one, imatrix=imatrix)).layout.tensors}
         assert kind in types
     assert list(tmp_path.iterdir()) == []
 

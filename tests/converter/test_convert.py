@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 
-from slimoe.converter.plain.convert import ConvertOptions, convert, plan
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.errors import ModelFileError
@@ -110,7 +110,7 @@ def test_every_type_is_close_to_the_weights(
     tmp_path: Path, few_experts: Path, exact: dict[str, Any], kind: str
 ) -> None:
     path = converted(few_experts, tmp_path / "m.gguf", kind)
-    assert path.stat().st_size == plan(ConvertOptions(few_experts, tmp_path / "x", kind)).n_bytes
+    assert path.stat().st_size == plan(ConvertOptions(few_experts, tmp_path / "x", kind)).layout.n_bytes
     for tensor in gguf.GGUFReader(path).tensors:
         original = exact[tensor.name]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(original.shape)
@@ -256,7 +256,7 @@ def test_interruption_leaves_nothing(tmp_path: Path, moe_checkpoint: Path) -> No
 def test_ctrl_c_in_the_terminal_leaves_nothing(tmp_path: Path, moe_checkpoint: Path) -> None:
     code = (
         "import signal, sys\nfrom pathlib import Path\n"
-        "from slimoe.converter.plain.convert import ConvertOptions, convert\n"
+        "from slimoe.converter.convert import ConvertOptions, convert\n"
         # Background jobs of a shell start with the signal ignored, and the tests may be one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def pause(done, total):\n    print('.', flush=True)\n    sys.stdin.readline()\n"

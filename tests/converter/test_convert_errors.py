@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.errors import DoesNotFitError, ModelFileError, SlimoeError, UnsupportedModelError, UsageError
 from slimoe.server.cli import run
 

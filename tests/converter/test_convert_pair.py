@@ -11,13 +11,12 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from slimoe.converter.plain.convert import ConvertOptions, convert, plan
-from slimoe.converter.plain.pair import pair_layout
+from slimoe.converter.convert import ConvertOptions, convert, plan
+from slimoe.converter.layout.offsets import lay_out
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.experts import expert_layers
-from slimoe.offload.model.native_layout import NativeLayout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.model.tensors import WeightSource, model_sources
@@ -106,9 +105,9 @@ def test_each_expert_has_its_two_copies(pair: Path, stock: dict[str, Path]) -> N
 
 def test_the_plan_is_exact_and_tensors_are_aligned(tmp_path: Path, pair: Path, k_quant_checkpoint: Path) -> None:
     planned = plan(ConvertOptions(k_quant_checkpoint, tmp_path / "m.gguf", pair="q4_k, q2_k"))
-    assert planned.n_bytes == pair.stat().st_size
+    assert planned.layout.n_bytes == pair.stat().st_size
     file = read_gguf(pair)
-    assert file.metadata["slimoe.recipe"] == planned.recipe == "Q4_K,Q2_K"
+    assert file.metadata["slimoe.recipe"] == planned.plan.recipe == "Q4_K,Q2_K"
     assert {tensor.offset % 4096 for tensor in file.tensors.values()} == {0}
 
 
@@ -148,16 +147,11 @@ def test_a_model_without_experts(tmp_path: Path, dense_checkpoint: Path) -> None
         plan(ConvertOptions(dense_checkpoint, tmp_path / "m.gguf", pair="Q8_0,Q4_0"))
 
 
-def test_the_writer_refuses_what_the_loader_would(
-    tmp_path: Path, k_quant_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def damaged(spec: ModelSpec) -> NativeLayout:
-        layers = pair_layout(spec).layers
-        return NativeLayout((replace(layers[0], target=(0, 1, 2, 3, 4, 6)), *layers[1:]))
-
-    monkeypatch.setattr("slimoe.converter.plain.plan.pair_layout", damaged)
-    with pytest.raises(ModelFileError, match="layer 0: row 5 of the router means 6"):
-        convert(ConvertOptions(k_quant_checkpoint, tmp_path / "m.gguf", pair="Q4_K,Q2_K"))
+def test_what_the_loader_would_refuse_is_not_laid_out(tmp_path: Path, k_quant_checkpoint: Path) -> None:
+    planned = plan(ConvertOptions(k_quant_checkpoint, tmp_path / "m.gguf", pair="Q4_K,Q2_K"))
+    damaged = tuple(replace(layer, hints={"fallback": (0,) * 6}) for layer in planned.plan.layers)
+    with pytest.raises(ModelFileError, match=r"layer 0: expert.fallback names novice 0 of 0"):
+        lay_out(planned.source, replace(planned.plan, layers=damaged))
     assert list(tmp_path.iterdir()) == []
 
 
