@@ -112,7 +112,7 @@ class LayerMatrices:
             if role == "ffn_gate_inp":
                 yield self._router()
                 continue
-            for suffix in ("weight", "bias"):
+            for suffix in ("bias", "weight"):
                 if block_key(self.plan.block, role, suffix) in self.source.shapes:
                     yield self._whole(role, suffix, self.plan.types.get(role, Type.F32))
         if not self.plan.rows:

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -21,7 +21,7 @@ from slimoe.converter.layout.metadata import (
     whole_metadata,
 )
 from slimoe.converter.layout.plan import CompressPlan
-from slimoe.converter.quant.mixes import fits, fitting_types, layer_and_role
+from slimoe.converter.quant.mixes import fits, fitting_types
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UnsupportedModelError, UsageError
@@ -81,7 +81,6 @@ def lay_out(source: ModelSource, plan: CompressPlan, statistics: Statistics | No
         metadata = merged_metadata(carried_metadata(source), own)
     else:
         metadata = whole_metadata(source, plan, spec, matrices)
-        matrices = _in_source_order(source, matrices)
     tensors, n_data = _placed(matrices, alignment_of(metadata))
     header = pack_header(metadata, _entries(tensors))
     check_header(source.path, header, len(header) + n_data)
@@ -144,18 +143,6 @@ def _matrices(source: ModelSource, plan: CompressPlan, spec: ModelSpec) -> Itera
             key, kind = MatrixKey(_TOKENS if is_tied and name == _OUTPUT else name), types.get(name, Type.F32)
             if key in source.shapes and kind is not None:
                 yield source_matrix(source, key, name, kind)
-
-
-def _in_source_order(source: ModelSource, matrices: Iterable[Matrix]) -> list[Matrix]:
-    """The matrices in the order of the source, a layer's second copies behind all others of the layer."""
-    order = {key.name: place for place, key in enumerate(source.shapes)}
-    ends = {layer_and_role(name)[0]: place for name, place in order.items()}
-
-    def place(matrix: Matrix) -> tuple[int, int, int]:
-        name, layer = matrix.key.name, layer_and_role(matrix.key.name)[0]
-        return (order[name] if layer < 0 else ends[layer]), matrix.copy, order[name]
-
-    return sorted(matrices, key=place)
 
 
 def _check_types(source: ModelSource, matrices: Sequence[Matrix]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -14,7 +15,7 @@ from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer
 from slimoe.converter.source.rotation import read_rotation
-from slimoe.converter.source.stored_model import StoredModel, stock_tensors
+from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
@@ -35,10 +36,12 @@ def checkpoint_source(path: Path) -> StoredModel:
     rotation = read_rotation(checkpoint.config_path, config)
     spec = model_spec(family, config, rotation.spec)
     matrices = checkpoint_matrices(checkpoint, family, config, spec, rotation.divisors)
-    tensors = stock_tensors(matrices)
-    f32 = GGMLQuantizationType.F32
-    infos = {t.name: TensorInfo(t.name, t.ne, f32, 0, 0, 4 * math.prod(t.ne)) for t in tensors}
-    check_tensors(GGUFFile((path,), {}, infos), spec)
+    n_matrices = Counter(key.name for key in matrices)
+    tensors = {}
+    for key, matrix in matrices.items():
+        ne = (*matrix.shape[::-1], *((n_matrices[key.name],) if key.expert >= 0 else ()))
+        tensors[key.name] = TensorInfo(key.name, ne, GGMLQuantizationType.F32, 0, 0, 4 * math.prod(ne))
+    check_tensors(GGUFFile((path,), {}, tensors), spec)
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
     layer = SourceLayer(spec.n_expert, tuple(range(spec.n_expert)))

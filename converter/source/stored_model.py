@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer
-from slimoe.converter.source.stored_rows import StoredMatrix, StoredRows
+from slimoe.converter.source.stored_rows import StoredMatrix
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
@@ -59,32 +59,3 @@ def _in_order(matrices: Mapping[MatrixKey, StoredMatrix], spec: ModelSpec) -> di
         return layer, places.get(role, len(places)), kind, key.expert
 
     return {key: matrices[key] for key in sorted(matrices, key=place)}
-
-
-@dataclass(frozen=True, slots=True)
-class StockTensor:
-    """A tensor of shape `ne` (ggml's order), and whose rows it is made of, in order.
-
-    `stock_name` is what a stock GGUF file calls it, `name` the file that is written.
-    """
-
-    name: str
-    ne: tuple[int, ...]
-    sources: tuple[StoredRows, ...]
-    stock_name: str
-
-
-def stock_tensors(matrices: Mapping[MatrixKey, StoredMatrix]) -> list[StockTensor]:
-    """What matrices make in their order, experts of one shape stacked in theirs."""
-    stacks: dict[str, list[StoredMatrix]] = {}
-    for key, matrix in matrices.items():
-        stacks.setdefault(key.name, []).append(matrix)
-    return [
-        StockTensor(
-            name,
-            (*stack[0].shape[::-1], len(stack)) if MatrixKey(name) not in matrices else stack[0].shape[::-1],
-            tuple(matrix.rows for matrix in stack),
-            name,
-        )
-        for name, stack in stacks.items()
-    ]

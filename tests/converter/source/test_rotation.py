@@ -15,8 +15,8 @@ import transformers
 from numpy.typing import NDArray
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.convert import ConvertOptions, convert
+from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.source.families.llama import MixtralConfig
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.rotation import Rotation, read_rotation
