@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from bench.baselines.rpc_server import rpc_server
-from slimoe.converter.plain.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert
 from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
 from tests.models.tiny_gguf import write_tiny_gguf
 

@@ -14,7 +14,6 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
-from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, SourceLayer, block_key, expert_key
 from slimoe.converter.source.open_source import open_source
