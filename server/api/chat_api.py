@@ -12,7 +12,7 @@ from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, GenerationBody, LogprobCount, StreamOptions, read_body
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.shape import Envelope, OpenAIShape
-from slimoe.server.api.unkept_fields import CHAT, extended
+from slimoe.server.api.unsupported_fields import CHAT, extended
 from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.chat.history import Message, turns
 from slimoe.server.messages import ChatPrompt, ScoredToken
@@ -59,7 +59,7 @@ class ChatApi:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
-        self._generation.unkept.refuse(body, CHAT)
+        self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
         prompt = chat_prompt(body)
         _check_beginning(body)
@@ -115,7 +115,9 @@ def chat_prompt(body: ChatBody) -> ChatPrompt:
     _check_values(values, MAX_DEPTH)
     own = next((name for name in _OWN_VALUES if values.get(name)), None)
     if own is not None:
-        raise unsupported(f"{own} is not for clients to set.", f"chat_template_kwargs.{own}")
+        raise unsupported(
+            f"{own} is set by the server. Leave it out of chat_template_kwargs.", f"chat_template_kwargs.{own}"
+        )
     if body.reasoning_effort is not None:
         values.setdefault("reasoning_effort", body.reasoning_effort)
     return ChatPrompt(messages, values)
@@ -135,9 +137,9 @@ def _check_beginning(body: ChatBody) -> None:
 def _check_values(value: object, depth: int) -> None:
     """Raises ApiError for a value that cannot be passed on to the template."""
     if depth == 0:
-        raise invalid("It is nested too deeply.", "chat_template_kwargs")
+        raise invalid(f"chat_template_kwargs is nested more than {MAX_DEPTH} deep.", "chat_template_kwargs")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise invalid(f"{value} is too large a number.", "chat_template_kwargs")
+        raise invalid(f"chat_template_kwargs holds {value}, which is no 64-bit integer.", "chat_template_kwargs")
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for element in inner:
         _check_values(element, depth - 1)

@@ -12,7 +12,7 @@ from slimoe.server.api.request_body import MAX_PROMPTS, GenerationBody, LogprobC
 from slimoe.server.api.scored_text import fitted
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.shape import Envelope, OpenAIShape
-from slimoe.server.api.unkept_fields import COMPLETION, extended
+from slimoe.server.api.unsupported_fields import COMPLETION, extended
 from slimoe.server.api_error import from_failure, invalid, unsupported
 from slimoe.server.messages import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
 from slimoe.server.process.request_handle import EngineFailure
@@ -44,14 +44,14 @@ class CompletionApi:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Continues one or many prompts; raises ApiError."""
         body = await read_body(request, CompletionRequest)
-        self._generation.unkept.refuse(body, COMPLETION)
+        self._generation.unsupported.refuse(body, COMPLETION)
         if body.suffix:
             raise unsupported("This server does not fill in the middle.", "suffix")
         if body.best_of is not None and body.best_of != body.n_choices:
             raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")
         prompts = prompt_sources(body.prompt)
         if len(prompts) * body.n_choices > MAX_PROMPTS:
-            raise invalid(f"n times the prompts may be {MAX_PROMPTS:,}.", "n")
+            raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")
         is_scored = body.logprobs is not None
         wanted = body.request(body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and is_scored)
         choices = choices_of(prompts, wanted, body.n_choices)

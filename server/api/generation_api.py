@@ -10,7 +10,7 @@ from slimoe.server.api.arrivals import arrivals
 from slimoe.server.api.choice import Choice, ChoiceState
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.shape import Shape
-from slimoe.server.api.unkept_fields import UnkeptFields
+from slimoe.server.api.unsupported_fields import UnsupportedFields
 from slimoe.server.api_error import from_failure, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
 from slimoe.server.process.request_handle import EngineFailure
@@ -25,7 +25,7 @@ class GenerationApi:
 
     def __init__(self, supervisor: Supervisor, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
         self.supervisor = supervisor
-        self.unkept = UnkeptFields()
+        self.unsupported = UnsupportedFields()
         self._metrics = metrics
         self._ping_seconds = ping_seconds
 

@@ -12,7 +12,7 @@ from slimoe.server.api.chat_api import ChatRequest, chat_prompt, refuse_unsuppor
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
 from slimoe.server.api.served_model import ServedModel
-from slimoe.server.api.unkept_fields import CHAT, UnkeptFields
+from slimoe.server.api.unsupported_fields import CHAT, UnsupportedFields
 from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
@@ -46,7 +46,7 @@ class InfoApi:
         self._model = model
         self._supervisor = supervisor
         self._metrics = metrics
-        self._unkept = UnkeptFields()
+        self._unsupported = UnsupportedFields()
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when requests are answered; 503 with progress while loading or why not now, 500 when loading failed."""
@@ -156,7 +156,7 @@ class InfoApi:
     async def apply_template(self, request: web.Request) -> web.Response:
         """The text that a conversation becomes; raises ApiError."""
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
-        self._unkept.refuse(body, CHAT)
+        self._unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
         prompt = chat_prompt(body)
         generate = body.add_generation_prompt is not False

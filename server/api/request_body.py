@@ -1,6 +1,6 @@
 """What the bodies of generating requests have in common: fields, types and ranges, and the request to the engine.
 
-Fields that are neither listed in a body nor in `unkept_fields` are ignored, for they do no harm.
+Fields that are neither listed in a body nor in `unsupported_fields` are ignored, for they do no harm.
 """
 
 import asyncio
@@ -103,7 +103,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         if len(stops) > MAX_STOPS:
             raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", "stop")
         if any(len(stop) > MAX_STOP_CHARS for stop in stops):
-            raise invalid(f"A stop string may have {MAX_STOP_CHARS:,} characters.", "stop")
+            raise invalid(f"A stop string may have at most {MAX_STOP_CHARS:,} characters.", "stop")
         return tuple(stop for stop in stops if stop)
 
     def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
@@ -153,7 +153,7 @@ def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
 
 def _logit_bias(data: bytes) -> dict[int, float]:
     if data.count(b":") > MAX_BIASES:
-        raise invalid(f"logit_bias may name {MAX_BIASES:,} tokens.", "logit_bias")
+        raise invalid(f"logit_bias may name at most {MAX_BIASES:,} tokens.", "logit_bias")
     given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
     biases = {}
     for name, value in (given or {}).items():

@@ -17,10 +17,10 @@ class Piece(NamedTuple):
 
 
 class ScoredText:
-    """An answer as its engine releases it. A token is told with the last of its text, and cut off where the text is.
+    """Joins the text that an engine releases with the scores of its tokens: each piece has the tokens of its text.
 
-    Text may be held back, for it may begin a stop string; the score of its token waits as long. So do tokens that end
-    in the middle of a character.
+    The engine holds text back while it may begin a stop string; the score of a token waits until all of its text is
+    released. Tokens that end in the middle of a character wait for the rest of it.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ScoredText:
         self._is_whole: list[bool] = []
 
     def add(self, text: str, token: ScoredToken | None) -> Piece:
-        """What can be told once the engine has written `token`, if it tells tokens, and released `text`."""
+        """Adds a step of the engine, with `token` if scores were asked for, and returns what can be sent now."""
         self._text += text
         if token is not None:
             self._tokens.append(token)
@@ -48,7 +48,7 @@ class ScoredText:
         return self._take(n_chars, n_tokens)
 
     def finish(self, text: str) -> Piece:
-        """The rest, with the last text that the engine releases."""
+        """Adds the last `text` of the engine and returns the rest; a token is cut off where the text ends."""
         left = self._text = self._text + text
         scores: list[ScoredToken] = []
         for token in self._tokens:

@@ -139,7 +139,9 @@ def _calls(where: str, message: Message, role: str) -> Iterator[str]:
     if message.function_call is not None:
         calls.append(ToolCall(function=message.function_call))
     if calls and role != "assistant":
-        raise invalid("Only the assistant calls tools.", f"{where}.tool_calls")
+        raise invalid(
+            f"A message of the role {role} has tool calls, which only the assistant makes.", f"{where}.tool_calls"
+        )
     for n, call in enumerate(calls):
         id = {"id": _json(call.id)} if call.id else {}
         place = f"{where}.tool_calls[{n}]"
@@ -162,7 +164,7 @@ def _arguments(given: str | dict[str, Any] | None, where: str) -> str:
     except (msgspec.DecodeError, UnicodeError):
         return _json(given)
     except RecursionError:
-        raise invalid("They are nested too deeply.", where) from None
+        raise invalid("The arguments of a tool call are nested too deeply.", where) from None
 
 
 def _json(value: object) -> str:

@@ -127,7 +127,7 @@ class Prompts:
 
     @property
     def n_told(self) -> int:
-        """Tokens that are told of a text, or a text of them, at a time."""
+        """The most tokens that one request may have encoded or decoded."""
         return max(self._n_ctx, _LEAST_TOLD)
 
     def _check_length(self, *texts: str) -> None:

@@ -4,7 +4,7 @@ from slimoe.offload.errors import SlimoeError
 
 
 class ChatTemplateError(SlimoeError):
-    """The model's template refuses the conversation, or is not to be had for it."""
+    """The model's chat template refuses the conversation, or cannot be run for it."""
 
 
 class TemplateLimitError(ChatTemplateError):

@@ -60,11 +60,11 @@ class Speeds:
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Rounds that the medians are of.",
+    help="Rounds to take the medians over.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(values: Mapping[str, Any]) -> None:
-    """Measure how fast MODEL reads a prompt and writes an answer here, in medians over rounds.
+    """Measure how fast MODEL reads a prompt and writes an answer here, as medians over several rounds.
 
     The tokens are random, as in llama-bench, and sampling is not counted. Other work on the machine spoils the
     figures. Without MODEL the built-in demo is used.

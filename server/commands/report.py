@@ -20,7 +20,7 @@ from slimoe.server.options.installed import CONVERTERS, check_installed
 )
 @eval_flags
 @click.option("--device", default="auto", show_default=True, help="torch device: auto, cpu, cuda ...")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to write texts with FILE with.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads for the texts that FILE writes.")
 @click.option("--record", is_flag=True, help="Write the figures into FILE too, if its header has room for them.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing report; what converting knew is kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as one JSON object.")

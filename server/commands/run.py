@@ -38,12 +38,12 @@ class RunOptions:
 
 
 class TokenIds(click.ParamType[tuple[int, ...]]):
-    """Numbers with commas between."""
+    """Token ids with commas between."""
 
     name = "ids"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The ids as numbers."""
+        """Gives the ids as numbers."""
         if isinstance(value, tuple):
             return value
         try:

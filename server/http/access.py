@@ -25,7 +25,7 @@ _OPAQUE_ORIGIN = "null"
 
 @dataclass(frozen=True, slots=True)
 class AccessRules:
-    """What was configured: `key` None asks for none; hosts and origins are allowed besides the local ones."""
+    """What was configured: the key that clients must send, None for none, and hosts and origins besides local ones."""
 
     key: str | None = None
     hosts: frozenset[str] = frozenset()
@@ -119,7 +119,7 @@ def _one(request: web.Request, header: str) -> str | None:
     """A header's value; raises ApiError when it is there more than once."""
     values = request.headers.getall(header, [])
     if len(values) > 1:
-        raise invalid(f"The header {header} is there {len(values)} times. Send it once.")
+        raise invalid(f"The request has the header {header} {len(values)} times. Send it once.")
     return values[0] if values else None
 
 

@@ -139,7 +139,7 @@ class Connection(web.RequestHandler):
 
 
 class ApiServer(web.Server):
-    """Makes such connections, and counts them; `made` is the server that aiohttp would use."""
+    """Makes a `Connection` for each client and counts them; `made` is the server that aiohttp would use."""
 
     def __init__(self, made: web.Server, limits: ConnectionLimits) -> None:
         handler = answering_errors(made.request_handler)
@@ -171,7 +171,7 @@ class ApiServer(web.Server):
 
 
 class ApiRunner(web.AppRunner):
-    """aiohttp's runner of an application, with such connections; a client that leaves cancels its handler."""
+    """aiohttp's runner of an application, on an `ApiServer`; a client that leaves cancels its handler."""
 
     def __init__(self, app: web.Application, shutdown_timeout: float, limits: ConnectionLimits = USUAL_LIMITS) -> None:
         super().__init__(app, shutdown_timeout=shutdown_timeout)

@@ -91,10 +91,10 @@ class CompressOptions:
 
 
 class MinutesType(click.FloatRange):
-    """Minutes from 0; click's own range lets through what is no number."""
+    """A finite number of minutes; click's own range lets `inf` and `nan` through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The minutes."""
+        """Gives the minutes; fails for infinity and what is no number."""
         minutes = float(super().convert(value, param, ctx))
         if not math.isfinite(minutes):
             self.fail(f"{value!r} is no number of minutes.", param, ctx)
@@ -102,25 +102,25 @@ class MinutesType(click.FloatRange):
 
 
 class AmountType(click.ParamType[int | str]):
-    """A number, or a share of what there is."""
+    """A number of things, or a percentage of them."""
 
     name = "amount"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """An int, or the share as it was written."""
+        """Gives the number, or the percentage as it was written."""
         text = str(value).replace(" ", "")
         if not _AMOUNT.fullmatch(text):
-            self.fail(f"{value!r} is neither a number nor a share like 25%.", param, ctx)
+            self.fail(f"{value!r} is neither a number nor a percentage like 25%.", param, ctx)
         return text if text.endswith("%") else int(text)
 
 
 class SizeType(click.ParamType[int]):
-    """Bytes as people write them."""
+    """A number of bytes as people write it, such as 12GiB."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes."""
+        """Gives the number of bytes."""
         n_bytes = parse_bytes(str(value))
         if not n_bytes:
             self.fail(f"{value!r} is no size. Write one like 12GiB or 500MB.", param, ctx)
@@ -151,10 +151,12 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         "--target-bpw",
         type=click.FloatRange(min=0, min_open=True),
         metavar="BITS",
-        help="The same limit in bits per weight.",
+        help="Most bits per weight that the file may have, in place of --target-size.",
     ),
     click.option(
-        "--recipe", metavar="NAME|FILE", help="What to do, as a TOML file or by name; other flags override it."
+        "--recipe",
+        metavar="NAME|FILE",
+        help="How to compress: the name of a built-in recipe, or a TOML file; other flags override it.",
     ),
     click.option(
         "--list-recipes",
@@ -183,7 +185,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         type=MinutesType(min=0),
         default=0.0,
         metavar="MINUTES",
-        help="Minutes to improve the choice of types by measuring.",
+        help="Minutes to spend on improving the choice of types by measuring.",
     ),
     click.option(
         "--feedback/--no-feedback",

@@ -13,7 +13,7 @@ _ADVICE = "The same command takes them up, or clears them away; rm -r does too."
 
 @contextmanager
 def reserve(target: Path, *, resumes: bool = False) -> Iterator[Destination]:
-    """The target, for this run alone; raises as `Destination` does."""
+    """Reserves `target` for this run while the block runs, as `Destination` does; tells what other runs have left."""
     with Destination(target, resumes=resumes) as destination:
         if destination.left_bytes and not resumes:
             size = human(destination.left_bytes)
@@ -26,7 +26,7 @@ def reserve(target: Path, *, resumes: bool = False) -> Iterator[Destination]:
 
 @contextmanager
 def unwritten(target: Path) -> Iterator[None]:
-    """Says, when Ctrl-C ends the block, that nothing lies under the target's name which this run has written."""
+    """Says, when Ctrl-C ends the block, that `target` was not written."""
     try:
         yield
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
     name = "words"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """The words; a comma without one is a mistake."""
+        """Splits at commas; fails where no word stands beside one."""
         if isinstance(value, tuple):
             return value
         words = tuple(word.strip() for word in value.split(","))
@@ -40,10 +40,10 @@ class CommaSeparated(click.ParamType[tuple[str, ...]]):
 
 
 class PolicyName(click.Choice[str]):
-    """The cache policies by name; what the version before called `heat` is still understood, and no longer told."""
+    """The name of a cache policy; `heat`, the previous version's name of `lfu-decay`, is still understood."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The policy's name of today."""
+        """Gives the current name of the policy."""
         return super().convert("lfu-decay" if value == "heat" else value, param, ctx)
 
 
@@ -75,7 +75,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         "--threads",
         "n_threads",
         type=click.IntRange(min=1),
-        help="Threads to compute with (default: what the machine or its control group has cores for).",
+        help="Threads to compute with (default: as many as the machine, or its control group, has cores).",
     ),
     click.option("--kv-type", type=click.Choice(KV_TYPES), help="Type of the KV cache (default: f16)."),
     click.option(
@@ -95,7 +95,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         callback=_joined,
         metavar="SIZE",
-        help="The same for each device, with commas between several (default: auto).",
+        help="Memory to take on each device, such as 8GiB, with commas between several (default: auto).",
     ),
     click.option(
         "--device",

@@ -17,8 +17,10 @@ DEFAULT_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """The flags' values: `texts` are FILE or DOMAIN=FILE, none for the part of our mixture that is not calibrated on;
-    `device` is auto or a name that torch knows, `n_threads` those of the engine that writes, None for its own choice.
+    """The flags' values.
+
+    `texts` are FILE or DOMAIN=FILE; without any, the built-in mixture's evaluation part is taken. `device` is auto or a
+    name that torch knows. `n_threads` are for the engine that writes texts, None for its own choice.
     """
 
     texts: tuple[str, ...] = ()
@@ -33,7 +35,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         "eval_texts",
         metavar="[NAME=]FILE",
         multiple=True,
-        help="Text to evaluate on, best one that was not calibrated on. Repeatable.",
+        help="Text to evaluate on, best one that was not used to calibrate. Repeatable.",
     ),
     click.option(
         "--eval-tokens",

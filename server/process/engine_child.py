@@ -14,7 +14,7 @@ COMMAND = module_command("slimoe.server.process.engine_process")
 
 
 class EngineChild(asyncio.SubprocessProtocol):
-    """Calls `on_message` for every message and `on_exit` with the exit status, after the last message."""
+    """A running engine process; calls `on_message` for each message and then `on_exit` with the exit status."""
 
     def __init__(self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]) -> None:
         self._on_message = on_message

@@ -32,16 +32,20 @@ DEFAULT_N_QUEUE = 64
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long the engine's process may be silent, in seconds: until that is told, and until it is killed.
+    """How many seconds the supervisor waits for an engine's process that sends nothing, or whose work stands still.
 
-    The same for an engine that does not get on although its process runs. What counts is time in which this process
-    runs itself. A step can be long: a large expert may come from a slow disk, and a batch from one processor.
+    Only time in which the supervisor's own process runs is counted. A step can be long: a large expert may come from a
+    slow disk, and one processor may compute a whole batch.
     """
 
-    opening: float = 120.0
     untold: float = 3.0
+    """Of silence, until `/health` tells of it."""
     silent: float = 15.0
+    """Of silence, until the process is killed."""
+    opening: float = 120.0
+    """The same, before the process has sent its first heartbeat."""
     stuck: float = 120.0
+    """Without progress although heartbeats come, until the process is killed."""
 
 
 class QueueFullError(Exception):

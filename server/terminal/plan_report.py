@@ -15,9 +15,10 @@ _BOUNDS = {CPU: "the CPU", DISK: "the disk", LINK: "the link to the device"}
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan that fits or does not, and what `nearest_ctx` would fit in place of its context.
+    """What `slimoe plan` tells: the plan, the speed to expect, and what would fit where the plan does not.
 
-    `serve_shortfall` is what serving the model lacks, None if it fits.
+    `nearest_ctx` is the largest context window found that would fit, None if the plan fits or no window does.
+    `serve_shortfall` is what `slimoe serve` would lack, None if it fits.
     """
 
     plan: EnginePlan
@@ -26,7 +27,7 @@ class PlanReport:
     serve_shortfall: DoesNotFitError | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it. Bytes are the host's unless they stand under a device."""
+        """Everything as one JSON object. Bytes are of host memory unless they stand under a device."""
         plan = self.plan
         sizes = host_bytes(plan)
         fits = plan.shortfall is None
@@ -82,7 +83,7 @@ class PlanReport:
         return [head, *lines, *_tier_lines(plan)]
 
     def speed_lines(self) -> list[str]:
-        """What to expect, none if it was not predicted."""
+        """The speeds to expect; no lines if they were not predicted."""
         if self.prediction is None:
             return []
         one = self.prediction
@@ -93,7 +94,7 @@ class PlanReport:
 
 
 def host_bytes(plan: EnginePlan) -> dict[str, int]:
-    """Host memory by use."""
+    """Bytes of host memory by use."""
     weight_forms, tiers = plan.weight_forms, plan.tiers
     if tiers is not None:
         sizes = {"copied": tiers.weights, "arena": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}

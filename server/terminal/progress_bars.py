@@ -19,11 +19,11 @@ from rich.progress import (
 from slimoe.server.terminal.work_clock import WorkClock
 
 _SOON_SECONDS, _OFTEN_SECONDS = 3.0, 60.0
-"""When time left is said first and then, where there is no bar."""
+"""Where there is no bar, the time left is said after the first so many seconds, and then each time after the second."""
 
 
 def duration(seconds: float) -> str:
-    """As people say it."""
+    """A number of seconds as people say it, such as `12 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def status(what: str) -> Iterator[None]:
-    """Says what is being done, where nothing tells how much of it there is."""
+    """Shows on a terminal what is being done while the block runs, where its length is unknown."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
@@ -42,7 +42,7 @@ def status(what: str) -> Iterator[None]:
 
 @contextmanager
 def byte_bar(n_bytes: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes, speed and time left; called with bytes done and all."""
+    """Shows a bar with bytes, speed and time left; yields the function to call with the bytes done and in all."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -52,10 +52,10 @@ def byte_bar(n_bytes: int) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def step_bar(expected: Mapping[str, float] | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with time left; called with what is done now, the steps of it that are done, and all of them.
+    """Shows a bar with the time left; yields the function to call with a kind of work, its steps done, and all of them.
 
-    With the `expected` seconds of each kind of work the time is that of all of it. Where that is no terminal, a line
-    says what is done, and now and then how long it will be.
+    With the `expected` seconds of each kind of work, the time left is that of all kinds. Where standard error is no
+    terminal, a line says what is being done, and now and then how long it will still take.
     """
     console = Console(stderr=True)
     clock = None if expected is None else WorkClock(expected)

@@ -41,12 +41,12 @@ def generate(engine: Engine, request: GenerationRequest, *, shows_text: bool) ->
 
 
 def show_figures(finished: Finished) -> None:
-    """One line on standard error: tokens and speed of both phases, and how many experts had not to be waited for."""
-    timings, share = finished.timings, finished.tiers.hit_share
+    """Writes a line to standard error: tokens and speed of both phases, and how many experts were found in memory."""
+    timings, hit_share = finished.timings, finished.tiers.hit_share
     known = f" ({timings.cached_n} known)" if timings.cached_n else ""
     read = f"read {timings.prompt_n} tokens{known}{_speed(timings.prompt_n, timings.prompt_ms)}"
     written = f"wrote {timings.predicted_n}{_speed(timings.predicted_n, timings.predicted_ms)}"
-    found = "" if share is None else f", {100 * share:.0f} % of experts were in memory"
+    found = "" if hit_share is None else f", {100 * hit_share:.0f} % of experts were in memory"
     click.echo(click.style(f"[{read}, {written}{found}]", dim=True), err=True)
 
 
@@ -61,7 +61,7 @@ def loading_progress(name: str) -> Iterator["LoadingProgress"]:
 
 
 class LoadingProgress:
-    """One line that is written over."""
+    """One line on a terminal that is written over with each new percentage."""
 
     def __init__(self, name: str, is_shown: bool) -> None:
         self._name = name
@@ -69,14 +69,14 @@ class LoadingProgress:
         self._percent = -1
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        """So many bytes are ready."""
+        """Shows the percentage of the model that is read."""
         percent = 100 * done_bytes // max(1, total_bytes)
         if self._is_shown and percent != self._percent:
             self._percent = percent
             print(f"\rLoading {self._name}: {percent} %", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Empties the line."""
+        """Removes the line again."""
         if self._percent >= 0:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

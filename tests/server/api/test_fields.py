@@ -5,7 +5,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from slimoe.server.api.unkept_fields import CHAT, COMPLETION, SAMPLERS
+from slimoe.server.api.unsupported_fields import CHAT, COMPLETION, SAMPLERS
 from slimoe.server.log_format import LogFormatter
 from tests.models.live_server import LiveServer
 
@@ -95,7 +95,7 @@ async def test_every_field_of_the_table_is_refused(server: LiveServer, path: str
     for name in COMPLETION if path == "/v1/completions" else CHAT:
         status, answer = await post(server, path, {**ASKS[path], name: {"asked": "for"}})
         assert (status, answer["error"]["param"]) == (400, name)
-        assert answer["error"]["message"].startswith(f"The field {name} is not kept. ")
+        assert answer["error"]["message"].startswith(f"The field {name} is not supported. ")
 
 
 @pytest.mark.parametrize("path", ASKS)

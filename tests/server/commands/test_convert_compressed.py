@@ -147,7 +147,7 @@ def test_flags_override_a_recipe_and_the_file_says_so(
 
 
 def test_ready_recipes_on_another_model(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shares fit any model; where 4 bits do not, --type does."""
+    """Percentages fit any model; where 4 bits do not, --type does."""
     for name, kept in {"unified-layer-drop": [0, 6, 6], "unified-block-drop": [6, 6, 6]}.items():
         asked: Arguments = ["--recipe", name, "--type", "q8_0", "--stats", stats, "--json"]
         status, out, _ = told(["plan", model, *asked], capsys)
@@ -272,7 +272,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "all layers": (["--drop-layers", "4"], "--drop-layers is 4, but must be a number of layers from 0 to 3"),
     "all attention": (["--drop-attention", "4"], "--drop-attention is 4, but must be a number of layers from 0 to 3"),
     "all blocks": (["--drop-blocks", "4"], "--drop-blocks is 4, but must be a number of layers from 0 to 3"),
-    "no number": (["--drop-layers", "some"], "neither a number nor a share like 25%"),
+    "no number": (["--drop-layers", "some"], "neither a number nor a percentage like 25%"),
     "no size": (["--target-size", "12Gigs"], "Write one like 12GiB"),
     "blocks": (["--width", "72", "--type", "q8_0"], "into blocks of 32, the smallest there are. Keep 64 or 96."),
 }

@@ -1,8 +1,8 @@
-"""Fields that clients send and this server does not keep, in one table.
+"""Fields that clients send and this server does not support, in one table.
 
 A field that constrains the answer, changes the prompt or asks for something in the answer is refused: an answer that
-looks as if it had been kept would be worse than none. A field that only bends the probabilities of sampling is left
-out of account, as other servers do it, and the log says so once. Fields that are not in this table do no harm.
+only looks as if it followed the field would be worse than none. A field that merely changes the probabilities of
+sampling is ignored, as other servers do, and the log says so once. Fields that are not in this table do no harm.
 """
 
 import logging
@@ -22,7 +22,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
-class Unkept:
+class Unsupported:
     """Why a field is refused, and the values with which it asks for nothing."""
 
     reason: str
@@ -33,21 +33,23 @@ def _all(names: str, value: V) -> dict[str, V]:
     return dict.fromkeys(names.split(), value)
 
 
-_FORM = Unkept("This server cannot hold an answer to a grammar or schema. Ask for the form in the prompt.")
-_LIMIT = Unkept("The limit of an answer is called max_tokens.")
-_LEAST = Unkept("This server cannot hold an answer to a least length. ignore_eos goes on to max_tokens.")
-_TIME = Unkept("This server has no limit of time. Use max_tokens, or close the connection.")
-_STOP = Unkept("What ends an answer is given as text in stop.")
-_TOKENS = Unkept("Tokens are allowed and forbidden by logit_bias alone.")
-_BEAM = Unkept("This server samples one token after the other, without beams.", (*_NOTHING, 1))
-_PROMPT = Unkept("This server does not put it into the prompt. Write it into the messages.")
-_TEXT = Unkept("This server reads and writes text only.")
-_LORA = Unkept("This server loads no adapters.")
-_SCORES = Unkept("This server gives scores by logprobs alone, and a prompt's by echo with logprobs in /v1/completions.")
-_TOOLS = Unkept("This server does not call tools. Leave the field out.", (*_NOTHING, "none", "auto"))
-_OPTIONS = Unkept("What it holds is not read. Send each as a field of its own, such as max_tokens or temperature.")
+_FORM = Unsupported("This server cannot hold an answer to a grammar or schema. Ask for the form in the prompt.")
+_LIMIT = Unsupported("The limit of an answer is called max_tokens.")
+_LEAST = Unsupported("This server cannot hold an answer to a least length. ignore_eos goes on to max_tokens.")
+_TIME = Unsupported("This server has no limit of time. Use max_tokens, or close the connection.")
+_STOP = Unsupported("What ends an answer is given as text in stop.")
+_TOKENS = Unsupported("Tokens are allowed and forbidden by logit_bias alone.")
+_BEAM = Unsupported("This server samples one token after the other, without beams.", (*_NOTHING, 1))
+_PROMPT = Unsupported("This server does not put it into the prompt. Write it into the messages.")
+_TEXT = Unsupported("This server reads and writes text only.")
+_LORA = Unsupported("This server loads no adapters.")
+_SCORES = Unsupported(
+    "This server gives scores by logprobs alone, and a prompt's by echo with logprobs in /v1/completions."
+)
+_TOOLS = Unsupported("This server does not call tools. Leave the field out.", (*_NOTHING, "none", "auto"))
+_OPTIONS = Unsupported("What it holds is not read. Send each as a field of its own, such as max_tokens or temperature.")
 
-COMMON: Mapping[str, Unkept] = {
+COMMON: Mapping[str, Unsupported] = {
     **_all("grammar grammar_string grammar_triggers ebnf lark regex regex_pattern json_schema structural_tag", _FORM),
     **_all("guided_json guided_regex guided_choice guided_grammar guided_json_object guided_whitespace_pattern", _FORM),
     **_all("guided_decoding structured_outputs format output_format response_schema response_mime_type", _FORM),
@@ -61,28 +63,28 @@ COMMON: Mapping[str, Unkept] = {
     **_all("logits_processors custom_logit_processor sequence_bias no_repeat_ngram_size forced_eos_token_id", _TOKENS),
     **_all("use_beam_search num_beams", _BEAM),
     **_all("documents system instructions chat_template negative_prompt template", _PROMPT),
-    "truncate_prompt_tokens": Unkept("This server never cuts a prompt off."),
+    "truncate_prompt_tokens": Unsupported("This server never cuts a prompt off."),
     **_all("prompt_embeds input_embeds images image_data audio_data video_data multi_modal_data audio", _TEXT),
-    "modalities": Unkept(_TEXT.reason, (*_NOTHING, ["text"])),
-    "web_search_options": Unkept("This server has no access to the web.", (None, False)),
+    "modalities": Unsupported(_TEXT.reason, (*_NOTHING, ["text"])),
+    "web_search_options": Unsupported("This server has no access to the web.", (None, False)),
     **_all("lora lora_path lora_adapter lora_request", _LORA),
     **_all("n_probs post_sampling_probs return_tokens_as_token_ids return_token_ids return_logprob", _SCORES),
-    "prompt_logprobs": Unkept(_SCORES.reason, (None, False)),
-    "skip_special_tokens": Unkept("Control tokens are never part of an answer.", (None, True)),
+    "prompt_logprobs": Unsupported(_SCORES.reason, (None, False)),
+    "skip_special_tokens": Unsupported("Control tokens are never part of an answer.", (None, True)),
     **_all("options extra_body parameters sampling_params generation_config generationConfig nvext", _OPTIONS),
 }
-CHAT: Mapping[str, Unkept] = {
+CHAT: Mapping[str, Unsupported] = {
     **COMMON,
     "best_of": _BEAM,
-    "echo": Unkept("A chat does not give its prompt back. /v1/completions does."),
-    "add_special_tokens": Unkept("The model's chat template decides on special tokens.", (None, False)),
+    "echo": Unsupported("A chat does not give its prompt back. /v1/completions does."),
+    "add_special_tokens": Unsupported("The model's chat template decides on special tokens.", (None, False)),
 }
-COMPLETION: Mapping[str, Unkept] = {
+COMPLETION: Mapping[str, Unsupported] = {
     **COMMON,
     **_all("tools tool_choice functions function_call", _TOOLS),
-    "response_format": Unkept(_FORM.reason, (*_NOTHING, {"type": "text"})),
-    "top_logprobs": Unkept("The likeliest tokens are asked for by logprobs, which is a number here."),
-    "add_special_tokens": Unkept(
+    "response_format": Unsupported(_FORM.reason, (*_NOTHING, {"type": "text"})),
+    "top_logprobs": Unsupported("The likeliest tokens are asked for by logprobs, which is a number here."),
+    "add_special_tokens": Unsupported(
         "A text begins with the model's own token. Send token ids to leave it out.", (None, True)
     ),
 }
@@ -93,28 +95,28 @@ SAMPLERS: Mapping[str, tuple[Any, ...]] = {
     **_all("samplers sampler_order sampler_priority temperature_last length_penalty", (1,)),
     **_all("top_n_sigma nsigma adaptive_target", (-1,)),
 }
-"""Ways of sampling by the values, besides empty ones, that switch them off."""
+"""Fields that choose another way of sampling, with the values, besides empty ones, that switch it off."""
 
 
-class UnkeptFields:
-    """Looks for such fields; remembers what the log has been told."""
+class UnsupportedFields:
+    """Finds unsupported fields in bodies; remembers which ones the log has been told of."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def refuse(self, body: msgspec.Struct, table: Mapping[str, Unkept]) -> None:
+    def refuse(self, body: msgspec.Struct, table: Mapping[str, Unsupported]) -> None:
         """Raises ApiError for a field of `table` that asks for something; `body` is `extended` by it."""
-        for name, unkept in table.items():
-            if not _is_one_of(getattr(body, name), unkept.neutral):
-                raise unsupported(f"The field {name} is not kept. {unkept.reason}", name)
+        for name, field in table.items():
+            if not _is_one_of(getattr(body, name), field.neutral):
+                raise unsupported(f"The field {name} is not supported. {field.reason}", name)
         for name, neutral in SAMPLERS.items():
             if name not in self._told and not _is_one_of(getattr(body, name), (*_NOTHING, *neutral)):
                 self._told.add(name)
                 _log.warning("A client sets %s, which this server does not sample by.", name)
 
 
-def extended(kind: type[T], table: Mapping[str, Unkept]) -> type[T]:
-    """`kind` with the fields of the table as they were sent, not decoded: what nobody keeps may have any type."""
+def extended(kind: type[T], table: Mapping[str, Unsupported]) -> type[T]:
+    """`kind` with the fields of the table as they were sent, not decoded: what nobody reads may have any type."""
     absent = msgspec.Raw(b"null")
     fields = [(name, msgspec.Raw, absent) for name in (*table, *SAMPLERS)]
     made: type[T] = msgspec.defstruct(kind.__name__, fields, bases=(kind,), kw_only=True)  # type: ignore[assignment]
