@@ -45,7 +45,19 @@ class Answers:
 
 def greedy_clients(place: Place, greed: Greed, answers: Answers) -> Iterator[Coroutine[None, None, None]]:
     """Yields all clients, to run at once; each begins anew until it is cancelled."""
-    for name, request in _large_requests(greed).items():
+    words = "the river " * (greed.prompt_bytes // 10)
+    biases = "{" + ",".join(f'"{n}":1' for n in range(greed.n_biases)) + "}"
+    chat = json.dumps({"messages": [{"role": "user", "content": words}], "max_tokens": 1}).encode()
+    bomb = gzip.compress(b'{"content": "' + b" " * (20 * greed.text_bytes) + b'"}', 1)
+    large = {
+        "a large prompt": plain("/v1/completions", json.dumps({"prompt": words, "max_tokens": 1}).encode()),
+        "a large chat": plain("/v1/chat/completions", chat),
+        "a large text": plain("/tokenize", json.dumps({"content": "é" * (greed.text_bytes // 2)}).encode()),
+        "many biases": plain("/v1/completions", b'{"prompt":"a","max_tokens":1,"logit_bias":' + biases.encode() + b"}"),
+        "many ids": plain("/detokenize", json.dumps({"tokens": [5] * (greed.text_bytes // 4)}).encode()),
+        "a gzip bomb": plain("/tokenize", bomb, "Content-Encoding: gzip"),
+    }
+    for name, request in large.items():
         yield _again(answers, name, place, request)
     prompt = plain("/v1/completions", json.dumps({"prompt": "a b " * 50_000, "max_tokens": 1}).encode())
     for _ in range(greed.n_prompts):
@@ -59,21 +71,6 @@ def greedy_clients(place: Place, greed: Greed, answers: Answers) -> Iterator[Cor
     stream = json.dumps({"prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True, "logprobs": 20}).encode()
     for _ in range(4):
         yield _held(answers, "streams that nobody reads", place, plain("/v1/completions", stream))
-
-
-def _large_requests(greed: Greed) -> dict[str, bytes]:
-    words = "the river " * (greed.prompt_bytes // 10)
-    biases = "{" + ",".join(f'"{n}":1' for n in range(greed.n_biases)) + "}"
-    chat = json.dumps({"messages": [{"role": "user", "content": words}], "max_tokens": 1}).encode()
-    bomb = gzip.compress(b'{"content": "' + b" " * (20 * greed.text_bytes) + b'"}', 1)
-    return {
-        "a large prompt": plain("/v1/completions", json.dumps({"prompt": words, "max_tokens": 1}).encode()),
-        "a large chat": plain("/v1/chat/completions", chat),
-        "a large text": plain("/tokenize", json.dumps({"content": "é" * (greed.text_bytes // 2)}).encode()),
-        "many biases": plain("/v1/completions", b'{"prompt":"a","max_tokens":1,"logit_bias":' + biases.encode() + b"}"),
-        "many ids": plain("/detokenize", json.dumps({"tokens": [5] * (greed.text_bytes // 4)}).encode()),
-        "a gzip bomb": plain("/tokenize", bomb, "Content-Encoding: gzip"),
-    }
 
 
 async def _again(answers: Answers, name: str, place: Place, request: bytes) -> None:

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +83,6 @@ def main() -> None:
     needs_calibration = {"statistics", "recipe"} & {one.kind for one in specimens}
     for name in (*(f"slimoe.server.commands.{name}" for name in _COMMANDS), *(_TORCH if needs_calibration else ())):
         importlib.import_module(name)
-    for reading in _read_all(job, specimens):
-        print(json.dumps(asdict(reading)), flush=True)
-
-
-def specimen_of(specimens: list[Specimen], seed: int, case: int) -> tuple[Specimen, random.Random]:
-    """The specimen that a case is a mutant of, all kinds in turn, and the random numbers that make the mutant."""
-    kinds = list(dict.fromkeys(specimen.kind for specimen in specimens))
-    rng = random.Random(f"{seed}/{case}")
-    return rng.choice([one for one in specimens if one.kind == kinds[case % len(kinds)]]), rng
-
-
-def _read_all(job: ReadingJob, specimens: list[Specimen]) -> Iterator[Reading]:
     running: dict[int, _Running] = {}
     cases = iter(range(job.first, job.first + job.n_cases))
     is_over = False
@@ -110,13 +97,20 @@ def _read_all(job: ReadingJob, specimens: list[Specimen]) -> Iterator[Reading]:
             done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 del running[pid]
-                yield _reading(state, status, usage.ru_maxrss)
+                print(json.dumps(asdict(_reading(state, status, usage.ru_maxrss))), flush=True)
                 _sweep(pid)
                 if not job.keeps:
                     shutil.rmtree(state.folder, ignore_errors=True)
             elif time.monotonic() - state.begin > WALL_SECONDS:
                 _sweep(pid)
         time.sleep(0.003)
+
+
+def specimen_of(specimens: list[Specimen], seed: int, case: int) -> tuple[Specimen, random.Random]:
+    """The specimen that a case is a mutant of, all kinds in turn, and the random numbers that make the mutant."""
+    kinds = list(dict.fromkeys(specimen.kind for specimen in specimens))
+    rng = random.Random(f"{seed}/{case}")
+    return rng.choice([one for one in specimens if one.kind == kinds[case % len(kinds)]]), rng
 
 
 def _sweep(pid: int) -> None:
@@ -126,38 +120,33 @@ def _sweep(pid: int) -> None:
 
 
 def _start(job: ReadingJob, specimens: list[Specimen], case: int) -> tuple[int, _Running]:
+    """Forks the process that reads a mutant: it lies among links to the files that it belongs to."""
     specimen, rng = (specimens[case], None) if job.sound else specimen_of(specimens, job.seed, case)
     folder = Path(job.root) / "cases" / str(case)
     folder.mkdir(parents=True)
     pid = os.fork()
-    if pid == 0:
-        try:
-            os.setpgid(0, 0)
-            data = (specimen.folder / specimen.target).read_bytes()
-            _prepare(specimen, folder, mutant(specimen.kind, specimen.target, data, rng) if rng else data)
-            _read(specimen, folder)
-        except BaseException:  # a mistake of the bench itself
-            _note(folder, {"command": "bench", "fault": traceback.format_exc(), "status": 99})
-        finally:
-            os._exit(0)
-    return pid, _Running(case, specimen, folder, time.monotonic())
-
-
-def _prepare(specimen: Specimen, folder: Path, data: bytes) -> None:
-    """The mutant among links to the files that it belongs to, as working directory and with limits."""
-    for file in specimen.folder.iterdir():
-        if file.name != specimen.target:
-            (folder / file.name).symlink_to(file)
-    (folder / specimen.target).write_bytes(data)
-    os.chdir(folder)
-    log = os.open("log", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    faulthandler.enable(os.open("fault", os.O_CREAT | os.O_WRONLY))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    used = psutil.Process().memory_info().vms
-    resource.setrlimit(resource.RLIMIT_AS, (used + _MAX_ADDRESSES, used + _MAX_ADDRESSES))
+    if pid:
+        return pid, _Running(case, specimen, folder, time.monotonic())
+    try:
+        os.setpgid(0, 0)
+        data = (specimen.folder / specimen.target).read_bytes()
+        for file in specimen.folder.iterdir():
+            if file.name != specimen.target:
+                (folder / file.name).symlink_to(file)
+        (folder / specimen.target).write_bytes(mutant(specimen.kind, specimen.target, data, rng) if rng else data)
+        os.chdir(folder)
+        os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        faulthandler.enable(os.open("fault", os.O_CREAT | os.O_WRONLY))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        most = psutil.Process().memory_info().vms + _MAX_ADDRESSES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        _read(specimen, folder)
+    except BaseException:  # a mistake of the bench itself
+        _note(folder, {"command": "bench", "fault": traceback.format_exc(), "status": 99})
+    finally:
+        os._exit(0)
 
 
 def _read(specimen: Specimen, folder: Path) -> None:

@@ -127,11 +127,29 @@ def memory_drift(samples: list[tuple[float, int]], kills: list[float]) -> float 
 
 
 async def _run(plan: SoakPlan, server: Victim, expected: dict[str, str], course: _Course) -> None:
+    """Serves all streams under kills, then checks that all slots answer at once and rightly, and that nothing runs."""
     end = time.monotonic() + plan.seconds
     async with aiohttp.ClientSession(timeout=_PATIENCE, connector=aiohttp.TCPConnector(limit=0)) as session:
-        streams = [_client(plan, n, session, server, expected, course, end) for n in range(plan.n_streams)]
-        await asyncio.gather(_kill(plan, session, server, course), _sample(session, server, course, end), *streams)
-        await _check_slots(session, server, expected, course)
+        under_way = [_client(plan, n, session, server, expected, course, end) for n in range(plan.n_streams)]
+        tasks = [asyncio.create_task(one) for one in (_sample(session, server, course, end), *under_way)]
+        for _ in range(plan.n_kills):  # at equal distances, so that each engine has the same time
+            await asyncio.sleep(plan.seconds / (plan.n_kills + 1))
+            with contextlib.suppress(aiohttp.ClientError, ProcessLookupError):
+                async with session.get(server.url + "/props") as response:
+                    pid = (await response.json())["engine_pid"]
+                os.kill(pid, signal.SIGKILL)
+                course.kills.append(time.monotonic())
+        await asyncio.gather(*tasks)
+        prompts = list(expected)[:_N_PARALLEL]
+        answers = await asyncio.gather(*(_stream(session, server, prompt, None) for prompt in prompts))
+        for prompt, (text, how) in zip(prompts, answers, strict=True):
+            if how != "whole" or text != expected[prompt]:
+                course.findings.append(Finding("another answer than alone after the soak", prompt, f"{how}: {text}"))
+        await asyncio.sleep(1)
+        async with session.get(server.url + "/metrics") as response:
+            running = _RUNNING.search(await response.text())
+        if running is None or float(running[1]):
+            course.findings.append(Finding("slots are lost", "slots", "none" if running is None else running[1]))
 
 
 async def _client(
@@ -193,17 +211,6 @@ async def _alone(server: Victim, prompt: str) -> str:
     return text
 
 
-async def _kill(plan: SoakPlan, session: aiohttp.ClientSession, server: Victim, course: _Course) -> None:
-    """Kills the engine at equal distances, so that each engine has the same time."""
-    for _ in range(plan.n_kills):
-        await asyncio.sleep(plan.seconds / (plan.n_kills + 1))
-        with contextlib.suppress(aiohttp.ClientError, ProcessLookupError):
-            async with session.get(server.url + "/props") as response:
-                pid = (await response.json())["engine_pid"]
-            os.kill(pid, signal.SIGKILL)
-            course.kills.append(time.monotonic())
-
-
 async def _sample(session: aiohttp.ClientSession, server: Victim, course: _Course, end: float) -> None:
     """Notes the memory and the tiers' counters, which begin again with each engine."""
     last: Counter[str] = Counter()
@@ -215,19 +222,3 @@ async def _sample(session: aiohttp.ClientSession, server: Victim, course: _Cours
             course.events += now - last if now.total() >= last.total() else now
             last = now
         await asyncio.sleep(0.5)
-
-
-async def _check_slots(
-    session: aiohttp.ClientSession, server: Victim, expected: dict[str, str], course: _Course
-) -> None:
-    """Checks that all slots answer at once and rightly, and that nothing runs afterwards."""
-    prompts = [prompt for prompt, _ in zip(expected, range(_N_PARALLEL), strict=False)]
-    answers = await asyncio.gather(*(_stream(session, server, prompt, None) for prompt in prompts))
-    for prompt, (text, how) in zip(prompts, answers, strict=True):
-        if how != "whole" or text != expected[prompt]:
-            course.findings.append(Finding("another answer than alone after the soak", prompt, f"{how}: {text}"))
-    await asyncio.sleep(1)
-    async with session.get(server.url + "/metrics") as response:
-        running = _RUNNING.search(await response.text())
-    if running is None or float(running[1]):
-        course.findings.append(Finding("slots are lost", "slots", "none" if running is None else running[1]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from bench.attacks.specimen_tokenizers import BYTE_LEVEL, LIKE_SENTENCEPIECE
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import Shape
 from slimoe.converter.stats.imatrix_file import Imatrix, InputSquares, write_imatrix
@@ -83,7 +84,7 @@ def make_specimens(root: Path, kinds: Sequence[str] = KINDS) -> list[Specimen]:
     for other in (sharded, by_json, by_bytes):
         shutil.copytree(source, other)
     _shard(sharded)
-    for folder, tokenizer in ((by_json, _sentencepiece_like()), (by_bytes, _byte_level())):
+    for folder, tokenizer in ((by_json, LIKE_SENTENCEPIECE), (by_bytes, BYTE_LEVEL)):
         # What belongs to the sentencepiece model alone goes.
         (folder / "tokenizer.model").unlink()
         (folder / "added_tokens.json").unlink()
@@ -159,60 +160,6 @@ def _shard(folder: Path) -> None:
     index = {"metadata": {"total_size": len(payload)}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-
-
-def _vocabulary(spaces: str, units: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Tokens of `units`, and merges of the most frequent pairs of letters."""
-    pairs = [f"{a} {b}" for a in (*"taio", spaces) for b in "heansr" if a != b]
-    tokens = [*units, *(pair.replace(" ", "") for pair in pairs)]
-    unique = dict.fromkeys(tokens)
-    return {token: number for number, token in enumerate(unique)}, pairs
-
-
-def _added(names: Sequence[str]) -> list[dict[str, Any]]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return [{"id": number, "content": name, **flags} for number, name in enumerate(names)]
-
-
-def _sentencepiece_like() -> dict[str, Any]:
-    names = ("<unk>", "<s>", "</s>")
-    letters = [chr(n) for n in range(33, 127)]
-    units = [*names, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
-    vocabulary, merges = _vocabulary("▁", units[:360])
-    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    merges = [merge for merge in merges if all(part in vocabulary for part in (*merge.split(), merge.replace(" ", "")))]
-    return {
-        "version": "1.0",
-        "added_tokens": _added(names),
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template,
-            "pair": template,
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": vocabulary, "merges": merges},
-    }
-
-
-def _byte_level() -> dict[str, Any]:
-    names = ("<unk>", "<s>", "</s>")
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [chr(256 + n) for n in range(256 - len(plain))]
-    vocabulary, merges = _vocabulary("Ġ", [*names, *map(chr, plain), *rest])
-    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    return {
-        "version": "1.0",
-        "added_tokens": _added(names),
-        "normalizer": None,
-        "pre_tokenizer": step,
-        "post_processor": step,
-        "decoder": step,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": [merge.split() for merge in merges]},
-    }
 
 
 def _files(root: Path, source: Path, kinds: Sequence[str]) -> list[Specimen]:
