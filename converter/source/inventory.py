@@ -140,7 +140,11 @@ def take_inventory(path: Path) -> Inventory:
 
 
 def _of_gguf(gguf: GGUFFile) -> Inventory:
-    metadata = gguf.metadata
+    # A tokenizer's lists are only counted.
+    metadata = {
+        key: _encodable(value) if isinstance(value, str) or not key.startswith("tokenizer.") else value
+        for key, value in gguf.metadata.items()
+    }
     foreign = foreign_model(gguf.path, metadata, len(gguf.tensors))
     architecture = str(metadata.get("general.architecture", "unknown"))
     layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
@@ -232,6 +236,13 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
         tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},
         provenance={keys.SOURCE_HASH: checkpoint.source_hash},
     )
+
+
+def _encodable(value: Any) -> Any:
+    """A value whose texts can be written: bytes that are no UTF-8 as escapes, such as `\\udced`."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return [_encodable(one) for one in value] if isinstance(value, list) else value
 
 
 def _plain(value: Value) -> Any:

@@ -99,6 +99,25 @@ def test_a_recipe_is_shown_line_by_line(tmp_path: Path, capsys: pytest.CaptureFi
     ]
 
 
+def test_text_that_is_no_utf_8_is_shown_as_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "unheard-of")
+    writer.add_string("slimoe.version", "0.1.0 XX")
+    writer.add_array("general.license", ["XX"])
+    writer.add_tokenizer_model("XX")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes().replace(b"XX", b"\xed\xa0"))
+    assert run(["inspect", str(path)]) == 0
+    assert r"slimoe.version 0.1.0 \udced\udca0" in capsys.readouterr().out
+    assert run(["inspect", str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["provenance"] == {"license": [r"\udced\udca0"], "slimoe.version": r"0.1.0 \udced\udca0"}
+    assert shown["tokenizer"]["model"] == r"\udced\udca0"
+
+
 def test_quality_is_shown_field_by_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
     writer.add_string("slimoe.quality", '{"kl":0.25,"domains":{"prose":0.5},"note":"short"}')
