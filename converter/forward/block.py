@@ -234,10 +234,6 @@ def route(router: Tensor, spec: ModelSpec, x: Tensor) -> Routing:
     return Routing(logits, probabilities, selected, weights * spec.expert_weights_scale)
 
 
-_LOGITS_AT_ONCE = 1 << 23
-"""The most logits that are held at once, 32 MiB of them."""
-
-
 @dataclass(frozen=True, slots=True)
 class Head:
     """The last norm [n_embd] and the output matrix [n_vocab, n_embd]."""
@@ -245,6 +241,8 @@ class Head:
     norm: Tensor
     weight: Tensor
     eps: float
+    max_logits: int = 1 << 23
+    """The most logits that are held at once, 32 MiB of them."""
 
     def __call__(self, h: Tensor) -> Tensor:
         """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
@@ -252,7 +250,7 @@ class Head:
 
     def spans(self, n_rows: int) -> Iterator[slice]:
         """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
-        step = max(1, _LOGITS_AT_ONCE // self.weight.shape[0])
+        step = max(1, self.max_logits // self.weight.shape[0])
         yield from (slice(begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
 
 

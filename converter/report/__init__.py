@@ -1,4 +1,4 @@
-"""What a conversion lost: evaluation against the source, as Markdown, plots and a model card.
+"""Evaluation of a converted file against its source, reported as JSON, Markdown, plots and a model card.
 
 Only commands import it.
 """

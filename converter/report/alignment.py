@@ -1,4 +1,4 @@
-"""Which parts of a model come from which parts of the one that it was made of."""
+"""Which blocks and router rows of a model come from which ones of the model that it was made of, its ancestor."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from slimoe.offload.gguf.header import read_gguf
 
 @dataclass(frozen=True, slots=True)
 class LayerMap:
-    """`blocks` are the ancestor's, ascending, one for each block of the model; `rows` [block] those of its router."""
+    """The ancestor's block of each block of the model, ascending, and the ancestor's router rows of each, in `rows`."""
 
     blocks: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
@@ -23,14 +23,15 @@ class LayerMap:
 
 
 def planned_layer_map(plan: CompressPlan) -> LayerMap:
-    """What a plan says."""
+    """The layer map that a plan makes."""
     return LayerMap(tuple(layer.block for layer in plan.layers), tuple(layer.rows for layer in plan.layers))
 
 
 def likely_layer_map(model: ModelSource, ancestor: ModelSource) -> LayerMap | None:
-    """Block by block where there are equally many of both or the model says which it has of this ancestor, else None.
+    """The layer map of a model, from its number of blocks or from what its file says of this ancestor, else None.
 
-    Row by row where there are equally many; otherwise they are unknown, and empty.
+    If both have equally many blocks, they correspond one to one. So do the router rows of a block; if their numbers
+    differ, they are unknown, and empty.
     """
     blocks = _blocks(model, ancestor)
     if blocks is None:
@@ -43,7 +44,7 @@ def likely_layer_map(model: ModelSource, ancestor: ModelSource) -> LayerMap | No
 
 
 def _blocks(model: ModelSource, ancestor: ModelSource) -> tuple[int, ...] | None:
-    """The ancestor's blocks that the model's are made of."""
+    """The ancestor's block of each block of the model; None if it is unknown."""
     n_layer = len(ancestor.layers)
     if len(model.layers) == n_layer:
         return tuple(range(n_layer))

@@ -1,6 +1,6 @@
-"""What a written file holds in place of each block of the model that it was made of: read from the file itself."""
+"""What a written file has of each block of its source: types, experts and bytes, read from the file itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,39 +10,43 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.report.alignment import LayerMap
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.offload.gguf.header import GGUFFile, read_gguf
+from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import LayerSources, WeightSource, model_sources
 
 Stacks = tuple[WeightSource, ...]
-"""Of one expert's gate, up and down."""
+"""The tensors with one expert's gate, up and down."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """What a row of the source's router means in the file: a stored expert, `novice` a constant, or neither: dropped.
+    """What a row of the source's router means in the file: a stored expert, a constant, or neither if it was dropped.
 
-    `types` are those of gate, up and down, `low_types` of a second copy; `width` its neurons.
+    `types` are those of the expert's gate, up and down, `low_types` those of its low-bit copy; `width` is its number of
+    neurons.
     """
 
     stored: int | None = None
-    is_novice: bool = False
+    is_constant: bool = False
     types: tuple[str, ...] = ()
     low_types: tuple[str, ...] = ()
     width: int = 0
 
     @property
     def bits(self) -> float | None:
-        """Bits per weight of the best copy; None without one."""
-        return _bits(self.types) if self.types else None
+        """Bits per weight of the best copy; None if no expert is stored."""
+        if not self.types:
+            return None
+        sizes = [GGML_QUANT_SIZES[Type[name]] for name in self.types]
+        return float(sum(8 * n_bytes / n for n, n_bytes in sizes) / len(sizes))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFacts:
-    """One block of the source. `layer` is its number in the file, None if it is not there.
+    """What the file has of one block of the source; `layer` is its number in the file, None if it was dropped.
 
-    `rows` are those of its router, empty where the file does not say which they are. `n_bytes` by part: attention,
-    experts (copies after the first under second copies), other. `attention` are the types of its matrices by role.
+    `rows` are those of the source's router, empty if the file does not say which ones it has. `attention` are the types
+    of the attention's matrices by role, and `n_bytes` the bytes by part, as `PARTS` names them.
     """
 
     block: int
@@ -53,10 +57,14 @@ class BlockFacts:
 
 
 PARTS = ("attention", "experts", "second copies", "other")
+"""Parts of a block by which bytes are counted; second copies are all copies of experts after the first."""
 
 
 def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> tuple[BlockFacts, ...]:
-    """Of every block of `source`; without `layer_map` of every layer of the file. Raises ModelFileError."""
+    """Reads the facts of every block of `source`; without `layer_map` of every layer of the file.
+
+    Raises ModelFileError.
+    """
     gguf = read_gguf(path)
     spec = ModelSpec.from_gguf(gguf)
     layers = model_sources(gguf, spec).layers
@@ -69,7 +77,23 @@ def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> 
         facts = (
             _rows(parts, rows, n_row) if rows else (RowFacts(),) * (n_row if layer_map and not parts.ffn_norm else 0)
         )
-        found[block] = BlockFacts(block, layer, facts, _attention(gguf, layer), _bytes(gguf, layer, parts))
+        attention, sizes = {}, dict.fromkeys(PARTS, 0)
+        for name, tensor in gguf.tensors.items():
+            number, role = layer_and_role(name)
+            if number != layer:
+                continue
+            kind = "attention" if role.startswith("attn") else "experts" if "_exps" in name else "other"
+            sizes[kind] += tensor.n_bytes
+            if kind == "attention" and name.endswith(".weight") and len(tensor.ne) > 1:
+                attention[role] = tensor.type.name
+        if parts.buckets:
+            sizes["second copies"] = sum(
+                sum(stack.n_bytes // stack.ne[2] for stack in parts.buckets.buckets[bucket])
+                for copies in parts.buckets.layout.buckets
+                for bucket in copies[1:]
+            )
+            sizes["experts"] -= sizes["second copies"]
+        found[block] = BlockFacts(block, layer, facts, attention, sizes)
     gone = dict.fromkeys(PARTS, 0)
     return tuple(
         found.get(block) or BlockFacts(block, None, (RowFacts(),) * len(source.layers[block].target), {}, gone)
@@ -78,66 +102,31 @@ def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> 
 
 
 def _rows(parts: LayerSources, rows: tuple[int, ...], n_row: int) -> tuple[RowFacts, ...]:
-    stacks = list(_stacks(parts, len(rows)))
-    target = parts.buckets.layout.target if parts.buckets else tuple(range(len(rows)))
+    """The facts of all `n_row` rows of the source's router, of which a layer of the file has `rows`."""
+    # The tensors with each stored expert, by copy.
+    copies: list[list[Stacks]]
+    if parts.buckets:
+        target = parts.buckets.layout.target
+        copies = [[parts.buckets.buckets[bucket] for bucket in one] for one in parts.buckets.layout.buckets]
+    else:
+        assert parts.down
+        target = tuple(range(len(rows)))
+        copies = [[tuple(linear.weight for linear in (*parts.gate_up, parts.down))]] * len(rows)
     facts = [RowFacts()] * n_row
     for row, meant in zip(rows, target, strict=True):
-        facts[row] = RowFacts(is_novice=True) if meant < 0 else _expert(meant, stacks[meant])
+        if meant < 0:
+            facts[row] = RowFacts(is_constant=True)
+        else:
+            best, *low = (tuple(stack.type.name for stack in stacks) for stacks in copies[meant])
+            facts[row] = RowFacts(meant, False, best, low[0] if low else (), copies[meant][0][-1].ne[0])
     return tuple(facts)
 
 
-def _stacks(parts: LayerSources, n_expert: int) -> Iterator[list[Stacks]]:
-    """The stacks that hold each stored expert, by copy."""
-    if parts.buckets:
-        for copies in parts.buckets.layout.buckets:
-            yield [parts.buckets.buckets[bucket] for bucket in copies]
-    else:
-        assert parts.down
-        yield from [[tuple(linear.weight for linear in (*parts.gate_up, parts.down))]] * n_expert
-
-
-def _expert(stored: int, copies: list[Stacks]) -> RowFacts:
-    best, *low = (tuple(stack.type.name for stack in stacks) for stacks in copies)
-    return RowFacts(stored, False, best, low[0] if low else (), copies[0][-1].ne[0])
-
-
 def reported_layer_map(blocks: Sequence[BlockFacts]) -> LayerMap | None:
-    """Which blocks and rows of their source a report's file has; None where it does not say."""
+    """The layer map that a report's facts of blocks tell; None if they do not tell it."""
     kept = sorted((facts for facts in blocks if facts.layer is not None), key=lambda facts: facts.layer or 0)
     numbers = tuple(facts.block for facts in kept)
     if list(numbers) != sorted(set(numbers)):
         return None
-    rows = (tuple(n for n, row in enumerate(facts.rows) if row.stored is not None or row.is_novice) for facts in kept)
+    rows = (tuple(n for n, row in enumerate(facts.rows) if row.stored is not None or row.is_constant) for facts in kept)
     return LayerMap(numbers, tuple(rows))
-
-
-def _attention(gguf: GGUFFile, layer: int) -> dict[str, str]:
-    found = {layer_and_role(name): tensor for name, tensor in gguf.tensors.items() if name.endswith(".weight")}
-    return {
-        role: tensor.type.name
-        for (number, role), tensor in found.items()
-        if number == layer and role.startswith("attn") and len(tensor.ne) > 1
-    }
-
-
-def _bytes(gguf: GGUFFile, layer: int, parts: LayerSources) -> dict[str, int]:
-    sizes = dict.fromkeys(PARTS, 0)
-    for name, tensor in gguf.tensors.items():
-        number, role = layer_and_role(name)
-        if number == layer:
-            kind = "attention" if role.startswith("attn") else "experts" if "_exps" in name else "other"
-            sizes[kind] += tensor.n_bytes
-    if parts.buckets:
-        second = sum(
-            sum(stack.n_bytes // stack.ne[2] for stack in parts.buckets.buckets[bucket])
-            for copies in parts.buckets.layout.buckets
-            for bucket in copies[1:]
-        )
-        sizes["experts"] -= second
-        sizes["second copies"] = second
-    return sizes
-
-
-def _bits(types: tuple[str, ...]) -> float:
-    sizes = [GGML_QUANT_SIZES[Type[name]] for name in types]
-    return float(sum(8 * n_bytes / n for n, n_bytes in sizes) / len(sizes))

@@ -1,6 +1,7 @@
-"""What evaluating a file will take, by kind of work, from the speed of the source's first block on some of the text."""
+"""Estimates the seconds that an evaluation takes, from the speed of the source's first block on some of the text."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
@@ -11,17 +12,19 @@ from slimoe.converter.source.model_source import ModelSource
 
 SOURCE, FILE, SECOND = "the source's answers", "the file's answers", "the second copies' answers"
 PLAIN, BLOCKS, WRITING = "plain types", "each block alone", "writing texts"
-"""Kinds of work, as progress names them too."""
+"""Kinds of work, which progress names like this."""
 _FEW, _MANY = 32, 256
 _TRIAL_SECONDS = 0.5
-"""Passes are tried for so long, and the middle one counts: the first is slow, and so are disturbed ones."""
+"""How long passes are tried; their median counts, as the first pass is slow, and disturbed ones are too."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportWork:
-    """How much there is to do: `windows` through the source and each of the file's `n_copy` sets of copies; a swap of
-    each block on `block_windows`, if any; `n_plain` plain models, which take `plain_seconds` to quantise; `n_written`
-    tokens of each of `n_texts` texts written by `n_models` models.
+    """The work of an evaluation.
+
+    `windows` pass through the source and through the file with each of its `n_copy` sets of copies, and
+    `block_windows`, if there are any, through the source with each block swapped. `n_plain` models in plain types take
+    `plain_seconds` to quantise. `n_models` models continue `n_texts` texts by `n_written` tokens each.
     """
 
     windows: Windows
@@ -34,15 +37,20 @@ class ReportWork:
     n_models: int
 
 
-def estimate_seconds(source: ModelSource, work: ReportWork, device: str = "cpu") -> dict[str, float]:
-    """Seconds by kind of work, in its order. Raises ModelFileError."""
-    few, many = _pass_seconds(source, work.windows, _FEW, device), _pass_seconds(source, work.windows, _MANY, device)
+def estimate_seconds(
+    source: ModelSource, work: ReportWork, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Estimates the seconds by kind of work, in the order in which it is done.
+
+    `clock` tells seconds. Raises ModelFileError.
+    """
+    few, many = (_pass_seconds(source, work.windows, n_tokens, device, clock) for n_tokens in (_FEW, _MANY))
     n_layer = source.spec.n_layer
     per_token = max(0.0, many[0] - few[0]) / max(1, many[1] - few[1])
     reading = max(0.0, few[0] - per_token * few[1])
 
     def layers(n: float, n_tokens: int) -> float:
-        """Reading takes its time for any number of tokens."""
+        """Seconds of `n` layers, whose reading does not depend on the number of tokens."""
         return n * (reading + per_token * n_tokens)
 
     whole = layers(n_layer, work.windows.sequences.n_rows)
@@ -61,8 +69,10 @@ def estimate_seconds(source: ModelSource, work: ReportWork, device: str = "cpu")
     return seconds
 
 
-def _pass_seconds(source: ModelSource, windows: Windows, n_tokens: int, device: str) -> tuple[float, int]:
-    """Of one block on so many tokens, in the median, and how many there were."""
+def _pass_seconds(
+    source: ModelSource, windows: Windows, n_tokens: int, device: str, clock: Callable[[], float]
+) -> tuple[float, int]:
+    """Median seconds of the first block on at most `n_tokens` tokens, and the number of tokens that there were."""
     tokens: list[tuple[int, ...]] = []
     for window in windows.sequences.tokens:
         left = n_tokens - sum(map(len, tokens))
@@ -72,7 +82,7 @@ def _pass_seconds(source: ModelSource, windows: Windows, n_tokens: int, device: 
     while sum(seconds) < _TRIAL_SECONDS:
         with closing(Stream(source, sequences, device)) as stream:
             stream.embed()
-            begin = time.perf_counter()
+            begin = clock()
             stream.pass_layer(0, Observer())
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(clock() - begin)
     return median(seconds), sequences.n_rows

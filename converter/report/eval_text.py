@@ -1,10 +1,9 @@
-"""The texts that a compressed model is evaluated on: files given, or what calibration leaves out of our mixture."""
+"""The texts that a model is evaluated on: given files, or what calibration leaves out of the shipped mixture."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slimoe.converter.forward.texts import DEFAULT_LENGTH, TextEncoder, TextFile, documents, held_out_texts
 from slimoe.converter.forward.windows import Windows, cut_windows
@@ -13,14 +12,15 @@ from slimoe.offload.errors import UsageError
 
 EVAL_TOKENS = 16384
 _SPAN = 16
-"""So many tokens in a row that calibration saw too are no chance."""
+"""The number of tokens in a row that two texts do not share by chance."""
 _CHARACTERS_PER_TOKEN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class EvalText:
-    """Windows to evaluate on. `is_own`: they are the mixture's, not a person's choice. `seen` is the share of their
-    stretches of 16 tokens that occur in the calibration's texts, None where these are unknown.
+    """Windows to evaluate on; `is_own` says that they are of the shipped mixture and not of given files.
+
+    `seen` is the part of their stretches of 16 tokens that occur in the calibration's texts, None if these are unknown.
     """
 
     windows: Windows
@@ -35,7 +35,7 @@ def read_eval_text(
     statistics: Statistics | None = None,
     n_tokens: int = EVAL_TOKENS,
 ) -> EvalText:
-    """At most about `n_tokens` tokens, evenly from all domains of `files`, or of our own mixture without any.
+    """Reads at most about `n_tokens` tokens, evenly from all domains of `files`, or of the shipped mixture without any.
 
     Raises UsageError for files that cannot be read or are too short.
     """
@@ -46,19 +46,19 @@ def read_eval_text(
             texts.setdefault(file.domain, []).extend(ids)
     if not any(texts.values()):
         names = ", ".join(str(file.path) for file in chosen)
-        raise UsageError(f"There is no text to judge by in {names}. Give longer ones.")
+        raise UsageError(f"There is no text to evaluate on in {names}. Give longer files.")
     windows = eval_windows(texts, n_ctx_train, n_tokens)
     return EvalText(windows, not files, None if statistics is None else seen_share(windows, statistics))
 
 
 def eval_windows(texts: dict[str, list[int]], n_ctx_train: int, n_tokens: int = EVAL_TOKENS) -> Windows:
-    """Windows of tokens by domain, as many of each."""
+    """Cuts tokens by domain into windows, equally many of each domain."""
     length = min(DEFAULT_LENGTH, n_ctx_train)
     return cut_windows(texts, length, max(1, n_tokens // (length * len(texts))))
 
 
 def seen_share(windows: Windows, statistics: Statistics) -> float:
-    """The share of the windows' stretches of 16 tokens that a calibration ran over; 0 where none is so long."""
+    """The part of the windows' stretches of 16 tokens that calibration texts have too; 0 if no window is so long."""
     known = set(_stretches(statistics.tokens))
     found = [stretch in known for stretch in _stretches(windows.sequences.tokens)]
     return sum(found) / len(found) if found else 0.0
@@ -67,8 +67,5 @@ def seen_share(windows: Windows, statistics: Statistics) -> float:
 def _stretches(texts: Sequence[Sequence[int]]) -> Iterator[bytes]:
     for text in texts:
         if len(text) >= _SPAN:
-            yield from map(_bytes, np.lib.stride_tricks.sliding_window_view(np.array(text, np.int32), _SPAN))
-
-
-def _bytes(tokens: NDArray[np.int32]) -> bytes:
-    return tokens.tobytes()
+            windows = np.lib.stride_tricks.sliding_window_view(np.array(text, np.int32), _SPAN)
+            yield from (window.tobytes() for window in windows)

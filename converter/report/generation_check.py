@@ -1,6 +1,6 @@
-"""Whether a model still writes: some texts continued by the likeliest tokens, looked through for loops and endings.
+"""Checks whether a model still writes: it continues texts by the likeliest tokens, and loops and endings are counted.
 
-Divergence on given texts does not show a model that falls into a loop once it reads its own words.
+The divergence on given texts does not show whether a model falls into a loop when it reads its own words.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -15,15 +15,15 @@ from slimoe.converter.source.held_source import HeldSource
 from slimoe.converter.source.model_source import ModelSource
 
 _REPEATS, _SPAN = 4, 16
-"""A loop says the same at least so often, and for at least so many tokens."""
+"""The least number of repetitions of a loop, and of its tokens in all."""
 
 Continue = Callable[[Sequence[Sequence[int]], int], Sequence[Sequence[int]]]
-"""Continues prompts by at most so many tokens each, the ending token included: by an engine, or by `greedy`."""
+"""Continues prompts by at most a number of tokens each, with the ending token: by an engine, or by `greedy`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A stretch of tokens that repeats itself every `period` ones: its first token, and how many it has."""
+    """A stretch of `length` tokens from `start` on that repeats itself every `period` tokens."""
 
     start: int
     period: int
@@ -32,8 +32,9 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a model wrote after a prompt, and what is to be said about it. `distinct` is the share of different tokens
-    among all, 0 for an empty text.
+    """What a model wrote after a prompt: the `tokens`, whether it `ended` the text by itself, and the first loop.
+
+    `distinct` is the number of different tokens over that of all tokens, 0 for an empty text.
     """
 
     tokens: tuple[int, ...]
@@ -44,43 +45,43 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class GenerationCheck:
-    """All continuations. The counts are to be seen beside those of the model that it was made of."""
+    """The continuations of all prompts, whose counts are meaningful only beside those of the source model."""
 
     continuations: tuple[Continuation, ...]
 
     @property
     def n_looped(self) -> int:
-        """Texts with a loop."""
+        """The number of texts with a loop."""
         return sum(one.loop is not None for one in self.continuations)
 
     @property
     def n_ended(self) -> int:
-        """Texts that the model ended by itself."""
+        """The number of texts that the model ended by itself."""
         return sum(one.ended for one in self.continuations)
 
     @property
     def distinct(self) -> float:
-        """Mean share of different tokens."""
+        """The mean of the texts' `distinct`."""
         return sum(one.distinct for one in self.continuations) / len(self.continuations)
 
 
 def check_generation(
     continue_: Continue, prompts: Sequence[Sequence[int]], n_tokens: int, ends: Collection[int]
 ) -> GenerationCheck:
-    """Has prompts continued and looks at the results; `ends` are the tokens that end a text."""
+    """Has prompts continued by at most `n_tokens` tokens each; `ends` are the tokens that end a text."""
     assert prompts
-    return GenerationCheck(tuple(judge(tokens, ends) for tokens in continue_(prompts, n_tokens)))
+    return GenerationCheck(tuple(check_continuation(tokens, ends) for tokens in continue_(prompts, n_tokens)))
 
 
-def judge(tokens: Sequence[int], ends: Collection[int]) -> Continuation:
-    """What there is to say about one continuation."""
+def check_continuation(tokens: Sequence[int], ends: Collection[int]) -> Continuation:
+    """Looks for an ending and a loop in the tokens that continue a prompt."""
     ended = bool(tokens) and tokens[-1] in ends
     text = tuple(tokens[:-1] if ended else tokens)
     return Continuation(tuple(tokens), ended, find_loop(text), len(set(text)) / len(text) if text else 0.0)
 
 
 def find_loop(tokens: Sequence[int], repeats: int = _REPEATS, span: int = _SPAN) -> Loop | None:
-    """The first loop of the shortest period: `repeats` times the same in a row, at least `span` tokens in all."""
+    """Finds the first loop of the shortest period with at least `repeats` repetitions and `span` tokens, if any."""
     values = np.array(tokens, np.int64)
     for period in range(1, len(values) // repeats + 1):
         length = max(repeats * period, span)
@@ -93,9 +94,9 @@ def find_loop(tokens: Sequence[int], repeats: int = _REPEATS, span: int = _SPAN)
 
 
 def greedy(source: ModelSource, ends: Collection[int]) -> Continue:
-    """Continues by the likeliest tokens, computing all tokens anew for each next one, with all weights in memory.
+    """Continues texts by the likeliest tokens, computing all tokens again for each new one, with all weights in memory.
 
-    For models that fit there, such as those of tests; an engine is the better way for all others. Continuing raises
+    This is for small models, such as those of tests; an engine is faster for all others. Continuing raises
     ModelFileError.
     """
     held = HeldSource(source)
@@ -106,16 +107,12 @@ def greedy(source: ModelSource, ends: Collection[int]) -> Continue:
             going = [n for n, text in enumerate(texts) if len(text) == len(prompts[n]) or text[-1] not in ends]
             if not going:
                 break
-            for n, token in zip(going, _next_tokens(held, [texts[n] for n in going]), strict=True):
+            sequences = Sequences(tuple(texts[n] for n in going))
+            last = torch.tensor([end - 1 for _, end in sequences.spans()])
+            with torch.no_grad():
+                following = read_head(held)(run(held, sequences)[last]).argmax(-1).tolist()
+            for n, token in zip(going, following, strict=True):
                 texts[n] = (*texts[n], token)
         return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
     return continue_
-
-
-def _next_tokens(source: ModelSource, texts: Sequence[tuple[int, ...]]) -> list[int]:
-    sequences = Sequences(tuple(texts))
-    last = torch.tensor([end - 1 for _, end in sequences.spans()])
-    with torch.no_grad():
-        found: list[int] = read_head(source)(run(source, sequences)[last]).argmax(-1).tolist()
-    return found

@@ -1,4 +1,4 @@
-"""What the changes of each block alone cost. Apart: the only measurement that runs later blocks again for each one."""
+"""The cost of each block's changes alone. Apart: the only measurement that runs all later blocks again for each one."""
 
 from pathlib import Path
 
@@ -24,17 +24,19 @@ def divergence_by_block(
     directory: Path | None = None,
     on_progress: Progress = lambda _done, _total: None,
 ) -> tuple[float, ...]:
-    """Mean KL divergence in nats per token by block of the reference; a block that is gone is left out there.
+    """The mean KL divergence in nats per token of the reference with each of its blocks swapped for the model's.
 
-    All later blocks of the reference run once more for each: the cost is half its number of blocks in whole passes, so
-    a few thousand tokens are enough. Progress counts passes of blocks. Raises UsageError for a model whose blocks come
-    from nobody knows where or that has other sizes, and ModelFileError.
+    A block that the model does not have is left out of the reference. All later blocks of the reference run again for
+    each swap, which takes half as many whole passes as there are blocks, so a few thousand tokens must be enough.
+    Progress counts passes of blocks. Raises UsageError for a model of other sizes or whose blocks cannot be mapped to
+    the reference's, and ModelFileError.
     """
     check_alike(model, reference)
-    layer_map = layer_map or likely_layer_map(model, reference)
+    layer_map, n_layer = layer_map or likely_layer_map(model, reference), reference.spec.n_layer
     if layer_map is None:
-        raise UsageError(f"{model.path} has fewer blocks than {reference.path}. Say which ones they are.")
-    n_layer, sequences = reference.spec.n_layer, windows.sequences
+        problem = f"{model.path} has {len(model.layers)} blocks, but {reference.path} has {n_layer}"
+        raise UsageError(f"{problem}, and the file does not say which ones it has. Give a layer map.")
+    sequences = windows.sequences
     with LayerStates(reference, sequences.n_rows, directory) as states:
         fill_states(reference, sequences, states, device=device, directory=directory)
         own, other = Stream(reference, sequences, device, directory), Stream(model, sequences, device, directory)

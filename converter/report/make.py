@@ -1,8 +1,10 @@
-"""The front door of reports: evaluates a written file, keeps its quality in the file, writes all of it beside it."""
+"""Makes reports: the entry point, which evaluates a written file, and writes the report beside it and its quality into
+it.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from slimoe.offload.gguf.header import Value, read_gguf
 from slimoe.offload.model.spec import NATIVE
 
 _ROOM = 640
-"""Characters of JSON about quality, at most: what the header's room surely has beside the losses of two copies."""
+"""Most characters of the JSON about quality, for which the header's room suffices beside the losses of two copies."""
 
 
 def write_report(
@@ -35,11 +37,11 @@ def write_report(
     on_progress: Progress = lambda _what, _done, _total: None,
     destination: Destination | None = None,
 ) -> Report:
-    """Measures, and writes TARGET.report.json, TARGET.report.md with pictures in TARGET.report, and TARGET.card.md.
+    """Evaluates, and writes TARGET.report.json, TARGET.report.md with pictures in TARGET.report, and TARGET.card.md.
 
-    With `record` the file's header gets its quality, if it has room for it. No other run may write the file meanwhile:
-    `destination` is the target where that is reserved already. Raises as `ReportMaker.make` does, and UsageError or
-    DoesNotFitError where nothing can be written.
+    With `record` the quality is also written into the file's header, if it has room for it. No other run may write the
+    file meanwhile: `destination` is the target if it is reserved already. Raises as `ReportMaker.make` does, and
+    UsageError or DoesNotFitError if a file cannot be written.
     """
     with reserved(destination or maker.target) as own:
         report = maker.make(on_progress, own.folder)
@@ -53,23 +55,27 @@ def write_report(
 
 
 def report_paths(target: Path) -> dict[str, Path]:
-    """Where the report of a file lies: json, markdown, plots (a directory) and card."""
+    """The paths of a file's report: json, markdown, plots (a directory) and card."""
     ends = {"json": ".report.json", "markdown": ".report.md", "plots": ".report", "card": ".card.md"}
     return {what: target.with_name(target.name + end) for what, end in ends.items()}
 
 
 def known_report(path: Path, source_hash: str, sha256: str) -> Report | None:
-    """The report in a file of JSON, None if it cannot be read or is of another source or of other bytes."""
+    """Reads the report in a JSON file; None if it cannot be read, or is of another source or another file."""
     try:
-        report = decode_json(read_regular(path), Report)
-    except (OSError, BadDocumentError):
+        fields = decode_json(read_regular(path), dict[str, Any])
+        for place, name, old in _renamed(fields):
+            if name not in place:
+                place[name] = place[old]
+        report = decode_json(msgspec.json.encode(fields), Report)
+    except (OSError, BadDocumentError, AttributeError, KeyError, TypeError):
         return None
     is_same = report.provenance.source_hash == source_hash and report.file.sha256 == sha256
     return report if is_same else None
 
 
 def check_reports(target: Path, hint: str, *, force: bool) -> None:
-    """Raises UsageError where a report of a file cannot lie, or would replace what lies there without `force`."""
+    """Raises UsageError if a report of the file cannot be written, or would replace one without `force`."""
     for path in report_paths(target).values():
         if os.path.isdir(path) and not force and any(path.iterdir()):
             raise UsageError(f"{path} holds pictures. {hint}")
@@ -78,9 +84,9 @@ def check_reports(target: Path, hint: str, *, force: bool) -> None:
 
 
 def save_report(report: Report, target: Path, folder: Path | None = None) -> None:
-    """Writes a report's files beside the file that it is about, each whole or not at all, made in `folder` if given.
+    """Writes a report's files beside its `target`, each whole or not at all, and in `folder` until it is whole.
 
-    Raises UsageError or DoesNotFitError where that cannot be.
+    Raises UsageError or DoesNotFitError if a file cannot be written.
     """
     from slimoe.converter.report.plots import draw_plots
 
@@ -99,14 +105,26 @@ def save_report(report: Report, target: Path, folder: Path | None = None) -> Non
 
 
 def report_fields(report: Report) -> dict[str, Any]:
-    """The report as JSON has it."""
+    """The fields of the report's JSON, which for one version also has the old names of renamed fields."""
     fields: dict[str, Any] = msgspec.to_builtins(report)
     fields["file"]["share"] = report.file.share
+    for place, name, old in _renamed(fields):
+        place[old] = place[name]
     return {"version": 2, **fields}
 
 
+def _renamed(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yields the objects of a report's JSON that have a renamed field, the field's name, and its old name."""
+    yield fields, "evaluated_on", "judged"
+    yield fields, "cloze", "probes"
+    yield from ((one, "log_probability_loss", "lost_nats") for one in fields["cloze"].values())
+    yield from ((row, "is_constant", "is_novice") for block in fields["blocks"] for row in block["rows"])
+    if fields["coverage"] is not None:
+        yield fields["coverage"], "selections", "picks"
+
+
 def quality_keys(report: Report) -> Mapping[str, Value]:
-    """What the file's header says of its quality: the losses of its copies, and more in one line of JSON."""
+    """The header's keys about the file's quality: the KL divergence of its copies, and a line of JSON with more."""
     total = report.quality.total
     told: dict[str, Any] = {
         "kl": total.divergence.mean,
@@ -117,7 +135,7 @@ def quality_keys(report: Report) -> Mapping[str, Value]:
         "same_top": total.same_top,
         "perplexity": [total.reference_perplexity, total.perplexity],
         "n_tokens": total.n_tokens,
-        "texts": report.judged.hash,
+        "texts": report.evaluated_on.hash,
     }
     by_domain = {name: [one.reference_perplexity, one.perplexity] for name, one in report.quality.domains.items()}
     values: dict[str, Value] = {keys.QUALITY: _short({**told, "domains": by_domain})}

@@ -1,20 +1,20 @@
-"""The report for people: Markdown whose tables read well in a terminal too, with plots where something shows them."""
+"""The report as Markdown, whose tables can be read in a terminal too, with plots in the sections that have any."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from slimoe.converter.report.block_facts import BlockFacts, RowFacts
+from slimoe.converter.report.block_facts import BlockFacts
 from slimoe.converter.report.quality import DomainQuality
 from slimoe.converter.report.report import Report
 
 _MANY_UNSEEN = 40
 _GROUPS = ("attn_q", "attn_k", "attn_v", "attn_output")
 FLATTERED = 0.05
-"""From this share of judged text that calibration saw too, the figures are said to flatter."""
+"""The part of the evaluation text that calibration may have seen before the figures are said to flatter."""
 
 
 def markdown(report: Report, plots: Mapping[str, str]) -> str:
-    """The report; `plots` are paths of pictures by what they show, such as `Types`, put where that is told of."""
+    """Writes the report; `plots` are paths of pictures by the title of their section, such as `Types`."""
     sections = (
         ("Quality by domain", _domains),
         ("Damage by layer", _damage),
@@ -34,26 +34,23 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns are as wide in the text; all but the first stand to the right."""
+    """Writes a Markdown table with padded cells; all columns but the first are aligned to the right."""
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    head, *body = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
-    rule = "| " + " | ".join("-" * width if not n else "-" * (width - 1) + ":" for n, width in enumerate(widths)) + " |"
-    return [head, rule, *body]
+    rule = ["-" * width if not n else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
+    lines = []
+    for row in (rows[0], rule, *rows[1:]):
+        first, *others = zip(row, widths, strict=True)
+        lines.append(f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |")
+    return lines
 
 
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [
-        cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-
-
-def percent(share: float | None) -> str:
-    """`12.3 %`, or nothing."""
-    return "" if share is None else f"{100 * share:.1f} %"
+def percent(part: float | None) -> str:
+    """A part of 1 as text, such as `12.3 %`; empty for None."""
+    return "" if part is None else f"{100 * part:.1f} %"
 
 
 def divergence(one: DomainQuality) -> str:
-    """The mean, and its error if that is known."""
+    """The mean KL divergence as text, with its error if that is known."""
     error = one.divergence.error
     return f"{one.divergence.mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
@@ -64,6 +61,11 @@ def divergence(one: DomainQuality) -> str:
 def _summary(report: Report) -> Iterator[str]:
     file, total = report.file, report.quality.total
     flips = [one for one in report.quality.flips if one is not None]
+    nats, lacks = report.expected_kl, " and ".join(report.expected_lacks)
+    expected = "not predicted"
+    if nats is not None and (nats or not lacks):
+        expected = f"{nats:.4f}" + (f", and what {lacks} cost" if lacks else "")
+    quantiles = total.divergence
     yield from table(
         [
             ("Figure", "Value"),
@@ -73,13 +75,16 @@ def _summary(report: Report) -> Iterator[str]:
             ("Bits for each weight of the source", f"{file.bits_per_weight:.2f}"),
             ("Format", f"{file.format}, loads in {' and '.join(file.loads_in)}"),
             ("KL divergence, nats per token", divergence(total)),
-            ("median; 99 %; 99.9 %", _quantiles(total)),
-            ("KL expected by the plan", _expected(report)),
+            (
+                "median; 99 %; 99.9 %",
+                f"{quantiles.median:.4f}; {quantiles.percentile_99:.4f}; {quantiles.percentile_999:.4f}",
+            ),
+            ("KL expected by the plan", expected),
             ("KL of plain types at as many bytes", plain_kl(report)),
             ("Perplexity, source", f"{total.reference_perplexity:.3f}"),
             ("Perplexity, this file", f"{total.perplexity:.3f} ({100 * total.perplexity_rise:+z.1f} %)"),
             ("Same likeliest token", percent(total.same_top)),
-            ("Picks of experts that changed", percent(sum(flips) / len(flips)) if flips else "not counted"),
+            ("Selected experts that changed", percent(sum(flips) / len(flips)) if flips else "not counted"),
         ]
     )
     if report.low_quality is not None:
@@ -94,16 +99,11 @@ def _summary(report: Report) -> Iterator[str]:
             yield ""
             yield text
     yield ""
-    yield from _judged(report)
-
-
-def _quantiles(one: DomainQuality) -> str:
-    found = one.divergence
-    return f"{found.median:.4f}; {found.percentile_99:.4f}; {found.percentile_999:.4f}"
+    yield from _texts(report)
 
 
 def plain_kl(report: Report) -> str:
-    """What the yardstick says, in a cell of a table."""
+    """The KL divergence of plain types at the file's bytes, for a cell of a table."""
     found = report.yardstick
     if found is None or found.kl is None:
         return "not known"
@@ -111,7 +111,7 @@ def plain_kl(report: Report) -> str:
 
 
 def yardstick_text(report: Report) -> str:
-    """A sentence on the whole model in plain types; empty where there are none."""
+    """A sentence on the whole model in plain types at the file's bytes; empty if it can be in none."""
     found, kl = report.yardstick, report.quality.total.divergence.mean
     if found is None:
         return ""
@@ -122,15 +122,15 @@ def yardstick_text(report: Report) -> str:
     if found.kl is None and found.models[0].n_bytes > report.file.n_bytes:
         return f"No plain type of the whole model is so small: the smallest is {models}."
     if found.kl is None:
-        why = "" if report.coverage is not None else " --stats says what to expect of them."
+        why = "" if report.coverage is not None else " --stats predicts their KL divergence."
         return f"The nearest plain types of the whole model are {models}.{why}"
-    how = "measured alike" if found.is_measured else "as the statistics foretell"
+    how = "measured alike" if found.is_measured else "as the statistics predict"
     less = f": this file has {kl / found.kl:.2g} times that" if found.kl > 0 and kl > 0 else ""
     return f"Plain types of the whole model at as many bytes, {how}: KL {found.kl:.4f}, from {models}{less}."
 
 
 def unread_text(report: Report) -> str:
-    """A sentence on texts that the source cannot read; empty without any."""
+    """A sentence on the domains that the source cannot read; empty if there are none."""
     names = report.quality.unread
     if not names:
         return ""
@@ -141,27 +141,22 @@ def unread_text(report: Report) -> str:
     return f"Left out of the mean, since the source cannot read them ({rule}): {told}."
 
 
-def _expected(report: Report) -> str:
-    nats, lacks = report.expected_kl, " and ".join(report.expected_lacks)
-    if nats is None or (lacks and nats == 0):
-        return "not foretold"
-    return f"{nats:.4f}" + (f", and what {lacks} cost" if lacks else "")
-
-
-def _judged(report: Report) -> Iterator[str]:
-    judged = report.judged
+def _texts(report: Report) -> Iterator[str]:
+    texts = report.evaluated_on
     yield (
-        f"Measured on the bytes of the file, in float32, on {judged.n_scored:,} tokens with at least half a window of "
-        f"{judged.length} before them."
+        f"Measured on the bytes of the file, in float32, on {texts.n_scored:,} tokens with at least half a window of "
+        f"{texts.length} before them."
     )
-    if judged.is_own:
-        yield "The texts are what calibration leaves out of slimoe's small mixture: --eval-text judges by your own."
-    if judged.seen is None:
+    if texts.is_own:
+        yield "The texts are what calibration leaves out of slimoe's small mixture: --eval-text evaluates on your own."
+    if texts.seen is None:
         yield "It is not known which texts the file was calibrated on."
-    elif judged.seen >= FLATTERED:
-        yield f"**{percent(judged.seen)} of the text was calibrated on, so the figures flatter.** Judge by other texts."
+    elif texts.seen >= FLATTERED:
+        yield (
+            f"**{percent(texts.seen)} of the text was calibrated on, so the figures flatter.** Evaluate on other texts."
+        )
     else:
-        yield f"{percent(judged.seen)} of the text was calibrated on."
+        yield f"{percent(texts.seen)} of the text was calibrated on."
 
 
 def _domains(report: Report) -> Iterator[str]:
@@ -188,29 +183,31 @@ def _domains(report: Report) -> Iterator[str]:
 def _damage(report: Report) -> Iterator[str]:
     """By block of the source."""
     flips, errors = report.quality.flips, report.quality.stream_error
-    rows = [("Block", "KL alone", "Flipped picks", "Error of the stream")]
+    rows = [("Block", "KL alone", "Changed experts", "Error of the stream")]
     for block in range(len(flips)):
         alone = "" if report.block_kl is None else f"{report.block_kl[block]:.5f}"
         error = errors[block]
         rows.append((str(block), alone, percent(flips[block]), "" if error is None else f"{error:.4f}"))
     yield "KL alone: nats per token with this block's changes only; the token table and the output are not among them."
-    yield "Error of the stream: the relative difference behind the block, with all blocks before it changed as well."
+    yield "Changed experts: the part of the source's selected experts that the file does not select too."
+    yield "Error of the stream: the relative difference of the residual stream behind the block, with all blocks before"
+    yield "it changed as well."
     yield ""
     yield from table(rows)
 
 
 def _words(report: Report) -> Iterator[str]:
-    if not report.probes:
+    if not report.cloze:
         yield "There are no content words in the texts."
         return
     where = "these texts have" if report.coverage is None else "calibration met"
     yield f"Content words as cloze tests, by how often {where} them; rare ones are the first that models forget."
     yield ""
-    rows = [("Words", "Asked", "At most", "Source first", "File first", "Known", "Kept", "Lost nats")]
-    for name, one in report.probes.items():
-        lost = "" if one.lost_nats is None else f"{one.lost_nats:.3f}"
-        shares = percent(one.reference_first), percent(one.model_first)
-        rows.append((name, str(one.n_words), str(one.most_common), *shares, str(one.n_known), percent(one.kept), lost))
+    rows = [("Words", "Asked", "At most", "Source first", "File first", "Known", "Kept", "Loss, nats")]
+    for name, one in report.cloze.items():
+        loss = "" if one.log_probability_loss is None else f"{one.log_probability_loss:.3f}"
+        first = percent(one.reference_first), percent(one.model_first)
+        rows.append((name, str(one.n_words), str(one.most_common), *first, str(one.n_known), percent(one.kept), loss))
     yield from table(rows)
 
 
@@ -239,7 +236,7 @@ def _calibration(report: Report) -> Iterator[str]:
     if seen.unseen:
         names = ", ".join(f"{layer}.{expert}" for layer, expert in seen.unseen[:_MANY_UNSEEN])
         more = len(seen.unseen) - _MANY_UNSEEN
-        yield f"Nothing is known of these (layer.expert): {names}" + (f" and {more} more." if more > 0 else ".")
+        yield f"No token was routed to these (layer.expert): {names}" + (f" and {more} more." if more > 0 else ".")
 
 
 def _bytes(report: Report) -> Iterator[str]:
@@ -251,7 +248,7 @@ def _bytes(report: Report) -> Iterator[str]:
 
 
 def _types(report: Report) -> Iterator[str]:
-    head = ("Block", "Attention", "Experts: gate/up/down", "Gone", "Novices", "Bytes")
+    head = ("Block", "Attention", "Experts: gate/up/down", "Dropped", "Constants", "Bytes")
     yield from table([head, *map(_block_row, report.blocks)])
 
 
@@ -260,19 +257,17 @@ def _block_row(facts: BlockFacts) -> tuple[str, ...]:
         return str(facts.block), "dropped", "dropped", "", "", "0"
     kinds = list(dict.fromkeys(facts.attention.get(role, "") for role in _GROUPS))
     stored = {row.stored: row for row in facts.rows if row.stored is not None}
-    counts = Counter(_type_name(row) for row in stored.values())
-    types = ", ".join(f"{n} x {name}" for name, n in counts.most_common()) or "none"
-    gone = sum(row.stored is None and not row.is_novice for row in facts.rows)
-    novices = sum(row.is_novice for row in facts.rows)
+    # The types of each expert's copies, once where gate, up and down have the same.
+    names: Counter[str] = Counter()
+    for row in stored.values():
+        copies = [copy for copy in (row.types, row.low_types) if copy]
+        names[" + ".join(copy[0] if len(set(copy)) == 1 else "/".join(copy) for copy in copies)] += 1
+    types = ", ".join(f"{n} x {name}" for name, n in names.most_common()) or "none"
+    dropped = sum(row.stored is None and not row.is_constant for row in facts.rows)
+    constants = sum(row.is_constant for row in facts.rows)
     n_bytes = f"{sum(facts.n_bytes.values()):,}"
-    return str(facts.block), " ".join(kinds) if facts.attention else "none", types, str(gone), str(novices), n_bytes
-
-
-def _type_name(row: RowFacts) -> str:
-    def name(types: Sequence[str]) -> str:
-        return types[0] if len(set(types)) == 1 else "/".join(types)
-
-    return name(row.types) + (f" + {name(row.low_types)}" if row.low_types else "")
+    attention = " ".join(kinds) if facts.attention else "none"
+    return str(facts.block), attention, types, str(dropped), str(constants), n_bytes
 
 
 def _recipe(report: Report) -> Iterator[str]:
@@ -289,8 +284,8 @@ def _provenance(report: Report) -> Iterator[str]:
         ("source", origin.source_name),
         ("digest of the source", origin.source_hash),
         ("digest of the calibration's texts", origin.calibration_hash or "none"),
-        ("digest of the judged texts", report.judged.hash),
-        ("judged in", f"{report.seconds:.0f} s"),
+        ("digest of the evaluation texts", report.evaluated_on.hash),
+        ("evaluated in", f"{report.seconds:.0f} s"),
         *((name, value) for name, value in origin.versions.items()),
     ]
     yield from table(rows)

@@ -1,4 +1,4 @@
-"""Measures what a written file has lost: its own bytes are read back and evaluated, not the plan behind them."""
+"""Measures the quality of a written file: its bytes are read back and evaluated, not the plan that it was made by."""
 
 import hashlib
 import math
@@ -46,20 +46,22 @@ from slimoe.offload.gguf.header import Value, read_gguf
 from slimoe.offload.model.native_format import read_layout
 
 LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
-"""Programs that load a format."""
+"""The programs that load files of a format."""
 _LIBRARIES = ("slimoe", "numpy", "torch", "gguf", "llama-cpp-python")
 _HELD_BYTES = 1 << 30
-"""Models of so many bytes in float32 are small: they write texts in memory where there is no engine for them, and are
-quantised to plain types only to compare with."""
+"""Most bytes in float32 of a small model, which continues texts in memory if no engine is given for it, and is
+quantised to plain types to be compared with.
+"""
 _PROMPTS, _PROMPT_TOKENS = 6, 16
 _BLOCK_LENGTH = 128
-_HASHED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSettings:
-    """How to evaluate: a torch device; tokens for what each block's changes cost, and tokens that continue each
-    text, 0 for neither; beyond how many bytes streams lie on disk; threads that quantise plain models to compare with.
+    """How to evaluate: `device` is a torch device, and `n_threads` quantise plain models to compare with.
+
+    The changes of each block alone are evaluated on `n_block_tokens` tokens, and texts are continued by `n_written`
+    tokens, neither if it is 0. Residual streams of more than `max_state_bytes` lie on disk.
     """
 
     device: str = "cpu"
@@ -71,14 +73,17 @@ class ReportSettings:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """What continues texts with the file and with its source; None: done in memory if the model is small, or not."""
+    """What continues texts with the file (`model`) and with its source; None for in memory, if the model is small."""
 
     model: Continue | None = None
     source: Continue | None = None
 
 
 def block_windows(windows: Windows, n_tokens: int) -> Windows | None:
-    """Shorter texts than those of the other figures, some of each domain, for what each block's changes cost."""
+    """Cuts about `n_tokens` tokens of each domain's windows into shorter ones, to evaluate each block's changes alone.
+
+    None if `n_tokens` is 0.
+    """
     if not n_tokens:
         return None
     texts: dict[str, list[int]] = {}
@@ -90,7 +95,7 @@ def block_windows(windows: Windows, n_tokens: int) -> Windows | None:
 def report_work(
     source: ModelSource, windows: Windows, plain: Sequence[PlainPlan], n_copy: int, settings: ReportSettings
 ) -> ReportWork:
-    """What a report of a file with so many copies takes, `plain` being the models that it may be compared with."""
+    """The work that a report takes for a file of `n_copy` copies, which may be compared with the models `plain`."""
     measured = plain if is_small(source) else ()
     seconds = [writing_seconds(source, one.plan, lay_out(source, one.plan), settings.n_threads) for one in measured]
     n_written = settings.n_written if is_small(source) else 0
@@ -99,21 +104,22 @@ def report_work(
 
 
 def is_small(source: ModelSource) -> bool:
-    """Whether a model can be held in memory in float32."""
+    """Whether a model is small enough to be held in memory in float32."""
     return 4 * _n_weights(source) <= _HELD_BYTES
 
 
 class ReportMaker:
-    """Everything about the file `target` that was made of `source`. Without `plan` what an earlier report `known` of it
-    says is taken for the plan's; without both equal blocks are taken for each other, and of a model with fewer blocks
-    nothing is said by block.
+    """Makes the report on the file `target`, which was made of `source`, by evaluating it on `texts`.
+
+    Without `plan`, an earlier report `known` says which blocks of the source the file has. Without both, they
+    correspond one to one, and nothing is reported by block for a file of fewer blocks.
     """
 
     def __init__(
         self,
         source: ModelSource,
         target: Path,
-        judged: EvalText,
+        texts: EvalText,
         *,
         statistics: Statistics | None = None,
         plan: CompressPlan | None = None,
@@ -125,7 +131,7 @@ class ReportMaker:
         """Opens the file; raises ModelFileError. `expected_lacks` is what the plan's expected KL does not count."""
         self.known = known
         self.expected_lacks = known.expected_lacks if known is not None and plan is None else tuple(expected_lacks)
-        self.source, self.target, self.judged = source, target, judged
+        self.source, self.target, self.texts = source, target, texts
         self.statistics, self.plan, self.settings, self.engines = statistics, plan, settings, engines
         self.model = gguf_source(target)
         told = None if known is None else reported_layer_map(known.blocks)
@@ -139,35 +145,51 @@ class ReportMaker:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What it will take by kind of work, tried for a moment."""
-        work = report_work(self.source, self.judged.windows, self.plain, self.n_copy, self.settings)
+        """The estimated seconds by kind of work, from a short trial."""
+        work = report_work(self.source, self.texts.windows, self.plain, self.n_copy, self.settings)
         return estimate_seconds(self.source, work, self.settings.device)
 
     def make(self, on_progress: Progress = lambda _what, _done, _total: None, directory: Path | None = None) -> Report:
-        """Evaluates; streams that are large lie in `directory`, if one is given.
+        """Evaluates the file; large residual streams lie in `directory`, if one is given.
 
-        Raises ModelFileError, UsageError for a file of another model, and BadLogitsError.
+        Raises ModelFileError, UsageError for a file of another model, and BadLogitsError for NaN or infinity.
         """
-        begin = time.monotonic()
-        if not self._is_large():
+        begin, spec, n_rows = time.monotonic(), self.source.spec, self.texts.windows.sequences.n_rows
+        n_kept = 6 * n_rows + spec.n_layer * max(min(TRACED_TOKENS, n_rows), self.settings.n_block_tokens)
+        if 4 * n_kept * spec.n_embd <= self.settings.max_state_bytes:
             directory = None
         compared, low, yardstick = self._compare(directory, on_progress)
         block_kl = self._block_kl(directory, on_progress)
-        writing, source_writing = self._writings(on_progress)
+        writing, source_writing = None, None
+        if self.settings.n_written:
+            on_progress(WRITING, 0, 2)
+            writing = self._writing(self.engines.model, self.model)
+            on_progress(WRITING, 1, 2)
+            source_writing = self._writing(self.engines.source, self.source)
+            on_progress(WRITING, 2, 2)
+        known, n_bytes, n_weights = self.known, self.target.stat().st_size, _n_weights(self.source)
         return Report(
-            file=self._file(),
+            file=FileFacts(
+                name=self.target.name,
+                format=self.format,
+                loads_in=LOADERS[self.format],
+                n_bytes=n_bytes,
+                source_bytes=2 * n_weights,
+                bits_per_weight=8 * n_bytes / n_weights,
+                parts=take_inventory(self.target).counts,
+            ),
             provenance=self._provenance(),
-            judged=self._evaluated_on(),
+            evaluated_on=evaluated_on(self.texts),
             quality=summarise(compared),
             low_quality=low,
-            expected_kl=self.plan.expected_kl if self.plan else self.known.expected_kl if self.known else None,
+            expected_kl=self.plan.expected_kl if self.plan else known.expected_kl if known else None,
             expected_lacks=self.expected_lacks,
             blocks=block_facts(self.target, self.source, self.layer_map),
             block_kl=block_kl,
-            probes=self._probes(compared),
+            cloze=self._cloze(compared),
             writing=writing,
             source_writing=source_writing,
-            coverage=self._coverage(),
+            coverage=expert_coverage(self.statistics) if self.statistics else known.coverage if known else None,
             yardstick=yardstick,
             seconds=time.monotonic() - begin,
         )
@@ -180,7 +202,7 @@ class ReportMaker:
         device = self.settings.device
         reference = Reference(
             self.source,
-            self.judged.windows,
+            self.texts.windows,
             device=device,
             directory=directory,
             on_progress=_named(on_progress, SOURCE),
@@ -210,7 +232,7 @@ class ReportMaker:
         return make_yardstick(self.plain, n_bytes, measure if is_small(self.source) else None)
 
     def _block_kl(self, directory: Path | None, on_progress: Progress) -> tuple[float, ...] | None:
-        windows = block_windows(self.judged.windows, self.settings.n_block_tokens)
+        windows = block_windows(self.texts.windows, self.settings.n_block_tokens)
         if windows is None or self.layer_map is None:
             return None
         return divergence_by_block(
@@ -223,23 +245,13 @@ class ReportMaker:
             on_progress=_named(on_progress, BLOCKS),
         )
 
-    def _writings(self, on_progress: Progress) -> tuple[Writing | None, Writing | None]:
-        if not self.settings.n_written:
-            return None, None
-        on_progress(WRITING, 0, 2)
-        writing = self._writing(self.engines.model, self.model)
-        on_progress(WRITING, 1, 2)
-        source_writing = self._writing(self.engines.source, self.source)
-        on_progress(WRITING, 2, 2)
-        return writing, source_writing
-
     def _writing(self, continue_: Continue | None, model: ModelSource) -> Writing | None:
         ends = end_tokens(self.model.metadata)
         if continue_ is None:
             if not is_small(model):
                 return None
             continue_ = greedy(model, ends)
-        tokens = self.judged.windows.sequences.tokens
+        tokens = self.texts.windows.sequences.tokens
         rows = np.unique(np.linspace(0, len(tokens) - 1, _PROMPTS).round().astype(int))
         # A prompt leaves room for its continuation in short contexts.
         prompts = [tokens[row][: min(_PROMPT_TOKENS, max(1, len(tokens[row]) // 2))] for row in rows.tolist()]
@@ -247,35 +259,15 @@ class ReportMaker:
         found = check_generation(continue_, prompts, n_tokens, ends)
         return Writing(len(prompts), found.n_looped, found.n_ended, found.distinct, n_tokens)
 
-    def _probes(self, compared: Comparison) -> dict[str, Cloze]:
+    def _cloze(self, compared: Comparison) -> dict[str, Cloze]:
         if keys.TOKENS not in self.source.metadata:
             return {}
         if self.statistics is not None:
             counts = self.statistics.token_count
         else:
-            tokens = [token for one in self.judged.windows.sequences.tokens for token in one]
+            tokens = [token for one in self.texts.windows.sequences.tokens for token in one]
             counts = np.bincount(tokens, minlength=self.source.spec.n_vocab)
         return cloze(compared, content_tokens(self.source.metadata), counts)
-
-    def _is_large(self) -> bool:
-        """Whether streams are to lie on disk."""
-        spec, n_rows = self.source.spec, self.judged.windows.sequences.n_rows
-        n_kept = 6 * n_rows + spec.n_layer * max(min(TRACED_TOKENS, n_rows), self.settings.n_block_tokens)
-        return 4 * n_kept * spec.n_embd > self.settings.max_state_bytes
-
-    # --- facts ---------------------------------------------------------------------------------------------
-
-    def _file(self) -> FileFacts:
-        n_bytes, n_weights = self.target.stat().st_size, _n_weights(self.source)
-        return FileFacts(
-            name=self.target.name,
-            format=self.format,
-            loads_in=LOADERS[self.format],
-            n_bytes=n_bytes,
-            source_bytes=2 * n_weights,
-            bits_per_weight=8 * n_bytes / n_weights,
-            parts=take_inventory(self.target).counts,
-        )
 
     def _provenance(self) -> Provenance:
         known, statistics = self.metadata, self.statistics
@@ -296,26 +288,22 @@ class ReportMaker:
             versions={name: version(name) for name in _LIBRARIES},
         )
 
-    def _evaluated_on(self) -> EvaluatedOn:
-        windows = self.judged.windows
-        tokens = windows.sequences.tokens
-        return EvaluatedOn(
-            hash=CalibrationText(tokens, windows.domains).hash,
-            n_tokens=windows.sequences.n_rows,
-            n_scored=windows.n_scored,
-            length=max(map(len, tokens)),
-            is_own=self.judged.is_own,
-            seen=self.judged.seen,
-        )
 
-    def _coverage(self) -> Coverage | None:
-        if self.statistics is not None:
-            return expert_coverage(self.statistics)
-        return None if self.known is None else self.known.coverage
+def evaluated_on(texts: EvalText) -> EvaluatedOn:
+    """The facts of a report about the texts that a model is evaluated on."""
+    windows, tokens = texts.windows, texts.windows.sequences.tokens
+    return EvaluatedOn(
+        hash=CalibrationText(tokens, windows.domains).hash,
+        n_tokens=windows.sequences.n_rows,
+        n_scored=windows.n_scored,
+        length=max(map(len, tokens)),
+        is_own=texts.is_own,
+        seen=texts.seen,
+    )
 
 
 def expert_coverage(statistics: Statistics) -> Coverage:
-    """What a calibration saw of the experts."""
+    """The experts that a calibration's tokens selected."""
     n_seen, n_experts = coverage(statistics.layers)
     unseen = [
         (index, expert)
@@ -323,10 +311,10 @@ def expert_coverage(statistics: Statistics) -> Coverage:
         if layer.outputs is not None
         for expert in np.flatnonzero(layer.outputs.n_pick == 0).tolist()
     ]
-    picks = tuple(
+    selections = tuple(
         None if layer.router is None else tuple(layer.router.rank_count.sum(1).tolist()) for layer in statistics.layers
     )
-    return Coverage(n_seen, n_experts, tuple(unseen), picks)
+    return Coverage(n_seen, n_experts, tuple(unseen), selections)
 
 
 def end_tokens(metadata: Mapping[str, Value]) -> set[int]:
@@ -336,12 +324,9 @@ def end_tokens(metadata: Mapping[str, Value]) -> set[int]:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
+    """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        while part := file.read(_HASHED_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _n_weights(source: ModelSource) -> int:

@@ -1,4 +1,4 @@
-"""The model card of a slimmed file: Markdown with YAML in front, as model hubs read it."""
+"""The model card of a compressed file: Markdown with YAML front matter, as model hubs read it."""
 
 import json
 from collections.abc import Iterator
@@ -15,15 +15,23 @@ from slimoe.converter.report.markdown import (
 )
 from slimoe.converter.report.report import Report
 
+_ONLY_HERE = "The file is in slimoe's own format, which llama.cpp does not load."
+
 
 def model_card(report: Report, report_name: str) -> str:
-    """The card of the file; `report_name` is that of the whole report beside it."""
+    """Writes the model card of a report's file; `report_name` is the name of the Markdown report beside it."""
     origin, name = report.provenance, report.file.name
     lines = ["---", *_front_matter(report), "---", "", f"# {name.removesuffix('.gguf')}", ""]
     lines.append(f"{origin.source_name}, made smaller by slimoe: {_what(report)}.")
-    lines += ["", "## Licence", "", _licence(report)]
+    licence = f"{origin.source_name}, whose files do not say which it is. Look it up before you pass this file on."
+    if origin.licence:
+        licence = f"{origin.source_name}: {origin.licence}."
+    lines += ["", "## Licence", "", f"That of {licence}"]
     lines += ["", "## What it lost", "", *_figures(report)]
-    lines += ["", "## Run it", "", *_run(report)]
+    in_llama = "llama.cpp" in report.file.loads_in
+    lines += ["", "## Run it", "", "```sh", f"slimoe run {name}"]
+    lines.append(f"slimoe serve {name}        # an OpenAI-compatible endpoint on 127.0.0.1:8080")
+    lines += [f"llama-cli -m {name}", "```"] if in_llama else ["```", "", _ONLY_HERE]
     lines += ["", "## How it was made", "", "```toml", origin.recipe.strip(), "```", ""]
     lines.append(f"Source: {origin.source_name}, digest `{origin.source_hash}`.")
     if origin.calibration_tokens:
@@ -34,7 +42,7 @@ def model_card(report: Report, report_name: str) -> str:
 
 
 def _front_matter(report: Report) -> Iterator[str]:
-    """YAML, whose values are written as JSON, which it contains."""
+    """The lines of the YAML front matter, whose values are written as JSON, which is valid YAML."""
     origin = report.provenance
     values: dict[str, Any] = {
         "base_model": origin.source_name,
@@ -64,13 +72,6 @@ def _what(report: Report) -> str:
     return f"{', '.join(parts)}, {percent(report.file.share)} of its size in 16 bits"
 
 
-def _licence(report: Report) -> str:
-    source = report.provenance.source_name
-    if report.provenance.licence:
-        return f"That of {source}: {report.provenance.licence}."
-    return f"That of {source}, whose files do not say which it is. Look it up before you pass this file on."
-
-
 def _figures(report: Report) -> Iterator[str]:
     total = report.quality.total
     rows = [("Figure", "Value"), ("KL divergence from the original, nats per token", divergence(total))]
@@ -81,28 +82,16 @@ def _figures(report: Report) -> Iterator[str]:
     for name, one in read or report.quality.domains.items():
         value = f"{one.reference_perplexity:.3f} to {one.perplexity:.3f} ({100 * one.perplexity_rise:+z.1f} %)"
         rows.append((f"Perplexity, {name}", value))
-    for name, probe in report.probes.items():
-        if probe.kept is not None:
-            rows.append((f"Known {name} words that it still knows", percent(probe.kept)))
+    for name, words in report.cloze.items():
+        if words.kept is not None:
+            rows.append((f"Known {name} words that it still knows", percent(words.kept)))
     if report.writing is not None:
         rows.append(("Texts with a loop", f"{report.writing.n_looped} of {report.writing.n_texts}"))
     yield from table(rows)
     yield ""
-    own = " of slimoe's own mixture" if report.judged.is_own else ""
-    yield f"Measured on {report.judged.n_scored:,} tokens{own}. Other uses may suffer more or less."
+    texts = report.evaluated_on
+    own = " of slimoe's own mixture" if texts.is_own else ""
+    yield f"Measured on {texts.n_scored:,} tokens{own}. Other uses may suffer more or less."
     yield from (text for text in (yardstick_text(report), unread_text(report)) if text)
-    if report.judged.seen is not None and report.judged.seen >= FLATTERED:
-        yield f"{percent(report.judged.seen)} of them were calibrated on, so the figures flatter."
-
-
-def _run(report: Report) -> Iterator[str]:
-    name = report.file.name
-    yield "```sh"
-    yield f"slimoe run {name}"
-    yield f"slimoe serve {name}        # an OpenAI-compatible endpoint on 127.0.0.1:8080"
-    if "llama.cpp" in report.file.loads_in:
-        yield f"llama-cli -m {name}"
-    yield "```"
-    if "llama.cpp" not in report.file.loads_in:
-        yield ""
-        yield "The file is in slimoe's own format, which llama.cpp does not load."
+    if texts.seen is not None and texts.seen >= FLATTERED:
+        yield f"{percent(texts.seen)} of them were calibrated on, so the figures flatter."

@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG. Needs matplotlib, which only the extra `convert` installs."""
+"""Draws the report's pictures, as PNG, with matplotlib, which only the extra `convert` installs."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -16,14 +16,14 @@ from slimoe.converter.report.report import Report
 
 _DPI = 110
 _MANY_COLUMNS = 16
-"""Cells of wider maps are too narrow for numbers."""
+"""The number of columns of a map beyond which its cells are too narrow for numbers."""
 _COLOURS = {"attention": "#4c72b0", "experts": "#dd8452", "second copies": "#eebb99", "other": "#8c8c8c"}
-_NOVICE, _GONE = "#b07aa1", "#e8e8e8"
+_CONSTANT, _GONE = "#b07aa1", "#e8e8e8"
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
 def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
-    """Draws what the report has figures for: names of PNG files and their bytes, by the section that they belong to."""
+    """Draws the pictures that the report has figures for: names of PNG files and their bytes, by section."""
     drawn = {}
     for title, (name, draw) in PLOTS.items():
         figure = draw(report)
@@ -35,7 +35,7 @@ def draw_plots(report: Report) -> dict[str, tuple[str, bytes]]:
 
 
 def bytes_by_layer(report: Report) -> Figure:
-    """Bytes of each block's parts, one on the other."""
+    """Draws the bytes of each block's parts as stacked bars."""
     blocks = [facts.block for facts in report.blocks]
     largest = max(sum(facts.n_bytes.values()) for facts in report.blocks)
     unit, size = next(((unit, size) for unit, size in _UNITS if largest >= size), ("bytes", 1))
@@ -53,7 +53,7 @@ def bytes_by_layer(report: Report) -> Figure:
 
 
 def type_map(report: Report) -> Figure | None:
-    """Bits per weight of what each row of the source's routers means."""
+    """Draws the bits per weight of the expert that each row of the source's routers means."""
     n_columns = max(len(facts.rows) for facts in report.blocks)
     if not n_columns:
         return None
@@ -61,11 +61,12 @@ def type_map(report: Report) -> Figure | None:
     for line, facts in enumerate(report.blocks):
         for column, row in enumerate(facts.rows):
             bits[line, column] = np.nan if row.bits is None else row.bits
-            other[line, column] = np.nan if row.bits is not None else float(row.is_novice)
+            other[line, column] = np.nan if row.bits is not None else float(row.is_constant)
     figure, axes = _map(bits, "bits per weight", [facts.block for facts in report.blocks], "{:.1f}")
-    axes.imshow(np.ma.masked_invalid(other), cmap=ListedColormap([_GONE, _NOVICE]), vmin=0, vmax=1, aspect="auto")
+    axes.imshow(np.ma.masked_invalid(other), cmap=ListedColormap([_GONE, _CONSTANT]), vmin=0, vmax=1, aspect="auto")
     found = {bool(value) for value in other[np.isfinite(other)]}
-    legend = [Patch(color=(_NOVICE if one else _GONE), label=("novice" if one else "gone")) for one in sorted(found)]
+    labels = {False: (_GONE, "dropped"), True: (_CONSTANT, "constant")}
+    legend = [Patch(color=labels[one][0], label=labels[one][1]) for one in sorted(found)]
     if legend:
         figure.legend(handles=legend, fontsize="small", loc="outside lower left", ncols=2)
     axes.set_title("Types of experts")
@@ -73,22 +74,22 @@ def type_map(report: Report) -> Figure | None:
 
 
 def use_map(report: Report) -> Figure | None:
-    """Shares of a layer's picks in the calibration, by row of its router."""
-    picks = report.coverage.picks if report.coverage else ()
-    n_columns = max((len(row) for row in picks if row is not None), default=0)
+    """Draws how often each row of a layer's router was selected in the calibration, in percent of the layer's total."""
+    selections = report.coverage.selections if report.coverage else ()
+    n_columns = max((len(row) for row in selections if row is not None), default=0)
     if not n_columns:
         return None
-    shares = np.full((len(picks), n_columns), np.nan)
-    for line, row in enumerate(picks):
+    parts = np.full((len(selections), n_columns), np.nan)
+    for line, row in enumerate(selections):
         if row is not None:
-            shares[line, : len(row)] = 100 * np.array(row) / max(1, sum(row))
-    figure, axes = _map(shares, "% of the layer's picks", range(len(picks)), "{:.0f}")
+            parts[line, : len(row)] = 100 * np.array(row) / max(1, sum(row))
+    figure, axes = _map(parts, "% of the layer's selected experts", range(len(selections)), "{:.0f}")
     axes.set_title("Use of experts in the calibration")
     return figure
 
 
 def kl_by_layer(report: Report) -> Figure | None:
-    """What each block's changes alone cost, and how many picks differ there."""
+    """Draws the KL divergence of each block's changes alone, and the part of its selected experts that changed."""
     flips = np.array([np.nan if one is None else 100 * one for one in report.quality.flips])
     if report.block_kl is None and np.isnan(flips).all():
         return None
@@ -96,9 +97,9 @@ def kl_by_layer(report: Report) -> Figure | None:
     above, below = figure.subplots(2, 1, sharex=True)
     if report.block_kl is not None:
         above.bar(range(len(flips)), report.block_kl, color=_COLOURS["attention"])
-    above.set(ylabel="nats per token", title="KL of each block's changes alone")
+    above.set(ylabel="nats per token", title="KL divergence of each block's changes alone")
     below.bar(range(len(flips)), flips, color=_COLOURS["experts"])
-    below.set(xlabel="block of the source", ylabel="% of picks", title="Picks of experts that changed")
+    below.set(xlabel="block of the source", ylabel="% of selected experts", title="Selected experts that changed")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
@@ -109,7 +110,7 @@ PLOTS: dict[str, tuple[str, Callable[[Report], Figure | None]]] = {
     "Bytes": ("bytes-by-layer", bytes_by_layer),
     "Types": ("type-map", type_map),
 }
-"""By section of the report: the file's name, and what draws it."""
+"""The name of the picture's file and the function that draws it, by section of the report."""
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -122,7 +123,7 @@ def _width(n_bars: int) -> float:
 
 
 def _map(values: NDArray[np.float64], label: str, names: Sequence[int], number: str) -> tuple[Figure, Axes]:
-    """Layers downwards, experts to the right, with numbers in the cells where they are wide enough."""
+    """Draws a map with layers downwards and experts to the right, with numbers in the cells if they are wide enough."""
     n_lines, n_columns = values.shape
     is_wide = n_columns > _MANY_COLUMNS
     width = min(16.0, max(4.5, (0.11 if is_wide else 0.5) * n_columns + 2.2))

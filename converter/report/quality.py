@@ -1,4 +1,4 @@
-"""What a slimmed model lost: figures from two models' scores of the same tokens."""
+"""The quality of a compressed model: figures from its scores and the reference's of the same tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """A model's prediction of each scored token [n_scored]: the natural logarithm of its probability, how many tokens
-    were thought likelier, and the likeliest one.
+    """A model's predictions of the scored tokens, each [n_scored].
+
+    `log_probability` is the natural logarithm of the token's probability, `rank` the number of likelier tokens, and
+    `top` the likeliest token.
     """
 
     log_probability: Floats
@@ -26,11 +28,12 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models side by side. `divergence` [n_scored] is KL(reference, model) in nats.
+    """The predictions of a model and of the reference; `divergence` [n_scored] is KL(reference, model) in nats.
 
-    By block of the reference, None where there is nothing to compare: `flips`, the share of its picks of router rows
-    that the model did not pick too, over all tokens; `stream_error`, the root of the mean over traced tokens of the
-    squared difference of the streams behind the block over the squared norm.
+    `flips` and `stream_error` are by block of the reference, None where there is nothing to compare. `flips` is the
+    part of the reference's selected router rows that the model did not select too, over all tokens. `stream_error` is
+    the root of the mean, over traced tokens, of the squared difference of the residual streams behind the block over
+    the squared norm.
     """
 
     windows: Windows
@@ -44,9 +47,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL divergence in nats per token.
+    """The distribution of the KL divergence in nats per token.
 
-    `error` is the mean's standard error, windows taken as independent, and None with only one of them.
+    `error` is the standard error of the mean if windows are independent, and None if there is only one window.
     """
 
     mean: float
@@ -59,7 +62,9 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class DomainQuality:
-    """One domain. `same_top` is the share of tokens for which both models find the same one likeliest."""
+    """The figures of one domain; `same_top` is the part of its tokens for which both models have the same likeliest
+    token.
+    """
 
     n_tokens: int
     divergence: Divergence
@@ -69,16 +74,16 @@ class DomainQuality:
 
     @property
     def perplexity_rise(self) -> float:
-        """How much larger the perplexity is than the reference's, as a share of that."""
+        """The rise of the perplexity over the reference's, relative to the reference's."""
         return self.perplexity / self.reference_perplexity - 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Each domain, each block as in `Comparison`, and in `total` the tokens of all domains but those `unread`.
+    """The figures of a comparison: by domain, by block as in `Comparison`, and in `total` of all domains not `unread`.
 
-    Those are domains that the reference cannot read: what it predicts without understanding says nothing of what a
-    model lost. If it can read none, `total` is of all.
+    The reference cannot read the `unread` domains, so its predictions there do not show what the model lost. If it can
+    read none, `total` is of all domains.
     """
 
     total: DomainQuality
@@ -89,7 +94,7 @@ class Quality:
 
 
 def summarise(compared: Comparison) -> Quality:
-    """The figures of a comparison."""
+    """Computes the figures of a comparison."""
     rows, unread = compared.windows.domain_rows(), unread_domains(compared)
     counted = [name for name in rows if name not in unread] or list(rows)
     total = _of(compared, np.any([rows[name] for name in counted], axis=0))
@@ -98,9 +103,9 @@ def summarise(compared: Comparison) -> Quality:
 
 
 def unread_domains(compared: Comparison) -> tuple[str, ...]:
-    """Domains whose tokens the reference predicts no better than by how often they occur in the texts, context unseen.
+    """The domains whose tokens the reference predicts no better than their frequency in the texts does.
 
-    How often is counted over all the texts, whole windows of them, every token of the vocabulary once more.
+    The frequency is counted over the windows of all texts, plus once for every token of the vocabulary.
     """
     tokens = np.concatenate([np.array(one, np.int64) for one in compared.windows.sequences.tokens])
     counts = np.bincount(tokens, minlength=compared.n_vocab) + 1.0
@@ -112,9 +117,19 @@ def unread_domains(compared: Comparison) -> tuple[str, ...]:
 
 def _of(compared: Comparison, rows: Mask) -> DomainQuality:
     reference, model = compared.reference, compared.model
+    values = compared.divergence[rows].astype(np.float64)
+    mean = float(values.mean())
+    _, window = np.unique(compared.windows.owners[rows], return_inverse=True)
+    excess = np.bincount(window, values - mean)
+    n_windows = len(excess)
+    # Windows of unequal length weigh by their tokens.
+    error = None
+    if n_windows > 1:
+        error = float(np.sqrt((excess**2).sum() * n_windows / (n_windows - 1)) / len(values))
+    median, high, highest = (float(value) for value in np.quantile(values, (0.5, 0.99, 0.999)))
     return DomainQuality(
         n_tokens=int(rows.sum()),
-        divergence=_divergence(compared.divergence[rows].astype(np.float64), compared.windows.owners[rows]),
+        divergence=Divergence(mean, median, high, highest, float(values.max()), error),
         perplexity=_perplexity(model.log_probability[rows]),
         reference_perplexity=_perplexity(reference.log_probability[rows]),
         same_top=float((model.top[rows] == reference.top[rows]).mean()),
@@ -123,16 +138,3 @@ def _of(compared: Comparison, rows: Mask) -> DomainQuality:
 
 def _perplexity(log_probability: Floats) -> float:
     return float(np.exp(-log_probability.mean(dtype=np.float64)))
-
-
-def _divergence(values: NDArray[np.float64], owners: NDArray[np.int64]) -> Divergence:
-    mean = float(values.mean())
-    _, window = np.unique(owners, return_inverse=True)
-    excess = np.bincount(window, values - mean)
-    n_windows = len(excess)
-    # Windows of unequal length weigh by their tokens.
-    error = None
-    if n_windows > 1:
-        error = float(np.sqrt((excess**2).sum() * n_windows / (n_windows - 1)) / len(values))
-    median, *high = (float(value) for value in np.quantile(values, (0.5, 0.99, 0.999)))
-    return Divergence(mean, median, high[0], high[1], float(values.max()), error)

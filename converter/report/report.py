@@ -1,4 +1,4 @@
-"""The report on a slimmed file: values only. `report_making` measures them, others write them for people."""
+"""The report on a compressed file, as values: `measure` makes them, and `markdown` and `model_card` write them out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,10 @@ from slimoe.converter.source.inventory import KindCount
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """The file: its bytes, `source_bytes` those of the source's weights in 16 bits, bits for each of those."""
+    """The file and its size: `source_bytes` are those of the source's weights in 16 bits.
+
+    `bits_per_weight` are the file's bits for each weight of the source, and `parts` its tensors by kind and type.
+    """
 
     name: str
     format: str
@@ -25,13 +28,13 @@ class FileFacts:
 
     @property
     def share(self) -> float:
-        """Of the source in 16 bits."""
+        """The file's bytes over those of the source's weights in 16 bits."""
         return self.n_bytes / self.source_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What it was made of and with: `source_*` tell the model apart, `calibration_*` are 0 and empty without one."""
+    """The model that the file was made of, and how; the `calibration_*` are 0 or empty if there was none."""
 
     source_name: str
     source_hash: str
@@ -45,20 +48,24 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Experts that calibration text was routed to: picks of each [layer][row], None for layers without any; `unseen`
-    are (layer, stored expert).
+    """The experts that the calibration's tokens selected: `n_seen` of `n_experts`.
+
+    `unseen` are the others, as (layer, stored expert). `selections` is how often each row of each layer's router was
+    selected, None for layers without experts.
     """
 
     n_seen: int
     n_experts: int
     unseen: tuple[tuple[int, int], ...]
-    picks: tuple[tuple[int, ...] | None, ...]
+    selections: tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """Texts that were continued by the likeliest tokens: how many, with a loop, ended, mean share of different tokens,
-    and tokens of each at most.
+    """The texts that a model continued by the likeliest tokens, by at most `n_tokens` tokens each.
+
+    `n_looped` of them have a loop, and `n_ended` the model ended by itself; `distinct` is the mean, over texts, of the
+    number of different tokens over that of all tokens.
     """
 
     n_texts: int
@@ -70,7 +77,10 @@ class Writing:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedOn:
-    """The texts of the figures: tokens run and scored, tokens of a window, and as in `EvalText`."""
+    """The texts of the evaluation: their tokens, the scored ones among them, and the tokens of the longest window.
+
+    `is_own` and `seen` are those of `EvalText`.
+    """
 
     hash: str
     n_tokens: int
@@ -82,22 +92,23 @@ class EvaluatedOn:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything. `quality` is that of the best copies, `low_quality` that of the second ones. KL is in nats per token.
+    """A report. `quality` is that of the best copies of experts, `low_quality` that of the second ones.
 
-    `expected_lacks` is what was done that the expected KL says nothing of, `yardstick` what plain types would lose.
-    By block of the source, None where there is nothing to say: `block_kl`, what a block's changes alone cost.
+    KL divergences are in nats per token: `expected_kl` is the plan's, which does not count what `expected_lacks` names,
+    `yardstick` that of the whole model in plain types, and `block_kl` that of the changes of each block of the source
+    alone. What is not known is None.
     """
 
     file: FileFacts
     provenance: Provenance
-    judged: EvaluatedOn
+    evaluated_on: EvaluatedOn
     quality: Quality
     low_quality: DomainQuality | None
     expected_kl: float | None
     expected_lacks: tuple[str, ...]
     blocks: tuple[BlockFacts, ...]
     block_kl: tuple[float, ...] | None
-    probes: Mapping[str, Cloze]
+    cloze: Mapping[str, Cloze]
     writing: Writing | None
     source_writing: Writing | None
     coverage: Coverage | None

@@ -1,7 +1,8 @@
-"""What a slimmed file is to be better than: the same model whole, in plain types, at as many bytes.
+"""The baseline of a compressed file: the same whole model in plain types, at as many bytes.
 
-No plain type has exactly the file's bytes, so that the nearest ones on both sides are taken, and the divergence between
-them where its logarithm is linear in bytes. Small models are quantised and evaluated; statistics foretell large ones.
+No plain type has exactly the file's bytes, so the nearest ones on both sides are taken, and the KL divergence between
+them is interpolated, its logarithm linearly in bytes. Small models are quantised and evaluated; the divergence of large
+ones is predicted from statistics.
 """
 
 import math
@@ -26,13 +27,15 @@ from slimoe.offload.errors import UnsupportedModelError, UsageError
 
 _CACHE_BYTES = 1 << 26
 _LEAST_KL = 1e-9
-"""Divergences below it are rounding, and have no logarithm worth drawing a line by."""
+"""The least divergence; smaller ones are rounding errors, whose logarithm means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlainModel:
-    """The whole model in one of the types of `slimoe convert --type`, its bytes, and KL in nats per token: what the
-    statistics foretell and what was measured, None where that is not known.
+    """The whole model in one of the types of `slimoe convert --type`, and its bytes.
+
+    Its KL divergences are in nats per token: `expected_kl` is predicted from statistics, `measured_kl` by evaluation;
+    None if it is not known.
     """
 
     type: str
@@ -42,7 +45,7 @@ class PlainModel:
 
     @property
     def kl(self) -> float | None:
-        """The better known of both."""
+        """The measured KL divergence, or else the expected one."""
         return self.expected_kl if self.measured_kl is None else self.measured_kl
 
 
@@ -50,8 +53,8 @@ class PlainModel:
 class Yardstick:
     """The largest plain model that is no larger than the file, if there is one, and the smallest that is larger.
 
-    `kl` is what plain types would have at the file's bytes: between both, or the one's where the other is missing or
-    unknown and the one is no larger than the file. None where that is not known.
+    `kl` is the KL divergence of plain types at the file's bytes, interpolated between both. If one is missing or
+    unknown, it is that of the other, if that is no larger than the file, and else None.
     """
 
     models: tuple[PlainModel, ...]
@@ -61,7 +64,7 @@ class Yardstick:
 
 @dataclass(frozen=True, slots=True)
 class PlainPlan:
-    """A plain model before it is made."""
+    """The plan of a plain model, and its bytes."""
 
     type: str
     plan: CompressPlan
@@ -69,38 +72,34 @@ class PlainPlan:
 
 
 def plain_neighbours(source: ModelSource, statistics: Statistics | None, n_bytes: int) -> tuple[PlainPlan, ...]:
-    """Of all plain types the nearest by bytes, at most one on each side."""
+    """The plain models that are nearest to `n_bytes` bytes, at most one on each side."""
     found = sorted(_plain_plans(source, statistics), key=lambda one: one.n_bytes)
     below, above = ([one for one in found if (one.n_bytes <= n_bytes) is is_below] for is_below in (True, False))
     return (*below[-1:], *above[:1])
 
 
 def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator[PlainPlan]:
-    """Those that can be made, and whose cost is known where any is."""
+    """All plain models that can be made; if any costs are known, only those whose cost is known."""
     size = PlanSize(source)
-    has_prices = statistics is not None and statistics.matrix_costs is not None
+    has_costs = statistics is not None and statistics.matrix_costs is not None
+    form: Format = "native" if source.spec.is_native else "stock"
     for name in RECIPES:
         if statistics is None and name in FOR_IMPORTANCE:
             continue
+        recipe, mix = Recipe(types=StorageRecipe(expert=name), hints=False), find_recipe(name)
         try:
-            plan = _with_cost(_plain_plan(source, statistics, name), statistics)
-            if plan.expected_kl is not None or not has_prices:
+            structure = build_structure(source, None, recipe)
+            plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
+            types = NamedTypes(source, recipe, len(plan.layers))
+            plan = _with_cost(with_named_types(source, plan, types.of, mix.name, mix.base), statistics)
+            if plan.expected_kl is not None or not has_costs:
                 yield PlainPlan(name, plan, size.of(plan))
         except (UnsupportedModelError, UsageError):
             continue  # its blocks divide no rows
 
 
-def _plain_plan(source: ModelSource, statistics: Statistics | None, name: str) -> CompressPlan:
-    recipe = Recipe(types=StorageRecipe(expert=name), hints=False)
-    structure = build_structure(source, None, recipe)
-    form: Format = "native" if source.spec.is_native else "stock"
-    plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
-    mix = find_recipe(name)
-    return with_named_types(source, plan, NamedTypes(source, recipe, len(plan.layers)).of, mix.name, mix.base)
-
-
 def _with_cost(plan: CompressPlan, statistics: Statistics | None) -> CompressPlan:
-    """The plan with what the statistics foretell: nothing is lost in types of 16 bits."""
+    """The plan with the KL divergence that statistics predict; types of 16 bits or more lose nothing."""
     types = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
     costs = None if statistics is None else stored_costs(statistics, types)
     found = priced(plan, costs)
@@ -112,7 +111,9 @@ def _with_cost(plan: CompressPlan, statistics: Statistics | None) -> CompressPla
 def planned_source(
     source: ModelSource, statistics: Statistics | None, plan: CompressPlan, n_threads: int
 ) -> ModelSource:
-    """A plain model as one to read, quantised matrix by matrix; raises as fitting does."""
+    """The model that a plan describes, whose matrices are quantised as they are read; reading raises as quantising
+    does.
+    """
     quantiser = chosen_quantiser(source, plan, statistics, n_threads)
     return PlannedSource(source, plan, FittedMatrices(source, quantiser, _CACHE_BYTES))
 
@@ -120,9 +121,9 @@ def planned_source(
 def make_yardstick(
     plans: Sequence[PlainPlan], n_bytes: int, measure: Callable[[PlainPlan], float] | None
 ) -> Yardstick | None:
-    """The yardstick for a file of so many bytes; `measure` evaluates a plain model, None leaves it to what is foretold.
+    """The yardstick for a file of `n_bytes` bytes; None if the model can be in no plain type.
 
-    None where no plain type can be had.
+    `measure` evaluates a plain model; without it the KL divergences are those predicted from statistics.
     """
     models = tuple(
         PlainModel(one.type, one.n_bytes, one.plan.expected_kl, None if measure is None else measure(one))
@@ -132,10 +133,10 @@ def make_yardstick(
 
 
 def kl_at(models: Sequence[PlainModel], n_bytes: int) -> float | None:
-    """KL of plain types at a file's bytes, from one model or two of ascending bytes; None where it is not known."""
+    """The KL divergence of plain types at `n_bytes` bytes, from one or two models of ascending bytes, if known."""
     first = models[0]
     if len(models) == 1 or models[1].kl is None or first.kl is None:
         return first.kl if first.n_bytes <= n_bytes else None
-    share = (n_bytes - first.n_bytes) / (models[1].n_bytes - first.n_bytes)
+    part = (n_bytes - first.n_bytes) / (models[1].n_bytes - first.n_bytes)
     ends = [math.log(max(_LEAST_KL, one.kl or 0.0)) for one in models]
-    return math.exp(ends[0] + share * (ends[1] - ends[0]))
+    return math.exp(ends[0] + part * (ends[1] - ends[0]))

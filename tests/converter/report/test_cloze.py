@@ -43,7 +43,7 @@ def test_words_are_counted_by_frequency() -> None:
     # A frequent word must be far likelier than it is anywhere, 0.16.
     assert (found["frequent"].n_words, found["frequent"].n_known) == (3, 0)
     assert found["frequent"].kept is None
-    assert found["frequent"].lost_nats is None
+    assert found["frequent"].log_probability_loss is None
 
 
 def test_without_words_there_is_nothing_to_ask() -> None:

@@ -1,14 +1,12 @@
-"""What judging is said to take before it begins."""
+"""The estimated time of an evaluation."""
 
 from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from slimoe.converter.forward.windows import cut_windows
-from slimoe.converter.report import estimate
 from slimoe.converter.report.estimate import SOURCE, ReportWork, estimate_seconds
 from slimoe.converter.source.open_source import open_source
 
@@ -27,12 +25,11 @@ def _clock(few: float, many: float, first: float) -> Callable[[], float]:
     return perf_counter
 
 
-def test_a_slow_first_pass_does_not_count(moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_first_pass_does_not_count(moe_checkpoint: Path) -> None:
     windows = cut_windows({"text": [index % 50 for index in range(512)]}, 256)
     clock = _clock(few=0.1, many=0.2, first=0.15)
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=clock))
     source = open_source(moe_checkpoint)
     work = ReportWork(windows, None, 1, 0, 0.0, 0, 0, 1)
     per_token = (0.2 - 0.1) / (256 - 32)
     expected = source.spec.n_layer * (0.1 - 32 * per_token + 512 * per_token)
-    assert estimate_seconds(source, work)[SOURCE] == pytest.approx(expected)
+    assert estimate_seconds(source, work, clock=clock)[SOURCE] == pytest.approx(expected)

@@ -10,12 +10,12 @@ import transformers
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Head
-from slimoe.converter.forward.stream import Sequences
+from slimoe.converter.forward.block import Head, Routing, read_head
+from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.report.alignment import LayerMap, likely_layer_map, planned_layer_map
-from slimoe.converter.report.evaluation import Reference, evaluate, flip_rate
+from slimoe.converter.report.evaluation import Reference, divergences, evaluate, flip_rate, token_scores
 from slimoe.converter.report.layer_swap import divergence_by_block
 from slimoe.converter.report.quality import Comparison, TokenScores, summarise
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key
@@ -107,20 +107,26 @@ def test_figures_are_those_of_transformers(
         assert one.reference_perplexity == pytest.approx(np.exp(np.mean(losses[f"reference {name}"])), rel=1e-5)
 
 
-def test_logits_are_held_in_parts(held: tuple[HeldModel, HeldModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = evaluate(held[1], held[0], texts(a=64), length=32)
-    monkeypatch.setattr("slimoe.converter.forward.block._LOGITS_AT_ONCE", 5 * SIZES.n_vocab)
+def test_logits_are_held_in_parts(held: tuple[HeldModel, HeldModel]) -> None:
     shapes: list[int] = []
-    plain = Head.__call__
 
-    def counted(self: Head, h: torch.Tensor) -> torch.Tensor:
-        shapes.append(len(h))
-        return plain(self, h)
+    class Counted(Head):
+        def __call__(self, h: torch.Tensor) -> torch.Tensor:
+            shapes.append(len(h))
+            return super().__call__(h)
 
-    monkeypatch.setattr(Head, "__call__", counted)
-    parted = evaluate(held[1], held[0], texts(a=64), length=32)
+    windows = cut_windows(texts(a=64), length=32)
+    reference = Reference(held[0], windows)
+    whole = reference.compare(held[1])
+    reference.close()
+    plain = [read_head(model) for model in held]
+    heads = [Counted(head.norm, head.weight, head.eps, 5 * SIZES.n_vocab) for head in plain]
+    last = [run(model, windows.sequences)[torch.from_numpy(windows.rows)] for model in held]
+    scores = token_scores(heads[1], last[1], windows.targets)
+    divergence = divergences(heads[0], last[0], heads[1], last[1])
     assert max(shapes) == 5
-    assert parted.total.divergence.mean == pytest.approx(whole.total.divergence.mean, rel=1e-5)
+    np.testing.assert_array_equal(scores.rank, whole.model.rank)
+    assert divergence.mean() == pytest.approx(whole.divergence.mean(), rel=1e-5)
 
 
 def test_flips_by_hand() -> None:
@@ -136,18 +142,34 @@ def without_row(model: HeldModel, layer: int, row: int) -> HeldModel:
     return model.changed(keys)
 
 
+class Watch(Observer):
+    """Keeps the selected rows of the routers and the residual streams behind the blocks, by layer and sequence."""
+
+    def __init__(self) -> None:
+        self.selected: dict[int, list[torch.Tensor]] = {}
+        self.behind: dict[int, list[torch.Tensor]] = {}
+
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: Routing) -> None:
+        self.selected.setdefault(layer, []).append(routing.selected)
+
+    def block(self, layer: int, first_row: int, h: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> None:
+        self.behind.setdefault(layer, []).append(after.clone())
+
+
 def test_flips_and_errors_of_models_that_lack_experts_and_blocks(held: tuple[HeldModel, HeldModel]) -> None:
-    """Rows and blocks keep their names: what is left picks as before where nothing changed before it."""
+    """Rows and blocks keep their names: what is left selects as before where nothing changed before it."""
     full = held[0]
     dropped = without_row(full, 2, 1).with_layer(2, SourceLayer(5, (0, 2, 3, 4)))
     windows = cut_windows(texts(a=96), length=32)
     reference = Reference(full, windows)
     rows: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (0, 2, 3, 4))
     found = reference.compare(dropped, LayerMap((0, 1, 2), rows))
-    picked = reference._picks.by_layer[2]
+    watch = Watch()
+    run(full, windows.sequences, watch)
+    selected = torch.cat(watch.selected[2])
     assert found.flips[:2] == (0, 0)
-    assert found.flips[2] == pytest.approx(float((picked == 1).double().mean()))
-    assert float((picked == 1).double().mean()) > 0
+    assert found.flips[2] == pytest.approx(float((selected == 1).double().mean()))
+    assert float((selected == 1).double().mean()) > 0
     unnamed = reference.compare(dropped)
     assert unnamed.flips == (0, 0, None)
     assert unnamed.stream_error == found.stream_error
@@ -156,7 +178,7 @@ def test_flips_and_errors_of_models_that_lack_experts_and_blocks(held: tuple[Hel
     assert blockless.flips[:2] == (0, None)
     error = blockless.stream_error[1]
     assert error is not None
-    behind = [reference._behind[block].rows.double() for block in range(2)]
+    behind = [torch.cat(watch.behind[block]).double() for block in range(2)]
     ratio = (behind[0] - behind[1]).square().sum(-1) / behind[1].square().sum(-1)
     assert error == pytest.approx(float(ratio.mean().sqrt()))
     nameless = reference.compare(full.with_blocks((0, 2)))
@@ -170,7 +192,7 @@ def mapped_files(directory: Path) -> int:
     return sum(f" {directory}/" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-def test_novices_missing_parts_and_files(held: tuple[HeldModel, HeldModel], tmp_path: Path) -> None:
+def test_constants_missing_parts_and_files(held: tuple[HeldModel, HeldModel], tmp_path: Path) -> None:
     full = held[0]
     odd = full.changed({MatrixKey("blk.0.ffn_novice.weight", 0): np.ones(SIZES.n_embd, np.float32)})
     odd = odd.with_layer(0, SourceLayer(5, (0, 1, -1, 3, 0))).with_layer(1, SourceLayer(has_ffn=False))
@@ -212,7 +234,7 @@ def test_divergence_by_block_is_that_of_one_block_swapped(held: tuple[HeldModel,
     assert without[0] == without[2] == 0
     gone = full.with_blocks((0, 2))
     assert without[1] == pytest.approx(evaluate(gone, full, given, length=32).total.divergence.mean, rel=1e-5)
-    with pytest.raises(UsageError, match="fewer blocks"):
+    with pytest.raises(UsageError, match="has 2 blocks, but held has 3, and"):
         divergence_by_block(gone, full, cut_windows(given, 32))
 
 

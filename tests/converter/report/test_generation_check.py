@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimoe.converter.report.generation_check import Loop, check_generation, find_loop, greedy, judge
+from slimoe.converter.report.generation_check import Loop, check_continuation, check_generation, find_loop, greedy
 from tests.models.held_model import hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig
 
@@ -29,11 +29,11 @@ def test_loops_are_found(tokens: list[int], loop: Loop | None) -> None:
     assert find_loop(tokens) == loop
 
 
-def test_continuations_are_judged() -> None:
-    done = judge([5, 6, 5, 7, 2], ends={2})
+def test_continuations_are_checked() -> None:
+    done = check_continuation([5, 6, 5, 7, 2], ends={2})
     assert (done.ended, done.loop, done.distinct) == (True, None, 0.75)
-    assert judge([], ends={2}).distinct == 0
-    assert not judge([2, 5], ends={2}).ended
+    assert check_continuation([], ends={2}).distinct == 0
+    assert not check_continuation([2, 5], ends={2}).ended
     check = check_generation(lambda prompts, n: [[9] * n, [1, 2], PROSE[:n]], [[1], [2], [3]], 20, ends={2})
     assert (check.n_looped, check.n_ended) == (1, 1)
     assert check.distinct == pytest.approx((1 / 20 + 1 + 1) / 3)

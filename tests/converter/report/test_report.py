@@ -1,4 +1,4 @@
-"""Reports on slimmed files: their figures, their words, their pictures, and what the file keeps of them."""
+"""Reports on compressed files: their figures, their words, their pictures, and what the file keeps of them."""
 
 import json
 import struct
@@ -21,7 +21,7 @@ from slimoe.converter.report.alignment import planned_layer_map
 from slimoe.converter.report.block_facts import RowFacts
 from slimoe.converter.report.eval_text import EvalText, eval_windows, read_eval_text, seen_share
 from slimoe.converter.report.evaluation import evaluate
-from slimoe.converter.report.make import report_paths, save_report, write_report
+from slimoe.converter.report.make import known_report, report_paths, save_report, write_report
 from slimoe.converter.report.measure import ReportMaker, ReportSettings
 from slimoe.converter.report.plots import type_map, use_map
 from slimoe.converter.report.report import Report
@@ -41,7 +41,7 @@ SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
 LENGTH = 48
 
 
-def judged(source: ModelSource) -> EvalText:
+def evaluation_text(source: ModelSource) -> EvalText:
     rng = np.random.default_rng(5)
     texts = {name: rng.integers(3, 500, n).tolist() for name, n in (("tales", 3 * LENGTH), ("code", 2 * LENGTH))}
     return EvalText(eval_windows(texts, LENGTH), True, 0.25)
@@ -68,7 +68,7 @@ def made(
     maker = ReportMaker(
         source,
         target,
-        judged(source),
+        evaluation_text(source),
         statistics=statistics,
         plan=plan,
         settings=SETTINGS,
@@ -85,7 +85,7 @@ def fields(target: Path) -> dict[str, Any]:
 
 def test_figures_are_those_of_the_evaluation(made: tuple[Path, CompressPlan, Report], source: ModelSource) -> None:
     target, plan, _ = made
-    windows = judged(source).windows
+    windows = evaluation_text(source).windows
     texts: dict[str, list[int]] = {}
     for domain, tokens in zip(windows.domains, windows.sequences.tokens, strict=True):
         texts.setdefault(domain, []).extend(tokens)
@@ -99,7 +99,7 @@ def test_figures_are_those_of_the_evaluation(made: tuple[Path, CompressPlan, Rep
     assert found["expected_kl"] == 0.0625
     assert len(found["block_kl"]) == 2
     assert all(value > 0 for value in found["block_kl"])
-    assert found["judged"]["seen"] == 0.25
+    assert found["evaluated_on"]["seen"] == 0.25
 
 
 def test_bytes_and_types_are_those_of_the_file(made: tuple[Path, CompressPlan, Report]) -> None:
@@ -116,7 +116,7 @@ def test_bytes_and_types_are_those_of_the_file(made: tuple[Path, CompressPlan, R
     assert first[0] == RowFacts(0, False, ("F16",) * 3, ("Q4_0",) * 3, 96)
     assert list(first[1:]) == [RowFacts(n, False, q8, (), 96) for n in range(1, 6)]
     assert [row.stored for row in second] == [0, None, 1, 2, None, None]
-    assert [row.is_novice for row in second] == [False] * 5 + [True]
+    assert [row.is_constant for row in second] == [False] * 5 + [True]
     assert [row.bits for row in second] == [8.5, None, 8.5, 8.5, None, None]
 
 
@@ -182,11 +182,41 @@ def test_the_card_is_for_hubs(made: tuple[Path, CompressPlan, Report]) -> None:
     save_report(report, target)
 
 
+def test_renamed_fields_have_their_old_names_too(made: tuple[Path, CompressPlan, Report]) -> None:
+    found = fields(made[0])
+    assert found["judged"] == found["evaluated_on"]
+    assert found["probes"] == found["cloze"]
+    assert found["coverage"]["picks"] == found["coverage"]["selections"]
+    rows = [row for block in found["blocks"] for row in block["rows"]]
+    assert [row["is_novice"] for row in rows] == [row["is_constant"] for row in rows]
+    assert any(row["is_novice"] for row in rows)
+    words = found["cloze"].values()
+    assert [one["lost_nats"] for one in words] == [one["log_probability_loss"] for one in words]
+
+
+def test_reports_of_the_version_before_are_read(made: tuple[Path, CompressPlan, Report], tmp_path: Path) -> None:
+    target, _, report = made
+    found, path = fields(target), tmp_path / "old.json"
+    del found["evaluated_on"], found["cloze"], found["coverage"]["selections"]
+    for row in [row for block in found["blocks"] for row in block["rows"]]:
+        del row["is_constant"]
+    for one in found["probes"].values():
+        del one["log_probability_loss"]
+    path.write_text(json.dumps(found))
+    origin = report.provenance.source_hash, report.file.sha256
+    assert known_report(path, *origin) == known_report(report_paths(target)["json"], *origin) == report
+    assert known_report(path, origin[0], "of another file") is None
+    del found["judged"]
+    for broken in (json.dumps(found), json.dumps({**found, "blocks": 3}), "[]", "{}"):
+        path.write_text(broken)
+        assert known_report(path, *origin) is None
+
+
 def test_a_file_like_its_source_lost_nothing(source: ModelSource, tmp_path: Path) -> None:
     target = tmp_path / "same.gguf"
     write_planned(source, same_plan(source, "F32"), target)
     before = target.read_bytes()
-    report = write_report(ReportMaker(source, target, judged(source), settings=SETTINGS), record=False)
+    report = write_report(ReportMaker(source, target, evaluation_text(source), settings=SETTINGS), record=False)
     assert report.quality.total.divergence.largest == pytest.approx(0, abs=1e-6)
     assert report.quality.flips == (0, 0)
     assert report.quality.total.same_top == 1
@@ -209,9 +239,9 @@ def test_experts_that_nobody_met_are_named(
     counts = layer.outputs.n_pick.copy()
     counts[4] = 0
     blind = replace(layer, outputs=replace(layer.outputs, n_pick=counts))
-    blind_statistics = replace(statistics, layers=(statistics.layers[0], blind))
+    seen = replace(statistics, layers=(statistics.layers[0], blind))
     settings = ReportSettings(n_block_tokens=0, n_written=0)
-    report = ReportMaker(source, made[0], judged(source), statistics=blind_statistics, settings=settings).make()
+    report = ReportMaker(source, made[0], evaluation_text(source), statistics=seen, settings=settings).make()
     assert report.coverage is not None
     assert (1, 4) in report.coverage.unseen
     assert report.coverage.n_seen == report.coverage.n_experts - len(report.coverage.unseen)
@@ -228,8 +258,8 @@ def test_maps_of_many_experts(made: tuple[Path, CompressPlan, Report], tmp_path:
             replace(report.blocks[0], block=n, rows=(report.blocks[0].rows[0], RowFacts()) * (n_expert // 2))
             for n in range(n_layer)
         )
-        picks = (tuple(range(n_expert)),) * n_layer
-        large = replace(report, blocks=blocks, coverage=replace(report.coverage, picks=picks))
+        selections = (tuple(range(n_expert)),) * n_layer
+        large = replace(report, blocks=blocks, coverage=replace(report.coverage, selections=selections))
         for draw in (type_map, use_map):
             figure = draw(large)
             assert figure is not None
@@ -238,7 +268,7 @@ def test_maps_of_many_experts(made: tuple[Path, CompressPlan, Report], tmp_path:
                 assert all(60 * 4 < side <= 60 * 16 for side in picture.size)
 
 
-# --- the texts to judge by -----------------------------------------------------------------------------------
+# --- the texts to evaluate on -----------------------------------------------------------------------------------
 
 
 class Words:
@@ -251,12 +281,12 @@ class Words:
         return self.text(messages[0]["content"], at_start=True)
 
 
-def test_nothing_of_our_mixture_is_both_learnt_and_judged() -> None:
+def test_no_text_of_the_mixture_is_for_both_calibration_and_evaluation() -> None:
     for kept, held in zip(default_texts(), held_out_texts(), strict=True):
         assert kept.domain == held.domain
-        known, judged_ids = ([*chain(*documents(file, Words(), 1 << 20))] for file in (kept, held))
-        assert known + judged_ids == [*chain(*documents(TextFile("all", kept.path), Words(), 1 << 20))]
-        assert len(judged_ids) > 100
+        known, eval_ids = ([*chain(*documents(file, Words(), 1 << 20))] for file in (kept, held))
+        assert known + eval_ids == [*chain(*documents(TextFile("all", kept.path), Words(), 1 << 20))]
+        assert len(eval_ids) > 100
 
 
 def test_our_mixture_is_text_enough() -> None:
@@ -287,7 +317,7 @@ def test_texts_of_a_persons_own(tmp_path: Path) -> None:
     assert (text.is_own, text.seen) == (False, None)
     assert [*map(len, text.windows.sequences.tokens)] == [64, 64, 30]
     (tmp_path / "b.txt").write_text("")
-    with pytest.raises(UsageError, match="no text to judge by"):
+    with pytest.raises(UsageError, match="no text to evaluate on"):
         read_eval_text((files["b"],), Words(), 64)
 
 

@@ -50,8 +50,8 @@ def test_a_compressed_file_comes_with_its_report(
     assert report["expected_lacks"] == told["expected_kl_lacks"] == []
     assert report["file"]["n_bytes"] == target.stat().st_size <= 300_000
     assert report["writing"]["n_texts"] == 2
-    assert report["judged"]["n_tokens"] == 256
-    assert not report["judged"]["is_own"]
+    assert report["evaluated_on"]["n_tokens"] == 256
+    assert not report["evaluated_on"]["is_own"]
     assert keys.QUALITY in read_gguf(target).metadata
     assert "evaluating it on 256 tokens: about" in captured.err
     assert "nats per token" in captured.err
@@ -76,7 +76,7 @@ def test_a_report_is_replaced_on_demand_and_keeps_what_converting_knew(
     assert {key: second[key] for key in kept} == {key: first[key] for key in kept}
     assert second["provenance"] == first["provenance"]
     assert len(second["block_kl"]) == len(first["block_kl"])
-    assert second["judged"]["n_tokens"] < first["judged"]["n_tokens"]
+    assert second["evaluated_on"]["n_tokens"] < first["evaluated_on"]["n_tokens"]
 
 
 def test_converting_replaces_no_report_of_another_file(
