@@ -12,7 +12,7 @@ from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.quant.quantize import dequantize_rows
-from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, SourceLayer
+from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, SourceLayer, constant_key
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import Quantiser
 from slimoe.offload.gguf.header import Value
@@ -60,7 +60,7 @@ class PlannedSource:
             if not matrix.copy and ".ffn_novice." not in matrix.tensor
         }
         self._constants = {
-            MatrixKey(f"blk.{index}.ffn_novice.weight", number): vector
+            constant_key(index, number): vector
             for index, layer in enumerate(plan.layers)
             for number, vector in enumerate([] if layer.constants is None else layer.constants)
         }

@@ -28,9 +28,8 @@ from slimoe.converter.forward.block import (
     rms_norm,
     route,
 )
-from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
 from slimoe.offload.files.whole_file import write_error
-from slimoe.offload.model.native_format import novice_name
 
 _ROWS_AT_ONCE = 4096
 
@@ -164,7 +163,7 @@ class Stream:
     def _experts(self, layer: int, routing: Routing, observer: Observer, read: Callable[[int], Expert] | None) -> None:
         for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing):
             if number < 0:
-                constant = read_tensor(self.source, MatrixKey(novice_name(layer), -1 - number))
+                constant = read_tensor(self.source, constant_key(layer, -1 - number))
                 self._after.index_add_(0, rows, weights[:, None] * constant)
                 continue
             expert = read(number) if read else read_expert(self.source, layer, number, self.device)

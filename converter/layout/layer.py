@@ -13,7 +13,7 @@ from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Ty
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.offload.errors import UnsupportedModelError
-from slimoe.offload.model.native_format import novice_name, stack_name
+from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
 from slimoe.offload.model.spec import LayerShape
 from slimoe.offload.model.tensor_list import ModelTensor
@@ -119,7 +119,7 @@ class LayerMatrices:
             return
         yield from self._experts()
         if self.native and self.plan.constants is not None:
-            yield self._given(novice_name(self.index), self.plan.constants)
+            yield self._given(constants_name(self.index), self.plan.constants)
 
     def _whole(self, role: str, suffix: str, kind: Type) -> Matrix:
         block = self.plan.block

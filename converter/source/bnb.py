@@ -7,7 +7,7 @@ compute them, in the precision the checkpoint names, as transformers would when 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.source.bnb_rows import FOUR_BIT, EightBitRows, FourBitRows, FourBitState
@@ -40,9 +40,21 @@ def stored_matrices(checkpoint: Checkpoint) -> dict[str, StoredMatrix]:
             quantised[name] = _eight_bit(checkpoint, name)
             parts |= {f"{stem}.SCB", f"{stem}.weight_format"}
     if quantised:
-        _require_bitsandbytes()
-    names = (name for name in checkpoint.tensors if name not in parts)
-    return {name: quantised.get(name) or _plain(checkpoint.tensors[name]) for name in names}
+        try:
+            import bitsandbytes  # noqa: F401  # only whether it can be
+        except ImportError:
+            problem = "The checkpoint is quantised by bitsandbytes, which is not installed."
+            raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
+    found: dict[str, StoredMatrix] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in quantised:
+            found[name] = quantised[name]
+        elif name not in parts:
+            if not tensor.is_float:
+                problem = f"tensor {name} is stored as {tensor.dtype}, but nothing says how bitsandbytes quantised it."
+                raise UnsupportedModelError(tensor.path, problem, _AGAIN)
+            found[name] = StoredMatrix(tensor.shape or (1,), TensorRows(tensor))
+    return found
 
 
 def type_sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
@@ -60,25 +72,6 @@ def type_sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
             yield name, "INT8", tensor.n_elements, tensor.n_bytes + scales.n_bytes
         elif name not in owners and not name.endswith((*_STATE_PARTS, ".SCB", ".weight_format")):
             yield name, tensor.dtype, tensor.n_elements, tensor.n_bytes
-
-
-def _plain(tensor: CheckpointTensor) -> StoredMatrix:
-    if not tensor.is_float:
-        problem = f"tensor {tensor.name} is stored as {tensor.dtype}, but nothing says how bitsandbytes quantised it."
-        raise UnsupportedModelError(tensor.path, problem, _AGAIN)
-    return StoredMatrix(tensor.shape or (1,), TensorRows(tensor))
-
-
-def _require_bitsandbytes() -> None:
-    try:
-        import bitsandbytes  # noqa: F401  # only whether it can be
-    except ImportError:
-        problem = "The checkpoint is quantised by bitsandbytes, which is not installed."
-        raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
-
-
-def _first_byte(tensor: CheckpointTensor) -> int:
-    return int(read_bytes(tensor.path, tensor.offset, 1)[0])
 
 
 def _part(checkpoint: Checkpoint, name: str) -> CheckpointTensor:
@@ -102,26 +95,16 @@ def _four_bit(checkpoint: Checkpoint, name: str) -> StoredMatrix:
     packed, scales = _part(checkpoint, name), _part(checkpoint, f"{name}.absmax")
     nested = [_part(checkpoint, f"{name}.nested_{part}") for part in ("absmax", "quant_map")] if state.n_nested else []
     code = _part(checkpoint, f"{name}.quant_map")
-    if not _belong_together(state, packed, code, scales, nested):
-        problem = f"the parts of the quantised tensor {name} do not belong to its shape {list(state.shape)}."
-        raise ModelFileError(packed.path, problem, _AGAIN)
-    return StoredMatrix(state.shape, FourBitRows(packed, code, scales, tuple(nested), state))
-
-
-def _belong_together(
-    state: FourBitState,
-    packed: CheckpointTensor,
-    code: CheckpointTensor,
-    scales: CheckpointTensor,
-    nested: Sequence[CheckpointTensor],
-) -> bool:
     n_weights = math.prod(state.shape)
     n_scale = -(-n_weights // state.n_block)
     wanted = [(code, 16, "F32"), (scales, n_scale, "U8" if nested else "F32")]
     if nested:
         wanted += [(nested[0], -(-n_scale // state.n_nested), "F32"), (nested[1], 256, "F32")]
     sizes_match = all((part.n_elements, part.dtype) == (n, dtype) for part, n, dtype in wanted)
-    return sizes_match and packed.n_bytes == -(-n_weights // 2)
+    if not sizes_match or packed.n_bytes != -(-n_weights // 2):
+        problem = f"the parts of the quantised tensor {name} do not belong to its shape {list(state.shape)}."
+        raise ModelFileError(packed.path, problem, _AGAIN)
+    return StoredMatrix(state.shape, FourBitRows(packed, code, scales, tuple(nested), state))
 
 
 def _eight_bit(checkpoint: Checkpoint, name: str) -> StoredMatrix:
@@ -130,7 +113,8 @@ def _eight_bit(checkpoint: Checkpoint, name: str) -> StoredMatrix:
     if weight.dtype != "I8" or len(weight.shape) != 2 or (scales.n_elements, scales.dtype) != (weight.shape[0], "F32"):
         raise ModelFileError(weight.path, f"tensors {name} and {scales.name} do not belong together.", _AGAIN)
     arrangement = checkpoint.tensors.get(f"{stem}.weight_format")
-    if arrangement and (arrangement.dtype != "U8" or _first_byte(arrangement) != _BY_ROWS):
+    is_by_rows = not arrangement or read_bytes(arrangement.path, arrangement.offset, 1)[0] == _BY_ROWS
+    if not is_by_rows or (arrangement and arrangement.dtype != "U8"):
         problem = f"tensor {name} is in the arrangement of a GPU, which is not read."
         raise UnsupportedModelError(weight.path, problem, "Save the model again with a newer bitsandbytes.")
     return StoredMatrix(weight.shape, EightBitRows(weight, scales))

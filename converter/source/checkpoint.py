@@ -103,7 +103,13 @@ class Checkpoint:
             problem = "this is a file, not a checkpoint directory." if path.exists() else "there is no such directory."
             raise ModelFileError(path, problem, "Name the directory with config.json and the safetensors files.")
         check_directory(path)
-        config = _config_bytes(path / "config.json")
+        try:
+            with open_regular(path / "config.json") as file:
+                config = file.read(_MAX_CONFIG + 1)
+        except OSError as error:
+            raise ModelFileError(path / "config.json", f"the file cannot be read ({reason(error)}).") from None
+        if is_lfs_pointer(config):
+            raise lfs_pointer(path / "config.json")
         dtypes = _dtypes(path / "config.json", config)
         digest = hashlib.sha256(config)
         tensors: dict[str, CheckpointTensor] = {}
@@ -130,17 +136,6 @@ class Checkpoint:
     def read_config(self, kind: type[T]) -> T:
         """The fields of config.json that `kind` has; raises ModelFileError."""
         return _decode(self.config_path, self.config_json, kind)
-
-
-def _config_bytes(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            data = file.read(_MAX_CONFIG + 1)
-    except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
-    if is_lfs_pointer(data):
-        raise lfs_pointer(path)
-    return data
 
 
 def _decode(path: Path, data: bytes, kind: type[T]) -> T:
@@ -182,17 +177,15 @@ def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[Checkpo
     except BadDocumentError as error:
         raise ModelFileError(path, f"the safetensors header is damaged ({error}).", _AGAIN) from None
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, bytes(value)) for name, value in header.items()}
+    entries: dict[str, _Entry] = {}
+    for name, value in header.items():
+        try:
+            entries[name] = decode_json(bytes(value), _Entry)
+        except BadDocumentError as error:
+            problem = f"the header's entry for tensor {name} is damaged ({error})."
+            raise ModelFileError(path, problem, _AGAIN) from None
     _check_offsets(path, entries, n_file - 8 - n_header)
     return raw, [_tensor(path, 8 + n_header, dtypes, name, entry) for name, entry in entries.items()]
-
-
-def _entry(path: Path, name: str, data: bytes) -> _Entry:
-    try:
-        return decode_json(data, _Entry)
-    except BadDocumentError as error:
-        problem = f"the header's entry for tensor {name} is damaged ({error})."
-        raise ModelFileError(path, problem, _AGAIN) from None
 
 
 def _check_offsets(path: Path, entries: Mapping[str, _Entry], n_data: int) -> None:

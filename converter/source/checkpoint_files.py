@@ -63,21 +63,16 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, str]]:
     names = sorted(one.name for one in path.iterdir())
     counted = {match[0]: (int(match[1]), int(match[2])) for name in names if (match := _SHARD.fullmatch(name))}
     if counted:
-        _check_counted(path, counted)
+        totals = sorted({total for _, total in counted.values()})
+        if len(totals) > 1:
+            problem = f"there are shards of {totals[0]} and of {totals[1]} in all, and no {_INDEX} says which count."
+            raise ModelFileError(path, problem, _AGAIN)
+        for number in range(1, totals[0] + 1):
+            name = f"model-{number:05d}-of-{totals[0]:05d}.safetensors"
+            if name not in counted:
+                raise ModelFileError(path, f"shard {name} is missing.", _AGAIN)
         return list(counted), {}
     raise _without_weights(path, names)
-
-
-def _check_counted(path: Path, counted: dict[str, tuple[int, int]]) -> None:
-    """Refuses shards whose names do not count from 1 to their number."""
-    totals = sorted({total for _, total in counted.values()})
-    if len(totals) > 1:
-        problem = f"there are shards of {totals[0]} and of {totals[1]} in all, and no {_INDEX} says which count."
-        raise ModelFileError(path, problem, _AGAIN)
-    for number in range(1, totals[0] + 1):
-        name = f"model-{number:05d}-of-{totals[0]:05d}.safetensors"
-        if name not in counted:
-            raise ModelFileError(path, f"shard {name} is missing.", _AGAIN)
 
 
 def _without_weights(path: Path, names: Sequence[str]) -> ModelFileError:

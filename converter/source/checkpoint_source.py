@@ -72,18 +72,9 @@ def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, Value]:
+    """The model's name, and the licence that its model card names in the front matter."""
     values: dict[str, Value] = {"general.type": "model", "general.name": checkpoint.path.resolve().name}
-    licence = _licence(checkpoint.path)
-    if licence:
-        values["general.license"] = licence
-    return values
-
-
-def _licence(path: Path) -> str | None:
-    """The licence that a model card names in its front matter."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    head = all_bytes(card)[:4096].decode("utf-8", "replace")
-    match = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n", head)
-    return match[1] if match else None
+    card = checkpoint.path / "README.md"
+    head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""
+    licence = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n", head)
+    return values | ({"general.license": licence[1]} if licence else {})

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from slimoe.converter.gguf.bytes import add_samples, read_bytes
-from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, constant_key, expert_key
 from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.native_format import novice_name
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import BucketSources, LayerSources, LinearSource, WeightSource, stacked_matrix
 from slimoe.offload.text.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
         spec,
         _digest(gguf),
         _metadata(gguf.metadata, path.stem),
-        tuple(_layer(index, layer, spec) for index, layer in enumerate(sources.layers)),
+        tuple(_layer(layer, spec) for layer in sources.layers),
         found,
     )
 
@@ -59,7 +58,10 @@ def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple
     if layer.buckets:
         yield from _copies(index, layer.buckets, copy)
     elif layer.router:
-        yield from _stacked(index, layer)
+        assert layer.down is not None
+        for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
+            for expert in range(layer.router.ne[1]):
+                yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
     else:
         for linear in (*layer.gate_up, *((layer.down,) if layer.down else ())):
             yield from ((MatrixKey(weight.name), weight) for weight in _linear(linear))
@@ -69,25 +71,16 @@ def _linear(linear: LinearSource) -> tuple[WeightSource, ...]:
     return (linear.weight, linear.bias) if linear.bias else (linear.weight,)
 
 
-def _stacked(index: int, layer: LayerSources) -> Iterator[tuple[MatrixKey, WeightSource]]:
-    assert layer.router is not None
-    assert layer.down is not None
-    for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
-        for expert in range(layer.router.ne[1]):
-            yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
-
-
 def _copies(index: int, buckets: BucketSources, wanted: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
     for expert, copy, bucket, slot in buckets.layout.slots():
         for projection, stack in zip(PROJECTIONS, buckets.buckets[bucket], strict=True):
             if copy == min(wanted, len(buckets.layout.buckets[expert]) - 1):
                 yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
-    novices = buckets.novices
-    if novices:
-        n_embd, n_novice = novices.ne
-        vectors = replace(novices, ne=(n_embd, 1, n_novice))
-        for novice in range(n_novice):
-            yield MatrixKey(novice_name(index), novice), replace(stacked_matrix(vectors, novice), ne=(n_embd,))
+    if buckets.constants:
+        n_embd, n_constant = buckets.constants.ne
+        vectors = replace(buckets.constants, ne=(n_embd, 1, n_constant))
+        for number in range(n_constant):
+            yield constant_key(index, number), replace(stacked_matrix(vectors, number), ne=(n_embd,))
 
 
 def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
@@ -98,7 +91,7 @@ def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
     return StoredMatrix(weight.ne[::-1], BlockRows(weight.name, blocks, n_rows, weight.ne[0]))
 
 
-def _layer(index: int, layer: LayerSources, spec: ModelSpec) -> SourceLayer:
+def _layer(layer: LayerSources, spec: ModelSpec) -> SourceLayer:
     has_attention, has_ffn = layer.attn_norm is not None, layer.ffn_norm is not None
     if layer.buckets:
         target = layer.buckets.layout.target

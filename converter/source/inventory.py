@@ -182,13 +182,12 @@ def _copies_by_stack(layout: NativeLayout) -> dict[str, Counter[int]]:
 
 
 def _parts(tensor: TensorInfo, copies: Counter[int] | None) -> Iterator[tuple[str, str, int, int]]:
-    """(kind, type, weights, bytes) of a tensor, or of the best and the low copies in it."""
+    """Yields kind, type, weights and bytes of a tensor, or of the best and the low-bit copies in it."""
     if copies is None:
         yield _kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes
         return
     for copy, n_slot in sorted(copies.items()):
-        share = n_slot, copies.total()
-        n_weights, n_bytes = (amount * share[0] // share[1] for amount in (tensor.n_elements, tensor.n_bytes))
+        n_weights, n_bytes = (amount * n_slot // copies.total() for amount in (tensor.n_elements, tensor.n_bytes))
         yield ("low experts" if copy else "experts"), tensor.type.name, n_weights, n_bytes
 
 

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.native_format import constants_name
 from slimoe.offload.model.spec import ModelSpec
 
 PROJECTIONS = ("gate", "up", "down")
@@ -36,6 +37,11 @@ def parse_key(text: str) -> MatrixKey:
 def expert_key(layer: int, projection: str, expert: int) -> MatrixKey:
     """One of the matrices of a stored expert."""
     return MatrixKey(f"blk.{layer}.ffn_{projection}_exps.weight", expert)
+
+
+def constant_key(layer: int, number: int) -> MatrixKey:
+    """The vector of a constant expert, which stands in place of the output of stored ones."""
+    return MatrixKey(constants_name(layer), number)
 
 
 def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
@@ -71,7 +77,7 @@ class ModelSource(Protocol):
 
     `source_hash` tells checkpoints apart, `metadata` has the keys to carry over: general.*, tokenizer.* and provenance,
     no sizes. `shapes` are (n_rows, n_per_row) of matrices, (n,) of vectors. Query and key rows are in ggml's order of
-    rotation. A constant expert is the vector MatrixKey("blk.L.ffn_novice.weight", n).
+    rotation. Constant expert n is the vector `constant_key(layer, n)`.
     """
 
     @property

@@ -46,8 +46,12 @@ class _Reader:
         self.plain = RopeSpec(config.n_embd_head, config.max_position_embeddings, theta)
 
     def read(self) -> Rotation:
-        self._refuse_partial()
         fields = self.fields
+        own = fields.partial_rotary_factor
+        partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
+        if partial not in (None, 1.0):
+            problem = f"partial_rotary_factor is {partial:g}; heads that are rotated in part are not supported."
+            raise UnsupportedModelError(self.path, problem)
         kind = fields.type if isinstance(fields.rope_type, UnsetType) else fields.rope_type
         if isinstance(kind, UnsetType) or kind == "default":
             return Rotation(self.plain)
@@ -61,13 +65,6 @@ class _Reader:
         if kind == "dynamic":
             problem = "rope scaling of type 'dynamic' depends on a text's length, which a GGUF cannot express."
         raise UnsupportedModelError(self.path, problem, "Supported are default, linear, llama3 and yarn.")
-
-    def _refuse_partial(self) -> None:
-        own = self.fields.partial_rotary_factor
-        partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
-        if partial not in (None, 1.0):
-            problem = f"partial_rotary_factor is {partial:g}; heads that are rotated in part are not supported."
-            raise UnsupportedModelError(self.path, problem)
 
     def _needed(self, kind: str, name: str) -> float:
         value = getattr(self.fields, name)
@@ -83,11 +80,6 @@ class _Reader:
                 return value
         return self.config.max_position_embeddings
 
-    def _frequencies(self) -> NDArray[np.float64]:
-        n_rot = self.plain.n_rot
-        frequencies = self.plain.freq_base ** -(np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
-        return np.asarray(frequencies, np.float64)
-
     def _llama3(self) -> NDArray[np.float32]:
         """Long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
         names = ("factor", "low_freq_factor", "high_freq_factor")
@@ -95,7 +87,9 @@ class _Reader:
         if low >= high:
             problem = f"low_freq_factor is {low:g}, which is not below high_freq_factor, {high:g}."
             raise ModelFileError(self.path, problem, "Download the checkpoint again.")
-        turns = self._original_context() * self._frequencies() / (2 * np.pi)
+        n_rot = self.plain.n_rot
+        frequencies = self.plain.freq_base ** -(np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
+        turns = self._original_context() * frequencies / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return np.asarray(1.0 / (kept + (1.0 - kept) / factor), np.float32)
 

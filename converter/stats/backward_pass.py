@@ -25,7 +25,7 @@ from slimoe.converter.forward.block import (
 )
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.stream import HiddenStates, Sequences
-from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
+from slimoe.converter.source.model_source import ModelSource, constant_key, expert_key
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
@@ -183,7 +183,7 @@ class Backward:
         for expert in means.unique().tolist():
             rows, ranks = torch.nonzero(means == expert, as_tuple=True)
             if expert < 0:
-                key = MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - expert)
+                key = constant_key(layer, -1 - expert)
                 by_weight[rows, ranks] = self._gradient[rows] @ read_tensor(self.source, key)
                 continue
             matrices, mean = read_expert(self.source, layer, expert, self.device), OutputMean(self.source.spec.n_embd)

@@ -33,7 +33,7 @@ from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
-from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
@@ -208,7 +208,7 @@ class FeedbackQuantiser:
         vector = (
             torch.from_numpy(constants[-1 - expert])
             if constants is not None
-            else read_tensor(self._source, MatrixKey(f"blk.{self._state.plan.block}.ffn_novice.weight", -1 - expert))
+            else read_tensor(self._source, constant_key(self._state.plan.block, -1 - expert))
         )
         return vector.expand(len(x), -1)
 

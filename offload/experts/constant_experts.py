@@ -21,7 +21,7 @@ Novices = Mapping[int, NDArray[np.float32]]
 
 def read_novices(gguf: GGUFFile, layers: Sequence[ExpertLayer | None]) -> Novices:
     """Reads all layers' novices; raises ModelFileError when the file has become shorter or cannot be read."""
-    sources = {index: layer.novices for index, layer in enumerate(layers) if layer is not None}
+    sources = {index: layer.constants for index, layer in enumerate(layers) if layer is not None}
     return {index: _read(gguf, source) for index, source in sources.items() if source is not None}
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource, stacked_matrix
+from slimoe.offload.model.tensors import ModelSources, WeightSource, stacked_matrix
 
 MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 """Type and shape of one matrix."""
@@ -23,7 +23,7 @@ MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 class SlotClass:
     """Type and shape of gate, up and down: copies of one class can take each other's place in memory.
 
-    There is one object for each class, so that looking one up, as happens for every pick, hashes no types and shapes.
+    There is one object for each class, so that looking one up, as happens for every selected expert, hashes no types.
     """
 
     __slots__ = ("matrices",)
@@ -51,7 +51,7 @@ class SlotClass:
 class ExpertCopy:
     """One encoding of an expert: gate and up [n_embd, n_ff], down [n_ff, n_embd], moved and replaced together.
 
-    `slot_class` is what must agree for two copies to share a slot.
+    Copies of one `slot_class` can use the same slot.
     """
 
     gate: WeightSource
@@ -74,15 +74,15 @@ class ExpertLayer:
     """The experts of one layer.
 
     `router` F32 [n_embd, n_row]; `experts` the stored ones, each with its copies, best first. `target` says for each
-    row of the router which stored expert it means, or -1 - n for column n of `novices`, F32 [n_embd, n_novice]:
-    constant vectors in place of experts. Several rows may mean the same expert. A token's expert weights sum up to
+    row of the router which stored expert it means, or -1 - n for column n of `constants`, F32 [n_embd, n]:
+    constant experts. Several rows may mean the same expert. A token's expert weights sum up to
     `weights_scale` if `is_renormalised`, and otherwise to less.
     """
 
     router: WeightSource
     experts: tuple[tuple[ExpertCopy, ...], ...]
     target: tuple[int, ...]
-    novices: WeightSource | None
+    constants: WeightSource | None
     n_expert_used: int
     hints: LayerHints = NO_HINTS
     weights_scale: float = 1.0
@@ -96,11 +96,31 @@ class ExpertLayer:
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
     """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
-    return tuple(_expert_layer(layer, spec) for layer in sources.layers)
+    routing = spec.expert_weights_scale, spec.architecture.router.renormalise
+    found: list[ExpertLayer | None] = []
+    for layer in sources.layers:
+        constants, hints = None, NO_HINTS
+        if not layer.router:
+            found.append(None)
+            continue
+        if layer.buckets:
+            layout, constants = layer.buckets.layout, layer.buckets.constants
+            copies: list[list[ExpertCopy]] = [[] for _ in layout.buckets]
+            for expert, _, bucket, slot in layout.slots():
+                copies[expert].append(_copy(layer.buckets.buckets[bucket], slot))
+            experts, target, hints = tuple(map(tuple, copies)), layout.target, layout.hints
+        else:
+            assert layer.down
+            assert len(layer.gate_up) == 2, "the matrices are joined already"
+            stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
+            target = tuple(range(layer.router.ne[1]))
+            experts = tuple((_copy(stacks, expert),) for expert in target)
+        found.append(ExpertLayer(layer.router, experts, target, constants, spec.n_expert_used, hints, *routing))
+    return tuple(found)
 
 
 def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | None:
-    """Expected picks per token as the file has them, [n_layer, most router rows]; None if a layer has none.
+    """How often a token selects each expert, as the file says, [n_layer, most router rows]; None if a layer has none.
 
     Columns are stored experts; those that a layer does not have are 0, as are layers without experts.
     """
@@ -112,26 +132,6 @@ def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | 
         if layer is not None and layer.hints.use is not None:
             row[: len(layer.experts)] = layer.hints.use
     return priors
-
-
-def _expert_layer(layer: LayerSources, spec: ModelSpec) -> ExpertLayer | None:
-    if not layer.router:
-        return None
-    novices, hints = None, NO_HINTS
-    if layer.buckets:
-        layout, novices = layer.buckets.layout, layer.buckets.novices
-        copies: list[list[ExpertCopy]] = [[] for _ in layout.buckets]
-        for expert, _copy_number, bucket, slot in layout.slots():
-            copies[expert].append(_copy(layer.buckets.buckets[bucket], slot))
-        experts, target, hints = tuple(tuple(expert) for expert in copies), layout.target, layout.hints
-    else:
-        assert layer.down
-        assert len(layer.gate_up) == 2, "the matrices are joined already"
-        stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
-        target = tuple(range(layer.router.ne[1]))
-        experts = tuple((_copy(stacks, expert),) for expert in target)
-    routing = spec.expert_weights_scale, spec.architecture.router.renormalise
-    return ExpertLayer(layer.router, experts, target, novices, spec.n_expert_used, hints, *routing)
 
 
 def _copy(stacks: Sequence[WeightSource], slot: int) -> ExpertCopy:

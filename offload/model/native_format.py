@@ -1,16 +1,17 @@
-"""The native format: what a slimmed model is stored as when the stock `llama` architecture cannot express it.
+"""The native format: how a compressed model is stored when no stock architecture can express it.
 
 A native file is a GGUF file whose `general.architecture` is `slimoe`, so that stock loaders refuse it instead of
-misreading it. Tokenizer, embeddings, attention, norms and routers are those of a `llama` file, with the prefix
-`slimoe.` where that has `llama.`. The rest is this page; arrays run over layers, in a layer over experts, in an expert
-over copies. `general.alignment` may be any; 4096 lets whole experts be read around the page cache.
+misreading it. Tokenizer, embeddings, attention, norms and routers are those of a stock file of
+`slimoe.base_architecture` (absent: `llama`), with the prefix `slimoe.` in place of its own. The rest is this page;
+arrays run over layers, in a layer over experts, in an expert over copies. `general.alignment` may be any; 4096 lets
+whole experts be read around the page cache.
 
-Sizes (read by `model_spec`)
+Sizes (read by `spec`)
     slimoe.format.version       u32             1
     slimoe.expert_count         i32 [n_layer]   rows of each layer's router; 0: the layer has no feed-forward part and
                                                 no ffn tensors, the residual passes through
     slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert; 0 like expert_count
-    slimoe.expert_used_count    u32             picks per token
+    slimoe.expert_used_count    u32             experts that a token selects
     slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
                                                 passes through; absent: all have. Never 0 for all. (A reader that does
                                                 not know the key misses tensors, and refuses: the version stays.)
@@ -22,20 +23,20 @@ bucket lie in its stacks in the order of their experts, so a slot number is coun
     slimoe.expert.copy_count    u32             1 or 2
     slimoe.expert.bucket        i32 [sum of stored_count * copy_count]      -1: no such copy (never for copy 0)
     slimoe.expert.target        i32 [sum of expert_count]                   for each row of the router: the stored
-                                                expert that it means, or -1 - n for novice n. Rows that mean the same
+                                                expert that it means, or -1 - n for constant n. Rows that mean the same
                                                 expert are aliases; no alias can point at an alias.
     blk.L.ffn_gate_exps.bB.weight, blk.L.ffn_up_exps.bB.weight   [n_embd, width, n_slot]
     blk.L.ffn_down_exps.bB.weight                                [width, n_embd, n_slot]
-    blk.L.ffn_novice.weight     F32 [n_embd, n_novice]  constant vectors that stand for experts; absent without any
+    blk.L.ffn_novice.weight     F32 [n_embd, n]     constant experts, vectors in place of outputs; absent without any
 
 Hints, all optional, never negative, as `LayerHints` describes them
     slimoe.expert.use, .share_square, .fallback_error, .skip_error   f32 [sum of stored_count]
     slimoe.expert.error         f32 [sum of stored_count * copy_count]      0 for a missing copy
-    slimoe.expert.fallback      i32 [sum of stored_count]                   a novice, or -1
+    slimoe.expert.fallback      i32 [sum of stored_count]                   a constant, or -1
     slimoe.layer.sensitivity, .skip_ratio, .low_share                f32 [n_layer]
     slimoe.measured_kl          f32 [copy_count]    KL divergence from the source model, nats per token, when every
                                                     expert uses its copy of that number (or its last one)
-Provenance has the keys of `file_keys`. Unknown keys are ignored, unknown tensors refused.
+Provenance has the keys of `gguf.keys`. Unknown keys are ignored, unknown tensors refused.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ from typing import Any, NoReturn
 from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
-from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
+from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints, NativeLayer, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
@@ -65,8 +66,8 @@ def stack_name(layer: int, projection: str, bucket: int) -> str:
     return f"blk.{layer}.ffn_{projection}_exps.b{bucket}.weight"
 
 
-def novice_name(layer: int) -> str:
-    """The tensor that holds a layer's constant vectors."""
+def constants_name(layer: int) -> str:
+    """The tensor that holds a layer's constant experts."""
     return f"blk.{layer}.ffn_novice.weight"
 
 
@@ -127,21 +128,22 @@ class _LayoutReader:
         self.by_layer = {name: keys.numbers(f"layer.{name}", spec.n_layer) for name in _LAYER_NUMBERS}
 
     def layers(self) -> Iterator[NativeLayer]:
+        """Yields every layer; raises ModelFileError."""
         row = expert = 0
         for layer, (n_row, n_stored) in enumerate(zip(self.n_row, self.stored, strict=True)):
             if n_stored and not n_row:
                 raise self._error(layer, f"{n_stored} experts are stored, but the layer has no feed-forward part")
-            buckets = tuple(self._copies(layer, e) for e in range(expert, expert + n_stored))
-            hints = self._hints(layer, expert, buckets)
-            yield NativeLayer(self.targets[row : row + n_row], buckets, hints if n_stored else NO_HINTS)
+            buckets = []
+            for begin in range(expert * self.n_copy, (expert + n_stored) * self.n_copy, self.n_copy):
+                copies = self.buckets[begin : begin + self.n_copy]
+                present = tuple(bucket for bucket in copies if bucket != _NO_COPY)
+                if not present or present != copies[: len(present)]:
+                    problem = f"expert.bucket gives an expert the copies {list(copies)}, without a best one"
+                    raise self._error(layer, problem)
+                buckets.append(present)
+            hints = self._hints(layer, expert, tuple(buckets))
+            yield NativeLayer(self.targets[row : row + n_row], tuple(buckets), hints if n_stored else NO_HINTS)
             row, expert = row + n_row, expert + n_stored
-
-    def _copies(self, layer: int, expert: int) -> tuple[int, ...]:
-        copies = self.buckets[expert * self.n_copy : (expert + 1) * self.n_copy]
-        present = tuple(bucket for bucket in copies if bucket != _NO_COPY)
-        if not present or present != copies[: len(present)]:
-            raise self._error(layer, f"expert.bucket gives an expert the copies {list(copies)}, without a best one")
-        return present
 
     def _hints(self, layer: int, expert: int, buckets: tuple[tuple[int, ...], ...]) -> LayerHints:
         end = expert + len(buckets)
@@ -166,41 +168,38 @@ class _LayerCheck:
 
     def run(self) -> None:
         """Raises ModelFileError for the first thing that is wrong."""
-        self._targets(self._n_novice())
+        constants = self.gguf.tensors.get(constants_name(self.index))
+        n_constant, n_stored, target = constants.ne[-1] if constants else 0, len(self.layer.buckets), self.layer.target
+        wanted = GGMLQuantizationType.F32, (self.spec.n_embd, n_constant)
+        if constants and (constants.type, constants.ne) != wanted:
+            found = f"{constants.type.name} {constants.ne}"
+            self._refuse(f"tensor {constants.name} is {found}, not F32 [{self.spec.n_embd}, n]")
+        for row, value in enumerate(target):
+            if not -n_constant <= value < n_stored:
+                stored = f"{n_stored} experts and {n_constant} constants are stored"
+                self._refuse(f"row {row} of the router means {value} in expert.target, but {stored}")
+        for value in self.layer.hints.fallback or ():
+            if value >= n_constant:
+                self._refuse(f"expert.fallback names constant {value} of {n_constant}")
+        if unused := set(range(n_stored)).difference(target):
+            self._refuse(f"expert {min(unused)} is stored, but no row of the router means it")
+        if target and len(set(target)) < self.spec.n_expert_used:
+            self._refuse(f"it has {len(set(target))} experts, but {self.spec.n_expert_used} are used per token")
         sizes = [self._bucket_bytes(bucket) for bucket in range(self.layer.n_bucket)]
         for expert, copies in enumerate(self.layer.buckets):
             n_bytes = [sizes[bucket] for bucket in copies]
             if n_bytes != sorted(set(n_bytes), reverse=True):
                 self._refuse(f"expert {expert} has copies of {n_bytes} bytes, but each must be smaller than the last")
 
-    def _n_novice(self) -> int:
-        tensor = self.gguf.tensors.get(novice_name(self.index))
-        if tensor is None:
-            return 0
-        if tensor.type is not GGMLQuantizationType.F32 or len(tensor.ne) != 2 or tensor.ne[0] != self.spec.n_embd:
-            self._refuse(f"tensor {tensor.name} is {tensor.type.name} {tensor.ne}, not F32 [{self.spec.n_embd}, n]")
-        return tensor.ne[1]
-
-    def _targets(self, n_novice: int) -> None:
-        target, n_stored = self.layer.target, len(self.layer.buckets)
-        for row, value in enumerate(target):
-            if not -n_novice <= value < n_stored:
-                stored = f"{n_stored} experts and {n_novice} novices are stored"
-                self._refuse(f"row {row} of the router means {value} in expert.target, but {stored}")
-        for value in self.layer.hints.fallback or ():
-            if value >= n_novice:
-                self._refuse(f"expert.fallback names novice {value} of {n_novice}")
-        if unused := set(range(n_stored)).difference(target):
-            self._refuse(f"expert {min(unused)} is stored, but no row of the router means it")
-        if target and len(set(target)) < self.spec.n_expert_used:
-            self._refuse(f"it has {len(set(target))} experts, but {self.spec.n_expert_used} are used per token")
-
     def _bucket_bytes(self, bucket: int) -> int:
         """Bytes of one copy in a bucket."""
         n_slot = self.layer.n_slot(bucket)
         if not n_slot:
             self._refuse(f"expert.bucket has numbers above {bucket}, but not {bucket} itself")
-        gate, up, down = (self._stack(projection, bucket) for projection in PROJECTIONS)
+        names = [stack_name(self.index, projection, bucket) for projection in PROJECTIONS]
+        if missing := next((name for name in names if name not in self.gguf.tensors), None):
+            raise ModelFileError(self.gguf.path, f"tensor {missing} is missing.", AGAIN)
+        gate, up, down = (self.gguf.tensors[name] for name in names)
         width = gate.ne[1] if len(gate.ne) == 3 else 0
         if not 0 < width <= self.spec.layer_shape(self.index).n_ff:
             self._refuse(f"tensor {gate.name} has the shape {gate.ne}, which is none of experts of this layer")
@@ -209,13 +208,6 @@ class _LayerCheck:
             if stack.ne != ne:
                 self._refuse(f"tensor {stack.name} has the shape {stack.ne}, but {ne} belongs to expert.bucket")
         return (gate.n_bytes + up.n_bytes + down.n_bytes) // n_slot
-
-    def _stack(self, projection: str, bucket: int) -> TensorInfo:
-        name = stack_name(self.index, projection, bucket)
-        tensor = self.gguf.tensors.get(name)
-        if tensor is None:
-            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", AGAIN)
-        return tensor
 
     def _refuse(self, problem: str) -> NoReturn:
         raise ModelFileError(self.gguf.path, f"layer {self.index}: {problem}.", AGAIN)

@@ -1,6 +1,6 @@
-"""Which experts a native file stores, in which copies, and what its converter knew of them: values without keys.
+"""Which experts a native file stores, in which copies, and what its converter measured of them.
 
-`native_format` says how they are written.
+`native_format` says under which keys and names a file has it.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 class LayerHints:
     """What a converter measured, None where it did not; a value per stored expert unless it says otherwise.
 
-    `use` is the expected number of picks per token, `share_square` the mean square of the share at a pick. Errors are
-    rises of the KL divergence from the source model, nats per token, if every pick of the expert took an action:
-    `error` the use of each copy [stored expert][copy], `fallback_error` that of its fallback, `skip_error` of nothing.
-    `fallback` is the novice that can stand in for an expert, or -1. For the layer: `sensitivity`, KL per squared share
-    of picks that are skipped; `skip_ratio`, a pick whose share is below this part of the token's largest may be
-    skipped; `low_share`, a pick whose share is below it may use the last copy.
+    `use` is how often a token selects the expert, on average, and `share_square` the mean square of its weight then.
+    Errors are rises of the KL divergence from the source model, in nats per token, if in place of the expert there were
+    always one of its copies (`error` [stored expert][copy]), its fallback (`fallback_error`) or nothing (`skip_error`).
+    `fallback` is the constant that can stand in for an expert, or -1. For the layer: `sensitivity` is the rise per
+    squared weight that is skipped; an expert may be skipped whose weight is below `skip_ratio` times the token's
+    largest, and may use its last copy if its weight is below `low_share`.
     """
 
     use: tuple[float, ...] | None = None

@@ -40,7 +40,7 @@ class AttentionSpec:
 class LayerShape:
     """One layer's router rows, and the width of its widest expert; both 0 in a layer without a feed-forward part.
 
-    A layer without attention passes the stream on to its feed-forward part unchanged.
+    In a layer without attention the residual stream reaches the feed-forward part unchanged.
     """
 
     n_expert: int
@@ -50,7 +50,9 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
-    """Routing: of `n_expert` the best `n_expert_used`, their weights times `weights_scale`; 0 experts is a dense model.
+    """Routing: a token selects `n_expert_used` of `n_expert` experts, whose weights are multiplied by `weights_scale`.
+
+    With 0 experts the model is dense.
 
     `layers` has every layer's shape in a native model, and is empty where all layers are alike.
     """
@@ -149,19 +151,23 @@ class ModelSpec:
         stored = gguf.metadata.get("general.architecture")
         keys = MetadataKeys(gguf, f"{stored}.")
         is_native = stored == NATIVE
-        architecture = _architecture(gguf, keys.value(BASE_ARCHITECTURE, LLAMA.name) if is_native else stored)
+        name = keys.value(BASE_ARCHITECTURE, LLAMA.name) if is_native else stored
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
+            raise UnsupportedModelError(gguf.path, f"the architecture {name!r} is not supported, only {known}.")
+        architecture = ARCHITECTURES[name]
         n_embd = keys.count("embedding_length")
         n_ctx_train = keys.count("context_length")
         attention = _attention(keys, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         n_layer = keys.count("block_count")
         layers = _layer_shapes(keys, n_layer) if is_native else ()
-        experts = _experts(keys, architecture, layers)
+        experts, n_ff = _experts(keys, architecture, layers)
         return cls(
             architecture=architecture,
             n_layer=n_layer,
             n_embd=n_embd,
-            n_ff=max(shape.n_ff for shape in layers) if layers else _width(keys, architecture, experts),
+            n_ff=n_ff,
             n_vocab=embeddings.ne[-1] if embeddings else keys.count("vocab_size"),
             n_ctx_train=n_ctx_train,
             rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
@@ -213,21 +219,6 @@ class ModelSpec:
         return {f"{self.stored_architecture}.{key}": value for key, value in values.items()}
 
 
-def _architecture(gguf: GGUFFile, name: Value) -> Architecture:
-    """The row of that name."""
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
-        raise UnsupportedModelError(gguf.path, f"the architecture {name!r} is not supported, only {known}.")
-    return ARCHITECTURES[name]
-
-
-def _width(keys: MetadataKeys, architecture: Architecture, experts: ExpertSpec) -> int:
-    """The width of an expert, or of a dense FFN."""
-    if architecture.width_key == "feed_forward_length" or keys.has(architecture.width_key):
-        return keys.count(architecture.width_key)
-    return keys.count("feed_forward_length") // experts.n_expert_used
-
-
 def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:
     n_head = keys.count("attention.head_count")
     n_head_kv = keys.count("attention.head_count_kv", n_head)
@@ -241,14 +232,18 @@ def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:
 
 
 def _layer_shapes(keys: MetadataKeys, n_layer: int) -> tuple[LayerShape, ...]:
-    """What the native format has in place of two scalars; also refuses a format that is newer than this program."""
+    """What a native file says of each layer; refuses a format that is newer than this program."""
     version = keys.count("format.version")
     if version > NATIVE_VERSION:
         problem = f"the file is of format version {version}, but this program reads versions up to {NATIVE_VERSION}."
         raise UnsupportedModelError(keys.gguf.path, problem, "Update slimoe, or convert the model again.")
     counts = keys.integers("expert_count", n_layer), keys.integers("feed_forward_length", n_layer)
-    attention = _layers_with_attention(keys, n_layer)
-    layers = tuple(LayerShape(*shape) for shape in zip(*counts, attention, strict=True))
+    present = keys.integers("attention.present", n_layer) if keys.has("attention.present") else (1,) * n_layer
+    if max(present) > 1:
+        raise keys.bad_entry("attention.present", np.asarray(present), int(np.argmax(present)))
+    if not any(present):
+        raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
+    layers = tuple(LayerShape(*shape) for shape in zip(*counts, map(bool, present), strict=True))
     for layer, shape in enumerate(layers):
         if bool(shape.n_expert) != bool(shape.n_ff):
             problem = f"layer {layer} has {shape.n_expert} experts of width {shape.n_ff}."
@@ -258,21 +253,17 @@ def _layer_shapes(keys: MetadataKeys, n_layer: int) -> tuple[LayerShape, ...]:
     return layers
 
 
-def _layers_with_attention(keys: MetadataKeys, n_layer: int) -> list[bool]:
-    if not keys.has("attention.present"):
-        return [True] * n_layer
-    present = keys.integers("attention.present", n_layer)
-    if max(present) > 1:
-        raise keys.bad_entry("attention.present", np.asarray(present), int(np.argmax(present)))
-    if not any(present):
-        raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
-    return [bool(one) for one in present]
-
-
-def _experts(keys: MetadataKeys, architecture: Architecture, layers: tuple[LayerShape, ...]) -> ExpertSpec:
+def _experts(keys: MetadataKeys, architecture: Architecture, layers: tuple[LayerShape, ...]) -> tuple[ExpertSpec, int]:
+    """The experts, and the width of the widest one or of a dense feed-forward part."""
     least = 0 if architecture.may_be_dense else None
     counts = [shape.n_expert for shape in layers if shape.n_expert] or [keys.count("expert_count", least)]
     n_used = keys.count("expert_used_count", 0)
     if n_used > min(counts) or (min(counts) and not n_used):
         raise ModelFileError(keys.gguf.path, f"it uses {n_used} of {min(counts)} experts per token.", AGAIN)
-    return ExpertSpec(max(counts), n_used, keys.number("expert_weights_scale", 1.0), layers)
+    if layers:
+        width = max(shape.n_ff for shape in layers)
+    elif architecture.width_key == "feed_forward_length" or keys.has(architecture.width_key):
+        width = keys.count(architecture.width_key)
+    else:
+        width = keys.count("feed_forward_length") // n_used
+    return ExpertSpec(max(counts), n_used, keys.number("expert_weights_scale", 1.0), layers), width

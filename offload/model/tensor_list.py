@@ -43,23 +43,19 @@ def _whole(spec: ModelSpec, *, is_output: bool) -> Iterator[ModelTensor]:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     """The tensors of one layer."""
-    parts, sizes = _parts(spec, layer), _sizes(spec) | {"n_expert": spec.layer_shape(layer).n_expert}
+    shape = spec.layer_shape(layer)
+    sizes = _sizes(spec) | {"n_expert": shape.n_expert}
+    has_part: dict[When, bool] = {
+        "attention": shape.has_attention,
+        "ffn": bool(shape.n_ff),
+        "router": bool(shape.n_expert),
+        "dense": bool(shape.n_ff) and not shape.n_expert,
+        "experts": bool(shape.n_expert) and not spec.is_native,
+    }
     for role in spec.architecture.tensors:
-        if role.when in parts:
+        if has_part.get(role.when):
             name, ne = f"blk.{layer}.{role.role}.weight", tuple(sizes[n] for n in role.ne)
             yield ModelTensor(role.role, name, ne, layer, role.is_optional)
-
-
-def _parts(spec: ModelSpec, layer: int) -> set[When]:
-    shape = spec.layer_shape(layer)
-    parts: set[When] = set()
-    if shape.has_attention:
-        parts.add("attention")
-    if shape.n_ff:
-        parts |= {"ffn", "router"} if shape.n_expert else {"ffn", "dense"}
-    if shape.n_expert and not spec.is_native:
-        parts.add("experts")
-    return parts
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
-from slimoe.offload.model.native_format import PROJECTIONS, novice_name, read_layout, stack_name
+from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
 from slimoe.offload.model.tensor_list import layer_tensors
@@ -61,7 +61,7 @@ class BucketSources:
 
     layout: NativeLayer
     buckets: tuple[tuple[WeightSource, WeightSource, WeightSource], ...]
-    novices: WeightSource | None
+    constants: WeightSource | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,9 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
     names = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer)}
-    buckets = _buckets(reader, layer, layout.layers[layer]) if layout else None
+    gate_up: tuple[LinearSource, ...] = ()
+    down: LinearSource | None = None
+    buckets: BucketSources | None = None
 
     def weight(role: str) -> WeightSource | None:
         return reader.weight(names[role]) if role in names else None
@@ -196,8 +198,17 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
     def linear(role: str) -> LinearSource:
         return reader.linear(names[role].removesuffix(".weight"))
 
-    if buckets:
-        gate_up, down = _plain_stacks(buckets)
+    if layout:
+        native = layout.layers[layer]
+        stacks = [
+            [reader.weight(stack_name(layer, part, bucket)) for part in PROJECTIONS]
+            for bucket in range(native.n_bucket)
+        ]
+        constants = reader.optional(constants_name(layer)) if native.target else None
+        buckets = BucketSources(native, tuple((gate, up, down) for gate, up, down in stacks), constants)
+        if native.is_plain:  # The best copies lie as in a stock file.
+            *inner, outer = (LinearSource(stack) for stack in stacks[native.buckets[0][0]])
+            gate_up, down = tuple(inner), outer
     elif "ffn_gate_exps" in names:
         gate_up = tuple(reader.experts(layer, role, spec.n_expert) for role in ("ffn_gate", "ffn_up"))
         down = reader.experts(layer, "ffn_down", spec.n_expert)
@@ -216,20 +227,6 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         q_norm=weight("attn_q_norm"),
         k_norm=weight("attn_k_norm"),
     )
-
-
-def _buckets(reader: _Reader, index: int, layer: NativeLayer) -> BucketSources:
-    names = (tuple(stack_name(index, part, bucket) for part in PROJECTIONS) for bucket in range(layer.n_bucket))
-    buckets = tuple((reader.weight(gate), reader.weight(up), reader.weight(down)) for gate, up, down in names)
-    return BucketSources(layer, buckets, reader.optional(novice_name(index)) if layer.target else None)
-
-
-def _plain_stacks(sources: BucketSources) -> tuple[tuple[LinearSource, ...], LinearSource | None]:
-    """The best copies as a stock file would have them, if they lie that way."""
-    if not sources.layout.is_plain:
-        return (), None
-    gate, up, down = sources.buckets[sources.layout.buckets[0][0]]
-    return (LinearSource(gate), LinearSource(up)), LinearSource(down)
 
 
 def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:

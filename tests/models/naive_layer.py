@@ -12,7 +12,7 @@ from slimoe.converter.forward.block import Routing, read_expert
 from slimoe.converter.forward.stream import Observer, Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.methods.expert_drop import Survivors
-from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, expert_key
+from slimoe.converter.source.model_source import SourceLayer, block_key, constant_key, expert_key
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
@@ -144,7 +144,7 @@ def without_experts(
         for name in ("gate", "up", "down"):
             changed[expert_key(layer, name, new)] = model.matrices[expert_key(layer, name, old)]
     for index, constant in enumerate(() if constants is None else constants):
-        changed[MatrixKey(f"blk.{layer}.ffn_novice.weight", index)] = constant
+        changed[constant_key(layer, index)] = constant
     held = replace(model.layers[layer], n_stored=len(survivors.experts), target=survivors.target)
     return model.changed(changed).with_layer(layer, held)
 

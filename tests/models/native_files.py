@@ -15,7 +15,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.gguf.header import Value, read_gguf
-from slimoe.offload.model.native_format import layout_metadata, novice_name, stack_name
+from slimoe.offload.model.native_format import constants_name, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints, NativeLayer, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ExpertSpec, LayerShape, ModelSpec
 from tests.models.gguf_content import Array, GGUFContent, StoredKey, StoredTensor, quantise, stored, write_content
@@ -120,7 +120,7 @@ def _tensors(stock: GGUFContent, layer: int, ffn: NativeFfn) -> Iterator[tuple[s
             values = StoredTensor(stack, kind) if kind is Type.F32 else quantise(stack, kind)
             yield stack_name(layer, part, number), values
     if ffn.constants is not None:
-        yield novice_name(layer), StoredTensor(ffn.constants, Type.F32)
+        yield constants_name(layer), StoredTensor(ffn.constants, Type.F32)
 
 
 def matrix(stock: GGUFContent, layer: int, expert: StoredExpert, part: str) -> Array:

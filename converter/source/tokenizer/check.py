@@ -88,8 +88,9 @@ def check_json(path: Path, metadata: Mapping[str, Value], llama_prefix: SpacePre
     added = {token.content for token in reference.get_added_tokens_decoder().values()}
     tokenizer = Tokenizer.of_metadata(path, metadata)
     names = [name for name in tokenizer.special_tokens if name in added]
-    picked = dict.fromkeys((*names[:_N_SPECIAL], *names[-_N_SPECIAL:]))
-    texts = (*HARD_TEXTS, *(text for name in picked for text in _with(name)))
+    some = dict.fromkeys((*names[:_N_SPECIAL], *names[-_N_SPECIAL:]))
+    around = ("{0}a", "a{0} b", " {0} ", "a {0}{0}  b", "{0}\n")
+    texts = (*HARD_TEXTS, *(text.format(name) for name in some for text in around))
     unknown = [name for name in tokenizer.special_tokens if name and name not in added]
     try:
         _compare(
@@ -129,10 +130,6 @@ def check_model(path: Path, metadata: Mapping[str, Value]) -> None:
         )
     finally:
         tokenizer.close()
-
-
-def _with(name: str) -> tuple[str, ...]:
-    return f"{name}a", f"a{name} b", f" {name} ", f"a {name}{name}  b", f"{name}\n"
 
 
 def _compare(path: Path, texts: Sequence[str], ours: _Encode, theirs: _Encode) -> None:

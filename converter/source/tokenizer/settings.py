@@ -126,6 +126,8 @@ class TokenizerSettings:
             problem = "split_special_tokens takes special tokens apart, which a GGUF file cannot say."
             raise UnsupportedModelError(path / "tokenizer_config.json", problem)
         shorts = (*ROLES.values(), "eot", "eom")
+        older_path = path / "added_tokens.json"
+        older = read_json(older_path, dict[str, int]) if older_path.is_file() else {}
         texts = {role: tokenizer.text(role) or names.text(role) for role in shorts}
         ids = {role: [n for config in configs for n in config.ids(role)] for role in ROLES.values()}
         for role, number in class_ids.items():
@@ -135,7 +137,10 @@ class TokenizerSettings:
             texts={role: text for role, text in texts.items() if text},
             ids={role: list(dict.fromkeys(numbers)) for role, numbers in ids.items()},
             added=tokenizer.added_tokens_decoder or {},
-            older_added=_older_added(path / "added_tokens.json", set(texts.values())),
+            # Of older tokenizers, without flags: those are special that have a role.
+            older_added={
+                token: AddedToken(text, text in texts.values(), normalized=False) for text, token in older.items()
+            },
             is_llama_class=tokenizer.tokenizer_class in _LLAMA_CLASSES and configs[1].model_type == "llama",
             legacy=tokenizer.legacy,
             add_prefix_space=tokenizer.add_prefix_space is not False,
@@ -168,12 +173,6 @@ def _within(ids: Iterable[int], n_vocab: int) -> list[int]:
 
 def _optional(path: Path, kind: type[T]) -> T:
     return read_json(path, kind) if path.is_file() else kind()
-
-
-def _older_added(path: Path, named: set[str | None]) -> dict[int, AddedToken]:
-    """Tokens that an older tokenizer added; without flags, and special where a role is named so."""
-    numbers = read_json(path, dict[str, int]) if path.is_file() else {}
-    return {token: AddedToken(text, text in named, normalized=False) for text, token in numbers.items()}
 
 
 def _chat_template(path: Path, template: _Template) -> str | None:

@@ -109,7 +109,8 @@ class Steps:
         for n, step in enumerate(self.pre_tokenizer):
             if step.type != "Metaspace" or step.replacement != _MARK or n:
                 self._refuse("pre-tokenizer", step.type)
-        scheme = _scheme(self.pre_tokenizer[0]) if self.pre_tokenizer else "never"
+        first = self.pre_tokenizer[0] if self.pre_tokenizer else Step("Metaspace", prepend_scheme="never")
+        scheme = first.prepend_scheme or ("never" if first.add_prefix_space is False else "always")
         if "escape" not in done and not self.pre_tokenizer:
             raise UnsupportedModelError(self.path, "the tokenizer is neither byte-level nor like sentencepiece.")
         if "prepend" in done:
@@ -176,8 +177,3 @@ def _flat(step: Step | None) -> Iterator[Step]:
         yield step
     for one in inner or ():
         yield from _flat(one)
-
-
-def _scheme(metaspace: Step) -> str:
-    """When Metaspace adds a space: always (after special tokens too), first, or never."""
-    return metaspace.prepend_scheme or ("never" if metaspace.add_prefix_space is False else "always")

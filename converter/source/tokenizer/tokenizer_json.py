@@ -80,9 +80,14 @@ class TokenizerJson:
         model.check(path)
         before, behind = steps.around()
         steps.check_decoder()
-        is_bytes = steps.is_byte_level
+        is_bytes, prefix = steps.is_byte_level, None
         if is_bytes:
             model.check_bytes(path)
+        else:
+            prefix = steps.space_prefix()
+            splits_words = steps.splits_words and not settings.is_llama_class
+            model.check_characters(path, [token.content for token in file.added_tokens], splits_words)
+            prefix = settings.llama_prefix if settings.is_llama_class else prefix
         return cls(
             path=path,
             kind=keys.BYTE_LEVEL if is_bytes else keys.SENTENCEPIECE,
@@ -92,7 +97,7 @@ class TokenizerJson:
             added=_added(path, model, file.added_tokens),
             has_normalizer=bool(steps.normalizer) and not is_bytes and not settings.is_llama_class,
             is_composed=bool(steps.normalizer) and is_bytes,
-            space_prefix=None if is_bytes else _space_prefix(steps, model, file.added_tokens, settings),
+            space_prefix=prefix,
             before=before,
             behind=behind,
             padding_token=file.padding.pad_token if file.padding else None,
@@ -150,11 +155,3 @@ def _added(path: Path, model: BpeModel, tokens: list[_Added]) -> dict[int, Added
         fields = {name: getattr(token, name) for name in AddedToken.__struct_fields__}
         added[token.id] = AddedToken(**fields)
     return added
-
-
-def _space_prefix(steps: Steps, model: BpeModel, added: list[_Added], settings: TokenizerSettings) -> SpacePrefix:
-    """Of a sentencepiece-like tokenizer, after whatever llama.cpp would not do was refused, but for its merges."""
-    prefix = steps.space_prefix()
-    splits_words = steps.splits_words and not settings.is_llama_class
-    model.check_characters(steps.path, [token.content for token in added], splits_words)
-    return settings.llama_prefix if settings.is_llama_class else prefix

@@ -56,7 +56,10 @@ def tokenizer_metadata(path: Path, n_vocab: int, class_ids: Mapping[str, int] = 
     roles = {role: settings.role_id(short, ids, n_vocab) for role, short in ROLES.items()}
     metadata |= _around(json_file, settings, ids, roles)
     metadata |= {keys.token_id_key(role): token for role, token in roles.items() if token is not None}
-    metadata |= _ends([token for token in settings.end_ids(ids, n_vocab) if token != roles["eos"]])
+    # The ends of answers besides eos: llama.cpp knows two more, all others stand in a key of our own.
+    ends = [token for token in settings.end_ids(ids, n_vocab) if token != roles["eos"]]
+    metadata |= {keys.token_id_key(role): token for role, token in zip(("eot", "eom"), ends, strict=False)}
+    metadata |= {keys.END_TOKEN_IDS: ends[2:]} if ends[2:] else {}
     if origin.suffix == ".json":
         check_json(origin, metadata, settings.llama_prefix if settings.is_llama_class and not is_bytes else None)
     else:
@@ -165,10 +168,3 @@ def _around(
         if flag is not None:
             values[key] = flag
     return values
-
-
-def _ends(further: list[int]) -> dict[str, Value]:
-    """The ends of answers besides eos: llama.cpp knows two more, all others stand in a key of our own."""
-    known = zip(("eot", "eom"), further, strict=False)
-    values: dict[str, Value] = {keys.token_id_key(role): token for role, token in known}
-    return values | ({keys.END_TOKEN_IDS: further[2:]} if further[2:] else {})

@@ -18,7 +18,7 @@ from slimoe.converter.report.alignment import LayerMap, likely_layer_map, planne
 from slimoe.converter.report.evaluation import Reference, divergences, evaluate, flip_rate, token_scores
 from slimoe.converter.report.layer_swap import divergence_by_block
 from slimoe.converter.report.quality import Comparison, TokenScores, summarise
-from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key
+from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, constant_key
 from slimoe.offload.errors import BadLogitsError, UsageError
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig
@@ -194,7 +194,7 @@ def mapped_files(directory: Path) -> int:
 
 def test_constants_missing_parts_and_files(held: tuple[HeldModel, HeldModel], tmp_path: Path) -> None:
     full = held[0]
-    odd = full.changed({MatrixKey("blk.0.ffn_novice.weight", 0): np.ones(SIZES.n_embd, np.float32)})
+    odd = full.changed({constant_key(0, 0): np.ones(SIZES.n_embd, np.float32)})
     odd = odd.with_layer(0, SourceLayer(5, (0, 1, -1, 3, 0))).with_layer(1, SourceLayer(has_ffn=False))
     odd = odd.with_layer(2, replace(full.layers[2], has_attention=False))
     reference = Reference(full, cut_windows(texts(a=64, b=64), length=32), directory=tmp_path, n_traced=40)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert, read_head, rms_norm
 from slimoe.converter.forward.stream import Observer, Sequences, run
-from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, expert_key
+from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, constant_key, expert_key
 from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.converter.stats.backward_pass import draw_labels
 from slimoe.converter.stats.sensitivity import ModelSensitivity, measure_sensitivity
@@ -226,7 +226,7 @@ def odd_model() -> HeldModel:
     """Blocks without attention, without feed-forward part, and dense; one with a constant and an expert of two rows."""
     numbers = np.random.default_rng(8)
     held = hold(random_mixtral(replace(SIZES, n_layer=4), spread=0.2))
-    extra = {MatrixKey("blk.0.ffn_novice.weight", 0): numbers.standard_normal(SIZES.n_embd).astype(np.float32)}
+    extra = {constant_key(0, 0): numbers.standard_normal(SIZES.n_embd).astype(np.float32)}
     for name in ("gate", "up", "down"):
         extra[block_key(3, f"ffn_{name}")] = held.read(expert_key(3, name, 0))
         extra[expert_key(0, name, 1)] = narrowed(held.read(expert_key(0, name, 1)), name)
@@ -258,7 +258,7 @@ def naive_ffn(held: HeldModel, layer: int, row: torch.Tensor) -> torch.Tensor:
     for row_number in selected:
         meant = source.target[row_number]
         if meant < 0:
-            output = read(held, MatrixKey(f"blk.{layer}.ffn_novice.weight", -1 - meant))
+            output = read(held, constant_key(layer, -1 - meant))
         else:
             gate, up, down = (read(held, expert_key(layer, name, meant)) for name in ("gate", "up", "down"))
             output = down @ (torch.nn.functional.silu(gate @ x) * (up @ x))

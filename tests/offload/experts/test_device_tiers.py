@@ -273,7 +273,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
         layer = stage._layers[segment.last]
         assert layer is not None
         n_novices = n_rows * layer.n_expert_used - len(stop.device) - len(stop.host)
-        assert n_novices == 0 or layer.novices is not None
+        assert n_novices == 0 or layer.constants is not None
         assert max(Counter(stop.device + stop.host).values()) == 1
 
     def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int) -> None:

@@ -35,7 +35,7 @@ def assert_experts(path: Path, content: GGUFContent) -> None:
     layers = layers_of(path)
     assert len(layers) == SHAPE.n_layer
     for index, layer in enumerate(layers):
-        assert (layer.target, layer.novices, layer.n_expert_used) == ((0, 1, 2, 3, 4), None, 3)
+        assert (layer.target, layer.constants, layer.n_expert_used) == ((0, 1, 2, 3, 4), None, 3)
         assert layer.router.name == f"blk.{index}.ffn_gate_inp.weight"
         for expert, (copy,) in enumerate(layer.experts):
             assert copy.n_bytes == sum(len(bytes_of(path, part)) for part in (copy.gate, copy.up, copy.down))

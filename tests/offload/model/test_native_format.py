@@ -104,8 +104,8 @@ def test_everything_at_once_is_read_back(tmp_path: Path, stock: GGUFContent) -> 
     assert second is None
     assert first is not None
     assert (first.target, first.hints, first.low_error) == (MIXED.target, HINTS, (0.5, 0.0, 0.0))
-    assert first.novices is not None
-    np.testing.assert_array_equal(values(path, first.novices), CONSTANTS)
+    assert first.constants is not None
+    np.testing.assert_array_equal(values(path, first.constants), CONSTANTS)
     for expert, copies in zip(MIXED.experts, first.experts, strict=True):
         assert len(copies) == len(expert.types)
         for number, copy in enumerate(copies):
@@ -238,7 +238,7 @@ ROWS = [1, -1, 0, 2, 0, -2, 0, 1, 2, 3]
         (
             "expert.target",
             [3, *ROWS[1:]],
-            r"row 0 of the router means 3 in expert\.target, but 3 experts and 2 novices",
+            r"row 0 of the router means 3 in expert\.target, but 3 experts and 2 constants",
         ),
         ("expert.target", [1, -3, *ROWS[2:]], "row 1 of the router means -3"),
         ("expert.target", ROWS[:-1], r"slimoe\.expert\.target has 9 entries, but 10"),
@@ -257,8 +257,8 @@ ROWS = [1, -1, 0, 2, 0, -2, 0, 1, 2, 3]
         ("expert.use", [0.1, float("nan"), *[0.1] * 5], r"entry 1 of slimoe\.expert\.use is nan"),
         ("expert.use", [0.1, 0.1, -0.5, *[0.1] * 4], r"entry 2 of slimoe\.expert\.use is -0\.5"),
         ("expert.error", [0.1] * 13 + [float("inf")], r"entry 13 of slimoe\.expert\.error is inf"),
-        ("expert.fallback", [2, *[-1] * 6], r"expert\.fallback names novice 2 of 2"),
-        ("expert.fallback", [-1] * 6 + [0], r"layer 1: expert\.fallback names novice 0 of 0"),
+        ("expert.fallback", [2, *[-1] * 6], r"expert\.fallback names constant 2 of 2"),
+        ("expert.fallback", [-1] * 6 + [0], r"layer 1: expert\.fallback names constant 0 of 0"),
         ("layer.sensitivity", [1.0], r"slimoe\.layer\.sensitivity has 1 entries, but 2"),
         ("measured_kl", [0.1, 0.2, 0.3], r"slimoe\.measured_kl has 3 entries, but 2"),
         ("expert_count", [6, 3], r"ffn_gate_inp\.weight has the shape \(64, 4\), but \(64, 3\)"),
@@ -312,8 +312,8 @@ UP, NOVICE = "blk.0.ffn_up_exps.b0.weight", "blk.0.ffn_novice.weight"
         (UP, lambda t: replace(t, data=t.data[:1]), r"ffn_up_exps\.b0\.weight has the shape \(64, 96, 1\), but"),
         (UP, lambda t: replace(t, data=t.data[:, :64]), r"ffn_up_exps\.b0\.weight has the shape \(64, 64, 2\), but"),
         (UP, lambda t: replace(t, data=t.data[0]), r"ffn_up_exps\.b0\.weight has the shape \(64, 96\), but"),
-        (NOVICE, lambda t: None, "3 experts and 0 novices are stored"),
-        (NOVICE, lambda t: replace(t, data=t.data[:1]), "3 experts and 1 novices are stored"),
+        (NOVICE, lambda t: None, "3 experts and 0 constants are stored"),
+        (NOVICE, lambda t: replace(t, data=t.data[:1]), "3 experts and 1 constants are stored"),
         (NOVICE, lambda t: replace(t, data=t.data[:, :32]), r"ffn_novice\.weight is F32 \(32, 2\), not F32 \[64, n\]"),
         (NOVICE, lambda t: StoredTensor(t.data.astype(np.float16), Type.F16), "is F16"),
         ("blk.1.ffn_norm.weight", lambda t: None, r"tensor blk\.1\.ffn_norm\.weight is missing"),
