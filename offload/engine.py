@@ -24,11 +24,11 @@ from slimoe.offload.text.tokenizer import Tokenizer
 
 
 class Engine:
-    """An open model and the sequences in its KV cache.
+    """An open model and the sequences of tokens in its KV cache.
 
     One sequence is the caller's own: `read`, `prefill`, `decode` and `generate` go on from it. `submit` and `step`
     answer several requests at once, each in a sequence of its own, `plan.n_parallel` at a time. The two ways do not mix
-    while requests are being answered. Not for several threads at once. `close` gives everything back.
+    while requests are being answered. It is not for several threads at once. `close` frees everything.
     """
 
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
@@ -76,27 +76,27 @@ class Engine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for a person about how it was opened, to be told once."""
+        """Sentences for a person about how the model was opened, to be told once."""
         return self.plan.notes
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 
     @property
     def n_past(self) -> int:
-        """Tokens in the sequence."""
+        """The number of tokens in the caller's own sequence."""
         return len(self._own)
 
     @property
     def compute_seconds(self) -> float:
-        """Running total of time spent inside graphs; the rest of a step is this program's own."""
+        """Seconds spent inside graphs since the model was opened; the rest of a step is this program's own."""
         return self._model.backend.seconds
 
     def truncate(self, n_past: int) -> None:
-        """Forgets all but the first `n_past` tokens."""
+        """Forgets all but the first `n_past` tokens of the caller's own sequence."""
         self._cells.truncate(self._own, n_past)
 
     def common_prefix(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens`, from the first on, are in the sequence already."""
+        """The number of `tokens`, from the first on, that are in the caller's own sequence already."""
         return common_prefix(self._own.tokens, np.asarray(tokens, np.int32))
 
     def read(self, tokens: Sequence[int], n_out: int = 1, is_cancelled: Callable[[], bool] | None = None) -> Logits:
@@ -106,19 +106,7 @@ class Engine:
         ContextOverflowError, and EngineAbortedError when `is_cancelled` says so between two operations.
         """
         assert self._scheduler.is_idle, "requests are being answered"
-        self._check_step(tokens, n_out)
-        n_past = self.n_past
-        if n_past + len(tokens) > self.n_ctx:
-            raise ContextOverflowError(n_past + len(tokens), self.n_ctx)
-        self._cells.append(self._own, tokens)
-        try:
-            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
-        except BaseException:
-            self.truncate(n_past)
-            raise
-
-    def _check_step(self, tokens: Sequence[int], n_out: int) -> None:
-        n, n_batch = len(tokens), self.plan.n_batch
+        n, n_batch, n_past = len(tokens), self.plan.n_batch, self.n_past
         if not 0 < n <= n_batch:
             raise UsageError(
                 f"A step reads 1 to {n_batch} tokens, not {n}. Read more with prefill, or open the model with a larger "
@@ -129,6 +117,14 @@ class Engine:
         wrong = next((token for token in tokens if not 0 <= token < self.spec.n_vocab), None)
         if wrong is not None:
             raise UsageError(f"Token {wrong} is not one of the model's {self.spec.n_vocab}.")
+        if n_past + n > self.n_ctx:
+            raise ContextOverflowError(n_past + n, self.n_ctx)
+        self._cells.append(self._own, tokens)
+        try:
+            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
+        except BaseException:
+            self.truncate(n_past)
+            raise
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Appends any number of tokens in batches; F32 logits [n_vocab] of the last one."""
@@ -144,10 +140,10 @@ class Engine:
         return row
 
     def generate(self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Answers a request, event by event; the last one is `Finished`.
+        """Answers a request in the caller's own sequence, event by event; the last one is `Finished`.
 
-        What the sequence shares with the prompt is not computed again. Raises UsageError for parameters out of
-        range and ContextOverflowError for a prompt that does not fit.
+        The tokens that the sequence shares with the prompt's beginning are not computed again. Raises UsageError for
+        parameters out of range and ContextOverflowError for a prompt that does not fit.
         """
         return self._answer(Generator(request, self._facts, is_cancelled))
 
@@ -167,10 +163,10 @@ class Engine:
     # --- several requests ----------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, is_cancelled: Callable[[], bool] = lambda: False) -> int:
-        """Queues a request; its id in what `step` tells. `is_cancelled` is asked again and again, at every step.
+        """Queues a request and returns its id, which stands beside its events; each step asks `is_cancelled`.
 
-        What any sequence shares with the prompt is not computed again. Raises UsageError for parameters out of
-        range and ContextOverflowError for a prompt that does not fit.
+        The tokens that any sequence shares with the prompt's beginning are not computed again. Raises UsageError for
+        parameters out of range and ContextOverflowError for a prompt that does not fit.
         """
         job = Generator(request, self._facts, is_cancelled, next(self._ids))
         if self.n_past:
@@ -181,17 +177,17 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is there."""
+        """Whether there is no request to answer."""
         return self._scheduler.is_idle
 
     def step(self) -> list[Outcome]:
-        """Reads one batch for all requests and tells what came of it; a request ends with `Finished` or `Failed`."""
+        """Computes one step for all requests and returns their events; a request ends with `Finished` or `Failed`."""
         return self._scheduler.step()
 
     # --- memory --------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, int]:
-        """Bytes by tier: as planned and allocated, and the process's peak."""
+        """Bytes by tier, by name, as planned and allocated, and the peak of the process."""
         return self._model.memory()
 
     def check_files(self) -> None:
@@ -199,12 +195,12 @@ class Engine:
         self._model.check_files()
 
     def counters(self) -> dict[str, float]:
-        """Running totals of the tiers by name, empty when everything is resident."""
+        """Running totals of the tiers since the model was opened, by name; empty when everything is resident."""
         return self._model.counters()
 
     @property
     def tiers(self) -> Tiers | None:
-        """The memory that holds experts in slots; None when all are resident."""
+        """The tiers of memory that hold experts in slots; None when all are resident."""
         return self._model.tiers
 
     @property

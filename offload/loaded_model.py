@@ -1,4 +1,4 @@
-"""A model opened as planned: its weights, KV cache and experts in memory, and what runs steps over them."""
+"""A model opened as planned: its weights, KV cache and experts in memory, and the runner of its steps."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 
 class StepRunner(Protocol):
-    """What computes steps."""
+    """Computes steps of a model."""
 
     @property
     def compute_bytes(self) -> int:
@@ -35,9 +35,13 @@ class StepRunner(Protocol):
 
 
 class LoadedModel:
-    """Owns all that a plan says; `runner` computes."""
+    """A model in memory: owns the backend, the weights, the KV cache and the tiers, if there are any.
+
+    `runner` computes its steps; `store` has the weights of a model that is all in host memory, else it is None.
+    """
 
     runner: StepRunner
+    store: WeightStore | None = None
 
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Progress) -> None:
         self._plan = plan
@@ -45,7 +49,11 @@ class LoadedModel:
         with ExitStack() as opened:
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
             counter = _Counter(plan, on_progress)
-            rows = self._rows = self._token_rows(opened)
+            rows = self._rows = None
+            if plan.weight_forms.mode != "mapped" and not plan.is_tied_on_host:
+                # The token table is not in memory: a step reads the rows that it needs.
+                rows = self._rows = TokenRows(plan.gguf, plan.sources.token_embd, self.backend, plan.n_batch)
+                opened.callback(rows.close)
             if plan.is_resident:
                 cache = KVCache(plan.spec, plan.n_cells, kv_type(config.context.kv_type), self.backend)
                 opened.callback(cache.close)
@@ -57,19 +65,12 @@ class LoadedModel:
                 self.runner = self.tiers.runner
             self._opened = opened.pop_all()
 
-    def _token_rows(self, opened: ExitStack) -> TokenRows | None:
-        """Room for a step's rows of the token table; none if the table is in memory anyway."""
-        plan = self._plan
-        if plan.weight_forms.mode == "mapped" or plan.is_tied_on_host:
-            return None
-        return opened.enter_context(closing(TokenRows(plan.gguf, plan.sources.token_embd, self.backend, plan.n_batch)))
-
     def _load(
         self, rows: TokenRows | None, opened: ExitStack, on_progress: Callable[[int], None]
     ) -> tuple[ModelWeights, ModelWeights]:
-        """Weights for batches and for single tokens: two arrangements, or twice the same one."""
+        """Weights in the forms for batches and for single tokens, which may be the same ones."""
         weight_forms, sources = self._plan.weight_forms, self._plan.sources
-        store = self._store = opened.enter_context(
+        store = self.store = opened.enter_context(
             closing(WeightStore(self._plan.gguf, sources, on_progress, self.backend))
         )
         if weight_forms.mode != "mapped":
@@ -86,14 +87,14 @@ class LoadedModel:
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
 
     def check_files(self) -> None:
-        """Raises FileChangedError when a file that is still read from was written to; mapped ones are not looked at."""
+        """Raises FileChangedError when a file that is still read from was written to; mapped files are not checked."""
         if self._rows is not None:
             self._rows.check_file()
         if self.tiers is not None and self.tiers.reader is not None:
             self.tiers.reader.check_files()
 
     def counters(self) -> dict[str, float]:
-        """Running totals by name, empty when everything is resident: picks, bytes and seconds of the tiers."""
+        """Running totals of the tiers by name: selected experts, bytes and seconds; empty when all is resident."""
         return {} if self.tiers is None else self.tiers.counters()
 
     @property
@@ -108,7 +109,7 @@ class LoadedModel:
 
 
 class _Counter:
-    """Turns bytes that were made ready into done and total."""
+    """Adds up bytes that were made ready, and tells `on_progress` of the sum and the total."""
 
     def __init__(self, plan: EnginePlan, on_progress: Progress) -> None:
         self._total = plan.load_bytes

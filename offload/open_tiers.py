@@ -40,7 +40,10 @@ Count = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiers:
-    """What was opened, as far as anyone asks afterwards."""
+    """What `open_tiers` has opened: the runner, the experts' places and the lossy mode.
+
+    `devices` has each device's plan and its experts in slots, None where the device holds all experts of its layers.
+    """
 
     runner: TieredRunner
     plan: EnginePlan
@@ -50,7 +53,7 @@ class Tiers:
     lossy: LossyStep | None = None
 
     def memory(self) -> dict[str, int]:
-        """Bytes by tier; a device's under its name."""
+        """Bytes by tier, those of a device under its name."""
         n_bytes = 0 if self.host_pool is None else self.host_pool.n_bytes
         # `arena` is what the version before called it.
         host_pool = {} if self.host_pool is None else {"host_pool": n_bytes, "arena": n_bytes}
@@ -58,7 +61,7 @@ class Tiers:
         return {**self.plan.host_bytes, **host_pool, **on_devices}
 
     def counters(self) -> dict[str, float]:
-        """Running totals since the model was opened; none where host memory has room for all of it."""
+        """Running totals by name since the model was opened; none where host memory has room for all experts."""
         totals: dict[str, float] = {}
         if self.host_pool is not None and self.host_pool.has_all and not self.devices and self.lossy is None:
             return totals
@@ -80,7 +83,7 @@ class Tiers:
 
 
 class _Elsewhere:
-    """A policy's values as the host expert cache sees them: what a device has is worth nothing there."""
+    """A cache policy's values for host memory, where experts that a device holds are worth nothing."""
 
     def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
         self._policy, self._devices = policy, devices
@@ -99,7 +102,11 @@ class _Elsewhere:
 def open_tiers(
     config: EngineConfig, plan: EnginePlan, cpu: CpuBackend, rows: TokenRows | None, opened: ExitStack, count: Count
 ) -> Tiers:
-    """Opens everything; what was opened is closed with `opened`, also after an error."""
+    """Opens the devices, the host expert cache and the runner as planned; `opened` closes them, also after an error.
+
+    `rows` is where a step's rows of the token table go, None if the table is in memory; `count` is told of bytes made
+    ready. Raises DoesNotFitError, DeviceError and ModelFileError.
+    """
     return _Opening(config, plan, cpu, rows, opened, count).open()
 
 
@@ -154,7 +161,9 @@ class _Opening:
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)
             self._fill(host_pool, experts)
-            lossy = self._lossy(ResidentExperts(plan.layers, host_pool, reader, experts))
+            if plan.lossy is not None:
+                memory = ResidentExperts(plan.layers, host_pool, reader, experts)
+                lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
             runner.attach(self._stage(parts, host, graphs, host_pool, experts, lossy))
         by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
         return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy)
@@ -177,7 +186,7 @@ class _Opening:
         return Part(Site(self._cpu, exchange), layers, self._cache(self._cpu, layers), weights)
 
     def _table_part(self, exchange: Exchange) -> Part:
-        """The token table on the CPU: devices do not look rows of every type up."""
+        """The token table on the CPU: devices cannot look up rows of every type."""
         assert self._rows is not None
         share = Share((), output=False)
         weights = load_weights(self._store(self._cpu), self._plan.sources, lambda _: "copied", self._rows.tensor, share)
@@ -193,17 +202,14 @@ class _Opening:
         store.release_staging()
         exchange = self._exchange(backend, plan.n_cells, n_ahead)
         cache = self._cache(backend, device.layers)
-        experts = None if device.is_whole else self._device_experts(device, backend, exchange)
-        return Part(Site(backend, exchange, experts), device.layers, cache, weights)
-
-    def _device_experts(self, device: DevicePlan, backend: DeviceBackend, exchange: Exchange) -> DeviceExperts:
-        spec = self._plan.spec
-        enter = self._opened.enter_context
+        if device.is_whole:
+            return Part(Site(backend, exchange), device.layers, cache, weights)
+        enter, spec = self._opened.enter_context, plan.spec
         pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
-        n_used, n_batch = spec.n_expert_used, self._plan.n_batch
-        graphs = enter(closing(SlotGraphs(backend, exchange, pools, spec.n_embd, n_used, n_batch)))
+        graphs = SlotGraphs(backend, exchange, pools, spec.n_embd, spec.n_expert_used, plan.n_batch)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
-        return DeviceExperts(pools, graphs, own)
+        experts = DeviceExperts(pools, enter(closing(graphs)), own)
+        return Part(Site(backend, exchange, experts), device.layers, cache, weights)
 
     def _store(self, backend: Backend) -> WeightStore:
         return self._opened.enter_context(
@@ -218,7 +224,7 @@ class _Opening:
     # --- experts --------------------------------------------------------------------------------------------
 
     def _fill(self, host_pool: HostPool, devices: list[DeviceExperts]) -> None:
-        """The most valuable experts go to the devices, the next ones to the host expert cache."""
+        """Puts the most valuable experts on the devices, and the next ones into the host expert cache."""
         best = most_valuable(self._policy.values, self._copies, len(self._copies))
         for key in best:
             for device in devices:
@@ -230,30 +236,24 @@ class _Opening:
         host_pool.forget()
         on_devices = {key for device in devices for key in device}
         order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
-        host_pool.fill([*self._low_copies(order), *((key, self._copies[key]) for key in order)], self._count)
-
-    def _low_copies(self, order: list[Key]) -> list[tuple[Key, ExpertCopy]]:
-        """Last copies that are not the best ones, if they have slots."""
-        assert self._plan.tiers is not None
-        if self._plan.tiers.low == "none":
-            return []
-        last = ((key, layer.experts[key[1]][-1]) for key in order if (layer := self._plan.layers[key[0]]) is not None)
-        return [(key, copy) for key, copy in last if copy is not self._copies[key]]
+        copies = [(key, self._copies[key]) for key in order]
+        if self._plan.tiers is not None and self._plan.tiers.low != "none":
+            # Low-bit copies have slots of their own.
+            layers = self._plan.layers
+            last = [(key, layer.experts[key[1]][-1]) for key in order if (layer := layers[key[0]]) is not None]
+            copies = [(key, copy) for key, copy in last if copy is not self._copies[key]] + copies
+        host_pool.fill(copies, self._count)
 
     def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
-        """Those that were planned, or fewer if the program takes more than was planned; raises DoesNotFitError."""
+        """The slots that were planned, or fewer if the program holds more than was planned; raises DoesNotFitError.
+
+        `untouched` are bytes that are allocated, but not yet in use.
+        """
         if tiers.is_final:
             return dict(tiers.n_slots)
-        layers = [self._plan.layers[index] for index in self._cut]
-        plan = self._plan
+        plan, layers = self._plan, [self._plan.layers[index] for index in self._cut]
         held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
         return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
-
-    def _lossy(self, held: ResidentExperts) -> LossyStep | None:
-        lossy = self._plan.lossy
-        if lossy is None:
-            return None
-        return LossyStep(self._plan.layers, lossy.tables, lossy.chooser, held, lossy.limit)
 
     def _stage(
         self,
@@ -277,11 +277,16 @@ class _Opening:
         for part in parts:
             if part.site.experts is not None:
                 self._measure(part.site.experts, part.site.backend, host_pool, host_experts)
-        novices = read_novices(plan.gguf, plan.layers)
-        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, novices, self._trace(), lossy)
+        constants, trace = read_novices(plan.gguf, plan.layers), None
+        if self._config.trace is not None:
+            experts = (() if layer is None else layer.experts for layer in plan.layers)
+            sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
+            header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
+            trace = TraceWriter(self._config.trace, header)
+        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, constants, trace, lossy)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
-        """Finds out what it costs to move an expert to a device, and what it gains."""
+        """Measures how long it takes to move an expert to a device, and what that gains."""
         able = [key for key in device.copies if device.kind_of(key) is not None]
         if not able:
             return
@@ -296,11 +301,3 @@ class _Opening:
         device.times = LinkTimes(here, there, copy_seconds)
         rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
         device.swaps = SlotExchange(self._policy, rule, device.kind_of)
-
-    def _trace(self) -> TraceWriter | None:
-        path, plan = self._config.trace, self._plan
-        if path is None:
-            return None
-        experts = (() if layer is None else layer.experts for layer in plan.layers)
-        sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
-        return TraceWriter(path, TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes))

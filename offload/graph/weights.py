@@ -145,6 +145,11 @@ class WeightStore:
         self._ready: dict[tuple[str, Form], int] = {}
         self._staging = np.empty(0, np.uint8)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the backend's memory that the weights take; mapped ones take none."""
+        return sum(ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in self._buffers)
+
     def weight(self, source: WeightSource, form: Form) -> int:
         """The tensor of a weight in the form asked for; parts of a weight that lie apart are always copied."""
         if form == "mapped" and len(source.spans) > 1:

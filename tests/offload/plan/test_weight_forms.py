@@ -1,16 +1,15 @@
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-import slimoe.offload.loaded_model
-import slimoe.offload.plan.engine_plan
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError, UsageError
-from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, model_sources
@@ -127,8 +126,9 @@ def test_as_much_is_allocated_as_was_planned(model: Path, mode: str, changed: di
     config = engine_config(model, n_ctx=300, n_threads=1, weights=mode)
     engine = Engine.open(reconfigured(config, **changed))
     weight_forms = engine.plan.weight_forms
-    buffers = [ggml_backend.ggml_backend_buffer_get_size(buffer) for buffer in engine._model._store._buffers]
-    assert sum(buffers) == weight_forms.copied + weight_forms.repacked
+    with closing(LoadedModel(engine.config, engine.plan, lambda *_: None)) as loaded:
+        assert loaded.store is not None
+        assert loaded.store.n_bytes == weight_forms.copied + weight_forms.repacked
     assert engine.memory()["kv"] == weight_forms.kv
     engine.prefill([1] * 250)
     engine.decode(2)
@@ -148,20 +148,19 @@ def test_progress_ends_with_all_bytes(model: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["mapped", "repacked", "both"])
-def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_refused_before_loading(model: Path, mode: str) -> None:
     """Modes that keep a model whole; others read what does not fit from disk."""
     config, machine = engine_config(model, n_threads=1, n_batch=64, weights=mode), roomy_machine()
     required = plan_engine(config, machine).weight_forms.required
 
-    def load(*_: object) -> None:
+    def progress(done: int, total: int) -> None:
         raise AssertionError("a weight was loaded")
 
-    monkeypatch.setattr(slimoe.offload.loaded_model, "load_weights", load)
     with pytest.raises(DoesNotFitError, match=r"needs at least .* MiB of memory, but the budget is .* MiB") as caught:
-        Engine.open(reconfigured(config, ram=str(required - 1)), machine=machine)
+        Engine.open(reconfigured(config, ram=str(required - 1)), progress, machine)
     assert (caught.value.required_bytes, caught.value.available_bytes) == (required, required - 1)
     with pytest.raises(AssertionError, match="a weight was loaded"):
-        Engine.open(reconfigured(config, ram=str(required)), machine=machine)
+        Engine.open(reconfigured(config, ram=str(required)), progress, machine)
 
 
 def test_smaller_batches_come_before_reading_from_disk(model: Path) -> None:
