@@ -28,7 +28,6 @@ ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 """The attention's matrices."""
 _DENSE_ROLES = ("ffn_gate", "ffn_up", "ffn_down")
 _OPEN: Types = (Type.F32, Type.F32, Type.F32)
-_ROW_SAMPLE = 4096
 
 Progress = Callable[[int, int], None]
 

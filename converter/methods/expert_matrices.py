@@ -32,10 +32,6 @@ class ExpertMatrices:
         """The number of neurons."""
         return len(self.gate)
 
-    def reordered(self, neurons: Int) -> "ExpertMatrices":
-        """The expert of only these neurons, in this order; with all neurons it computes the same as before."""
-        return ExpertMatrices(self.gate[neurons], self.up[neurons], self.down[:, neurons])
-
     def distance(self, other: "ExpertMatrices") -> float:
         """The squared distance of all weights over the squared norms of both: 0 if equal, 1 if orthogonal."""
         pairs = ((self.gate, other.gate), (self.up, other.up), (self.down, other.down))

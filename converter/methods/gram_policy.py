@@ -101,14 +101,6 @@ class LayerGram:
         """The coefficients with the mean outputs of some experts in their place."""
         return self.coefficients(self.weights, dropped)
 
-    def giving_up(self, given_up: NDArray[np.bool_]) -> Double:
-        """The coefficients without the selected experts `given_up` [S, R], the weights of the others renormalised."""
-        return self.coefficients(renormalised(np.where(given_up, 0.0, self.weights), self.weights))
-
-    def skipping(self, ratio: float) -> Double:
-        """The coefficients without experts whose weight is below `ratio` of the token's largest (arXiv 2402.14800)."""
-        return self.giving_up((self.weights > 0) & (self.weights < ratio * self.weights.max(1, keepdims=True)))
-
     def nothing(self) -> Double:
         """The coefficients without the layer's feed-forward part."""
         return np.zeros((self.weights.shape[0], self.products.shape[1]))

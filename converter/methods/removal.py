@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slimoe.converter.source.model_source import MatrixKey, SourceLayer
+from slimoe.converter.source.model_source import SourceLayer
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
 
 Part = Literal["ffn", "attention", "block"]
-_PREFIXES: dict[Part, str] = {"ffn": "ffn_", "attention": "attn_", "block": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +61,6 @@ def _removals(part: Part, statistics: Statistics, layers: Sequence[SourceLayer])
 def ranked(removals: Iterable[Removal]) -> tuple[Removal, ...]:
     """Sorts removals, the most dispensable first; of equal ones the deeper layer, as published orders mostly do."""
     return tuple(sorted(removals, key=lambda one: (-one.similarity, -one.layer)))
-
-
-def removed_keys(removal: Removal, keys: Iterable[MatrixKey]) -> tuple[MatrixKey, ...]:
-    """The matrices and vectors of a source that a removal drops, norms included."""
-    prefix = f"blk.{removal.layer}.{_PREFIXES[removal.part]}"
-    return tuple(key for key in keys if key.name.startswith(prefix))
 
 
 def first(ranking: Sequence[Removal], n: int) -> tuple[Removal, ...]:

@@ -65,11 +65,6 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
     )
 
 
-def single_batch(tokens: Sequence[int], n_past: int, n_out: int = 1) -> Batch:
-    """The batch of the only sequence, whose first `n_past` tokens lie in as many first cells."""
-    return make_batch([(tokens, np.arange(n_past + len(tokens), dtype=np.int64))], n_out)
-
-
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 

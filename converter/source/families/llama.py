@@ -69,7 +69,6 @@ _EXPERTS = {
 }
 # transformers 5 calls the part `mlp` in memory, and `block_sparse_moe` on disk as its predecessors did.
 _MIXTRAL = ATTENTION | {f"{part}.{name}": _EXPERTS[name] for part in ("mlp", "block_sparse_moe") for name in _EXPERTS}
-_TOKEN_IDS = {"bos": 1, "eos": 2}
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", LlamaConfig, LLAMA, _DENSE, LLAMA_IDS),

@@ -26,7 +26,6 @@ from slimoe.converter.methods.removal import (
     layer_removals,
     margin,
     ranked,
-    removed_keys,
 )
 from slimoe.converter.methods.scores import SCORES, unseen
 from slimoe.converter.source.model_source import MatrixKey, block_key, expert_key
@@ -293,14 +292,6 @@ def test_what_a_removal_costs_is_what_was_measured(model: HeldModel, tmp_path: P
     measured = replace(statistics, layers=tuple(layers))
     for ranking, part in zip(rankings, (0.2, 0.1, 0.3), strict=True):
         assert all(one.nats == part + one.layer for one in ranking(measured, model.layers))
-
-
-def test_bytes_of_removals_are_those_of_their_matrices(model: HeldModel) -> None:
-    keys = {part: removed_keys(Removal(part, 1, 0.0), model.shapes) for part in ("ffn", "attention", "block")}
-    assert set(keys["block"]) == set(keys["ffn"]) | set(keys["attention"])
-    assert set(keys["block"]) == {key for key in model.shapes if key.name.startswith("blk.1.")}
-    assert len(keys["ffn"]) == 2 + 3 * SIZES.n_expert
-    assert len(keys["attention"]) == 5
 
 
 def test_a_block_takes_the_place_of_its_parts() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slimoe.offload.graph.batch import Batch, fill_mask, make_batch, single_batch
+from slimoe.offload.graph.batch import Batch, fill_mask, make_batch
 from slimoe.offload.graph.kv_cache import CELL_STEP
 
 
@@ -19,7 +19,7 @@ def cells(*values: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("n_past", "n_tokens"), [(0, 1), (0, 5), (255, 1), (255, 2), (300, 212), (256, 256)])
 def test_one_sequence_is_causal(n_past: int, n_tokens: int) -> None:
-    batch = single_batch(range(10, 10 + n_tokens), n_past)
+    batch = make_batch([(range(10, 10 + n_tokens), np.arange(n_past + n_tokens))], 1)
     n_kv = -(-(n_past + n_tokens) // CELL_STEP) * CELL_STEP
     positions = np.arange(n_past, n_past + n_tokens)
     assert batch.tokens.tolist() == list(range(10, 10 + n_tokens))

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from slimoe.offload.cache import policy
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
+from slimoe.offload.graph import kv_cache
 from slimoe.offload.plan.engine_config import EngineConfig, setting_names
 from slimoe.server.cli import run
 from slimoe.server.commands import plan, serve
 from slimoe.server.messages import Open, decode_to_engine, pack
+from slimoe.server.options import engine_options
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.process import engine_process
 from tests.models.configs import engine_config, reconfigured
@@ -140,6 +143,12 @@ def test_what_is_not_said_is_the_engines_to_choose(seen: list[EngineConfig]) -> 
     assert run(["run", "/some.gguf", "-p", "x"]) == 2
     through_the_pipe(config)
     assert [reconfigured(one, reserve_bytes=0) for one in seen] == [config, config]
+
+
+def test_choices_are_those_of_the_engine() -> None:
+    """Flags name them once more, so that commands need not load the engine to know them."""
+    assert set(engine_options.KV_TYPES) == set(kv_cache.KV_TYPES)
+    assert set(engine_options.POLICIES) == set(policy.POLICIES)
 
 
 def test_the_policy_that_had_another_name(seen: list[EngineConfig]) -> None:
