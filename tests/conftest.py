@@ -1,18 +1,16 @@
 """Tiny tokenizers and checkpoints, made once per test run."""
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from bench.baselines.rpc_server import rpc_server
 from slimoe.converter.convert import ConvertOptions, convert
-from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint
+from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint, train_sentencepiece
 from tests.models.tiny_gguf import write_tiny_gguf
 
 torch.set_num_threads(1)
@@ -21,43 +19,6 @@ torch.set_num_threads(1)
 # Hundreds of tests start the program, which compiles itself each time where Python is told to keep no bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-_WORDS = """
-the quick brown fox jumps over a lazy dog </s </span> </script> <s <un <sub> [INST] tell me [/INST] def return import
-self value key list tuple 1234 567 hello world naïve café über 日本語 文章 привет while for if else (x) {y} a[i]
-"""
-
-
-def _training_lines() -> list[str]:
-    """Text in which the spellings of special tokens are frequent, so that merges could build them."""
-    lines = []
-    vocabulary = _WORDS.split()
-    for n in range(400):
-        words = [vocabulary[(n * 7 + k * (n % 5 + 1)) % len(vocabulary)] for k in range(12)]
-        lines.append(" ".join(words) + "</s" * (n % 3) + " " * (n % 4) + "<un <s")
-    return lines
-
-
-def train_sentencepiece(path: Path, *, byte_fallback: bool = True, user_symbols: tuple[str, ...] = ()) -> Path:
-    """Trains a BPE tokenizer of the kind that Llama and Mixtral carry."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_training_lines()),
-        model_writer=model,
-        vocab_size=512 if byte_fallback else 256,
-        model_type="bpe",
-        byte_fallback=byte_fallback,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        split_by_unicode_script=False,
-        character_coverage=0.9995,
-        user_defined_symbols=list(user_symbols),
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from bench.quality.compress_projection import (
     conversion_of,
     decoding_of,
 )
+from tests.models.gguf_content import finish
 
 SHAPE = replace(SHAPES["smoke"], n_layer=3)
 
@@ -98,10 +99,7 @@ def test_density_counts_what_was_left_out_as_nothing(tmp_path: Path) -> None:
         writer.add_tensor(f"blk.1.ffn_{name}_exps.weight", np.zeros(ff, np.float16))
     for name in ("token_embd", "output"):
         writer.add_tensor(f"{name}.weight", np.zeros((SHAPE.n_vocab, SHAPE.n_embd), np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     density = Density.of(tmp_path / "some.gguf", SHAPE)
     table = 2 * SHAPE.n_vocab * SHAPE.n_embd
     experts = 3 * 2 * SHAPE.n_expert * SHAPE.n_ff * SHAPE.n_embd

@@ -5,7 +5,6 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -25,6 +24,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from tests.models.configs import engine_config
+from tests.models.gguf_content import file_tensors
 
 ROOT = Path(__file__).parents[2]
 FREE, HALF = Limit("unlimited", None, fits=True), Limit("2", 1000, fits=False)
@@ -183,7 +183,7 @@ def test_a_run_without_enough_memory_is_killed_and_told(model: Path) -> None:
 def test_random_copies_are_one_model_in_two_files() -> None:
     """The better copies of ours are llama.cpp's file's experts, byte for byte; both files go in the end."""
     with opened("smoke", "Q8_0,Q4_K", "natural") as (stock, native):
-        theirs, ours = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (stock, native))
+        theirs, ours = file_tensors(stock), file_tensors(native)
         stack = theirs["blk.1.ffn_down_exps.weight"]
         high, low = (ours[f"blk.1.ffn_down_exps.b{bucket}.weight"] for bucket in (0, 1))
         assert np.array_equal(stack.data.ravel(), high.data.ravel())

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
@@ -17,7 +16,15 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError, UsageEr
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.cli import run
-from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content, write_shards
+from tests.models.gguf_content import (
+    Array,
+    GGUFContent,
+    StoredTensor,
+    file_tensors,
+    read_content,
+    write_content,
+    write_shards,
+)
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 
 PROMPT = [1, 300, 301, 302, 17, 305, 306, 307, 400, 401]
@@ -25,10 +32,6 @@ PROMPT = [1, 300, 301, 302, 17, 305, 306, 307, 400, 401]
 
 def converted(source: Path, target: Path, kind: str) -> ConvertReport:
     return convert(ConvertOptions(source, target, kind, n_threads=2))
-
-
-def tensors(path: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,8 @@ def mixed(directory: Path, f32: Path) -> Path:
 def test_a_file_of_all_weights_gives_what_the_checkpoint_does(
     tmp_path: Path, k_quant_checkpoint: Path, f32: Path, kind: str
 ) -> None:
-    ours = tensors(converted(f32, tmp_path / "a.gguf", kind).path)
-    theirs = tensors(converted(k_quant_checkpoint, tmp_path / "b.gguf", kind).path)
+    ours = file_tensors(converted(f32, tmp_path / "a.gguf", kind).path)
+    theirs = file_tensors(converted(k_quant_checkpoint, tmp_path / "b.gguf", kind).path)
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
         assert tensor.tensor_type is theirs[name].tensor_type
@@ -68,7 +71,7 @@ def test_the_same_type_again_copies_everything(tmp_path: Path, mixed: Path) -> N
     report = converted(mixed, tmp_path / "m.gguf", "Q4_K_M")
     assert report.n_copied_bytes == sum(report.bytes_by_type.values())
     assert read_content(report.path).keys.keys() == read_content(mixed).keys.keys()
-    ours, theirs = tensors(report.path), tensors(mixed)
+    ours, theirs = file_tensors(report.path), file_tensors(mixed)
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor.data, theirs[name].data)
@@ -76,8 +79,8 @@ def test_the_same_type_again_copies_everything(tmp_path: Path, mixed: Path) -> N
 
 def test_other_types_are_made_of_what_gguf_decodes(tmp_path: Path, mixed: Path) -> None:
     report = converted(mixed, tmp_path / "m.gguf", "Q4_K")
-    source, copied = tensors(mixed), 0
-    for name, tensor in tensors(report.path).items():
+    source, copied = file_tensors(mixed), 0
+    for name, tensor in file_tensors(report.path).items():
         before = source[name]
         if before.tensor_type is tensor.tensor_type:
             copied += tensor.n_bytes
@@ -139,7 +142,7 @@ def test_old_layouts_become_the_newest(tmp_path: Path, small: GGUFContent) -> No
             old[name] = tensor
     source = write_content(tmp_path / "old.gguf", GGUFContent(small.keys, old))
     report = converted(source, tmp_path / "m.gguf", "F32")
-    made = tensors(report.path)
+    made = file_tensors(report.path)
     assert made.keys() == small.tensors.keys()
     for name, tensor in made.items():
         np.testing.assert_array_equal(tensor.data, small.values(name))
@@ -149,7 +152,7 @@ def test_old_layouts_become_the_newest(tmp_path: Path, small: GGUFContent) -> No
 def test_two_copies_of_every_expert_from_a_file(tmp_path: Path, mixed: Path) -> None:
     options = ConvertOptions(mixed, tmp_path / "pair.gguf", n_threads=2, pair="Q4_K_M,Q2_K")
     report = convert(options)
-    made, source = tensors(report.path), tensors(mixed)
+    made, source = file_tensors(report.path), file_tensors(mixed)
     best = {name.replace(".b0.", "."): tensor for name, tensor in made.items() if ".b1." not in name}
     assert best.keys() == source.keys()
     for name, tensor in best.items():
@@ -165,7 +168,7 @@ def test_a_native_file_that_stock_can_hold_becomes_one(tmp_path: Path, small: GG
     two_copies = NativeFfn(experts, tuple(range(6)))
     source = write_native(tmp_path / "n.gguf", small, [two_copies, plain_ffn(6)])
     path = converted(source, tmp_path / "m.gguf", "F32").path
-    for name, tensor in tensors(path).items():
+    for name, tensor in file_tensors(path).items():
         np.testing.assert_array_equal(tensor.data, small.values(name))
     assert ModelSpec.from_gguf(read_gguf(path)).architecture.name == "llama"
     assert np.isfinite(logits(path)).all()

@@ -18,6 +18,7 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE
 from slimoe.offload.errors import ModelFileError, SlimoeError, UsageError
 from slimoe.server.cli import run
 from tests.converter.quant.test_quantize import llama_quantize
+from tests.models.gguf_content import file_tensors, finish
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 Means = dict[str, NDArray[np.float32]]
@@ -52,7 +53,7 @@ def means(exact: Path) -> Means:
     """[matrices, n_per_row] of every matrix; one expert was never met and has the mean of the others."""
     rng = np.random.default_rng(8)
     made = {}
-    for name, tensor in tensors(exact).items():
+    for name, tensor in file_tensors(exact).items():
         if tensor.data.ndim > 1:
             experts = tensor.data.shape[0] if tensor.data.ndim == 3 else 1
             made[name] = np.square(rng.random((experts, tensor.data.shape[-1]), np.float32)) + np.float32(0.01)
@@ -86,10 +87,7 @@ def write(path: Path, means: Means) -> Path:
             counts[UNMET] = 0
         writer.add_tensor(f"{name}.in_sum2", values * counts)
         writer.add_tensor(f"{name}.counts", counts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -103,17 +101,13 @@ def write_old(path: Path, means: Means) -> Path:
     return path
 
 
-def tensors(path: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-
 def keys_of(path: Path, start: str) -> dict[str, Any]:
     fields = gguf.GGUFReader(path).fields
     return {key: field.contents() for key, field in fields.items() if key.startswith(start)}
 
 
 def same_data(ours: Path, theirs: Path) -> bool:
-    left, right = tensors(ours), tensors(theirs)
+    left, right = file_tensors(ours), file_tensors(theirs)
     return left.keys() == right.keys() and all(np.array_equal(left[name].data, right[name].data) for name in left)
 
 
@@ -123,7 +117,7 @@ def test_the_bytes_are_llama_cpps(
 ) -> None:
     ours = fitted[kind]
     llama_quantize(exact, tmp_path / "theirs.gguf", FILE_TYPES[kind], means)
-    left, right = tensors(ours), tensors(tmp_path / "theirs.gguf")
+    left, right = file_tensors(ours), file_tensors(tmp_path / "theirs.gguf")
     assert left.keys() == right.keys()
     alike = {name for name in left if left[name].tensor_type is right[name].tensor_type and left[name].data.ndim > 1}
     assert alike >= {EXPERTS.format(role) for role in ("gate", "up", "down")}
@@ -153,11 +147,11 @@ def test_both_copies_of_a_pair_are_fitted(
     names = "Q4_K", "Q2_K_PURE"
     options = ConvertOptions(checkpoint, tmp_path / "m.gguf", n_threads=1, pair=",".join(names), imatrix=imatrix)
     report = convert(options)
-    pair = tensors(report.path)
+    pair = file_tensors(report.path)
     assert report.fitted is not None
     assert report.fitted.n_fitted == report.fitted.n_matrices == 2 * 9 + 6
     for bucket, kind in enumerate(names):
-        stock = tensors(fitted[kind])
+        stock = file_tensors(fitted[kind])
         for role in ("gate", "up", "down"):
             copy = pair[EXPERTS.format(role).replace("_exps.", f"_exps.b{bucket}.")]
             np.testing.assert_array_equal(copy.data, stock[EXPERTS.format(role)].data)

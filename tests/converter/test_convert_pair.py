@@ -4,9 +4,7 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from slimoe.offload.model.tensors import WeightSource, model_sources
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
 from tests.models.configs import engine_config
-from tests.models.gguf_content import Array
+from tests.models.gguf_content import Array, file_tensors
 
 TOKENS = [1, 17, 305, 4, 99, 306, 211, 42, 7, 500, 333, 12]
 
@@ -48,15 +46,11 @@ def stock(directory: Path, k_quant_checkpoint: Path) -> dict[str, Path]:
     return {kind: convert(option).path for kind, option in zip(kinds, options, strict=True)}
 
 
-def tensors(path: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-
 @pytest.mark.parametrize(("bucket", "kind"), [(0, "Q4_K"), (1, "Q2_K")])
 def test_a_copy_is_what_the_stock_file_of_its_type_has(
     pair: Path, stock: dict[str, Path], bucket: int, kind: str
 ) -> None:
-    ours, theirs = tensors(pair), tensors(stock[kind])
+    ours, theirs = file_tensors(pair), file_tensors(stock[kind])
     names = [name for name in theirs if "_exps." in name]
     assert len(names) == 3 * 3
     for name in names:
@@ -67,7 +61,7 @@ def test_a_copy_is_what_the_stock_file_of_its_type_has(
 
 
 def test_everything_else_is_what_the_first_types_file_has(pair: Path, stock: dict[str, Path]) -> None:
-    ours, theirs = tensors(pair), tensors(stock["Q4_K"])
+    ours, theirs = file_tensors(pair), file_tensors(stock["Q4_K"])
     for name in (name for name in theirs if "_exps." not in name):
         assert ours[name].tensor_type is theirs[name].tensor_type
         np.testing.assert_array_equal(ours[name].data, theirs[name].data)
@@ -93,7 +87,7 @@ def test_each_expert_has_its_two_copies(pair: Path, stock: dict[str, Path]) -> N
     def stored(source: WeightSource) -> bytes:
         return b"".join(raw[span.offset : span.offset + span.n_bytes] for span in source.spans)
 
-    expected = [tensors(stock[kind]) for kind in ("Q4_K", "Q2_K")]
+    expected = [file_tensors(stock[kind]) for kind in ("Q4_K", "Q2_K")]
     for index, layer in enumerate(expert_layers(model_sources(file, spec), spec)):
         assert layer is not None
         assert layer.target == tuple(range(6))
@@ -179,7 +173,7 @@ def test_inspect_counts_the_copies(pair: Path, capsys: pytest.CaptureFixture[str
     assert found["experts"] | {"stored": 6, "copies": 2, "aliases": 0, "novice_rows": 0} == found["experts"]
     assert set(found["provenance"]) >= {"slimoe.recipe", "slimoe.source.sha256", "slimoe.version"}
     assert not [key for key in found["provenance"] if key.startswith("slimoe.expert")]
-    stored = tensors(pair)
+    stored = file_tensors(pair)
     for kind, bucket in (("experts", "b0"), ("low experts", "b1")):
         rows = [row for row in found["tensors"] if row["kind"] == kind]
         expected = sum(int(tensor.n_bytes) for name, tensor in stored.items() if f"_exps.{bucket}." in name)

@@ -98,6 +98,11 @@ def read_content(path: Path) -> GGUFContent:
     return GGUFContent(keys, {t.name: StoredTensor(np.array(t.data), t.tensor_type) for t in reader.tensors})
 
 
+def file_tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
+    """A file's tensors by name, as gguf's own reader shows them."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
 def write_content(path: Path, content: GGUFContent, *, endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> Path:
     """Writes it to `path`."""
     architecture = content.keys.get("general.architecture")
@@ -107,11 +112,16 @@ def write_content(path: Path, content: GGUFContent, *, endianess: gguf.GGUFEndia
             writer.add_key_value(name, key.value, key.kind, key.item)
     for name, tensor in content.tensors.items():
         writer.add_tensor(name, tensor.data, raw_dtype=tensor.type)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes all that was added to the writer, and closes the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def write_shards(directory: Path, content: GGUFContent, n_shards: int) -> Path:

@@ -1,10 +1,12 @@
 """Small random checkpoints, built and saved by transformers, with a sentencepiece tokenizer and a chat template."""
 
+import io
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -13,6 +15,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
+
+_WORDS = """
+the quick brown fox jumps over a lazy dog </s </span> </script> <s <un <sub> [INST] tell me [/INST] def return import
+self value key list tuple 1234 567 hello world naïve café über 日本語 文章 привет while for if else (x) {y} a[i]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +169,35 @@ def _byte_level(name: str) -> tokenizers.Tokenizer:
         reference.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
         reference.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
     return reference
+
+
+def _training_lines() -> list[str]:
+    """Text in which the spellings of special tokens are frequent, so that merges could build them."""
+    lines = []
+    vocabulary = _WORDS.split()
+    for n in range(400):
+        words = [vocabulary[(n * 7 + k * (n % 5 + 1)) % len(vocabulary)] for k in range(12)]
+        lines.append(" ".join(words) + "</s" * (n % 3) + " " * (n % 4) + "<un <s")
+    return lines
+
+
+def train_sentencepiece(path: Path, *, byte_fallback: bool = True, user_symbols: tuple[str, ...] = ()) -> Path:
+    """Trains a BPE tokenizer of the kind that Llama and Mixtral carry."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_training_lines()),
+        model_writer=model,
+        vocab_size=512 if byte_fallback else 256,
+        model_type="bpe",
+        byte_fallback=byte_fallback,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        split_by_unicode_script=False,
+        character_coverage=0.9995,
+        user_defined_symbols=list(user_symbols),
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path

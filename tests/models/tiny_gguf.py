@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.vocab import SentencePieceVocab
 
-from tests.models.gguf_content import quantise
+from tests.models.gguf_content import finish, quantise
 
 MIXTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,10 +54,7 @@ def write_tiny_gguf(
     for name, dims in _tensors(shape, n_vocab).items():
         values = rng.standard_normal(dims, dtype=np.float32)
         writer.add_tensor(name, values / 8 + 1 if name.endswith("norm.weight") else values * dims[-1] ** -0.5)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -77,6 +74,28 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Path, template: str | Non
     if template is not None:
         writer.add_chat_template(template)
     return len(tokens)
+
+
+def write_vocabulary(path: Path, model: Path, *, added: tuple[str, ...] = (), user: tuple[str, ...] = ()) -> Path:
+    """Writes a vocabulary alone, by gguf's own reader of sentencepiece models, for an architecture that nobody knows.
+
+    `added` are further control tokens, `user` those that a user defined.
+    """
+    tokens, scores, types = [], [], []
+    for text, score, kind in SentencePieceVocab(model.parent).all_tokens():
+        tokens.append(text)
+        scores.append(score)
+        types.append(gguf.TokenType.USER_DEFINED if text.decode() in user else kind)
+    writer = gguf.GGUFWriter(path, "unheard-of")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *added])
+    writer.add_token_scores([*scores, *[0.0] * len(added)])
+    writer.add_token_types([*types, *[gguf.TokenType.CONTROL] * len(added)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages }}")
+    finish(writer)
+    return path
 
 
 def _tensors(shape: TinyShape, n_vocab: int) -> dict[str, tuple[int, ...]]:
@@ -169,10 +188,7 @@ def write_family(
         else:
             stored = quantise(values * 2 * dims[-1] ** -0.5, kind)
             writer.add_tensor(tensor, stored.data, raw_dtype=stored.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -21,6 +21,7 @@ from slimoe.converter.quant.quantize import (
     usable_importance,
 )
 from slimoe.offload.errors import UsageError
+from tests.models.gguf_content import file_tensors
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 Matrix = NDArray[np.float32]
@@ -44,10 +45,6 @@ def importance() -> Matrix:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("quantise") / "tiny.gguf", None, shape=SHAPE)
-
-
-def read(path: Path) -> dict[str, gguf.ReaderTensor]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
 def llama_quantize(source: Path, target: Path, file_type: LlamaFileType, imatrix: dict[str, Matrix] | None) -> None:
@@ -78,14 +75,14 @@ def test_blocks_are_llama_cpps(
     tiny: Path, tmp_path: Path, kind: Type, file_type: LlamaFileType, with_importance: bool
 ) -> None:
     rng = np.random.default_rng(3)
-    source = read(tiny)
+    source = file_tensors(tiny)
     names = [name for name, tensor in source.items() if tensor.data.ndim > 1]
     imatrix = {}
     for name in names:
         experts = source[name].data.shape[0] if source[name].data.ndim == 3 else 1
         imatrix[name] = rng.random((experts, source[name].data.shape[-1]), np.float32) + np.float32(0.01)
     llama_quantize(tiny, tmp_path / "theirs.gguf", file_type, imatrix if with_importance else None)
-    theirs = read(tmp_path / "theirs.gguf")
+    theirs = file_tensors(tmp_path / "theirs.gguf")
     compared = [name for name in names if theirs[name].tensor_type == kind]
     assert {"blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight"} <= set(compared)
     for name in compared:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from slimoe.server.cli import run
+from tests.models.gguf_content import finish
 
 DIRECTORIES: dict[str, tuple[dict[str, str], str]] = {
     "empty": ({}, "this directory is empty. Download"),
@@ -71,10 +72,7 @@ def written(path: Path, architecture: str | None, kind: str | None, tensor: str,
         writer.add_token_list(["a", "b"])
     if tensor:
         writer.add_tensor(tensor, np.zeros((1, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -146,10 +144,7 @@ def test_a_later_shard_alone(
     writer.add_uint16("split.no", 1)
     writer.add_uint16("split.count", 3)
     writer.add_tensor("blk.1.attn_q.weight", np.zeros((1, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert run(command_line(command, tmp_path / name)) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

@@ -9,6 +9,7 @@ from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.errors import ModelFileError
 from slimoe.server.cli import run
+from tests.models.gguf_content import finish
 
 
 def test_a_converted_file(tmp_path: Path, k_quant_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,10 +47,7 @@ def test_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     writer.add_string("unheard-of.expert_count", "a" * 100_000)
     writer.add_tensor("v.strange.0", np.zeros((2, 32), np.float16))
     writer.add_tensor("blk.0.ffn_down_shexp.weight", np.zeros((2, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert run(["inspect", str(tmp_path / "m.gguf")]) == 0
     text = capsys.readouterr().out
     assert "unheard-of" in text
@@ -73,10 +71,7 @@ def test_a_vocabulary_that_is_no_list_is_not_counted(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tokenizer_model("llama")
     writer.add_uint32("tokenizer.ggml.tokens", 5)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    finish(writer)
     assert take_inventory(tmp_path / "m.gguf").tokenizer == {"model": "llama", "chat_template": False}
 
 
@@ -84,10 +79,7 @@ def test_a_recipe_is_shown_line_by_line(tmp_path: Path, capsys: pytest.CaptureFi
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
     writer.add_string("slimoe.version", "0.1.0")
     writer.add_string("slimoe.recipe", 'name = "mine"\n\n[fit]\nrefit = true\n')
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert run(["inspect", str(tmp_path / "m.gguf")]) == 0
     origin = capsys.readouterr().out.split("origin      ")[1].splitlines()
     assert [line.strip() for line in origin] == [
@@ -105,10 +97,7 @@ def test_text_that_is_no_utf_8_is_shown_as_escapes(tmp_path: Path, capsys: pytes
     writer.add_string("slimoe.version", "0.1.0 XX")
     writer.add_array("general.license", ["XX"])
     writer.add_tokenizer_model("XX")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     path.write_bytes(path.read_bytes().replace(b"XX", b"\xed\xa0"))
     assert run(["inspect", str(path)]) == 0
     assert r"slimoe.version 0.1.0 \udced\udca0" in capsys.readouterr().out
@@ -121,10 +110,7 @@ def test_text_that_is_no_utf_8_is_shown_as_escapes(tmp_path: Path, capsys: pytes
 def test_quality_is_shown_field_by_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "unheard-of")
     writer.add_string("slimoe.quality", '{"kl":0.25,"domains":{"prose":0.5},"note":"short"}')
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert run(["inspect", str(tmp_path / "m.gguf")]) == 0
     origin = capsys.readouterr().out.split("origin      ")[1].splitlines()
     assert [line.strip() for line in origin] == ["slimoe.quality", "kl 0.25", 'domains {"prose":0.5}', "note short"]

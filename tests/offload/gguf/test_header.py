@@ -22,6 +22,7 @@ from tests.models.gguf_content import (
     GGUFContent,
     StoredKey,
     StoredTensor,
+    finish,
     quantise,
     read_content,
     stored,
@@ -98,10 +99,7 @@ def test_alignment(tmp_path: Path, content: GGUFContent, alignment: int) -> None
     writer.add_custom_alignment(alignment)
     for name, tensor in content.tensors.items():
         writer.add_tensor(name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert_same_as_ggufs_own_reader(read_gguf(tmp_path / "m.gguf"), tmp_path / "m.gguf")
 
 

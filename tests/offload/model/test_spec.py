@@ -11,6 +11,7 @@ from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
+from tests.models.gguf_content import finish
 
 SPEC = ModelSpec(
     architecture=LLAMA,
@@ -54,10 +55,7 @@ def write(path: Path, keys: dict[str, Any], tensors: dict[str, tuple[int, ...]])
         add[type(value)](key, value)
     for name, shape in tensors.items():
         writer.add_tensor(name, np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return read_gguf(path)
 
 

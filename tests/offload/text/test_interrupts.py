@@ -12,7 +12,7 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.interrupts import interrupts_held
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
-from tests.offload.text.test_tokenizer import write_vocabulary
+from tests.models.tiny_gguf import write_vocabulary
 
 _CALLBACK = ctypes.CFUNCTYPE(None)
 

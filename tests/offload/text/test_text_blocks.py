@@ -11,8 +11,9 @@ from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.text_blocks import BLOCK, MAX_RUN, TextBlocks
 from slimoe.offload.text.tokenizer import Tokenizer
-from tests.conftest import train_sentencepiece
-from tests.offload.text.test_tokenizer import finish, write_vocabulary
+from tests.models.gguf_content import finish
+from tests.models.tiny_checkpoint import train_sentencepiece
+from tests.models.tiny_gguf import write_vocabulary
 
 WORDS = ("hello", " world", "ψψ", "Ω", "日本語", " ", "  ", "\n", "<s>", "é", "naïve", "🙂", "x1")
 

@@ -6,41 +6,16 @@ from typing import Any
 import gguf
 import pytest
 import sentencepiece
-from gguf.vocab import SentencePieceVocab
 
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
-from tests.conftest import train_sentencepiece
+from tests.models.gguf_content import finish
+from tests.models.tiny_checkpoint import train_sentencepiece
+from tests.models.tiny_gguf import write_vocabulary
 
 ADDED = ("<|im_start|>", "<|im_end|>")
-
-
-def write_vocabulary(path: Path, model: Path, *, added: tuple[str, ...] = (), user: tuple[str, ...] = ()) -> Path:
-    """A GGUF of only a vocabulary, by gguf's own reader of sentencepiece models; an architecture nobody knows."""
-    tokens, scores, types = [], [], []
-    for text, score, kind in SentencePieceVocab(model.parent).all_tokens():
-        tokens.append(text)
-        scores.append(score)
-        types.append(gguf.TokenType.USER_DEFINED if text.decode() in user else kind)
-    writer = gguf.GGUFWriter(path, "unheard-of")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*tokens, *added])
-    writer.add_token_scores([*scores, *[0.0] * len(added)])
-    writer.add_token_types([*types, *[gguf.TokenType.CONTROL] * len(added)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages }}")
-    finish(writer)
-    return path
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")

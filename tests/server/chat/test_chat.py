@@ -18,6 +18,7 @@ from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import FALLBACK_STOP, Chat, Conversation, Message
 from slimoe.server.chat.template import MAX_SOURCE, ChatTemplate
 from slimoe.server.chat.template_error import ChatTemplateError
+from tests.models.gguf_content import finish
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE, add_vocabulary
 
 CHATML = (
@@ -30,10 +31,7 @@ def write_vocabulary(path: Path, sentencepiece_path: Path, template: str | None,
     writer = GGUFWriter(path, "llama")
     writer.add_bool(PREFIX_AFTER_SPECIAL, legacy)
     add_vocabulary(writer, sentencepiece_path, template, ("<|im_start|>", "<|im_end|>"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    finish(writer)
     return Tokenizer.open(read_gguf(path))
 
 

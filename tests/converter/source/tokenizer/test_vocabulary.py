@@ -16,7 +16,7 @@ from slimoe.converter.source.tokenizer.tokenizer_json import TokenizerJson
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
-from tests.conftest import train_sentencepiece
+from tests.models.tiny_checkpoint import train_sentencepiece
 from tests.models.tokenizer_files import GPT_4, byte_level, llama_2, split_by
 
 
