@@ -74,7 +74,7 @@ class HiddenCollector(Observer):
         self._weight_square, self._n_token = 0.0, 0
 
     def expert(  # noqa: D102 (the Observer's)
-        self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor
+        self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, weights: Tensor
     ) -> Tensor | None:
         if layer != self.layer:
             return None
@@ -84,9 +84,9 @@ class HiddenCollector(Observer):
             self._expert = expert
             self._product = torch.zeros(hidden.shape[1], hidden.shape[1], device=hidden.device)
             self._weight_square, self._n_token = 0.0, 0
-        weighted = hidden * shares[:, None]
+        weighted = hidden * weights[:, None]
         self._product.addmm_(weighted.T, weighted)
-        self._weight_square += float(shares.double().square().sum())
+        self._weight_square += float(weights.double().square().sum())
         self._n_token += len(rows)
         return None
 

@@ -9,7 +9,7 @@ from slimoe.converter.quant.mixes import RECIPES
 from slimoe.converter.stats.type_costs import CANDIDATES
 from slimoe.offload.resources.memory import parse_bytes
 
-_SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
+_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
 _LARGE_TYPES = ("F16", "BF16", "F32")
 _MOST_BITS = 64
 _MOST_BYTES = 1 << 62
@@ -42,9 +42,9 @@ def read_amount(value: object, whole: int, least: int, noun: str) -> int:
 
     `noun` is what is counted. Raises NotExpectedError.
     """
-    share = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if share is not None and float(share[1]) <= 100:
-        value = round(whole * float(share[1]) / 100)
+    percent = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    if percent is not None and float(percent[1]) <= 100:
+        value = round(whole * float(percent[1]) / 100)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= whole:
         raise NotExpectedError(f'a number of {noun} from {least} to {whole}, or a percentage such as "25%"')
     return value

@@ -10,7 +10,7 @@ from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.forward.windows import Windows
 from slimoe.converter.source.model_source import ModelSource
 
-SOURCE, FILE, SECOND = "the source's answers", "the file's answers", "the second copies' answers"
+SOURCE, FILE, SECOND = "the source's predictions", "the file's predictions", "the second copies' predictions"
 PLAIN, BLOCKS, WRITING = "plain types", "each block alone", "writing texts"
 """Kinds of work, which progress names like this."""
 _FEW, _MANY = 32, 256

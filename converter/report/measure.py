@@ -179,7 +179,7 @@ class ReportMaker:
                 parts=take_inventory(self.target).counts,
             ),
             provenance=self._provenance(),
-            evaluated_on=evaluated_on(self.texts),
+            evaluated_on=_evaluated_on(self.texts),
             quality=summarise(compared),
             low_quality=low,
             expected_kl=self.plan.expected_kl if self.plan else known.expected_kl if known else None,
@@ -289,8 +289,7 @@ class ReportMaker:
         )
 
 
-def evaluated_on(texts: EvalText) -> EvaluatedOn:
-    """The facts of a report about the texts that a model is evaluated on."""
+def _evaluated_on(texts: EvalText) -> EvaluatedOn:
     windows, tokens = texts.windows, texts.windows.sequences.tokens
     return EvaluatedOn(
         hash=CalibrationText(tokens, windows.domains).hash,

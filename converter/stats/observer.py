@@ -88,17 +88,17 @@ class LayerObserver(Observer):
         self._inputs.add_router(x)
         self._experts.add_routing(first_row, x, routing)
 
-    def expert(self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, shares: Tensor) -> None:
+    def expert(self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, weights: Tensor) -> None:
         """Adds tokens of an expert: the inputs of its matrices."""
         assert self._experts is not None
         self._inputs.add_expert(expert, x, hidden)
-        self._experts.keep_sample(x, shares)
+        self._experts.keep_sample(x, weights)
 
-    def output(self, layer: int, expert: int, rows: Tensor, shares: Tensor, output: Tensor) -> None:
+    def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
         """Adds tokens of an expert: its outputs."""
         assert self._experts is not None
         self._check(output)
-        self._experts.outputs.add(expert, shares, output)
+        self._experts.outputs.add(expert, weights, output)
 
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
         """Adds a sequence's residual streams, to compare before and after."""
@@ -175,11 +175,11 @@ class _ExpertObserver:
             self.gram.add_expert(expert, matrices)
         return matrices
 
-    def keep_sample(self, x: Tensor, shares: Tensor) -> None:
+    def keep_sample(self, x: Tensor, weights: Tensor) -> None:
         """Keeps those of the current expert's next tokens that are in the sample: inputs and expert weights."""
         begin, end = np.searchsorted(self._wanted, (self._n_seen, self._n_seen + len(x))).tolist()
         own = torch.from_numpy(self._wanted[begin:end] - self._n_seen).to(x.device)
-        self._sampled.append((x[own], shares[own]))
+        self._sampled.append((x[own], weights[own]))
         self._n_seen += len(x)
 
     def _finish_current(self, inputs: InputTotals) -> None:

@@ -218,9 +218,9 @@ class _InParts(Observer):
         rows: torch.Tensor,
         x: torch.Tensor,
         hidden: torch.Tensor,
-        shares: torch.Tensor,
+        weights: torch.Tensor,
     ) -> None:
-        for part in zip(*(one.split(7) for one in (rows, x, hidden, shares)), strict=True):
+        for part in zip(*(one.split(7) for one in (rows, x, hidden, weights)), strict=True):
             self.other.expert(layer, expert, *part)
 
 
