@@ -1,6 +1,6 @@
 """Opens a model in tiers: experts in device slots, in the host expert cache and on disk, and the runner over them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 
@@ -12,20 +12,21 @@ from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
-from slimoe.offload.experts.constant_experts import read_novices
+from slimoe.offload.experts.constant_experts import read_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
+from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
+from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.experts.resident import ResidentExperts
-from slimoe.offload.experts.runner import Part, TieredRunner
-from slimoe.offload.experts.stage import ExpertStage, Site
+from slimoe.offload.experts.runner import TieredRunner
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
 from slimoe.offload.graph.kv_cache import KVCache, kv_type
 from slimoe.offload.graph.token_rows import TokenRows
-from slimoe.offload.graph.weights import Share, WeightStore, load_weights
+from slimoe.offload.graph.weights import WeightStore, WeightSubset, load_weights
 from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.model.tensors import ModelSources, join_layers, without_experts
@@ -139,18 +140,18 @@ class _Opening:
 
     def open(self) -> Tiers:
         plan = self._plan
-        n_ahead = 0 if plan.tiers is None else plan.tiers.n_ahead
-        host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, n_ahead)
-        parts = [self._device_part(device, n_ahead) for device in plan.devices]
+        prefetch_depth = 0 if plan.tiers is None else plan.tiers.prefetch_depth
+        host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, prefetch_depth)
+        parts = [self._device_part(device, prefetch_depth) for device in plan.devices]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
-        experts = [part.site.experts for part in parts if part.site.experts is not None]
+        experts = [part.experts for part in parts if part.experts is not None]
         n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
-        runner = TieredRunner(plan.spec, parts, self._cut, n_ahead, self._rows, plan.n_batch, n_out)
+        runner = TieredRunner(plan.spec, parts, self._cut, prefetch_depth, self._rows, plan.n_batch, n_out)
         self._opened.callback(runner.close)
         reader = host_pool = lossy = None
         if plan.tiers is not None:
-            n_used, possible = plan.spec.n_expert_used, slot_kinds(plan.cut_layers, plan.tiers.low)
-            graphs = ExpertGraphs(self._cpu, host, plan.spec.n_embd, n_used, plan.n_batch, set(possible))
+            possible = slot_kinds(plan.cut_layers, plan.tiers.low)
+            graphs = ExpertGraphs(self._cpu, host, set(possible))
             self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.memory.direct_io)
             self._opened.callback(reader.close)
@@ -164,52 +165,52 @@ class _Opening:
             if plan.lossy is not None:
                 memory = ResidentExperts(plan.layers, host_pool, reader, experts)
                 lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
-            runner.attach(self._stage(parts, host, graphs, host_pool, experts, lossy))
-        by_plan = zip(plan.devices, [part.site.experts for part in parts[1:]], strict=True)
+            runner.attach(self._moe_step(parts, host, graphs, host_pool, experts, lossy))
+        by_plan = zip(plan.devices, [part.experts for part in parts[1:]], strict=True)
         return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy)
 
-    def _exchange(self, backend: Backend, n_cells: int, n_ahead: int) -> Exchange:
+    def _exchange(self, backend: Backend, n_cells: int, prefetch_depth: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
-        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, n_ahead)
+        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth)
         return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------
 
-    def _host_part(self, exchange: Exchange) -> Part:
+    def _host_part(self, exchange: Exchange) -> DevicePart:
         """All layers on the CPU."""
         plan = self._plan
         sources = join_layers(without_experts(plan.sources))
         store = self._store(self._cpu)
         weights = load_weights(store, sources, lambda _: "copied", None if self._rows is None else self._rows.tensor)
         layers = range(plan.spec.n_layer)
-        return Part(Site(self._cpu, exchange), layers, self._cache(self._cpu, layers), weights)
+        return DevicePart(self._cpu, exchange, layers, self._cache(self._cpu, layers), weights)
 
-    def _table_part(self, exchange: Exchange) -> Part:
+    def _table_part(self, exchange: Exchange) -> DevicePart:
         """The token table on the CPU: devices cannot look up rows of every type."""
         assert self._rows is not None
-        share = Share((), output=False)
-        weights = load_weights(self._store(self._cpu), self._plan.sources, lambda _: "copied", self._rows.tensor, share)
-        return Part(Site(self._cpu, exchange), (), None, weights)
+        store, subset = self._store(self._cpu), WeightSubset((), output=False)
+        weights = load_weights(store, self._plan.sources, lambda _: "copied", self._rows.tensor, subset)
+        return DevicePart(self._cpu, exchange, (), None, weights)
 
-    def _device_part(self, device: DevicePlan, n_ahead: int) -> Part:
+    def _device_part(self, device: DevicePlan, prefetch_depth: int) -> DevicePart:
         plan = self._plan
         backend = self._opened.enter_context(closing(DeviceBackend(device.device)))
         sources: ModelSources = plan.sources if device.is_whole else without_experts(plan.sources)
-        share = Share(device.layers, output=device.layers[-1] == plan.spec.n_layer - 1)
+        subset = WeightSubset(device.layers, output=device.layers[-1] == plan.spec.n_layer - 1)
         store = self._store(backend)
-        weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, share)
+        weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, subset)
         store.release_staging()
-        exchange = self._exchange(backend, plan.n_cells, n_ahead)
+        exchange = self._exchange(backend, plan.n_cells, prefetch_depth)
         cache = self._cache(backend, device.layers)
         if device.is_whole:
-            return Part(Site(backend, exchange), device.layers, cache, weights)
-        enter, spec = self._opened.enter_context, plan.spec
+            return DevicePart(backend, exchange, device.layers, cache, weights)
+        enter = self._opened.enter_context
         pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
-        graphs = SlotGraphs(backend, exchange, pools, spec.n_embd, spec.n_expert_used, plan.n_batch)
+        graphs = SlotGraphs(backend, exchange, pools)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
         experts = DeviceExperts(pools, enter(closing(graphs)), own)
-        return Part(Site(backend, exchange, experts), device.layers, cache, weights)
+        return DevicePart(backend, exchange, device.layers, cache, weights, experts)
 
     def _store(self, backend: Backend) -> WeightStore:
         return self._opened.enter_context(
@@ -255,17 +256,16 @@ class _Opening:
         held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
         return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
 
-    def _stage(
+    def _moe_step(
         self,
-        parts: list[Part],
+        parts: list[DevicePart],
         host: Exchange,
         graphs: ExpertGraphs,
         host_pool: HostPool,
         devices: list[DeviceExperts],
         lossy: LossyStep | None,
-    ) -> ExpertStage:
+    ) -> MoEStep:
         plan = self._plan
-        sites: Mapping[int, Site] = {layer: part.site for part in parts for layer in part.layers}
         host_experts = HostExperts(
             plan.layers,
             self._cut,
@@ -275,15 +275,15 @@ class _Opening:
             None if lossy is None else lossy.prefetch_copy,
         )
         for part in parts:
-            if part.site.experts is not None:
-                self._measure(part.site.experts, part.site.backend, host_pool, host_experts)
-        constants, trace = read_novices(plan.gguf, plan.layers), None
+            if part.experts is not None:
+                self._measure(part.experts, part.backend, host_pool, host_experts)
+        constants, trace = read_constant_experts(plan.gguf, plan.layers), None
         if self._config.trace is not None:
             experts = (() if layer is None else layer.experts for layer in plan.layers)
             sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
             header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
             trace = TraceWriter(self._config.trace, header)
-        return ExpertStage(plan.layers, sites, host, host_experts, self._policy, constants, trace, lossy)
+        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

@@ -40,7 +40,7 @@ class HostPoolCounters:
 
 
 @dataclass(slots=True, eq=False)
-class Loaded:
+class HostSlot:
     """A slot and its expert: the read that fills it, where the matrices begin, and whether they were read ahead."""
 
     address: int
@@ -92,9 +92,9 @@ class _Pool:
         self._base = np.frombuffer(self._memory, np.uint8)
         base = int(self._base.ctypes.data)
         advise_huge_pages(base, self.n_bytes)
-        self.slots = [Loaded(base + index * size) for index in range(n_slots)]
+        self.slots = [HostSlot(base + index * size) for index in range(n_slots)]
 
-    def slot(self, key: Key) -> Loaded | None:
+    def slot(self, key: Key) -> HostSlot | None:
         """The slot of an expert, None if it has none."""
         index = self.cache.lookup(key)
         return None if index is None else self.slots[index]
@@ -126,7 +126,7 @@ class HostPool:
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
-        self._invested: Loaded | None = None
+        self._invested: HostSlot | None = None
         self.counters = HostPoolCounters()
 
     @property
@@ -157,7 +157,7 @@ class HostPool:
 
     def fill(self, wanted: Iterable[tuple[Key, ExpertCopy]], on_progress: Callable[[int], None]) -> None:
         """Reads copies into free slots, as many as there are, before the first step."""
-        begun: list[tuple[Loaded, ExpertCopy]] = []
+        begun: list[tuple[HostSlot, ExpertCopy]] = []
         for key, copy in wanted:
             pool = self._pools[copy.slot_class]
             if len(pool.cache) < pool.cache.n_slots:
@@ -186,7 +186,7 @@ class HostPool:
         self._needed |= self._held
         self._pinned |= self._held
 
-    def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> Loaded:
+    def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> HostSlot:
         """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""
         pool = self._pools[copy.slot_class]
         slot = pool.slot(key)
@@ -240,7 +240,7 @@ class HostPool:
             pool.cache.free(key)
             self.counters.n_cancelled += 1
 
-    def addresses(self, slot: Loaded) -> Addresses:
+    def addresses(self, slot: HostSlot) -> Addresses:
         """Where the matrices begin; waits for them. Raises ReadFailedError, and the slot is free again."""
         if not slot.is_ready:
             begin = time.perf_counter()
@@ -250,7 +250,7 @@ class HostPool:
             self._complete(slot)
         return slot.addresses
 
-    def _complete(self, slot: Loaded) -> None:
+    def _complete(self, slot: HostSlot) -> None:
         if slot.read is None:
             return
         try:
@@ -263,7 +263,7 @@ class HostPool:
             if slot.is_ready:
                 slot.read = None
 
-    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> Loaded:
+    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> HostSlot:
         is_tight = demanded and not pool.can_take(self._pinned)
         index, _ = pool.cache.acquire(key, self._needed if is_tight else self._pinned)
         slot = pool.slots[index]

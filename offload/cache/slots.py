@@ -11,8 +11,8 @@ from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.resources.memory import human
 
-MAX_AHEAD = 3
-"""Layers whose routers are asked early: beyond the third they know too little."""
+MAX_PREFETCH_DEPTH = 3
+"""Later layers whose routers are asked early: beyond the third they know too little."""
 
 LowSlots = Literal["none", "shared", "first", "last"]
 """The slots of low copies: none, as many as of high ones, all of them before any high one, or what these leave."""
@@ -34,7 +34,7 @@ class TierPlan:
     n_slots: tuple[tuple[SlotClass, int], ...]
     n_experts: int
     expert_bytes: int
-    n_ahead: int
+    prefetch_depth: int
     low: LowSlots = "none"
     is_final: bool = False
 
@@ -84,7 +84,7 @@ def plan_tiers(
         n_slots=tuple(n_slots.items()),
         n_experts=len(copies),
         expert_bytes=sum(copy.n_bytes for copy in copies),
-        n_ahead=max(0, min(MAX_AHEAD, *(room - 1 for room in rooms))) if rooms else 0,
+        prefetch_depth=max(0, min(MAX_PREFETCH_DEPTH, *(room - 1 for room in rooms))) if rooms else 0,
         low=low,
     )
 

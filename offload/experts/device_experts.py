@@ -1,4 +1,4 @@
-"""Experts in a device's slots: multiplied there while the CPU does the others, and exchanged when that pays."""
+"""Experts in a device's slots: computed there while the CPU does the others, and exchanged when that pays."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from slimoe.offload.cache.device_pool import Pools, SlotPool
 from slimoe.offload.cache.host_pool import Addresses
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routing import Picks
+from slimoe.offload.cache.routed_tokens import RoutedTokens
 from slimoe.offload.cache.swap import SlotExchange
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
@@ -20,30 +20,30 @@ _MANY = 64
 
 @dataclass(frozen=True, slots=True)
 class ExpertTimes:
-    """Seconds for one pick and for `n_many`; between and beyond them a straight line."""
+    """Seconds that an expert takes for one token and for `n_many`; between and beyond them a straight line."""
 
     one: float
     many: float
     n_many: int
 
-    def seconds(self, n_picks: int) -> float:
-        """Of so many picks."""
+    def seconds(self, n_tokens: int) -> float:
+        """Seconds that an expert takes for `n_tokens` tokens."""
         if self.n_many == 1:
-            return self.one * n_picks
-        return max(0.0, self.one + (self.many - self.one) * (n_picks - 1) / (self.n_many - 1))
+            return self.one * n_tokens
+        return max(0.0, self.one + (self.many - self.one) * (n_tokens - 1) / (self.n_many - 1))
 
 
 def measure_times(run: Callable[[int], None], n_batch: int) -> ExpertTimes:
-    """Times `run`, which computes an expert for a number of picks, at most `n_batch`: the fastest of several runs."""
+    """Times `run`, which computes an expert for a number of tokens, at most `n_batch`: the fastest of several runs."""
     n_many = min(_MANY, n_batch)
     return ExpertTimes(_fastest(run, 1), _fastest(run, n_many), n_many)
 
 
-def _fastest(run: Callable[[int], None], n_picks: int) -> float:
+def _fastest(run: Callable[[int], None], n_tokens: int) -> float:
     taken = []
     for _ in range(_ROUNDS + 1):  # the first builds the graph
         begin = time.perf_counter()
-        run(n_picks)
+        run(n_tokens)
         taken.append(time.perf_counter() - begin)
     return min(taken[1:])
 
@@ -60,8 +60,8 @@ class LinkTimes:
 def choose_streams(n_host: list[int], n_device: list[int], times: LinkTimes) -> list[int]:
     """Which of the host's experts a batch should copy to the device, so that both sides end soonest.
 
-    The arguments are picks per expert of either side; the result are indices into the first. The largest are the first
-    to be copied, since a copy costs the same for all.
+    `n_host` and `n_device` are the tokens of each expert on either side; the result are indices into `n_host`. The
+    experts with most tokens are the first to be copied, since a copy costs the same for all.
     """
     on_host = sum(times.host.seconds(n) for n in n_host)
     on_device = sum(times.device.seconds(n) for n in n_device)
@@ -79,8 +79,9 @@ def choose_streams(n_host: list[int], n_device: list[int], times: LinkTimes) -> 
 class DeviceExperts:
     """One device's slots. `copies` are those that its layers could have here.
 
-    Counters since it was opened: `hits` picks multiplied here, `bytes_uploaded`, `n_swaps`, and `n_streamed` experts
-    that passed through for a batch. `times` and `swaps` are None until measured: nothing is streamed or exchanged.
+    Counters since it was opened: `hits` selected experts computed here (once per token), `bytes_uploaded`, `n_swaps`,
+    and `n_streamed` experts that passed through for a batch. `times` and `swaps` are None until measured: nothing is
+    streamed or exchanged.
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
@@ -107,30 +108,23 @@ class DeviceExperts:
         """Whether an expert is in a slot here."""
         return self.kind_of(key) is not None and self._pool(key).slot(key) is not None
 
-    def begin(self, picks: Sequence[Picks], n_rows: int) -> None:
-        """Begins to fill the columns of picks whose experts are here."""
-        self._graphs.begin([self._work(group) for group in self._by_class(picks)], n_rows)
-        self.hits += sum(len(pick.columns) for pick in picks)
-
-    def _by_class(self, picks: Sequence[Picks]) -> list[list[Picks]]:
-        groups: dict[object, list[Picks]] = {}
-        for pick in picks:
-            groups.setdefault(pick.copy.slot_class, []).append(pick)
-        return list(groups.values())
-
-    def _work(self, picks: list[Picks]) -> SlotWork:
-        slots = [np.full(len(pick.columns), self._slot(pick.key), np.int32) for pick in picks]
-        return SlotWork(
-            picks[0].copy.slot_class,
-            np.concatenate([pick.tokens for pick in picks]),
-            np.concatenate(slots),
-            np.concatenate([pick.columns for pick in picks]),
-        )
-
-    def _slot(self, key: Key) -> int:
-        slot = self._pool(key).slot(key)
-        assert slot is not None, f"{key} is not on the device"
-        return slot
+    def begin(self, routed: Sequence[RoutedTokens], n_rows: int) -> None:
+        """Begins to fill the columns of experts that are here, all those of one class in one graph."""
+        groups: dict[SlotClass, list[RoutedTokens]] = {}
+        for one in routed:
+            groups.setdefault(one.copy.slot_class, []).append(one)
+        works = []
+        for slot_class, group in groups.items():
+            slots = []
+            for one in group:
+                slot = self._pool(one.key).slot(one.key)
+                assert slot is not None, f"{one.key} is not on the device"
+                slots.append(np.full(len(one.columns), slot, np.int32))
+            tokens = np.concatenate([one.tokens for one in group])
+            columns = np.concatenate([one.columns for one in group])
+            works.append(SlotWork(slot_class, tokens, np.concatenate(slots), columns))
+        self._graphs.begin(works, n_rows)
+        self.hits += sum(len(one.columns) for one in routed)
 
     def _pool(self, key: Key) -> SlotPool:
         return self._pools[self.copies[key].slot_class]
@@ -146,7 +140,7 @@ class DeviceExperts:
         return copy.slot_class in self._pools
 
     def kind_of(self, key: Key) -> SlotClass | None:
-        """Which slots an expert fits, None of one that has none here."""
+        """The class of slots that an expert fits, None if there are none of it here."""
         copy = self.copies.get(key)
         return copy.slot_class if copy is not None and copy.slot_class in self._pools else None
 
@@ -156,22 +150,25 @@ class DeviceExperts:
         self.n_swaps += victim is not None
 
     def stream(
-        self, work: Sequence[tuple[Picks, Addresses]], n_rows: int, is_given_up: Callable[[], bool] = lambda: False
+        self,
+        work: Sequence[tuple[RoutedTokens, Addresses]],
+        n_rows: int,
+        is_given_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Copies experts to slots kept for passing through, one after the other, and begins to multiply their picks.
+        """Copies experts to slots kept for passing through, one after the other, and begins to compute their tokens.
 
         Does no more of them as soon as it `is_given_up`.
         """
-        for pick, addresses in work:
+        for one, addresses in work:
             if is_given_up():
                 return
-            pool = self._pools[pick.copy.slot_class]
+            pool = self._pools[one.copy.slot_class]
             slot = pool.next_passing()
             pool.write(slot, addresses)
-            self.bytes_uploaded += pick.copy.n_bytes
+            self.bytes_uploaded += one.copy.n_bytes
             self.n_streamed += 1
-            slots = np.full(len(pick.columns), slot, np.int32)
-            self._graphs.begin([SlotWork(pick.copy.slot_class, pick.tokens, slots, pick.columns)], n_rows)
+            slots = np.full(len(one.columns), slot, np.int32)
+            self._graphs.begin([SlotWork(one.copy.slot_class, one.tokens, slots, one.columns)], n_rows)
 
     # --- measuring ------------------------------------------------------------------------------------------
 
@@ -185,11 +182,11 @@ class DeviceExperts:
             taken.append(time.perf_counter() - begin)
         return min(taken)
 
-    def run_passing(self, slot_class: SlotClass, n_picks: int, synchronize: Callable[[], None]) -> None:
-        """Computes an expert that `seconds_per_copy` left, for as many tokens as picks, and waits for it."""
-        slots = np.full(n_picks, self._pools[slot_class].next_passing(), np.int32)
-        tokens = np.arange(n_picks, dtype=np.int32)
-        self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_picks)
+    def run_passing(self, slot_class: SlotClass, n_tokens: int, synchronize: Callable[[], None]) -> None:
+        """Computes an expert that `seconds_per_copy` left, for `n_tokens` tokens, and waits for it."""
+        slots = np.full(n_tokens, self._pools[slot_class].next_passing(), np.int32)
+        tokens = np.arange(n_tokens, dtype=np.int32)
+        self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_tokens)
         synchronize()
 
     def close(self) -> None:

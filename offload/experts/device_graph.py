@@ -1,4 +1,4 @@
-"""Multiplies picks with experts in a device's slots.
+"""Computes selected experts that lie in a device's slots.
 
 Each pair of a token and an expert is a row of its own with a single id, so that no token ever repeats one, and every
 id is the number of a slot that is filled.
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from slimoe.offload.cache.device_pool import Pools
 from slimoe.offload.errors import DeviceError, DoesNotFitError
+from slimoe.offload.experts.pair_graph import PairBuilder, PairInputs, add_input
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.expert_ffn import add_expert_ffn
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.model.experts import SlotClass
 
@@ -44,28 +44,24 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A graph and the inputs to fill."""
+    """A graph and its inputs."""
 
     graph: int
-    tokens: int
     slots: int
-    shares: int
-    columns: int
+    pairs: PairInputs
 
 
 class SlotGraphs:
     """Graphs by shape over one device's pools, in one buffer that is sized for the largest batch at the start."""
 
-    def __init__(
-        self, backend: DeviceBackend, exchange: Exchange, pools: Pools, n_embd: int, n_used: int, n_batch: int
-    ) -> None:
+    def __init__(self, backend: DeviceBackend, exchange: Exchange, pools: Pools) -> None:
         self._backend, self._exchange, self._pools = backend, exchange, pools
-        self._n_embd, self._n_used = n_embd, n_used
         self._inputs: list[NDArray[Any]] = []
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS, backend.check)
+        n_tokens = exchange.shape.n_tokens
         try:
             for slot_class in pools:
-                self._graphs.reserve(_Shape(slot_class, n_batch * n_used, n_batch))
+                self._graphs.reserve(_Shape(slot_class, n_tokens * exchange.shape.n_used, n_tokens))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
@@ -83,44 +79,25 @@ class SlotGraphs:
             assert work.slots.size
             assert 0 <= work.slots.min() <= work.slots.max() < self._pools[work.slot_class].n_slots
             prepared = self._graphs.get(_Shape(work.slot_class, len(work.slots), n_tokens))
-            self._give(prepared.tokens, work.tokens)
-            self._give(prepared.slots, work.slots)
-            self._give(prepared.shares, work.columns.astype(np.int32))
-            self._give(prepared.columns, work.columns)
+            pairs, weight_rows = prepared.pairs, work.columns.astype(np.int32)
+            # Not waiting for the graph before, which would keep the host from its own work.
+            self._inputs += (work.tokens, work.slots, weight_rows, work.columns)
+            self._backend.set_async(pairs.tokens, work.tokens)
+            self._backend.set_async(prepared.slots, work.slots)
+            self._backend.set_async(pairs.weight_rows, weight_rows)
+            self._backend.set_async(pairs.columns, work.columns)
             self._backend.compute_async(prepared.graph)
-
-    def _give(self, tensor: int, values: NDArray[Any]) -> None:
-        """Sets an input without waiting for the graph before, which would keep the host from its own work."""
-        self._inputs.append(values)
-        self._backend.set_async(tensor, values)
 
     def _build(self, shape: _Shape) -> BuiltGraph[_Prepared]:
         n_bytes = 2 * _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
         ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
-        exchange, n_pairs, n_embd = self._exchange, shape.n_pairs, self._n_embd
-        tokens, slots, shares = (_input(ctx, Type.I32, n_pairs) for _ in range(3))
-        columns = _input(ctx, Type.I64, n_pairs)
-        gathered = ggml.ggml_get_rows(ctx, exchange.view(ctx, "normed", (n_embd, shape.n_tokens)), tokens)
-        rows = ggml.ggml_reshape_3d(ctx, gathered, n_embd, 1, n_pairs)
-        ids = ggml.ggml_reshape_2d(ctx, slots, 1, n_pairs)
-        gate, up, down = self._pools[shape.slot_class].stacks
-        result = add_expert_ffn(ctx, (gate, up), down, rows, ids)
-        n_columns = self._n_used * shape.n_tokens
-        share = ggml.ggml_get_rows(ctx, exchange.view(ctx, "shares", (1, n_columns)), shares)
-        weighted = ggml.ggml_mul(ctx, result, ggml.ggml_reshape_3d(ctx, share, 1, 1, n_pairs))
-        flat = ggml.ggml_reshape_2d(ctx, weighted, n_embd, n_pairs)
-        outputs = exchange.view(ctx, "outputs", (n_embd, n_columns))
-        ggml.ggml_build_forward_expand(graph, ggml.ggml_set_rows(ctx, outputs, flat, columns))
-        return BuiltGraph(ctx, graph, lambda: _Prepared(graph, tokens, slots, shares, columns))
+        slots = add_input(ctx, Type.I32, shape.n_pairs)
+        ids = ggml.ggml_reshape_2d(ctx, slots, 1, shape.n_pairs)
+        builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens)
+        pairs = builder.add(self._pools[shape.slot_class].stacks, ids, shape.n_pairs)
+        return BuiltGraph(ctx, graph, lambda: _Prepared(graph, slots, pairs))
 
     def close(self) -> None:
         """Frees graphs and buffer."""
         self._graphs.close()
-
-
-def _input(ctx: int, kind: Type, n: int) -> int:
-    tensor: int = ggml.ggml_new_tensor_1d(ctx, kind, n)
-    ggml.ggml_set_input(tensor)
-    ggml.ggml_set_output(tensor)
-    return tensor

@@ -1,4 +1,4 @@
-"""Experts that the CPU multiplies: from the host expert cache, or read into it, the likely next ones ahead of time."""
+"""Experts that the CPU computes: from the host expert cache, or read into it; predicted ones are prefetched."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,28 +7,27 @@ from itertools import compress, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import Addresses, HostPool, Loaded
+from slimoe.offload.cache.host_pool import Addresses, HostPool, HostSlot
 from slimoe.offload.cache.prefetch import ExpertPredictor, Guess
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routing import Picks
+from slimoe.offload.cache.routed_tokens import RoutedTokens
 from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
 _IN_FLIGHT = 2
-"""Experts of a batch that are read while another is multiplied."""
+"""Experts of a batch that are read while another is computed."""
 _WORTH_READING, _SURE = 0.5, 0.8
-"""Probabilities from which an expert is read ahead when nothing better is to be read, and before others."""
+"""Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
 
 Cancelled = Callable[[], bool] | None
-Wanted = tuple[Key, ExpertCopy]
 
 
 class HostExperts:
     """The host's part of every cut layer.
 
     `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `prefetch_copy` which
-    copy to read of one that will perhaps be chosen, the best one without it.
+    copy to read of one that will perhaps be selected, the best one by default.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class HostExperts:
         self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
         self._predictor = ExpertPredictor()
         self.predicted: list[Key] = []
-        """What the last layer of a single token had read ahead, the first to be read first."""
+        """What was to be prefetched at the last layer of a single token, the first to be read first."""
 
     @property
     def compute_bytes(self) -> int:
@@ -66,53 +65,48 @@ class HostExperts:
     def run_single(
         self,
         index: int,
-        picks: Sequence[Picks],
-        ahead: Mapping[int, NDArray[np.float32]],
+        routed: Sequence[RoutedTokens],
+        early_logits: Mapping[int, NDArray[np.float32]],
         is_cancelled: Cancelled,
         elsewhere: Iterable[Key] = (),
     ) -> None:
-        """Fills the columns of one token's picks. `ahead`: by later layer, its router's scores for this one's input.
+        """Fills the columns of one token's selected experts in layer `index`.
 
-        `elsewhere` are the other experts that the token chose: they say which guesses were right. Raises
-        EngineAbortedError and ReadFailedError.
+        `early_logits` are by later layer what its router says to this layer's input. `elsewhere` are the other experts
+        that the token selected: they say which predictions were right. Raises EngineAbortedError and ReadFailedError.
         """
-        needed = {pick.key for pick in picks}
-        self._settle(index, needed, elsewhere)
-        self._host_pool.pin(needed, self._all_predicted())
-        loaded = [self._host_pool.demand(pick.key, pick.copy) for pick in picks]
-        self._look_ahead(index, ahead, needed)
-        ready = [one.is_ready for one in loaded]
-        works = [self._work(pick, one) for pick, one, is_ready in zip(picks, loaded, ready, strict=True) if is_ready]
-        if works:
-            self._graphs.run(works, 1, is_cancelled)
-        for pick, one, is_ready in zip(picks, loaded, ready, strict=True):
-            if not is_ready:
-                self._graphs.run([self._work(pick, one)], 1, is_cancelled)
-
-    def _all_predicted(self) -> set[Key]:
-        return {key for keys in self._predicted.values() for key in keys}
-
-    def _settle(self, index: int, needed: set[Key], elsewhere: Iterable[Key]) -> None:
-        """What was predicted for this layer and is not needed is not read on."""
-        layer = self._layers[index]
+        layer, needed = self._layers[index], {one.key for one in routed}
         assert layer is not None
         self._predictor.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
         predicted = self._predicted.pop(index, {})
         self._abandon({key: copy for key, copy in predicted.items() if key not in needed})
+        self._host_pool.pin(needed, self._all_predicted())
+        slots = [self._host_pool.demand(one.key, one.copy) for one in routed]
+        self._prefetch_predicted(early_logits, needed)
+        ready = [slot.is_ready for slot in slots]
+        works = [self._work(one, slot) for one, slot, is_ready in zip(routed, slots, ready, strict=True) if is_ready]
+        if works:
+            self._graphs.run(works, 1, is_cancelled)
+        for one, slot, is_ready in zip(routed, slots, ready, strict=True):
+            if not is_ready:
+                self._graphs.run([self._work(one, slot)], 1, is_cancelled)
+
+    def _all_predicted(self) -> set[Key]:
+        return {key for keys in self._predicted.values() for key in keys}
 
     def _abandon(self, predicted: Mapping[Key, ExpertCopy]) -> None:
         for key, copy in predicted.items():
             self._host_pool.abandon(key, copy)
 
-    def _look_ahead(self, index: int, ahead: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
-        """Has experts read that the next layers' routers would probably choose: the sure ones first, then the near."""
+    def _prefetch_predicted(self, early_logits: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
+        """Has experts read that later layers will probably select: the sure ones first, then the nearest layers'."""
         wanted: list[Guess] = []
-        for distance, (later, scores) in enumerate(ahead.items(), start=1):
+        for distance, (later, logits) in enumerate(early_logits.items(), start=1):
             layer = self._layers[later]
             assert layer is not None
             guesses = [
                 guess
-                for guess in self._predictor.guess(later, distance, layer, scores)
+                for guess in self._predictor.guess(later, distance, layer, logits)
                 if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
             ]
             predicted = {guess.key: self._prefetch_copy(guess.key) for guess in guesses[: layer.n_expert_used]}
@@ -127,52 +121,51 @@ class HostExperts:
             copy = self._predicted[guess.key[0]][guess.key]
             self._host_pool.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
 
-    def _work(self, pick: Picks, loaded: Loaded) -> ExpertWork:
-        addresses = self._host_pool.addresses(loaded)
-        return ExpertWork(pick.copy.slot_class, addresses, pick.tokens, pick.columns)
+    def _work(self, one: RoutedTokens, slot: HostSlot) -> ExpertWork:
+        return ExpertWork(one.copy.slot_class, self._host_pool.addresses(slot), one.tokens, one.columns)
 
     # --- a batch --------------------------------------------------------------------------------------------
 
-    def run_batch(self, index: int, picks: Sequence[Picks], n_rows: int, is_cancelled: Cancelled) -> None:
-        """Fills the columns of a batch's picks, each expert visited once: those that are here while others are read."""
+    def run_batch(self, index: int, routed: Sequence[RoutedTokens], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Fills the columns of a batch's selected experts, each visited once: those here while others are read."""
         # Asked once: an expert that arrives between two questions would be on neither list.
-        is_here = [self._host_pool.holds(pick.key, pick.copy) for pick in picks]
-        here = list(compress(picks, is_here))
-        queue = here + [pick for pick, held in zip(picks, is_here, strict=True) if not held]
-        coming = self._following(index)
-        loaded: list[Loaded] = []
-        for at, pick in enumerate(queue):
+        is_here = [self._host_pool.holds(one.key, one.copy) for one in routed]
+        here = list(compress(routed, is_here))
+        queue = here + [one for one, held in zip(routed, is_here, strict=True) if not held]
+        coming = self._missing_of_next_layer(index)
+        slots: list[HostSlot] = []
+        for at, current in enumerate(queue):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
             n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._host_pool.n_free_to_pin)
             after = coming[: max(0, n_wanted - len(queue))]
             self._host_pool.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
-            while len(loaded) < min(n_wanted, len(queue)):
-                one = queue[len(loaded)]
-                loaded.append(self._host_pool.demand(one.key, one.copy, counts=len(one.columns)))
+            while len(slots) < min(n_wanted, len(queue)):
+                one = queue[len(slots)]
+                slots.append(self._host_pool.demand(one.key, one.copy, counts=len(one.columns)))
             for key, copy in after:
                 self._host_pool.prefetch(key, copy)
-            self._graphs.run([self._work(pick, loaded[at])], n_rows, is_cancelled)
+            self._graphs.run([self._work(current, slots[at])], n_rows, is_cancelled)
 
-    def _following(self, index: int) -> list[Wanted]:
-        """Experts of the next layer that are not here: a batch is taken to need them all."""
-        following = self._next.get(index)
-        layer = None if following is None else self._layers[following]
-        if following is None or layer is None:
+    def _missing_of_next_layer(self, index: int) -> list[tuple[Key, ExpertCopy]]:
+        """Experts of the next cut layer that are not here: a batch is taken to need them all."""
+        later = self._next.get(index)
+        layer = None if later is None else self._layers[later]
+        if later is None or layer is None:
             return []
-        keys = [(following, expert) for expert in range(len(layer.experts))]
+        keys = [(later, expert) for expert in range(len(layer.experts))]
         wanted = [(key, self._prefetch_copy(key)) for key in keys if not self._is_elsewhere(key)]
         return [(key, copy) for key, copy in wanted if not self._host_pool.holds(key, copy)]
 
     def invest(self, keys: Iterable[Key], margin: float) -> None:
-        """Has the first best copy read that is worth it, while the disk has nothing else to do."""
+        """Begins to read the first of these experts' best copies that is worth its place, behind all other reads."""
         any(self._host_pool.invest(key, self._copy(key), margin) for key in keys)
 
     # --- for devices ----------------------------------------------------------------------------------------
 
     @property
     def n_free_to_pin(self) -> int:
-        """Experts that can be held at once."""
+        """How many experts can be held at once."""
         return self._host_pool.n_free_to_pin
 
     def has(self, key: Key) -> bool:
@@ -180,7 +173,7 @@ class HostExperts:
         return self._host_pool.holds(key, self._copy(key))
 
     def addresses(self, key: Key) -> Addresses:
-        """Where an expert that is here lies."""
+        """Where gate, up and down of an expert begin that is here."""
         return self._host_pool.addresses(self._host_pool.demand(key, self._copy(key), counts=0))
 
     @contextmanager
@@ -197,12 +190,12 @@ class HostExperts:
         self._host_pool.pin(set())
         self._host_pool.prefetch(come, self._copy(come))
 
-    def run_one(self, key: Key, n_picks: int) -> None:
-        """Computes an expert that is here for as many tokens as picks, whatever they hold."""
-        tokens = np.arange(n_picks, dtype=np.int32)
+    def run_one(self, key: Key, n_tokens: int) -> None:
+        """Computes an expert that is here for `n_tokens` tokens, whatever they hold, to measure how long it takes."""
+        tokens = np.arange(n_tokens, dtype=np.int32)
         copy = self._copy(key)
         work = ExpertWork(copy.slot_class, self.addresses(key), tokens, tokens.astype(np.int64))
-        self._graphs.run([work], n_picks)
+        self._graphs.run([work], n_tokens)
 
     def _copy(self, key: Key) -> ExpertCopy:
         layer = self._layers[key[0]]

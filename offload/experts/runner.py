@@ -1,4 +1,4 @@
-"""Runs steps of a model that is not resident in one memory: segment, experts, segment, experts, ..., logits."""
+"""Runs steps of a model that is not resident in one memory: segment, MoE step, segment, MoE step, ..., logits."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -6,32 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimoe.offload.errors import DeviceError, DoesNotFitError
-from slimoe.offload.experts.stage import ExpertStage, Site
+from slimoe.offload.experts.device_part import DevicePart
+from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask
-from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
-from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.graph.segment import SegmentBuilder, cut_into_segments
+from slimoe.offload.graph.segment import build_segment, cut_into_segments
 from slimoe.offload.graph.token_rows import TokenRows
-from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
 
 _MAX_STEPS = 6
 """So many shapes of steps are kept; one costs some 60 KB a layer."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """Consecutive layers on one backend, with their weights and KV cache; the first may only look tokens up."""
-
-    site: Site
-    layers: Sequence[int]
-    cache: KVCache | None
-    weights: ModelWeights
 
 
 _Key = tuple[int, int, int, int]
@@ -45,7 +33,7 @@ class _Prepared:
 
 
 class TieredRunner:
-    """Computes steps over parts; the experts of the cut layers are a stage's, which must be attached.
+    """Computes steps over device parts; the experts of the cut layers are an MoE step's, which must be attached.
 
     With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
     `n_batch` and `n_out` are the most tokens and rows of logits of a step; a device has memory for them from the start.
@@ -54,47 +42,44 @@ class TieredRunner:
     def __init__(
         self,
         spec: ModelSpec,
-        parts: Sequence[Part],
+        parts: Sequence[DevicePart],
         cut_layers: Collection[int],
-        n_ahead: int,
+        prefetch_depth: int,
         rows: TokenRows | None,
         n_batch: int,
         n_out: int,
     ) -> None:
         self.spec, self._parts, self._rows = spec, parts, rows
-        self._stage: ExpertStage | None = None
-        self._segments = cut_into_segments([part.layers for part in parts], cut_layers, n_ahead)
+        self._moe_step: MoEStep | None = None
+        self._segments = cut_into_segments([part.layers for part in parts], cut_layers, prefetch_depth)
         n_graphs = _MAX_STEPS * len(self._segments)
-        backends = [part.site.backend for part in parts]
+        backends = [part.backend for part in parts]
         self._graphs = [GraphPool(one.buft, self._build, n_graphs, one.check) for one in backends]
         self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
         try:
-            self._reserve(n_batch, n_out)
+            for index, segment in enumerate(self._segments):
+                n_most = 1 if backends[segment.part].is_host else n_out
+                for shape in ((n_batch, self._n_cells, n_most), (1, self._n_cells, 1)):
+                    self._graphs[segment.part].reserve((index, *shape))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
 
-    def _reserve(self, n_batch: int, n_out: int) -> None:
-        for index, segment in enumerate(self._segments):
-            n_most = 1 if self._parts[segment.part].site.backend.is_host else n_out
-            for shape in ((n_batch, self._n_cells, n_most), (1, self._n_cells, 1)):
-                self._graphs[segment.part].reserve((index, *shape))
-
-    def attach(self, stage: ExpertStage) -> None:
-        """Hands over the experts' stage; it is closed with the runner."""
-        self._stage = stage
+    def attach(self, moe_step: MoEStep) -> None:
+        """Hands over what computes the experts; it is closed with the runner."""
+        self._moe_step = moe_step
 
     @property
     def graph_bytes(self) -> int:
         """Host memory for the graphs of segments, which is not touched before the first step."""
         parts = zip(self._graphs, self._parts, strict=True)
-        return sum(graphs.n_bytes for graphs, part in parts if part.site.backend.is_host)
+        return sum(graphs.n_bytes for graphs, part in parts if part.backend.is_host)
 
     @property
     def compute_bytes(self) -> int:
         """Size of the buffers in host memory that intermediate results share."""
-        exchanges: int = sum(part.site.exchange.n_bytes for part in self._parts if part.site.backend.is_host)
-        return self.graph_bytes + exchanges + (0 if self._stage is None else self._stage.compute_bytes)
+        exchanges: int = sum(part.exchange.n_bytes for part in self._parts if part.backend.is_host)
+        return self.graph_bytes + exchanges + (0 if self._moe_step is None else self._moe_step.compute_bytes)
 
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens, valid until the next step.
@@ -104,37 +89,42 @@ class TieredRunner:
         assert batch.n_kv <= self._n_cells
         shape = (batch.n_tokens, batch.n_kv, batch.n_out)
         self._write_inputs(batch)
-        if self._stage is not None:
-            self._stage.begin(batch)
+        if self._moe_step is not None:
+            self._moe_step.begin(batch)
         for index, segment in enumerate(self._segments):
             part = self._parts[segment.part]
             if index and segment.part != self._segments[index - 1].part:
-                self._hand_over(self._parts[segment.part - 1].site.exchange, part.site.exchange, batch.n_tokens)
+                handed_over = self._parts[segment.part - 1].exchange.read("residual", batch.n_tokens, self.spec.n_embd)
+                part.exchange.write("residual", handed_over)
             prepared = self._graphs[segment.part].get((index, *shape))
             if is_cancelled is None:
-                part.site.backend.compute(prepared.graph)
+                part.backend.compute(prepared.graph)
             elif is_cancelled():
                 raise EngineAbortedError
             else:
-                part.site.backend.compute_until(prepared.graph, is_cancelled)
+                part.backend.compute_until(prepared.graph, is_cancelled)
             if segment.end == "router":
-                assert self._stage is not None
+                assert self._moe_step is not None
                 is_last = segment.last == self.spec.n_layer - 1
-                self._stage.run(segment, batch.n_out if is_last else batch.n_tokens, is_cancelled)
-        if self._stage is not None:
-            self._stage.end()
-        return self._logits(prepared.logits, batch.n_out)
+                self._moe_step.run(segment, batch.n_out if is_last else batch.n_tokens, is_cancelled)
+        if self._moe_step is not None:
+            self._moe_step.end()
+        if part.backend.is_host:
+            return ggml.array_at(ggml.ggml_get_data(prepared.logits), np.float32, batch.n_out, self.spec.n_vocab)
+        logits = np.empty((batch.n_out, self.spec.n_vocab), np.float32)
+        part.backend.get(prepared.logits, logits)
+        return logits
 
     def _write_inputs(self, batch: Batch) -> None:
-        """Tokens go to the first part, where they lie in the cache to all."""
+        """Tokens go to the first part, their places in the KV cache and what they see there to all."""
         if self._rows is not None:
             self._rows.load(batch.tokens)
-        first = self._parts[0].site.exchange
+        first = self._parts[0].exchange
         first.write("tokens", batch.tokens if self._rows is None else np.arange(batch.n_tokens))
         for part in self._parts:
             if not part.layers:
                 continue
-            exchange = part.site.exchange
+            exchange = part.exchange
             exchange.write("positions", batch.positions)
             exchange.write("cells", batch.cells)
             if exchange.is_host:
@@ -144,27 +134,15 @@ class TieredRunner:
                 fill_mask(mask, batch)
                 exchange.write("mask", mask)
 
-    def _hand_over(self, source: Exchange, target: Exchange, n_tokens: int) -> None:
-        target.write("residual", source.read("residual", n_tokens, self.spec.n_embd))
-
-    def _logits(self, tensor: int, n_out: int) -> Logits:
-        backend = self._parts[-1].site.backend
-        if backend.is_host:
-            return ggml.array_at(ggml.ggml_get_data(tensor), np.float32, n_out, self.spec.n_vocab)
-        logits = np.empty((n_out, self.spec.n_vocab), np.float32)
-        backend.get(tensor, logits)
-        return logits
-
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
         segment, shape = self._segments[key[0]], StepShape(*key[1:])
         part = self._parts[segment.part]
-        builder = SegmentBuilder(self.spec, part.weights, part.cache, shape, part.site.exchange, segment)
-        built = builder.build_segment()
+        built = build_segment(self.spec, part.weights, part.cache, shape, part.exchange, segment)
         return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
 
     def close(self) -> None:
         """Frees the graphs; weights, exchanges and experts' memory are their owners' business."""
         for graphs in self._graphs:
             graphs.close()
-        if self._stage is not None:
-            self._stage.close()
+        if self._moe_step is not None:
+            self._moe_step.close()

@@ -39,7 +39,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuilder:
-    """Adds attention to the graph of a step."""
+    """Adds attention to the graph of a step; `rope_freqs` are RoPE's frequency factors, 0 without."""
 
     ctx: int
     graph: int
@@ -50,11 +50,13 @@ class AttentionBuilder:
     rope_freqs: int
 
     def add(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
-        """The output of layer `index` for its normalised input, [n_embd, n_queries], of the last queries only."""
-        ctx, spec = self.ctx, self.spec
+        """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
+        ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
         query, key, value = self._qkv(layer, hidden, n_queries)
-        query = self._rope(query, self._tail_positions(n_queries))
-        self._store(self.cache.keys[index], self._rope(key, self.inputs.positions))
+        n_before = self.shape.n_tokens - n_queries
+        tail = ggml.ggml_view_2d(ctx, positions, n_queries, 1, n_queries * 4, n_before * 4) if n_before else positions
+        query = self._rope(query, tail)
+        self._store(self.cache.keys[index], self._rope(key, positions))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(
             ctx,
@@ -70,36 +72,24 @@ class AttentionBuilder:
         joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, n_queries)
         return add_linear(ctx, layer.attn_output, joined)
 
-    def _tail_positions(self, n_rows: int) -> int:
-        """Positions of the last `n_rows` tokens, I32 [n_rows]."""
-        if n_rows == self.shape.n_tokens:
-            return self.inputs.positions
-        offset = (self.shape.n_tokens - n_rows) * 4
-        return int(ggml.ggml_view_2d(self.ctx, self.inputs.positions, n_rows, 1, n_rows * 4, offset))
-
     def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int]:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens]."""
-        spec, n_tokens = self.spec, self.shape.n_tokens
-        counts = (n_queries, n_tokens, n_tokens)
+        ctx, spec, n_tokens = self.ctx, self.spec, self.shape.n_tokens
+        n_heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
         if len(layer.qkv) == 3:
-            rows = [last_rows(self.ctx, hidden, count) for count in counts]
-            parts = [add_linear(self.ctx, part, seen) for part, seen in zip(layer.qkv, rows, strict=True)]
+            seen = [last_rows(ctx, hidden, n_rows) for n_rows in (n_queries, n_tokens, n_tokens)]
+            parts = [add_linear(ctx, linear, rows) for linear, rows in zip(layer.qkv, seen, strict=True)]
         else:
             assert n_queries == n_tokens, "the last layer's queries must stand alone"
-            parts = self._parts(add_linear(self.ctx, layer.qkv[0], hidden))
-        n_head, n_head_kv = spec.n_head, spec.n_head_kv
-        query = self._heads(parts[0], layer.q_norm, n_head)
-        return query, self._heads(parts[1], layer.k_norm, n_head_kv), self._heads(parts[2], 0, n_head_kv)
-
-    def _parts(self, joined: int) -> list[int]:
-        """The rows of queries, keys and values that one product over joined matrices gave."""
-        spec, stride = self.spec, ggml.tensor_at(joined).nb[1]
-        widths = [spec.n_embd_head * n_head for n_head in (spec.n_head, spec.n_head_kv, spec.n_head_kv)]
-        begins = (0, 4 * widths[0], 4 * (widths[0] + widths[1]))
-        return [
-            int(ggml.ggml_view_2d(self.ctx, joined, width, self.shape.n_tokens, stride, begin))
-            for width, begin in zip(widths, begins, strict=True)
-        ]
+            joined, begin, parts = add_linear(ctx, layer.qkv[0], hidden), 0, []
+            stride = ggml.tensor_at(joined).nb[1]
+            for n_head in n_heads:
+                width = spec.n_embd_head * n_head
+                parts.append(int(ggml.ggml_view_2d(ctx, joined, width, n_tokens, stride, begin)))
+                begin += 4 * width
+        norms = (layer.q_norm, layer.k_norm, 0)
+        query, key, value = (self._heads(*one) for one in zip(parts, norms, n_heads, strict=True))
+        return query, key, value
 
     def _heads(self, rows: int, norm: int, n_head: int) -> int:
         """Rows [n_embd_head * n_head, n] as heads [n_embd_head, n_head, n], normalised where there is a `norm`."""

@@ -57,7 +57,9 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
     n_cells = 1 + max(int(run.visible.max()) for run in runs)
     return Batch(
         tokens=_joined([np.array(tokens, np.int32) for tokens, _ in parts]),
-        positions=_joined([_positions(run) for run in runs]),
+        positions=_joined(
+            [np.arange(len(run.visible) - run.n_tokens, len(run.visible), dtype=np.int32) for run in runs]
+        ),
         cells=_joined([run.visible[-run.n_tokens :] for run in runs]),
         runs=runs,
         n_kv=-(-n_cells // CELL_STEP) * CELL_STEP,
@@ -67,11 +69,6 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _positions(run: Run) -> NDArray[np.int32]:
-    n_seen = len(run.visible)
-    return np.arange(n_seen - run.n_tokens, n_seen, dtype=np.int32)
 
 
 def fill_mask(mask: Mask, batch: Batch) -> None:

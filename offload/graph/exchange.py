@@ -29,14 +29,14 @@ _DTYPES: dict[int, type[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class ExchangeShape:
-    """The largest step: tokens, cells looked at, experts to choose from and chosen, later layers that are asked."""
+    """The sizes of the largest step: `n_used` of `n_expert` experts selected, `prefetch_depth` routers asked early."""
 
     n_embd: int
     n_tokens: int
     n_cells: int
     n_expert: int
     n_used: int
-    n_ahead: int
+    prefetch_depth: int
 
 
 class Exchange:
@@ -44,9 +44,9 @@ class Exchange:
 
     tokens, positions I32 and cells I64 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
     residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
-    shares F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's choice.
-    ahead F32 [n_expert * n_ahead]: what later layers' routers say.
-    outputs F32 [n_embd * n_used * n_tokens]: each pick's weighted result, in the router's order.
+    expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first.
+    early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
+    outputs F32 [n_embd * n_used * n_tokens]: each selected expert's weighted output, in the router's order.
     zeros I32 [n_used * n_tokens]: ids for a stack of one expert.
     """
 
@@ -60,9 +60,9 @@ class Exchange:
             "mask": (Type.F16, shape.n_cells * n_tokens),
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),
-            "shares": (Type.F32, shape.n_used * n_tokens),
+            "expert_weights": (Type.F32, shape.n_used * n_tokens),
             "ranked": (Type.I32, shape.n_expert * n_tokens),
-            "ahead": (Type.F32, max(1, shape.n_expert * shape.n_ahead)),
+            "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),
             "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
             "zeros": (Type.I32, shape.n_used * n_tokens),
         }
@@ -83,11 +83,10 @@ class Exchange:
             address += size
         self._dtypes = {name: _DTYPES[kind[0]] for name, kind in wanted.items()}
         self._shaped: dict[tuple[str | int, ...], NDArray[Any]] = {}
-        self._views = {name: self._view(name) for name in wanted} if backend.is_host else {}
-
-    def _view(self, name: str) -> NDArray[Any]:
-        tensor = self._tensors[name]
-        return ggml.array_at(ggml.ggml_get_data(tensor), self._dtypes[name], ggml.tensor_at(tensor).ne[0])
+        self._views: dict[str, NDArray[Any]] = {}
+        if backend.is_host:
+            data = {name: ggml.ggml_get_data(tensor) for name, tensor in self._tensors.items()}
+            self._views = {name: ggml.array_at(data[name], self._dtypes[name], wanted[name][1]) for name in wanted}
 
     def tensor(self, name: str) -> int:
         """The whole tensor's address, for graphs to take views of."""

@@ -44,9 +44,7 @@ def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int
 
 
 class KVCache:
-    """One K and one V tensor for each of the `layers`, by default all, that have attention.
-
-    Each is [n_embd_head, n_cells, n_head_kv].
+    """Keys and values [n_embd_head, n_cells, n_head_kv] of each of the `layers`, by default all, that has attention.
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
     """
@@ -66,23 +64,19 @@ class KVCache:
         own = _with_attention(spec, layers)
         self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
         self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
-        try:
-            self._buffer = self._allocate(backend)
-        except DoesNotFitError:
-            ggml.ggml_free(self._ctx)
-            raise
-
-    def _allocate(self, backend: Backend) -> int:
         tensors = [*self.keys.values(), *self.values.values()]
         step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT if tensors else 0
         self.n_bytes = step * len(tensors)
-        buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
-        base = -(-ggml_backend.ggml_backend_buffer_get_base(buffer) // _ALIGNMENT) * _ALIGNMENT
+        try:
+            self._buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
+        except DoesNotFitError:
+            ggml.ggml_free(self._ctx)
+            raise
+        base = -(-ggml_backend.ggml_backend_buffer_get_base(self._buffer) // _ALIGNMENT) * _ALIGNMENT
         for index, tensor in enumerate(tensors):
-            ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, base + index * step)
+            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, base + index * step)
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
-        ggml_backend.ggml_backend_buffer_clear(buffer, 0)
-        return buffer
+        ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
 
     def close(self) -> None:
         """Frees the memory."""

@@ -13,7 +13,7 @@ from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.step import StepGraph, build_step
+from slimoe.offload.graph.step import build_step
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -90,25 +90,21 @@ class Runner:
 
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)
-            return _arrays(step, shape, self.spec.n_vocab)
+            inputs, n_tokens = step.inputs, shape.n_tokens
+            return _Prepared(
+                step.graph,
+                tokens=_array(inputs.tokens, np.int32, n_tokens),
+                positions=_array(inputs.positions, np.int32, n_tokens),
+                cells=_array(inputs.cells, np.int64, n_tokens),
+                mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv),
+                logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
+            )
 
         return BuiltGraph(step.ctx, step.graph, prepare)
 
     def close(self) -> None:
         """Frees graphs and buffer."""
         self._graphs.close()
-
-
-def _arrays(step: StepGraph, shape: StepShape, n_vocab: int) -> _Prepared:
-    inputs = step.inputs
-    return _Prepared(
-        step.graph,
-        tokens=_array(inputs.tokens, np.int32, shape.n_tokens),
-        positions=_array(inputs.positions, np.int32, shape.n_tokens),
-        cells=_array(inputs.cells, np.int64, shape.n_tokens),
-        mask=_array(inputs.mask, np.float16, shape.n_tokens, shape.n_kv),
-        logits=_array(step.logits, np.float32, shape.n_out, n_vocab),
-    )
 
 
 def _array(tensor: int, dtype: type[np.generic], *shape: int) -> NDArray[Any]:

@@ -156,21 +156,17 @@ class WeightStore:
             form = "copied"
         key = (source.name, form)
         if key not in self._ready:
-            makers = {"mapped": self._map, "copied": self._copy, "repacked": self._repack}
-            tensor = self._tensor(source)
-            makers[form](tensor, source)
+            new = {1: ggml.ggml_new_tensor_1d, 2: ggml.ggml_new_tensor_2d, 3: ggml.ggml_new_tensor_3d}[len(source.ne)]
+            tensor: int = new(self._ctx, source.type, *source.ne)
+            ggml.ggml_set_name(tensor, source.name.encode()[:63])
+            fill = {"mapped": self._map, "copied": self._copy, "repacked": self._repack}[form]
+            fill(tensor, source)
             self._ready[key] = tensor
         return self._ready[key]
 
     def release_staging(self) -> None:
         """Gives the memory used for repacking back; call it after the last weight."""
         self._staging = np.empty(0, np.uint8)
-
-    def _tensor(self, source: WeightSource) -> int:
-        makers = {1: ggml.ggml_new_tensor_1d, 2: ggml.ggml_new_tensor_2d, 3: ggml.ggml_new_tensor_3d}
-        tensor: int = makers[len(source.ne)](self._ctx, source.type, *source.ne)
-        ggml.ggml_set_name(tensor, source.name.encode()[:63])
-        return tensor
 
     def _map(self, tensor: int, source: WeightSource) -> None:
         span = source.spans[0]
@@ -181,11 +177,8 @@ class WeightStore:
         address = self._allocate(tensor, self._backend.buft)
         if self._backend.is_host:
             self._read(source, address)
-        else:
-            self._send(tensor, source)
-
-    def _send(self, tensor: int, source: WeightSource) -> None:
-        """Copies a weight to a device, piece by piece: the host may not have room for a stack of experts."""
+            return
+        # Piece by piece: the host may not have room for a stack of experts.
         offset = 0
         for span in source.spans:
             for begin in range(0, span.n_bytes, STAGED_BYTES):
@@ -197,13 +190,10 @@ class WeightStore:
 
     def _repack(self, tensor: int, source: WeightSource) -> None:
         self._allocate(tensor, repack_buffer_type())
-        self._stage(source)
-        # The repack buffer takes whole tensors only.
-        ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
-
-    def _stage(self, source: WeightSource) -> None:
         self._make_staging(source.n_bytes)
         self._read(source, self._staging.ctypes.data)
+        # The repack buffer takes whole tensors only.
+        ggml_backend.ggml_backend_tensor_set(tensor, self._staging.ctypes.data, 0, source.n_bytes)
 
     def _make_staging(self, n_bytes: int) -> None:
         if self._staging.nbytes < n_bytes:
@@ -242,23 +232,23 @@ FormRule = Callable[[WeightSource], Form]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What of a model is wanted: its `layers`, and whether the output matrix; all of it by default."""
+class WeightSubset:
+    """Which weights of a model to load: those of `layers`, and whether the output matrix; by default all of them."""
 
     layers: Collection[int] | None = None
     output: bool = True
 
 
-ALL = Share()
+ALL = WeightSubset()
 _ABSENT = LayerWeights(0, (), Linear(0), 0, 0, (), Linear(0))
 
 
 def load_weights(
-    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None, share: Share = ALL
+    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None, subset: WeightSubset = ALL
 ) -> ModelWeights:
-    """Makes a share of the weights ready. The token table stays mapped: a step looks up a few of its rows.
+    """Makes a subset of the weights ready. The token table stays mapped: a step looks up a few of its rows.
 
-    With `token_embd`, that tensor takes the table's place; 0 is for a share without.
+    With `token_embd`, that tensor takes the table's place; 0 is for a subset that needs none.
     """
 
     def weight(source: WeightSource) -> int:
@@ -280,18 +270,16 @@ def load_weights(
             k_norm=weight(source.k_norm) if source.k_norm else 0,
         )
 
+    if token_embd is None:
+        is_output = sources.output.weight is sources.token_embd
+        token_embd = store.weight(sources.token_embd, form(sources.token_embd) if is_output else "mapped")
     return ModelWeights(
-        token_embd=_token_table(store, sources, form) if token_embd is None else token_embd,
-        output_norm=weight(sources.output_norm) if share.output else 0,
-        output=linear(sources.output) if share.output else Linear(0),
+        token_embd=token_embd,
+        output_norm=weight(sources.output_norm) if subset.output else 0,
+        output=linear(sources.output) if subset.output else Linear(0),
         rope_freqs=weight(sources.rope_freqs) if sources.rope_freqs else 0,
         layers=tuple(
-            layer(source) if share.layers is None or index in share.layers else _ABSENT
+            layer(source) if subset.layers is None or index in subset.layers else _ABSENT
             for index, source in enumerate(sources.layers)
         ),
     )
-
-
-def _token_table(store: WeightStore, sources: ModelSources, form: FormRule) -> int:
-    is_output = sources.output.weight is sources.token_embd
-    return store.weight(sources.token_embd, form(sources.token_embd) if is_output else "mapped")

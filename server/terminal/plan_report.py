@@ -133,7 +133,8 @@ def _tiers(plan: EnginePlan) -> dict[str, Any]:
         "host": {
             "n_experts": where.on_host,
             "n_slots": plan.tiers.n_resident if plan.tiers else None,
-            "n_ahead": plan.tiers.n_ahead if plan.tiers else 0,
+            "prefetch_depth": plan.tiers.prefetch_depth if plan.tiers else 0,
+            "n_ahead": plan.tiers.prefetch_depth if plan.tiers else 0,  # the field's old name, for one version
             "budget_bytes": plan.available,
         },
         "disk": {"n_experts": where.on_disk},

@@ -50,7 +50,7 @@ def replayed(trace: Trace, n_slots: int, policy: str) -> Tally:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, policy: str, share: float) -> None:
     config = engine_config(model, n_ctx=256, n_threads=1, policy=policy, trace=tmp_path / "trace")
-    engine = tiered_engine(config, share, n_ahead=0)
+    engine = tiered_engine(config, share, prefetch_depth=0)
     assert engine.plan.tiers is not None
     n_slots = sum(n for _, n in engine.plan.tiers.n_slots)
     trace, counted = record(engine, tmp_path / "trace", n_prompt=0)
@@ -64,7 +64,7 @@ def test_the_replay_counts_what_the_engine_counted(model: Path, tmp_path: Path, 
 def test_what_the_engine_predicted_is_in_its_trace(model: Path, tmp_path: Path) -> None:
     """For answers only, the next two layers at most, never more than are used."""
     config = engine_config(model, n_ctx=256, n_threads=1, trace=tmp_path / "trace")
-    trace, counted = record(tiered_engine(config, 0.5, n_ahead=2), tmp_path / "trace", n_prompt=20)
+    trace, counted = record(tiered_engine(config, 0.5, prefetch_depth=2), tmp_path / "trace", n_prompt=20)
     predicted = 0
     assert [run.n_tokens for run in trace.steps[0].runs] == [20]
     assert all(part.predicted == () for part in trace.steps[0].layers[:-1]), "of a prompt, the last layer has one row"

@@ -17,16 +17,16 @@ def resident_engine(config: EngineConfig) -> Engine:
     return Engine.open(reconfigured(config, weights="copied", device="none"))
 
 
-def tiered_engine(config: EngineConfig, share: float, n_ahead: int | None = None) -> Engine:
+def tiered_engine(config: EngineConfig, share: float, prefetch_depth: int | None = None) -> Engine:
     """Reads experts from disk: with 0 there are slots for no more than a step of one token, with 1 for all experts.
 
-    `n_ahead` layers are asked early, or as many as the plan says.
+    The routers of `prefetch_depth` layers are asked early, or as many as the plan says.
     """
     config = reconfigured(config, device="none")
     plan = tiered_plan(config, share)
-    if n_ahead is not None:
+    if prefetch_depth is not None:
         assert plan.tiers is not None
-        plan = replace(plan, tiers=replace(plan.tiers, n_ahead=n_ahead))
+        plan = replace(plan, tiers=replace(plan.tiers, prefetch_depth=prefetch_depth))
     return Engine(config, plan, lambda done, total: None)
 
 

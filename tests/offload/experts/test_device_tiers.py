@@ -19,8 +19,8 @@ from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.routed_tokens import RoutedTokens
 from slimoe.offload.cache.router_trace import read_trace
-from slimoe.offload.cache.routing import Picks
 from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DoesNotFitError
@@ -28,7 +28,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts, ExpertTimes, Li
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
-from slimoe.offload.experts.stage import ExpertStage
+from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ggml_rpc
 from slimoe.offload.ggml import ops as ggml
@@ -224,7 +224,7 @@ def test_experts_that_pass_through_for_a_batch(
 
 
 def test_lossy_modes_decide_the_same_on_devices(where: Where, directory: Path) -> None:
-    """Second copies are the host's; modes that go by shares alone give what they give without a device."""
+    """Second copies are the host's; modes that go by expert weights alone give what they give without a device."""
     stock = content_of(directory, replace(WIDE, n_layer=3))
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
     case = where.config(path, lossy="gate:0.6")
@@ -258,22 +258,22 @@ class Stop:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
-    """Asserts that every pick is computed once, and on a device with the number of a slot that holds its expert."""
+    """Asserts that every selected expert is computed once, and on a device with the number of its slot."""
     stop, filled = Stop([], []), dict[tuple[SlotPool, int], tuple[int, ...]]()
-    run, write, begin, multiply = ExpertStage.run, SlotPool.write, SlotGraphs.begin, ExpertGraphs.run
+    run, write, begin, multiply = MoEStep.run, SlotPool.write, SlotGraphs.begin, ExpertGraphs.run
 
     def write_slot(pool: SlotPool, slot: int, addresses: tuple[int, int, int]) -> None:
         filled[pool, slot] = addresses
         write(pool, slot, addresses)
 
-    def run_layer(stage: ExpertStage, segment: Any, n_rows: int, is_cancelled: Any) -> None:
+    def run_layer(moe_step: MoEStep, segment: Any, n_rows: int, is_cancelled: Any) -> None:
         stop.device.clear()
         stop.host.clear()
-        run(stage, segment, n_rows, is_cancelled)
-        layer = stage._layers[segment.last]
+        run(moe_step, segment, n_rows, is_cancelled)
+        layer = moe_step._layers[segment.last]
         assert layer is not None
-        n_novices = n_rows * layer.n_expert_used - len(stop.device) - len(stop.host)
-        assert n_novices == 0 or layer.constants is not None
+        n_constant = n_rows * layer.n_expert_used - len(stop.device) - len(stop.host)
+        assert n_constant == 0 or layer.constants is not None
         assert max(Counter(stop.device + stop.host).values()) == 1
 
     def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int) -> None:
@@ -293,7 +293,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
         multiply(graphs, works, *rest)
 
     monkeypatch.setattr(SlotPool, "write", write_slot)
-    monkeypatch.setattr(ExpertStage, "run", run_layer)
+    monkeypatch.setattr(MoEStep, "run", run_layer)
     monkeypatch.setattr(SlotGraphs, "begin", begin_on_device)
     monkeypatch.setattr(ExpertGraphs, "run", multiply_on_host)
     return stop
@@ -315,7 +315,7 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
-def test_every_pick_is_computed_once_and_with_slots_that_are_filled(
+def test_every_selected_expert_is_computed_once_and_with_slots_that_are_filled(
     where: Where, model: Model, policy: str, watched: Stop
 ) -> None:
     with closing(device_engine(where.config(model.path, policy=policy), 0.3, 0.6)) as engine:
@@ -341,13 +341,13 @@ class Uses:
 def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
     uses, begin, run = Uses(set(), set()), DeviceExperts.begin, HostExperts.run_single
 
-    def begin_some(device: DeviceExperts, picks: Sequence[Picks], n_rows: int) -> None:
-        uses.device |= {pick.key for pick in picks}
-        begin(device, picks, n_rows)
+    def begin_some(device: DeviceExperts, routed: Sequence[RoutedTokens], n_rows: int) -> None:
+        uses.device |= {one.key for one in routed}
+        begin(device, routed, n_rows)
 
-    def run_some(host: HostExperts, index: int, picks: Sequence[Picks], *rest: Any) -> None:
-        uses.host |= {pick.key for pick in picks}
-        run(host, index, picks, *rest)
+    def run_some(host: HostExperts, index: int, routed: Sequence[RoutedTokens], *rest: Any) -> None:
+        uses.host |= {one.key for one in routed}
+        run(host, index, routed, *rest)
 
     monkeypatch.setattr(DeviceExperts, "begin", begin_some)
     monkeypatch.setattr(HostExperts, "run_single", run_some)

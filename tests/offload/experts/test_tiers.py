@@ -11,10 +11,10 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.cache.policy import POLICIES
-from slimoe.offload.cache.slots import MAX_AHEAD
+from slimoe.offload.cache.slots import MAX_PREFETCH_DEPTH
 from slimoe.offload.engine import Engine
 from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
-from slimoe.offload.experts.stage import ExpertStage
+from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
 from slimoe.offload.graph.segment import Segment
@@ -141,7 +141,7 @@ def test_looking_further_ahead_than_there_are_slots(directory: Path) -> None:
     path = write_native(directory / "narrow.gguf", stock, layers)
     with closing(tiered_engine(config(path), 1.0)) as engine:
         expected = conversation(engine)
-    with closing(tiered_engine(config(path), 0.0, n_ahead=3)) as engine:
+    with closing(tiered_engine(config(path), 0.0, prefetch_depth=3)) as engine:
         np.testing.assert_array_equal(conversation(engine), expected)
 
 
@@ -197,7 +197,7 @@ def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:
     tiers = tiered_plan(config(path), 0.9).tiers
     assert tiers is not None
     assert min(n for _, n in tiers.n_slots) == 1
-    assert tiers.n_ahead == MAX_AHEAD
+    assert tiers.prefetch_depth == MAX_PREFETCH_DEPTH
 
 
 # --- what is multiplied ------------------------------------------------------------------------------------
@@ -213,16 +213,16 @@ class Stops:
 
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
-    stops, run, multiply = Stops([]), ExpertStage.run, ExpertGraphs.run
+    stops, run, multiply = Stops([]), MoEStep.run, ExpertGraphs.run
 
-    def watched_stop(stage: ExpertStage, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
-        exchange = stage._sites[segment.last].exchange
+    def watched_stop(moe_step: MoEStep, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
+        exchange = moe_step._parts[segment.last].exchange
         n_columns = n_rows * exchange.shape.n_used
         outputs = exchange.read("outputs", exchange.shape.n_tokens * exchange.shape.n_used, exchange.shape.n_embd)
         outputs[:] = np.nan
         stops.columns.clear()
-        run(stage, segment, n_rows, is_cancelled)
-        assert sorted(stops.columns) == list(range(n_columns)), "every pick's column, once"
+        run(moe_step, segment, n_rows, is_cancelled)
+        assert sorted(stops.columns) == list(range(n_columns)), "the column of every selected expert, once"
         assert not np.isnan(outputs[:n_columns]).any()
         assert np.isnan(outputs[n_columns:]).all()
         stops.n_stops += 1
@@ -232,20 +232,20 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
             stops.columns += work.columns.tolist()
         multiply(graphs, works, *rest)
 
-    monkeypatch.setattr(ExpertStage, "run", watched_stop)
+    monkeypatch.setattr(MoEStep, "run", watched_stop)
     monkeypatch.setattr(ExpertGraphs, "run", watched_product)
     return stops
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_every_pick_is_computed_once_with_ids_that_no_backend_minds(
+def test_every_selected_expert_is_computed_once_with_ids_that_no_backend_minds(
     model: Path, share: float, stops: Stops, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = WatchedIds(monkeypatch)
     with closing(tiered_engine(config(model), share)) as engine:
         n_layer = engine.spec.n_layer
         assert np.isfinite(conversation(engine)).all()
-        zeros = engine.tiers.runner._parts[0].site.exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
+        zeros = engine.tiers.runner._parts[0].exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
         assert not zeros.any()
     assert stops.n_stops == n_layer * 14
     assert watched.n_seen > 0
@@ -253,7 +253,7 @@ def test_every_pick_is_computed_once_with_ids_that_no_backend_minds(
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.Q4_0])
 def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also picks that no router makes: an expert several times for one token, tokens without experts."""
+    """Also selections that no router makes: an expert several times for one token, tokens without experts."""
     watched, draw = WatchedIds(monkeypatch), np.random.default_rng(2)
     n_embd, n_ff, n_used, n_tokens, n_expert = 64, 32, 3, 8, 4
     matrices = [
@@ -264,34 +264,34 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
     with (
         closing(CpuBackend(1)) as backend,
         closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
-        closing(ExpertGraphs(backend, exchange, n_embd, n_used, n_tokens, {slot_class})) as graphs,
+        closing(ExpertGraphs(backend, exchange, {slot_class})) as graphs,
     ):
         outputs = exchange.read("outputs", n_tokens * n_used, n_embd)
         normed = draw.standard_normal((n_tokens, n_embd), np.float32)
-        shares = draw.random(n_tokens * n_used, np.float32)
+        weights = draw.random(n_tokens * n_used, np.float32)
         exchange.write("normed", normed)
-        exchange.write("shares", shares)
+        exchange.write("expert_weights", weights)
         expected = np.array(
             [[_expert(matrices, expert, row) for expert in range(n_expert)] for row in normed]
         )  # [n_tokens, n_expert, n_embd]
         for step in range(60):
             n_rows = 1 if step % 3 == 0 else int(draw.integers(1, n_tokens + 1))
-            picks = draw.integers(-1, n_expert, n_rows * n_used)
+            selected = draw.integers(-1, n_expert, n_rows * n_used)
             order = draw.permutation(n_expert)
             works = []
             for expert in order:
-                columns = np.flatnonzero(picks == expert)
+                columns = np.flatnonzero(selected == expert)
                 addresses = [part[expert].ctypes.data for part in stored]
                 tokens = (columns // n_used).astype(np.int32)
                 if len(columns):
                     works.append(ExpertWork(slot_class, (addresses[0], addresses[1], addresses[2]), tokens, columns))
             outputs[:] = np.nan
             graphs.run(works, n_rows)
-            for column, expert in enumerate(picks.tolist()):
+            for column, expert in enumerate(selected.tolist()):
                 if expert < 0:
                     assert np.isnan(outputs[column]).all()
                     continue
-                wanted = expected[column // n_used, expert] * shares[column]
+                wanted = expected[column // n_used, expert] * weights[column]
                 np.testing.assert_allclose(outputs[column], wanted, atol=1e-4 if kind is Type.F32 else 0.5)
             assert np.isnan(outputs[n_rows * n_used :]).all()
     assert watched.n_seen > 0

@@ -1,0 +1,224 @@
+"""The MoE step of a cut layer, between two segments: each selected expert is computed where it lies."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimoe.offload.cache.policy import Policy
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.routed_tokens import ONE_TOKEN, RoutedTokens, group_by_expert
+from slimoe.offload.cache.router_trace import ANSWER, PROMPT, TraceRun, TraceWriter
+from slimoe.offload.experts.constant_experts import ConstantExperts, write_constant_experts
+from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
+from slimoe.offload.experts.device_part import DevicePart
+from slimoe.offload.experts.host_experts import HostExperts
+from slimoe.offload.graph.batch import Batch
+from slimoe.offload.graph.exchange import Exchange
+from slimoe.offload.graph.segment import Segment
+from slimoe.offload.lossy.step import LossyStep
+from slimoe.offload.model.experts import ExpertLayer
+
+_INVEST_MARGIN = 1.3
+"""How much more often an expert must be used than the one whose place it takes for good."""
+
+Cancelled = Callable[[], bool] | None
+
+
+class MoEStep:
+    """The experts of all cut layers, whose segments run on `parts`; `host` is the exchange of the CPU's experts."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer | None],
+        parts: Sequence[DevicePart],
+        host: Exchange,
+        host_experts: HostExperts,
+        policy: Policy,
+        constants: ConstantExperts,
+        trace: TraceWriter | None,
+        lossy: LossyStep | None = None,
+    ) -> None:
+        self._layers, self._host, self._host_experts = layers, host, host_experts
+        self._policy, self._constants, self._trace, self._lossy = policy, constants, trace, lossy
+        self._parts = {layer: part for part in parts for layer in part.layers}
+        self._devices = [part.experts for part in parts if part.experts is not None]
+        is_on_host = not self._devices and all(part.exchange is host for part in self._parts.values())
+        self._is_plain = is_on_host and not (constants or trace or lossy)
+        self._single: dict[tuple[int, int, int], RoutedTokens] = {}
+        self._missed: list[Key] = []
+        self._lowered: set[Key] = set()
+        # A device that fills its slots over the link would keep the CPU from its own experts.
+        self._link = ThreadPoolExecutor(1, "link")
+        self._is_decode = np.zeros(0, np.bool_)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the graphs' buffers in host memory."""
+        return self._host_experts.compute_bytes
+
+    def begin(self, batch: Batch) -> None:
+        """Notes which rows of a batch continue an answer, and which read a prompt."""
+        self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
+        self._host_experts.begin()
+        self._missed.clear()
+        self._lowered.clear()
+        if self._lossy is not None:
+            self._lossy.begin(batch.n_tokens)
+        if self._trace is not None:
+            firsts = np.cumsum([0, *(run.n_tokens for run in batch.runs)])
+            self._trace.step(
+                [
+                    TraceRun(ANSWER if run.n_tokens == 1 else PROMPT, index, int(batch.positions[first]), run.n_tokens)
+                    for index, (run, first) in enumerate(zip(batch.runs, firsts, strict=False))
+                ]
+            )
+
+    def run(self, segment: Segment, n_rows: int, is_cancelled: Cancelled) -> None:
+        """Fills the outputs of layer `segment.last`. Raises EngineAbortedError and ReadFailedError."""
+        index = segment.last
+        layer, exchange = self._layers[index], self._parts[index].exchange
+        assert layer is not None
+        ranked = exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
+        if n_rows == 1 and self._is_plain and self._is_decode[-1]:
+            self._run_plain(segment, layer, ranked[0].tolist(), is_cancelled)
+            return
+        selected, copies = np.asarray(layer.target, np.int64)[ranked], None
+        if self._trace is not None:
+            self._trace.layer(index, np.maximum(selected, -1), exchange.read("expert_weights", *selected.shape))
+        if self._lossy is not None:
+            decision = self._lossy.decide(index, selected, exchange.read("expert_weights", *selected.shape))
+            if decision.weights is not None:
+                exchange.write("expert_weights", decision.weights)
+            selected, copies = decision.stored, decision.copies
+            self._lowered |= {(index, int(expert)) for expert in selected[copies > 0]}
+        # Answers count for the policy, prompts at most seed it.
+        is_decode = self._is_decode[-n_rows:]
+        for row in selected[is_decode]:
+            self._policy.decode(index, [int(expert) for expert in row if expert >= 0])
+        if not is_decode.all():
+            read = selected[~is_decode]
+            self._policy.prompt(index, np.bincount(read[read >= 0].ravel(), minlength=len(layer.experts)))
+        if index in self._constants or self._lossy is not None:
+            write_constant_experts(exchange, self._constants.get(index), selected)
+        self._compute(segment, group_by_expert(index, layer, selected, copies), n_rows, is_cancelled)
+        if self._trace is not None and n_rows == 1:
+            self._trace.predicted(self._host_experts.predicted)
+
+    def _run_plain(self, segment: Segment, layer: ExpertLayer, rows: list[int], is_cancelled: Cancelled) -> None:
+        """One token's experts, where nothing but the host's memory and the disk is there to find them.
+
+        The same as the long way, without what only other cases need: it runs for every layer of every token.
+        """
+        index = segment.last
+        experts = [layer.target[row] for row in rows]
+        self._policy.decode(index, experts)
+        routed = []
+        for column, expert in enumerate(experts):
+            one = self._single.get((index, expert, column))
+            if one is None:
+                columns = np.array([column], np.int64)
+                one = RoutedTokens((index, expert), layer.experts[expert][0], 0, ONE_TOKEN, columns)
+                self._single[index, expert, column] = one
+            routed.append(one)
+        self._host_experts.run_single(index, routed, self._early_logits(segment), is_cancelled)
+
+    def _compute(self, segment: Segment, routed: list[RoutedTokens], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Computes each expert on the side where it lies, both sides at once."""
+        part, host = self._parts[segment.last], self._host
+        device, exchange, shape = part.experts, part.exchange, host.shape
+        # Devices have best copies only.
+        is_there = [device is not None and not one.copy_index and device.holds(one.key) for one in routed]
+        on_device = [one for one, there in zip(routed, is_there, strict=True) if there]
+        on_host = [one for one, there in zip(routed, is_there, strict=True) if not there]
+        if device is not None and self._is_decode[-n_rows:].all():
+            self._missed += [one.key for one in on_host]
+        streamed = self._choose_streamed(device, on_device, on_host) if n_rows > 1 else []
+        on_host = [one for one in on_host if one not in streamed]
+        # A device answers what it is asked after all that it was given: ask first, give it work then.
+        early_logits = self._early_logits(segment) if n_rows == 1 else {}
+        is_apart = exchange is not host and bool(on_host)
+        if is_apart:
+            host.write("normed", exchange.read("normed", n_rows, shape.n_embd))
+            host.write("expert_weights", exchange.read("expert_weights", n_rows, shape.n_used))
+        if device is not None and on_device:
+            device.begin(on_device, n_rows)
+        with self._streaming(device, streamed, n_rows):
+            if n_rows == 1:
+                elsewhere = [one.key for one in on_device]
+                self._host_experts.run_single(segment.last, on_host, early_logits, is_cancelled, elsewhere)
+            elif on_host:
+                self._host_experts.run_batch(segment.last, on_host, n_rows, is_cancelled)
+        if is_apart:
+            columns = np.concatenate([one.columns for one in on_host])
+            outputs = host.read("outputs", int(columns.max()) + 1, shape.n_embd)
+            exchange.write_rows("outputs", columns, outputs[columns])
+
+    def _early_logits(self, segment: Segment) -> dict[int, NDArray[np.float32]]:
+        """What the routers of later layers say to this layer's input, [rows of the router] by layer."""
+        if not segment.predicted:
+            return {}
+        exchange = self._parts[segment.last].exchange
+        logits = exchange.read("early_logits", len(segment.predicted), exchange.shape.n_expert)
+        layers = [(index, self._layers[index]) for index in segment.predicted]
+        return {index: row[: len(layer.target)] for row, (index, layer) in zip(logits, layers, strict=True) if layer}
+
+    def _choose_streamed(
+        self, device: DeviceExperts | None, on_device: list[RoutedTokens], on_host: list[RoutedTokens]
+    ) -> list[RoutedTokens]:
+        """Experts of a batch that are worth being copied to the device for it."""
+        if device is None or device.times is None:
+            return []
+        here = [
+            one for one in on_host if not one.copy_index and device.takes(one.copy) and self._host_experts.has(one.key)
+        ]
+        n_host, n_device = ([len(one.columns) for one in routed] for routed in (here, on_device))
+        # What is streamed keeps its slot, and the host needs one for the others.
+        n_most = max(0, self._host_experts.n_free_to_pin - 1)
+        return [here[index] for index in choose_streams(n_host, n_device, device.times)[:n_most]]
+
+    @contextmanager
+    def _streaming(self, device: DeviceExperts | None, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
+        """Streams experts while the host does its own; nobody else may use the device meanwhile."""
+        if device is None or not streamed:
+            yield
+            return
+        given_up = Event()
+        with self._host_experts.held(one.key for one in streamed):
+            work = [(one, self._host_experts.addresses(one.key)) for one in streamed]
+            streaming = self._link.submit(device.stream, work, n_rows, given_up.is_set)
+            try:
+                yield
+            except BaseException:
+                given_up.set()
+                raise
+            finally:
+                streaming.result()
+
+    def end(self) -> None:
+        """A step is complete: what is worth more than what a device has takes its place."""
+        if self._lossy is not None and self._lossy.invests:
+            values = self._policy.values
+            margin = _INVEST_MARGIN if self._policy.in_uses_per_token else 1.0
+            self._host_experts.invest(sorted(self._lowered, key=lambda key: -values[key]), margin)
+        if not self._is_decode.any():
+            return
+        for device in self._devices:
+            host = self._host_experts
+            swaps = [] if device.swaps is None else device.swaps.choose(set(device), self._missed, host.has)
+            for victim, newcomer in swaps:
+                device.put(newcomer, host.addresses(newcomer), victim)
+                host.replace(newcomer, victim)
+        self._policy.end_token()
+
+    def close(self) -> None:
+        """Frees the graphs and ends the trace."""
+        self._link.shutdown()
+        self._host_experts.close()
+        if self._trace is not None:
+            self._trace.close()
+        for device in self._devices:
+            device.close()
