@@ -51,10 +51,13 @@ def loss_tables(
     `lowered` [n_stored], by layer, is true for experts whose best copy was left out.
     """
     marks = lowered or {}
-    return tuple(None if layer is None else _table(layer, marks.get(index)) for index, layer in enumerate(layers))
+    return tuple(
+        None if layer is None else _table(layer, marks.get(index, np.zeros(len(layer.experts), np.bool_)))
+        for index, layer in enumerate(layers)
+    )
 
 
-def _table(layer: ExpertLayer, lowered: NDArray[np.bool_] | None) -> LossTable:
+def _table(layer: ExpertLayer, is_lowered: NDArray[np.bool_]) -> LossTable:
     hints, n = layer.hints, len(layer.experts)
     use = np.full(n, layer.n_expert_used / max(1, n)) if hints.use is None else np.array(hints.use, np.float64)
     # A mean square is not below that of equal weights.
@@ -66,7 +69,6 @@ def _table(layer: ExpertLayer, lowered: NDArray[np.bool_] | None) -> LossTable:
     constant = _per_square(None if hints.fallback_error is None else np.array(hints.fallback_error) - best, weight)
     skip = _per_square(None if hints.skip_error is None else np.array(hints.skip_error) - best, weight)
     has_low = np.array([len(copies) > 1 for copies in layer.experts], np.bool_)
-    is_lowered = np.zeros(n, np.bool_) if lowered is None else lowered
     low = _per_square(None if hints.low_error is None else np.array(hints.low_error, np.float64), weight)
     return LossTable(
         np.append(np.array([len(copies) - 1 for copies in layer.experts], np.int64), 0),

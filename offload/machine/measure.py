@@ -1,4 +1,4 @@
-"""Measures this machine at start, as far as one model asks, and remembers it: seconds once, nothing from then on."""
+"""Measures this machine as far as one model uses it, in seconds, and remembers the speeds for later starts."""
 
 import functools
 import os
@@ -40,7 +40,10 @@ _LINK_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class KernelNeeds:
-    """What of a machine a model uses: kernels with the rows of their largest matrix, and sizes in bytes."""
+    """The kernels that a model uses, with the rows of their largest matrix, its attention, and sizes in bytes.
+
+    The largest copy of an expert has `expert_bytes`, and all matrices together have `n_bytes`.
+    """
 
     kernels: Mapping[MatrixKernel, int]
     attention: AttentionShape
@@ -50,7 +53,7 @@ class KernelNeeds:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How measuring may go about it: host memory and memory of each device in bytes, and whether reads are direct."""
+    """What measuring may use: bytes of host memory and of each device's memory, direct reads or not, and the clock."""
 
     ram: int = 2 * MOST_BYTES
     vram: int = 2 * MOST_BYTES
@@ -75,7 +78,7 @@ def kernel_needs(
 
 
 class Calibration:
-    """Answers from the cache, and measures what it does not know. `n_measured` counts what was not known.
+    """Speeds of a machine as far as a model uses it, from the cache or measured; `n_measured` counts the latter.
 
     `on_measure` is told what is about to be measured, and may raise to prevent it.
     """
@@ -94,10 +97,10 @@ class Calibration:
         self._on_measure = on_measure or (lambda name: None)
 
     def machine(self, gguf: GGUFFile | None, cpu: CpuBackend, devices: Mapping[str, Backend]) -> MachineSpeed:
-        """The whole machine; `gguf` is the file that will be read from, None when it is not.
+        """The speed of the whole machine; `gguf` is the file that experts are read from, None when none are.
 
-        A device's name stands for it in the cache, so it must say which device it is, and it must be able to compute
-        every kernel. Raises DoesNotFitError, and what reading the file raises.
+        `devices` are by the names under which the cache keeps them; each must be able to compute every kernel. Raises
+        DoesNotFitError, and what reading the file raises.
         """
         return MachineSpeed(
             cpu=self.processor(f"CPU, {cpu.n_threads} threads", cpu, self._limits.ram),
@@ -107,7 +110,7 @@ class Calibration:
         )
 
     def processor(self, name: str, backend: Backend, n_bytes: int) -> ProcessorSpeed:
-        """The speed of one backend, measured within `n_bytes` of its memory."""
+        """The speed of a backend, measured within `n_bytes` of its memory; `name` is its name in the cache."""
         needs = self._needs
         # With less memory, or for a smaller model, caches hold more of what is read: figures of their own.
         weights = max(MIN_BYTES, _power_of_two(min(MOST_BYTES, n_bytes * 3 // 5, needs.n_bytes)))
@@ -136,12 +139,12 @@ class Calibration:
         return ProcessorSpeed(kernels, overheads, one.value, batch.value)
 
     def link(self, name: str, backend: Backend) -> LinkSpeed:
-        """The link to a device."""
+        """The speed of the link to a device."""
         n_bytes = min(_LINK_BYTES, self._limits.ram // 2, self._limits.vram)
         return self._known(f"{name}: link", LinkSpeed, lambda: link_speed(backend, n_bytes, self._limits.clock))
 
     def disk(self, gguf: GGUFFile) -> float:
-        """Bytes per second from the disk that the file lies on."""
+        """Bytes per second that experts are read with from the disk that the file lies on."""
         limits = self._limits
         piece = max(PAGE, _power_of_two(min(self._needs.expert_bytes, MAX_PIECE, limits.ram // 3)))
         how = "direct" if limits.direct_io else "buffered"
@@ -169,5 +172,5 @@ class _Number:
 
 
 def _power_of_two(n: int) -> int:
-    """The largest that is not larger."""
+    """The largest power of two that is not above `n`, at least 1."""
     return 1 << (max(n, 1).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""The engine computes what a native file means: transformers with its experts replaced is the judge."""
+"""The engine computes what a native file means, compared with transformers with its experts replaced."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -39,8 +39,8 @@ def four(*types: Type) -> tuple[StoredExpert, ...]:
 
 
 ALIASES = NativeFfn(four(Type.F32), (1, 3, 0, 2, 0, 1))
-NOVICES = NativeFfn(four(Type.F32)[:3], (1, -1, 0, 2, -2, -1), _RNG.standard_normal((2, 64), np.float32))
-ONLY_NOVICES = NativeFfn((), (-1, -2, -3, -1), _RNG.standard_normal((3, 64), np.float32))
+CONSTANTS = NativeFfn(four(Type.F32)[:3], (1, -1, 0, 2, -2, -1), _RNG.standard_normal((2, 64), np.float32))
+ONLY_CONSTANTS = NativeFfn((), (-1, -2, -3, -1), _RNG.standard_normal((3, 64), np.float32))
 WIDTHS = NativeFfn(tuple(replace(e, width=32 * n) for n, e in enumerate(four(Type.F32), 1) if n < 4), (0, 1, 2))
 TYPES = NativeFfn(four(Type.F32, Type.F16, Type.BF16), (3, 2, 1, 0))
 TWO_COPIES = NativeFfn((StoredExpert(0, (Type.F32, Type.Q8_0)), *four(Type.F16)[:2]), (0, 1, 2, 0))
@@ -50,15 +50,15 @@ TWO_COPIES = NativeFfn((StoredExpert(0, (Type.F32, Type.Q8_0)), *four(Type.F16)[
     "layers",
     [
         [ALIASES, plain_ffn(4)],
-        [NOVICES, ALIASES],
-        [ONLY_NOVICES, plain_ffn(6)],
-        [plain_ffn(6), ONLY_NOVICES],
+        [CONSTANTS, ALIASES],
+        [ONLY_CONSTANTS, plain_ffn(6)],
+        [plain_ffn(6), ONLY_CONSTANTS],
         [WIDTHS, None],
         [None, TYPES],
         [TYPES, WIDTHS],
-        [TWO_COPIES, NOVICES],
+        [TWO_COPIES, CONSTANTS],
     ],
-    ids=["aliases", "novices", "only novices", "only novices last", "widths", "no first", "types", "two copies"],
+    ids=["aliases", "constants", "only constants", "only constants last", "widths", "no first", "types", "two copies"],
 )
 @pytest.mark.parametrize("n_batch", [1, 5, 12])
 def test_layers_that_are_not_alike(
@@ -88,7 +88,7 @@ def test_one_type_in_other_places_is_bit_for_bit_the_stock_file(tmp_path: Path, 
 
 
 def test_a_novice_is_what_an_expert_of_constant_output_is(tmp_path: Path, stock: GGUFContent) -> None:
-    """A zero vector keeps the share of its pick, as an expert does whose down matrix is zero."""
+    """A zero vector keeps its expert weight, as an expert does whose down matrix is zero."""
     name = "blk.0.ffn_down_exps.weight"
     silenced = stock.values(name).copy()
     silenced[[1, 4]] = 0

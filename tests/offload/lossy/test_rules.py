@@ -85,8 +85,8 @@ def choices(n_rows: int, one: ExpertLayer, seed: int) -> Choice:
 
 
 def objective(choice: Choice, actions: tuple[int, ...], held: Held, mu: float) -> float:
-    """Seconds and nats of one action (high, low, none) for each expert; infinite for what the rule must not do."""
-    hints, read, nats = choice.layer.hints, set(), 0.0
+    """Seconds and KL divergence of one action (high, low, none) per expert; infinite for what the rule must not do."""
+    hints, read, loss = choice.layer.hints, set(), 0.0
     for (row, rank), action in zip(np.ndindex(choice.stored.shape), actions, strict=True):
         expert, weight = int(choice.stored[row, rank]), float(choice.weights[row, rank])
         assert hints.error
@@ -105,8 +105,8 @@ def objective(choice: Choice, actions: tuple[int, ...], held: Held, mu: float) -
         else:
             error = hints.skip_error[expert]
         rise = max(0.0, error - hints.error[expert][0])
-        nats += rise * weight**2 / (hints.use[expert] * hints.share_square[expert])
-    return sum(choice.layer.experts[e][number].n_bytes * 1e-9 for e, number in read) + mu * nats
+        loss += rise * weight**2 / (hints.use[expert] * hints.share_square[expert])
+    return sum(choice.layer.experts[e][number].n_bytes * 1e-9 for e, number in read) + mu * loss
 
 
 def taken(choice: Choice, decision: Decision) -> tuple[int, ...]:

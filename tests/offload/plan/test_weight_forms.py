@@ -28,7 +28,7 @@ NO_FASTER_REPACKED = KernelSpeed(single_plain=1.0, single_repacked=0.99, batch_p
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Q4_K, its down projections Q6_K."""
-    directory = tmp_path_factory.mktemp("placement")
+    directory = tmp_path_factory.mktemp("forms")
     shape = TinyShape(n_embd=256, n_ff=256, n_expert=2, n_expert_used=1)
     content = read_content(write_tiny_gguf(directory / "f32.gguf", None, shape=shape))
     content = content.quantised(Type.Q6_K, lambda name: "ffn_down" in name)

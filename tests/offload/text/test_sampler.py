@@ -26,9 +26,9 @@ def naive_distribution(logits: Logits, p: SamplingParams) -> dict[int, float]:
     pairs = sorted(((float(value), -token) for token, value in enumerate(logits)), reverse=True)
     pairs = pairs[: p.top_k or len(pairs)]
     weights = [math.exp(value - pairs[0][0]) for value, _ in pairs]
-    shares = [weight / math.fsum(weights) for weight in weights]
-    kept = next((n for n in range(1, len(pairs)) if math.fsum(shares[:n]) >= p.top_p), len(pairs))
-    kept = sum(share >= p.min_p * shares[0] for share in shares[:kept])
+    probabilities = [weight / math.fsum(weights) for weight in weights]
+    kept = next((n for n in range(1, len(pairs)) if math.fsum(probabilities[:n]) >= p.top_p), len(pairs))
+    kept = sum(one >= p.min_p * probabilities[0] for one in probabilities[:kept])
     heated = [math.exp((value - pairs[0][0]) / p.temperature) for value, _ in pairs[:kept]]
     return {-pairs[n][1]: weight / math.fsum(heated) for n, weight in enumerate(heated)}
 
@@ -55,7 +55,7 @@ def test_draws_follow_the_definitions(changed: dict[str, Any]) -> None:
     n = 4000
     seen = Counter(draws(logits, p, n))
     assert seen.keys() <= expected.keys()
-    frequent = [token for token, share in expected.items() if share * n >= 5]
+    frequent = [token for token, probability in expected.items() if probability * n >= 5]
     statistic = sum((seen[token] - n * expected[token]) ** 2 / (n * expected[token]) for token in frequent)
     freedom = max(1, len(frequent) - 1)
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
@@ -69,7 +69,7 @@ def test_every_kept_token_and_no_other_is_drawn(n_vocab: int) -> None:
 
 
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
-    logits = np.array([math.log(share) for share in (0.5, 0.3, 0.2)], np.float32)
+    logits = np.array([math.log(probability) for probability in (0.5, 0.3, 0.2)], np.float32)
     assert set(draws(logits, params(top_p=0.49), 100)) == {0}
     assert set(draws(logits, params(top_p=0.51), 100)) == {0, 1}
     assert set(draws(logits, params(top_p=0.81), 100)) == {0, 1, 2}
