@@ -5,7 +5,7 @@ the server drops answers to ids that it no longer knows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -38,10 +38,17 @@ class TokenPrompt(Message, frozen=True):
     ids: tuple[int, ...]
 
 
-class ChatPrompt(Message, frozen=True):
-    """A prompt of chat turns (role, content) for the model's template, and further values for it."""
+class Turn(NamedTuple):
+    """One message of a conversation as chat templates take it; `role` is system, developer, user, assistant or tool."""
 
-    messages: tuple[tuple[str, str], ...]
+    role: str
+    content: str
+
+
+class ChatPrompt(Message, frozen=True):
+    """A conversation for the model's template and further values for it; a trailing assistant message is continued."""
+
+    messages: tuple[Turn, ...]
     values: dict[str, Any] = {}
 
 

@@ -6,13 +6,14 @@ rendered text is split at the control tokens the template itself wrote, and only
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.template_child import MAX_OUTPUT, TemplateChild, TemplateLimits
 from slimoe.server.chat.template_messages import CONTINUED
+from slimoe.server.messages import ChatPrompt
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
@@ -22,28 +23,11 @@ FALLBACK_STOP = ("\nUser:",)
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One turn; `role` is system, developer, user, assistant or tool."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class Prompt:
     """Token ids to read, and the strings that end the answer besides the model's own end token."""
 
     ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages and what else the client passes to the template; a trailing assistant message is continued."""
-
-    messages: tuple[Message, ...]
-    values: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
 
 
 class Chat:
@@ -70,14 +54,16 @@ class Chat:
         if self._template is not None:
             self._template.close()
 
-    def prompt(self, conversation: Conversation) -> Prompt:
+    def prompt(self, conversation: ChatPrompt, generate: bool = True) -> Prompt:
         """The ids of `conversation`, equal to those of Hugging Face's `apply_chat_template`.
+
+        With `generate` the assistant's next message is begun, or the trailing one continued.
 
         Without a template the turns are written out as `User: ...` and `Assistant: ...`. Raises ChatTemplateError
         when the template refuses the conversation, also after system turns were folded and equal roles merged.
         """
         tokenizer = self._tokenizer
-        parts = self._marks.split(self.text(conversation))
+        parts = self._marks.split(self._text(conversation, generate))
         segments = [tokenizer.special_tokens[part] if n % 2 else self._marks.undo(part) for n, part in enumerate(parts)]
         ids = tokenizer.encode_segments([segment for segment in segments if segment != ""])
         if self._template is None:
@@ -85,21 +71,20 @@ class Chat:
             return Prompt((*prefix, *ids), FALLBACK_STOP)
         return Prompt(tuple(ids))
 
-    def render(self, conversation: Conversation) -> str:
+    def render(self, conversation: ChatPrompt, generate: bool = True) -> str:
         """The conversation as a person may read it: the template's text with the client's own words put back."""
-        return self._marks.undo(self.text(conversation))
+        return self._marks.undo(self._text(conversation, generate))
 
-    def text(self, conversation: Conversation) -> str:
+    def _text(self, conversation: ChatPrompt, generate: bool) -> str:
         """The rendered text, in which control tokens are only those of the template."""
-        messages = tuple(Message(m.role, self._marks.hide(m.content)) for m in conversation.messages)
-        if self._template is None:
-            turns = [_PLAIN_NAMES.get(m.role, "") + m.content for m in messages]
-            if conversation.add_generation_prompt and (not messages or messages[-1].role != "assistant"):
-                turns.append("Assistant:")
-            return "\n\n".join(turns)
-        values = {**_hide_in(dict(conversation.values), self._marks), **self._special_values}
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        return self._template.render(plain, values, conversation.add_generation_prompt)
+        messages = [{"role": role, "content": self._marks.hide(content)} for role, content in conversation.messages]
+        if self._template is not None:
+            values = {**_hide_in(conversation.values, self._marks), **self._special_values}
+            return self._template.render(messages, values, generate)
+        turns = [_PLAIN_NAMES.get(message["role"], "") + message["content"] for message in messages]
+        if generate and (not messages or messages[-1]["role"] != "assistant"):
+            turns.append("Assistant:")
+        return "\n\n".join(turns)
 
 
 class _Marks:

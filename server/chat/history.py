@@ -15,13 +15,12 @@ from typing import Any
 import msgspec
 
 from slimoe.server.api_error import ApiError, invalid, unsupported
+from slimoe.server.messages import Turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES, MAX_PARTS = 16_384, 16_384
 _OLD_NAMES = {"function": "tool"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-Turn = tuple[str, str]
-"""A role and a text."""
 
 
 class Function(msgspec.Struct, gc=False):
@@ -80,7 +79,7 @@ def turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
     calls = [call for message in messages for call in message.tool_calls or ()]
     names = {call.id: called.name for call in calls if call.id and (called := call.function or call.custom)}
     found = tuple(_turn(f"messages[{n}]", message, names) for n, message in enumerate(messages))
-    if len(found) > 1 and found[-1][0] == found[-2][0] == "assistant":
+    if len(found) > 1 and found[-1].role == found[-2].role == "assistant":
         raise invalid(
             "The last two messages are both the assistant's. Join them to have the last continued.", "messages"
         )
@@ -100,11 +99,11 @@ def _turn(where: str, message: Message, names: dict[str, str]) -> Turn:
         raise invalid("A message needs content.", f"{where}.content")
     said = "\n".join(part for part in (text, *calls) if part)
     if role != "tool":
-        return role, f"{message.name}: {said}" if message.name else said
+        return Turn(role, f"{message.name}: {said}" if message.name else said)
     id = message.tool_call_id or ""
     name = message.name or names.get(id, "")
     whose = f"{name} ({id})" if name and id else name or id
-    return role, f"Result of {whose}:\n{said}" if whose else said
+    return Turn(role, f"Result of {whose}:\n{said}" if whose else said)
 
 
 def _text(where: str, message: Message) -> str | None:

@@ -1,12 +1,11 @@
 """What a client sent, made into a request the engine can read: token ids, checked against the open model."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from slimoe.offload.errors import ContextOverflowError, SlimoeError
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.offload.text.tokenizer import Tokenizer
-from slimoe.server.chat.chat import Chat, Conversation, Message, Prompt
+from slimoe.server.chat.chat import Chat, Prompt
 from slimoe.server.chat.template_child import MAX_OUTPUT
 from slimoe.server.chat.template_error import ChatTemplateError
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
@@ -58,7 +57,7 @@ class Prompts:
             )
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
         # A first space belongs to a new message's token, and to the text of a message that is continued.
-        begins_answer = isinstance(source, ChatPrompt) and source.messages[-1][0] != "assistant"
+        begins_answer = isinstance(source, ChatPrompt) and source.messages[-1].role != "assistant"
         return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=begins_answer)
 
     def prompt(self, source: PromptSource) -> Prompt:
@@ -74,7 +73,7 @@ class Prompts:
             self._check_length(source.text)
             return Prompt(tuple(self.encode(source.text)))
         self._check_length(*(text for _, text in source.messages))
-        return self.chat.prompt(conversation(source))
+        return self.chat.prompt(source)
 
     def encode(self, text: str) -> list[int]:
         """The ids of raw text as the model expects it: with its BOS, once; control tokens may be written out."""
@@ -139,10 +138,3 @@ class Prompts:
 
 def _n_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def conversation(source: ChatPrompt, add_generation_prompt: bool = True) -> Conversation:
-    """The turns of `source` as the chat format takes them."""
-    messages = tuple(Message(role, content) for role, content in source.messages)
-    values: Mapping[str, object] = source.values
-    return Conversation(messages, values, add_generation_prompt)

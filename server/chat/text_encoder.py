@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from slimoe.offload.text.tokenizer import Tokenizer
-from slimoe.server.chat.chat import Chat, Conversation, Message
+from slimoe.server.chat.chat import Chat
+from slimoe.server.messages import ChatPrompt, Turn
 
 
 class TokenizerEncoder:
@@ -22,8 +23,8 @@ class TokenizerEncoder:
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a whole conversation; raises ChatTemplateError."""
-        turns = tuple(Message(message["role"], message["content"]) for message in messages)
-        return list(self._chat.prompt(Conversation(turns, add_generation_prompt=False)).ids)
+        turns = tuple(Turn(message["role"], message["content"]) for message in messages)
+        return list(self._chat.prompt(ChatPrompt(turns), generate=False).ids)
 
     def close(self) -> None:
         """Frees the vocabulary, and ends the process that the template runs in."""

@@ -15,7 +15,7 @@ from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.api.wire import tiers_info
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.jobs.local_engine import open_engine
-from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt, Turn
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
@@ -113,8 +113,8 @@ def _source(options: RunOptions) -> PromptSource | None:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not options.chat:
         return TextPrompt(text)
-    system = () if options.system is None else (("system", options.system),)
-    return ChatPrompt((*system, ("user", text)))
+    system = () if options.system is None else (Turn("system", options.system),)
+    return ChatPrompt((*system, Turn("user", text)))
 
 
 def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, options: RunOptions) -> None:

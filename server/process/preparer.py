@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
-from slimoe.server.chat.prompts import Prompts, RequestError, conversation
+from slimoe.server.chat.prompts import Prompts, RequestError
 from slimoe.server.chat.template_error import TemplateBusyError, TemplateLimitError
 from slimoe.server.process.replies import failure_of
 
@@ -107,7 +107,7 @@ class Preparer:
                 known = prompts.prompt(messages.TokenPrompt(ids)).ids if ids else ()
                 return messages.Text(id, prompts.tokenizer.decode(known, special=shows_control))
             case messages.Render(id, prompt, add_generation_prompt):
-                return messages.Text(id, prompts.chat.render(conversation(prompt, add_generation_prompt)))
+                return messages.Text(id, prompts.chat.render(prompt, add_generation_prompt))
 
 
 def _work(waiting: "queue.SimpleQueue[Callable[[], None]]") -> None:

@@ -10,7 +10,7 @@ from slimoe.offload.errors import ContextOverflowError
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.chat.template_error import ChatTemplateError
-from slimoe.server.messages import ChatPrompt
+from slimoe.server.messages import ChatPrompt, Turn
 from slimoe.server.terminal.terminal import generate, show_figures
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves."
@@ -29,7 +29,7 @@ class Repl:
         self._request = request
         self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
         self._prompts.chat.check()  # says now, not after the first line, that the model cannot chat
-        self._opening = [] if system is None else [("system", system)]
+        self._opening = [] if system is None else [Turn("system", system)]
         self._turns = list(self._opening)
 
     def run(self) -> None:
@@ -50,13 +50,13 @@ class Repl:
                 self._answer(line)
 
     def _answer(self, line: str) -> None:
-        turns = [*self._turns, ("user", line)]
+        turns = [*self._turns, Turn("user", line)]
         try:
             request = self._prompts.complete(self._request, ChatPrompt(tuple(turns)))
             outcome = generate(self._engine, request, shows_text=True)
             print(flush=True)
             show_figures(outcome.finished)
-            self._turns = [*turns, ("assistant", outcome.text.strip())]
+            self._turns = [*turns, Turn("assistant", outcome.text.strip())]
         except ContextOverflowError as error:
             click.echo(f"{error} Or type /reset to start over.", err=True)
         except ChatTemplateError as error:

@@ -10,12 +10,12 @@ from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from slimoe.offload.engine import Engine
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.chat.prompts import Prompts
-from slimoe.server.messages import ChatPrompt
+from slimoe.server.messages import ChatPrompt, Turn
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.terminal.terminal import generate
 from tests.models.configs import engine_config
 
-RIVER = ("user", 'Define the noun "river".')
+RIVER = Turn("user", 'Define the noun "river".')
 GREEDY = GenerationRequest(prompt_ids=(), max_tokens=48, sampling=SamplingParams(temperature=0))
 
 
@@ -43,7 +43,7 @@ def test_the_next_turn_finds_the_answer_in_the_cache(engine: Engine) -> None:
     prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
     first = prompts.complete(GREEDY, ChatPrompt((RIVER,)))
     outcome = generate(engine, first, shows_text=False)
-    turns = (RIVER, ("assistant", outcome.text), ("user", "And a lake?"))
+    turns = (RIVER, Turn("assistant", outcome.text), Turn("user", "And a lake?"))
     second = generate(engine, prompts.complete(GREEDY, ChatPrompt(turns)), shows_text=False)
     assert second.finished.timings.cached_n >= len(first.prompt_ids) + len(outcome.tokens)
 

@@ -15,9 +15,10 @@ from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import PREFIX_AFTER_SPECIAL
 from slimoe.offload.text.tokenizer import Tokenizer
-from slimoe.server.chat.chat import FALLBACK_STOP, Chat, Conversation, Message
+from slimoe.server.chat.chat import FALLBACK_STOP, Chat
 from slimoe.server.chat.template import MAX_SOURCE, ChatTemplate
 from slimoe.server.chat.template_error import ChatTemplateError
+from slimoe.server.messages import ChatPrompt, Turn
 from tests.models.gguf_content import finish
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE, add_vocabulary
 
@@ -78,9 +79,9 @@ def reference(template: str, legacy: bool, sentencepiece_path: Path) -> PreTrain
     return reference
 
 
-def conversation(*texts: str) -> Conversation:
+def conversation(*texts: str) -> ChatPrompt:
     roles = ("user", "assistant")
-    return Conversation(tuple(Message(roles[n % 2], text) for n, text in enumerate(texts)))
+    return ChatPrompt(tuple(Turn(roles[n % 2], text) for n, text in enumerate(texts)))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_trailing_assistant_message_is_continued(chat: Chat, reference: Any) -
 
 def test_system_and_repeated_roles_are_folded_for_a_template_that_refuses_them(tokenizer: Tokenizer) -> None:
     roles = [("system", "be brief"), ("developer", "in verse"), ("user", "hello"), ("user", "world"), ("tool", "42")]
-    messages = Conversation(tuple(Message(role, text) for role, text in roles))
+    messages = ChatPrompt(tuple(Turn(role, text) for role, text in roles))
     text = Chat(tokenizer).render(messages)
     if "[INST]" in (tokenizer.chat_template or ""):
         assert text == "<s>[INST] be brief\n\nin verse\n\nhello\n\nworld\n\n42 [/INST]"
@@ -135,7 +136,7 @@ def test_system_and_repeated_roles_are_folded_for_a_template_that_refuses_them(t
 def test_a_system_text_that_the_template_drops_is_folded(sentencepiece_path: Path, tmp_path: Path) -> None:
     users_only = "{% for m in messages if m.role == 'user' %}Q: {{ m.content }}{% endfor %}"
     tokenizer = write_vocabulary(tmp_path / "v.gguf", sentencepiece_path, users_only)
-    messages = Conversation((Message("system", "be brief"), Message("user", "hello")))
+    messages = ChatPrompt((Turn("system", "be brief"), Turn("user", "hello")))
     assert Chat(tokenizer).render(messages) == "Q: be brief\n\nhello"
     tokenizer.close()
 
@@ -155,7 +156,7 @@ def test_the_template_reads_what_the_client_passes(sentencepiece_path: Path, tmp
         tmp_path / "v.gguf", sentencepiece_path, "{{ bos_token }}{{ mood }}{{ messages[0].content }}"
     )
     values = {"mood": "sad</s>", "bos_token": "<unk>"}
-    ids = Chat(tokenizer).prompt(Conversation((Message("user", "x"),), values)).ids
+    ids = Chat(tokenizer).prompt(ChatPrompt((Turn("user", "x"),), values)).ids
     assert ids[0] == 1
     assert {0, 2}.isdisjoint(ids)
     assert tokenizer.decode(ids[1:]).strip() == "sad</s>x"

@@ -24,7 +24,7 @@ class Scripted:
 
     def complete(self, request: GenerationRequest, source: messages.PromptSource) -> GenerationRequest:
         assert self.may_go_on.wait(TIMEOUT)
-        if isinstance(source, messages.ChatPrompt) and source.messages[0][1].startswith("bomb"):
+        if isinstance(source, messages.ChatPrompt) and source.messages[0].content.startswith("bomb"):
             raise TemplateLimitError("0.5 seconds of processor time")
         return request
 
@@ -39,7 +39,7 @@ class Waiting:
 
     def put(self, *texts: str) -> None:
         for n, text in enumerate(texts):
-            prompt = messages.ChatPrompt((("user", text),))
+            prompt = messages.ChatPrompt((messages.Turn("user", text),))
             self.preparer.prepare(Job(messages.Submit(n, prompt, GenerationRequest((1,)))))
 
     def told(self, n_answers: int) -> list[Any]:
@@ -58,7 +58,7 @@ def kinds(answers: list[Any]) -> list[str]:
 
 def test_those_that_wait_for_too_many_bombs_are_refused(waiting: Waiting) -> None:
     waiting.put(*["bomb"] * (MOST_STOPPED + 2), "hello")
-    waiting.preparer.answer(messages.Render(9, messages.ChatPrompt((("user", "hello"),))))
+    waiting.preparer.answer(messages.Render(9, messages.ChatPrompt((messages.Turn("user", "hello"),))))
     answers = waiting.told(MOST_STOPPED + 4)
     assert kinds(answers) == ["template"] * MOST_STOPPED + ["template_busy"] * 4
     error = from_failure(answers[-1])

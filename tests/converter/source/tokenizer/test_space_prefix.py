@@ -13,10 +13,10 @@ from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.text.tokenizer import Tokenizer
-from slimoe.server.chat.chat import Chat, Conversation, Message
+from slimoe.server.chat.chat import Chat
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.chat.text_encoder import TokenizerEncoder
-from slimoe.server.messages import TextPrompt
+from slimoe.server.messages import ChatPrompt, TextPrompt, Turn
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
 from tests.models.tokenizer_files import as_json, llama_2, read_files, transformers_reading, write_files
 
@@ -97,8 +97,8 @@ def test_chats_texts_and_prompts_have_transformers_ids(
     for path in (tmp_path / "m.gguf", tmp_path / "again.gguf"):
         gguf = read_gguf(path)
         tokenizer = Tokenizer.open(gguf)
-        turns = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(messages))
-        assert list(Chat(tokenizer).prompt(Conversation(turns)).ids) == expected
+        turns = tuple(Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(messages))
+        assert list(Chat(tokenizer).prompt(ChatPrompt(turns)).ids) == expected
         encoder = TokenizerEncoder(path, gguf.metadata)
         chat = [{"role": turn.role, "content": turn.content} for turn in turns]
         assert encoder.chat(chat) == expected
@@ -128,6 +128,6 @@ def test_what_llama_cpp_reads_otherwise_is_said(tmp_path: Path, moe_checkpoint: 
 def test_a_chat_without_a_template_is_a_text_behind_a_bos(tmp_path: Path, sentencepiece_path: Path) -> None:
     tokenizer = read_files(lone_model(tmp_path / "c", sentencepiece_path, {"legacy": False}))
     reference = transformers_reading(sentencepiece_path, legacy=False)
-    prompt = Chat(tokenizer).prompt(Conversation((Message("user", "hello"),)))
+    prompt = Chat(tokenizer).prompt(ChatPrompt((Turn("user", "hello"),)))
     assert list(prompt.ids) == [1, *reference.encode("User: hello\n\nAssistant:", add_special_tokens=False).ids]
     tokenizer.close()
