@@ -51,7 +51,7 @@ FLAGS = [
     "--lossy",
     "skip:0.1",
     "--trace",
-    "picks.trace",
+    "router.trace",
     "--no-direct-io",
 ]
 EXPECTED = engine_config(
@@ -66,7 +66,7 @@ EXPECTED = engine_config(
     vram=("1GiB", "2GB", "auto"),
     device="CUDA0,RPC0",
     rpc=("127.0.0.1:50052", "10.0.0.7:2", "host:3"),
-    trace=Path("picks.trace"),
+    trace=Path("router.trace"),
     policy="lfu",
     max_kl=0.25,
     lossy="skip:0.1",
@@ -128,7 +128,7 @@ def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: 
     assert run(["serve", "some.gguf", *FLAGS]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
-    assert config.trace == Path.cwd() / "picks.trace"
+    assert config.trace == Path.cwd() / "router.trace"
     assert config.memory.reserve_bytes == serving_bytes()
     same: dict[str, Any] = {
         "model": EXPECTED.model,
