@@ -126,8 +126,7 @@ class Stream:
             self._attention(layer, observer)
             router = read_router(self.source, layer, self.device)
             if router is not None:
-                routing = self._route(layer, router, observer)
-                self._experts(layer, routing, observer, experts)
+                self._experts(layer, router, observer, experts)
             elif self.source.layers[layer].has_ffn:
                 norm, ffn = read_dense(self.source, layer, self.device)
                 for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
@@ -151,16 +150,14 @@ class Stream:
                 h = h + seen.update
             self._middle[begin:end] = self._after[begin:end] = h
 
-    def _route(self, layer: int, router: Router, observer: Observer) -> Routing:
+    def _experts(self, layer: int, router: Router, observer: Observer, read: Callable[[int], Expert] | None) -> None:
         found = []
         for begin, end in self.sequences.spans():
             x = self._x[begin:end] = self._normalised(slice(begin, end), router.norm)
             found.append(route(router.weight, self.source.spec, x))
             observer.routed(layer, begin, x, found[-1])
         parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
-        return Routing(*(torch.cat(part).cpu() for part in parts))
-
-    def _experts(self, layer: int, routing: Routing, observer: Observer, read: Callable[[int], Expert] | None) -> None:
+        routing = Routing(*(torch.cat(part).cpu() for part in parts))
         for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing):
             if number < 0:
                 constant = read_tensor(self.source, constant_key(layer, -1 - number))

@@ -2,10 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,26 +34,23 @@ class FourBitState:
     def read(cls, tensor: CheckpointTensor) -> "FourBitState":
         """Reads the JSON of a state tensor; raises ModelFileError."""
         try:
-            return cls._from_json(json.loads(read_bytes(tensor.path, tensor.offset, tensor.n_bytes).tobytes()))
+            fields = json.loads(read_bytes(tensor.path, tensor.offset, tensor.n_bytes).tobytes())
+            n_rows, n_per_row = fields["shape"]
+            state = cls(
+                (int(n_rows), int(n_per_row)),
+                fields["quant_type"],
+                fields["dtype"],
+                int(fields["blocksize"]),
+                int(fields.get("nested_blocksize", 0)),
+                float(fields.get("nested_offset", 0.0)),
+            )
+            if min(*state.shape, state.n_block) < 1 or state.n_block % 2 or state.n_nested < 0:
+                raise ValueError(state)
+            if state.quant_type not in FOUR_BIT or state.dtype not in _PRECISIONS:
+                raise ValueError(state)
         except (KeyError, TypeError, ValueError):
             problem = f"tensor {tensor.name} is damaged."
             raise ModelFileError(tensor.path, problem, "Download the checkpoint again.") from None
-
-    @classmethod
-    def _from_json(cls, fields: Mapping[str, Any]) -> "FourBitState":
-        n_rows, n_per_row = fields["shape"]
-        state = cls(
-            (int(n_rows), int(n_per_row)),
-            fields["quant_type"],
-            fields["dtype"],
-            int(fields["blocksize"]),
-            int(fields.get("nested_blocksize", 0)),
-            float(fields.get("nested_offset", 0.0)),
-        )
-        if min(*state.shape, state.n_block) < 1 or state.n_block % 2 or state.n_nested < 0:
-            raise ValueError(state)
-        if state.quant_type not in FOUR_BIT or state.dtype not in _PRECISIONS:
-            raise ValueError(state)
         return state
 
 

@@ -185,7 +185,18 @@ def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[Checkpo
             problem = f"the header's entry for tensor {name} is damaged ({error})."
             raise ModelFileError(path, problem, _AGAIN) from None
     _check_offsets(path, entries, n_file - 8 - n_header)
-    return raw, [_tensor(path, 8 + n_header, dtypes, name, entry) for name, entry in entries.items()]
+    tensors: list[CheckpointTensor] = []
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        if entry.dtype not in dtypes:
+            meaning = f" ({_UNREAD[entry.dtype]})" if entry.dtype in _UNREAD else ""
+            problem = f"tensor {name} is stored as {entry.dtype}{meaning}; {', '.join(dtypes)} are read."
+            raise UnsupportedModelError(path, problem, _BEFORE)
+        if end - begin != math.prod(entry.shape) * dtypes[entry.dtype]:
+            problem = f"the header's entry for tensor {name} is damaged: {list(entry.shape)} of {entry.dtype}"
+            raise ModelFileError(path, f"{problem} do not take {end - begin} bytes.", _AGAIN)
+        tensors.append(CheckpointTensor(name, entry.dtype, entry.shape, path, 8 + n_header + begin))
+    return raw, tensors
 
 
 def _check_offsets(path: Path, entries: Mapping[str, _Entry], n_data: int) -> None:
@@ -202,15 +213,3 @@ def _check_offsets(path: Path, entries: Mapping[str, _Entry], n_data: int) -> No
         expected = end
     if expected != n_data:
         raise ModelFileError(path, f"{n_data - expected} bytes at the file's end belong to no tensor.", _AGAIN)
-
-
-def _tensor(path: Path, data_begin: int, dtypes: Mapping[str, int], name: str, entry: _Entry) -> CheckpointTensor:
-    begin, end = entry.data_offsets
-    if entry.dtype not in dtypes:
-        meaning = f" ({_UNREAD[entry.dtype]})" if entry.dtype in _UNREAD else ""
-        problem = f"tensor {name} is stored as {entry.dtype}{meaning}; {', '.join(dtypes)} are read."
-        raise UnsupportedModelError(path, problem, _BEFORE)
-    if end - begin != math.prod(entry.shape) * dtypes[entry.dtype]:
-        problem = f"the header's entry for tensor {name} is damaged: {list(entry.shape)} of {entry.dtype}"
-        raise ModelFileError(path, f"{problem} do not take {end - begin} bytes.", _AGAIN)
-    return CheckpointTensor(name, entry.dtype, entry.shape, path, data_begin + begin)

@@ -14,8 +14,7 @@ from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import BucketSources, LayerSources, LinearSource, WeightSource, stacked_matrix
+from slimoe.offload.model.tensors import LayerSources, LinearSource, WeightSource, stacked_matrix
 from slimoe.offload.text.tokenizer import Tokenizer
 
 _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version", "size_label")
@@ -39,16 +38,13 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     output = () if sources.output.weight is sources.token_embd else _linear(sources.output)
     for weight in (*(one for one in whole if one), *output):
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
+    layers = []
     for index, layer in enumerate(sources.layers):
         found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
-    return StoredModel(
-        path,
-        spec,
-        _digest(gguf),
-        _metadata(gguf.metadata, path.stem),
-        tuple(_layer(layer, spec) for layer in sources.layers),
-        found,
-    )
+        stored = len(layer.buckets.layout.buckets) if layer.buckets else spec.n_expert
+        target = layer.buckets.layout.target if layer.buckets else tuple(range(spec.n_expert))
+        layers.append(SourceLayer(stored, target, layer.attn_norm is not None, layer.ffn_norm is not None))
+    return StoredModel(path, spec, _digest(gguf), _metadata(gguf.metadata, path.stem), tuple(layers), found)
 
 
 def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
@@ -56,7 +52,16 @@ def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple
     for weight in (*layer.vectors, *(part for linear in linears for part in _linear(linear))):
         yield MatrixKey(weight.name), weight
     if layer.buckets:
-        yield from _copies(index, layer.buckets, copy)
+        layout, constants = layer.buckets.layout, layer.buckets.constants
+        for expert, number, bucket, slot in layout.slots():
+            if number == min(copy, len(layout.buckets[expert]) - 1):
+                for projection, stack in zip(PROJECTIONS, layer.buckets.buckets[bucket], strict=True):
+                    yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
+        if constants:
+            n_embd, n_constant = constants.ne
+            vectors = replace(constants, ne=(n_embd, 1, n_constant))
+            for number in range(n_constant):
+                yield constant_key(index, number), replace(stacked_matrix(vectors, number), ne=(n_embd,))
     elif layer.router:
         assert layer.down is not None
         for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
@@ -71,32 +76,12 @@ def _linear(linear: LinearSource) -> tuple[WeightSource, ...]:
     return (linear.weight, linear.bias) if linear.bias else (linear.weight,)
 
 
-def _copies(index: int, buckets: BucketSources, wanted: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
-    for expert, copy, bucket, slot in buckets.layout.slots():
-        for projection, stack in zip(PROJECTIONS, buckets.buckets[bucket], strict=True):
-            if copy == min(wanted, len(buckets.layout.buckets[expert]) - 1):
-                yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
-    if buckets.constants:
-        n_embd, n_constant = buckets.constants.ne
-        vectors = replace(buckets.constants, ne=(n_embd, 1, n_constant))
-        for number in range(n_constant):
-            yield constant_key(index, number), replace(stacked_matrix(vectors, number), ne=(n_embd,))
-
-
 def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
     span = weight.spans[0]
     assert len(weight.spans) == 1, weight.name
     blocks = Blocks(weight.type, gguf.paths[span.shard], span.offset, span.n_bytes)
     n_rows = weight.ne[1] if len(weight.ne) > 1 else 1
     return StoredMatrix(weight.ne[::-1], BlockRows(weight.name, blocks, n_rows, weight.ne[0]))
-
-
-def _layer(layer: LayerSources, spec: ModelSpec) -> SourceLayer:
-    has_attention, has_ffn = layer.attn_norm is not None, layer.ffn_norm is not None
-    if layer.buckets:
-        target = layer.buckets.layout.target
-        return SourceLayer(len(layer.buckets.layout.buckets), target, has_attention, has_ffn)
-    return SourceLayer(spec.n_expert, tuple(range(spec.n_expert)), has_attention, has_ffn)
 
 
 def _metadata(metadata: Mapping[str, Value], name: str) -> dict[str, Value]:

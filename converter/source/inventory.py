@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from slimoe.converter.source.bnb import type_sizes
 from slimoe.converter.source.checkpoint import Checkpoint
@@ -148,7 +149,11 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     foreign = foreign_model(gguf.path, metadata, len(gguf.tensors))
     architecture = str(metadata.get("general.architecture", "unknown"))
     layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
-    copies = _copies_by_stack(layout) if layout else {}
+    copies: dict[str, Counter[int]] = {}  # by number (0 the best), of each stack of a native file
+    for index, layer in enumerate(layout.layers if layout else ()):
+        for _expert, copy, bucket, _slot in layer.slots():
+            for projection in PROJECTIONS:
+                copies.setdefault(stack_name(index, projection, bucket), Counter())[copy] += 1
     tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
@@ -161,7 +166,11 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         format="GGUF",
         architecture=architecture,
         name=str(general.get("name", gguf.path.stem)),
-        sizes={name: _plain(value) for name, value in values.items() if value is not None},
+        sizes={
+            name: _alike(value.tolist()) if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+            if value is not None
+        },
         counts=_counts(tensors),
         n_bytes=gguf.n_bytes,
         tokenizer=_gguf_tokenizer(metadata),
@@ -169,16 +178,6 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         experts=_native_experts(layout) if layout else {},
         note=f"{foreign.problem} {foreign.hint}" if foreign else None,
     )
-
-
-def _copies_by_stack(layout: NativeLayout) -> dict[str, Counter[int]]:
-    """How many copies of each number (0 the best) a stack of a native file holds, by its tensor's name."""
-    counts: dict[str, Counter[int]] = {}
-    for index, layer in enumerate(layout.layers):
-        for _expert, copy, bucket, _slot in layer.slots():
-            for projection in PROJECTIONS:
-                counts.setdefault(stack_name(index, projection, bucket), Counter())[copy] += 1
-    return counts
 
 
 def _parts(tensor: TensorInfo, copies: Counter[int] | None) -> Iterator[tuple[str, str, int, int]]:
@@ -242,11 +241,6 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     return [_encodable(one) for one in value] if isinstance(value, list) else value
-
-
-def _plain(value: Value) -> Any:
-    """A value as JSON knows it."""
-    return value if isinstance(value, int | float | str | list) else _alike(value.tolist())
 
 
 def _counts(tensors: Iterator[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:

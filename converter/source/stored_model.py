@@ -27,7 +27,15 @@ class StoredModel:
     shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", _in_order(self.matrices, self.spec))
+        places = {tensor.role: place for place, tensor in enumerate(self.spec.architecture.tensors)}
+
+        def place(key: MatrixKey) -> tuple[int, int, str, int]:
+            """Where the architecture's list has the tensor, layer by layer."""
+            *block, role, kind = key.name.split(".")
+            layer = int(block[1]) if block else self.spec.n_layer if role.startswith("output") else -1
+            return layer, places.get(role, len(places)), kind, key.expert
+
+        object.__setattr__(self, "matrices", {key: self.matrices[key] for key in sorted(self.matrices, key=place)})
         object.__setattr__(self, "shapes", {key: matrix.shape for key, matrix in self.matrices.items()})
 
     @property
@@ -47,15 +55,3 @@ class StoredModel:
     def blocks(self, key: MatrixKey) -> Blocks | None:
         """Where the matrix lies in ggml's own blocks, if it does."""
         return self.matrices[key].rows.blocks
-
-
-def _in_order(matrices: Mapping[MatrixKey, StoredMatrix], spec: ModelSpec) -> dict[MatrixKey, StoredMatrix]:
-    """Sorts matrices as the architecture lists its tensors, layer by layer, so that reading follows the computation."""
-    places = {tensor.role: place for place, tensor in enumerate(spec.architecture.tensors)}
-
-    def place(key: MatrixKey) -> tuple[int, int, str, int]:
-        *block, role, kind = key.name.split(".")
-        layer = int(block[1]) if block else spec.n_layer if role.startswith("output") else -1
-        return layer, places.get(role, len(places)), kind, key.expert
-
-    return {key: matrices[key] for key in sorted(matrices, key=place)}

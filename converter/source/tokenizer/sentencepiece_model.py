@@ -44,12 +44,21 @@ class SentencePieceModel:
     @classmethod
     def read(cls, path: Path) -> "SentencePieceModel":
         """Raises ModelFileError for a damaged file, UnsupportedModelError for one that llama.cpp cannot express."""
+        try:
+            with open_regular(path) as file:
+                data = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
+        if len(data) > _MAX_BYTES:
+            raise ModelFileError(
+                path, f"this is larger than {_MAX_BYTES:,} bytes, the most that is read of such a file."
+            )
         pieces: list[Piece] = []
         trainer: dict[int, bytes | int] = {}
         normalizer: dict[int, bytes | int] = {}
         denormalizer: dict[int, bytes | int] = {}
         try:
-            for field, value in _fields(_read(path)):
+            for field, value in _fields(data):
                 if field == _PIECE:
                     pieces.append(_piece(_message(value)))
                 elif field == _TRAINER:
@@ -67,17 +76,6 @@ class SentencePieceModel:
         if denormalizer.get(2):
             raise inexpressible(path, "denormaliser", "precompiled_charsmap")
         return cls(tuple(pieces), bool(normalizer.get(3, 1)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
-    if len(data) > _MAX_BYTES:
-        raise ModelFileError(path, f"this is larger than {_MAX_BYTES:,} bytes, the most that is read of such a file.")
-    return data
 
 
 def _check_pieces(path: Path, pieces: list[Piece]) -> None:

@@ -102,10 +102,18 @@ class Steps:
 
     def space_prefix(self) -> SpacePrefix:
         """When a sentencepiece-like tokenizer adds a space; refuses whatever else its steps do."""
-        done = [self._rewriting(step) for step in self.normalizer]
-        for n, name in enumerate(done):
-            if name in done[:n] or (name == "double" and done[:n] != ["escape"]):
-                self._refuse("normaliser", self.normalizer[n].type)
+        done: list[str] = []
+        for step in self.normalizer:
+            pattern, name = step.pattern or {}, ""
+            if step.type == "Prepend" and step.prepend == _MARK:
+                name = "prepend"
+            elif step.type == "Replace" and (pattern, step.content) == ({"String": " "}, _MARK):
+                name = "escape"
+            elif step.type == "Replace" and (pattern, step.content) == ({"Regex": rf"\A{_MARK}"}, _MARK * 2):
+                name = "double"
+            if not name or name in done or (name == "double" and done != ["escape"]):
+                self._refuse("normaliser", step.type)
+            done.append(name)
         for n, step in enumerate(self.pre_tokenizer):
             if step.type != "Metaspace" or step.replacement != _MARK or n:
                 self._refuse("pre-tokenizer", step.type)
@@ -146,17 +154,6 @@ class Steps:
             changes = step.type == "Replace" and (pattern, step.content) != (_MARK, " ")
             if step.type not in _DECODERS or changes or (step.type == "Strip" and step.content != " "):
                 self._refuse("decoder", step.type)
-
-    def _rewriting(self, step: Step) -> str:
-        """What a normaliser does to the spaces of a text."""
-        pattern = step.pattern or {}
-        if step.type == "Prepend" and step.prepend == _MARK:
-            return "prepend"
-        if step.type == "Replace" and (pattern, step.content) == ({"String": " "}, _MARK):
-            return "escape"
-        if step.type == "Replace" and (pattern, step.content) == ({"Regex": rf"\A{_MARK}"}, _MARK * 2):
-            return "double"
-        self._refuse("normaliser", step.type)
 
     def _refuse(self, part: str, name: str) -> NoReturn:
         raise inexpressible(self.path, part, name)

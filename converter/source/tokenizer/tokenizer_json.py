@@ -78,6 +78,11 @@ class TokenizerJson:
         parts = (file.normalizer, file.pre_tokenizer, file.post_processor, file.decoder)
         model, steps = file.model, Steps.of(path, parts)
         model.check(path)
+        added: dict[int, AddedToken] = {}
+        for token in file.added_tokens:
+            if token.id < 0 or token.id in added or model.vocab.get(token.content, token.id) != token.id:
+                raise ModelFileError(path, f"the added token {token.content!r:.100} cannot have id {token.id}.", _AGAIN)
+            added[token.id] = AddedToken(**{name: getattr(token, name) for name in AddedToken.__struct_fields__})
         before, behind = steps.around()
         steps.check_decoder()
         is_bytes, prefix = steps.is_byte_level, None
@@ -94,7 +99,7 @@ class TokenizerJson:
             pre=steps.pre_tokenizer_name(model.ignore_merges) if is_bytes else "default",
             model=model,
             merges=model.pairs(path),
-            added=_added(path, model, file.added_tokens),
+            added=added,
             has_normalizer=bool(steps.normalizer) and not is_bytes and not settings.is_llama_class,
             is_composed=bool(steps.normalizer) and is_bytes,
             space_prefix=prefix,
@@ -145,13 +150,3 @@ class TokenizerJson:
         if self.space_prefix is None:
             return values | {keys.MERGES: [f"{left} {right}" for left, right in self.merges]}
         return values | self.space_prefix.metadata()
-
-
-def _added(path: Path, model: BpeModel, tokens: list[_Added]) -> dict[int, AddedToken]:
-    added: dict[int, AddedToken] = {}
-    for token in tokens:
-        if token.id < 0 or token.id in added or model.vocab.get(token.content, token.id) != token.id:
-            raise ModelFileError(path, f"the added token {token.content!r:.100} cannot have id {token.id}.", _AGAIN)
-        fields = {name: getattr(token, name) for name in AddedToken.__struct_fields__}
-        added[token.id] = AddedToken(**fields)
-    return added

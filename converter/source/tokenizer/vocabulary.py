@@ -45,7 +45,11 @@ def tokenizer_metadata(path: Path, n_vocab: int, class_ids: Mapping[str, int] = 
     origin, tokens, metadata = _base_tokens(path, json_file, settings)
     if len(tokens) > n_vocab:
         raise _too_many(path, len(tokens), n_vocab)
-    _add_tokens(tokens, _named(tokens, json_file, settings) | added)
+    # Tokens that have a role are special, even where no list of added tokens has them.
+    by_text = {token.text: n for n, token in enumerate(tokens)}
+    names = {"pad": json_file.padding_token if json_file else None} | settings.texts
+    named = {by_text[text]: AddedToken(text, special=True) for text in names.values() if text in by_text}
+    _add_tokens(tokens, named | added)
     tokens += [_Token(f"[PAD{n}]", _ADDED_SCORE, TokenType.UNUSED) for n in range(len(tokens), n_vocab)]
     metadata[keys.TOKENS] = [token.text for token in tokens]
     metadata[keys.TOKEN_TYPES] = [int(token.type) for token in tokens]
@@ -127,14 +131,6 @@ def _pieces(model: SentencePieceModel) -> list[_Token]:
     # GGUF's user-defined tokens are matched in the raw text, sentencepiece's in the escaped one.
     texts = [p.text.replace("▁", " ") if p.type == TokenType.USER_DEFINED else p.text for p in model.pieces]
     return [_Token(text, p.score, p.type) for text, p in zip(texts, model.pieces, strict=True)]
-
-
-def _named(tokens: list[_Token], json_file: TokenizerJson | None, settings: TokenizerSettings) -> dict[int, AddedToken]:
-    """The tokens that have a role, which are special even where no list of added tokens has them."""
-    ids = {token.text: n for n, token in enumerate(tokens)}
-    names = {"pad": json_file.padding_token if json_file else None} | settings.texts
-    texts = [text for text in names.values() if text in ids]
-    return {ids[text]: AddedToken(text, special=True) for text in texts}
 
 
 def _add_tokens(tokens: list[_Token], added: dict[int, AddedToken]) -> None:
