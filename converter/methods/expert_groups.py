@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slimoe.converter.layout.plan import ExpertPlan, Types
-from slimoe.converter.methods.expert_matrices import Int, align, read_matrices
+from slimoe.converter.methods.expert_matrices import align, read_matrices
 from slimoe.converter.methods.layer_weight import outputs_of, router_of
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.stats.statistics import LayerStatistics, OutputSums, RouterSums
+from slimoe.converter.stats.statistics import Double, Int, LayerStatistics, OutputSums, RouterSums
 from slimoe.offload.errors import UsageError
-
-Double = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,10 @@ width. Copies are found either way: the greatest product of all is that of a neu
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slimoe.converter.layout.plan import ExpertPlan
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
-
-Single = NDArray[np.float32]
-Int = NDArray[np.int64]
+from slimoe.converter.stats.statistics import Int, Single
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slimoe.converter.methods.expert_groups import ExpertGroups, use_weights
+from slimoe.converter.stats.statistics import Double, Int, Single
 from slimoe.offload.errors import UsageError
-
-Single = NDArray[np.float32]
-Double = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 _RIDGE = 1e-4
 

@@ -9,16 +9,13 @@ the expert weights.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.forward.block import route
+from slimoe.converter.stats.statistics import Single
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec
-
-Single = NDArray[np.float32]
 
 _TOKENS_AT_ONCE = 1024
 _DECAY, _SQUARE_DECAY = 0.9, 0.999

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from numpy.typing import NDArray
 
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.gguf.header import HeaderTensor, pack_header, padded
 from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics import Single, Statistics
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.regular_file import open_regular, read_regular, reason
 from slimoe.offload.files.whole_file import write_whole
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 
-Single = NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _ALIGNMENT = 32
 _OLD_LIMIT = 1 << 20

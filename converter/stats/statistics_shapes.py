@@ -1,7 +1,7 @@
 """Checks that statistics have the sizes of the model that they are used for, which no checksum can."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -57,46 +57,28 @@ _LAYER: Mapping[str, Mapping[str, str]] = {
 """The shape of every array, in the letters of the module `statistics`, and in words for all other sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Sized:
-    """An array and the shape that it must have."""
-
-    name: str
-    values: NDArray[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the array has the shape. Arrays of parts that a layer does not have may be empty in any shape."""
-        return self.values.shape == self.shape or self.values.size == 0 == np.prod(self.shape)
-
-
 def misfit(statistics: Statistics, source: ModelSource) -> str | None:
     """A sentence on the first part of the statistics that cannot be of the model; None if all of them can be."""
     if len(statistics.layers) != source.spec.n_layer:
         return f"it is of {len(statistics.layers)} layers, but {source.path} has {source.spec.n_layer}."
-    for one in _arrays(statistics, source):
-        if not one.is_right:
-            return f"{one.name} is of shape {one.values.shape}, but for {source.path} it would be {one.shape}."
-    return next(_unknown_names(statistics, source), None)
-
-
-def _arrays(statistics: Statistics, source: ModelSource) -> Iterator[_Sized]:
     whole = {"d": source.spec.n_embd, "vocabulary": source.spec.n_vocab}
-    yield from _sized("", statistics, _WHOLE, whole)
+    groups: list[tuple[str, object, Mapping[str, str], Mapping[str, int]]] = [("", statistics, _WHOLE, whole)]
     if (costs := statistics.matrix_costs) is not None:
-        yield _Sized("matrix_costs.nats", costs.nats, (len(costs.matrices), len(costs.types)))
+        sizes = {"matrices": len(costs.matrices), "types": len(costs.types)}
+        groups.append(("matrix_costs.", costs, {"nats": "matrices types"}, sizes))
     for number, layer in enumerate(statistics.layers):
         sizes = _sizes(source, number, layer) | {"T": statistics.n_tokens}
-        for group, shapes in _LAYER.items():
-            yield from _sized(f"layers.{number}.{group}.", getattr(layer, group), shapes, sizes)
-
-
-def _sized(prefix: str, group: object, shapes: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[_Sized]:
-    for name, shape in shapes.items() if group is not None else ():
-        if (values := getattr(group, name)) is not None:
-            numbers = tuple(int(size) if size.isdigit() else sizes[size] for size in shape.split())
-            yield _Sized(prefix + name, values, numbers)
+        for name, shapes in _LAYER.items():
+            if (group := getattr(layer, name)) is not None:
+                groups.append((f"layers.{number}.{name}.", group, shapes, sizes))
+    for prefix, group, shapes, sizes_by_name in groups:
+        for name, shape in shapes.items():
+            values: NDArray[Any] | None = getattr(group, name)
+            wanted = tuple(int(size) if size.isdigit() else sizes_by_name[size] for size in shape.split())
+            # Arrays of parts that a layer does not have may be empty in any shape.
+            if values is not None and values.shape != wanted and not values.size == 0 == np.prod(wanted):
+                return f"{prefix}{name} is of shape {values.shape}, but for {source.path} it would be {wanted}."
+    return next(_unknown_names(statistics, source), None)
 
 
 def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str, int]:

@@ -136,25 +136,28 @@ def measure_type_costs(
 def _matrix_costs(
     values: NDArray[np.float32], weights: MatrixWeights, types: Sequence[str], left_out: Collection[str]
 ) -> NDArray[np.float64]:
-    n_rows, n_per_row = values.shape
-    step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
-    some = np.ascontiguousarray(values[step // 2 :: step])
-    rows = weights.rows[step // 2 :: step]
+    sampled = _sampled_rows(values.shape)
+    some, rows = np.ascontiguousarray(values[sampled]), weights.rows[sampled]
     whole, part = float(weights.rows.sum(dtype=np.float64)), float(rows.sum(dtype=np.float64))
-    grown = 0.5 * (whole / part if part else float(step))
+    grown = 0.5 * (whole / part if part else float(sampled.step))
     costs = np.full(len(types), np.inf)
     for index, name in enumerate(types):
-        if fits(Type[name], n_per_row) and name not in left_out:
+        if fits(Type[name], values.shape[1]) and name not in left_out:
             with suppress(BadWeightsError):  # beyond F16's range
                 costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
     return costs
 
 
-def sampled_weights(shape: tuple[int, ...]) -> int:
-    """The number of a matrix's weights that are quantised to every type."""
+def _sampled_rows(shape: tuple[int, ...]) -> slice:
     n_rows, n_per_row = shape
     step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
-    return len(range(step // 2, n_rows, step)) * n_per_row
+    return slice(step // 2, n_rows, step)
+
+
+def sampled_weights(shape: tuple[int, ...]) -> int:
+    """The number of a matrix's weights that are quantised to every type."""
+    rows = _sampled_rows(shape)
+    return len(range(rows.start, rows.stop, rows.step)) * shape[1]
 
 
 def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) -> MatrixWeights:
