@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from slimoe.offload.resources.memory import parse_bytes
+from slimoe.server.options.flag_group import flag_group
 
-F = TypeVar("F", bound=Callable[..., Any])
 Tables = dict[str, Any]
 
 _AMOUNT = re.compile(r"[0-9]{1,6}|[0-9]{1,3}(\.[0-9]+)?%")
@@ -137,7 +137,7 @@ def _list_recipes(ctx: click.Context, param: click.Parameter, is_asked: bool) ->
     ctx.exit()
 
 
-_FLAGS: tuple[Callable[[Any], Any], ...] = (
+compress_flags = flag_group(
     click.option(
         "--stats",
         metavar="STATS",
@@ -194,13 +194,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
 )
-
-
-def compress_flags(function: F) -> F:
-    """Adds the flags to a command."""
-    for flag in reversed(_FLAGS):
-        function = flag(function)
-    return function
+"""The flags that say how to compress a model, as a decorator of a command."""
 
 
 def compress_options(values: Mapping[str, Any]) -> CompressOptions:

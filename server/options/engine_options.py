@@ -1,18 +1,17 @@
 """The command-line flags that say which model to open and how, shared by every command that opens one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
+from slimoe.server.options.flag_group import flag_group
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
 POLICIES = ("lfu-decay", "lru", "lfu", "static")
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OptionsCommand(click.Command):
@@ -51,7 +50,7 @@ def _joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, 
     return tuple(word for words in lists for word in words)
 
 
-_FLAGS: tuple[Callable[[Any], Any], ...] = (
+engine_flags = flag_group(
     click.argument("model", required=False, type=click.Path(path_type=Path)),
     click.option(
         "--ctx",
@@ -138,13 +137,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         help="Read experts from disk past the system's page cache (default: where the file system can).",
     ),
 )
-
-
-def engine_flags(function: F) -> F:
-    """Adds the flags to a command."""
-    for flag in reversed(_FLAGS):
-        function = flag(function)
-    return function
+"""The flags that name a model and say how to open it, as a decorator of a command."""
 
 
 def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """The command-line flags that say on which texts a compressed model is evaluated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from slimoe.converter.forward.texts import TextFile
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.files.regular_file import open_regular, reason
-
-F = TypeVar("F", bound=Callable[..., Any])
+from slimoe.server.options.flag_group import flag_group
 
 DEFAULT_TOKENS = 16384
 
@@ -29,7 +28,7 @@ class EvalOptions:
     n_threads: int | None = None
 
 
-_FLAGS: tuple[Callable[[Any], Any], ...] = (
+eval_flags = flag_group(
     click.option(
         "--eval-text",
         "eval_texts",
@@ -45,13 +44,7 @@ _FLAGS: tuple[Callable[[Any], Any], ...] = (
         help="Most tokens to evaluate on.",
     ),
 )
-
-
-def eval_flags(function: F) -> F:
-    """Adds the flags to a command."""
-    for flag in reversed(_FLAGS):
-        function = flag(function)
-    return function
+"""The flags that say on which texts to evaluate, as a decorator of a command."""
 
 
 def eval_options(values: Mapping[str, Any], device: str = "auto") -> EvalOptions:
