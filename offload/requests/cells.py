@@ -86,15 +86,14 @@ class Cells:
         """
         assert sequence in self._live
         added = np.asarray(tokens, np.int32)
-        cells = np.flatnonzero(self.n_users == 0)
+        cells = self._free(len(added))
         while len(cells) < len(added) and self._remembered:
             oldest = next(iter(self._remembered))
             self._cut(oldest, max(0, len(oldest) - (len(added) - len(cells))))
             if not len(oldest):
                 del self._remembered[oldest]
-            cells = np.flatnonzero(self.n_users == 0)
-        assert len(added) <= len(cells), "more cells are in use than were promised"
-        cells = cells[: len(added)]
+            cells = self._free(len(added))
+        assert len(added) == len(cells), "more cells are in use than were promised"
         self.n_users[cells] = 1
         sequence._append(added, cells)
 
@@ -137,6 +136,14 @@ class Cells:
         self._remembered[sequence] = None
         if len(self._remembered) > _MAX_REMEMBERED:
             self._forget(next(iter(self._remembered)))
+
+    def _free(self, n_most: int) -> Indices:
+        """The lowest free cells, at most `n_most`."""
+        if n_most == 1:
+            # Each token of an answer takes one cell, and finding one does not take a list of all.
+            lowest = np.array([self.n_users.argmin()], np.int64)
+            return lowest[self.n_users[lowest] == 0]
+        return np.flatnonzero(self.n_users == 0)[:n_most]
 
     def _forget(self, sequence: Sequence) -> None:
         del self._remembered[sequence]
