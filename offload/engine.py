@@ -34,8 +34,8 @@ class Engine:
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
-        self._cells = Cells(plan.n_cells)
-        self._own = self._cells.begin()
+        self.cells = Cells(plan.n_cells)
+        self._own = self.cells.begin()
         self._ids = itertools.count(1)
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
@@ -43,7 +43,7 @@ class Engine:
                 opened.callback(self.tokenizer.close)
             self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress)))
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory, self.counters)
-            self._scheduler = Scheduler(self._cells, self._model.runner.run, plan.n_parallel, plan.n_batch)
+            self._scheduler = Scheduler(self.cells, self._model.runner.run, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -93,7 +93,7 @@ class Engine:
 
     def truncate(self, n_past: int) -> None:
         """Forgets all but the first `n_past` tokens of the caller's own sequence."""
-        self._cells.truncate(self._own, n_past)
+        self.cells.truncate(self._own, n_past)
 
     def common_prefix(self, tokens: Sequence[int]) -> int:
         """The number of `tokens`, from the first on, that are in the caller's own sequence already."""
@@ -119,7 +119,7 @@ class Engine:
             raise UsageError(f"Token {wrong} is not one of the model's {self.spec.n_vocab}.")
         if n_past + n > self.n_ctx:
             raise ContextOverflowError(n_past + n, self.n_ctx)
-        self._cells.append(self._own, tokens)
+        self.cells.append(self._own, tokens)
         try:
             return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
         except BaseException:
@@ -170,8 +170,8 @@ class Engine:
         """
         job = Generator(request, self._facts, is_cancelled, next(self._ids))
         if self.n_past:
-            self._cells.remember(self._own)
-            self._own = self._cells.begin()
+            self.cells.remember(self._own)
+            self._own = self.cells.begin()
         self._scheduler.submit(job)
         return job.id
 

@@ -73,8 +73,8 @@ def test_trace_is_replayed_as_before(tmp_path: Path) -> None:
     model = routers_hash(read_gguf(unpacked("stock.gguf", tmp_path)))
     trace = read_trace(OLD_FILES / "router.trace", model)
     assert len(trace.steps) == 8
-    assert trace.steps[0].layers[0].picks.tolist() == [[3, 0]] * 3
-    assert np.allclose(trace.steps[-1].layers[1].shares, [[0.717, 0.2834]], atol=5e-4)
+    assert trace.steps[0].layers[0].selected.tolist() == [[3, 0]] * 3
+    assert np.allclose(trace.steps[-1].layers[1].weights, [[0.717, 0.2834]], atol=5e-4)
     move, hit, miss = (1e9 * rate for rate in RATES["host"])
     tier = Tier(move, hit, miss, computes_misses=False)
     tally = replay(make_plan(trace, 4, tier, None), ["lru"])["lru"]

@@ -42,11 +42,11 @@ def demands(trace: Trace) -> list[Demand]:
         is_answer = step.is_answer(n_tokens)
         visits = []
         for part in step.layers:
-            selected = part.picks[part.picks >= 0].tolist()
+            selected = part.selected[part.selected >= 0].tolist()
             # One token's experts come in the router's order, a batch's in the order of their numbers.
-            distinct = dict.fromkeys(selected) if len(part.picks) == 1 else sorted(set(selected))
+            distinct = dict.fromkeys(selected) if len(part.selected) == 1 else sorted(set(selected))
             keys = tuple((part.layer, expert) for expert in distinct)
-            rows = is_answer[n_tokens - len(part.picks) :]
-            visits.append(Visit(part.layer, keys, part.picks, rows, part.predicted))
+            rows = is_answer[n_tokens - len(part.selected) :]
+            visits.append(Visit(part.layer, keys, part.selected, rows, part.predicted))
         result.append(Demand(tuple(visits), n_tokens, bool(is_answer.all()), bool(is_answer.any())))
     return result

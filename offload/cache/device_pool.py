@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from slimoe.offload.cache.host_pool import Addresses, matrix_bytes
 from slimoe.offload.cache.residency import Key
@@ -27,38 +26,39 @@ def device_slot_bytes(slot_class: SlotClass) -> int:
 
 
 class SlotPool:
-    """`n_slots` slots of one class, as three stacks [ne0, ne1, n_slots]; the last `n_passing` are nobody's own."""
+    """`n_slots` slots of one class, as three `stacks` [ne0, ne1, n_slots] of gate, up and down.
+
+    The last `n_passing` slots are no expert's own: experts pass through them for one batch.
+    """
 
     def __init__(self, backend: Backend, slot_class: SlotClass, n_slots: int, n_passing: int) -> None:
         assert 0 < n_passing < n_slots
-        self._backend, self.slot_class = backend, slot_class
+        self.backend, self.slot_class = backend, slot_class
         self.n_slots, self.n_passing = n_slots, n_passing
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(n_slots - n_passing - 1, -1, -1))
         self._passing = itertools.cycle(range(n_slots - n_passing, n_slots))
         self._ctx = ggml.ggml_init(ggml.InitParams(4 * ggml.ggml_tensor_overhead(), None, True))
         self._buffers: list[int] = []
+        self.stacks: tuple[int, ...] = ()
         try:
-            self.stacks = tuple(self._stack(kind, ne) for kind, ne in slot_class)
+            for kind, ne in slot_class:
+                stack = int(ggml.ggml_new_tensor_3d(self._ctx, kind, ne[0], ne[1], n_slots))
+                # Some kernels read a little past the last row.
+                n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(backend.buft, stack) + _ALIGNMENT
+                self._buffers.append(backend.allocate(n_bytes))
+                base = ggml_backend.ggml_backend_buffer_get_base(self._buffers[-1])
+                ggml_backend.ggml_backend_tensor_alloc(self._buffers[-1], stack, -(-base // _ALIGNMENT) * _ALIGNMENT)
+                self.stacks += (stack,)
         except DoesNotFitError:
             self.close()
             raise
-
-    def _stack(self, kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
-        tensor: int = ggml.ggml_new_tensor_3d(self._ctx, kind, ne[0], ne[1], self.n_slots)
-        # Some kernels read a little past the last row.
-        n_bytes = ggml_backend.ggml_backend_buft_get_alloc_size(self._backend.buft, tensor) + _ALIGNMENT
-        buffer = self._backend.allocate(n_bytes)
-        base = ggml_backend.ggml_backend_buffer_get_base(buffer)
-        ggml_backend.ggml_backend_tensor_alloc(buffer, tensor, -(-base // _ALIGNMENT) * _ALIGNMENT)
-        self._buffers.append(buffer)
-        return tensor
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._slot_of)
 
     def slot(self, key: Key) -> int | None:
-        """Where an expert lies, None if it is not here."""
+        """The number of the slot that an expert has, None if it has none."""
         return self._slot_of.get(key)
 
     @property
@@ -68,11 +68,11 @@ class SlotPool:
 
     @property
     def n_free(self) -> int:
-        """Slots that nobody has."""
+        """Slots that hold no expert."""
         return len(self._free)
 
     def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> int:
-        """Copies an expert from host memory into a free slot, or into its victim's; the bytes it took."""
+        """Copies an expert from host memory into a free slot, or into its victim's; returns the bytes copied."""
         if victim is not None:
             self.drop(victim)
         slot = self._free.pop()
@@ -92,8 +92,8 @@ class SlotPool:
         """Fills a slot from host memory."""
         for stack, (kind, ne), address in zip(self.stacks, self.slot_class, addresses, strict=True):
             n_bytes = matrix_bytes(kind, ne)
-            self._backend.set_async(stack, ggml.array_at(address, np.uint8, n_bytes), slot * n_bytes)
-        self._backend.synchronize()
+            self.backend.set_async(stack, ggml.array_at(address, np.uint8, n_bytes), slot * n_bytes)
+        self.backend.synchronize()
 
     def close(self) -> None:
         """Frees the device's memory."""

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -24,12 +24,15 @@ from slimoe.offload.resources.thread_room import require_threads
 
 PAGE = 4096
 """What direct reads are aligned to: file offsets, lengths and memory."""
-_CHUNK = 2 << 20
-"""A demanded read waits for at most one of these per thread that began before it."""
+_CHUNK_BYTES = 2 << 20
+
+
+Chunk = tuple[int, int, int, int]
+"""Shard, offset in it, address to read to, and bytes; all but the shard are multiples of a page."""
 
 
 def padded(n_bytes: int) -> int:
-    """Memory that a span of so many bytes needs, wherever in a page of the file it begins."""
+    """Memory that a span of `n_bytes` needs, wherever in a page of the file it begins."""
     return -(-n_bytes // PAGE) * PAGE + PAGE
 
 
@@ -44,7 +47,7 @@ class FileChangedError(ReadFailedError):
 
 
 class Urgency(IntEnum):
-    """Which reads go before which: what is waited for, what will most probably be, and what perhaps will be."""
+    """The order of reads: those that are waited for, those that surely will be, and those that perhaps will be."""
 
     DEMANDED = 0
     SURE = 1
@@ -53,9 +56,9 @@ class Urgency(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Read:
-    """One expert on its way: chunks not yet taken, and how many are not yet done."""
+    """One expert's read under way: `chunks` that no thread has taken yet, and `n_left` that are not yet done."""
 
-    chunks: deque[tuple[int, int, int, int]]
+    chunks: deque[Chunk]
     n_bytes: int
     n_left: int
     urgency: Urgency
@@ -65,30 +68,30 @@ class Read:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of it is under way any more."""
+        """Whether no thread will write to its addresses any more."""
         return self.n_left == 0
 
     @property
-    def share_left(self) -> float:
-        """Share of it that nobody has begun to read."""
+    def fraction_left(self) -> float:
+        """The part of its bytes that no thread has begun to read, 0 to 1."""
         return 1 - self.n_taken / self.n_bytes
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of it was read."""
+        """Whether all of its bytes were read."""
         return self.n_left == 0 and self.error is None and not self.is_cancelled
 
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells a file that was written to from the one that was opened."""
+    """Size and time of the last change of an open file, by which a file that was written to is noticed."""
 
     n_bytes: int
     modified_ns: int
 
     @classmethod
     def of(cls, file: int) -> "FileStamp":
-        """That of an open file now."""
+        """The stamp that an open file has now; `file` is its descriptor."""
         status = os.fstat(file)
         return cls(status.st_size, status.st_mtime_ns)
 
@@ -104,16 +107,23 @@ def unreadable_file(path: Path, error: OSError) -> ReadFailedError:
 
 
 class DiskReader:
-    """Threads that read spans of a GGUF file to addresses.
+    """Threads that read spans of a GGUF file to addresses in memory.
 
-    `n_read` counts bytes read, `n_wasted` those of reads that were cancelled, even if they were complete by then,
-    `busy_seconds` the time with reads under way.
+    Reads are cut into chunks of at most `chunk_bytes`: a demanded read waits for at most one chunk per thread that
+    began before it. `n_read` counts bytes read, `n_wasted` those of reads that were cancelled, even if they were
+    complete by then, `busy_seconds` the time with reads under way.
     """
 
-    def __init__(self, gguf: GGUFFile, n_threads: int = 2, direct: bool = True) -> None:
-        self._paths = gguf.paths
+    def __init__(
+        self, gguf: GGUFFile, n_threads: int = 2, direct: bool = True, chunk_bytes: int = _CHUNK_BYTES
+    ) -> None:
+        assert chunk_bytes % PAGE == 0
+        self._paths, self._chunk_bytes = gguf.paths, chunk_bytes
         with contextlib.ExitStack() as opened:
-            self._files = [_open(path, direct, opened) for path in gguf.paths]
+            self._files: list[int] = []
+            for path in gguf.paths:
+                self._files.append(_open(path, direct))
+                opened.callback(os.close, self._files[-1])
             self._stamps = [FileStamp.of(file) for file in self._files]
             require_threads(n_threads)
             self._opened = opened.pop_all()
@@ -138,10 +148,15 @@ class DiskReader:
     def submit(self, parts: Sequence[tuple[Span, int]], *, demanded: bool, is_sure: bool = True) -> Read:
         """Begins to read spans, each to a page-aligned address; the data begins at `offset % PAGE` behind it.
 
-        What is not `demanded` waits for all that is, and what is not even sure to be demanded for all that is sure.
+        A read that is not `demanded` waits for all that are; one that `is_sure` to be demanded goes before the others.
         """
         urgency = Urgency.DEMANDED if demanded else Urgency.SURE if is_sure else Urgency.LIKELY
-        chunks = deque(chunk for span, address in parts for chunk in _chunks(span, address))
+        chunks: deque[Chunk] = deque()
+        for span, address in parts:  # widened to whole pages
+            begin = span.offset // PAGE * PAGE
+            end = -(-(span.offset + span.n_bytes) // PAGE) * PAGE
+            for offset in range(begin, end, self._chunk_bytes):
+                chunks.append((span.shard, offset, address + offset - begin, min(self._chunk_bytes, end - offset)))
         read = Read(chunks, sum(chunk[3] for chunk in chunks), len(chunks), urgency)
         with self._changed:
             assert not self._is_closed
@@ -150,7 +165,7 @@ class DiskReader:
         return read
 
     def demand(self, read: Read) -> None:
-        """Lets a read go before all that nobody waits for."""
+        """Lets a read go before all reads that are not demanded."""
         if read.urgency is Urgency.DEMANDED:
             return
         with self._changed:
@@ -201,35 +216,28 @@ class DiskReader:
                 self._changed.wait_for(lambda: self._is_closed or any(self._queues))
                 if self._is_closed:
                     return
-                read, chunk = self._take()
+                queue = next(queue for queue in self._queues if queue)
+                read = queue[0]
+                chunk = read.chunks.popleft()
+                if not read.chunks:
+                    queue.popleft()
+                read.n_taken += chunk[3]
+                if not self._n_active:
+                    self._began = time.perf_counter()
+                self._n_active += 1
             error = self._try_to_read(*chunk)
             with self._changed:
-                self._finish(read, chunk, error)
-
-    def _take(self) -> tuple[Read, tuple[int, int, int, int]]:
-        queue = next(queue for queue in self._queues if queue)
-        read = queue[0]
-        chunk = read.chunks.popleft()
-        if not read.chunks:
-            queue.popleft()
-        read.n_taken += chunk[3]
-        if not self._n_active:
-            self._began = time.perf_counter()
-        self._n_active += 1
-        return read, chunk
-
-    def _finish(self, read: Read, chunk: tuple[int, int, int, int], error: Exception | None) -> None:
-        self._n_active -= 1
-        if not self._n_active:
-            self.busy_seconds += time.perf_counter() - self._began
-        if error is None:
-            self.n_read += chunk[3]
-        else:
-            read.error = error
-            self._drop(read)
-        read.n_left -= 1
-        if read.is_done:
-            self._changed.notify_all()
+                self._n_active -= 1
+                if not self._n_active:
+                    self.busy_seconds += time.perf_counter() - self._began
+                if error is None:
+                    self.n_read += chunk[3]
+                else:
+                    read.error = error
+                    self._drop(read)
+                read.n_left -= 1
+                if read.is_done:
+                    self._changed.notify_all()
 
     def _try_to_read(self, shard: int, offset: int, address: int, n_bytes: int) -> Exception | None:
         """Reads a chunk; `n_bytes` may reach past the end of the file by less than a page."""
@@ -245,7 +253,7 @@ class DiskReader:
         return None if is_same else changed_file(self._paths[shard])
 
     def _read(self, shard: int, offset: int, address: int, n_bytes: int, n_wanted: int) -> int:
-        """Reads until `n_wanted` bytes are there or the file ends; how many there are."""
+        """Reads until `n_wanted` bytes are there or the file ends; returns how many there are."""
         file = self._files[shard]
         target = memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B")
         n_done, is_buffered = 0, False
@@ -255,7 +263,9 @@ class DiskReader:
             except OSError as error:
                 if error.errno != errno.EINVAL or is_buffered:
                     raise
-                _make_buffered(file)
+                # The file system opens a file for direct reads, but takes none of this alignment.
+                flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0)
+                fcntl.fcntl(file, fcntl.F_SETFL, flags)
                 is_buffered = True
                 continue
             if not n_read:
@@ -276,36 +286,13 @@ class DiskReader:
         self._opened.close()
 
 
-def _open(path: Path, direct: bool, opened: contextlib.ExitStack) -> int:
+def _open(path: Path, direct: bool) -> int:
+    """The file, opened for direct reads if they are wanted and the system and the file system have them."""
+    flag = getattr(os, "O_DIRECT", None)
+    if direct and flag is not None:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | flag)
     try:
-        file = _open_direct(path) if direct else None
-        if file is None:
-            file = os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be opened ({error.strerror}).") from None
-    opened.callback(os.close, file)
-    return file
-
-
-def _open_direct(path: Path) -> int | None:
-    """The file opened for direct reads, None where the system or the file system has none."""
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
-        return None
-    try:
-        return os.open(path, os.O_RDONLY | flag)
-    except OSError:
-        return None
-
-
-def _make_buffered(file: int) -> None:
-    """Turns direct reads off, for a file system that opens a file for them but takes none of this alignment."""
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
-
-
-def _chunks(span: Span, address: int) -> Iterator[tuple[int, int, int, int]]:
-    """A span, widened to whole pages, as (shard, offset, address, bytes)."""
-    begin = span.offset // PAGE * PAGE
-    end = -(-(span.offset + span.n_bytes) // PAGE) * PAGE
-    for offset in range(begin, end, _CHUNK):
-        yield span.shard, offset, address + offset - begin, min(_CHUNK, end - offset)

@@ -18,7 +18,7 @@ from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.resources.memory import advise_huge_pages, out_of_memory
 
 _WORTH_FINISHING = 0.3
-"""A read that is not needed goes on if no more than this share of it is left."""
+"""A read that is not needed goes on if no more than this part of it is left."""
 Addresses = tuple[int, int, int]
 """Where gate, up and down begin."""
 
@@ -27,8 +27,9 @@ Addresses = tuple[int, int, int]
 class HostPoolCounters:
     """What the host expert cache has done since it was opened.
 
-    `hits` picks found in memory, `pending` picks whose read had begun before they were chosen, `misses` the others;
-    `n_prefetched` and `n_cancelled` reads begun ahead and dropped again; `stall_seconds` spent waiting for the disk.
+    Selected experts, each once per token: `hits` found in memory, `pending` whose read had begun before they were
+    selected, `misses` the others. `n_prefetched` and `n_cancelled` reads begun ahead of time and dropped again,
+    `stall_seconds` spent waiting for the disk.
     """
 
     hits: int = 0
@@ -41,17 +42,17 @@ class HostPoolCounters:
 
 @dataclass(slots=True, eq=False)
 class HostSlot:
-    """A slot and its expert: the read that fills it, where the matrices begin, and whether they were read ahead."""
+    """A slot of memory and its expert: the read that fills it, where its matrices begin, whether it was prefetched."""
 
     address: int
     key: Key = (-1, -1)
     read: Read | None = None
     addresses: Addresses = (0, 0, 0)
-    is_ahead: bool = False
+    is_prefetched: bool = False
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing is under way to it."""
+        """Whether no read to it is under way."""
         return self.read is None or self.read.is_done
 
     @property
@@ -141,13 +142,23 @@ class HostPool:
 
     @property
     def n_free_to_pin(self) -> int:
-        """So many experts can be pinned at once, whatever their class, beside those that are held."""
+        """How many experts can be pinned at once, whatever their class, beside those that are held."""
         return min(self._tight, default=self._n_slots) - len(self._held)
 
     @property
     def has_all(self) -> bool:
         """Whether there is a slot for every copy that may want one."""
         return not self._tight
+
+    @property
+    def slots(self) -> list[HostSlot]:
+        """All slots, class by class, those that nobody has included."""
+        return [slot for pool in self._pools.values() for slot in pool.slots]
+
+    def check(self) -> None:
+        """Asserts that slots and experts match one to one."""
+        for pool in self._pools.values():
+            pool.cache.check()
 
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""
@@ -187,11 +198,14 @@ class HostPool:
         self._pinned |= self._held
 
     def demand(self, key: Key, copy: ExpertCopy, *, counts: int = 1) -> HostSlot:
-        """Makes sure that a copy is here or on its way before anything else; it must be pinned. `counts` picks."""
+        """Makes sure that a copy is here or read before anything else; it must be pinned.
+
+        `counts` tokens that selected it are added to the counters.
+        """
         pool = self._pools[copy.slot_class]
         slot = pool.slot(key)
         if slot is not None and slot.has_failed:
-            # Ahead of time, or for somebody who did not wait for it: whoever needs it now shall know from his own read.
+            # Prefetched, or read for somebody who did not wait: who needs it now shall know from a read of their own.
             pool.cache.free(key)
             slot = None
         if slot is None:
@@ -199,18 +213,18 @@ class HostPool:
             return self._begin(pool, key, copy, demanded=True)
         if slot.read is not None:
             self._reader.demand(slot.read)
-        if slot.is_ahead:
+        if slot.is_prefetched:
             self.counters.pending += counts
         else:
             self.counters.hits += counts
-        slot.is_ahead = False
+        slot.is_prefetched = False
         return slot
 
     def prefetch(self, key: Key, copy: ExpertCopy, *, is_sure: bool = True) -> None:
         """Begins to read a copy if it is not here; only pinned keys survive until they are needed."""
         pool = self._pools[copy.slot_class]
         if key not in pool.cache and pool.can_take(self._pinned):
-            self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_ahead = True
+            self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_prefetched = True
             self.counters.n_prefetched += 1
 
     def invest(self, key: Key, copy: ExpertCopy, margin: float) -> bool:
@@ -229,13 +243,13 @@ class HostPool:
         return True
 
     def abandon(self, key: Key, copy: ExpertCopy) -> None:
-        """A copy that was prefetched is not needed now: unless it is nearly here, it is not read on."""
+        """Drops the read of a copy that was prefetched and is not needed, unless most of it is read already."""
         pool = self._pools[copy.slot_class]
         slot = pool.slot(key)
-        if slot is None or not slot.is_ahead:
+        if slot is None or not slot.is_prefetched:
             return
-        slot.is_ahead = False
-        if slot.read is not None and slot.read.share_left > _WORTH_FINISHING:
+        slot.is_prefetched = False
+        if slot.read is not None and slot.read.fraction_left > _WORTH_FINISHING:
             self._reader.drop(slot.read)
             pool.cache.free(key)
             self.counters.n_cancelled += 1
@@ -280,14 +294,14 @@ class HostPool:
             address += padded(span.n_bytes)
         slot.addresses = (begins[0], begins[1], begins[2])
         slot.read = self._reader.submit(parts, demanded=demanded, is_sure=is_sure)
-        slot.is_ahead = False
+        slot.is_prefetched = False
         return slot
 
     def close(self) -> None:
         """Ends what is under way to the slots, then frees them."""
+        for slot in self.slots:
+            if slot.read is not None:
+                self._reader.cancel(slot.read)
         for pool in self._pools.values():
-            for slot in pool.slots:
-                if slot.read is not None:
-                    self._reader.cancel(slot.read)
             pool.close()
         self._pools.clear()

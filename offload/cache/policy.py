@@ -27,8 +27,8 @@ TURN_DISCOUNT = 0.8
 class PolicyContext:
     """What a policy knows at the start.
 
-    `n_expert` is the largest number of any layer. `priors` [n_layer, n_expert] are expected picks per token as the file
-    tells them, None if it does not: then all experts of a layer are alike.
+    `n_expert` is the largest number of any layer. `priors` [n_layer, n_expert] say how many times per token each expert
+    is expected to be selected, as the file tells it; without, all experts of a layer are alike.
     """
 
     n_layer: int
@@ -37,7 +37,7 @@ class PolicyContext:
     priors: Values | None = None
 
     def start_values(self) -> Values:
-        """Expected picks per token of every expert, float64 [n_layer, n_expert], a copy of one's own."""
+        """How many times per token each expert is expected to be selected, float64 [n_layer, n_expert], a new array."""
         shape = (self.n_layer, self.n_expert)
         if self.priors is None:
             return np.full(shape, self.n_expert_used / self.n_expert)
@@ -64,7 +64,7 @@ class Policy(Protocol):
         """A decode step used these experts in a layer; within one call, an expert counts once."""
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
-        """A batch of a prompt picked the layer's experts this often, int64 [number of the layer's experts]."""
+        """The tokens of a prompt's batch selected the layer's experts this often, int64 [number of its experts]."""
 
     def end_token(self) -> None:
         """A decode step is over. Not called for prompts."""
@@ -113,7 +113,7 @@ class DecayedLfu:
             values[expert] += gain
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
-        """Mixes in the picks of the prompt so far; batches that no decoded token parts are one prompt."""
+        """Mixes in what the prompt so far selected; batches with no decoded token between them are one prompt."""
         self._layer = layer
         seen = self._counts[layer]
         if not self._is_open[layer]:

@@ -1,8 +1,8 @@
-"""How far the look-ahead can be believed: what later routers say early, and how often they were right.
+"""Predicts which experts later layers will select, and how probably, from what their routers say early.
 
-A later layer's router, asked early, names its experts with scores. How much the score of one lies above (or below) the
-border between chosen and not chosen tells how sure it is; how sure that makes us is learnt while running, for each
-distance of layers by itself.
+A later layer's router, asked early, gives a logit for each expert. How far the logit of one lies above or below the
+border between selected and not selected tells how sure it is; what probability that means is learnt while running, for
+each distance of layers by itself.
 """
 
 from bisect import bisect
@@ -24,7 +24,7 @@ _PRIOR_WEIGHT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """An expert that a later layer will probably choose, `distance` layers ahead."""
+    """An expert that a later layer may select, and the probability that it will."""
 
     key: Key
     probability: float
@@ -32,7 +32,7 @@ class Guess:
 
 @dataclass(slots=True)
 class _Book:
-    """Guesses and hits by margin, for one distance; recent ones count most."""
+    """Guesses and hits by margin, for one distance of layers; recent ones count most."""
 
     guesses: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * (len(_BORDERS) + 1))
     hits: list[float] = field(
@@ -49,7 +49,7 @@ class _Book:
 
 
 class ExpertPredictor:
-    """Predicts which experts later layers will use: guesses that are open, and what became of the others."""
+    """Predicts which experts later layers will select, and learns from which predictions came true."""
 
     def __init__(self) -> None:
         self._books: dict[int, _Book] = {}
@@ -59,9 +59,12 @@ class ExpertPredictor:
         """A step begins: what the last one left open is void."""
         self._open.clear()
 
-    def guess(self, index: int, distance: int, layer: ExpertLayer, scores: NDArray[np.float32]) -> list[Guess]:
-        """Experts of layer `index`, likeliest first, from its router's scores [n_row] for an earlier layer's input."""
-        listed, n_used = scores.tolist(), layer.n_expert_used
+    def guess(self, index: int, distance: int, layer: ExpertLayer, logits: NDArray[np.float32]) -> list[Guess]:
+        """Experts of layer `index`, likeliest first, from its router's `logits` [n_row] for an earlier layer's input.
+
+        `distance` is how many cut layers earlier that is.
+        """
+        listed, n_used = logits.tolist(), layer.n_expert_used
         candidates = nlargest(2 * n_used, range(len(listed)), key=listed.__getitem__)
         if len(listed) > n_used:
             border = (listed[candidates[n_used - 1]] + listed[candidates[n_used]]) / 2
@@ -76,8 +79,8 @@ class ExpertPredictor:
             if layer.target[row] >= 0
         ]
 
-    def settle(self, index: int, layer: ExpertLayer, chosen: Collection[int]) -> None:
-        """Layer `index` has chosen these stored experts: counts which guesses were right."""
+    def settle(self, index: int, layer: ExpertLayer, selected: Collection[int]) -> None:
+        """Layer `index` has selected these stored experts: counts which predictions were right."""
         for distance, made in self._open.pop(index, {}).items():
-            hits = [layer.target[row] in chosen for row, _ in made]
+            hits = [layer.target[row] in selected for row, _ in made]
             self._books[distance].settle([column for _, column in made], hits)

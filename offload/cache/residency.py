@@ -16,7 +16,7 @@ Key = tuple[int, int]
 
 
 class Valued(Protocol):
-    """What says which experts to keep: any `policy.Policy`."""
+    """Values of experts, by which a cache keeps them: any `policy.Policy` has them."""
 
     @property
     def keeping(self) -> Values:
@@ -55,11 +55,11 @@ class SlotCache:
         return self._slot_of.get(key)
 
     def value(self, key: Key) -> float:
-        """What the policy gives for an expert now."""
+        """What the policy says an expert is worth now."""
         return float(self._policy.keeping[key])
 
     def victim(self, pinned: Collection[Key] = ()) -> Key | None:
-        """What a load would evict now: None while a slot is free, or when everything is pinned."""
+        """The expert that a load would evict now, None while a slot is free or when everything is pinned."""
         if self._free:
             return None
         slot = self._lowest(pinned)

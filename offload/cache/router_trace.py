@@ -1,10 +1,10 @@
-"""Recordings of a router's choices: one file for as many steps as an engine runs, written by it and read offline.
+"""Recordings of the selected experts: one file for all steps that an engine runs, written by it and read offline.
 
 Layout, little-endian: MAGIC, version u32, length u32 of a JSON header, the header. Then for each step: length u32 of
 what follows, number of runs u16, the runs (kind u8, sequence, first position and number of tokens u32), and for each
-layer in the order of computation: layer u16, picks per token u16, rows u32, then per pick the expert (u8, or u16 from
-255 experts up; the largest value means none) and its share (float16), then the number u16 of experts predicted, and of
-each its layer and number u16. A writer that was killed leaves a partial last step, which a reader leaves out.
+layer in the order of computation: layer u16, experts per token u16, rows u32, then all selected experts (u8, or u16
+from 255 experts up; the largest value means none), all their weights (float16), the number u16 of experts predicted,
+and of each its layer and number u16. A writer that was killed leaves a partial last step, which a reader leaves out.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,15 @@ class TraceRun:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TraceLayer:
-    """A layer's choice: `picks` int32 [n_rows, n_used], stored experts or -1 for none, `shares` float16 beside them.
+    """A layer's `selected` stored experts, int32 [n_rows, n_used] with -1 for none, and their `weights`, float16.
 
     The rows are the step's last tokens: all of them, unless the layer computed no others. `predicted` are (layer,
-    expert) that were expected there of later layers, in the order in which they were to be read.
+    expert) of later layers that were predicted there, in the order in which they were to be read.
     """
 
     layer: int
-    picks: NDArray[np.int32]
-    shares: NDArray[np.float16]
+    selected: NDArray[np.int32]
+    weights: NDArray[np.float16]
     predicted: tuple[tuple[int, int], ...] = ()
 
 
@@ -119,12 +119,13 @@ class Trace:
     steps: tuple[TraceStep, ...]
 
     def rates(self) -> NDArray[np.float64]:
-        """Mean picks per token of every expert, prompts and answers alike, float64 [n_layer, n_expert]."""
+        """How often per token each expert was selected, prompts and answers alike, float64 [n_layer, n_expert]."""
         counts = np.zeros((self.header.n_layer, self.header.n_expert))
         n_rows = np.zeros(self.header.n_layer)
         for part in (part for step in self.steps for part in step.layers):
-            n_rows[part.layer] += len(part.picks)
-            counts[part.layer] += np.bincount(part.picks[part.picks >= 0], minlength=self.header.n_expert)
+            n_rows[part.layer] += len(part.selected)
+            selected = part.selected[part.selected >= 0]
+            counts[part.layer] += np.bincount(selected, minlength=self.header.n_expert)
         mean: NDArray[np.float64] = counts / np.maximum(n_rows, 1)[:, None]
         return mean
 
@@ -162,7 +163,6 @@ class TraceWriter:
             self._file = open(os.open(real, _RECORDING, 0o666), "r+b", buffering=_BUFFER_BYTES)  # noqa: SIM115
             with contextlib.ExitStack() as opened:
                 opened.callback(self._file.close)
-                self._require_trace_or_nothing()
                 self._begin(header, real)
                 opened.pop_all()
         except UsageError as error:
@@ -171,8 +171,8 @@ class TraceWriter:
             problem = f"routing cannot be recorded here: {reason(error)}."
             raise TraceFileError(path, problem, _ANOTHER) from None
 
-    def _require_trace_or_nothing(self) -> None:
-        """Takes the file for this process, for as long as it is open."""
+    def _begin(self, header: TraceHeader, real: Path) -> None:
+        """Takes the file for this process, for as long as it is open, and writes the header unless it is no trace."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -182,8 +182,6 @@ class TraceWriter:
         start = self._file.read(len(MAGIC))
         if start and start != MAGIC:
             raise TraceFileError(self.path, "is not a trace.", f"It was left alone. {_ANOTHER}")
-
-    def _begin(self, header: TraceHeader, real: Path) -> None:
         text = json.dumps(asdict(header)).encode()
         self._file.seek(0)
         self._file.truncate()
@@ -200,14 +198,14 @@ class TraceWriter:
         packed = b"".join(_RUN.pack(run.kind, run.sequence, run.position, run.n_tokens) for run in runs)
         self._parts = [_COUNT.pack(len(runs)) + packed]
 
-    def layer(self, layer: int, picks: NDArray[Any], shares: NDArray[Any]) -> None:
-        """Records a layer of the step: stored experts or -1, and their shares, both [n_rows, n_used]."""
+    def layer(self, layer: int, selected: NDArray[Any], weights: NDArray[Any]) -> None:
+        """Records a layer of the step: selected stored experts or -1, and their weights, both [n_rows, n_used]."""
         assert self._parts, "a layer needs a step"
-        assert picks.shape == shares.shape
-        n_rows, n_used = picks.shape
+        assert selected.shape == weights.shape
+        n_rows, n_used = selected.shape
         self._parts.append(_LAYER.pack(layer, n_used, n_rows))
-        self._parts.append(picks.astype(self._type).tobytes())
-        self._parts.append(shares.astype("<f2").tobytes())
+        self._parts.append(selected.astype(self._type).tobytes())
+        self._parts.append(weights.astype("<f2").tobytes())
         self._parts.append(_COUNT.pack(0))
 
     def predicted(self, keys: Sequence[tuple[int, int]]) -> None:
@@ -243,12 +241,20 @@ def read_trace(path: str | Path, model: str | None = None) -> Trace:
     except OSError as error:
         raise TraceFileError(path, f"cannot be read: {reason(error)}.", "Check the path.") from None
     header, begin = _read_header(path, data)
+    kind, steps = _expert_type(header), []
     if model is not None and model != header.model:
         raise TraceFileError(path, "was recorded from another model.", "Record this model with --trace.")
     try:
-        return Trace(header, tuple(_read_steps(data, begin, header)))
+        while begin + _LENGTH.size <= len(data):
+            (n_bytes,) = _LENGTH.unpack_from(data, begin)
+            begin += _LENGTH.size
+            if begin + n_bytes > len(data):
+                break
+            steps.append(_read_step(data[begin : begin + n_bytes], kind, header))
+            begin += n_bytes
     except (ValueError, struct.error):
         raise TraceFileError(path, "is damaged.", "Record it again with --trace.") from None
+    return Trace(header, tuple(steps))
 
 
 def _read_header(path: Path, data: bytes) -> tuple[TraceHeader, int]:
@@ -269,17 +275,6 @@ def _read_header(path: Path, data: bytes) -> tuple[TraceHeader, int]:
         raise TraceFileError(path, "has a damaged header.", "Record it again with --trace.") from None
 
 
-def _read_steps(data: bytes, begin: int, header: TraceHeader) -> Iterator[TraceStep]:
-    kind = _expert_type(header)
-    while begin + _LENGTH.size <= len(data):
-        (n_bytes,) = _LENGTH.unpack_from(data, begin)
-        begin += _LENGTH.size
-        if begin + n_bytes > len(data):
-            return
-        yield _read_step(data[begin : begin + n_bytes], kind, header)
-        begin += n_bytes
-
-
 def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
     """Raises ValueError or struct.error for what no writer of ours has written."""
     (n_runs,) = _COUNT.unpack_from(data)
@@ -296,19 +291,17 @@ def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
         at += _LAYER.size
         stored = np.frombuffer(data, kind, n_rows * n_used, at).reshape(n_rows, n_used)
         at += stored.nbytes
-        shares = np.frombuffer(data, "<f2", n_rows * n_used, at).reshape(n_rows, n_used)
-        at += shares.nbytes
-        picks = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int32))
-        if (picks >= len(header.expert_bytes[layer])).any():
+        weights = np.frombuffer(data, "<f2", n_rows * n_used, at).reshape(n_rows, n_used)
+        at += weights.nbytes
+        selected = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int32))
+        if (selected >= len(header.expert_bytes[layer])).any():
             raise ValueError(layer)
         (n_predicted,) = _COUNT.unpack_from(data, at)
         at += _COUNT.size + n_predicted * _PAIR.size
         predicted = tuple(_PAIR.iter_unpack(data[at - n_predicted * _PAIR.size : at]))
-        if len(predicted) != n_predicted or any(not _has(header, *key) for key in predicted):
+        if len(predicted) != n_predicted:
             raise ValueError(layer)
-        layers.append(TraceLayer(layer, picks, shares, predicted))
+        if any(later >= header.n_layer or expert >= len(header.expert_bytes[later]) for later, expert in predicted):
+            raise ValueError(layer)
+        layers.append(TraceLayer(layer, selected, weights, predicted))
     return TraceStep(runs, tuple(layers))
-
-
-def _has(header: TraceHeader, layer: int, expert: int) -> bool:
-    return layer < header.n_layer and expert < len(header.expert_bytes[layer])

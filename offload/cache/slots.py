@@ -15,15 +15,15 @@ MAX_PREFETCH_DEPTH = 3
 """Later layers whose routers are asked early: beyond the third they know too little."""
 
 LowSlots = Literal["none", "shared", "first", "last"]
-"""The slots of low copies: none, as many as of high ones, all of them before any high one, or what these leave."""
+"""The slots of low-bit copies: none, as many as of best copies, all before any best copy, or what those leave."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
     """Bytes of host memory by use, within `budget`, and slots for experts by class.
 
-    `program` is Python and libraries; `weights` everything that is no expert. `low` says which part the slots of low
-    copies have. If `is_final`, the slots are these; otherwise as many as there turns out to be room for.
+    `program` is Python and libraries; `weights` everything that is no expert. `low` says which part the slots of
+    low-bit copies have. If `is_final`, the slots are these; otherwise as many as there turns out to be room for.
     """
 
     budget: int
@@ -72,7 +72,7 @@ def plan_tiers(
     n_slots = fit_slots(layers, budget, program + weights + kv + compute, what, low)
     n_used = max(layer.n_expert_used for layer in layers if layer is not None)
     classes, lows = slot_classes(layers), low_classes(layers, low)
-    # Where all have room nobody is driven out, and nothing is read. Low copies are not read ahead in earnest.
+    # Where all have room nobody is driven out, and nothing is read. Low-bit copies are seldom prefetched.
     rooms = [n_slots[kind] // min(n_used, n) for kind, n in classes.items() if n_slots[kind] < n + lows[kind]]
     copies = [copy for layer in layers if layer is not None for copies in layer.experts for copy in copies[:1]]
     return TierPlan(
@@ -92,7 +92,7 @@ def plan_tiers(
 def fit_slots(
     layers: Sequence[ExpertLayer | None], budget: int, taken: int, what: str, low: LowSlots = "none"
 ) -> dict[SlotClass, int]:
-    """Slots by class for what a budget leaves beside `taken` bytes; low copies have the part of it that `low` says.
+    """Slots by class for what a budget leaves beside `taken` bytes; `low` says which part low-bit copies have of it.
 
     Raises DoesNotFitError, which names the least that does, when not even one token's experts of a layer find room.
     """
@@ -110,13 +110,13 @@ def fit_slots(
         )
     room = budget - taken
     if low == "shared" or not lows:
-        return share_slots(high + lows, least, room)
+        return divide_slots(high + lows, least, room)
     in_order = [(lows, least_low), (high, least_high)] if low == "first" else [(high, least_high), (lows, least_low)]
     slots = Counter(least)
     for classes, own in in_order:
         others = slots - own
         others_bytes = sum(n * slot_bytes(kind) for kind, n in others.items())
-        slots = others + Counter(share_slots(classes, own, room - others_bytes))
+        slots = others + Counter(divide_slots(classes, own, room - others_bytes))
     return dict(slots)
 
 
@@ -126,7 +126,7 @@ def slot_classes(layers: Iterable[ExpertLayer | None]) -> Counter[SlotClass]:
 
 
 def low_classes(layers: Iterable[ExpertLayer | None], low: LowSlots) -> Counter[SlotClass]:
-    """The same of last copies that are not the best ones, if they have memory at all."""
+    """How many low-bit copies (last ones that are not the best) there are of each class, if they have slots at all."""
     layers = () if low == "none" else layers
     return Counter(
         copies[-1].slot_class for layer in layers if layer is not None for copies in layer.experts if len(copies) > 1
@@ -138,19 +138,19 @@ def slot_kinds(layers: Sequence[ExpertLayer | None], low: LowSlots) -> Counter[S
     return slot_classes(layers) + low_classes(layers, low)
 
 
-def share_slots(
+def divide_slots(
     classes: Mapping[SlotClass, int],
     least: Mapping[SlotClass, int],
     room: int,
     size: Callable[[SlotClass], int] = slot_bytes,
 ) -> dict[SlotClass, int]:
-    """Slots by class for `room` bytes: the same share of every class, at least `least`, at most all.
+    """Slots by class for `room` bytes: the same part of every class, at least `least`, at most all.
 
     `size` says what a slot takes. The least must fit.
     """
     total = sum(n * size(kind) for kind, n in classes.items())
-    share = min(1.0, room / total) if total else 1.0
-    n_slots = {kind: max(min(least[kind], n), int(n * share)) for kind, n in classes.items()}
+    fraction = min(1.0, room / total) if total else 1.0
+    n_slots = {kind: max(min(least[kind], n), int(n * fraction)) for kind, n in classes.items()}
     while sum(n * size(kind) for kind, n in n_slots.items()) > room:
         kind = max((kind for kind in n_slots if n_slots[kind] > least[kind]), key=lambda kind: n_slots[kind])
         n_slots[kind] -= 1

@@ -19,7 +19,7 @@ from slimoe.offload.cache.residency import Key
 def swap_pays(
     gain_seconds_per_use: float, expected_uses_per_token: float, cost_seconds: float, horizon_tokens: float
 ) -> bool:
-    """Whether so many more uses on the faster tier earn back a move's cost within the horizon."""
+    """Whether the uses that are expected on the faster tier within the horizon earn back the cost of a move."""
     return gain_seconds_per_use * expected_uses_per_token * horizon_tokens > cost_seconds
 
 
@@ -83,7 +83,18 @@ class SlotExchange:
         """Swaps after a step: `missed` were used and not `resident`; `can_come` says whose bytes can be had now."""
         if self._policy.in_uses_per_token:
             return self._paying(resident, can_come)
-        return self._inserted(list(resident), missed, can_come)
+        values, swaps, there = self._policy.values, [], list(resident)
+        for key in dict.fromkeys(missed):
+            kind = self._kind_of(key)
+            alike = [] if kind is None else [other for other in there if self._kind_of(other) == kind]
+            if not alike or not can_come(key):
+                continue
+            # Of equals the one of the latest layer leaves, as in `residency`.
+            victim = min(alike, key=lambda other: (values[other], -other[0], -other[1]))
+            if values[victim] < values[key]:
+                swaps.append((victim, key))
+                there[there.index(victim)] = key
+        return swaps
 
     def _paying(self, resident: Collection[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         values = self._policy.values
@@ -104,7 +115,7 @@ class SlotExchange:
 
     @functools.cached_property
     def _kinds(self) -> dict[Hashable, NDArray[np.bool_]]:
-        """Who fits each other's slots: masks [n_layer, n_expert] by kind."""
+        """Which experts fit each other's slots: masks [n_layer, n_expert] by kind."""
         shape = self._policy.values.shape
         masks: dict[Hashable, NDArray[np.bool_]] = {}
         for key in np.ndindex(shape):
@@ -112,17 +123,3 @@ class SlotExchange:
             if kind is not None:
                 masks.setdefault(kind, np.zeros(shape, np.bool_))[key] = True
         return masks
-
-    def _inserted(self, resident: list[Key], missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
-        values, swaps = self._policy.values, []
-        for key in dict.fromkeys(missed):
-            kind = self._kind_of(key)
-            alike = [] if kind is None else [other for other in resident if self._kind_of(other) == kind]
-            if not alike or not can_come(key):
-                continue
-            # Of equals the one of the latest layer leaves, as in `residency`.
-            victim = min(alike, key=lambda other: (values[other], -other[0], -other[1]))
-            if values[victim] < values[key]:
-                swaps.append((victim, key))
-                resident[resident.index(victim)] = key
-        return swaps

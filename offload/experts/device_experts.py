@@ -85,7 +85,7 @@ class DeviceExperts:
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
-        self._pools, self._graphs, self.copies = pools, graphs, copies
+        self.pools, self._graphs, self.copies = pools, graphs, copies
         self.times: LinkTimes | None = None
         self.swaps: SlotExchange | None = None
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
@@ -98,10 +98,10 @@ class DeviceExperts:
     @property
     def n_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(pool.n_bytes for pool in self._pools.values())
+        return sum(pool.n_bytes for pool in self.pools.values())
 
     def __iter__(self) -> Iterator[Key]:
-        for pool in self._pools.values():
+        for pool in self.pools.values():
             yield from pool
 
     def holds(self, key: Key) -> bool:
@@ -127,7 +127,7 @@ class DeviceExperts:
         self.hits += sum(len(one.columns) for one in routed)
 
     def _pool(self, key: Key) -> SlotPool:
-        return self._pools[self.copies[key].slot_class]
+        return self.pools[self.copies[key].slot_class]
 
     # --- what lies where ------------------------------------------------------------------------------------
 
@@ -137,12 +137,12 @@ class DeviceExperts:
 
     def takes(self, copy: ExpertCopy) -> bool:
         """Whether there are slots for experts like this."""
-        return copy.slot_class in self._pools
+        return copy.slot_class in self.pools
 
     def kind_of(self, key: Key) -> SlotClass | None:
         """The class of slots that an expert fits, None if there are none of it here."""
         copy = self.copies.get(key)
-        return copy.slot_class if copy is not None and copy.slot_class in self._pools else None
+        return copy.slot_class if copy is not None and copy.slot_class in self.pools else None
 
     def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
         """Copies an expert from host memory into a free slot, or into its victim's."""
@@ -162,7 +162,7 @@ class DeviceExperts:
         for one, addresses in work:
             if is_given_up():
                 return
-            pool = self._pools[one.copy.slot_class]
+            pool = self.pools[one.copy.slot_class]
             slot = pool.next_passing()
             pool.write(slot, addresses)
             self.bytes_uploaded += one.copy.n_bytes
@@ -174,7 +174,7 @@ class DeviceExperts:
 
     def seconds_per_copy(self, addresses: Addresses, slot_class: SlotClass) -> float:
         """Time to copy an expert of a class over; it is in all slots for passing through afterwards."""
-        pool = self._pools[slot_class]
+        pool = self.pools[slot_class]
         taken = []
         for _ in range(max(2, pool.n_passing)):  # the first may find the memory untouched
             begin = time.perf_counter()
@@ -184,7 +184,7 @@ class DeviceExperts:
 
     def run_passing(self, slot_class: SlotClass, n_tokens: int, synchronize: Callable[[], None]) -> None:
         """Computes an expert that `seconds_per_copy` left, for `n_tokens` tokens, and waits for it."""
-        slots = np.full(n_tokens, self._pools[slot_class].next_passing(), np.int32)
+        slots = np.full(n_tokens, self.pools[slot_class].next_passing(), np.int32)
         tokens = np.arange(n_tokens, dtype=np.int32)
         self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_tokens)
         synchronize()
@@ -192,5 +192,5 @@ class DeviceExperts:
     def close(self) -> None:
         """Frees graphs and slots."""
         self._graphs.close()
-        for pool in self._pools.values():
+        for pool in self.pools.values():
             pool.close()

@@ -55,7 +55,7 @@ class SlotGraphs:
     """Graphs by shape over one device's pools, in one buffer that is sized for the largest batch at the start."""
 
     def __init__(self, backend: DeviceBackend, exchange: Exchange, pools: Pools) -> None:
-        self._backend, self._exchange, self._pools = backend, exchange, pools
+        self._backend, self._exchange, self.pools = backend, exchange, pools
         self._inputs: list[NDArray[Any]] = []
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS, backend.check)
         n_tokens = exchange.shape.n_tokens
@@ -77,7 +77,7 @@ class SlotGraphs:
         self._inputs.clear()
         for work in works:
             assert work.slots.size
-            assert 0 <= work.slots.min() <= work.slots.max() < self._pools[work.slot_class].n_slots
+            assert 0 <= work.slots.min() <= work.slots.max() < self.pools[work.slot_class].n_slots
             prepared = self._graphs.get(_Shape(work.slot_class, len(work.slots), n_tokens))
             pairs, weight_rows = prepared.pairs, work.columns.astype(np.int32)
             # Not waiting for the graph before, which would keep the host from its own work.
@@ -95,7 +95,7 @@ class SlotGraphs:
         slots = add_input(ctx, Type.I32, shape.n_pairs)
         ids = ggml.ggml_reshape_2d(ctx, slots, 1, shape.n_pairs)
         builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens)
-        pairs = builder.add(self._pools[shape.slot_class].stacks, ids, shape.n_pairs)
+        pairs = builder.add(self.pools[shape.slot_class].stacks, ids, shape.n_pairs)
         return BuiltGraph(ctx, graph, lambda: _Prepared(graph, slots, pairs))
 
     def close(self) -> None:

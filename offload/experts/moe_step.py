@@ -42,11 +42,11 @@ class MoEStep:
         trace: TraceWriter | None,
         lossy: LossyStep | None = None,
     ) -> None:
-        self._layers, self._host, self._host_experts = layers, host, host_experts
+        self.layers, self._host, self._host_experts = layers, host, host_experts
         self._policy, self._constants, self._trace, self._lossy = policy, constants, trace, lossy
-        self._parts = {layer: part for part in parts for layer in part.layers}
+        self.parts = {layer: part for part in parts for layer in part.layers}
         self._devices = [part.experts for part in parts if part.experts is not None]
-        is_on_host = not self._devices and all(part.exchange is host for part in self._parts.values())
+        is_on_host = not self._devices and all(part.exchange is host for part in self.parts.values())
         self._is_plain = is_on_host and not (constants or trace or lossy)
         self._single: dict[tuple[int, int, int], RoutedTokens] = {}
         self._missed: list[Key] = []
@@ -80,7 +80,7 @@ class MoEStep:
     def run(self, segment: Segment, n_rows: int, is_cancelled: Cancelled) -> None:
         """Fills the outputs of layer `segment.last`. Raises EngineAbortedError and ReadFailedError."""
         index = segment.last
-        layer, exchange = self._layers[index], self._parts[index].exchange
+        layer, exchange = self.layers[index], self.parts[index].exchange
         assert layer is not None
         ranked = exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
         if n_rows == 1 and self._is_plain and self._is_decode[-1]:
@@ -128,7 +128,7 @@ class MoEStep:
 
     def _compute(self, segment: Segment, routed: list[RoutedTokens], n_rows: int, is_cancelled: Cancelled) -> None:
         """Computes each expert on the side where it lies, both sides at once."""
-        part, host = self._parts[segment.last], self._host
+        part, host = self.parts[segment.last], self._host
         device, exchange, shape = part.experts, part.exchange, host.shape
         # Devices have best copies only.
         is_there = [device is not None and not one.copy_index and device.holds(one.key) for one in routed]
@@ -161,9 +161,9 @@ class MoEStep:
         """What the routers of later layers say to this layer's input, [rows of the router] by layer."""
         if not segment.predicted:
             return {}
-        exchange = self._parts[segment.last].exchange
+        exchange = self.parts[segment.last].exchange
         logits = exchange.read("early_logits", len(segment.predicted), exchange.shape.n_expert)
-        layers = [(index, self._layers[index]) for index in segment.predicted]
+        layers = [(index, self.layers[index]) for index in segment.predicted]
         return {index: row[: len(layer.target)] for row, (index, layer) in zip(logits, layers, strict=True) if layer}
 
     def _choose_streamed(

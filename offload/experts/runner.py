@@ -49,7 +49,7 @@ class TieredRunner:
         n_batch: int,
         n_out: int,
     ) -> None:
-        self.spec, self._parts, self._rows = spec, parts, rows
+        self.spec, self.parts, self._rows = spec, parts, rows
         self._moe_step: MoEStep | None = None
         self._segments = cut_into_segments([part.layers for part in parts], cut_layers, prefetch_depth)
         n_graphs = _MAX_STEPS * len(self._segments)
@@ -72,13 +72,13 @@ class TieredRunner:
     @property
     def graph_bytes(self) -> int:
         """Host memory for the graphs of segments, which is not touched before the first step."""
-        parts = zip(self._graphs, self._parts, strict=True)
+        parts = zip(self._graphs, self.parts, strict=True)
         return sum(graphs.n_bytes for graphs, part in parts if part.backend.is_host)
 
     @property
     def compute_bytes(self) -> int:
         """Size of the buffers in host memory that intermediate results share."""
-        exchanges: int = sum(part.exchange.n_bytes for part in self._parts if part.backend.is_host)
+        exchanges: int = sum(part.exchange.n_bytes for part in self.parts if part.backend.is_host)
         return self.graph_bytes + exchanges + (0 if self._moe_step is None else self._moe_step.compute_bytes)
 
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
@@ -92,9 +92,9 @@ class TieredRunner:
         if self._moe_step is not None:
             self._moe_step.begin(batch)
         for index, segment in enumerate(self._segments):
-            part = self._parts[segment.part]
+            part = self.parts[segment.part]
             if index and segment.part != self._segments[index - 1].part:
-                handed_over = self._parts[segment.part - 1].exchange.read("residual", batch.n_tokens, self.spec.n_embd)
+                handed_over = self.parts[segment.part - 1].exchange.read("residual", batch.n_tokens, self.spec.n_embd)
                 part.exchange.write("residual", handed_over)
             prepared = self._graphs[segment.part].get((index, *shape))
             if is_cancelled is None:
@@ -119,9 +119,9 @@ class TieredRunner:
         """Tokens go to the first part, their places in the KV cache and what they see there to all."""
         if self._rows is not None:
             self._rows.load(batch.tokens)
-        first = self._parts[0].exchange
+        first = self.parts[0].exchange
         first.write("tokens", batch.tokens if self._rows is None else np.arange(batch.n_tokens))
-        for part in self._parts:
+        for part in self.parts:
             if not part.layers:
                 continue
             exchange = part.exchange
@@ -136,7 +136,7 @@ class TieredRunner:
 
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
         segment, shape = self._segments[key[0]], StepShape(*key[1:])
-        part = self._parts[segment.part]
+        part = self.parts[segment.part]
         built = build_segment(self.spec, part.weights, part.cache, shape, part.exchange, segment)
         return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
 

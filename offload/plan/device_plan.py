@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from gguf import GGMLQuantizationType
 
 from slimoe.offload.cache.device_pool import device_slot_bytes
-from slimoe.offload.cache.slots import share_slots, slot_classes, widest
+from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.kv_cache import kv_bytes
@@ -129,7 +129,7 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
             hint="Or use --device none.",
         )
     most = {kind: n + N_PASSING for kind, n in classes.items()}
-    slots = share_slots(most, least, budget - plan.required, device_slot_bytes)
+    slots = divide_slots(most, least, budget - plan.required, device_slot_bytes)
     return replace(plan, n_slots=tuple(slots.items()))
 
 

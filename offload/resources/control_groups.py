@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-_PROC = Path("/proc/self")
+from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,21 +16,21 @@ class ControlGroup:
     version: Literal[1, 2]
 
 
-def control_groups(controller: str) -> Iterator[ControlGroup]:
+def control_groups(controller: str, system: SystemFiles = SYSTEM) -> Iterator[ControlGroup]:
     """This process's group for a controller such as cpu or memory, and those around it, innermost first.
 
     A limit of any of them holds, so the tightest one decides. A group of version 2 is listed whether or not it has
     the controller: without it the controller's files are missing. Nothing is listed where there are no groups.
     """
     try:
-        memberships = [line.split(":", 2) for line in (_PROC / "cgroup").read_text().splitlines()]
-        mounts = (_PROC / "mountinfo").read_text().splitlines()
+        memberships = [line.split(":", 2) for line in (system.proc / "self" / "cgroup").read_text().splitlines()]
+        mounts = (system.proc / "self" / "mountinfo").read_text().splitlines()
     except OSError:
         return
     for mount in mounts:
-        place, _, system = mount.partition(" - ")
+        place, _, kind_and_options = mount.partition(" - ")
         root, top = place.split()[3:5]
-        kind, _, options = system.split(" ", 2)
+        kind, _, options = kind_and_options.split(" ", 2)
         version: Literal[1, 2] = 2 if kind == "cgroup2" else 1
         if kind not in ("cgroup", "cgroup2") or (version == 1 and controller not in options.split(",")):
             continue

@@ -8,12 +8,12 @@ import resource
 import sys
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 
 import psutil
 
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.resources.control_groups import ControlGroup, control_groups
+from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*((?:[kmgt]i?)?b?)", re.IGNORECASE)
 _LETTERS = "KMGT"
@@ -41,9 +41,6 @@ def bytes_text(n_bytes: int) -> str:
             return f"{n_bytes // 1024**power}{_LETTERS[power - 1]}iB"
     return str(n_bytes)
 
-
-_MEMINFO = Path("/proc/meminfo")
-_STATUS = Path("/proc/self/status")
 
 LEAST_FREE_BYTES, LEFT_FREE_BYTES = 32 << 20, 64 << 20
 """In a full control group of 256 MiB another Python could start and read files, with no page fault that went to disk,
@@ -93,17 +90,17 @@ def human_up(n_bytes: int) -> str:
     return f"{-(-n_bytes // (1 << 20))}MiB"
 
 
-def available_bytes() -> int:
+def available_bytes(system: SystemFiles = SYSTEM) -> int:
     """Host memory that can be taken now: the system's, or that of the tightest control group around this process."""
-    return min(room.available for room in _rooms())
+    return min(room.available for room in _rooms(system))
 
 
-def memory_limit_bytes() -> int:
+def memory_limit_bytes(system: SystemFiles = SYSTEM) -> int:
     """The most host memory that this process can ever hold: the system's, or the tightest control group's limit."""
-    return min(room.limit for room in _rooms())
+    return min(room.limit for room in _rooms(system))
 
 
-def holdable_bytes() -> int:
+def holdable_bytes(system: SystemFiles = SYSTEM) -> int:
     """Host memory that this process can hold in all, what it holds already included, without harm to anybody.
 
     What is available, less the file pages that running programs have mapped: they count as available, for they could
@@ -111,16 +108,16 @@ def holdable_bytes() -> int:
     again. Our own mapped pages are among both. A page table takes 8 bytes for each page of 4 KiB. On systems that do
     not tell what is mapped a sixteenth of the memory stands for it.
     """
-    return _held_and(min(room.available - room.mapped for room in _rooms()) - LEFT_FREE_BYTES)
+    return _held_and(min(room.available - room.mapped for room in _rooms(system)) - LEFT_FREE_BYTES)
 
 
-def grantable_bytes() -> int:
-    """The same for a person who names a size, and so has chosen their own margin.
+def grantable_bytes(system: SystemFiles = SYSTEM) -> int:
+    """Host memory that this process can hold for a person who names a size, and so has chosen their own margin.
 
     The system keeps only the least that it needs. A control group keeps nothing: its limit is a size that was named.
     """
-    system, *groups = (room.available - room.mapped for room in _rooms())
-    return _held_and(min((system - LEAST_FREE_BYTES, *groups)))
+    whole, *groups = (room.available - room.mapped for room in _rooms(system))
+    return _held_and(min((whole - LEAST_FREE_BYTES, *groups)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +139,25 @@ def _held_and(room: int) -> int:
     return max(0, room - room // 512 + resident_bytes())
 
 
-def _rooms() -> list[_Room]:
+def _rooms(system: SystemFiles) -> list[_Room]:
+    """The system's, then those of the control groups that set a limit."""
     memory = psutil.virtual_memory()
-    system = _Room(int(memory.total), int(memory.available), _mapped_bytes(int(memory.total)))
-    rooms = [_room(group) for group in control_groups("memory")]
-    return [system, *(room for room in rooms if room is not None)]
-
-
-def _mapped_bytes(total: int) -> int:
     try:
-        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-        return int(fields["Mapped"].removesuffix("kB")) << 10
+        fields = dict(line.split(":") for line in (system.proc / "meminfo").read_text().splitlines())
+        mapped = int(fields["Mapped"].removesuffix("kB")) << 10
     except (OSError, KeyError, ValueError):
-        return total // 16
+        mapped = int(memory.total) // 16
+    rooms = [_room(group) for group in control_groups("memory", system)]
+    return [_Room(int(memory.total), int(memory.available), mapped), *(room for room in rooms if room is not None)]
 
 
 def _room(group: ControlGroup) -> _Room | None:
     """A group's room, None where it sets no limit."""
     version = _VERSIONS[group.version]
-    limits = [limit for name in version.limits if (limit := _limit(group.path / name)) is not None]
+    limits = []
+    for name in version.limits:
+        with contextlib.suppress(OSError, ValueError):  # says max where there is none
+            limits.append(int((group.path / name).read_text()))
     try:
         used = int((group.path / version.used).read_text())
         fields = dict(line.split() for line in (group.path / "memory.stat").read_text().splitlines())
@@ -172,13 +169,6 @@ def _room(group: ControlGroup) -> _Room | None:
         return None
     # Clean page cache counts as used there, but is given back on demand.
     return _Room(min(limits), max(0, min(limits) - used + inactive + active), mapped)
-
-
-def _limit(path: Path) -> int | None:
-    try:
-        return int(path.read_text())  # says max where there is none
-    except (OSError, ValueError):
-        return None
 
 
 def advise_huge_pages(address: int, n_bytes: int) -> None:
@@ -205,13 +195,13 @@ def private_bytes() -> int:
     return int(info.rss - getattr(info, "shared", 0))
 
 
-def peak_resident_bytes() -> int:
+def peak_resident_bytes(system: SystemFiles = SYSTEM) -> int:
     """The most memory this process ever held resident, mapped file pages included.
 
     Linux counts in `ru_maxrss` what the process that started this one held at that moment, hence its other counter.
     """
     with contextlib.suppress(OSError, KeyError, ValueError):
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in (system.proc / "self" / "status").read_text().splitlines())
         return int(fields["VmHWM"].removesuffix("kB")) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,62 +1,50 @@
 """How many processors this process may compute on."""
 
+import contextlib
 import math
 import os
 import sys
-from pathlib import Path
 
 import psutil
 
-from slimoe.offload.resources.control_groups import ControlGroup, control_groups
+from slimoe.offload.resources.control_groups import control_groups
+from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
 _TELLS_AFFINITY = sys.platform == "linux"
-_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def default_threads() -> int:
-    """Threads to compute with: one per physical core that this process may use, within every quota on its time.
+def default_threads(system: SystemFiles = SYSTEM) -> int:
+    """The number of threads to compute with: one per physical core that this process may use, within its quotas.
 
     SMT siblings only get in each other's way in matrix products. Threads wait for each other by spinning, which a quota
-    counts as work: with two threads on half a processor a token takes ten times as long as with one.
+    counts as work: with two threads on half a processor a token takes ten times as long as with one. Where the system
+    does not tell which processors are siblings, each counts as a core.
     """
-    return _within_quota(_n_cores())
-
-
-def usable_processors() -> int:
-    """Processors that this process may use, SMT siblings counted one by one, within every quota on its time."""
-    return _within_quota(len(os.sched_getaffinity(0)) if _TELLS_AFFINITY else os.cpu_count() or 1)
-
-
-def _within_quota(n: int) -> int:
-    return max(1, int(min(n, _quota())))
-
-
-def _n_cores() -> int:
-    """Physical cores that this process may run on; one per processor where the system does not tell which share one."""
     if not _TELLS_AFFINITY:
-        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+        return _within_quota(psutil.cpu_count(logical=False) or os.cpu_count() or 1, system)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add((system.cpus / f"cpu{cpu}" / "topology" / "thread_siblings").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return _within_quota(len(cores), system)
 
 
-def _siblings(cpu: int) -> str:
-    try:
-        return (_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings").read_text()
-    except OSError:
-        return str(cpu)
+def usable_processors(system: SystemFiles = SYSTEM) -> int:
+    """The number of processors that this process may use, SMT siblings counted one by one, within its quotas."""
+    return _within_quota(len(os.sched_getaffinity(0)) if _TELLS_AFFINITY else os.cpu_count() or 1, system)
 
 
-def _quota() -> float:
-    """Seconds of all processors per second that the control groups around this process allow it."""
-    return min((_group_quota(group) for group in control_groups("cpu")), default=math.inf)
-
-
-def _group_quota(group: ControlGroup) -> float:
-    try:
-        if group.version == 2:
-            quota, period = (group.path / "cpu.max").read_text().split()
-        else:
-            quota, period = ((group.path / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        # Without a limit version 2 says max, version 1 says -1.
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
+def _within_quota(n: int, system: SystemFiles) -> int:
+    """At most `n`, and no more than the control groups around this process allow seconds of processors per second."""
+    quota = math.inf
+    for group in control_groups("cpu", system):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            if group.version == 2:
+                allowed, period = (group.path / "cpu.max").read_text().split()
+            else:
+                allowed, period = ((group.path / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(allowed) > 0:  # without a limit version 2 says max, version 1 says -1
+                quota = min(quota, int(allowed) / int(period))
+    return max(1, int(min(n, quota)))

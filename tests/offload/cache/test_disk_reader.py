@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import pytest
 
-import slimoe.offload.cache.disk_reader
 from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, ReadFailedError, Urgency, padded
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
@@ -44,15 +43,15 @@ def path(stored: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slimoe.offload.cache.disk_reader, "_CHUNK", PAGE)
-
-
-@pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
     """Whatever a test did, no read outlives the memory it writes to."""
     yield
     Target.held.clear()
+
+
+def reader_of(path: Path, n_threads: int = 2, *, direct: bool = True) -> DiskReader:
+    """A reader whose chunks are single pages."""
+    return DiskReader(read_gguf(path), n_threads, direct, chunk_bytes=PAGE)
 
 
 class Target:
@@ -151,7 +150,7 @@ def test_any_span_is_read_as_it_is_stored(path: Path, direct: bool) -> None:
         begin = draw.randrange(size)
         spans.append(Span(0, begin, draw.randint(1, min(5 * PAGE, size - begin))))
     targets = [Target(span) for span in spans]
-    with closing(DiskReader(read_gguf(path), direct=direct)) as reader:
+    with closing(reader_of(path, direct=direct)) as reader:
         reads = [reader.submit([target.part], demanded=bool(n % 2)) for n, target in enumerate(targets)]
         for read in reads:
             reader.wait(read)
@@ -169,7 +168,7 @@ def test_reads_that_come_in_pieces_are_put_together(path: Path, direct: bool, mo
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, buffers, at: real(file, [buffers[0][:1000]], at))
     target = Target(Span(0, 5000, 3 * PAGE))
-    with closing(DiskReader(read_gguf(path), direct=direct)) as reader:
+    with closing(reader_of(path, direct=direct)) as reader:
         read_all(reader, target)
     assert target.data == content(path, target.span)
 
@@ -185,7 +184,7 @@ def test_a_file_system_that_takes_no_direct_reads_after_all(path: Path, monkeypa
 
     monkeypatch.setattr(os, "preadv", preadv)
     target = Target(Span(0, 77, 9 * PAGE))
-    with closing(DiskReader(read_gguf(path), direct=True)) as reader:
+    with closing(reader_of(path, direct=True)) as reader:
         read_all(reader, target)
         read_all(reader, target)
     assert target.data == content(path, target.span)
@@ -195,7 +194,7 @@ def test_a_file_system_that_takes_no_direct_reads_after_all(path: Path, monkeypa
 def test_shards_are_files_of_their_own(path: Path, stored: Path) -> None:
     gguf = replace(read_gguf(path), paths=(path, stored))
     targets = [Target(Span(shard, 4321, 6000)) for shard in (0, 1, 0)]
-    with closing(DiskReader(gguf)) as reader:
+    with closing(DiskReader(gguf, chunk_bytes=PAGE)) as reader:
         read_all(reader, *targets)
     assert [target.data for target in targets] == [content(p, targets[0].span) for p in (path, stored, path)]
 
@@ -204,7 +203,7 @@ def test_shards_are_files_of_their_own(path: Path, stored: Path) -> None:
 
 
 def test_demanded_reads_go_before_likely_ones(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         likely = [pages(0, 3), pages(3, 2), pages(5, 2)]
         first, second, third = (reader.submit([target.part], demanded=False) for target in likely)
         gate.wait_for(1)
@@ -220,7 +219,7 @@ def test_demanded_reads_go_before_likely_ones(path: Path, gate: Gate) -> None:
 
 
 def test_what_is_sure_goes_before_what_is_not(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         first = reader.submit([pages(0, 1).part], demanded=True)
         gate.wait_for(1)
         unsure = [reader.submit([pages(n, 1).part], demanded=False, is_sure=False) for n in (10, 11)]
@@ -234,7 +233,7 @@ def test_what_is_sure_goes_before_what_is_not(path: Path, gate: Gate) -> None:
 
 
 def test_a_demanded_read_waits_only_for_the_chunks_under_way(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=2)) as reader:
+    with closing(reader_of(path, n_threads=2)) as reader:
         likely = reader.submit([pages(0, 8).part], demanded=False)
         gate.wait_for(2)
         demanded = reader.submit([pages(10, 2).part], demanded=True)
@@ -247,7 +246,7 @@ def test_a_demanded_read_waits_only_for_the_chunks_under_way(path: Path, gate: G
 
 
 def test_waiting_for_a_likely_read_demands_it(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         reader.submit([pages(0, 2).part], demanded=False)
         wanted = reader.submit([pages(4, 2).part], demanded=False)
         gate.wait_for(1)
@@ -264,7 +263,7 @@ def test_waiting_for_a_likely_read_demands_it(path: Path, gate: Gate) -> None:
 
 
 def test_nothing_is_written_once_cancelling_is_over(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=2)) as reader:
+    with closing(reader_of(path, n_threads=2)) as reader:
         target = pages(0, 6)
         read = reader.submit([target.part], demanded=False)
         gate.wait_for(2)
@@ -288,7 +287,7 @@ def test_nothing_is_written_once_cancelling_is_over(path: Path, gate: Gate) -> N
 
 
 def test_a_read_that_has_not_begun_is_cancelled_at_once(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         first = reader.submit([pages(0, 1).part], demanded=True)
         gate.wait_for(1)
         waiting = [reader.submit([pages(3, 2).part], demanded=demanded) for demanded in (True, False)]
@@ -302,7 +301,7 @@ def test_a_read_that_has_not_begun_is_cancelled_at_once(path: Path, gate: Gate) 
 
 
 def test_dropping_waits_for_nothing(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         target = pages(0, 6)
         read = reader.submit([target.part], demanded=False)
         gate.wait_for(1)
@@ -319,7 +318,9 @@ def test_dropping_waits_for_nothing(path: Path, gate: Gate) -> None:
 
 def test_closing_ends_reads_and_whoever_waits_for_them(path: Path, gate: Gate) -> None:
     n_files = psutil.Process().num_fds()
-    reader = DiskReader(read_gguf(path), n_threads=1)
+    reader = reader_of(path, n_threads=1)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("disk-")]
+    assert threads
     taken, likely, demanded = (reader.submit([pages(n, 1).part], demanded=n != 1) for n in range(3))
     gate.wait_for(1)
     told: list[Exception] = []
@@ -344,7 +345,7 @@ def test_closing_ends_reads_and_whoever_waits_for_them(path: Path, gate: Gate) -
         reader.wait(likely)
     reader.close()
     assert psutil.Process().num_fds() == n_files
-    assert not any(thread.is_alive() for thread in reader._threads)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 # --- faults ------------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ def test_a_file_that_changes_gives_no_bytes_until_it_is_put_back(
 ) -> None:
     before, status = path.read_bytes(), path.stat()
     target = Target(Span(0, 8 * PAGE + 3, 6 * PAGE))
-    with closing(DiskReader(read_gguf(path), direct=direct)) as reader:
+    with closing(reader_of(path, direct=direct)) as reader:
         damage(path)
         for _ in range(2):
             with pytest.raises(ReadFailedError, match=r"m\.gguf: the file was changed while it was open\. Start again"):
@@ -384,7 +385,7 @@ def test_a_file_that_changes_gives_no_bytes_until_it_is_put_back(
 
 
 def test_a_change_while_bytes_are_read_is_noticed(path: Path, gate: Gate) -> None:
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         read = reader.submit([pages(0, 1).part], demanded=True)
         gate.wait_for(1)
         overwrite(path)
@@ -396,7 +397,7 @@ def test_a_change_while_bytes_are_read_is_noticed(path: Path, gate: Gate) -> Non
 def test_a_file_replaced_by_renaming_stays_readable(path: Path, stored: Path) -> None:
     target = Target(Span(0, path.stat().st_size - 2000, 2000))
     expected = content(path, target.span)
-    with closing(DiskReader(read_gguf(path))) as reader:
+    with closing(reader_of(path)) as reader:
         shutil.copyfile(stored, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
         read_all(reader, target)
@@ -414,7 +415,7 @@ def test_an_error_of_the_disk_ends_its_read_and_no_other(path: Path, monkeypatch
 
     monkeypatch.setattr(os, "preadv", preadv)
     target = pages(10, 4)
-    with closing(DiskReader(read_gguf(path), n_threads=1)) as reader:
+    with closing(reader_of(path, n_threads=1)) as reader:
         broken = reader.submit([pages(3, 5).part], demanded=True)
         read_all(reader, target)
         with pytest.raises(ReadFailedError, match=r"m\.gguf: reading failed \(Input/output error\)\. Check the disk"):
@@ -427,7 +428,7 @@ def test_whatever_goes_wrong_nobody_waits_for_ever(path: Path, monkeypatch: pyte
     def preadv(*_: object) -> int:
         raise MemoryError("no more")
 
-    with closing(DiskReader(read_gguf(path))) as reader:
+    with closing(reader_of(path)) as reader:
         with monkeypatch.context() as patched:
             patched.setattr(os, "preadv", preadv)
             with pytest.raises(MemoryError, match="no more"):
@@ -458,7 +459,8 @@ def test_reads_come_and_go_at_random(path: Path, direct: bool) -> None:
             if len(under_way) < 12 and draw.random() < 0.5:
                 begin = draw.randrange(len(whole))
                 target = Target(Span(0, begin, draw.randint(1, min(9 * PAGE, len(whole) - begin))))
-                under_way.append((reader.submit([target.part], demanded=draw.random() < 0.4), target))
+                submitted.append(reader.submit([target.part], demanded=draw.random() < 0.4))
+                under_way.append((submitted[-1], target))
             elif under_way:
                 read, target = under_way[draw.randrange(len(under_way))]
                 choice = draw.random()
@@ -479,8 +481,8 @@ def test_reads_come_and_go_at_random(path: Path, direct: bool) -> None:
         done.append(True)
 
     done: list[bool] = []
-    with closing(DiskReader(read_gguf(path), n_threads=3, direct=direct)) as reader:
+    submitted: list[Read] = []
+    with closing(reader_of(path, n_threads=3, direct=direct)) as reader:
         assert soon_over(in_background(lambda: live(reader)))
         assert done
-        assert not any(reader._queues)
-        assert reader._n_active == 0
+        assert all(read.is_done and not read.chunks for read in submitted), "nothing waits, and nothing is under way"

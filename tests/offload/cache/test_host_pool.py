@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -60,7 +61,8 @@ class Bench:
         self.policy = make_policy("static", PolicyContext(N_LAYER, N_EXPERT, 2))
         self.reader = DiskReader(gguf)
         classes = list(slot_classes(layers))
-        self.host_pool = HostPool(self.reader, self.policy, dict(zip(classes, n_slots, strict=True)))
+        self.n_slots = dict(zip(classes, n_slots, strict=True))
+        self.host_pool = HostPool(self.reader, self.policy, self.n_slots)
 
     def demand(self, *keys: Key) -> None:
         """Has experts read at once, and looks at them."""
@@ -80,9 +82,10 @@ class Bench:
 
     def settle(self) -> None:
         """Lets all that is under way arrive."""
-        slots = [slot for pool in self.host_pool._pools.values() for slot in pool.slots]
-        with self.reader._changed:
-            assert self.reader._changed.wait_for(lambda: all(slot.is_ready for slot in slots), 30)
+        end = time.monotonic() + 30
+        while not all(slot.is_ready for slot in self.host_pool.slots):
+            assert time.monotonic() < end
+            time.sleep(0.001)
 
     def assert_holds(self, key: Key, addresses: Addresses) -> None:
         copy = self.copies[key]
@@ -96,7 +99,7 @@ class Bench:
     @property
     def held(self) -> set[Key]:
         """Who has a slot."""
-        return {key for pool in self.host_pool._pools.values() for key in pool.cache}
+        return set(self.host_pool.keys)
 
     @property
     def complete(self) -> set[Key]:
@@ -107,8 +110,7 @@ class Bench:
         return counters.hits, counters.pending, counters.misses
 
     def check(self) -> None:
-        for pool in self.host_pool._pools.values():
-            pool.cache.check()
+        self.host_pool.check()
 
     def close(self) -> None:
         self.host_pool.close()
@@ -168,9 +170,8 @@ def test_it_is_filled_in_order_as_far_as_there_is_room(bench: Bench) -> None:
     assert bench.fill() == []
     bench.demand(*bench.held)
     assert bench.counts() == (7, 0, 0)
-    assert bench.host_pool.n_bytes == sum(
-        n * slot_bytes(kind) for kind, n in zip(bench.host_pool._pools, (4, 3), strict=True)
-    )
+    assert list(bench.n_slots.values()) == [4, 3]
+    assert bench.host_pool.n_bytes == sum(n * slot_bytes(kind) for kind, n in bench.n_slots.items())
     assert bench.host_pool.n_free_to_pin == 3
     bench.check()
 
@@ -355,7 +356,7 @@ def test_closing_with_reads_under_way(path: Path, disk: Disk, monkeypatch: pytes
     bench = Bench(path, 4, 3)
     disk.opens_when(bench.reader, "cancel", monkeypatch)
     bench.prefetch(*((layer, expert) for layer in (0, 2) for expert in range(3)))
-    reads = [slot.read for pool in bench.host_pool._pools.values() for slot in pool.slots]
+    reads = [slot.read for slot in bench.host_pool.slots]
     bench.host_pool.close()
     assert sum(read is not None for read in reads) == 6
     assert all(read.is_done for read in reads if read is not None)

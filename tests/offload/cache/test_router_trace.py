@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from slimoe.offload.cache.router_trace import (
@@ -40,8 +41,8 @@ def random_steps(header: TraceHeader, n_steps: int, seed: int = 0) -> Written:
         for layer, experts in enumerate(header.expert_bytes):
             if experts:
                 n_rows = sum(sizes) if layer == 0 else int(rng.integers(1, sum(sizes) + 1))
-                picks = rng.integers(-1, len(experts), (n_rows, header.n_expert_used))
-                layers.append((layer, picks, rng.random(picks.shape, np.float32)))
+                selected = rng.integers(-1, len(experts), (n_rows, header.n_expert_used))
+                layers.append((layer, selected, rng.random(selected.shape, np.float32)))
         steps.append((runs, layers))
     return steps
 
@@ -67,17 +68,17 @@ def test_what_was_written_is_read(tmp_path: Path, n_expert: int) -> None:
     assert len(trace.steps) == 30
     for step, (runs, layers) in zip(trace.steps, steps, strict=True):
         assert list(step.runs) == runs
-        for got, (layer, picks, shares) in zip(step.layers, layers, strict=True):
+        for got, (layer, selected, weights) in zip(step.layers, layers, strict=True):
             assert got.layer == layer
-            assert np.array_equal(got.picks, picks)
-            assert np.array_equal(got.shares, shares.astype(np.float16))
+            assert np.array_equal(got.selected, selected)
+            assert np.array_equal(got.weights, weights.astype(np.float16))
 
 
 def test_a_decoded_token_takes_few_bytes(tmp_path: Path) -> None:
     """The file grows by a pick's byte and its share's two, and by 10 bytes for a layer."""
     header = TraceHeader("abc", 2, ((7,) * 8,) * 32)
-    picks, shares = np.array([[3, 5]]), np.array([[0.75, 0.25]])
-    step = ([TraceRun(ANSWER, 0, 9, 1)], [(layer, picks, shares) for layer in range(32)])
+    selected, weights = np.array([[3, 5]]), np.array([[0.75, 0.25]])
+    step = ([TraceRun(ANSWER, 0, 9, 1)], [(layer, selected, weights) for layer in range(32)])
     write(tmp_path / "one", header, [step])
     write(tmp_path / "eleven", header, [step] * 11)
     sizes = [(tmp_path / name).stat().st_size for name in ("one", "eleven")]
@@ -104,20 +105,23 @@ def test_rows_of_prompts_and_answers_are_told_apart(tmp_path: Path) -> None:
     runs = [TraceRun(PROMPT, 0, 0, 3), TraceRun(ANSWER, 1, 50, 1)]
     write(path, HEADER, [(runs, [(0, rows, rows), (2, rows[2:], rows[2:])])])
     (step,) = read_trace(path).steps
-    assert [step.is_answer(len(part.picks)).tolist() for part in step.layers] == [[False] * 3 + [True], [False, True]]
+    assert [step.is_answer(len(part.selected)).tolist() for part in step.layers] == [
+        [False] * 3 + [True],
+        [False, True],
+    ]
 
 
 def test_what_was_foreseen_stays_with_its_layer_in_its_order(tmp_path: Path) -> None:
-    picks = np.array([[0, 1, 2]])
+    selected = np.array([[0, 1, 2]])
     writer = TraceWriter(tmp_path / "trace", HEADER)
     writer.step([TraceRun(ANSWER, 0, 0, 1)])
-    writer.layer(0, picks, picks)
+    writer.layer(0, selected, selected)
     writer.predicted([(2, 3), (0, 5), (2, 0)])
-    writer.layer(2, picks, picks)
+    writer.layer(2, selected, selected)
     writer.close()
     (step,) = read_trace(tmp_path / "trace").steps
     assert [part.predicted for part in step.layers] == [((2, 3), (0, 5), (2, 0)), ()]
-    assert [part.picks.tolist() for part in step.layers] == [picks.tolist()] * 2
+    assert [part.selected.tolist() for part in step.layers] == [selected.tolist()] * 2
 
 
 @pytest.mark.parametrize("key", [(1, 0), (2, 4), (3, 0)])
@@ -187,8 +191,8 @@ def test_what_is_no_trace_is_said_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_experts_that_the_model_does_not_have_are_damage(tmp_path: Path) -> None:
-    picks = np.array([[0, 1, 4]])
-    write(tmp_path / "trace", HEADER, [([TraceRun(ANSWER, 0, 0, 1)], [(2, picks, picks)])])
+    selected = np.array([[0, 1, 4]])
+    write(tmp_path / "trace", HEADER, [([TraceRun(ANSWER, 0, 0, 1)], [(2, selected, selected)])])
     with pytest.raises(TraceFileError, match="damaged"):
         read_trace(tmp_path / "trace")
 
@@ -267,18 +271,22 @@ def test_what_is_no_file_is_not_recorded_to(tmp_path: Path, place: str) -> None:
 
 
 def test_a_disk_that_fills_up_later_is_reported_and_not_raised(tmp_path: Path) -> None:
+    n_files = psutil.Process().num_fds()
     writer = TraceWriter(tmp_path / "trace", HEADER)
-    full = Path("/dev/full").open("wb", buffering=16)  # noqa: SIM115
-    writer._file.close()
-    writer._file = full
-    picks = np.zeros((400, N_USED))
-    for _ in range(3):
-        writer.step([TraceRun(PROMPT, 0, 0, 400)])
-        writer.layer(0, picks, picks)
-    writer.close()
-    assert writer.failure is not None
-    assert "No space left" in writer.failure
-    assert full.closed
+    selected = np.zeros((400, N_USED))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for _ in range(300):
+            writer.step([TraceRun(PROMPT, 0, 0, 400)])
+            writer.layer(0, selected, selected)
+        assert writer.failure is not None
+        assert "File too large" in writer.failure
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in writer.failure
+    assert psutil.Process().num_fds() == n_files
 
 
 def test_a_models_hash_is_its_routers(tmp_path: Path) -> None:

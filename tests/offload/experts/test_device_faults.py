@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from bench.baselines.rpc_server import ROOT, RpcServer, rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DeviceFullError
+from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml.abort import device_error
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.plan.engine_config import EngineConfig
@@ -25,6 +27,7 @@ from slimoe.server.process.request_handle import EngineFailure
 from tests.models.configs import engine_config
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+from tests.offload.experts.full_device import none_allocated
 
 LOST = "/src/ggml-rpc/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
 FULL = "/src/ggml-cuda/ggml-cuda.cu:98: CUDA error"
@@ -137,7 +140,7 @@ class FullDevice:
     def allocate(self, backend: DeviceBackend, n_bytes: int) -> int:
         self.n_left -= 1
         if self.n_left < 0:
-            raise backend._out_of_memory(n_bytes)
+            return none_allocated(backend, n_bytes)
         return self._allocate(backend, n_bytes)
 
 
@@ -193,16 +196,14 @@ def test_a_graph_that_fails_ends_the_answer(
     model: Path, server: RpcServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = iter([False] * 3 + [True])
-    begin = DeviceBackend._begin
+    begin = ggml_device.ggml_backend_graph_compute_async
 
-    def fail(backend: DeviceBackend, graph: int) -> None:
-        if next(calls):
-            raise DeviceError("RPC failed to compute.")
-        begin(backend, graph)
+    def fail(backend: int, graph: int) -> int:
+        return 1 if next(calls) else int(begin(backend, graph))
 
-    monkeypatch.setattr(DeviceBackend, "_begin", fail)
+    monkeypatch.setattr(ggml_device, "ggml_backend_graph_compute_async", fail)
     assert run(["run", str(model), "--prompt-ids", "5", "-n", "9", "--ctx", "64", "--rpc", server.endpoint]) == 6
-    assert "slimoe: RPC failed to compute." in capsys.readouterr().err
+    assert re.search(r"slimoe: RPC\S* failed to compute \(ggml status 1\)\. Lower --vram", capsys.readouterr().err)
 
 
 # --- behind the server -------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from tests.models.conversation import TOKENS, answers, conversation, stopped_aft
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
+from tests.offload.experts.full_device import none_allocated
 
 Array = np.ndarray[Any, Any]
 LOCAL = [device.name for device in available_devices()]
@@ -270,7 +271,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
         stop.device.clear()
         stop.host.clear()
         run(moe_step, segment, n_rows, is_cancelled)
-        layer = moe_step._layers[segment.last]
+        layer = moe_step.layers[segment.last]
         assert layer is not None
         n_constant = n_rows * layer.n_expert_used - len(stop.device) - len(stop.host)
         assert n_constant == 0 or layer.constants is not None
@@ -278,7 +279,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 
     def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int) -> None:
         for work in works:
-            pool = graphs._pools[work.slot_class]
+            pool = graphs.pools[work.slot_class]
             assert work.slots.min() >= 0
             assert all((pool, slot) in filled for slot in work.slots.tolist()), "a slot that nothing was written to"
             assert len(work.slots) == len(work.tokens) == len(work.columns)
@@ -302,7 +303,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 def assert_slots_hold_their_experts(engine: Engine) -> None:
     """Compares each slot of a device with the file."""
     for device in engine.device_experts:
-        for pool in device._pools.values():
+        for pool in device.pools.values():
             for key in pool:
                 copy, slot = device.copies[key], pool.slot(key)
                 assert slot is not None
@@ -310,7 +311,7 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
                     (span,) = matrix.spans
                     stored = np.fromfile(engine.gguf.paths[span.shard], np.uint8, span.n_bytes, offset=span.offset)
                     there = np.empty_like(stored)
-                    pool._backend.get(stack, there, slot * span.n_bytes)
+                    pool.backend.get(stack, there, slot * span.n_bytes)
                     np.testing.assert_array_equal(there, stored)
 
 
@@ -356,23 +357,20 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
 
 def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are read-only: one that leaves its slot is still in the file, so that only newcomers cross the link."""
-    stacks, read, make, get = set[int](), set[int](), SlotPool._stack, DeviceBackend.get
-
-    def note_stack(pool: SlotPool, *shape: Any) -> int:
-        stacks.add(stack := make(pool, *shape))
-        return stack
+    read, get = set[int](), DeviceBackend.get
 
     def note_read(backend: DeviceBackend, tensor: int, *values: Any) -> None:
         read.add(tensor)
         get(backend, tensor, *values)
 
-    monkeypatch.setattr(SlotPool, "_stack", note_stack)
     monkeypatch.setattr(DeviceBackend, "get", note_read)
     with closing(device_engine(where.config(plain.path), 0.3, 0.0)) as engine:
         set_rule(engine, FREE_SWAPS)
         for token in TOKENS:
             engine.decode(token)
-        assert engine.device_experts[0].n_swaps > 5
+        (device,) = engine.device_experts
+        assert device.n_swaps > 5
+        stacks = {stack for pool in device.pools.values() for stack in pool.stacks}
         assert stacks
         assert read
         assert not stacks & read
@@ -492,7 +490,7 @@ class Memory:
 
     def _take(self, backend: DeviceBackend, n_bytes: int) -> int:
         if self._is_full():
-            raise backend._out_of_memory(n_bytes)
+            return none_allocated(backend, n_bytes)
         buffer = self._allocate(backend, n_bytes)
         self.buffers[buffer] = n_bytes
         return buffer

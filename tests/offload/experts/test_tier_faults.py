@@ -20,6 +20,7 @@ import pytest
 from bench.baselines.stepping import random_tokens
 from slimoe.offload.cache.disk_reader import PAGE, ReadFailedError
 from slimoe.offload.engine import Engine
+from slimoe.offload.experts.runner import TieredRunner
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.plan.engine_config import EngineConfig
@@ -102,20 +103,30 @@ def answer(engine: Engine, prompt: list[int], max_tokens: int = 6) -> list[int]:
 def assert_nothing_is_held(engine: Engine) -> None:
     """No cell and no slot is in use for somebody who is gone."""
     assert engine.is_idle
-    cells = engine._cells
+    cells = engine.cells
     assert cells.n_unused == cells.n_cells - engine.n_past
     tiers = engine.tiers
     assert tiers is not None
     assert tiers.host_pool is not None
-    for pool in tiers.host_pool._pools.values():
-        pool.cache.check()
+    tiers.host_pool.check()
 
 
 # --- the disk ----------------------------------------------------------------------------------------------
 
 
-def test_a_disk_error_ends_the_request_that_needed_the_disk(stored: Path, disk: Disk) -> None:
+def test_a_disk_error_ends_the_request_that_needed_the_disk(
+    stored: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [TOKENS[:5], TOKENS[5:17], TOKENS[17:20]]
+    lengths, broken_for, run = dict[int, int](), set[int](), TieredRunner.run
+
+    def run_badly(runner: TieredRunner, batch: Batch, is_cancelled: Callable[[], bool] | None) -> Any:
+        """Notes how long each sequence is, by its first cell; the disk is broken for some of them."""
+        lengths.update((int(one.visible[0]), len(one.visible)) for one in batch.runs)
+        disk.is_broken = any(int(one.visible[0]) in broken_for for one in batch.runs)
+        return run(runner, batch, is_cancelled)
+
+    monkeypatch.setattr(TieredRunner, "run", run_badly)
     with closing(resident_engine(config(stored, n_parallel=3))) as engine:
         expected = [answer(engine, prompt, 12) for prompt in prompts]
     with closing(tiered_engine(config(stored, n_parallel=3), 0.0)) as engine:
@@ -124,17 +135,10 @@ def test_a_disk_error_ends_the_request_that_needed_the_disk(stored: Path, disk: 
         while not all(tokens(told.get(id, [])) for id in ids):
             for id, event in engine.step():
                 told.setdefault(id, []).append(event)
-        victim = next(job for job in engine._scheduler._active if job.id == ids[1])
-        compute = engine._scheduler._compute
-
-        def compute_badly(batch: Batch, is_cancelled: Callable[[], bool] | None) -> Any:
-            assert victim.sequence is not None
-            disk.is_broken = bool(set(batch.cells.tolist()) & set(victim.sequence.cells.tolist()))
-            return compute(batch, is_cancelled)
-
-        engine._scheduler._compute = compute_badly
+        broken_for.add(max(lengths, key=lambda cell: lengths[cell]))  # the longest is the second request's
         finish(engine, told)
-        engine._scheduler._compute, disk.is_broken = compute, False
+        broken_for.clear()
+        disk.is_broken = False
         end = told[ids[1]][-1]
         assert isinstance(end, Failed)
         assert isinstance(end.error, ReadFailedError)

@@ -216,7 +216,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
     stops, run, multiply = Stops([]), MoEStep.run, ExpertGraphs.run
 
     def watched_stop(moe_step: MoEStep, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
-        exchange = moe_step._parts[segment.last].exchange
+        exchange = moe_step.parts[segment.last].exchange
         n_columns = n_rows * exchange.shape.n_used
         outputs = exchange.read("outputs", exchange.shape.n_tokens * exchange.shape.n_used, exchange.shape.n_embd)
         outputs[:] = np.nan
@@ -245,7 +245,7 @@ def test_every_selected_expert_is_computed_once_with_ids_that_no_backend_minds(
     with closing(tiered_engine(config(model), share)) as engine:
         n_layer = engine.spec.n_layer
         assert np.isfinite(conversation(engine)).all()
-        zeros = engine.tiers.runner._parts[0].exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
+        zeros = engine.tiers.runner.parts[0].exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
         assert not zeros.any()
     assert stops.n_stops == n_layer * 14
     assert watched.n_seen > 0

@@ -278,7 +278,7 @@ def test_copies_split_as_the_traced_shares_say(directory: Path, file: Path) -> N
     with closing(tiered_engine(config(file, "gate:0.45,0.75", trace=path), 0.5)) as engine:
         conversation(engine)
         counters = engine.counters()
-    weights = np.concatenate([layer.shares for step in read_trace(path).steps for layer in step.layers]).astype(float)
+    weights = np.concatenate([layer.weights for step in read_trace(path).steps for layer in step.layers]).astype(float)
     before = np.array([[sum(row[:rank]) / sum(row) for rank in range(N_USED)] for row in weights])
     # A trace's weights have eleven bits.
     slack = 2 * int((np.abs(before - 0.45) < 2e-3).sum() + (np.abs(before - 0.75) < 2e-3).sum())

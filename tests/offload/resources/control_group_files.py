@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
-import pytest
-
-from slimoe.offload.resources import control_groups
+from slimoe.offload.resources.system_files import SystemFiles
 
 
 class ControlGroupFiles:
-    """Takes the place of the system's own; none are mounted at first."""
+    """The kernel's files of a machine whose control groups these are; none are mounted at first."""
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._top, self._proc = directory / "cgroup", directory / "proc"
+    def __init__(self, directory: Path) -> None:
+        self.system = SystemFiles(directory / "proc", directory / "cpu")
+        self._top, self._proc = directory / "cgroup", directory / "proc" / "self"
         self.write(self._proc, {"cgroup": "", "mountinfo": "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"})
-        monkeypatch.setattr(control_groups, "_PROC", self._proc)
 
     def mount(self, controllers: str, *, own: str = "/", root: str = "/", at: str | None = None) -> None:
         """Mounts a hierarchy of version 1, or without controllers that of version 2, with this process in `own`."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from slimoe.offload.resources import processors
 from slimoe.offload.resources.processors import default_threads, usable_processors
 from tests.offload.resources.control_group_files import ControlGroupFiles
 
@@ -14,26 +13,25 @@ from tests.offload.resources.control_group_files import ControlGroupFiles
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ControlGroupFiles:
     """Eight cores that this process may run on, and no control groups."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(processors, "_TOPOLOGY", tmp_path / "cpu")
-    return ControlGroupFiles(tmp_path, monkeypatch)
+    return ControlGroupFiles(tmp_path)
 
 
 def test_without_control_groups_every_core_computes(groups: ControlGroupFiles) -> None:
-    assert default_threads() == 8
+    assert default_threads(groups.system) == 8
 
 
 def test_processors_that_are_not_for_this_process_do_not_count(
     groups: ControlGroupFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6})
-    assert default_threads() == 3
+    assert default_threads(groups.system) == 3
 
 
 def test_two_threads_of_a_core_are_one(groups: ControlGroupFiles, tmp_path: Path) -> None:
     for cpu in range(8):
         groups.write(tmp_path / f"cpu/cpu{cpu}/topology", {"thread_siblings": f"{0b11 << cpu // 2 * 2:02x}\n"})
-    assert default_threads() == 4
-    assert usable_processors() == 8
+    assert default_threads(groups.system) == 4
+    assert usable_processors(groups.system) == 8
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,7 @@ def test_two_threads_of_a_core_are_one(groups: ControlGroupFiles, tmp_path: Path
 def test_a_quota(groups: ControlGroupFiles, quota: str, n_threads: int) -> None:
     groups.mount("", own="/job")
     groups.limit("job", cpu__max=quota)
-    assert default_threads() == n_threads
+    assert default_threads(groups.system) == n_threads
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def test_the_tightest_quota_of_the_groups_around_decides(
     groups.limit("unified/user.slice/app.slice", cpu__max=middle)
     groups.limit("unified/user.slice/app.slice/slimoe.scope", cpu__max=own)
     groups.limit("unified/system.slice", cpu__max="1 1")  # somebody else's
-    assert default_threads() == 2
+    assert default_threads(groups.system) == 2
 
 
 @pytest.mark.parametrize(("outer", "own"), [(200000, -1), (-1, 200000), (200000, 400000), (400000, 200000)])
@@ -67,13 +65,13 @@ def test_quotas_of_the_older_kind(groups: ControlGroupFiles, outer: int, own: in
     groups.limit("cpu,cpuacct", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
     groups.limit("cpu,cpuacct/slurm", cpu__cfs_quota_us=outer, cpu__cfs_period_us=100000)
     groups.limit("cpu,cpuacct/slurm/job_1", cpu__cfs_quota_us=own, cpu__cfs_period_us=100000)
-    assert default_threads() == 2
+    assert default_threads(groups.system) == 2
 
 
 def test_half_a_processor_of_the_older_kind_has_one_thread(groups: ControlGroupFiles) -> None:
     groups.mount("cpu", own="/half")
     groups.limit("cpu/half", cpu__cfs_quota_us=50000, cpu__cfs_period_us=100000)
-    assert default_threads() == usable_processors() == 1
+    assert default_threads(groups.system) == usable_processors(groups.system) == 1
 
 
 def test_both_kinds_at_once(groups: ControlGroupFiles) -> None:
@@ -83,24 +81,24 @@ def test_both_kinds_at_once(groups: ControlGroupFiles) -> None:
     groups.mount("", own="/b", at="unified")
     groups.limit("cpu/a", cpu__cfs_quota_us=600000, cpu__cfs_period_us=100000)
     groups.limit("unified/b", cpu__max="300000 100000")
-    assert default_threads() == 3
+    assert default_threads(groups.system) == 3
 
 
 def test_a_container_that_sees_its_own_part_of_the_tree(groups: ControlGroupFiles) -> None:
     groups.mount("cpu", own="/docker/0123abcd/inner", root="/docker/0123abcd")
     groups.limit("cpu", cpu__cfs_quota_us=400000, cpu__cfs_period_us=100000)
     groups.limit("cpu/inner", cpu__cfs_quota_us=200000, cpu__cfs_period_us=100000)
-    assert default_threads() == 2
+    assert default_threads(groups.system) == 2
 
 
 def test_a_group_outside_of_the_namespace_is_held_to_its_top(groups: ControlGroupFiles) -> None:
     groups.mount("", own="/../elsewhere")
     groups.limit("", cpu__max="200000 100000")
-    assert default_threads() == 2
+    assert default_threads(groups.system) == 2
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "100000", "100000 0", "0 100000"])
 def test_a_quota_that_cannot_be_read_is_none(groups: ControlGroupFiles, text: str) -> None:
     groups.mount("")
     groups.limit("", cpu__max=text)
-    assert default_threads() == 8
+    assert default_threads(groups.system) == 8
