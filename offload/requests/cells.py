@@ -142,7 +142,7 @@ class Cells:
         if n_most == 1:
             # Each token of an answer takes one cell, and finding one does not take a list of all.
             lowest = np.array([self.n_users.argmin()], np.int64)
-            return lowest[self.n_users[lowest] == 0]
+            return lowest if self.n_users[lowest[0]] == 0 else lowest[:0]
         return np.flatnonzero(self.n_users == 0)[:n_most]
 
     def _forget(self, sequence: Sequence) -> None:
