@@ -91,21 +91,17 @@ def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator
             structure = build_structure(source, None, recipe)
             plan = CompressPlan(form, structure.layers, Type.F32, None, "", importance=statistics is not None)
             types = NamedTypes(source, recipe, len(plan.layers))
-            plan = _with_cost(with_named_types(source, plan, types.of, mix.name, mix.base), statistics)
+            plan = with_named_types(source, plan, types.of, mix.name, mix.base)
+            lossy = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
+            costs = None if statistics is None else stored_costs(statistics, lossy)
+            expected = priced(plan, costs).expected_kl
+            # Types of 16 bits or more lose nothing, whether or not there are statistics.
+            if not lossy or (expected is not None and math.isfinite(expected)):
+                plan = replace(plan, expected_kl=BEYOND * (expected or 0.0))
             if plan.expected_kl is not None or not has_costs:
                 yield PlainPlan(name, plan, size.of(plan))
         except (UnsupportedModelError, UsageError):
             continue  # its blocks divide no rows
-
-
-def _with_cost(plan: CompressPlan, statistics: Statistics | None) -> CompressPlan:
-    """The plan with the KL divergence that statistics predict; types of 16 bits or more lose nothing."""
-    types = sorted(kind.name for kind in plan_kinds(plan) - set(LOSSLESS))
-    costs = None if statistics is None else stored_costs(statistics, types)
-    found = priced(plan, costs)
-    is_known = not types or (costs is not None and found.expected_kl is not None and math.isfinite(found.expected_kl))
-    kl = BEYOND * (found.expected_kl or 0.0) if is_known else None
-    return replace(plan, expected_kl=kl)
 
 
 def planned_source(
