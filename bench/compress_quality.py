@@ -113,9 +113,9 @@ def baselines(lab: Lab, say: Say) -> list[Row]:
         name: np.stack([entry.means(index) for index in range(len(entry.counts))]).astype(np.float32)
         for name, entry in imatrix_of(lab.statistics).entries.items()
     }
-    for name in FILE_TYPES:
+    for name, file_type in FILE_TYPES.items():
         path = lab.directory / f"{name}.gguf"
-        llama_quantize(whole, path, name, importance, lab.n_threads)
+        llama_quantize(whole, path, file_type, lab.n_threads, importance)
         theirs = lab.evaluated(path)
         rows.append({"name": f"llama.cpp {name}"} | theirs)
         say(_line(rows[-1]))

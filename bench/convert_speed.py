@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
-from gguf import GGMLQuantizationType, LlamaFileType
 
+from bench.baselines.llama_cpp import llama_quantize
 from bench.limits import machine
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
@@ -44,8 +43,8 @@ print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 """
 
 
-class BaselineFailedError(SlimoeError):
-    """llama.cpp did not quantise the file."""
+class ChildFailedError(SlimoeError):
+    """The conversion in a process of its own failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +75,21 @@ def convert_once(plan: Plan, target: Path) -> float:
 
 
 def quantize_once(plan: Plan, target: Path) -> float:
-    """Seconds that llama.cpp takes for the same types; raises BaselineFailedError."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = plan.n_threads
-    params.ftype = int(LlamaFileType(find_recipe(plan.kind).file_type))
-    params.pure = True
-    params.output_tensor_type = int(output_type(plan.kind))
+    """Seconds that llama.cpp takes for the same types; raises QuantizerError."""
+    recipe = find_recipe(plan.kind)
+    output_type = recipe.type_of("output.weight", 1, moe=True, tied=False)
     begin = time.perf_counter()
-    status = llama_cpp.llama_model_quantize(str(plan.bf16).encode(), str(target).encode(), params)
-    if status != 0:
-        raise BaselineFailedError(f"llama.cpp could not quantise {plan.bf16} to {plan.kind}.")
+    llama_quantize(plan.bf16, target, int(recipe.file_type), plan.n_threads, pure=True, output_type=output_type)
     return time.perf_counter() - begin
 
 
-def output_type(kind: str) -> GGMLQuantizationType:
-    """The type that our recipe gives the output matrix."""
-    return find_recipe(kind).type_of("output.weight", 1, moe=True, tied=False)
-
-
 def peak_bytes(plan: Plan, target: Path) -> int:
-    """Peak resident memory of the conversion in a process of its own; raises BaselineFailedError when that fails."""
+    """Peak resident memory of the conversion in a process of its own; raises ChildFailedError when that fails."""
     arguments = [str(plan.checkpoint), str(target), plan.kind, str(plan.n_threads)]
     command = [sys.executable, "-c", _MEASURED_CHILD, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BaselineFailedError(f"The conversion failed in a process of its own: {done.stderr}")
+        raise ChildFailedError(f"The conversion failed in a process of its own: {done.stderr}")
     return int(done.stdout)
 
 
@@ -148,8 +137,6 @@ def measure(plan: Plan) -> dict[str, Any]:
 @click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
 def main(shape: str, layers: int, kind: str, threads: int | None, rounds: int, smoke: bool, allow_busy: bool) -> None:
     """Compare the conversion's speed with llama.cpp's quantiser, and its memory with the bound."""
-    silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
-    llama_cpp.llama_log_set(silent, None)
     name = "smoke" if smoke else shape
     try:
         load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)

@@ -127,18 +127,31 @@ class LlamaCpp:
         ggml_backend.ggml_threadpool_free(self._pool)
 
 
-def llama_quantize(source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray], n_threads: int) -> None:
-    """Makes the mix `name` of a GGUF file in F32 or F16; `importance` has the mean squares of what each tensor reads,
-    [matrices, n_per_row] float32. Raises QuantizerError.
+def llama_quantize(
+    source: Path,
+    target: Path,
+    file_type: int,
+    n_threads: int,
+    importance: Mapping[str, np.ndarray] | None = None,
+    *,
+    pure: bool = False,
+    output_type: int | None = None,
+) -> None:
+    """Has llama.cpp quantise a GGUF file to a mix, by its number; `pure` is one type for all matrices.
+
+    `importance` has the mean squares of what each tensor reads, float32 [matrices, n_per_row]. `output_type` is that
+    of the output matrix where it is not the mix's. Raises QuantizerError.
     """
     llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
     params = llama.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FILE_TYPES[name], n_threads
-    rows = (llama.llama_model_imatrix_data * (len(importance) + 1))()
-    for row, (tensor, values) in zip(rows, importance.items(), strict=False):
+    params.ftype, params.nthread, params.pure = file_type, n_threads, pure
+    if output_type is not None:
+        params.output_tensor_type = output_type
+    rows = (llama.llama_model_imatrix_data * (len(importance or {}) + 1))()
+    for row, (tensor, values) in zip(rows, (importance or {}).items(), strict=False):
         row.name, row.size = tensor.encode(), values.size
         row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     if importance:
         params.imatrix = rows
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
-        raise QuantizerError(f"llama.cpp could not make {name} of {source}.")
+        raise QuantizerError(f"llama.cpp could not quantise {source} to the mix of number {file_type}.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 import sentencepiece
@@ -25,21 +24,13 @@ from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
-from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint, stack_experts
+from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint, stack_experts
 
 PROMPT = [1, 300, 301, 302, 17, 305, 306, 307, 400, 401]
 
 
 def converted(source: Path, target: Path, kind: str = "F32") -> Path:
     return convert(ConvertOptions(source, target, kind, n_threads=2)).path
-
-
-def llama_logits(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
-    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, n_threads=1, n_ctx=64, type_k=0, type_v=0)
-    model.eval(tokens)
-    scores = np.array(model.scores[: len(tokens)])
-    model.close()
-    return scores
 
 
 def assert_same_logits(path: Path, source: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 from gguf import LlamaFileType
 from numpy.typing import NDArray
 
+from bench.baselines.llama_cpp import llama_quantize
 from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE
 from slimoe.offload.errors import ModelFileError, SlimoeError, UsageError
 from slimoe.server.cli import run
-from tests.converter.quant.test_quantize import llama_quantize
 from tests.models.gguf_content import file_tensors, finish
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
@@ -116,7 +116,7 @@ def test_the_bytes_are_llama_cpps(
     tmp_path: Path, exact: Path, means: Means, fitted: dict[str, Path], kind: str
 ) -> None:
     ours = fitted[kind]
-    llama_quantize(exact, tmp_path / "theirs.gguf", FILE_TYPES[kind], means)
+    llama_quantize(exact, tmp_path / "theirs.gguf", FILE_TYPES[kind], 1, means, pure=True)
     left, right = file_tensors(ours), file_tensors(tmp_path / "theirs.gguf")
     assert left.keys() == right.keys()
     alike = {name for name in left if left[name].tensor_type is right[name].tensor_type and left[name].data.ndim > 1}

@@ -1,4 +1,4 @@
-"""Plans of compressed models for tests: one that changes nothing, and random ones of everything the formats hold."""
+"""Plans of compressed models, from one that changes nothing to random ones, and statistics that they may ask for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +14,8 @@ from slimoe.converter.quant.mixes import find_recipe
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
 from slimoe.converter.stats.observer import Samples
-from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics import InputSums, LayerStatistics, MatrixCosts, SimilaritySums, Statistics
+from slimoe.converter.stats.type_costs import CANDIDATES, measure_type_costs, packed_costs
 
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 SMALL_ROWS = (Type.F32, Type.F16, Type.Q8_0)
@@ -122,3 +123,32 @@ def learnt(source: ModelSource, directory: Path, n_sequences: int = 6, length: i
     text = CalibrationText(random_sequences(n_sequences, length, source.spec.n_vocab), ("random",) * n_sequences)
     settings = CalibrationSettings(Samples(types=()), n_sensitivity=n_sequences * length, prices=True)
     return calibrate(source, text, settings, directory / "partial")
+
+
+def few_prices(source: ModelSource, directory: Path) -> Statistics:
+    """Statistics in which few types have prices: trying all of them takes seconds."""
+    text = CalibrationText(random_sequences(4, 16, source.spec.n_vocab), ("random",) * 4)
+    settings = CalibrationSettings(Samples(types=()), n_sensitivity=64)
+    found = calibrate(source, text, settings, directory / "partial")
+    some = packed_costs(measure_type_costs(source, found, types=("Q2_K", "Q4_K", "Q6_K")))
+    others = tuple(name for name in CANDIDATES if name not in some.types)
+    nats = np.hstack([some.nats, np.full((len(some.matrices), len(others)), np.inf)])
+    return replace(found, matrix_costs=MatrixCosts(some.types + others, some.matrices, nats))
+
+
+def statistics_of(source: ModelSource, seed: int = 0) -> Statistics:
+    """Importance as a calibration would know it; expert 1 of layer 0 was never selected."""
+    rng, spec = np.random.default_rng(seed), source.spec
+
+    def squares(*shape: int) -> np.ndarray:
+        return rng.exponential(1, shape).astype(np.float32)
+
+    layers: list[LayerStatistics] = []
+    for layer in source.layers:
+        n, d = layer.n_stored, spec.n_embd
+        expert, hidden = squares(n, d), squares(n, spec.n_ff)
+        expert[1], hidden[1] = (0, 0) if not layers else (1, 1)
+        sums = InputSums(expert, hidden, squares(d), squares(spec.n_head * spec.n_embd_head), squares(d))
+        layers.append(LayerStatistics(SimilaritySums(0, 0, 0, 0, 0), sums))
+    count = np.zeros(spec.n_vocab, np.int64)
+    return Statistics(source.source_hash, "ab" * 32, ((1, 2, 3),), ("x",), tuple(layers), squares(d), count)

@@ -6,10 +6,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import sentencepiece
 import tokenizers
 import torch
 import transformers
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -86,6 +89,15 @@ def logits(path: Path, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(torch.tensor([tokens])).logits[0]
     return result
+
+
+def llama_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
+    """libllama's logits [n_tokens, n_vocab] of a GGUF file, with keys and values in F32."""
+    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, n_threads=1, n_ctx=64, type_k=0, type_v=0)
+    model.eval(tokens)
+    scores = np.array(model.scores[: len(tokens)])
+    model.close()
+    return scores
 
 
 def stack_experts(path: Path) -> None:

@@ -12,29 +12,10 @@ from slimoe.converter.layout.offsets import PlanSize, lay_out, plan_bytes
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.stats.statistics import InputSums, LayerStatistics, SimilaritySums, Statistics
 from slimoe.offload.errors import UnsupportedModelError, UsageError
-from tests.models.compress_plans import RandomPlans, same_plan, with_layers
+from tests.models.compress_plans import RandomPlans, same_plan, statistics_of, with_layers
 
 F32, F16, Q8_0, Q4_K = Type.F32, Type.F16, Type.Q8_0, Type.Q4_K
-
-
-def statistics_of(source: ModelSource, seed: int = 0) -> Statistics:
-    """Importance as a calibration would know it; expert 1 of layer 0 was never picked."""
-    rng, spec = np.random.default_rng(seed), source.spec
-
-    def squares(*shape: int) -> np.ndarray:
-        return rng.exponential(1, shape).astype(np.float32)
-
-    layers: list[LayerStatistics] = []
-    for layer in source.layers:
-        n, d = layer.n_stored, spec.n_embd
-        expert, hidden = squares(n, d), squares(n, spec.n_ff)
-        expert[1], hidden[1] = (0, 0) if not layers else (1, 1)
-        sums = InputSums(expert, hidden, squares(d), squares(spec.n_head * spec.n_embd_head), squares(d))
-        layers.append(LayerStatistics(SimilaritySums(0, 0, 0, 0, 0), sums))
-    count = np.zeros(spec.n_vocab, np.int64)
-    return Statistics(source.source_hash, "ab" * 32, ((1, 2, 3),), ("x",), tuple(layers), squares(d), count)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """Blocks with importance: llama.cpp's bytes, gguf's values, and what is refused."""
 
-import ctypes
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from bench.baselines.llama_cpp import llama_quantize
 from slimoe.converter.quant.mixes import RECIPES
 from slimoe.converter.quant.quantize import (
     BadWeightsError,
@@ -47,18 +46,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("quantise") / "tiny.gguf", None, shape=SHAPE)
 
 
-def llama_quantize(source: Path, target: Path, file_type: LlamaFileType, imatrix: dict[str, Matrix] | None) -> None:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.pure = file_type, 1, True
-    rows = (llama_cpp.llama_model_imatrix_data * (len(imatrix or {}) + 1))()
-    for row, (name, values) in zip(rows, (imatrix or {}).items(), strict=False):
-        row.name, row.size = name.encode(), values.size
-        row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    if imatrix:
-        params.imatrix = rows
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
-
-
 @pytest.mark.parametrize(
     ("kind", "file_type", "with_importance"),
     [
@@ -81,7 +68,7 @@ def test_blocks_are_llama_cpps(
     for name in names:
         experts = source[name].data.shape[0] if source[name].data.ndim == 3 else 1
         imatrix[name] = rng.random((experts, source[name].data.shape[-1]), np.float32) + np.float32(0.01)
-    llama_quantize(tiny, tmp_path / "theirs.gguf", file_type, imatrix if with_importance else None)
+    llama_quantize(tiny, tmp_path / "theirs.gguf", file_type, 1, imatrix if with_importance else None, pure=True)
     theirs = file_tensors(tmp_path / "theirs.gguf")
     compared = [name for name in names if theirs[name].tensor_type == kind]
     assert {"blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight"} <= set(compared)

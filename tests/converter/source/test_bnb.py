@@ -21,9 +21,9 @@ from slimoe.converter.source.model_source import MatrixKey, block_key, expert_ke
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.offload.errors import LibraryError, ModelFileError, SlimoeError, UnsupportedModelError
-from tests.converter.test_convert import PROMPT, llama_logits
+from tests.converter.test_convert import PROMPT
 from tests.models.gguf_content import Array
-from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+from tests.models.tiny_checkpoint import TinyConfig, llama_logits, save_checkpoint
 
 
 @cache

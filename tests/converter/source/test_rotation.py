@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import msgspec
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
-from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
+from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint
 
 TOKENS = [1 + (37 * n) % 500 for n in range(48)]
 CONFIG = Path("config.json")
@@ -183,14 +182,6 @@ def engine_logits(path: Path) -> NDArray[np.float32]:
         return np.array(engine.read(TOKENS, len(TOKENS)))
 
 
-def llama_logits(path: Path) -> NDArray[np.float32]:
-    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, n_threads=1, n_ctx=64, type_k=0, type_v=0)
-    model.eval(TOKENS)
-    scores = np.array(model.scores[: len(TOKENS)])
-    model.close()
-    return scores
-
-
 WHOLE_CASES = ["theta of the class beside a scaling", "llama3 with the context outside", "yarn, mscale alike"]
 WHOLE_CASES += ["yarn, mscales apart", "yarn, factor null", "yarn, bounds", "yarn, not rounded", "old yarn"]
 
@@ -211,7 +202,7 @@ def test_logits_are_transformers_everywhere(tmp_path: Path, sentencepiece_path: 
     native = convert(ConvertOptions(source, tmp_path / "native.gguf", n_threads=1, pair="F32,F16")).path
     found = {f"{one.name} in the engine": engine_logits(one) for one in (path, again, native)}
     found |= {f"{one.name} in torch": torch_logits(one) for one in (source, path, native)}
-    found |= {f"{one.name} in libllama": llama_logits(one) for one in (path, again)}
+    found |= {f"{one.name} in libllama": llama_logits(one, TOKENS) for one in (path, again)}
     for name, scores in found.items():
         np.testing.assert_allclose(scores, expected, atol=2e-3 * expected.std(), err_msg=name)
 

@@ -25,8 +25,7 @@ from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout, stack_name
 from slimoe.offload.model.spec import ModelSpec
-from tests.converter.layout.test_layout import statistics_of
-from tests.models.compress_plans import RandomPlans, same_plan, with_layers
+from tests.models.compress_plans import RandomPlans, same_plan, statistics_of, with_layers
 from tests.models.gguf_content import Array, quantise
 from tests.models.held_model import hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig

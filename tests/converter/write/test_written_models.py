@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
-from bench.baselines.stepping import kl_divergence, random_tokens
+from bench.baselines.stepping import random_tokens
 from slimoe.converter.forward.block import read_head
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
@@ -29,7 +29,7 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.compress_plans import RandomPlans, same_plan, with_layers
 from tests.models.configs import engine_config
-from tests.models.conversation import answers, conversation
+from tests.models.conversation import answers, apart, conversation
 from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.held_model import hold, random_mixtral
 from tests.models.native_files import set_array
@@ -64,14 +64,6 @@ def reference(path: Path) -> Array:
     source = gguf_source(path)
     logits: Array = read_head(source)(run(source, Sequences((tuple(TOKENS),)))).numpy()
     return logits
-
-
-def apart(got: Array, expected: Array) -> float:
-    """KL divergence, nats, that nine tokens in ten stay below: a router's tie may fall otherwise now and then."""
-    assert expected.std() > 0.3, "logits that are all alike show nothing"
-    found = [kl_divergence(a, b) for a, b in zip(got, expected, strict=True)]
-    assert np.mean(found) < 2e-2
-    return float(np.quantile(found, 0.9))
 
 
 def without_attention(layer: LayerPlan) -> LayerPlan:

@@ -24,13 +24,13 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
-from tests.converter.write.test_written_models import apart
+from tests.models.compress_plans import few_prices
 from tests.models.configs import engine_config
+from tests.models.conversation import apart
 from tests.models.gguf_content import Array
 from tests.models.live_server import serving
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_checkpoint import FINE, TinyConfig, save_fine
-from tests.server.commands.test_lossy_files import few_prices
 
 SIZES = TinyConfig(n_layer=2, n_embd=256, n_ff=256, n_expert=8, n_expert_used=3)
 TOKENS = random_tokens(32, 500)

@@ -2,24 +2,17 @@
 
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from slimoe.converter.forward.texts import CalibrationText
-from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
-from slimoe.converter.stats.observer import Samples
-from slimoe.converter.stats.statistics import MatrixCosts, Statistics
 from slimoe.converter.stats.statistics_file import save_statistics
-from slimoe.converter.stats.type_costs import CANDIDATES, measure_type_costs, packed_costs
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.lossy.modes import LOSSY
 from slimoe.server.cli import run
-from tests.models.compress_plans import random_sequences
+from tests.models.compress_plans import few_prices
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 
 PAGE = (Path(__file__).parents[3] / "docs" / "lossy.md").read_text("utf-8")
@@ -46,17 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) ->
     """2 layers of 4 experts, whose rows fit every type."""
     sizes = TinyConfig(n_layer=2, n_embd=256, n_ff=256, n_head=8, n_head_kv=4, n_expert=4, n_expert_used=2)
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny", sentencepiece_path, sizes)
-
-
-def few_prices(source: ModelSource, directory: Path) -> Statistics:
-    """Statistics in which few types have prices: trying all of them takes seconds."""
-    text = CalibrationText(random_sequences(4, 16, source.spec.n_vocab), ("random",) * 4)
-    settings = CalibrationSettings(Samples(types=()), n_sensitivity=64)
-    found = calibrate(source, text, settings, directory / "partial")
-    some = packed_costs(measure_type_costs(source, found, types=("Q2_K", "Q4_K", "Q6_K")))
-    others = tuple(name for name in CANDIDATES if name not in some.types)
-    nats = np.hstack([some.nats, np.full((len(some.matrices), len(others)), np.inf)])
-    return replace(found, matrix_costs=MatrixCosts(some.types + others, some.matrices, nats))
 
 
 @pytest.fixture(scope="module")

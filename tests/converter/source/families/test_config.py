@@ -12,8 +12,8 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.checkpoint_source import FAMILIES, read_model_config
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
-from tests.converter.source.test_rotation import TOKENS, llama_logits
-from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
+from tests.converter.source.test_rotation import TOKENS
+from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint
 
 NAMES = ["LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"]
 FINE = ["Qwen3MoeForCausalLM", "OlmoeForCausalLM"]
@@ -175,4 +175,4 @@ def test_logits_of_a_checkpoint_that_leaves_defaults_out(tmp_path: Path, sentenc
     path = convert(ConvertOptions(source, tmp_path / "m.gguf", "F32", n_threads=1)).path
     import numpy as np
 
-    np.testing.assert_allclose(llama_logits(path), expected, atol=2e-3 * expected.std())
+    np.testing.assert_allclose(llama_logits(path, TOKENS), expected, atol=2e-3 * expected.std())
