@@ -68,12 +68,12 @@ class FourBitRows:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The name of the tensor, for messages."""
         return self.packed.name
 
     @property
     def path(self) -> Path:
-        """The tensor's."""
+        """The file that the tensor lies in."""
         return self.packed.path
 
     @property
@@ -83,7 +83,7 @@ class FourBitRows:
 
     @property
     def n_per_row(self) -> int:
-        """Its columns."""
+        """The number of weights in a row."""
         return self.state.shape[1]
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
@@ -132,7 +132,7 @@ class FourBitRows:
 
 @dataclass(frozen=True, slots=True)
 class EightBitRows:
-    """Rows of signed bytes, each row with a scale."""
+    """Rows of 8-bit weights: signed bytes, and a scale for each row."""
 
     weight: CheckpointTensor
     scales: CheckpointTensor
@@ -141,26 +141,26 @@ class EightBitRows:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The name of the tensor, for messages."""
         return self.weight.name
 
     @property
     def path(self) -> Path:
-        """The tensor's."""
+        """The file that the tensor lies in."""
         return self.weight.path
 
     @property
     def n_rows(self) -> int:
-        """The tensor's."""
+        """The number of rows of the tensor."""
         return self.weight.shape[0]
 
     @property
     def n_per_row(self) -> int:
-        """The tensor's."""
+        """The number of weights in a row."""
         return self.weight.shape[1]
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """Rows as bitsandbytes decodes them; raises ModelFileError."""
+        """Reads rows as bitsandbytes decodes them; raises ModelFileError."""
         import torch
         from bitsandbytes import functional
 

@@ -69,17 +69,17 @@ class CheckpointTensor:
 
     @property
     def n_elements(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in the file."""
+        """The tensor's bytes in the file."""
         return self.n_elements * (DTYPE_BYTES | _PACKED_BYTES)[self.dtype]
 
     @property
     def is_float(self) -> bool:
-        """Whether its values are the weights themselves."""
+        """Whether the stored values are the weights themselves, and not quantised ones."""
         return self.dtype in DTYPE_BYTES
 
 
@@ -130,11 +130,11 @@ class Checkpoint:
 
     @property
     def config_path(self) -> Path:
-        """The file of the configuration."""
+        """The path of config.json."""
         return self.path / "config.json"
 
     def read_config(self, kind: type[T]) -> T:
-        """The fields of config.json that `kind` has; raises ModelFileError."""
+        """Reads the fields of config.json that `kind` has; raises ModelFileError."""
         return _decode(self.config_path, self.config_json, kind)
 
 

@@ -20,41 +20,41 @@ class HeldSource:
 
     @property
     def path(self) -> Path:
-        """That of the source."""
+        """The path of the source."""
         return self._source.path
 
     @property
     def spec(self) -> ModelSpec:
-        """That of the source."""
+        """The sizes and constants of the source."""
         return self._source.spec
 
     @property
     def source_hash(self) -> str:
-        """That of the source."""
+        """The digest of the source's checkpoint."""
         return self._source.source_hash
 
     @property
     def metadata(self) -> Mapping[str, Value]:
-        """That of the source."""
+        """The keys that the source carries over."""
         return self._source.metadata
 
     @property
     def layers(self) -> Sequence[SourceLayer]:
-        """Those of the source."""
+        """What each layer of the source has."""
         return self._source.layers
 
     @property
     def shapes(self) -> Mapping[MatrixKey, tuple[int, ...]]:
-        """Those of the source."""
+        """All matrices and vectors of the source, in the order of use."""
         return self._source.shapes
 
     def read(self, key: MatrixKey) -> NDArray[np.float32]:
-        """The values, from memory but for the first time; raises ModelFileError."""
+        """Returns the values, read the first time and then from memory; raises ModelFileError."""
         values = self._values.get(key)
         if values is None:
             values = self._values[key] = self._source.read(key)
         return values
 
     def blocks(self, key: MatrixKey) -> Blocks | None:
-        """Those of the source."""
+        """Where the source has a matrix in ggml's blocks."""
         return self._source.blocks(key)

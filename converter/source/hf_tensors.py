@@ -38,7 +38,7 @@ _AGAIN = "Download the checkpoint again."
 
 
 def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec:
-    """The sizes that config.json gives."""
+    """The model's sizes and constants, as config.json gives them."""
     n_ctx_train, window = config.max_position_embeddings, config.window or 0
     if window >= n_ctx_train:
         window = 0  # never left
@@ -93,7 +93,7 @@ def checkpoint_matrices(
 
 
 def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> dict[MatrixKey, StoredMatrix]:
-    """Each GGUF matrix that a stored tensor holds."""
+    """The GGUF matrices that a stored tensor holds: one, or those of all experts."""
     if name in _WHOLE:
         return {MatrixKey(_WHOLE[name]): stored}
     if match := _LAYER_NAME.fullmatch(name):

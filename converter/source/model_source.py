@@ -29,7 +29,7 @@ class MatrixKey:
 
 
 def parse_key(text: str) -> MatrixKey:
-    """What `str` of a key says."""
+    """Makes a key of the text that `str` made of it."""
     name, _, expert = text.rstrip("]").partition("[")
     return MatrixKey(name, int(expert) if expert else -1)
 
@@ -82,22 +82,22 @@ class ModelSource(Protocol):
 
     @property
     def path(self) -> Path:
-        """What a person calls the model."""
+        """The path by which a person names the model."""
         ...
 
     @property
     def spec(self) -> ModelSpec:
-        """Sizes and constants."""
+        """The model's sizes and constants."""
         ...
 
     @property
     def source_hash(self) -> str:
-        """A digest of the checkpoint."""
+        """A digest that tells checkpoints apart."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, Value]:
-        """Keys to carry over."""
+        """The keys that a file made of the model carries over."""
         ...
 
     @property

@@ -22,27 +22,27 @@ class StoredRows(Protocol):
 
     @property
     def name(self) -> str:
-        """What the file calls the tensor."""
+        """The name of the tensor, for messages."""
         ...
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file that the tensor lies in."""
         ...
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
+        """The number of rows of the tensor."""
         ...
 
     @property
     def n_per_row(self) -> int:
-        """Weights in a row."""
+        """The number of weights in a row."""
         ...
 
     @property
     def step(self) -> int:
-        """Where reading can begin."""
+        """Reading begins at multiples of so many rows."""
         ...
 
     @property
@@ -51,13 +51,13 @@ class StoredRows(Protocol):
         ...
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """`n_rows` rows from `first` on, contiguous; raises ModelFileError."""
+        """Reads `n_rows` rows from `first` on as float32, contiguous; raises ModelFileError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A matrix or vector of `shape` (numpy's order), which `rows` has."""
+    """A matrix or vector of `shape`, in numpy's order, and the rows that it is read from."""
 
     shape: tuple[int, ...]
     rows: StoredRows
@@ -73,26 +73,26 @@ class TensorRows:
 
     @property
     def name(self) -> str:
-        """The tensor's."""
+        """The name of the tensor, for messages."""
         return self.tensor.name
 
     @property
     def path(self) -> Path:
-        """The tensor's."""
+        """The file that the tensor lies in."""
         return self.tensor.path
 
     @property
     def n_rows(self) -> int:
-        """Rows of all its matrices."""
+        """The number of rows of the tensor."""
         return self.tensor.n_elements // self.n_per_row
 
     @property
     def n_per_row(self) -> int:
-        """Its last axis."""
+        """The number of weights in a row."""
         return self.tensor.shape[-1] if self.tensor.shape else 1
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """Rows as float32; raises ModelFileError."""
+        """Reads rows as float32; raises ModelFileError."""
         row_bytes = self.n_per_row * DTYPE_BYTES[self.tensor.dtype]
         raw = read_bytes(self.path, self.tensor.offset + first * row_bytes, n_rows * row_bytes)
         return to_f32(raw, self.tensor.dtype).reshape(n_rows, self.n_per_row)
@@ -110,85 +110,75 @@ class BlockRows:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file that the tensor lies in."""
         return self.blocks.path
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """Rows as ggml itself decodes them; raises ModelFileError."""
+        """Reads rows as ggml itself decodes them; raises ModelFileError."""
         return dequantize_rows(self.read_blocks(first, n_rows), self.blocks.type, self.n_per_row)
 
     def read_blocks(self, first: int, n_rows: int) -> NDArray[np.uint8]:
-        """The bytes of some rows; raises ModelFileError."""
+        """Reads the bytes of some rows; raises ModelFileError."""
         block, block_bytes = GGML_QUANT_SIZES[self.blocks.type]
         row_bytes = self.n_per_row // block * block_bytes
         return read_bytes(self.path, self.blocks.offset + first * row_bytes, n_rows * row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class PartRows:
-    """`n_rows` rows of others, from `first_row` on."""
+class _RowsOfOthers:
+    """Rows that are made of those of another tensor, which has the same name, file and row length."""
 
     rows: StoredRows
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor, for messages."""
+        return self.rows.name
+
+    @property
+    def path(self) -> Path:
+        """The file that the tensor lies in."""
+        return self.rows.path
+
+    @property
+    def n_per_row(self) -> int:
+        """The number of weights in a row."""
+        return self.rows.n_per_row
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows(_RowsOfOthers):
+    """The `n_rows` rows of a tensor from `first_row` on."""
+
     first_row: int
     n_rows: int
     step: int = 1
     blocks: Blocks | None = None
 
-    @property
-    def name(self) -> str:
-        """The others'."""
-        return self.rows.name
-
-    @property
-    def path(self) -> Path:
-        """The others'."""
-        return self.rows.path
-
-    @property
-    def n_per_row(self) -> int:
-        """The others'."""
-        return self.rows.n_per_row
-
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """Rows of the part; raises ModelFileError."""
+        """Reads rows of the part; raises ModelFileError."""
         return self.rows.read(self.first_row + first, n_rows)
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedRows:
+class RotatedRows(_RowsOfOthers):
     """Query or key rows of a Hugging Face model, or the elements of their bias, in ggml's order of rotation."""
 
-    rows: StoredRows
     n_embd_head: int
     blocks: Blocks | None = None
 
     @property
-    def name(self) -> str:
-        """The others'."""
-        return self.rows.name
-
-    @property
-    def path(self) -> Path:
-        """The others'."""
-        return self.rows.path
-
-    @property
     def n_rows(self) -> int:
-        """The others'."""
+        """The number of rows of the tensor."""
         return self.rows.n_rows
 
     @property
-    def n_per_row(self) -> int:
-        """The others'."""
-        return self.rows.n_per_row
-
-    @property
     def step(self) -> int:
-        """Whole heads are reordered; a bias has one row."""
+        """The rows of a head, since whole heads are reordered; a bias has one row."""
         return self.n_embd_head if self.n_rows > 1 else 1
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
-        """Rows of whole heads, reordered; raises ModelFileError."""
+        """Reads rows of whole heads, reordered; raises ModelFileError."""
         assert first % self.step == 0
         rows = self.rows.read(first, n_rows)
         if self.n_rows > 1:
@@ -215,7 +205,7 @@ class GivenRows:
 
     @property
     def n_per_row(self) -> int:
-        """Its length."""
+        """The number of weights in a row."""
         return self.values.size
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ class SlotClass:
 
     @classmethod
     def of(cls, gate: MatrixClass, up: MatrixClass, down: MatrixClass) -> "SlotClass":
-        """The class of such matrices."""
+        """The one object for these types and shapes."""
         known = cls._known.get((gate, up, down))
         if known is None:
             known = cls._known[gate, up, down] = cls()

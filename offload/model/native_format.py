@@ -72,7 +72,7 @@ def constants_name(layer: int) -> str:
 
 
 def layout_metadata(layout: NativeLayout) -> dict[str, Value]:
-    """The keys and values that `read_layout` reads."""
+    """The keys and values of a layout, which `read_layout` reads."""
     n_copy = layout.n_copy
     values: dict[str, Value] = {
         "expert.stored_count": [len(layer.buckets) for layer in layout.layers],
@@ -161,7 +161,7 @@ class _LayoutReader:
 
 
 class _LayerCheck:
-    """Holds one layer against itself and against the tensors."""
+    """Checks what one layer's keys say, against each other and against the file's tensors."""
 
     def __init__(self, gguf: GGUFFile, spec: ModelSpec, index: int, layer: NativeLayer) -> None:
         self.gguf, self.spec, self.index, self.layer = gguf, spec, index, layer

@@ -48,7 +48,7 @@ class NativeLayer:
 
     @property
     def n_bucket(self) -> int:
-        """Number of buckets."""
+        """The number of buckets."""
         return 1 + max((bucket for copies in self.buckets for bucket in copies), default=-1)
 
     @property
@@ -59,11 +59,11 @@ class NativeLayer:
         return len(first) == 1 and self.target == tuple(range(n_stored)) and self.n_slot(first.pop()) == n_stored
 
     def n_slot(self, bucket: int) -> int:
-        """Number of copies in a bucket."""
+        """The number of copies in a bucket."""
         return sum(copies.count(bucket) for copies in self.buckets)
 
     def slots(self) -> Iterator[tuple[int, int, int, int]]:
-        """(expert, copy, bucket, slot) of every copy."""
+        """Yields the expert, the number, the bucket and the slot of every copy."""
         taken = [0] * self.n_bucket
         for expert, copies in enumerate(self.buckets):
             for copy, bucket in enumerate(copies):
@@ -80,5 +80,5 @@ class NativeLayout:
 
     @property
     def n_copy(self) -> int:
-        """Copies of the experts that have most of them."""
+        """The most copies that an expert of the file has."""
         return max((len(copies) for layer in self.layers for copies in layer.buckets), default=1)

@@ -96,17 +96,17 @@ class ModelSpec:
 
     @property
     def n_head(self) -> int:
-        """Query heads."""
+        """The number of query heads."""
         return self.attention.n_head
 
     @property
     def n_head_kv(self) -> int:
-        """Key and value heads."""
+        """The number of key and value heads."""
         return self.attention.n_head_kv
 
     @property
     def n_embd_head(self) -> int:
-        """Values per head."""
+        """The number of values per head."""
         return self.attention.n_embd_head
 
     @property
@@ -121,7 +121,7 @@ class ModelSpec:
 
     @property
     def n_expert_used(self) -> int:
-        """Experts per token."""
+        """The number of experts that a token selects."""
         return self.experts.n_expert_used
 
     @property

@@ -286,7 +286,7 @@ def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
 
 
 def without_experts(sources: ModelSources) -> ModelSources:
-    """The same model with nothing but routers where its experts were."""
+    """The same model without the experts of its layers, whose routers stay."""
     layers = tuple(
         replace(layer, gate_up=(), down=None) if layer.router is not None else layer for layer in sources.layers
     )

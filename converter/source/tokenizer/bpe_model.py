@@ -22,7 +22,7 @@ _AGAIN = "Download the tokenizer again."
 
 
 class BpeModel(msgspec.Struct, frozen=True):
-    """The fields, as they are in the file."""
+    """The `model` part of a tokenizer.json of byte pair encoding, field by field."""
 
     vocab: dict[str, int]
     merges: list[str | tuple[str, str]]

@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """The pieces in id order, and whether a text gets a space before it."""
+    """A sentencepiece model: its pieces in the order of ids, and whether a text gets a space before it."""
 
     pieces: tuple[Piece, ...]
     add_dummy_prefix: bool

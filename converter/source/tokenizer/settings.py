@@ -60,7 +60,7 @@ class _Roles(msgspec.Struct):
     eom_token: _Name = None
 
     def text(self, role: str) -> str | None:
-        """What a role's token is called."""
+        """The name of the token that has a role."""
         name = getattr(self, f"{role}_token")
         return name.content if isinstance(name, _Named) else name
 
@@ -88,7 +88,7 @@ class _Config(msgspec.Struct):
     pad_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
 
     def ids(self, role: str) -> list[int]:
-        """What a role's token numbers are."""
+        """The ids of the tokens that have a role."""
         ids: _TokenIds | msgspec.UnsetType = getattr(self, f"{role}_token_id")
         return ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
 
