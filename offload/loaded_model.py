@@ -10,7 +10,7 @@ from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.kv_cache import KVCache, kv_type
 from slimoe.offload.graph.runner import Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
-from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
+from slimoe.offload.graph.weights import WeightStore, load_weights
 from slimoe.offload.model.tensors import join_layers
 from slimoe.offload.open_tiers import Tiers, open_tiers
 from slimoe.offload.plan.engine_config import EngineConfig
@@ -57,29 +57,19 @@ class LoadedModel:
             if plan.is_resident:
                 cache = KVCache(plan.spec, plan.n_cells, kv_type(config.context.kv_type), self.backend)
                 opened.callback(cache.close)
-                batched, single = self._load(rows, opened, counter)
+                # Weights for batches and for single tokens lie in two forms, or in the same one.
+                self.store = opened.enter_context(closing(WeightStore(plan.gguf, plan.sources, counter, self.backend)))
+                forms, table = plan.weight_forms, None if rows is None else rows.tensor
+                sources = plan.sources if forms.mode == "mapped" else join_layers(plan.sources)
+                batched = load_weights(self.store, sources, forms.batch_form, table)
+                single = load_weights(self.store, sources, forms.single_form, table)
+                self.store.release_staging()
                 self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch)
                 opened.callback(self.runner.close)
             else:
                 self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter)
                 self.runner = self.tiers.runner
             self._opened = opened.pop_all()
-
-    def _load(
-        self, rows: TokenRows | None, opened: ExitStack, on_progress: Callable[[int], None]
-    ) -> tuple[ModelWeights, ModelWeights]:
-        """Weights in the forms for batches and for single tokens, which may be the same ones."""
-        weight_forms, sources = self._plan.weight_forms, self._plan.sources
-        store = self.store = opened.enter_context(
-            closing(WeightStore(self._plan.gguf, sources, on_progress, self.backend))
-        )
-        if weight_forms.mode != "mapped":
-            sources = join_layers(sources)
-        table = None if rows is None else rows.tensor
-        batched = load_weights(store, sources, weight_forms.batch_form, table)
-        single = load_weights(store, sources, weight_forms.single_form, table)
-        store.release_staging()
-        return batched, single
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier, as planned and allocated, and the process's peak."""

@@ -53,7 +53,10 @@ class VocabularySpec:
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile) -> "VocabularySpec":
-        """Raises ModelFileError for no or a damaged tokenizer, UnsupportedModelError for an unknown kind."""
+        """The vocabulary of a file.
+
+        Raises ModelFileError for no or a damaged tokenizer, UnsupportedModelError for a kind that is not known.
+        """
         metadata = gguf.metadata
         model = metadata.get(keys.TOKENIZER_MODEL, "")
         if model in _NO_TOKENIZER:
@@ -73,6 +76,10 @@ class VocabularySpec:
             longest = max(map(len, special))
             problem = f"{len(special)} special tokens, up to {longest} characters long, are too long in all."
             raise UnsupportedModelError(gguf.path, f"the tokenizer's {problem}")
+        normalizer = metadata.get(keys.NORMALIZER)
+        if normalizer not in (None, "nfc"):
+            problem = f"{keys.NORMALIZER} is {normalizer!r:.100}, but only nfc is known."
+            raise UnsupportedModelError(gguf.path, problem, "Update slimoe, or convert the model again.")
         return cls(
             model=model,
             texts=texts,
@@ -83,7 +90,7 @@ class VocabularySpec:
             add_space_prefix=_flag(gguf, keys.ADD_SPACE_PREFIX) and model == keys.SENTENCEPIECE,
             prefix_after_special=_flag(gguf, keys.PREFIX_AFTER_SPECIAL),
             prefix_before_space=_flag(gguf, keys.PREFIX_BEFORE_SPACE),
-            is_composed=_is_composed(gguf),
+            is_composed=normalizer is not None,
             chat_template=template if isinstance(template, str) else None,
         )
 
@@ -130,14 +137,6 @@ def _flag(gguf: GGUFFile, key: str) -> bool:
     if not isinstance(value, bool):
         raise ModelFileError(gguf.path, f"{key} is {value!r:.100}, but true or false belongs there.", _CONVERT_AGAIN)
     return value
-
-
-def _is_composed(gguf: GGUFFile) -> bool:
-    normalizer = gguf.metadata.get(keys.NORMALIZER)
-    if normalizer not in (None, "nfc"):
-        problem = f"{keys.NORMALIZER} is {normalizer!r:.100}, but only nfc is known."
-        raise UnsupportedModelError(gguf.path, problem, "Update slimoe, or convert the model again.")
-    return normalizer is not None
 
 
 def _of_type(types: tuple[int, ...], *wanted: TokenType) -> frozenset[int]:
