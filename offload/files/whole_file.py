@@ -106,7 +106,7 @@ def reserved(target: Path | Destination) -> Iterator[Destination]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A file of a name of its own, in `folder` or beside `path`: it takes the place of `path` when the block is done.
+    """Gives a file to write, in `folder` or beside `path`, which takes the place of `path` when the block is done.
 
     It is synced before, and gone if anything goes wrong; its permissions are what the umask says. Raises
     DoesNotFitError when the disk is full, UsageError for what else the system refuses, also within the block.
@@ -137,7 +137,7 @@ def write_whole(path: Path, data: bytes, folder: Path | None = None) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """Where a file to write lies, links followed, whether there is one already or not.
+    """The path of a file to write with links followed, whether there is such a file already or not.
 
     Raises UsageError for what is no regular file, and where there cannot be one.
     """
@@ -167,7 +167,7 @@ def abandoned(directory: Path) -> tuple[Leftover, ...]:
 
 
 def write_error(path: Path, error: OSError) -> SlimoeError:
-    """What a person is told of an error of the system."""
+    """The error for a person when the system refuses to write `path`."""
     if error.errno in _FULL:
         free = free_bytes(path.parent)
         message = f"{path} cannot be written: the disk is full, {free:,} bytes are free. Free some space."
@@ -176,7 +176,7 @@ def write_error(path: Path, error: OSError) -> SlimoeError:
 
 
 def free_bytes(directory: Path) -> int:
-    """What a disk has room for; 0 if it does not say."""
+    """Bytes that are free on the disk of a directory; 0 if the system does not say."""
     try:
         return shutil.disk_usage(directory).free
     except OSError:
@@ -224,7 +224,7 @@ def _lock_folder(folder: Path, target: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # its owner has just removed the folder
             lock = _open_lock(folder)
             try:
-                if _take(lock, folder) and _is_at(lock, folder / _LOCK):
+                if _take(lock, folder):
                     return lock
             except BaseException:
                 os.close(lock)
@@ -253,7 +253,7 @@ def _open_lock(folder: Path) -> int:
 
 
 def _take(lock: int, folder: Path) -> bool:
-    """Whether a lock is this process's now; raises OSError."""
+    """Whether a lock is this process's now, and still lies in its folder; raises OSError."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -261,12 +261,7 @@ def _take(lock: int, folder: Path) -> bool:
     except OSError:  # a file system without locks: what is there is taken for another run's
         if _entries(folder):
             raise UsageError(f"{folder} is of another run, or left from one. If none runs, remove it.") from None
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has its name."""
-    return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    return os.path.samestat(os.fstat(lock), os.lstat(folder / _LOCK))
 
 
 def _is_abandoned(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml.buffers import ggml_backend_reg_dev_get
 from slimoe.offload.ggml.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
 
-_HAVE_THEIR_OWN_GRAPHS = (ggml_device.TYPE_GPU, ggml_device.TYPE_IGPU)
 _METAL = "MTL"
 
 
@@ -38,7 +37,9 @@ def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
     ggml has no RPC.
     """
     handles = (ggml_device.ggml_backend_dev_get(index) for index in range(ggml_device.ggml_backend_dev_count()))
-    local = [_described(handle) for handle in handles if _has_its_own_graphs(handle)]
+    # The CPU and what speeds up single matrices do not compute whole graphs in memory of their own.
+    own_graphs = (ggml_device.TYPE_GPU, ggml_device.TYPE_IGPU)
+    local = [_described(handle) for handle in handles if ggml_device.ggml_backend_dev_type(handle) in own_graphs]
     endpoints = dict.fromkeys(parse_endpoint(text) for text in rpc)
     return (*local, *(device for endpoint in endpoints for device in _lent(endpoint)))
 
@@ -81,11 +82,6 @@ def _named(name: str, devices: Sequence[Device]) -> Device:
         )
     there = ", ".join(f"{device.name} ({device.description})" for device in devices)
     raise UsageError(f"--device names {name!r}, but there is no such device. There is {there}; or use auto or none.")
-
-
-def _has_its_own_graphs(handle: int) -> bool:
-    """Whether the device computes whole graphs in its own memory, unlike the CPU and what speeds up single matrices."""
-    return ggml_device.ggml_backend_dev_type(handle) in _HAVE_THEIR_OWN_GRAPHS
 
 
 def _described(handle: int) -> Device:

@@ -69,5 +69,5 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def lfs_pointer(path: Path) -> ModelFileError:
-    """The error for such a file."""
+    """The error for a pointer of Git LFS in place of the file."""
     return ModelFileError(path, "this is a pointer of Git LFS, not the file itself.", "Fetch it: git lfs pull.")

@@ -5,6 +5,7 @@ takes gguf-py seconds) and because every count in a damaged file is checked agai
 there before anything is allocated. Source: ggml's docs/gguf.md, versions 2 and 3.
 """
 
+import math
 import mmap
 import os
 import re
@@ -140,7 +141,8 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
         return (path,)
     count = int(match["count"])
     if not 1 <= int(match["no"]) <= count:
-        raise ModelFileError(path, "the name counts its shards wrongly.", "Name them as NAME-00001-of-0000N.gguf.")
+        problem = f"the name counts its shards wrongly: it says shard {int(match['no'])} of {count}."
+        raise ModelFileError(path, problem, "Name the shards NAME-00001-of-0000N.gguf, as they were.")
     paths = tuple(path.with_name(f"{match['stem']}-{no:05d}-of-{count:05d}.gguf") for no in range(1, count + 1))
     missing = [p.name for p in paths if not os.path.isfile(p)]
     if missing:
@@ -230,33 +232,26 @@ def _parse(cursor: _Cursor, shard: int, n_bytes: int) -> tuple[dict[str, Value],
         if key in metadata:
             raise ModelFileError(path, f"the header holds the key {key!r} twice.", _DOWNLOAD_AGAIN)
         metadata[key] = cursor.value(cursor.scalar("I"))
-    raw = [_tensor_header(cursor) for _ in range(n_tensors)]
+    headers = []
+    for _ in range(n_tensors):
+        name, n_dims = cursor.string(), cursor.scalar("I")
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise ModelFileError(path, f"tensor {name!r} has {n_dims} dimensions.", _DOWNLOAD_AGAIN)
+        ne = tuple(cursor.scalar("Q") for _ in range(n_dims))
+        headers.append((name, ne, cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise ModelFileError(path, f"the alignment {alignment!r} is no power of two.", _DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"the alignment {alignment!r} is not a power of two.", _DOWNLOAD_AGAIN)
     data_begin = -(-cursor.at // alignment) * alignment
-    infos = [_tensor_info(path, shard, n_bytes, data_begin, *header) for header in raw]
-    _check_offsets(path, infos, data_begin, alignment)
-    return metadata, infos
-
-
-def _check_offsets(path: Path, infos: list[TensorInfo], data_begin: int, alignment: int) -> None:
-    """Tensors follow each other without gaps but padding: anything else is damage that could go unseen."""
+    infos = [_tensor_info(path, shard, n_bytes, data_begin, *header) for header in headers]
+    # Tensors follow each other without gaps but padding: anything else is damage that could go unseen.
     expected = data_begin
     for info in infos:
         if info.offset != expected:
             problem = f"tensor {info.name} lies at byte {info.offset}, but belongs at {expected}."
             raise ModelFileError(path, problem, _DOWNLOAD_AGAIN)
         expected += -(-info.n_bytes // alignment) * alignment
-
-
-def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string()
-    n_dims = cursor.scalar("I")
-    if not 1 <= n_dims <= MAX_DIMS:
-        raise ModelFileError(cursor.path, f"tensor {name!r} has {n_dims} dimensions.", _DOWNLOAD_AGAIN)
-    ne = tuple(cursor.scalar("Q") for _ in range(n_dims))
-    return name, ne, cursor.scalar("I"), cursor.scalar("Q")
+    return metadata, infos
 
 
 def _tensor_info(
@@ -272,10 +267,7 @@ def _tensor_info(
     block, block_bytes = GGML_QUANT_SIZES[tensor_type]
     if ne[0] % block:
         raise ModelFileError(path, f"tensor {name}: rows of {ne[0]} do not divide into {tensor_type.name} blocks.")
-    n_elements = 1
-    for n in ne:
-        n_elements *= n
-    n_bytes = n_elements // block * block_bytes
+    n_bytes = math.prod(ne) // block * block_bytes
     begin = data_begin + offset
     if begin + n_bytes > file_bytes:
         problem = f"the file is truncated: tensor {name} ends at byte {begin + n_bytes}, the file at {file_bytes}."
