@@ -1,5 +1,6 @@
 """A calibration's sums against transformers and a loop over tokens, and a pass that is interrupted."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,6 +365,8 @@ def test_rows_are_spread() -> None:
 def test_notes_say_how(learnt: Statistics) -> None:
     assert learnt.notes is not None
     assert {"coverage", "device", "samples", "seconds", "torch"} <= set(learnt.notes)
+    names = json.loads(learnt.notes["samples"])
+    assert list(names) == ["types", "n_picks", "n_rows", "n_sketch"], "as in files of the version before"
     assert calibration.coverage(learnt.layers) == (30, 30)
 
 
