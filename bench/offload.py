@@ -2,12 +2,12 @@
 
 The limit is the file's size over the ratio (2: the file is twice as large as the memory). It counts the page cache,
 which is emptied of the file before every run. Both read the same tokens, so that they need the same experts: random
-ones (--routing uniform, the adversarial case), or ones whose experts last and can be foreseen about as a trained
+ones (--routing uniform, the adversarial case), or ones whose experts last and can be predicted about as a trained
 model's (natural). llama.cpp maps the file; its rearranged weights, which it keeps in memory of its own besides, are
 tried where the file fits. The bound is what the machine allows: the longer of computing a token with everything in
 memory and of reading what the cache missed as fast as the disk gives it. Before each run of ours its plan is asked how
-long a token will take. The table goes to stderr, the last line of
-stdout is one JSON document. A ratio of times above 1 means that ours is faster. Linux only, see `bench.limits.cgroup`.
+long a token will take. The table goes to stderr, the last line of stdout is one JSON document. A ratio of times above 1
+means that ours is faster. Linux only, see `bench.limits.cgroup`.
 
     python -m bench.offload --model design8 --ratio 1.4 --ratio 2
 """
