@@ -38,11 +38,11 @@ from slimoe.converter.stats.type_costs import (
 from slimoe.offload.errors import DoesNotFitError, UsageError
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of how much is done."""
+"""Called with the name of the step, and with how much of it is done, of how much."""
 
 BEYOND = 2.0
-"""So many times what the statistics foretell to second order is what slimming costs, measured on a trained model, types
-and parts left out alike: errors of layers go together, and tokens move to other experts. In the first layer it is more.
+"""What compression costs over what the statistics foretell to second order, measured on a trained model, of types and
+of removed parts alike: errors of layers go together, and tokens move to other experts. In the first layer it is more.
 """
 
 
@@ -106,7 +106,7 @@ class _Job:
             importance=self.recipe.fit.importance and is_known,
             feedback=self.recipe.fit.feedback,
             refit=self.recipe.fit.refit,
-            expected_kl=structure.nats if is_known else None,
+            expected_kl=structure.kl if is_known else None,
         )
 
     def with_named_types(
@@ -116,8 +116,11 @@ class _Job:
         names = NamedTypes(self.source, self.recipe, len(structure.layers))
         default = find_recipe(self.recipe.types.expert or DEFAULT_EXPERT)
         plan = with_named_types(self.source, plan, names.of, default.name, default.base)
-        low = self.recipe.types.low
-        whole = plan if low is None else _both_copies(self.source, plan, low)
+        whole, low = plan, self.recipe.types.low
+        if low is not None:
+            whole = with_low_copies(self.source, plan, lambda _name, _copy: Type[low])
+            if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
+                raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
         check_importance(whole)
         costs = costs or self._named_costs(whole)
         return priced(plan, costs), costs
@@ -156,7 +159,7 @@ class _Job:
                 budget=room,
                 seconds=search_seconds,
                 n_threads=self.n_threads,
-                on_progress=lambda generation, nats: self.on_progress(f"searching: {nats:.5f} nats", generation, 0),
+                on_progress=lambda generation, kl: self.on_progress(f"searching: {kl:.5f} nats", generation, 0),
             )
         return typed, known
 
@@ -184,14 +187,6 @@ class _Job:
         # The format has hints for all layers or for none.
         known = tuple(layer for layer in hinted if layer is not None)
         return replace(plan, layers=known) if len(known) == len(hinted) else plan
-
-
-def _both_copies(source: ModelSource, plan: CompressPlan, low: str) -> CompressPlan:
-    """The plan with second copies; raises UsageError if there would be none."""
-    whole = with_low_copies(source, plan, lambda _name, _copy: Type[low])
-    if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
-        raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
-    return whole
 
 
 def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:

@@ -1,17 +1,16 @@
 """What a native file tells the engine of its experts: use, cost of each copy, thresholds of the lossy modes."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from slimoe.converter.layout.plan import LayerPlan, Types
+from slimoe.converter.layout.plan import LayerPlan
 from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import Survivors
 from slimoe.converter.methods.gram_policy import layer_gram
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
 from slimoe.converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
-from slimoe.converter.source.model_source import ModelSource, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 
@@ -40,15 +39,28 @@ def with_hints(
     replaced = tuple(gone) if min(layer.target) < 0 else ()
     survivors = Survivors(kept, layer.rows, layer.target, replaced)
     gram = layer_gram(one, target, source.spec) if one.sketch is not None else None
-    # One pick a token leaves nothing for a gate to choose by.
-    share = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
-    rules = SkipRules(skip_ratio(one.router), share, _fallbacks(layer))
+    # One expert a token leaves nothing for a gate to choose by.
+    low_weight = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
+    # The number of each expert's own constant, behind those of experts that are gone.
+    n_stand, n_all = -min((0, *layer.target)), 0 if layer.constants is None else len(layer.constants)
+    fallbacks = tuple(range(n_stand, n_all)) if n_all > n_stand else None
+    rules = SkipRules(skip_ratio(one.router), low_weight, fallbacks)
     hints = hints_for(one, survivors, gram, rules)
     found = {name: getattr(hints, name) for name in _FIELDS}
     values: dict[str, object] = {name: value for name, value in found.items() if value is not None}
     if costs is not None:
+        # The KL divergence per token if all tokens used a copy, for each copy.
         values["error"] = tuple(
-            _copy_errors(layer.block, costs, expert.members[0], (expert.types, expert.low_types))
+            tuple(
+                sum(
+                    costs.of(expert_key(layer.block, name, expert.members[0]), kind)
+                    if kind.name in costs.types
+                    else 0.0
+                    for name, kind in zip(PROJECTIONS, types, strict=True)
+                )
+                for types in (expert.types, expert.low_types)
+                if types is not None
+            )
             for expert in layer.experts
         )
     return replace(layer, hints=values)
@@ -61,22 +73,3 @@ def with_fallbacks(statistics: Statistics, layer: LayerPlan) -> LayerPlan:
         return layer
     vectors = constant_vectors(one)[[expert.members[0] for expert in layer.experts]]
     return replace(layer, constants=vectors if layer.constants is None else np.concatenate([layer.constants, vectors]))
-
-
-def _fallbacks(layer: LayerPlan) -> tuple[int, ...] | None:
-    """The number of each expert's own constant; None where only experts that are gone have one."""
-    n_stand = -min((0, *layer.target))
-    n_all = 0 if layer.constants is None else len(layer.constants)
-    return tuple(range(n_stand, n_all)) if n_all > n_stand else None
-
-
-def _copy_errors(block: int, costs: TypeCosts, expert: int, copies: Sequence[Types | None]) -> tuple[float, ...]:
-    """Nats per token if all picks used a copy, for each copy."""
-    return tuple(
-        sum(
-            costs.of(expert_key(block, name, expert), kind) if kind.name in costs.types else 0.0
-            for name, kind in zip(("gate", "up", "down"), types, strict=True)
-        )
-        for types in copies
-        if types is not None
-    )

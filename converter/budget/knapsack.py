@@ -71,10 +71,10 @@ class _State:
 
     n_bytes: list[NDArray[np.float64]]
     costs: list[NDArray[np.float64]]
-    picks: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
 
     def spent(self) -> float:
-        return float(sum(b[i] for b, i in zip(self.n_bytes, self.picks, strict=True) if i >= 0))
+        return float(sum(b[i] for b, i in zip(self.n_bytes, self.chosen, strict=True) if i >= 0))
 
 
 def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -> Allocation:
@@ -102,17 +102,14 @@ def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -
     for _ in range(_ROUNDS):
         if not _improve(state, budget + saved):
             break
-    chosen = {part.name: part.options[i] for part, i in zip(parts, state.picks, strict=True) if i >= 0}
+    chosen = {part.name: part.options[i] for part, i in zip(parts, state.chosen, strict=True) if i >= 0}
     return Allocation(chosen, frozenset(group.name for group in gone), sum(group.cost for group in gone))
 
 
 def least_bytes(parts: Sequence[Part], groups: Sequence[Group] = ()) -> int:
     """What the parts have at least."""
-    return sum(min(option.n_bytes for option in part.options) for part in parts if not _can_go(part, groups))
-
-
-def _can_go(part: Part, groups: Sequence[Group]) -> bool:
-    return any(group.name == part.group for group in groups)
+    can_go = {group.name for group in groups}
+    return sum(min(option.n_bytes for option in part.options) for part in parts if part.group not in can_go)
 
 
 def _spend(parts: Sequence[Part], groups: Sequence[Group], price: float) -> tuple[_State, float, list[Group]]:
@@ -120,15 +117,15 @@ def _spend(parts: Sequence[Part], groups: Sequence[Group], price: float) -> tupl
     n_bytes = [np.array([option.n_bytes for option in part.options], np.float64) for part in parts]
     costs = [np.array([option.cost for option in part.options], np.float64) for part in parts]
     values = [c + price * b for c, b in zip(costs, n_bytes, strict=True)]
-    picks = [int(np.lexsort((b, v))[0]) for v, b in zip(values, n_bytes, strict=True)]
+    chosen = [int(np.lexsort((b, v))[0]) for v, b in zip(values, n_bytes, strict=True)]
     gone = []
     for group in groups:
         members = [index for index, part in enumerate(parts) if part.group == group.name]
-        if group.cost < sum(values[index][picks[index]] for index in members) + price * group.n_bytes:
+        if group.cost < sum(values[index][chosen[index]] for index in members) + price * group.n_bytes:
             gone.append(group)
             for index in members:
-                picks[index] = -1
-    state = _State(n_bytes, costs, picks)
+                chosen[index] = -1
+    state = _State(n_bytes, costs, chosen)
     return state, state.spent() - sum(group.n_bytes for group in gone), gone
 
 
@@ -136,15 +133,15 @@ def _improve(state: _State, budget: float) -> bool:
     """Spends what is left, first on the changes that lower the cost most per byte; whether anything changed."""
     changed = False
     spare = budget - state.spent()
-    queue = [(-rate, part, option) for part, option, rate in _upgrades(state, range(len(state.picks)))]
+    queue = [(-rate, part, option) for part, option, rate in _upgrades(state, range(len(state.chosen)))]
     heapq.heapify(queue)
     while queue:
         _, part, option = heapq.heappop(queue)
-        pick = state.picks[part]
-        extra = state.n_bytes[part][option] - state.n_bytes[part][pick]
-        if extra > spare or state.costs[part][option] >= state.costs[part][pick]:
+        now = state.chosen[part]
+        extra = state.n_bytes[part][option] - state.n_bytes[part][now]
+        if extra > spare or state.costs[part][option] >= state.costs[part][now]:
             continue
-        state.picks[part], spare, changed = option, spare - extra, True
+        state.chosen[part], spare, changed = option, spare - extra, True
         for _, other, rate in _upgrades(state, [part]):
             heapq.heappush(queue, (-rate, part, other))
     return _exchange(state, spare) or changed
@@ -153,11 +150,11 @@ def _improve(state: _State, budget: float) -> bool:
 def _upgrades(state: _State, parts: Sequence[int] | range) -> Iterator[tuple[int, int, float]]:
     """(part, option, fall in cost per byte) of all changes for the better."""
     for part in parts:
-        pick = state.picks[part]
-        if pick < 0:
+        now = state.chosen[part]
+        if now < 0:
             continue
-        gain = state.costs[part][pick] - state.costs[part]
-        extra = np.maximum(state.n_bytes[part] - state.n_bytes[part][pick], 1.0)
+        gain = state.costs[part][now] - state.costs[part]
+        extra = np.maximum(state.n_bytes[part] - state.n_bytes[part][now], 1.0)
         for option in np.flatnonzero(gain > 0):
             yield part, int(option), float(gain[option] / extra[option])
 
@@ -165,11 +162,11 @@ def _upgrades(state: _State, parts: Sequence[int] | range) -> Iterator[tuple[int
 def _exchange(state: _State, spare: float) -> bool:
     """The best pair of one part's step down and another's step up that fits; whether there was one that helps."""
     down, up = [], []
-    for part, pick in enumerate(state.picks):
-        if pick < 0:
+    for part, now in enumerate(state.chosen):
+        if now < 0:
             continue
-        extra = state.n_bytes[part] - state.n_bytes[part][pick]
-        rise = state.costs[part] - state.costs[part][pick]
+        extra = state.n_bytes[part] - state.n_bytes[part][now]
+        rise = state.costs[part] - state.costs[part][now]
         down += [(-extra[o], rise[o], part, int(o)) for o in np.flatnonzero(extra < 0)]
         up += [(extra[o], -rise[o], part, int(o)) for o in np.flatnonzero((extra > spare) & (rise < 0))]
     if not down or not up:
@@ -186,5 +183,5 @@ def _exchange(state: _State, spare: float) -> bool:
     if change is None:
         return False
     _, _, other, step = down[change[0]]
-    state.picks[other], state.picks[change[1]] = step, change[2]
+    state.chosen[other], state.chosen[change[1]] = step, change[2]
     return True

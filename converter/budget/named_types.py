@@ -108,34 +108,32 @@ class NamedTypes:
 
     def typed(self, layout: FileLayout) -> tuple[TypedMatrix, ...]:
         """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""
-        return typed_matrices(
-            layout, lambda one: self.of(one.key.name, one.copy) or self._candidate(one.shape[1], one.type)
-        )
+        candidates = [Type[name] for name in self._recipe.types.candidates]
 
-    def _candidate(self, n_per_row: int, kind: Type) -> Type | None:
-        """The type that was named to choose from and in whose place a matrix has another; None if there is none."""
-        kinds = [Type[name] for name in self._recipe.types.candidates]
-        return kind if kind in kinds else next((one for one in kinds if fitting_type(one, n_per_row) is kind), None)
+        def wanted(one: Matrix) -> Type | None:
+            """A size chose among the candidates: the one that the matrix has, or in whose place it has its type."""
+            named = self.of(one.key.name, one.copy)
+            if named is not None or one.type in candidates:
+                return named or one.type
+            return next((kind for kind in candidates if fitting_type(kind, one.shape[1]) is one.type), None)
+
+        return typed_matrices(layout, wanted)
 
 
 def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
     """Raises UsageError, before neurons are chosen, for a width that the blocks of no quantised type divide."""
-    if width % _SMALL_BLOCK == 0 or source.spec.n_ff % _SMALL_BLOCK or not _quantises(recipe):
+    named = recipe.types
+    kinds = [find_recipe(named.expert or DEFAULT_EXPERT).base]
+    if named.expert is None and named.candidates:
+        kinds = [Type[name] for name in named.candidates]
+    kinds += [Type[named.low]] if named.low is not None else []
+    if width % _SMALL_BLOCK == 0 or source.spec.n_ff % _SMALL_BLOCK or all(kind in LOSSLESS for kind in kinds):
         return
     below, above = width // _SMALL_BLOCK * _SMALL_BLOCK, -(-width // _SMALL_BLOCK) * _SMALL_BLOCK
     near = " or ".join(str(one) for one in dict.fromkeys((below, above)) if 0 < one <= source.spec.n_ff)
     raise UsageError(
         f"Experts of {width} neurons do not divide into blocks of {_SMALL_BLOCK}, the smallest there are. Keep {near}."
     )
-
-
-def _quantises(recipe: Recipe) -> bool:
-    """Whether experts get types that have blocks."""
-    best = [find_recipe(recipe.types.expert or DEFAULT_EXPERT).base]
-    if recipe.types.expert is None and recipe.types.candidates:
-        best = [Type[name] for name in recipe.types.candidates]
-    low = [Type[recipe.types.low]] if recipe.types.low is not None else []
-    return any(kind not in LOSSLESS for kind in (*best, *low))
 
 
 def check_importance(plan: CompressPlan) -> None:
@@ -154,8 +152,7 @@ def priced(plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
     if costs is None:
         return replace(plan, uncounted=("types",))
     pairs = ((key, kind) for key, kind in _plan_types(plan, outer) if key in costs.costs and kind not in LOSSLESS)
-    nats = sum(costs.of(key, kind) for key, kind in pairs)
-    return replace(plan, expected_kl=(plan.expected_kl or 0.0) + nats)
+    return replace(plan, expected_kl=(plan.expected_kl or 0.0) + sum(costs.of(key, kind) for key, kind in pairs))
 
 
 def are_priced(plan: CompressPlan, costs: TypeCosts) -> bool:

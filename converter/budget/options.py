@@ -48,9 +48,14 @@ class OptionParts:
 
     def parts(self) -> list[Part]:
         """Everything that has a type, in the file's order."""
-        parts = list(self._outer_parts())
+        named = self._recipe.types
+        parts = [Part("token", self._options(_TOKENS, named.token))]
+        if _OUTPUT in self._source.shapes:
+            parts.append(Part("output", self._options(_OUTPUT, named.output)))
         for index, layer in enumerate(self._layers):
-            parts += self._attention_parts(index, layer)
+            for role in ROLES if layer.has_attention else ():
+                options = self._options(block_key(layer.block, role), named.attention)
+                parts.append(Part((index, role), options, (ATTENTION, index)))
             if self._recipe.format == "stock":
                 parts += self._stack_parts(index, layer)
             else:
@@ -75,17 +80,6 @@ class OptionParts:
         ]
         return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
 
-    def _outer_parts(self) -> Iterable[Part]:
-        named = self._recipe.types
-        yield Part("token", self._options([_TOKENS], named.token))
-        if _OUTPUT in self._source.shapes:
-            yield Part("output", self._options([_OUTPUT], named.output))
-
-    def _attention_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
-        for role in ROLES if layer.has_attention else ():
-            options = self._options([block_key(layer.block, role)], self._recipe.types.attention)
-            yield Part((index, role), options, (ATTENTION, index))
-
     def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
         for number, projection in enumerate(PROJECTIONS if layer.experts else ()):
             options = [
@@ -101,7 +95,17 @@ class OptionParts:
     def _expert_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
         free = self._replaceable(layer) if self._recipe.free_novices else {}
         for number, expert in enumerate(layer.experts):
-            options = [self._expert_option(layer, expert, types) for types in self._neighbours(layer, expert)]
+            low_bytes = 0
+            if self._recipe.types.low is not None:
+                low = Type[self._recipe.types.low]
+                lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
+                low_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
+            options = []
+            for types in self._neighbours(layer, expert):
+                pairs = list(zip(PROJECTIONS, types, strict=True))
+                n_bytes = low_bytes + sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
+                cost = sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs)
+                options.append(Option(types, n_bytes, cost))
             if number in free:
                 options.append(Option(NOVICE, 4 * self._source.spec.n_embd, free[number]))
             yield Part((index, number), tuple(options), index)
@@ -116,27 +120,22 @@ class OptionParts:
             return [fitted_types(self._source, layer.block, expert, (kind, kind, kind))]
         fitting = self._expert_types(layer, expert)
         steps = sorted(dict.fromkeys(kind for kinds in fitting for kind in kinds), key=_bits)
-        gates, ups, downs = ([_at_least(step, kinds) for step in steps] for kinds in fitting)
+        gates, ups, downs = (
+            # The type of the step, or the first one, the smallest first, with as many bits.
+            [
+                step if step in kinds else next((one for one in kinds if _bits(one) >= _bits(step)), kinds[-1])
+                for step in steps
+            ]
+            for kinds in fitting
+        )
         numbers = product(range(len(steps)), repeat=3)
         near = ((i, j, k) for i, j, k in numbers if max(i, j, k) - min(i, j, k) < 2)
         return list(dict.fromkeys((gates[i], ups[j], downs[k]) for i, j, k in near))
 
-    def _expert_option(self, layer: LayerPlan, expert: ExpertPlan, types: Types) -> Option:
-        pairs = list(zip(PROJECTIONS, types, strict=True))
-        n_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
-        if self._recipe.types.low is not None:
-            low = Type[self._recipe.types.low]
-            lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
-            n_bytes += sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
-        return Option(types, n_bytes, sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs))
-
-    def _options(self, keys: Sequence[MatrixKey], named: str | None) -> tuple[Option, ...]:
-        shape = self._source.shapes[keys[0]]
-        types = [fitting_type(Type[named], shape[1])] if named else self._fitting(keys[0], shape[1])
-        return tuple(
-            Option(kind, len(keys) * _n_bytes(shape, kind), sum(self._price(key, kind) for key in keys))
-            for kind in types
-        )
+    def _options(self, key: MatrixKey, named: str | None) -> tuple[Option, ...]:
+        shape = self._source.shapes[key]
+        types = [fitting_type(Type[named], shape[1])] if named else self._fitting(key, shape[1])
+        return tuple(Option(kind, _n_bytes(shape, kind), self._price(key, kind)) for kind in types)
 
     def _expert_types(self, layer: LayerPlan, expert: ExpertPlan) -> list[list[Type]]:
         """What each of the three matrices can have."""
@@ -171,7 +170,7 @@ class OptionParts:
         return self._costs.of(key, kind) if self._is_priced(key, kind) else 0.0
 
     def _replaceable(self, layer: LayerPlan) -> dict[int, float]:
-        """Experts that may become constants, and what that costs: all but as many as a token picks."""
+        """Experts that may become constants, and what that costs: all but as many as a token selects."""
         one = self._statistics.layers[layer.block]
         if one.removals is None or one.outputs is None or any(target < 0 for target in layer.target):
             return {}
@@ -192,13 +191,6 @@ def _worthwhile(options: Sequence[Option]) -> tuple[Option, ...]:
         if not kept or option.cost < kept[-1].cost:
             kept.append(option)
     return tuple(kept)
-
-
-def _at_least(step: Type, kinds: Sequence[Type]) -> Type:
-    """The type of a step, or of `kinds`, the smallest first, the first with as many bits."""
-    if step in kinds:
-        return step
-    return next((kind for kind in kinds if _bits(kind) >= _bits(step)), kinds[-1])
 
 
 def _bits(kind: Type) -> float:

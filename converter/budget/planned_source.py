@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import lay_out
-from slimoe.converter.layout.plan import CompressPlan, LayerPlan
+from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, SourceLayer, constant_key
 from slimoe.converter.write.matrix import read_matrix
@@ -65,7 +65,10 @@ class PlannedSource:
             for number, vector in enumerate([] if layer.constants is None else layer.constants)
         }
         self.spec: ModelSpec = layout.spec
-        self.layers: Sequence[SourceLayer] = tuple(_layer(layer) for layer in plan.layers)
+        self.layers: Sequence[SourceLayer] = tuple(
+            SourceLayer(len(layer.experts), layer.target, layer.has_attention, bool(layer.rows))
+            for layer in plan.layers
+        )
         self.shapes: Mapping[MatrixKey, tuple[int, ...]] = {
             key: matrix.shape[1:] if matrix.is_vector else matrix.shape for key, matrix in self._matrices.items()
         } | {key: vector.shape for key, vector in self._constants.items()}
@@ -85,7 +88,3 @@ class PlannedSource:
     def blocks(self, key: MatrixKey) -> Blocks | None:
         """None: nothing is written yet."""
         return None
-
-
-def _layer(layer: LayerPlan) -> SourceLayer:
-    return SourceLayer(len(layer.experts), layer.target, layer.has_attention, bool(layer.rows))

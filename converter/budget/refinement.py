@@ -36,19 +36,16 @@ class _Evaluator:
 
     def divergence(self, plan: CompressPlan, n_tokens: int, seed: int) -> float:
         """Mean KL divergence in nats over whole sequences that have about so many tokens."""
-        chosen = self._drawn(n_tokens, seed)
+        chosen = list(range(len(self._pool)))
+        random.Random(seed).shuffle(chosen)
+        length = max(1, sum(map(len, self._pool)) // len(self._pool))
+        chosen = chosen[: max(1, n_tokens // length)]
         for number in chosen:
             if number not in self._behind:
                 self._behind[number] = run(self._source, Sequences((self._pool[number],)))
         model = PlannedSource(self._source, plan, self._fitted)
         behind = run(model, Sequences(tuple(self._pool[number] for number in chosen)))
         return _divergence(self._source, torch.cat([self._behind[number] for number in chosen]), model, behind)
-
-    def _drawn(self, n_tokens: int, seed: int) -> list[int]:
-        order = list(range(len(self._pool)))
-        random.Random(seed).shuffle(order)
-        length = max(1, sum(map(len, self._pool)) // len(self._pool))
-        return order[: max(1, n_tokens // length)]
 
 
 def _divergence(source: ModelSource, expected: Tensor, model: ModelSource, found: Tensor) -> float:

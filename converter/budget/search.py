@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slimoe.converter.budget.knapsack import Allocation, Option, Part
+from slimoe.converter.budget.knapsack import Allocation, Part
 
 Choice = tuple[int, ...]
 """The number of each part's option."""
@@ -57,15 +57,22 @@ def search(
     budget = max(budget, choice_bytes(parts, start))
     parent, generation, improved, end = start, 0, 0, clock() + seconds
     while clock() < end:
-        children = _children(parts, parent, budget, spec.n_children, rng)
+        found: dict[Choice, None] = {}
+        for _ in range(8 * spec.n_children):
+            child = _mutated(parts, parent, budget, rng)
+            if child is not None and child != parent:
+                found[child] = None
+            if len(found) == spec.n_children:
+                break
+        children = list(found)
         if not children:
             break
         for stage, (n_kept, n_tokens) in enumerate(spec.stages):
             is_last = stage == len(spec.stages) - 1
-            judged = [*children, parent] if is_last else children
+            evaluated = [*children, parent] if is_last else children
             seed = rng.getrandbits(32)
-            scores = {child: fitness(child, n_tokens, seed) for child in judged}
-            children = sorted(judged, key=lambda child: scores[child])[:n_kept]
+            scores = {child: fitness(child, n_tokens, seed) for child in evaluated}
+            children = sorted(evaluated, key=lambda child: scores[child])[:n_kept]
         generation += 1
         improved += children[0] != parent
         parent = children[0]
@@ -76,18 +83,6 @@ def search(
 def choice_bytes(parts: Sequence[Part], choice: Choice) -> int:
     """Bytes of all parts."""
     return sum(part.options[number].n_bytes for part, number in zip(parts, choice, strict=True))
-
-
-def _children(parts: Sequence[Part], parent: Choice, budget: int, n_children: int, rng: random.Random) -> list[Choice]:
-    """Different ones, none like the parent; fewer where there are not so many."""
-    found: dict[Choice, None] = {}
-    for _ in range(8 * n_children):
-        child = _mutated(parts, parent, budget, rng)
-        if child is not None and child != parent:
-            found[child] = None
-        if len(found) == n_children:
-            break
-    return list(found)
 
 
 def _mutated(parts: Sequence[Part], parent: Choice, budget: int, rng: random.Random) -> Choice | None:
@@ -113,11 +108,11 @@ def _mutated(parts: Sequence[Part], parent: Choice, budget: int, rng: random.Ran
 def _steps(part: Part, number: int, *, up: bool) -> list[int]:
     """The next sizes in a direction that are worth it: options that no smaller one beats by the statistics."""
     now = part.options[number]
-    useful = [index for index, option in enumerate(part.options) if not _is_beaten(option, part.options)]
+    useful = [
+        index
+        for index, option in enumerate(part.options)
+        if not any(other.n_bytes < option.n_bytes and other.cost < option.cost for other in part.options)
+    ]
     ahead = [i for i in useful if (part.options[i].n_bytes > now.n_bytes) == up and i != number]
     ahead = [i for i in ahead if part.options[i].n_bytes != now.n_bytes]
     return sorted(ahead, key=lambda i: abs(part.options[i].n_bytes - now.n_bytes))[:2]
-
-
-def _is_beaten(option: Option, options: Sequence[Option]) -> bool:
-    return any(other.n_bytes < option.n_bytes and other.cost < option.cost for other in options)

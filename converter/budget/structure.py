@@ -1,6 +1,6 @@
 """What of a model is kept, before any type is chosen: a recipe's drops, merges and trims, as layers of a plan.
 
-Types in the layers are placeholders (F32), which `slim_types` replaces.
+Types in the layers are placeholders (F32), which `types` and `named_types` replace.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The layers that are left, and what leaving out the rest is expected to cost in nats of KL per token, as far as
-    the statistics say: merges and trims count nothing.
+    """The layers that are left, and the KL divergence per token that leaving out the rest is expected to cost.
+
+    That is as far as the statistics say: merges and trims count nothing.
     """
 
     layers: tuple[LayerPlan, ...]
-    nats: float
+    kl: float
 
 
 def build_structure(source: ModelSource, statistics: Statistics | None, recipe: Recipe) -> Structure:
@@ -48,15 +49,11 @@ def build_structure(source: ModelSource, statistics: Statistics | None, recipe: 
     Raises UsageError for what cannot be done, and without statistics for whatever needs them.
     """
     if statistics is None:
-        if _needs_statistics(recipe):
+        drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
+        if any(drops) or recipe.free_novices or recipe.free_layers:
             raise UsageError("What to leave out is chosen by statistics. Run slimoe calibrate, and give --stats FILE.")
         return Structure(tuple(whole_layer(source, block) for block in range(source.spec.n_layer)), 0.0)
     return _Builder(source, statistics, recipe).build()
-
-
-def _needs_statistics(recipe: Recipe) -> bool:
-    drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
-    return any(drops) or recipe.free_novices or recipe.free_layers
 
 
 def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = None) -> LayerPlan:
@@ -88,12 +85,15 @@ class _Builder:
 
     def __init__(self, source: ModelSource, statistics: Statistics, recipe: Recipe) -> None:
         self.source, self.statistics, self.recipe = source, statistics, recipe
-        self.nats = 0.0
+        self.kl = 0.0
 
     def build(self) -> Structure:
         gone = self._chosen(block_removals(self.statistics, self.source.layers), self.recipe.drop_blocks)
         blocks = [block for block in range(self.source.spec.n_layer) if block not in gone]
-        ffn, attention = self._ffn(blocks), self._attention(blocks)
+        by_ffn = [one for one in layer_removals(self.statistics, self.source.layers) if one.layer in blocks]
+        by_attention = [one for one in attention_removals(self.statistics, self.source.layers) if one.layer in blocks]
+        ffn = self._chosen(by_ffn, self.recipe.drop_ffn)
+        attention = self._chosen(by_attention, self.recipe.drop_attention)
         routed = [block for block in blocks if block not in ffn and self.source.layers[block].target]
         layers = dict(zip(routed, self._experts(routed), strict=True))
         result = []
@@ -101,20 +101,12 @@ class _Builder:
             layer = layers[block] if block in layers else whole_layer(self.source, block)
             layer = without_ffn(layer) if block in ffn else layer
             result.append(replace(layer, has_attention=False, types={}) if block in attention else layer)
-        return Structure(tuple(result), self.nats)
-
-    def _ffn(self, blocks: Sequence[int]) -> set[int]:
-        ranking = layer_removals(self.statistics, self.source.layers)
-        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_ffn)
-
-    def _attention(self, blocks: Sequence[int]) -> set[int]:
-        ranking = attention_removals(self.statistics, self.source.layers)
-        return self._chosen([one for one in ranking if one.layer in blocks], self.recipe.drop_attention)
+        return Structure(tuple(result), self.kl)
 
     def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
         """Layers of the first `n`, whose cost is added."""
         chosen = first(ranking, n)
-        self.nats += sum(one.nats or 0.0 for one in chosen)
+        self.kl += sum(one.nats or 0.0 for one in chosen)
         return {one.layer for one in chosen}
 
     # --- experts --------------------------------------------------------------------------------------------
@@ -126,7 +118,7 @@ class _Builder:
         if experts.merge is not None:
             n_used = self.source.spec.n_expert_used
             if experts.keep < n_used:
-                raise UsageError(f"Merging down to {experts.keep} experts is not possible: a token picks {n_used}.")
+                raise UsageError(f"Merging down to {experts.keep} experts is not possible: a token selects {n_used}.")
             return self._merged(blocks)
         kept = self._kept(blocks, experts.keep)
         for block, one in zip(blocks, kept, strict=True):
@@ -168,7 +160,7 @@ class _Builder:
         if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "novice":
-            self.nats += float(constant_costs(layer)[list(dropped)].sum())
+            self.kl += float(constant_costs(layer)[list(dropped)].sum())
             return
         gram = layer_gram(layer, target, self.source.spec)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
@@ -176,7 +168,7 @@ class _Builder:
         whole = weight.cost(float(gram.error(gram.nothing()).mean()))
         # How much more the model listens to what the layer says than to noise of the same size.
         listening = layer.removals.ffn / whole if whole else 1.0
-        self.nats += listening * weight.cost(float(gram.error(gram.redirected(dropped)).mean()))
+        self.kl += listening * weight.cost(float(gram.error(gram.redirected(dropped)).mean()))
 
     def _merged(self, blocks: Sequence[int]) -> list[LayerPlan]:
         keep, how = self.recipe.experts.keep, self.recipe.experts.merge
@@ -190,15 +182,19 @@ class _Builder:
             pairs = zip(layers, targets, strict=True)
             found = [msmoe([one], [target], keep, keep)[0] for one, target in pairs]
         else:
-            found = [_merge_outputs(self.statistics, block, keep) for block in blocks]
-        return [self._merged_layer(block, groups) for block, groups in zip(blocks, found, strict=True)]
-
-    def _merged_layer(self, block: int, groups: ExpertGroups) -> LayerPlan:
-        # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
-        experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
-        routes = self._routes(block, groups)
-        layer = whole_layer(self.source, block)
-        return replace(layer, experts=experts, rows=routes.rows, target=routes.target, router=routes.router)
+            outputs = [layer.outputs for layer in layers if layer.outputs is not None]
+            if len(outputs) < len(layers):
+                raise UsageError(
+                    "The statistics have no sums of the experts' outputs. Calibrate again, leaving nothing out."
+                )
+            found = [merge_by_output(one, keep) for one in outputs]
+        result = []
+        for block, groups in zip(blocks, found, strict=True):
+            # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
+            experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
+            routes, layer = self._routes(block, groups), whole_layer(self.source, block)
+            result.append(replace(layer, experts=experts, rows=routes.rows, target=routes.target, router=routes.router))
+        return result
 
     def _routes(self, block: int, groups: ExpertGroups) -> MergedRoutes:
         """All rows where the format has aliases; else one row for each group."""
@@ -210,10 +206,3 @@ class _Builder:
         assert router is not None
         use = router.rank_count.sum(1).astype(np.float64)
         return merge_rows(RouterRows(weight, target, use, np.empty((0, weight.shape[1]), np.float32)), groups, "mean")
-
-
-def _merge_outputs(statistics: Statistics, block: int, keep: int) -> ExpertGroups:
-    outputs = statistics.layers[block].outputs
-    if outputs is None:
-        raise UsageError("The statistics have no sums of the experts' outputs. Calibrate again, leaving nothing out.")
-    return merge_by_output(outputs, keep)

@@ -70,7 +70,7 @@ class _Trimmer(HiddenCollector):
             self._inputs.append(x)
 
     def trimmed(self) -> LayerPlan:
-        """The layer; experts that no token picked are trimmed by any tokens."""
+        """The layer; experts that no token selected are trimmed by any tokens."""
         for number in sorted(self._wanted - self._found.keys()):
             self._trim(number, None)
         found = ((expert, self._found[expert.members[0]]) for expert in self._plan.experts)

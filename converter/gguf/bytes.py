@@ -17,7 +17,13 @@ def read_bytes(path: Path, offset: int, n_bytes: int) -> NDArray[np.uint8]:
     data = np.empty(n_bytes, np.uint8)
     try:
         with path.open("rb", buffering=0) as file:
-            _fill(file.fileno(), data.data, offset, path)
+            view = data.data
+            while view:
+                n_read = os.preadv(file.fileno(), [view], offset)
+                if n_read == 0:
+                    problem = "the file became shorter while it was read."
+                    raise ModelFileError(path, problem, "Download the model again.")
+                view, offset = view[n_read:], offset + n_read
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
     return data
@@ -29,14 +35,6 @@ def all_bytes(path: Path) -> bytes:
         return read_regular(path)
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
-
-
-def _fill(source: int, view: memoryview, offset: int, path: Path) -> None:
-    while view:
-        n_read = os.preadv(source, [view], offset)
-        if n_read == 0:
-            raise ModelFileError(path, "the file became shorter while it was read.", "Download the model again.")
-        view, offset = view[n_read:], offset + n_read
 
 
 _SAMPLE_BYTES = 4096

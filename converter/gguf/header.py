@@ -70,16 +70,12 @@ def _string(text: str) -> bytes:
 
 def _value(value: Value) -> bytes:
     if isinstance(value, list):
-        return _array(value)
+        assert value, "an empty array has no element type"
+        # Token types are signed in GGUF, so an array of integers is of int32.
+        kind = _I32 if _kind(value[0]) == _U32 else _kind(value[0])
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(_scalar(kind, one) for one in value)
     kind = _kind(value)
     return struct.pack("<I", kind) + _scalar(kind, value)
-
-
-def _array(values: list[Value]) -> bytes:
-    assert values, "an empty array has no element type"
-    # Token types are signed in GGUF, so an array of integers is of int32.
-    kind = _I32 if _kind(values[0]) == _U32 else _kind(values[0])
-    return struct.pack("<IIQ", _ARRAY, kind, len(values)) + b"".join(_scalar(kind, value) for value in values)
 
 
 def _kind(value: Value) -> int:

@@ -35,7 +35,11 @@ def add_late_keys(path: Path, values: Mapping[str, Value]) -> None:
     be written.
     """
     metadata = read_gguf(path).metadata
-    late = _late(path, metadata)
+    names = list(metadata)
+    if keys.RESERVED not in names or names[0] != _ARCHITECTURE:
+        raise ModelFileError(path, "its header has no room for further keys.", "Convert it again.")
+    stored = {name: metadata[name] for name in names[1 : names.index(keys.RESERVED)]}
+    late = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in stored.items()}
     before = pack_keys({**late, keys.RESERVED: metadata[keys.RESERVED]})
     wanted = {**late, **values}
     assert not (metadata.keys() - late.keys()) & values.keys(), "keys that the file has elsewhere"
@@ -50,15 +54,6 @@ def add_late_keys(path: Path, values: Mapping[str, Value]) -> None:
     n_keys = struct.pack("<Q", len(metadata) + len(wanted) - len(late))
     between = read_bytes(path, _KEYS_OFFSET, begin - _KEYS_OFFSET).tobytes()
     _overwrite(path, _N_KEYS_OFFSET, n_keys + between + after)
-
-
-def _late(path: Path, metadata: Mapping[str, Value]) -> dict[str, Value]:
-    """The keys between the architecture and the room."""
-    names = list(metadata)
-    if keys.RESERVED not in names or names[0] != _ARCHITECTURE:
-        raise ModelFileError(path, "its header has no room for further keys.", "Convert it again.")
-    late = {name: metadata[name] for name in names[1 : names.index(keys.RESERVED)]}
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in late.items()}
 
 
 def _overwrite(path: Path, offset: int, data: bytes) -> None:

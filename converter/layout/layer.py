@@ -113,19 +113,20 @@ class LayerMatrices:
                 yield self._router()
                 continue
             for suffix in ("bias", "weight"):
-                if block_key(self.plan.block, role, suffix) in self.source.shapes:
-                    yield self._whole(role, suffix, self.plan.types.get(role, Type.F32))
+                key = block_key(self.plan.block, role, suffix)
+                if key in self.source.shapes:
+                    name, kind = block_key(self.index, role, suffix).name, self.plan.types.get(role, Type.F32)
+                    yield source_matrix(self.source, key, name, kind, self.plan.block)
         if not self.plan.rows:
             return
-        yield from self._experts()
+        layout = native_layer(self.source, self.plan)
+        for bucket in range(layout.n_bucket):
+            for projection in range(len(PROJECTIONS)):
+                for expert, copy, its_bucket, slot in layout.slots():
+                    if its_bucket == bucket:
+                        yield self._expert(expert, copy, projection, bucket, slot)
         if self.native and self.plan.constants is not None:
             yield self._given(constants_name(self.index), self.plan.constants)
-
-    def _whole(self, role: str, suffix: str, kind: Type) -> Matrix:
-        block = self.plan.block
-        return source_matrix(
-            self.source, block_key(block, role, suffix), block_key(self.index, role, suffix).name, kind, block
-        )
 
     def _given(self, name: str, values: NDArray[np.float32]) -> Matrix:
         assert values.ndim == 2
@@ -142,14 +143,6 @@ class LayerMatrices:
         rows = None if self.plan.rows == tuple(range(n_rows)) else self.plan.rows
         shape = (len(self.plan.rows), n_embd)
         return Matrix(MatrixKey(name), name, 0, shape, Type.F32, block=self.plan.block, origin=origin, rows=rows)
-
-    def _experts(self) -> Iterator[Matrix]:
-        layout = native_layer(self.source, self.plan)
-        for bucket in range(layout.n_bucket):
-            for projection in range(len(PROJECTIONS)):
-                for expert, copy, its_bucket, slot in layout.slots():
-                    if its_bucket == bucket:
-                        yield self._expert(expert, copy, projection, bucket, slot)
 
     def _expert(self, number: int, copy: int, projection: int, bucket: int, slot: int) -> Matrix:
         expert, name = self.plan.experts[number], PROJECTIONS[projection]

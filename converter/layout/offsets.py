@@ -103,15 +103,13 @@ class PlanSize:
         _check_types(self._source, matrices)
         own = own_metadata(self._source, plan, spec, matrices, self._statistics)
         tensors, n_data = _placed(matrices, alignment_of(own))
-        n_keys = len(pack_keys(own)) + self._carried_bytes(frozenset(own.keys() & self._carried.keys()))
-        return header_bytes(n_keys, _entries(tensors), alignment_of(own)) + n_data
-
-    def _carried_bytes(self, without: frozenset[str]) -> int:
-        """Packing a vocabulary takes longer than all the rest, so it is done once."""
+        without = frozenset(own.keys() & self._carried.keys())
+        # Packing a vocabulary takes longer than all the rest, so it is done once.
         if without not in self._n_carried:
             kept = {key: value for key, value in self._carried.items() if key not in without}
             self._n_carried[without] = len(pack_keys(kept))
-        return self._n_carried[without]
+        n_keys = len(pack_keys(own)) + self._n_carried[without]
+        return header_bytes(n_keys, _entries(tensors), alignment_of(own)) + n_data
 
 
 def plan_bytes(plan: CompressPlan, source: ModelSource, statistics: Statistics | None = None) -> int:
@@ -171,16 +169,12 @@ def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[FileTenso
             (first.shape, first.type, slot) for slot in range(len(parts))
         ]
         n_bytes = len(parts) * matrix_bytes(first)
-        tensors.append(FileTensor(name, _ne(first, len(parts)), first.type, offset, n_bytes, tuple(parts)))
+        n_rows, n_per_row = first.shape
+        ne = (n_per_row,) if first.is_vector else (n_per_row, n_rows)
+        ne = (*ne, len(parts)) if first.key.expert >= 0 else ne
+        tensors.append(FileTensor(name, ne, first.type, offset, n_bytes, tuple(parts)))
         offset += padded(n_bytes, alignment)
     return tuple(tensors), offset
-
-
-def _ne(matrix: Matrix, n_slot: int) -> tuple[int, ...]:
-    n_rows, n_per_row = matrix.shape
-    if matrix.is_vector:
-        return (n_per_row,)
-    return (n_per_row, n_rows, n_slot) if matrix.key.expert >= 0 else (n_per_row, n_rows)
 
 
 def _entries(tensors: Sequence[FileTensor]) -> list[HeaderTensor]:

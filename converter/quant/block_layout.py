@@ -53,11 +53,6 @@ def _joined(*parts: Bits) -> Bits:
     return np.concatenate(parts, axis=1)
 
 
-def _q6_low() -> Bits:
-    i = _index()
-    return _run(8 * (i // 128 * 64 + i % 64) + i // 64 % 2 * 4, 4)
-
-
 def _signs7(first: int) -> Bits:
     """Four times seven bits in every fourth to eighth byte after `first`; the caller says the stride."""
     i = _index(32)
@@ -65,30 +60,9 @@ def _signs7(first: int) -> Bits:
     return _run(8 * (first + i // 4 * stride) + i % 4 * 7, 7)
 
 
-def _iq2_xxs() -> Bits:
-    i = _index(32)
-    return _joined(_run(8 * (2 + i // 4 * 8 + i % 4), 8), _signs7(6))
-
-
-def _iq2_s() -> Bits:
-    return _joined(_bytes(2, 32), _run(8 * 66 + 2 * _index(32), 2), _bytes(34, 32))
-
-
-def _iq3_xxs() -> Bits:
-    indices = _bytes(2, 64)
-    return _joined(indices[0::2], indices[1::2], _signs7(66))
-
-
-def _iq3_s() -> Bits:
-    indices = _joined(_bytes(2, 64), _run(8 * 66 + _index(64), 1))
-    return _joined(indices[0::2], indices[1::2], _bytes(74, 32))
-
-
-def _iq1_s() -> Bits:
-    i = _index(32)
-    return _joined(_bytes(2, 32), _run(8 * 34 + i // 4 * 16 + i % 4 * 3, 3))
-
-
+_I, _I32 = _index(), _index(32)
+_FOURS, _FOURS_9 = _bytes(2, 64), _joined(_bytes(2, 64), _run(8 * 66 + _index(64), 1))
+"""The numbers of entries of 4 weights, of 8 and of 9 bits."""
 BITS: dict[Type, Bits] = {
     Type.Q4_0: _nibbles(2, 16, 32),
     Type.Q4_1: _nibbles(4, 16, 32),
@@ -99,16 +73,16 @@ BITS: dict[Type, Bits] = {
     Type.Q3_K: _joined(_crumbs(32), _planes(0)),
     Type.Q4_K: _nibbles(16, 32),
     Type.Q5_K: _joined(_nibbles(48, 32), _planes(16)),
-    Type.Q6_K: _joined(_q6_low(), _crumbs(128)),
+    Type.Q6_K: _joined(_run(8 * (_I // 128 * 64 + _I % 64) + _I // 64 % 2 * 4, 4), _crumbs(128)),
     Type.IQ4_NL: _nibbles(2, 16, 32),
     Type.IQ4_XS: _nibbles(8, 16),
-    Type.IQ1_S: _iq1_s(),
+    Type.IQ1_S: _joined(_bytes(2, 32), _run(8 * 34 + _I32 // 4 * 16 + _I32 % 4 * 3, 3)),
     Type.IQ1_M: _joined(_bytes(0, 32), _run(8 * 32 + 4 * _index(32), 4)),
-    Type.IQ2_XXS: _iq2_xxs(),
+    Type.IQ2_XXS: _joined(_run(8 * (2 + _I32 // 4 * 8 + _I32 % 4), 8), _signs7(6)),
     Type.IQ2_XS: _run(8 * 2 + 16 * _index(32), 16),
-    Type.IQ2_S: _iq2_s(),
-    Type.IQ3_XXS: _iq3_xxs(),
-    Type.IQ3_S: _iq3_s(),
+    Type.IQ2_S: _joined(_bytes(2, 32), _run(8 * 66 + 2 * _I32, 2), _bytes(34, 32)),
+    Type.IQ3_XXS: _joined(_FOURS[0::2], _FOURS[1::2], _signs7(66)),
+    Type.IQ3_S: _joined(_FOURS_9[0::2], _FOURS_9[1::2], _bytes(74, 32)),
 }
 """A code is for one weight, or in the types of codebooks for 8: the entry's number, or those of two entries of 4
 weights, then signs (or in IQ1_M the side to which the entry is moved)."""

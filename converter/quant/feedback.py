@@ -104,20 +104,15 @@ def _fit_rows(weight: NDArray[np.float32], h: Tensor, factor: Tensor, kind: Type
         fit = fit_block(target, own @ own.T, kind, effort)
         error[:, begin:end] = w[:, begin:end] - fit.values
         parts.append(fit.blocks)
-    for _ in range(effort.passes):
-        _pass(w, h, error, parts, kind, effort)
-    return Fit(np.concatenate(parts, 1), w - error)
-
-
-def _pass(w: Tensor, h: Tensor, error: Tensor, parts: list[NDArray[np.uint8]], kind: Type, effort: Effort) -> None:
-    """Fits each block of columns again, given the errors of all others; changes `error` and `parts`."""
-    for n, (begin, end) in enumerate(_spans(w.shape[1])):
+    for n, (begin, end) in list(enumerate(_spans(w.shape[1]))) * effort.passes:
+        # Each block of columns again, given the errors of all others.
         own = h[begin:end, begin:end]
         old = Fit(parts[n], w[:, begin:end] - error[:, begin:end])
         target = old.values + torch.linalg.solve(own, error @ h[:, begin:end], left=False)
         fit = better(fit_block(target, own, kind, effort), old, target, own)
         error[:, begin:end] = w[:, begin:end] - fit.values
         parts[n] = fit.blocks
+    return Fit(np.concatenate(parts, 1), w - error)
 
 
 def _spans(n_columns: int) -> Iterator[tuple[int, int]]:
@@ -142,7 +137,8 @@ def fit_block(target: Tensor, metric: Tensor, kind: Type, effort: Effort) -> Fit
     factor = upper_factor(metric)
     best = None
     for importance in (metric.diagonal(), factor.diagonal().square())[: effort.starts]:
-        plain = _plain(target, importance, kind)
+        rows = target.contiguous().cpu().numpy()
+        plain = _fit(quantize_rows(rows, kind, importance.cpu().numpy()), kind, target)
         fit = better(_recoded(plain, target, metric, factor, kind, effort), plain, target, metric)
         for _ in range(effort.rescale):
             scaled = _rescaled(fit, target, metric, kind)
@@ -155,11 +151,6 @@ def fit_block(target: Tensor, metric: Tensor, kind: Type, effort: Effort) -> Fit
 def _fit(blocks: NDArray[np.uint8], kind: Type, like: Tensor) -> Fit:
     values = dequantize_rows(np.ascontiguousarray(blocks).reshape(-1), kind, like.shape[1])
     return Fit(blocks.reshape(len(like), -1), torch.from_numpy(values).to(like.device))
-
-
-def _plain(target: Tensor, importance: Tensor, kind: Type) -> Fit:
-    rows = target.contiguous().cpu().numpy()
-    return _fit(quantize_rows(rows, kind, importance.cpu().numpy()), kind, target)
 
 
 def _recoded(start: Fit, target: Tensor, metric: Tensor, factor: Tensor, kind: Type, effort: Effort) -> Fit:

@@ -23,9 +23,9 @@ def always(kind: Type) -> Rule:
     return lambda _layer, _n_layer: kind
 
 
-def first(share: int, high: Type, low: Type) -> Rule:
-    """`high` in the first 1 / `share` of the layers, `low` after them."""
-    return lambda layer, n_layer: high if layer < n_layer // share else low
+def first(part: int, high: Type, low: Type) -> Rule:
+    """`high` in the first 1 / `part` of the layers, `low` after them."""
+    return lambda layer, n_layer: high if layer < n_layer // part else low
 
 
 def first_two(high: Type, low: Type) -> Rule:

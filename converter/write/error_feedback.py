@@ -110,8 +110,8 @@ class FeedbackQuantiser:
             if state.router is not None:
                 routing = route(state.router, self._source.spec, x)
             middle = middle.clone()
-            for expert, rows, shares in rows_by_expert(state.plan.target, routing):
-                middle.index_add_(0, rows, shares[:, None] * self._output(expert, x[rows]))
+            for expert, rows, expert_weights in rows_by_expert(state.plan.target, routing):
+                middle.index_add_(0, rows, expert_weights[:, None] * self._output(expert, x[rows]))
         self._h = middle
 
     # --- what is known so far -------------------------------------------------------------------------------
@@ -146,13 +146,15 @@ class FeedbackQuantiser:
         return _products(torch.cat([one.output for one in seen]))
 
     def _expert_products(self, matrix: Matrix) -> Tensor:
-        """Over the tokens that picked the expert, by the square of their share; others help where these are few."""
+        """Over the tokens that selected the expert, by the square of its weight; others help where these are few."""
         x, routing = self._routed()
         number = matrix.key.expert
         found = [
-            (rows, shares) for one, rows, shares in rows_by_expert(self._state.plan.target, routing) if one == number
+            (rows, expert_weights)
+            for one, rows, expert_weights in rows_by_expert(self._state.plan.target, routing)
+            if one == number
         ]
-        rows, shares = found[0] if found else (torch.empty(0, dtype=torch.long), torch.empty(0))
+        rows, expert_weights = found[0] if found else (torch.empty(0, dtype=torch.long), torch.empty(0))
         anyone = x[:: max(1, len(x) // _FEW)]
         own = x[rows]
         if matrix.projection == "down":
@@ -160,7 +162,7 @@ class FeedbackQuantiser:
             own, anyone = expert.hidden(own), expert.hidden(anyone)
         n_in = matrix.shape[1]
         part = n_in / (n_in + len(rows))
-        mean = _products(own * shares[:, None]) / max(float(shares.square().sum()), 1e-12)
+        mean = _products(own * expert_weights[:, None]) / max(float(expert_weights.square().sum()), 1e-12)
         return (1 - part) * mean + part * _products(anyone) / len(anyone)
 
     def _attention(self, block: Attention) -> Attention:
@@ -185,7 +187,7 @@ class FeedbackQuantiser:
         return state.middle
 
     def _routed(self) -> tuple[Tensor, Routing]:
-        """The experts' input, and the picks of the router as it is in the plan."""
+        """The experts' input, and the experts that the router selects as it is in the plan."""
         state = self._state
         if state.x is None or state.routing is None:
             router = read_router(self._source, state.plan.block)
@@ -232,9 +234,9 @@ class FeedbackQuantiser:
         assert router is not None
         result = torch.zeros_like(x)
         routing = route(router.weight, self._source.spec, x)
-        for expert, rows, shares in rows_by_expert(self._source.layers[block].target, routing):
+        for expert, rows, expert_weights in rows_by_expert(self._source.layers[block].target, routing):
             if expert >= 0:
-                result.index_add_(0, rows, shares[:, None] * read_expert(self._source, block, expert)(x[rows]))
+                result.index_add_(0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(x[rows]))
         return result
 
 

@@ -3,9 +3,11 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan
@@ -20,8 +22,17 @@ _BYTES_PER_SECOND = 250e6
 """Of reading weights and writing what becomes of them, on a disk that is not slow."""
 
 
-def writing_seconds(source: ModelSource, plan: CompressPlan, layout: FileLayout, n_threads: int) -> float:
-    """Seconds in all; blocks that are copied cost their bytes only."""
+def writing_seconds(
+    source: ModelSource,
+    plan: CompressPlan,
+    layout: FileLayout,
+    n_threads: int,
+    per_weight: Callable[[Type], float] | None = None,
+) -> float:
+    """Seconds in all; blocks that are copied cost their bytes only.
+
+    `per_weight` says the seconds that quantising a weight to a type takes one thread; by default it is tried.
+    """
     counts: Counter[Type] = Counter()
     n_bytes = layout.n_bytes
     for tensor in layout.tensors:
@@ -32,33 +43,30 @@ def writing_seconds(source: ModelSource, plan: CompressPlan, layout: FileLayout,
             n_bytes += 2 * n_weights
             if matrix.type not in LOSSLESS and not matrix.key.name.endswith("ffn_gate_inp.weight"):
                 counts[matrix.type] += n_weights
-    per_weight = _with_feedback if plan.feedback else _plain
-    computing = sum(n_weights * per_weight(kind) for kind, n_weights in counts.items()) / n_threads
+    seconds = per_weight or partial(seconds_per_weight, feedback=plan.feedback)
+    computing = sum(n_weights * seconds(kind) for kind, n_weights in counts.items()) / n_threads
     return n_bytes / _BYTES_PER_SECOND + computing
 
 
-def _plain(kind: Type) -> float:
-    rows = np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
-    importance = np.ones(_SAMPLE[1], np.float32)
-    quantize_rows(rows[:1], kind, importance)
-    return _seconds(lambda: quantize_rows(rows, kind, importance)) / rows.size
+def seconds_per_weight(kind: Type, *, feedback: bool = False) -> float:
+    """Tries for a moment how long quantising a weight to a type takes one thread, with error feedback or without."""
+    rng = np.random.default_rng(0)
+    if feedback:
+        # torch is heavy, and plans without feedback do without.
+        from slimoe.converter.quant.block_layout import BITS
+        from slimoe.converter.quant.feedback import quantize_with_feedback
+        from slimoe.converter.write.error_feedback import EFFORT
 
+        feedback = kind in BITS
+    rows = rng.standard_normal(_FEEDBACK_SAMPLE if feedback else _SAMPLE, np.float32)
 
-def _with_feedback(kind: Type) -> float:
-    # torch is heavy, and plans without feedback do without.
-    from slimoe.converter.quant.block_layout import BITS
-    from slimoe.converter.quant.feedback import quantize_with_feedback
-    from slimoe.converter.write.error_feedback import EFFORT
+    def quantise(some: NDArray[np.float32]) -> None:
+        if feedback:
+            quantize_with_feedback(some, np.eye(rows.shape[1], dtype=np.float32), kind, EFFORT)
+        else:
+            quantize_rows(some, kind, np.ones(rows.shape[1], np.float32))
 
-    if kind not in BITS:
-        return _plain(kind)
-    rows = np.random.default_rng(0).standard_normal(_FEEDBACK_SAMPLE, np.float32)
-    hessian = np.eye(_FEEDBACK_SAMPLE[1], dtype=np.float32)
-    quantize_with_feedback(rows[:1], hessian, kind, EFFORT)
-    return _seconds(lambda: quantize_with_feedback(rows, hessian, kind, EFFORT)) / rows.size
-
-
-def _seconds(work: Callable[[], object]) -> float:
+    quantise(rows[:1])
     begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    quantise(rows)
+    return (time.perf_counter() - begin) / rows.size

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.layout.layer import Matrix
-from slimoe.converter.layout.plan import ExpertPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import needs_importance, quantize_rows
-from slimoe.converter.stats.statistics import InputSums, Statistics
+from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import LOSSLESS
 from slimoe.offload.errors import UsageError
 
@@ -107,21 +106,14 @@ def _of_statistics(statistics: Statistics, matrix: Matrix, *, is_tied: bool) -> 
         return None
     inputs = statistics.layers[matrix.block].inputs
     if matrix.expert is not None:
-        return _hidden(inputs, matrix.expert) if matrix.projection == "down" else _read(inputs, matrix.expert)
+        first, *others = matrix.expert.members
+        if matrix.projection != "down":
+            read: NDArray[np.float32] = inputs.expert[[first, *others]].sum(0)
+            return read if read.any() else inputs.expert.sum(0)
+        hidden: NDArray[np.float32] = inputs.hidden[first].copy()
+        for member, order in zip(others, matrix.expert.neurons, strict=True):
+            hidden += inputs.hidden[member][order]
+        return hidden if matrix.expert.kept is None else hidden[matrix.expert.kept]
     field = _ATTENTION.get(role)
     values: NDArray[np.float32] | None = getattr(inputs, field) if field else None
     return values
-
-
-def _read(inputs: InputSums, expert: ExpertPlan) -> NDArray[np.float32]:
-    read: NDArray[np.float32] = inputs.expert[list(expert.members)].sum(0)
-    every: NDArray[np.float32] = inputs.expert.sum(0)
-    return read if read.any() else every
-
-
-def _hidden(inputs: InputSums, expert: ExpertPlan) -> NDArray[np.float32]:
-    first, *others = expert.members
-    hidden: NDArray[np.float32] = inputs.hidden[first].copy()
-    for member, order in zip(others, expert.neurons, strict=True):
-        hidden += inputs.hidden[member][order]
-    return hidden if expert.kept is None else hidden[expert.kept]

@@ -14,9 +14,8 @@ from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.write.estimate import writing_seconds
-from slimoe.converter.write.writer import WriteReport, chosen_quantiser, write_planned
+from slimoe.converter.write.writer import chosen_quantiser, write_layout
 from slimoe.offload.errors import UsageError
-from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.jobs.compress_plan import CompressWork, plan_work
@@ -48,11 +47,32 @@ def convert_compressed(values: Mapping[str, Any], options: CompressOptions, n_th
                     n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
                     seconds = evaluator.seconds(work.layout.n_bytes, n_copy)
                     tell(f"Its evaluation will then take about {duration(seconds)}; --no-report leaves it out.")
-                written = _write(work, destination, n_threads, force=values["force"])
+                with byte_bar(work.layout.n_bytes) as on_progress:
+                    written = write_layout(
+                        work.source,
+                        work.layout,
+                        destination,
+                        chosen_quantiser(work.source, work.plan, work.statistics, n_threads),
+                        n_threads=n_threads,
+                        force=values["force"],
+                        on_progress=on_progress,
+                    )
             tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
-            quality = _evaluate(evaluator, work, destination) if evaluator is not None else {}
+            quality = {}
+            if evaluator is not None:
+                target, lacks = destination.target, list(work.plan.uncounted)
+                try:
+                    report = evaluator.report(destination, work.plan, lacks=lacks, record=True)
+                except KeyboardInterrupt:
+                    tell(f"{target} is whole, but has no report. slimoe report makes one.")
+                    raise
+                quality = {"quality": report_summary(report, target)}
     if values["as_json"]:
-        click.echo(msgspec.json.encode(work_fields(work) | _written(values["target"], written) | quality))
+        done: dict[str, Any] = {"path": str(values["target"]), "seconds": 0.0}
+        if written is not None:
+            done["seconds"] = round(written.seconds, 3)
+            done |= {"n_tensors": written.n_tensors, "n_copied_bytes": written.n_copied}
+        click.echo(msgspec.json.encode(work_fields(work) | done | quality))
 
 
 def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -> CompressWork:
@@ -100,39 +120,3 @@ def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:
         options = with_type(options, values["type_name"])
     work = plan_work(model, options, n_threads or usable_processors())
     click.echo(msgspec.json.encode(work_fields(work)) if values["as_json"] else "\n".join(work_lines(work)))
-
-
-def _write(work: CompressWork, target: Destination, n_threads: int, *, force: bool) -> WriteReport:
-    with byte_bar(work.layout.n_bytes) as on_progress:
-        return write_planned(
-            work.source,
-            work.plan,
-            target,
-            work.statistics,
-            quantiser=chosen_quantiser(work.source, work.plan, work.statistics, n_threads),
-            n_threads=n_threads,
-            force=force,
-            on_progress=on_progress,
-        )
-
-
-def _evaluate(evaluator: Evaluator, work: CompressWork, destination: Destination) -> dict[str, Any]:
-    """Writes the report; the file is there whatever happens."""
-    target = destination.target
-    try:
-        report = evaluator.report(destination, work.plan, lacks=list(work.plan.uncounted), record=True)
-        return {"quality": report_summary(report, target)}
-    except KeyboardInterrupt:
-        tell(f"{target} is whole, but has no report. slimoe report makes one.")
-        raise
-
-
-def _written(target: Path, report: WriteReport | None) -> dict[str, Any]:
-    if report is None:
-        return {"path": str(target), "seconds": 0.0}
-    return {
-        "path": str(target),
-        "seconds": round(report.seconds, 3),
-        "n_tensors": report.n_tensors,
-        "n_copied_bytes": report.n_copied,
-    }

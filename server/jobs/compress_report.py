@@ -44,7 +44,8 @@ def layer_bytes(layout: FileLayout) -> Counter[int]:
 
 
 def work_fields(work: CompressWork) -> dict[str, Any]:
-    """All of it as JSON has it. `block` and `members` are the source's numbers, sizes are bytes, the loss nats."""
+    """All of it as JSON has it. `block` and `members` are the source's numbers, sizes are bytes, the loss is KL
+    divergence per token in nats."""
     plan, layout, sizes = work.plan, work.layout, layer_bytes(work.layout)
     return {
         "source": str(work.source.path),
@@ -58,32 +59,30 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "unfit_types": unfit_counts(work.matrices),
         "token_type": plan.token_type.name,
         "output_type": None if plan.output_type is None else plan.output_type.name,
-        "layers": [_layer_fields(layer, sizes[index]) for index, layer in enumerate(plan.layers)],
+        "layers": [
+            {
+                "block": layer.block,
+                "attention": {role: layer.types[role].name for role in _ROLES} if layer.has_attention else None,
+                "experts": [
+                    {
+                        "members": list(expert.members),
+                        "types": [kind.name for kind in expert.types],
+                        "low_types": None if expert.low_types is None else [kind.name for kind in expert.low_types],
+                        "width": None if expert.kept is None else len(expert.kept),
+                    }
+                    for expert in layer.experts
+                ],
+                "n_novices": _n_constants(layer),
+                "n_bytes": sizes[index],
+            }
+            for index, layer in enumerate(plan.layers)
+        ],
         "recipe": plan.recipe,
     }
 
 
-def _layer_fields(layer: LayerPlan, n_bytes: int) -> dict[str, Any]:
-    return {
-        "block": layer.block,
-        "attention": {role: kind.name for role, kind in layer.types.items()} if layer.has_attention else None,
-        "experts": [_expert_fields(expert) for expert in layer.experts],
-        "n_novices": _n_novices(layer),
-        "n_bytes": n_bytes,
-    }
-
-
-def _expert_fields(expert: ExpertPlan) -> dict[str, Any]:
-    return {
-        "members": list(expert.members),
-        "types": [kind.name for kind in expert.types],
-        "low_types": None if expert.low_types is None else [kind.name for kind in expert.low_types],
-        "width": None if expert.kept is None else len(expert.kept),
-    }
-
-
-def _n_novices(layer: LayerPlan) -> int:
-    """Those in the place of experts; constants that may stand in for experts that are kept are not counted."""
+def _n_constants(layer: LayerPlan) -> int:
+    """Constant experts in the place of pruned ones; those that may stand in for kept experts are not counted."""
     return -min((0, *layer.target))
 
 
@@ -98,52 +97,45 @@ def work_lines(work: CompressWork) -> list[str]:
         rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*table, "", *_missing(work), *_whole(work)]
-
-
-def _whole(work: CompressWork) -> Iterable[str]:
     plan, layout = work.plan, work.layout
+    gone = sorted(set(range(work.source.spec.n_layer)) - {layer.block for layer in plan.layers})
     by_type = ", ".join(f"{name} {human(n_bytes)}" for name, n_bytes in layout.bytes_by_type.items())
     output = "" if plan.output_type is None else f", output {plan.output_type.name}"
-    yield f"token table {plan.token_type.name}{output}; by type: {by_type}"
-    yield from unfit_notes(work.matrices, len(layout.tensors))
     bits = f"{bits_per_weight(work):.2f} bits for each weight of the source"
-    yield f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}"
-    yield expected_loss(work)
-    yield f"{plan.format} format: loads in {' and '.join(loaders(work))}"
+    return [
+        *table,
+        "",
+        *([f"layers left out whole: {_numbers(gone)}"] if gone else []),
+        f"token table {plan.token_type.name}{output}; by type: {by_type}",
+        *unfit_notes(work.matrices, len(layout.tensors)),
+        f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}",
+        expected_loss(work),
+        f"{plan.format} format: loads in {' and '.join(loaders(work))}",
+    ]
 
 
 def expected_loss(work: CompressWork) -> str:
     """What the statistics say, and what they do not."""
-    nats, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
-    if nats is None:
+    kl, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
+    if kl is None:
         return "expected loss unknown: there are no statistics"
     if not missing:
-        return f"expected loss {nats:.4f} nats of KL per token"
-    if nats == 0:
+        return f"expected loss {kl:.4f} nats of KL per token"
+    if kl == 0:
         return f"expected loss unknown: {missing} are not counted"
-    return f"expected loss {nats:.4f} nats of KL per token, and what {missing} cost"
-
-
-def _missing(work: CompressWork) -> Iterable[str]:
-    kept = {layer.block for layer in work.plan.layers}
-    gone = [block for block in range(work.source.spec.n_layer) if block not in kept]
-    if gone:
-        yield f"layers left out whole: {_numbers(gone)}"
+    return f"expected loss {kl:.4f} nats of KL per token, and what {missing} cost"
 
 
 def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
-    sizes = layer_bytes(work.layout)
-    rows = [(layer.block, _layer_row(work, layer, sizes[index])) for index, layer in enumerate(work.plan.layers)]
+    """The table's rows: layers in a row that are alike are one of them."""
+    sizes, rows = layer_bytes(work.layout), []
+    for index, layer in enumerate(work.plan.layers):
+        kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
+        attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
+        projections = [_types(layer.experts, number) for number in range(len(PROJECTIONS))]
+        rows.append((layer.block, (attention, _experts(work, layer), *projections, human(sizes[index]))))
     for row, group in groupby(rows, key=lambda pair: pair[1]):
         yield (_numbers([block for block, _ in group]), *row)
-
-
-def _layer_row(work: CompressWork, layer: LayerPlan, n_bytes: int) -> tuple[str, ...]:
-    kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
-    attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
-    projections = [_types(layer.experts, index) for index in range(len(PROJECTIONS))]
-    return attention, _experts(work, layer), *projections, human(n_bytes)
 
 
 def _experts(work: CompressWork, layer: LayerPlan) -> str:
@@ -153,8 +145,8 @@ def _experts(work: CompressWork, layer: LayerPlan) -> str:
     n_members = sum(len(expert.members) for expert in layer.experts)
     text = f"{len(layer.experts)} of {n_before}"
     text += " merged" if n_members > len(layer.experts) else ""
-    n_novices = _n_novices(layer)
-    text += f" + {n_novices} constant{'s' if n_novices > 1 else ''}" if n_novices else ""
+    n_constants = _n_constants(layer)
+    text += f" + {n_constants} constant{'s' if n_constants > 1 else ''}" if n_constants else ""
     widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
     return text + (f", {max(widths)} wide" if widths else "")
 

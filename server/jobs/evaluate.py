@@ -8,7 +8,7 @@ from typing import Any
 from slimoe.converter.forward.texts import TextFile
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.report.estimate import estimate_seconds
-from slimoe.converter.report.eval_text import EvalText, read_eval_text
+from slimoe.converter.report.eval_text import read_eval_text
 from slimoe.converter.report.generation_check import Continue
 from slimoe.converter.report.make import known_report, report_paths, write_report
 from slimoe.converter.report.markdown import unread_text, yardstick_text
@@ -38,7 +38,9 @@ class Evaluator:
         self.source, self.statistics, self.device = source, statistics, choose_device(options.device)
         self.n_threads = options.n_threads
         self.settings = ReportSettings(self.device, n_threads=options.n_threads or usable_processors())
-        self.text = _read(source, statistics, options)
+        files = tuple(map(TextFile.parse, options.texts))
+        with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
+            self.text = read_eval_text(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
 
     def seconds(self, n_bytes: int, n_copy: int) -> float:
         """Estimates how long evaluating a file of `n_bytes` with `n_copy` copies of each expert takes.
@@ -56,7 +58,10 @@ class Evaluator:
 
         `lacks` is what the plan's expected KL does not count; with `record` the file keeps the figures too.
         """
-        target = destination.target
+        target, source = destination.target, self.source
+        ends, n_ctx_train = end_tokens(source.metadata), source.spec.n_ctx_train
+        # The file is run as it is served, and so is its source if that is a file.
+        models = [target, *([source.path] if source.path.is_file() else [])]
         maker = ReportMaker(
             self.source,
             target,
@@ -64,7 +69,7 @@ class Evaluator:
             statistics=self.statistics,
             plan=plan,
             settings=self.settings,
-            engines=self._engines(target),
+            engines=Engines(*(engine_writer(model, n_ctx_train, ends, self.n_threads) for model in models)),
             expected_lacks=lacks,
             known=known_report(report_paths(target)["json"], self.source.source_hash, file_hash(target)),
         )
@@ -75,12 +80,6 @@ class Evaluator:
         for line in _told(report, target):
             tell(line)
         return report
-
-    def _engines(self, target: Path) -> Engines:
-        """The file is run as it is served, and so is its source if that is a file."""
-        ends, n_ctx_train = end_tokens(self.source.metadata), self.source.spec.n_ctx_train
-        models = [target, *([self.source.path] if self.source.path.is_file() else [])]
-        return Engines(*(engine_writer(model, n_ctx_train, ends, self.n_threads) for model in models))
 
 
 def report_summary(report: Report, target: Path) -> dict[str, Any]:
@@ -97,12 +96,6 @@ def report_summary(report: Report, target: Path) -> dict[str, Any]:
         "source_perplexity": total.reference_perplexity,
         **{name: str(path) for name, path in report_paths(target).items()},
     }
-
-
-def _read(source: ModelSource, statistics: Statistics | None, options: EvalOptions) -> EvalText:
-    files = tuple(map(TextFile.parse, options.texts))
-    with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
-        return read_eval_text(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
 
 
 def engine_writer(model: Path, n_ctx_train: int, ends: Collection[int], n_threads: int | None = None) -> Continue:

@@ -174,11 +174,14 @@ def test_a_native_file_that_stock_can_hold_becomes_one(tmp_path: Path, small: GG
     assert np.isfinite(logits(path)).all()
 
 
-SLIMMED: dict[str, tuple[Sequence[NativeFfn | None], int]] = {
+COMPRESSED: dict[str, tuple[Sequence[NativeFfn | None], int]] = {
     "fewer experts in a layer": ([plain_ffn(6), plain_ffn(4)], 1),
     "an alias": ([NativeFfn(plain_ffn(5).experts, (0, 1, 2, 3, 4, 4)), plain_ffn(6)], 0),
     "another order": ([plain_ffn(6), NativeFfn(plain_ffn(6).experts, (1, 0, 2, 3, 4, 5))], 1),
-    "a novice": ([NativeFfn(plain_ffn(5).experts, (0, 1, 2, 3, 4, -1), np.ones((1, 64), np.float32)), plain_ffn(6)], 0),
+    "a constant expert": (
+        [NativeFfn(plain_ffn(5).experts, (0, 1, 2, 3, 4, -1), np.ones((1, 64), np.float32)), plain_ffn(6)],
+        0,
+    ),
     "a narrow expert": (
         [plain_ffn(6), NativeFfn((StoredExpert(0, width=32), *plain_ffn(6).experts[1:]), tuple(range(6)))],
         1,
@@ -187,9 +190,9 @@ SLIMMED: dict[str, tuple[Sequence[NativeFfn | None], int]] = {
 }
 
 
-@pytest.mark.parametrize("case", SLIMMED)
+@pytest.mark.parametrize("case", COMPRESSED)
 def test_what_a_stock_file_cannot_hold_is_refused(tmp_path: Path, small: GGUFContent, case: str) -> None:
-    layers, at_fault = SLIMMED[case]
+    layers, at_fault = COMPRESSED[case]
     source = write_native(tmp_path / "n.gguf", small, layers)
     with pytest.raises(UnsupportedModelError, match=f"layer {at_fault} would .*, which the stock format cannot hold"):
         plan(ConvertOptions(source, tmp_path / "m.gguf", "F32"))

@@ -1,4 +1,4 @@
-"""Plans of slimmed models: what a recipe leaves, what a budget buys, and files that hold what was planned."""
+"""Plans of compressed models: what a recipe leaves, what a budget buys, and files that hold what was planned."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ SIZES = {"stock": (205_000, 240_000, 300_000, 420_000), "native": (290_000, 320_
 
 @pytest.fixture(scope="module")
 def statistics(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
-    return learnt(source, tmp_path_factory.mktemp("slimming"))
+    return learnt(source, tmp_path_factory.mktemp("compressing"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ DROPS = {
     "subset": ExpertRecipe(keep=4),
     "frequency": ExpertRecipe(keep=4, score="frequency"),
     "overall": ExpertRecipe(keep=4, score="reap", overall=True),
-    "novices": ExpertRecipe(keep=4, replacement="novice"),
+    "constants": ExpertRecipe(keep=4, replacement="novice"),
     "hc-smoe": ExpertRecipe(keep=4, merge="hc-smoe"),
     "m-smoe": ExpertRecipe(keep=4, merge="m-smoe"),
     "narrow": ExpertRecipe(width=64),
@@ -124,7 +124,7 @@ def test_methods_leave_what_they_say_and_the_result_is_the_plan(
         assert {len(expert.kept) for layer in plan.layers for expert in layer.experts if expert.kept is not None} == {
             64
         }
-    if name in ("novices", "hc-smoe", "m-smoe"):
+    if name in ("constants", "hc-smoe", "m-smoe"):
         assert all(layer.rows == tuple(range(6)) for layer in plan.layers), "the router keeps its rows"
     path = tmp_path / "result.gguf"
     write_planned(source, plan, path, statistics)
@@ -202,12 +202,12 @@ def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, s
     assert how.n_generations >= 1
 
 
-def dispensable(statistics: Statistics, **nats: float) -> Statistics:
+def dispensable(statistics: Statistics, **costs: float) -> Statistics:
     """The statistics as if these parts of all layers cost so little."""
     layers = []
     for layer in statistics.layers:
         assert layer.removals is not None
-        layers.append(replace(layer, removals=replace(layer.removals, **nats)))  # type: ignore[arg-type]
+        layers.append(replace(layer, removals=replace(layer.removals, **costs)))  # type: ignore[arg-type]
     return replace(statistics, layers=tuple(layers))
 
 
@@ -240,7 +240,7 @@ def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statis
     assert plan.uncounted == ()
     costs = stored_costs(statistics, ("Q8_0",))
     assert costs is not None
-    assert plan.expected_kl == pytest.approx(2 * sum(float(nats[0]) for nats in costs.costs.values()))
+    assert plan.expected_kl == pytest.approx(2 * sum(float(one[0]) for one in costs.costs.values()))
     again = plan_compression(source, replace(statistics, matrix_costs=None), Recipe(types=named))
     assert again.expected_kl == pytest.approx(plan.expected_kl), "what was not kept is measured"
     bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
@@ -257,8 +257,8 @@ def test_only_what_was_not_measured_is_measured(source: ModelSource, statistics:
     said: list[str] = []
     found = statistics_costs(source, some, ("Q8_0", "Q4_0"), 1, lambda what, _done, _total: said.append(what))
     assert set(said) == {"measuring what Q4_0 cost"}
-    for key, nats in found.costs.items():
-        np.testing.assert_allclose(nats, [whole.of(key, Type.Q8_0), whole.of(key, Type.Q4_0)])
+    for key, ours in found.costs.items():
+        np.testing.assert_allclose(ours, [whole.of(key, Type.Q8_0), whole.of(key, Type.Q4_0)])
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused_at_once(source: ModelSource, statistics: Statistics) -> None:

@@ -41,18 +41,18 @@ def test_it_finds_the_best_choice_from_a_bad_one() -> None:
 
 
 def test_every_judged_choice_keeps_to_the_budget_and_the_parent_is_never_lost() -> None:
-    known, judged = parts(), []
+    known, evaluated = parts(), []
     start = (1, 1, 1, 1, 1)
 
     def fitness(choice: Choice, n_tokens: int, _seed: int) -> float:
-        judged.append((choice, n_tokens))
+        evaluated.append((choice, n_tokens))
         return 0.0 if choice == start else 1.0
 
     found = search(known, start, 100, fitness, 10, SearchSpec(8, ((3, 10), (1, 20))), clock=steps())
     assert found.choice == start
     assert not found.n_improved
-    assert all(choice_bytes(known, choice) <= 100 for choice, _ in judged)
-    assert {n for choice, n in judged if choice == start} == {20}, "the parent is judged in the last stage only"
+    assert all(choice_bytes(known, choice) <= 100 for choice, _ in evaluated)
+    assert {n for choice, n in evaluated if choice == start} == {20}, "the parent is evaluated in the last stage only"
 
 
 def test_choices_are_compared_on_the_same_tokens() -> None:

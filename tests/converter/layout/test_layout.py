@@ -14,6 +14,8 @@ from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from tests.models.compress_plans import RandomPlans, same_plan, statistics_of, with_layers
+from tests.models.held_model import hold, random_mixtral
+from tests.models.tiny_checkpoint import TinyConfig
 
 F32, F16, Q8_0, Q4_K = Type.F32, Type.F16, Type.Q8_0, Type.Q4_K
 
@@ -67,16 +69,14 @@ def test_copies_of_one_kind_share_a_bucket(source: ModelSource) -> None:
     assert layout.metadata["slimoe.expert.target"][:4] == [3, 2, 1, 0]
 
 
-@pytest.mark.parametrize(("small", "alignment"), [(0, 4096), (1 << 22, 32)])
-def test_only_large_experts_begin_at_pages(
-    source: ModelSource, monkeypatch: pytest.MonkeyPatch, small: int, alignment: int
-) -> None:
+def test_only_large_experts_begin_at_pages(source: ModelSource) -> None:
     """Padding to pages would be percents of a small file."""
-    monkeypatch.setattr("slimoe.converter.layout.metadata._SMALL_EXPERT", small)
-    layout = lay_out(source, same_plan(source, "Q8_0", "native"))
-    assert layout.metadata["general.alignment"] == alignment
-    assert all(tensor.offset % alignment == 0 for tensor in layout.tensors)
-    assert len(layout.header) % alignment == 0
+    large = hold(random_mixtral(TinyConfig(n_layer=1, n_embd=1024, n_ff=1376, n_expert=2, n_expert_used=1)))
+    for model, alignment in ((source, 32), (large, 4096)):
+        layout = lay_out(model, same_plan(model, "Q8_0", "native"))
+        assert layout.metadata["general.alignment"] == alignment
+        assert all(tensor.offset % alignment == 0 for tensor in layout.tensors)
+        assert len(layout.header) % alignment == 0
 
 
 def test_keys_say_where_a_file_comes_from(source: ModelSource) -> None:
@@ -128,7 +128,7 @@ STOCK_CANNOT = {
         lambda layer: replace(layer, experts=layer.experts[:5], target=(0, 1, 2, 3, 4, 4)),
         "rows mean other experts",
     ),
-    "novices": (
+    "constants": (
         lambda layer: replace(
             layer, experts=layer.experts[:5], target=(0, 1, 2, 3, 4, -1), constants=np.zeros((1, 64), np.float32)
         ),

@@ -1,4 +1,4 @@
-"""Slimming a model of which some matrices have rows that the blocks of K-types do not divide."""
+"""Compressing a model of which some matrices have rows that the blocks of K-types do not divide."""
 
 import json
 import math

@@ -10,14 +10,10 @@ from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.recipe.recipe import Recipe, StorageRecipe
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.write import estimate as slim_estimate
-from slimoe.converter.write.estimate import writing_seconds
+from slimoe.converter.write.estimate import seconds_per_weight, writing_seconds
 
 
-def test_copies_cost_their_bytes_and_other_types_their_weights(
-    moe_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slim_estimate, "_plain", lambda kind: {"Q8_0": 1.0, "Q4_0": 3.0}[kind.name])
+def test_copies_cost_their_bytes_and_other_types_their_weights(moe_checkpoint: Path, tmp_path: Path) -> None:
     stored = tmp_path / "q8.gguf"
     convert(ConvertOptions(moe_checkpoint, stored, "Q8_0"))
     named = {name: StorageRecipe(name, None, name, name, name) for name in ("Q8_0", "Q4_0")}
@@ -26,7 +22,9 @@ def test_copies_cost_their_bytes_and_other_types_their_weights(
         source = open_source(path)
         for name, types in named.items():
             plan = plan_compression(source, None, Recipe(types=types))
-            found[path, name] = writing_seconds(source, plan, lay_out(source, plan), 2)
+            found[path, name] = writing_seconds(
+                source, plan, lay_out(source, plan), 2, lambda kind: {"Q8_0": 1.0, "Q4_0": 3.0}[kind.name]
+            )
     n_weights = sum(shape[0] * shape[1] for shape in source.shapes.values() if len(shape) == 2 and shape[0] != 6)
     assert found[stored, "Q8_0"] < 0.1
     assert found[moe_checkpoint, "Q8_0"] == pytest.approx(n_weights / 2, rel=1e-3)
@@ -35,5 +33,5 @@ def test_copies_cost_their_bytes_and_other_types_their_weights(
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q3_K", "F16"])
 def test_every_type_is_tried(kind: str) -> None:
-    seconds = slim_estimate._with_feedback(GGMLQuantizationType[kind]), slim_estimate._plain(GGMLQuantizationType[kind])
+    seconds = [seconds_per_weight(GGMLQuantizationType[kind], feedback=feedback) for feedback in (False, True)]
     assert all(0 < one < 1e-3 for one in seconds)

@@ -1,4 +1,4 @@
-"""Slimmed files hold what their plans say: byte for byte what converting makes, and what the source stores already."""
+"""Compressed files hold what plans say: byte for byte what converting makes, and what the source stores already."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def k_quant_source(k_quant_checkpoint: Path) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def q4_k_m(tmp_path_factory: pytest.TempPathFactory, k_quant_checkpoint: Path) -> Path:
-    target = tmp_path_factory.mktemp("slim") / "q4_k_m.gguf"
+    target = tmp_path_factory.mktemp("compressed") / "q4_k_m.gguf"
     return convert(ConvertOptions(k_quant_checkpoint, target, "Q4_K_M", n_threads=1)).path
 
 
@@ -116,7 +116,7 @@ class Refusing(PlainQuantiser):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_slimming_a_native_file_again_copies_it(tmp_path: Path, source: ModelSource, seed: int) -> None:
+def test_compressing_a_native_file_again_copies_it(tmp_path: Path, source: ModelSource, seed: int) -> None:
     plan = RandomPlans(source, seed).draw()
     bare = {
         n: replace(layer, experts=tuple(replace(expert, low_types=None) for expert in layer.experts))
@@ -125,8 +125,8 @@ def test_slimming_a_native_file_again_copies_it(tmp_path: Path, source: ModelSou
     first = write_planned(source, with_layers(plan, bare), tmp_path / "a.gguf").path
     again = gguf_source(first)
     copied = stored_types(again)
-    novices = {n: replace(layer, constants=bare[n].constants) for n, layer in enumerate(copied.layers)}
-    second = write_planned(again, with_layers(copied, novices), tmp_path / "b.gguf", quantiser=Refusing()).path
+    constants = {n: replace(layer, constants=bare[n].constants) for n, layer in enumerate(copied.layers)}
+    second = write_planned(again, with_layers(copied, constants), tmp_path / "b.gguf", quantiser=Refusing()).path
     assert tensors(second) == tensors(first)
 
 

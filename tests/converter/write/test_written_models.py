@@ -1,4 +1,4 @@
-"""The engine runs whatever the slim writer writes, under any budget, and llama.cpp what is stock."""
+"""The engine runs whatever the writer writes, under any budget, and llama.cpp what is stock."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -43,7 +43,7 @@ FOUR_LAYERS = TinyConfig(n_layer=4, n_embd=128, n_ff=96, n_head=2, n_head_kv=1, 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> ModelSource:
-    directory = tmp_path_factory.mktemp("slim-engine") / "four"
+    directory = tmp_path_factory.mktemp("engine") / "four"
     return checkpoint_source(save_checkpoint(directory, sentencepiece_path, FOUR_LAYERS, initializer_range=0.06))
 
 
