@@ -144,7 +144,7 @@ def test_a_model_without_experts(tmp_path: Path, dense_checkpoint: Path) -> None
 def test_what_the_loader_would_refuse_is_not_laid_out(tmp_path: Path, k_quant_checkpoint: Path) -> None:
     planned = plan(ConvertOptions(k_quant_checkpoint, tmp_path / "m.gguf", pair="Q4_K,Q2_K"))
     damaged = tuple(replace(layer, hints={"fallback": (0,) * 6}) for layer in planned.plan.layers)
-    with pytest.raises(ModelFileError, match=r"layer 0: expert.fallback names novice 0 of 0"):
+    with pytest.raises(ModelFileError, match=r"layer 0: expert.fallback names constant 0 of 0"):
         lay_out(planned.source, replace(planned.plan, layers=damaged))
     assert list(tmp_path.iterdir()) == []
 

@@ -267,7 +267,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "too wide": (["--width", "97"], "--width is 97, but must be a number of neurons from 1 to the 96 of the model's"),
     "no bits": (["--target-bpw", "nan"], "--target-bpw is nan, but must be a number of bits up to 64"),
     "many bits": (["--target-bpw", "1e300"], "--target-bpw is 1e+300, but must be a number of bits up to 64"),
-    "too few merged": (["--keep-experts", "2", "--merge", "hc-smoe"], "a token picks 3"),
+    "too few merged": (["--keep-experts", "2", "--merge", "hc-smoe"], "a token selects 3"),
     "too few": (["--keep-experts", "2", "--score", "reap"], "Keep 3 to 6 of them"),
     "all layers": (["--drop-layers", "4"], "--drop-layers is 4, but must be a number of layers from 0 to 3"),
     "all attention": (["--drop-attention", "4"], "--drop-attention is 4, but must be a number of layers from 0 to 3"),
@@ -389,7 +389,7 @@ def test_an_interruption_leaves_nothing(
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", interrupted)
-    asked: Arguments = ["--target-size", "450KB", "--stats", stats]
+    asked: Arguments = ["--target-size", "450KB", "--stats", stats, "--threads", "1"]
     status, out, err = told(["convert", model, tmp_path / "m.gguf", *asked], capsys)
     assert (status, out) == (130, "")
     assert "bytes will be written" in err
