@@ -33,7 +33,7 @@ N_LAYER, N_EXPERT = 3, 5
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers of five experts; those of the last layer are of another class."""
-    directory = tmp_path_factory.mktemp("arena")
+    directory = tmp_path_factory.mktemp("host_pool")
     shape = TinyShape(n_layer=N_LAYER, n_ff=64, n_expert=N_EXPERT, n_expert_used=2)
     content = read_content(write_tiny_gguf(directory / "f32.gguf", None, shape=shape))
     return write_content(directory / "m.gguf", content.quantised(Type.Q8_0, lambda name: "blk.2.ffn_down" in name))
@@ -368,7 +368,7 @@ def test_closing_with_reads_under_way(path: Path, disk: Disk, monkeypatch: pytes
 
 @pytest.mark.parametrize(("seed", "failing"), [(0, 0.0), (1, 0.05), (2, 0.3)])
 def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> None:
-    """As the engine goes: pins what a layer needs and the next ones may, demands, reads ahead, looks; or breaks off."""
+    """As the engine goes: pins what a layer needs and the next ones may, demands, prefetches, looks; or breaks off."""
     draw, chance, numbers = random.Random(seed), random.Random(seed), np.random.default_rng(seed)
     n_demanded = 0
     with closing(Bench(path, 4, 4)) as bench:
@@ -376,12 +376,12 @@ def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> N
         for step in range(400):
             layer = step % N_LAYER
             needed = {(layer, expert) for expert in draw.sample(range(N_EXPERT), 2)}
-            ahead = {((layer + 1) % N_LAYER, expert) for expert in draw.sample(range(N_EXPERT), 2)}
-            bench.host_pool.pin(needed | ahead)
+            likely = {((layer + 1) % N_LAYER, expert) for expert in draw.sample(range(N_EXPERT), 2)}
+            bench.host_pool.pin(needed | likely)
             slots = {key: bench.host_pool.demand(key, bench.copies[key]) for key in needed}
             n_demanded += len(needed)
-            bench.prefetch(*ahead)
-            for key in draw.sample(sorted(ahead - needed), 1):
+            bench.prefetch(*likely)
+            for key in draw.sample(sorted(likely - needed), 1):
                 bench.host_pool.abandon(key, bench.copies[key])
             assert bench.held >= needed
             try:
@@ -393,6 +393,7 @@ def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> N
                 assert failing
             bench.policy.values[:] = numbers.random(bench.policy.values.shape)
             bench.check()
+        bench.settle()
         disk.fails = lambda: False
         assert sum(bench.counts()) == n_demanded
         assert min(bench.counts()) > 0

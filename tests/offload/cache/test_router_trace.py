@@ -75,7 +75,7 @@ def test_what_was_written_is_read(tmp_path: Path, n_expert: int) -> None:
 
 
 def test_a_decoded_token_takes_few_bytes(tmp_path: Path) -> None:
-    """The file grows by a pick's byte and its share's two, and by 10 bytes for a layer."""
+    """The file grows by a byte for each selected expert and two for its weight, and by 10 bytes for a layer."""
     header = TraceHeader("abc", 2, ((7,) * 8,) * 32)
     selected, weights = np.array([[3, 5]]), np.array([[0.75, 0.25]])
     step = ([TraceRun(ANSWER, 0, 9, 1)], [(layer, selected, weights) for layer in range(32)])

@@ -136,8 +136,8 @@ def test_looking_further_ahead_than_there_are_slots(directory: Path) -> None:
     A layer that needs one expert leaves slots to those of the layers after it, and the next one then needs three.
     """
     stock = content_of(directory, TinyShape(n_layer=4))
-    novices = NativeFfn((StoredExpert(0),), (0, -1, -2), np.ones((2, 64), np.float32))
-    layers = [novices, plain_ffn(6), plain_ffn(6), plain_ffn(6)]
+    constants = NativeFfn((StoredExpert(0),), (0, -1, -2), np.ones((2, 64), np.float32))
+    layers = [constants, plain_ffn(6), plain_ffn(6), plain_ffn(6)]
     path = write_native(directory / "narrow.gguf", stock, layers)
     with closing(tiered_engine(config(path), 1.0)) as engine:
         expected = conversation(engine)
@@ -190,7 +190,7 @@ def test_a_budget_leads_to_tiers_that_stay_within_it(mixed: Path) -> None:
 
 
 def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:
-    """One expert in a type of its own leaves room to look ahead among the others."""
+    """One expert in a type of its own leaves room to prefetch the others."""
     stock = content_of(directory, TinyShape(n_layer=3))
     odd = NativeFfn((StoredExpert(0, (Type.F16,)), *(StoredExpert(e) for e in range(1, 6))), tuple(range(6)))
     path = write_native(directory / "odd.gguf", stock, [odd, plain_ffn(6), plain_ffn(6)])

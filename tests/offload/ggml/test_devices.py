@@ -158,12 +158,12 @@ def products(backend: Backend, kind: Type, n_slots: int, order: list[int]) -> ND
     ids = np.random.default_rng(3).integers(0, n_slots, (n_pairs, 1)).astype(np.int32)
     with tensors_on(backend) as tensors:
         slots = tensors.new(kind, n_embd, n_ff, n_slots)
-        inputs, picks = tensors.new(Type.F32, n_embd, 1, n_pairs), tensors.new(Type.I32, 1, n_pairs)
+        inputs, selected = tensors.new(Type.F32, n_embd, 1, n_pairs), tensors.new(Type.I32, 1, n_pairs)
         for slot in order:
             backend.set(slots, experts[slot], slot * experts[slot].nbytes)
         backend.set(inputs, rows)
-        backend.set(picks, ids)
-        output = ggml.ggml_mul_mat_id(tensors.ctx, slots, inputs, picks)
+        backend.set(selected, ids)
+        output = ggml.ggml_mul_mat_id(tensors.ctx, slots, inputs, selected)
         backend.compute(tensors.graph(output))
         result = np.empty((n_pairs, n_ff), np.float32)
         backend.get(output, result)

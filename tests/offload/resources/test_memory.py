@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -149,7 +150,7 @@ def test_the_limit_is_the_systems_without_a_control_group(cgroup: Path) -> None:
 @pytest.fixture
 def held(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """What this process holds, on a machine of 100 GiB of which 80 are available and nothing is mapped."""
-    memory_now = psutil.virtual_memory()._replace(total=100 * GIB, available=80 * GIB)
+    memory_now = SimpleNamespace(total=100 * GIB, available=80 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory_now)
     monkeypatch.setattr(memory, "resident_bytes", lambda: GIB)
     write(cgroup, {"proc/meminfo": "MemTotal:  104857600 kB\nMapped:        0 kB\n"})
