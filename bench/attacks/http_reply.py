@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 _TEXT_PATHS = (b"# HELP",)
-RETRIABLE = (429, 503)
 
 
 class BadReplyError(Exception):
