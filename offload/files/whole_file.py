@@ -66,11 +66,11 @@ class Destination:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing lies in the folder."""
+        """Whether nothing but the lock lies in the folder."""
         return not _entries(self.folder)
 
     def forget(self) -> None:
-        """What lies in the folder is needed no longer: closing removes it."""
+        """Lets closing remove what lies in the folder, also what a later run could resume."""
         self._keeps = False
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes, folder: Path | None = None) -> None:
-    """Writes a file that is small; raises as `whole_file` does."""
+    """Writes `data` as a whole file; raises as `whole_file` does."""
     with whole_file(path, folder) as part:
         part.write_bytes(data)
 
@@ -158,7 +158,7 @@ def real_path(path: Path) -> Path:
 
 
 def abandoned(directory: Path) -> tuple[Leftover, ...]:
-    """What interrupted runs have left in a directory."""
+    """The folders that interrupted runs have left in a directory."""
     try:
         folders = sorted(directory.glob(f"*{_PARTIAL}"))
         return tuple(Leftover(folder, _disk_bytes(folder)) for folder in folders if _is_abandoned(folder))
@@ -187,7 +187,7 @@ def free_bytes(directory: Path) -> int:
 
 
 def _short(name: str) -> str:
-    """A name that an ending can be added to, and no other name becomes."""
+    """Shortens a name, if it is long, so that an ending can be added; different names stay different."""
     raw = os.fsencode(name)
     if len(raw) <= _LONGEST_NAME:
         return name
@@ -196,7 +196,7 @@ def _short(name: str) -> str:
 
 
 def _mode(path: Path) -> int | None:
-    """The kind of what lies there; None for nothing."""
+    """The `st_mode` of what lies at a path, None for nothing."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -218,7 +218,10 @@ def _sync(path: Path, flags: int = 0) -> None:
 
 
 def _lock_folder(folder: Path, target: Path) -> int:
-    """The descriptor of the folder's lock, taken; raises BusyError, UsageError or OSError."""
+    """Takes the lock of a run's folder, which it makes if need be; returns the lock's descriptor.
+
+    Raises BusyError while another run has it, UsageError for a folder that no run made, and OSError.
+    """
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         with contextlib.suppress(FileNotFoundError):  # its owner has just removed the folder
@@ -279,13 +282,13 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in it beside the lock."""
+    """The entries of a run's folder without its lock."""
     with os.scandir(folder) as entries:
         return [entry for entry in entries if entry.name != _LOCK]
 
 
 def _disk_bytes(folder: Path) -> int:
-    """What it takes of the disk."""
+    """Bytes of the disk that a folder takes."""
     return 512 * sum(path.lstat().st_blocks for path in folder.rglob("*"))
 
 

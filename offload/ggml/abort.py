@@ -28,7 +28,7 @@ def ggml_set_abort_callback(callback: Annotated[Any, _CALLBACK]) -> Ptr:
 
 
 def on_device_abort(rpc: Sequence[str], end: Callable[[DeviceError], None]) -> None:
-    """From now on, when ggml gives up because of a device, `end` is called with the reason, and should end the process.
+    """Has `end` called with the reason when ggml gives up because of a device; it should end the process.
 
     `rpc` are the endpoints in use. The call comes from any thread, and may find locks taken by others. When it comes
     back, or something else is the reason, the process ends by SIGABRT after ggml's own message.
@@ -46,7 +46,7 @@ def on_device_abort(rpc: Sequence[str], end: Callable[[DeviceError], None]) -> N
 
 
 def device_error(message: str, rpc: Sequence[str]) -> DeviceError | None:
-    """What ggml's last message means, None if it is not about a device."""
+    """The error that ggml's last message before it gave up means, None if it is not about a device."""
     if "ggml-rpc" in message:
         endpoints = [parse_endpoint(text) for text in rpc]
         gone = [endpoint for endpoint in endpoints if refuses(endpoint)] or endpoints

@@ -1,6 +1,6 @@
 """ggml's buffers, allocators, devices and threads: the part of its C API that this program uses.
 
-Sources: ggml-backend.h, ggml-alloc.h and ggml-cpu.h of ggml 0.25.3. `ggml` holds the check of the library.
+Sources: ggml-backend.h, ggml-alloc.h and ggml-cpu.h of ggml 0.25.3. Importing `ops` checks the library.
 """
 # ruff: noqa: D103 - the functions are ggml's own, documented in its headers
 # mypy: disable-error-code="empty-body"

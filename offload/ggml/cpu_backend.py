@@ -92,10 +92,10 @@ class Backend(Protocol):
 
     @property
     def is_host(self) -> bool:
-        """Whether its memory can be looked at."""
+        """Whether the host can read and write its memory at its addresses."""
 
     def allocate(self, n_bytes: int) -> int:
-        """A buffer; raises DoesNotFitError."""
+        """A buffer of `n_bytes` in its memory; raises DoesNotFitError when there is no room for it."""
 
     def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Copies an array into a tensor, `offset` in bytes."""
@@ -104,19 +104,19 @@ class Backend(Protocol):
         """Begins to copy an array into a tensor; it must stay as it is until `synchronize`."""
 
     def synchronize(self) -> None:
-        """Waits for what was begun."""
+        """Waits until all work that was begun is done."""
 
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""
 
     def check(self, graph: int) -> None:
-        """Raises DeviceError if it cannot compute all of a graph."""
+        """Raises DeviceError if the backend cannot compute an operation of a graph."""
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""
 
     def compute_until(self, graph: int, is_cancelled: Callable[[], bool]) -> None:
-        """Runs a graph and stops where it can when `is_cancelled` says so, with EngineAbortedError."""
+        """Runs a graph; raises EngineAbortedError, as early as it can, when `is_cancelled` says so."""
 
 
 class CpuBackend:
@@ -126,7 +126,7 @@ class CpuBackend:
     """
 
     def __init__(self, n_threads: int) -> None:
-        """Raises NoThreadsError where the system does not give so many."""
+        """Starts the threads; raises NoThreadsError where the system does not give so many."""
         require_threads(n_threads)
         self.n_threads = n_threads
         self.seconds = 0.0
@@ -145,7 +145,7 @@ class CpuBackend:
 
     @property
     def is_host(self) -> bool:
-        """Whether its memory can be looked at: it can."""
+        """True: the host can read and write its memory at its addresses."""
         return True
 
     def allocate(self, n_bytes: int) -> int:
@@ -161,14 +161,14 @@ class CpuBackend:
         self.set(tensor, values, offset)
 
     def synchronize(self) -> None:
-        """Nothing is ever under way."""
+        """Returns at once: all work of the CPU is done when its call returns."""
 
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills an array from a tensor."""
         ctypes.memmove(values.ctypes.data, ggml.ggml_get_data(tensor) + offset, values.nbytes)
 
     def check(self, graph: int) -> None:
-        """It can compute everything."""
+        """Accepts every graph: the CPU computes all operations."""
 
     def compute(self, graph: int) -> None:
         """Runs a whole graph."""

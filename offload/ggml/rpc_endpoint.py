@@ -29,7 +29,7 @@ class RpcEndpoint:
     port: int
 
     def __str__(self) -> str:
-        """As ggml takes it and as a person wrote it."""
+        """HOST:PORT, as ggml takes it."""
         return f"{self.host}:{self.port}"
 
     @property
@@ -39,7 +39,7 @@ class RpcEndpoint:
 
 
 def parse_endpoint(text: str) -> RpcEndpoint:
-    """The endpoint that a person wrote; raises UsageError."""
+    """The endpoint that a person wrote as HOST:PORT; raises UsageError for anything else."""
     match = _ENDPOINT.fullmatch(text)
     if match is None or not 0 < int(match[2]) < 65536:
         raise UsageError(
@@ -49,7 +49,7 @@ def parse_endpoint(text: str) -> RpcEndpoint:
 
 
 def check_answers(endpoint: RpcEndpoint, version: tuple[int, int]) -> None:
-    """Greets the server and goes; raises DeviceError within seconds unless it answers in this protocol version."""
+    """Greets the server and hangs up; raises DeviceError within seconds unless it speaks this protocol version."""
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, socket.AF_INET, socket.SOCK_STREAM)
         address = found[0][4]
@@ -67,7 +67,7 @@ def check_answers(endpoint: RpcEndpoint, version: tuple[int, int]) -> None:
 
 
 def refuses(endpoint: RpcEndpoint) -> bool:
-    """Whether certainly nobody listens there any more."""
+    """Whether the endpoint refuses connections, so that certainly no server runs there any more."""
     try:
         socket.create_connection((endpoint.host, endpoint.port), PATIENCE_SECONDS).close()
     except ConnectionRefusedError:

@@ -1,4 +1,4 @@
-"""ggml's structures as they lie in memory, and looking at the memory behind an address. `ggml` checks their layout."""
+"""ggml's structures as they lie in memory, and the memory behind an address. Importing `ops` checks their layout."""
 
 import ctypes
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a file or directory is that was named in place of a GGUF file, and what to do with it."""
+"""Errors for files and directories that were named in place of a GGUF file: what they are, and what to do with them."""
 
 from collections.abc import Mapping
 from pathlib import Path

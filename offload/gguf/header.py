@@ -74,9 +74,9 @@ class GGUFFile:
 
 
 def number_array(value: Value) -> np.ndarray | None:
-    """Numbers as an array of one dimension; None for a value that is something else.
+    """A metadata value that is a list of numbers, as an array of one dimension; None for any other value.
 
-    numpy itself would make an array of texts that gives each one the longest one's room.
+    numpy would also make an array of texts, in which each takes as much room as the longest.
     """
     if isinstance(value, list) and not any(isinstance(one, str) for one in value):
         value = np.asarray(value)
@@ -171,7 +171,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def parse_gguf(path: Path, header: bytes, n_bytes: int) -> GGUFFile:
-    """What `read_gguf` would read of a file of `n_bytes` that begins with `header`; `path` is what errors name."""
+    """Parses a header as `read_gguf` would, of a file of `n_bytes` that begins with it; errors name `path`."""
     metadata, tensors = _parse(_Cursor(path, header), 0, n_bytes)
     return GGUFFile((path,), metadata, {tensor.name: tensor for tensor in tensors})
 

@@ -1,4 +1,4 @@
-"""GGUF keys of the tokenizer and of our own provenance; the sizes' keys are in `model_spec`."""
+"""GGUF keys of the tokenizer and of our own provenance; those of sizes are in `model.spec`."""
 
 TOKENIZER_MODEL = "tokenizer.ggml.model"
 TOKENIZER_PRE = "tokenizer.ggml.pre"

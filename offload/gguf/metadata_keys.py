@@ -20,7 +20,7 @@ class MetadataKeys:
     prefix: str
 
     def value(self, name: str, default: Value = None) -> Value:
-        """A scalar; an array with a value per layer counts as one if the layers agree."""
+        """The scalar at a key; an array with a value per layer counts as a scalar if all layers agree."""
         value = self.gguf.metadata.get(self.prefix + name, default)
         if isinstance(value, np.ndarray):
             if len(set(value.tolist())) != 1:
@@ -32,14 +32,14 @@ class MetadataKeys:
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """An integer above 0, or from 0 on if that is the default."""
+        """The integer at a key, above 0, or from 0 on if the default is 0."""
         value = self.value(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < (1 if default != 0 else 0):
             raise ModelFileError(self.gguf.path, f"{self.prefix}{name} is {value!r}, which is no count.", AGAIN)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """The finite number above 0 at a key."""
         value = self.value(name, default)
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             problem = f"{self.prefix}{name} is {value!r}, which is no positive number."
@@ -47,7 +47,7 @@ class MetadataKeys:
         return float(value)
 
     def has(self, name: str) -> bool:
-        """Whether the key is there."""
+        """Whether the file has the key."""
         return self.prefix + name in self.gguf.metadata
 
     def integers(self, name: str, n: int, least: int = 0) -> tuple[int, ...]:

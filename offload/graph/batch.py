@@ -50,7 +50,7 @@ class Batch:
 
 
 def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batch:
-    """A batch of parts, each the new tokens of one sequence and all its cells, those of the new tokens included."""
+    """Makes a batch of parts: the new tokens of a sequence, and all of its cells, those of the new tokens last."""
     runs = tuple(Run(len(tokens), visible) for tokens, visible in parts)
     assert 0 < n_out <= sum(run.n_tokens for run in runs)
     assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
@@ -72,7 +72,7 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 def fill_mask(mask: Mask, batch: Batch) -> None:
-    """Fills F16 [n_tokens, n_kv]: 0 where a token sees a cell, -inf elsewhere."""
+    """Fills the attention mask F16 [n_tokens, n_kv] of a batch: 0 where a token sees a cell, -inf elsewhere."""
     assert mask.shape == (batch.n_tokens, batch.n_kv)
     row = 0
     for run in batch.runs:

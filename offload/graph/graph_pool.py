@@ -1,4 +1,4 @@
-"""Keeps graphs by what makes them differ, all allocated in one buffer: only one of them runs at a time."""
+"""Keeps built graphs by shape, all allocated in one buffer: only one of them runs at a time."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -90,7 +90,7 @@ class GraphPool(Generic[Shape, Prepared]):
         )
 
     def advise(self, tensor: int) -> None:
-        """Wishes for huge pages under the buffer, to which only a tensor allocated in it leads."""
+        """Asks for huge pages under the buffer, which is found by a tensor that is allocated in it."""
         buffer = ggml.tensor_at(tensor).buffer
         if self._is_host and buffer:
             advise_huge_pages(ggml_backend.ggml_backend_buffer_get_base(buffer), self.n_bytes)

@@ -1,4 +1,4 @@
-"""Runs steps: keeps one graph per shape, fills its inputs, computes, and hands out the logits."""
+"""Runs steps of a resident model: keeps a graph per shape, fills its inputs, computes, and returns the logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

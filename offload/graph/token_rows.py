@@ -1,4 +1,4 @@
-"""The rows of the token table that a step needs, read from the file: the table itself is a waste of a tight budget."""
+"""The rows of the token table that a step needs, read from the file: the whole table would waste a tight budget."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ _ALIGNMENT = 256
 
 
 def row_bytes(table: WeightSource, n_rows: int) -> int:
-    """Memory of so many rows of the token table."""
+    """Memory of `n_rows` rows of the token table."""
     return table.n_bytes // table.ne[1] * n_rows + _ALIGNMENT
 
 
