@@ -24,6 +24,9 @@ from slimoe.offload.model.tensor_list import check_tensors
 FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | olmoe.FAMILIES
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 
+_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n")
+"""The licence that a model card names in its front matter."""
+
 
 def checkpoint_source(path: Path) -> StoredModel:
     """Opens a directory with config.json, safetensors and a tokenizer, of which only headers are read now.
@@ -45,7 +48,12 @@ def checkpoint_source(path: Path) -> StoredModel:
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
     layer = SourceLayer(spec.n_expert, tuple(range(spec.n_expert)))
-    metadata = _metadata(checkpoint) | tokenizer_metadata(path, spec.n_vocab, family.token_ids)
+    metadata: dict[str, Value] = {"general.type": "model", "general.name": path.resolve().name}
+    card = path / "README.md"
+    head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""
+    if licence := _LICENCE.search(head):
+        metadata["general.license"] = licence[1]
+    metadata |= tokenizer_metadata(path, spec.n_vocab, family.token_ids)
     return StoredModel(path, spec, checkpoint.source_hash, metadata, (layer,) * spec.n_layer, matrices)
 
 
@@ -69,12 +77,3 @@ def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     if problem:
         raise UnsupportedModelError(checkpoint.config_path, problem)
     return family, config
-
-
-def _metadata(checkpoint: Checkpoint) -> dict[str, Value]:
-    """The model's name, and the licence that its model card names in the front matter."""
-    values: dict[str, Value] = {"general.type": "model", "general.name": checkpoint.path.resolve().name}
-    card = checkpoint.path / "README.md"
-    head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""
-    licence = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n", head)
-    return values | ({"general.license": licence[1]} if licence else {})

@@ -1,7 +1,6 @@
 """Which GGUF tensors a Hugging Face model's tensors make, by its family's table of names, and the sizes it has."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix, StoredRows
+from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.rope import RopeSpec
@@ -88,7 +87,14 @@ def checkpoint_matrices(
             )
         rows = GivenRows(ROPE_FREQS, checkpoint.config_path, divisors)
         found[MatrixKey(ROPE_FREQS)] = StoredMatrix(divisors.shape, rows)
-    _check_experts(checkpoint, spec, found)
+    for name in dict.fromkeys(key.name for key in found if key.expert >= 0):
+        for expert in range(spec.n_expert):
+            one = found.get(MatrixKey(name, expert))
+            if one is None:
+                raise ModelFileError(checkpoint.path, f"expert {expert} of {name} is missing.", _AGAIN)
+            if one.shape != found[MatrixKey(name, 0)].shape:
+                problem = f"tensor {one.rows.name} differs in shape from the same matrix of other experts."
+                raise ModelFileError(one.rows.path, problem, _AGAIN)
     return found
 
 
@@ -119,16 +125,3 @@ def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig
             for index, role in enumerate(roles)
         }
     raise UnsupportedModelError(stored.rows.path, f"tensor {name} has no place in this architecture.")
-
-
-def _check_experts(checkpoint: Checkpoint, spec: ModelSpec, found: Mapping[MatrixKey, StoredMatrix]) -> None:
-    """Stacks have all experts, of one shape; how many there may be at most is for `check_tensors`."""
-    for key, matrix in found.items():
-        if key.expert < 0:
-            continue
-        for expert in range(spec.n_expert):
-            if MatrixKey(key.name, expert) not in found:
-                raise ModelFileError(checkpoint.path, f"expert {expert} of {key.name} is missing.", _AGAIN)
-        if matrix.shape != found[MatrixKey(key.name, 0)].shape:
-            rows: StoredRows = matrix.rows
-            raise ModelFileError(rows.path, f"tensor {rows.name} differs in shape from its like.", _AGAIN)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families.config import ConfigClass
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.foreign_file import foreign_model
-from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value, read_gguf
+from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.native_format import PROJECTIONS, read_layout, stack_name
 from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
@@ -154,7 +154,15 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         for _expert, copy, bucket, _slot in layer.slots():
             for projection in PROJECTIONS:
                 copies.setdefault(stack_name(index, projection, bucket), Counter())[copy] += 1
-    tensors = (part for tensor in gguf.tensors.values() for part in _parts(tensor, copies.get(tensor.name)))
+    tensors: list[tuple[str, str, int, int]] = []
+    for tensor in gguf.tensors.values():
+        of_stack = copies.get(tensor.name)
+        if of_stack is None:
+            tensors.append((_kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes))
+            continue
+        for copy, n_slot in sorted(of_stack.items()):
+            amounts = (amount * n_slot // of_stack.total() for amount in (tensor.n_elements, tensor.n_bytes))
+            tensors.append(("low experts" if copy else "experts", tensor.type.name, *amounts))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
@@ -178,16 +186,6 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         experts=_native_experts(layout) if layout else {},
         note=f"{foreign.problem} {foreign.hint}" if foreign else None,
     )
-
-
-def _parts(tensor: TensorInfo, copies: Counter[int] | None) -> Iterator[tuple[str, str, int, int]]:
-    """Yields kind, type, weights and bytes of a tensor, or of the best and the low-bit copies in it."""
-    if copies is None:
-        yield _kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes
-        return
-    for copy, n_slot in sorted(copies.items()):
-        n_weights, n_bytes = (amount * n_slot // copies.total() for amount in (tensor.n_elements, tensor.n_bytes))
-        yield ("low experts" if copy else "experts"), tensor.type.name, n_weights, n_bytes
 
 
 def _native_experts(layout: NativeLayout) -> dict[str, Any]:
@@ -243,7 +241,7 @@ def _encodable(value: Any) -> Any:
     return [_encodable(one) for one in value] if isinstance(value, list) else value
 
 
-def _counts(tensors: Iterator[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:
+def _counts(tensors: Iterable[tuple[str, str, int, int]]) -> tuple[KindCount, ...]:
     sums: dict[tuple[str, str], list[int]] = {}
     for kind, type_name, n_weights, n_bytes in tensors:
         entry = sums.setdefault((kind, type_name), [0, 0, 0])

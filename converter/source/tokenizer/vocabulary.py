@@ -49,7 +49,14 @@ def tokenizer_metadata(path: Path, n_vocab: int, class_ids: Mapping[str, int] = 
     by_text = {token.text: n for n, token in enumerate(tokens)}
     names = {"pad": json_file.padding_token if json_file else None} | settings.texts
     named = {by_text[text]: AddedToken(text, special=True) for text in names.values() if text in by_text}
-    _add_tokens(tokens, named | added)
+    for number, entry in sorted((named | added).items()):
+        kind = TokenType.CONTROL if entry.special else TokenType.USER_DEFINED
+        while len(tokens) < number:
+            tokens.append(_Token(f"[PAD{len(tokens)}]", _ADDED_SCORE, TokenType.UNUSED))
+        if number == len(tokens):
+            tokens.append(_Token(entry.content, _ADDED_SCORE, kind))
+        elif tokens[number].type in (TokenType.NORMAL, TokenType.USER_DEFINED) or tokens[number].text != entry.content:
+            tokens[number] = _Token(entry.content, tokens[number].score, kind)
     tokens += [_Token(f"[PAD{n}]", _ADDED_SCORE, TokenType.UNUSED) for n in range(len(tokens), n_vocab)]
     metadata[keys.TOKENS] = [token.text for token in tokens]
     metadata[keys.TOKEN_TYPES] = [int(token.type) for token in tokens]
@@ -131,18 +138,6 @@ def _pieces(model: SentencePieceModel) -> list[_Token]:
     # GGUF's user-defined tokens are matched in the raw text, sentencepiece's in the escaped one.
     texts = [p.text.replace("▁", " ") if p.type == TokenType.USER_DEFINED else p.text for p in model.pieces]
     return [_Token(text, p.score, p.type) for text, p in zip(texts, model.pieces, strict=True)]
-
-
-def _add_tokens(tokens: list[_Token], added: dict[int, AddedToken]) -> None:
-    """Appends the tokens that were added after training, or puts them in the place of those of the same ids."""
-    for token, entry in sorted(added.items()):
-        kind = TokenType.CONTROL if entry.special else TokenType.USER_DEFINED
-        while len(tokens) < token:
-            tokens.append(_Token(f"[PAD{len(tokens)}]", _ADDED_SCORE, TokenType.UNUSED))
-        if token == len(tokens):
-            tokens.append(_Token(entry.content, _ADDED_SCORE, kind))
-        elif tokens[token].type in (TokenType.NORMAL, TokenType.USER_DEFINED) or tokens[token].text != entry.content:
-            tokens[token] = _Token(entry.content, tokens[token].score, kind)
 
 
 def _around(
