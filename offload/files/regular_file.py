@@ -10,7 +10,7 @@ _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSO
 
 
 def open_regular(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """The file, open to read. Raises OSError, whose `strerror` says what a thing is that is no regular file."""
+    """Opens a file to read. Raises OSError, whose `strerror` says what a thing is that is no regular file."""
     descriptor = regular_descriptor(path)
     try:
         return open(descriptor, "rb", buffering=buffering)
@@ -20,7 +20,7 @@ def open_regular(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def regular_descriptor(path: Path, flags: int = 0) -> int:
-    """Its descriptor, open to read with further flags of `os.open`; raises OSError as `open_regular` does."""
+    """The descriptor of a regular file, open to read with further `os.open` flags; raises OSError as `open_regular`."""
     try:
         # A pipe would otherwise be waited for until somebody writes to it; regular files do not know the flag.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
@@ -38,7 +38,7 @@ def regular_descriptor(path: Path, flags: int = 0) -> int:
 
 
 def read_regular(path: Path) -> bytes:
-    """All of a file; raises OSError as `open_regular` does."""
+    """The content of a file; raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
 
@@ -49,5 +49,5 @@ def kind_name(mode: int) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What the system said, in words; some libraries raise errors that have nothing but a text."""
+    """The system's words for an error; some libraries raise errors that have a text and no `strerror`."""
     return error.strerror or str(error) or type(error).__name__

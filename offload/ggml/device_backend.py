@@ -73,15 +73,12 @@ class DeviceBackend:
         buffer: int | None = None
         if n_bytes <= self.max_buffer_bytes:
             buffer = ggml_backend.ggml_backend_buft_alloc_buffer(self._buft, n_bytes)
-        if not buffer:
-            raise self._out_of_memory(n_bytes)
-        return buffer
-
-    def _out_of_memory(self, n_bytes: int) -> DeviceFullError:
+        if buffer:
+            return buffer
         name, most = self.device.name, self.max_buffer_bytes
         free = min(self.free_bytes(), most)
         reason = f"{human(free)} of it seem free" if n_bytes <= most else f"one piece there has at most {human(most)}"
-        return DeviceFullError(
+        raise DeviceFullError(
             f"{name} gave no {human(n_bytes)} of memory, {reason}. Lower --vram, or end what else uses {name}.",
             required_bytes=n_bytes,
             available_bytes=free,

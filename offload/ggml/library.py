@@ -37,6 +37,12 @@ _INSTALL = 'Install it as docs/building.md says: CMAKE_ARGS="-DGGML_RPC=ON" pip 
 
 # A ggml that aborts would start a debugger for a backtrace; two threads that abort at once wait for each other's.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+# ggml's threads wait for each other asleep after some 150 microseconds. libgomp's own limit is 300,000 turns, about
+# 15 ms: with another program on the cores, every operation of a graph can burn that much before the thread it waits for
+# gets a core, and a token takes 20 times as long. It reads the variable when it is loaded; who has set one of the two
+# keeps their choice.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def library_directory() -> Path:
@@ -45,20 +51,6 @@ def library_directory() -> Path:
     if spec is None or spec.origin is None:
         raise LibraryError(f"{PINNED} is not installed. {_INSTALL}")
     return Path(spec.origin).parent / "lib"
-
-
-def _limit_spinning() -> None:
-    """Lets ggml's threads wait for each other asleep after some 150 microseconds.
-
-    libgomp's own limit is 300,000 turns, about 15 ms: with another program on the cores, every operation of a graph
-    can burn that much before the thread it waits for gets a core, and a token takes 20 times as long. It reads the
-    variable when it is loaded; whoever has set one of the two keeps their choice.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
-_limit_spinning()
 
 
 def open_library(name: str) -> ctypes.CDLL:

@@ -279,10 +279,6 @@ def _check_library() -> None:
         sizes = (ggml_blck_size(kind), ggml_type_size(kind))
         if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):
             raise LibraryError(f"ggml's type {kind.value} is {name} {sizes}, not {kind.name}: {PINNED} is needed.")
-    _check_layout()
-
-
-def _check_layout() -> None:
     ctx = ggml_init(InitParams(1 << 16, None, True))
     address = ggml_new_tensor_4d(ctx, GGMLQuantizationType.Q8_0, 64, 3, 5, 7)
     ggml_set_name(address, b"layout")
