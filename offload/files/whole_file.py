@@ -158,12 +158,24 @@ def real_path(path: Path) -> Path:
 
 
 def abandoned(directory: Path) -> tuple[Leftover, ...]:
-    """The folders that interrupted runs have left in a directory."""
+    """The folders in a directory that interrupted runs have left: those whose lock no process has."""
+    leftovers = []
     try:
-        folders = sorted(directory.glob(f"*{_PARTIAL}"))
-        return tuple(Leftover(folder, _disk_bytes(folder)) for folder in folders if _is_abandoned(folder))
+        for folder in sorted(directory.glob(f"*{_PARTIAL}")):
+            try:
+                lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            finally:
+                os.close(lock)
+            leftovers.append(Leftover(folder, _disk_bytes(folder)))
     except OSError:
         return ()
+    return tuple(leftovers)
 
 
 def write_error(path: Path, error: OSError) -> SlimoeError:
@@ -265,20 +277,6 @@ def _take(lock: int, folder: Path) -> bool:
         if _entries(folder):
             raise UsageError(f"{folder} is of another run, or left from one. If none runs, remove it.") from None
     return os.path.samestat(os.fstat(lock), os.lstat(folder / _LOCK))
-
-
-def _is_abandoned(folder: Path) -> bool:
-    try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(lock)
-    return True
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
