@@ -1,7 +1,7 @@
 """The devices to compute on besides the CPU: those ggml finds on this machine, and those that RPC servers lend."""
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import DeviceError, UsageError
@@ -44,17 +44,22 @@ def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
     return (*local, *(device for endpoint in endpoints for device in _lent(endpoint)))
 
 
-def choose_devices(wanted: str = "auto", rpc: Sequence[str] = ()) -> tuple[Device, ...]:
-    """The devices to use, in order of preference: auto takes all, none takes none, or names with commas between.
+def choose_devices(
+    wanted: str = "auto",
+    rpc: Sequence[str] = (),
+    find: Callable[[Sequence[str]], Sequence[Device]] = available_devices,
+) -> tuple[Device, ...]:
+    """The devices to use of those that `find` finds, in order of preference.
 
-    auto takes a card that two drivers show once, and integrated GPUs only where there is no other, since they are
-    slow and take the CPU's memory. Raises UsageError for a name that there is not, and as `available_devices` does.
+    `wanted` is auto for all, none for no device, or names with commas between. auto takes a card that two drivers show
+    once, and integrated GPUs only where there is no other, since they are slow and take the CPU's memory. Raises
+    UsageError for a name that there is not, and as `available_devices` does.
     """
     if wanted == "none":
         if rpc:
             raise UsageError("--device none takes no device, but --rpc names one. Leave one of them out.")
         return ()
-    devices = available_devices(rpc)
+    devices = find(rpc)
     if wanted == "auto":
         return tuple(_best(devices))
     names = [name.strip() for name in wanted.split(",")]

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import gguf
@@ -21,8 +21,8 @@ from bench.baselines.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
 from slimoe.offload.errors import DeviceError, DoesNotFitError, UsageError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
-from slimoe.offload.ggml import devices, rpc_endpoint
 from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml import rpc_endpoint
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend, EngineAbortedError
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device, available_devices, choose_devices
@@ -242,52 +242,44 @@ def card(name: str, **changed: object) -> Device:
     return Device(name, "a card", 1 << 30, 1 << 31, 0, **changed)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def has(*cards: Device) -> None:
-        monkeypatch.setattr(devices, "available_devices", lambda rpc: cards)
-
-    return has
+def chosen(wanted: str, *cards: Device) -> list[str]:
+    """Names of the devices that are chosen on a machine with these cards."""
+    return [device.name for device in choose_devices(wanted, find=lambda rpc: cards)]
 
 
-def test_auto_takes_all_and_none_takes_none(machine: Callable[..., None]) -> None:
-    machine(card("CUDA0"), card("CUDA1"), card("RPC0"))
-    assert [device.name for device in choose_devices()] == ["CUDA0", "CUDA1", "RPC0"]
-    assert choose_devices("none") == ()
-    machine()
-    assert choose_devices("auto") == ()
+def test_auto_takes_all_and_none_takes_none() -> None:
+    cards = card("CUDA0"), card("CUDA1"), card("RPC0")
+    assert [device.name for device in choose_devices(find=lambda rpc: cards)] == ["CUDA0", "CUDA1", "RPC0"]
+    assert chosen("none", *cards) == []
+    assert chosen("auto") == []
 
 
-def test_auto_takes_no_card_twice_and_no_integrated_one_beside_others(machine: Callable[..., None]) -> None:
-    machine(
+def test_auto_takes_no_card_twice_and_no_integrated_one_beside_others() -> None:
+    cards = (
         card("CUDA0", hardware_id="0000:01:00.0"),
         card("Vulkan0", hardware_id="0000:01:00.0"),
         card("Vulkan1", is_integrated=True),
         card("RPC0"),
         card("RPC1"),
     )
-    assert [device.name for device in choose_devices("auto")] == ["CUDA0", "RPC0", "RPC1"]
-    assert [device.name for device in choose_devices("vulkan0, Vulkan1")] == ["Vulkan0", "Vulkan1"]
-    machine(card("Vulkan0", is_integrated=True))
-    assert [device.name for device in choose_devices("auto")] == ["Vulkan0"]
+    assert chosen("auto", *cards) == ["CUDA0", "RPC0", "RPC1"]
+    assert chosen("vulkan0, Vulkan1", *cards) == ["Vulkan0", "Vulkan1"]
+    assert chosen("auto", card("Vulkan0", is_integrated=True)) == ["Vulkan0"]
 
 
-def test_names_choose_and_order(machine: Callable[..., None]) -> None:
-    machine(card("CUDA0"), card("CUDA1"), card("RPC0"))
-    assert [device.name for device in choose_devices("RPC0,CUDA0,rpc0")] == ["RPC0", "CUDA0"]
+def test_names_choose_and_order() -> None:
+    assert chosen("RPC0,CUDA0,rpc0", card("CUDA0"), card("CUDA1"), card("RPC0")) == ["RPC0", "CUDA0"]
 
 
 @pytest.mark.parametrize("wanted", ["CUDA7", "CUDA0,CUDA7", "", "CUDA0,", "none,CUDA0"])
-def test_a_name_that_there_is_not(machine: Callable[..., None], wanted: str) -> None:
-    machine(card("CUDA0"), card("RPC0"))
+def test_a_name_that_there_is_not(wanted: str) -> None:
     with pytest.raises(UsageError, match=r"no such device. There is CUDA0 \(a card\), RPC0 \(a card\)"):
-        choose_devices(wanted)
+        chosen(wanted, card("CUDA0"), card("RPC0"))
 
 
-def test_a_name_where_there_is_nothing(machine: Callable[..., None]) -> None:
-    machine()
+def test_a_name_where_there_is_nothing() -> None:
     with pytest.raises(UsageError, match="'CUDA0', but there is none on this machine"):
-        choose_devices("CUDA0")
+        chosen("CUDA0")
 
 
 def test_none_and_a_server_contradict_each_other() -> None:
