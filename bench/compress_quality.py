@@ -139,7 +139,7 @@ def budgets(lab: Lab, say: Say) -> list[Row]:
     for bits in BITS:
         row: Row = {"name": f"{bits} bits", "bits": bits}
         try:
-            row |= lab.ours(Recipe(target_bpw=bits, free_novices=True, free_layers=True))
+            row |= lab.ours(Recipe(target_bpw=bits, free_constants=True, free_layers=True))
         except DoesNotFitError as error:
             row["refused"] = str(error)
         rows.append(row)

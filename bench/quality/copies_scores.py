@@ -122,7 +122,7 @@ def selected_bytes(config: EngineConfig) -> SelectedBytes:
 
 def bytes_per_token(sizes: SelectedBytes, per_token: dict[str, float]) -> dict[str, float]:
     """Bytes of experts multiplied for a token, and bytes that were read from disk for it and used."""
-    left_out = per_token.get("skipped_picks", 0.0) + per_token.get("novice_picks", 0.0)
-    saved = per_token.get("low_picks", 0.0) * (sizes.high - sizes.low) + left_out * sizes.high
+    left_out = per_token.get("skipped_selected", 0.0) + per_token.get("constant_selected", 0.0)
+    saved = per_token.get("low_selected", 0.0) * (sizes.high - sizes.low) + left_out * sizes.high
     read = per_token.get("bytes_read", 0.0) - per_token.get("bytes_wasted", 0.0)
     return {"expert_bytes": sizes.n_selected * sizes.high - saved, "saved_bytes": saved, "missed_bytes": read}

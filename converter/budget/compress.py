@@ -181,7 +181,7 @@ class _Job:
         if not recipe.hints or recipe.format != "native" or statistics is None:
             return plan
         layers = plan.layers
-        if recipe.free_novices or recipe.experts.replacement == "novice":
+        if recipe.free_constants or recipe.experts.replacement == "constant":
             layers = tuple(with_fallbacks(statistics, layer) for layer in layers)
         hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
         # The format has hints for all layers or for none.

@@ -23,7 +23,7 @@ from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSo
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 
-NOVICE = "novice"
+CONSTANT = "constant"
 """The option that puts a constant in place of an expert."""
 ATTENTION = "attention"
 """Of the layer's number, the name of the group that is its attention; that of the feed-forward part is the number."""
@@ -93,7 +93,7 @@ class OptionParts:
             yield Part((index, projection), tuple(options), index)
 
     def _expert_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
-        free = self._replaceable(layer) if self._recipe.free_novices else {}
+        free = self._replaceable(layer) if self._recipe.free_constants else {}
         for number, expert in enumerate(layer.experts):
             low_bytes = 0
             if self._recipe.types.low is not None:
@@ -107,7 +107,7 @@ class OptionParts:
                 cost = sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs)
                 options.append(Option(types, n_bytes, cost))
             if number in free:
-                options.append(Option(NOVICE, 4 * self._source.spec.n_embd, free[number]))
+                options.append(Option(CONSTANT, 4 * self._source.spec.n_embd, free[number]))
             yield Part((index, number), tuple(options), index)
 
     def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:

@@ -50,7 +50,7 @@ def build_structure(source: ModelSource, statistics: Statistics | None, recipe: 
     """
     if statistics is None:
         drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
-        if any(drops) or recipe.free_novices or recipe.free_layers:
+        if any(drops) or recipe.free_constants or recipe.free_layers:
             raise UsageError("What to leave out is chosen by statistics. Run slimoe calibrate, and give --stats FILE.")
         return Structure(tuple(whole_layer(source, block) for block in range(source.spec.n_layer)), 0.0)
     return _Builder(source, statistics, recipe).build()
@@ -123,7 +123,7 @@ class _Builder:
         kept = self._kept(blocks, experts.keep)
         for block, one in zip(blocks, kept, strict=True):
             self._count(block, one)
-        if experts.replacement == "novice":
+        if experts.replacement == "constant":
             return [
                 with_constants(self.source, self.statistics, block, one)
                 for block, one in zip(blocks, kept, strict=True)
@@ -159,7 +159,7 @@ class _Builder:
         dropped = set(range(self.source.layers[block].n_stored)) - set(kept)
         if not dropped or layer.removals is None:
             return
-        if self.recipe.experts.replacement == "novice":
+        if self.recipe.experts.replacement == "constant":
             self.kl += float(constant_costs(layer)[list(dropped)].sum())
             return
         gram = layer_gram(layer, target, self.source.spec)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimoe.converter.budget.knapsack import Allocation, allocate, least_bytes
-from slimoe.converter.budget.options import ATTENTION, NOVICE, OptionParts
+from slimoe.converter.budget.options import ATTENTION, CONSTANT, OptionParts
 from slimoe.converter.budget.structure import Structure, with_constants, without_ffn
 from slimoe.converter.layout.offsets import PlanSize
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
@@ -111,7 +111,7 @@ class TypeAllocator:
 
     def _with_types(self, layer: LayerPlan, types: Sequence[Any]) -> LayerPlan:
         """The layer with these types of each expert's matrices; of those that have none constants are left."""
-        kept = [(expert, kinds) for expert, kinds in zip(layer.experts, types, strict=True) if kinds != NOVICE]
+        kept = [(expert, kinds) for expert, kinds in zip(layer.experts, types, strict=True) if kinds != CONSTANT]
         base = layer
         if len(kept) < len(layer.experts):
             members = [expert.members[0] for expert, _ in kept]

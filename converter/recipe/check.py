@@ -45,14 +45,14 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         "{target_size} and {target_bpw} are two budgets. Give one of them.",
     ),
     _Fault(
-        lambda recipe: recipe.experts.merge is not None and recipe.experts.replacement == "novice",
+        lambda recipe: recipe.experts.merge is not None and recipe.experts.replacement == "constant",
         ("merge", "replacement"),
         "{merge} leaves no expert out, and {replacement} puts constants in place of those. Leave one of them out.",
     ),
     _Fault(
-        lambda recipe: recipe.experts.merge is not None and recipe.free_novices,
-        ("merge", "free_novices"),
-        "{free_novices} puts constants in place of experts, which {merge} merges. Leave one of them out.",
+        lambda recipe: recipe.experts.merge is not None and recipe.free_constants,
+        ("merge", "free_constants"),
+        "{free_constants} puts constants in place of experts, which {merge} merges. Leave one of them out.",
     ),
     _Fault(
         lambda recipe: recipe.experts.merge is not None and recipe.experts.keep is None,
@@ -65,10 +65,10 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         "{merge} merges experts, which {width} cannot trim as well. Leave one of them out.",
     ),
     _Fault(
-        lambda recipe: recipe.experts.replacement == "novice" and recipe.experts.keep is None,
+        lambda recipe: recipe.experts.replacement == "constant" and recipe.experts.keep is None,
         ("replacement",),
         "{replacement} puts constants in place of dropped experts, and none is dropped. Give {give_keep}, or "
-        "{give_free_novices} with {give_target_size}.",
+        "{give_free_constants} with {give_target_size}.",
     ),
     _Fault(
         lambda recipe: recipe.experts.overall and recipe.experts.keep is None,
@@ -88,7 +88,9 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
     ),
     _Fault(
         lambda recipe: (
-            _has_target(recipe) and recipe.types.expert is not None and not (recipe.free_novices or recipe.free_layers)
+            _has_target(recipe)
+            and recipe.types.expert is not None
+            and not (recipe.free_constants or recipe.free_layers)
         ),
         ("expert",),
         "{expert} sets the type of all experts, which a target size leaves to the allocator. Give one of them.",
@@ -99,9 +101,9 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         "{expert} is a mix of types, which a target size does not allow. Name a single type.",
     ),
     _Fault(
-        lambda recipe: recipe.free_novices and not _has_target(recipe),
-        ("free_novices",),
-        "{free_novices} puts constants in place of experts to reach a target size, and there is none. "
+        lambda recipe: recipe.free_constants and not _has_target(recipe),
+        ("free_constants",),
+        "{free_constants} puts constants in place of experts to reach a target size, and there is none. "
         "Give {give_target_size} or {give_target_bpw}.",
     ),
     _Fault(
@@ -124,11 +126,13 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
 )
 _NOT_IN_STOCK: tuple[_Fault, ...] = (
     _Fault(
-        lambda recipe: recipe.experts.replacement == "novice",
+        lambda recipe: recipe.experts.replacement == "constant",
         ("replacement",),
         "constants in place of experts ({replacement})",
     ),
-    _Fault(lambda recipe: recipe.free_novices, ("free_novices",), "constants in place of experts ({free_novices})"),
+    _Fault(
+        lambda recipe: recipe.free_constants, ("free_constants",), "constants in place of experts ({free_constants})"
+    ),
     _Fault(lambda recipe: recipe.types.low is not None, ("low",), "low-bit copies of experts ({low})"),
     _Fault(lambda recipe: recipe.drop_ffn > 0, ("drop_ffn",), "layers without experts ({drop_ffn})"),
     _Fault(lambda recipe: recipe.free_layers, ("free_layers",), "layers without experts ({free_layers})"),

@@ -123,7 +123,7 @@ TOP: Mapping[str, Read] = {
     "drop_ffn": _layers,
     "drop_attention": _layers,
     "drop_blocks": _layers,
-    "free_novices": _flag,
+    "free_constants": _flag,
     "free_layers": _flag,
     "hints": _flag,
 }
@@ -132,7 +132,7 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "keep": _experts,
         "score": _word("subset", *SCORES),
         "overall": _flag,
-        "replacement": _word("nothing", "novice"),
+        "replacement": _word("nothing", "constant"),
         "merge": _word("m-smoe", "hc-smoe"),
         "width": _neurons,
     },

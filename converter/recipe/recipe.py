@@ -11,7 +11,7 @@ from slimoe.converter.layout.plan import Format
 DEFAULT_EXPERT = "Q4_K_M"
 """The type, or mix of types, of experts where neither a recipe nor a target chooses one."""
 Merge = Literal["m-smoe", "hc-smoe"]
-Replacement = Literal["nothing", "novice"]
+Replacement = Literal["nothing", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ExpertRecipe:
 
     `keep` is per layer on average. `score` names one of `methods.scores.SCORES`, or "subset" for the best subset by
     Gram matrices; `overall` ranks the experts of all layers together. A dropped expert is replaced by "nothing", so
-    that tokens select among the others, or by a "novice", which is a constant vector. With `merge`, experts are merged
+    that tokens select among the others, or by a "constant" expert, a vector. With `merge`, experts are merged
     instead of dropped.
     """
 
@@ -63,7 +63,7 @@ class Recipe:
     """A recipe of a compressed model.
 
     `target_size` is the most bytes that the file may have, `target_bpw` the same in bits per weight of the source.
-    `drop_ffn`, `drop_attention` and `drop_blocks` are numbers of layers. With `free_novices` the allocator may put
+    `drop_ffn`, `drop_attention` and `drop_blocks` are numbers of layers. With `free_constants` the allocator may put
     constants in place of experts, and with `free_layers` it may leave out feed-forward parts and attentions, where
     bytes are better spent elsewhere. With `hints` the file has what the engine's lossy modes need.
     """
@@ -78,6 +78,6 @@ class Recipe:
     drop_blocks: int = 0
     types: StorageRecipe = StorageRecipe()
     fit: FitRecipe = FitRecipe()
-    free_novices: bool = False
+    free_constants: bool = False
     free_layers: bool = False
     hints: bool = True

@@ -63,11 +63,17 @@ def recipe_tables(name: str) -> Tables:
 
 
 def text_tables(text: bytes, origin: str) -> Tables:
-    """Decodes TOML; raises UsageError, which begins with `origin`."""
+    """Decodes TOML; raises UsageError, which begins with `origin`. Words of the version before become today's."""
     try:
-        return decode_toml(text, dict[str, Any])
+        tables = decode_toml(text, dict[str, Any])
     except BadDocumentError as error:
         raise UsageError(f"{origin}: {error}. Correct it there.") from None
+    if "free_novices" in tables:
+        tables.setdefault("free_constants", tables.pop("free_novices"))
+    experts = tables.get("experts")
+    if isinstance(experts, dict) and experts.get("replacement") == "novice":
+        experts["replacement"] = "constant"
+    return tables
 
 
 def make_recipe(tables: Tables, sizes: SourceSizes, words: Words) -> Recipe:

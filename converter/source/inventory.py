@@ -25,7 +25,7 @@ _KINDS = (
     ("router", r"ffn_gate_inp(?!_shexp)|(mlp|block_sparse_moe)\.gate\."),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert"),
-    ("novices", r"ffn_novice"),
+    ("constant experts", r"ffn_novice"),
     ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\."),
     ("attention", r"attn|ssm"),
     ("embeddings", r"embd|embed"),
@@ -196,8 +196,10 @@ def _native_experts(layout: NativeLayout) -> dict[str, Any]:
         "copies": layout.n_copy,
         "layers_without": sum(not layer.target for layer in layers),
         "aliases": sum(len(targets) - len(set(targets)) for targets in meant),
-        "novice_rows": sum(target < 0 for layer in layers for target in layer.target),
+        "constant_rows": sum(target < 0 for layer in layers for target in layer.target),
     }
+    # What the version before called it.
+    counts["novice_rows"] = counts["constant_rows"]
     return counts | {"hints": any(layer.hints != NO_HINTS for layer in layers)}
 
 

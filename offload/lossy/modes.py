@@ -112,7 +112,7 @@ def _skip(request: Request) -> Chooser:
 def _constant(request: Request) -> Chooser:
     fallbacks = (layer.hints.fallback or () for layer in request.layers if layer is not None)
     has_fallbacks = any(constant >= 0 for fallback in fallbacks for constant in fallback)
-    remedy = f"{_MEASURED} --target-size SIZE --novices. --lossy skip does without."
+    remedy = f"{_MEASURED} --target-size SIZE --constants. --lossy skip does without."
     request.need(has_fallbacks, "constant experts that stand in for others", remedy)
     return SmallWeights(_ratios(request), constants=True)
 
@@ -169,17 +169,19 @@ LOSSY: dict[str, Callable[[Request], Chooser | None]] = {
     "gate": _gate,
     "skip": _skip,
     "adap": _adap,
-    "novice": _constant,
+    "constant": _constant,
     "rule": _rule,
     "elastic": _elastic,
 }
 """Makes each mode by its name; None is the exact engine."""
+OLD_NAMES = {"novice": "constant"}
+"""Old spellings of modes that are still understood for one version."""
 EXAMPLES = {
     "low": "--lossy low",
     "gate": "--lossy gate:0.6 or --lossy gate:0.6,0.9",
     "skip": "--lossy skip:0.2",
     "adap": "--lossy adap:0.005",
-    "novice": "--lossy novice:0.2",
+    "constant": "--lossy constant:0.2",
     "rule": "--lossy rule:100 or --lossy rule:inf",
     "elastic": "--lossy elastic or --lossy elastic:0.5",
 }
@@ -195,6 +197,7 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     if text is None and max_kl is None:
         return None
     name, _, values = ("rule" if text is None else text).partition(":")
+    name = OLD_NAMES.get(name, name)
     if name not in LOSSY:
         raise UsageError(f"There is no lossy mode {name!r}. Choose one of {', '.join(LOSSY)}.")
     try:

@@ -26,26 +26,31 @@ Tables = Sequence[LossTable | None]
 class LossyCounters:
     """Counts of selected experts since the model was opened, by what stood in for them.
 
-    That is a copy which is not the best (`low_picks`), nothing (`skipped_picks`) or a constant expert (`novice_picks`).
-    `expected_kl` is the sum of the KL divergence, in nats, that the file expects of these: infinite where it does not
-    say.
+    That is a copy which is not the best (`low_selected`), nothing (`skipped_selected`) or a constant expert
+    (`constant_selected`). `expected_kl` is the sum of the KL divergence, in nats, that the file expects of these:
+    infinite where it does not say.
     """
 
-    low_picks: int = 0
-    skipped_picks: int = 0
-    novice_picks: int = 0
+    low_selected: int = 0
+    skipped_selected: int = 0
+    constant_selected: int = 0
     expected_kl: float = 0.0
 
     def add(self, other: "LossyCounters") -> None:
         """Adds the counts of another object."""
-        self.low_picks += other.low_picks
-        self.skipped_picks += other.skipped_picks
-        self.novice_picks += other.novice_picks
+        self.low_selected += other.low_selected
+        self.skipped_selected += other.skipped_selected
+        self.constant_selected += other.constant_selected
         self.expected_kl += other.expected_kl
 
     def known(self) -> dict[str, float]:
-        """The counters by name, without `expected_kl` where the file does not say it."""
-        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
+        """The counters by name, and by those of the version before; no `expected_kl` where the file does not say it."""
+        old = {
+            "low_picks": self.low_selected,
+            "skipped_picks": self.skipped_selected,
+            "novice_picks": self.constant_selected,
+        }
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)} | old
 
 
 class LossyStep:

@@ -13,7 +13,13 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.options.compress_options import compress_flags, compress_options, with_copies, with_type
+from slimoe.server.options.compress_options import (
+    OLD_SPELLINGS,
+    compress_flags,
+    compress_options,
+    with_copies,
+    with_type,
+)
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import eval_flags
@@ -21,13 +27,8 @@ from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar
 
-OLD_FLAGS = {"pair": "two-copies"}
-"""Old spellings that are still understood for one version."""
 
-
-@click.command(
-    "convert", cls=OptionsCommand, context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)}
-)
+@click.command("convert", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("-t", "--type", "type_name", help="Type of the weights, one of those below (default: Q4_K_M).")

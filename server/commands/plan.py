@@ -16,7 +16,7 @@ from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
 from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
 from slimoe.offload.printable import printable
 from slimoe.server.jobs.local_engine import say_notes
-from slimoe.server.options.compress_options import compress_flags, compress_options
+from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
@@ -31,7 +31,7 @@ class _UnmeasuredError(SlimoeError):
     """Something is not known of this machine, and nobody wants to wait for it."""
 
 
-@click.command("plan", cls=OptionsCommand)
+@click.command("plan", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
 @engine_flags
 @compress_flags
 @click.option(

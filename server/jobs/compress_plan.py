@@ -71,8 +71,8 @@ def recipe_of(source: ModelSource, options: CompressOptions) -> Recipe:
         tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
     tables = options.merged(tables)
     has_target = not tables.keys().isdisjoint(("target_size", "target_bpw"))
-    if options.novices and tables.get("free_novices") and not has_target:
-        problem = "--novices puts constant experts in place of pruned ones, and nothing says how many"
+    if options.constants and tables.get("free_constants") and not has_target:
+        problem = "--constants puts constant experts in place of pruned ones, and nothing says how many"
         raise UsageError(f"{problem}. Give --keep-experts, --target-size or --target-bpw.")
     if options.search and not has_target:
         raise UsageError("--search improves types that a target leaves open. Give --target-size or --target-bpw.")

@@ -72,6 +72,8 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
                     }
                     for expert in layer.experts
                 ],
+                "n_constants": _n_constants(layer),
+                # What the version before called it.
                 "n_novices": _n_constants(layer),
                 "n_bytes": sizes[index],
             }

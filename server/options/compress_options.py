@@ -14,6 +14,9 @@ from slimoe.server.options.flag_group import flag_group
 
 Tables = dict[str, Any]
 
+OLD_FLAGS = {"pair": "two-copies", "novices": "constants"}
+OLD_SPELLINGS = {"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)}
+"""Settings of a command that understands the flags by the names that they had in the version before."""
 _AMOUNT = re.compile(r"[0-9]{1,6}|[0-9]{1,3}(\.[0-9]+)?%")
 _KEYS: Mapping[str, tuple[str, str]] = {
     "target_size": ("", "target_size"),
@@ -35,8 +38,8 @@ FLAGS: Mapping[str, str] = {
     **{
         "expert": "--type",
         "low": "--two-copies",
-        "free_novices": "--novices",
-        "replacement": "--novices",
+        "free_constants": "--constants",
+        "replacement": "--constants",
         "format": "--stock",
     },
 }
@@ -50,7 +53,7 @@ class CompressOptions:
     stats: Path | None = None
     recipe: str | None = None
     stock: bool = False
-    novices: bool = False
+    constants: bool = False
     search: float = 0.0
     tables: Tables = field(default_factory=dict)
 
@@ -63,7 +66,7 @@ class CompressOptions:
     def typed(self) -> dict[str, str]:
         """The flags that were given, by the recipe's key that they set."""
         keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
-        keys |= {"free_novices", "replacement"} if self.novices else set()
+        keys |= {"free_constants", "replacement"} if self.constants else set()
         keys |= {"format"} if self.stock else set()
         return {key: FLAGS[key] for key in keys} | (
             dict.fromkeys(("expert", "low"), "--two-copies") if "low" in keys else {}
@@ -80,13 +83,13 @@ class CompressOptions:
             # One budget takes the place of the other, unless flags give both.
             result.pop(name, None)
         experts = result.get("experts")
-        if self.novices and isinstance(experts, dict) and "keep" in experts:
-            experts["replacement"] = "novice"
-        elif self.novices:
-            result["free_novices"] = True
+        if self.constants and isinstance(experts, dict) and "keep" in experts:
+            experts["replacement"] = "constant"
+        elif self.constants:
+            result["free_constants"] = True
         if self.stock:
             # A recipe's permissions end at what the format holds; what flags ask for themselves stays, and is refused.
-            result |= {"format": "stock", "free_layers": False} | ({} if self.novices else {"free_novices": False})
+            result |= {"format": "stock", "free_layers": False} | ({} if self.constants else {"free_constants": False})
         return result
 
 
@@ -174,7 +177,7 @@ compress_flags = flag_group(
         "--score", metavar="NAME", help="How experts are ranked for pruning: subset (default), frequency, reap, ean ..."
     ),
     click.option("--overall/--no-overall", default=None, help="Rank the experts of all layers together."),
-    click.option("--novices", is_flag=True, help="Put constant experts (MoNE's novices) in place of pruned ones."),
+    click.option("--constants", is_flag=True, help="Put constant experts, which are vectors, in place of pruned ones."),
     click.option("--merge", metavar="NAME", help="Merge experts instead of pruning them: hc-smoe or m-smoe."),
     click.option("--width", type=click.IntRange(min=1), metavar="N", help="Neurons to keep in each expert."),
     click.option("--drop-layers", type=AmountType(), metavar="N|%", help="Layers whose experts are left out."),
@@ -204,7 +207,7 @@ def compress_options(values: Mapping[str, Any]) -> CompressOptions:
         if values[name] is not None:
             (tables.setdefault(section, {}) if section else tables)[key] = values[name]
     return CompressOptions(
-        values["stats"], values["recipe"], values["stock"], values["novices"], values["search"], tables
+        values["stats"], values["recipe"], values["stock"], values["constants"], values["search"], tables
     )
 
 

@@ -70,7 +70,7 @@ class PlanReport:
             "weights, mapped": sizes["mapped"],
             "weights, copied": sizes["copied"],
             "weights, repacked": sizes["repacked"],
-            "experts, read from disk": sizes.get("arena", 0),
+            "experts, read from disk": sizes.get("host_pool", 0),
             f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
             "program, at most": sizes["program"],
@@ -97,7 +97,7 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     """Bytes of host memory by use."""
     weight_forms, tiers = plan.weight_forms, plan.tiers
     if tiers is not None:
-        sizes = {"copied": tiers.weights, "arena": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}
+        sizes = {"copied": tiers.weights, "host_pool": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}
         return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "processes": plan.reserve}
     return {
         "mapped": weight_forms.mapped,

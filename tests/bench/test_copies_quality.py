@@ -49,7 +49,13 @@ def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
     config = engine_config(model, n_ctx=256)
     weights = 3 * 256 * 512
     high, low = weights * 34 // 32, weights * 144 // 256
-    counters = {"low_picks": 1.5, "skipped_picks": 0.3, "novice_picks": 0.2, "bytes_read": 900.0, "bytes_wasted": 100.0}
+    counters = {
+        "low_selected": 1.5,
+        "skipped_selected": 0.3,
+        "constant_selected": 0.2,
+        "bytes_read": 900.0,
+        "bytes_wasted": 100.0,
+    }
     figures = bytes_per_token(selected_bytes(config), counters)
     assert figures["saved_bytes"] == pytest.approx(1.5 * (high - low) + 0.5 * high)
     assert figures["expert_bytes"] == pytest.approx(4 * high - figures["saved_bytes"])

@@ -170,7 +170,7 @@ def test_inspect_counts_the_copies(pair: Path, capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert found["architecture"] == "slimoe"
     assert found["sizes"] | {"n_layer": 3, "n_expert": 6, "n_expert_used": 3, "n_ff": 512} == found["sizes"]
-    assert found["experts"] | {"stored": 6, "copies": 2, "aliases": 0, "novice_rows": 0} == found["experts"]
+    assert found["experts"] | {"stored": 6, "copies": 2, "aliases": 0, "constant_rows": 0} == found["experts"]
     assert set(found["provenance"]) >= {"slimoe.recipe", "slimoe.source.sha256", "slimoe.version"}
     assert not [key for key in found["provenance"] if key.startswith("slimoe.expert")]
     stored = file_tensors(pair)

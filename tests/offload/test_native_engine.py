@@ -87,7 +87,7 @@ def test_one_type_in_other_places_is_bit_for_bit_the_stock_file(tmp_path: Path, 
         np.testing.assert_array_equal(scores(paged, n_batch), scores(same, n_batch))
 
 
-def test_a_novice_is_what_an_expert_of_constant_output_is(tmp_path: Path, stock: GGUFContent) -> None:
+def test_a_constant_expert_is_what_an_expert_of_constant_output_is(tmp_path: Path, stock: GGUFContent) -> None:
     """A zero vector keeps its expert weight, as an expert does whose down matrix is zero."""
     name = "blk.0.ffn_down_exps.weight"
     silenced = stock.values(name).copy()

@@ -105,7 +105,7 @@ DROPS = {
     "subset": ExpertRecipe(keep=4),
     "frequency": ExpertRecipe(keep=4, score="frequency"),
     "overall": ExpertRecipe(keep=4, score="reap", overall=True),
-    "constants": ExpertRecipe(keep=4, replacement="novice"),
+    "constants": ExpertRecipe(keep=4, replacement="constant"),
     "hc-smoe": ExpertRecipe(keep=4, merge="hc-smoe"),
     "m-smoe": ExpertRecipe(keep=4, merge="m-smoe"),
     "narrow": ExpertRecipe(width=64),
@@ -160,13 +160,13 @@ def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) ->
     assert plan_bytes(bare, source, statistics) <= plan_bytes(plan, source, statistics) <= 320_000
 
 
-def test_novices_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
+def test_constants_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
     """So small that even the smallest types of all experts do not fit."""
     with pytest.raises(DoesNotFitError) as error:
         plan_compression(source, statistics, Recipe(target_size=20_000, hints=False))
     assert error.value.required_bytes is not None
     size = error.value.required_bytes - 20_000
-    plan = plan_compression(source, statistics, Recipe(target_size=size, hints=False, free_novices=True))
+    plan = plan_compression(source, statistics, Recipe(target_size=size, hints=False, free_constants=True))
     assert plan_bytes(plan, source, statistics) <= size
     assert any(layer.constants is not None for layer in plan.layers)
     assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)

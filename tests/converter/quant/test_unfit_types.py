@@ -128,7 +128,7 @@ def test_types_to_choose_from_fall_back(source: ModelSource, statistics: Statist
 
 def test_types_by_name_under_a_size_fall_back(source: ModelSource, statistics: Statistics) -> None:
     types = StorageRecipe(expert="Q4_K", low="Q2_K", attention="Q5_K")
-    recipe = Recipe(target_bpw=9.0, types=types, free_novices=True)
+    recipe = Recipe(target_bpw=9.0, types=types, free_constants=True)
     plan = plan_compression(source, statistics, recipe)
     experts = [expert for layer in plan.layers for expert in layer.experts]
     assert {expert.types for expert in experts} == {(Type.Q4_K, Type.Q4_K, Type.Q5_0)}

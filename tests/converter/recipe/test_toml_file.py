@@ -20,7 +20,7 @@ EVERYTHING = Recipe(
     name='a "name" with \\ and naïve 日本語 🙂',
     format="native",
     target_size=12 << 30,
-    experts=ExpertRecipe(keep=5, score="reap", overall=True, replacement="novice", width=10752),
+    experts=ExpertRecipe(keep=5, score="reap", overall=True, replacement="constant", width=10752),
     drop_ffn=1,
     drop_attention=2,
     drop_blocks=3,
@@ -28,7 +28,7 @@ EVERYTHING = Recipe(
         expert="Q4_K", low="Q2_K", attention="Q6_K", token="IQ4_XS", output="F16", candidates=("Q2_K", "IQ3_S")
     ),
     fit=FitRecipe(importance=False, feedback=True, refit=True),
-    free_novices=True,
+    free_constants=True,
     free_layers=True,
     hints=False,
 )
@@ -45,7 +45,7 @@ def drawn(seed: int) -> Recipe:
         keep,
         rng.choice(["subset", *SCORES]),
         False,
-        "novice" if is_constant else "nothing",
+        "constant" if is_constant else "nothing",
         merge,
         rng.choice([None, 512]) if not merge else None,
     )
@@ -53,6 +53,13 @@ def drawn(seed: int) -> Recipe:
     types = StorageRecipe(rng.choice([None, "Q4_K"]) if size is None else None, low=rng.choice([None, "Q2_K"]))
     bits = 2.54 if size is None and types.expert is None else None
     return Recipe("", "native", size, bits, experts, rng.randrange(9), rng.randrange(9), types=types)
+
+
+def test_words_of_the_version_before_are_understood() -> None:
+    text = 'free_novices = true\ntarget_size = "1MB"\n[experts]\nkeep = 5\nreplacement = "novice"\n'
+    today = text.replace("novices", "constants").replace("novice", "constant")
+    assert parse_recipe(text, SIZES) == parse_recipe(today, SIZES)
+    assert parse_recipe(text, SIZES).experts.replacement == "constant"
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), EVERYTHING, *map(drawn, range(12))], ids=str)
@@ -146,11 +153,11 @@ FITTING = Recipe(target_size=1 << 30)
 CONTRADICTIONS = {
     "two budgets": (replace(FITTING, target_bpw=2.0), "two budgets"),
     "merge and constants": (
-        Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", replacement="novice")),
+        Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", replacement="constant")),
         "experts.merge leaves no expert out",
     ),
     "merge and free constants": (
-        replace(FITTING, experts=ExpertRecipe(keep=4, merge="hc-smoe"), free_novices=True),
+        replace(FITTING, experts=ExpertRecipe(keep=4, merge="hc-smoe"), free_constants=True),
         "experts, which experts.merge merges",
     ),
     "merge into what": (Recipe(experts=ExpertRecipe(merge="m-smoe")), "Give experts.keep"),
@@ -158,7 +165,7 @@ CONTRADICTIONS = {
         Recipe(experts=ExpertRecipe(keep=4, merge="hc-smoe", width=512)),
         "experts.merge merges experts, which experts.width cannot trim",
     ),
-    "constants for none": (Recipe(experts=ExpertRecipe(replacement="novice")), "none is dropped"),
+    "constants for none": (Recipe(experts=ExpertRecipe(replacement="constant")), "none is dropped"),
     "ranked but kept": (Recipe(experts=ExpertRecipe(score="reap", overall=True)), "Give experts.keep"),
     "ranked and merged": (
         Recipe(experts=ExpertRecipe(keep=4, score="reap", merge="m-smoe", overall=True)),
@@ -170,14 +177,14 @@ CONTRADICTIONS = {
         replace(FITTING, free_layers=True, types=StorageRecipe("Q4_K_M")),
         "a mix of types, which a target size does not allow",
     ),
-    "free without target": (Recipe(free_novices=True), "there is none"),
+    "free without target": (Recipe(free_constants=True), "there is none"),
     "candidates without target": (Recipe(types=StorageRecipe(candidates=("Q4_K",))), "there is none"),
     "larger low-bit copies": (Recipe(types=StorageRecipe("Q2_K", "Q4_K")), "no smaller than the first"),
     "equal low-bit copies": (Recipe(types=StorageRecipe("Q4_K_M", "Q4_K")), "no smaller than the first"),
 }
 BEYOND_STOCK = {
-    "constants": (Recipe(experts=ExpertRecipe(keep=4, replacement="novice")), "constants in place of experts"),
-    "free constants": (replace(FITTING, free_novices=True), "constants in place of experts"),
+    "constants": (Recipe(experts=ExpertRecipe(keep=4, replacement="constant")), "constants in place of experts"),
+    "free constants": (replace(FITTING, free_constants=True), "constants in place of experts"),
     "low-bit copies": (Recipe(types=StorageRecipe(low="Q2_K")), "low-bit copies of experts"),
     "layers": (Recipe(drop_ffn=1), "layers without experts"),
     "free layers": (replace(FITTING, free_layers=True), "layers without experts"),

@@ -231,8 +231,8 @@ def test_metadata_carries_over_what_is_the_models(tmp_path: Path, content: GGUFC
 _RNG = np.random.default_rng(5)
 F32S = tuple(StoredExpert(e) for e in (4, 1, 3, 0))
 ALIASES = NativeFfn(F32S, (1, 3, 0, 2, 0, 1))
-NOVICES = NativeFfn(F32S[:3], (1, -1, 0, 2, -2, -1), _RNG.standard_normal((2, 64), np.float32))
-ONLY_NOVICES = NativeFfn((), (-1, -2, -3, -1), _RNG.standard_normal((3, 64), np.float32))
+CONSTANTS = NativeFfn(F32S[:3], (1, -1, 0, 2, -2, -1), _RNG.standard_normal((2, 64), np.float32))
+ONLY_CONSTANTS = NativeFfn((), (-1, -2, -3, -1), _RNG.standard_normal((3, 64), np.float32))
 WIDTHS = NativeFfn(tuple(replace(e, width=32 * n) for n, e in enumerate(F32S[:3], 1)), (2, 1, 0))
 TWO_TYPES = ((Type.F32, Type.Q8_0), (Type.F16,), (Type.F32,), (Type.F16, Type.Q4_0))
 COPIES = NativeFfn(tuple(StoredExpert(e, kinds) for e, kinds in enumerate(TWO_TYPES)), (3, 0, 1, 2, 3))
@@ -240,8 +240,8 @@ COPIES = NativeFfn(tuple(StoredExpert(e, kinds) for e, kinds in enumerate(TWO_TY
 
 @pytest.mark.parametrize(
     "layers",
-    [[ALIASES, plain_ffn(4)], [NOVICES, COPIES], [ONLY_NOVICES, WIDTHS], [None, COPIES], [WIDTHS, None]],
-    ids=["aliases", "novices", "only-novices", "first-without", "last-without"],
+    [[ALIASES, plain_ffn(4)], [CONSTANTS, COPIES], [ONLY_CONSTANTS, WIDTHS], [None, COPIES], [WIDTHS, None]],
+    ids=["aliases", "constants", "only-constants", "first-without", "last-without"],
 )
 def test_native_files_compute_what_they_mean(
     tmp_path: Path, moe_checkpoint: Path, content: GGUFContent, layers: Sequence[NativeFfn | None]

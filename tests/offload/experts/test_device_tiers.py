@@ -230,15 +230,15 @@ def test_lossy_modes_decide_the_same_on_devices(where: Where, directory: Path) -
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
     case = where.config(path, lossy="gate:0.6")
     with closing(tiered_engine(reconfigured(case, rpc=()), 0.5)) as engine:
-        expected, lost = conversation(engine), engine.counters()["low_picks"]
+        expected, lost = conversation(engine), engine.counters()["low_selected"]
     for on_device in (0.3, WHOLE):
         with closing(device_engine(case, on_device, 0.5)) as engine:
             where.check(conversation(engine), expected)
             if where.is_exact:
-                assert engine.counters()["low_picks"] == lost > 0
+                assert engine.counters()["low_selected"] == lost > 0
     with closing(device_engine(reconfigured(case, lossy="low"), 0.3, 0.0)) as engine:
         assert np.isfinite(conversation(engine)).all()
-        assert engine.counters()["low_picks"] > 0
+        assert engine.counters()["low_selected"] > 0
         assert engine.counters()["device_hits"] > 0
     with closing(device_engine(reconfigured(case, lossy="elastic:0.5"), 0.3)) as engine:
         assert np.isfinite(conversation(engine)).all()

@@ -99,19 +99,21 @@ def exact(file: Path) -> Array:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("mode", ["gate:1", "gate:1,1", "skip:0", "novice:0", "adap:0", "rule:inf", None])
+@pytest.mark.parametrize("mode", ["gate:1", "gate:1,1", "skip:0", "constant:0", "adap:0", "rule:inf", None])
 def test_modes_that_lose_nothing(file: Path, exact: Array, mode: str | None, share: float) -> None:
     with closing(tiered_engine(config(file, mode), share)) as engine:
         np.testing.assert_array_equal(conversation(engine), exact)
         counters = engine.counters()
-        assert all(not counters.get(name) for name in ("low_picks", "skipped_picks", "novice_picks", "expected_kl"))
+        assert all(
+            not counters.get(name) for name in ("low_selected", "skipped_selected", "constant_selected", "expected_kl")
+        )
 
 
 @pytest.mark.parametrize("mode", ["low", "rule:0", "rule:1000"])
 def test_nothing_is_lost_while_all_is_in_memory(file: Path, exact: Array, mode: str) -> None:
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
         np.testing.assert_array_equal(conversation(engine), exact)
-        assert engine.counters()["low_picks"] == 0
+        assert engine.counters()["low_selected"] == 0
 
 
 def test_no_loss_allowed_is_the_exact_engine(file: Path, exact: Array) -> None:
@@ -231,7 +233,8 @@ def sensitive(limit: float) -> Callable[..., Any]:
         ("skip:0.6", small(0.6, constants=False)),
         ("skip:1", small(1, constants=False)),
         ("skip", small(0.4, constants=False)),
-        ("novice:0.7", small(0.7, constants=True)),
+        ("constant:0.7", small(0.7, constants=True)),
+        ("novice:0.7", small(0.7, constants=True)),  # as the version before called it
         ("adap:0.05", sensitive(0.05)),
     ],
 )
@@ -261,7 +264,7 @@ def test_a_layer_of_constants_alone_has_nothing_to_choose(directory: Path, stock
 # --- by weights alone ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["gate:0.4,0.7", "skip:0.5", "novice:0.5", "adap:0.03"])
+@pytest.mark.parametrize("mode", ["gate:0.4,0.7", "skip:0.5", "constant:0.5", "adap:0.03"])
 def test_gates_do_not_care_what_lies_where(file: Path, exact: Array, mode: str) -> None:
     """Every budget and policy, a cache that is cold or warm: the same bits."""
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
@@ -282,9 +285,9 @@ def test_copies_split_as_the_traced_shares_say(directory: Path, file: Path) -> N
     before = np.array([[sum(row[:rank]) / sum(row) for rank in range(N_USED)] for row in weights])
     # A trace's weights have eleven bits.
     slack = 2 * int((np.abs(before - 0.45) < 2e-3).sum() + (np.abs(before - 0.75) < 2e-3).sum())
-    assert abs(counters["low_picks"] - ((before > 0.45) & (before <= 0.75)).sum()) <= slack
-    assert abs(counters["skipped_picks"] + counters["novice_picks"] - (before > 0.75).sum()) <= slack
-    assert min(counters["low_picks"], counters["skipped_picks"], counters["novice_picks"]) > slack
+    assert abs(counters["low_selected"] - ((before > 0.45) & (before <= 0.75)).sum()) <= slack
+    assert abs(counters["skipped_selected"] + counters["constant_selected"] - (before > 0.75).sum()) <= slack
+    assert min(counters["low_selected"], counters["skipped_selected"], counters["constant_selected"]) > slack
 
 
 # --- by what is in memory ----------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ def test_nobody_waits_while_the_low_copies_fit(file: Path, mode: str) -> None:
         conversation(engine)
         counters = engine.counters()
         assert counters["misses"] == 0
-        assert counters["low_picks"] > 0
+        assert counters["low_selected"] > 0
         assert counters["expected_kl"] > 0
 
 
@@ -335,16 +338,16 @@ def test_a_gate_that_keeps_to_a_limit(file: Path) -> None:
         with closing(tiered_engine(config(file, "gate", max_kl=max_kl), 1.0)) as engine:
             conversation(engine)
             engines.append(engine.counters())
-    low_picks = [counters["low_picks"] for counters in engines]
-    assert low_picks == sorted(low_picks)
-    assert low_picks[0] < low_picks[-1] == 2 * len(TOKENS) * (N_USED - 1)
+    low_selected = [counters["low_selected"] for counters in engines]
+    assert low_selected == sorted(low_selected)
+    assert low_selected[0] < low_selected[-1] == 2 * len(TOKENS) * (N_USED - 1)
 
 
 def test_what_nobody_measured_is_not_reported(bare: Path) -> None:
     with closing(tiered_engine(config(bare, "low"), 0.5)) as engine:
         conversation(engine)
         counters = engine.counters()
-    assert counters["low_picks"] > 0
+    assert counters["low_selected"] > 0
     assert "expected_kl" not in counters
 
 
@@ -361,7 +364,7 @@ def test_the_ends_of_an_elastic_file(directory: Path, file: Path, stock: GGUFCon
         expected = conversation(engine)
     with closing(Engine.open(config(file, "elastic:0"))) as engine:
         np.testing.assert_array_equal(conversation(engine), expected)
-        assert engine.counters()["low_picks"] == 2 * len(TOKENS) * N_USED
+        assert engine.counters()["low_selected"] == 2 * len(TOKENS) * N_USED
 
 
 def test_an_elastic_file_reads_nothing_while_it_runs(file: Path, exact: Array) -> None:
@@ -373,7 +376,7 @@ def test_an_elastic_file_reads_nothing_while_it_runs(file: Path, exact: Array) -
             counters = engine.counters()
             assert counters["bytes_read"] == begin["bytes_read"]
             assert counters["misses"] == counters["pending"] == counters["ahead"] == 0
-            assert 0 < counters["low_picks"] < 2 * len(TOKENS) * N_USED
+            assert 0 < counters["low_selected"] < 2 * len(TOKENS) * N_USED
             assert counters["expected_kl"] > 0
             assert any("elastic" in note.lower() for note in engine.plan.notes)
     np.testing.assert_array_equal(told[0], told[1])
@@ -417,7 +420,7 @@ def test_names_and_values_that_there_are_not(file: Path, mode: str, told: str) -
     ("mode", "told"),
     [
         ("adap:0.01", "sensitivities"),
-        ("novice:0.1", "novices"),
+        ("constant:0.1", "constants"),
         ("skip", "Give one"),
         ("rule:100", "measured errors"),
     ],
@@ -465,7 +468,7 @@ def server() -> Iterator[RpcServer]:
         yield server
 
 
-@pytest.mark.parametrize("mode", ["gate:0.4,0.7", "novice:0.5", "elastic:0.5", "low"])
+@pytest.mark.parametrize("mode", ["gate:0.4,0.7", "constant:0.5", "elastic:0.5", "low"])
 def test_devices_change_no_selected_expert(file: Path, exact: Array, server: RpcServer, mode: str) -> None:
     """All best copies are in the device's slots, low ones and constant experts the host's; each has its own kernels."""
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
@@ -475,5 +478,5 @@ def test_devices_change_no_selected_expert(file: Path, exact: Array, server: Rpc
         if mode != "low":
             assert beside["device_hits"] > 0
     assert np.abs(got - expected).max() < 1e-3
-    assert beside.get("low_picks", 0) == counters["low_picks"]
+    assert beside.get("low_selected", 0) == counters["low_selected"]
     assert (np.abs(got - exact).max() > 1e-3) == (mode != "low")

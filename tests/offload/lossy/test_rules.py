@@ -185,17 +185,17 @@ def test_what_is_skipped_goes_to_the_others_and_else_no_bit_changes() -> None:
     assert (decision.weights[decision.stored == SKIPPED] == 0).all()
 
 
-def test_a_novice_takes_the_share_of_its_expert() -> None:
+def test_a_constant_takes_the_weight_of_its_expert() -> None:
     choice = choices(50, layer(Type.Q8_0, Type.Q4_0), 6)
     decision = SmallWeights({0: 1.0}, constants=True).choose(choice, Held())
-    is_novice = (decision.stored < 0) & (decision.stored != SKIPPED)
+    is_constant = (decision.stored < 0) & (decision.stored != SKIPPED)
     assert choice.layer.hints.fallback is not None
     fallback = np.array(choice.layer.hints.fallback)
-    np.testing.assert_array_equal(is_novice[:, 1:], fallback[choice.stored[:, 1:]] >= 0)
-    np.testing.assert_array_equal(decision.stored[is_novice], -1 - fallback[choice.stored[is_novice]])
+    np.testing.assert_array_equal(is_constant[:, 1:], fallback[choice.stored[:, 1:]] >= 0)
+    np.testing.assert_array_equal(decision.stored[is_constant], -1 - fallback[choice.stored[is_constant]])
 
 
-def test_picks_that_are_novices_already_stay() -> None:
+def test_selected_experts_that_are_constants_already_stay() -> None:
     one = choices(4, layer(Type.Q8_0, Type.Q4_0), 7)
     choice = replace(one, stored=np.where(one.stored == 2, -2, one.stored))
     for chooser in (Gate(0.2, 0.5), SmallWeights({0: 1.0}), Rule(mu=0.0), NeverWait()):
@@ -224,7 +224,7 @@ def test_costs_are_those_of_the_file() -> None:
     weights = np.zeros((n_selected, N_USED), np.float32)
     weights[:, 0] = weight
     account.decide(0, stored, weights)
-    assert account.counters.low_picks == n_selected
+    assert account.counters.low_selected == n_selected
     assert account.counters.expected_kl / n_tokens == pytest.approx(hints.low_error[expert], rel=1e-2)
 
 
@@ -240,12 +240,12 @@ def test_a_limit_is_never_passed() -> None:
             decision = account.decide(0, choice.stored, choice.weights)
             assert account.counters.expected_kl <= limit * n_read
             assert limit or (decision.copies == 0).all()
-        assert (account.counters.low_picks > 0) == (limit > 0)
+        assert (account.counters.low_selected > 0) == (limit > 0)
 
 
 def test_a_price_rises_while_less_is_lost_than_allowed() -> None:
     one = layer(Type.Q8_0, Type.Q4_0)
-    low_picks = []
+    low_selected = []
     for limit in (1e-4, 1e-2, 1.0):
         account = LossyStep([one], loss_tables([one]), Rule(price=1e-9), Held(), limit)
         for step in range(200):
@@ -253,8 +253,8 @@ def test_a_price_rises_while_less_is_lost_than_allowed() -> None:
             choice = choices(1, one, step)
             account.decide(0, choice.stored, choice.weights)
         assert account.counters.expected_kl <= 200 * limit
-        low_picks.append(account.counters.low_picks)
-    assert 0 < low_picks[0] < low_picks[1] < low_picks[2]
+        low_selected.append(account.counters.low_selected)
+    assert 0 < low_selected[0] < low_selected[1] < low_selected[2]
 
 
 def test_low_copies_come_first_where_most_would_use_them() -> None:

@@ -166,8 +166,16 @@ def test_the_inventory_counts_copies_and_not_tensors(tmp_path: Path, stock: GGUF
     full, cut = 3 * 64 * 96, 3 * 64 * 64
     assert (weights["experts", "Q8_0"], weights["low experts", "Q8_0"]) == (full, full), "they share a bucket"
     assert (weights["experts", "F16"], weights["experts", "Q4_0"], weights["low experts", "Q4_0"]) == (full, cut, full)
-    assert weights["novices", "F32"] == 2 * 64
-    expected = {"stored": [3, 0], "copies": 2, "layers_without": 1, "aliases": 1, "novice_rows": 2, "hints": True}
+    assert weights["constant experts", "F32"] == 2 * 64
+    expected = {
+        "stored": [3, 0],
+        "copies": 2,
+        "layers_without": 1,
+        "aliases": 1,
+        "constant_rows": 2,
+        "novice_rows": 2,
+        "hints": True,
+    }
     assert inventory.experts == expected
     assert inventory.sizes["n_expert"] == [6, 0]
     assert inventory.provenance["slimoe.measured_kl"] == [0.5, 1.5]
@@ -302,7 +310,7 @@ def changed(name: str, change: Callable[[StoredTensor], StoredTensor | None]) ->
     return apply
 
 
-UP, NOVICE = "blk.0.ffn_up_exps.b0.weight", "blk.0.ffn_novice.weight"
+UP, CONSTANT = "blk.0.ffn_up_exps.b0.weight", "blk.0.ffn_novice.weight"
 
 
 @pytest.mark.parametrize(
@@ -312,10 +320,14 @@ UP, NOVICE = "blk.0.ffn_up_exps.b0.weight", "blk.0.ffn_novice.weight"
         (UP, lambda t: replace(t, data=t.data[:1]), r"ffn_up_exps\.b0\.weight has the shape \(64, 96, 1\), but"),
         (UP, lambda t: replace(t, data=t.data[:, :64]), r"ffn_up_exps\.b0\.weight has the shape \(64, 64, 2\), but"),
         (UP, lambda t: replace(t, data=t.data[0]), r"ffn_up_exps\.b0\.weight has the shape \(64, 96\), but"),
-        (NOVICE, lambda t: None, "3 experts and 0 constants are stored"),
-        (NOVICE, lambda t: replace(t, data=t.data[:1]), "3 experts and 1 constants are stored"),
-        (NOVICE, lambda t: replace(t, data=t.data[:, :32]), r"ffn_novice\.weight is F32 \(32, 2\), not F32 \[64, n\]"),
-        (NOVICE, lambda t: StoredTensor(t.data.astype(np.float16), Type.F16), "is F16"),
+        (CONSTANT, lambda t: None, "3 experts and 0 constants are stored"),
+        (CONSTANT, lambda t: replace(t, data=t.data[:1]), "3 experts and 1 constants are stored"),
+        (
+            CONSTANT,
+            lambda t: replace(t, data=t.data[:, :32]),
+            r"ffn_novice\.weight is F32 \(32, 2\), not F32 \[64, n\]",
+        ),
+        (CONSTANT, lambda t: StoredTensor(t.data.astype(np.float16), Type.F16), "is F16"),
         ("blk.1.ffn_norm.weight", lambda t: None, r"tensor blk\.1\.ffn_norm\.weight is missing"),
         ("blk.1.ffn_gate_inp.weight", lambda t: replace(t, data=t.data[:3]), r"ffn_gate_inp\.weight has the shape"),
     ],

@@ -155,13 +155,13 @@ async def test_a_resident_engine_exports_no_tiers(model: Path) -> None:
 
 
 def test_counters_are_sorted_by_their_unit() -> None:
-    totals = {"stall_seconds": 0.5, "n_prefetched": 3.0, "bytes_uploaded": 9.0, "low_picks": 2.0}
+    totals = {"stall_seconds": 0.5, "n_prefetched": 3.0, "bytes_uploaded": 9.0, "low_selected": 2.0}
     samples = [sample for family in TierCollector(lambda: totals).collect() for sample in family.samples]
     assert {(sample.name, sample.labels["what"]): sample.value for sample in samples} == {
         ("slimoe_tier_seconds_total", "stall"): 0.5,
         ("slimoe_tier_events_total", "prefetched"): 3.0,
         ("slimoe_tier_bytes_total", "uploaded"): 9.0,
-        ("slimoe_tier_events_total", "low_picks"): 2.0,
+        ("slimoe_tier_events_total", "low_selected"): 2.0,
     }
 
 

@@ -19,6 +19,7 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import RECIPE
 from slimoe.server.cli import run
 from slimoe.server.commands.convert import command as convert_command
+from slimoe.server.commands.plan import command as plan_command
 from slimoe.server.options.compress_options import CompressOptions
 from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
@@ -110,12 +111,13 @@ def test_what_the_plan_keeps_is_in_the_file(
     model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.gguf"
-    flags = ["--keep-experts", "4", "--novices", "--score", "reap", "--drop-attention", "1", "--type", "q8_0"]
+    flags = ["--keep-experts", "4", "--constants", "--score", "reap", "--drop-attention", "1", "--type", "q8_0"]
     status, out, _ = told(["convert", model, target, *flags, "--stats", stats, "--json"], capsys)
     report: dict[str, Any] = json.loads(out)
     assert status == 0
     assert [len(layer["experts"]) for layer in report["layers"]] == [4, 4, 4]
-    assert [layer["n_novices"] for layer in report["layers"]] == [2, 2, 2]
+    assert [layer["n_constants"] for layer in report["layers"]] == [2, 2, 2]
+    assert [layer["n_novices"] for layer in report["layers"]] == [2, 2, 2], "as the version before called them"
     assert report["expected_kl_lacks"] == []
     assert report["expected_kl"] > 0
     assert sum(layer["attention"] is None for layer in report["layers"]) == 1
@@ -162,7 +164,7 @@ def test_sizes_of_ready_recipes_are_for_stock_too(model: Path, stats: Path, caps
         report = json.loads(out)
         assert (status, report["loads_in"]) == (0, where)
         made = parse_recipe(report["recipe"], RECIPE_SIZES)
-        assert made.free_novices == made.free_layers == (not flags)
+        assert made.free_constants == made.free_layers == (not flags)
 
 
 def test_second_copies_need_no_statistics(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,17 +193,17 @@ def test_one_budget_takes_the_place_of_the_other() -> None:
     assert CompressOptions(tables=both).merged({}) == both
 
 
-def test_novices_stand_in_for_what_is_dropped_or_may_be() -> None:
-    assert CompressOptions(novices=True).merged({"experts": {"keep": 3}})["experts"] == {
+def test_constants_stand_in_for_what_is_dropped_or_may_be() -> None:
+    assert CompressOptions(constants=True).merged({"experts": {"keep": 3}})["experts"] == {
         "keep": 3,
-        "replacement": "novice",
+        "replacement": "constant",
     }
-    assert CompressOptions(novices=True).merged({"target_size": 5}) == {"target_size": 5, "free_novices": True}
+    assert CompressOptions(constants=True).merged({"target_size": 5}) == {"target_size": 5, "free_constants": True}
 
 
 def test_a_recipe_is_not_changed_by_flags() -> None:
     recipe = {"experts": {"keep": 3}}
-    CompressOptions(novices=True, tables={"experts": {"keep": 4}}).merged(recipe)
+    CompressOptions(constants=True, tables={"experts": {"keep": 4}}).merged(recipe)
     assert recipe == {"experts": {"keep": 3}}
 
 
@@ -209,20 +211,20 @@ def test_a_recipe_is_not_changed_by_flags() -> None:
 
 CONTRADICTING: dict[str, tuple[list[str], str]] = {
     "two budgets": (["--target-size", "1MB", "--target-bpw", "3"], "--target-size and --target-bpw are two budgets"),
-    "merge and novices": (
-        ["--merge", "hc-smoe", "--keep-experts", "3", "--novices"],
-        "--merge leaves no expert out, and --novices puts",
+    "merge and constants": (
+        ["--merge", "hc-smoe", "--keep-experts", "3", "--constants"],
+        "--merge leaves no expert out, and --constants puts",
     ),
-    "merge and free novices": (
-        ["--merge", "hc-smoe", "--target-size", "1MB", "--novices"],
-        "--novices puts constants in place of experts, which --merge merges",
+    "merge and free constants": (
+        ["--merge", "hc-smoe", "--target-size", "1MB", "--constants"],
+        "--constants puts constants in place of experts, which --merge merges",
     ),
     "merge alone": (
         ["--merge", "hc-smoe"],
         "--merge needs the number of experts to merge down to. Give --keep-",
     ),
     "merge and width": (["--merge", "hc-smoe", "--keep-experts", "3", "--width", "64"], "which --width cannot trim"),
-    "novices alone": (["--novices"], "nothing says how many. Give --keep-experts, --target-size or --target-bpw."),
+    "constants alone": (["--constants"], "nothing says how many. Give --keep-experts, --target-size or --target-bpw."),
     "overall alone": (
         ["--overall"],
         "--overall ranks the experts to drop, and none is dropped. Give --keep-",
@@ -240,11 +242,14 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
         "--two-copies is the type of low-bit copies, which would be no smaller",
     ),
     "pair of mixes": (["--two-copies", "q8_0,q4_k_m"], "--two-copies is 'q4_k_m', but must be a type"),
-    "stock and novices": (
-        ["--stock", "--keep-experts", "4", "--novices"],
-        "--stock keeps to what llama.cpp loads, which cannot hold constants in place of experts (--novices). Leave one",
+    "stock and constants": (
+        ["--stock", "--keep-experts", "4", "--constants"],
+        "--stock keeps to what llama.cpp loads, which cannot hold constants in place of experts (--constants). Leave",
     ),
-    "stock and free novices": (["--stock", "--target-size", "1MB", "--novices"], "in place of experts (--novices)"),
+    "stock and free constants": (
+        ["--stock", "--target-size", "1MB", "--constants"],
+        "in place of experts (--constants)",
+    ),
     "stock and layers": (["--stock", "--drop-layers", "1"], "cannot hold layers without experts (--drop-layers)"),
     "stock and attention": (["--stock", "--drop-attention", "1"], "layers without attention (--drop-attention)"),
     "stock and copies": (["--stock", "--recipe", "hobbit"], "hobbit: --stock keeps to what llama.cpp loads"),
@@ -317,7 +322,7 @@ def test_statistics_of_another_checkpoint(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [[], ["--stock"], ["--novices"]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--stock"], ["--constants"]], ids=str)
 def test_a_size_that_no_plan_meets(
     model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
@@ -394,7 +399,8 @@ def test_an_interruption_leaves_nothing(
     assert (status, out) == (130, "")
     assert "bytes will be written" in err
     assert "m.gguf was not written, and no part of it is left" in err
-    assert len(written) == 21
+    # Of the two pieces that are under way for a thread, the other may have been begun.
+    assert len(written) in {21, 22}
     assert not any(tmp_path.iterdir())
 
 
@@ -411,7 +417,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 def test_help_names_every_key_of_a_recipe_that_has_a_flag() -> None:
     flags = {flag for parameter in convert_command.params for flag in parameter.opts}
     asked = "--target-size --target-bpw --stats --recipe --list-recipes --stock --keep-experts --score --drop-layers"
-    asked += " --drop-blocks --drop-attention --merge --novices --width --feedback --refit"
+    asked += " --drop-blocks --drop-attention --merge --constants --width --feedback --refit"
     assert set(asked.split()) <= flags
 
 
@@ -428,7 +434,8 @@ def test_what_must_be_installed(
     assert (status, err) == (2, "slimoe: Compressing needs torch. Install it: pip install 'slimoe[convert]'")
 
 
-def test_the_old_spelling_of_two_copies_is_understood() -> None:
-    context = convert_command.make_context("convert", ["source", "target", "--pair", "Q4_K,Q2_K"])
-    assert context.params["two_copies"] == "Q4_K,Q2_K"
-    assert "--pair" not in convert_command.get_help(context)
+def test_old_spellings_of_flags_are_understood() -> None:
+    context = convert_command.make_context("convert", ["source", "target", "--pair", "Q4_K,Q2_K", "--novices"])
+    assert (context.params["two_copies"], context.params["constants"]) == ("Q4_K,Q2_K", True)
+    assert not {"--pair", "--novices"} & set(convert_command.get_help(context).split())
+    assert plan_command.make_context("plan", ["model", "--novices"]).params["constants"]

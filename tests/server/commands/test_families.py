@@ -38,7 +38,7 @@ COMPRESSED = {
     "size": ["--target-size", "1900KB"],
     "stock size": ["--target-size", "1900KB", "--stock"],
     "hobbit": ["--recipe", "hobbit"],
-    "constants": ["--keep-experts", "5", "--novices", "--type", "Q8_0"],
+    "constants": ["--keep-experts", "5", "--constants", "--type", "Q8_0"],
     "pruned": ["--keep-experts", "6", "--type", "Q6_K", "--stock"],
     "merged": ["--merge", "hc-smoe", "--keep-experts", "5", "--type", "Q8_0"],
     "narrow": ["--width", "128", "--type", "Q8_0"],

@@ -25,7 +25,7 @@ FLAGS = {
     "gate": [["--lossy", "gate"], ["--lossy", "gate:0.6"], ["--lossy", "gate:0.6,0.9"]],
     "skip": [["--lossy", "skip"], ["--lossy", "skip:0.2"]],
     "skip:R": [["--lossy", "skip:0.2"]],
-    "novice": [["--lossy", "novice"], ["--lossy", "novice:0.3"]],
+    "constant": [["--lossy", "constant"], ["--lossy", "constant:0.3"]],
     "adap": [["--lossy", "adap:0.005"]],
     "rule": [["--lossy", "rule:100"], ["--lossy", "rule:0"], ["--lossy", "rule:inf"]],
     "elastic": [["--lossy", "elastic"], ["--lossy", "elastic:0.5"]],
@@ -90,7 +90,7 @@ def test_fallbacks_stand_behind_the_constants_of_experts_that_are_gone(
     model: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     stats, target = files["one"].with_name("tiny.stats"), tmp_path / "m.gguf"
-    flags = ["--stats", str(stats), "--keep-experts", "3", "--novices", "--type", "Q8_0", "--no-report"]
+    flags = ["--stats", str(stats), "--keep-experts", "3", "--constants", "--type", "Q8_0", "--no-report"]
     assert run(["convert", str(model), str(target), *flags]) == 0
     metadata, tensors = read_gguf(target).metadata, read_gguf(target).tensors
     target_of_rows, fallbacks = (np.asarray(metadata[f"slimoe.expert.{key}"]) for key in ("target", "fallback"))

@@ -61,7 +61,7 @@ def test_plan_of_a_model_that_does_not_fit_whole(capsys: pytest.CaptureFixture[s
     assert run([*PLAN, "--json", *ram]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"] is True
-    assert planned["bytes"]["arena"] > 0
+    assert planned["bytes"]["host_pool"] > 0
     assert planned["required_bytes"] == sum(planned["bytes"].values()) == planned["available_bytes"]
     assert run([*PLAN, *ram]) == 0
     assert "experts, read from disk" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_the_nearest_context_that_fits_is_named(capsys: pytest.CaptureFixture[st
     """Each token takes 4096 bytes of the KV cache; the room is for one and a half thousand of them."""
     assert run([*PLAN, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    room = planned["required_bytes"] - planned["bytes"]["arena" if "arena" in planned["bytes"] else "copied"]
+    room = planned["required_bytes"] - planned["bytes"]["host_pool" if "host_pool" in planned["bytes"] else "copied"]
     ram = ("--ram", str(room))
     assert run([*PLAN, *ram, "--ctx", "1000000", "--json"]) == 4
     out, _ = capsys.readouterr()

@@ -62,7 +62,7 @@ def test_a_report_is_replaced_on_demand_and_keeps_what_converting_knew(
 ) -> None:
     target = tmp_path / "m.gguf"
     eval_flags: list[str | Path] = ["--eval-text", text, "--eval-tokens", "400"]
-    assert convert(moe_checkpoint, target, stats, "--drop-layers", "1", *eval_flags, "--novices") == 0
+    assert convert(moe_checkpoint, target, stats, "--drop-layers", "1", *eval_flags, "--constants") == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("m.gguf*") if path.is_file()}
     first = json.loads(report_paths(target)["json"].read_text())
     again = ["report", *map(str, [moe_checkpoint, target, "--eval-text", text, "--eval-tokens", "100"])]
