@@ -16,6 +16,7 @@ from slimoe.converter.budget.named_types import typed_matrices, with_low_copies,
 from slimoe.converter.budget.structure import whole_layer
 from slimoe.converter.gguf.writer import Progress, check_target
 from slimoe.converter.layout.layer import Matrix, check_plan
+from slimoe.converter.layout.metadata import llamacpp_problem
 from slimoe.converter.layout.offsets import FileLayout, lay_out
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import TypeRecipe, find_recipe
@@ -73,8 +74,14 @@ class Conversion:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person is told of the file besides its size."""
-        told = () if self.layout.spec.is_native else notes(self.layout.metadata)
-        return (*told, *unfit_notes(self.matrices, len(self.layout.tensors)))
+        spec = self.layout.spec
+        told = () if spec.is_native else notes(self.layout.metadata)
+        problem = None if spec.is_native else llamacpp_problem(spec)
+        return (
+            *([f"{problem} slimoe does."] if problem else ()),
+            *told,
+            *unfit_notes(self.matrices, len(self.layout.tensors)),
+        )
 
     def importance(self, matrix: Matrix) -> NDArray[np.float32] | None:
         """Of the matrix's columns [n_per_row]; None where nothing is known of them."""

@@ -19,6 +19,7 @@ from slimoe.converter.budget.named_types import (
 )
 from slimoe.converter.budget.structure import Structure, build_structure
 from slimoe.converter.budget.types import TypeAllocator, too_large
+from slimoe.converter.layout.metadata import llamacpp_problem
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
@@ -35,7 +36,7 @@ from slimoe.converter.stats.type_costs import (
     priced_matrices,
     stored_costs,
 )
-from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, and with how much of it is done, of how much."""
@@ -62,6 +63,8 @@ def plan_compression(
     Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
     which names the least, and UnsupportedModelError for what the format cannot hold.
     """
+    if recipe.format == "stock" and (problem := llamacpp_problem(source.spec)):
+        raise UnsupportedModelError(source.path, problem, "Leave --stock out.")
     job = _Job(source, statistics, recipe, n_threads, on_progress)
     structure = job.structure()
     plan, budget = job.open_plan(structure), target_bytes(source, recipe)

@@ -34,6 +34,17 @@ _OF_ITS_OWN = (
 )
 
 
+def llamacpp_problem(spec: ModelSpec) -> str | None:
+    """Why llama.cpp does not load a file of these sizes, though it is a stock one; None where it does."""
+    if spec.architecture.qk_norm == "row" and spec.n_head_kv != spec.n_head:
+        name, heads = (
+            spec.architecture.name,
+            f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries",
+        )
+        return f"llama.cpp does not load an {name} model with fewer heads of keys than of queries, and {heads}."
+    return None
+
+
 def carried_metadata(source: ModelSource) -> dict[str, Value]:
     """What the result takes over from the source unchanged, arrays as lists."""
     kept = {key: value for key, value in source.metadata.items() if key not in _OF_ITS_OWN}

@@ -162,7 +162,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
             continue
         for copy, n_slot in sorted(of_stack.items()):
             amounts = (amount * n_slot // of_stack.total() for amount in (tensor.n_elements, tensor.n_bytes))
-            tensors.append(("low experts" if copy else "experts", tensor.type.name, *amounts))
+            tensors.append(("low-bit copies" if copy else "experts", tensor.type.name, *amounts))
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}

@@ -196,7 +196,7 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     """
     if text is None and max_kl is None:
         return None
-    name, _, values = ("rule" if text is None else text).partition(":")
+    name, colon, values = ("rule" if text is None else text).partition(":")
     name = OLD_NAMES.get(name, name)
     if name not in LOSSY:
         raise UsageError(f"There is no lossy mode {name!r}. Choose one of {', '.join(LOSSY)}.")
@@ -212,8 +212,10 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     chooser = LOSSY[name](request)
     if chooser is None or (max_kl == 0 and name != "elastic"):
         return None
-    asked = " ".join([*(f"--lossy {text}" for _ in (text,) if text), *(f"--max-kl {x:g}" for x in (max_kl,) if x)])
-    return Lossy(chooser, request.tables, f"Lossy: {asked}.", max_kl if name == "rule" else None)
+    flags = [] if text is None else [f"--lossy {name}{colon}{values}"]
+    flags += [f"--max-kl {max_kl:g}"] if max_kl else []
+    note = f"Answers are not exact: {' '.join(flags)} is on."
+    return Lossy(chooser, request.tables, note, max_kl if name == "rule" else None)
 
 
 def with_resident(lossy: Lossy, layers: Layers, tiers: TierPlan, priors: Values | None) -> Lossy:

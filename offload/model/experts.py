@@ -90,7 +90,7 @@ class ExpertLayer:
 
     @property
     def low_error(self) -> tuple[float, ...] | None:
-        """Per stored expert, the rise in KL when its low copy always replaces its best one; None if not measured."""
+        """Per stored expert, the rise in KL when its low-bit copy replaces its best one; None if not measured."""
         return self.hints.low_error
 
 

@@ -94,6 +94,8 @@ def command(values: Mapping[str, Any]) -> None:
     )
     if report.n_seen < report.n_experts:
         tell("Nothing is known of the others; more or more varied text may reach them.")
+    if values["no_sensitivity"]:
+        tell("Sizes (--target-size, --target-bpw) need the backward pass that --no-sensitivity left out.")
     if values["as_json"]:
         fields = asdict(report) | {"path": str(report.path), "estimated_seconds": planned.estimate.total_seconds}
         click.echo(msgspec.json.encode(fields))

@@ -174,7 +174,7 @@ def test_inspect_counts_the_copies(pair: Path, capsys: pytest.CaptureFixture[str
     assert set(found["provenance"]) >= {"slimoe.recipe", "slimoe.source.sha256", "slimoe.version"}
     assert not [key for key in found["provenance"] if key.startswith("slimoe.expert")]
     stored = file_tensors(pair)
-    for kind, bucket in (("experts", "b0"), ("low experts", "b1")):
+    for kind, bucket in (("experts", "b0"), ("low-bit copies", "b1")):
         rows = [row for row in found["tensors"] if row["kind"] == kind]
         expected = sum(int(tensor.n_bytes) for name, tensor in stored.items() if f"_exps.{bucket}." in name)
         assert sum(row["n_bytes"] for row in rows) == expected

@@ -164,8 +164,12 @@ def test_the_inventory_counts_copies_and_not_tensors(tmp_path: Path, stock: GGUF
     inventory = take_inventory(write_native(tmp_path / "m.gguf", stock, [MIXED, None], measured_kl=(0.5, 1.5)))
     weights = {(count.kind, count.type): count.n_weights for count in inventory.counts}
     full, cut = 3 * 64 * 96, 3 * 64 * 64
-    assert (weights["experts", "Q8_0"], weights["low experts", "Q8_0"]) == (full, full), "they share a bucket"
-    assert (weights["experts", "F16"], weights["experts", "Q4_0"], weights["low experts", "Q4_0"]) == (full, cut, full)
+    assert (weights["experts", "Q8_0"], weights["low-bit copies", "Q8_0"]) == (full, full), "they share a bucket"
+    assert (weights["experts", "F16"], weights["experts", "Q4_0"], weights["low-bit copies", "Q4_0"]) == (
+        full,
+        cut,
+        full,
+    )
     assert weights["constant experts", "F32"] == 2 * 64
     expected = {
         "stored": [3, 0],

@@ -11,7 +11,10 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
+from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.convert import ConvertOptions, plan
 from slimoe.converter.forward.stream import Sequences, final_logits, run
+from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
@@ -112,6 +115,10 @@ def test_grouped_keys_of_an_olmoe(tmp_path: Path) -> None:
     expected = logits(source, TOKENS).numpy()
     np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
     np.testing.assert_allclose(engines(converted(source, tmp_path / "m.gguf")), expected, atol=1e-3)
+    problem = "llama.cpp does not load an olmoe model with fewer heads of keys than of queries"
+    assert any(problem in note for note in plan(ConvertOptions(source, tmp_path / "n.gguf", "F16")).notes)
+    with pytest.raises(UnsupportedModelError, match=problem):
+        plan_compression(open_source(source), None, Recipe(format="stock"))
 
 
 def test_text_is_read_as_transformers_reads_it(checkpoint: Path, tmp_path: Path) -> None:
