@@ -5,7 +5,7 @@ the server drops answers to ids that it no longer knows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,11 +38,47 @@ class TokenPrompt(Message, frozen=True):
     ids: tuple[int, ...]
 
 
-class Turn(NamedTuple):
-    """One message of a conversation as chat templates take it; `role` is system, developer, user, assistant or tool."""
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    """A call of a tool that the assistant made; `arguments` is what it wrote, JSON where it wrote well."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """One message of a conversation; `role` is system, developer, user, assistant or tool.
+
+    The assistant's may hold `calls` and its `reasoning`; a tool's names the call that it answers by `call_id`, and the
+    tool by `name`, which is a speaker's name in the other roles.
+    """
 
     role: str
     content: str
+    calls: tuple[Call, ...] = ()
+    call_id: str = ""
+    name: str = ""
+    reasoning: str = ""
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A tool that the assistant may call; `parameters` is the JSON schema of its arguments, as text.
+
+    With `strict` every call must follow the schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: str = "{}"
+    strict: bool = False
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """Whether tools are called: `mode` required demands a call, of the tool `name` if one is named."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    name: str = ""
+    is_parallel: bool = True
 
 
 class ChatPrompt(Message, frozen=True):
@@ -50,6 +86,8 @@ class ChatPrompt(Message, frozen=True):
 
     messages: tuple[Turn, ...]
     values: dict[str, Any] = {}
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
 
 
 PromptSource = TextPrompt | TokenPrompt | ChatPrompt
@@ -149,11 +187,23 @@ class Failure(Message, frozen=True):
     available_bytes: int = 0
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """How to read an answer: the `family` whose marks it uses for reasoning and calls, none for plain text.
+
+    With `begins_thinking` the prompt has opened the reasoning already; with `has_tools` calls are looked for.
+    """
+
+    family: str = ""
+    begins_thinking: bool = False
+    has_tools: bool = False
+
+
 class Accepted(Message, frozen=True):
     """From the engine: the prompt is valid and the request waits for its turn."""
 
     id: int
     n_prompt: int
+    reading: Reading = Reading()
 
 
 class Progress(Message, frozen=True):

@@ -50,10 +50,11 @@ FLOORS = {
     ),
     "server": (
         {"child_python", "log_format", "messages", "telling"},
-        {"api_error", "options"},
+        {"api_error", "formats", "options"},
         {"chat", "http"},
         {"process", "terminal"},
         {"api", "jobs"},
+        {"dialects"},
         {"app"},
         {"serving"},
         {"commands"},

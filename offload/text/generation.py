@@ -40,13 +40,27 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """The form that an answer is held to: a JSON schema, a regular expression, or a grammar in Lark's or GBNF's words.
+
+    `param` is the field that asked for it, which errors name.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "gbnf"]
+    text: str
+    param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request to the engine.
 
     `max_tokens` None runs to the end of the context window, 0 only reads the prompt. `stop` are strings that end
     the answer and are not part of it. `n_logprobs` None reports none, N the chosen token's and the N likeliest.
     `prompt_logprobs` reports the same for every prompt token (the first has none). `strips_space` leaves out the space
-    that begins the first word: a chat template puts it there itself when the answer is read again.
+    that begins the first word: a chat template puts it there itself when the answer is read again. `constraint` is the
+    form that the answer is held to. With `shows_control` control tokens are part of the answer's text, by their names,
+    except those that end it: readers of tool calls look for them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -57,6 +71,8 @@ class GenerationRequest:
     n_logprobs: int | None = None
     prompt_logprobs: bool = False
     strips_space: bool = False
+    constraint: Constraint | None = None
+    shows_control: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from slimoe.offload.text.generation import GenerationRequest, Timings
 from slimoe.server import messages
-from slimoe.server.api.scored_text import Piece, ScoredText
+from slimoe.server.api.scored_text import ScoredPiece, ScoredText
+from slimoe.server.formats.answer_reader import AnswerReader, CallDelta, Parts, PlainReader, joined, reader_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,15 @@ def choices_of(prompts: Sequence[messages.PromptSource], request: GenerationRequ
     return choices
 
 
+class Piece(NamedTuple):
+    """What an answer of the engine adds to a choice: text with its tokens' scores, reasoning, and calls of tools."""
+
+    text: str
+    scores: list[messages.ScoredToken]
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
 @dataclass(slots=True)
 class ChoiceState:
     """What the engine has generated of one choice so far."""
@@ -39,30 +50,51 @@ class ChoiceState:
     scores: list[messages.ScoredToken] = field(default_factory=list)
     prompt_scores: list[messages.ScoredToken] = field(default_factory=list)
     done: messages.Done | None = None
+    reasoning_parts: list[str] = field(default_factory=list)
+    calls: list[messages.Call] = field(default_factory=list)
     _released: ScoredText = field(default_factory=ScoredText)
+    _reader: AnswerReader = field(default_factory=PlainReader)
 
     def add(self, answer: messages.Answer) -> Piece:
         """Takes in an answer of the engine and returns what it adds to the choice's text."""
-        piece = Piece("", [])
+        scored, read = ScoredPiece("", []), Parts()
         match answer:
-            case messages.Accepted(n_prompt=n_prompt):
+            case messages.Accepted(n_prompt=n_prompt, reading=reading):
                 self.n_prompt = n_prompt
+                self._reader = reader_of(reading)
             case messages.PromptScores(tokens=tokens):
                 self.prompt_scores.extend(tokens)
-            case messages.Step(text=text, scored=scored):
+            case messages.Step(text=text, scored=token):
                 self.n_steps += 1
-                piece = self._released.add(text, scored)
+                scored = self._released.add(text, token)
+                read = self._reader.feed(scored.text)
             case messages.Done(text=text):
                 self.done = answer
-                piece = self._released.finish(text)
-        self.parts.append(piece.text)
-        self.scores += piece.scores
-        return piece
+                scored = self._released.finish(text)
+                read = joined(self._reader.feed(scored.text), self._reader.finish())
+        self.parts.append(read.text)
+        self.reasoning_parts.append(read.reasoning)
+        self.scores += scored.scores
+        for delta in read.calls:
+            self._add_call(delta)
+        return Piece(read.text, scored.scores, read.reasoning, read.calls)
+
+    def _add_call(self, delta: CallDelta) -> None:
+        """Appends the piece to its call, which it may begin."""
+        if delta.number == len(self.calls):
+            self.calls.append(messages.Call(delta.name, "", delta.id))
+        call = self.calls[delta.number]
+        self.calls[delta.number] = messages.Call(call.name, call.arguments + delta.arguments, call.id)
 
     @property
     def text(self) -> str:
         """The text so far."""
         return "".join(self.parts)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(self.reasoning_parts)
 
     @property
     def timings(self) -> Timings | None:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from slimoe.server.api.arrivals import arrivals
+from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.choice import Choice, ChoiceState
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.shape import Shape
@@ -14,7 +15,7 @@ from slimoe.server.api.unsupported_fields import UnsupportedFields
 from slimoe.server.api_error import from_failure, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
 from slimoe.server.process.request_handle import EngineFailure
-from slimoe.server.process.supervisor import QueueFullError, Supervisor
+from slimoe.server.process.supervisor import QueueFullError
 
 PING_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -23,17 +24,17 @@ _log = logging.getLogger(__name__)
 class GenerationApi:
     """Generates for every endpoint that answers with text, whatever dialect its `Shape` writes."""
 
-    def __init__(self, supervisor: Supervisor, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
-        self.supervisor = supervisor
+    def __init__(self, backends: Backends, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
+        self.backends = backends
         self.unsupported = UnsupportedFields()
         self._metrics = metrics
         self._ping_seconds = ping_seconds
 
-    async def whole(self, choices: Sequence[Choice], shape: Shape) -> web.Response:
+    async def whole(self, backend: Backend, choices: Sequence[Choice], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""
         states = [ChoiceState(choice) for choice in choices]
         try:
-            async with aclosing(arrivals(self.supervisor, self._metrics, choices)) as arriving:
+            async with aclosing(arrivals(backend.supervisor, self._metrics, choices)) as arriving:
                 async for arrival in arriving:
                     assert arrival is not None, "nobody asked to be told of silence"
                     for answer in arrival.answers:
@@ -44,12 +45,14 @@ class GenerationApi:
             raise from_failure(error.failure, shape.prompt_param) from None
         return web.Response(body=shape.whole(states), content_type="application/json")
 
-    async def stream(self, request: web.Request, choices: Sequence[Choice], shape: Shape) -> web.StreamResponse:
+    async def stream(
+        self, request: web.Request, backend: Backend, choices: Sequence[Choice], shape: Shape
+    ) -> web.StreamResponse:
         """All choices as server-sent events; raises ApiError as long as nothing is written."""
         states = [ChoiceState(choice) for choice in choices]
         events = EventStream(request)
         try:
-            async with aclosing(arrivals(self.supervisor, self._metrics, choices, self._ping_seconds)) as arriving:
+            async with aclosing(arrivals(backend.supervisor, self._metrics, choices, self._ping_seconds)) as arriving:
                 async for arrival in arriving:
                     if arrival is None:
                         await events.ping()

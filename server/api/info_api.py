@@ -8,11 +8,10 @@ import msgspec
 from aiohttp import web
 
 from slimoe.server import messages
-from slimoe.server.api.chat_api import ChatRequest, chat_prompt, refuse_unsupported
+from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.metrics import Metrics
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
+from slimoe.server.api.request_body import read_body
 from slimoe.server.api.served_model import ServedModel
-from slimoe.server.api.unsupported_fields import CHAT, UnsupportedFields
 from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
@@ -46,7 +45,19 @@ class InfoApi:
         self._model = model
         self._supervisor = supervisor
         self._metrics = metrics
-        self._unsupported = UnsupportedFields()
+
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoints."""
+        return [
+            Endpoint("GET", "/health", self.health, aliases=("/v1/health",)),
+            Endpoint("GET", "/v1/models", self.models),
+            Endpoint("GET", "/v1/models/{id:.+}", self.model),
+            Endpoint("GET", "/props", self.props),
+            Endpoint("GET", "/metrics", self.metrics),
+            Endpoint("GET", "/tokenizer_info", self.tokenizer_info, aliases=("/v1/tokenizer_info",)),
+            Endpoint("POST", "/tokenize", self.tokenize, TokenizeBody, aliases=("/v1/tokenize",)),
+            Endpoint("POST", "/detokenize", self.detokenize, DetokenizeBody, aliases=("/v1/detokenize",)),
+        ]
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when requests are answered; 503 with progress while loading or why not now, 500 when loading failed."""
@@ -152,17 +163,6 @@ class InfoApi:
         answer = await self._ask(lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
         assert isinstance(answer, messages.Text)
         return _json({"content": answer.text, "prompt": answer.text})
-
-    async def apply_template(self, request: web.Request) -> web.Response:
-        """The text that a conversation becomes; raises ApiError."""
-        body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
-        self._unsupported.refuse(body, CHAT)
-        refuse_unsupported(body)
-        prompt = chat_prompt(body)
-        generate = body.add_generation_prompt is not False
-        answer = await self._ask(lambda id: messages.Render(id, prompt, generate), "messages")
-        assert isinstance(answer, messages.Text)
-        return _json({"prompt": answer.text})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""

@@ -9,7 +9,7 @@ import msgspec
 from slimoe.server.messages import ScoredToken
 
 
-class Piece(NamedTuple):
+class ScoredPiece(NamedTuple):
     """A piece of an answer, and the scores of its tokens if there are any."""
 
     text: str
@@ -29,7 +29,7 @@ class ScoredText:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_whole: list[bool] = []
 
-    def add(self, text: str, token: ScoredToken | None) -> Piece:
+    def add(self, text: str, token: ScoredToken | None) -> ScoredPiece:
         """Adds a step of the engine, with `token` if scores were asked for, and returns what can be sent now."""
         self._text += text
         if token is not None:
@@ -47,7 +47,7 @@ class ScoredText:
                 n_tokens, n_chars = n, at
         return self._take(n_chars, n_tokens)
 
-    def finish(self, text: str) -> Piece:
+    def finish(self, text: str) -> ScoredPiece:
         """Adds the last `text` of the engine and returns the rest; a token is cut off where the text ends."""
         left = self._text = self._text + text
         scores: list[ScoredToken] = []
@@ -65,10 +65,10 @@ class ScoredText:
         if left and scores:
             # The mark that stands for a character of which the last tokens are only the beginning.
             scores[-1] = msgspec.structs.replace(scores[-1], text=(scores[-1].text or "") + left)
-        return Piece(self._take(len(self._text), 0).text, scores)
+        return ScoredPiece(self._take(len(self._text), 0).text, scores)
 
-    def _take(self, n_chars: int, n_tokens: int) -> Piece:
-        piece = Piece(self._text[:n_chars], self._tokens[:n_tokens])
+    def _take(self, n_chars: int, n_tokens: int) -> ScoredPiece:
+        piece = ScoredPiece(self._text[:n_chars], self._tokens[:n_tokens])
         self._text = self._text[n_chars:]
         del self._tokens[:n_tokens], self._is_whole[:n_tokens]
         return piece

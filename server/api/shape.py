@@ -12,9 +12,8 @@ from msgspec import UNSET, UnsetType
 
 from slimoe.server import messages
 from slimoe.server.api import wire
-from slimoe.server.api.choice import ChoiceState
+from slimoe.server.api.choice import ChoiceState, Piece
 from slimoe.server.api.request_body import StreamOptions
-from slimoe.server.api.scored_text import Piece
 
 _encode = msgspec.json.Encoder().encode
 

@@ -77,7 +77,7 @@ class Chat:
 
     def _text(self, conversation: ChatPrompt, generate: bool) -> str:
         """The rendered text, in which control tokens are only those of the template."""
-        messages = [{"role": role, "content": self._marks.hide(content)} for role, content in conversation.messages]
+        messages = [{"role": turn.role, "content": self._marks.hide(turn.content)} for turn in conversation.messages]
         if self._template is not None:
             values = {**_hide_in(conversation.values, self._marks), **self._special_values}
             return self._template.render(messages, values, generate)

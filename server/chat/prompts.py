@@ -72,7 +72,7 @@ class Prompts:
         if isinstance(source, TextPrompt):
             self._check_length(source.text)
             return Prompt(tuple(self.encode(source.text)))
-        self._check_length(*(text for _, text in source.messages))
+        self._check_length(*(turn.content for turn in source.messages))
         return self.chat.prompt(source)
 
     def encode(self, text: str) -> list[int]:

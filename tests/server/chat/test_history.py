@@ -10,7 +10,7 @@ from slimoe.server.chat.history import Message, turns
 
 
 def read(*messages: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    return turns(msgspec.convert(messages, list[Message]))
+    return tuple((turn.role, turn.content) for turn in turns(msgspec.convert(messages, list[Message])))
 
 
 USER = {"role": "user", "content": "How warm is it?"}

@@ -8,9 +8,9 @@ from aiohttp import web
 
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, choices_of
+from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, GenerationBody, LogprobCount, StreamOptions, read_body
-from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unsupported_fields import CHAT, extended
 from slimoe.server.api_error import invalid, unsupported
@@ -52,26 +52,30 @@ ChatRequest = extended(ChatBody, CHAT)
 class ChatApi:
     """The endpoint's handler."""
 
-    def __init__(self, model: ServedModel, generation: GenerationApi) -> None:
-        self._model = model
+    def __init__(self, generation: GenerationApi) -> None:
         self._generation = generation
+
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoint."""
+        return [Endpoint("POST", "/v1/chat/completions", self.handle, ChatRequest, wire.Document, streams=True)]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
+        backend = self._generation.backends.named(body.model)
         prompt = chat_prompt(body)
         _check_beginning(body)
         max_tokens = body.limit()
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         choices = choices_of([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        envelope = Envelope.new("chatcmpl", kind, self._model.id, self._model.fingerprint)
+        envelope = Envelope.new("chatcmpl", kind, backend.model.id, backend.model.fingerprint)
         shape = ChatShape(envelope, body.stream_options, is_scored=n_logprobs is not None)
         if body.stream:
-            return await self._generation.stream(request, choices, shape)
-        return await self._generation.whole(choices, shape)
+            return await self._generation.stream(request, backend, choices, shape)
+        return await self._generation.whole(backend, choices, shape)
 
 
 class ChatShape(OpenAIShape):

@@ -6,11 +6,12 @@ from typing import Any
 from aiohttp import web
 
 from slimoe.server.api import wire
+from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import ChoiceState, choices_of
+from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_PROMPTS, GenerationBody, LogprobCount, StreamOptions, read_body
 from slimoe.server.api.scored_text import fitted
-from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unsupported_fields import COMPLETION, extended
 from slimoe.server.api_error import from_failure, invalid, unsupported
@@ -37,9 +38,12 @@ CompletionRequest = extended(CompletionBody, COMPLETION)
 class CompletionApi:
     """The endpoint's handler."""
 
-    def __init__(self, model: ServedModel, generation: GenerationApi) -> None:
-        self._model = model
+    def __init__(self, generation: GenerationApi) -> None:
         self._generation = generation
+
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoint."""
+        return [Endpoint("POST", "/v1/completions", self.handle, CompletionRequest, wire.Document, streams=True)]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Continues one or many prompts; raises ApiError."""
@@ -49,26 +53,27 @@ class CompletionApi:
             raise unsupported("This server does not fill in the middle.", "suffix")
         if body.best_of is not None and body.best_of != body.n_choices:
             raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")
+        backend = self._generation.backends.named(body.model)
         prompts = prompt_sources(body.prompt)
         if len(prompts) * body.n_choices > MAX_PROMPTS:
             raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")
         is_scored = body.logprobs is not None
         wanted = body.request(body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and is_scored)
         choices = choices_of(prompts, wanted, body.n_choices)
-        echoes = [await self._echo(choice.prompt) if body.echo else "" for choice in choices]
-        envelope = Envelope.new("cmpl", "text_completion", self._model.id, self._model.fingerprint)
+        echoes = [await self._echo(backend, choice.prompt) if body.echo else "" for choice in choices]
+        envelope = Envelope.new("cmpl", "text_completion", backend.model.id, backend.model.fingerprint)
         shape = CompletionShape(envelope, body.stream_options, echoes, is_scored=is_scored)
         if body.stream:
-            return await self._generation.stream(request, choices, shape)
-        return await self._generation.whole(choices, shape)
+            return await self._generation.stream(request, backend, choices, shape)
+        return await self._generation.whole(backend, choices, shape)
 
-    async def _echo(self, prompt: PromptSource) -> str:
+    async def _echo(self, backend: Backend, prompt: PromptSource) -> str:
         if isinstance(prompt, TextPrompt):
             return prompt.text
         assert isinstance(prompt, TokenPrompt)
         ids = prompt.ids
         try:
-            answer = await self._generation.supervisor.ask(lambda id: Decode(id, ids))
+            answer = await backend.supervisor.ask(lambda id: Decode(id, ids))
         except EngineFailure as error:
             raise from_failure(error.failure, "prompt") from None
         assert isinstance(answer, Text)

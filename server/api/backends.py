@@ -1,0 +1,25 @@
+"""The models that are served, found by the name that a request gives. Apart: every dialect asks it."""
+
+from dataclasses import dataclass
+
+from slimoe.server.api.served_model import ServedModel
+from slimoe.server.process.supervisor import Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A model, and whoever runs its engine."""
+
+    model: ServedModel
+    supervisor: Supervisor
+
+
+class Backends:
+    """One model, which answers to every name."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.default = backend
+
+    def named(self, name: str | None) -> Backend:
+        """The model that a request asks for; raises ApiError for one that is not served."""
+        return self.default
