@@ -1,6 +1,6 @@
 """What a client is told when its request cannot be carried out: a status and the JSON that OpenAI's clients parse."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -43,13 +43,23 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON document."""
-        message = self.info.message
-        shown = printable(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
-        return msgspec.json.encode({"error": {**msgspec.structs.asdict(self.info), "message": shown, **self.extra}})
+        error = {**msgspec.structs.asdict(self.info), "message": self.message, **self.extra}
+        return msgspec.json.encode({"error": error})
 
-    def response(self) -> web.Response:
-        """The whole answer."""
-        return web.Response(status=self.status, body=self.body(), content_type="application/json", headers=self.headers)
+    @property
+    def message(self) -> str:
+        """The message as one line of bounded length."""
+        message = self.info.message
+        return printable(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
+
+    def response(self, write: "ErrorBody | None" = None) -> web.Response:
+        """The whole answer, with the document that `write` makes of it."""
+        body = self.body() if write is None else write(self)
+        return web.Response(status=self.status, body=body, content_type="application/json", headers=self.headers)
+
+
+ErrorBody = Callable[[ApiError], bytes]
+"""Writes an error as a dialect has it."""
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:

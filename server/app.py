@@ -14,6 +14,7 @@ from slimoe.server.dialects.completion_api import CompletionApi
 from slimoe.server.dialects.template_api import TemplateApi
 from slimoe.server.http.access import RULES, AccessRules, access_middleware, add_cors_headers
 from slimoe.server.http.body_intake import INTAKE, BodyIntake
+from slimoe.server.http.connection import ERROR_BODIES
 from slimoe.server.process.supervisor import Supervisor
 
 
@@ -41,7 +42,8 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
         TemplateApi(generation),
         InfoApi(config.model, supervisor, metrics),
     )
-    for group in groups:
-        for endpoint in group.endpoints():
-            app.router.add_routes(endpoint.routes())
+    endpoints = [endpoint for group in groups for endpoint in group.endpoints()]
+    app[ERROR_BODIES] = {path: one.error_body for one in endpoints for path in (one.path, *one.aliases)}
+    for endpoint in endpoints:
+        app.router.add_routes(endpoint.routes())
     return app

@@ -133,6 +133,13 @@ class Render(Message, frozen=True):
     add_generation_prompt: bool = True
 
 
+class Count(Message, frozen=True):
+    """To the engine: asks how many tokens a conversation is, with the beginning of its answer."""
+
+    id: int
+    prompt: ChatPrompt
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """The facts that the server tells clients about an open model; `counters` are running totals of its tiers."""
 
@@ -246,7 +253,8 @@ class Step(Message, frozen=True):
 class Done(Message, frozen=True):
     """From the engine: the end of a generation, with the text that was held back until then.
 
-    `tiers` counts this generation's experts by memory tier, `counters` are the engine's totals.
+    `tiers` counts this generation's experts by memory tier, `counters` are the engine's totals. `stop_text` is the stop
+    string that ended it, if one did.
     """
 
     id: int
@@ -256,6 +264,7 @@ class Done(Message, frozen=True):
     memory: dict[str, int]
     tiers: TierUse = TierUse()
     counters: dict[str, float] = {}
+    stop_text: str = ""
 
 
 class Encoded(Message, frozen=True):
@@ -264,6 +273,13 @@ class Encoded(Message, frozen=True):
     id: int
     ids: tuple[int, ...]
     pieces: tuple[bytes, ...]
+
+
+class Counted(Message, frozen=True):
+    """From the engine: the number of tokens that `Count` asked for."""
+
+    id: int
+    n_tokens: int
 
 
 class Text(Message, frozen=True):
@@ -283,8 +299,10 @@ def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
     return msgspec.structs.replace(info, memory=done.memory, counters=done.counters)
 
 
-ToEngine = Open | Submit | Cancel | Encode | Decode | Render
-Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Text
+Question = Encode | Decode | Render | Count
+"""What is answered at once, without the engine."""
+ToEngine = Open | Submit | Cancel | Question
+Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text
 FromEngine = Loading | Beat | Ready | Answer
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of paths

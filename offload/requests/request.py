@@ -175,7 +175,8 @@ class Generator:
             totals = self._facts.counters()
             counts = {name: total - self._counted.get(name, 0) for name, total in totals.items()}
             tier_use = TierUse(counts, self.has_company)
-        return Finished(reason, self._text.finish(), timings, self._facts.memory(), tier_use)
+        text = self._text.finish()
+        return Finished(reason, text, timings, self._facts.memory(), tier_use, self._text.stop_text)
 
 
 def _check(request: GenerationRequest, facts: ModelFacts) -> None:

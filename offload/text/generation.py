@@ -151,7 +151,7 @@ class TierUse:
 class Finished:
     """The last event of a request: why it ended, the text that was still held back, and the time and memory it took.
 
-    `memory` are bytes by tier and the peak of the process, by name.
+    `memory` are bytes by tier and the peak of the process, by name. `stop_text` is the stop string that ended it.
     """
 
     reason: FinishReason
@@ -159,6 +159,7 @@ class Finished:
     timings: Timings
     memory: dict[str, int]
     tiers: TierUse = TierUse()
+    stop_text: str = ""
 
 
 Event = PromptProgress | PromptLogprobs | TokenStep | Finished

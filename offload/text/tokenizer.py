@@ -148,9 +148,10 @@ def _split(pattern: re.Pattern[str] | None, text: str, tokens: dict[str, int]) -
 class TextStream:
     """Turns token ids into text as they come: whole characters, and none that may begin a stop string.
 
-    The argument `piece` gives a token's bytes. Once a stop string has appeared `stopped` is true, and neither it nor
-    anything behind it is released. With `strips_space` one space at the very beginning is left out. The attribute
-    `piece` is the bytes of the last token in this text, `added` the characters that they complete.
+    The argument `piece` gives a token's bytes. Once a stop string has appeared `stopped` is true, `stop_text` is that
+    string, and neither it nor anything behind it is released. With `strips_space` one space at the very beginning is
+    left out. The attribute `piece` is the bytes of the last token in this text, `added` the characters that they
+    complete.
     """
 
     def __init__(self, piece: Callable[[int], bytes], stop: Sequence[str], strips_space: bool = False) -> None:
@@ -160,7 +161,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.piece, self.added = b"", ""
-        self.stopped = False
+        self.stopped, self.stop_text = False, ""
 
     def feed(self, token: int) -> str:
         """Takes a token and returns the text that can now be told, which may be empty or hold earlier tokens' text."""
@@ -185,10 +186,12 @@ class TextStream:
         return self._release(keep=0)
 
     def _release(self, keep: int) -> str:
-        ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        # Of several that begin at the same place the longest is meant.
+        ends = [(at, -len(text), text) for text in self._stop if (at := self._held.find(text)) >= 0]
         if ends:
+            at, _, self.stop_text = min(ends)
             self.stopped = True
-            released, self._held = self._held[: min(ends)], ""
+            released, self._held = self._held[:at], ""
             return released
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]

@@ -6,6 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
+from slimoe.server.api_error import ApiError, ErrorBody
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -13,8 +15,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Endpoint:
     """`body` and `answer` are the types of JSON documents, None where there is none or it is no JSON.
 
-    With `streams` the answer may also be server-sent events. `aliases` are further paths of the same endpoint. The
-    first line of the handler's docstring is its summary.
+    With `streams` the answer may also come in pieces. `aliases` are further paths of the same endpoint, `error_body`
+    writes its errors. The first line of the handler's docstring is its summary.
     """
 
     method: str
@@ -24,6 +26,7 @@ class Endpoint:
     answer: Any = None
     streams: bool = False
     aliases: tuple[str, ...] = ()
+    error_body: ErrorBody = ApiError.body
 
     @property
     def summary(self) -> str:

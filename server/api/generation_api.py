@@ -48,9 +48,9 @@ class GenerationApi:
     async def stream(
         self, request: web.Request, backend: Backend, choices: Sequence[Choice], shape: Shape
     ) -> web.StreamResponse:
-        """All choices as server-sent events; raises ApiError as long as nothing is written."""
+        """All choices as a stream; raises ApiError as long as nothing is written."""
         states = [ChoiceState(choice) for choice in choices]
-        events = EventStream(request)
+        events = EventStream(request, shape.framing)
         try:
             async with aclosing(arrivals(backend.supervisor, self._metrics, choices, self._ping_seconds)) as arriving:
                 async for arrival in arriving:
@@ -75,4 +75,4 @@ class GenerationApi:
             failure = server_failed()
         if not events.is_open:
             raise failure
-        return await events.fail(failure)
+        return await events.fail(shape.failure(states, failure))

@@ -18,7 +18,7 @@ from slimoe.server.process.supervisor import Supervisor
 
 MAX_CHARS, MAX_PIECED_CHARS = 1 << 20, 1 << 17
 """Of a text to tokenize; each may be a token, and with pieces an object of the answer."""
-Question = Callable[[int], messages.Encode | messages.Decode | messages.Render]
+Question = Callable[[int], messages.Question]
 
 
 class TokenizeBody(msgspec.Struct):

@@ -46,16 +46,9 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(msgspec.Struct, kw_only=True):
-    """The fields that chat and plain completions have in common, with the spellings that clients use."""
+class SamplingBody(msgspec.Struct, kw_only=True):
+    """The fields that every dialect chooses tokens by, with the spellings that clients use."""
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Choices | None = None
-    max_tokens: Limit | None = None
-    max_completion_tokens: Limit | None = None
-    n_predict: Limit | None = None
     temperature: NonNegative | None = None
     top_k: TopK | None = None
     top_p: Share | None = None
@@ -67,19 +60,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     logit_bias: msgspec.Raw = msgspec.Raw(b"null")
     seed: Seed | None = None
-    stop: str | list[str] | None = None
     ignore_eos: bool | None = None
-
-    @property
-    def n_choices(self) -> int:
-        """The number of answers to each prompt."""
-        return 1 if self.n is None else self.n
-
-    def limit(self, default: int | None = None) -> int | None:
-        """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
-        spellings = (self.max_completion_tokens, self.max_tokens, self.n_predict, default)
-        given = next((limit for limit in spellings if limit is not None), None)
-        return None if given == -1 else given
 
     def sampling(self) -> SamplingParams:
         """How to choose tokens; what the client leaves open takes the defaults. Raises ApiError."""
@@ -97,14 +78,29 @@ class GenerationBody(msgspec.Struct, kw_only=True):
         }
         return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingParams)
 
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings; raises ApiError when there are too many."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > MAX_STOPS:
-            raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", "stop")
-        if any(len(stop) > MAX_STOP_CHARS for stop in stops):
-            raise invalid(f"A stop string may have at most {MAX_STOP_CHARS:,} characters.", "stop")
-        return tuple(stop for stop in stops if stop)
+
+class GenerationBody(SamplingBody, kw_only=True):
+    """The fields that chat and plain completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    n_predict: Limit | None = None
+    stop: str | list[str] | None = None
+
+    @property
+    def n_choices(self) -> int:
+        """The number of answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+    def limit(self, default: int | None = None) -> int | None:
+        """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
+        spellings = (self.max_completion_tokens, self.max_tokens, self.n_predict, default)
+        given = next((limit for limit in spellings if limit is not None), None)
+        return None if given == -1 else given
 
     def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
         """The engine's request, still without its prompt."""
@@ -112,11 +108,21 @@ class GenerationBody(msgspec.Struct, kw_only=True):
             prompt_ids=(),
             max_tokens=max_tokens,
             sampling=self.sampling(),
-            stop=self.stops(),
+            stop=stop_strings(self.stop),
             ignore_eos=bool(self.ignore_eos),
             n_logprobs=n_logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+def stop_strings(given: str | list[str] | None, param: str = "stop") -> tuple[str, ...]:
+    """The stop strings of the field `param`; raises ApiError when there are too many."""
+    stops = (given,) if isinstance(given, str) else tuple(given or ())
+    if len(stops) > MAX_STOPS:
+        raise invalid(f"{len(stops)} stop strings are too many: {MAX_STOPS} are allowed.", param)
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise invalid(f"A stop string may have at most {MAX_STOP_CHARS:,} characters.", param)
+    return tuple(stop for stop in stops if stop)
 
 
 async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:

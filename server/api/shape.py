@@ -14,6 +14,8 @@ from slimoe.server import messages
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, Piece
 from slimoe.server.api.request_body import StreamOptions
+from slimoe.server.api_error import ApiError
+from slimoe.server.http.event_stream import EVENTS, Framing
 
 _encode = msgspec.json.Encoder().encode
 
@@ -23,6 +25,8 @@ class Shape(Protocol):
 
     prompt_param: str
     """The field of the body that holds the prompt, which errors name."""
+    framing: Framing
+    """What stands around the documents of a stream."""
 
     def chunks(
         self, states: Sequence[ChoiceState], index: int, answer: messages.Answer, piece: Piece
@@ -31,6 +35,9 @@ class Shape(Protocol):
 
     def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
         """The stream's documents after the last choice is complete."""
+
+    def failure(self, states: Sequence[ChoiceState], error: ApiError) -> Sequence[bytes]:
+        """The stream's last documents when it ends with an error."""
 
     def whole(self, states: Sequence[ChoiceState]) -> bytes:
         """The document of an answer that is not streamed."""
@@ -62,6 +69,8 @@ class Envelope:
 
 class OpenAIShape(ABC):
     """What chat and plain completions have in common: chunks, the figures, and the usage that clients ask for."""
+
+    framing = EVENTS
 
     def __init__(self, envelope: Envelope, options: StreamOptions | None) -> None:
         self.envelope = envelope
@@ -107,6 +116,10 @@ class OpenAIShape(ABC):
     def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
         """The chunk with the usage of all choices, if the client asks for it."""
         return [_encode(self.envelope.document([], usage_of(states)))] if self._with_usage else []
+
+    def failure(self, states: Sequence[ChoiceState], error: ApiError) -> Sequence[bytes]:
+        """The error as its own document."""
+        return [error.body()]
 
     def whole(self, states: Sequence[ChoiceState]) -> bytes:
         """The document of a whole answer, with the figures of its first choice."""

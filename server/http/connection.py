@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from aiohttp import StreamReader, web
@@ -14,6 +14,7 @@ from slimoe.server.api_error import (
     INVALID,
     RETRY_SECONDS,
     ApiError,
+    ErrorBody,
     ErrorInfo,
     invalid,
     not_found,
@@ -42,6 +43,8 @@ class ConnectionLimits:
 
 
 USUAL_LIMITS = ConnectionLimits()
+ERROR_BODIES = web.AppKey("error_bodies", Mapping[str, ErrorBody])
+"""How errors are written, by path; others are written as OpenAI does."""
 _OVERLOADED = overloaded().body()
 _CROWDED = (
     f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(_OVERLOADED)}\r\n"
@@ -141,8 +144,8 @@ class Connection(web.RequestHandler):
 class ApiServer(web.Server):
     """Makes a `Connection` for each client and counts them; `made` is the server that aiohttp would use."""
 
-    def __init__(self, made: web.Server, limits: ConnectionLimits) -> None:
-        handler = answering_errors(made.request_handler)
+    def __init__(self, made: web.Server, limits: ConnectionLimits, bodies: Mapping[str, ErrorBody]) -> None:
+        handler = answering_errors(made.request_handler, bodies)
         super().__init__(handler, request_factory=made.request_factory, handler_cancellation=True)
         self._limits = limits
         self._transports: dict[web.RequestHandler, asyncio.Transport] = {}
@@ -178,7 +181,7 @@ class ApiRunner(web.AppRunner):
         self._limits = limits
 
     async def _make_server(self) -> web.Server:
-        return ApiServer(await super()._make_server(), self._limits)
+        return ApiServer(await super()._make_server(), self._limits, self.app.get(ERROR_BODIES, {}))
 
 
 def _address(transport: asyncio.Transport) -> str | None:
@@ -187,24 +190,28 @@ def _address(transport: asyncio.Transport) -> str | None:
     return str(peer[0]).partition("%")[0] if isinstance(peer, tuple) else None
 
 
-def answering_errors(handler: Handler) -> Handler:
-    """`handler`, with every error answered by JSON that clients parse; a bug of ours leaves a traceback in the log."""
+def answering_errors(handler: Handler, bodies: Mapping[str, ErrorBody]) -> Handler:
+    """`handler`, with every error answered by JSON that clients parse; a bug of ours leaves a traceback in the log.
+
+    `bodies` write it, by path.
+    """
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         try:
             return await handler(request)
         except ApiError as error:
-            return error.response()
+            failure = error
         except web.HTTPException as error:
-            return _from_http(request, error).response()
+            failure = _from_http(request, error)
         except web.RequestPayloadError as error:
             cause = error.__cause__
-            return _from_parser(cause if isinstance(cause, HttpProcessingError) else None).response()
+            failure = _from_parser(cause if isinstance(cause, HttpProcessingError) else None)
         except ConnectionError:
             raise
         except Exception:
             _log.exception("%s %s failed.", request.method, request.path)
-            return server_failed().response()
+            failure = server_failed()
+        return failure.response(bodies.get(request.path))
 
     return handle
 

@@ -1,26 +1,46 @@
-"""A response of server-sent events, written piece by piece. Apart: it knows HTTP and nothing of models."""
+"""A response that is written piece by piece, as server-sent events or as lines. Apart: it knows nothing of models."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from slimoe.server.api_error import ApiError
-
 _HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     # Keeps a proxy from collecting the pieces.
     "X-Accel-Buffering": "no",
 }
-_PING = b": ping\n\n"
-_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What stands around each JSON document of a stream, what is written in silence, and what closes a complete one."""
+
+    content_type: str
+    before: bytes
+    after: bytes
+    ping: bytes = b""
+    closing: bytes = b""
+
+
+_EVENTS = "text/event-stream; charset=utf-8"
+EVENTS = Framing(_EVENTS, b"data: ", b"\n\n", b": ping\n\n", b"data: [DONE]\n\n")
+NAMED_EVENTS = Framing(_EVENTS, b"", b"\n\n", b": ping\n\n")
+"""For documents that `named_event` has given a name."""
+LINES = Framing("application/x-ndjson", b"", b"\n")
+
+
+def named_event(name: str, document: bytes) -> bytes:
+    """The lines of an event that has a name."""
+    return b"event: " + name.encode() + b"\ndata: " + document
 
 
 class EventStream:
     """Opens with the first thing written, so that an error before it can still have a status of its own."""
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, framing: Framing = EVENTS) -> None:
         self._request = request
+        self._framing = framing
         self._response: web.StreamResponse | None = None
 
     @property
@@ -30,26 +50,28 @@ class EventStream:
 
     async def send(self, documents: Sequence[bytes]) -> None:
         """Writes JSON documents, one event each, at once; nothing for none."""
-        if documents:
-            await self._write(b"".join(b"data: " + document + b"\n\n" for document in documents))
+        framing = self._framing
+        await self._write(b"".join(framing.before + document + framing.after for document in documents))
 
     async def ping(self) -> None:
-        """Writes a comment, which keeps the connection from looking dead."""
-        await self._write(_PING)
+        """Keeps the connection from looking dead, where the framing has a way."""
+        await self._write(self._framing.ping)
 
-    async def fail(self, error: ApiError) -> web.StreamResponse:
-        """Ends the stream with an error event."""
-        await self.send([error.body()])
+    async def fail(self, documents: Sequence[bytes]) -> web.StreamResponse:
+        """Ends the stream with the documents that tell of an error."""
+        await self.send(documents)
         return await self._end()
 
     async def finish(self) -> web.StreamResponse:
         """Ends the stream as a complete one."""
-        await self._write(_DONE)
+        await self._write(self._framing.closing)
         return await self._end()
 
     async def _write(self, data: bytes) -> None:
+        if not data:
+            return
         if self._response is None:
-            response = web.StreamResponse(headers=_HEADERS)
+            response = web.StreamResponse(headers={"Content-Type": self._framing.content_type, **_HEADERS})
             await response.prepare(self._request)
             self._response = response
         await self._response.write(data)

@@ -25,7 +25,7 @@ from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.process.heartbeat import Heartbeat
 from slimoe.server.process.pipe import Pipe, leave
-from slimoe.server.process.preparer import Job, Preparer, Question
+from slimoe.server.process.preparer import Job, Preparer
 from slimoe.server.process.replies import OpenModel, Replies, describe, failure_of
 
 PR_SET_PDEATHSIG = 1
@@ -73,6 +73,7 @@ class EngineProcess:
             messages.Encode: self._answer,
             messages.Decode: self._answer,
             messages.Render: self._answer,
+            messages.Count: self._answer,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -124,7 +125,7 @@ class EngineProcess:
         else:
             self._waiting.put(job)
 
-    def _answer(self, question: Question) -> None:
+    def _answer(self, question: messages.Question) -> None:
         assert self._preparer is not None
         self._preparer.answer(question)
 

@@ -19,7 +19,6 @@ from slimoe.server.process.replies import failure_of
 Send = Callable[[messages.Message], None]
 MOST_STOPPED = 2
 """How often the template may be stopped, each time after a second at most, while a conversation waits."""
-Question = messages.Encode | messages.Decode | messages.Render
 
 
 @dataclass(eq=False, slots=True)
@@ -59,10 +58,10 @@ class Preparer:
         else:
             self._texts.put(lambda: self._prepare(job))
 
-    def answer(self, question: Question) -> None:
+    def answer(self, question: messages.Question) -> None:
         """Queues a question."""
         n_before = self._n_stopped
-        if isinstance(question, messages.Render):
+        if isinstance(question, messages.Render | messages.Count):
             self._chats.put(lambda: self._answer(question, n_before))
         else:
             self._texts.put(lambda: self._answer(question))
@@ -78,7 +77,7 @@ class Preparer:
                 self._fail(message.id, error, message.request.max_tokens)
         self._take(job)
 
-    def _answer(self, question: Question, n_before: int | None = None) -> None:
+    def _answer(self, question: messages.Question, n_before: int | None = None) -> None:
         try:
             self._check_turn(n_before)
             self._send(self._answered(question))
@@ -94,7 +93,7 @@ class Preparer:
         self._n_stopped += isinstance(error, TemplateLimitError)
         self._send(failure_of(id, error, max_tokens))
 
-    def _answered(self, question: Question) -> messages.Answer:
+    def _answered(self, question: messages.Question) -> messages.Answer:
         prompts = self._prompts
         match question:
             case messages.Encode(id, text, add_special, parse_special, with_pieces):
@@ -108,6 +107,8 @@ class Preparer:
                 return messages.Text(id, prompts.tokenizer.decode(known, special=shows_control))
             case messages.Render(id, prompt, add_generation_prompt):
                 return messages.Text(id, prompts.chat.render(prompt, add_generation_prompt))
+            case messages.Count(id, prompt):
+                return messages.Counted(id, len(prompts.prompt(prompt).ids))
 
 
 def _work(waiting: "queue.SimpleQueue[Callable[[], None]]") -> None:

@@ -76,8 +76,8 @@ class Replies:
                     for token, score in zip(ids, tokens, strict=True)
                 )
                 return messages.PromptScores(self.id, tuple(scores))
-            case Finished(reason, text, timings, memory, tiers):
-                return messages.Done(self.id, reason, text, timings, memory, tiers, self.counters())
+            case Finished(reason, text, timings, memory, tiers, stop_text):
+                return messages.Done(self.id, reason, text, timings, memory, tiers, self.counters(), stop_text)
 
     def failure(self, error: Exception) -> messages.Failure:
         """Returns the message for the error that ended the generation."""

@@ -163,9 +163,7 @@ class Supervisor:
         """Queues one generation, behind those submitted before."""
         return self._send(lambda id: messages.Submit(id, prompt, request))
 
-    async def ask(
-        self, question: Callable[[int], messages.Encode | messages.Decode | messages.Render]
-    ) -> messages.Answer:
+    async def ask(self, question: Callable[[int], messages.Question]) -> messages.Answer:
         """Asks a question about text and returns the answer; raises EngineFailure."""
         handle = self._send(question)
         try:

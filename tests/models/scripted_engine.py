@@ -138,7 +138,7 @@ class ScriptedEngine:
         timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, cached_n=1)
         self._n_done += 1
         tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0})
-        yield Finished(reason, text.finish(), timings, self.memory(), tiers)
+        yield Finished(reason, text.finish(), timings, self.memory(), tiers, text.stop_text)
 
 
 def _score(token: int, request: GenerationRequest) -> TokenLogprob:

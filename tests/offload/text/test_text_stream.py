@@ -113,3 +113,12 @@ def test_any_split_of_any_text(seed: int) -> None:
         assert any(whole.startswith(out + s) for s in stop)
         # Not behind the stop string that is complete first; a longer one may have begun before it.
         assert len(out) <= min(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("stop", "found"), [(["END"], "END"), (["two", "END"], "END"), (["EN", "END"], "END"), (["nothing"], "")]
+)
+def test_which_stop_string_it_was(stop: list[str], found: str) -> None:
+    text, _ = stream([b"one ", b"END two"], stop)
+    text.finish()
+    assert text.stop_text == found
