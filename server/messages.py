@@ -94,11 +94,15 @@ PromptSource = TextPrompt | TokenPrompt | ChatPrompt
 
 
 class Submit(Message, frozen=True):
-    """To the engine: starts a generation. `request.prompt_ids` is empty and filled in by the engine's process."""
+    """To the engine: starts a generation. `request.prompt_ids` is empty and filled in by the engine's process.
+
+    With `shows_prompt` the answer tells the whole text that the model reads.
+    """
 
     id: int
     prompt: PromptSource
     request: GenerationRequest
+    shows_prompt: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -206,11 +210,12 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Accepted(Message, frozen=True):
-    """From the engine: the prompt is valid and the request waits for its turn."""
+    """From the engine: the prompt is valid and the request waits for its turn; `prompt` is its text if asked for."""
 
     id: int
     n_prompt: int
     reading: Reading = Reading()
+    prompt: str = ""
 
 
 class Progress(Message, frozen=True):
@@ -243,11 +248,12 @@ class PromptScores(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
-    """From the engine: a generated token's text, with its score if the request asked for scores."""
+    """From the engine: a generated token and the text that it releases, with its score if the request asked for it."""
 
     id: int
     text: str
     scored: ScoredToken | None = None
+    token: int = -1
 
 
 class Done(Message, frozen=True):

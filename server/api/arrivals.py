@@ -35,7 +35,8 @@ async def arrivals(
         try:
             while True:
                 for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):
-                    _wait(waiting, index, supervisor.submit(choice.prompt, choice.request))
+                    handle = supervisor.submit(choice.prompt, choice.request, shows_prompt=choice.shows_prompt)
+                    _wait(waiting, index, handle)
                 if not waiting:
                     return
                 done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)

@@ -12,11 +12,15 @@ from slimoe.server.formats.answer_reader import AnswerReader, CallDelta, Parts, 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice to generate; only the first choice of a prompt counts its tokens as used."""
+    """One choice to generate; only the first choice of a prompt counts its tokens as used.
+
+    With `shows_prompt` the answer tells the whole text that the model reads.
+    """
 
     prompt: messages.PromptSource
     request: GenerationRequest
     is_first: bool = True
+    shows_prompt: bool = False
 
 
 def choices_of(prompts: Sequence[messages.PromptSource], request: GenerationRequest, n_choices: int) -> list[Choice]:
@@ -45,7 +49,8 @@ class ChoiceState:
 
     choice: Choice
     n_prompt: int = 0
-    n_steps: int = 0
+    prompt: str = ""
+    tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     scores: list[messages.ScoredToken] = field(default_factory=list)
     prompt_scores: list[messages.ScoredToken] = field(default_factory=list)
@@ -59,14 +64,14 @@ class ChoiceState:
         """Takes in an answer of the engine and returns what it adds to the choice's text."""
         scored, read = ScoredPiece("", []), Parts()
         match answer:
-            case messages.Accepted(n_prompt=n_prompt, reading=reading):
-                self.n_prompt = n_prompt
+            case messages.Accepted(n_prompt=n_prompt, reading=reading, prompt=prompt):
+                self.n_prompt, self.prompt = n_prompt, prompt
                 self._reader = reader_of(reading)
             case messages.PromptScores(tokens=tokens):
                 self.prompt_scores.extend(tokens)
-            case messages.Step(text=text, scored=token):
-                self.n_steps += 1
-                scored = self._released.add(text, token)
+            case messages.Step(text=text, scored=score, token=token):
+                self.tokens.append(token)
+                scored = self._released.add(text, score)
                 read = self._reader.feed(scored.text)
             case messages.Done(text=text):
                 self.done = answer

@@ -132,7 +132,7 @@ def usage_of(states: Sequence[ChoiceState]) -> wire.Usage:
     """Tokens read and written so far for all choices."""
     n_prompt = sum(state.n_prompt for state in states if state.choice.is_first)
     n_cached = sum(state.timings.cached_n for state in states if state.timings and state.choice.is_first)
-    n_written = sum(state.timings.predicted_n if state.timings else state.n_steps for state in states)
+    n_written = sum(state.timings.predicted_n if state.timings else len(state.tokens) for state in states)
     return wire.Usage(n_prompt, n_written, n_prompt + n_written, wire.CachedTokens(n_cached))
 
 

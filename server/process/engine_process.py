@@ -155,8 +155,7 @@ class EngineProcess:
                 if isinstance(event, Failed) and isinstance(event.error, _ENDS_THE_PROCESS):
                     self._give_up(event.error)
                 message = replies.failure(event.error) if isinstance(event, Failed) else replies.event(event)
-                if message is not None:
-                    self._pipe.send(message)
+                self._pipe.send(message)
                 if isinstance(event, Failed | Finished):
                     del self._running[id]
                     self._jobs.pop(replies.id, None)

@@ -72,7 +72,9 @@ class Preparer:
             try:
                 self._check_turn(n_before)
                 job.request = self._prompts.complete(message.request, message.prompt)
-                self._send(messages.Accepted(message.id, len(job.request.prompt_ids)))
+                ids = job.request.prompt_ids
+                text = self._prompts.tokenizer.decode(ids, special=True) if message.shows_prompt else ""
+                self._send(messages.Accepted(message.id, len(ids), prompt=text))
             except Exception as error:
                 self._fail(message.id, error, message.request.max_tokens)
         self._take(job)

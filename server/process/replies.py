@@ -61,12 +61,12 @@ class Replies:
     piece: Callable[[int], bytes]
     counters: Callable[[], dict[str, float]] = dict
 
-    def event(self, event: Event) -> messages.Message | None:
-        """Returns the message for an event; None for one that the server need not know."""
+    def event(self, event: Event) -> messages.Message:
+        """Returns the message for an event."""
         match event:
-            case TokenStep(_, text, logprob, piece, added):
+            case TokenStep(token, text, logprob, piece, added):
                 scored = None if logprob is None else self._in_answer(logprob, piece, added)
-                return messages.Step(self.id, text, scored) if text or scored else None
+                return messages.Step(self.id, text, scored, token)
             case PromptProgress(n_done, n_total, n_cached):
                 return messages.Progress(self.id, n_done, n_total, n_cached)
             case PromptLogprobs(tokens):

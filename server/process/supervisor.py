@@ -159,9 +159,11 @@ class Supervisor:
         finally:
             self.n_admitted -= 1
 
-    def submit(self, prompt: messages.PromptSource, request: GenerationRequest) -> RequestHandle:
+    def submit(
+        self, prompt: messages.PromptSource, request: GenerationRequest, *, shows_prompt: bool = False
+    ) -> RequestHandle:
         """Queues one generation, behind those submitted before."""
-        return self._send(lambda id: messages.Submit(id, prompt, request))
+        return self._send(lambda id: messages.Submit(id, prompt, request, shows_prompt))
 
     async def ask(self, question: Callable[[int], messages.Question]) -> messages.Answer:
         """Asks a question about text and returns the answer; raises EngineFailure."""
