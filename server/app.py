@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from slimoe.server.api.backends import Backend, Backends
+from slimoe.server.api.events_api import EventsApi
 from slimoe.server.api.generation_api import PING_SECONDS, GenerationApi
 from slimoe.server.api.info_api import InfoApi
 from slimoe.server.api.metrics import Metrics
@@ -16,6 +17,8 @@ from slimoe.server.http.access import RULES, AccessRules, access_middleware, add
 from slimoe.server.http.body_intake import INTAKE, BodyIntake
 from slimoe.server.http.connection import ERROR_BODIES
 from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.watch.feed import Feed
+from slimoe.server.watch.record import FEED, add_request_id, record_middleware
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +32,21 @@ class AppConfig:
 
 def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     """The application over a started supervisor, which it neither starts nor stops."""
-    app = web.Application(middlewares=[access_middleware])
+    app = web.Application(middlewares=[record_middleware, access_middleware])
     app[RULES] = config.rules
     app[INTAKE] = BodyIntake()
+    feed = app[FEED] = Feed()
     app.on_response_prepare.append(add_cors_headers)
-    metrics = Metrics(supervisor)
+    app.on_response_prepare.append(add_request_id)
     backends = Backends(Backend(config.model, supervisor))
+    metrics = Metrics(backends)
     generation = GenerationApi(backends, metrics, config.ping_seconds)
     groups = (
         ChatApi(generation),
         CompletionApi(generation),
         TemplateApi(generation),
-        InfoApi(config.model, supervisor, metrics),
+        InfoApi(backends, metrics),
+        EventsApi(backends, feed, config.ping_seconds),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints()]
     app[ERROR_BODIES] = {path: one.error_body for one in endpoints for path in (one.path, *one.aliases)}

@@ -52,6 +52,7 @@ FLOORS = {
         {"child_python", "log_format", "messages", "telling"},
         {"api_error", "formats", "options"},
         {"chat", "http"},
+        {"watch"},
         {"process", "terminal"},
         {"api", "jobs"},
         {"dialects"},

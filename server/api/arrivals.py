@@ -10,6 +10,7 @@ from slimoe.server.api.metrics import Metrics
 from slimoe.server.messages import Answer, Done
 from slimoe.server.process.request_handle import RequestHandle
 from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.watch.record import current_record
 
 _Waiting = dict[asyncio.Task[list[Answer]], tuple[int, RequestHandle]]
 
@@ -31,6 +32,7 @@ async def arrivals(
     """
     to_come = iter(enumerate(choices))
     waiting: _Waiting = {}
+    record = current_record()
     with supervisor.admit():
         try:
             while True:
@@ -51,6 +53,7 @@ async def arrivals(
                         _wait(waiting, index, handle)
                     for answer in answers:
                         metrics.note(handle, answer)
+                        record.note(answer)
                     yield Arrival(index, answers)
         finally:
             for task, (_, handle) in waiting.items():

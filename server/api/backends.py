@@ -20,6 +20,15 @@ class Backends:
     def __init__(self, backend: Backend) -> None:
         self.default = backend
 
+    @property
+    def current(self) -> Backend:
+        """The model that is told of where none is named."""
+        return self.default
+
+    def all(self) -> list[Backend]:
+        """Every model that is offered."""
+        return [self.default]
+
     def named(self, name: str | None) -> Backend:
         """The model that a request asks for; raises ApiError for one that is not served."""
         return self.default

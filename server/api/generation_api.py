@@ -16,6 +16,7 @@ from slimoe.server.api_error import from_failure, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import QueueFullError
+from slimoe.server.watch.record import current_record
 
 PING_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class GenerationApi:
     async def whole(self, backend: Backend, choices: Sequence[Choice], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""
         states = [ChoiceState(choice) for choice in choices]
+        current_record().generate(backend.model.id)
         try:
             async with aclosing(arrivals(backend.supervisor, self._metrics, choices)) as arriving:
                 async for arrival in arriving:
@@ -50,6 +52,7 @@ class GenerationApi:
     ) -> web.StreamResponse:
         """All choices as a stream; raises ApiError as long as nothing is written."""
         states = [ChoiceState(choice) for choice in choices]
+        current_record().generate(backend.model.id)
         events = EventStream(request, shape.framing)
         try:
             async with aclosing(arrivals(backend.supervisor, self._metrics, choices, self._ping_seconds)) as arriving:
@@ -75,4 +78,5 @@ class GenerationApi:
             failure = server_failed()
         if not events.is_open:
             raise failure
+        current_record().error = failure.info.code or failure.info.type
         return await events.fail(shape.failure(states, failure))

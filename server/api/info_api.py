@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from slimoe.server import messages
+from slimoe.server.api.backends import Backends
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import read_body
@@ -41,9 +42,8 @@ class DetokenizeBody(msgspec.Struct):
 class InfoApi:
     """The endpoints' handlers."""
 
-    def __init__(self, model: ServedModel, supervisor: Supervisor, metrics: Metrics) -> None:
-        self._model = model
-        self._supervisor = supervisor
+    def __init__(self, backends: Backends, metrics: Metrics) -> None:
+        self._backends = backends
         self._metrics = metrics
 
     def endpoints(self) -> list[Endpoint]:
@@ -167,6 +167,14 @@ class InfoApi:
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""
         return web.Response(body=self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
+
+    @property
+    def _model(self) -> ServedModel:
+        return self._backends.current.model
+
+    @property
+    def _supervisor(self) -> Supervisor:
+        return self._backends.current.supervisor
 
     async def _ask(self, question: Question, param: str) -> messages.Answer:
         """The engine's answer about the text in the field `param`."""

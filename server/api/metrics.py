@@ -7,9 +7,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from slimoe.server.api.backends import Backends
 from slimoe.server.messages import Answer, Done, Step
 from slimoe.server.process.request_handle import RequestHandle
-from slimoe.server.process.supervisor import Supervisor
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BY_UNIT = {
@@ -24,9 +24,10 @@ class Metrics:
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, backends: Backends) -> None:
         registry = self._registry = CollectorRegistry()
-        self._supervisor = supervisor
+        self._backends = backends
+        supervisor = backends.default.supervisor
         self._prompt = Counter("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
         self._cached = Counter("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
         self._generated = Counter("slimoe_generation_tokens", "Tokens generated.", registry=registry)
@@ -58,7 +59,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""
-        info = self._supervisor.info
+        info = self._backends.default.supervisor.info
         for tier, n_bytes in ({} if info is None else info.memory).items():
             self._memory.labels(tier).set(n_bytes)
         return generate_latest(self._registry)

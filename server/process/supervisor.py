@@ -89,6 +89,7 @@ class Supervisor:
         self._told: set[str] = set()
         self._patience = patience
         self._held_bytes = held_bytes
+        self.on_change: Callable[[], None] = lambda: None
         self._silent_seconds = self._stuck_seconds = 0.0
         self._is_heard = False
         self._watching: asyncio.Task[None] | None = None
@@ -125,6 +126,8 @@ class Supervisor:
         """Kills an engine that is silent or stuck for too long."""
         while True:
             await asyncio.sleep(messages.BEAT_SECONDS)
+            if self.trouble is not None:
+                self._note_change()
             if self._child is None:
                 continue
             self._silent_seconds += messages.BEAT_SECONDS
@@ -176,6 +179,7 @@ class Supervisor:
     async def stop(self, grace: float = 0.0) -> None:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
+        self._note_change()
         self._fail_all(list(self._unsent), _stopping)
         await self._wait(lambda: not self._handles or self._child is None, grace)
         self._fail_all(list(self._handles), _stopping)
@@ -237,7 +241,7 @@ class Supervisor:
             self.failure = messages.Failure(0, "internal", problem)
             self._on_exit(1)
             return
-        self._child = child
+        self._child, self.progress = child, messages.Loading(0, 0)
         self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
         child.send(messages.Open(changed(self._config, {"held_bytes": self._held_bytes()})))
@@ -247,6 +251,7 @@ class Supervisor:
         match message:
             case messages.Loading():
                 self.progress = message
+                self.on_change()
             case messages.Beat(stuck_seconds):
                 self._is_heard, self._stuck_seconds = True, stuck_seconds
             case messages.Ready(info):
@@ -265,6 +270,7 @@ class Supervisor:
                 if isinstance(message, messages.Done):
                     self._pause = 0.0
                     self.info = None if self.info is None else messages.with_figures(self.info, message)
+                    self.on_change()
 
     def _tell(self, notes: Sequence[str]) -> None:
         """Writes notes to standard error, each once."""
@@ -336,6 +342,7 @@ class Supervisor:
 
     def _note_change(self) -> None:
         self._changed.set()
+        self.on_change()
 
 
 def _for(failure: messages.Failure, id: int) -> messages.Failure:
