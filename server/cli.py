@@ -5,23 +5,39 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.files.regular_file import reason
-from slimoe.server.telling import one_line, tell
+from slimoe.server.telling import did_you_mean, one_line, tell
 
-COMMANDS = {
-    "bench": "Measure prompt and decoding speed of a model.",
-    "calibrate": "Measure on texts what the layers and experts of a checkpoint do.",
-    "convert": "Make a GGUF file of a checkpoint, quantised or compressed to a size.",
-    "inspect": "Show what a model file or checkpoint holds.",
-    "plan": "Say what a model would take or become, and how fast it would be, without loading it.",
-    "report": "Evaluate a file against the model that it was made of.",
-    "run": "Complete a prompt, or chat in the terminal.",
-    "serve": "Serve a model over HTTP as OpenAI's API.",
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+SECTIONS = {
+    "Use a model": {
+        "run": "Complete a prompt, or chat in the terminal.",
+        "serve": "Serve a model over HTTP as OpenAI's API.",
+        "launch": "Print a client's settings for the running server, or start it with them.",
+    },
+    "Make a model": {
+        "calibrate": "Measure on texts what the layers and experts of a checkpoint do.",
+        "convert": "Make a GGUF file of a checkpoint, quantised or compressed to a size.",
+        "report": "Evaluate a file against the model that it was made of.",
+    },
+    "Look and measure": {
+        "inspect": "Show what a model file or checkpoint holds.",
+        "plan": "Say what a model would take or become, and how fast it would be, without loading it.",
+        "bench": "Measure prompt and decoding speed of a model.",
+    },
+    "Shell": {
+        "completion": "Print the script that completes commands and flags in a shell.",
+    },
 }
+"""The commands by what they are for."""
+COMMANDS = {name: about for section in SECTIONS.values() for name, about in section.items()}
 """Each is `command` in `server/commands/NAME.py`, imported only when it is used."""
 _NO_THREAD = "can't start new thread"
 """What Python says where the system refuses one, in a RuntimeError."""
@@ -45,10 +61,27 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is meant; raises UsageError, with similar names, for one that there is not."""
+        name = args[0]
+        if name not in COMMANDS and name[:1].isalnum() and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {name!r}.{did_you_mean(name, COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in the help, without importing any."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()), col_max=max(map(len, COMMANDS)))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """What the shell may complete a word to, without importing any command."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=COMMANDS[name]) for name in COMMANDS if name.startswith(incomplete)]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,6 +94,9 @@ def run(arguments: Sequence[str]) -> int:
     """Carries out a command line and returns its exit status; errors go to standard error, one line each."""
     try:
         status = cli.main(list(arguments), prog_name="slimoe", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.ClickException as error:
         shown, words = io.StringIO(), error.format_message()
         error.show(shown)

@@ -1,5 +1,8 @@
 """What commands tell a person while they work, on standard error."""
 
+import difflib
+from collections.abc import Iterable
+
 import click
 
 from slimoe.offload.printable import printable
@@ -17,3 +20,10 @@ def one_line(text: str) -> str:
     """A text as one line of bearable length."""
     line = printable(text)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown `word`: those of the `known` words that look like it, or nothing."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names) or [name for name in names if len(word) > 1 and name.startswith(word)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -8,6 +8,7 @@ import click
 
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
 from slimoe.server.options.flag_group import flag_group
+from slimoe.server.options.help_sections import write_options
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
@@ -21,6 +22,10 @@ class OptionsCommand(click.Command):
         """Calls the function with the mapping."""
         assert self.callback is not None
         return ctx.invoke(self.callback, dict(ctx.params))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the flags by subject."""
+        write_options(self, ctx, formatter)
 
 
 class CommaSeparated(click.ParamType[tuple[str, ...]]):

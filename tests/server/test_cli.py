@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from llama_cpp import Llama
 
-from slimoe.server.cli import COMMANDS, run
+from slimoe.server.cli import COMMANDS, cli, run
+from slimoe.server.options.help_sections import SECTIONS
 from tests.models.live_server import DEADLINE, slimoe
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -69,6 +71,53 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     output = capsys.readouterr()
     assert output.out == ""
     assert "Error: " in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["rnu"], "Did you mean run?"), (["comp"], "Did you mean completion?"), (["run", "--tepm", "1"], "--temp")],
+)
+def test_a_slip_is_answered_with_what_was_meant(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_is_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    run([])
+    assert "\nMake a model:\n  calibrate" in capsys.readouterr().err
+    run(["run", "--help"])
+    told = capsys.readouterr().out
+    begins = [told.index(f"\n{title}:\n") for title in ("Options", "Model", "Memory and devices", "Sampling")]
+    assert begins == sorted(begins)
+    assert begins[2] < told.index("--ram") < begins[3] < told.index("--temp")
+
+
+def test_every_flag_of_a_section_is_a_commands() -> None:
+    found = (cli.get_command(click.Context(cli), name) for name in COMMANDS)
+    known = {param.name for command in found if command for param in command.params}
+    assert {name for names in SECTIONS.values() for name in names} <= known
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["completion", shell]) == 0
+    assert f"_SLIMOE_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("slimoe be", {"bench"}), ("slimoe run --kv", {"--kv-type"}), ("slimoe launch cl", {"claude-code", "cline"})],
+)
+def test_words_are_completed(words: str, found: set[str]) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_SLIMOE_COMPLETE": "bash_complete"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in asked.items():
+            patch.setenv(name, value)
+        process = slimoe()
+    out, err = process.communicate(timeout=DEADLINE)
+    assert {line.partition(",")[2] for line in out.splitlines()} == found, err
 
 
 @pytest.mark.parametrize(
