@@ -10,6 +10,8 @@ from slimoe.offload.printable import printable
 from slimoe.server.messages import Failure
 
 INVALID, UNSUPPORTED, SERVER = "invalid_request_error", "not_supported_error", "server_error"
+OVERFLOW = "exceed_context_size_error"
+"""llama-server's own type, which its clients look at."""
 RETRY_SECONDS = 2
 MAX_MESSAGE = 1000
 """Characters; a message may quote what a client sent."""
@@ -141,7 +143,7 @@ def _overflow(failure: Failure, param: str) -> ApiError:
         "if the model was trained on longer texts."
     )
     counts = {"n_prompt_tokens": failure.n_prompt, "n_ctx": failure.n_ctx}
-    return ApiError(400, ErrorInfo(message, INVALID, param, "context_length_exceeded"), extra=counts)
+    return ApiError(400, ErrorInfo(message, OVERFLOW, param, "context_length_exceeded"), extra=counts)
 
 
 def _retry() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The choices of one API request: what the engine is asked for, and what it has generated so far."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -23,14 +24,20 @@ class Choice:
     shows_prompt: bool = False
 
 
-def choices_of(prompts: Sequence[messages.PromptSource], request: GenerationRequest, n_choices: int) -> list[Choice]:
+def choices_of(
+    prompts: Sequence[messages.PromptSource],
+    request: GenerationRequest,
+    n_choices: int,
+    *,
+    shows_prompt: bool = False,
+) -> list[Choice]:
     """Every choice of every prompt, in the order of their index; equal seeds would give equal choices."""
     choices = []
     for prompt in prompts:
         for number in range(n_choices):
             seed = request.sampling.seed
             sampling = request.sampling if seed is None else replace(request.sampling, seed=seed + number)
-            choices.append(Choice(prompt, replace(request, sampling=sampling), number == 0))
+            choices.append(Choice(prompt, replace(request, sampling=sampling), number == 0, shows_prompt))
     return choices
 
 
@@ -57,6 +64,11 @@ class ChoiceState:
     done: messages.Done | None = None
     reasoning_parts: list[str] = field(default_factory=list)
     calls: list[messages.Call] = field(default_factory=list)
+    progress: messages.Progress | None = None
+    begun_at: float = 0.0
+    """When reading the prompt began."""
+    first_at: float = 0.0
+    """When the first token came."""
     _released: ScoredText = field(default_factory=ScoredText)
     _reader: AnswerReader = field(default_factory=PlainReader)
 
@@ -67,9 +79,13 @@ class ChoiceState:
             case messages.Accepted(n_prompt=n_prompt, reading=reading, prompt=prompt):
                 self.n_prompt, self.prompt = n_prompt, prompt
                 self._reader = reader_of(reading)
+            case messages.Progress():
+                self.progress = answer
+                self.begun_at = self.begun_at or time.monotonic()
             case messages.PromptScores(tokens=tokens):
                 self.prompt_scores.extend(tokens)
             case messages.Step(text=text, scored=score, token=token):
+                self.first_at = self.first_at or time.monotonic()
                 self.tokens.append(token)
                 scored = self._released.add(text, score)
                 read = self._reader.feed(scored.text)
@@ -105,3 +121,14 @@ class ChoiceState:
     def timings(self) -> Timings | None:
         """The times that the choice took, once it is complete."""
         return None if self.done is None else self.done.timings
+
+    @property
+    def timings_so_far(self) -> Timings:
+        """The times that the choice has taken, as they are seen from here until it is complete."""
+        if self.done is not None:
+            return self.done.timings
+        now = time.monotonic()
+        begun_at, first_at = self.begun_at or now, self.first_at or now
+        n_done, n_cached = (0, 0) if self.progress is None else (self.progress.n_done, self.progress.n_cached)
+        prompt_ms = 1000 * (first_at - begun_at) if n_done > n_cached else 0.0
+        return Timings(n_done - n_cached, prompt_ms, len(self.tokens), 1000 * (now - first_at), n_cached)

@@ -5,6 +5,7 @@ Fields that are neither listed in a body nor in `unsupported_fields` are ignored
 
 import asyncio
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -79,6 +80,21 @@ class SamplingBody(msgspec.Struct, kw_only=True):
         return msgspec.convert({name: value for name, value in given.items() if value is not None}, SamplingParams)
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What an answer tells besides its text, if asked to.
+
+    `usage` is a last chunk with the usage, `running_usage` the usage in each chunk, `progress` chunks about the reading
+    of the prompt, `timings` the times in each chunk, and `prompt` the text that the model reads.
+    """
+
+    usage: bool = False
+    running_usage: bool = False
+    progress: bool = False
+    timings: bool = False
+    prompt: bool = False
+
+
 class GenerationBody(SamplingBody, kw_only=True):
     """The fields that chat and plain completions have in common."""
 
@@ -90,6 +106,21 @@ class GenerationBody(SamplingBody, kw_only=True):
     max_completion_tokens: Limit | None = None
     n_predict: Limit | None = None
     stop: str | list[str] | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
+    verbose: bool | None = None
+
+    @property
+    def extras(self) -> Extras:
+        """What the answer is to tell besides its text."""
+        options = self.stream_options or StreamOptions()
+        return Extras(
+            usage=bool(options.include_usage),
+            running_usage=bool(options.include_usage and options.continuous_usage_stats),
+            progress=bool(self.return_progress),
+            timings=bool(self.timings_per_token),
+            prompt=bool(self.verbose),
+        )
 
     @property
     def n_choices(self) -> int:

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from slimoe.server import messages
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, Piece
-from slimoe.server.api.request_body import StreamOptions
+from slimoe.server.api.request_body import Extras
 from slimoe.server.api_error import ApiError
 from slimoe.server.http.event_stream import EVENTS, Framing
 
@@ -72,10 +72,11 @@ class OpenAIShape(ABC):
 
     framing = EVENTS
 
-    def __init__(self, envelope: Envelope, options: StreamOptions | None) -> None:
+    def __init__(self, envelope: Envelope, extras: Extras) -> None:
         self.envelope = envelope
-        self._with_usage = options is not None and bool(options.include_usage)
-        self._keeps_counting = options is not None and bool(options.continuous_usage_stats)
+        self._extras = extras
+        self._told: set[int] = set()
+        """Choices whose prompt's progress was told of."""
 
     @abstractmethod
     def opening(self, index: int) -> list[wire.Document]:
@@ -103,19 +104,39 @@ class OpenAIShape(ABC):
         match answer:
             case messages.Accepted():
                 documents = self.opening(index)
+            case messages.Progress() if self._extras.progress:
+                documents = self._progress(states[index], index)
             case messages.PromptScores(tokens=tokens):
                 documents = self.prompt_scores(index, list(tokens))
             case messages.Done(reason=reason):
                 closing = self.chunk(index, "", [] if documents else piece.scores, reason)
                 documents.append(_with_figures(closing, answer))
-        if self._with_usage:
-            usage = usage_of(states) if self._keeps_counting else None
+        if self._extras.timings and not isinstance(answer, messages.Accepted):
+            timings = wire.timings_info(states[index].timings_so_far)
+            documents = [msgspec.structs.replace(document, timings=timings) for document in documents]
+        if self._extras.usage:
+            usage = usage_of(states) if self._extras.running_usage else None
             documents = [msgspec.structs.replace(document, usage=usage) for document in documents]
         return [_encode(document) for document in documents]
 
+    def _progress(self, state: ChoiceState, index: int) -> list[wire.Document]:
+        """The chunks about how far a prompt is read; the first one tells what was in the KV cache."""
+        progress = state.progress
+        if progress is None or not progress.n_done:
+            return []
+        steps = [progress.n_done] if index in self._told else [progress.n_cached, progress.n_done]
+        self._told.add(index)
+        return [
+            msgspec.structs.replace(self.envelope.document([]), prompt_progress=progress_info(state, n_done))
+            for n_done in steps
+        ]
+
     def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
         """The chunk with the usage of all choices, if the client asks for it."""
-        return [_encode(self.envelope.document([], usage_of(states)))] if self._with_usage else []
+        if not self._extras.usage:
+            return []
+        timings = wire.timings_info(states[0].timings_so_far)
+        return [_encode(msgspec.structs.replace(self.envelope.document([], usage_of(states)), timings=timings))]
 
     def failure(self, states: Sequence[ChoiceState], error: ApiError) -> Sequence[bytes]:
         """The error as its own document."""
@@ -125,6 +146,8 @@ class OpenAIShape(ABC):
         """The document of a whole answer, with the figures of its first choice."""
         document, done = self.document(states, usage_of(states)), states[0].done
         assert done is not None
+        if self._extras.prompt:
+            document = msgspec.structs.replace(document, verbose=wire.VerboseInfo(states[0].prompt))
         return _encode(_with_figures(document, done))
 
 
@@ -134,6 +157,15 @@ def usage_of(states: Sequence[ChoiceState]) -> wire.Usage:
     n_cached = sum(state.timings.cached_n for state in states if state.timings and state.choice.is_first)
     n_written = sum(state.timings.predicted_n if state.timings else len(state.tokens) for state in states)
     return wire.Usage(n_prompt, n_written, n_prompt + n_written, wire.CachedTokens(n_cached))
+
+
+def progress_info(state: ChoiceState, n_done: int) -> wire.ProgressInfo:
+    """Tells that `n_done` tokens of a choice's prompt are read."""
+    progress, timings = state.progress, state.timings_so_far
+    assert progress is not None
+    return wire.ProgressInfo(
+        progress.n_total, progress.n_cached, n_done, timings.prompt_ms if n_done > progress.n_cached else 0.0
+    )
 
 
 def _with_figures(document: wire.Document, done: messages.Done) -> wire.Document:

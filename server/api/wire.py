@@ -29,14 +29,35 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class TimingsInfo(msgspec.Struct, frozen=True):
-    """Tokens computed and milliseconds taken, by phase; `cache_n` prompt tokens were known already."""
+    """Tokens computed and milliseconds taken, by phase; `cache_n` prompt tokens were known already.
+
+    The first token of an answer comes from the prompt's last logits, so that `predicted_per_second` leaves it out.
+    """
 
     cache_n: int
     prompt_n: int
     prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
     predicted_n: int
     predicted_ms: float
-    predicted_per_second: float | None
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
+class ProgressInfo(msgspec.Struct, frozen=True):
+    """`prompt_progress`: how many of a prompt's tokens are read, those in the KV cache before included."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: float
+
+
+class VerboseInfo(msgspec.Struct, frozen=True):
+    """`__verbose`: what the model has read."""
+
+    prompt: str
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -76,7 +97,7 @@ class Delta(msgspec.Struct, frozen=True):
     """`delta`: the text that a chunk adds to the message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -127,6 +148,8 @@ class Document(msgspec.Struct, frozen=True):
     timings: TimingsInfo | UnsetType = UNSET
     tiers: dict[str, float | bool | None] | UnsetType = UNSET
     memory: dict[str, int] | UnsetType = UNSET
+    prompt_progress: ProgressInfo | UnsetType = UNSET
+    verbose: VerboseInfo | UnsetType = msgspec.field(default=UNSET, name="__verbose")
 
 
 def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
@@ -138,16 +161,23 @@ def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
 
 
 def timings_info(timings: Timings) -> TimingsInfo:
-    """The engine's timings as clients read them."""
-    seconds = timings.predicted_ms / 1000
+    """The engine's timings as clients read them; a rate of nothing is 0."""
+    n_decoded = max(0, timings.predicted_n - 1)
     return TimingsInfo(
         cache_n=timings.cached_n,
         prompt_n=timings.prompt_n,
         prompt_ms=timings.prompt_ms,
+        prompt_per_token_ms=_share(timings.prompt_ms, timings.prompt_n),
+        prompt_per_second=_share(timings.prompt_n * 1000, timings.prompt_ms),
         predicted_n=timings.predicted_n,
         predicted_ms=timings.predicted_ms,
-        predicted_per_second=timings.predicted_n / seconds if seconds > 0 else None,
+        predicted_per_token_ms=_share(timings.predicted_ms, n_decoded),
+        predicted_per_second=_share(n_decoded * 1000, timings.predicted_ms),
     )
+
+
+def _share(whole: float, parts: float) -> float:
+    return whole / parts if parts > 0 else 0.0
 
 
 def chat_logprobs(scores: list[ScoredToken]) -> ChatLogprobs:

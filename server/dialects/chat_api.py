@@ -10,7 +10,7 @@ from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, choices_of
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, GenerationBody, LogprobCount, StreamOptions, read_body
+from slimoe.server.api.request_body import MAX_CHAT_VALUES, Extras, GenerationBody, LogprobCount, read_body
 from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unsupported_fields import CHAT, extended
 from slimoe.server.api_error import invalid, unsupported
@@ -69,10 +69,11 @@ class ChatApi:
         _check_beginning(body)
         max_tokens = body.limit()
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        choices = choices_of([prompt], body.request(max_tokens, n_logprobs, False), body.n_choices)
+        wanted = body.request(max_tokens, n_logprobs, False)
+        choices = choices_of([prompt], wanted, body.n_choices, shows_prompt=body.extras.prompt)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         envelope = Envelope.new("chatcmpl", kind, backend.model.id, backend.model.fingerprint)
-        shape = ChatShape(envelope, body.stream_options, is_scored=n_logprobs is not None)
+        shape = ChatShape(envelope, body.extras, is_scored=n_logprobs is not None)
         if body.stream:
             return await self._generation.stream(request, backend, choices, shape)
         return await self._generation.whole(backend, choices, shape)
@@ -83,13 +84,13 @@ class ChatShape(OpenAIShape):
 
     prompt_param = "messages"
 
-    def __init__(self, envelope: Envelope, options: StreamOptions | None, *, is_scored: bool) -> None:
-        super().__init__(envelope, options)
+    def __init__(self, envelope: Envelope, extras: Extras, *, is_scored: bool) -> None:
+        super().__init__(envelope, extras)
         self._is_scored = is_scored
 
     def opening(self, index: int) -> list[wire.Document]:
         """The first chunk, which holds the role and no text."""
-        opening = wire.ChatChunkChoice(index, wire.Delta(role="assistant", content=""))
+        opening = wire.ChatChunkChoice(index, wire.Delta(role="assistant", content=None))
         return [self.envelope.document([opening])]
 
     def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:

@@ -10,7 +10,7 @@ from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import ChoiceState, choices_of
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_PROMPTS, GenerationBody, LogprobCount, StreamOptions, read_body
+from slimoe.server.api.request_body import MAX_PROMPTS, Extras, GenerationBody, LogprobCount, read_body
 from slimoe.server.api.scored_text import fitted
 from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unsupported_fields import COMPLETION, extended
@@ -59,10 +59,10 @@ class CompletionApi:
             raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")
         is_scored = body.logprobs is not None
         wanted = body.request(body.limit(DEFAULT_MAX_TOKENS), body.logprobs, bool(body.echo) and is_scored)
-        choices = choices_of(prompts, wanted, body.n_choices)
+        choices = choices_of(prompts, wanted, body.n_choices, shows_prompt=body.extras.prompt)
         echoes = [await self._echo(backend, choice.prompt) if body.echo else "" for choice in choices]
         envelope = Envelope.new("cmpl", "text_completion", backend.model.id, backend.model.fingerprint)
-        shape = CompletionShape(envelope, body.stream_options, echoes, is_scored=is_scored)
+        shape = CompletionShape(envelope, body.extras, echoes, is_scored=is_scored)
         if body.stream:
             return await self._generation.stream(request, backend, choices, shape)
         return await self._generation.whole(backend, choices, shape)
@@ -85,10 +85,8 @@ class CompletionShape(OpenAIShape):
 
     prompt_param = "prompt"
 
-    def __init__(
-        self, envelope: Envelope, options: StreamOptions | None, echoes: Sequence[str], *, is_scored: bool
-    ) -> None:
-        super().__init__(envelope, options)
+    def __init__(self, envelope: Envelope, extras: Extras, echoes: Sequence[str], *, is_scored: bool) -> None:
+        super().__init__(envelope, extras)
         self._echoes = echoes
         self._is_scored = is_scored
         self._written = [0] * len(echoes)

@@ -16,6 +16,9 @@ from slimoe.server.api_error import ApiError, ErrorInfo, invalid
 
 APP_SCHEMES = frozenset({"tauri", "app", "file", "vscode-webview"})
 LOCAL_NAMES = frozenset({"localhost", "tauri.localhost"})
+KEY_NAMES = frozenset({"key", "api_key", "apikey", "access_token", "token"})
+"""Fields of a query in which clients of other services send their key."""
+_SEND_KEY = "Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _AUTHORITY = re.compile(r"(\[(?P<address>[^\[\]@/]+)\]|(?P<name>[^\s:/?#@\\\[\]]+))(:\d{0,5})?")
@@ -33,6 +36,9 @@ class AccessRules:
 
     def check(self, request: web.Request) -> None:
         """Raises ApiError for a request that may not be answered."""
+        for name in request.query:
+            if name.lower().replace("-", "_") in KEY_NAMES:
+                raise invalid(f"A key does not belong into an address, which logs keep. {_SEND_KEY}", name)
         host, origin = _one(request, hdrs.HOST), _one(request, hdrs.ORIGIN)
         if origin is not None and not self.allows_origin(origin, host):
             raise _forbidden(f"Pages from {origin} may not use this server. Allow them with --allowed-origin.")

@@ -50,7 +50,7 @@ async def test_chunks_keep_to_the_rules(client: AsyncOpenAI) -> None:
     assert len({(c.id, c.created, c.model, c.system_fingerprint, c.object) for c in chunks}) == 1
     assert all(len(chunk.choices) == 1 and chunk.usage is None for chunk in chunks)
     deltas = [chunk.choices[0].delta for chunk in chunks]
-    assert (deltas[0].role, deltas[0].content) == ("assistant", "")
+    assert (deltas[0].role, deltas[0].content) == ("assistant", None)
     assert all(delta.role is None and delta.content for delta in deltas[1:-1])
     assert len(deltas) > 4
     assert (deltas[-1].role, deltas[-1].content) == (None, None)

@@ -181,7 +181,7 @@ async def test_overflow_is_told_in_all_words_that_clients_look_for(server: LiveS
     text = "the quick brown fox " * 200
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     status, error = await send(server.url + path, json.dumps({**prompt, "stream": stream, "max_tokens": 100}))
-    assert (status, error["type"], error["code"]) == (400, "invalid_request_error", "context_length_exceeded")
+    assert (status, error["type"], error["code"]) == (400, "exceed_context_size_error", "context_length_exceeded")
     assert error["param"] == ("messages" if path == CHAT else "prompt")
     assert error["n_ctx"] == 512
     asked = error["n_prompt_tokens"] + 100
