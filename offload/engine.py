@@ -9,9 +9,10 @@ import numpy as np
 
 from slimoe.offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, UsageError
 from slimoe.offload.experts.device_experts import DeviceExperts
-from slimoe.offload.graph.batch import make_batch
+from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel
+from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
@@ -19,6 +20,7 @@ from slimoe.offload.plan.machine import Machine
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
+from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.tokenizer import Tokenizer
 
@@ -37,13 +39,15 @@ class Engine:
         self.cells = Cells(plan.n_cells)
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
+        self._observer = Observer(plan, self._totals)
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
             if self.tokenizer:
                 opened.callback(self.tokenizer.close)
-            self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress)))
-            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, self.memory, self.counters)
-            self._scheduler = Scheduler(self.cells, self._model.runner.run, plan.n_parallel, plan.n_batch)
+            self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress, self._observer.uses)))
+            told = self.memory, self.counters, self._observer.begin
+            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told)
+            self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -153,7 +157,7 @@ class Engine:
         self._scheduler.submit(job, self._own)
         try:
             while not job.is_over:
-                for _, event in self._scheduler.step():
+                for _, event in self.step():
                     if isinstance(event, Failed):
                         raise event.error
                     yield event
@@ -182,7 +186,12 @@ class Engine:
 
     def step(self) -> list[Outcome]:
         """Computes one step for all requests and returns their events; a request ends with `Finished` or `Failed`."""
-        return self._scheduler.step()
+        with self._observer.timed():
+            return self._scheduler.step()
+
+    def _compute(self, batch: Batch, is_cancelled: Callable[[], bool] | None) -> Logits:
+        self._observer.note(batch)
+        return self._model.runner.run(batch, is_cancelled)
 
     # --- memory --------------------------------------------------------------------------------------------
 
@@ -197,6 +206,14 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers since the model was opened, by name; empty when everything is resident."""
         return self._model.counters()
+
+    def _totals(self) -> dict[str, float]:
+        cpu, devices = self._model.seconds
+        return {**self.counters(), "cpu_seconds": cpu, "device_seconds": devices}
+
+    def snapshot(self) -> Snapshot:
+        """What the engine holds and does at this moment; may be called from any thread."""
+        return self._observer.snapshot(self.config, self.plan, self._model, self._scheduler.n_active)
 
     @property
     def tiers(self) -> Tiers | None:

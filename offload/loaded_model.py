@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Protocol
 
+from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.batch import Batch
@@ -43,7 +44,11 @@ class LoadedModel:
     runner: StepRunner
     store: WeightStore | None = None
 
-    def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Progress) -> None:
+    def __init__(
+        self, config: EngineConfig, plan: EnginePlan, on_progress: Progress, uses: ExpertUses | None = None
+    ) -> None:
+        """Loads a model; its steps count in `uses` which experts were selected."""
+        uses = uses or ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
         self._plan = plan
         self.tiers: Tiers | None = None
         with ExitStack() as opened:
@@ -64,10 +69,10 @@ class LoadedModel:
                 batched = load_weights(self.store, sources, forms.batch_form, table)
                 single = load_weights(self.store, sources, forms.single_form, table)
                 self.store.release_staging()
-                self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch)
+                self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch, uses)
                 opened.callback(self.runner.close)
             else:
-                self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter)
+                self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, uses)
                 self.runner = self.tiers.runner
             self._opened = opened.pop_all()
 
@@ -86,6 +91,12 @@ class LoadedModel:
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers by name: selected experts, bytes and seconds; empty when all is resident."""
         return {} if self.tiers is None else self.tiers.counters()
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Seconds spent inside the CPU's graphs, and waiting for devices."""
+        parts = () if self.tiers is None else self.tiers.runner.parts
+        return self.backend.seconds, sum(part.backend.seconds for part in parts if part.backend is not self.backend)
 
     @property
     def device_experts(self) -> tuple[DeviceExperts, ...]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.disk_reader import DiskReader
+from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_policy
 from slimoe.offload.cache.residency import Key, most_valuable
@@ -101,14 +102,20 @@ class _Elsewhere:
 
 
 def open_tiers(
-    config: EngineConfig, plan: EnginePlan, cpu: CpuBackend, rows: TokenRows | None, opened: ExitStack, count: Count
+    config: EngineConfig,
+    plan: EnginePlan,
+    cpu: CpuBackend,
+    rows: TokenRows | None,
+    opened: ExitStack,
+    count: Count,
+    uses: ExpertUses,
 ) -> Tiers:
     """Opens the devices, the host expert cache and the runner as planned; `opened` closes them, also after an error.
 
     `rows` is where a step's rows of the token table go, None if the table is in memory; `count` is told of bytes made
-    ready. Raises DoesNotFitError, DeviceError and ModelFileError.
+    ready; steps count in `uses`. Raises DoesNotFitError, DeviceError and ModelFileError.
     """
-    return _Opening(config, plan, cpu, rows, opened, count).open()
+    return _Opening(config, plan, cpu, rows, opened, count, uses).open()
 
 
 class _Opening:
@@ -122,7 +129,9 @@ class _Opening:
         rows: TokenRows | None,
         opened: ExitStack,
         count: Count,
+        uses: ExpertUses,
     ) -> None:
+        self._uses = uses
         self._config, self._plan, self._cpu, self._rows = config, plan, cpu, rows
         self._opened, self._count = opened, count
         whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
@@ -283,7 +292,7 @@ class _Opening:
             sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
             header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
             trace = TraceWriter(self._config.trace, header)
-        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy)
+        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, self._uses)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

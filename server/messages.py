@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import FinishReason, GenerationRequest, TierUse, Timings
 
 HEADER_BYTES = 4
@@ -142,6 +143,12 @@ class Count(Message, frozen=True):
 
     id: int
     prompt: ChatPrompt
+
+
+class Observe(Message, frozen=True):
+    """To the engine: asks what it holds and does at this moment."""
+
+    id: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -295,6 +302,13 @@ class Text(Message, frozen=True):
     text: str
 
 
+class Observed(Message, frozen=True):
+    """From the engine: what it holds and does."""
+
+    id: int
+    snapshot: Snapshot
+
+
 def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
     """Adds sentences for the user to the notes of a model."""
     return msgspec.structs.replace(info, notes=(*info.notes, *notes))
@@ -307,8 +321,8 @@ def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
 
 Question = Encode | Decode | Render | Count
 """What is answered at once, without the engine."""
-ToEngine = Open | Submit | Cancel | Question
-Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text
+ToEngine = Open | Submit | Cancel | Question | Observe
+Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text | Observed
 FromEngine = Loading | Beat | Ready | Answer
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of paths

@@ -35,6 +35,7 @@ FLOORS = {
         {"experts", "plan", "requests"},
         {"open_tiers"},
         {"loaded_model"},
+        {"observation"},
         {"engine"},
     ),
     "converter": (

@@ -140,6 +140,16 @@ class HostPool:
         """The experts that have a slot, whose reads may still be under way."""
         return [key for pool in self._pools.values() for key in pool.cache]
 
+    def places(self) -> list[tuple[Key, SlotClass, bool]]:
+        """The copies that have a slot, by expert and class, and whether each is there whole; for any thread."""
+        found = []
+        for kind, pool in list(self._pools.items()):
+            for key in list(pool.cache):
+                slot = pool.slot(key)
+                if slot is not None:
+                    found.append((key, kind, slot.is_complete))
+        return found
+
     @property
     def n_free_to_pin(self) -> int:
         """How many experts can be pinned at once, whatever their class, beside those that are held."""

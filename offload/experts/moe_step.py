@@ -8,6 +8,7 @@ from threading import Event
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.policy import Policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import ONE_TOKEN, RoutedTokens, group_by_expert
@@ -40,8 +41,10 @@ class MoEStep:
         policy: Policy,
         constants: ConstantExperts,
         trace: TraceWriter | None,
-        lossy: LossyStep | None = None,
+        lossy: LossyStep | None,
+        uses: ExpertUses,
     ) -> None:
+        self._uses = uses
         self.layers, self._host, self._host_experts = layers, host, host_experts
         self._policy, self._constants, self._trace, self._lossy = policy, constants, trace, lossy
         self.parts = {layer: part for part in parts for layer in part.layers}
@@ -86,6 +89,7 @@ class MoEStep:
         if n_rows == 1 and self._is_plain and self._is_decode[-1]:
             self._run_plain(segment, layer, ranked[0].tolist(), is_cancelled)
             return
+        self._uses.add_batch(index, ranked)
         selected, copies = np.asarray(layer.target, np.int64)[ranked], None
         if self._trace is not None:
             self._trace.layer(index, np.maximum(selected, -1), exchange.read("expert_weights", *selected.shape))
@@ -116,6 +120,7 @@ class MoEStep:
         index = segment.last
         experts = [layer.target[row] for row in rows]
         self._policy.decode(index, experts)
+        self._uses.add(index, rows)
         routed = []
         for column, expert in enumerate(experts):
             one = self._single.get((index, expert, column))

@@ -67,6 +67,8 @@ class GraphPool(Generic[Shape, Prepared]):
             return known[1]
         built = self._build(shape)
         before = self.n_bytes
+        # Else ggml may keep the last graph's arrangement, where results are overwritten that are outputs of this one.
+        ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
         if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, built.graph):
             ggml.ggml_free(built.ctx)
             raise self._out_of_memory()

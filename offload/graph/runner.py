@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.attention import StepShape
@@ -33,6 +34,7 @@ class _Prepared:
     cells: NDArray[np.int64]
     mask: NDArray[np.float16]
     logits: Logits
+    ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
 
 class Runner:
@@ -51,9 +53,10 @@ class Runner:
         single: ModelWeights,
         rows: TokenRows | None,
         n_batch: int,
+        uses: ExpertUses,
     ) -> None:
         self.spec, self.backend, self.cache = spec, backend, cache
-        self._batched, self._single, self._rows = batched, single, rows
+        self._batched, self._single, self._rows, self._uses = batched, single, rows, uses
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
         self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
         self._graphs.reserve(StepShape(1, cache.n_cells, 1))
@@ -82,6 +85,8 @@ class Runner:
             self.backend.compute(prepared.graph)
         else:
             self.backend.compute_until(prepared.graph, is_cancelled)
+        for layer, ranked in prepared.ranked:
+            self._uses.add(layer, ranked.ravel().tolist())
         return prepared.logits
 
     def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:
@@ -90,7 +95,8 @@ class Runner:
 
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)
-            inputs, n_tokens = step.inputs, shape.n_tokens
+            inputs, n_tokens, n_used = step.inputs, shape.n_tokens, self.spec.n_expert_used
+            ranked = ((layer, _array(one, np.int32, *ggml.tensor_at(one).ne[1::-1])) for layer, one in step.ranked)
             return _Prepared(
                 step.graph,
                 tokens=_array(inputs.tokens, np.int32, n_tokens),
@@ -98,6 +104,7 @@ class Runner:
                 cells=_array(inputs.cells, np.int64, n_tokens),
                 mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv),
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
+                ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),
             )
 
         return BuiltGraph(step.ctx, step.graph, prepare)

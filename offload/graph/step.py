@@ -20,15 +20,22 @@ from slimoe.offload.graph.router import add_router, select_experts
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
 
+WATCHED_TOKENS = 4
+"""Steps of at most so many tokens tell which experts they selected, as answers do and prompts do not."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """A built graph: its ggml context (owned by whoever holds this), inputs, and F32 logits [n_vocab, n_out]."""
+    """A built graph: its ggml context (owned by whoever holds this), inputs, and F32 logits [n_vocab, n_out].
+
+    `ranked` are the layers whose experts stay to be looked at, each with them ranked, I32 [n_expert, n_rows].
+    """
 
     ctx: int
     graph: int
     inputs: StepInputs
     logits: int
+    ranked: tuple[tuple[int, int], ...] = ()
 
 
 def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> StepGraph:
@@ -42,11 +49,12 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
     )
     for tensor in (inputs.tokens, inputs.positions, inputs.cells, inputs.mask):
         ggml.ggml_set_input(tensor)
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
+    ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked)
     hidden = int(ggml.ggml_get_rows(ctx, weights.token_embd, inputs.tokens))
     for index in range(spec.n_layer):
         hidden = blocks.add_feed_forward(index, blocks.add_attention(index, hidden))
-    return StepGraph(ctx, graph, inputs, blocks.add_logits(hidden))
+    return StepGraph(ctx, graph, inputs, blocks.add_logits(hidden), tuple(ranked or ()))
 
 
 def new_graph(spec: ModelSpec, n_layers: int) -> tuple[int, int]:
@@ -68,6 +76,8 @@ class BlockBuilder:
     cache: KVCache | None
     shape: StepShape
     inputs: StepInputs
+    ranked: list[tuple[int, int]] | None = None
+    """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
 
     def n_rows(self, index: int) -> int:
         """Rows that leave layer `index`: in the last one only those whose logits are wanted."""
@@ -95,6 +105,9 @@ class BlockBuilder:
         if not layer.router:
             return int(ggml.ggml_add(ctx, add_dense_ffn(ctx, layer, normed), hidden))
         ranked, expert_weights = add_router(ctx, spec, layer.router, normed)
+        if self.ranked is not None:
+            ggml.ggml_set_output(ranked)
+            self.ranked.append((index, ranked))
         rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
         stacks = [part.weight for part in layer.gate_up]
         outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, select_experts(ctx, spec, ranked))

@@ -30,7 +30,8 @@ _LOGPROB_BATCH = 64
 class ModelFacts:
     """What a request must know of the model.
 
-    `memory` returns the bytes held by each tier, by name, and `counters` the tiers' running totals, by name.
+    `memory` returns the bytes held by each tier, by name, and `counters` the tiers' running totals, by name;
+    `on_begin` is called when a request begins.
     """
 
     n_ctx: int
@@ -38,6 +39,7 @@ class ModelFacts:
     tokenizer: Tokenizer | None
     memory: Callable[[], dict[str, int]]
     counters: Callable[[], dict[str, float]] = dict
+    on_begin: Callable[[], None] = lambda: None
 
 
 class Generator:
@@ -97,6 +99,7 @@ class Generator:
         if self._begin is None:
             self._begin = time.perf_counter()
             self._counted = self._facts.counters()
+            self._facts.on_begin()
         self._n_cached += n_known - self._n_done
         self._n_done = n_known
 

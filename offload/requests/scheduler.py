@@ -52,6 +52,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._waiting and not self._active
 
+    @property
+    def n_active(self) -> int:
+        """Requests that are being answered."""
+        return len(self._active)
+
     def submit(self, job: Generator, sequence: Sequence | None = None) -> None:
         """Queues a request. It goes on from `sequence`, which stays the caller's, or else has one of its own."""
         if sequence is not None:

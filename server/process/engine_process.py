@@ -20,6 +20,7 @@ from slimoe.offload.cache.disk_reader import FileChangedError
 from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
@@ -47,6 +48,9 @@ class ServedEngine(OpenModel, Protocol):
     def step(self) -> list[Outcome]:
         """Computes one step of all running requests and returns what came of each."""
 
+    def snapshot(self) -> Snapshot:
+        """What the engine holds and does; may be called from any thread."""
+
     def check_files(self) -> None:
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
 
@@ -60,6 +64,7 @@ class EngineProcess:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
         self._preparer: Preparer | None = None
+        self._engine: ServedEngine | None = None
         self._heartbeat = Heartbeat(pipe.send)
         self._n_parallel = 1
         self._opening: queue.SimpleQueue[messages.Open] = queue.SimpleQueue()
@@ -74,6 +79,7 @@ class EngineProcess:
             messages.Decode: self._answer,
             messages.Render: self._answer,
             messages.Count: self._answer,
+            messages.Observe: self._observe,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -90,6 +96,7 @@ class EngineProcess:
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))
             return
+        self._engine = engine
         self._preparer = Preparer(prompts, self._pipe.send, self._take)
         problem = self._preparer.template_problem()
         self._pipe.send(messages.Ready(messages.with_notes(info, () if problem is None else (problem,))))
@@ -128,6 +135,14 @@ class EngineProcess:
     def _answer(self, question: messages.Question) -> None:
         assert self._preparer is not None
         self._preparer.answer(question)
+
+    def _observe(self, message: messages.Observe) -> None:
+        """Answers at once, in the middle of a step too: that is when there is most to see."""
+        assert self._engine is not None
+        try:
+            self._pipe.send(messages.Observed(message.id, self._engine.snapshot()))
+        except Exception as error:
+            self._pipe.send(failure_of(message.id, error))
 
     def _cancel(self, message: messages.Cancel) -> None:
         job = self._jobs.get(message.id)

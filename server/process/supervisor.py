@@ -168,8 +168,8 @@ class Supervisor:
         """Queues one generation, behind those submitted before."""
         return self._send(lambda id: messages.Submit(id, prompt, request, shows_prompt))
 
-    async def ask(self, question: Callable[[int], messages.Question]) -> messages.Answer:
-        """Asks a question about text and returns the answer; raises EngineFailure."""
+    async def ask(self, question: Callable[[int], messages.Question | messages.Observe]) -> messages.Answer:
+        """Asks a question, about text or the engine, and returns the answer; raises EngineFailure."""
         handle = self._send(question)
         try:
             return (await handle.next())[0]

@@ -17,6 +17,17 @@ from slimoe.offload.errors import DeviceError, DeviceFullError, DoesNotFitError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.requests.snapshot import (
+    ExpertFormat,
+    ExpertMap,
+    LayerMap,
+    MemoryPlace,
+    MemoryUse,
+    Snapshot,
+    Speed,
+    Spent,
+    Work,
+)
 from slimoe.offload.text.generation import (
     Event,
     Failed,
@@ -66,6 +77,16 @@ class ScriptedEngine:
 
     def counters(self) -> dict[str, float]:
         return {"hits": 3.0 * self._n_done, "misses": 1.0 * self._n_done, "bytes_read": 100.0 * self._n_done}
+
+    def snapshot(self) -> Snapshot:
+        """Two layers of four experts, one of which moves with every answer."""
+        uses = (self._n_done, 0, 2, 0)
+        layers = tuple(LayerMap(layer, "h.d" + "x", (0, 0, 0, -1), (1,), uses, uses) for layer in range(2))
+        place = MemoryPlace("host", "auto", 1 << 30, 1 << 20, {"weights": self.gguf.n_bytes, "kv": 10})
+        spent = Spent(2.0, 1.0, 0.5, 0.25, 0.25, 3, 4, 0.75)
+        work = Work(len(self._answers), spent, spent, Speed(20.0, 30.0, "cpu", 10.0))
+        experts = ExpertMap((ExpertFormat("Q4_K Q4_K Q6_K", 100),), layers)
+        return Snapshot(experts, MemoryUse((place,), 100, 200), work)
 
     def check_files(self) -> None:
         pass

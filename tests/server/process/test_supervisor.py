@@ -12,6 +12,7 @@ import openai
 import psutil
 import pytest
 
+from slimoe.server.messages import Observe, Observed
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Patience
 from tests.models.live_server import LiveOptions, LiveServer, live_server, until
@@ -311,3 +312,17 @@ async def test_requests_that_had_not_begun_are_sent_again(model: Path) -> None:
             await poison
         assert await asyncio.gather(*waiting) == [f" [INST] {n} [/INST]" for n in range(5)]
         assert server.supervisor.n_restarts == 1
+
+
+async def test_the_engine_tells_what_it_does_while_it_does_it(server: LiveServer) -> None:
+    """Also in the middle of a step that does not end."""
+    async with server.client() as client:
+        running = asyncio.create_task(client.chat.completions.create(model="", messages=messages("slowly")))
+        await until(lambda: server.supervisor.n_underway == 1)
+        observed = await asyncio.wait_for(server.supervisor.ask(Observe), 5)
+        running.cancel()
+    assert isinstance(observed, Observed)
+    assert observed.snapshot.work.n_running == 1
+    assert [layer.tiers for layer in observed.snapshot.experts.layers] == ["h.dx"] * 2
+    assert observed.snapshot.memory.places[0].name == "host"
+    await until(lambda: server.supervisor.n_busy == 0)

@@ -1,0 +1,204 @@
+"""Watches an open model from beside: what its steps take, and a snapshot of what it holds, from any thread."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from slimoe.offload.cache.expert_uses import ExpertUses
+from slimoe.offload.cache.host_pool import matrix_bytes
+from slimoe.offload.cache.residency import Key
+from slimoe.offload.errors import SlimoeError
+from slimoe.offload.graph.batch import Batch
+from slimoe.offload.loaded_model import LoadedModel
+from slimoe.offload.model.experts import ExpertLayer, SlotClass
+from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import EnginePlan
+from slimoe.offload.plan.prediction import measure_machine, predict_plan
+from slimoe.offload.requests.snapshot import (
+    IN_HOST,
+    ON_DEVICE,
+    ON_DISK,
+    REMOVED,
+    ExpertFormat,
+    ExpertMap,
+    LayerMap,
+    MemoryPlace,
+    MemoryUse,
+    Snapshot,
+    Speed,
+    Spent,
+    Work,
+)
+from slimoe.offload.resources.memory import peak_resident_bytes, resident_bytes
+
+_TRIES = 5
+"""A snapshot is taken while the engine works, and again where it finds something just changing."""
+
+
+class Observer:
+    """Counts what the steps of one engine take; `totals` gives its tiers' counters and its seconds in graphs."""
+
+    def __init__(self, plan: EnginePlan, totals: Callable[[], Mapping[str, float]]) -> None:
+        self.uses = ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
+        self._totals = totals
+        self._steps = dict.fromkeys(("seconds", "n_prompt", "n_predicted", "n_decoded", "decode_seconds"), 0.0)
+        self._began: dict[str, float] = {}
+        self._is_decoding = False
+        self._predicted: tuple[EnginePlan, Speed] | None = None
+
+    def begin(self) -> None:
+        """An answer begins."""
+        self.uses.begin()
+        self._began = self._now()
+
+    def note(self, batch: Batch) -> None:
+        """Counts the tokens of a batch that is about to be computed; single ones continue an answer."""
+        n_single = sum(run.n_tokens == 1 for run in batch.runs)
+        self._steps["n_predicted"] += n_single
+        self._steps["n_prompt"] += batch.n_tokens - n_single
+        self._is_decoding = n_single == len(batch.runs)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Times one step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._steps["seconds"] += seconds
+            if self._is_decoding:
+                self._steps["n_decoded"] += 1
+                self._steps["decode_seconds"] += seconds
+                self._is_decoding = False
+
+    def snapshot(self, config: EngineConfig, plan: EnginePlan, model: LoadedModel, n_running: int) -> Snapshot:
+        """What the model holds and what its steps took; may be called from any thread."""
+        for _ in range(_TRIES):
+            try:
+                experts = _expert_map(plan, model, self.uses)
+                break
+            except (RuntimeError, KeyError, AttributeError):
+                continue
+        else:
+            experts = ExpertMap()
+        return Snapshot(experts, _memory_use(config, plan, model), self._work(config, plan, n_running))
+
+    def _now(self) -> dict[str, float]:
+        return {**self._totals(), **self._steps}
+
+    def _work(self, config: EngineConfig, plan: EnginePlan, n_running: int) -> Work:
+        now = self._now()
+        answer = {name: value - self._began.get(name, 0) for name, value in now.items()}
+        if self._predicted is None or self._predicted[0] is not plan:
+            self._predicted = plan, _predicted(config, plan)
+        speed = self._predicted[1]
+        measured = answer["n_decoded"] / answer["decode_seconds"] if answer["n_decoded"] else None
+        speed = Speed(speed.predicted, speed.most, speed.bound, measured)
+        return Work(n_running, _spent(answer), _spent(now), speed)
+
+
+def _spent(took: Mapping[str, float]) -> Spent:
+    compute, device = took.get("cpu_seconds", 0.0), took.get("device_seconds", 0.0)
+    disk, seconds = took.get("stall_seconds", 0.0), took["seconds"]
+    found = took.get("hits", 0) + took.get("device_hits", 0)
+    selected = found + took.get("pending", 0) + took.get("misses", 0)
+    return Spent(
+        seconds,
+        compute,
+        disk,
+        device,
+        max(0.0, seconds - compute - disk - device),
+        int(took["n_prompt"]),
+        int(took["n_predicted"]),
+        found / selected if selected else None,
+    )
+
+
+class _UnmeasuredError(SlimoeError):
+    """Something is not known of this machine, and nobody shall wait for it here."""
+
+
+def _predicted(config: EngineConfig, plan: EnginePlan) -> Speed:
+    """What the plan promises, as far as this machine was measured before."""
+
+    def refuse(name: str) -> None:
+        raise _UnmeasuredError(name)
+
+    if config.devices.rpc:  # would be asked over the connection that computes
+        return Speed()
+    try:
+        decode = predict_plan(plan, measure_machine(config, plan, refuse)).decode
+    except (SlimoeError, OSError):
+        return Speed()
+    return Speed(1000 / decode.ms_per_token, 1000 / decode.bound_ms if decode.bound_ms else None, decode.bound_name)
+
+
+def _expert_map(plan: EnginePlan, model: LoadedModel, uses: ExpertUses) -> ExpertMap:
+    formats: dict[SlotClass, int] = {}
+    marks: dict[Key, tuple[str, SlotClass]] = {}
+    reading: set[Key] = set()
+    pool = None if model.tiers is None else model.tiers.host_pool
+    for key, kind, is_ready in [] if pool is None else pool.places():
+        layer = plan.layers[key[0]]
+        assert layer is not None
+        is_best = layer.experts[key[1]][0].slot_class is kind
+        if not is_ready:
+            reading.add(key)
+        elif is_best or key not in marks:
+            marks[key] = IN_HOST, kind
+    for device in model.device_experts:
+        marks |= {key: (ON_DEVICE, device.copies[key].slot_class) for key in list(device)}
+    whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        if layer is None:
+            continue
+        default = ON_DEVICE if index in whole else IN_HOST if plan.is_resident else ON_DISK
+        found = [_place(layer, (index, expert), marks, default) for expert in layer.target]
+        layers.append(
+            LayerMap(
+                index,
+                "".join(mark for mark, _ in found),
+                tuple(-1 if kind is None else formats.setdefault(kind, len(formats)) for _, kind in found),
+                tuple(row for row, expert in enumerate(layer.target) if (index, expert) in reading),
+                None if index in whole else uses.recent(index),
+                None if index in whole else tuple(uses.totals[index]),
+            )
+        )
+    described = (
+        ExpertFormat(" ".join(type.name for type, _ in kind), sum(matrix_bytes(type, ne) for type, ne in kind))
+        for kind in formats
+    )
+    return ExpertMap(tuple(described), tuple(layers))
+
+
+def _place(
+    layer: ExpertLayer, key: Key, marks: Mapping[Key, tuple[str, SlotClass]], default: str
+) -> tuple[str, SlotClass | None]:
+    """The mark of one expert, and the format that it is held in or would be read in."""
+    if key[1] < 0:
+        return REMOVED, None
+    return marks.get(key) or (default, layer.experts[key[1]][0].slot_class)
+
+
+def _memory_use(config: EngineConfig, plan: EnginePlan, model: LoadedModel) -> MemoryUse:
+    held, forms = model.memory(), plan.weight_forms
+    if plan.is_resident:
+        weights, program = forms.mapped + forms.copied + forms.repacked, forms.program
+        experts = sum(copies[0].n_bytes for layer in plan.layers if layer is not None for copies in layer.experts)
+        # Weights that lie in two arrangements take more than they have in the file.
+        experts = min(weights, experts)
+        by_use = {"weights": weights - experts, "experts": experts}
+    else:
+        program = plan.tiers.program if plan.tiers is not None else forms.program
+        by_use = {"weights": held.get("copied", 0), "experts": held.get("host_pool", 0)}
+    by_use |= {"kv": held.get("kv", 0), "compute": held["compute"], "program": max(0, program - plan.reserve)}
+    setting = config.memory.ram or "auto"
+    places = [MemoryPlace("host", setting, plan.available, plan.reserve, by_use)]
+    for index, device in enumerate(plan.devices):
+        uses = {"weights": device.weights, "experts": device.slots, "kv": device.kv, "compute": device.compute}
+        asked = config.devices.vram or ("auto",)
+        setting = asked[index] if len(asked) == len(plan.devices) else asked[0]
+        places.append(MemoryPlace(device.device.name, setting, device.budget, 0, uses))
+    return MemoryUse(tuple(places), resident_bytes(), peak_resident_bytes())
