@@ -1,0 +1,56 @@
+"""What the conversations of several dialects have in common: JSON as text, tools, and answers in several pieces."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from slimoe.server.api_error import ApiError, invalid, unsupported
+from slimoe.server.messages import Tool, ToolChoice, Turn
+
+
+def joined_answers(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """The turns, with what the assistant said, thought and called in a row as one."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and joined[-1].role == turn.role == "assistant":
+            last = joined.pop()
+            turn = Turn(
+                "assistant",
+                "\n".join(filter(None, (last.content, turn.content))),
+                (*last.calls, *turn.calls),
+                reasoning="\n".join(filter(None, (last.reasoning, turn.reasoning))),
+            )
+        joined.append(turn)
+    return tuple(joined)
+
+
+def json_text(value: Any, where: str) -> str:
+    """A value of a body as JSON text, as models write it; raises ApiError for one that is nested too deeply."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise invalid(f"{where} is nested too deeply.", where) from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a call's arguments are; what is none, as an answer cut short leaves it, under `arguments`."""
+    try:
+        value = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        value = text
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+def check_choice(choice: ToolChoice, tools: Sequence[Tool], where: str) -> None:
+    """Raises ApiError for a demand of tools that are not there."""
+    if choice.mode == "required" and not tools:
+        raise invalid(f"{where} demands a call, but there are no tools.", where)
+    if choice.name and choice.name not in {tool.name for tool in tools}:
+        raise invalid(f"{where} names {choice.name!r}, which is none of the tools.", where)
+
+
+def not_text(kind: str, where: str) -> ApiError:
+    """The refusal of what is no text."""
+    return unsupported(f"This model reads text only, not a part of type {kind!r}.", where)
