@@ -5,15 +5,17 @@ the control token of that name, so every occurrence in a message is replaced by 
 rendered text is split at the control tokens the template itself wrote, and only then are the placeholders undone.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slimoe.offload.text.tokenizer import Tokenizer
+from slimoe.server.chat.plain_form import plain_messages
 from slimoe.server.chat.template_child import MAX_OUTPUT, TemplateChild, TemplateLimits
-from slimoe.server.chat.template_messages import CONTINUED
-from slimoe.server.messages import ChatPrompt
+from slimoe.server.chat.template_messages import CONTINUED, NO_TOOLS, Rendered
+from slimoe.server.messages import Call, ChatPrompt, Tool, Turn
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
@@ -33,16 +35,16 @@ class Prompt:
 class Chat:
     """Builds prompts for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, max_output: int = MAX_OUTPUT) -> None:
-        """The model's template is compiled when it is first used, in a process of its own.
+    def __init__(self, tokenizer: Tokenizer, max_output: int = MAX_OUTPUT, template: str | None = None) -> None:
+        """The `template`, or else the model's own, is compiled when it is first used, in a process of its own.
 
         It may write `max_output` characters for a conversation.
         """
         self._tokenizer = tokenizer
         self._marks = _Marks(tuple(tokenizer.special_tokens))
-        self._special_values = _special_values(tokenizer)
-        source = tokenizer.chat_template
-        self._template = None if source is None else TemplateChild(source, TemplateLimits(max_output=max_output))
+        source = tokenizer.chat_template if template is None else template
+        limits, values = TemplateLimits(max_output=max_output), _special_values(tokenizer)
+        self._template = None if source is None else TemplateChild(source, limits, values)
 
     def check(self) -> None:
         """Raises UnusableTemplateError or TemplateLimitError for a template that no chat is possible with."""
@@ -63,7 +65,7 @@ class Chat:
         when the template refuses the conversation, also after system turns were folded and equal roles merged.
         """
         tokenizer = self._tokenizer
-        parts = self._marks.split(self._text(conversation, generate))
+        parts = self._marks.split(self._rendered(conversation, generate).text)
         segments = [tokenizer.special_tokens[part] if n % 2 else self._marks.undo(part) for n, part in enumerate(parts)]
         ids = tokenizer.encode_segments([segment for segment in segments if segment != ""])
         if self._template is None:
@@ -73,18 +75,22 @@ class Chat:
 
     def render(self, conversation: ChatPrompt, generate: bool = True) -> str:
         """The conversation as a person may read it: the template's text with the client's own words put back."""
-        return self._marks.undo(self._text(conversation, generate))
+        return self._marks.undo(self._rendered(conversation, generate).text)
 
-    def _text(self, conversation: ChatPrompt, generate: bool) -> str:
-        """The rendered text, in which control tokens are only those of the template."""
-        messages = [{"role": turn.role, "content": self._marks.hide(turn.content)} for turn in conversation.messages]
+    def _rendered(self, conversation: ChatPrompt, generate: bool) -> Rendered:
+        """The text, in which control tokens are only those of the template."""
+        marks, is_told_tools = self._marks, conversation.tool_choice.mode != "none"
+        messages = [_entry(turn, marks) for turn in conversation.messages]
+        tools = [_description(tool, marks) for tool in conversation.tools] if is_told_tools else []
         if self._template is not None:
-            values = {**_hide_in(conversation.values, self._marks), **self._special_values}
-            return self._template.render(messages, values, generate)
-        turns = [_PLAIN_NAMES.get(message["role"], "") + message["content"] for message in messages]
+            has_extras = tools or any(message.keys() != {"role", "content"} for message in messages)
+            caps = self._template.caps() if has_extras else NO_TOOLS
+            return self._template.render(messages, marks.hide_in(conversation.values), generate, tools, caps)
+        plain = plain_messages(messages, tools)
+        turns = [_PLAIN_NAMES.get(message["role"], "") + message["content"] for message in plain]
         if generate and (not messages or messages[-1]["role"] != "assistant"):
             turns.append("Assistant:")
-        return "\n\n".join(turns)
+        return Rendered("\n\n".join(turns), bool(tools))
 
 
 class _Marks:
@@ -111,6 +117,14 @@ class _Marks:
         begin = len(text) - len(text.lstrip())
         return text[:begin] + self._head.sub(self._placeholder, text[begin:])
 
+    def hide_in(self, value: Any) -> Any:
+        """A JSON value, with the control tokens in all of its texts replaced by placeholders."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, dict):
+            return {self.hide(name): self.hide_in(inner) for name, inner in value.items()}
+        return [self.hide_in(inner) for inner in value] if isinstance(value, list) else value
+
     def undo(self, text: str) -> str:
         """`text` with the placeholders replaced by what they stand for."""
         return _PLACEHOLDER.sub(lambda match: self._table[int(match[1])], text)
@@ -132,14 +146,28 @@ def _special_values(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "bos_token": "" if bos is None else tokenizer.token_text(bos),
         "eos_token": "" if eos is None else tokenizer.token_text(eos),
-        "tools": None,
         "documents": None,
     }
 
 
-def _hide_in(value: Any, marks: _Marks) -> Any:
-    if isinstance(value, str):
-        return marks.hide(value)
-    if isinstance(value, dict):
-        return {name: _hide_in(inner, marks) for name, inner in value.items()}
-    return [_hide_in(inner, marks) for inner in value] if isinstance(value, list) else value
+def _entry(turn: Turn, marks: _Marks) -> dict[str, Any]:
+    """A turn as the forms of conversations are made of, in which control tokens are hidden."""
+    extras = {"call_id": turn.call_id, "name": turn.name, "reasoning": turn.reasoning}
+    entry: dict[str, Any] = {"role": turn.role, "content": marks.hide(turn.content)}
+    entry |= {field: marks.hide(text) for field, text in extras.items() if text}
+    return {**entry, "calls": [_call(call, marks) for call in turn.calls]} if turn.calls else entry
+
+
+def _call(call: Call, marks: _Marks) -> dict[str, Any]:
+    entry = {"id": marks.hide(call.id), "name": marks.hide(call.name), "arguments": marks.hide(call.arguments)}
+    try:
+        return {**entry, "value": marks.hide_in(json.loads(call.arguments))}
+    except (ValueError, RecursionError):
+        return entry
+
+
+def _description(tool: Tool, marks: _Marks) -> dict[str, Any]:
+    """A tool as OpenAI's API and Hugging Face's templates describe it."""
+    schema = json.loads(tool.parameters) or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": schema}
+    return {"type": "function", "function": marks.hide_in(function)}

@@ -1,11 +1,8 @@
-"""A conversation as clients send it, and as plain turns of text: nothing that was said gets lost on the way.
+"""A conversation as clients send it, and as turns: nothing that was said gets lost on the way.
 
-Templates are given roles and texts. What clients keep beside a text is written into it:
-
-- a call of a tool, as a line of JSON: `{"id": "call_1", "name": "weather", "arguments": {"city": "Paris"}}`;
-- what a tool gave back, below a line that says whose it is: `Result of weather (call_1):`;
-- the name of a speaker, before what they say: `Ann: Hello`;
-- a refusal, as what the assistant said. Its reasoning is left out, as templates do it, unless it is all there is.
+Calls of tools keep their names, their ids, and their arguments as they were sent; a tool's answer names its call. How a
+model's template shows them is decided where it is rendered, see `slimoe.server.chat.template_forms`. A refusal is what
+the assistant said. Its reasoning is kept beside that, or in its place where it is all there is.
 """
 
 import json
@@ -15,10 +12,18 @@ from typing import Any
 import msgspec
 
 from slimoe.server.api_error import ApiError, invalid, unsupported
-from slimoe.server.messages import Turn
+from slimoe.server.messages import Call, Turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES, MAX_PARTS = 16_384, 16_384
+MAX_DEPTH = 64
+"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
+MAX_DEPTH = 64
+"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
+MAX_DEPTH = 64
+"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
+MAX_DEPTH = 64
+"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
 _OLD_NAMES = {"function": "tool"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -93,17 +98,15 @@ def _turn(where: str, message: Message, names: dict[str, str]) -> Turn:
     for name, value in (("images", message.images), ("audio", message.audio)):
         if value:
             raise _not_text(name, f"{where}.{name}")
-    calls = list(_calls(where, message, role))
+    calls = tuple(_calls(where, message, role))
     text = _text(where, message)
     if text is None and not calls:
         raise invalid("A message needs content.", f"{where}.content")
-    said = "\n".join(part for part in (text, *calls) if part)
-    if role != "tool":
-        return Turn(role, f"{message.name}: {said}" if message.name else said)
     id = message.tool_call_id or ""
-    name = message.name or names.get(id, "")
-    whose = f"{name} ({id})" if name and id else name or id
-    return Turn(role, f"Result of {whose}:\n{said}" if whose else said)
+    name = message.name or (names.get(id, "") if role == "tool" else "")
+    reasoning = message.reasoning_content or message.reasoning
+    is_said = role == "assistant" and isinstance(reasoning, str) and reasoning != text
+    return Turn(role, text or "", calls, id if role == "tool" else "", name, reasoning if is_said else "")
 
 
 def _text(where: str, message: Message) -> str | None:
@@ -132,8 +135,7 @@ def _not_text(kind: str, where: str) -> ApiError:
     return unsupported(f"This model reads text only, not a part of type {kind!r}.", where)
 
 
-def _calls(where: str, message: Message, role: str) -> Iterator[str]:
-    """The calls as lines."""
+def _calls(where: str, message: Message, role: str) -> Iterator[Call]:
     calls = list(message.tool_calls or ())
     if message.function_call is not None:
         calls.append(ToolCall(function=message.function_call))
@@ -142,33 +144,33 @@ def _calls(where: str, message: Message, role: str) -> Iterator[str]:
             f"A message of the role {role} has tool calls, which only the assistant makes.", f"{where}.tool_calls"
         )
     for n, call in enumerate(calls):
-        id = {"id": _json(call.id)} if call.id else {}
         place = f"{where}.tool_calls[{n}]"
         if call.function is not None:
             arguments = _arguments(call.function.arguments, f"{place}.function.arguments")
-            yield _line({**id, "name": _json(call.function.name), "arguments": arguments})
+            yield Call(call.function.name, arguments, call.id or "")
         elif call.custom is not None:
-            yield _line({**id, "name": _json(call.custom.name), "input": _json(call.custom.input or "")})
+            yield Call(
+                call.custom.name, json.dumps({"input": call.custom.input or ""}, ensure_ascii=False), call.id or ""
+            )
         else:
             raise unsupported(f"A call of type {call.type!r} is not known. Send one with a function.", place)
 
 
 def _arguments(given: str | dict[str, Any] | None, where: str) -> str:
-    """The arguments as JSON, as they were sent if they are that; other text is a value of its own."""
+    """The arguments as they were sent, which need not be JSON; none at all are an empty object."""
     try:
-        if isinstance(given, str) and given:
-            msgspec.json.decode(given)
-            return given
-        return _json(given or {})
+        value = msgspec.json.decode(given) if isinstance(given, str) and given else given
+        is_too_deep = is_deeper(value, MAX_DEPTH)
     except (msgspec.DecodeError, UnicodeError):
-        return _json(given)
+        is_too_deep = False
     except RecursionError:
-        raise invalid("The arguments of a tool call are nested too deeply.", where) from None
+        is_too_deep = True
+    if is_too_deep:
+        raise invalid(f"The arguments of a tool call are nested more than {MAX_DEPTH} deep.", where)
+    return given if isinstance(given, str) and given else json.dumps(given or {}, ensure_ascii=False)
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _line(call: dict[str, str]) -> str:
-    return "{" + ", ".join(f'"{name}": {value}' for name, value in call.items()) + "}"
+def is_deeper(value: object, most: int) -> bool:
+    """Whether a JSON value holds lists and objects in each other more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (most == 0 or any(is_deeper(element, most - 1) for element in inner))

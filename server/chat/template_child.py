@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from signal import SIGPROF, Signals
+from types import MappingProxyType
 from typing import Any
 
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
-from slimoe.server.chat.template_messages import HEADER_BYTES, packed, unpacked
+from slimoe.server.chat.template_messages import HEADER_BYTES, NO_TOOLS, Rendered, TemplateCaps, packed, unpacked
 from slimoe.server.child_python import module_command
 
 COMMAND = module_command("slimoe.server.chat.template_process")
@@ -44,11 +45,15 @@ class TemplateChild:
     Threads wait for each other. A process that is gone is replaced for the next conversation.
     """
 
-    def __init__(self, source: str, limits: TemplateLimits = TemplateLimits()) -> None:
-        self._source, self._limits = source, limits
+    def __init__(
+        self, source: str, limits: TemplateLimits = TemplateLimits(), values: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """The template may use the names in `values`, such as `bos_token`, in every conversation."""
+        self._source, self._limits, self._values = source, limits, dict(values)
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self._unusable: UnusableTemplateError | None = None
+        self._caps: TemplateCaps | None = None
 
     @property
     def pid(self) -> int | None:
@@ -56,22 +61,46 @@ class TemplateChild:
         return None if self._process is None else self._process.pid
 
     def check(self) -> None:
-        """Compiles the template; raises UnusableTemplateError when it cannot be used at all."""
-        with self._lock:
-            self._started()
+        """Compiles and tries the template; raises UnusableTemplateError when it cannot be used at all."""
+        self.caps()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], generate: bool) -> str:
-        """The text of a conversation in the first form that the template takes.
+    def caps(self) -> TemplateCaps:
+        """What the template does with tools, which is tried once; none for one that is stopped over it.
+
+        Raises ChatTemplateError.
+        """
+        with self._lock:
+            if self._caps is None:
+                try:
+                    self._caps = TemplateCaps(**self._asked({"probed": self._values}))
+                except TemplateLimitError:
+                    self._caps = NO_TOOLS
+            return self._caps
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any],
+        generate: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        caps: TemplateCaps = NO_TOOLS,
+    ) -> Rendered:
+        """The text of a conversation in the first form that the template takes, knowing its `caps`.
 
         Raises ChatTemplateError when it refuses them all, or cannot be used, and TemplateLimitError.
         """
-        request = packed({"messages": list(messages), "values": dict(values), "generate": generate})
+        request = {
+            "messages": list(messages),
+            "values": {**values, **self._values},
+            "generate": generate,
+            "tools": list(tools),
+            "caps": asdict(caps),
+        }
         with self._lock:
-            answer = self._ask(self._started(), request, self._limits.wall_seconds, self._limits.cpu_seconds)
+            answer = self._asked(request)
         if "refused" in answer:
             raise ChatTemplateError(answer["refused"])
-        text: str = answer["text"]
-        return text
+        return Rendered(answer["text"], answer["has_plain_tools"])
 
     def close(self) -> None:
         """Ends the process; the next conversation starts another."""
@@ -100,6 +129,9 @@ class TemplateChild:
             reason = answer["unusable"]
         self._unusable = UnusableTemplateError(reason)
         raise self._unusable
+
+    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._ask(self._started(), packed(request), self._limits.wall_seconds, self._limits.cpu_seconds)
 
     def _ask(self, process: "_Process", request: bytes, seconds: float, cpu_seconds: float) -> dict[str, Any]:
         """The process's answer; ends the process when there is none, or it says that it had too little."""

@@ -2,22 +2,25 @@
 
 It limits itself: the kernel ends it when one conversation takes too much processor time, and refuses memory past a
 bound. Whoever started it watches the clock. It holds no key, no model and no connection. The first message has the
-template and its limits, each further one a conversation. Run as `python -m slimoe.server.chat.template_process`.
+template and its limits, each further one a conversation, or asks what the template does with tools. Run as
+`python -m slimoe.server.chat.template_process`.
 """
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from slimoe.server.chat.template import ChatTemplate
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
-from slimoe.server.chat.template_forms import render_conversation
-from slimoe.server.chat.template_messages import HEADER_BYTES, packed, unpacked
+from slimoe.server.chat.template_forms import Conversation, render_conversation
+from slimoe.server.chat.template_messages import HEADER_BYTES, TemplateCaps, packed, unpacked
+from slimoe.server.chat.template_probe import TemplateProbe
 
 
 class TemplateProcess:
-    """Compiles the template that the first message holds, then renders one conversation after another."""
+    """Compiles the template that the first message holds, then tries it or renders conversations, one by one."""
 
     def __init__(self, stdin: BinaryIO, stdout: BinaryIO) -> None:
         self._stdin, self._stdout = stdin, stdout
@@ -54,7 +57,10 @@ class TemplateProcess:
 
 def _rendered(template: ChatTemplate, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"text": render_conversation(template, request["messages"], request["values"], request["generate"])}
+        if "probed" in request:
+            return asdict(TemplateProbe(template, request["probed"]).caps())
+        caps = TemplateCaps(**request.pop("caps"))
+        return render_conversation(template, Conversation(**request), caps)._asdict()
     except TemplateLimitError as error:
         return {"limit": error.limit}
     except ChatTemplateError as error:

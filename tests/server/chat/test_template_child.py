@@ -78,13 +78,13 @@ def many_faced() -> Iterator[TemplateChild]:
 def test_bombs_are_stopped_and_the_next_conversation_is_not(many_faced: TemplateChild, n: int, limit: str) -> None:
     with pytest.raises(TemplateLimitError, match=f"chat template takes more than {limit}"):
         many_faced.render(message(f"bomb {n}"), {}, True)
-    assert many_faced.render(message("hello"), {}, True) == "[hello]"
+    assert many_faced.render(message("hello"), {}, True).text == "[hello]"
 
 
 def test_a_process_serves_until_it_must_be_stopped(many_faced: TemplateChild) -> None:
-    assert [many_faced.render(message(f"{n}"), {}, True) for n in range(3)] == ["[0]", "[1]", "[2]"]
+    assert [many_faced.render(message(f"{n}"), {}, True).text for n in range(3)] == ["[0]", "[1]", "[2]"]
     before = many_faced.pid
-    assert many_faced.render(message("again"), {}, True) == "[again]"
+    assert many_faced.render(message("again"), {}, True).text == "[again]"
     assert many_faced.pid == before
     with pytest.raises(TemplateLimitError):
         many_faced.render(message("bomb 0"), {}, True)
@@ -94,12 +94,12 @@ def test_a_process_serves_until_it_must_be_stopped(many_faced: TemplateChild) ->
 
 
 def test_a_process_that_is_gone_is_replaced(many_faced: TemplateChild) -> None:
-    assert many_faced.render(message("one"), {}, True) == "[one]"
+    assert many_faced.render(message("one"), {}, True).text == "[one]"
     assert many_faced.pid is not None
     process = psutil.Process(many_faced.pid)
     process.kill()
     psutil.wait_procs([process])
-    assert many_faced.render(message("two"), {}, True) == "[two]"
+    assert many_faced.render(message("two"), {}, True).text == "[two]"
 
 
 def test_a_process_that_does_not_answer_is_stopped_by_the_clock() -> None:
@@ -148,7 +148,7 @@ def test_the_process_knows_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_long_conversations_fit(many_faced: TemplateChild) -> None:
     text = "hello 😀 " * 50_000
-    assert many_faced.render(message(text), {}, True) == f"[{text}]"
+    assert many_faced.render(message(text), {}, True).text == f"[{text}]"
 
 
 def test_refusals_are_the_templates_own_words_but_not_all_of_them() -> None:
