@@ -56,6 +56,7 @@ class ChoiceState:
 
     choice: Choice
     n_prompt: int = 0
+    n_reasoning: int = 0
     prompt: str = ""
     tokens: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -95,6 +96,7 @@ class ChoiceState:
                 read = joined(self._reader.feed(scored.text), self._reader.finish())
         self.parts.append(read.text)
         self.reasoning_parts.append(read.reasoning)
+        self.n_reasoning += read.reasoning != ""
         self.scores += scored.scores
         for delta in read.calls:
             self._add_call(delta)

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
+from slimoe.server import messages
 from slimoe.server.api.arrivals import arrivals
 from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.choice import Choice, ChoiceState
@@ -30,6 +31,15 @@ class GenerationApi:
         self.unsupported = UnsupportedFields()
         self._metrics = metrics
         self._ping_seconds = ping_seconds
+
+    async def count(self, backend: Backend, prompt: messages.ChatPrompt, param: str) -> int:
+        """The tokens of a conversation, which the field `param` holds, with its answer begun; raises ApiError."""
+        try:
+            answer = await backend.supervisor.ask(lambda id: messages.Count(id, prompt))
+        except EngineFailure as error:
+            raise from_failure(error.failure, param) from None
+        assert isinstance(answer, messages.Counted)
+        return answer.n_tokens
 
     async def whole(self, backend: Backend, choices: Sequence[Choice], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""

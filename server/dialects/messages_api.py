@@ -16,11 +16,10 @@ from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.shape import usage_of
 from slimoe.server.api.unsupported_fields import extended
-from slimoe.server.api_error import ApiError, from_failure, unsupported
+from slimoe.server.api_error import ApiError, unsupported
 from slimoe.server.dialects.conversation import json_object
 from slimoe.server.dialects.messages_body import UNSUPPORTED, ConversationBody, MessagesBody, chat_prompt
 from slimoe.server.http.event_stream import NAMED_EVENTS, named_event
-from slimoe.server.process.request_handle import EngineFailure
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 _ERRORS: Mapping[int, str] = {
@@ -122,14 +121,9 @@ class MessagesApi:
         """Counts the tokens of a conversation without answering it; raises ApiError."""
         body = await read_body(request, CountRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, UNSUPPORTED)
-        prompt = chat_prompt(body)
-        try:
-            supervisor = self._generation.backends.named(body.model).supervisor
-            answer = await supervisor.ask(lambda id: messages.Count(id, prompt))
-        except EngineFailure as error:
-            raise from_failure(error.failure, "messages") from None
-        assert isinstance(answer, messages.Counted)
-        return web.Response(body=msgspec.json.encode(InputTokens(answer.n_tokens)), content_type="application/json")
+        backend = self._generation.backends.named(body.model)
+        n_tokens = await self._generation.count(backend, chat_prompt(body), "messages")
+        return web.Response(body=msgspec.json.encode(InputTokens(n_tokens)), content_type="application/json")
 
 
 class MessagesShape:
