@@ -19,7 +19,7 @@ LOOK: Any = {"type": "function", "name": "look", "parameters": {"type": "object"
 
 
 async def test_a_whole_answer(client: AsyncOpenAI) -> None:
-    answer = await client.responses.create(**ASK, instructions="brief", metadata={"a": "b"}, tools=[LOOK])
+    answer = await client.responses.create(**ASK, instructions="brief", metadata={"a": "b"})
     assert answer.id.startswith("resp_")
     assert (answer.object, answer.status, answer.model, answer.error) == ("response", "completed", "tiny", None)
     assert answer.output_text == " [INST] brief\n\nhello world [/INST]"
@@ -29,12 +29,21 @@ async def test_a_whole_answer(client: AsyncOpenAI) -> None:
     assert (item.role, item.status, len(item.content)) == ("assistant", "completed", 1)
     assert (answer.instructions, answer.metadata, answer.store) == ("brief", {"a": "b"}, False)
     assert (answer.tool_choice, answer.parallel_tool_calls) == ("auto", True)
-    assert [tool.to_dict() for tool in answer.tools] == [LOOK]
     assert answer.usage is not None
     assert answer.usage.input_tokens_details.cached_tokens == 1
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     counted = await client.responses.input_tokens.count(**ASK, instructions="brief")
     assert (counted.input_tokens, counted.object) == (answer.usage.input_tokens, "response.input_tokens")
+
+
+async def test_tools_are_given_back(client: AsyncOpenAI) -> None:
+    choice: Any = {"type": "function", "name": "look"}
+    for given in ("auto", "none", "required", choice):
+        answer = await client.responses.create(**ASK, tools=[LOOK], tool_choice=given, parallel_tool_calls=False)
+        assert [tool.to_dict() for tool in answer.tools] == [LOOK]
+        told: Any = answer.tool_choice
+        assert (told if isinstance(told, str) else told.to_dict()) == given
+        assert not answer.parallel_tool_calls
 
 
 async def test_events_in_their_order(events: Events) -> None:
