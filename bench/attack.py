@@ -51,6 +51,7 @@ class AttackOptions:
     n_bombs: int
     budget_seconds: float
     soak_seconds: float
+    n_parallel: int
     n_kills: int
     kinds: tuple[str, ...]
     n_jobs: int
@@ -65,7 +66,7 @@ def carry_out(name: str, options: AttackOptions) -> Outcome:
     first = 0 if options.case is None else options.case
 
     budget = BudgetPlan(options.budget_seconds, model=options.model)
-    endurance = SoakPlan(options.seed, options.soak_seconds, n_kills=options.n_kills)
+    endurance = SoakPlan(options.seed, options.soak_seconds, n_kills=options.n_kills, n_parallel=options.n_parallel)
     if options.is_smoke:
         budget = BudgetPlan(1, Greed(1 << 16, 1 << 16, 2, 1000, 1, 2), budget_mib=_SMOKE_MIB)
         endurance = SoakPlan(options.seed, 1, 4, 2, n_kills=1, shape=SHAPES["smoke"], budget_mib=_SMOKE_MIB)
@@ -136,6 +137,7 @@ def attack_system(seed: int) -> Outcome:
 @click.option("--n-bombs", type=click.IntRange(2), default=65, show_default=True, help="Chat templates.")
 @click.option("--budget-seconds", type=click.FloatRange(1), default=60, show_default=True)
 @click.option("--soak-seconds", type=click.FloatRange(1), default=600, show_default=True)
+@click.option("--parallel", "n_parallel", type=click.IntRange(1), default=8, show_default=True, help="Of the soak.")
 @click.option("--kills", "n_kills", type=click.IntRange(0), default=5, show_default=True, help="Of the engine.")
 @click.option("--kinds", type=Names(KINDS), default=KINDS, help=f"Files of these kinds: {','.join(KINDS)}.")
 @click.option("--jobs", "n_jobs", type=click.IntRange(1), default=2, show_default=True, help="Files read at once.")

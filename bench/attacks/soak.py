@@ -28,6 +28,8 @@ from bench.limits.victim import Victim, tree_bytes, victim, watched_health
 from bench.models.random_model import Shape, write_random_model
 
 FLAT_SHARE, MOST_HITS = 0.02, 0.7
+FAIR_RATIO = 3.0
+"""Of the 95th percentile of times to the first token to their median, at most: no request is left behind."""
 _WORDS = (
     *("river", "mountain", "house", "garden", "winter", "letter", "song", "king"),
     *("water", "bread", "stone", "night", "morning", "horse", "ship", "tree"),
@@ -36,9 +38,8 @@ _N_TOKENS = 32
 _SHAPE = Shape(4, 256, 512, 4, 2, 64, 16, 2, 512)
 _KIND = "F32"  # in which no rounding of batches turns a close decision, so that answers are equal to the letter
 _SPARE_SHARE = 0.4  # of the experts, in memory beside what is needed at least
-_N_PARALLEL = 8
 _FLAGS = (
-    *("--ctx", "256", "--parallel", str(_N_PARALLEL), "--queue", "64", "--threads", "1"),
+    *("--ctx", "256", "--queue", "64", "--threads", "1"),
     *("--weights", "copied", "--kv-type", "f32"),
 )
 _EVENT = re.compile(r'^slimoe_tier_events_total\{what="(hits|pending|misses)"\} (\S+)', re.MULTILINE)
@@ -63,38 +64,43 @@ class SoakPlan:
     n_prompts: int = len(_WORDS)
     cut_share: float = 0.2
     n_kills: int = 5
+    n_parallel: int = 8
     shape: Shape = _SHAPE
     budget_mib: int | None = None
 
 
 @dataclass(slots=True)
 class _Course:
-    """How it went: how streams ended, the times of kills, (time, bytes) of memory, and the tiers' counters."""
+    """How it went: how streams ended, kills, (time, bytes) of memory, seconds to first tokens, and counters."""
 
     ends: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
 
 
 def soak(plan: SoakPlan) -> Outcome:
     """Asks all prompts alone with everything in memory, then under a budget for long; raises VictimError."""
     prompts = [f"Define the noun {word}." for word in _WORDS[: plan.n_prompts]]
-    course = _Course()
+    course, flags = _Course(), (*_FLAGS, "--parallel", str(plan.n_parallel))
     with tempfile.TemporaryDirectory(prefix="slimoe-soak-") as folder:
         model = Path(folder) / "model.gguf"
         n_bytes = write_random_model(model, plan.shape, kind=_KIND, vocabulary=True)
-        with victim(model, *_FLAGS) as server:
+        with victim(model, *flags) as server:
             expected = {prompt: asyncio.run(_alone(server, prompt)) for prompt in prompts}
-        budget = plan.budget_mib or least_budget(model, *_FLAGS).mib + round(_SPARE_SHARE * n_bytes / 2**20)
-        with victim(model, "--ram", f"{budget}MiB", *_FLAGS) as server:
+        budget = plan.budget_mib or least_budget(model, *flags).mib + round(_SPARE_SHARE * n_bytes / 2**20)
+        with victim(model, "--ram", f"{budget}MiB", *flags) as server:
             with watched_health(server.url) as health:
                 asyncio.run(_run(plan, server, expected, course))
             course.findings += server.log_findings()
     n_asked = sum(course.events.values())
     hit_share = course.events["hits"] / n_asked if n_asked else 1.0
     drift = memory_drift(course.memory, course.kills)
+    fairness = unevenness(course.first_tokens)
+    if not course.kills and fairness is not None and fairness > FAIR_RATIO:
+        course.findings.append(Finding("some wait much longer than others", "first tokens", f"{fairness:.1f}"))
     if drift is not None and drift > FLAT_SHARE:
         course.findings.append(Finding("memory grows", "memory", f"{drift:.1%}"))
     if hit_share > MOST_HITS:
@@ -102,11 +108,13 @@ def soak(plan: SoakPlan) -> Outcome:
     figures: dict[str, Any] = {
         "seconds": plan.seconds,
         "n_streams": plan.n_streams,
+        "n_parallel": plan.n_parallel,
         "budget_mib": budget,
         "ends": dict(course.ends),
         "n_kills": len(course.kills),
         "hit_share": round(hit_share, 3),
         "memory_drift": None if drift is None else round(drift, 4),
+        "first_token_p95_to_median": None if fairness is None else round(fairness, 2),
         "health": health.figures,
     }
     return Outcome(figures, course.findings)
@@ -116,14 +124,23 @@ def memory_drift(samples: list[tuple[float, int]], kills: list[float]) -> float 
     """The memory of the last engine over that of the second one, less 1, each the median of its second half.
 
     `samples` are (time, bytes). The first engine does not count, since it has still to allocate what is made once.
-    None where there are too few samples.
+    Without kills the two halves of the time are compared in the place of engines. None where there are too few samples.
     """
+    if samples and not kills:
+        kills = [samples[0][0], (samples[0][0] + samples[-1][0]) / 2]
     ends = [*kills, samples[-1][0] + 1.0] if samples else []
     medians = []
     for begin, end in itertools.pairwise(ends):
         inside = [n_bytes for at, n_bytes in samples if (begin + end) / 2 <= at < end]
         medians += [statistics.median(inside)] if inside else []
     return medians[-1] / medians[0] - 1 if len(medians) > 1 else None
+
+
+def unevenness(first_tokens: list[float]) -> float | None:
+    """The 95th percentile of times to the first token over their median; None where there are too few."""
+    if len(first_tokens) < 20:
+        return None
+    return statistics.quantiles(first_tokens, n=20)[-1] / statistics.median(first_tokens)
 
 
 async def _run(plan: SoakPlan, server: Victim, expected: dict[str, str], course: _Course) -> None:
@@ -140,7 +157,7 @@ async def _run(plan: SoakPlan, server: Victim, expected: dict[str, str], course:
                 os.kill(pid, signal.SIGKILL)
                 course.kills.append(time.monotonic())
         await asyncio.gather(*tasks)
-        prompts = list(expected)[:_N_PARALLEL]
+        prompts = list(expected)[: plan.n_parallel]
         answers = await asyncio.gather(*(_stream(session, server, prompt, None) for prompt in prompts))
         for prompt, (text, how) in zip(prompts, answers, strict=True):
             if how != "whole" or text != expected[prompt]:
@@ -167,7 +184,7 @@ async def _client(
         n_pieces = rng.randrange(1, _N_TOKENS) if rng.random() < plan.cut_share else None
         begin = time.monotonic()
         try:
-            text, how = await _stream(session, server, prompt, n_pieces)
+            text, how = await _stream(session, server, prompt, n_pieces, course.first_tokens)
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             text, how = type(error).__name__, "broken"
         course.ends[how] += 1
@@ -181,8 +198,18 @@ async def _client(
             await asyncio.sleep(0.5)
 
 
-async def _stream(session: aiohttp.ClientSession, server: Victim, prompt: str, n_pieces: int | None) -> tuple[str, str]:
-    """The text and how the stream ended: whole, cut, error, or later where the server asks to come again."""
+async def _stream(
+    session: aiohttp.ClientSession,
+    server: Victim,
+    prompt: str,
+    n_pieces: int | None,
+    first_tokens: list[float] | None = None,
+) -> tuple[str, str]:
+    """The text and how the stream ended: whole, cut, error, or later where the server asks to come again.
+
+    The seconds to its first token are added to `first_tokens`.
+    """
+    begin = time.monotonic()
     body = {"prompt": prompt, "max_tokens": _N_TOKENS, "temperature": 0, "stream": True, "ignore_eos": True}
     pieces: list[str] = []
     async with session.post(server.url + "/v1/completions", json=body) as response:
@@ -198,6 +225,8 @@ async def _stream(session: aiohttp.ClientSession, server: Victim, prompt: str, n
             document = json.loads(line[6:])
             if "error" in document:
                 return str(document["error"]), "error"
+            if not pieces and first_tokens is not None:
+                first_tokens.append(time.monotonic() - begin)
             pieces += [choice["text"] for choice in document["choices"]]
             if n_pieces is not None and len(pieces) >= n_pieces:
                 return "".join(pieces), "cut"

@@ -1,0 +1,86 @@
+"""instructor in its modes for OpenAI's API, without retries: the first answer must hold."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import instructor
+import openai
+from pydantic import BaseModel, Field
+
+from bench.clients.cells import LONG, QUESTION, expect, expect_idle, report
+
+URL = sys.argv[1]
+plain = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
+ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
+
+
+class Weather(BaseModel):
+    """The weather of some days in a city."""
+
+    city: Literal["Paris", "Rome"]
+    days: int = Field(ge=1, le=9)
+
+
+def held(mode: instructor.Mode) -> Callable[[], None]:
+    """A cell that asks for an object in one of instructor's modes."""
+
+    def ask() -> None:
+        client = instructor.from_openai(plain, mode=mode)
+        found = client.chat.completions.create(
+            model="demo", messages=ASKED, response_model=Weather, max_retries=0, max_tokens=100
+        )
+        expect(isinstance(found, Weather), found)
+
+    return ask
+
+
+def stream() -> None:
+    """Parts of an object come as they are written."""
+    client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
+    parts = list(client.chat.completions.create_partial(model="demo", messages=ASKED, response_model=Weather))
+    expect(parts and parts[-1].days, parts)
+
+
+def usage() -> None:
+    """The raw answer counts tokens."""
+    client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
+    _, raw = client.chat.completions.create_with_completion(model="demo", messages=ASKED, response_model=Weather)
+    expect(raw.usage.completion_tokens > 0, raw)
+
+
+def errors() -> None:
+    """An overflow reaches the caller."""
+    client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
+    try:
+        client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": LONG}], response_model=Weather, max_retries=0
+        )
+        expect(False, "an object from a prompt that is too long")
+    except Exception as error:
+        expect("context_length_exceeded" in str(error), error)
+
+
+def cancel() -> None:
+    """Parts that nobody waits for any more are not written."""
+    client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
+    parts: Any = client.chat.completions.create_partial(model="demo", messages=ASKED, response_model=Weather)
+    next(iter(parts))
+    parts.close()
+    expect_idle(URL)
+
+
+if __name__ == "__main__":
+    report(
+        "instructor",
+        {
+            "chat": held(instructor.Mode.JSON_SCHEMA),
+            "stream": stream,
+            "tools": held(instructor.Mode.TOOLS),
+            "tools, strict": held(instructor.Mode.TOOLS_STRICT),
+            "schema": held(instructor.Mode.JSON_SCHEMA),
+            "usage": usage,
+            "errors": errors,
+            "cancel": cancel,
+        },
+    )
