@@ -18,6 +18,7 @@ from slimoe.server.dialects.template_api import TemplateApi
 from slimoe.server.http.access import RULES, AccessRules, access_middleware, add_cors_headers
 from slimoe.server.http.body_intake import INTAKE, BodyIntake
 from slimoe.server.http.connection import ERROR_BODIES
+from slimoe.server.page.page import Page
 from slimoe.server.process.supervisor import Supervisor
 from slimoe.server.watch.feed import Feed
 from slimoe.server.watch.record import FEED, add_request_id, record_middleware
@@ -30,6 +31,7 @@ class AppConfig:
     model: ServedModel
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = PING_SECONDS
+    has_page: bool = True
 
 
 def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
@@ -56,4 +58,6 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     app[ERROR_BODIES] = {path: one.error_body for one in endpoints for path in (one.path, *one.aliases)}
     for endpoint in endpoints:
         app.router.add_routes(endpoint.routes())
+    if config.has_page:
+        app.router.add_routes(Page().routes())
     return app

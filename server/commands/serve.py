@@ -39,6 +39,7 @@ class ServeOptions:
     api_key_env: str | None
     api_key_file: Path | None
     no_key: bool
+    no_page: bool
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
     max_connections: int | None
@@ -66,6 +67,7 @@ class ServeOptions:
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
 )
 @click.option("--no-key", is_flag=True, help="Ask for no key although --host lets other machines in.")
+@click.option("--no-page", is_flag=True, help="Leave out the page at /, a chat with the map of experts.")
 @click.option(
     "--allowed-host",
     multiple=True,
@@ -111,7 +113,7 @@ def command(values: Mapping[str, Any]) -> None:
     )
     _check_exposure(options, rules)
     log_to_stderr()
-    asyncio.run(serve_model(AppConfig(served, rules), engine, options))
+    asyncio.run(serve_model(AppConfig(served, rules, has_page=not options.no_page), engine, options))
 
 
 async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:

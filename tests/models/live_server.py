@@ -46,6 +46,7 @@ class LiveOptions:
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = 15.0
     waits: bool = True
+    has_page: bool = True
     patience: Patience = field(default_factory=Patience)
     limits: ConnectionLimits = USUAL_LIMITS
     held_bytes: Callable[[], int] = private_bytes
@@ -57,7 +58,7 @@ async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> Async
     """The application over the scripted engine."""
     engine = replace(options.engine, model=path)
     supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
-    config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds)
+    config = AppConfig(ServedModel("tiny", path, "1.2.3"), options.rules, options.ping_seconds, options.has_page)
     runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
