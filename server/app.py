@@ -13,6 +13,7 @@ from slimoe.server.api.served_model import ServedModel
 from slimoe.server.dialects.chat_api import ChatApi
 from slimoe.server.dialects.completion_api import CompletionApi
 from slimoe.server.dialects.messages_api import MessagesApi
+from slimoe.server.dialects.ollama_api import OllamaApi
 from slimoe.server.dialects.responses_api import ResponsesApi
 from slimoe.server.dialects.template_api import TemplateApi
 from slimoe.server.http.access import RULES, AccessRules, access_middleware, add_cors_headers
@@ -50,6 +51,7 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
         CompletionApi(generation),
         MessagesApi(generation),
         ResponsesApi(generation),
+        OllamaApi(generation),
         TemplateApi(generation),
         InfoApi(backends, metrics),
         EventsApi(backends, feed, config.ping_seconds),

@@ -165,6 +165,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
     counters: dict[str, float] = {}
+    architecture: str = ""
+    quantization: str = ""
 
 
 class Loading(Message, frozen=True):

@@ -169,18 +169,20 @@ async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_V
             last = max(_WITH_MANY_VALUES, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
             raise invalid(f"{last} holds too many values: a body may have {max_values:,} in all.", last)
         await asyncio.sleep(0)
-    body: T = _decoded(data, kind)
+    body: T = decoded(data, kind)
     return body
 
 
-def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
+def decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
+    """The value of the field `where`, or of the whole body; raises ApiError that names the field at fault."""
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         match = _PATH.match(str(error))
         if match is None:
             raise invalid(f"{error}{where and f' at {where}'}.", where or None) from None
-        path = f"{where}{match['path']}"
+        inner = match["path"]
+        path = f"{where}.{inner}" if where and not inner.startswith("[") else f"{where}{inner}"
         raise invalid(f"{match['message']} at {path}.", path or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The body is not valid JSON: {error}.") from None
@@ -191,7 +193,7 @@ def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
 def _logit_bias(data: bytes) -> dict[int, float]:
     if data.count(b":") > MAX_BIASES:
         raise invalid(f"logit_bias may name at most {MAX_BIASES:,} tokens.", "logit_bias")
-    given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
+    given: dict[str, float | bool] | None = decoded(data, dict[str, float | bool] | None, "logit_bias")
     biases = {}
     for name, value in (given or {}).items():
         if not name.isascii() or not name.isdigit() or len(name) > 9:
