@@ -15,6 +15,7 @@ from msgspec import Meta
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
 from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
+from slimoe.server.options.duration import parse_duration
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
 MAX_STOP_CHARS, MAX_BIASES = 1024, 4096
@@ -108,6 +109,8 @@ class GenerationBody(SamplingBody, kw_only=True):
     stop: str | list[str] | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
+    keep_alive: float | str | None = None
+    ttl: float | None = None
     verbose: bool | None = None
 
     @property
@@ -126,6 +129,11 @@ class GenerationBody(SamplingBody, kw_only=True):
     def n_choices(self) -> int:
         """The number of answers to each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def keep(self) -> float | None:
+        """For how many seconds the model stays loaded afterwards, for ever below 0; raises ApiError."""
+        return keep_seconds(self.keep_alive, self.ttl)
 
     def limit(self, default: int | None = None) -> int | None:
         """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
@@ -154,6 +162,16 @@ def stop_strings(given: str | list[str] | None, param: str = "stop") -> tuple[st
     if any(len(stop) > MAX_STOP_CHARS for stop in stops):
         raise invalid(f"A stop string may have at most {MAX_STOP_CHARS:,} characters.", param)
     return tuple(stop for stop in stops if stop)
+
+
+def keep_seconds(keep_alive: float | str | None, ttl: float | None = None) -> float | None:
+    """How long a model stays loaded, as Ollama's clients say or LM Studio's; None if they do not. Raises ApiError."""
+    if not isinstance(keep_alive, str):
+        return ttl if keep_alive is None else keep_alive
+    seconds = parse_duration(keep_alive)
+    if seconds is None:
+        raise invalid(f"keep_alive is {keep_alive!r}, which is no time such as 90s, 10m or -1.", "keep_alive")
+    return seconds
 
 
 async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:

@@ -15,14 +15,17 @@ import msgspec
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
 from slimoe.server.http.accepting import connection_limits, open_file_limit
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
+from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
@@ -45,6 +48,22 @@ class ServeOptions:
     max_connections: int | None
     exit_with_parent: bool
     grace: float
+    idle_unload: float | None
+
+
+class Duration(click.ParamType[float | None]):
+    """A time such as 90s, 10m or 1h; 0 and off are None."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Gives the time in seconds."""
+        if not isinstance(value, str):
+            return None if value is None else float(value)
+        seconds = 0.0 if value == "off" else parse_duration(value)
+        if seconds is None or seconds < 0:
+            self.fail(f"{value!r} is no time. Write one such as 90s, 10m or 1h, or off.", param, ctx)
+        return seconds or None
 
 
 @click.command("serve", cls=OptionsCommand)
@@ -90,6 +109,13 @@ class ServeOptions:
     type=click.FloatRange(min=0),
     help="Seconds that running answers get when the server is told to end.",
 )
+@click.option(
+    "--idle-unload",
+    type=Duration(),
+    metavar="TIME",
+    help="Give the model's memory back when nobody has asked for it for so long, such as 10m; the next request loads "
+    "it again (default: off).",
+)
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
@@ -113,14 +139,15 @@ def command(values: Mapping[str, Any]) -> None:
     )
     _check_exposure(options, rules)
     log_to_stderr()
-    asyncio.run(serve_model(AppConfig(served, rules, has_page=not options.no_page), engine, options))
+    asyncio.run(serve_model(AppConfig(rules, has_page=not options.no_page), served, engine, options))
 
 
-async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
+async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfig, options: ServeOptions) -> None:
     """Serves one model until the server ends, and prints its address once it is ready."""
     supervisor = Supervisor(engine, options.n_queue)
+    backends = Backends([Backend(model, supervisor)], Pool({supervisor: 0}, idle_seconds=options.idle_unload))
 
-    def say_ready(address: Address, info: ModelInfo) -> None:
+    def say_ready(address: Address, info: ModelInfo | None) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
         url = f"http://{host}:{address.port}"
         ready = {
@@ -128,16 +155,17 @@ async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOpt
             "url": url,
             "port": address.port,
             "pid": os.getpid(),
-            "version": config.model.version,
-            "model": config.model.id,
+            "version": model.version,
+            "model": model.id,
         }
-        tell(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.")
+        context = "" if info is None else f" (context {info.n_ctx})"
+        tell(f"Serving {model.id}{context} at {url}/v1, Ctrl-C ends.")
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
     await serve(
         config,
-        supervisor,
+        backends,
         address,
         say_ready,
         exits_with_parent=options.exit_with_parent,
