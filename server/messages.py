@@ -12,6 +12,7 @@ import msgspec
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import FinishReason, GenerationRequest, TierUse, Timings
+from slimoe.offload.text.infill import InfillTokens
 
 HEADER_BYTES = 4
 BEAT_SECONDS = 1.0
@@ -152,7 +153,10 @@ class Observe(Message, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """The facts that the server tells clients about an open model; `counters` are running totals of its tiers."""
+    """The facts that the server tells clients about an open model; `counters` are running totals of its tiers.
+
+    `eog` are the tokens that end an answer, `infill` those for filling in the middle.
+    """
 
     n_ctx: int
     n_ctx_train: int
@@ -165,8 +169,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
     counters: dict[str, float] = {}
-    architecture: str = ""
-    quantization: str = ""
+    eog: tuple[int, ...] = ()
+    infill: InfillTokens | None = None
 
 
 class Loading(Message, frozen=True):

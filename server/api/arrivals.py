@@ -5,11 +5,11 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
-from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import Choice
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.messages import Answer, Done
 from slimoe.server.process.request_handle import RequestHandle
+from slimoe.server.process.supervisor import Supervisor
 from slimoe.server.watch.record import current_record
 
 _Waiting = dict[asyncio.Task[list[Answer]], tuple[int, RequestHandle]]
@@ -20,10 +20,11 @@ class Arrival(NamedTuple):
 
     choice_index: int
     answers: Sequence[Answer]
+    slot: int
 
 
 async def arrivals(
-    backend: Backend, metrics: Metrics, choices: Sequence[Choice], patience: float | None = None
+    supervisor: Supervisor, metrics: Metrics, choices: Sequence[Choice], patience: float | None = None
 ) -> AsyncGenerator[Arrival | None, None]:
     """Yields the engine's answers about all `choices` until they are done, None after `patience` seconds of silence.
 
@@ -32,13 +33,8 @@ async def arrivals(
     """
     to_come = iter(enumerate(choices))
     waiting: _Waiting = {}
-    record, supervisor = current_record(), backend.supervisor
-    with supervisor.admit(backend.keep) as is_on:
-        while not is_on.done():
-            await asyncio.wait((is_on,), timeout=patience)
-            if not is_on.done():
-                yield None
-        is_on.result()
+    record = current_record()
+    with supervisor.admit():
         try:
             while True:
                 for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):
@@ -59,7 +55,7 @@ async def arrivals(
                     for answer in answers:
                         metrics.note(handle, answer)
                         record.note(answer)
-                    yield Arrival(index, answers)
+                    yield Arrival(index, answers, handle.slot or 0)
         finally:
             for task, (_, handle) in waiting.items():
                 # A failure that nobody asks for would be logged.

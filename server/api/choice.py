@@ -55,6 +55,7 @@ class ChoiceState:
     """What the engine has generated of one choice so far."""
 
     choice: Choice
+    slot: int = 0
     n_prompt: int = 0
     n_reasoning: int = 0
     prompt: str = ""

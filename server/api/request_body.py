@@ -5,7 +5,7 @@ Fields that are neither listed in a body nor in `unsupported_fields` are ignored
 
 import asyncio
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -15,7 +15,6 @@ from msgspec import Meta
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
 from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
-from slimoe.server.options.duration import parse_duration
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
 MAX_STOP_CHARS, MAX_BIASES = 1024, 4096
@@ -109,8 +108,6 @@ class GenerationBody(SamplingBody, kw_only=True):
     stop: str | list[str] | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
-    keep_alive: float | str | None = None
-    ttl: float | None = None
     verbose: bool | None = None
 
     @property
@@ -129,11 +126,6 @@ class GenerationBody(SamplingBody, kw_only=True):
     def n_choices(self) -> int:
         """The number of answers to each prompt."""
         return 1 if self.n is None else self.n
-
-    @property
-    def keep(self) -> float | None:
-        """For how many seconds the model stays loaded afterwards, for ever below 0; raises ApiError."""
-        return keep_seconds(self.keep_alive, self.ttl)
 
     def limit(self, default: int | None = None) -> int | None:
         """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
@@ -164,18 +156,28 @@ def stop_strings(given: str | list[str] | None, param: str = "stop") -> tuple[st
     return tuple(stop for stop in stops if stop)
 
 
-def keep_seconds(keep_alive: float | str | None, ttl: float | None = None) -> float | None:
-    """How long a model stays loaded, as Ollama's clients say or LM Studio's; None if they do not. Raises ApiError."""
-    if not isinstance(keep_alive, str):
-        return ttl if keep_alive is None else keep_alive
-    seconds = parse_duration(keep_alive)
-    if seconds is None:
-        raise invalid(f"keep_alive is {keep_alive!r}, which is no time such as 90s, 10m or -1.", "keep_alive")
-    return seconds
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """How to answer where a request does not say; `max_tokens` None leaves that to the endpoint."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+
+    def fill(self, body: SamplingBody) -> None:
+        """Sets the fields that the client has left open."""
+        for name in (one.name for one in fields(SamplingParams)):
+            is_open = name != "logit_bias" and getattr(body, name) is None
+            if is_open and (name != "repeat_penalty" or body.repetition_penalty is None):
+                setattr(body, name, getattr(self.sampling, name))
+        if isinstance(body, GenerationBody) and body.n_predict is None:
+            body.n_predict = self.max_tokens
+
+
+DEFAULTS = web.AppKey("defaults", Defaults)
 
 
 async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_VALUES) -> T:
-    """The request's body as `kind`; raises ApiError that names the field at fault."""
+    """The request's body as `kind`, with the server's defaults; raises ApiError that names the field at fault."""
     data = await request.app[INTAKE].read(request)
     # The values are counted without making them.
     n_values = 1
@@ -187,20 +189,20 @@ async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_V
             last = max(_WITH_MANY_VALUES, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
             raise invalid(f"{last} holds too many values: a body may have {max_values:,} in all.", last)
         await asyncio.sleep(0)
-    body: T = decoded(data, kind)
+    body: T = _decoded(data, kind)
+    if isinstance(body, SamplingBody):
+        request.app[DEFAULTS].fill(body)
     return body
 
 
-def decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
-    """The value of the field `where`, or of the whole body; raises ApiError that names the field at fault."""
+def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         match = _PATH.match(str(error))
         if match is None:
             raise invalid(f"{error}{where and f' at {where}'}.", where or None) from None
-        inner = match["path"]
-        path = f"{where}.{inner}" if where and not inner.startswith("[") else f"{where}{inner}"
+        path = f"{where}{match['path']}"
         raise invalid(f"{match['message']} at {path}.", path or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The body is not valid JSON: {error}.") from None
@@ -211,7 +213,7 @@ def decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
 def _logit_bias(data: bytes) -> dict[int, float]:
     if data.count(b":") > MAX_BIASES:
         raise invalid(f"logit_bias may name at most {MAX_BIASES:,} tokens.", "logit_bias")
-    given: dict[str, float | bool] | None = decoded(data, dict[str, float | bool] | None, "logit_bias")
+    given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
     biases = {}
     for name, value in (given or {}).items():
         if not name.isascii() or not name.isdigit() or len(name) > 9:

@@ -15,17 +15,16 @@ import msgspec
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.server.api.backends import Backend, Backends
+from slimoe.server.api.request_body import Defaults
 from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
 from slimoe.server.http.accepting import connection_limits, open_file_limit
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
-from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
-from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
@@ -42,28 +41,13 @@ class ServeOptions:
     api_key_env: str | None
     api_key_file: Path | None
     no_key: bool
-    no_page: bool
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
     max_connections: int | None
     exit_with_parent: bool
     grace: float
-    idle_unload: float | None
-
-
-class Duration(click.ParamType[float | None]):
-    """A time such as 90s, 10m or 1h; 0 and off are None."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        """Gives the time in seconds."""
-        if not isinstance(value, str):
-            return None if value is None else float(value)
-        seconds = 0.0 if value == "off" else parse_duration(value)
-        if seconds is None or seconds < 0:
-            self.fail(f"{value!r} is no time. Write one such as 90s, 10m or 1h, or off.", param, ctx)
-        return seconds or None
+    slots: bool
+    n_predict: int | None
 
 
 @click.command("serve", cls=OptionsCommand)
@@ -86,7 +70,6 @@ class Duration(click.ParamType[float | None]):
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
 )
 @click.option("--no-key", is_flag=True, help="Ask for no key although --host lets other machines in.")
-@click.option("--no-page", is_flag=True, help="Leave out the page at /, a chat with the map of experts.")
 @click.option(
     "--allowed-host",
     multiple=True,
@@ -101,6 +84,13 @@ class Duration(click.ParamType[float | None]):
     type=click.IntRange(min=1),
     help="Most connections at once (default: 256, or what the limit on open files allows).",
 )
+@sampling_flags
+@click.option(
+    "--n-predict",
+    type=click.IntRange(min=-1),
+    help="Most tokens of an answer whose request does not say; -1 is as many as fit.",
+)
+@click.option("--slots/--no-slots", default=True, show_default=True, help="Tell at /slots what is worked on.")
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
 @click.option(
     "--grace",
@@ -108,13 +98,6 @@ class Duration(click.ParamType[float | None]):
     show_default=True,
     type=click.FloatRange(min=0),
     help="Seconds that running answers get when the server is told to end.",
-)
-@click.option(
-    "--idle-unload",
-    type=Duration(),
-    metavar="TIME",
-    help="Give the model's memory back when nobody has asked for it for so long, such as 10m; the next request loads "
-    "it again (default: off).",
 )
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
@@ -139,15 +122,15 @@ def command(values: Mapping[str, Any]) -> None:
     )
     _check_exposure(options, rules)
     log_to_stderr()
-    asyncio.run(serve_model(AppConfig(rules, has_page=not options.no_page), served, engine, options))
+    defaults = Defaults(sampling_params(values), options.n_predict)
+    asyncio.run(serve_model(AppConfig(served, rules, defaults=defaults, shows_slots=options.slots), engine, options))
 
 
-async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfig, options: ServeOptions) -> None:
+async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
     """Serves one model until the server ends, and prints its address once it is ready."""
     supervisor = Supervisor(engine, options.n_queue)
-    backends = Backends([Backend(model, supervisor)], Pool({supervisor: 0}, idle_seconds=options.idle_unload))
 
-    def say_ready(address: Address, info: ModelInfo | None) -> None:
+    def say_ready(address: Address, info: ModelInfo) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
         url = f"http://{host}:{address.port}"
         ready = {
@@ -155,17 +138,16 @@ async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfi
             "url": url,
             "port": address.port,
             "pid": os.getpid(),
-            "version": model.version,
-            "model": model.id,
+            "version": config.model.version,
+            "model": config.model.id,
         }
-        context = "" if info is None else f" (context {info.n_ctx})"
-        tell(f"Serving {model.id}{context} at {url}/v1, Ctrl-C ends.")
+        tell(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.")
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
     await serve(
         config,
-        backends,
+        supervisor,
         address,
         say_ready,
         exits_with_parent=options.exit_with_parent,

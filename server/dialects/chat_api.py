@@ -57,14 +57,15 @@ class ChatApi:
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoint."""
-        return [Endpoint("POST", "/v1/chat/completions", self.handle, ChatRequest, wire.Document, streams=True)]
+        path, alias = "/v1/chat/completions", "/chat/completions"
+        return [Endpoint("POST", path, self.handle, ChatRequest, wire.Document, streams=True, aliases=(alias,))]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
-        backend = self._generation.backends.named(body.model, body.keep)
+        backend = self._generation.backends.named(body.model)
         prompt = chat_prompt(body)
         _check_beginning(body)
         max_tokens = body.limit()

@@ -37,9 +37,10 @@ class ResponsesApi:
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
+        path = "/v1/responses"
         return [
-            Endpoint("POST", "/v1/responses", self.handle, ResponsesRequest, Response, streams=True),
-            Endpoint("POST", "/v1/responses/input_tokens", self.count, InputRequest, ResponseInputTokens),
+            Endpoint("POST", path, self.handle, ResponsesRequest, Response, streams=True, aliases=("/responses",)),
+            Endpoint("POST", f"{path}/input_tokens", self.count, InputRequest, ResponseInputTokens),
         ]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,6 @@
-"""`POST /apply-template`: the text that a conversation becomes. Apart: no answer is generated."""
+"""`POST /apply-template` and `/v1/chat/completions/input_tokens`: what a conversation becomes, without an answer."""
+
+from collections.abc import Callable
 
 import msgspec
 from aiohttp import web
@@ -9,7 +11,7 @@ from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
 from slimoe.server.api.unsupported_fields import CHAT
 from slimoe.server.api_error import from_failure
-from slimoe.server.dialects.chat_api import ChatRequest, chat_prompt, refuse_unsupported
+from slimoe.server.dialects.chat_api import ChatBody, ChatRequest, chat_prompt, refuse_unsupported
 from slimoe.server.process.request_handle import EngineFailure
 
 
@@ -19,27 +21,50 @@ class AppliedTemplate(msgspec.Struct, frozen=True):
     prompt: str
 
 
+class InputTokens(msgspec.Struct, frozen=True):
+    """The answer: how many tokens the prompt is."""
+
+    input_tokens: int
+    object: str = "response.input_tokens"
+
+
 class TemplateApi:
-    """The endpoint's handler."""
+    """The endpoints' handlers."""
 
     def __init__(self, generation: GenerationApi) -> None:
         self._generation = generation
 
     def endpoints(self) -> list[Endpoint]:
-        """The endpoint."""
-        return [Endpoint("POST", "/apply-template", self.handle, ChatRequest, AppliedTemplate)]
+        """The endpoints."""
+        path, alias = "/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"
+        return [
+            Endpoint("POST", "/apply-template", self.handle, ChatRequest, AppliedTemplate),
+            Endpoint("POST", path, self.count, ChatRequest, InputTokens, aliases=(alias,)),
+        ]
 
     async def handle(self, request: web.Request) -> web.Response:
         """Renders a conversation by the model's chat template; raises ApiError."""
+        body, prompt = await self._read(request)
+        generate = body.add_generation_prompt is not False
+        answer = await self._ask(body, lambda id: messages.Render(id, prompt, generate))
+        assert isinstance(answer, messages.Text)
+        return web.Response(body=msgspec.json.encode(AppliedTemplate(answer.text)), content_type="application/json")
+
+    async def count(self, request: web.Request) -> web.Response:
+        """Counts the tokens that a conversation comes to; raises ApiError."""
+        body, prompt = await self._read(request)
+        answer = await self._ask(body, lambda id: messages.Count(id, prompt))
+        assert isinstance(answer, messages.Counted)
+        return web.Response(body=msgspec.json.encode(InputTokens(answer.n_tokens)), content_type="application/json")
+
+    async def _read(self, request: web.Request) -> tuple[ChatBody, messages.ChatPrompt]:
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
-        prompt = chat_prompt(body)
-        generate = body.add_generation_prompt is not False
+        return body, chat_prompt(body)
+
+    async def _ask(self, body: ChatBody, question: Callable[[int], messages.Question]) -> messages.Answer:
         try:
-            supervisor = self._generation.backends.named(body.model).supervisor
-            answer = await supervisor.ask(lambda id: messages.Render(id, prompt, generate))
+            return await self._generation.backends.named(body.model).supervisor.ask(question)
         except EngineFailure as error:
             raise from_failure(error.failure, "messages") from None
-        assert isinstance(answer, messages.Text)
-        return web.Response(body=msgspec.json.encode(AppliedTemplate(answer.text)), content_type="application/json")

@@ -25,6 +25,8 @@ class Framing:
 
 _EVENTS = "text/event-stream; charset=utf-8"
 EVENTS = Framing(_EVENTS, b"data: ", b"\n\n", b": ping\n\n", b"data: [DONE]\n\n")
+UNCLOSED_EVENTS = Framing(_EVENTS, b"data: ", b"\n\n", b": ping\n\n")
+"""For streams whose last document says that it is the last."""
 NAMED_EVENTS = Framing(_EVENTS, b"", b"\n\n", b": ping\n\n")
 """For documents that `named_event` has given a name."""
 LINES = Framing("application/x-ndjson", b"", b"\n")

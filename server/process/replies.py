@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-from gguf import LlamaFileType
 
 from slimoe.offload.errors import (
     ContextOverflowError,
@@ -27,6 +26,7 @@ from slimoe.offload.text.generation import (
     TokenLogprob,
     TokenStep,
 )
+from slimoe.offload.text.infill import infill_tokens
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server import messages
 from slimoe.server.chat.prompts import RequestError
@@ -155,12 +155,8 @@ def describe(engine: OpenModel) -> messages.ModelInfo:
         memory=engine.memory(),
         notes=engine.notes,
         counters=engine.counters(),
-        architecture=spec.architecture.name,
-        quantization=_quantization(engine.gguf.metadata.get("general.file_type")),
+        eog=() if tokenizer is None else tuple(sorted(tokenizer.eog)),
+        infill=None
+        if tokenizer is None
+        else infill_tokens(engine.gguf.metadata, tokenizer.special_tokens, tokenizer.n_vocab),
     )
-
-
-def _quantization(file_type: object) -> str:
-    """The usual name of a file's mix of types, such as Q4_K_M; empty for one without a name."""
-    known = {one.value: one.name for one in LlamaFileType}
-    return known.get(file_type, "").removeprefix("MOSTLY_").removeprefix("ALL_") if isinstance(file_type, int) else ""

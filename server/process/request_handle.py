@@ -1,12 +1,11 @@
 """A request that the server has sent to the engine, and the answers that have come back."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from slimoe.offload.errors import SlimoeError
-from slimoe.server.messages import Accepted, Answer, Done, Failure
+from slimoe.server.messages import Accepted, Answer, Done, Failure, Progress, Step
 
 
 class EngineFailure(SlimoeError):
@@ -22,26 +21,6 @@ class EngineFailure(SlimoeError):
         return self.failure.exit_code
 
 
-def stopping(id: int) -> Failure:
-    """The failure of a request that comes while the server ends, or is cut off by that."""
-    return Failure(id, "shutting_down", "The server is shutting down.")
-
-
-Hold = Callable[[float | None], contextlib.AbstractContextManager[asyncio.Future[None]]]
-"""Keeps an engine running until the end of the context, once the future is done, and for some seconds after it.
-
-Given are these seconds, None for the usual time; below 0 they have no end.
-"""
-
-
-@contextlib.contextmanager
-def always_loaded(keep: float | None) -> Iterator[asyncio.Future[None]]:
-    """Holds an engine that runs all the time, or is starting."""
-    is_on: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    is_on.set_result(None)
-    yield is_on
-
-
 class RequestHandle:
     """Hands out the engine's answers to one request in order. `close` cancels what is not answered yet."""
 
@@ -51,6 +30,10 @@ class RequestHandle:
         self.has_begun = False
         self.is_underway = self.is_accepted = False
         self.n_tries = 1
+        self.slot: int | None = None
+        """Which of those that the engine works on at once, from when it begins."""
+        self.progress: Progress | None = None
+        self.n_decoded = 0
         self.submitted_at = time.monotonic()
         self._on_close = on_close
         self._arrived: list[Answer] = []
@@ -64,6 +47,9 @@ class RequestHandle:
             self.is_accepted = True
         else:
             self.is_underway = True
+            self.n_decoded += isinstance(answer, Step)
+        if isinstance(answer, Progress):
+            self.progress = answer
         self.is_over = self.is_over or isinstance(answer, (Done, Failure))
         self._arrived.append(answer)
         _wake(self._waiter)

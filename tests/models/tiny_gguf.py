@@ -35,9 +35,16 @@ class TinyShape:
 
 
 def write_tiny_gguf(
-    path: Path, tokenizer: Path | None, template: str | None = MIXTRAL_TEMPLATE, shape: TinyShape = TinyShape()
+    path: Path,
+    tokenizer: Path | None,
+    template: str | None = MIXTRAL_TEMPLATE,
+    shape: TinyShape = TinyShape(),
+    added: tuple[str, ...] = (),
 ) -> Path:
-    """Writes the model to `path`; `tokenizer` is a sentencepiece model, without one only token ids go in."""
+    """Writes the model to `path`; `tokenizer` is a sentencepiece model, without one only token ids go in.
+
+    `added` are further control tokens.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(shape.n_ctx)
     writer.add_block_count(shape.n_layer)
@@ -48,7 +55,7 @@ def write_tiny_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
-    n_vocab = 300 if tokenizer is None else add_vocabulary(writer, tokenizer, template)
+    n_vocab = 300 if tokenizer is None else add_vocabulary(writer, tokenizer, template, added)
     writer.add_vocab_size(n_vocab)
     rng = np.random.default_rng(1)
     for name, dims in _tensors(shape, n_vocab).items():

@@ -215,7 +215,7 @@ async def test_the_clients_exceptions(server: LiveServer) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/nothing", 404),
         ("GET", "/v1/models/a/b", 404),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),

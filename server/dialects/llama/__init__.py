@@ -1,0 +1,1 @@
+"""llama-server's own endpoints: completions with its fields, infilling, properties and slots."""
