@@ -8,7 +8,8 @@ from typing import NamedTuple
 from slimoe.offload.text.generation import GenerationRequest, Timings
 from slimoe.server import messages
 from slimoe.server.api.scored_text import ScoredPiece, ScoredText
-from slimoe.server.formats.answer_reader import AnswerReader, CallDelta, Parts, PlainReader, joined, reader_of
+from slimoe.server.formats.answer_reader import AnswerReader, CallDelta, Parts, PlainReader, joined
+from slimoe.server.formats.families import reader_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,6 @@
-"""Reads what is said, reasoning and calls out of an answer as it comes. Apart: each family of models has a reader."""
+"""Reads what is said, reasoning and calls out of an answer as it comes. Apart: each family has a reader."""
 
 from typing import NamedTuple, Protocol
-
-from slimoe.server.messages import Reading
 
 
 class CallDelta(NamedTuple):
@@ -42,11 +40,6 @@ class PlainReader:
     def finish(self) -> Parts:
         """Nothing was held back."""
         return Parts()
-
-
-def reader_of(reading: Reading) -> AnswerReader:
-    """The reader for an answer that is written as `reading` says."""
-    return PlainReader()
 
 
 def joined(first: Parts, second: Parts) -> Parts:
