@@ -4,42 +4,42 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from slimoe.server.api.backends import Backend, Backends
+from slimoe.server.api.backends import Backends
 from slimoe.server.api.events_api import EventsApi
 from slimoe.server.api.generation_api import PING_SECONDS, GenerationApi
 from slimoe.server.api.info_api import InfoApi
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import DEFAULTS, Defaults
-from slimoe.server.api.served_model import ServedModel
 from slimoe.server.dialects.chat_api import ChatApi
 from slimoe.server.dialects.completion_api import CompletionApi
 from slimoe.server.dialects.llama.completion_api import LlamaCompletionApi
 from slimoe.server.dialects.llama.properties_api import PropertiesApi
 from slimoe.server.dialects.messages_api import MessagesApi
 from slimoe.server.dialects.not_offered import NotOfferedApi
+from slimoe.server.dialects.ollama_api import OllamaApi
 from slimoe.server.dialects.responses_api import ResponsesApi
 from slimoe.server.dialects.template_api import TemplateApi
 from slimoe.server.http.access import RULES, AccessRules, access_middleware, add_cors_headers
 from slimoe.server.http.body_intake import INTAKE, BodyIntake
 from slimoe.server.http.connection import ERROR_BODIES
-from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.page.page import Page
 from slimoe.server.watch.feed import Feed
 from slimoe.server.watch.record import FEED, add_request_id, record_middleware
 
 
 @dataclass(frozen=True, slots=True)
 class AppConfig:
-    """What an application needs besides its engine."""
+    """What an application needs besides its models."""
 
-    model: ServedModel
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = PING_SECONDS
+    has_page: bool = True
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
 
 
-def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
-    """The application over a started supervisor, which it neither starts nor stops."""
+def init_app(config: AppConfig, backends: Backends) -> web.Application:
+    """The application over models, which it neither starts nor stops."""
     app = web.Application(middlewares=[record_middleware, access_middleware])
     app[RULES] = config.rules
     app[INTAKE] = BodyIntake()
@@ -47,7 +47,6 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     feed = app[FEED] = Feed()
     app.on_response_prepare.append(add_cors_headers)
     app.on_response_prepare.append(add_request_id)
-    backends = Backends(Backend(config.model, supervisor))
     metrics = Metrics(backends)
     generation = GenerationApi(backends, metrics, config.ping_seconds)
     groups = (
@@ -55,6 +54,7 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
         CompletionApi(generation),
         MessagesApi(generation),
         ResponsesApi(generation),
+        OllamaApi(generation),
         TemplateApi(generation),
         InfoApi(backends, metrics),
         LlamaCompletionApi(generation),
@@ -66,4 +66,6 @@ def init_app(config: AppConfig, supervisor: Supervisor) -> web.Application:
     app[ERROR_BODIES] = {path: one.error_body for one in endpoints for path in (one.path, *one.aliases)}
     for endpoint in endpoints:
         app.router.add_routes(endpoint.routes())
+    if config.has_page:
+        app.router.add_routes(Page().routes())
     return app

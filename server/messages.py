@@ -169,6 +169,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     memory: dict[str, int]
     notes: tuple[str, ...] = ()
     counters: dict[str, float] = {}
+    architecture: str = ""
+    quantization: str = ""
     eog: tuple[int, ...] = ()
     infill: InfillTokens | None = None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from slimoe.offload.errors import SlimoeError
+from slimoe.server.api.backends import Backends
 from slimoe.server.app import AppConfig, init_app
 from slimoe.server.http.accepting import AcceptFailures
 from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
@@ -42,30 +43,32 @@ class Address:
 
 async def serve(
     config: AppConfig,
-    supervisor: Supervisor,
+    backends: Backends,
     address: Address,
-    on_ready: Callable[[Address, ModelInfo], None],
+    on_ready: Callable[[Address, ModelInfo | None], None],
     *,
+    starts_asleep: bool = False,
     exits_with_parent: bool = False,
     grace: float = GRACE_SECONDS,
     limits: ConnectionLimits = USUAL_LIMITS,
 ) -> None:
     """Serves until SIGINT or SIGTERM, or with `exits_with_parent` until standard input ends.
 
-    Running answers get `grace` seconds to end. Raises PortInUseError, or EngineFailure when the model cannot be
-    opened, before `on_ready` is called.
+    The default model is loaded first, unless the server `starts_asleep`. Running answers get `grace` seconds to end.
+    Raises PortInUseError, or EngineFailure when the model cannot be opened, before `on_ready` is called.
     """
     stop = asyncio.Event()
     _stop_on_signals(stop)
     if exits_with_parent:
         _stop_at_end_of_input(stop)
     asyncio.get_running_loop().set_exception_handler(AcceptFailures())
-    runner = ApiRunner(init_app(config, supervisor), FLUSH_SECONDS, limits)
+    runner = ApiRunner(init_app(config, backends), FLUSH_SECONDS, limits)
     await runner.setup()
     try:
         bound = await _listen(runner, address, min(BACKLOG, limits.n_most))
-        supervisor.start()
-        ready = asyncio.create_task(supervisor.wait_ready())
+        first = None if starts_asleep else backends.default.supervisor
+        backends.pool.start(first)
+        ready = asyncio.create_task(_ready(first))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not stop.is_set():
@@ -73,8 +76,12 @@ async def serve(
             await stopped
         ready.cancel()
     finally:
-        await supervisor.stop(grace)
+        await backends.pool.stop(grace)
         await runner.cleanup()
+
+
+async def _ready(supervisor: Supervisor | None) -> ModelInfo | None:
+    return None if supervisor is None else await supervisor.wait_ready()
 
 
 def is_loopback(host: str) -> bool:

@@ -52,7 +52,7 @@ FLOORS = {
     "server": (
         {"child_python", "log_format", "messages", "telling"},
         {"api_error", "formats", "options"},
-        {"chat", "http"},
+        {"chat", "http", "page"},
         {"watch"},
         {"process", "terminal"},
         {"api", "jobs"},

@@ -5,11 +5,11 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
 
+from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import Choice
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.messages import Answer, Done
 from slimoe.server.process.request_handle import RequestHandle
-from slimoe.server.process.supervisor import Supervisor
 from slimoe.server.watch.record import current_record
 
 _Waiting = dict[asyncio.Task[list[Answer]], tuple[int, RequestHandle]]
@@ -24,7 +24,7 @@ class Arrival(NamedTuple):
 
 
 async def arrivals(
-    supervisor: Supervisor, metrics: Metrics, choices: Sequence[Choice], patience: float | None = None
+    backend: Backend, metrics: Metrics, choices: Sequence[Choice], patience: float | None = None
 ) -> AsyncGenerator[Arrival | None, None]:
     """Yields the engine's answers about all `choices` until they are done, None after `patience` seconds of silence.
 
@@ -33,8 +33,13 @@ async def arrivals(
     """
     to_come = iter(enumerate(choices))
     waiting: _Waiting = {}
-    record = current_record()
-    with supervisor.admit():
+    record, supervisor = current_record(), backend.supervisor
+    with supervisor.admit(backend.keep) as is_on:
+        while not is_on.done():
+            await asyncio.wait((is_on,), timeout=patience)
+            if not is_on.done():
+                yield None
+        is_on.result()
         try:
             while True:
                 for index, choice in itertools.islice(to_come, supervisor.n_parallel - len(waiting)):

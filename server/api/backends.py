@@ -1,34 +1,52 @@
 """The models that are served, found by the name that a request gives. Apart: every dialect asks it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from slimoe.server.api.served_model import ServedModel
+from slimoe.server.api_error import ApiError, not_found
+from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A model, and whoever runs its engine."""
+    """A model, and whoever runs its engine, for `keep` seconds after the request: see `Hold`."""
 
     model: ServedModel
     supervisor: Supervisor
+    keep: float | None = None
 
 
 class Backends:
-    """One model, which answers to every name."""
+    """The models, of which `pool` loads those that are asked for; a single one answers to every name."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.default = backend
+    def __init__(self, backends: Sequence[Backend], pool: Pool | None = None, *, are_named: bool = False) -> None:
+        """The first is the one that is loaded where none is named; with `are_named` unknown names are refused."""
+        self.default = backends[0]
+        self.pool = Pool({backend.supervisor: 0 for backend in backends}) if pool is None else pool
+        self._by_name = {backend.model.id: backend for backend in backends}
+        self._are_named = are_named
 
     @property
     def current(self) -> Backend:
-        """The model that is told of where none is named."""
-        return self.default
+        """The model for those who name none: of the loaded ones that which was used last."""
+        loaded = self.pool.loaded
+        return next((one for one in self.all() if loaded and one.supervisor is loaded[0]), self.default)
 
     def all(self) -> list[Backend]:
         """Every model that is offered."""
-        return [self.default]
+        return list(self._by_name.values())
 
-    def named(self, name: str | None) -> Backend:
+    def named(self, name: str | None, keep: float | None = None) -> Backend:
         """The model that a request asks for; raises ApiError for one that is not served."""
-        return self.default
+        if not self._are_named or not name:
+            return replace(self.current, keep=keep)
+        if name not in self._by_name:
+            raise self.unknown(name)
+        return replace(self._by_name[name], keep=keep)
+
+    def unknown(self, name: str) -> ApiError:
+        """The answer to who asks for a model that is not served."""
+        offered = ", ".join(map(repr, self._by_name))
+        return not_found(f"The model {name!r} does not exist. This server offers {offered}.", "model_not_found")

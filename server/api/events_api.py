@@ -84,6 +84,9 @@ def state_of(name: str, supervisor: Supervisor) -> StateEvent:
             return StateEvent(name, "failed", problem=None if problem is None else problem.message)
         case "stopped":
             return StateEvent(name, "stopped")
+        case "asleep":
+            problem = supervisor.failure
+            return StateEvent(name, "asleep", problem=None if problem is None else problem.message)
     done, total = supervisor.progress.done_bytes, supervisor.progress.total_bytes
     state: Literal["loading", "restarting"] = "loading" if trouble is None else "restarting"
     return StateEvent(name, state, "weights" if total else "starting", done, total, trouble)

@@ -46,7 +46,7 @@ class GenerationApi:
         states = [ChoiceState(choice) for choice in choices]
         current_record().generate(backend.model.id)
         try:
-            async with aclosing(arrivals(backend.supervisor, self._metrics, choices)) as arriving:
+            async with aclosing(arrivals(backend, self._metrics, choices)) as arriving:
                 async for arrival in arriving:
                     assert arrival is not None, "nobody asked to be told of silence"
                     states[arrival.choice_index].slot = arrival.slot
@@ -66,7 +66,7 @@ class GenerationApi:
         current_record().generate(backend.model.id)
         events = EventStream(request, shape.framing)
         try:
-            async with aclosing(arrivals(backend.supervisor, self._metrics, choices, self._ping_seconds)) as arriving:
+            async with aclosing(arrivals(backend, self._metrics, choices, self._ping_seconds)) as arriving:
                 async for arrival in arriving:
                     if arrival is None:
                         await events.ping()

@@ -7,12 +7,12 @@ import msgspec
 from aiohttp import web
 
 from slimoe.server import messages
-from slimoe.server.api.backends import Backends
+from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import read_body
 from slimoe.server.api.served_model import ServedModel
-from slimoe.server.api_error import ErrorInfo, from_failure, invalid, not_found
+from slimoe.server.api_error import ErrorInfo, from_failure, invalid
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
 
@@ -70,6 +70,9 @@ class InfoApi:
             )
         if supervisor.phase == "ready":
             return _json({"status": "ok"})
+        if supervisor.phase == "asleep":
+            # The next request wakes it: those who ask whether they may send one hear yes.
+            return _json({"status": "ok", "is_sleeping": True})
         if supervisor.phase == "failed" and supervisor.failure is not None:
             error = from_failure(supervisor.failure)
             return _json({"status": "error", "error": msgspec.structs.asdict(error.info)}, status=500)
@@ -85,17 +88,16 @@ class InfoApi:
         return _json(body, status=503, headers={"Retry-After": "1"})
 
     async def models(self, request: web.Request) -> web.Response:
-        """The one model, also while it is loading."""
-        return _json({"object": "list", "data": [self._card()]})
+        """The models, also while none is loaded."""
+        return _json({"object": "list", "data": [_card(backend) for backend in self._backends.all()]})
 
     async def model(self, request: web.Request) -> web.Response:
         """The model by its id; raises ApiError for another."""
         id = request.match_info["id"]
-        if id != self._model.id:
-            raise not_found(
-                f"The model {id!r} does not exist. This server offers {self._model.id!r}.", "model_not_found"
-            )
-        return _json(self._card())
+        found = next((backend for backend in self._backends.all() if backend.model.id == id), None)
+        if found is None:
+            raise self._backends.unknown(id)
+        return _json(_card(found))
 
     async def tokenizer_info(self, request: web.Request) -> web.Response:
         """What evaluation harnesses need of the tokenizer; waits for the model."""
@@ -162,23 +164,30 @@ class InfoApi:
         except EngineFailure as error:
             raise from_failure(error.failure, param) from None
 
-    def _card(self) -> dict[str, Any]:
-        card: dict[str, Any] = {
-            "id": self._model.id,
-            "object": "model",
-            "created": self._model.created,
-            "owned_by": "slimoe",
+
+_STATUS = {"ready": "loaded", "loading": "loading", "failed": "failed"}
+"""A model's status in llama-server's words, by the phase of its supervisor."""
+
+
+def _card(backend: Backend) -> dict[str, Any]:
+    """A model as clients list it, with its sizes once it has been opened."""
+    model, supervisor, info = backend.model, backend.supervisor, backend.supervisor.info
+    card: dict[str, Any] = {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "slimoe",
+        "status": {"value": _STATUS.get(supervisor.phase, "unloaded")},
+    }
+    if info is not None:
+        card["max_model_len"] = info.n_ctx
+        card["meta"] = {
+            "n_vocab": info.n_vocab,
+            "n_ctx_train": info.n_ctx_train,
+            "n_params": info.n_params,
+            "size": info.n_bytes,
         }
-        info = self._supervisor.info
-        if info is not None:
-            card["max_model_len"] = info.n_ctx
-            card["meta"] = {
-                "n_vocab": info.n_vocab,
-                "n_ctx_train": info.n_ctx_train,
-                "n_params": info.n_params,
-                "size": info.n_bytes,
-            }
-        return card
+    return card
 
 
 def _with_pieces(answer: messages.Encoded) -> list[dict[str, Any]]:

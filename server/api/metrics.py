@@ -1,15 +1,19 @@
 """Counters and gauges of the server for Prometheus; reading them does not disturb the engine."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import Counter as Total
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from slimoe.server.api.backends import Backends
 from slimoe.server.messages import Answer, Done, Step
 from slimoe.server.process.request_handle import RequestHandle
+from slimoe.server.process.supervisor import Supervisor
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BY_UNIT = {
@@ -26,24 +30,37 @@ class Metrics:
 
     def __init__(self, backends: Backends) -> None:
         registry = self._registry = CollectorRegistry()
-        self._backends = backends
-        supervisor = backends.default.supervisor
-        self._prompt = Counter("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
-        self._cached = Counter("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
-        self._generated = Counter("slimoe_generation_tokens", "Tokens generated.", registry=registry)
-        self._finished = Counter(
+        self._pool = backends.pool
+        self._supervisors = [backend.supervisor for backend in backends.all()]
+        self._prompt = Total("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
+        self._cached = Total("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
+        self._generated = Total("slimoe_generation_tokens", "Tokens generated.", registry=registry)
+        self._finished = Total(
             "slimoe_request_success", "Generations completed.", ["finished_reason"], registry=registry
         )
         self._first = _histogram("slimoe_time_to_first_token_seconds", "From the request to its first text.", registry)
         self._whole = _histogram("slimoe_e2e_request_latency_seconds", "From the request to its end.", registry)
         self._memory = Gauge("slimoe_memory_used_bytes", "Memory the engine holds.", ["tier"], registry=registry)
         running = Gauge("slimoe_num_requests_running", "Requests the engine works on.", registry=registry)
-        running.set_function(lambda: min(supervisor.n_parallel, supervisor.n_busy))
+        running.set_function(lambda: self._sum(lambda one: min(one.n_parallel, one.n_busy)))
         waiting = Gauge("slimoe_num_requests_waiting", "Requests that wait for the engine.", registry=registry)
-        waiting.set_function(lambda: max(0, supervisor.n_busy - supervisor.n_parallel))
+        waiting.set_function(lambda: self._pool.n_waiting + self._sum(lambda one: max(0, one.n_busy - one.n_parallel)))
         restarts = Gauge("slimoe_engine_restarts", "Times the engine's process was started again.", registry=registry)
-        restarts.set_function(lambda: supervisor.n_restarts)
-        registry.register(TierCollector(lambda: {} if supervisor.info is None else supervisor.info.counters))
+        restarts.set_function(lambda: self._sum(lambda one: one.n_restarts))
+        loaded = Gauge("slimoe_models_loaded", "Models whose engine runs, or is starting.", registry=registry)
+        loaded.set_function(lambda: len(self._pool.loaded))
+        registry.register(TierCollector(lambda: self._totals("counters")))
+
+    def _sum(self, figure: Callable[[Supervisor], int]) -> int:
+        return sum(map(figure, self._supervisors))
+
+    def _totals(self, name: Literal["counters", "memory"]) -> dict[str, float]:
+        """The figures of all models together."""
+        totals: Counter[str] = Counter()
+        for supervisor in self._supervisors:
+            if supervisor.info is not None:
+                totals.update(getattr(supervisor.info, name))
+        return dict(totals)
 
     def note(self, handle: RequestHandle, answer: Answer) -> None:
         """Counts one answer of the engine."""
@@ -59,8 +76,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""
-        info = self._backends.default.supervisor.info
-        for tier, n_bytes in ({} if info is None else info.memory).items():
+        self._memory.clear()
+        for tier, n_bytes in self._totals("memory").items():
             self._memory.labels(tier).set(n_bytes)
         return generate_latest(self._registry)
 

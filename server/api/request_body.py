@@ -15,6 +15,7 @@ from msgspec import Meta
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
 from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
+from slimoe.server.options.duration import parse_duration
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
 MAX_STOP_CHARS, MAX_BIASES = 1024, 4096
@@ -108,6 +109,8 @@ class GenerationBody(SamplingBody, kw_only=True):
     stop: str | list[str] | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
+    keep_alive: float | str | None = None
+    ttl: float | None = None
     verbose: bool | None = None
 
     @property
@@ -126,6 +129,11 @@ class GenerationBody(SamplingBody, kw_only=True):
     def n_choices(self) -> int:
         """The number of answers to each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def keep(self) -> float | None:
+        """For how many seconds the model stays loaded afterwards, for ever below 0; raises ApiError."""
+        return keep_seconds(self.keep_alive, self.ttl)
 
     def limit(self, default: int | None = None) -> int | None:
         """How many tokens an answer may have, in whichever spelling, None for as many as fit; -1 asks for that too."""
@@ -154,6 +162,16 @@ def stop_strings(given: str | list[str] | None, param: str = "stop") -> tuple[st
     if any(len(stop) > MAX_STOP_CHARS for stop in stops):
         raise invalid(f"A stop string may have at most {MAX_STOP_CHARS:,} characters.", param)
     return tuple(stop for stop in stops if stop)
+
+
+def keep_seconds(keep_alive: float | str | None, ttl: float | None = None) -> float | None:
+    """How long a model stays loaded, as Ollama's clients say or LM Studio's; None if they do not. Raises ApiError."""
+    if not isinstance(keep_alive, str):
+        return ttl if keep_alive is None else keep_alive
+    seconds = parse_duration(keep_alive)
+    if seconds is None:
+        raise invalid(f"keep_alive is {keep_alive!r}, which is no time such as 90s, 10m or -1.", "keep_alive")
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,20 +207,22 @@ async def read_body(request: web.Request, kind: type[T], max_values: int = MAX_V
             last = max(_WITH_MANY_VALUES, key=lambda name: data.rfind(f'"{name}"'.encode(), 0, begin + _SLICE))
             raise invalid(f"{last} holds too many values: a body may have {max_values:,} in all.", last)
         await asyncio.sleep(0)
-    body: T = _decoded(data, kind)
+    body: T = decoded(data, kind)
     if isinstance(body, SamplingBody):
         request.app[DEFAULTS].fill(body)
     return body
 
 
-def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
+def decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
+    """The value of the field `where`, or of the whole body; raises ApiError that names the field at fault."""
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         match = _PATH.match(str(error))
         if match is None:
             raise invalid(f"{error}{where and f' at {where}'}.", where or None) from None
-        path = f"{where}{match['path']}"
+        inner = match["path"]
+        path = f"{where}.{inner}" if where and not inner.startswith("[") else f"{where}{inner}"
         raise invalid(f"{match['message']} at {path}.", path or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"The body is not valid JSON: {error}.") from None
@@ -213,7 +233,7 @@ def _decoded(data: bytes | bytearray, kind: Any, where: str = "") -> Any:
 def _logit_bias(data: bytes) -> dict[int, float]:
     if data.count(b":") > MAX_BIASES:
         raise invalid(f"logit_bias may name at most {MAX_BIASES:,} tokens.", "logit_bias")
-    given: dict[str, float | bool] | None = _decoded(data, dict[str, float | bool] | None, "logit_bias")
+    given: dict[str, float | bool] | None = decoded(data, dict[str, float | bool] | None, "logit_bias")
     biases = {}
     for name, value in (given or {}).items():
         if not name.isascii() or not name.isdigit() or len(name) > 9:

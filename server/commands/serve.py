@@ -15,6 +15,7 @@ import msgspec
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.request_body import Defaults
 from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
@@ -22,9 +23,11 @@ from slimoe.server.http.accepting import connection_limits, open_file_limit
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
+from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
@@ -41,13 +44,30 @@ class ServeOptions:
     api_key_env: str | None
     api_key_file: Path | None
     no_key: bool
+    no_page: bool
     allowed_host: tuple[str, ...]
     allowed_origin: tuple[str, ...]
     max_connections: int | None
     exit_with_parent: bool
     grace: float
+    idle_unload: float | None
     slots: bool
     n_predict: int | None
+
+
+class Duration(click.ParamType[float | None]):
+    """A time such as 90s, 10m or 1h; 0 and off are None."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Gives the time in seconds."""
+        if not isinstance(value, str):
+            return None if value is None else float(value)
+        seconds = 0.0 if value == "off" else parse_duration(value)
+        if seconds is None or seconds < 0:
+            self.fail(f"{value!r} is no time. Write one such as 90s, 10m or 1h, or off.", param, ctx)
+        return seconds or None
 
 
 @click.command("serve", cls=OptionsCommand)
@@ -70,6 +90,7 @@ class ServeOptions:
     "--api-key-file", type=click.Path(path_type=Path, dir_okay=False), help="File that holds the key clients must send."
 )
 @click.option("--no-key", is_flag=True, help="Ask for no key although --host lets other machines in.")
+@click.option("--no-page", is_flag=True, help="Leave out the page at /, a chat with the map of experts.")
 @click.option(
     "--allowed-host",
     multiple=True,
@@ -99,6 +120,13 @@ class ServeOptions:
     type=click.FloatRange(min=0),
     help="Seconds that running answers get when the server is told to end.",
 )
+@click.option(
+    "--idle-unload",
+    type=Duration(),
+    metavar="TIME",
+    help="Give the model's memory back when nobody has asked for it for so long, such as 10m; the next request loads "
+    "it again (default: off).",
+)
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
@@ -123,14 +151,16 @@ def command(values: Mapping[str, Any]) -> None:
     _check_exposure(options, rules)
     log_to_stderr()
     defaults = Defaults(sampling_params(values), options.n_predict)
-    asyncio.run(serve_model(AppConfig(served, rules, defaults=defaults, shows_slots=options.slots), engine, options))
+    config = AppConfig(rules, has_page=not options.no_page, defaults=defaults, shows_slots=options.slots)
+    asyncio.run(serve_model(config, served, engine, options))
 
 
-async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOptions) -> None:
+async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfig, options: ServeOptions) -> None:
     """Serves one model until the server ends, and prints its address once it is ready."""
     supervisor = Supervisor(engine, options.n_queue)
+    backends = Backends([Backend(model, supervisor)], Pool({supervisor: 0}, idle_seconds=options.idle_unload))
 
-    def say_ready(address: Address, info: ModelInfo) -> None:
+    def say_ready(address: Address, info: ModelInfo | None) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
         url = f"http://{host}:{address.port}"
         ready = {
@@ -138,16 +168,17 @@ async def serve_model(config: AppConfig, engine: EngineConfig, options: ServeOpt
             "url": url,
             "port": address.port,
             "pid": os.getpid(),
-            "version": config.model.version,
-            "model": config.model.id,
+            "version": model.version,
+            "model": model.id,
         }
-        tell(f"Serving {config.model.id} (context {info.n_ctx}) at {url}/v1, Ctrl-C ends.")
+        context = "" if info is None else f" (context {info.n_ctx})"
+        tell(f"Serving {model.id}{context} at {url}/v1, Ctrl-C ends.")
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
     await serve(
         config,
-        supervisor,
+        backends,
         address,
         say_ready,
         exits_with_parent=options.exit_with_parent,

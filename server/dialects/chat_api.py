@@ -65,7 +65,7 @@ class ChatApi:
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
-        backend = self._generation.backends.named(body.model)
+        backend = self._generation.backends.named(body.model, body.keep)
         prompt = chat_prompt(body)
         _check_beginning(body)
         max_tokens = body.limit()

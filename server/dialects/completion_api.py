@@ -53,7 +53,7 @@ class CompletionApi:
             raise unsupported("This server does not fill in the middle.", "suffix")
         if body.best_of is not None and body.best_of != body.n_choices:
             raise unsupported("This server returns every choice it generates: best_of must be n.", "best_of")
-        backend = self._generation.backends.named(body.model)
+        backend = self._generation.backends.named(body.model, body.keep)
         prompts = prompt_sources(body.prompt)
         if len(prompts) * body.n_choices > MAX_PROMPTS:
             raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from slimoe.server.api_error import ApiError, invalid, unsupported
+from slimoe.server.chat.history import MAX_DEPTH, is_deeper
 from slimoe.server.messages import Tool, ToolChoice, Turn
 
 
@@ -28,10 +29,9 @@ def joined_answers(turns: Iterable[Turn]) -> tuple[Turn, ...]:
 
 def json_text(value: Any, where: str) -> str:
     """A value of a body as JSON text, as models write it; raises ApiError for one that is nested too deeply."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        raise invalid(f"{where} is nested too deeply.", where) from None
+    if is_deeper(value, MAX_DEPTH):
+        raise invalid(f"{where} is nested more than {MAX_DEPTH} deep.", where)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -49,6 +49,12 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool], where: str) -> None:
         raise invalid(f"{where} demands a call, but there are no tools.", where)
     if choice.name and choice.name not in {tool.name for tool in tools}:
         raise invalid(f"{where} names {choice.name!r}, which is none of the tools.", where)
+
+
+def told(error: ApiError) -> str:
+    """The message of an error where no other field names what is at fault."""
+    param = error.info.param
+    return error.message if param is None or param in error.message else f"{error.message} ({param})"
 
 
 def not_text(kind: str, where: str) -> ApiError:

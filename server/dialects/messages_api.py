@@ -17,7 +17,7 @@ from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, stop_stri
 from slimoe.server.api.shape import usage_of
 from slimoe.server.api.unsupported_fields import extended
 from slimoe.server.api_error import ApiError, unsupported
-from slimoe.server.dialects.conversation import json_object
+from slimoe.server.dialects.conversation import json_object, told
 from slimoe.server.dialects.messages_body import UNSUPPORTED, ConversationBody, MessagesBody, chat_prompt
 from slimoe.server.http.event_stream import NAMED_EVENTS, named_event
 
@@ -212,7 +212,7 @@ class MessagesShape:
 
 def error_body(error: ApiError) -> bytes:
     """An error as Anthropic writes it."""
-    message = error.message
+    message = told(error)
     if error.info.code == "context_length_exceeded":
         # The words by which Anthropic's clients know that they must shorten the conversation.
         message = f"prompt is too long. {message}"

@@ -19,7 +19,9 @@ LOCAL_NAMES = frozenset({"localhost", "tauri.localhost"})
 KEY_NAMES = frozenset({"key", "api_key", "apikey", "access_token", "token"})
 """Fields of a query in which clients of other services send their key."""
 _SEND_KEY = "Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."
-PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
+PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health"})
+PUBLIC_FOLDER = "/page/"
+"""The page's files, which hold nothing secret: the page asks for the key and sends it with what it asks the API."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _AUTHORITY = re.compile(r"(\[(?P<address>[^\[\]@/]+)\]|(?P<name>[^\s:/?#@\\\[\]]+))(:\d{0,5})?")
 _ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)/?")
@@ -47,7 +49,7 @@ class AccessRules:
                 raise invalid("The request names no host. Send a Host header.")
             if not self.allows_host(host):
                 raise _forbidden(f"The server does not go by the name {host!r}. Allow it with --allowed-host.")
-        elif request.method != hdrs.METH_OPTIONS and request.path not in PUBLIC_PATHS:
+        elif request.method != hdrs.METH_OPTIONS and not _is_public(request.path):
             _check_key(request, self.key)
 
     def allows_host(self, host: str) -> bool:
@@ -107,6 +109,10 @@ def host_name(authority: str) -> str | None:
 
 
 RULES = web.AppKey("rules", AccessRules)
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
 
 
 def _check_key(request: web.Request, key: str) -> None:

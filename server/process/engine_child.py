@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -74,3 +75,12 @@ class EngineChild(asyncio.SubprocessProtocol):
         assert self._transport is not None
         returncode = self._transport.get_returncode()
         self._on_exit(0 if returncode is None else returncode)
+
+
+def how_it_ended(returncode: int) -> str:
+    """What to tell of a process that ended with this status, or by a signal if it is negative."""
+    if returncode >= 0:
+        return f"The engine's process ended with status {returncode}. The log says more; try again."
+    name = signal.Signals(-returncode).name
+    cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+    return f"The engine's process was ended by {name}{cause}. The log may say more; try again."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+from gguf import LlamaFileType
 
 from slimoe.offload.errors import (
     ContextOverflowError,
@@ -155,8 +156,16 @@ def describe(engine: OpenModel) -> messages.ModelInfo:
         memory=engine.memory(),
         notes=engine.notes,
         counters=engine.counters(),
+        architecture=spec.architecture.name,
+        quantization=_quantization(engine.gguf.metadata.get("general.file_type")),
         eog=() if tokenizer is None else tuple(sorted(tokenizer.eog)),
         infill=None
         if tokenizer is None
         else infill_tokens(engine.gguf.metadata, tokenizer.special_tokens, tokenizer.n_vocab),
     )
+
+
+def _quantization(file_type: object) -> str:
+    """The usual name of a file's mix of types, such as Q4_K_M; empty for one without a name."""
+    known = {one.value: one.name for one in LlamaFileType}
+    return known.get(file_type, "").removeprefix("MOSTLY_").removeprefix("ALL_") if isinstance(file_type, int) else ""

@@ -1,8 +1,9 @@
 """A request that the server has sent to the engine, and the answers that have come back."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.server.messages import Accepted, Answer, Done, Failure, Progress, Step
@@ -19,6 +20,26 @@ class EngineFailure(SlimoeError):
     def exit_code(self) -> int:  # type: ignore[override]
         """The exit status of a command that this failure ends."""
         return self.failure.exit_code
+
+
+def stopping(id: int) -> Failure:
+    """The failure of a request that comes while the server ends, or is cut off by that."""
+    return Failure(id, "shutting_down", "The server is shutting down.")
+
+
+Hold = Callable[[float | None], contextlib.AbstractContextManager[asyncio.Future[None]]]
+"""Keeps an engine running until the end of the context, once the future is done, and for some seconds after it.
+
+Given are these seconds, None for the usual time; below 0 they have no end.
+"""
+
+
+@contextlib.contextmanager
+def always_loaded(keep: float | None) -> Iterator[asyncio.Future[None]]:
+    """Holds an engine that runs all the time, or is starting."""
+    is_on: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    is_on.set_result(None)
+    yield is_on
 
 
 class RequestHandle:

@@ -8,11 +8,11 @@ go to the next one. Requests that come while the model is being opened wait for 
 import asyncio
 import contextlib
 import itertools
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.printable import printable
@@ -20,32 +20,15 @@ from slimoe.offload.resources.memory import private_bytes
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
 from slimoe.server.log_format import log_text
-from slimoe.server.process.engine_child import COMMAND, EngineChild
-from slimoe.server.process.request_handle import EngineFailure, RequestHandle
+from slimoe.server.process.engine_child import COMMAND, EngineChild, how_it_ended
+from slimoe.server.process.request_handle import EngineFailure, Hold, RequestHandle, always_loaded, stopping
+from slimoe.server.process.watchdog import USUAL_PATIENCE, Patience, Watchdog
 
-Phase = Literal["loading", "ready", "failed", "stopped"]
+Phase = Literal["loading", "ready", "asleep", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
 KILL_SECONDS = 2.0
 MAX_TRIES = 3
 DEFAULT_N_QUEUE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How many seconds the supervisor waits for an engine's process that sends nothing, or whose work stands still.
-
-    Only time in which the supervisor's own process runs is counted. A step can be long: a large expert may come from a
-    slow disk, and one processor may compute a whole batch.
-    """
-
-    untold: float = 3.0
-    """Of silence, until `/health` tells of it."""
-    silent: float = 15.0
-    """Of silence, until the process is killed."""
-    opening: float = 120.0
-    """The same, before the process has sent its first heartbeat."""
-    stuck: float = 120.0
-    """Without progress although heartbeats come, until the process is killed."""
 
 
 class QueueFullError(Exception):
@@ -64,7 +47,7 @@ class Supervisor:
         config: EngineConfig,
         n_queue: int = DEFAULT_N_QUEUE,
         command: Sequence[str] = COMMAND,
-        patience: Patience = Patience(),
+        patience: Patience = USUAL_PATIENCE,
         held_bytes: Callable[[], int] = private_bytes,
     ) -> None:
         """Prepares an engine for `config`; `held_bytes` tells how much memory this process holds itself."""
@@ -89,11 +72,11 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
         self._told: set[str] = set()
-        self._patience = patience
+        self._watchdog = Watchdog(patience)
         self._held_bytes = held_bytes
         self.on_change: Callable[[], None] = lambda: None
-        self._silent_seconds = self._stuck_seconds = 0.0
-        self._is_heard = False
+        self.hold: Hold = always_loaded
+        self.rests_on_failure = False
         self._watching: asyncio.Task[None] | None = None
         self._crash: messages.Failure | None = None
 
@@ -112,16 +95,49 @@ class Supervisor:
         """Requests that the engine works on."""
         return sum(handle.is_underway for handle in self._handles.values())
 
-    def start(self) -> None:
-        """Starts the engine's process; `wait_ready` tells when the model is open."""
-        self._launching = asyncio.create_task(self._launch())
+    def start(self, *, is_awake: bool = True) -> None:
+        """Starts the engine's process, unless it is to wait for `wake`; `wait_ready` tells when the model is open."""
         self._watching = asyncio.create_task(self._watch())
+        self.phase = "asleep"
+        if is_awake:
+            self.wake()
+        self._note_change()
+
+    def wake(self, ram_bytes: int | None = None) -> None:
+        """Starts the engine's process if it is asleep, with `ram_bytes` of memory or what was configured."""
+        if self.phase != "asleep":
+            return
+        self.phase, self.progress, self.failure, self._crash = "loading", messages.Loading(0, 0), None, None
+        if ram_bytes is not None:
+            self._config = changed(self._config, {"ram": str(ram_bytes)})
+        self._launching = asyncio.create_task(self._launch())
+        self._note_change()
+
+    async def sleep(self) -> None:
+        """Ends the engine's process, which nobody uses now, until `wake`; its memory has gone back then."""
+        if self.phase == "stopped":
+            return
+        self._rest(None)
+        if self._launching is not None:
+            self._launching.cancel()
+            await asyncio.wait([self._launching])
+        while self._child is not None:
+            self._child.kill()
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _rest(self, failure: messages.Failure | None) -> None:
+        """Goes without an engine, because of `failure` if there is one; figures stay to be asked for."""
+        self.phase, self.failure, self._pause = "asleep", failure, 0.0
+        if self.info is not None:
+            self.info = msgspec.structs.replace(self.info, memory={})
+        self._note_change()
 
     @property
     def trouble(self) -> str | None:
         """Why requests are not answered now although they may be soon; None when they are, or when nobody knows."""
-        if self.phase == "ready" and self._silent_seconds > self._patience.untold:
-            return f"The engine's process has not responded for {self._silent_seconds:.0f} seconds."
+        if self.phase == "ready":
+            return self._watchdog.silence
         return None if self._crash is None or self.phase != "loading" else self._crash.message
 
     async def _watch(self) -> None:
@@ -130,37 +146,35 @@ class Supervisor:
             await asyncio.sleep(messages.BEAT_SECONDS)
             if self.trouble is not None:
                 self._note_change()
-            if self._child is None:
-                continue
-            self._silent_seconds += messages.BEAT_SECONDS
-            if self._silent_seconds > (self._patience.silent if self._is_heard else self._patience.opening):
-                problem = f"The engine's process did not respond for {self._silent_seconds:.0f} seconds."
-            elif self._stuck_seconds > self._patience.stuck:
-                problem = f"The engine did not get on for {self._stuck_seconds:.0f} seconds."
-            else:
-                continue
-            self._crash = messages.Failure(0, "engine_stuck", f"{problem} It was ended; try again.")
-            self._silent_seconds = self._stuck_seconds = 0.0
-            self._child.kill()
+            problem = None if self._child is None else self._watchdog.tick()
+            if self._child is not None and problem is not None:
+                self._crash = messages.Failure(0, "engine_stuck", problem)
+                self._child.kill()
 
     async def wait_ready(self) -> messages.ModelInfo:
         """Waits for the model and returns its facts; raises EngineFailure when it cannot be opened."""
-        while self.phase == "loading":
-            self._changed.clear()
-            await self._changed.wait()
+        with self.hold(None) as is_on:
+            await is_on
+            while self.phase == "loading":
+                self._changed.clear()
+                await self._changed.wait()
         if self.info is None or self.phase != "ready":
-            raise EngineFailure(self.failure or _stopping(0))
+            raise EngineFailure(self.failure or stopping(0))
         return self.info
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Holds a place in the queue for one client's request; raises QueueFullError when there is none."""
+    def admit(self, keep: float | None = None) -> Iterator[asyncio.Future[None]]:
+        """Holds a place in the queue for one client's request, which may `submit` once the future is done.
+
+        The engine is kept for `keep` seconds afterwards, see `Hold`. Raises QueueFullError when there is no place.
+        """
         n_waiting = self.n_admitted - self.n_parallel
         if n_waiting >= self._n_queue:
             raise QueueFullError(n_waiting)
         self.n_admitted += 1
         try:
-            yield
+            with self.hold(keep) as is_on:
+                yield is_on
         finally:
             self.n_admitted -= 1
 
@@ -172,19 +186,21 @@ class Supervisor:
 
     async def ask(self, question: Callable[[int], messages.Question | messages.Observe]) -> messages.Answer:
         """Asks a question, about text or the engine, and returns the answer; raises EngineFailure."""
-        handle = self._send(question)
-        try:
-            return (await handle.next())[0]
-        finally:
-            handle.close()
+        with self.hold(None) as is_on:
+            await is_on
+            handle = self._send(question)
+            try:
+                return (await handle.next())[0]
+            finally:
+                handle.close()
 
     async def stop(self, grace: float = 0.0) -> None:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
         self._note_change()
-        self._fail_all(list(self._unsent), _stopping)
+        self._fail_all(list(self._unsent), stopping)
         await self._wait(lambda: not self._handles or self._child is None, grace)
-        self._fail_all(list(self._handles), _stopping)
+        self._fail_all(list(self._handles), stopping)
         for task in (self._launching, self._watching):
             if task is not None:
                 task.cancel()
@@ -205,10 +221,10 @@ class Supervisor:
         id = next(self._ids)
         handle = RequestHandle(id, self._close)
         if self.phase == "stopped":
-            handle.push(_stopping(id))
+            handle.push(stopping(id))
         elif self.phase == "failed":
             assert self.failure is not None
-            handle.push(_for(self.failure, id))
+            handle.push(msgspec.structs.replace(self.failure, id=id))
         else:
             self._handles[id] = handle
             self._unsent[id] = make(id)
@@ -249,18 +265,20 @@ class Supervisor:
             self._on_exit(1)
             return
         self._child, self.progress = child, messages.Loading(0, 0)
-        self._is_heard, self._silent_seconds, self._stuck_seconds = False, 0.0, 0.0
+        self._watchdog.begin()
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
         child.send(messages.Open(changed(self._config, {"held_bytes": self._held_bytes()})))
 
     def _on_message(self, message: messages.FromEngine) -> None:
-        self._silent_seconds = 0.0
+        self._watchdog.note(message)
+        if self.phase == "asleep":
+            return
         match message:
             case messages.Loading():
                 self.progress = message
                 self.on_change()
-            case messages.Beat(stuck_seconds):
-                self._is_heard, self._stuck_seconds = True, stuck_seconds
+            case messages.Beat():
+                pass
             case messages.Ready(info):
                 self.info, self.failure, self._crash = info, None, None
                 self._tell(info.notes)
@@ -292,16 +310,18 @@ class Supervisor:
     def _on_exit(self, returncode: int) -> None:
         self._child = None
         if self.phase == "stopped":
-            self._fail_all(list(self._handles), _stopping)
+            self._fail_all(list(self._handles), stopping)
             self._note_change()
             return
-        crash = self.failure or self._crash or messages.Failure(0, "engine_crashed", _how_it_ended(returncode))
+        if self.phase == "asleep":
+            self._note_change()
+            return
+        crash = self.failure or self._crash or messages.Failure(0, "engine_crashed", how_it_ended(returncode))
         self._crash = crash
-        self._fail_all(self._lost(), lambda id: _for(crash, id))
+        self._fail_all(self._lost(), lambda id: msgspec.structs.replace(crash, id=id))
         leaves_devices = crash.kind == "device" and self._leave_devices()
         if self.info is None and not leaves_devices:
-            self.failure, self.phase = crash, "failed"
-            self._fail_all(list(self._handles), lambda id: _for(crash, id))
+            self._give_up(crash)
         else:
             # A device that failed in use may be back; one that failed at once will fail again.
             failed_in_use = crash.kind == "device" and self.phase == "ready"
@@ -336,11 +356,18 @@ class Supervisor:
         print(log_text(crash.message), file=sys.stderr)
         self.n_restarts += 1
         is_hopeless = not may_heal or self._pause > PATIENCE
-        self.failure = crash if is_hopeless else None
-        self.phase = "failed" if is_hopeless else "loading"
+        self.failure, self.phase = None, "loading"
         if is_hopeless:
-            self._fail_all(list(self._handles), lambda id: _for(crash, id))
-        self._launching = asyncio.create_task(self._launch())
+            self._give_up(crash)
+        if not is_hopeless or not self.rests_on_failure:
+            self._launching = asyncio.create_task(self._launch())
+
+    def _give_up(self, failure: messages.Failure) -> None:
+        """Answers everybody that the engine cannot be opened, for now."""
+        self.failure, self.phase = failure, "failed"
+        self._fail_all(list(self._handles), lambda id: msgspec.structs.replace(failure, id=id))
+        if self.rests_on_failure:
+            self._rest(failure)
 
     def _fail_all(self, ids: Sequence[int], failure: Callable[[int], messages.Failure]) -> None:
         for id in ids:
@@ -354,26 +381,3 @@ class Supervisor:
     def _note_change(self) -> None:
         self._changed.set()
         self.on_change()
-
-
-def _for(failure: messages.Failure, id: int) -> messages.Failure:
-    return messages.Failure(
-        id,
-        failure.kind,
-        failure.message,
-        exit_code=failure.exit_code,
-        required_bytes=failure.required_bytes,
-        available_bytes=failure.available_bytes,
-    )
-
-
-def _stopping(id: int) -> messages.Failure:
-    return messages.Failure(id, "shutting_down", "The server is shutting down.")
-
-
-def _how_it_ended(returncode: int) -> str:
-    if returncode >= 0:
-        return f"The engine's process ended with status {returncode}. The log says more; try again."
-    name = signal.Signals(-returncode).name
-    cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-    return f"The engine's process was ended by {name}{cause}. The log may say more; try again."

@@ -6,22 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from aiohttp import web
 from openai import AsyncOpenAI
 
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.resources.memory import private_bytes
+from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.request_body import Defaults
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.app import AppConfig, init_app
 from slimoe.server.http.access import AccessRules
 from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
-from slimoe.server.process.supervisor import Patience, Supervisor
+from slimoe.server.process.pool import Pool
+from slimoe.server.process.supervisor import Supervisor
+from slimoe.server.process.watchdog import Patience
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 DEADLINE = 30.0
@@ -29,10 +33,14 @@ DEADLINE = 30.0
 
 @dataclass(frozen=True, slots=True)
 class LiveServer:
-    """An application that answers at `url`, and its engine."""
+    """An application that answers at `url`, and its models' engines: `supervisor` is the first one's."""
 
     url: str
-    supervisor: Supervisor
+    backends: Backends
+
+    @property
+    def supervisor(self) -> Supervisor:
+        return self.backends.default.supervisor
 
     def client(self) -> AsyncOpenAI:
         """OpenAI's own client, which never repeats a failed request and does not wait for ever."""
@@ -47,33 +55,49 @@ class LiveOptions:
     rules: AccessRules = field(default_factory=AccessRules)
     ping_seconds: float = 15.0
     waits: bool = True
+    has_page: bool = True
     patience: Patience = field(default_factory=Patience)
     limits: ConnectionLimits = USUAL_LIMITS
     held_bytes: Callable[[], int] = private_bytes
+    idle_seconds: float | None = None
+    n_most: int = 1
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
 
 
 @asynccontextmanager
-async def live_server(path: Path, options: LiveOptions = LiveOptions()) -> AsyncIterator[LiveServer]:
-    """The application over the scripted engine."""
-    engine = replace(options.engine, model=path)
-    supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
-    served = ServedModel("tiny", path, "1.2.3")
-    config = AppConfig(served, options.rules, options.ping_seconds, options.defaults, options.shows_slots)
-    runner = ApiRunner(init_app(config, supervisor), 1.0, options.limits)
+async def live_server(
+    path: Path, options: LiveOptions = LiveOptions(), others: Mapping[str, Path] = MappingProxyType({})
+) -> AsyncIterator[LiveServer]:
+    """The application over the scripted engine; with `others` it serves several models, and `tiny` is loaded first."""
+    served = []
+    for name, place in {"tiny": path, **others}.items():
+        engine = replace(options.engine, model=place)
+        supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
+        served.append(Backend(ServedModel(name, place, "1.2.3"), supervisor))
+    pool = Pool({one.supervisor: 0 for one in served}, options.n_most, options.idle_seconds)
+    backends = Backends(served, pool, are_named=bool(others))
+    config = AppConfig(
+        options.rules,
+        options.ping_seconds,
+        options.has_page,
+        options.defaults,
+        shows_slots=options.shows_slots,
+    )
+    runner = ApiRunner(init_app(config, backends), 1.0, options.limits)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    supervisor.start()
+    first = backends.default.supervisor
+    pool.start(first)
     host, port = runner.addresses[0]
     try:
         if options.waits:
-            await asyncio.wait_for(supervisor.wait_ready(), DEADLINE)
-        yield LiveServer(f"http://{host}:{port}", supervisor)
+            await asyncio.wait_for(first.wait_ready(), DEADLINE)
+        yield LiveServer(f"http://{host}:{port}", backends)
     finally:
-        await supervisor.stop()
+        await pool.stop()
         await runner.cleanup()
 
 

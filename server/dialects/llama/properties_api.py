@@ -104,7 +104,7 @@ class PropertiesApi:
             bos_token=None if info is None else info.bos,
             eos_token=None if info is None else info.eos,
             build_info=f"slimoe {model.version}",
-            is_sleeping=False,
+            is_sleeping=supervisor.phase == "asleep",
             n_ctx=n_ctx,
             pid=os.getpid(),
             engine_pid=supervisor.pid,

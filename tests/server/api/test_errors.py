@@ -214,7 +214,7 @@ async def test_the_clients_exceptions(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("POST", "/v1/nothing", 404),
         ("GET", "/v1/models/a/b", 404),
         ("GET", CHAT, 405),

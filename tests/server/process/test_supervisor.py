@@ -14,7 +14,7 @@ import pytest
 
 from slimoe.server.messages import Observe, Observed
 from slimoe.server.process.request_handle import EngineFailure
-from slimoe.server.process.supervisor import Patience
+from slimoe.server.process.watchdog import Patience
 from tests.models.live_server import LiveOptions, LiveServer, live_server, until
 from tests.models.tiny_gguf import write_tiny_gguf
 
