@@ -22,6 +22,7 @@ from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
+from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import Tokenizer
 
 
@@ -42,11 +43,13 @@ class Engine:
         self._observer = Observer(plan, self._totals)
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
-            if self.tokenizer:
+            self.grammars = Grammars(self.tokenizer) if self.tokenizer else None
+            if self.tokenizer and self.grammars:
                 opened.callback(self.tokenizer.close)
+                opened.callback(self.grammars.close)
             self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress, self._observer.uses)))
             told = self.memory, self.counters, self._observer.begin
-            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told)
+            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars)
             self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
             self._opened = opened.pop_all()
 

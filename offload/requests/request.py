@@ -19,9 +19,12 @@ from slimoe.offload.text.generation import (
     TokenLogprob,
     TokenStep,
 )
+from slimoe.offload.text.grammars import Grammars, Held
 from slimoe.offload.text.sampler import Sampler, check_params, token_logprob
 from slimoe.offload.text.tokenizer import TextStream, Tokenizer
 
+_LAST_PATIENCE, _PATIENT_SHARE = 1.0, 0.01
+"""How long it is waited for whether an answer is complete: seconds at its last token, and a share of a step before."""
 _LOGPROB_BATCH = 64
 """Logits of a whole batch are n_batch * n_vocab floats: with all of them wanted, batches are smaller."""
 
@@ -40,6 +43,7 @@ class ModelFacts:
     memory: Callable[[], dict[str, int]]
     counters: Callable[[], dict[str, float]] = dict
     on_begin: Callable[[], None] = lambda: None
+    grammars: Grammars | None = None
 
 
 class Generator:
@@ -59,9 +63,9 @@ class Generator:
         self.is_over = self.has_company = False
         self._facts = facts
         tokenizer = facts.tokenizer
-        piece = tokenizer.piece if tokenizer else lambda token: b""
         self._eog = tokenizer.eog if tokenizer and not request.ignore_eos else frozenset[int]()
-        self._text = TextStream(piece, request.stop, request.strips_space)
+        self._text = TextStream(self._piece, request.stop, request.strips_space)
+        self._held: Held | None = None
         self._sampler = Sampler(request.sampling, request.prompt_ids)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._n_done = 0
@@ -69,6 +73,7 @@ class Generator:
         self._n_predicted = 0
         self._drawn = -1
         self._prompt_seconds = 0.0
+        self._stepped = self._step_seconds = 0.0
         self._begin: float | None = None
         self._counted: dict[str, float] = {}
 
@@ -97,7 +102,11 @@ class Generator:
     def skip(self, n_known: int) -> None:
         """Notes that the first `n_known` tokens of the prompt are in the sequence already."""
         if self._begin is None:
-            self._begin = time.perf_counter()
+            self._begin = self._stepped = time.perf_counter()
+            if self.request.constraint is not None:
+                assert self._facts.grammars is not None, "a model without tokenizer holds no answers"
+                # The form is compiled while the prompt is read.
+                self._held = self._facts.grammars.hold(self.request.constraint, strips_space=self.request.strips_space)
             self._counted = self._facts.counters()
             self._facts.on_begin()
         self._n_cached += n_known - self._n_done
@@ -147,22 +156,55 @@ class Generator:
         return events
 
     def _draw(self, logits: Logits) -> list[Event]:
+        before, self._stepped = self._stepped, time.perf_counter()
+        self._step_seconds = self._stepped - before
+        allowed = None
+        if self._held is not None:
+            allowed = self._held.allowed()
+            if allowed is not None and self.request.ignore_eos and self._facts.tokenizer is not None:
+                allowed[list(self._facts.tokenizer.eog)] = False
+            if allowed is None or not allowed.any():
+                return [self.finish("stop")]
         n_top = self.request.n_logprobs
-        token = self._drawn = self._sampler.sample(logits)
+        token = self._drawn = self._sampler.sample(logits, allowed)
         self._n_predicted += 1
         if token in self._eog:
             return [self.finish("stop")]
+        if self._held is not None:
+            self._held.take(token)
         logprob = None if n_top is None else token_logprob(logits, token, n_top)
         step = TokenStep(token, self._text.feed(token), logprob, self._text.piece, self._text.added)
         if self._text.stopped:
             return [step, self.finish("stop")]
         if self._n_predicted >= self._max_tokens:
-            return [step, self.finish("length")]
+            return [step, self.finish("stop" if self.is_complete(_LAST_PATIENCE) else "length")]
         return [step]
+
+    def is_complete(self, seconds: float | None = None) -> bool:
+        """Whether the form of the answer lets nothing follow.
+
+        It is waited for that long, by default for a small part of the time that the last step took.
+        """
+        if self._held is None or self.is_reading or not self._n_predicted:
+            return False
+        return self._held.is_complete(_PATIENT_SHARE * self._step_seconds if seconds is None else seconds)
+
+    def release(self) -> None:
+        """Ends what holds the answer to its form."""
+        if self._held is not None:
+            self._held.close()
+
+    def _piece(self, token: int) -> bytes:
+        """The bytes that a token stands for in the answer."""
+        tokenizer = self._facts.tokenizer
+        if tokenizer is None:
+            return b""
+        return tokenizer.piece(token, special=self.request.shows_control and token not in tokenizer.eog)
 
     def finish(self, reason: FinishReason) -> Finished:
         """Ends the request and returns its last event."""
         self.is_over = True
+        self.release()
         now = time.perf_counter()
         total = now - (self._begin or now)
         prompt_seconds = self._prompt_seconds or total

@@ -61,12 +61,20 @@ class Sampler:
         changes = (p.repeat_penalty != 1.0, p.presence_penalty != 0.0, p.frequency_penalty != 0.0)
         return p.repeat_last_n != 0 and any(changes)
 
-    def sample(self, logits: Logits) -> int:
-        """The next token for logits [n_vocab], which are left as they are. Raises BadLogitsError for NaN."""
+    def sample(self, logits: Logits, allowed: NDArray[np.bool_] | None = None) -> int:
+        """The next token for logits [n_vocab], which are left as they are, of those `allowed` if that is given.
+
+        Raises BadLogitsError for NaN, and UsageError when `logit_bias` forbids all that are allowed.
+        """
         if not math.isfinite(logits.max()):
             raise BadLogitsError
         if self._biased.size or self._penalises:
             logits = self._adjusted(logits)
+        if allowed is not None:
+            kept = np.where(allowed, logits[: len(allowed)], np.float32(-np.inf))
+            if kept.max() <= -_FORBIDDEN:
+                raise UsageError("logit_bias forbids all tokens that the form of the answer allows. Leave some out.")
+            logits = kept
         token = int(logits.argmax()) if self.params.temperature <= 0 else self._draw(logits)
         self._tokens.append(token)
         return token

@@ -45,7 +45,10 @@ class Tokenizer:
         self.chat_template = spec.chat_template
         self.special_tokens = {spec.texts[i]: i for i in sorted(spec.control | spec.user_defined, reverse=True)}
         named = {token for token, text in enumerate(spec.texts) if text in _END_OF_TURN}
-        self.eog = frozenset(named | spec.ends | ({vocab.eos} if vocab.eos is not None else set()))
+        ends = named | spec.ends | ({vocab.eos} if vocab.eos is not None else set())
+        inner = _inner_ends(spec.texts)
+        self.eog = frozenset(token for token in ends if spec.texts[token] not in inner)
+        self.control = spec.control
         self._any_special = _alternatives(self.special_tokens)
         self._user_defined = _alternatives(spec.texts[i] for i in spec.user_defined)
         self._pieces: dict[int, bytes] = {}
@@ -120,6 +123,14 @@ class Tokenizer:
             self._pieces[token] = raw_bytes(text) if named else self._vocab.piece(token)
         return b"" if token in self._spec.control and not special else self._pieces[token]
 
+    def all_pieces(self) -> list[bytes]:
+        """The bytes of every token, control tokens by name; none of them is remembered here."""
+        spec = self._spec
+        named = spec.control | spec.user_defined
+        return [
+            raw_bytes(text) if token in named else self._vocab.piece(token) for token, text in enumerate(spec.texts)
+        ]
+
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of `tokens` without the space that `encode` puts first; control tokens by name with `special`."""
         text = b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
@@ -130,6 +141,13 @@ class Tokenizer:
         if not 0 <= token < self.n_vocab:
             raise IndexError(f"token {token} is not one of {self.n_vocab}")
         return self._spec.texts[token]
+
+
+def _inner_ends(texts: Sequence[str]) -> frozenset[str]:
+    """Ends of an answer's parts that do not end the answer, where others end it or a call, as llama.cpp has it."""
+    known = frozenset(texts) if "<|end|>" in texts else frozenset[str]()
+    calls = not known.isdisjoint(("<|call|>", "<|calls|>"))
+    return frozenset(["<|end|>"]) if calls and not known.isdisjoint(("<|return|>", "<|flush|>")) else frozenset()
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:

@@ -4,6 +4,7 @@ import dataclasses
 
 from slimoe.offload.errors import ContextOverflowError, SlimoeError
 from slimoe.offload.text.generation import GenerationRequest
+from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import Chat, Prompt
 from slimoe.server.chat.template_child import MAX_OUTPUT
@@ -28,8 +29,9 @@ class RequestError(SlimoeError):
 class Prompts:
     """Turns prompts of every form into token ids for one open model."""
 
-    def __init__(self, tokenizer: Tokenizer | None, n_vocab: int, n_ctx: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, n_vocab: int, n_ctx: int, grammars: Grammars | None = None) -> None:
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._n_vocab = n_vocab
         self._n_ctx = n_ctx
         self._longest = None if tokenizer is None else tokenizer.longest
@@ -40,8 +42,15 @@ class Prompts:
     def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
         """`request` with the ids of `source` and its stop strings.
 
-        Raises RequestError, ChatTemplateError, or ContextOverflowError when no room for an answer would be left.
+        Raises RequestError, ConstraintError, ChatTemplateError, or ContextOverflowError when no room for an answer
+        would be left.
         """
+        if request.constraint is not None:
+            if self._grammars is None:
+                raise RequestError(
+                    request.constraint.param, "This model has no tokenizer, so answers can have no form."
+                )
+            self._grammars.check(request.constraint)
         prompt = self.prompt(source)
         n_prompt = len(prompt.ids)
         n_room = self._n_ctx - n_prompt

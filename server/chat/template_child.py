@@ -13,6 +13,7 @@ from signal import SIGPROF, Signals
 from types import MappingProxyType
 from typing import Any
 
+from slimoe.offload.resources.process_limits import kept_environment
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
 from slimoe.server.chat.template_messages import HEADER_BYTES, NO_TOOLS, Rendered, TemplateCaps, packed, unpacked
 from slimoe.server.child_python import module_command
@@ -21,7 +22,6 @@ COMMAND = module_command("slimoe.server.chat.template_process")
 START_SECONDS = 30.0
 MAX_OUTPUT = 16 << 20
 _READ_BYTES = 1 << 16
-_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "SYSTEMROOT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,6 @@ class _Process:
 
     def __init__(self) -> None:
         """Starts it; raises ChatTemplateError when the system has none to give."""
-        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         try:
             self._popen = subprocess.Popen(
                 COMMAND,
@@ -182,7 +181,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=kept,
+                env=kept_environment(),
                 start_new_session=True,
             )
         except OSError as error:

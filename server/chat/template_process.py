@@ -6,12 +6,11 @@ template and its limits, each further one a conversation, or asks what the templ
 `python -m slimoe.server.chat.template_process`.
 """
 
-import signal
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from slimoe.offload.resources.process_limits import limit_memory, limit_time
 from slimoe.server.chat.template import ChatTemplate
 from slimoe.server.chat.template_error import ChatTemplateError, TemplateLimitError, UnusableTemplateError
 from slimoe.server.chat.template_forms import Conversation, render_conversation
@@ -28,13 +27,13 @@ class TemplateProcess:
     def run(self) -> None:
         """Until the other side closes the pipe, or memory was short."""
         setup = self._message(self._stdin.read(HEADER_BYTES))
-        self._arm(setup["compile_seconds"])
+        limit_time(setup["compile_seconds"])
         limit_memory(setup["memory_bytes"])
         try:
             template = ChatTemplate(setup["source"], setup["max_output"])
             self._answer({"ready": True})
             while header := self._stdin.read(HEADER_BYTES):
-                self._arm(setup["cpu_seconds"])
+                limit_time(setup["cpu_seconds"])
                 self._answer(_rendered(template, self._message(header)))
         except UnusableTemplateError as error:
             self._answer({"unusable": error.reason})
@@ -45,14 +44,10 @@ class TemplateProcess:
     def _message(self, header: bytes) -> dict[str, Any]:
         return unpacked(self._stdin.read(int.from_bytes(header, "big")))
 
-    def _arm(self, cpu_seconds: float) -> None:
-        # With no handler the signal ends the process, in the middle of whatever C code runs.
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-
     def _answer(self, message: dict[str, Any]) -> None:
         self._stdout.write(packed(message))
         self._stdout.flush()
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        limit_time(0)
 
 
 def _rendered(template: ChatTemplate, request: dict[str, Any]) -> dict[str, Any]:
@@ -65,17 +60,6 @@ def _rendered(template: ChatTemplate, request: dict[str, Any]) -> dict[str, Any]
         return {"limit": error.limit}
     except ChatTemplateError as error:
         return {"refused": str(error)}
-
-
-def limit_memory(n_bytes: int) -> None:
-    """Lets this process map so many bytes more than it has now; systems that cannot are left without the limit."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    n_mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (n_mapped + n_bytes, n_mapped + n_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def _source(options: RunOptions) -> PromptSource | None:
 
 
 def _complete(engine: Engine, request: GenerationRequest, source: PromptSource, options: RunOptions) -> None:
-    prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+    prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars)
     outcome = generate(engine, prompts.complete(request, source), shows_text=not options.as_json)
     finished = outcome.finished
     if options.as_json:

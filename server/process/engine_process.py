@@ -91,7 +91,7 @@ class EngineProcess:
         on_device_abort(config.devices.rpc, self._give_up)
         try:
             engine = open_engine(config, self._progress())
-            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars)
             info = describe(engine)
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))

@@ -27,6 +27,7 @@ from slimoe.offload.text.generation import (
     TokenLogprob,
     TokenStep,
 )
+from slimoe.offload.text.grammars import ConstraintError, Grammars
 from slimoe.offload.text.infill import infill_tokens
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server import messages
@@ -42,6 +43,7 @@ class OpenModel(Protocol):
     spec: ModelSpec
     gguf: GGUFFile
     tokenizer: Tokenizer | None
+    grammars: Grammars | None
 
     def memory(self) -> dict[str, int]:
         """Bytes held per tier."""
@@ -123,7 +125,7 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> mess
                 required_bytes=error.required_bytes,
                 available_bytes=error.available_bytes,
             )
-        case RequestError():
+        case RequestError() | ConstraintError():
             return messages.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
         case ChatTemplateError():
             return messages.Failure(id, "template", str(error), "messages", error.exit_code)

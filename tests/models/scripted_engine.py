@@ -42,6 +42,7 @@ from slimoe.offload.text.generation import (
     TokenLogprob,
     TokenStep,
 )
+from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import TextStream, Tokenizer
 from slimoe.server.process.engine_process import main
 
@@ -63,7 +64,9 @@ class ScriptedEngine:
             time.sleep(0.01)
         self.gguf = read_gguf(path)
         self.spec = ModelSpec.from_gguf(self.gguf)
-        self.tokenizer: Tokenizer | None = Tokenizer.open(self.gguf)
+        tokenizer = Tokenizer.open(self.gguf)
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.grammars: Grammars | None = Grammars(tokenizer)
         self.n_ctx = config.context.n_ctx or self.spec.n_ctx_train
         self._n_parallel = config.context.n_parallel
         self._ids = itertools.count()
