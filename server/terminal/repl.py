@@ -27,7 +27,7 @@ class Repl:
         """
         self._engine = engine
         self._request = request
-        self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx)
+        self._prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars)
         self._prompts.chat.check()  # says now, not after the first line, that the model cannot chat
         self._opening = [] if system is None else [Turn("system", system)]
         self._turns = list(self._opening)
