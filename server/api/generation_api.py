@@ -15,8 +15,7 @@ from slimoe.server.api.shape import Shape
 from slimoe.server.api.unsupported_fields import UnsupportedFields
 from slimoe.server.api_error import from_failure, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
-from slimoe.server.process.request_handle import EngineFailure
-from slimoe.server.process.supervisor import QueueFullError
+from slimoe.server.process.request_handle import EngineFailure, QueueFullError
 from slimoe.server.watch.record import current_record
 
 PING_SECONDS = 15.0

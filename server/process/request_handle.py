@@ -42,6 +42,14 @@ def always_loaded(keep: float | None) -> Iterator[asyncio.Future[None]]:
     yield is_on
 
 
+class QueueFullError(Exception):
+    """The queue is full: `n_waiting` requests wait already, and one more is refused."""
+
+    def __init__(self, n_waiting: int) -> None:
+        self.n_waiting = n_waiting
+        super().__init__(f"{n_waiting} requests are waiting already")
+
+
 class RequestHandle:
     """Hands out the engine's answers to one request in order. `close` cancels what is not answered yet."""
 
@@ -50,6 +58,7 @@ class RequestHandle:
         self.is_over = False
         self.has_begun = False
         self.is_underway = self.is_accepted = False
+        self.is_work = True
         self.n_tries = 1
         self.slot: int | None = None
         """Which of those that the engine works on at once, from when it begins."""

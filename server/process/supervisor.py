@@ -16,12 +16,20 @@ import msgspec
 
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.printable import printable
+from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.resources.memory import private_bytes
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
 from slimoe.server.log_format import log_text
 from slimoe.server.process.engine_child import COMMAND, EngineChild, how_it_ended
-from slimoe.server.process.request_handle import EngineFailure, Hold, RequestHandle, always_loaded, stopping
+from slimoe.server.process.request_handle import (
+    EngineFailure,
+    Hold,
+    QueueFullError,
+    RequestHandle,
+    always_loaded,
+    stopping,
+)
 from slimoe.server.process.watchdog import USUAL_PATIENCE, Patience, Watchdog
 
 Phase = Literal["loading", "ready", "asleep", "failed", "stopped"]
@@ -29,14 +37,6 @@ FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
 KILL_SECONDS = 2.0
 MAX_TRIES = 3
 DEFAULT_N_QUEUE = 64
-
-
-class QueueFullError(Exception):
-    """The queue is full: `n_waiting` requests wait already, and one more is refused."""
-
-    def __init__(self, n_waiting: int) -> None:
-        self.n_waiting = n_waiting
-        super().__init__(f"{n_waiting} requests are waiting already")
 
 
 class Supervisor:
@@ -88,12 +88,12 @@ class Supervisor:
     @property
     def n_busy(self) -> int:
         """Requests at the engine or waiting for it."""
-        return len(self._handles)
+        return sum(handle.is_work for handle in self._handles.values())
 
     @property
     def n_underway(self) -> int:
         """Requests that the engine works on."""
-        return sum(handle.is_underway for handle in self._handles.values())
+        return sum(handle.is_work and handle.is_underway for handle in self._handles.values())
 
     def start(self, *, is_awake: bool = True) -> None:
         """Starts the engine's process, unless it is to wait for `wake`; `wait_ready` tells when the model is open."""
@@ -129,6 +129,7 @@ class Supervisor:
     def _rest(self, failure: messages.Failure | None) -> None:
         """Goes without an engine, because of `failure` if there is one; figures stay to be asked for."""
         self.phase, self.failure, self._pause = "asleep", failure, 0.0
+        self._fail_all(list(self._handles), stopping)
         if self.info is not None:
             self.info = msgspec.structs.replace(self.info, memory={})
         self._note_change()
@@ -194,6 +195,20 @@ class Supervisor:
             finally:
                 handle.close()
 
+    async def observe(self) -> Snapshot | None:
+        """What the engine holds and does, None while there is nothing to see; wakes nobody, and is no work."""
+        if self.phase != "ready":
+            return None
+        handle = self._send(messages.Observe)
+        handle.is_work = False
+        try:
+            answer = (await handle.next())[0]
+        except EngineFailure:
+            return None
+        finally:
+            handle.close()
+        return answer.snapshot if isinstance(answer, messages.Observed) else None
+
     async def stop(self, grace: float = 0.0) -> None:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
@@ -247,7 +262,9 @@ class Supervisor:
         self._sent.pop(handle.id, None)
         if was_sent and not handle.is_over and self._child is not None:
             self._child.send(messages.Cancel(handle.id))
-        self._note_change()
+        self._changed.set()
+        if handle.is_work:
+            self.on_change()
 
     def _leave_slot(self, handle: RequestHandle) -> None:
         if handle.slot is not None:

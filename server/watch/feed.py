@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import msgspec
 
@@ -19,16 +21,17 @@ class Listener:
 
     def __init__(self) -> None:
         self.is_over = False
-        self._waiting: list[bytes] = []
+        self._waiting: dict[Hashable, bytes] = {}
         self._arrived = asyncio.Event()
 
-    def push(self, event: bytes) -> None:
-        """Adds an event; ends the listener when too many wait for it."""
+    def push(self, key: Hashable, event: bytes) -> None:
+        """Adds an event in place of one of the same `key`; ends the listener when too many wait for it."""
+        self._waiting.pop(key, None)
         if len(self._waiting) >= MOST_BEHIND:
             self._waiting.clear()
             self.end()
         elif not self.is_over:
-            self._waiting.append(event)
+            self._waiting[key] = event
             self._arrived.set()
 
     def end(self) -> None:
@@ -41,7 +44,7 @@ class Listener:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._arrived.wait()
-        events, self._waiting = self._waiting, []
+        events, self._waiting = list(self._waiting.values()), {}
         if not self.is_over:
             self._arrived.clear()
         return events
@@ -53,23 +56,28 @@ class Feed:
     def __init__(self) -> None:
         self._listeners: set[Listener] = set()
         self._lasting: dict[tuple[str, str], bytes] = {}
+        self._numbers = itertools.count()
 
     @property
     def is_heard(self) -> bool:
         """Whether anybody listens."""
         return bool(self._listeners)
 
-    def tell(self, kind: str, data: msgspec.Struct) -> None:
+    def tell(self, kind: str, data: Any) -> None:
         """Tells of something that happens now."""
         if self._listeners:
-            self._hand_out(_named(kind, data))
+            self._hand_out(next(self._numbers), _named(kind, data))
 
-    def keep(self, kind: str, name: str, data: msgspec.Struct) -> None:
-        """Tells how something stands, if that has changed; `name` says of what."""
+    def keep(self, kind: str, name: str, data: Any) -> None:
+        """Tells how something stands, if that has changed; `name` says of what. Nobody is told what is outdated."""
         event = _named(kind, data)
         if self._lasting.get((kind, name)) != event:
             self._lasting[kind, name] = event
-            self._hand_out(event)
+            self._hand_out((kind, name), event)
+
+    def forget(self, kind: str, name: str) -> None:
+        """Lets nobody who comes later know how it stood."""
+        self._lasting.pop((kind, name), None)
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[Listener]:
@@ -79,8 +87,8 @@ class Feed:
             info = ErrorInfo(message, "rate_limit_error", None, "too_many_listeners")
             raise ApiError(429, info, headers={"Retry-After": "2"})
         listener = Listener()
-        for event in self._lasting.values():
-            listener.push(event)
+        for key, event in self._lasting.items():
+            listener.push(key, event)
         self._listeners.add(listener)
         try:
             yield listener
@@ -92,10 +100,10 @@ class Feed:
         for listener in self._listeners:
             listener.end()
 
-    def _hand_out(self, event: bytes) -> None:
+    def _hand_out(self, key: Hashable, event: bytes) -> None:
         for listener in self._listeners:
-            listener.push(event)
+            listener.push(key, event)
 
 
-def _named(kind: str, data: msgspec.Struct) -> bytes:
+def _named(kind: str, data: Any) -> bytes:
     return named_event(kind, msgspec.json.encode(data))

@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from slimoe.offload.requests.snapshot import Snapshot
+from slimoe.server.api import events_api
 from slimoe.server.http.connection import ConnectionLimits
 from slimoe.server.watch.feed import MOST_BEHIND, MOST_LISTENERS, Listener
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, until
@@ -157,10 +159,11 @@ async def test_there_are_only_so_many_listeners(model: Path) -> None:
 
 async def test_one_that_does_not_read_is_dropped() -> None:
     listener = Listener()
-    for _ in range(MOST_BEHIND):
-        listener.push(b"x")
+    for number in range(MOST_BEHIND):
+        listener.push(number, b"x")
+    listener.push(0, b"an event that takes the place of another")
     assert not listener.is_over
-    listener.push(b"x")
+    listener.push(MOST_BEHIND, b"x")
     assert listener.is_over
     assert await listener.next(DEADLINE) == []
 
@@ -176,3 +179,47 @@ async def test_silence_is_filled_with_pings(model: Path) -> None:
 async def ending(server: LiveServer, heard: Heard) -> None:
     await until(lambda: heard.text.count(": ping") > 1)
     await server.supervisor.stop()
+
+
+async def test_experts_places_and_work_are_told_while_they_change(model: Path) -> None:
+    async with live_server(model) as server, listening(server) as (session, heard):
+        before = await heard.next("experts")
+        assert (before["model"], before["layers"][0]["tiers"], before["layers"][0]["uses"]) == (
+            "tiny",
+            "h.dx",
+            [0, 0, 2, 0],
+        )
+        assert (await heard.next("places"))["places"][0]["name"] == "host"
+        assert (await heard.next("work"))["speed"]["bound"] == "cpu"
+        async with session.post("/v1/chat/completions", json=BODY) as response:
+            assert response.status == 200
+        assert (await heard.next("experts"))["layers"][1]["uses"] == [1, 0, 2, 0]
+
+
+async def test_the_engine_is_asked_only_while_somebody_listens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with live_server(model) as server:
+        asked = []
+        observe = server.supervisor.observe
+
+        async def counted() -> Snapshot | None:
+            asked.append(server.supervisor.n_busy)
+            return await observe()
+
+        monkeypatch.setattr(server.supervisor, "observe", counted)
+        monkeypatch.setattr(events_api, "OBSERVE_SECONDS", 0.005)
+        async with aiohttp.ClientSession(server.url) as session:
+            async with session.post("/v1/chat/completions", json=BODY):
+                pass
+            assert asked == [], "nobody listens"
+            async with listening(server) as (_, heard):
+                await heard.next("work")
+                await asyncio.sleep(0.1)
+                assert len(asked) == 1, "nothing changes"
+                async with session.post("/v1/completions", json={"prompt": "slowly", "stream": True}):
+                    await until(lambda: len(asked) > 3)
+            await until(lambda: server.supervisor.n_busy == 0)
+            await asyncio.sleep(0.05)
+            n_asked = len(asked)
+            async with session.post("/v1/chat/completions", json=BODY):
+                pass
+            assert len(asked) == n_asked
