@@ -189,6 +189,8 @@ class MessagesShape:
         if kind == self._kind:
             return []
         events = []
+        if self._kind == "thinking":
+            events.append(self._delta({"type": "signature_delta", "signature": ""}))
         if self._kind:
             events.append(_event("content_block_stop", {"index": self._n_blocks - 1}))
         self._kind = kind

@@ -40,7 +40,14 @@ class ResponsesApi:
         path = "/v1/responses"
         return [
             Endpoint("POST", path, self.handle, ResponsesRequest, Response, streams=True, aliases=("/responses",)),
-            Endpoint("POST", f"{path}/input_tokens", self.count, InputRequest, ResponseInputTokens),
+            Endpoint(
+                "POST",
+                f"{path}/input_tokens",
+                self.count,
+                InputRequest,
+                ResponseInputTokens,
+                aliases=("/responses/input_tokens",),
+            ),
         ]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -59,7 +66,12 @@ class ResponsesApi:
             n_logprobs=body.n_logprobs,
         )
         choices = [Choice(chat_prompt(body), wanted)]
-        shape = ResponsesShape(_response(body, wanted, backend.model.id), is_scored=body.n_logprobs is not None)
+        shape = ResponsesShape(
+            _response(body, wanted, backend.model.id),
+            is_scored=body.n_logprobs is not None,
+            with_progress=bool(body.return_progress),
+            with_timings=bool(body.timings_per_token),
+        )
         if body.stream:
             return await self._generation.stream(request, backend, choices, shape)
         return await self._generation.whole(backend, choices, shape)

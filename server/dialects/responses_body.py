@@ -122,6 +122,8 @@ class ResponsesBody(InputBody, kw_only=True):
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
 
     @property
     def n_logprobs(self) -> int | None:

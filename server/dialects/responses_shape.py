@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET
 
 from slimoe.server import messages
 from slimoe.server.api.choice import ChoiceState, Piece
-from slimoe.server.api.shape import usage_of
-from slimoe.server.api.wire import TokenLogprobInfo, chat_logprobs
+from slimoe.server.api.shape import progress_info, usage_of
+from slimoe.server.api.wire import TokenLogprobInfo, chat_logprobs, tiers_info, timings_info
 from slimoe.server.api_error import ApiError
 from slimoe.server.dialects.responses_wire import (
     FunctionCallItem,
@@ -29,6 +30,7 @@ from slimoe.server.dialects.responses_wire import (
 )
 from slimoe.server.http.event_stream import NAMED_EVENTS, named_event
 
+_CREATED, _IN_PROGRESS = "response.created", "response.in_progress"
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 
 
@@ -61,14 +63,21 @@ class _Item:
 
 
 class ResponsesShape:
-    """Writes the answer that `response` begins; with `is_scored` tokens have their scores."""
+    """Writes the answer that `response` begins; with `is_scored` tokens have their scores.
+
+    As in llama-server, the stream tells how far the prompt is read `with_progress`, and times in every piece
+    `with_timings`.
+    """
 
     prompt_param = "input"
     framing = NAMED_EVENTS
 
-    def __init__(self, response: Response, *, is_scored: bool) -> None:
+    def __init__(
+        self, response: Response, *, is_scored: bool, with_progress: bool = False, with_timings: bool = False
+    ) -> None:
         self._response = response
         self._is_scored = is_scored
+        self._with_progress, self._with_timings = with_progress, with_timings
         self._n_events = 0
         self._items: list[OutputItem] = []
         self._open: _Item | None = None
@@ -77,26 +86,30 @@ class ResponsesShape:
         self, states: Sequence[ChoiceState], index: int, answer: messages.Answer, piece: Piece
     ) -> Sequence[bytes]:
         """The events for an engine's `answer`: items begin and end where the kind of what is written changes."""
+        state = states[index]
+        timings = {"timings": timings_info(state.timings_so_far)} if self._with_timings else {}
         events: list[bytes] = []
-        if isinstance(answer, messages.Accepted):
-            events += [
-                self._event(f"response.{name}", {"response": self._response}) for name in ("created", "in_progress")
-            ]
+        match answer:
+            case messages.Accepted():
+                events += [self._event(name, {"response": self._response}) for name in (_CREATED, _IN_PROGRESS)]
+            case messages.Progress(n_done=n_done) if n_done and self._with_progress:
+                progress = {"response": self._response, "prompt_progress": progress_info(state, n_done)}
+                events.append(self._event(_IN_PROGRESS, progress))
         if piece.reasoning:
             events += self._into("reasoning")
-            events.append(self._delta("response.reasoning_text.delta", piece.reasoning))
+            events.append(self._delta("response.reasoning_text.delta", piece.reasoning, timings))
         if piece.text:
             events += self._into("text")
             logprobs = self._scores(piece.scores)
-            events.append(self._delta("response.output_text.delta", piece.text, {"logprobs": logprobs}))
+            events.append(self._delta("response.output_text.delta", piece.text, {"logprobs": logprobs, **timings}))
             assert self._open is not None
             self._open.logprobs += logprobs
         for call in piece.calls:
             events += self._into("call", call.number, call.id, call.name)
             if call.arguments:
-                events.append(self._delta("response.function_call_arguments.delta", call.arguments))
+                events.append(self._delta("response.function_call_arguments.delta", call.arguments, timings))
         if isinstance(answer, messages.Done):
-            events += self._ended(states[index])
+            events += self._ended(state, timings)
         return events
 
     def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
@@ -147,15 +160,18 @@ class ResponsesShape:
                 OutputDetails(state.n_reasoning),
                 usage.total_tokens,
             ),
+            timings=timings_info(state.done.timings),
+            tiers=tiers_info(state.done.tiers) or UNSET,
+            memory=state.done.memory,
         )
 
-    def _ended(self, state: ChoiceState) -> list[bytes]:
+    def _ended(self, state: ChoiceState, timings: dict[str, Any]) -> list[bytes]:
         """The events that end the answer; one in which nothing was said is an empty message."""
         assert state.done is not None
         events = [] if self._items or self._open else self._into("text")
         events += self._close("incomplete" if state.done.reason == "length" else "completed")
         complete = self._complete(state)
-        return [*events, self._event(f"response.{complete.status}", {"response": complete})]
+        return [*events, self._event(f"response.{complete.status}", {"response": complete, **timings})]
 
     def _into(
         self, kind: Literal["text", "reasoning", "call"], number: int = 0, call_id: str = "", name: str = ""
@@ -194,13 +210,13 @@ class ResponsesShape:
         done = {"output_index": item.index, "item": document}
         return [*events, self._event("response.output_item.done", done)]
 
-    def _delta(self, name: str, text: str, more: dict[str, Any] | None = None) -> bytes:
+    def _delta(self, name: str, text: str, more: dict[str, Any]) -> bytes:
         assert self._open is not None
         self._open.text += text
         place = _place(self._open)
         if self._open.kind == "call":
             del place["content_index"]
-        return self._event(name, {**place, "delta": text, **(more or {})})
+        return self._event(name, {**place, "delta": text, **more})
 
     def _scores(self, scores: list[messages.ScoredToken]) -> list[TokenLogprobInfo]:
         return chat_logprobs(scores).content if self._is_scored else []

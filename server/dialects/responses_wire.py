@@ -3,8 +3,9 @@
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from slimoe.server.api.wire import TokenLogprobInfo
+from slimoe.server.api.wire import TimingsInfo, TokenLogprobInfo
 from slimoe.server.dialects.responses_body import ReasoningConfig, ResponsesTool, ResponsesToolChoice, TextConfig
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -92,7 +93,7 @@ class IncompleteDetails(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer as far as it has come, with what it was asked for by."""
+    """The answer as far as it has come, with what it was asked for by; at its end with the engine's figures."""
 
     id: str
     created_at: int
@@ -114,6 +115,9 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int
     top_p: float
     user: str | None
+    timings: TimingsInfo | UnsetType = UNSET
+    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    memory: dict[str, int] | UnsetType = UNSET
     object: Literal["response"] = "response"
     background: bool = False
     previous_response_id: None = None

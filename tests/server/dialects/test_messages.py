@@ -96,7 +96,8 @@ async def test_thinking_and_calls_as_events(events: Events) -> None:
         if document["type"] == "content_block_delta":
             (text,) = [value for name, value in document["delta"].items() if name != "type"]
             pieces[document["index"]] = pieces.get(document["index"], "") + text
-    assert pieces[1] == "hmm"
+    signed = [document["index"] for document in named if document.get("delta", {}).get("type") == "signature_delta"]
+    assert (pieces[1], signed) == ("hmm", [1])
     assert pieces[3] == '{"at": "Paris"}'
     assert pieces[4] == "{}"
     assert named[-2]["delta"]["stop_reason"] == "tool_use"

@@ -66,7 +66,9 @@ async def test_events_in_their_order(events: Events) -> None:
     assert [document["sequence_number"] for document in documents] == list(range(len(documents)))
     first, last = documents[0]["response"], documents[-1]["response"]
     assert (first["status"], first["output"], first["usage"]) == ("in_progress", [], None)
-    assert {**first, **{name: last[name] for name in ("status", "output", "usage")}} == last
+    ended = ("status", "output", "usage", "timings", "tiers", "memory")
+    assert {**first, **{name: last[name] for name in ended}} == last
+    assert (last["timings"]["predicted_n"], last["tiers"]["hits"]) == (last["usage"]["output_tokens"], 3)
     assert last["output"] == [documents[-2]["item"]]
     assert {document["item_id"] for document in documents if "item_id" in document} == {last["output"][0]["id"]}
     text = "".join(document["delta"] for document in documents[4 : 4 + n_deltas])
@@ -153,6 +155,17 @@ async def test_scores(client: AsyncOpenAI, events: Events, stream: bool) -> None
         scores, text = content[0]["logprobs"], content[0]["text"]
     assert "".join(score["token"] for score in scores) == text
     assert all(len(score["top_logprobs"]) == 2 for score in scores)
+
+
+async def test_progress_and_times_when_asked_to(events: Events) -> None:
+    named = await events("/responses", {**ASK, "return_progress": True, "timings_per_token": True})
+    progress = [document["prompt_progress"] for name, document in named if "prompt_progress" in document]
+    assert progress
+    assert all(one["total"] >= one["processed"] >= one["cache"] for one in progress)
+    timed = [name for name, document in named if "timings" in document]
+    assert {"response.output_text.delta", "response.completed"} == set(timed)
+    plain = await events(PATH, ASK)
+    assert all("prompt_progress" not in document and "timings" not in document for _, document in plain)
 
 
 def said(role: str, text: str, kind: str = "input_text") -> dict[str, Any]:
