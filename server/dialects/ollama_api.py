@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -13,7 +13,7 @@ from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import Choice
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
+from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body
 from slimoe.server.api.unsupported_fields import extended
 from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo, from_failure
 from slimoe.server.dialects.ollama_body import CHAT, GENERATE, OllamaBody, OllamaChatBody, OllamaGenerateBody
@@ -141,10 +141,7 @@ class OllamaApi:
         """What a model is; waits until it is open, raises ApiError."""
         body = await read_body(request, ShowBody)
         backend = self._generation.backends.named(body.model or body.name)
-        try:
-            info = await backend.supervisor.wait_ready()
-        except EngineFailure as error:
-            raise from_failure(error.failure) from None
+        info = await _load(backend)
         facts = {
             "general.architecture": info.architecture,
             "general.parameter_count": info.n_params,
@@ -162,19 +159,30 @@ class OllamaApi:
     async def _answer(
         self, request: web.Request, body: OllamaBody, source: PromptSource | None, *, is_chat: bool
     ) -> web.StreamResponse:
-        wanted = body.request(self._generation.unsupported)
-        backend = self._generation.backends.named(body.model)
+        wanted = body.request(self._generation.unsupported, request.app[DEFAULTS])
+        backend = self._generation.backends.named(body.model, body.keep)
         shape = OllamaShape(backend.model.id, is_chat=is_chat, is_scored=body.n_logprobs is not None)
         if source is None:
-            try:
-                await backend.supervisor.wait_ready()
-            except EngineFailure as error:
-                raise from_failure(error.failure) from None
-            return web.Response(body=shape.loaded(), content_type="application/json")
+            # Nobody loads a model to have it unloaded.
+            is_unwanted = body.keep == 0 and backend.supervisor.phase != "ready"
+            if not is_unwanted:
+                await _load(backend)
+            reason: Literal["load", "unload"] = "unload" if body.keep == 0 else "load"
+            return web.Response(body=shape.without_answer(reason), content_type="application/json")
         choices = [Choice(source, wanted)]
         if body.stream is False:
             return await self._generation.whole(backend, choices, shape)
         return await self._generation.stream(request, backend, choices, shape)
+
+
+async def _load(backend: Backend) -> ModelInfo:
+    """Waits until the model is open, which is held as its backend says; raises ApiError."""
+    try:
+        with backend.supervisor.hold(backend.keep) as is_on:
+            await is_on
+            return await backend.supervisor.wait_ready()
+    except EngineFailure as error:
+        raise from_failure(error.failure) from None
 
 
 def _entry(backend: Backend) -> ModelEntry:

@@ -1,6 +1,5 @@
 """Ollama's requests as they are sent, and as turns: options, messages, tools, and what is refused."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -8,14 +7,13 @@ import msgspec
 from msgspec import Meta
 
 from slimoe.offload.text.generation import GenerationRequest
-from slimoe.server.api.request_body import LogprobCount, SamplingBody, decoded, stop_strings
+from slimoe.server.api.request_body import Defaults, LogprobCount, SamplingBody, decoded, keep_seconds, stop_strings
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, UnsupportedFields, extended
 from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.dialects.conversation import json_text, not_text
 from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Tool, Turn
 
 ROLES = ("system", "user", "assistant", "tool")
-_DURATION = re.compile(r"[+-]?(\d+|(\d+(\.\d+)?(ns|us|µs|ms|s|m|h))+)")
 _OPTION = Unsupported("It is given in options, the limit of an answer as num_predict.")
 _ONE = Unsupported("There is one answer to a request.", (None, 1))
 _BESIDES: Mapping[str, Unsupported] = {
@@ -112,14 +110,19 @@ class OllamaBody(msgspec.Struct, kw_only=True):
         """How many likeliest tokens to tell of; None for no scores at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def request(self, fields: UnsupportedFields) -> GenerationRequest:
+    @property
+    def keep(self) -> float | None:
+        """For how many seconds the model stays loaded afterwards, for ever below 0; raises ApiError."""
+        return keep_seconds(self.keep_alive)
+
+    def request(self, fields: UnsupportedFields, defaults: Defaults) -> GenerationRequest:
         """The engine's request, still without its prompt; raises ApiError."""
-        _check_duration(self.keep_alive)
         options = decoded(msgspec.json.encode(self.options or {}), _Options, "options")
         fields.refuse(options, OPTIONS)
+        defaults.fill(options)
         if self.format:
             raise unsupported("This server cannot hold an answer to a form.", "format")
-        limit = options.num_predict
+        limit = defaults.max_tokens if options.num_predict is None else options.num_predict
         return GenerationRequest(
             prompt_ids=(),
             max_tokens=None if limit is None or limit < 0 else limit,
@@ -211,8 +214,3 @@ def _turns(messages: Sequence[OllamaMessage]) -> tuple[Turn, ...]:
             id, name = answered.id, answered.name
         turns.append(Turn(message.role, message.content or "", calls, id, name, message.thinking or ""))
     return tuple(turns)
-
-
-def _check_duration(given: float | str | None) -> None:
-    if isinstance(given, str) and _DURATION.fullmatch(given) is None:
-        raise invalid(f"keep_alive is {given!r}, which is no number of seconds and no time such as 5m.", "keep_alive")

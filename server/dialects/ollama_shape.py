@@ -46,7 +46,7 @@ class OllamaAnswer(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     created_at: str
     done: bool
-    done_reason: Literal["stop", "length", "load"] | UnsetType = UNSET
+    done_reason: Literal["stop", "length", "load", "unload"] | UnsetType = UNSET
     logprobs: list[TokenLogprobInfo] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
     load_duration: int | UnsetType = UNSET
@@ -107,9 +107,9 @@ class OllamaShape:
         answer = self._answer(state.text, state.reasoning, state.calls, state.scores)
         return msgspec.json.encode(self._ended(answer, state))
 
-    def loaded(self) -> bytes:
-        """The answer to a request that only asks for the model."""
-        return msgspec.json.encode(msgspec.structs.replace(self._answer("", ""), done=True, done_reason="load"))
+    def without_answer(self, reason: Literal["load", "unload"]) -> bytes:
+        """The document for a request that asks for the model to be there or not, and nothing of it."""
+        return msgspec.json.encode(msgspec.structs.replace(self._answer("", ""), done=True, done_reason=reason))
 
     def _answer(
         self,

@@ -10,7 +10,7 @@ from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.api.choice import Choice
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, stop_strings
+from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.unsupported_fields import extended
 from slimoe.server.api_error import unsupported
 from slimoe.server.dialects.responses_body import (
@@ -59,7 +59,7 @@ class ResponsesApi:
         backend = self._generation.backends.named(body.model)
         wanted = GenerationRequest(
             prompt_ids=(),
-            max_tokens=body.max_output_tokens,
+            max_tokens=body.max_output_tokens or request.app[DEFAULTS].max_tokens,
             sampling=body.sampling(),
             stop=stop_strings(body.stop),
             ignore_eos=bool(body.ignore_eos),

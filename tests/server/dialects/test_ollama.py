@@ -12,7 +12,7 @@ from slimoe.server.api_error import server_failed
 from slimoe.server.dialects.ollama_body import CHAT, GENERATE, OPTIONS
 from slimoe.server.dialects.ollama_shape import OllamaShape, error_body
 from slimoe.server.http.access import AccessRules
-from tests.models.live_server import LiveOptions, LiveServer, live_server
+from tests.models.live_server import LiveOptions, LiveServer, live_server, until
 from tests.server.dialects.conftest import Post
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -128,12 +128,17 @@ async def test_scores(post: Post, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "body"), [("/api/chat", {}), ("/api/chat", {"messages": []}), ("/api/generate", {"model": "x"})]
 )
-async def test_asking_for_the_model_alone(post: Post, path: str, body: dict[str, Any]) -> None:
-    status, answer = await post(path, {**body, "keep_alive": -1})
-    assert (status, answer["done"], answer["done_reason"], text_of(answer)) == (200, True, "load", "")
+async def test_asking_for_the_model_alone(server: LiveServer, post: Post, path: str, body: dict[str, Any]) -> None:
+    for keep_alive, reason in ((-1, "load"), ("5m", "load"), (0, "unload")):
+        status, answer = await post(path, {**body, "keep_alive": keep_alive})
+        assert (status, answer["done"], answer["done_reason"], text_of(answer)) == (200, True, reason, "")
+    await until(lambda: server.backends.default.supervisor.phase == "asleep")
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/api/ps") as response:
+        assert await response.json() == {"models": []}
 
 
 async def test_what_is_told_of_models(server: LiveServer, post: Post) -> None:
+    await post("/api/generate", {})
     async with aiohttp.ClientSession() as session:
         found = {}
         for name in ("version", "tags", "ps"):
