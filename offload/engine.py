@@ -1,29 +1,45 @@
 """The engine: a GGUF file, opened within a memory plan, and the sequences of tokens it has read so far."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from slimoe.offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, UsageError
+from slimoe.offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, LostModelError, UsageError
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.loaded_model import LoadedModel
+from slimoe.offload.loaded_model import LoadedModel, carried_anew
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
+from slimoe.offload.plan.replan import replan
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.snapshot import Snapshot
+from slimoe.offload.resources.memory import give_back_freed
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+_CLOCKS = ("cpu_seconds", "device_seconds")
+
+
+class Rebudgeted(NamedTuple):
+    """How new limits were taken: in how many seconds, with bytes loaded; `is_kept` says that the model stayed open."""
+
+    seconds: float
+    loaded_bytes: int
+    is_kept: bool
 
 
 class Engine:
@@ -40,14 +56,18 @@ class Engine:
         self.cells = Cells(plan.n_cells)
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
-        self._observer = Observer(plan, self._totals)
+        self._past: Counter[str] = Counter()
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
             self.grammars = Grammars(self.tokenizer) if self.tokenizer else None
             if self.tokenizer and self.grammars:
                 opened.callback(self.tokenizer.close)
                 opened.callback(self.grammars.close)
-            self._model = opened.enter_context(closing(LoadedModel(config, plan, on_progress, self._observer.uses)))
+            self._carried = carried_anew(config, plan)
+            self._observer = Observer(self._carried.uses, self._totals)
+            opened.callback(self._carried.kv.close)
+            self._model = LoadedModel(config, plan, on_progress, self._carried)
+            opened.callback(lambda: self._model.close())
             told = self.memory, self.counters, self._observer.begin
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars)
             self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
@@ -96,7 +116,7 @@ class Engine:
     @property
     def compute_seconds(self) -> float:
         """Seconds spent inside graphs since the model was opened; the rest of a step is this program's own."""
-        return self._model.backend.seconds
+        return self._totals()["cpu_seconds"]
 
     def truncate(self, n_past: int) -> None:
         """Forgets all but the first `n_past` tokens of the caller's own sequence."""
@@ -198,6 +218,40 @@ class Engine:
 
     # --- memory --------------------------------------------------------------------------------------------
 
+    def rebudget(
+        self,
+        ram: str | None,
+        vram: Sequence[str],
+        held_bytes: int = 0,
+        on_progress: Progress = lambda *_: None,
+    ) -> Rebudgeted:
+        """Takes other limits, between two steps: requests go on where they are, and their tokens are the same.
+
+        `held_bytes` are what our other processes hold now. Raises DoesNotFitError, with the least sizes that would do,
+        and UsageError before anything has changed. An error while the model is opened anew is raised when it is open
+        again within the old limits, or as LostModelError where that failed too.
+        """
+        begin, old_config, old_plan = time.perf_counter(), self.config, self.plan
+        config = changed(old_config, {"ram": ram, "vram": tuple(vram), "held_bytes": held_bytes})
+        plan = replan(config, old_plan)
+        is_kept = self._model.adapt(config, plan)
+        if not is_kept:
+            self._past = Counter(self._totals())
+            self._model.close()
+            give_back_freed()
+            try:
+                self._model = LoadedModel(config, plan, on_progress, self._carried)
+            except Exception as error:
+                try:
+                    self._model = LoadedModel(old_config, old_plan, on_progress, self._carried)
+                except Exception as worse:
+                    problem = f"{error} It could not be opened within the old limits either: {worse}"
+                    raise LostModelError(problem) from error
+                raise
+            self._scheduler.read_at_most(plan.n_batch)
+        self.config, self.plan = config, plan
+        return Rebudgeted(time.perf_counter() - begin, 0 if is_kept else plan.load_bytes, is_kept)
+
     def memory(self) -> dict[str, int]:
         """Bytes by tier, by name, as planned and allocated, and the peak of the process."""
         return self._model.memory()
@@ -207,12 +261,13 @@ class Engine:
         self._model.check_files()
 
     def counters(self) -> dict[str, float]:
-        """Running totals of the tiers since the model was opened, by name; empty when everything is resident."""
-        return self._model.counters()
+        """Running totals of the tiers since the model was first opened, by name; empty if it was always resident."""
+        past = {name: n for name, n in self._past.items() if not name.startswith(_CLOCKS)}
+        return _summed(past, self._model.counters())
 
     def _totals(self) -> dict[str, float]:
         cpu, devices = self._model.seconds
-        return {**self.counters(), "cpu_seconds": cpu, "device_seconds": devices}
+        return _summed(self._past, {**self._model.counters(), "cpu_seconds": cpu, "device_seconds": devices})
 
     def snapshot(self) -> Snapshot:
         """What the engine holds and does at this moment; may be called from any thread."""
@@ -231,3 +286,8 @@ class Engine:
     def close(self) -> None:
         """Frees weights, cache and threads."""
         self._opened.close()
+
+
+def _summed(past: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Running totals that go on where those of a model that was closed have ended."""
+    return {name: past.get(name, 0) + now.get(name, 0) for name in {**past, **now}}

@@ -84,6 +84,10 @@ class DeviceError(SlimoeError):
     exit_code = 6
 
 
+class LostModelError(SlimoeError):
+    """A model that was open could not be opened again: the engine is of no use any more."""
+
+
 class ContextOverflowError(SlimoeError):
     """The prompt does not fit into the context window; all counts are tokens.
 

@@ -5,10 +5,12 @@ from contextlib import ExitStack, closing
 from typing import Protocol
 
 from slimoe.offload.cache.expert_uses import ExpertUses
+from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.kv_cache import KVCache, kv_type
+from slimoe.offload.graph.kv_cache import kv_type
+from slimoe.offload.graph.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.graph.runner import Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import WeightStore, load_weights
@@ -45,13 +47,15 @@ class LoadedModel:
     store: WeightStore | None = None
 
     def __init__(
-        self, config: EngineConfig, plan: EnginePlan, on_progress: Progress, uses: ExpertUses | None = None
+        self, config: EngineConfig, plan: EnginePlan, on_progress: Progress, carried: Carried | None = None
     ) -> None:
-        """Loads a model; its steps count in `uses` which experts were selected."""
-        uses = uses or ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
+        """Loads a model; `carried` is what an earlier opening of it has left, and stays the caller's to free."""
         self._plan = plan
         self.tiers: Tiers | None = None
         with ExitStack() as opened:
+            if carried is None:
+                carried = carried_anew(config, plan)
+                opened.callback(carried.kv.close)
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
             counter = _Counter(plan, on_progress)
             rows = self._rows = None
@@ -60,8 +64,8 @@ class LoadedModel:
                 rows = self._rows = TokenRows(plan.gguf, plan.sources.token_embd, self.backend, plan.n_batch)
                 opened.callback(rows.close)
             if plan.is_resident:
-                cache = KVCache(plan.spec, plan.n_cells, kv_type(config.context.kv_type), self.backend)
-                opened.callback(cache.close)
+                carried.kv.arrange({HOST: KVPlace(self.backend, tuple(range(plan.spec.n_layer)))})
+                cache = carried.kv.caches[HOST]
                 # Weights for batches and for single tokens lie in two forms, or in the same one.
                 self.store = opened.enter_context(closing(WeightStore(plan.gguf, plan.sources, counter, self.backend)))
                 forms, table = plan.weight_forms, None if rows is None else rows.tensor
@@ -69,10 +73,10 @@ class LoadedModel:
                 batched = load_weights(self.store, sources, forms.batch_form, table)
                 single = load_weights(self.store, sources, forms.single_form, table)
                 self.store.release_staging()
-                self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch, uses)
+                self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch, carried.uses)
                 opened.callback(self.runner.close)
             else:
-                self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, uses)
+                self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, carried)
                 self.runner = self.tiers.runner
             self._opened = opened.pop_all()
 
@@ -80,6 +84,22 @@ class LoadedModel:
         """Bytes by tier, as planned and allocated, and the process's peak."""
         held = self._plan.host_bytes if self.tiers is None else self.tiers.memory()
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
+
+    def adapt(self, config: EngineConfig, plan: EnginePlan) -> bool:
+        """Carries out another plan for the same model where that takes no opening anew, and returns whether it did."""
+        if plan.is_resident and self._plan.is_resident:
+            # More memory than a whole model needs changes nothing.
+            ours, forms = self._plan.weight_forms, plan.weight_forms
+            is_same = (ours.mode, ours.repacked_types, self._plan.n_batch) == (
+                forms.mode,
+                forms.repacked_types,
+                plan.n_batch,
+            )
+        else:
+            is_same = self.tiers is not None and self.tiers.resize(plan, str(config.model))
+        if is_same:
+            self._plan = plan
+        return is_same
 
     def check_files(self) -> None:
         """Raises FileChangedError when a file that is still read from was written to; mapped files are not checked."""
@@ -107,6 +127,12 @@ class LoadedModel:
     def close(self) -> None:
         """Frees everything."""
         self._opened.close()
+
+
+def carried_anew(config: EngineConfig, plan: EnginePlan) -> Carried:
+    """What a model that was not open before begins with: empty caches, and no expert used yet."""
+    uses = ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
+    return Carried(KVStore(plan.spec, plan.n_cells, kv_type(config.context.kv_type)), uses)
 
 
 class _Counter:

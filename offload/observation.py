@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.host_pool import matrix_bytes
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.errors import SlimoeError
+from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
@@ -31,16 +31,18 @@ from slimoe.offload.requests.snapshot import (
 )
 from slimoe.offload.resources.memory import peak_resident_bytes, resident_bytes
 
-_TRIES = 5
+_TRIES, _PAUSE = 5, 0.002
 """A snapshot is taken while the engine works, and again where it finds something just changing."""
 
 
 class Observer:
-    """Counts what the steps of one engine take; `totals` gives its tiers' counters and its seconds in graphs."""
+    """Counts what the steps of one engine take; `totals` gives its tiers' counters and its seconds in graphs.
 
-    def __init__(self, plan: EnginePlan, totals: Callable[[], Mapping[str, float]]) -> None:
-        self.uses = ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
-        self._totals = totals
+    The steps themselves count in `uses` which experts they select.
+    """
+
+    def __init__(self, uses: ExpertUses, totals: Callable[[], Mapping[str, float]]) -> None:
+        self.uses, self._totals = uses, totals
         self._steps = dict.fromkeys(("seconds", "n_prompt", "n_predicted", "n_decoded", "decode_seconds"), 0.0)
         self._began: dict[str, float] = {}
         self._is_decoding = False
@@ -75,14 +77,11 @@ class Observer:
     def snapshot(self, config: EngineConfig, plan: EnginePlan, model: LoadedModel, n_running: int) -> Snapshot:
         """What the model holds and what its steps took; may be called from any thread."""
         for _ in range(_TRIES):
-            try:
-                experts = _expert_map(plan, model, self.uses)
-                break
-            except (RuntimeError, KeyError, AttributeError):
-                continue
-        else:
-            experts = ExpertMap()
-        return Snapshot(experts, _memory_use(config, plan, model), self._work(config, plan, n_running))
+            with suppress(RuntimeError, KeyError, AttributeError):
+                experts, memory = _expert_map(plan, model, self.uses), _memory_use(config, plan, model)
+                return Snapshot(experts, memory, self._work(config, plan, n_running))
+            time.sleep(_PAUSE)
+        raise UsageError("The engine changes too fast to be looked at. Ask again in a moment.")
 
     def _now(self) -> dict[str, float]:
         return {**self._totals(), **self._steps}

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.disk_reader import DiskReader
-from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_policy
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
+from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.constant_experts import read_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
@@ -25,7 +25,7 @@ from slimoe.offload.experts.runner import TieredRunner
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
-from slimoe.offload.graph.kv_cache import KVCache, kv_type
+from slimoe.offload.graph.kv_store import HOST, KVPlace
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import WeightStore, WeightSubset, load_weights
 from slimoe.offload.lossy.step import LossyStep
@@ -45,6 +45,7 @@ class Tiers:
     """What `open_tiers` has opened: the runner, the experts' places and the lossy mode.
 
     `devices` has each device's plan and its experts in slots, None where the device holds all experts of its layers.
+    `taken` are the bytes of host memory that turned out to be taken by everything but slots.
     """
 
     runner: TieredRunner
@@ -53,6 +54,25 @@ class Tiers:
     reader: DiskReader | None
     devices: tuple[tuple[DevicePlan, DeviceExperts | None], ...]
     lossy: LossyStep | None = None
+    taken: int = 0
+
+    def resize(self, plan: EnginePlan, model: str) -> bool:
+        """Carries out another plan for the same model by giving the host expert cache another size, if no more differs.
+
+        Returns whether it did. Raises DoesNotFitError, and nothing has changed.
+        """
+        old, new, pool = self.plan.tiers, plan.tiers, self.host_pool
+        if old is None or new is None or pool is None or self.devices or plan.devices or self.lossy or plan.lossy:
+            return False
+        if (old.prefetch_depth, self.plan.n_batch) != (new.prefetch_depth, plan.n_batch):
+            return False
+        n_slots = dict(new.n_slots)
+        if not new.is_final:
+            n_slots = fit_slots(plan.cut_layers, new.budget, max(new.fixed, self.taken), model, new.low)
+        if not pool.can_resize(n_slots):
+            return False
+        pool.resize(n_slots)
+        return True
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier, those of a device under its name."""
@@ -108,14 +128,14 @@ def open_tiers(
     rows: TokenRows | None,
     opened: ExitStack,
     count: Count,
-    uses: ExpertUses,
+    carried: Carried,
 ) -> Tiers:
     """Opens the devices, the host expert cache and the runner as planned; `opened` closes them, also after an error.
 
     `rows` is where a step's rows of the token table go, None if the table is in memory; `count` is told of bytes made
-    ready; steps count in `uses`. Raises DoesNotFitError, DeviceError and ModelFileError.
+    ready; `carried` is what an earlier opening has left. Raises DoesNotFitError, DeviceError and ModelFileError.
     """
-    return _Opening(config, plan, cpu, rows, opened, count, uses).open()
+    return _Opening(config, plan, cpu, rows, opened, count, carried).open()
 
 
 class _Opening:
@@ -129,9 +149,9 @@ class _Opening:
         rows: TokenRows | None,
         opened: ExitStack,
         count: Count,
-        uses: ExpertUses,
+        carried: Carried,
     ) -> None:
-        self._uses = uses
+        self._carried = carried
         self._config, self._plan, self._cpu, self._rows = config, plan, cpu, rows
         self._opened, self._count = opened, count
         whole = {layer for device in plan.devices if device.is_whole for layer in device.layers}
@@ -144,20 +164,30 @@ class _Opening:
         }
         n_expert = max((len(layer.target) for layer in plan.layers if layer is not None), default=1)
         context = PolicyContext(len(plan.layers), n_expert, max(1, plan.spec.n_expert_used), plan.priors)
-        self._policy = make_policy(config.memory.policy, context)
+        self._policy = carried.policy or make_policy(config.memory.policy, context)
+        carried.policy = self._policy
         self._n_expert = n_expert
 
     def open(self) -> Tiers:
         plan = self._plan
         prefetch_depth = 0 if plan.tiers is None else plan.tiers.prefetch_depth
+        backends = [self._opened.enter_context(closing(DeviceBackend(device.device))) for device in plan.devices]
+        # Before anything else that is new: what moves lies in its old place as well for a moment.
+        places = {HOST: KVPlace(self._cpu, tuple(range(plan.spec.n_layer)))}
+        if plan.devices:
+            by_device = zip(plan.devices, backends, strict=True)
+            places = {device.device.name: KVPlace(backend, device.layers) for device, backend in by_device}
+        self._carried.kv.arrange(places)
         host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, prefetch_depth)
-        parts = [self._device_part(device, prefetch_depth) for device in plan.devices]
+        by_device = zip(plan.devices, backends, strict=True)
+        parts = [self._device_part(device, backend, prefetch_depth) for device, backend in by_device]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
         experts = [part.experts for part in parts if part.experts is not None]
         n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
         runner = TieredRunner(plan.spec, parts, self._cut, prefetch_depth, self._rows, plan.n_batch, n_out)
         self._opened.callback(runner.close)
         reader = host_pool = lossy = None
+        taken = 0
         if plan.tiers is not None:
             possible = slot_kinds(plan.cut_layers, plan.tiers.low)
             graphs = ExpertGraphs(self._cpu, host, set(possible))
@@ -165,7 +195,8 @@ class _Opening:
             reader = DiskReader(plan.gguf, direct=self._config.memory.direct_io)
             self._opened.callback(reader.close)
             rows = 0 if self._rows is None else self._rows.n_bytes
-            n_slots = self._n_slots(plan.tiers, runner.graph_bytes + graphs.compute_bytes + rows)
+            taken = self._taken(runner.graph_bytes + graphs.compute_bytes + rows)
+            n_slots = self._n_slots(plan.tiers, taken)
             host_pool = HostPool(reader, _Elsewhere(self._policy, experts), n_slots, possible)
             self._opened.callback(host_pool.close)
             # Its threads must have ended before the memory goes that they fill.
@@ -176,7 +207,7 @@ class _Opening:
                 lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
             runner.attach(self._moe_step(parts, host, graphs, host_pool, experts, lossy))
         by_plan = zip(plan.devices, [part.experts for part in parts[1:]], strict=True)
-        return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy)
+        return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy, taken)
 
     def _exchange(self, backend: Backend, n_cells: int, prefetch_depth: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
@@ -193,7 +224,7 @@ class _Opening:
         store = self._store(self._cpu)
         weights = load_weights(store, sources, lambda _: "copied", None if self._rows is None else self._rows.tensor)
         layers = range(plan.spec.n_layer)
-        return DevicePart(self._cpu, exchange, layers, self._cache(self._cpu, layers), weights)
+        return DevicePart(self._cpu, exchange, layers, self._carried.kv.caches[HOST], weights)
 
     def _table_part(self, exchange: Exchange) -> DevicePart:
         """The token table on the CPU: devices cannot look up rows of every type."""
@@ -202,16 +233,15 @@ class _Opening:
         weights = load_weights(store, self._plan.sources, lambda _: "copied", self._rows.tensor, subset)
         return DevicePart(self._cpu, exchange, (), None, weights)
 
-    def _device_part(self, device: DevicePlan, prefetch_depth: int) -> DevicePart:
+    def _device_part(self, device: DevicePlan, backend: DeviceBackend, prefetch_depth: int) -> DevicePart:
         plan = self._plan
-        backend = self._opened.enter_context(closing(DeviceBackend(device.device)))
         sources: ModelSources = plan.sources if device.is_whole else without_experts(plan.sources)
         subset = WeightSubset(device.layers, output=device.layers[-1] == plan.spec.n_layer - 1)
         store = self._store(backend)
         weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, subset)
         store.release_staging()
         exchange = self._exchange(backend, plan.n_cells, prefetch_depth)
-        cache = self._cache(backend, device.layers)
+        cache = self._carried.kv.caches[device.device.name]
         if device.is_whole:
             return DevicePart(backend, exchange, device.layers, cache, weights)
         enter = self._opened.enter_context
@@ -225,11 +255,6 @@ class _Opening:
         return self._opened.enter_context(
             closing(WeightStore(self._plan.gguf, self._plan.sources, self._count, backend))
         )
-
-    def _cache(self, backend: Backend, layers: range | tuple[int, ...]) -> KVCache:
-        plan = self._plan
-        cache = KVCache(plan.spec, plan.n_cells, kv_type(self._config.context.kv_type), backend, layers)
-        return self._opened.enter_context(closing(cache))
 
     # --- experts --------------------------------------------------------------------------------------------
 
@@ -254,16 +279,17 @@ class _Opening:
             copies = [(key, copy) for key, copy in last if copy is not self._copies[key]] + copies
         host_pool.fill(copies, self._count)
 
-    def _n_slots(self, tiers: TierPlan, untouched: int) -> dict[SlotClass, int]:
-        """The slots that were planned, or fewer if the program holds more than was planned; raises DoesNotFitError.
+    def _taken(self, untouched: int) -> int:
+        """What everything but slots takes; `untouched` are bytes that are allocated, but not yet in use."""
+        plan = self._plan
+        return resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
 
-        `untouched` are bytes that are allocated, but not yet in use.
-        """
+    def _n_slots(self, tiers: TierPlan, taken: int) -> dict[SlotClass, int]:
+        """The slots that were planned, or fewer if the program holds more than was planned; raises DoesNotFitError."""
         if tiers.is_final:
             return dict(tiers.n_slots)
-        plan, layers = self._plan, [self._plan.layers[index] for index in self._cut]
-        held = resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
-        return fit_slots(layers, tiers.budget, max(tiers.fixed, held), str(self._config.model), tiers.low)
+        layers = [self._plan.layers[index] for index in self._cut]
+        return fit_slots(layers, tiers.budget, max(tiers.fixed, taken), str(self._config.model), tiers.low)
 
     def _moe_step(
         self,
@@ -286,13 +312,13 @@ class _Opening:
         for part in parts:
             if part.experts is not None:
                 self._measure(part.experts, part.backend, host_pool, host_experts)
-        constants, trace = read_constant_experts(plan.gguf, plan.layers), None
+        constants, trace, uses = read_constant_experts(plan.gguf, plan.layers), None, self._carried.uses
         if self._config.trace is not None:
             experts = (() if layer is None else layer.experts for layer in plan.layers)
             sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
             header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
             trace = TraceWriter(self._config.trace, header)
-        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, self._uses)
+        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, uses)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

@@ -4,7 +4,9 @@ Which one leaves is `residency`'s and `policy`'s decision; here bytes move. The 
 reader's threads only fill slots.
 """
 
+import ctypes
 import mmap
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from slimoe.offload.resources.memory import advise_huge_pages, out_of_memory
 
 _WORTH_FINISHING = 0.3
 """A read that is not needed goes on if no more than this part of it is left."""
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Memory is promised for what is touched only: a pool can grow without having to move."""
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
 Addresses = tuple[int, int, int]
 """Where gate, up and down begin."""
 
@@ -78,22 +83,45 @@ def matrix_bytes(kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
 
 
 class _Pool:
-    """Slots of one class, in one stretch of memory."""
+    """Slots of one class, in one stretch of memory, of which more is set aside than is used, for `n_most` slots."""
 
-    def __init__(self, slot_class: SlotClass, n_slots: int, policy: Valued) -> None:
-        self.slot_class = slot_class
+    def __init__(self, slot_class: SlotClass, n_slots: int, n_most: int, policy: Valued) -> None:
+        self.slot_class, self.n_most = slot_class, max(n_slots, n_most)
         self.cache = SlotCache(n_slots, policy)
-        size = slot_bytes(slot_class)
-        self.n_bytes = n_slots * size
+        self._size = slot_bytes(slot_class)
         try:
             # Shared memory, mmap's default, would not get huge pages.
-            self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = mmap.mmap(-1, max(PAGE, self.n_most * self._size), flags=_FLAGS)
         except OSError:
-            raise out_of_memory(self.n_bytes) from None
-        self._base = np.frombuffer(self._memory, np.uint8)
-        base = int(self._base.ctypes.data)
-        advise_huge_pages(base, self.n_bytes)
-        self.slots = [HostSlot(base + index * size) for index in range(n_slots)]
+            self.n_most = n_slots
+            try:
+                self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes), flags=_FLAGS)
+            except OSError:
+                raise out_of_memory(self.n_bytes) from None
+        self._bytes = np.frombuffer(self._memory, np.uint8)
+        self._base = int(self._bytes.ctypes.data)
+        advise_huge_pages(self._base, self.n_bytes)
+        self.slots = [HostSlot(self._base + index * self._size) for index in range(n_slots)]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the slots."""
+        return self.cache.n_slots * self._size
+
+    def resize(self, n_slots: int) -> None:
+        """Has so many slots from now on, at most `n_most`; nothing may be on its way to any."""
+        before = self.n_bytes
+        for source, target in self.cache.resize(n_slots):
+            old, new = self.slots[source], self.slots[target]
+            ctypes.memmove(new.address, old.address, self._size)
+            gate, up, down = (address - old.address + new.address for address in old.addresses)
+            new.key, new.addresses, new.is_prefetched = old.key, (gate, up, down), old.is_prefetched
+        more = range(len(self.slots), n_slots)
+        self.slots = [*self.slots[:n_slots], *(HostSlot(self._base + index * self._size) for index in more)]
+        if self.n_bytes < before:
+            self._memory.madvise(mmap.MADV_DONTNEED, self.n_bytes, before - self.n_bytes)
+        else:
+            advise_huge_pages(self._base + before, self.n_bytes - before)
 
     def slot(self, key: Key) -> HostSlot | None:
         """The slot of an expert, None if it has none."""
@@ -105,7 +133,7 @@ class _Pool:
         return len(self.cache) < self.cache.n_slots or self.cache.victim(pinned) is not None
 
     def close(self) -> None:
-        del self._base
+        del self._bytes
         self._memory.close()
 
 
@@ -120,10 +148,10 @@ class HostPool:
         n_copies: Mapping[SlotClass, int] | None = None,
     ) -> None:
         self._reader = reader
-        # Where all have room nobody is driven out.
-        self._tight = [n for kind, n in n_slots.items() if n_copies is None or n < n_copies[kind]]
-        self._n_slots = sum(n_slots.values())
-        self._pools = {kind: _Pool(kind, n, policy) for kind, n in n_slots.items()}
+        self._n_copies = n_copies
+        n_most = n_slots if n_copies is None else n_copies
+        self._pools = {kind: _Pool(kind, n, n_most[kind], policy) for kind, n in n_slots.items()}
+        self._note_slots()
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
@@ -164,6 +192,32 @@ class HostPool:
     def slots(self) -> list[HostSlot]:
         """All slots, class by class, those that nobody has included."""
         return [slot for pool in self._pools.values() for slot in pool.slots]
+
+    def can_resize(self, n_slots: Mapping[SlotClass, int]) -> bool:
+        """Whether there is memory set aside for so many slots."""
+        return n_slots.keys() == self._pools.keys() and all(
+            n <= self._pools[kind].n_most for kind, n in n_slots.items()
+        )
+
+    def resize(self, n_slots: Mapping[SlotClass, int]) -> None:
+        """Has so many slots from now on, between two steps; new ones are filled as experts are asked for."""
+        for pool in self._pools.values():
+            for slot in pool.slots:
+                if slot.read is not None and not slot.is_complete:
+                    self._reader.cancel(slot.read)
+                    if pool.slot(slot.key) is slot:
+                        pool.cache.free(slot.key)
+                slot.read = None
+        self._needed, self._pinned, self._held, self._invested = set(), set(), frozenset(), None
+        for kind, n in n_slots.items():
+            self._pools[kind].resize(n)
+        self._note_slots()
+
+    def _note_slots(self) -> None:
+        n_slots, n_copies = {kind: pool.cache.n_slots for kind, pool in self._pools.items()}, self._n_copies
+        # Where all have room nobody is driven out.
+        self._tight = [n for kind, n in n_slots.items() if n_copies is None or n < n_copies[kind]]
+        self._n_slots = sum(n_slots.values())
 
     def check(self) -> None:
         """Asserts that slots and experts match one to one."""

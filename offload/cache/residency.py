@@ -92,6 +92,28 @@ class SlotCache:
         self._free.append(slot)
         return slot
 
+    def resize(self, n_slots: int) -> list[tuple[int, int]]:
+        """Has so many slots from now on: of too many experts the lowest valued leave, and the others move together.
+
+        Returns the moves, from slot to slot.
+        """
+        assert n_slots > 0
+        while len(self._slot_of) > n_slots:
+            lowest = self._lowest(())
+            assert lowest is not None
+            self.free(self._key(lowest))
+        free, moves = sorted(slot for slot in self._free if slot < n_slots), []
+        for key, slot in self._slot_of.items():
+            if slot >= n_slots:
+                self._slot_of[key] = free.pop(0)
+                self._index_of[self._slot_of[key]] = self._index_of[slot]
+                moves.append((slot, self._slot_of[key]))
+        more = max(0, n_slots - self.n_slots)
+        self._index_of = np.append(self._index_of[:n_slots], np.full(more, -1, np.intp))
+        self._free = sorted((*free, *range(self.n_slots, n_slots)), reverse=True)
+        self.n_slots = n_slots
+        return moves
+
     def check(self) -> None:
         """Asserts that slots and experts match one to one."""
         assert len(self._slot_of) + len(self._free) == self.n_slots

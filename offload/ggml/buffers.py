@@ -81,6 +81,10 @@ def ggml_backend_tensor_set(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size)
 
 
 @c_function(_BASE)
+def ggml_backend_tensor_get(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size) -> None: ...
+
+
+@c_function(_BASE)
 def ggml_backend_cpu_buffer_type() -> Ptr: ...
 
 

@@ -1,6 +1,5 @@
 """A device at work: memory on it, data to and from it, graphs run on it."""
 
-import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
-from slimoe.offload.ggml.devices import Device
+from slimoe.offload.ggml.devices import Device, free_now
 from slimoe.offload.resources.memory import human
 
 
@@ -86,9 +85,7 @@ class DeviceBackend:
 
     def free_bytes(self) -> int:
         """What the device has free now, of all programs' memory."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ggml_device.ggml_backend_dev_memory(self.device.handle, ctypes.addressof(free), ctypes.addressof(total))
-        return free.value
+        return free_now(self.device)
 
     # --- data ----------------------------------------------------------------------------------------------
 

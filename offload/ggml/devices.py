@@ -44,6 +44,13 @@ def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
     return (*local, *(device for endpoint in endpoints for device in _lent(endpoint)))
 
 
+def free_now(device: Device) -> int:
+    """What a device has free at this moment, of all programs' memory."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml_device.ggml_backend_dev_memory(device.handle, ctypes.addressof(free), ctypes.addressof(total))
+    return free.value
+
+
 def choose_devices(
     wanted: str = "auto",
     rpc: Sequence[str] = (),

@@ -41,11 +41,11 @@ class GraphPool(Generic[Shape, Prepared]):
         self._graphs: OrderedDict[Shape, tuple[int, Prepared]] = OrderedDict()
         self._allocator = ggml_backend.ggml_gallocr_new(buft)
         self._buft, self._is_host = buft, bool(ggml_backend.ggml_backend_buft_is_host(buft))
-
-    @property
-    def n_bytes(self) -> int:
+        self.n_bytes = 0
         """Size of the buffer that all intermediate results share."""
-        return int(ggml_backend.ggml_gallocr_get_buffer_size(self._allocator, 0))
+
+    def _measure(self) -> None:
+        self.n_bytes = int(ggml_backend.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
     def reserve(self, shape: Shape) -> None:
         """Makes the buffer big enough for a shape, so that it need not move later; raises DoesNotFitError."""
@@ -57,6 +57,7 @@ class GraphPool(Generic[Shape, Prepared]):
             ggml.ggml_free(built.ctx)
         if not reserved:
             raise self._out_of_memory()
+        self._measure()
 
     def get(self, shape: Shape) -> Prepared:
         """The graph of a shape, ready to run; raises DoesNotFitError."""
@@ -68,10 +69,11 @@ class GraphPool(Generic[Shape, Prepared]):
         built = self._build(shape)
         before = self.n_bytes
         # Else ggml may keep the last graph's arrangement, where results are overwritten that are outputs of this one.
-        ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
-        if not ggml_backend.ggml_gallocr_alloc_graph(self._allocator, built.graph):
+        reserved = ggml_backend.ggml_gallocr_reserve(self._allocator, built.graph)
+        if not (reserved and ggml_backend.ggml_gallocr_alloc_graph(self._allocator, built.graph)):
             ggml.ggml_free(built.ctx)
             raise self._out_of_memory()
+        self._measure()
         if self.n_bytes != before:
             # The buffer has moved, and with it the tensors of every graph that was allocated in it.
             self._drop(keep=0)

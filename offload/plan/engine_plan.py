@@ -53,7 +53,7 @@ class EnginePlan:
     """Everything that is decided before the first weight is loaded; with a `shortfall` the model cannot be opened.
 
     `available` are the bytes of host memory for all our processes, of which those beside the engine's take `reserve`.
-    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests.
+    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests. `machine` is what it was made for.
     """
 
     gguf: GGUFFile
@@ -74,6 +74,7 @@ class EnginePlan:
     priors: NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()
     lossy: Lossy | None = None
+    machine: Machine | None = None
 
     @property
     def cut_layers(self) -> list[ExpertLayer | None]:
@@ -200,6 +201,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         priors=cache_priors(layers),
         notes=(*budget.notes, *context_notes(spec, n_ctx)),
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
+        machine=machine,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
     return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + memory.reserve_bytes)

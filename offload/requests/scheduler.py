@@ -52,6 +52,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._waiting and not self._active
 
+    def read_at_most(self, n_batch: int) -> None:
+        """Steps have at most so many tokens from now on."""
+        assert self._n_parallel <= n_batch
+        self._n_batch = n_batch
+
     @property
     def n_active(self) -> int:
         """Requests that are being answered."""

@@ -1,0 +1,77 @@
+"""The KV caches of a model, which outlive its weights: opened anew within other limits, it still knows its tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.cpu_backend import Backend
+from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.model.spec import ModelSpec
+
+HOST = "host"
+
+
+class KVPlace(NamedTuple):
+    """Where the keys and values of some layers lie: in the memory of a backend."""
+
+    backend: Backend
+    layers: tuple[int, ...]
+
+
+class KVStore:
+    """One cache for each place, by its name; all have `n_cells` cells of one type."""
+
+    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> None:
+        self.spec, self.n_cells, self.kind = spec, n_cells, kind
+        self.caches: dict[str, KVCache] = {}
+        self._layers: dict[str, tuple[int, ...]] = {}
+
+    def arrange(self, places: Mapping[str, KVPlace]) -> None:
+        """Lays the caches out in these places, and takes along what they hold; raises DoesNotFitError, as it was then.
+
+        Old and new caches are there at the same time, so nothing else should be that is new.
+        """
+        kept = {name for name, place in places.items() if self._layers.get(name) == place.layers}
+        made: dict[str, KVCache] = {}
+        try:
+            for name, place in places.items():
+                if name not in kept:
+                    made[name] = KVCache(self.spec, self.n_cells, self.kind, place.backend, place.layers)
+        except BaseException:
+            for cache in made.values():
+                cache.close()
+            raise
+        for cache in made.values():
+            for old in self.caches.values():
+                for mine, theirs in ((cache.keys, old.keys), (cache.values, old.values)):
+                    for layer in mine.keys() & theirs.keys():
+                        _copy(theirs[layer], mine[layer])
+        for name in [name for name in self.caches if name not in kept]:
+            self.caches.pop(name).close()
+        self.caches |= made
+        self._layers = {name: place.layers for name, place in places.items()}
+
+    def tensors(self) -> Sequence[tuple[int, int]]:
+        """Keys and values of each layer that has attention, in the order of layers."""
+        keys, values = dict[int, int](), dict[int, int]()
+        for cache in self.caches.values():
+            keys |= cache.keys
+            values |= cache.values
+        return [(keys[layer], values[layer]) for layer in sorted(keys)]
+
+    def close(self) -> None:
+        """Frees the memory."""
+        for cache in self.caches.values():
+            cache.close()
+        self.caches.clear()
+
+
+def _copy(source: int, target: int) -> None:
+    """Copies a tensor, from whatever memory to whatever other."""
+    held = np.empty(int(ggml.ggml_nbytes(source)), np.uint8)
+    ggml_backend.ggml_backend_tensor_get(source, held.ctypes.data, 0, held.nbytes)
+    ggml_backend.ggml_backend_tensor_set(target, held.ctypes.data, 0, held.nbytes)
