@@ -1,12 +1,12 @@
 """The engine: a GGUF file, opened within a memory plan, and the sequences of tokens it has read so far."""
 
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from slimoe.offload.plan.replan import replan
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
-from slimoe.offload.requests.snapshot import Snapshot
+from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.resources.memory import give_back_freed
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.grammars import Grammars
@@ -32,14 +32,6 @@ from slimoe.offload.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 _CLOCKS = ("cpu_seconds", "device_seconds")
-
-
-class Rebudgeted(NamedTuple):
-    """How new limits were taken: in how many seconds, with bytes loaded; `is_kept` says that the model stayed open."""
-
-    seconds: float
-    loaded_bytes: int
-    is_kept: bool
 
 
 class Engine:
@@ -57,6 +49,7 @@ class Engine:
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
         self._past: Counter[str] = Counter()
+        self._changing = threading.Lock()
         with ExitStack() as opened:
             self.tokenizer = Tokenizer.open(plan.gguf) if has_tokenizer(plan.gguf) else None
             self.grammars = Grammars(self.tokenizer) if self.tokenizer else None
@@ -231,26 +224,31 @@ class Engine:
         and UsageError before anything has changed. An error while the model is opened anew is raised when it is open
         again within the old limits, or as LostModelError where that failed too.
         """
-        begin, old_config, old_plan = time.perf_counter(), self.config, self.plan
-        config = changed(old_config, {"ram": ram, "vram": tuple(vram), "held_bytes": held_bytes})
-        plan = replan(config, old_plan)
-        is_kept = self._model.adapt(config, plan)
-        if not is_kept:
-            self._past = Counter(self._totals())
-            self._model.close()
-            give_back_freed()
-            try:
-                self._model = LoadedModel(config, plan, on_progress, self._carried)
-            except Exception as error:
-                try:
-                    self._model = LoadedModel(old_config, old_plan, on_progress, self._carried)
-                except Exception as worse:
-                    problem = f"{error} It could not be opened within the old limits either: {worse}"
-                    raise LostModelError(problem) from error
-                raise
-            self._scheduler.read_at_most(plan.n_batch)
+        begin = time.perf_counter()
+        config = changed(self.config, {"ram": ram, "vram": tuple(vram), "held_bytes": held_bytes})
+        plan = replan(config, self.plan)
+        with self._changing:
+            is_kept = self._model.adapt(config, plan)
+            if not is_kept:
+                self._reopen(config, plan, on_progress)
         self.config, self.plan = config, plan
         return Rebudgeted(time.perf_counter() - begin, 0 if is_kept else plan.load_bytes, is_kept)
+
+    def _reopen(self, config: EngineConfig, plan: EnginePlan, on_progress: Progress) -> None:
+        """Opens the model as planned in place of what is open, or as it was where that fails; then raises the error."""
+        self._past = Counter(self._totals())
+        self._model.close()
+        give_back_freed()
+        try:
+            self._model = LoadedModel(config, plan, on_progress, self._carried)
+        except Exception as error:
+            try:
+                self._model = LoadedModel(self.config, self.plan, on_progress, self._carried)
+            except Exception as worse:
+                problem = f"{error} It could not be opened within the old limits either: {worse}"
+                raise LostModelError(problem) from error
+            raise
+        self._scheduler.read_at_most(plan.n_batch)
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier, by name, as planned and allocated, and the peak of the process."""
@@ -258,7 +256,12 @@ class Engine:
 
     def check_files(self) -> None:
         """Raises FileChangedError when the model's file was written to since; may be called from any thread."""
-        self._model.check_files()
+        # While the model is opened anew, its files' numbers may be other files'.
+        if self._changing.acquire(blocking=False):
+            try:
+                self._model.check_files()
+            finally:
+                self._changing.release()
 
     def counters(self) -> dict[str, float]:
         """Running totals of the tiers since the model was first opened, by name; empty if it was always resident."""

@@ -4,7 +4,7 @@ The server gives each request an id and the engine repeats it in every answer. E
 the server drops answers to ids that it no longer knows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -150,6 +150,18 @@ class Observe(Message, frozen=True):
     """To the engine: asks what it holds and does at this moment."""
 
     id: int
+
+
+class Rebudget(Message, frozen=True):
+    """To the engine: asks for other limits of memory, in the words of --ram and --vram; None leaves one as it is.
+
+    The server's other processes hold `held_bytes` now.
+    """
+
+    id: int
+    ram: str | None
+    vram: tuple[str, ...] | None
+    held_bytes: int = 0
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -322,6 +334,23 @@ class Observed(Message, frozen=True):
     snapshot: Snapshot
 
 
+class Rebudgeted(Message, frozen=True):
+    """From the engine: the limits that hold now, how long nothing was computed for them, and what it holds now.
+
+    `loaded_bytes` were read for it; with `is_kept` the model stayed open. `notes` are for who set the limits.
+    """
+
+    id: int
+    ram: str | None
+    vram: tuple[str, ...]
+    seconds: float
+    loaded_bytes: int
+    is_kept: bool
+    notes: tuple[str, ...]
+    memory: dict[str, int]
+    snapshot: Snapshot
+
+
 def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
     """Adds sentences for the user to the notes of a model."""
     return msgspec.structs.replace(info, notes=(*info.notes, *notes))
@@ -334,8 +363,10 @@ def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
 
 Question = Encode | Decode | Render | Count
 """What is answered at once, without the engine."""
-ToEngine = Open | Submit | Cancel | Question | Observe
-Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text | Observed
+Order = Observe | Rebudget
+"""What is asked of the engine itself."""
+ToEngine = Open | Submit | Cancel | Question | Order
+Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text | Observed | Rebudgeted
 FromEngine = Loading | Beat | Ready | Answer
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of paths
@@ -347,23 +378,3 @@ def pack(message: Message) -> bytes:
     """Encodes a message for the pipe: its length in big-endian bytes, then its body."""
     body = _encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "big") + body
-
-
-class MessageBuffer:
-    """Cuts a stream of bytes, arriving in pieces of any size, back into the bodies of messages."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Adds `data` and yields the bodies that it completes."""
-        self._data += data
-        at = 0
-        while len(self._data) - at >= HEADER_BYTES:
-            begin = at + HEADER_BYTES
-            end = begin + int.from_bytes(self._data[at:begin], "big")
-            if len(self._data) < end:
-                break
-            yield bytes(self._data[begin:end])
-            at = end
-        del self._data[:at]

@@ -4,6 +4,7 @@ docs/events.md explains every field: programs draw the map of experts from these
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 REMOVED, ON_DISK, IN_HOST, ON_DEVICE = "x.hd"
 """The marks of `LayerMap.tiers` for an expert: not in the file, on disk only, in host memory, on a device."""
@@ -116,3 +117,11 @@ class Snapshot:
     experts: ExpertMap
     memory: MemoryUse
     work: Work
+
+
+class Rebudgeted(NamedTuple):
+    """How new limits were taken: in how many seconds, with bytes loaded; `is_kept` says that the model stayed open."""
+
+    seconds: float
+    loaded_bytes: int
+    is_kept: bool

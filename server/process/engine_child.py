@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from slimoe.server.child_python import module_command
-from slimoe.server.messages import FromEngine, Message, MessageBuffer, decode_from_engine, pack
+from slimoe.server.messages import FromEngine, Message, decode_from_engine, pack
+from slimoe.server.process.message_buffer import MessageBuffer
 
 COMMAND = module_command("slimoe.server.process.engine_process")
 

@@ -12,15 +12,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from slimoe.offload.cache.disk_reader import FileChangedError
-from slimoe.offload.errors import DeviceError, DeviceFullError, SlimoeError
+from slimoe.offload.errors import DeviceError, DeviceFullError, LostModelError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.requests.snapshot import Snapshot
+from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
@@ -38,6 +38,8 @@ _ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
 class ServedEngine(OpenModel, Protocol):
     """The part of an engine's interface that this process uses; `slimoe.offload.engine.Engine` has it."""
 
+    config: EngineConfig
+
     @property
     def is_idle(self) -> bool:
         """Whether the engine has no request to work on."""
@@ -51,10 +53,17 @@ class ServedEngine(OpenModel, Protocol):
     def snapshot(self) -> Snapshot:
         """What the engine holds and does; may be called from any thread."""
 
+    def rebudget(
+        self, ram: str | None, vram: Sequence[str], held_bytes: int, on_progress: Callable[[int, int], None]
+    ) -> Rebudgeted:
+        """Takes other limits of memory between two steps; raises before anything has changed, or LostModelError."""
+
     def check_files(self) -> None:
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
 
 
+Order = messages.Rebudget
+"""What the engine's own thread does between two steps."""
 OpenEngine = Callable[[EngineConfig, Callable[[int, int], None]], ServedEngine]
 
 
@@ -68,7 +77,8 @@ class EngineProcess:
         self._heartbeat = Heartbeat(pipe.send)
         self._n_parallel = 1
         self._opening: queue.SimpleQueue[messages.Open] = queue.SimpleQueue()
-        self._waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, Replies] = {}
         self._handlers: Mapping[type[messages.ToEngine], Callable[[Any], None]] = {
@@ -80,6 +90,7 @@ class EngineProcess:
             messages.Render: self._answer,
             messages.Count: self._answer,
             messages.Observe: self._observe,
+            messages.Rebudget: self._order,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -144,6 +155,34 @@ class EngineProcess:
         except Exception as error:
             self._pipe.send(failure_of(message.id, error))
 
+    def _order(self, message: Order) -> None:
+        """Has the engine's thread do something between two steps."""
+        self._orders.put(message)
+        self._waiting.put(None)
+
+    def _carry_out(self, engine: ServedEngine, order: Order) -> None:
+        self._heartbeat.tick()
+        try:
+            self._pipe.send(self._rebudget(engine, order))
+        except LostModelError as error:
+            # As after a crash: the server opens the model again, within the limits that held before.
+            self._pipe.send(messages.Failure(0, "engine_crashed", str(error)))
+            leave()
+        except Exception as error:
+            self._pipe.send(failure_of(order.id, error))
+
+    def _rebudget(self, engine: ServedEngine, order: messages.Rebudget) -> messages.Rebudgeted:
+        memory, devices, report = engine.config.memory, engine.config.devices, self._progress()
+
+        def tell(done_bytes: int, total_bytes: int) -> None:
+            self._heartbeat.tick()
+            report(done_bytes, total_bytes)
+
+        ram = memory.ram if order.ram is None else order.ram
+        vram = devices.vram if order.vram is None else order.vram
+        done = engine.rebudget(ram, vram, order.held_bytes, tell)
+        return messages.Rebudgeted(order.id, ram, vram, *done, engine.notes, engine.memory(), engine.snapshot())
+
     def _cancel(self, message: messages.Cancel) -> None:
         job = self._jobs.get(message.id)
         if job is not None:
@@ -159,9 +198,12 @@ class EngineProcess:
         self._heartbeat.progress = engine.counters
         self._heartbeat.check = lambda: self._check_files(engine)
         while True:
-            while engine.is_idle:
+            while not self._orders.empty():
+                self._carry_out(engine, self._orders.get())
+            if engine.is_idle:
                 self._heartbeat.rest()
                 self._start(engine, prompts, self._waiting.get())
+                continue
             while len(self._running) < self._n_parallel and not self._waiting.empty():
                 self._start(engine, prompts, self._waiting.get())
             self._heartbeat.tick()
@@ -189,7 +231,9 @@ class EngineProcess:
         self._pipe.send(failure_of(0, error))
         leave()
 
-    def _start(self, engine: ServedEngine, prompts: Prompts, job: Job) -> None:
+    def _start(self, engine: ServedEngine, prompts: Prompts, job: Job | None) -> None:
+        if job is None:  # only to wake the thread for an order
+            return
         assert job.request is not None
         if job.cancelled.is_set():
             self._jobs.pop(job.message.id, None)

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
-from slimoe.server.messages import Message, MessageBuffer, ToEngine, decode_to_engine, pack
+from slimoe.server.messages import Message, ToEngine, decode_to_engine, pack
+from slimoe.server.process.message_buffer import MessageBuffer
 
 _READ_BYTES = 1 << 16
 

@@ -73,7 +73,7 @@ class Supervisor:
         self._launching: asyncio.Task[None] | None = None
         self._told: set[str] = set()
         self._watchdog = Watchdog(patience)
-        self._held_bytes = held_bytes
+        self.held_bytes = held_bytes
         self.on_change: Callable[[], None] = lambda: None
         self.hold: Hold = always_loaded
         self.rests_on_failure = False
@@ -185,8 +185,8 @@ class Supervisor:
         """Queues one generation, behind those submitted before."""
         return self._send(lambda id: messages.Submit(id, prompt, request, shows_prompt))
 
-    async def ask(self, question: Callable[[int], messages.Question | messages.Observe]) -> messages.Answer:
-        """Asks a question, about text or the engine, and returns the answer; raises EngineFailure."""
+    async def ask(self, question: Callable[[int], messages.Question | messages.Order]) -> messages.Answer:
+        """Asks something of the engine and returns the answer; raises EngineFailure."""
         with self.hold(None) as is_on:
             await is_on
             handle = self._send(question)
@@ -284,7 +284,7 @@ class Supervisor:
         self._child, self.progress = child, messages.Loading(0, 0)
         self._watchdog.begin()
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
-        child.send(messages.Open(changed(self._config, {"held_bytes": self._held_bytes()})))
+        child.send(messages.Open(changed(self._config, {"held_bytes": self.held_bytes()})))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._watchdog.note(message)
@@ -305,6 +305,14 @@ class Supervisor:
                 self._note_change()
             case messages.Failure(id=0):
                 self.failure = message
+            case messages.Rebudgeted(id, ram, vram, memory=memory):
+                # Also where nobody waits for the answer any more.
+                self._config = changed(self._config, {"ram": ram, "vram": vram})
+                self.info = None if self.info is None else msgspec.structs.replace(self.info, memory=memory)
+                self._sent.pop(id, None)
+                if handle := self._handles.get(id):
+                    handle.push(message)
+                self._note_change()
             case _ if handle := self._handles.get(message.id):
                 if isinstance(message, messages.Progress) and handle.slot is None and None in self.slots:
                     handle.slot = self.slots.index(None)
@@ -351,7 +359,8 @@ class Supervisor:
         again = {}
         for id, message in self._sent.items():
             handle = self._handles.get(id)
-            if handle is not None and not handle.is_underway and handle.n_tries < MAX_TRIES:
+            is_harmless = not isinstance(message, messages.Rebudget)
+            if handle is not None and is_harmless and not handle.is_underway and handle.n_tries < MAX_TRIES:
                 handle.n_tries += 1
                 again[id] = message
         self._sent.clear()

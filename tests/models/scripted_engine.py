@@ -11,18 +11,19 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from slimoe.offload.errors import DeviceError, DeviceFullError, DoesNotFitError
+from slimoe.offload.errors import DeviceError, DeviceFullError, DoesNotFitError, LostModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.requests.snapshot import (
     ExpertFormat,
     ExpertMap,
     LayerMap,
     MemoryPlace,
     MemoryUse,
+    Rebudgeted,
     Snapshot,
     Speed,
     Spent,
@@ -62,6 +63,7 @@ class ScriptedEngine:
         while path.name == "slow.gguf" and not path.with_name("go").exists():
             on_progress(3, 7)
             time.sleep(0.01)
+        self.config = config
         self.gguf = read_gguf(path)
         self.spec = ModelSpec.from_gguf(self.gguf)
         tokenizer = Tokenizer.open(self.gguf)
@@ -81,11 +83,30 @@ class ScriptedEngine:
     def counters(self) -> dict[str, float]:
         return {"hits": 3.0 * self._n_done, "misses": 1.0 * self._n_done, "bytes_read": 100.0 * self._n_done}
 
+    def rebudget(
+        self, ram: str | None, vram: Sequence[str], held_bytes: int, on_progress: Callable[[int, int], None]
+    ) -> Rebudgeted:
+        """Takes any limit but these: 1MiB is too small, `lost` loses the model, `abort` ends the process."""
+        if ram == "1MiB":
+            raise DoesNotFitError("It needs at least 9 B. Raise --ram to 9MiB.", required_bytes=9, available_bytes=5)
+        if ram == "lost":
+            raise LostModelError("It could not be opened within the old limits either.")
+        if ram == "abort":
+            os.abort()
+        if ram == "much":
+            raise UsageError("--ram is 'much', which is no size.")
+        on_progress(1, 2)
+        time.sleep(0.05 if ram == "slow" else 0.0)
+        self.config = changed(self.config, {"ram": ram, "vram": tuple(vram)})
+        return Rebudgeted(0.25, 100, ram == "same")
+
     def snapshot(self) -> Snapshot:
         """Two layers of four experts, one of which moves with every answer."""
         uses = (self._n_done, 0, 2, 0)
         layers = tuple(LayerMap(layer, "h.d" + "x", (0, 0, 0, -1), (1,), uses, uses) for layer in range(2))
-        place = MemoryPlace("host", "auto", 1 << 30, 1 << 20, {"weights": self.gguf.n_bytes, "kv": 10})
+        place = MemoryPlace(
+            "host", self.config.memory.ram or "auto", 1 << 30, 1 << 20, {"weights": self.gguf.n_bytes, "kv": 10}
+        )
         spent = Spent(2.0, 1.0, 0.5, 0.25, 0.25, 3, 4, 0.75)
         work = Work(len(self._answers), spent, spent, Speed(20.0, 30.0, "cpu", 10.0))
         experts = ExpertMap((ExpertFormat("Q4_K Q4_K Q6_K", 100),), layers)

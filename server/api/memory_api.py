@@ -1,0 +1,148 @@
+"""`/v1/memory`: the limits of memory, what is held within them, and other limits while answers go on."""
+
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from slimoe.offload.requests.snapshot import IN_HOST, ON_DEVICE, ON_DISK, LayerMap, MemoryPlace, Snapshot
+from slimoe.server import messages
+from slimoe.server.api.backends import Backend, Backends
+from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.request_body import read_body
+from slimoe.server.api_error import from_failure, invalid
+from slimoe.server.process.request_handle import EngineFailure
+
+MAX_DEVICES, MAX_SIZE_CHARS = 64, 40
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Words = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SIZE_CHARS)]
+
+
+class MemoryBody(msgspec.Struct, forbid_unknown_fields=True):
+    """`POST /v1/memory`: sizes in bytes or in the words of --ram and --vram; what is left out stays as it is.
+
+    `vram` is one size for all devices, or a list of one for each. `model` is asked for where several are served.
+    """
+
+    ram: Bytes | Words | None = None
+    vram: Bytes | Words | list[Any] | None = None
+    model: str | None = None
+
+
+class LayerMemory(msgspec.Struct, frozen=True):
+    """How many of a layer's experts are in each tier."""
+
+    layer: int
+    device: int
+    host: int
+    disk: int
+
+
+class Change(msgspec.Struct, frozen=True):
+    """How other limits were taken: for `seconds` nothing was computed, and `loaded_bytes` were read.
+
+    With `is_kept` the model stayed open, and only its cache of experts has another size.
+    """
+
+    seconds: float
+    loaded_bytes: int
+    is_kept: bool
+
+
+class MemoryInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer of `/v1/memory`; `ram` and `vram` are the limits, and can be sent back as they are."""
+
+    model: str
+    ram: str
+    vram: tuple[str, ...]
+    places: tuple[MemoryPlace, ...]
+    resident: int
+    peak: int
+    experts: list[LayerMemory]
+    hit_share: float | None
+    notes: tuple[str, ...] = ()
+    change: Change | None = None
+
+
+class MemoryApi:
+    """The endpoints' handlers."""
+
+    def __init__(self, backends: Backends) -> None:
+        self._backends = backends
+
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoints."""
+        return [
+            Endpoint("GET", "/v1/memory", self.show, answer=MemoryInfo),
+            Endpoint("POST", "/v1/memory", self.change, MemoryBody, MemoryInfo),
+        ]
+
+    async def show(self, request: web.Request) -> web.Response:
+        """The limits of memory, what is held by use, and experts by tier; raises ApiError."""
+        backend = self._backends.current
+        try:
+            answer = await backend.supervisor.ask(messages.Observe)
+        except EngineFailure as error:
+            raise from_failure(error.failure) from None
+        assert isinstance(answer, messages.Observed)
+        return _answer(memory_info(backend, answer.snapshot))
+
+    async def change(self, request: web.Request) -> web.Response:
+        """Other limits, which hold at once and stay; answers in progress go on. Raises ApiError."""
+        body = await read_body(request, MemoryBody)
+        if body.ram is None and body.vram is None:
+            raise invalid("There is nothing to change. Send `ram`, `vram` or both, such as 8GiB, 50% or auto.", "ram")
+        backend = self._backends.named(body.model)
+        ram, vram, supervisor = None if body.ram is None else str(body.ram), _sizes(body.vram), backend.supervisor
+        try:
+            answer = await supervisor.ask(lambda id: messages.Rebudget(id, ram, vram, supervisor.held_bytes()))
+        except EngineFailure as error:
+            failure = error.failure
+            param = "vram" if failure.kind == "invalid_request" and "--vram" in failure.message else "ram"
+            raise from_failure(msgspec.structs.replace(failure, param=param), param) from None
+        assert isinstance(answer, messages.Rebudgeted)
+        change = Change(answer.seconds, answer.loaded_bytes, answer.is_kept)
+        return _answer(memory_info(backend, answer.snapshot, answer.notes, change))
+
+
+def memory_info(
+    backend: Backend, snapshot: Snapshot, notes: tuple[str, ...] = (), change: Change | None = None
+) -> MemoryInfo:
+    """What clients are told of a snapshot."""
+    host, *devices = snapshot.memory.places
+    return MemoryInfo(
+        model=backend.model.id,
+        ram=host.setting,
+        vram=tuple(device.setting for device in devices),
+        places=snapshot.memory.places,
+        resident=snapshot.memory.resident,
+        peak=snapshot.memory.peak,
+        experts=[_layer(layer) for layer in snapshot.experts.layers],
+        hit_share=snapshot.work.total.hit_share,
+        notes=notes,
+        change=change,
+    )
+
+
+def _layer(layer: LayerMap) -> LayerMemory:
+    """Experts whose read is under way are on disk still."""
+    device, host, disk = (layer.tiers.count(mark) for mark in (ON_DEVICE, IN_HOST, ON_DISK))
+    return LayerMemory(layer.layer, device, host, disk)
+
+
+def _sizes(vram: int | str | list[Any] | None) -> tuple[str, ...] | None:
+    """The sizes of --vram; raises ApiError for a list of anything else."""
+    if vram is None:
+        return None
+    sizes = vram if isinstance(vram, list) else [vram]
+    if not 1 <= len(sizes) <= MAX_DEVICES:
+        raise invalid(f"vram has {len(sizes)} sizes, but 1 to {MAX_DEVICES} are possible.", "vram")
+    for index, size in enumerate(sizes):
+        is_size = isinstance(size, str | int) and not isinstance(size, bool) and 0 < len(str(size)) <= MAX_SIZE_CHARS
+        if not is_size or (isinstance(size, int) and size < 0):
+            raise invalid("Expected a size such as 8GiB, bytes, 50% or auto.", f"vram[{index}]")
+    return tuple(map(str, sizes))
+
+
+def _answer(info: MemoryInfo) -> web.Response:
+    return web.Response(body=msgspec.json.encode(info), content_type="application/json")
