@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
 from slimoe.offload.requests.snapshot import IN_HOST, ON_DEVICE, ON_DISK, LayerMap, MemoryPlace, Snapshot
 from slimoe.server import messages
@@ -49,19 +50,23 @@ class Change(msgspec.Struct, frozen=True):
     is_kept: bool
 
 
-class MemoryInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer of `/v1/memory`; `ram` and `vram` are the limits, and can be sent back as they are."""
+class MemoryInfo(msgspec.Struct, frozen=True):
+    """The answer of `/v1/memory`; `ram` and `vram` are the limits, and can be sent back as they are.
+
+    While the model `is_loaded`, the rest tells what it holds.
+    """
 
     model: str
+    is_loaded: bool
     ram: str
-    vram: tuple[str, ...]
-    places: tuple[MemoryPlace, ...]
-    resident: int
-    peak: int
-    experts: list[LayerMemory]
-    hit_share: float | None
+    vram: list[str]
+    places: list[MemoryPlace] = []
+    resident: int = 0
+    peak: int = 0
+    experts: list[LayerMemory] = []
+    hit_share: float | None = None
     notes: tuple[str, ...] = ()
-    change: Change | None = None
+    change: Change | UnsetType = UNSET
 
 
 class MemoryApi:
@@ -80,6 +85,9 @@ class MemoryApi:
     async def show(self, request: web.Request) -> web.Response:
         """The limits of memory, what is held by use, and experts by tier; raises ApiError."""
         backend = self._backends.current
+        if backend.supervisor.phase == "asleep":
+            config = backend.supervisor.config
+            return _answer(MemoryInfo(backend.model.id, False, config.memory.ram or "auto", list(config.devices.vram)))
         try:
             answer = await backend.supervisor.ask(messages.Observe)
         except EngineFailure as error:
@@ -106,15 +114,16 @@ class MemoryApi:
 
 
 def memory_info(
-    backend: Backend, snapshot: Snapshot, notes: tuple[str, ...] = (), change: Change | None = None
+    backend: Backend, snapshot: Snapshot, notes: tuple[str, ...] = (), change: Change | UnsetType = UNSET
 ) -> MemoryInfo:
     """What clients are told of a snapshot."""
     host, *devices = snapshot.memory.places
     return MemoryInfo(
         model=backend.model.id,
+        is_loaded=True,
         ram=host.setting,
-        vram=tuple(device.setting for device in devices),
-        places=snapshot.memory.places,
+        vram=[device.setting for device in devices],
+        places=list(snapshot.memory.places),
         resident=snapshot.memory.resident,
         peak=snapshot.memory.peak,
         experts=[_layer(layer) for layer in snapshot.experts.layers],

@@ -58,7 +58,7 @@ class Supervisor:
         self.n_admitted = 0
         self.n_restarts = 0
         self.n_parallel = config.context.n_parallel
-        self._config = config
+        self.config = config
         self._n_queue = n_queue
         self._command = command
         self._child: EngineChild | None = None
@@ -109,7 +109,7 @@ class Supervisor:
             return
         self.phase, self.progress, self.failure, self._crash = "loading", messages.Loading(0, 0), None, None
         if ram_bytes is not None:
-            self._config = changed(self._config, {"ram": str(ram_bytes)})
+            self.config = changed(self.config, {"ram": str(ram_bytes)})
         self._launching = asyncio.create_task(self._launch())
         self._note_change()
 
@@ -284,7 +284,7 @@ class Supervisor:
         self._child, self.progress = child, messages.Loading(0, 0)
         self._watchdog.begin()
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
-        child.send(messages.Open(changed(self._config, {"held_bytes": self.held_bytes()})))
+        child.send(messages.Open(changed(self.config, {"held_bytes": self.held_bytes()})))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._watchdog.note(message)
@@ -307,7 +307,7 @@ class Supervisor:
                 self.failure = message
             case messages.Rebudgeted(id, ram, vram, memory=memory):
                 # Also where nobody waits for the answer any more.
-                self._config = changed(self._config, {"ram": ram, "vram": vram})
+                self.config = changed(self.config, {"ram": ram, "vram": vram})
                 self.info = None if self.info is None else msgspec.structs.replace(self.info, memory=memory)
                 self._sent.pop(id, None)
                 if handle := self._handles.get(id):
@@ -369,11 +369,11 @@ class Supervisor:
 
     def _leave_devices(self) -> bool:
         """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
-        config = self._config
+        config = self.config
         devices = config.devices
         if devices.device != "auto" or devices.vram or devices.rpc:
             return False
-        self._config = changed(config, {"device": "none"})
+        self.config = changed(config, {"device": "none"})
         self._tell(["Going on without devices. Start the server again to use them again."])
         return True
 

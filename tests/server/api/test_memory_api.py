@@ -77,12 +77,24 @@ async def test_a_client_that_leaves_has_changed_them_all_the_same(model: Path) -
         await until(lambda: server.supervisor.n_busy == 1)
         asked.cancel()
         await until(lambda: server.supervisor.n_busy == 0)
-        assert (await ask(server))[1]["ram"] == "slow"
+        # The next in turn finds it done.
+        assert (await ask(server, {"vram": "1GiB"}))[1]["ram"] == "slow"
         assert server.supervisor.pid is not None
         os.kill(server.supervisor.pid, signal.SIGKILL)
         await until(lambda: server.supervisor.n_restarts == 1)
         await server.supervisor.wait_ready()
         assert (await ask(server))[1]["ram"] == "slow"
+
+
+async def test_asking_does_not_wake_an_engine_that_is_unloaded(model: Path) -> None:
+    async with live_server(model) as server:
+        await ask(server, {"ram": "2GiB"})
+        await server.supervisor.sleep()
+        status, told = await ask(server)
+        assert (status, told["ram"], told["is_loaded"], told["places"]) == (200, "2GiB", False, [])
+        assert server.supervisor.phase == "asleep"
+        status, told = await ask(server, {"vram": "1GiB"})
+        assert (status, told["ram"], told["is_loaded"]) == (200, "2GiB", True)
 
 
 async def test_too_little_is_refused_with_the_least_that_would_do(server: LiveServer) -> None:
@@ -146,9 +158,12 @@ async def test_a_key_is_asked_for_here_too(model: Path) -> None:
 
 
 async def test_a_page_of_another_origin_is_refused(server: LiveServer) -> None:
-    async with aiohttp.ClientSession(headers={"Origin": "https://evil.example"}) as session:
-        async with session.post(server.url + MEMORY, data=json.dumps({"ram": "1GiB"})) as response:
-            assert response.status == 403
+    data = json.dumps({"ram": "1GiB"})
+    async with (
+        aiohttp.ClientSession(headers={"Origin": "https://evil.example"}) as session,
+        session.post(server.url + MEMORY, data=data) as response,
+    ):
+        assert response.status == 403
     assert (await ask(server))[1]["ram"] != "1GiB"
 
 
