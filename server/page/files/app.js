@@ -3,6 +3,8 @@
 import { ask, key } from "./api.js";
 import { Chat } from "./chat.js";
 import { ConversationList, askText } from "./conversations.js";
+import { Feed } from "./feed.js";
+import { Machine, largeButton } from "./machine.js";
 import { ask as askForm, byId, bytes, el, link, number } from "./dom.js";
 import * as settings from "./settings.js";
 import { Store, choices } from "./store.js";
@@ -85,6 +87,18 @@ class Server {
     if (found.meta?.n_params) parts.push(`${number(found.meta.n_params / 1e6)} million parameters`);
     if (found.meta?.size) parts.push(bytes(found.meta.size));
     byId("empty-model").textContent = `${parts.join(", ")}.`;
+  }
+
+  /** Takes what the stream of events says of how a model stands. */
+  take({ model, state, done_bytes: done, total_bytes: total, problem }) {
+    if (this.models.length > 1 && model !== this.model) return;
+    const words = {
+      ready: "",
+      asleep: "Asleep: your next message wakes it",
+      loading: total ? `Loading the model, ${number((100 * done) / total)} %` : "Loading the model",
+    };
+    this.tell(words[state] ?? problem ?? `The model is ${state}`);
+    if (state === "ready") this.look();
   }
 
   choose(name) {
@@ -213,7 +227,18 @@ async function start() {
     if (!chat.isNew) await chat.save(chat.current);
     chat.onchange();
   });
-  byId("model").addEventListener("change", (event) => server.choose(event.target.value));
+  const machine = new Machine();
+  machine.mapPart.querySelector(".part-head").append(largeButton(machine.map, byId("machine")));
+  byId("model").addEventListener("change", (event) => {
+    server.choose(event.target.value);
+    machine.select(event.target.value);
+  });
+  const feed = new Feed(
+    (name, data) => (name === "state" ? server.take(data) : machine.take(name, data)),
+    (error) => {
+      if (error?.status === 0) server.look();
+    },
+  );
   byId("theme").addEventListener("click", () => window.slimoeTheme.flip());
   document.addEventListener("theme", showTheme);
   showTheme();
@@ -221,6 +246,7 @@ async function start() {
   listenToKeys(chat, list, columns);
   await list.load();
   await server.look();
+  feed.start();
   byId("prompt").focus();
 }
 

@@ -165,7 +165,7 @@ function table(lines) {
   );
 }
 
-const SPECIAL = /[\\`*_~[<\n]|https?:\/\//g;
+const SPECIAL = /!?\[|[\\`*_~<\n]|https?:\/\//g;
 const WORD = /[\p{L}\p{N}]/u;
 
 /** Nodes for text within a line: code, emphasis, links, breaks. */
@@ -202,6 +202,12 @@ function span(text, at, depth, missing) {
     return /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "") ? { node: text[at + 1], end: at + 2 } : null;
   }
   if (mark === "`") return codeSpan(text, at, missing);
+  // A picture is a link: nothing is loaded from elsewhere.
+  if (mark === "!") {
+    const found = linkSpan(text, at + 1, depth);
+    if (found && !found.node.textContent) found.node.textContent = "image";
+    return found;
+  }
   if (mark === "[" || mark === "<" || mark === "h") return linkSpan(text, at, depth);
   return emphasis(text, at, depth, missing);
 }

@@ -56,11 +56,15 @@ class Browser:
         return await self.do("POST", "execute/sync", {"script": script, "args": arguments})
 
     async def until(self, expression: str, *arguments: Any) -> Any:
-        """The first value of an expression that holds; raises AssertionError when none comes."""
+        """The first value of an expression that holds; raises AssertionError when none comes.
+
+        What is asked of something that is not there yet does not hold.
+        """
+        script = f"try {{ return {expression}; }} catch (error) {{ return null; }}"
         found = None
         try:
             async with asyncio.timeout(DEADLINE):
-                while not (found := await self.run(f"return {expression}", *arguments)):
+                while not (found := await self.run(script, *arguments)):
                     await asyncio.sleep(0.03)
         except TimeoutError:
             shown = await self.run("return document.body.innerText")

@@ -1,0 +1,264 @@
+// The column beside the chat: the map of experts, speed, time and memory, as the server tells them.
+
+import { byId, bytes, count, el, link, number, seconds } from "./dom.js";
+import { ExpertMap } from "./map.js";
+
+const VIEWS = [
+  ["place", "Place"],
+  ["type", "Precision"],
+  ["use", "Use"],
+  ["all", "Total use"],
+];
+const MARKS = [
+  ["d", "device", "on a device"],
+  ["h", "host", "in memory"],
+  [".", "disk", "on disk"],
+  ["x", "dropped", "left out"],
+];
+const TIMES = [
+  ["compute_seconds", "computing"],
+  ["disk_seconds", "waiting for the disk"],
+  ["device_seconds", "devices and links"],
+  ["other_seconds", "other"],
+];
+const USES = {
+  weights: "weights without experts",
+  copied: "weights without experts",
+  mapped: "pages shared with the file",
+  experts: "experts",
+  kv: "KV cache",
+  compute: "buffers for computing",
+  program: "program",
+};
+const PATTERNS = { experts: 0, weights: 1, copied: 1, kv: 2, compute: 3, program: 4 };
+const BOUNDS = { cpu: "the processor", disk: "the disk", link: "the link", device: "the device" };
+
+/** A bar of parts, each with its share, pattern and name; what is left stays empty. */
+function bar(parts, whole, label) {
+  const node = el("div", { class: "stack", role: "img", "aria-label": label });
+  for (const [index, part] of parts.entries()) {
+    const piece = el("span", { class: `part p${part.pattern ?? index}`, title: part.title });
+    piece.style.width = `${(100 * part.value) / whole}%`;
+    node.append(piece);
+  }
+  return node;
+}
+
+const key = (pattern, name, value) =>
+  el("li", {}, el("span", { class: `swatch ${pattern}`, "aria-hidden": "true" }), el("span", { class: "key-name" }, name), el("span", { class: "key-value" }, value));
+
+export class Machine {
+  constructor() {
+    this.models = new Map();
+    this.shown = null;
+    this.map = new ExpertMap();
+    this.sizes = el("p", { class: "note" });
+    this.legend = el("ul", { class: "legend" });
+    this.table = el("details", { class: "as-table" }, el("summary", {}, "As a table"), el("div"));
+    this.table.addEventListener("toggle", () => this.showTable());
+    this.speed = el("div");
+    this.time = el("div");
+    this.memory = el("div");
+    this.mapPart = el(
+      "section",
+      { "aria-labelledby": "experts-title" },
+      el("div", { class: "part-head" }, el("h2", { id: "experts-title" }, "Experts"), this.sizes),
+      this.viewChoice(),
+      this.map.node,
+      this.map.readout,
+      this.legend,
+      this.table,
+    );
+    this.empty = el("p", { class: "note waiting" }, "Waiting for the server to tell of its experts.");
+    this.parts = [this.mapPart, this.section("Speed", this.speed), this.section("Time", this.time), this.section("Memory", this.memory)];
+    byId("machine").replaceChildren(this.empty, ...this.parts);
+    for (const part of this.parts) part.hidden = true;
+  }
+
+  section(title, body) {
+    const id = `${title.toLowerCase()}-title`;
+    return el("section", { "aria-labelledby": id }, el("h2", { id }, title), body);
+  }
+
+  viewChoice() {
+    const choices = VIEWS.map(([value, label]) =>
+      el(
+        "label",
+        {},
+        el("input", { type: "radio", name: "view", value, checked: value === "place", onchange: () => this.choose(value) }),
+        el("span", {}, label),
+      ),
+    );
+    return el("fieldset", { class: "views" }, el("legend", { class: "hidden" }, "What the map shows"), ...choices);
+  }
+
+  choose(view) {
+    this.map.show(view);
+    this.showLegend();
+  }
+
+  /** Takes an event of the stream. */
+  take(name, data) {
+    if (!["experts", "places", "work"].includes(name)) return;
+    const known = this.models.get(data.model) ?? {};
+    known[name] = data;
+    this.models.set(data.model, known);
+    if (this.shown === null || this.models.size === 1) this.shown = data.model;
+    if (data.model === this.shown) this.show(name);
+  }
+
+  /** Shows another model, once something is known of it. */
+  select(model) {
+    if (!this.models.has(model) || model === this.shown) return;
+    this.shown = model;
+    for (const name of ["experts", "places", "work"]) if (this.models.get(model)[name]) this.show(name);
+  }
+
+  get state() {
+    return this.models.get(this.shown) ?? {};
+  }
+
+  show(name) {
+    this.empty.hidden = true;
+    if (name === "experts") this.showExperts();
+    else if (name === "places") this.showMemory();
+    else this.showWork();
+  }
+
+  showExperts() {
+    const { experts } = this.state;
+    const nLayers = experts.layers.length;
+    this.mapPart.hidden = false;
+    this.map.node.hidden = nLayers === 0;
+    if (nLayers) this.map.update(experts);
+    const nExperts = nLayers ? Math.max(...experts.layers.map((layer) => layer.tiers.length)) : 0;
+    this.sizes.textContent = nLayers ? this.map.axes(nLayers, nExperts) : "This model has no experts: every token uses all of it.";
+    if (!nLayers) return;
+    this.showLegend();
+    if (this.table.open) this.showTable();
+  }
+
+  showLegend() {
+    const { experts } = this.state;
+    if (!experts) return;
+    const marks = experts.layers.map((layer) => layer.tiers).join("");
+    const total = (mark) => marks.split(mark).length - 1;
+    const rows =
+      this.map.view === "type"
+        ? experts.formats.map((format, index) => {
+            const n = experts.layers.reduce((sum, layer) => sum + layer.formats.filter((one) => one === index).length, 0);
+            const row = key("type", [...new Set(format.types.split(" "))].join(" and "), `${number(n)} × ${bytes(format.bytes)}`);
+            row.firstChild.style.opacity = this.map.shade(index);
+            return row;
+          })
+        : this.map.view === "place"
+          ? MARKS.filter(([mark]) => mark === "h" || mark === "." || total(mark)).map(([mark, name, label]) => key(name, label, number(total(mark))))
+          : [key("scale", this.map.view === "use" ? "tokens of this answer that used it" : "tokens that used it since the start", `up to ${number(this.map.mostUses())}`)];
+    const reading = experts.layers.reduce((sum, layer) => sum + layer.reading.length, 0);
+    if (this.map.view === "place") rows.push(key("reading", "being read", number(reading)), key("used", "used by this answer", ""));
+    this.legend.replaceChildren(...rows);
+  }
+
+  showTable() {
+    const { experts } = this.state;
+    if (!this.table.open || !experts) return;
+    const names = ["Layer", ...MARKS.map(([, , label]) => label), "being read", "uses"];
+    const rows = experts.layers.map((layer) => [
+      layer.layer,
+      ...MARKS.map(([mark]) => layer.tiers.split(mark).length - 1),
+      layer.reading.length,
+      layer.uses ? layer.uses.reduce((sum, one) => sum + one, 0) : "–",
+    ]);
+    this.table.lastChild.replaceChildren(
+      el(
+        "table",
+        {},
+        el("thead", {}, el("tr", {}, names.map((name) => el("th", { scope: "col" }, name)))),
+        el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, index) => el(index ? "td" : "th", index ? {} : { scope: "row" }, String(cell)))))),
+      ),
+    );
+  }
+
+  showWork() {
+    const { work } = this.state;
+    this.showSpeed(work.speed ?? {});
+    const { answer } = work;
+    this.parts[2].hidden = !answer?.seconds;
+    if (!answer?.seconds) return;
+    const parts = TIMES.map(([name, label], index) => ({ label, value: answer[name] ?? 0, pattern: index, title: label })).filter((part) => part.value > 0);
+    const whole = parts.reduce((sum, part) => sum + part.value, 0) || 1;
+    const share = (value) => `${number((100 * value) / whole)} %`;
+    const told = parts.map((part) => `${share(part.value)} ${part.label}`).join(", ");
+    this.time.replaceChildren(
+      bar(parts, whole, told),
+      el("ul", { class: "legend" }, parts.map((part) => key(`p${part.pattern}`, part.label, `${seconds(part.value)} · ${share(part.value)}`))),
+      el(
+        "p",
+        { class: "note" },
+        `${work.n_running ? "This answer so far" : "The last answer"}: ${seconds(answer.seconds)} for ${count(answer.n_prompt, "token")} of prompt and ${number(answer.n_predicted)} written`,
+        answer.hit_share === null || answer.hit_share === undefined ? "." : `; ${number(answer.hit_share * 100)} % of the experts that they used were at hand.`,
+      ),
+    );
+  }
+
+  showSpeed({ measured, predicted, most, bound }) {
+    this.parts[1].hidden = !measured && !predicted;
+    if (this.parts[1].hidden) return;
+    const whole = Math.max(measured ?? 0, predicted ?? 0, most ?? 0) * 1.04;
+    const told = predicted
+      ? `${number(predicted, 1)} predicted, at most ${number(most, 1)}: ${BOUNDS[bound] ?? bound} sets the limit.`
+      : "No prediction: slimoe plan has not measured this machine for this model.";
+    const scale = el("div", { class: "scale-bar", "aria-hidden": "true" }, el("span", { class: "scale-fill" }));
+    scale.firstChild.style.width = `${(100 * (measured ?? 0)) / whole}%`;
+    for (const [value, name] of [[predicted, "predicted"], [most, "most"]]) {
+      if (!value) continue;
+      const tick = el("span", { class: `tick ${name}`, title: `${name === "most" ? "at most" : name} ${number(value, 1)}` });
+      tick.style.left = `${(100 * value) / whole}%`;
+      scale.append(tick);
+    }
+    this.speed.replaceChildren(
+      el("p", { class: "big" }, measured ? number(measured, 1) : "–", el("span", { class: "unit" }, " tokens/s")),
+      scale,
+      el("p", { class: "note" }, told),
+    );
+  }
+
+  showMemory() {
+    const { places } = this.state;
+    this.parts[3].hidden = false;
+    this.memory.replaceChildren(...places.places.map((place) => this.place(place)));
+    if (places.resident) this.memory.append(el("p", { class: "note" }, `The engine's process: ${bytes(places.resident)} now, ${bytes(places.peak)} at most so far.`));
+  }
+
+  place({ name, setting, budget, reserve, by_use: uses }) {
+    const parts = Object.entries(uses)
+      .filter(([, value]) => value > 0)
+      .map(([use, value]) => ({ label: USES[use] ?? use, value, pattern: PATTERNS[use] ?? 5 }))
+      .sort((one, other) => one.pattern - other.pattern);
+    const used = parts.reduce((sum, part) => sum + part.value, 0);
+    if (reserve) parts.push({ label: "kept for the server's other processes", value: reserve, pattern: "r" });
+    const whole = Math.max(budget ?? 0, used + (reserve ?? 0)) || 1;
+    for (const part of parts) part.title = `${part.label}: ${bytes(part.value)}`;
+    const title = name === "host" ? "Main memory" : name;
+    const told = budget ? `${bytes(used + (reserve ?? 0))} of ${bytes(budget)}` : bytes(used);
+    return el(
+      "div",
+      { class: "memory-place" },
+      el("p", { class: "place-head" }, el("strong", {}, title), el("span", { class: "key-value" }, told)),
+      bar(parts, whole, `${title}: ${told}`),
+      el("ul", { class: "legend" }, parts.map((part) => key(`p${part.pattern}`, part.label, bytes(part.value)))),
+      setting && setting !== "auto" ? el("p", { class: "note" }, `The limit was set to ${setting}.`) : null,
+    );
+  }
+}
+
+/** A button that gives the map the whole page and back. */
+export function largeButton(map, column) {
+  const button = link("Larger", () => {
+    const isLarge = column.classList.toggle("large");
+    button.textContent = isLarge ? "Smaller" : "Larger";
+    map.limit.height = isLarge ? innerHeight - 300 : 440;
+    map.fit();
+  });
+  return button;
+}
