@@ -17,7 +17,8 @@ DRIVER = "chromedriver"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
+    "--host-resolver-rules=MAP&elsewhere.example&127.0.0.1"
 )
 DEADLINE = 15.0
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -147,7 +148,7 @@ async def browser(downloads: Path) -> AsyncIterator[Browser]:
         with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
             options = {
                 "binary": chromium,
-                "args": [*FLAGS.split(), f"--user-data-dir={profile}"],
+                "args": [*(flag.replace("&", " ") for flag in FLAGS.split()), f"--user-data-dir={profile}"],
                 "prefs": {"download.default_directory": str(downloads)},
             }
             wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
