@@ -13,6 +13,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
+from slimoe.server.api.forms import NO_SCHEMA, ResponseFormat, Schema, StructuredOutputs, constraint_of
 from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
 from slimoe.server.options.duration import parse_duration
@@ -111,6 +112,18 @@ class GenerationBody(SamplingBody, kw_only=True):
     timings_per_token: bool | None = None
     keep_alive: float | str | None = None
     ttl: float | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    json_schema: Schema = NO_SCHEMA
+    guided_json: Schema = NO_SCHEMA
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    lark: str | None = None
     verbose: bool | None = None
 
     @property
@@ -142,7 +155,7 @@ class GenerationBody(SamplingBody, kw_only=True):
         return None if given == -1 else given
 
     def request(self, max_tokens: int | None, n_logprobs: int | None, prompt_logprobs: bool) -> GenerationRequest:
-        """The engine's request, still without its prompt."""
+        """The engine's request, still without its prompt; raises ApiError."""
         return GenerationRequest(
             prompt_ids=(),
             max_tokens=max_tokens,
@@ -151,6 +164,7 @@ class GenerationBody(SamplingBody, kw_only=True):
             ignore_eos=bool(self.ignore_eos),
             n_logprobs=n_logprobs,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint_of(self),
         )
 
 

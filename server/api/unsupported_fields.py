@@ -33,7 +33,7 @@ def _all(names: str, value: V) -> dict[str, V]:
     return dict.fromkeys(names.split(), value)
 
 
-_FORM = Unsupported("This server cannot hold an answer to a grammar or schema. Ask for the form in the prompt.")
+_FORM = Unsupported("The form of an answer is given by response_format, json_schema, grammar or guided_json.")
 _LIMIT = Unsupported("The limit of an answer is called max_tokens.")
 _LEAST = Unsupported("This server cannot hold an answer to a least length. ignore_eos goes on to max_tokens.")
 _TIME = Unsupported("This server has no limit of time. Use max_tokens, or close the connection.")
@@ -50,9 +50,9 @@ _TOOLS = Unsupported("This server does not call tools. Leave the field out.", (*
 _OPTIONS = Unsupported("What it holds is not read. Send each as a field of its own, such as max_tokens or temperature.")
 
 COMMON: Mapping[str, Unsupported] = {
-    **_all("grammar grammar_string grammar_triggers ebnf lark regex regex_pattern json_schema structural_tag", _FORM),
-    **_all("guided_json guided_regex guided_choice guided_grammar guided_json_object guided_whitespace_pattern", _FORM),
-    **_all("guided_decoding structured_outputs format output_format response_schema response_mime_type", _FORM),
+    **_all("grammar_string grammar_lazy grammar_triggers regex_pattern structural_tag", _FORM),
+    **_all("guided_structural_tag guided_whitespace_pattern guided_decoding", _FORM),
+    **_all("format output_format response_schema response_mime_type", _FORM),
     **_all("max_new_tokens max_output_tokens max_tokens_to_sample max_length num_predict", _LIMIT),
     **_all("min_tokens min_new_tokens min_length n_indent", _LEAST),
     **_all("t_max_predict_ms t_max_prompt_ms max_time", _TIME),
@@ -82,7 +82,6 @@ CHAT: Mapping[str, Unsupported] = {
 COMPLETION: Mapping[str, Unsupported] = {
     **COMMON,
     **_all("tools tool_choice functions function_call", _TOOLS),
-    "response_format": Unsupported(_FORM.reason, (*_NOTHING, {"type": "text"})),
     "top_logprobs": Unsupported("The likeliest tokens are asked for by logprobs, which is a number here."),
     "add_special_tokens": Unsupported(
         "A text begins with the model's own token. Send token ids to leave it out.", (None, True)

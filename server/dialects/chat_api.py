@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from slimoe.server.api import wire
@@ -19,14 +18,7 @@ from slimoe.server.messages import ChatPrompt, ScoredToken
 
 MAX_DEPTH = 32
 _OWN_VALUES = ("messages", "tools", "documents")
-FORMS = frozenset({"json_object", "json_schema", "grammar", "regex", "choice", "structural_tag", "lark", "ebnf"})
 _NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
-
-
-class ResponseFormat(msgspec.Struct):
-    """`response_format`; only plain text is written."""
-
-    type: str
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -39,7 +31,6 @@ class ChatBody(GenerationBody, kw_only=True):
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -160,10 +151,3 @@ def refuse_unsupported(body: ChatBody) -> None:
         raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")
-    kind = "text" if body.response_format is None else body.response_format.type
-    if kind in FORMS:
-        raise unsupported(
-            f"This server cannot hold an answer to a {kind}. Ask for it in the prompt.", "response_format"
-        )
-    if kind != "text":
-        raise invalid(f"The response format {kind!r} is not known. Use text.", "response_format.type")

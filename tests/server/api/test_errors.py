@@ -100,8 +100,8 @@ BAD_CHATS: list[tuple[Any, str | None]] = [
     ({"messages": HI, "stream": "yes"}, "stream"),
     ({"messages": HI, "tools": [{"type": "function"}]}, "tools"),
     ({"messages": HI, "functions": [{}]}, "functions"),
-    ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
-    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.schema"),
+    ({"messages": HI, "response_format": {"type": "structural_tag"}}, "response_format"),
     ({"messages": HI, "response_format": {"type": "poem"}}, "response_format.type"),
     ({"messages": HI, "response_format": "text"}, "response_format"),
 ]

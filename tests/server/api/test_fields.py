@@ -16,17 +16,10 @@ ASKS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello world"},
     "/apply-template": {"messages": HELLO},
 }
-SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
 CONSTRAINTS: dict[str, Any] = {
-    "grammar": 'root ::= "a"',
-    "json_schema": SCHEMA,
-    "guided_json": SCHEMA,
-    "guided_regex": "a+",
-    "guided_choice": ["a", "b"],
-    "guided_grammar": 'root ::= "a"',
-    "structured_outputs": {"choice": ["a"]},
-    "regex": "a+",
-    "ebnf": 'root ::= "a"',
+    "grammar_triggers": [{"type": "word", "value": "x"}],
+    "structural_tag": {"structures": []},
+    "guided_whitespace_pattern": " ",
     "format": "json",
     "min_tokens": 5,
     "max_new_tokens": 5,
@@ -57,7 +50,6 @@ CONSTRAINTS: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
-    "response_format": {"type": "json_object"},
 }
 HARMLESS: dict[str, Any] = {
     "user": "me",
@@ -103,7 +95,7 @@ async def test_values_that_ask_for_nothing_are_fine(server: LiveServer, path: st
     names = [name for name in CONSTRAINTS if name not in ("skip_special_tokens", "prompt_logprobs", "best_of")]
     nothings: list[Any] = [None, {}, [], "", 0, False]
     for nothing in nothings:
-        for name in names if nothing is None else ("grammar", "min_tokens", "stop_token_ids", "documents", "bad_words"):
+        for name in names if nothing is None else ("format", "min_tokens", "stop_token_ids", "documents", "bad_words"):
             status, answer = await post(server, path, {**ASKS[path], name: nothing})
             assert status == 200, (name, nothing, answer)
 
