@@ -134,7 +134,8 @@ def client() -> Iterator[openai.OpenAI]:
 
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
-    wanted = {"model": "demo", "messages": [{"role": "user", "content": "Answer."}], "max_tokens": 200} | fields
+    messages = [{"role": "user", "content": "Answer."}]
+    wanted: dict[str, Any] = {"model": "demo", "messages": messages, "max_tokens": 200, **fields}
     return client.chat.completions.create(**wanted).choices[0]
 
 
@@ -149,14 +150,9 @@ def test_a_chat_is_held_to_a_schema_streamed_and_whole(client: openai.OpenAI) ->
         found = json.loads(choice.message.content)
         assert choice.finish_reason == "stop"
         assert isinstance(found["z"], int)
-    stream = client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": "Answer."}],
-        response_format=wanted,  # type: ignore[call-overload]
-        temperature=1.0,
-        seed=2,
-        stream=True,
-    )
+    create: Any = client.chat.completions.create
+    asked = [{"role": "user", "content": "Answer."}]
+    stream = create(model="demo", messages=asked, response_format=wanted, temperature=1.0, seed=2, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == choice.message.content
 
 
