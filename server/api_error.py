@@ -26,6 +26,12 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
+class ErrorDocument(msgspec.Struct, frozen=True):
+    """What a client is told of an error."""
+
+    error: ErrorInfo
+
+
 class ApiError(Exception):
     """Ends a request with `status` and `info`; `extra` are further fields of the `error` object."""
 

@@ -11,6 +11,7 @@ from slimoe.server.api.info_api import InfoApi
 from slimoe.server.api.memory_api import MemoryApi
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import DEFAULTS, Defaults
+from slimoe.server.description.description_api import DescriptionApi
 from slimoe.server.dialects.chat_api import ChatApi
 from slimoe.server.dialects.completion_api import CompletionApi
 from slimoe.server.dialects.llama.completion_api import LlamaCompletionApi
@@ -65,6 +66,8 @@ def init_app(config: AppConfig, backends: Backends) -> web.Application:
         EventsApi(backends, feed, config.ping_seconds),
     )
     endpoints = [endpoint for group in groups for endpoint in group.endpoints()]
+    version, is_keyed = backends.default.model.version, config.rules.key is not None
+    endpoints += DescriptionApi(endpoints, version, asks_for_key=is_keyed).endpoints()
     app[ERROR_BODIES] = {path: one.error_body for one in endpoints for path in (one.path, *one.aliases)}
     for endpoint in endpoints:
         app.router.add_routes(endpoint.routes())

@@ -56,7 +56,7 @@ FLOORS = {
         {"watch"},
         {"process", "terminal"},
         {"api", "jobs"},
-        {"dialects"},
+        {"description", "dialects"},
         {"app"},
         {"serving"},
         {"commands"},

@@ -1,10 +1,11 @@
 """The endpoints that tell about the server and its model without generating."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
 from slimoe.server import messages
 from slimoe.server.api.backends import Backend, Backends
@@ -38,6 +39,82 @@ class DetokenizeBody(msgspec.Struct):
     tokens: list[int]
 
 
+class Health(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The answer of `/health`; while the model is being loaded `done_bytes` of `total_bytes` are there."""
+
+    status: Literal["ok", "loading", "unavailable", "error"]
+    is_sleeping: bool = False
+    phase: str | None = None
+    done_bytes: int | UnsetType = UNSET
+    total_bytes: int | UnsetType = UNSET
+    error: ErrorInfo | None = None
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """Whether a model is loaded."""
+
+    value: str
+
+
+class ModelSizes(msgspec.Struct, frozen=True):
+    """What is known of a model that has been opened."""
+
+    n_vocab: int
+    n_ctx_train: int
+    n_params: int
+    size: int
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A model that is offered; its sizes are known once it has been opened."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    status: ModelStatus
+    max_model_len: int | UnsetType = UNSET
+    meta: ModelSizes | UnsetType = UNSET
+
+
+class OfferedModels(msgspec.Struct, frozen=True):
+    """The models that are offered."""
+
+    object: str
+    data: list[ModelCard]
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True):
+    """What evaluation harnesses need of the tokenizer."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+class TokenPiece(msgspec.Struct, frozen=True):
+    """A token with its text, or with its bytes where they are no whole text."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """A text's tokens; the model's window holds `max_model_len`."""
+
+    tokens: list[int | TokenPiece]
+    count: int
+    max_model_len: int | None
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    """The text of tokens, by the two names that clients look for."""
+
+    content: str
+    prompt: str
+
+
 class InfoApi:
     """The endpoints' handlers."""
 
@@ -48,13 +125,20 @@ class InfoApi:
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
         return [
-            Endpoint("GET", "/health", self.health, aliases=("/v1/health",)),
-            Endpoint("GET", "/v1/models", self.models, aliases=("/models",)),
-            Endpoint("GET", "/v1/models/{id:.+}", self.model),
-            Endpoint("GET", "/metrics", self.metrics),
-            Endpoint("GET", "/tokenizer_info", self.tokenizer_info, aliases=("/v1/tokenizer_info",)),
-            Endpoint("POST", "/tokenize", self.tokenize, TokenizeBody, aliases=("/v1/tokenize",)),
-            Endpoint("POST", "/detokenize", self.detokenize, DetokenizeBody, aliases=("/v1/detokenize",)),
+            Endpoint("GET", "/health", self.health, answer=Health, aliases=("/v1/health",), statuses=(503,)),
+            Endpoint("GET", "/v1/models", self.models, answer=OfferedModels, aliases=("/models",)),
+            Endpoint("GET", "/v1/models/{id:.+}", self.model, answer=ModelCard, statuses=(404,)),
+            Endpoint("GET", "/metrics", self.metrics, content_type="text/plain"),
+            Endpoint(
+                "GET",
+                "/tokenizer_info",
+                self.tokenizer_info,
+                answer=TokenizerInfo,
+                aliases=("/v1/tokenizer_info",),
+                statuses=(503,),
+            ),
+            Endpoint("POST", "/tokenize", self.tokenize, TokenizeBody, Tokenized, aliases=("/v1/tokenize",)),
+            Endpoint("POST", "/detokenize", self.detokenize, DetokenizeBody, Detokenized, aliases=("/v1/detokenize",)),
         ]
 
     async def health(self, request: web.Request) -> web.Response:
@@ -63,33 +147,29 @@ class InfoApi:
         trouble = supervisor.trouble
         if trouble is not None:
             info = ErrorInfo(trouble, "unavailable_error", None, "engine_unavailable")
-            return _json(
-                {"status": "unavailable", "error": msgspec.structs.asdict(info)},
-                status=503,
-                headers={"Retry-After": "1"},
-            )
+            return _json(Health(status="unavailable", error=info), 503, {"Retry-After": "1"})
         if supervisor.phase == "ready":
-            return _json({"status": "ok"})
+            return _json(Health(status="ok"))
         if supervisor.phase == "asleep":
             # The next request wakes it: those who ask whether they may send one hear yes.
-            return _json({"status": "ok", "is_sleeping": True})
+            return _json(Health(status="ok", is_sleeping=True))
         if supervisor.phase == "failed" and supervisor.failure is not None:
             error = from_failure(supervisor.failure)
-            return _json({"status": "error", "error": msgspec.structs.asdict(error.info)}, status=500)
+            return _json(Health(status="error", error=error.info), 500)
         progress = supervisor.progress
         error_info = ErrorInfo("Loading model", "unavailable_error", None, "model_loading")
-        body = {
-            "status": "loading",
-            "phase": supervisor.phase,
-            "done_bytes": progress.done_bytes,
-            "total_bytes": progress.total_bytes,
-            "error": msgspec.structs.asdict(error_info),
-        }
-        return _json(body, status=503, headers={"Retry-After": "1"})
+        body = Health(
+            status="loading",
+            phase=supervisor.phase,
+            done_bytes=progress.done_bytes,
+            total_bytes=progress.total_bytes,
+            error=error_info,
+        )
+        return _json(body, 503, {"Retry-After": "1"})
 
     async def models(self, request: web.Request) -> web.Response:
         """The models, also while none is loaded."""
-        return _json({"object": "list", "data": [_card(backend) for backend in self._backends.all()]})
+        return _json(OfferedModels("list", [_card(backend) for backend in self._backends.all()]))
 
     async def model(self, request: web.Request) -> web.Response:
         """The model by its id; raises ApiError for another."""
@@ -105,14 +185,7 @@ class InfoApi:
             info = await self._supervisor.wait_ready()
         except EngineFailure as error:
             raise from_failure(error.failure) from None
-        return _json(
-            {
-                "bos_token": info.bos or None,
-                "eos_token": info.eos or None,
-                "pad_token": None,
-                "chat_template": info.chat_template,
-            }
-        )
+        return _json(TokenizerInfo(info.bos or None, info.eos or None, None, info.chat_template))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """A text's token ids; raises ApiError."""
@@ -131,10 +204,12 @@ class InfoApi:
         question = messages.Encode(0, text, add_special, body.parse_special, body.with_pieces)
         answer = await self._ask(lambda id: msgspec.structs.replace(question, id=id), param)
         assert isinstance(answer, messages.Encoded)
-        tokens = _with_pieces(answer) if body.with_pieces else list(answer.ids)
+        tokens: list[int | TokenPiece] = [*answer.ids]
+        if body.with_pieces:
+            tokens = [_piece(id, piece) for id, piece in zip(answer.ids, answer.pieces, strict=True)]
         info = self._supervisor.info
         n_ctx = None if info is None else info.n_ctx
-        return _json({"tokens": tokens, "count": len(tokens), "max_model_len": n_ctx})
+        return _json(Tokenized(tokens, len(tokens), n_ctx))
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Token ids' text with the names of control tokens, under both names that clients look for; raises ApiError."""
@@ -143,7 +218,7 @@ class InfoApi:
             raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
         answer = await self._ask(lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
         assert isinstance(answer, messages.Text)
-        return _json({"content": answer.text, "prompt": answer.text})
+        return _json(Detokenized(answer.text, answer.text))
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""
@@ -169,36 +244,21 @@ _STATUS = {"ready": "loaded", "loading": "loading", "failed": "failed"}
 """A model's status in llama-server's words, by the phase of its supervisor."""
 
 
-def _card(backend: Backend) -> dict[str, Any]:
-    """A model as clients list it, with its sizes once it has been opened."""
+def _card(backend: Backend) -> ModelCard:
+    """A model as clients list it."""
     model, supervisor, info = backend.model, backend.supervisor, backend.supervisor.info
-    card: dict[str, Any] = {
-        "id": model.id,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "slimoe",
-        "status": {"value": _STATUS.get(supervisor.phase, "unloaded")},
-    }
-    if info is not None:
-        card["max_model_len"] = info.n_ctx
-        card["meta"] = {
-            "n_vocab": info.n_vocab,
-            "n_ctx_train": info.n_ctx_train,
-            "n_params": info.n_params,
-            "size": info.n_bytes,
-        }
-    return card
+    status = ModelStatus(_STATUS.get(supervisor.phase, "unloaded"))
+    if info is None:
+        return ModelCard(model.id, "model", model.created, "slimoe", status)
+    sizes = ModelSizes(info.n_vocab, info.n_ctx_train, info.n_params, info.n_bytes)
+    return ModelCard(model.id, "model", model.created, "slimoe", status, info.n_ctx, sizes)
 
 
-def _with_pieces(answer: messages.Encoded) -> list[dict[str, Any]]:
-    """Each id with its text, or with its bytes where they are no whole text."""
-    tokens = []
-    for id, piece in zip(answer.ids, answer.pieces, strict=True):
-        try:
-            tokens.append({"id": id, "piece": piece.decode()})
-        except UnicodeDecodeError:
-            tokens.append({"id": id, "piece": list(piece)})
-    return tokens
+def _piece(id: int, piece: bytes) -> TokenPiece:
+    try:
+        return TokenPiece(id, piece.decode())
+    except UnicodeDecodeError:
+        return TokenPiece(id, list(piece))
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

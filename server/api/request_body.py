@@ -61,7 +61,7 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     repeat_last_n: LastN | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: msgspec.Raw = msgspec.Raw(b"null")
+    logit_bias: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
     seed: Seed | None = None
     ignore_eos: bool | None = None
 

@@ -152,6 +152,18 @@ class Document(msgspec.Struct, frozen=True):
     verbose: VerboseInfo | UnsetType = msgspec.field(default=UNSET, name="__verbose")
 
 
+class ChatDocument(Document, frozen=True):
+    """A whole chat answer, as it is described."""
+
+    choices: list[ChatChoice]
+
+
+class CompletionDocument(Document, frozen=True):
+    """A whole plain completion, as it is described."""
+
+    choices: list[CompletionChoice]
+
+
 def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
     """The tier counters of an answer by name; empty when the whole model is in memory."""
     if not tiers.counts:

@@ -49,7 +49,7 @@ class ChatApi:
     def endpoints(self) -> list[Endpoint]:
         """The endpoint."""
         path, alias = "/v1/chat/completions", "/chat/completions"
-        return [Endpoint("POST", path, self.handle, ChatRequest, wire.Document, streams=True, aliases=(alias,))]
+        return [Endpoint("POST", path, self.handle, ChatRequest, wire.ChatDocument, streams=True, aliases=(alias,))]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one conversation; raises ApiError."""

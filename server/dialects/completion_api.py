@@ -43,7 +43,8 @@ class CompletionApi:
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoint."""
-        return [Endpoint("POST", "/v1/completions", self.handle, CompletionRequest, wire.Document, streams=True)]
+        answer = wire.CompletionDocument
+        return [Endpoint("POST", "/v1/completions", self.handle, CompletionRequest, answer, streams=True)]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Continues one or many prompts; raises ApiError."""

@@ -88,6 +88,20 @@ MessagesRequest = extended(MessagesBody, UNSUPPORTED)
 CountRequest = extended(ConversationBody, UNSUPPORTED)
 
 
+class MessagesErrorInfo(msgspec.Struct, frozen=True):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class MessagesError(msgspec.Struct, frozen=True):
+    """An error as Anthropic writes it."""
+
+    type: str
+    error: MessagesErrorInfo
+
+
 class MessagesApi:
     """The endpoints' handlers."""
 
@@ -97,10 +111,11 @@ class MessagesApi:
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
         path = "/v1/messages"
-        return [
-            Endpoint("POST", path, self.handle, MessagesRequest, MessageDocument, streams=True, error_body=error_body),
-            Endpoint("POST", f"{path}/count_tokens", self.count, CountRequest, InputTokens, error_body=error_body),
+        endpoints = [
+            Endpoint("POST", path, self.handle, MessagesRequest, MessageDocument, streams=True),
+            Endpoint("POST", f"{path}/count_tokens", self.count, CountRequest, InputTokens),
         ]
+        return [replace(endpoint, error_body=error_body, error=MessagesError) for endpoint in endpoints]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers a conversation as Anthropic's API does; raises ApiError."""
@@ -219,7 +234,7 @@ def error_body(error: ApiError) -> bytes:
         # The words by which Anthropic's clients know that they must shorten the conversation.
         message = f"prompt is too long. {message}"
     kind = _ERRORS.get(error.status, "invalid_request_error")
-    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
+    return msgspec.json.encode(MessagesError("error", MessagesErrorInfo(kind, message)))
 
 
 def _usage(states: Sequence[ChoiceState]) -> MessagesUsage:

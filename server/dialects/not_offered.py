@@ -27,7 +27,7 @@ class NotOfferedApi:
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
         return [
-            Endpoint(method, path, refusing(reason), aliases=aliases)
+            Endpoint(method, path, refusing(reason), aliases=aliases, statuses=(501,))
             for (method, path), (reason, aliases) in REASONS.items()
         ]
 

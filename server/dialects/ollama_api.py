@@ -17,7 +17,8 @@ from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body
 from slimoe.server.api.unsupported_fields import extended
 from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo, from_failure
 from slimoe.server.dialects.ollama_body import CHAT, GENERATE, OllamaBody, OllamaChatBody, OllamaGenerateBody
-from slimoe.server.dialects.ollama_shape import ChatAnswer, GenerateAnswer, OllamaShape, error_body
+from slimoe.server.dialects.ollama_shape import ChatAnswer, GenerateAnswer, OllamaError, OllamaShape, error_body
+from slimoe.server.http.event_stream import LINES
 from slimoe.server.messages import ModelInfo, PromptSource
 from slimoe.server.process.request_handle import EngineFailure
 
@@ -102,10 +103,13 @@ class OllamaApi:
             Endpoint("GET", "/api/tags", self.tags, answer=ModelList),
             Endpoint("GET", "/api/ps", self.ps, answer=ModelList),
             Endpoint("POST", "/api/show", self.show, ShowBody, ShowAnswer),
-            Endpoint("POST", "/api/pull", self.absent, aliases=_ABSENT),
-            Endpoint("DELETE", "/api/delete", self.absent),
+            Endpoint("POST", "/api/pull", self.absent, aliases=_ABSENT, statuses=(501,)),
+            Endpoint("DELETE", "/api/delete", self.absent, statuses=(501,)),
         ]
-        return [replace(endpoint, error_body=error_body) for endpoint in endpoints]
+        return [
+            replace(endpoint, error_body=error_body, error=OllamaError, stream_type=LINES.content_type)
+            for endpoint in endpoints
+        ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """Answers a chat as Ollama does; raises ApiError."""

@@ -151,6 +151,12 @@ class OllamaShape:
         )
 
 
+class OllamaError(msgspec.Struct, frozen=True):
+    """An error as Ollama writes it."""
+
+    error: str
+
+
 def error_body(error: ApiError) -> bytes:
     """An error as Ollama writes it."""
-    return msgspec.json.encode({"error": told(error)})
+    return msgspec.json.encode(OllamaError(told(error)))

@@ -21,7 +21,7 @@ class AppliedTemplate(msgspec.Struct, frozen=True):
     prompt: str
 
 
-class InputTokens(msgspec.Struct, frozen=True):
+class ChatInputTokens(msgspec.Struct, frozen=True):
     """The answer: how many tokens the prompt is."""
 
     input_tokens: int
@@ -39,7 +39,7 @@ class TemplateApi:
         path, alias = "/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"
         return [
             Endpoint("POST", "/apply-template", self.handle, ChatRequest, AppliedTemplate),
-            Endpoint("POST", path, self.count, ChatRequest, InputTokens, aliases=(alias,)),
+            Endpoint("POST", path, self.count, ChatRequest, ChatInputTokens, aliases=(alias,)),
         ]
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -55,7 +55,7 @@ class TemplateApi:
         body, prompt = await self._read(request)
         answer = await self._ask(body, lambda id: messages.Count(id, prompt))
         assert isinstance(answer, messages.Counted)
-        return web.Response(body=msgspec.json.encode(InputTokens(answer.n_tokens)), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(ChatInputTokens(answer.n_tokens)), content_type="application/json")
 
     async def _read(self, request: web.Request) -> tuple[ChatBody, messages.ChatPrompt]:
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)

@@ -19,7 +19,7 @@ LOCAL_NAMES = frozenset({"localhost", "tauri.localhost"})
 KEY_NAMES = frozenset({"key", "api_key", "apikey", "access_token", "token"})
 """Fields of a query in which clients of other services send their key."""
 _SEND_KEY = "Send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."
-PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health"})
+PUBLIC_PATHS = frozenset({"/", "/health", "/v1/health", "/openapi.json", "/docs"})
 PUBLIC_FOLDER = "/page/"
 """The page's files, which hold nothing secret: the page asks for the key and sends it with what it asks the API."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -49,7 +49,7 @@ class AccessRules:
                 raise invalid("The request names no host. Send a Host header.")
             if not self.allows_host(host):
                 raise _forbidden(f"The server does not go by the name {host!r}. Allow it with --allowed-host.")
-        elif request.method != hdrs.METH_OPTIONS and not _is_public(request.path):
+        elif request.method != hdrs.METH_OPTIONS and not is_public(request.path):
             _check_key(request, self.key)
 
     def allows_host(self, host: str) -> bool:
@@ -111,7 +111,8 @@ def host_name(authority: str) -> str | None:
 RULES = web.AppKey("rules", AccessRules)
 
 
-def _is_public(path: str) -> bool:
+def is_public(path: str) -> bool:
+    """Whether everybody may ask for it, even where a key is asked for: nothing secret lies there."""
     return path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
 
 

@@ -112,6 +112,24 @@ class RequestHandle:
         self._on_close(self)
 
 
+class Slots:
+    """Which requests the engine works on at once: each takes the first free place when it begins."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.handles: list[RequestHandle | None] = [None] * n_slots
+
+    def note(self, handle: RequestHandle, answer: Answer) -> None:
+        """Gives a request a place when its answer says that it begins."""
+        if isinstance(answer, Progress) and handle.slot is None and None in self.handles:
+            handle.slot = self.handles.index(None)
+            self.handles[handle.slot] = handle
+
+    def leave(self, handle: RequestHandle) -> None:
+        """Frees a request's place."""
+        if handle.slot is not None:
+            self.handles[handle.slot] = None
+
+
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)

@@ -27,6 +27,7 @@ from slimoe.server.process.request_handle import (
     Hold,
     QueueFullError,
     RequestHandle,
+    Slots,
     always_loaded,
     stopping,
 )
@@ -34,9 +35,7 @@ from slimoe.server.process.watchdog import USUAL_PATIENCE, Patience, Watchdog
 
 Phase = Literal["loading", "ready", "asleep", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
-KILL_SECONDS = 2.0
-MAX_TRIES = 3
-DEFAULT_N_QUEUE = 64
+KILL_SECONDS, MAX_TRIES, DEFAULT_N_QUEUE = 2.0, 3, 64
 
 
 class Supervisor:
@@ -66,8 +65,7 @@ class Supervisor:
         self._unsent: dict[int, messages.Message] = {}
         self._sent: dict[int, messages.Message] = {}
         self._handles: dict[int, RequestHandle] = {}
-        self.slots: list[RequestHandle | None] = [None] * self.n_parallel
-        """Who is worked on, by slot."""
+        self.slots = Slots(self.n_parallel)
         self._pause = 0.0
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
@@ -257,7 +255,7 @@ class Supervisor:
     def _close(self, handle: RequestHandle) -> None:
         if self._handles.pop(handle.id, None) is None:
             return
-        self._leave_slot(handle)
+        self.slots.leave(handle)
         was_sent = self._unsent.pop(handle.id, None) is None
         self._sent.pop(handle.id, None)
         if was_sent and not handle.is_over and self._child is not None:
@@ -265,10 +263,6 @@ class Supervisor:
         self._changed.set()
         if handle.is_work:
             self.on_change()
-
-    def _leave_slot(self, handle: RequestHandle) -> None:
-        if handle.slot is not None:
-            self.slots[handle.slot] = None
 
     async def _launch(self) -> None:
         await asyncio.sleep(self._pause)
@@ -314,9 +308,7 @@ class Supervisor:
                     handle.push(message)
                 self._note_change()
             case _ if handle := self._handles.get(message.id):
-                if isinstance(message, messages.Progress) and handle.slot is None and None in self.slots:
-                    handle.slot = self.slots.index(None)
-                    self.slots[handle.slot] = handle
+                self.slots.note(handle, message)
                 handle.push(message)
                 if handle.is_underway:
                     self._sent.pop(message.id, None)
@@ -399,9 +391,8 @@ class Supervisor:
         for id in ids:
             self._unsent.pop(id, None)
             self._sent.pop(id, None)
-            handle = self._handles.pop(id, None)
-            if handle is not None:
-                self._leave_slot(handle)
+            if handle := self._handles.pop(id, None):
+                self.slots.leave(handle)
                 handle.push(failure(id))
 
     def _note_change(self) -> None:

@@ -72,7 +72,7 @@ class LlamaCompletionApi:
         body = await read_body(request, LlamaCompletionRequest)
         self._generation.unsupported.refuse(body, LLAMA)
         prompts = prompts_of(body.prompt)
-        backend = self._generation.backends.named(body.model)
+        backend = self._generation.backends.named(body.model, body.keep)
         info = await _info(backend)
         sources = [await _source(backend, prompt) for prompt in prompts]
         return await self._answer(request, body, backend, info, sources)
@@ -81,7 +81,7 @@ class LlamaCompletionApi:
         """Fills the gap between two texts, where the model has tokens for that; raises ApiError."""
         body = await read_body(request, InfillRequest)
         self._generation.unsupported.refuse(body, LLAMA)
-        backend = self._generation.backends.named(body.model)
+        backend = self._generation.backends.named(body.model, body.keep)
         info = await _info(backend)
         if info.infill is None:
             message = (

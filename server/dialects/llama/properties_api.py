@@ -14,6 +14,8 @@ from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo
 from slimoe.server.dialects.llama.settings import GenerationSettings, settings_of
 from slimoe.server.process.request_handle import RequestHandle
 
+_QUERY = {"fail_on_no_slot": "With any value the status is 503 when no slot is free."}
+
 
 class DefaultSettings(msgspec.Struct, frozen=True):
     """How an answer is generated when its request does not say."""
@@ -85,7 +87,7 @@ class PropertiesApi:
         """The endpoints."""
         return [
             Endpoint("GET", "/props", self.props, answer=Properties, aliases=("/v1/props",)),
-            Endpoint("GET", "/slots", self.slots, answer=list[Slot]),
+            Endpoint("GET", "/slots", self.slots, answer=list[Slot], statuses=(501, 503), query=_QUERY),
         ]
 
     async def props(self, request: web.Request) -> web.Response:
@@ -118,11 +120,11 @@ class PropertiesApi:
             message = "This server tells nobody of its slots. Start it without --no-slots."
             raise ApiError(501, ErrorInfo(message, UNSUPPORTED, None, "endpoint_off"))
         supervisor = self._backends.current.supervisor
-        if request.query.get("fail_on_no_slot") and None not in supervisor.slots:
+        if request.query.get("fail_on_no_slot") and None not in supervisor.slots.handles:
             message = "No slot is free: as many requests are answered as may be at once."
             raise ApiError(503, ErrorInfo(message, "unavailable_error", None, "no_slot"), headers={"Retry-After": "1"})
         n_ctx = None if supervisor.info is None else supervisor.info.n_ctx
-        slots = [_slot(number, handle, n_ctx) for number, handle in enumerate(supervisor.slots)]
+        slots = [_slot(number, handle, n_ctx) for number, handle in enumerate(supervisor.slots.handles)]
         return web.Response(body=msgspec.json.encode(slots), content_type="application/json")
 
 

@@ -75,7 +75,7 @@ async def test_slots_tell_what_is_worked_on(model: Path) -> None:
             assert all(slot["n_prompt_tokens"] == slot["n_prompt_tokens_processed"] > 0 for slot in slots)
             status, document = await get(server, "/slots?fail_on_no_slot=1")
             assert (status, document["error"]["code"]) == (503, "no_slot")
-        await until(lambda: server.supervisor.slots == [None, None])
+        await until(lambda: server.supervisor.slots.handles == [None, None])
 
 
 async def test_slots_can_be_kept_to_oneself(model: Path) -> None:
@@ -106,5 +106,5 @@ async def test_a_crash_frees_the_slots(model: Path) -> None:
     async with live_server(model) as server, aiohttp.ClientSession() as session:
         async with session.post(f"{server.url}/completion", json={"prompt": "abort"}) as response:
             assert response.status == 500
-        assert server.supervisor.slots == [None]
+        assert server.supervisor.slots.handles == [None]
         await asyncio.wait_for(server.supervisor.wait_ready(), 30)
