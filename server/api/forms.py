@@ -24,7 +24,7 @@ _NO_TAGS = "This server holds answers to JSON schemas, regular expressions, choi
 class NamedSchema(msgspec.Struct):
     """`response_format.json_schema`; with or without `strict` the schema is followed."""
 
-    schema: Schema = NO_SCHEMA
+    schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
@@ -35,7 +35,7 @@ class ResponseFormat(msgspec.Struct):
 
     type: str
     json_schema: NamedSchema | None = None
-    schema: Schema = NO_SCHEMA
+    schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     pattern: str | None = None
     grammar: str | None = None
 
@@ -43,12 +43,12 @@ class ResponseFormat(msgspec.Struct):
 class StructuredOutputs(msgspec.Struct):
     """`structured_outputs`, as vLLM has it: one of its fields."""
 
-    json: Schema = NO_SCHEMA
+    json: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: msgspec.Raw = NO_SCHEMA
+    structural_tag: msgspec.Raw = msgspec.field(default_factory=lambda: NO_SCHEMA)
     whitespace_pattern: str | None = None
 
 

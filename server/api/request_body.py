@@ -114,8 +114,8 @@ class GenerationBody(SamplingBody, kw_only=True):
     ttl: float | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None
-    json_schema: Schema = NO_SCHEMA
-    guided_json: Schema = NO_SCHEMA
+    json_schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    guided_json: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     guided_json_object: bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
