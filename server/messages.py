@@ -348,6 +348,7 @@ class Rebudgeted(Message, frozen=True):
     is_kept: bool
     notes: tuple[str, ...]
     memory: dict[str, int]
+    counters: dict[str, float]
     snapshot: Snapshot
 
 
@@ -356,8 +357,8 @@ def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
     return msgspec.structs.replace(info, notes=(*info.notes, *notes))
 
 
-def with_figures(info: ModelInfo, done: Done) -> ModelInfo:
-    """Brings the memory held and the tier counters up to date after a generation."""
+def with_figures(info: ModelInfo, done: Done | Rebudgeted) -> ModelInfo:
+    """Brings the memory held and the tier counters up to date."""
     return msgspec.structs.replace(info, memory=done.memory, counters=done.counters)
 
 

@@ -181,7 +181,9 @@ class EngineProcess:
         ram = memory.ram if order.ram is None else order.ram
         vram = devices.vram if order.vram is None else order.vram
         done = engine.rebudget(ram, vram, order.held_bytes, tell)
-        return messages.Rebudgeted(order.id, ram, vram, *done, engine.notes, engine.memory(), engine.snapshot())
+        return messages.Rebudgeted(
+            order.id, ram, vram, *done, engine.notes, engine.memory(), engine.counters(), engine.snapshot()
+        )
 
     def _cancel(self, message: messages.Cancel) -> None:
         job = self._jobs.get(message.id)

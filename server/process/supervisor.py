@@ -284,6 +284,9 @@ class Supervisor:
         self._watchdog.note(message)
         if self.phase == "asleep":
             return
+        if isinstance(message, messages.Rebudgeted):
+            # Also where nobody waits for the answer any more.
+            self.config = changed(self.config, {"ram": message.ram, "vram": message.vram})
         match message:
             case messages.Loading():
                 self.progress = message
@@ -299,20 +302,12 @@ class Supervisor:
                 self._note_change()
             case messages.Failure(id=0):
                 self.failure = message
-            case messages.Rebudgeted(id, ram, vram, memory=memory):
-                # Also where nobody waits for the answer any more.
-                self.config = changed(self.config, {"ram": ram, "vram": vram})
-                self.info = None if self.info is None else msgspec.structs.replace(self.info, memory=memory)
-                self._sent.pop(id, None)
-                if handle := self._handles.get(id):
-                    handle.push(message)
-                self._note_change()
             case _ if handle := self._handles.get(message.id):
                 self.slots.note(handle, message)
                 handle.push(message)
                 if handle.is_underway:
                     self._sent.pop(message.id, None)
-                if isinstance(message, messages.Done):
+                if isinstance(message, messages.Done | messages.Rebudgeted):
                     self._pause = 0.0
                     self.info = None if self.info is None else messages.with_figures(self.info, message)
                     self.on_change()
