@@ -90,6 +90,7 @@ export function advice(error) {
     return "Edit an earlier message, begin a new conversation, lower the answer's limit in Settings, or start the server with a larger --ctx.";
   if (error.status === 401) return "Enter the key that the server was started with.";
   if (error.status === 403) return "Open the page under an address that the server allows: see --allowed-host and --allowed-origin.";
+  if (error.code === "settings") return "Change it in Settings.";
   if (error.code === "insufficient_memory") return "Start the server with a larger --ram, or a smaller model or --ctx.";
   if (error.status === 429) return "Others are being answered. Try again in a moment.";
   if (error.code === "broken_off") return "The part that arrived is kept. Continue it, or ask again.";

@@ -139,6 +139,10 @@ class Columns {
       this.settle(name);
     }
     document.body.addEventListener("show-chat", () => this.closeOver());
+    // The chat is inert while something covers it, so that a click on it comes here.
+    document.querySelector(".columns").addEventListener("click", (event) => {
+      if (!event.target.closest("#list, #machine")) this.closeOver();
+    });
   }
 
   settle(name) {
@@ -149,6 +153,7 @@ class Columns {
     if (this.wide[name].matches) choices.set(`column.${name}`, isShown);
     else if (isShown) this.closeOver();
     this.apply(name, isShown);
+    if (isShown && !this.wide[name].matches) byId(name).querySelector("button, input:checked")?.focus();
   }
 
   apply(name, isShown) {

@@ -11,6 +11,7 @@ import { TurnView, fit } from "./turn.js";
 const NEAR_END = 80;
 const SAVE_MS = 1000;
 const NEW = "new";
+const touch = matchMedia("(hover: none) and (pointer: coarse)");
 
 /** A conversation without messages, with the settings that were chosen last. */
 function fresh() {
@@ -42,7 +43,8 @@ export class Chat {
       this.send();
     });
     this.prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      // On a touch screen Enter begins a line: there is no other key for it.
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches) {
         event.preventDefault();
         this.send();
       } else if (event.key === "ArrowUp" && !this.prompt.value) {
@@ -94,8 +96,16 @@ export class Chat {
     document.title = this.isNew ? "slimoe" : `${current.title} · slimoe`;
     byId("conversation-actions").hidden = this.isNew;
     byId("empty").hidden = current.messages.length > 0;
-    this.views = current.messages.map((message, index) => this.view(message, index));
-    byId("messages").replaceChildren(...this.views.map((view) => view.node));
+    // What did not change keeps its element, and with it selections, open folds and scrolling.
+    const known = new Map(this.views.map((view) => [view.message, view]));
+    this.views = current.messages.map((message, index) => {
+      const actions = this.actions(message, index);
+      return known.get(message)?.renew(actions) ?? new TurnView(message, index, actions);
+    });
+    const list = byId("messages");
+    for (const [index, view] of this.views.entries())
+      if (list.children[index] !== view.node) list.insertBefore(view.node, list.children[index] ?? null);
+    while (list.children.length > this.views.length) list.lastChild.remove();
     this.showRunning();
     if (this.isRunning) this.views.at(-1)?.update(true);
     this.onchange();
@@ -106,16 +116,16 @@ export class Chat {
     byId("stop").hidden = !this.isRunning;
   }
 
-  view(message, index) {
+  actions(message, index) {
     const isLast = index === this.current.messages.length - 1;
-    return new TurnView(message, index, {
+    return {
       copy: async () => say((await copied(message.content)) ? "Copied." : "The browser did not let it be copied."),
       edit: () => this.edit(index),
       again: () => this.again(index),
       go_on: isLast && (() => this.answer()),
       retry: isLast && (() => this.again(index)),
       results: isLast && ((texts) => this.giveResults(message, texts)),
-    });
+    };
   }
 
   toEnd(isAsked = false) {

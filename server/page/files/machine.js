@@ -207,7 +207,7 @@ export class Machine {
     const whole = Math.max(measured ?? 0, predicted ?? 0, most ?? 0) * 1.04;
     const told = predicted
       ? `${number(predicted, 1)} predicted, at most ${number(most, 1)}: ${BOUNDS[bound] ?? bound} sets the limit.`
-      : "No prediction: slimoe plan has not measured this machine for this model.";
+      : "Nothing is predicted: slimoe plan has not measured this machine for this model.";
     const scale = el("div", { class: "scale-bar", "aria-hidden": "true" }, el("span", { class: "scale-fill" }));
     scale.firstChild.style.width = `${(100 * (measured ?? 0)) / whole}%`;
     for (const [value, name] of [[predicted, "predicted"], [most, "most"]]) {
@@ -216,11 +216,8 @@ export class Machine {
       tick.style.left = `${(100 * value) / whole}%`;
       scale.append(tick);
     }
-    this.speed.replaceChildren(
-      el("p", { class: "big" }, measured ? number(measured, 1) : "–", el("span", { class: "unit" }, " tokens/s")),
-      scale,
-      el("p", { class: "note" }, told),
-    );
+    const big = el("p", { class: "big" }, measured ? number(measured, 1) : "–", el("span", { class: "unit" }, " tokens/s"));
+    this.speed.replaceChildren(big, ...(predicted ? [scale] : []), el("p", { class: "note" }, told));
   }
 
   showMemory() {

@@ -86,7 +86,7 @@ function render({ kind, lines }, depth = 0) {
     case "heading": {
       const [, marks, text = ""] = HEADING.exec(lines[0]);
       // The page's own headings come first.
-      return el(`h${Math.min(6, marks.length + 3)}`, { class: `h${marks.length}` }, inline(text));
+      return el(`h${Math.min(6, marks.length + 2)}`, { class: `h${marks.length}` }, inline(text));
     }
     case "rule":
       return el("hr");

@@ -22,6 +22,8 @@ const TEXTS = [
   ["tools", "Tools", "a JSON list of functions, as OpenAI's API has them; you give their results", 3],
 ];
 
+const MOST_TOLD = 2;
+
 /** The fields of a request's body; raises Error for text that should be JSON and is none. */
 export function bodyOf(settings) {
   const body = {};
@@ -39,19 +41,16 @@ function json(text, what) {
   try {
     return JSON.parse(text);
   } catch (error) {
-    throw new Error(`${what} is no JSON (${error.message}).`);
+    throw Object.assign(new Error(`${what} is no JSON (${error.message}).`), { code: "settings" });
   }
 }
 
 /** What differs from the server's defaults, in a few words. */
 export function summary(settings) {
-  const parts = [];
-  if (settings.system) parts.push("system prompt");
-  if (settings.temperature !== undefined) parts.push(`temperature ${settings.temperature}`);
-  if (settings.schema) parts.push("schema");
-  if (settings.tools) parts.push("tools");
-  const n = FIELDS.filter(([name]) => name !== "temperature" && settings[name] !== undefined).length + (settings.stop ? 1 : 0);
-  if (n) parts.push(`${n} more`);
+  const parts = TEXTS.filter(([name]) => settings[name]).map(([, label]) => label.toLowerCase());
+  for (const [name, label] of FIELDS) if (settings[name] !== undefined) parts.push(`${label.toLowerCase()} ${settings[name]}`);
+  const rest = parts.splice(MOST_TOLD);
+  if (rest.length) parts.push(`${rest.length} more`);
   return parts.length ? `: ${parts.join(", ")}` : "";
 }
 

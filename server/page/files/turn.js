@@ -39,6 +39,14 @@ export class TurnView {
     this.update(false);
   }
 
+  /** Takes what can be done with the message now. */
+  renew(actions) {
+    this.actions = actions;
+    if (!actions.results) this.calls.replaceChildren();
+    this.update(false);
+    return this;
+  }
+
   /** Shows what the message has become; `isWriting` while more of it arrives. */
   update(isWriting) {
     const { message } = this;

@@ -159,6 +159,8 @@ async def browser(downloads: Path) -> AsyncIterator[Browser]:
                     assert response.status == 200, value["message"]
                 one = Browser(http, f"{base}/{value['sessionId']}")
                 try:
+                    # Away from the page that a new window shows, which asks for many things.
+                    await one.go("about:blank")
                     yield one
                 finally:
                     async with http.delete(one.session):
