@@ -148,6 +148,7 @@ class OllamaApi:
         info = await _load(backend)
         facts = {
             "general.architecture": info.architecture,
+            "general.basename": backend.model.id,
             "general.parameter_count": info.n_params,
             f"{info.architecture}.context_length": info.n_ctx,
         }

@@ -272,6 +272,24 @@ async def test_errors_before_the_endpoint(model: Path, server: LiveServer, post:
                     assert response.status == 200
 
 
+async def test_a_full_queue_and_silence(model: Path) -> None:
+    options = LiveOptions(n_queue=0, ping_seconds=0.02)
+    async with (
+        live_server(model, options) as server,
+        aiohttp.ClientSession() as session,
+        session.post(server.url + PATH, json=asking("slowly", stream=True)) as first,
+    ):
+        assert (await first.content.readline()).startswith(b"event: message_start")
+        async with session.post(server.url + PATH, json=ASK) as second:
+            assert (second.status, second.headers["Retry-After"]) == (429, "2")
+            assert (await second.json())["error"]["type"] == "rate_limit_error"
+        async with session.post(f"{server.url}/api/chat", json={"messages": HI}) as second:
+            assert (second.status, (await second.json()).keys()) == (429, {"error"})
+        while await first.content.readline() != b"event: ping\n":
+            pass
+        assert await first.content.readline() == b'data: {"type":"ping"}\n'
+
+
 async def test_an_answer_that_breaks_off(events: Events) -> None:
     named = await events(PATH, asking("bug"))
     assert [name for name, _ in named] == ["message_start", "error"]
