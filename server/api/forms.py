@@ -69,9 +69,15 @@ class FormFields(Protocol):
     lark: str | None
 
 
-def constraint_of(body: FormFields) -> Constraint | None:
-    """The form that a body asks for, None for plain text; raises ApiError for two of them and for what is none."""
-    found = [*_forms(body), *_guided_forms(body)]
+FORM_FIELDS = tuple(FormFields.__annotations__)
+
+
+def constraint_of(body: FormFields, own: Constraint | None = None) -> Constraint | None:
+    """The form that a body asks for, None for plain text; raises ApiError for two of them and for what is none.
+
+    `own` is the form in a field that the dialect alone has.
+    """
+    found = [*filter(None, (own,)), *_forms(body), *_guided_forms(body)]
     if len(found) > 1:
         first, second = found[0].param, found[1].param
         raise invalid(f"{first} and {second} both give the answer's form. Send one of them.", second)

@@ -50,7 +50,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class SamplingBody(msgspec.Struct, kw_only=True):
-    """The fields that every dialect chooses tokens by, with the spellings that clients use."""
+    """The fields that every dialect chooses tokens by, with the spellings that clients use, and forms of answers."""
 
     temperature: NonNegative | None = None
     top_k: TopK | None = None
@@ -64,6 +64,18 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     logit_bias: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"null"))
     seed: Seed | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    json_schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    guided_json: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    lark: str | None = None
 
     def sampling(self) -> SamplingParams:
         """How to choose tokens; what the client leaves open takes the defaults. Raises ApiError."""
@@ -112,18 +124,6 @@ class GenerationBody(SamplingBody, kw_only=True):
     timings_per_token: bool | None = None
     keep_alive: float | str | None = None
     ttl: float | None = None
-    response_format: ResponseFormat | None = None
-    grammar: str | None = None
-    json_schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
-    guided_json: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
-    guided_json_object: bool | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    structured_outputs: StructuredOutputs | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    lark: str | None = None
     verbose: bool | None = None
 
     @property

@@ -16,7 +16,7 @@ from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.shape import usage_of
 from slimoe.server.api.unsupported_fields import extended
-from slimoe.server.api_error import ApiError, unsupported
+from slimoe.server.api_error import ApiError
 from slimoe.server.dialects.conversation import json_object, told
 from slimoe.server.dialects.messages_body import UNSUPPORTED, ConversationBody, MessagesBody, chat_prompt
 from slimoe.server.http.event_stream import NAMED_EVENTS, named_event
@@ -121,11 +121,16 @@ class MessagesApi:
         """Answers a conversation as Anthropic's API does; raises ApiError."""
         body = await read_body(request, MessagesRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, UNSUPPORTED)
-        if body.answer_format() is not None:
-            raise unsupported("This server cannot hold an answer to a schema.", "output_config.format")
         stops = stop_strings(body.stop_sequences, "stop_sequences")
         backend = self._generation.backends.named(body.model)
-        wanted = GenerationRequest((), body.max_tokens, body.sampling(), stops, bool(body.ignore_eos))
+        wanted = GenerationRequest(
+            prompt_ids=(),
+            max_tokens=body.max_tokens,
+            sampling=body.sampling(),
+            stop=stops,
+            ignore_eos=bool(body.ignore_eos),
+            constraint=body.constraint(),
+        )
         choices = [Choice(chat_prompt(body), wanted)]
         shape = MessagesShape(backend.model.id, stops)
         if body.stream:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from slimoe.offload.text.generation import Constraint
+from slimoe.server.api.forms import ResponseFormat, Schema, constraint_of, format_constraint
 from slimoe.server.api.request_body import SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
@@ -26,7 +28,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "stop": Unsupported("What ends an answer is given in stop_sequences."),
     "max_completion_tokens": Unsupported("The limit of an answer is called max_tokens."),
     "n": Unsupported("There is one answer to a conversation.", (None, 1)),
-    "response_format": Unsupported("The form of an answer is given in output_config.format."),
 }
 
 
@@ -79,7 +80,7 @@ class OutputFormat(msgspec.Struct):
     """The JSON schema that the answer is held to."""
 
     type: Literal["json_schema"]
-    schema: dict[str, Any]
+    schema: Schema
 
 
 class OutputConfig(msgspec.Struct):
@@ -101,9 +102,13 @@ class ConversationBody(SamplingBody, kw_only=True):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
 
-    def answer_format(self) -> OutputFormat | None:
-        """The form of the answer, in its newer or older place."""
-        return (self.output_config and self.output_config.format) or self.output_format
+    def constraint(self) -> Constraint | None:
+        """The form of the answer, given in its newer place or its older one; raises ApiError."""
+        newer, older = self.output_config and self.output_config.format, self.output_format
+        given, param = (newer, "output_config.format") if newer else (older, "output_format")
+        if given is None:
+            return constraint_of(self)
+        return constraint_of(self, format_constraint(ResponseFormat(given.type, schema=given.schema), param))
 
 
 class MessagesBody(ConversationBody, kw_only=True):

@@ -7,9 +7,10 @@ import msgspec
 from msgspec import Meta
 
 from slimoe.offload.text.generation import GenerationRequest
+from slimoe.server.api.forms import FORM_FIELDS, NO_SCHEMA, Schema, constraint_of, object_constraint, schema_constraint
 from slimoe.server.api.request_body import Defaults, LogprobCount, SamplingBody, decoded, keep_seconds, stop_strings
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, UnsupportedFields, extended
-from slimoe.server.api_error import invalid, unsupported
+from slimoe.server.api_error import invalid
 from slimoe.server.dialects.conversation import json_text, not_text
 from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Tool, Turn
 
@@ -19,7 +20,7 @@ _ONE = Unsupported("There is one answer to a request.", (None, 1))
 _BESIDES: Mapping[str, Unsupported] = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "stop"), _OPTION),
     "n": _ONE,
-    "response_format": Unsupported("The form of an answer is given in format."),
+    **dict.fromkeys(FORM_FIELDS, Unsupported("The form of an answer is given in format.")),
     "tool_choice": Unsupported("Ollama's API has none: the model decides.", (None, "auto")),
 }
 _OWN = ("format", "options", "system")
@@ -98,7 +99,7 @@ class OllamaBody(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     options: dict[str, Any] | None = None
-    format: str | dict[str, Any] | None = None
+    format: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     stream: bool | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: float | str | None = None
@@ -120,8 +121,8 @@ class OllamaBody(msgspec.Struct, kw_only=True):
         options = decoded(msgspec.json.encode(self.options or {}), _Options, "options")
         fields.refuse(options, OPTIONS)
         defaults.fill(options)
-        if self.format:
-            raise unsupported("This server cannot hold an answer to a form.", "format")
+        is_any = bytes(self.format) == b'"json"'
+        own = object_constraint("format") if is_any else schema_constraint(self.format, "format")
         limit = defaults.max_tokens if options.num_predict is None else options.num_predict
         return GenerationRequest(
             prompt_ids=(),
@@ -130,6 +131,7 @@ class OllamaBody(msgspec.Struct, kw_only=True):
             stop=stop_strings(options.stop, "options.stop"),
             ignore_eos=bool(options.ignore_eos),
             n_logprobs=self.n_logprobs,
+            constraint=constraint_of(options, own),
         )
 
     def values(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.unsupported_fields import extended
-from slimoe.server.api_error import unsupported
 from slimoe.server.dialects.responses_body import (
     UNSUPPORTED,
     InputBody,
@@ -54,8 +53,6 @@ class ResponsesApi:
         """Answers a conversation of items as OpenAI's Responses do; raises ApiError."""
         body = await read_body(request, ResponsesRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, UNSUPPORTED)
-        if body.text is not None and body.text.format is not None and body.text.format.type != "text":
-            raise unsupported("This server cannot hold an answer to a schema.", "text.format")
         backend = self._generation.backends.named(body.model)
         wanted = GenerationRequest(
             prompt_ids=(),
@@ -64,6 +61,7 @@ class ResponsesApi:
             stop=stop_strings(body.stop),
             ignore_eos=bool(body.ignore_eos),
             n_logprobs=body.n_logprobs,
+            constraint=body.constraint(),
         )
         choices = [Choice(chat_prompt(body), wanted)]
         shape = ResponsesShape(

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from slimoe.offload.text.generation import Constraint
+from slimoe.server.api.forms import ResponseFormat, constraint_of, format_constraint
 from slimoe.server.api.request_body import LogprobCount, SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
@@ -24,7 +26,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "prompt": Unsupported("This server has no prompts of its own. Send the text as instructions."),
     "messages": Unsupported("The conversation is called input."),
     "n": Unsupported("There is one answer to a conversation.", (None, 1)),
-    "response_format": Unsupported("The form of an answer is given in text.format."),
     "functions": Unsupported("Functions are given in tools."),
     "moderation": Unsupported("This server judges no texts."),
 }
@@ -124,6 +125,14 @@ class ResponsesBody(InputBody, kw_only=True):
     user: str | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
+
+    def constraint(self) -> Constraint | None:
+        """The form of the answer; raises ApiError."""
+        given = self.text and self.text.format
+        if not given:
+            return constraint_of(self)
+        schema = msgspec.Raw(msgspec.json.encode(given.schema))
+        return constraint_of(self, format_constraint(ResponseFormat(given.type, schema=schema), "text.format"))
 
     @property
     def n_logprobs(self) -> int | None:
