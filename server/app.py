@@ -8,6 +8,7 @@ from slimoe.server.api.backends import Backends
 from slimoe.server.api.events_api import EventsApi
 from slimoe.server.api.generation_api import PING_SECONDS, GenerationApi
 from slimoe.server.api.info_api import InfoApi
+from slimoe.server.api.loading_api import LoadingApi
 from slimoe.server.api.memory_api import MemoryApi
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import DEFAULTS, Defaults
@@ -60,6 +61,7 @@ def init_app(config: AppConfig, backends: Backends) -> web.Application:
         TemplateApi(generation),
         InfoApi(backends, metrics),
         MemoryApi(backends),
+        LoadingApi(backends),
         LlamaCompletionApi(generation),
         PropertiesApi(backends, config.defaults, shows_slots=config.shows_slots),
         NotOfferedApi(),

@@ -55,10 +55,11 @@ FLOORS = {
         {"chat", "http", "page"},
         {"watch"},
         {"process", "terminal"},
+        {"models"},
         {"api", "jobs"},
         {"description", "dialects"},
         {"app"},
-        {"serving"},
+        {"offer", "serving"},
         {"commands"},
     ),
     "bench": (

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimoe.server.api.served_model import ServedModel
-from slimoe.server.api_error import ApiError, not_found
+from slimoe.server.api_error import ApiError, from_failure, not_found
+from slimoe.server.messages import Failure
 from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import Supervisor
 
@@ -39,12 +40,23 @@ class Backends:
         return list(self._by_name.values())
 
     def named(self, name: str | None, keep: float | None = None) -> Backend:
-        """The model that a request asks for; raises ApiError for one that is not served."""
-        if not self._are_named or not name:
-            return replace(self.current, keep=keep)
-        if name not in self._by_name:
+        """The model that a request asks for; raises ApiError for one that is not served or cannot be opened."""
+        if self._are_named and name and name not in self._by_name:
             raise self.unknown(name)
-        return replace(self._by_name[name], keep=keep)
+        backend = self._by_name[name] if self._are_named and name else self.current
+        plan = backend.model.plan
+        if plan is not None and not plan.fits and backend is not self.default:
+            # Told before another model has to go for it.
+            raise from_failure(
+                Failure(
+                    0,
+                    "does_not_fit" if plan.required_bytes else "model",
+                    f"The model {backend.model.id!r} could not be opened when the server was started: {plan.problem}",
+                    required_bytes=plan.required_bytes,
+                    available_bytes=plan.available_bytes,
+                )
+            )
+        return replace(backend, keep=keep)
 
     def unknown(self, name: str) -> ApiError:
         """The answer to who asks for a model that is not served."""

@@ -57,16 +57,19 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
 
 class ModelSizes(msgspec.Struct, frozen=True):
-    """What is known of a model that has been opened."""
+    """What is known of a model; all but the bytes of its files once it has been opened."""
 
-    n_vocab: int
-    n_ctx_train: int
-    n_params: int
     size: int
+    n_vocab: int | UnsetType = UNSET
+    n_ctx_train: int | UnsetType = UNSET
+    n_params: int | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """A model that is offered; its sizes are known once it has been opened."""
+    """A model that is offered; its sizes are known once it has been opened.
+
+    Of a model in a folder the plan tells whether it `fits`, and the `problem` if it does not or cannot be opened.
+    """
 
     id: str
     object: str
@@ -75,6 +78,9 @@ class ModelCard(msgspec.Struct, frozen=True):
     status: ModelStatus
     max_model_len: int | UnsetType = UNSET
     meta: ModelSizes | UnsetType = UNSET
+    fits: bool | UnsetType = UNSET
+    required_bytes: int | UnsetType | None = UNSET
+    problem: str | UnsetType | None = UNSET
 
 
 class OfferedModels(msgspec.Struct, frozen=True):
@@ -247,11 +253,27 @@ _STATUS = {"ready": "loaded", "loading": "loading", "failed": "failed"}
 def _card(backend: Backend) -> ModelCard:
     """A model as clients list it."""
     model, supervisor, info = backend.model, backend.supervisor, backend.supervisor.info
-    status = ModelStatus(_STATUS.get(supervisor.phase, "unloaded"))
-    if info is None:
-        return ModelCard(model.id, "model", model.created, "slimoe", status)
-    sizes = ModelSizes(info.n_vocab, info.n_ctx_train, info.n_params, info.n_bytes)
-    return ModelCard(model.id, "model", model.created, "slimoe", status, info.n_ctx, sizes)
+    sizes: ModelSizes | UnsetType = UNSET
+    if info is not None:
+        sizes = ModelSizes(info.n_bytes, info.n_vocab, info.n_ctx_train, info.n_params)
+    elif model.n_bytes is not None:
+        sizes = ModelSizes(model.n_bytes)
+    card = ModelCard(
+        model.id,
+        "model",
+        model.created,
+        "slimoe",
+        ModelStatus(_STATUS.get(supervisor.phase, "unloaded")),
+        UNSET if info is None else info.n_ctx,
+        sizes,
+    )
+    plan = model.plan
+    if plan is None:
+        return card
+    n_ctx = card.max_model_len or plan.n_ctx or UNSET
+    return msgspec.structs.replace(
+        card, max_model_len=n_ctx, fits=plan.fits, required_bytes=plan.required_bytes or None, problem=plan.problem
+    )
 
 
 def _piece(id: int, piece: bytes) -> TokenPiece:

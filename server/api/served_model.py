@@ -6,17 +6,24 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slimoe.server.models.plans import PlannedModel
+
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """`id` is the name in every answer; requests may name the model as they like."""
+    """`id` is the name in every answer.
+
+    Of a model in a folder the bytes of its files are known, and the plan that was made before anything was loaded.
+    """
 
     id: str
     path: Path
     version: str
     created: int = field(default_factory=lambda: int(time.time()))
+    n_bytes: int | None = None
+    plan: PlannedModel | None = None
 
     @property
     def fingerprint(self) -> str:

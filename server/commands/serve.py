@@ -14,21 +14,18 @@ import msgspec
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
-from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.request_body import Defaults
-from slimoe.server.api.served_model import ServedModel, model_id
 from slimoe.server.app import AppConfig
 from slimoe.server.http.accepting import connection_limits, open_file_limit
 from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
+from slimoe.server.offer import Offer
 from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
-from slimoe.server.process.pool import Pool
-from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
+from slimoe.server.process.supervisor import DEFAULT_N_QUEUE
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
 
@@ -51,6 +48,8 @@ class ServeOptions:
     exit_with_parent: bool
     grace: float
     idle_unload: float | None
+    models: Path | None
+    models_max: int
     slots: bool
     n_predict: int | None
 
@@ -127,13 +126,27 @@ class Duration(click.ParamType[float | None]):
     help="Give the model's memory back when nobody has asked for it for so long, such as 10m; the next request loads "
     "it again (default: off).",
 )
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Offer the GGUF files of a folder, each loaded when a request names it.",
+)
+@click.option(
+    "--models-max",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Most models of --models that are loaded at once, in the memory of --ram.",
+)
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
     Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
     standard output; everything else goes to standard error.
     """
-    engine = engine_config(values, serving_bytes())
+    has_model = values["model"] is not None or values["models"] is None
+    engine = engine_config({**values, "model": values["model"] if has_model else values["models"]}, serving_bytes())
     # Named so that the engine's process finds the files wherever it runs.
     path, trace = engine.model.absolute(), None if engine.trace is None else engine.trace.absolute()
     engine = replace(engine, model=path, trace=trace)
@@ -142,7 +155,6 @@ def command(values: Mapping[str, Any]) -> None:
         version = metadata.version("slimoe")
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         version = "unknown"
-    served = ServedModel(model_id(path, options.alias), path, version)
     rules = AccessRules(
         _key(options),
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
@@ -152,13 +164,23 @@ def command(values: Mapping[str, Any]) -> None:
     log_to_stderr()
     defaults = Defaults(sampling_params(values), options.n_predict)
     config = AppConfig(rules, has_page=not options.no_page, defaults=defaults, shows_slots=options.slots)
-    asyncio.run(serve_model(config, served, engine, options))
+    offer = Offer(
+        engine,
+        version,
+        options.alias,
+        options.models,
+        has_model,
+        options.models_max,
+        options.idle_unload,
+        options.n_queue,
+    )
+    asyncio.run(serve_models(config, offer, options))
 
 
-async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfig, options: ServeOptions) -> None:
-    """Serves one model until the server ends, and prints its address once it is ready."""
-    supervisor = Supervisor(engine, options.n_queue)
-    backends = Backends([Backend(model, supervisor)], Pool({supervisor: 0}, idle_seconds=options.idle_unload))
+async def serve_models(config: AppConfig, offer: Offer, options: ServeOptions) -> None:
+    """Serves what is offered until the server ends, and prints its address once it is ready."""
+    backends = await offer.backends()
+    model = backends.default.model
 
     def say_ready(address: Address, info: ModelInfo | None) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
@@ -171,8 +193,10 @@ async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfi
             "version": model.version,
             "model": model.id,
         }
+        names = [backend.model.id for backend in backends.all()]
         context = "" if info is None else f" (context {info.n_ctx})"
-        tell(f"Serving {model.id}{context} at {url}/v1, Ctrl-C ends.")
+        others = "" if len(names) < 2 else f" and {len(names) - 1} more on request"
+        tell(f"Serving {model.id}{context}{others} at {url}/v1, Ctrl-C ends.")
         print(json.dumps(ready), flush=True)
 
     address = Address(options.host, options.port)
@@ -181,6 +205,7 @@ async def serve_model(config: AppConfig, model: ServedModel, engine: EngineConfi
         backends,
         address,
         say_ready,
+        starts_asleep=not offer.has_model,
         exits_with_parent=options.exit_with_parent,
         grace=options.grace,
         limits=connection_limits(options.max_connections, open_file_limit()),

@@ -61,6 +61,8 @@ class LiveOptions:
     held_bytes: Callable[[], int] = private_bytes
     idle_seconds: float | None = None
     n_most: int = 1
+    needs: Mapping[str, int] = field(default_factory=dict)
+    total_bytes: int | None = None
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
@@ -76,7 +78,8 @@ async def live_server(
         engine = replace(options.engine, model=place)
         supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
         served.append(Backend(ServedModel(name, place, "1.2.3"), supervisor))
-    pool = Pool({one.supervisor: 0 for one in served}, options.n_most, options.idle_seconds)
+    needs = {one.supervisor: options.needs.get(one.model.id, 0) for one in served}
+    pool = Pool(needs, options.n_most, options.idle_seconds, options.total_bytes)
     backends = Backends(served, pool, are_named=bool(others))
     config = AppConfig(
         options.rules,

@@ -307,3 +307,33 @@ async def test_many_at_once_for_many_models(model: Path, others: dict[str, Path]
         assert [body["model"] for _, body in answers] == names
         assert len(awake(supervisors)) == 1
         assert all(one.n_busy == one.n_admitted == 0 for one in supervisors.values())
+
+
+async def test_as_many_are_loaded_as_the_budget_holds(model: Path, others: dict[str, Path]) -> None:
+    options = LiveOptions(n_most=3, needs={"tiny": 40, "second": 50, "third": 60}, total_bytes=100)
+    async with live_server(model, options, others) as server, aiohttp.ClientSession(server.url) as session:
+        supervisors = {backend.model.id: backend.supervisor for backend in server.backends.all()}
+        await asked(session, model="second")
+        assert awake(supervisors) == ["tiny", "second"]
+        await asked(session, model="third")
+        assert awake(supervisors) == ["third"]
+        await asked(session, model="second")
+        assert awake(supervisors) == ["second"]
+        await asked(session, model="tiny")
+        assert awake(supervisors) == ["tiny", "second"]
+
+
+async def test_loading_and_unloading_by_hand(model: Path, others: dict[str, Path]) -> None:
+    async with several(model, others) as (supervisors, session):
+        async with session.post("/models/load", json={"model": "second"}) as response:
+            assert (response.status, await response.json()) == (200, {"success": True})
+        await until(lambda: awake(supervisors) == ["second"])
+        async with session.post("/v1/completions", json={"prompt": "slowly", "stream": True}) as stream:
+            await stream.content.readline()
+            async with session.post("/models/unload", json={"model": "second"}) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (409, "model_busy")
+        await until(lambda: supervisors["second"].n_admitted == 0)
+        async with session.post("/models/unload", json={"model": "second"}) as response:
+            assert (response.status, supervisors["second"].phase) == (200, "asleep")
+        async with session.post("/models/load", json={"model": "nothing"}) as response:
+            assert response.status == 404
