@@ -7,7 +7,6 @@ go to the next one. Requests that come while the model is being opened wait for 
 
 import asyncio
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -22,6 +21,7 @@ from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
 from slimoe.server.log_format import log_text
 from slimoe.server.process.engine_child import COMMAND, EngineChild, how_it_ended
+from slimoe.server.process.outbox import Outbox
 from slimoe.server.process.request_handle import (
     EngineFailure,
     Hold,
@@ -35,7 +35,8 @@ from slimoe.server.process.watchdog import USUAL_PATIENCE, Patience, Watchdog
 
 Phase = Literal["loading", "ready", "asleep", "failed", "stopped"]
 FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 0.1, 30.0, 5.0
-KILL_SECONDS, MAX_TRIES, DEFAULT_N_QUEUE = 2.0, 3, 64
+KILL_SECONDS = 2.0
+DEFAULT_N_QUEUE = 64
 
 
 class Supervisor:
@@ -61,11 +62,7 @@ class Supervisor:
         self._n_queue = n_queue
         self._command = command
         self._child: EngineChild | None = None
-        self._ids = itertools.count(1)
-        self._unsent: dict[int, messages.Message] = {}
-        self._sent: dict[int, messages.Message] = {}
-        self._handles: dict[int, RequestHandle] = {}
-        self.slots = Slots(self.n_parallel)
+        self._outbox = Outbox(self.n_parallel)
         self._pause = 0.0
         self._changed = asyncio.Event()
         self._launching: asyncio.Task[None] | None = None
@@ -84,14 +81,19 @@ class Supervisor:
         return None if self._child is None else self._child.pid
 
     @property
+    def slots(self) -> Slots:
+        """Who is worked on."""
+        return self._outbox.slots
+
+    @property
     def n_busy(self) -> int:
         """Requests at the engine or waiting for it."""
-        return sum(handle.is_work for handle in self._handles.values())
+        return sum(handle.is_work for handle in self._outbox.handles.values())
 
     @property
     def n_underway(self) -> int:
         """Requests that the engine works on."""
-        return sum(handle.is_work and handle.is_underway for handle in self._handles.values())
+        return sum(handle.is_work and handle.is_underway for handle in self._outbox.handles.values())
 
     def start(self, *, is_awake: bool = True) -> None:
         """Starts the engine's process, unless it is to wait for `wake`; `wait_ready` tells when the model is open."""
@@ -127,7 +129,7 @@ class Supervisor:
     def _rest(self, failure: messages.Failure | None) -> None:
         """Goes without an engine, because of `failure` if there is one; figures stay to be asked for."""
         self.phase, self.failure, self._pause = "asleep", failure, 0.0
-        self._fail_all(list(self._handles), stopping)
+        self._outbox.fail(self._outbox.handles, stopping)
         if self.info is not None:
             self.info = msgspec.structs.replace(self.info, memory={})
         self._note_change()
@@ -211,9 +213,9 @@ class Supervisor:
         """Ends the engine's process; requests still there after `grace` seconds get an error."""
         self.phase = "stopped"
         self._note_change()
-        self._fail_all(list(self._unsent), stopping)
-        await self._wait(lambda: not self._handles or self._child is None, grace)
-        self._fail_all(list(self._handles), stopping)
+        self._outbox.fail(self._outbox.unsent, stopping)
+        await self._wait(lambda: not self._outbox.handles or self._child is None, grace)
+        self._outbox.fail(self._outbox.handles, stopping)
         for task in (self._launching, self._watching):
             if task is not None:
                 task.cancel()
@@ -231,7 +233,7 @@ class Supervisor:
                     await self._changed.wait()
 
     def _send(self, make: Callable[[int], messages.Message]) -> RequestHandle:
-        id = next(self._ids)
+        id = next(self._outbox.ids)
         handle = RequestHandle(id, self._close)
         if self.phase == "stopped":
             handle.push(stopping(id))
@@ -239,25 +241,18 @@ class Supervisor:
             assert self.failure is not None
             handle.push(msgspec.structs.replace(self.failure, id=id))
         else:
-            self._handles[id] = handle
-            self._unsent[id] = make(id)
+            self._outbox.add(handle, make(id))
             self._flush()
         return handle
 
     def _flush(self) -> None:
-        if self.phase != "ready" or self._child is None:
-            return
-        for message in self._unsent.values():
-            self._child.send(message)
-        self._sent |= self._unsent
-        self._unsent.clear()
+        if self.phase == "ready" and self._child is not None:
+            self._outbox.send_all(self._child.send)
 
     def _close(self, handle: RequestHandle) -> None:
-        if self._handles.pop(handle.id, None) is None:
+        if handle.id not in self._outbox.handles:
             return
-        self.slots.leave(handle)
-        was_sent = self._unsent.pop(handle.id, None) is None
-        self._sent.pop(handle.id, None)
+        _, was_sent = self._outbox.drop(handle.id)
         if was_sent and not handle.is_over and self._child is not None:
             self._child.send(messages.Cancel(handle.id))
         self._changed.set()
@@ -302,11 +297,8 @@ class Supervisor:
                 self._note_change()
             case messages.Failure(id=0):
                 self.failure = message
-            case _ if handle := self._handles.get(message.id):
-                self.slots.note(handle, message)
-                handle.push(message)
-                if handle.is_underway:
-                    self._sent.pop(message.id, None)
+            case _ if handle := self._outbox.handles.get(message.id):
+                self._outbox.note(handle, message)
                 if isinstance(message, messages.Done | messages.Rebudgeted):
                     self._pause = 0.0
                     self.info = None if self.info is None else messages.with_figures(self.info, message)
@@ -322,7 +314,7 @@ class Supervisor:
     def _on_exit(self, returncode: int) -> None:
         self._child = None
         if self.phase == "stopped":
-            self._fail_all(list(self._handles), stopping)
+            self._outbox.fail(self._outbox.handles, stopping)
             self._note_change()
             return
         if self.phase == "asleep":
@@ -330,7 +322,7 @@ class Supervisor:
             return
         crash = self.failure or self._crash or messages.Failure(0, "engine_crashed", how_it_ended(returncode))
         self._crash = crash
-        self._fail_all(self._lost(), lambda id: msgspec.structs.replace(crash, id=id))
+        self._outbox.fail(self._outbox.lost(), lambda id: msgspec.structs.replace(crash, id=id))
         leaves_devices = crash.kind == "device" and self._leave_devices()
         if self.info is None and not leaves_devices:
             self._give_up(crash)
@@ -340,19 +332,6 @@ class Supervisor:
             may_heal = leaves_devices or failed_in_use or crash.kind in ("engine_crashed", "engine_stuck")
             self._restart(crash, may_heal=may_heal)
         self._note_change()
-
-    def _lost(self) -> list[int]:
-        """Requests that ended with the engine; those that it had not begun are sent again, a few times at most."""
-        again = {}
-        for id, message in self._sent.items():
-            handle = self._handles.get(id)
-            is_harmless = not isinstance(message, messages.Rebudget)
-            if handle is not None and is_harmless and not handle.is_underway and handle.n_tries < MAX_TRIES:
-                handle.n_tries += 1
-                again[id] = message
-        self._sent.clear()
-        self._unsent = {**again, **self._unsent}
-        return [id for id in self._handles if id not in self._unsent]
 
     def _leave_devices(self) -> bool:
         """Goes on without devices that nobody asked for by name; says so, and whether there were any to leave."""
@@ -378,17 +357,9 @@ class Supervisor:
     def _give_up(self, failure: messages.Failure) -> None:
         """Answers everybody that the engine cannot be opened, for now."""
         self.failure, self.phase = failure, "failed"
-        self._fail_all(list(self._handles), lambda id: msgspec.structs.replace(failure, id=id))
+        self._outbox.fail(self._outbox.handles, lambda id: msgspec.structs.replace(failure, id=id))
         if self.rests_on_failure:
             self._rest(failure)
-
-    def _fail_all(self, ids: Sequence[int], failure: Callable[[int], messages.Failure]) -> None:
-        for id in ids:
-            self._unsent.pop(id, None)
-            self._sent.pop(id, None)
-            if handle := self._handles.pop(id, None):
-                self.slots.leave(handle)
-                handle.push(failure(id))
 
     def _note_change(self) -> None:
         self._changed.set()
