@@ -1,7 +1,9 @@
 // The column beside the chat: the map of experts, speed, time and memory, as the server tells them.
 
+import { bar, key } from "./bars.js";
 import { byId, bytes, count, el, link, number, seconds } from "./dom.js";
 import { ExpertMap } from "./map.js";
+import { MemoryView } from "./memory.js";
 
 const VIEWS = [
   ["place", "Place"],
@@ -21,31 +23,7 @@ const TIMES = [
   ["device_seconds", "devices and links"],
   ["other_seconds", "other"],
 ];
-const USES = {
-  weights: "weights without experts",
-  copied: "weights without experts",
-  mapped: "pages shared with the file",
-  experts: "experts",
-  kv: "KV cache",
-  compute: "buffers for computing",
-  program: "program",
-};
-const PATTERNS = { experts: 0, weights: 1, copied: 1, kv: 2, compute: 3, program: 4 };
 const BOUNDS = { cpu: "the processor", disk: "the disk", link: "the link", device: "the device" };
-
-/** A bar of parts, each with its share, pattern and name; what is left stays empty. */
-function bar(parts, whole, label) {
-  const node = el("div", { class: "stack", role: "img", "aria-label": label });
-  for (const [index, part] of parts.entries()) {
-    const piece = el("span", { class: `part p${part.pattern ?? index}`, title: part.title });
-    piece.style.width = `${(100 * part.value) / whole}%`;
-    node.append(piece);
-  }
-  return node;
-}
-
-const key = (pattern, name, value) =>
-  el("li", {}, el("span", { class: `swatch ${pattern}`, "aria-hidden": "true" }), el("span", { class: "key-name" }, name), el("span", { class: "key-value" }, value));
 
 export class Machine {
   constructor() {
@@ -58,7 +36,7 @@ export class Machine {
     this.table.addEventListener("toggle", () => this.showTable());
     this.speed = el("div");
     this.time = el("div");
-    this.memory = el("div");
+    this.memory = new MemoryView();
     this.mapPart = el(
       "section",
       { "aria-labelledby": "experts-title" },
@@ -70,7 +48,7 @@ export class Machine {
       this.table,
     );
     this.empty = el("p", { class: "note waiting" }, "Waiting for the server to tell of its experts.");
-    this.parts = [this.mapPart, this.section("Speed", this.speed), this.section("Time", this.time), this.section("Memory", this.memory)];
+    this.parts = [this.mapPart, this.section("Speed", this.speed), this.section("Time", this.time), this.section("Memory", this.memory.node)];
     byId("machine").replaceChildren(this.empty, ...this.parts);
     for (const part of this.parts) part.hidden = true;
   }
@@ -221,31 +199,8 @@ export class Machine {
   }
 
   showMemory() {
-    const { places } = this.state;
     this.parts[3].hidden = false;
-    this.memory.replaceChildren(...places.places.map((place) => this.place(place)));
-    if (places.resident) this.memory.append(el("p", { class: "note" }, `The engine's process: ${bytes(places.resident)} now, ${bytes(places.peak)} at most so far.`));
-  }
-
-  place({ name, setting, budget, reserve, by_use: uses }) {
-    const parts = Object.entries(uses)
-      .filter(([, value]) => value > 0)
-      .map(([use, value]) => ({ label: USES[use] ?? use, value, pattern: PATTERNS[use] ?? 5 }))
-      .sort((one, other) => one.pattern - other.pattern);
-    const used = parts.reduce((sum, part) => sum + part.value, 0);
-    if (reserve) parts.push({ label: "kept for the server's other processes", value: reserve, pattern: "r" });
-    const whole = Math.max(budget ?? 0, used + (reserve ?? 0)) || 1;
-    for (const part of parts) part.title = `${part.label}: ${bytes(part.value)}`;
-    const title = name === "host" ? "Main memory" : name;
-    const told = budget ? `${bytes(used + (reserve ?? 0))} of ${bytes(budget)}` : bytes(used);
-    return el(
-      "div",
-      { class: "memory-place" },
-      el("p", { class: "place-head" }, el("strong", {}, title), el("span", { class: "key-value" }, told)),
-      bar(parts, whole, `${title}: ${told}`),
-      el("ul", { class: "legend" }, parts.map((part) => key(`p${part.pattern}`, part.label, bytes(part.value)))),
-      setting && setting !== "auto" ? el("p", { class: "note" }, `The limit was set to ${setting}.`) : null,
-    );
+    this.memory.update(this.state.places);
   }
 }
 

@@ -536,8 +536,16 @@ async def test_a_real_server_with_tiers_moves_the_map(window: Browser) -> None:
         await window.until("document.querySelector('.map canvas').toDataURL() !== arguments[0]", before)
         await window.run("document.querySelector('.views input[value=all]').click()")
         await window.until("/up to [1-9]/.test(document.querySelector('#machine .legend').innerText)")
-        text = await window.text("#machine")
-        assert "of 270 MiB" in text
-        assert "waiting for the disk" in text
+        for told in ("of 270 MiB", "tokens/s", "waiting for the disk"):
+            await window.until("document.querySelector('#machine').innerText.includes(arguments[0])", told)
         assert "of experts at hand" in await window.text(".turn.assistant .figures")
+        for limit, told in (("1MiB", "at least"), ("300MiB", "The limit is 300MiB")):
+            if not await window.run("return document.querySelector('#ask-name').open"):
+                await window.run("document.querySelector('[aria-label=\"Change the limit of Main memory\"]').click()")
+            await window.run("document.querySelector('#ask-name input').value = ''")
+            await window.type("#ask-name input", limit)
+            await window.keys("Enter")
+            await window.until("document.body.innerText.includes(arguments[0])", told)
+        await window.until("document.querySelector('#machine').innerText.includes('of 300 MiB')")
+        assert all("status of" in one for one in await window.complaints())
         await window.go("about:blank")
