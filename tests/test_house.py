@@ -63,7 +63,7 @@ FLOORS = {
         {"commands"},
     ),
     "bench": (
-        {"disk_speed", "baselines", "compress_step"},
+        {"disk_speed", "baselines"},
         {"limits", "models", "traces"},
         {"attacks", "faults", "quality"},
     ),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slimoe.server.commands import serve
 from slimoe.server.options.engine_options import DEMO
 
 KEY_VARIABLE = "SLIMOE_SHIM_KEY"
@@ -29,7 +30,7 @@ RENAMED = {
     "--chat-template-file": "--chat-template",
 }
 """Flags with a value that `slimoe serve` has too, by llama-server's name."""
-SWITCHES = {"--no-slots": "--no-slots", "--no-ui": "--no-ui"}
+SWITCHES = {"--no-slots": "--no-slots", "--no-ui": "--no-page"}
 _LEFT_OUT = """
     --hf-repo --hf-file --model-url --model-draft --models-max --models-preset --ubatch-size --n-gpu-layers --pooling
     --tags -ctk -ctv -fa --grp-attn-n --grp-attn-w --lora --spec-type --spec-draft-n-max --spec-draft-n-min
@@ -77,12 +78,22 @@ def serve_command(flags: Sequence[str]) -> ServeCommand:
     return command
 
 
+def known(arguments: Sequence[str]) -> list[str]:
+    """The arguments without flags that `slimoe serve` does not have yet, and their values."""
+    flags = {flag for option in serve.command.params for flag in (*option.opts, *option.secondary_opts)}
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    dropped = {n for n, (one, value) in enumerate(pairs) if one.startswith("--") and one not in flags}
+    return [
+        one for n, one in enumerate(arguments) if n not in dropped and (n - 1 not in dropped or one.startswith("--"))
+    ]
+
+
 def main(flags: Sequence[str]) -> None:
     """Becomes the server."""
     command = serve_command(flags)
     if command.key is not None:
         os.environ[KEY_VARIABLE] = command.key
-    arguments = [sys.executable, "-m", "slimoe.server.cli", "serve", str(command.model), *command.arguments]
+    arguments = [sys.executable, "-m", "slimoe.server.cli", "serve", str(command.model), *known(command.arguments)]
     os.execv(sys.executable, arguments)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.baselines.stepping import random_tokens
-from bench.compress_step import CalibrationJob, CompressionJob, ConversionJob, Job, Taken, run_here, run_step
 from bench.limits import isolated_run
 from bench.limits.isolated_run import OURS, Outcome
 from bench.limits.limited_runs import BenchChildError, run_candidate
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import Shape
 from bench.quality.compress_projection import Calibrated, Density, Weights
+from bench.quality.compress_step import CalibrationJob, CompressionJob, ConversionJob, Job, Taken, run_here, run_step
 from slimoe.converter.forward.texts import DEFAULT_LENGTH
 from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.recipe.toml_file import recipe_text

@@ -111,7 +111,7 @@ def _response(endpoint: Endpoint, schemas: Mapping[Any, dict[str, Any]]) -> dict
     content: dict[str, Any] = {endpoint.content_type: {"schema": schema}}
     if endpoint.streams:
         description = "The answer in pieces, if the body's `stream` asks for it."
-        content[endpoint.stream_type] = {"schema": {"type": "string", "description": description}}
+        content[endpoint.stream_type] = {"schema": {"description": description}}
     return {"description": "The answer.", "content": content}
 
 

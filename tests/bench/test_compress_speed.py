@@ -9,7 +9,6 @@ from click.testing import CliRunner
 from gguf import GGUFWriter
 
 from bench.compress_speed import main
-from bench.compress_step import ConversionJob, Laps, StepFailedError, Taken, run_step
 from bench.models.random_model import SHAPES
 from bench.quality.compress_projection import (
     CARD_BANDWIDTH,
@@ -22,6 +21,7 @@ from bench.quality.compress_projection import (
     conversion_of,
     decoding_of,
 )
+from bench.quality.compress_step import ConversionJob, Laps, StepFailedError, Taken, run_step
 from tests.models.gguf_content import finish
 
 SHAPE = replace(SHAPES["smoke"], n_layer=3)

@@ -185,7 +185,7 @@ STEPS: dict[str, tuple[type[Any], Callable[[Any, Laps], dict[str, int]]]] = {
 
 def run_step(job: Job) -> Taken:
     """Carries out a job in a process of its own; raises StepFailedError."""
-    command = [sys.executable, "-m", "bench.compress_step", _name(job)]
+    command = [sys.executable, "-m", "bench.quality.compress_step", _name(job)]
     done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
