@@ -94,6 +94,9 @@ CLIENTS: Mapping[str, Client] = {
             f'env_key="{KEY_VARIABLE}"}}',
             "-c",
             "model=$quoted",
+            # The server has no tools of its own, and refuses those that it is asked for.
+            "-c",
+            'web_search="disabled"',
         ),
     ),
     # https://opencode.ai/docs/providers, "Custom provider", and https://opencode.ai/docs/config

@@ -86,6 +86,7 @@ def test_texts_are_what_their_readers_take() -> None:
     codex = tomllib.loads("\n".join(found["codex"].command[2::2]))
     assert (codex["model"], codex["model_provider"]) == (ODD, "slimoe")
     assert codex["model_providers"]["slimoe"]["wire_api"] == "responses"
+    assert codex["web_search"] == "disabled"
     assert json.loads(shlex.split(found["curl"].text.replace("\\\n", " "))[-1])["model"] == ODD
 
 
