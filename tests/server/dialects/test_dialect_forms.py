@@ -13,7 +13,12 @@ from pydantic import BaseModel
 from tests.models.live_server import serving
 
 DEMO = Path(__file__).parents[3] / "server" / "demo" / "demo.gguf"
-SCHEMA = {"type": "object", "properties": {"river": {"enum": ["Rhine", "Elbe"]}}, "required": ["river"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"river": {"enum": ["Rhine", "Elbe"]}},
+    "required": ["river"],
+    "additionalProperties": False,
+}
 ASK = [{"role": "user", "content": "Name a river."}]
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "messages": ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
@@ -23,10 +28,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/api/generate", {"format": SCHEMA}),
 }
 PROMPTS: dict[str, dict[str, Any]] = {
-    "/v1/messages": {"messages": ASK, "max_tokens": 60},
-    "/v1/responses": {"input": ASK, "max_output_tokens": 60},
-    "/api/chat": {"messages": ASK, "stream": False, "options": {"num_predict": 60}},
-    "/api/generate": {"prompt": "Name a river.", "stream": False, "options": {"num_predict": 60}},
+    "/v1/messages": {"messages": ASK, "max_tokens": 100, "temperature": 0},
+    "/v1/responses": {"input": ASK, "max_output_tokens": 100, "temperature": 0},
+    "/api/chat": {"messages": ASK, "stream": False, "options": {"num_predict": 100, "temperature": 0}},
+    "/api/generate": {"prompt": "Name a river.", "stream": False, "options": {"num_predict": 100, "temperature": 0}},
 }
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": []}}}, "output_config.format"),
