@@ -30,6 +30,7 @@ SECTIONS = {
     "Look and measure": {
         "inspect": "Show what a model file or checkpoint holds.",
         "plan": "Say what a model would take or become, and how fast it would be, without loading it.",
+        "eval": "Evaluate a model on tasks of lm-eval, within a budget of memory.",
         "bench": "Measure prompt and decoding speed of a model.",
     },
     "Shell": {

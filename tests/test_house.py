@@ -59,7 +59,7 @@ FLOORS = {
         {"api", "jobs"},
         {"description", "dialects"},
         {"app"},
-        {"offer", "serving"},
+        {"evaluating", "offer", "serving"},
         {"commands"},
     ),
     "bench": (

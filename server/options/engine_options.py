@@ -51,7 +51,8 @@ class PolicyName(click.Choice[str]):
         return super().convert("lfu-decay" if value == "heat" else value, param, ctx)
 
 
-def _joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+def joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The words of a repeatable flag with commas, in one list; a callback."""
     return tuple(word for words in lists for word in words)
 
 
@@ -97,7 +98,7 @@ engine_flags = flag_group(
         "--vram",
         type=CommaSeparated(),
         multiple=True,
-        callback=_joined,
+        callback=joined,
         metavar="SIZE",
         help="Memory to take on each device, such as 8GiB, with commas between several (default: auto).",
     ),
@@ -110,7 +111,7 @@ engine_flags = flag_group(
         "--rpc",
         type=CommaSeparated(),
         multiple=True,
-        callback=_joined,
+        callback=joined,
         metavar="HOST:PORT",
         help="Use another machine's device, where ggml's rpc-server runs. Repeatable.",
     ),

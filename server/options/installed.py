@@ -8,8 +8,11 @@ CONVERTERS = ("torch", "safetensors", "scipy")
 """Libraries that compressing needs and plain conversion does not."""
 
 
-def check_installed(work: str, *modules: str) -> None:
-    """Raises UsageError where one of `modules` is not installed; `work` names what needs it, such as `Compressing`."""
+def check_installed(work: str, *modules: str, extra: str = "convert") -> None:
+    """Raises UsageError where one of `modules` is not installed; `work` names what needs it, such as `Compressing`.
+
+    All of them come with an `extra` of this package.
+    """
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"{work} needs {name}. Install it: pip install 'slimoe[convert]'")
+            raise UsageError(f"{work} needs {name}. Install it: pip install 'slimoe[{extra}]'")

@@ -1,0 +1,66 @@
+"""A stand-in for lm-eval's process: it asks the server for what lm-eval asks, and answers as its tasks' names say.
+
+`absent` cannot be loaded, `fails` fails in the middle, `crashes` just ends, and `forever` asks until it is killed.
+"""
+
+import os
+import sys
+import time
+
+import msgspec
+
+from slimoe.server.jobs.harness_messages import (
+    Answered,
+    Evaluated,
+    HarnessFailed,
+    HarnessRequest,
+    HarnessServer,
+    Loaded,
+    Planned,
+)
+from slimoe.server.jobs.remote_tokens import RemoteTokens
+from slimoe.server.process.engine_process import settle_in
+
+
+def send(event: msgspec.Struct) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    settle_in(int(sys.argv[1]))
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=HarnessRequest)
+    if "absent" in request.tasks:
+        send(HarnessFailed("The data of absent cannot be read.", is_usage=True))
+        return
+    send(Loaded(list(request.tasks)))
+    server = msgspec.json.decode(sys.stdin.buffer.readline(), type=HarnessServer)
+    tokens = RemoteTokens(server.url, os.environ["OPENAI_API_KEY"])
+    ids = tokens.encode("the quick brown fox", begins=True)
+    send(Planned(dict.fromkeys(request.tasks, 2), 2 * len(ids), 0, 1.5))
+    if request.only_plans:
+        return
+    if "fails" in request.tasks:
+        send(HarnessFailed("lm-eval ended with ZeroDivisionError: division by zero"))
+        return
+    if "crashes" in request.tasks:
+        print("the last words", file=sys.stderr)
+        sys.exit(3)
+    body = {"prompt": [ids], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "seed": request.seed}
+    scores: list[list[float | None]] = []
+    while not scores or "forever" in request.tasks:
+        answer = tokens.post("/v1/completions", body)
+        scores.append(answer["choices"][0]["logprobs"]["token_logprobs"])
+        send(Answered(len(scores), 2))
+        time.sleep(0.01)
+    figures = {
+        "alias": "one",
+        "logprob,none": sum(score or 0.0 for score in scores[0][1:-1]),
+        "logprob_stderr,none": 0.25,
+    }
+    timings = {name: float(value or 0) for name, value in answer["timings"].items()}
+    send(Evaluated({"results": dict.fromkeys(request.tasks, figures)}, {"lm_eval": "0.0"}, timings))
+
+
+if __name__ == "__main__":
+    main()
