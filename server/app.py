@@ -27,7 +27,9 @@ from slimoe.server.http.body_intake import INTAKE, BodyIntake
 from slimoe.server.http.connection import ERROR_BODIES
 from slimoe.server.page.page import Page
 from slimoe.server.watch.feed import Feed
-from slimoe.server.watch.record import FEED, add_request_id, record_middleware
+from slimoe.server.watch.prompt_log import PromptLog
+from slimoe.server.watch.record import FEED, LOG, add_request_id, record_middleware
+from slimoe.server.watch.request_log import log_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class AppConfig:
     has_page: bool = True
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
+    prompt_log: PromptLog | None = None
 
 
 def init_app(config: AppConfig, backends: Backends) -> web.Application:
@@ -48,10 +51,11 @@ def init_app(config: AppConfig, backends: Backends) -> web.Application:
     app[INTAKE] = BodyIntake()
     app[DEFAULTS] = config.defaults
     feed = app[FEED] = Feed()
+    app[LOG] = log_request
     app.on_response_prepare.append(add_cors_headers)
     app.on_response_prepare.append(add_request_id)
     metrics = Metrics(backends)
-    generation = GenerationApi(backends, metrics, config.ping_seconds)
+    generation = GenerationApi(backends, metrics, config.ping_seconds, config.prompt_log)
     groups = (
         ChatApi(generation),
         CompletionApi(generation),

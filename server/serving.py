@@ -18,6 +18,7 @@ from slimoe.server.api.backends import Backends
 from slimoe.server.app import AppConfig, init_app
 from slimoe.server.http.accepting import AcceptFailures
 from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLimits
+from slimoe.server.log_format import JOURNAL
 from slimoe.server.messages import ModelInfo
 from slimoe.server.process.supervisor import Supervisor
 
@@ -78,6 +79,7 @@ async def serve(
     finally:
         await backends.pool.stop(grace)
         await runner.cleanup()
+        JOURNAL.flush()
 
 
 async def _ready(supervisor: Supervisor | None) -> ModelInfo | None:

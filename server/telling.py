@@ -3,9 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
-import click
-
 from slimoe.offload.printable import printable
+from slimoe.server.log_format import JOURNAL
 
 _LONGEST = 1800
 """Characters of a line; a path alone may have thousands."""
@@ -13,7 +12,8 @@ _LONGEST = 1800
 
 def tell(line: str) -> None:
     """Writes one line; what names and values in it hold cannot end it or steer the terminal."""
-    click.echo(one_line(line), err=True)
+    is_error = line.startswith("slimoe: ")
+    JOURNAL.tell(line.removeprefix("slimoe: "), "error" if is_error else "info", shown=one_line(line))
 
 
 def one_line(text: str) -> str:

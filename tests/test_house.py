@@ -50,7 +50,8 @@ FLOORS = {
         {"report"},
     ),
     "server": (
-        {"child_python", "log_format", "messages", "telling"},
+        {"child_python", "log_format"},
+        {"messages", "telling"},
         {"api_error", "formats", "options"},
         {"chat", "http", "page"},
         {"watch"},

@@ -16,6 +16,7 @@ from slimoe.server.api.unsupported_fields import UnsupportedFields
 from slimoe.server.api_error import from_failure, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
 from slimoe.server.process.request_handle import EngineFailure, QueueFullError
+from slimoe.server.watch.prompt_log import PromptLog
 from slimoe.server.watch.record import current_record
 
 PING_SECONDS = 15.0
@@ -25,11 +26,18 @@ _log = logging.getLogger(__name__)
 class GenerationApi:
     """Generates for every endpoint that answers with text, whatever dialect its `Shape` writes."""
 
-    def __init__(self, backends: Backends, metrics: Metrics, ping_seconds: float = PING_SECONDS) -> None:
+    def __init__(
+        self,
+        backends: Backends,
+        metrics: Metrics,
+        ping_seconds: float = PING_SECONDS,
+        prompt_log: PromptLog | None = None,
+    ) -> None:
         self.backends = backends
         self.unsupported = UnsupportedFields()
         self._metrics = metrics
         self._ping_seconds = ping_seconds
+        self._prompt_log = prompt_log
 
     async def count(self, backend: Backend, prompt: messages.ChatPrompt, param: str) -> int:
         """The tokens of a conversation, which the field `param` holds, with its answer begun; raises ApiError."""
@@ -55,6 +63,8 @@ class GenerationApi:
             raise queue_full(error.n_waiting) from None
         except EngineFailure as error:
             raise from_failure(error.failure, shape.prompt_param) from None
+        finally:
+            self._write_down(states)
         return web.Response(body=shape.whole(states), content_type="application/json")
 
     async def stream(
@@ -87,7 +97,15 @@ class GenerationApi:
         except Exception:
             _log.exception("A streamed answer failed.")
             failure = server_failed()
+        finally:
+            self._write_down(states)
         if not events.is_open:
             raise failure
         current_record().error = failure.info.code or failure.info.type
         return await events.fail(shape.failure(states, failure))
+
+    def _write_down(self, states: Sequence[ChoiceState]) -> None:
+        """Keeps prompts and answers, if that is asked for."""
+        if self._prompt_log is not None:
+            answers = [{"text": one.text, "reasoning": one.reasoning, "calls": one.calls} for one in states]
+            self._prompt_log.write(current_record(), [one.choice.prompt for one in states], answers)

@@ -28,6 +28,7 @@ from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
+from slimoe.server.watch.prompt_log import PromptLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class ServeOptions:
     idle_unload: float | None
     models: Path | None
     models_max: int
+    log_format: str
+    log_prompts: Path | None
     slots: bool
     n_predict: int | None
 
@@ -139,12 +142,26 @@ class Duration(click.ParamType[float | None]):
     type=click.IntRange(min=1),
     help="Most models of --models that are loaded at once, in the memory of --ram.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="Form of the log on standard error: lines for a person, or one JSON object a line.",
+)
+@click.option(
+    "--log-prompts",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write prompts and answers to files in this folder, one for each request (default: they are never logged).",
+)
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
     Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
     standard output; everything else goes to standard error.
     """
+    log_to_stderr(is_json=values["log_format"] == "json")
     has_model = values["model"] is not None or values["models"] is None
     engine = engine_config({**values, "model": values["model"] if has_model else values["models"]}, serving_bytes())
     # Named so that the engine's process finds the files wherever it runs.
@@ -161,9 +178,14 @@ def command(values: Mapping[str, Any]) -> None:
         frozenset(options.allowed_origin),
     )
     _check_exposure(options, rules)
-    log_to_stderr()
     defaults = Defaults(sampling_params(values), options.n_predict)
-    config = AppConfig(rules, has_page=not options.no_page, defaults=defaults, shows_slots=options.slots)
+    config = AppConfig(
+        rules,
+        has_page=not options.no_page,
+        defaults=defaults,
+        shows_slots=options.slots,
+        prompt_log=None if options.log_prompts is None else PromptLog(options.log_prompts),
+    )
     offer = Offer(
         engine,
         version,

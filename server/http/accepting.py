@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slimoe.server.http.connection import USUAL_LIMITS, ConnectionLimits
-from slimoe.server.log_format import log_text
+from slimoe.server.log_format import JOURNAL
 
 _OWN_DESCRIPTORS = 40
 """What the process needs besides connections: pipes, the log, files that are open for a moment, and to spare."""
@@ -50,4 +50,4 @@ class AcceptFailures:
         now = self._clock()
         if self._told_at is None or now - self._told_at >= _SILENCE:
             self._told_at = now
-            print(log_text(_NOTE % error.strerror), file=sys.stderr, flush=True)
+            JOURNAL.tell(_NOTE % error.strerror, "warning")

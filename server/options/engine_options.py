@@ -9,6 +9,7 @@ import click
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
 from slimoe.server.options.flag_group import flag_group
 from slimoe.server.options.help_sections import write_options
+from slimoe.server.telling import tell
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
 KV_TYPES = ("f16", "q8_0", "f32")
@@ -157,5 +158,5 @@ def engine_config(values: Mapping[str, Any], reserve_bytes: int) -> EngineConfig
     `reserve_bytes` are what the command's other processes take at most.
     """
     if values["model"] is None:
-        click.echo("No model named: using the built-in demo model, which is tiny and knows little.", err=True)
+        tell("No model named: using the built-in demo model, which is tiny and knows little.")
     return changed(EngineConfig(DEMO), {**engine_settings(values), "reserve_bytes": reserve_bytes})

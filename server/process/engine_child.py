@@ -3,15 +3,16 @@
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from slimoe.server.child_python import module_command
+from slimoe.server.log_format import JOURNAL
 from slimoe.server.messages import FromEngine, Message, decode_from_engine, pack
 from slimoe.server.process.message_buffer import MessageBuffer
 
+LONGEST_LINE = 1 << 16
 COMMAND = module_command("slimoe.server.process.engine_process")
 
 
@@ -22,10 +23,11 @@ class EngineChild(asyncio.SubprocessProtocol):
         self._on_message = on_message
         self._on_exit = on_exit
         self._buffer = MessageBuffer()
+        self._rest = b""
         self._transport: asyncio.SubprocessTransport | None = None
 
     async def start(self, command: Sequence[str] = COMMAND) -> None:
-        """Starts the process, which shares this process's standard error.
+        """Starts the process, which shares this process's standard error unless that is to hold JSON only.
 
         It searches for modules where this program lies and not in the working directory, and gets a session of
         its own, so that Ctrl-C in the terminal reaches this side only.
@@ -34,7 +36,7 @@ class EngineChild(asyncio.SubprocessProtocol):
             lambda: self,
             *command,
             str(os.getpid()),
-            stderr=None,
+            stderr=asyncio.subprocess.PIPE if JOURNAL.is_json else None,
             start_new_session=True,
         )
 
@@ -64,12 +66,25 @@ class EngineChild(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """Called by asyncio for every piece of output."""
+        if fd == 2:
+            self._log(data)
+            return
         try:
             for body in self._buffer.feed(data):
                 self._on_message(decode_from_engine(body))
         except msgspec.MsgspecError as error:
-            print(f"The engine's process sent a message that cannot be read ({error}). Ending it.", file=sys.stderr)
+            problem = f"The engine's process sent a message that cannot be read ({error}). Ending it."
+            JOURNAL.tell(problem, "error", shown=problem)
             self.kill()
+
+    def _log(self, data: bytes) -> None:
+        """Passes on what the process and its libraries write, line by line."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > LONGEST_LINE:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            text = line.decode("utf-8", "replace")
+            JOURNAL.tell_later(text, "info", text, {"source": "engine"})
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio when the process has ended and its last output was read."""

@@ -7,7 +7,6 @@ go to the next one. Requests that come while the model is being opened wait for 
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -19,7 +18,7 @@ from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.resources.memory import private_bytes
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
-from slimoe.server.log_format import log_text
+from slimoe.server.log_format import JOURNAL
 from slimoe.server.process.engine_child import COMMAND, EngineChild, how_it_ended
 from slimoe.server.process.outbox import Outbox
 from slimoe.server.process.request_handle import (
@@ -308,7 +307,7 @@ class Supervisor:
         """Writes notes to standard error, each once."""
         for note in notes:
             if note not in self._told:
-                print(printable(note), file=sys.stderr)
+                JOURNAL.tell(note, shown=printable(note))
         self._told.update(notes)
 
     def _on_exit(self, returncode: int) -> None:
@@ -345,7 +344,7 @@ class Supervisor:
 
     def _restart(self, crash: messages.Failure, *, may_heal: bool) -> None:
         """Starts the engine again; requests that cannot be answered soon are not kept waiting."""
-        print(log_text(crash.message), file=sys.stderr)
+        JOURNAL.tell(crash.message, "error")
         self.n_restarts += 1
         is_hopeless = not may_heal or self._pause > PATIENCE
         self.failure, self.phase = None, "loading"

@@ -124,6 +124,8 @@ class RequestRecord:
 
 _current: ContextVar[RequestRecord] = ContextVar("record")
 FEED = web.AppKey("feed", Feed)
+LOG: web.AppKey[Callable[[RequestRecord], None]] = web.AppKey("log")
+"""Who is given the record of each request in the end."""
 
 
 def current_record() -> RequestRecord:
@@ -156,6 +158,7 @@ async def record_middleware(request: web.Request, handler: Handler) -> web.Strea
         raise
     finally:
         record.end(status)
+        request.app[LOG](record)
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

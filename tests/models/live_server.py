@@ -26,6 +26,7 @@ from slimoe.server.http.connection import USUAL_LIMITS, ApiRunner, ConnectionLim
 from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import Supervisor
 from slimoe.server.process.watchdog import Patience
+from slimoe.server.watch.prompt_log import PromptLog
 
 SCRIPTED = (sys.executable, str(Path(__file__).with_name("scripted_engine.py")))
 DEADLINE = 30.0
@@ -63,6 +64,7 @@ class LiveOptions:
     n_most: int = 1
     needs: Mapping[str, int] = field(default_factory=dict)
     total_bytes: int | None = None
+    prompt_log: PromptLog | None = None
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
@@ -87,6 +89,7 @@ async def live_server(
         options.has_page,
         options.defaults,
         shows_slots=options.shows_slots,
+        prompt_log=options.prompt_log,
     )
     runner = ApiRunner(init_app(config, backends), 1.0, options.limits)
     await runner.setup()
