@@ -125,6 +125,8 @@ def _check_beginning(body: ChatBody) -> None:
     goes_on = body.messages[-1].role == "assistant"
     if body.continue_final_message and not goes_on:
         raise invalid("Only an assistant message can be continued. Let it be the last.", "continue_final_message")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise invalid("An answer is a new message or continues the last one, not both.", "add_generation_prompt")
     if body.continue_final_message is False and goes_on:
         raise unsupported("An assistant message that comes last is always continued.", "continue_final_message")
     if body.add_generation_prompt is False and not goes_on:

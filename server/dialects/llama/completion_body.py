@@ -33,6 +33,7 @@ class LlamaCompletionBody(GenerationBody, kw_only=True):
 _OWN = frozenset(LlamaCompletionBody.__struct_fields__)
 LLAMA: dict[str, Unsupported] = {name: field for name, field in COMMON.items() if name not in _OWN} | {
     "t_max_predict_ms": Unsupported(COMMON["t_max_predict_ms"].reason, (None, 0, -1)),
+    "post_sampling_probs": Unsupported("n_probs tells the model's own probabilities, before sampling changes them."),
     "backend_sampling": Unsupported("This server samples in one place.", (None, False, True)),
 }
 LlamaCompletionRequest = extended(LlamaCompletionBody, LLAMA)

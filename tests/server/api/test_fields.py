@@ -153,6 +153,9 @@ async def test_a_message_that_is_continued(server: LiveServer) -> None:
     assert (status, answer["choices"][0]["message"]["content"]) == (200, " [INST] hello world [/INST] once")
     status, answer = await post(server, "/v1/chat/completions", {"messages": said, "continue_final_message": False})
     assert (status, answer["error"]["param"]) == (400, "continue_final_message")
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    status, answer = await post(server, "/v1/chat/completions", {"messages": said, **both})
+    assert (status, answer["error"]["param"]) == (400, "add_generation_prompt")
     _, answer = await post(server, "/apply-template", {"messages": said, "add_generation_prompt": False})
     assert answer["prompt"] == "<s>[INST] hello world [/INST] once</s>"
 

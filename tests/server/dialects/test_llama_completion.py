@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from tests.models.live_server import LiveServer, live_server
@@ -192,6 +193,23 @@ async def test_what_is_refused(post: Post, fields: dict[str, Any], param: str) -
     message = document["error"]["message"]
     assert status == 400, document
     assert document["error"]["param"] == param or param in message
+
+
+async def test_an_answer_is_held_to_a_form(post: Post) -> None:
+    """The form reaches the engine; one that cannot be held is refused, and so are two."""
+    grammar = 'root ::= "a"{5,5}'
+    _, answer = await post("/completion", {"prompt": "a", "grammar": grammar})
+    assert answer["generation_settings"]["grammar"] == grammar
+    _, answer = await post("/completion", {"prompt": "a", "json_schema": {"const": 5}})
+    assert msgspec.json.decode(answer["generation_settings"]["grammar"]) == {"const": 5}
+    for fields, param in (
+        ({"grammar": "root ::= this is (not"}, "grammar"),
+        ({"json_schema": {"type": "hiccup"}}, "json_schema"),
+        ({"json_schema": {}, "grammar": grammar}, "json_schema"),
+    ):
+        status, document = await post("/completion", {"prompt": "a", **fields})
+        assert status == 400
+        assert param in (document["error"]["param"], document["error"]["message"].split()[0])
 
 
 async def test_a_prompt_that_is_too_long(post: Post, server: LiveServer) -> None:
