@@ -84,12 +84,21 @@ class ToolChoice(msgspec.Struct, frozen=True):
 
 
 class ChatPrompt(Message, frozen=True):
-    """A conversation for the model's template and further values for it; a trailing assistant message is continued."""
+    """A conversation for the model's template and further values for it; a trailing assistant message is continued.
+
+    With `keeps_reasoning` the answer's reasoning stays in its text.
+    """
 
     messages: tuple[Turn, ...]
     values: dict[str, Any] = {}
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
+    keeps_reasoning: bool = False
+
+    @property
+    def usable_tools(self) -> tuple[Tool, ...]:
+        """The tools that may be called in the answer."""
+        return () if self.tool_choice.mode == "none" else self.tools
 
 
 PromptSource = TextPrompt | TokenPrompt | ChatPrompt
@@ -241,12 +250,16 @@ class Reading(msgspec.Struct, frozen=True):
     has_short_ids: bool = False
 
 
+PLAIN_READING = Reading()
+"""All is said."""
+
+
 class Accepted(Message, frozen=True):
     """From the engine: the prompt is valid and the request waits for its turn; `prompt` is its text if asked for."""
 
     id: int
     n_prompt: int
-    reading: Reading = Reading()
+    reading: Reading = PLAIN_READING
     prompt: str = ""
 
 

@@ -43,12 +43,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Constraint:
     """The form that an answer is held to: a JSON schema, a regular expression, or a grammar in Lark's or GBNF's words.
 
-    `param` is the field that asked for it, which errors name.
+    `param` is the field that asked for it, which errors name. `before` and `instead` are grammars in Lark's words, of
+    what comes before the form, such as reasoning, and of what may come in its place, such as calls of tools.
     """
 
     kind: Literal["json_schema", "regex", "lark", "gbnf"]
     text: str
     param: str = "response_format"
+    before: str = ""
+    instead: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class GrammarRequest(msgspec.Struct):
     kind: str
     text: str
     strips_space: bool
+    before: str = ""
+    instead: str = ""
 
 
 def send(to: socket.socket, message: object) -> None:

@@ -120,10 +120,8 @@ class _Held:
     """
 
     def __init__(self, tokenizer: LLTokenizer, request: GrammarRequest, spaced: int, n_mask: int) -> None:
-        self._matcher = _matcher(tokenizer, grammar_of(request.kind, request.text))
-        self._after_space = (
-            _matcher(tokenizer, grammar_of(request.kind, request.text, " ")) if request.strips_space else None
-        )
+        self._matcher = _matcher(tokenizer, grammar_of(request))
+        self._after_space = _matcher(tokenizer, grammar_of(request, " ")) if request.strips_space else None
         self._spaced, self._n_mask = spaced, n_mask
 
     @property

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from slimoe.offload.text.grammar_messages import GrammarRequest
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
@@ -21,10 +23,14 @@ class UnusableGrammarError(Exception):
     """A constraint that cannot be held; the message is llguidance's reason."""
 
 
-def grammar_of(kind: str, text: str, prefix: str = "") -> str:
+def grammar_of(request: GrammarRequest, prefix: str = "") -> str:
     """The grammar of all answers that the constraint allows, after `prefix`; raises UnusableGrammarError."""
-    start = " ".join((*([json.dumps(prefix)] if prefix else []), "@held"))
-    return json.dumps({"grammars": [{"lark_grammar": f"{_HEAD}start: {start}"}, {**_held(kind, text), "name": "held"}]})
+    parts = {"before": request.before, "instead": request.instead}
+    others = [{"lark_grammar": text, "name": name} for name, text in parts.items() if text]
+    start = f"{json.dumps(prefix) if prefix else ''} {'@before' if request.before else ''} "
+    start += "(@held | @instead)" if request.instead else "@held"
+    held = {**_held(request.kind, request.text), "name": "held"}
+    return json.dumps({"grammars": [{"lark_grammar": f"{_HEAD}start: {start}"}, held, *others]})
 
 
 def _held(kind: str, text: str) -> dict[str, object]:

@@ -176,7 +176,10 @@ class Grammars:
                     if is_last:
                         raise SlimoeError("The process that holds answers to grammars has ended. Try again.") from None
         with contextlib.suppress(OSError):
-            send(ours, GrammarRequest(constraint.kind, constraint.text, strips_space))
+            send(
+                ours,
+                GrammarRequest(constraint.kind, constraint.text, strips_space, constraint.before, constraint.instead),
+            )
         return Held(ours, constraint, self._tokenizer.n_vocab, self._limits)
 
     def close(self) -> None:

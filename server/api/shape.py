@@ -92,6 +92,14 @@ class OpenAIShape(ABC):
     ) -> wire.Document:
         """The chunk for a piece of text, or with the `reason` why the choice ends its last one, without text."""
 
+    def pieces(self, index: int, piece: Piece) -> list[wire.Document]:
+        """The chunks for what an answer of the engine has added."""
+        return [self.chunk(index, piece.text, piece.scores)] if piece.text else []
+
+    def reason(self, state: ChoiceState, reason: str) -> str:
+        """Why a choice ended, in the dialect's word; the engine has ended it for `reason`."""
+        return reason
+
     @abstractmethod
     def document(self, states: Sequence[ChoiceState], usage: wire.Usage) -> wire.Document:
         """The document of all complete choices."""
@@ -100,7 +108,7 @@ class OpenAIShape(ABC):
         self, states: Sequence[ChoiceState], index: int, answer: messages.Answer, piece: Piece
     ) -> Sequence[bytes]:
         """The chunks for an engine's `answer` about choice `index`, to whose text it has added `piece`."""
-        documents = [self.chunk(index, piece.text, piece.scores)] if piece.text else []
+        documents = self.pieces(index, piece)
         match answer:
             case messages.Accepted():
                 documents = self.opening(index)
@@ -109,7 +117,7 @@ class OpenAIShape(ABC):
             case messages.PromptScores(tokens=tokens):
                 documents = self.prompt_scores(index, list(tokens))
             case messages.Done(reason=reason):
-                closing = self.chunk(index, "", [] if documents else piece.scores, reason)
+                closing = self.chunk(index, "", [] if documents else piece.scores, self.reason(states[index], reason))
                 documents.append(_with_figures(closing, answer))
         if self._extras.timings and not isinstance(answer, messages.Accepted):
             timings = wire.timings_info(states[index].timings_so_far)

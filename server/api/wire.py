@@ -93,19 +93,41 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """`function` of a call, or a piece of one: the name comes with the first."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallInfo(msgspec.Struct, frozen=True):
+    """One of `tool_calls`, or a piece of one, which has the call's `index`; the first has its id and type."""
+
+    function: CalledFunction
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct, frozen=True):
-    """`delta`: the text that a chunk adds to the message."""
+    """`delta`: what a chunk adds to the message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallInfo] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """`message`: the text of a whole chat answer."""
+    """`message`: a whole chat answer; its content is null where only tools were called."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallInfo] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

@@ -8,14 +8,17 @@ rendered text is split at the control tokens the template itself wrote, and only
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.plain_form import plain_messages
 from slimoe.server.chat.template_child import MAX_OUTPUT, TemplateChild, TemplateLimits
-from slimoe.server.chat.template_messages import CONTINUED, NO_TOOLS, Rendered
-from slimoe.server.messages import Call, ChatPrompt, Tool, Turn
+from slimoe.server.chat.template_messages import CONTINUED, NO_TOOLS, Rendered, TemplateCaps
+from slimoe.server.formats.call_grammar import CallGrammar
+from slimoe.server.formats.families import PLAIN, family_of, grammar_of, think_of
+from slimoe.server.formats.schema_texts import text_parameters
+from slimoe.server.messages import PLAIN_READING, Call, ChatPrompt, Reading, Tool, Turn
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
@@ -26,10 +29,15 @@ FALLBACK_STOP = ("\nUser:",)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids to read, and the strings that end the answer besides the model's own end token."""
+    """Token ids to read, the strings that end the answer besides the model's own end token, and how it is written.
+
+    `grammar` holds it to tools and forms that are asked for.
+    """
 
     ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
+    reading: Reading = PLAIN_READING
+    grammar: CallGrammar | None = None
 
 
 class Chat:
@@ -45,6 +53,9 @@ class Chat:
         source = tokenizer.chat_template if template is None else template
         limits, values = TemplateLimits(max_output=max_output), _special_values(tokenizer)
         self._template = None if source is None else TemplateChild(source, limits, values)
+        self._family = family_of(source or "")
+        self._think = think_of(source or "")
+        self._control = {name: id for name, id in tokenizer.special_tokens.items() if id in tokenizer.control}
 
     def check(self) -> None:
         """Raises UnusableTemplateError or TemplateLimitError for a template that no chat is possible with."""
@@ -65,13 +76,17 @@ class Chat:
         when the template refuses the conversation, also after system turns were folded and equal roles merged.
         """
         tokenizer = self._tokenizer
-        parts = self._marks.split(self._rendered(conversation, generate).text)
+        rendered = self._rendered(conversation, generate)
+        parts = self._marks.split(rendered.text)
         segments = [tokenizer.special_tokens[part] if n % 2 else self._marks.undo(part) for n, part in enumerate(parts)]
         ids = tokenizer.encode_segments([segment for segment in segments if segment != ""])
+        reading = self._reading(conversation, rendered)
+        goes_on = bool(conversation.messages) and conversation.messages[-1].role == "assistant"
+        grammar = grammar_of(reading, self._control, self._think, goes_on=goes_on)
         if self._template is None:
             prefix = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-            return Prompt((*prefix, *ids), FALLBACK_STOP)
-        return Prompt(tuple(ids))
+            return Prompt((*prefix, *ids), FALLBACK_STOP, reading, grammar)
+        return Prompt(tuple(ids), (), reading, grammar)
 
     def render(self, conversation: ChatPrompt, generate: bool = True) -> str:
         """The conversation as a person may read it: the template's text with the client's own words put back."""
@@ -79,18 +94,37 @@ class Chat:
 
     def _rendered(self, conversation: ChatPrompt, generate: bool) -> Rendered:
         """The text, in which control tokens are only those of the template."""
-        marks, is_told_tools = self._marks, conversation.tool_choice.mode != "none"
+        marks = self._marks
         messages = [_entry(turn, marks) for turn in conversation.messages]
-        tools = [_description(tool, marks) for tool in conversation.tools] if is_told_tools else []
+        tools = [_description(tool, marks) for tool in conversation.usable_tools]
         if self._template is not None:
             has_extras = tools or any(message.keys() != {"role", "content"} for message in messages)
-            caps = self._template.caps() if has_extras else NO_TOOLS
+            caps = self._caps() if has_extras else NO_TOOLS
             return self._template.render(messages, marks.hide_in(conversation.values), generate, tools, caps)
         plain = plain_messages(messages, tools)
         turns = [_PLAIN_NAMES.get(message["role"], "") + message["content"] for message in plain]
         if generate and (not messages or messages[-1]["role"] != "assistant"):
             turns.append("Assistant:")
         return Rendered("\n\n".join(turns), bool(tools))
+
+    def _caps(self) -> TemplateCaps:
+        """What the template does with tools; it describes none where nobody could read how they are called then."""
+        caps = NO_TOOLS if self._template is None else self._template.caps()
+        return caps if self._family is not None else replace(caps, tools=False)
+
+    def _reading(self, conversation: ChatPrompt, rendered: Rendered) -> Reading:
+        """How the answer is written."""
+        tools = conversation.usable_tools
+        is_plain = rendered.has_plain_tools or self._family is None
+        think = None if conversation.keeps_reasoning else self._think
+        return Reading(
+            family=PLAIN if is_plain or self._family is None else self._family.name,
+            think=think,
+            begins_thinking=think is not None and rendered.text.rstrip().endswith(think[0].strip()),
+            has_tools=bool(tools),
+            texts={tool.name: text_parameters(tool) for tool in tools},
+            has_short_ids=bool(tools) and self._caps().has_short_ids,
+        )
 
 
 class _Marks:

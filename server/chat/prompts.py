@@ -1,6 +1,7 @@
 """What a client sent, made into a request the engine can read: token ids, checked against the open model."""
 
 import dataclasses
+from typing import NamedTuple
 
 from slimoe.offload.errors import ContextOverflowError, SlimoeError
 from slimoe.offload.text.generation import GenerationRequest
@@ -9,7 +10,8 @@ from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import Chat, Prompt
 from slimoe.server.chat.template_child import MAX_OUTPUT
 from slimoe.server.chat.template_error import ChatTemplateError
-from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt
+from slimoe.server.formats.families import is_marked
+from slimoe.server.messages import PLAIN_READING, ChatPrompt, PromptSource, Reading, TextPrompt, TokenPrompt
 
 _LEAST_OUTPUT, _LEAST_TOLD = 1 << 16, 1 << 16
 _LONGEST = 16
@@ -26,6 +28,13 @@ class RequestError(SlimoeError):
         super().__init__(message)
 
 
+class Prepared(NamedTuple):
+    """A request that the engine can carry out, and how its answer is to be read."""
+
+    request: GenerationRequest
+    reading: Reading = PLAIN_READING
+
+
 class Prompts:
     """Turns prompts of every form into token ids for one open model."""
 
@@ -40,18 +49,23 @@ class Prompts:
         self._chat = None if tokenizer is None else Chat(tokenizer, max_output)
 
     def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
-        """`request` with the ids of `source` and its stop strings.
+        """What is to be generated for who takes an answer as it is written; raises what `prepare` raises."""
+        return dataclasses.replace(self.prepare(request, source).request, shows_control=False)
+
+    def prepare(self, request: GenerationRequest, source: PromptSource) -> Prepared:
+        """`request` with the ids of `source` and its stop strings, and how the answer is to be read.
 
         Raises RequestError, ConstraintError, ChatTemplateError, or ContextOverflowError when no room for an answer
         would be left.
         """
-        if request.constraint is not None:
-            if self._grammars is None:
-                raise RequestError(
-                    request.constraint.param, "This model has no tokenizer, so answers can have no form."
-                )
-            self._grammars.check(request.constraint)
         prompt = self.prompt(source)
+        constraint = request.constraint
+        if isinstance(source, ChatPrompt) and prompt.grammar is not None:
+            constraint = prompt.grammar.constraint(source, constraint)
+        if constraint is not None:
+            if self._grammars is None:
+                raise RequestError(constraint.param, "This model has no tokenizer, so answers can have no form.")
+            self._grammars.check(constraint)
         n_prompt = len(prompt.ids)
         n_room = self._n_ctx - n_prompt
         if n_room < (0 if request.max_tokens == 0 else 1):
@@ -67,7 +81,16 @@ class Prompts:
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
         # A first space belongs to a new message's token, and to the text of a message that is continued.
         begins_answer = isinstance(source, ChatPrompt) and source.messages[-1].role != "assistant"
-        return dataclasses.replace(request, prompt_ids=prompt.ids, stop=stop, strips_space=begins_answer)
+        shows_control = request.shows_control or is_marked(prompt.reading)
+        prepared = dataclasses.replace(
+            request,
+            prompt_ids=prompt.ids,
+            stop=stop,
+            strips_space=begins_answer,
+            constraint=constraint,
+            shows_control=shows_control,
+        )
+        return Prepared(prepared, prompt.reading)
 
     def prompt(self, source: PromptSource) -> Prompt:
         """The ids of `source`; raises RequestError, ChatTemplateError, and ContextOverflowError before a long work."""

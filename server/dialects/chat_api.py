@@ -1,40 +1,47 @@
 """`POST /v1/chat/completions`."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from aiohttp import web
 
 from slimoe.server.api import wire
-from slimoe.server.api.choice import ChoiceState, choices_of
+from slimoe.server.api.choice import choices_of
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.generation_api import GenerationApi
-from slimoe.server.api.request_body import MAX_CHAT_VALUES, Extras, GenerationBody, LogprobCount, read_body
-from slimoe.server.api.shape import Envelope, OpenAIShape
+from slimoe.server.api.request_body import MAX_CHAT_VALUES, LogprobCount, read_body
+from slimoe.server.api.shape import Envelope
 from slimoe.server.api.unsupported_fields import CHAT, extended
 from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.chat.history import Message, turns
-from slimoe.server.messages import ChatPrompt, ScoredToken
+from slimoe.server.dialects.chat_shape import ChatShape
+from slimoe.server.dialects.chat_tools import ToolsBody, tools_of
+from slimoe.server.messages import ChatPrompt
 
 MAX_DEPTH = 32
 _OWN_VALUES = ("messages", "tools", "documents")
-_NO_TOOLS = "This server does not call tools. Leave the field out, or send tool_choice none."
 
 
-class ChatBody(GenerationBody, kw_only=True):
+class Reasoning(msgspec.Struct):
+    """`reasoning`: how much the model reasons before it answers, and whether at all."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+
+
+class ChatBody(ToolsBody, kw_only=True):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    reasoning: Reasoning | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    enable_thinking: bool | None = None
 
 
 ChatRequest = extended(ChatBody, CHAT)
@@ -65,44 +72,10 @@ class ChatApi:
         choices = choices_of([prompt], wanted, body.n_choices, shows_prompt=body.extras.prompt)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         envelope = Envelope.new("chatcmpl", kind, backend.model.id, backend.model.fingerprint)
-        shape = ChatShape(envelope, body.extras, is_scored=n_logprobs is not None)
+        shape = ChatShape(envelope, body.extras, is_scored=n_logprobs is not None, is_older=body.is_older)
         if body.stream:
             return await self._generation.stream(request, backend, choices, shape)
         return await self._generation.whole(backend, choices, shape)
-
-
-class ChatShape(OpenAIShape):
-    """Writes chat answers as OpenAI's documents."""
-
-    prompt_param = "messages"
-
-    def __init__(self, envelope: Envelope, extras: Extras, *, is_scored: bool) -> None:
-        super().__init__(envelope, extras)
-        self._is_scored = is_scored
-
-    def opening(self, index: int) -> list[wire.Document]:
-        """The first chunk, which holds the role and no text."""
-        opening = wire.ChatChunkChoice(index, wire.Delta(role="assistant", content=None))
-        return [self.envelope.document([opening])]
-
-    def prompt_scores(self, index: int, scores: list[ScoredToken]) -> list[wire.Document]:
-        """No chunks: a chat does not return its prompt."""
-        return []
-
-    def chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None = None) -> wire.Document:
-        """The chunk for a piece of the message, or the last one, which says why the answer ended."""
-        delta = wire.Delta(content=text) if reason is None else wire.Delta()
-        logprobs = wire.chat_logprobs(scores) if self._is_scored and scores else None
-        return self.envelope.document([wire.ChatChunkChoice(index, delta, logprobs, reason)])
-
-    def document(self, states: Sequence[ChoiceState], usage: wire.Usage) -> wire.Document:
-        """The document of all answers."""
-        choices = []
-        for index, state in enumerate(states):
-            assert state.done is not None
-            logprobs = wire.chat_logprobs(state.scores) if self._is_scored else None
-            choices.append(wire.ChatChoice(index, wire.ChatMessage(state.text), logprobs, state.done.reason))
-        return self.envelope.document(choices, usage)
 
 
 def chat_prompt(body: ChatBody) -> ChatPrompt:
@@ -115,9 +88,16 @@ def chat_prompt(body: ChatBody) -> ChatPrompt:
         raise unsupported(
             f"{own} is set by the server. Leave it out of chat_template_kwargs.", f"chat_template_kwargs.{own}"
         )
-    if body.reasoning_effort is not None:
-        values.setdefault("reasoning_effort", body.reasoning_effort)
-    return ChatPrompt(messages, values)
+    reasoning = body.reasoning or Reasoning()
+    effort, thinks = body.reasoning_effort or reasoning.effort, body.enable_thinking
+    if effort is not None:
+        values.setdefault("reasoning_effort", effort)
+        thinks = False if effort == "none" and thinks is None else thinks
+    thinks = reasoning.enabled if thinks is None else thinks
+    if thinks is not None:
+        values.setdefault("enable_thinking", thinks)
+    tools, choice = tools_of(body)
+    return ChatPrompt(messages, values, tools, choice, keeps_reasoning=body.reasoning_format == "none")
 
 
 def _check_beginning(body: ChatBody) -> None:
@@ -146,10 +126,5 @@ def _check_values(value: object, depth: int) -> None:
 
 def refuse_unsupported(body: ChatBody) -> None:
     """Raises ApiError for what a chat client may ask for and this server does not do."""
-    names_tool = body.tool_choice not in (None, "none", "auto")
-    if (body.tools and body.tool_choice != "none") or names_tool:
-        raise unsupported(_NO_TOOLS, "tools" if body.tools else "tool_choice")
-    if (body.functions and body.function_call != "none") or body.function_call not in (None, "none", "auto"):
-        raise unsupported(_NO_TOOLS, "functions" if body.functions else "function_call")
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs is for answers with logprobs. Set logprobs to true, too.", "top_logprobs")

@@ -1,6 +1,7 @@
 """What the conversations of several dialects have in common: JSON as text, tools, and answers in several pieces."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import msgspec
 from slimoe.server.api_error import ApiError, invalid, unsupported
 from slimoe.server.chat.history import MAX_DEPTH, is_deeper
 from slimoe.server.messages import Tool, ToolChoice, Turn
+
+MAX_TOOLS, MAX_NAME = 256, 128
+_NAME = re.compile(rf"[a-zA-Z0-9_.-]{{1,{MAX_NAME}}}")
 
 
 def joined_answers(turns: Iterable[Turn]) -> tuple[Turn, ...]:
@@ -41,6 +45,27 @@ def json_object(text: str) -> dict[str, Any]:
     except (msgspec.DecodeError, RecursionError):
         value = text
     return value if isinstance(value, dict) else {"arguments": value}
+
+
+def check_tools(tools: Sequence[Tool], where: str) -> None:
+    """Raises ApiError for tools that cannot be called; `where` is the place of the name of tool `n`."""
+    if len(tools) > MAX_TOOLS:
+        raise invalid(f"{len(tools):,} tools are too many: {MAX_TOOLS} are allowed.", where.partition("[")[0])
+    names: set[str] = set()
+    for n, tool in enumerate(tools):
+        if not _NAME.fullmatch(tool.name):
+            raise invalid(
+                f"The name of a tool has up to {MAX_NAME} letters, digits, dots, dashes and underscores, which "
+                f"{tool.name[:MAX_NAME]!r} has not.",
+                where.format(n=n),
+            )
+        if tool.name in names:
+            raise invalid(f"Two tools have the name {tool.name!r}.", where.format(n=n))
+        names.add(tool.name)
+        if is_deeper(json.loads(tool.parameters), MAX_DEPTH):
+            raise invalid(
+                f"The schema of the tool {tool.name!r} is nested more than {MAX_DEPTH} deep.", where.format(n=n)
+            )
 
 
 def check_choice(choice: ToolChoice, tools: Sequence[Tool], where: str) -> None:

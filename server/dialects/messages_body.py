@@ -11,7 +11,7 @@ from slimoe.server.api.forms import ResponseFormat, Schema, constraint_of, forma
 from slimoe.server.api.request_body import SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.dialects.conversation import check_choice, joined_answers, json_text, not_text
+from slimoe.server.dialects.conversation import check_choice, check_tools, joined_answers, json_text, not_text
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
 _MODES: Mapping[str, Literal["auto", "none", "required"]] = {
@@ -204,7 +204,7 @@ def _tools(given: Sequence[MessagesTool]) -> tuple[Tool, ...]:
                 f"The tool {tool.name!r} of type {tool.type!r} is Anthropic's own. Describe it with an input_schema.",
                 f"tools[{n}].type",
             )
-    return tuple(
+    tools = tuple(
         Tool(
             tool.name,
             tool.description or "",
@@ -213,6 +213,8 @@ def _tools(given: Sequence[MessagesTool]) -> tuple[Tool, ...]:
         )
         for n, tool in enumerate(given)
     )
+    check_tools(tools, "tools[{n}].name")
+    return tools
 
 
 def _choice(given: MessagesToolChoice | None) -> ToolChoice:

@@ -11,7 +11,7 @@ from slimoe.server.api.forms import FORM_FIELDS, NO_SCHEMA, Schema, constraint_o
 from slimoe.server.api.request_body import Defaults, LogprobCount, SamplingBody, decoded, keep_seconds, stop_strings
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, UnsupportedFields, extended
 from slimoe.server.api_error import invalid
-from slimoe.server.dialects.conversation import json_text, not_text
+from slimoe.server.dialects.conversation import check_tools, json_text, not_text
 from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Tool, Turn
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -160,6 +160,7 @@ class OllamaChatBody(OllamaBody, kw_only=True):
             )
             for n, tool in enumerate(self.tools or ())
         )
+        check_tools(tools, "tools[{n}].function.name")
         return ChatPrompt(_turns(self.messages), self.values(), tools)
 
 

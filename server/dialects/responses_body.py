@@ -11,7 +11,7 @@ from slimoe.server.api.forms import ResponseFormat, constraint_of, format_constr
 from slimoe.server.api.request_body import LogprobCount, SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.dialects.conversation import check_choice, joined_answers, json_text, not_text
+from slimoe.server.dialects.conversation import check_choice, check_tools, joined_answers, json_text, not_text
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -219,6 +219,7 @@ def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
         )
         for n, tool in enumerate(body.tools or ())
     )
+    check_tools(tools, "tools[{n}].name")
     given, is_parallel = body.tool_choice, body.parallel_tool_calls is not False
     if not isinstance(given, ResponsesToolChoice):
         choice = ToolChoice(given or "auto", is_parallel=is_parallel)

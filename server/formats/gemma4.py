@@ -10,6 +10,7 @@ from slimoe.server.formats.marked_reader import MarkedReader, Waiting, json_valu
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 _HEAD = re.compile(r"\s*call:(?P<name>[^\s{}]+)\s*(?=\{)")
+_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _WORD = re.compile(r"[^,:{}\[\]<]+")
 
 
@@ -35,12 +36,19 @@ class Gemma4Reader(MarkedReader):
         opened: list[str] = []
         while True:
             is_text = yield from self.follows(QUOTE)
+            self.buffer = self.buffer.lstrip()
             if is_text:
                 self.argue('"')
                 yield from self.until((QUOTE,), lambda text: self.argue(json.dumps(text, ensure_ascii=False)[1:-1]))
                 self.argue('"')
             elif not self.buffer:
                 return
+            elif self.buffer[0] == '"':
+                # JSON, as a grammar has calls written.
+                text = yield from self.taken(_JSON_TEXT, END)
+                if text is None:
+                    return
+                self.argue(text[0])
             elif self.buffer[0] in ",:{}[]":
                 char, self.buffer = self.buffer[0], self.buffer[1:]
                 self.argue(f"{char} " if char in ",:" else char)
@@ -55,5 +63,5 @@ class Gemma4Reader(MarkedReader):
                 if word is None:
                     return
                 is_key = self.buffer.startswith(":") and opened[-1] == "{"
-                text = word[0].strip()
-                self.argue(json.dumps(text, ensure_ascii=False) if is_key else json_value(text))
+                written = word[0].strip()
+                self.argue(json.dumps(written, ensure_ascii=False) if is_key else json_value(written))

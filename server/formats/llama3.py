@@ -29,6 +29,11 @@ class Llama3Reader(HermesReader):
         self._is_at_start = False
         yield from super().answer()
 
+    def thought(self) -> Waiting[None]:
+        """Reads reasoning, behind which the answer begins."""
+        yield from super().thought()
+        self._is_at_start = self.reading.has_tools
+
     def call(self, mark: str) -> Waiting[None]:
         """Reads calls of tools that there are; any other object is said."""
         while True:

@@ -86,6 +86,11 @@ class GlmReader(HermesReader):
 
     def call(self, mark: str) -> Waiting[None]:
         """Reads a name, then keys and values."""
+        while not self.buffer.lstrip() and not self.is_over:
+            yield
+        if self.buffer.lstrip().startswith("{"):
+            yield from super().call(mark)
+            return
         name, end = yield from self.collected("<arg_key>", END)
         if not re.fullmatch(r"\s*[^\s{}<>]+\s*", name) or not end:
             self.begin_whole(mark + name + end, name)

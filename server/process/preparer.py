@@ -71,10 +71,10 @@ class Preparer:
         if not job.cancelled.is_set():
             try:
                 self._check_turn(n_before)
-                job.request = self._prompts.complete(message.request, message.prompt)
+                job.request, reading = self._prompts.prepare(message.request, message.prompt)
                 ids = job.request.prompt_ids
                 text = self._prompts.tokenizer.decode(ids, special=True) if message.shows_prompt else ""
-                self._send(messages.Accepted(message.id, len(ids), prompt=text))
+                self._send(messages.Accepted(message.id, len(ids), reading, text))
             except Exception as error:
                 self._fail(message.id, error, message.request.max_tokens)
         self._take(job)

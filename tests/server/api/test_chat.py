@@ -11,6 +11,7 @@ from tests.models.live_server import LiveServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]
 ECHOED = " [INST] hello world [/INST]"
 
 
@@ -163,7 +164,7 @@ async def test_a_trailing_assistant_message_is_continued(client: AsyncOpenAI) ->
 
 async def test_fields_that_cannot_be_honoured_are_ignored(client: AsyncOpenAI) -> None:
     extra = {"user": "me", "metadata": {}, "store": True, "top_k": -1, "seed": -1, "unheard_of": [1], "mirostat": 2}
-    arguments: Any = {"model": "", "messages": HELLO, "tools": [{}], "tool_choice": "none", "extra_body": extra}
+    arguments: Any = {"model": "", "messages": HELLO, "tools": TOOLS, "tool_choice": "none", "extra_body": extra}
     answer = await client.chat.completions.create(**arguments)
     assert answer.choices[0].message.content == ECHOED
 

@@ -47,9 +47,6 @@ CONSTRAINTS: dict[str, Any] = {
     "web_search_options": {},
     "lora": [{"id": 0, "scale": 1.0}],
     "options": {"num_predict": 3},
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
-    "functions": [{"name": "f"}],
 }
 HARMLESS: dict[str, Any] = {
     "user": "me",

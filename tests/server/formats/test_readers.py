@@ -13,6 +13,7 @@ from slimoe.server.messages import Reading
 
 PARIS, ROME = ("weather", {"city": "Paris"}), ("weather", {"city": 'R "ö"\n<b>', "days": 2, "deep": {"a": [1, None]}})
 THINKS = {family.name: family.think for family in FAMILIES}
+SAME = {"mistral-args": "mistral, names", "deepseek-r1": "deepseek, blocks"}
 
 
 class Case(NamedTuple):
@@ -183,7 +184,7 @@ def test_an_answer_that_breaks_off_never_raises(case: Case) -> None:
 
 @pytest.mark.parametrize("family", THINKS)
 def test_arguments_are_told_as_they_come(family: str) -> None:
-    case = CASES[family]
+    case = CASES[SAME.get(family, family)]
     reader = reader_of(reading_of(family))
     told = [reader.feed(char) for char in case.answer]
     n_with_arguments = sum(any(delta.arguments for delta in parts.calls) for parts in told)
@@ -192,9 +193,10 @@ def test_arguments_are_told_as_they_come(family: str) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_without_tools_and_reasoning_all_is_text(case: Case) -> None:
-    reading = Reading(case.family)
-    assert read(reading, list(case.answer)) == Parts(case.answer)
-    if case.family != "harmony" and case.calls and not case.reasoning:
+    if case.family == "harmony":
+        return
+    assert read(Reading(case.family), list(case.answer)) == Parts(case.answer)
+    if case.calls and not case.reasoning:
         assert read(Reading(case.family, THINKS[case.family]), [case.answer]) == Parts(case.answer)
 
 

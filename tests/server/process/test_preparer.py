@@ -9,7 +9,7 @@ import pytest
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
 from slimoe.server.api_error import from_failure
-from slimoe.server.chat.prompts import Prompts
+from slimoe.server.chat.prompts import Prepared, Prompts
 from slimoe.server.chat.template_error import TemplateLimitError
 from slimoe.server.process.preparer import MOST_STOPPED, Job, Preparer
 
@@ -22,11 +22,11 @@ class Scripted:
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def complete(self, request: GenerationRequest, source: messages.PromptSource) -> GenerationRequest:
+    def prepare(self, request: GenerationRequest, source: messages.PromptSource) -> Prepared:
         assert self.may_go_on.wait(TIMEOUT)
         if isinstance(source, messages.ChatPrompt) and source.messages[0].content.startswith("bomb"):
             raise TemplateLimitError("0.5 seconds of processor time")
-        return request
+        return Prepared(request)
 
 
 class Waiting:
