@@ -144,7 +144,7 @@ class OllamaApi:
     async def show(self, request: web.Request) -> web.Response:
         """What a model is; waits until it is open, raises ApiError."""
         body = await read_body(request, ShowBody)
-        backend = self._generation.backends.named(body.model or body.name)
+        backend = self._generation.backends.named(_without_tag(body.model or body.name))
         info = await _load(backend)
         facts = {
             "general.architecture": info.architecture,
@@ -165,7 +165,7 @@ class OllamaApi:
         self, request: web.Request, body: OllamaBody, source: PromptSource | None, *, is_chat: bool
     ) -> web.StreamResponse:
         wanted = body.request(self._generation.unsupported, request.app[DEFAULTS])
-        backend = self._generation.backends.named(body.model, body.keep)
+        backend = self._generation.backends.named(_without_tag(body.model), body.keep)
         shape = OllamaShape(backend.model.id, is_chat=is_chat, is_scored=body.n_logprobs is not None)
         if source is None:
             # Nobody loads a model to have it unloaded.
@@ -178,6 +178,11 @@ class OllamaApi:
         if body.stream is False:
             return await self._generation.whole(backend, choices, shape)
         return await self._generation.stream(request, backend, choices, shape)
+
+
+def _without_tag(name: str | None) -> str | None:
+    """The name without the tag that Ollama's clients put behind one that has none."""
+    return name and name.removesuffix(":latest")
 
 
 async def _load(backend: Backend) -> ModelInfo:
@@ -197,7 +202,7 @@ def _entry(backend: Backend) -> ModelEntry:
         name=model.id,
         model=model.id,
         modified_at=datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z"),
-        size=0 if info is None else info.n_bytes,
+        size=(model.n_bytes or 0) if info is None else info.n_bytes,
         digest=hashlib.sha256(model.fingerprint.encode()).hexdigest(),
         details=ModelDetails("", [], "", "") if info is None else _details(info),
     )

@@ -66,6 +66,7 @@ class ResponsesApi:
         choices = [Choice(chat_prompt(body), wanted)]
         shape = ResponsesShape(
             _response(body, wanted, backend.model.id),
+            body.callable_tools(),
             is_scored=body.n_logprobs is not None,
             with_progress=bool(body.return_progress),
             with_timings=bool(body.timings_per_token),

@@ -1,7 +1,7 @@
 """OpenAI's Responses as they are asked for: items made into turns, tools, and what is refused."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -47,6 +47,7 @@ class InputItem(msgspec.Struct, gc=False):
     content: str | list[ItemPart] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     input: str | None = None
     output: str | list[ItemPart] | None = None
@@ -54,13 +55,27 @@ class InputItem(msgspec.Struct, gc=False):
 
 
 class ResponsesTool(msgspec.Struct, omit_defaults=True):
-    """A function that the client carries out."""
+    """A function that the client carries out, or a namespace of such `tools`."""
 
     type: str
     name: str = ""
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: "list[ResponsesTool] | None" = None
+
+
+class Function(NamedTuple):
+    """A function that may be called, where it stands in the body, and the namespace that it is in."""
+
+    where: str
+    tool: ResponsesTool
+    namespace: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the model calls it by."""
+        return full_name(self.namespace, self.tool.name)
 
 
 class NamedTool(msgspec.Struct, omit_defaults=True):
@@ -112,6 +127,25 @@ class InputBody(SamplingBody, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
 
+    def callable_tools(self) -> list[Function]:
+        """The functions of `tools`, those in namespaces as well; raises ApiError for other tools."""
+        functions = []
+        for n, tool in enumerate(self.tools or ()):
+            if tool.type == "namespace" and tool.name:
+                inner = enumerate(tool.tools or ())
+                functions += [Function(f"tools[{n}].tools[{number}]", one, tool.name) for number, one in inner]
+            else:
+                functions.append(Function(f"tools[{n}]", tool))
+        for where, tool, _ in functions:
+            if tool.type != "function":
+                raise unsupported(
+                    f"The tool {tool.type!r} is not one that this server has. Functions alone can be called.",
+                    f"{where}.type",
+                )
+            if not tool.name:
+                raise invalid("A function needs a name.", f"{where}.name")
+        return functions
+
 
 class ResponsesBody(InputBody, kw_only=True):
     """`POST /v1/responses`."""
@@ -140,13 +174,19 @@ class ResponsesBody(InputBody, kw_only=True):
         return self.top_logprobs or 0 if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
 
+def full_name(namespace: str | None, name: str | None) -> str:
+    """What the model calls a function by, wherever it stands."""
+    return f"{namespace}__{name}" if namespace else name or ""
+
+
 def chat_prompt(body: InputBody) -> ChatPrompt:
     """The conversation as the engine's side takes it; raises ApiError that names the item at fault."""
     turns = [Turn("system", body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
         turns.append(Turn("user", body.input))
     else:
-        names = {item.call_id: item.name for item in body.input if item.call_id and item.name}
+        called = [item for item in body.input if item.call_id and item.name]
+        names = {item.call_id or "": full_name(item.namespace, item.name) for item in called}
         for n, item in enumerate(body.input):
             turns += _turns(item, f"input[{n}]", names)
     if not turns:
@@ -170,7 +210,7 @@ def _turns(item: InputItem, where: str, names: Mapping[str, str]) -> Iterator[Tu
                 raise invalid(f"A {item.type} needs a name and a call_id.", where)
             custom = json_text({"input": item.input or ""}, where)
             arguments = custom if item.type == "custom_tool_call" else item.arguments or "{}"
-            yield Turn("assistant", "", (Call(item.name, arguments, item.call_id),))
+            yield Turn("assistant", "", (Call(full_name(item.namespace, item.name), arguments, item.call_id),))
         case "function_call_output" | "custom_tool_call_output":
             if not item.call_id or item.output is None:
                 raise invalid(f"A {item.type} needs a call_id and an output.", where)
@@ -202,22 +242,14 @@ def _text(content: str | Sequence[ItemPart], where: str) -> str:
 
 def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The tools that may be called, and whether one must be."""
-    for n, tool in enumerate(body.tools or ()):
-        if tool.type != "function":
-            raise unsupported(
-                f"The tool {tool.type!r} is not one that this server has. Functions alone can be called.",
-                f"tools[{n}].type",
-            )
-        if not tool.name:
-            raise invalid("A function needs a name.", f"tools[{n}].name")
     tools = tuple(
         Tool(
-            tool.name,
-            tool.description or "",
-            json_text(tool.parameters or {}, f"tools[{n}].parameters"),
-            bool(tool.strict),
+            function.name,
+            function.tool.description or "",
+            json_text(function.tool.parameters or {}, f"{function.where}.parameters"),
+            bool(function.tool.strict),
         )
-        for n, tool in enumerate(body.tools or ())
+        for function in body.callable_tools()
     )
     check_tools(tools, "tools[{n}].name")
     given, is_parallel = body.tool_choice, body.parallel_tool_calls is not False

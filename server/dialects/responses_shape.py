@@ -13,6 +13,7 @@ from slimoe.server.api.choice import ChoiceState, Piece
 from slimoe.server.api.shape import progress_info, usage_of
 from slimoe.server.api.wire import TokenLogprobInfo, chat_logprobs, tiers_info, timings_info
 from slimoe.server.api_error import ApiError
+from slimoe.server.dialects.responses_body import Function
 from slimoe.server.dialects.responses_wire import (
     FunctionCallItem,
     IncompleteDetails,
@@ -36,13 +37,14 @@ _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 
 @dataclass(slots=True)
 class _Item:
-    """An item that is being written; `number`, `call_id` and `name` are those of a call."""
+    """An item that is being written; `number`, `call_id`, `name` and `namespace` are those of a call."""
 
     kind: Literal["text", "reasoning", "call"]
     index: int
     number: int = 0
     call_id: str = ""
     name: str = ""
+    namespace: str = ""
     text: str = ""
     logprobs: list[TokenLogprobInfo] = field(default_factory=list)
     id: str = ""
@@ -59,24 +61,32 @@ class _Item:
             case "reasoning":
                 return ReasoningItem(self.id, [ReasoningText(self.text)] if has_part else [], status)
             case "call":
-                return FunctionCallItem(self.id, self.call_id, self.name, self.text, status)
+                namespace = self.namespace or UNSET
+                return FunctionCallItem(self.id, self.call_id, self.name, self.text, status, namespace)
 
 
 class ResponsesShape:
     """Writes the answer that `response` begins; with `is_scored` tokens have their scores.
 
     As in llama-server, the stream tells how far the prompt is read `with_progress`, and times in every piece
-    `with_timings`.
+    `with_timings`. `functions` tells those in namespaces by the names that the model calls them by.
     """
 
     prompt_param = "input"
     framing = NAMED_EVENTS
 
     def __init__(
-        self, response: Response, *, is_scored: bool, with_progress: bool = False, with_timings: bool = False
+        self,
+        response: Response,
+        functions: Sequence[Function] = (),
+        *,
+        is_scored: bool,
+        with_progress: bool = False,
+        with_timings: bool = False,
     ) -> None:
         self._response = response
         self._is_scored = is_scored
+        self._functions = {function.name: function for function in functions}
         self._with_progress, self._with_timings = with_progress, with_timings
         self._n_events = 0
         self._items: list[OutputItem] = []
@@ -138,7 +148,9 @@ class ResponsesShape:
         items = [_Item("reasoning", 0, text=state.reasoning)] if state.reasoning else []
         if state.text or not state.calls:
             items.append(_Item("text", 0, text=state.text, logprobs=self._scores(state.scores)))
-        items += [_Item("call", 0, 0, call.id, call.name, call.arguments) for call in state.calls]
+        for call in state.calls:
+            name, namespace = self._named(call.name)
+            items.append(_Item("call", 0, 0, call.id, name, namespace, call.arguments))
         is_cut = state.done.reason == "length"
         self._items = [item.document("incomplete" if is_cut and item is items[-1] else "completed") for item in items]
         return msgspec.json.encode(self._complete(state))
@@ -180,7 +192,7 @@ class ResponsesShape:
         if self._open is not None and (self._open.kind, self._open.number) == (kind, number):
             return []
         events = self._close("completed")
-        item = self._open = _Item(kind, len(self._items), number, call_id, name)
+        item = self._open = _Item(kind, len(self._items), number, call_id, *self._named(name))
         added = {"output_index": item.index, "item": item.document("in_progress")}
         events.append(self._event("response.output_item.added", added))
         if kind != "call":
@@ -217,6 +229,11 @@ class ResponsesShape:
         if self._open.kind == "call":
             del place["content_index"]
         return self._event(name, {**place, "delta": text, **more})
+
+    def _named(self, name: str) -> tuple[str, str]:
+        """The name and namespace of the function that the model calls so."""
+        function = self._functions.get(name)
+        return (name, "") if function is None else (function.tool.name, function.namespace)
 
     def _scores(self, scores: list[messages.ScoredToken]) -> list[TokenLogprobInfo]:
         return chat_logprobs(scores).content if self._is_scored else []

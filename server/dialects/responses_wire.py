@@ -51,6 +51,7 @@ class FunctionCallItem(msgspec.Struct, frozen=True, tag="function_call", tag_fie
     name: str
     arguments: str
     status: ItemStatus
+    namespace: str | UnsetType = UNSET
 
 
 OutputItem = OutputMessage | ReasoningItem | FunctionCallItem

@@ -216,3 +216,20 @@ async def test_errors_are_texts(model: Path, server: LiveServer, post: Post) -> 
         session.get(f"{guarded.url}/api/tags") as response,
     ):
         assert (response.status, (await response.json()).keys()) == (401, {"error"})
+
+
+async def test_several_models(model: Path) -> None:
+    async with live_server(model, others={"second": model}) as server, aiohttp.ClientSession() as session:
+        async with session.get(f"{server.url}/api/tags") as response:
+            assert [entry["name"] for entry in (await response.json())["models"]] == ["tiny", "second"]
+        asked = {"messages": HI, "stream": False}
+        for name in ("second", "second:latest"):
+            async with session.post(f"{server.url}/api/chat", json={"model": name, **asked}) as response:
+                assert (response.status, (await response.json())["model"]) == (200, "second")
+        async with session.get(f"{server.url}/api/ps") as response:
+            assert [entry["name"] for entry in (await response.json())["models"]] == ["second"]
+        async with session.post(f"{server.url}/api/chat", json={"model": "third", **asked}) as response:
+            assert (response.status, (await response.json()).keys()) == (404, {"error"})
+        body = {"model": "third", "max_tokens": 5, "messages": HI}
+        async with session.post(f"{server.url}/v1/messages", json=body) as response:
+            assert (response.status, (await response.json())["error"]["type"]) == (404, "not_found_error")

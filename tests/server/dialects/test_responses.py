@@ -123,6 +123,20 @@ async def test_reasoning_and_calls_as_events(client: AsyncOpenAI) -> None:
     assert (look.name, look.arguments, look.status) == ("look", '{"at": "Paris"}', "completed")
 
 
+@pytest.mark.usefixtures("marks")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_functions_in_a_namespace(post: Post, events: Events, stream: bool) -> None:
+    tools = [LOOK, {"type": "namespace", "name": "sky", "description": "d", "tools": [LOOK]}]
+    asked = {"input": '<call sky__look>{"at": 1}</><call look>{}</>', "tools": tools}
+    answer = (await events(PATH, asked))[-1][1]["response"] if stream else (await post(PATH, asked))[1]
+    assert answer["tools"] == tools
+    called = [item for item in answer["output"] if item["type"] == "function_call"]
+    assert [(item["name"], item.get("namespace")) for item in called] == [("look", "sky"), ("look", None)]
+    result = {"type": "function_call_output", "call_id": called[0]["call_id"], "output": "sun"}
+    _, answer = await post(PATH, {"input": [{"role": "user", "content": "go"}, called[0], result]})
+    assert "Result of sky__look (call_0):\nsun" in answer["output"][0]["content"][0]["text"]
+
+
 async def test_an_answer_cut_short(client: AsyncOpenAI, events: Events) -> None:
     answer = await client.responses.create(**ASK, max_output_tokens=2)
     assert answer.status == "incomplete"
@@ -229,6 +243,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
+    ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "perhaps"}, "tool_choice"),
     ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
