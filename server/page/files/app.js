@@ -1,15 +1,14 @@
 // Puts the page together: the server's state, the key, the columns, the keyboard.
 
-import { ask, key } from "./api.js";
 import { Chat } from "./chat.js";
-import { ConversationList, askText } from "./conversations.js";
+import { ConversationList } from "./conversations.js";
 import { Feed } from "./feed.js";
 import { Machine, largeButton } from "./machine.js";
-import { ask as askForm, byId, bytes, el, link, number } from "./dom.js";
+import { ask as askForm, byId, el, link } from "./dom.js";
+import { Server } from "./server.js";
 import * as settings from "./settings.js";
 import { Store, choices } from "./store.js";
 
-const AGAIN_MS = 1500;
 const KEYS = [
   ["Enter", "sends the message"],
   ["Shift + Enter", "begins a new line"],
@@ -23,111 +22,6 @@ const KEYS = [
   ["F2, Delete", "in the list: renames, deletes a conversation"],
   ["?", "shows this list"],
 ];
-
-/** What the page knows of the server. */
-class Server {
-  constructor() {
-    this.models = [];
-    this.model = null;
-    this.isAsking = false;
-    this.timer = 0;
-  }
-
-  /** Looks whether it answers, until it does. */
-  async look() {
-    clearTimeout(this.timer);
-    try {
-      this.models = (await ask("/v1/models")).data;
-      const health = await fetch("/health", { cache: "no-store" });
-      const state = await health.json();
-      this.showModels();
-      if (health.ok) this.tell("");
-      else {
-        this.tell(stateText(state));
-        this.again();
-      }
-    } catch (error) {
-      if (error.status === 401) {
-        this.tell("A key is needed");
-        this.askKey();
-        return;
-      }
-      this.tell(error.message);
-      this.again();
-    }
-  }
-
-  again() {
-    this.timer = setTimeout(() => this.look(), AGAIN_MS);
-  }
-
-  tell(text) {
-    const node = byId("connection");
-    if (node.textContent !== text) node.textContent = text;
-  }
-
-  showModels() {
-    const names = this.models.map((model) => model.id);
-    const kept = choices.get("model", null);
-    if (!names.includes(this.model)) this.model = names.includes(kept) ? kept : names[0];
-    const field = byId("model");
-    if ([...field.options].map((option) => option.value).join("\n") !== names.join("\n"))
-      field.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-    field.value = this.model;
-    byId("model-choice").hidden = names.length < 2;
-    this.showModel();
-  }
-
-  showModel() {
-    const found = this.models.find((model) => model.id === this.model);
-    byId("model-name").textContent = this.model ?? "";
-    if (!found) return;
-    const parts = [`${found.id} answers`];
-    if (found.max_model_len) parts.push(`${number(found.max_model_len)} tokens of context`);
-    if (found.meta?.n_params) parts.push(`${number(found.meta.n_params / 1e6)} million parameters`);
-    if (found.meta?.size) parts.push(bytes(found.meta.size));
-    byId("empty-model").textContent = `${parts.join(", ")}.`;
-  }
-
-  /** Takes what the stream of events says of how a model stands. */
-  take({ model, state, done_bytes: done, total_bytes: total, problem }) {
-    if (this.models.length > 1 && model !== this.model) return;
-    const words = {
-      ready: "",
-      asleep: "Asleep: your next message wakes it",
-      loading: total ? `Loading the model, ${number((100 * done) / total)} %` : "Loading the model",
-    };
-    this.tell(words[state] ?? problem ?? `The model is ${state}`);
-    if (state === "ready") this.look();
-  }
-
-  choose(name) {
-    this.model = name;
-    choices.set("model", name);
-    this.showModel();
-  }
-
-  async askKey() {
-    if (this.isAsking) return;
-    this.isAsking = true;
-    const title = key.get() ? "The key is wrong" : "This server asks for a key";
-    key.forget();
-    const given = await askText(byId("ask-key"), title, "Key, kept until this tab is closed", "", {
-      type: "password",
-      autocomplete: "off",
-    });
-    this.isAsking = false;
-    if (!given) return;
-    key.set(given);
-    await this.look();
-    document.dispatchEvent(new Event("key"));
-  }
-}
-
-function stateText(state) {
-  if (state.total_bytes) return `Loading the model, ${number((100 * state.done_bytes) / state.total_bytes)} %`;
-  return state.error?.message ?? state.status;
-}
 
 /** Columns at the sides: beside the chat on wide screens, over it on narrow ones. */
 class Columns {
@@ -239,7 +133,10 @@ async function start() {
     machine.select(event.target.value);
   });
   const feed = new Feed(
-    (name, data) => (name === "state" ? server.take(data) : machine.take(name, data)),
+    (name, data) => {
+      if (name === "state") server.take(data);
+      machine.take(name, data);
+    },
     (error) => {
       if (error?.status === 0) server.look();
     },
@@ -251,6 +148,7 @@ async function start() {
   listenToKeys(chat, list, columns);
   await list.load();
   await server.look();
+  machine.select(server.model);
   feed.start();
   byId("prompt").focus();
 }

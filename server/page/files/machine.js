@@ -47,7 +47,7 @@ export class Machine {
       this.legend,
       this.table,
     );
-    this.empty = el("p", { class: "note waiting" }, "Waiting for the server to tell of its experts.");
+    this.empty = el("p", { class: "note waiting" }, "The map of experts is here as long as the model is loaded.");
     this.parts = [this.mapPart, this.section("Speed", this.speed), this.section("Time", this.time), this.section("Memory", this.memory.node)];
     byId("machine").replaceChildren(this.empty, ...this.parts);
     for (const part of this.parts) part.hidden = true;
@@ -77,19 +77,27 @@ export class Machine {
 
   /** Takes an event of the stream. */
   take(name, data) {
+    if (name === "state" && data.state !== "ready" && data.state !== "silent") this.forget(data.model);
     if (!["experts", "places", "work"].includes(name)) return;
     const known = this.models.get(data.model) ?? {};
     known[name] = data;
     this.models.set(data.model, known);
-    if (this.shown === null || this.models.size === 1) this.shown = data.model;
+    this.shown ??= data.model;
     if (data.model === this.shown) this.show(name);
   }
 
   /** Shows another model, once something is known of it. */
   select(model) {
-    if (!this.models.has(model) || model === this.shown) return;
     this.shown = model;
-    for (const name of ["experts", "places", "work"]) if (this.models.get(model)[name]) this.show(name);
+    this.empty.hidden = false;
+    for (const part of this.parts) part.hidden = true;
+    for (const name of ["experts", "places", "work"]) if (this.state[name]) this.show(name);
+  }
+
+  /** A model is no longer open: what was known of it holds no more. */
+  forget(model) {
+    this.models.delete(model);
+    if (model === this.shown) this.select(model);
   }
 
   get state() {

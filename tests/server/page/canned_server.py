@@ -19,6 +19,7 @@ class Canned:
     """What is answered next, and what was asked."""
 
     models: tuple[str, ...] = ("canned",)
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     deltas: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = "stop"
     error: tuple[int, dict[str, Any]] | None = None
@@ -58,7 +59,9 @@ class Canned:
 
     async def list_models(self, request: web.Request) -> web.Response:
         """The models."""
-        return web.json_response({"object": "list", "data": [{"id": name, **CARD} for name in self.models]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": name, **CARD, **self.cards.get(name, {})} for name in self.models]}
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         """All is well."""

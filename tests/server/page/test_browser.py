@@ -337,12 +337,58 @@ async def test_what_a_model_writes_is_never_html(window: Browser, canned: Canned
     assert "owned" not in await window.run("return document.title.replace(/<.*/, '')")
 
 
-async def test_one_of_several_models_is_chosen(window: Browser, canned: Canned) -> None:
-    canned.models = ("small", "large")
+async def test_the_policy_holds_in_the_browser(window: Browser, canned: Canned) -> None:
     await opened(window, canned.url)
+    script = (
+        "const one = document.createElement('script'); one.textContent = 'window.owned = 1'; document.body.append(one)"
+    )
+    for forbidden in (script, "document.body.innerHTML = '<b>x</b>'", "setTimeout('window.owned = 1')"):
+        await window.run(f"try {{ {forbidden} }} catch (error) {{ return error.name; }}")
+    assert await window.run("return [window.owned === undefined, document.querySelector('b')]") == [True, None]
+    reach = "return fetch('http://127.0.0.1:1/').then(() => 'reached', (error) => error.name)"
+    assert await window.run(reach) == "TypeError"
+    told = await window.complaints()
+    assert told
+    assert all("Content Security Policy" in one or "Trusted" in one for one in told), told
+
+
+async def test_another_tab_sees_what_is_written(window: Browser, canned: Canned) -> None:
+    await opened(window, canned.url)
+    first = await window.do("GET", "window")
+    second = (await window.do("POST", "window/new", {"type": "tab"}))["handle"]
+    await window.do("POST", "window", {"handle": second})
+    await window.go(canned.url)
+    await window.do("POST", "window", {"handle": first})
+    await say(window, "Of rivers")
+    await window.do("POST", "window", {"handle": second})
+    await window.until("document.querySelector('#conversations').innerText === 'Of rivers'")
+    await window.click("#conversations .row")
+    assert await messages(window) == ["Of rivers", "Well."]
+    await window.click("#delete")
+    await window.do("DELETE", "window")
+    await window.do("POST", "window", {"handle": first})
+    await window.until("!document.querySelector('#conversations').innerText")
+
+
+async def test_one_of_several_models_is_chosen(window: Browser, canned: Canned) -> None:
+    canned.models = ("small", "large", "huge")
+    canned.cards["huge"] = {"fits": False, "meta": {"size": 3 << 30}}
+    canned.events += [("state", {"model": "small", "state": "ready"}), ("state", {"model": "large", "state": "asleep"})]
+    canned.events += [(name, data | {"model": "small"}) for name, data in map_events(1)]
+    await opened(window, canned.url)
+    options = "[...document.querySelector('#model').options].map((one) => one.innerText + one.disabled).join()"
+    await window.until(f"{options} === 'small · loadedfalse,large · not loadedfalse,huge · 3.0 GiB · does not fittrue'")
+    await window.until("document.querySelector('#machine .big')")
     await say(window, "one")
     assert canned.asked[-1]["model"] == "small"
     await window.type("#model", "large")
+    assert "your next message loads it" in await window.text("#connection")
+    assert "as long as the model is loaded" in await window.text("#machine")
+    canned.events += [("state", {"model": "large", "state": "loading", "done_bytes": 1, "total_bytes": 4})]
+    await window.until("document.querySelector('#connection').innerText === 'Loading the model, 25 %'")
+    canned.events += [("state", {"model": "large", "state": "ready"})]
+    canned.events += [(name, data | {"model": "large"}) for name, data in map_events(1)]
+    await window.until("!document.querySelector('#connection').innerText && document.querySelector('#machine .big')")
     await say(window, "two")
     assert canned.asked[-1]["model"] == "large"
     await window.go(canned.url)
