@@ -13,6 +13,7 @@ from slimoe.offload.errors import SlimoeError
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from slimoe.server.options.destination import reserve
 from slimoe.server.options.engine_options import OptionsCommand
+from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.options.installed import check_installed
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import duration, status, step_bar
@@ -33,7 +34,7 @@ _WORK = {
 
 
 @click.command("calibrate", cls=OptionsCommand)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=ModelPath(prefers_checkpoint=True))
 @click.option(
     "-o", "--output", metavar="STATS", required=True, type=click.Path(path_type=Path), help="Statistics file to write."
 )

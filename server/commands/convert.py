@@ -23,13 +23,14 @@ from slimoe.server.options.compress_options import (
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import eval_flags
+from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar
 
 
 @click.command("convert", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=ModelPath(prefers_checkpoint=True))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("-t", "--type", "type_name", help="Type of the weights, one of those below (default: Q4_K_M).")
 @click.option(

@@ -8,13 +8,14 @@ import msgspec
 
 from slimoe.converter.source.inventory import Inventory, take_inventory
 from slimoe.offload.printable import printable
+from slimoe.server.options.hub_cache import ModelPath
 
 _MAX_CHARS = 1000
 """Of a value: a file may hold a text of any length where a number belongs."""
 
 
 @click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelPath())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(model: Path, as_json: bool) -> None:
     """Show what MODEL holds: sizes, types, bytes by kind, tokenizer, origin.

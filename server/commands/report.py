@@ -9,12 +9,13 @@ import msgspec
 from slimoe.server.options.destination import reserve
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import eval_flags, eval_options
+from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.options.installed import CONVERTERS, check_installed
 
 
 @click.command("report", cls=OptionsCommand)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=ModelPath(prefers_checkpoint=True))
+@click.argument("model", metavar="FILE", type=ModelPath())
 @click.option(
     "--stats", metavar="STATS", type=click.Path(path_type=Path), help="Statistics that slimoe calibrate wrote for SRC."
 )

@@ -9,6 +9,7 @@ import click
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
 from slimoe.server.options.flag_group import flag_group
 from slimoe.server.options.help_sections import write_options
+from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.telling import tell
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
@@ -58,7 +59,7 @@ def joined(ctx: click.Context, param: click.Parameter, lists: tuple[tuple[str, .
 
 
 engine_flags = flag_group(
-    click.argument("model", required=False, type=click.Path(path_type=Path)),
+    click.argument("model", required=False, type=ModelPath()),
     click.option(
         "--ctx",
         "n_ctx",

@@ -14,6 +14,7 @@ from slimoe.offload.plan.engine_config import EngineConfig, setting_names
 from slimoe.server.cli import run
 from slimoe.server.commands import plan, serve
 from slimoe.server.messages import Open, decode_to_engine, pack
+from slimoe.server.offer import Offer
 from slimoe.server.options import engine_options
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.process import engine_process
@@ -121,10 +122,10 @@ def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[Engi
 
 
 def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    async def instead(config: object, engine: EngineConfig, own: object) -> None:
-        through_the_pipe(engine)
+    async def instead(config: object, offer: Offer, own: object) -> None:
+        through_the_pipe(offer.engine)
 
-    monkeypatch.setattr(serve, "serve_model", instead)
+    monkeypatch.setattr(serve, "serve_models", instead)
     assert run(["serve", "some.gguf", *FLAGS]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
