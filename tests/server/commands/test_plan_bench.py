@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from slimoe.server.cli import run
 from slimoe.server.commands import plan
 from slimoe.server.options.engine_options import DEMO
 from tests.models.configs import engine_config
+from tests.models.live_server import DEADLINE, slimoe
 from tests.models.measured_machine import machine_for
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -196,6 +198,42 @@ def test_bench_reports_speeds_and_memory(capsys: pytest.CaptureFixture[str]) -> 
     assert report["decode_ms"] == pytest.approx(1000 / report["decode_per_second"])
     assert report["depth"] == 3
     assert report["memory"]["copied"] > 0
+
+
+def test_bench_prints_llama_benchs_table(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-p", "8,16", "-n", "2", "-pg", "8,2", "-d", "0,4", "-r", "2", "--threads", "1"]
+    assert run(["bench", *words]) == 0
+    head, marks, *rows = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in head.split("|")[1:-1]][5:] == ["test", "t/s cold", "t/s"]
+    assert set(marks) == set("|-: ")
+    names = [row.split("|")[6].strip() for row in rows]
+    assert names == ["pp8", "pp16", "tg2", "pp8+tg2", "pp8 @ d4", "pp16 @ d4", "tg2 @ d4", "pp8+tg2 @ d4"]
+    assert all(float(row.split("|")[8].partition("±")[0]) > 0 for row in rows)
+    assert len({len(line) for line in (head, marks, *rows)}) == 1
+
+
+def test_bench_tells_cold_from_warm() -> None:
+    """With a cache too small for the experts the hits of the warm rounds are told as well."""
+    shape = ["--batch", "64", "--ctx", "64", "--threads", "1"]
+
+    def printed(*words: str) -> dict[str, Any]:
+        """By a process of its own: this one's memory would count."""
+        report: dict[str, Any] = json.loads(slimoe(*words, "--json", *shape).communicate(timeout=DEADLINE)[0])
+        return report
+
+    least = printed("plan", "--no-measure", "--ram", "0")["required_bytes"]
+    (test,) = printed("bench", "--ram", str(least), "-p", "0", "-n", "3", "-r", "2")["tests"]
+    assert test["test"] == "tg3"
+    assert 0 <= test["hit_share"] < 1
+    assert len(test["rounds_per_second"]) == 2
+    assert test["cold_per_second"] > 0
+    assert min(test["rounds_per_second"]) <= test["median_per_second"] <= max(test["rounds_per_second"])
+
+
+@pytest.mark.parametrize("words", [["-p", "x"], ["-p", "-1"], ["-pg", "3"], ["-n", "1,,2"], ["-p", "0", "-n", "0"]])
+def test_bench_refuses_what_is_no_count(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", *words]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_bench_longer_than_the_context_says_so(capsys: pytest.CaptureFixture[str]) -> None:
