@@ -24,6 +24,7 @@ from slimoe.offload.plan.replan import replan
 from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
+from slimoe.offload.requests.slots import Slots
 from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.resources.memory import give_back_freed
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
@@ -64,6 +65,7 @@ class Engine:
             told = self.memory, self.counters, self._observer.begin
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars)
             self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
+            self.slots = Slots(plan.gguf, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -189,6 +191,7 @@ class Engine:
         parameters out of range and ContextOverflowError for a prompt that does not fit.
         """
         job = Generator(request, self._facts, is_cancelled, next(self._ids))
+        self.slots.enter(job)
         if self.n_past:
             self.cells.remember(self._own)
             self._own = self.cells.begin()

@@ -1,6 +1,7 @@
 """The HTTP application: every group of endpoints in one place."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from aiohttp import web
 
@@ -17,6 +18,7 @@ from slimoe.server.dialects.chat_api import ChatApi
 from slimoe.server.dialects.completion_api import CompletionApi
 from slimoe.server.dialects.llama.completion_api import LlamaCompletionApi
 from slimoe.server.dialects.llama.properties_api import PropertiesApi
+from slimoe.server.dialects.llama.slots_api import SlotsApi
 from slimoe.server.dialects.messages_api import MessagesApi
 from slimoe.server.dialects.not_offered import NotOfferedApi
 from slimoe.server.dialects.ollama_api import OllamaApi
@@ -42,6 +44,7 @@ class AppConfig:
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
     prompt_log: PromptLog | None = None
+    slot_directory: Path | None = None
 
 
 def init_app(config: AppConfig, backends: Backends) -> web.Application:
@@ -68,6 +71,7 @@ def init_app(config: AppConfig, backends: Backends) -> web.Application:
         LoadingApi(backends),
         LlamaCompletionApi(generation),
         PropertiesApi(backends, config.defaults, shows_slots=config.shows_slots),
+        SlotsApi(backends, config.slot_directory),
         NotOfferedApi(),
         EventsApi(backends, feed, config.ping_seconds),
     )

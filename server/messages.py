@@ -13,6 +13,10 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import FinishReason, GenerationRequest, TierUse, Timings
 from slimoe.offload.text.infill import InfillTokens
+from slimoe.server.conversation import Call as Call
+from slimoe.server.conversation import Tool as Tool
+from slimoe.server.conversation import ToolChoice as ToolChoice
+from slimoe.server.conversation import Turn as Turn
 
 HEADER_BYTES = 4
 BEAT_SECONDS = 1.0
@@ -38,49 +42,6 @@ class TokenPrompt(Message, frozen=True):
     """A prompt of token ids."""
 
     ids: tuple[int, ...]
-
-
-class Call(msgspec.Struct, frozen=True, array_like=True):
-    """A call of a tool that the assistant made; `arguments` is what it wrote, JSON where it wrote well."""
-
-    name: str
-    arguments: str
-    id: str = ""
-
-
-class Turn(msgspec.Struct, frozen=True, array_like=True):
-    """One message of a conversation; `role` is system, developer, user, assistant or tool.
-
-    The assistant's may hold `calls` and its `reasoning`; a tool's names the call that it answers by `call_id`, and the
-    tool by `name`, which is a speaker's name in the other roles.
-    """
-
-    role: str
-    content: str
-    calls: tuple[Call, ...] = ()
-    call_id: str = ""
-    name: str = ""
-    reasoning: str = ""
-
-
-class Tool(msgspec.Struct, frozen=True):
-    """A tool that the assistant may call; `parameters` is the JSON schema of its arguments, as text.
-
-    With `strict` every call must follow the schema.
-    """
-
-    name: str
-    description: str = ""
-    parameters: str = "{}"
-    strict: bool = False
-
-
-class ToolChoice(msgspec.Struct, frozen=True):
-    """Whether tools are called: `mode` required demands a call, of the tool `name` if one is named."""
-
-    mode: Literal["auto", "none", "required"] = "auto"
-    name: str = ""
-    is_parallel: bool = True
 
 
 class ChatPrompt(Message, frozen=True):
@@ -171,6 +132,15 @@ class Rebudget(Message, frozen=True):
     ram: str | None
     vram: tuple[str, ...] | None
     held_bytes: int = 0
+
+
+class ChangeSlot(Message, frozen=True):
+    """To the engine: asks to save a slot's keys and values to the file `path`, to restore or to erase them."""
+
+    id: int
+    action: Literal["save", "restore", "erase"]
+    slot: int
+    path: str = ""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -365,6 +335,15 @@ class Rebudgeted(Message, frozen=True):
     snapshot: Snapshot
 
 
+class SlotChanged(Message, frozen=True):
+    """From the engine: how many tokens were saved, restored or erased, the file's bytes, and the time it took."""
+
+    id: int
+    n_tokens: int
+    n_bytes: int
+    seconds: float
+
+
 def with_notes(info: ModelInfo, notes: Sequence[str]) -> ModelInfo:
     """Adds sentences for the user to the notes of a model."""
     return msgspec.structs.replace(info, notes=(*info.notes, *notes))
@@ -377,10 +356,23 @@ def with_figures(info: ModelInfo, done: Done | Rebudgeted) -> ModelInfo:
 
 Question = Encode | Decode | Render | Count
 """What is answered at once, without the engine."""
-Order = Observe | Rebudget
+Order = Observe | Rebudget | ChangeSlot
 """What is asked of the engine itself."""
 ToEngine = Open | Submit | Cancel | Question | Order
-Answer = Failure | Accepted | Progress | PromptScores | Step | Done | Encoded | Counted | Text | Observed | Rebudgeted
+Answer = (
+    Failure
+    | Accepted
+    | Progress
+    | PromptScores
+    | Step
+    | Done
+    | Encoded
+    | Counted
+    | Text
+    | Observed
+    | Rebudgeted
+    | SlotChanged
+)
 FromEngine = Loading | Beat | Ready | Answer
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of paths

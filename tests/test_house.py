@@ -50,6 +50,7 @@ FLOORS = {
         {"report"},
     ),
     "server": (
+        {"conversation"},
         {"child_python", "log_format"},
         {"messages", "telling"},
         {"api_error", "formats", "options"},

@@ -137,6 +137,13 @@ class Cells:
         if len(self._remembered) > _MAX_REMEMBERED:
             self._forget(next(iter(self._remembered)))
 
+    def discard(self, tokens: Iterable[int]) -> None:
+        """Forgets the remembered sequences that are these tokens, or go on from them."""
+        gone = np.asarray(tokens, np.int32)
+        for other in list(self._remembered):
+            if len(gone) and common_prefix(other.tokens, gone) == min(len(other), len(gone)):
+                self._forget(other)
+
     def _free(self, n_most: int) -> Indices:
         """The lowest free cells, at most `n_most`."""
         if n_most == 1:

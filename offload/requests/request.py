@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from slimoe.offload.errors import ContextOverflowError, UsageError
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.requests.cells import Sequence
+from slimoe.offload.requests.cells import Sequence, Tokens
 from slimoe.offload.text.generation import (
     Event,
     Finished,
@@ -60,6 +62,7 @@ class Generator:
         _check(request, facts)
         self.request, self.is_cancelled, self.id = request, is_cancelled, id
         self.sequence: Sequence | None = None
+        self._last_tokens: Tokens | None = None
         self.is_over = self.has_company = False
         self._facts = facts
         tokenizer = facts.tokenizer
@@ -76,6 +79,13 @@ class Generator:
         self._stepped = self._step_seconds = 0.0
         self._begin: float | None = None
         self._counted: dict[str, float] = {}
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens in its sequence now, or when it ended."""
+        if self._last_tokens is not None:
+            return self._last_tokens
+        return np.empty(0, np.int32) if self.sequence is None else self.sequence.tokens
 
     @property
     def is_reading(self) -> bool:
@@ -190,7 +200,8 @@ class Generator:
         return self._held.is_complete(_PATIENT_SHARE * self._step_seconds if seconds is None else seconds)
 
     def release(self) -> None:
-        """Ends what holds the answer to its form."""
+        """Frees what a grammar holds; the sequence is somebody else's from now on."""
+        self._last_tokens = self.tokens.copy()
         if self._held is not None:
             self._held.close()
 

@@ -64,6 +64,7 @@ class GenerationRequest:
     that begins the first word: a chat template puts it there itself when the answer is read again. `constraint` is the
     form that the answer is held to. With `shows_control` control tokens are part of the answer's text, by their names,
     except those that end it: readers of tool calls look for them.
+    `id_slot` is the slot that it is remembered in.
     """
 
     prompt_ids: tuple[int, ...]
@@ -76,6 +77,7 @@ class GenerationRequest:
     strips_space: bool = False
     constraint: Constraint | None = None
     shows_control: bool = False
+    id_slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

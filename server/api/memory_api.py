@@ -11,7 +11,7 @@ from slimoe.server import messages
 from slimoe.server.api.backends import Backend, Backends
 from slimoe.server.api.endpoint import Endpoint
 from slimoe.server.api.request_body import read_body
-from slimoe.server.api_error import from_failure, invalid
+from slimoe.server.api_error import from_failure, invalid, unsupported
 from slimoe.server.process.request_handle import EngineFailure
 
 MAX_DEVICES, MAX_SIZE_CHARS = 64, 40
@@ -22,7 +22,7 @@ Words = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SIZE_CHARS)]
 class MemoryBody(msgspec.Struct, forbid_unknown_fields=True):
     """`POST /v1/memory`: sizes in bytes or in the words of --ram and --vram; what is left out stays as it is.
 
-    `vram` is one size for all devices, or a list of one for each. `model` is asked for where several are served.
+    `vram` is one size for all devices, or a list of one for each.
     """
 
     ram: Bytes | Words | None = None
@@ -100,6 +100,8 @@ class MemoryApi:
         body = await read_body(request, MemoryBody)
         if body.ram is None and body.vram is None:
             raise invalid("There is nothing to change. Send `ram`, `vram` or both, such as 8GiB, 50% or auto.", "ram")
+        if len(self._backends.all()) > 1:
+            raise unsupported("Several models share the limits, which cannot change while they are served.", "ram")
         backend = self._backends.named(body.model)
         ram, vram, supervisor = None if body.ram is None else str(body.ram), _sizes(body.vram), backend.supervisor
         try:

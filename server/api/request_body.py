@@ -39,6 +39,7 @@ Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 LastN = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 
+Slot = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
 T = TypeVar("T")
 
 
@@ -125,6 +126,7 @@ class GenerationBody(SamplingBody, kw_only=True):
     keep_alive: float | str | None = None
     ttl: float | None = None
     verbose: bool | None = None
+    id_slot: Slot | None = None
 
     @property
     def extras(self) -> Extras:
@@ -165,6 +167,7 @@ class GenerationBody(SamplingBody, kw_only=True):
             n_logprobs=n_logprobs,
             prompt_logprobs=prompt_logprobs,
             constraint=constraint_of(self),
+            id_slot=None if self.id_slot == -1 else self.id_slot,
         )
 
 

@@ -54,6 +54,7 @@ class ServeOptions:
     log_format: str
     log_prompts: Path | None
     slots: bool
+    slot_save_path: Path | None
     n_predict: int | None
 
 
@@ -114,6 +115,12 @@ class Duration(click.ParamType[float | None]):
     help="Most tokens of an answer whose request does not say; -1 is as many as fit.",
 )
 @click.option("--slots/--no-slots", default=True, show_default=True, help="Tell at /slots what is worked on.")
+@click.option(
+    "--slot-save-path",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Directory to which clients may save conversations' keys and values (default: they may not).",
+)
 @click.option("--exit-with-parent", is_flag=True, help="End when standard input is closed.")
 @click.option(
     "--grace",
@@ -185,6 +192,7 @@ def command(values: Mapping[str, Any]) -> None:
         defaults=defaults,
         shows_slots=options.slots,
         prompt_log=None if options.log_prompts is None else PromptLog(options.log_prompts),
+        slot_directory=options.slot_save_path and options.slot_save_path.absolute(),
     )
     offer = Offer(
         engine,

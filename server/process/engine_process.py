@@ -20,6 +20,7 @@ from slimoe.offload.cache.disk_reader import FileChangedError
 from slimoe.offload.errors import DeviceError, DeviceFullError, LostModelError, SlimoeError
 from slimoe.offload.ggml.abort import on_device_abort
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.requests.slots import SlotAction, SlotChange
 from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
@@ -35,10 +36,21 @@ PROGRESS_SECONDS = 0.1
 _ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
 
 
+class ServedSlots(Protocol):
+    """The part of the engine's slots that this process uses."""
+
+    def change(self, action: SlotAction, slot: int, path: Path) -> SlotChange:
+        """Saves a slot to a file, restores or erases it; raises UsageError."""
+
+
 class ServedEngine(OpenModel, Protocol):
     """The part of an engine's interface that this process uses; `slimoe.offload.engine.Engine` has it."""
 
     config: EngineConfig
+
+    @property
+    def slots(self) -> ServedSlots:
+        """The conversations by slot."""
 
     @property
     def is_idle(self) -> bool:
@@ -62,7 +74,7 @@ class ServedEngine(OpenModel, Protocol):
         """Raises FileChangedError when the model's file was written to; may be called from any thread."""
 
 
-Order = messages.Rebudget
+Order = messages.Rebudget | messages.ChangeSlot
 """What the engine's own thread does between two steps."""
 OpenEngine = Callable[[EngineConfig, Callable[[int, int], None]], ServedEngine]
 
@@ -91,6 +103,7 @@ class EngineProcess:
             messages.Count: self._answer,
             messages.Observe: self._observe,
             messages.Rebudget: self._order,
+            messages.ChangeSlot: self._order,
         }
 
     def run(self, open_engine: OpenEngine) -> None:
@@ -163,7 +176,11 @@ class EngineProcess:
     def _carry_out(self, engine: ServedEngine, order: Order) -> None:
         self._heartbeat.tick()
         try:
-            self._pipe.send(self._rebudget(engine, order))
+            if isinstance(order, messages.Rebudget):
+                self._pipe.send(self._rebudget(engine, order))
+            else:
+                change = engine.slots.change(order.action, order.slot, Path(order.path))
+                self._pipe.send(messages.SlotChanged(order.id, *change))
         except LostModelError as error:
             # As after a crash: the server opens the model again, within the limits that held before.
             self._pipe.send(messages.Failure(0, "engine_crashed", str(error)))

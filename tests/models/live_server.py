@@ -68,6 +68,7 @@ class LiveOptions:
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
+    slot_directory: Path | None = None
 
 
 @asynccontextmanager
@@ -90,6 +91,7 @@ async def live_server(
         options.defaults,
         shows_slots=options.shows_slots,
         prompt_log=options.prompt_log,
+        slot_directory=options.slot_directory,
     )
     runner = ApiRunner(init_app(config, backends), 1.0, options.limits)
     await runner.setup()

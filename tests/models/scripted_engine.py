@@ -12,11 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from slimoe.offload.errors import DeviceError, DeviceFullError, DoesNotFitError, LostModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.engine_config import EngineConfig, changed
+from slimoe.offload.requests.slots import SlotAction, SlotChange
 from slimoe.offload.requests.snapshot import (
     ExpertFormat,
     ExpertMap,
@@ -99,6 +101,18 @@ class ScriptedEngine:
         time.sleep(0.05 if ram == "slow" else 0.0)
         self.config = changed(self.config, {"ram": ram, "vram": tuple(vram)})
         return Rebudgeted(0.25, 100, ram == "same")
+
+    @property
+    def slots(self) -> "ScriptedEngine":
+        return self
+
+    def change(self, action: SlotAction, slot: int, path: Path) -> SlotChange:
+        """Writes the slot's number, and reads any file whose content is that of its slot."""
+        if action == "save":
+            path.write_text(f"slot {slot}")
+        elif action == "restore" and path.read_text() != f"slot {slot}":
+            raise UsageError(f"{path.name} is damaged.")
+        return SlotChange(10 + slot, 0 if action == "erase" else 6, 0.25)
 
     def snapshot(self) -> Snapshot:
         """Two layers of four experts, one of which moves with every answer."""

@@ -1,10 +1,9 @@
 """The body of llama-server's `/completion`, and what its prompts and biases are made of."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from slimoe.server.api.request_body import MAX_BIASES, MAX_PROMPTS, Choices, GenerationBody, LogprobCount
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, extended
@@ -12,7 +11,6 @@ from slimoe.server.api_error import ApiError, invalid, unsupported
 
 MAX_TEXTS = 256
 """Texts among a prompt's ids or a bias's tokens, each of which is tokenized by itself."""
-Slot = Annotated[int, Meta(ge=-1)]
 Part = int | str
 _FORMS = "A prompt is a text, token ids, both mixed, or a list of these."
 _BIAS_FORMS = "logit_bias is a list of [token or text, bias], or maps tokens or texts to biases."
@@ -24,7 +22,6 @@ class LlamaCompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[Any] | dict[str, Any]
     n_probs: LogprobCount | None = None
     n_cmpl: Choices | None = None
-    id_slot: Slot | None = None
     cache_prompt: bool | None = None
     return_tokens: bool | None = None
     response_fields: list[str] | None = None

@@ -49,6 +49,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     build_info: str
     is_sleeping: bool
     n_ctx: int | None
+    n_ctx_train: int | None
     pid: int
     engine_pid: int | None
     memory: dict[str, int]
@@ -108,6 +109,7 @@ class PropertiesApi:
             build_info=f"slimoe {model.version}",
             is_sleeping=supervisor.phase == "asleep",
             n_ctx=n_ctx,
+            n_ctx_train=None if info is None else info.n_ctx_train,
             pid=os.getpid(),
             engine_pid=supervisor.pid,
             memory={} if info is None else info.memory,

@@ -86,6 +86,13 @@ async def test_a_client_that_leaves_has_changed_them_all_the_same(model: Path) -
         assert (await ask(server))[1]["ram"] == "slow"
 
 
+async def test_limits_that_models_share_stay(model: Path) -> None:
+    async with live_server(model, others={"other": model}) as server:
+        status, told = await ask(server, {"ram": "2GiB"})
+        assert (status, told["error"]["code"]) == (400, "unsupported_value")
+        assert (await ask(server))[1]["ram"] == "auto"
+
+
 async def test_asking_does_not_wake_an_engine_that_is_unloaded(model: Path) -> None:
     async with live_server(model) as server:
         await ask(server, {"ram": "2GiB"})

@@ -1,0 +1,162 @@
+"""Files of the keys and values of a sequence of tokens, so that its prompt need not be read again after a restart.
+
+A file has a head (of which model, in which form, how many tokens), the tokens, the keys and values of each layer, head
+by head, and a sha256 of all that. It is read to its end before anything of it is used.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from slimoe.offload.errors import UsageError
+from slimoe.offload.files.regular_file import open_regular, reason
+from slimoe.offload.files.whole_file import whole_file
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.gguf.header import GGUFFile
+from slimoe.offload.graph.kv_store import KVStore
+from slimoe.offload.requests.cells import Indices, Tokens
+
+MAGIC = b"SLIMOEKV1\n"
+_LENGTH_BYTES, _HASH_BYTES, _MAX_HEAD_BYTES = 4, 32, 1 << 16
+_PIECE_BYTES, _SAMPLE_BYTES = 1 << 20, 4096
+
+
+class SlotFileError(UsageError):
+    """A file that is not the keys and values of this model, whole."""
+
+
+class SlotHead(msgspec.Struct, frozen=True):
+    """What a file is of: `model` is the model's hash, `kv_type` the cache's, `row_bytes` are of a token in one head."""
+
+    model: str
+    kv_type: str
+    n_tokens: int
+    n_tensors: int
+    n_heads: int
+    row_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of tokens, keys and values."""
+        return self.n_tokens * (4 + self.n_tensors * self.n_heads * self.row_bytes)
+
+
+def model_hash(gguf: GGUFFile) -> str:
+    """A sha256 by which models differ: their settings, the list of their tensors, and the beginning of each tensor."""
+    digest = hashlib.sha256(repr({k: v for k, v in gguf.metadata.items() if not isinstance(v, list)}).encode())
+    files = [open_regular(path) for path in gguf.paths]
+    try:
+        for name, tensor in sorted(gguf.tensors.items()):
+            digest.update(f"{name} {tensor.type} {tensor.ne} {tensor.n_bytes}".encode())
+            files[tensor.shard].seek(tensor.offset)
+            digest.update(files[tensor.shard].read(min(_SAMPLE_BYTES, tensor.n_bytes)))
+    finally:
+        for file in files:
+            file.close()
+    return digest.hexdigest()
+
+
+def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
+    """The head of a file of so many tokens in this model's cache."""
+    tensors = [tensor for pair in store.tensors() for tensor in pair]
+    shape = ggml.tensor_at(tensors[0]) if tensors else None
+    n_heads, row_bytes = (0, 0) if shape is None else (int(shape.ne[2]), int(shape.nb[1]))
+    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes)
+
+
+def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, cells: Indices) -> int:
+    """Writes tokens with their keys and values, which lie in `cells`; the file's bytes.
+
+    It appears under its name when it is whole. Raises UsageError where it cannot be written.
+    """
+    head = msgspec.json.encode(slot_head(model, store, len(tokens)))
+    n_bytes, digest = 0, hashlib.sha256()
+    with whole_file(path) as part, part.open("wb") as file:
+        pieces = (MAGIC, len(head).to_bytes(_LENGTH_BYTES, "big"), head, tokens.astype("<i4").tobytes())
+        for piece in (*pieces, *_heads(store, cells)):
+            digest.update(piece)
+            n_bytes += file.write(piece)
+        n_bytes += file.write(digest.digest())
+    return n_bytes
+
+
+def read_slot(
+    path: Path, model: str, store: KVStore, n_most: int, place: Callable[[Tokens], Indices]
+) -> tuple[Tokens, int]:
+    """Reads a file back: asks `place` for cells for its tokens, and fills them. The tokens, and the file's bytes.
+
+    Raises SlotFileError, before `place` is asked, for a file that is damaged, of another model or cache, or of more
+    than `n_most` tokens.
+    """
+    try:
+        with open_regular(path) as file:
+            tokens, n_bytes = _checked(path, file, model, store, n_most)
+            cells = place(tokens)
+            file.seek(n_bytes - _HASH_BYTES - slot_head(model, store, len(tokens)).n_bytes + 4 * len(tokens))
+            _fill(store, cells, file)
+    except OSError as error:
+        raise SlotFileError(f"{path.name} cannot be read: {reason(error)}.") from None
+    return tokens, n_bytes
+
+
+def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int) -> tuple[Tokens, int]:
+    begin = file.read(len(MAGIC) + _LENGTH_BYTES)
+    n_head = int.from_bytes(begin[len(MAGIC) :], "big")
+    if not begin.startswith(MAGIC) or len(begin) < len(MAGIC) + _LENGTH_BYTES or n_head > _MAX_HEAD_BYTES:
+        raise SlotFileError(f"{path.name} is no saved slot of this program.")
+    text = file.read(n_head)
+    try:
+        head = msgspec.json.decode(text, type=SlotHead)
+    except msgspec.MsgspecError:
+        raise SlotFileError(f"{path.name} is damaged: its head cannot be read.") from None
+    expected = slot_head(model, store, head.n_tokens)
+    if head.model != model:
+        raise SlotFileError(f"{path.name} was saved from another model. Restore it with that one, or save it anew.")
+    if head != expected:
+        raise SlotFileError(
+            f"{path.name} was saved from a KV cache of another form ({head.kv_type}, {head.n_tensors} tensors), but "
+            f"this one is {expected.kv_type} of {expected.n_tensors}. Start the server with the same --kv-type."
+        )
+    if not 0 < head.n_tokens <= n_most:
+        raise SlotFileError(f"{path.name} has {head.n_tokens} tokens, but the context window has {n_most}.")
+    digest, n_left = hashlib.sha256(begin + text), head.n_bytes
+    raw = file.read(4 * head.n_tokens)
+    digest.update(raw)
+    n_left -= len(raw)
+    while n_left and (piece := file.read(min(_PIECE_BYTES, n_left))):
+        digest.update(piece)
+        n_left -= len(piece)
+    if file.read(_HASH_BYTES + 1) != digest.digest():
+        raise SlotFileError(f"{path.name} is damaged or cut off: its checksum is not that of its content.")
+    return np.frombuffer(raw, "<i4").astype(np.int32), file.tell()
+
+
+def _heads(store: KVStore, cells: Indices) -> Iterator[bytes]:
+    """The rows of these cells, a head at a time, of keys and values of each layer."""
+    first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
+    for tensor in (tensor for pair in store.tensors() for tensor in pair):
+        shape = ggml.tensor_at(tensor)
+        span = np.empty((n_span, int(shape.nb[1])), np.uint8)
+        for head in range(int(shape.ne[2])):
+            begin = head * int(shape.nb[2]) + first * int(shape.nb[1])
+            ggml_backend.ggml_backend_tensor_get(tensor, span.ctypes.data, begin, span.nbytes)
+            yield span[cells - first].tobytes()
+
+
+def _fill(store: KVStore, cells: Indices, file: BinaryIO) -> None:
+    """The reverse of `_heads`."""
+    first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
+    for tensor in (tensor for pair in store.tensors() for tensor in pair):
+        shape = ggml.tensor_at(tensor)
+        row_bytes = int(shape.nb[1])
+        span = np.empty((n_span, row_bytes), np.uint8)
+        for head in range(int(shape.ne[2])):
+            begin = head * int(shape.nb[2]) + first * row_bytes
+            ggml_backend.ggml_backend_tensor_get(tensor, span.ctypes.data, begin, span.nbytes)
+            span[cells - first] = np.frombuffer(file.read(len(cells) * row_bytes), np.uint8).reshape(-1, row_bytes)
+            ggml_backend.ggml_backend_tensor_set(tensor, span.ctypes.data, begin, span.nbytes)
