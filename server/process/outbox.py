@@ -65,7 +65,9 @@ class Outbox:
         again = {}
         for id, message in self._sent.items():
             handle = self.handles.get(id)
-            if handle is not None and not handle.is_underway and handle.n_tries < MAX_TRIES:
+            # What changes the engine may be what ended it.
+            is_harmless = not isinstance(message, messages.Rebudget | messages.ChangeSlot)
+            if handle is not None and is_harmless and not handle.is_underway and handle.n_tries < MAX_TRIES:
                 handle.n_tries += 1
                 again[id] = message
         self._sent.clear()
