@@ -78,7 +78,7 @@ class MemoryApi:
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
         return [
-            Endpoint("GET", "/v1/memory", self.show, answer=MemoryInfo),
+            Endpoint("GET", "/v1/memory", self.show, answer=MemoryInfo, statuses=(503,)),
             Endpoint("POST", "/v1/memory", self.change, MemoryBody, MemoryInfo),
         ]
 

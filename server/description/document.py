@@ -20,6 +20,7 @@ STATUSES: Mapping[int, str] = {
     404: "There is no such model.",
     405: "The path takes another method.",
     408: "The body did not arrive in time.",
+    409: "Not while the model answers.",
     413: "The body is too large.",
     429: "Too many requests wait already. Try again after `Retry-After` seconds.",
     500: "The server failed, or the model could not be loaded.",
