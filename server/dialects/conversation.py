@@ -76,6 +76,13 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool], where: str) -> None:
         raise invalid(f"{where} names {choice.name!r}, which is none of the tools.", where)
 
 
+def reasoning_values(effort: str | None, thinks: bool | None = None) -> dict[str, Any]:
+    """What the chat template is told of reasoning: how much, and whether at all, which an effort of none denies."""
+    thinks = False if effort == "none" and thinks is None else thinks
+    values = {"reasoning_effort": effort or None, "enable_thinking": thinks}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def told(error: ApiError) -> str:
     """The message of an error where no other field names what is at fault."""
     param = error.info.param

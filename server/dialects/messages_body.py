@@ -11,7 +11,14 @@ from slimoe.server.api.forms import ResponseFormat, Schema, constraint_of, forma
 from slimoe.server.api.request_body import SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.dialects.conversation import check_choice, check_tools, joined_answers, json_text, not_text
+from slimoe.server.dialects.conversation import (
+    check_choice,
+    check_tools,
+    joined_answers,
+    json_text,
+    not_text,
+    reasoning_values,
+)
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
 _MODES: Mapping[str, Literal["auto", "none", "required"]] = {
@@ -131,12 +138,9 @@ def chat_prompt(body: ConversationBody) -> ChatPrompt:
         turns += [_answer(message, where)] if message.role == "assistant" else _said(message, where, names)
     choice, tools = _choice(body.tool_choice), _tools(body.tools or ())
     check_choice(choice, tools, "tool_choice")
-    values: dict[str, Any] = {}
-    if body.thinking is not None:
-        values["enable_thinking"] = body.thinking.type != "disabled"
     effort = body.output_config and body.output_config.effort
-    if effort:
-        values["reasoning_effort"] = _EFFORTS.get(effort, effort)
+    thinks = None if body.thinking is None else body.thinking.type != "disabled"
+    values = reasoning_values(_EFFORTS.get(effort, effort) if effort else None, thinks)
     return ChatPrompt(joined_answers(turns), values, tools, choice)
 
 
@@ -222,4 +226,6 @@ def _choice(given: MessagesToolChoice | None) -> ToolChoice:
         return ToolChoice()
     if (given.type == "tool") != bool(given.name):
         raise invalid("A tool_choice has a name if it is of the type tool, and only then.", "tool_choice.name")
-    return ToolChoice(_MODES[given.type], given.name or "", not given.disable_parallel_tool_use)
+    # A named tool is called once.
+    is_parallel = not given.disable_parallel_tool_use and not given.name
+    return ToolChoice(_MODES[given.type], given.name or "", is_parallel)

@@ -11,7 +11,7 @@ from slimoe.server.api.forms import FORM_FIELDS, NO_SCHEMA, Schema, constraint_o
 from slimoe.server.api.request_body import Defaults, LogprobCount, SamplingBody, decoded, keep_seconds, stop_strings
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, UnsupportedFields, extended
 from slimoe.server.api_error import invalid
-from slimoe.server.dialects.conversation import check_tools, json_text, not_text
+from slimoe.server.dialects.conversation import check_tools, json_text, not_text, reasoning_values
 from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Tool, Turn
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -136,10 +136,9 @@ class OllamaBody(msgspec.Struct, kw_only=True):
 
     def values(self) -> dict[str, Any]:
         """What the chat template is told of thinking."""
-        if self.think is None:
-            return {}
-        effort = {"reasoning_effort": self.think} if isinstance(self.think, str) else {}
-        return {"enable_thinking": self.think is not False, **effort}
+        if isinstance(self.think, str):
+            return reasoning_values(self.think, True)
+        return reasoning_values(None, self.think)
 
 
 class OllamaChatBody(OllamaBody, kw_only=True):

@@ -11,7 +11,14 @@ from slimoe.server.api.forms import ResponseFormat, constraint_of, format_constr
 from slimoe.server.api.request_body import LogprobCount, SamplingBody
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.dialects.conversation import check_choice, check_tools, joined_answers, json_text, not_text
+from slimoe.server.dialects.conversation import (
+    check_choice,
+    check_tools,
+    joined_answers,
+    json_text,
+    not_text,
+    reasoning_values,
+)
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -192,7 +199,7 @@ def chat_prompt(body: InputBody) -> ChatPrompt:
     if not turns:
         raise invalid("There is nothing to answer. Send at least one message.", "input")
     tools, choice = _chosen(body)
-    values = {"reasoning_effort": body.reasoning.effort} if body.reasoning and body.reasoning.effort else {}
+    values = reasoning_values(body.reasoning and body.reasoning.effort)
     return ChatPrompt(joined_answers(turns), values, tools, choice)
 
 
@@ -256,7 +263,8 @@ def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
     if not isinstance(given, ResponsesToolChoice):
         choice = ToolChoice(given or "auto", is_parallel=is_parallel)
     elif given.type == "function" and given.name:
-        choice = ToolChoice("required", given.name, is_parallel)
+        # A named tool is called once.
+        choice = ToolChoice("required", given.name, is_parallel=False)
     elif given.type == "allowed_tools" and given.tools is not None:
         allowed = {tool.name for tool in given.tools}
         tools = tuple(tool for tool in tools if tool.name in allowed)

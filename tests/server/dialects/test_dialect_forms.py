@@ -1,4 +1,4 @@
-"""Answers that are held to a form, in every dialect's own field, by the real engine."""
+"""Answers that are held to a form or to a call of a tool, in every dialect's own fields, by the real engine."""
 
 import json
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ class River(BaseModel):
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(DEMO, "--ctx", "256") as (_, url):
+    with serving(DEMO, "--ctx", "512") as (_, url):
         yield url
 
 
@@ -105,3 +105,36 @@ async def test_the_clients_own_parser(url: str) -> None:
         async with client.responses.stream(**asked) as stream:
             streamed = await stream.get_final_response()
         assert streamed.output_parsed == answer.output_parsed
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "flow"}]
+)
+async def test_a_call_that_anthropics_client_demands(url: str, choice: dict[str, Any]) -> None:
+    tools = [{"name": "flow", "description": "Tells a flow.", "input_schema": SCHEMA}]
+    asked = {"tools": tools, "tool_choice": choice, "max_tokens": 200}
+    status, answer = await post(url, "/v1/messages", asked)
+    assert (status, answer["stop_reason"]) == (200, "tool_use")
+    (call,) = answer["content"]
+    assert (call["type"], call["name"], call["input"]["river"] in ("Rhine", "Elbe")) == ("tool_use", "flow", True)
+    said = [
+        *ASK,
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"], "content": "2000 m3/s"}]},
+    ]
+    status, answer = await post(url, "/v1/messages", {**asked, "messages": said, "tool_choice": {"type": "auto"}})
+    assert status == 200
+
+
+async def test_a_call_that_openais_client_demands(url: str) -> None:
+    tools: Any = [{"type": "function", "name": "flow", "parameters": SCHEMA, "strict": True}]
+    choice: Any = {"type": "function", "name": "flow"}
+    async with (
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        client.responses.stream(model="", input="Name a river.", tools=tools, tool_choice=choice) as stream,
+    ):
+        answer = await stream.get_final_response()
+    (call,) = answer.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["river"] in ("Rhine", "Elbe")
+    assert (call.name, call.status) == ("flow", "completed")
