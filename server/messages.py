@@ -27,9 +27,10 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(Message, frozen=True):
-    """To the engine, first: the model to open, and how."""
+    """To the engine, first: the model to open, and how; `chat_template` stands for the model's, empty for none."""
 
     config: EngineConfig
+    chat_template: str | None = None
 
 
 class TextPrompt(Message, frozen=True):

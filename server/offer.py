@@ -19,7 +19,8 @@ from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
 class Offer:
     """What to serve: `engine` says how to open a model, and which, unless only those of `folder` are offered.
 
-    At most `n_most` are loaded at once. `alias` is another name of the model that `engine` says.
+    At most `n_most` are loaded at once. `alias` is another name of the model that `engine` says. `chat_template` is
+    used in place of the models' own.
     """
 
     engine: EngineConfig
@@ -30,6 +31,7 @@ class Offer:
     n_most: int = 1
     idle_seconds: float | None = None
     n_queue: int = DEFAULT_N_QUEUE
+    chat_template: str | None = None
 
     def check(self) -> None:
         """Raises UsageError for what does not go together."""
@@ -51,7 +53,7 @@ class Offer:
         self.check()
         own = self.engine.model
         if self.folder is None:
-            supervisor = Supervisor(self.engine, self.n_queue)
+            supervisor = Supervisor(self.engine, self.n_queue, chat_template=self.chat_template)
             backend = Backend(ServedModel(model_id(own, self.alias), own, self.version), supervisor)
             return Backends([backend], Pool({supervisor: 0}, idle_seconds=self.idle_seconds))
         found = [model for model in models_in(self.folder) if not (self.has_model and model.path == own)]
@@ -65,7 +67,8 @@ class Offer:
             rows.sort(key=lambda row: row[1] is None or not row[1].fits)
         served, needs = [], {}
         for model, plan in rows:
-            supervisor = Supervisor(changed(self.engine, {"model": model.path}), self.n_queue)
+            config = changed(self.engine, {"model": model.path})
+            supervisor = Supervisor(config, self.n_queue, chat_template=self.chat_template)
             needs[supervisor] = 0 if plan is None or not plan.fits else _own_bytes(plan)
             shown = ServedModel(model.name, model.path, self.version, n_bytes=model.n_bytes, plan=plan)
             served.append(Backend(shown, supervisor))

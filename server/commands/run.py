@@ -19,6 +19,7 @@ from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPr
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
+from slimoe.server.options.template_option import template_flag
 from slimoe.server.terminal.repl import Repl
 from slimoe.server.terminal.terminal import generate, show_figures
 
@@ -56,6 +57,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @engine_flags
 @click.option("-p", "--prompt", help="Text to continue; - reads it from standard input.")
 @click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
+@template_flag
 @click.option("--chat", is_flag=True, help="Treat the prompt as a chat message, with the model's template.")
 @click.option("--system", help="System message for a chat.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=-1), help="Most tokens to write; -1 for as many as fit.")
@@ -83,6 +85,9 @@ def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], E
         ignore_eos=options.ignore_eos,
     )
     engine = open_engine(engine_config(values, running_bytes()))
+    template = values.get("chat_template")
+    if engine.tokenizer is not None and template is not None:
+        engine.tokenizer.chat_template = template or None
     try:
         source = _source(options)
         if source is None:

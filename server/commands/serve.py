@@ -25,6 +25,7 @@ from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
+from slimoe.server.options.template_option import template_flag
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE
 from slimoe.server.serving import GRACE_SECONDS, Address, is_loopback, serve
 from slimoe.server.telling import tell
@@ -108,6 +109,7 @@ class Duration(click.ParamType[float | None]):
     type=click.IntRange(min=1),
     help="Most connections at once (default: 256, or what the limit on open files allows).",
 )
+@template_flag
 @sampling_flags
 @click.option(
     "--n-predict",
@@ -203,6 +205,7 @@ def command(values: Mapping[str, Any]) -> None:
         options.models_max,
         options.idle_unload,
         options.n_queue,
+        values["chat_template"],
     )
     asyncio.run(serve_models(config, offer, options))
 

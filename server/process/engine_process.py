@@ -109,12 +109,15 @@ class EngineProcess:
     def run(self, open_engine: OpenEngine) -> None:
         """Opens the model that the first message names, then generates until the pipe closes."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
-        config = self._opening.get().config
+        opening = self._opening.get()
+        config = opening.config
         self._n_parallel = config.context.n_parallel
         self._heartbeat.start()
         on_device_abort(config.devices.rpc, self._give_up)
         try:
             engine = open_engine(config, self._progress())
+            if engine.tokenizer is not None and opening.chat_template is not None:
+                engine.tokenizer.chat_template = opening.chat_template or None
             prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars)
             info = describe(engine)
         except SlimoeError as error:

@@ -48,8 +48,12 @@ class Supervisor:
         command: Sequence[str] = COMMAND,
         patience: Patience = USUAL_PATIENCE,
         held_bytes: Callable[[], int] = private_bytes,
+        chat_template: str | None = None,
     ) -> None:
-        """Prepares an engine for `config`; `held_bytes` tells how much memory this process holds itself."""
+        """Prepares an engine for `config`; `held_bytes` tells how much memory this process holds itself.
+
+        A `chat_template` is used in place of the model's own, and none if it is empty.
+        """
         self.phase: Phase = "loading"
         self.progress = messages.Loading(0, 0)
         self.info: messages.ModelInfo | None = None
@@ -58,6 +62,7 @@ class Supervisor:
         self.n_restarts = 0
         self.n_parallel = config.context.n_parallel
         self.config = config
+        self._chat_template = chat_template
         self._n_queue = n_queue
         self._command = command
         self._child: EngineChild | None = None
@@ -272,7 +277,8 @@ class Supervisor:
         self._child, self.progress = child, messages.Loading(0, 0)
         self._watchdog.begin()
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
-        child.send(messages.Open(changed(self.config, {"held_bytes": self.held_bytes()})))
+        config = changed(self.config, {"held_bytes": self.held_bytes()})
+        child.send(messages.Open(config, self._chat_template))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._watchdog.note(message)

@@ -66,6 +66,7 @@ class LiveOptions:
     total_bytes: int | None = None
     prompt_log: PromptLog | None = None
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(Path()))
+    chat_template: str | None = None
     defaults: Defaults = field(default_factory=Defaults)
     shows_slots: bool = True
     slot_directory: Path | None = None
@@ -79,7 +80,8 @@ async def live_server(
     served = []
     for name, place in {"tiny": path, **others}.items():
         engine = replace(options.engine, model=place)
-        supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, options.held_bytes)
+        held, template = options.held_bytes, options.chat_template
+        supervisor = Supervisor(engine, options.n_queue, SCRIPTED, options.patience, held, template)
         served.append(Backend(ServedModel(name, place, "1.2.3"), supervisor))
     needs = {one.supervisor: options.needs.get(one.model.id, 0) for one in served}
     pool = Pool(needs, options.n_most, options.idle_seconds, options.total_bytes)
