@@ -25,8 +25,6 @@ from slimoe.offload.text.grammars import Grammars, Held
 from slimoe.offload.text.sampler import Sampler, check_params, token_logprob
 from slimoe.offload.text.tokenizer import TextStream, Tokenizer
 
-_LAST_PATIENCE, _PATIENT_SHARE = 1.0, 0.01
-"""How long it is waited for whether an answer is complete: seconds at its last token, and a share of a step before."""
 _LOGPROB_BATCH = 64
 """Logits of a whole batch are n_batch * n_vocab floats: with all of them wanted, batches are smaller."""
 
@@ -76,7 +74,6 @@ class Generator:
         self._n_predicted = 0
         self._drawn = -1
         self._prompt_seconds = 0.0
-        self._stepped = self._step_seconds = 0.0
         self._begin: float | None = None
         self._counted: dict[str, float] = {}
 
@@ -112,11 +109,7 @@ class Generator:
     def skip(self, n_known: int) -> None:
         """Notes that the first `n_known` tokens of the prompt are in the sequence already."""
         if self._begin is None:
-            self._begin = self._stepped = time.perf_counter()
-            if self.request.constraint is not None:
-                assert self._facts.grammars is not None, "a model without tokenizer holds no answers"
-                # The form is compiled while the prompt is read.
-                self._held = self._facts.grammars.hold(self.request.constraint, strips_space=self.request.strips_space)
+            self._begin = time.perf_counter()
             self._counted = self._facts.counters()
             self._facts.on_begin()
         self._n_cached += n_known - self._n_done
@@ -166,14 +159,15 @@ class Generator:
         return events
 
     def _draw(self, logits: Logits) -> list[Event]:
-        before, self._stepped = self._stepped, time.perf_counter()
-        self._step_seconds = self._stepped - before
-        allowed = None
+        allowed, constraint = None, self.request.constraint
+        if constraint is not None and self._held is None:
+            assert self._facts.grammars is not None, "a model without tokenizer holds no answers"
+            self._held = self._facts.grammars.hold(constraint, strips_space=self.request.strips_space)
         if self._held is not None:
             allowed = self._held.allowed()
-            if allowed is not None and self.request.ignore_eos and self._facts.tokenizer is not None:
+            if self.request.ignore_eos and self._facts.tokenizer is not None:
                 allowed[list(self._facts.tokenizer.eog)] = False
-            if allowed is None or not allowed.any():
+            if not allowed.any():
                 return [self.finish("stop")]
         n_top = self.request.n_logprobs
         token = self._drawn = self._sampler.sample(logits, allowed)
@@ -186,24 +180,15 @@ class Generator:
         step = TokenStep(token, self._text.feed(token), logprob, self._text.piece, self._text.added)
         if self._text.stopped:
             return [step, self.finish("stop")]
+        if self._held is not None and self._held.is_complete:
+            return [step, self.finish("stop")]
         if self._n_predicted >= self._max_tokens:
-            return [step, self.finish("stop" if self.is_complete(_LAST_PATIENCE) else "length")]
+            return [step, self.finish("length")]
         return [step]
 
-    def is_complete(self, seconds: float | None = None) -> bool:
-        """Whether the form of the answer lets nothing follow.
-
-        It is waited for that long, by default for a small part of the time that the last step took.
-        """
-        if self._held is None or self.is_reading or not self._n_predicted:
-            return False
-        return self._held.is_complete(_PATIENT_SHARE * self._step_seconds if seconds is None else seconds)
-
     def release(self) -> None:
-        """Frees what a grammar holds; the sequence is somebody else's from now on."""
+        """Keeps what the sequence holds, which is somebody else's from now on."""
         self._last_tokens = self.tokens.copy()
-        if self._held is not None:
-            self._held.close()
 
     def _piece(self, token: int) -> bytes:
         """The bytes that a token stands for in the answer."""

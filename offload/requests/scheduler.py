@@ -15,7 +15,7 @@ from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.requests.cells import Cells, Sequence
 from slimoe.offload.requests.request import Generator
-from slimoe.offload.text.generation import Failed, FinishReason, Outcome
+from slimoe.offload.text.generation import Failed, Outcome
 
 Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
 
@@ -79,17 +79,16 @@ class Scheduler:
 
     def step(self) -> list[Outcome]:
         """Computes one step for all requests, and returns what came of it for each."""
-        outcomes = [self._end(job, "cancelled") for job in (*self._active, *self._waiting) if job.is_cancelled()]
-        outcomes += [self._end(job, "stop") for job in tuple(self._active) if job.is_complete()]
+        outcomes = [self._cancel(job) for job in (*self._active, *self._waiting) if job.is_cancelled()]
         self._admit()
         parts = self._choose()
         return outcomes + self._read(parts) if parts else outcomes
 
     # --- who takes part ------------------------------------------------------------------------------------
 
-    def _end(self, job: Generator, reason: FinishReason) -> Outcome:
+    def _cancel(self, job: Generator) -> Outcome:
         self.drop(job)
-        return Outcome(job.id, job.finish(reason))
+        return Outcome(job.id, job.finish("cancelled"))
 
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self._n_parallel:
@@ -134,7 +133,7 @@ class Scheduler:
             logits = self._compute(batch, parts[0].job.is_cancelled if may_stop else None)
         except EngineAbortedError:
             self._undo(parts, before)
-            return [self._end(part.job, "cancelled") for part in parts]
+            return [self._cancel(part.job) for part in parts]
         except ReadFailedError as error:
             if len(parts) == 1:
                 return [self._fail(parts[0].job, error)]

@@ -25,6 +25,23 @@ def limit_memory(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def limit_stack(n_bytes: int) -> None:
+    """Lets the main thread's stack grow to so many bytes."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_STACK, (n_bytes, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+
+def resident_bytes() -> int:
+    """The memory that this process has in use, on systems that tell."""
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def limit_time(cpu_seconds: float) -> None:
     """Ends this process by SIGPROF once it has taken so much processor time more, in whatever C code; 0 for never."""
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)

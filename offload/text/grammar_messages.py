@@ -8,39 +8,27 @@ from typing import TypeVar
 
 import msgspec
 
-TOKEN_BYTES = HEADER_BYTES = 4
-GOES_ON, COMPLETE, FAILED = b"g", b"c", b"f"
-"""Behind each token: whether the answer goes on, is complete, or cannot be held, for a reason that stands behind it.
-
-Where it goes on a second such mark follows, which says whether the mask comes or a reason why not.
-"""
+HEADER_BYTES = 4
 T = TypeVar("T")
 
 
 class Setup(msgspec.Struct):
-    """The vocabulary, and what a grammar may take of the machine."""
+    """The vocabulary's control tokens, and what a grammar may take of the machine."""
 
-    pieces: list[bytes]
+    n_vocab: int
     control: list[int]
+    names: list[bytes]
     ends: list[int]
     memory_bytes: int
-    compile_seconds: float
-    step_seconds: float
-
-    @property
-    def n_mask_bytes(self) -> int:
-        """Bytes of one bit for each token."""
-        return -(-len(self.pieces) // 8)
+    stack_bytes: int
+    cpu_seconds: float
 
 
-class GrammarRequest(msgspec.Struct):
-    """The first message about an answer: a constraint, and whether the answer's first space is left out."""
+class Verdict(msgspec.Struct):
+    """Why the constraint cannot be held, or the memory that it takes."""
 
-    kind: str
-    text: str
-    strips_space: bool
-    before: str = ""
-    instead: str = ""
+    problem: str | None
+    n_bytes: int = 0
 
 
 def send(to: socket.socket, message: object) -> None:
@@ -51,11 +39,11 @@ def send(to: socket.socket, message: object) -> None:
 
 def receive(of: socket.socket, kind: type[T]) -> T:
     """The next message; raises EOFError when there is none."""
-    n_bytes = int.from_bytes(receive_exactly(of, HEADER_BYTES), "little")
-    return msgspec.msgpack.decode(receive_exactly(of, n_bytes), type=kind)
+    n_bytes = int.from_bytes(_receive_exactly(of, HEADER_BYTES), "little")
+    return msgspec.msgpack.decode(_receive_exactly(of, n_bytes), type=kind)
 
 
-def receive_exactly(of: socket.socket, n_bytes: int) -> bytearray:
+def _receive_exactly(of: socket.socket, n_bytes: int) -> bytearray:
     """So many bytes; raises EOFError when the other side has gone."""
     data = bytearray(n_bytes)
     view, n_done = memoryview(data), 0

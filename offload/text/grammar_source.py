@@ -1,12 +1,14 @@
-"""Constraints in llguidance's words. Apart: a grammar's process alone reads what strangers wrote."""
+"""Constraints in llguidance's words, and compiled by it."""
 
+import ctypes
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from slimoe.offload.text.grammar_messages import GrammarRequest
+from slimoe.offload.text.generation import Constraint
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -17,19 +19,63 @@ _HEAD = '%llguidance {"no_forcing": true}\n'
 """Where a text is given, the model chooses how to spell it: there is no tokenizer here that could say."""
 _DEFAULTS: "JsonCompileOptions" = {"whitespace_pattern": SPACE}
 _OVERRIDES: "JsonCompileOptions" = {"lenient": False}
+_LIMITS = LLParserLimits(max_items_in_row=20_000, max_lexer_states=50_000, verbose_errors=False)
+_SHOWN = 400
+"""Characters of llguidance's reasons, which may quote the whole grammar."""
 
 
 class UnusableGrammarError(Exception):
     """A constraint that cannot be held; the message is llguidance's reason."""
 
 
-def grammar_of(request: GrammarRequest, prefix: str = "") -> str:
+class _Vocabulary:
+    """The tokens as llguidance asks for them; texts are only split for grammars that insist on it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, pieces: Sequence[bytes], control: Sequence[int], ends: Sequence[int]) -> None:
+        self.tokens, self.special_token_ids = pieces, control
+        self.eos_token_id = ends[0] if ends else None
+        self.tokenizer: LLTokenizer | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.greedy_tokenize(text)
+
+
+def tokenizer_of(pieces: Sequence[bytes], control: Sequence[int], ends: Sequence[int]) -> LLTokenizer:
+    """llguidance's tree of tokens from the bytes of each; `control` tokens are named in grammars, and never spelt."""
+    vocabulary = _Vocabulary(pieces, control, ends)
+    vocabulary.tokenizer = LLTokenizer(vocabulary, eos_token=list(ends) or None)  # type: ignore[arg-type]
+    return vocabulary.tokenizer
+
+
+def compiled(tokenizer: LLTokenizer, constraint: Constraint, prefix: str = "") -> LLMatcher:
+    """What holds an answer to a constraint, after `prefix`; raises UnusableGrammarError, also where no text fits."""
+    matcher = LLMatcher(tokenizer, grammar_of(constraint, prefix), log_level=0, limits=_LIMITS)
+    n_words = -(-tokenizer.vocab_size // 32)
+    mask = (ctypes.c_uint32 * n_words)()
+    if not matcher.is_error():
+        matcher.unsafe_compute_mask_ptr(ctypes.addressof(mask), ctypes.sizeof(mask))
+    check(matcher)
+    return matcher
+
+
+def check(matcher: LLMatcher) -> None:
+    """Raises UnusableGrammarError if llguidance gave up."""
+    if matcher.is_error():
+        reason = matcher.get_error().split("\n<")[0]
+        raise UnusableGrammarError("no text has this form" if reason.startswith("NoExtension") else reason[:_SHOWN])
+
+
+def grammar_of(constraint: Constraint, prefix: str = "") -> str:
     """The grammar of all answers that the constraint allows, after `prefix`; raises UnusableGrammarError."""
-    parts = {"before": request.before, "instead": request.instead}
+    parts = {"before": constraint.before, "instead": constraint.instead}
     others = [{"lark_grammar": text, "name": name} for name, text in parts.items() if text]
-    start = f"{json.dumps(prefix) if prefix else ''} {'@before' if request.before else ''} "
-    start += "(@held | @instead)" if request.instead else "@held"
-    held = {**_held(request.kind, request.text), "name": "held"}
+    start = f"{json.dumps(prefix) if prefix else ''} {'@before' if constraint.before else ''} "
+    start += "(@held | @instead)" if constraint.instead else "@held"
+    held = {**_held(constraint.kind, constraint.text), "name": "held"}
     return json.dumps({"grammars": [{"lark_grammar": f"{_HEAD}start: {start}"}, held, *others]})
 
 
@@ -48,6 +94,6 @@ def _held(kind: str, text: str) -> dict[str, object]:
         raise UnusableGrammarError("it is nested too deeply") from None
     except Exception as error:
         # The converter raises bare exceptions.
-        raise UnusableGrammarError(str(error)) from None
+        raise UnusableGrammarError(str(error)[:_SHOWN]) from None
     grammar: dict[str, object] = json.loads(made)["grammars"][0]
     return grammar

@@ -1,18 +1,21 @@
 """Holds answers to the forms that clients ask for: JSON schemas, regular expressions and grammars.
 
-llguidance says which tokens may follow, in processes of their own, see `grammar_process`: while the model computes
-what it would like to say next, a process works out what it may.
+llguidance says which tokens may follow. A form is tried out in a process that may end, see `grammar_process`, before it
+is compiled in this one, where masks are made with the model's whole vocabulary. It is loaded for the first form.
 """
 
 import contextlib
 import hashlib
-import select
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +23,20 @@ from numpy.typing import NDArray
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.resources.process_limits import kept_environment
 from slimoe.offload.text.generation import Constraint
-from slimoe.offload.text.grammar_messages import (
-    COMPLETE,
-    FAILED,
-    GOES_ON,
-    TOKEN_BYTES,
-    GrammarRequest,
-    Setup,
-    receive,
-    receive_exactly,
-    send,
-)
+from slimoe.offload.text.grammar_messages import Setup, Verdict, receive, send
 from slimoe.offload.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _COMMAND = (sys.executable, "-P", "-m", "slimoe.offload.text.grammar_process")
 _PATIENCE = 30.0
 """Seconds by the clock, for a machine that is busy; the processor time that a grammar may take is far less."""
-_MOST_VERDICTS = 256
+_MOST_COMPILED, _MOST_COMPILED_BYTES = 64, 48 << 20
+_DEEP_STACK = 16 << 20
+"""Several times what the trial had: what was compiled there is compiled here."""
+_LONG_SHARE = 0.01
+"""A mask that takes more than this share of a step is made while the model computes; the hand-over costs as much."""
 MAX_CHARS = 1 << 20
 """Of a constraint's text."""
 
@@ -45,14 +45,14 @@ Allowed = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
-    """What one grammar may take of the machine: processor time to be compiled and for each token, and memory.
+    """What compiling one grammar may take of the machine.
 
     A schema of 100 kB takes a tenth of a second and some megabytes.
     """
 
-    compile_seconds: float = 1.0
-    step_seconds: float = 0.5
+    cpu_seconds: float = 1.0
     memory_bytes: int = 48 << 20
+    stack_bytes: int = 4 << 20
 
 
 class ConstraintError(UsageError):
@@ -63,129 +63,185 @@ class ConstraintError(UsageError):
         super().__init__(f"{constraint.param} cannot be followed: {reason.rstrip('.')}.")
 
 
+class _Compiled(NamedTuple):
+    """What holds answers to one form, also behind a space if that is no part of them; or why nothing can."""
+
+    matcher: "LLMatcher | None"
+    after_space: "LLMatcher | None" = None
+    problem: str | None = None
+    n_bytes: int = 0
+
+
 class Held:
-    """One answer that is held to a form, from the side of whoever draws its tokens. `close` gives it up."""
+    """One answer that is held to a form; `is_complete` says that nothing can follow the last token.
 
-    def __init__(self, answers: socket.socket, constraint: Constraint, n_vocab: int, limits: GrammarLimits) -> None:
-        self._answers, self._constraint, self._limits = answers, constraint, limits
-        self._n_vocab = n_vocab
-        self._mark: bytes | None = None
-        self._is_compiled = False
+    Of a chat's answer the first space is left out. So its first token may also be one that begins with a space, where
+    what follows the space is allowed; from then on it is held by a grammar that begins with one.
+    """
 
-    def allowed(self) -> Allowed | None:
-        """Which tokens may come next, [n_vocab], among them those that end the answer; None where it is complete.
+    def __init__(
+        self, constraint: Constraint, compiled: _Compiled, spaced: Allowed, workers: ThreadPoolExecutor
+    ) -> None:
+        assert compiled.matcher is not None
+        self.is_complete = False
+        self._constraint, self._spaced, self._workers = constraint, spaced, workers
+        self._matcher = compiled.matcher.deep_copy()
+        self._after_space = None if compiled.after_space is None else compiled.after_space.deep_copy()
+        self._made: Future[Allowed] | None = None
+        self._mask_seconds = self._step_seconds = 0.0
+        self._taken_at = time.perf_counter()
 
-        Waits until that is known. Raises ConstraintError when it cannot be known.
+    def allowed(self) -> Allowed:
+        """Which tokens may come next, [n_vocab], among them those that end the answer where it may end.
+
+        Raises ConstraintError when llguidance gives up.
         """
-        if self.is_complete(_PATIENCE):
-            return None
-        try:
-            if self._mark == GOES_ON:
-                self._mark = self._receive_mark()
-            if self._mark == FAILED:
-                raise ConstraintError(self._constraint, receive(self._answers, str))
-            if self._mark != GOES_ON:
-                raise self._stopped()
-            mask = receive_exactly(self._answers, -(-self._n_vocab // 8))
-        except (EOFError, OSError):
-            raise self._stopped() from None
-        self._is_compiled = True
-        return np.unpackbits(np.frombuffer(mask, np.uint8), count=self._n_vocab, bitorder="little").view(np.bool_)
-
-    def is_complete(self, seconds: float) -> bool:
-        """Whether nothing can follow the last token, if that is known after so many seconds."""
-        if self._mark is None and select.select([self._answers], [], [], seconds)[0]:
-            self._mark = self._receive_mark()
-        return self._mark == COMPLETE
+        self._step_seconds = time.perf_counter() - self._taken_at
+        made, self._made = self._made, None
+        return self._make() if made is None else made.result()
 
     def take(self, token: int) -> None:
         """Goes on behind `token`, one of those allowed."""
-        self._mark = None
-        with contextlib.suppress(OSError):  # whose reason is told when the next token is asked for
-            self._answers.sendall(token.to_bytes(TOKEN_BYTES, "little"))
+        if self._after_space is not None:
+            if self._spaced[token]:
+                self._matcher = self._after_space
+            self._after_space = None
+        self._matcher.consume_token(token)
+        self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()
+        self._taken_at = time.perf_counter()
+        if self._mask_seconds > _LONG_SHARE * self._step_seconds and not self.is_complete:
+            # From here on nobody but the worker touches the matcher.
+            self._made = self._workers.submit(self._make)
 
-    def close(self) -> None:
-        """Ends the process that holds the answer."""
-        self._answers.close()
+    def _make(self) -> Allowed:
+        begin = time.perf_counter()
+        mask = self._mask_of(self._matcher)
+        if self._after_space is not None:
+            mask = (mask & ~self._spaced) | self._mask_of(self._after_space)
+        self._mask_seconds = time.perf_counter() - begin
+        return mask
 
-    def _receive_mark(self) -> bytes:
-        """The next mark; empty when the process has ended."""
-        with contextlib.suppress(EOFError, OSError):
-            return bytes(receive_exactly(self._answers, 1))
-        return b""
+    def _mask_of(self, matcher: "LLMatcher") -> Allowed:
+        from slimoe.offload.text.grammar_source import UnusableGrammarError, check
 
-    def _stopped(self) -> ConstraintError:
-        limits = self._limits
-        seconds = limits.step_seconds if self._is_compiled else limits.compile_seconds
-        work = "finding what may come next" if self._is_compiled else "compiling it"
-        most = f"{seconds:g} seconds of processor time or {limits.memory_bytes >> 20} MiB of memory"
-        return ConstraintError(self._constraint, f"{work} takes more than {most}. Ask for a simpler form")
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        try:
+            check(matcher)
+        except UnusableGrammarError as error:
+            raise ConstraintError(self._constraint, str(error)) from None
+        return np.unpackbits(bits, count=len(self._spaced), bitorder="little").view(np.bool_)
 
 
 class Grammars:
     """The forms that answers of one model are held to. Any thread may call it; `close` ends its process.
 
-    The process starts with the first constraint. The verdicts on the latest constraints are remembered.
+    What the latest constraints were compiled to is remembered.
     """
 
     def __init__(self, tokenizer: Tokenizer, limits: GrammarLimits = GrammarLimits()) -> None:
         self._tokenizer, self._limits = tokenizer, limits
-        self._lock = threading.Lock()
+        self._lock, self._tree_lock = threading.Lock(), threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._verdicts: OrderedDict[bytes, ConstraintError | None] = OrderedDict()
+        self._tree: LLTokenizer | None = None
+        self._spaced = np.empty(0, np.bool_)
+        self._known: OrderedDict[bytes, _Compiled] = OrderedDict()
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     @property
     def pid(self) -> int | None:
-        """The id of the process that knows the vocabulary, while there is one."""
+        """The id of the process that tries grammars out, while there is one."""
         return None if self._process is None else self._process.pid
 
-    def check(self, constraint: Constraint) -> None:
-        """Raises ConstraintError for a constraint that answers cannot be held to."""
+    def check(self, constraint: Constraint, *, strips_space: bool = False) -> None:
+        """Compiles a constraint, unless it is known; raises ConstraintError for one that answers cannot be held to."""
+        self._compiled(constraint, strips_space)
+
+    def hold(self, constraint: Constraint, *, strips_space: bool = False) -> Held:
+        """Begins an answer; with `strips_space` one space before its first word is no part of it.
+
+        Raises ConstraintError.
+        """
+        return Held(constraint, self._compiled(constraint, strips_space), self._spaced, self._workers)
+
+    def close(self) -> None:
+        """Ends the process; the next new constraint starts another."""
+        self._workers.shutdown(wait=False)
+        with self._lock:
+            self._end()
+
+    def _compiled(self, constraint: Constraint, strips_space: bool) -> _Compiled:
         if len(constraint.text) > MAX_CHARS:
             problem = f"it has {len(constraint.text):,} characters, but may have {MAX_CHARS:,}"
             raise ConstraintError(constraint, problem)
-        key = hashlib.sha256(repr(constraint).encode("utf-8", "surrogatepass")).digest()
-        if key not in self._verdicts:
-            held = self.hold(constraint)
-            error: ConstraintError | None = None
-            try:
-                held.allowed()
-            except ConstraintError as refusal:
-                error = refusal
-            finally:
-                held.close()
-            self._verdicts[key] = error
-            if len(self._verdicts) > _MOST_VERDICTS:
-                self._verdicts.popitem(last=False)
-        if (known := self._verdicts.get(key)) is not None:
-            raise known
+        parts = constraint.kind, constraint.text, constraint.before, constraint.instead, strips_space
+        key = hashlib.sha256(repr(parts).encode()).digest()
+        with self._lock:
+            found = self._known.get(key)
+        if found is None:
+            found = self._compile(constraint, strips_space)
+        with self._lock:
+            self._known[key] = found
+            self._known.move_to_end(key)
+            while self._known and (
+                len(self._known) > _MOST_COMPILED
+                or sum(compiled.n_bytes for compiled in self._known.values()) > _MOST_COMPILED_BYTES
+            ):
+                self._known.popitem(last=False)
+        if found.problem is not None:
+            raise ConstraintError(constraint, found.problem)
+        return found
 
-    def hold(self, constraint: Constraint, *, strips_space: bool = False) -> Held:
-        """Begins an answer; with `strips_space` one space before its first word is no part of it."""
+    def _compile(self, constraint: Constraint, strips_space: bool) -> _Compiled:
+        """Compiles a constraint in this process once it was done in another without harm."""
+        verdict = self._tried(constraint)
+        if verdict.problem is not None:
+            return _Compiled(None, problem=verdict.problem)
+        from slimoe.offload.text.grammar_source import UnusableGrammarError, compiled
+
+        tree = self._grown_tree()
+        try:
+            matcher = _with_deep_stack(lambda: compiled(tree, constraint))
+            after_space = _with_deep_stack(lambda: compiled(tree, constraint, " ")) if strips_space else None
+        except UnusableGrammarError as error:
+            return _Compiled(None, problem=str(error))
+        return _Compiled(matcher, after_space, n_bytes=verdict.n_bytes * (2 if strips_space else 1))
+
+    def _grown_tree(self) -> "LLTokenizer":
+        from slimoe.offload.text.grammar_source import tokenizer_of
+
+        with self._tree_lock:
+            if self._tree is None:
+                tokenizer = self._tokenizer
+                pieces = tokenizer.all_pieces()
+                self._tree = tokenizer_of(pieces, sorted(tokenizer.control), sorted(tokenizer.eog))
+                plain = (piece[:1] == b" " and token not in tokenizer.control for token, piece in enumerate(pieces))
+                self._spaced = np.fromiter(plain, np.bool_, len(pieces))
+            return self._tree
+
+    # --- the process that tries grammars out ---------------------------------------------------------------
+
+    def _tried(self, constraint: Constraint) -> Verdict:
+        """What becomes of the constraint in a process that may end."""
         ours, theirs = socket.socketpair()
         ours.settimeout(_PATIENCE)
-        with theirs, self._lock:
-            for is_last in (False, True):
-                control = self._started()
-                try:
-                    socket.send_fds(control, [b"+"], [theirs.fileno()])
-                    break
-                except OSError:
-                    self._end()
-                    if is_last:
-                        raise SlimoeError("The process that holds answers to grammars has ended. Try again.") from None
-        with contextlib.suppress(OSError):
-            send(
-                ours,
-                GrammarRequest(constraint.kind, constraint.text, strips_space, constraint.before, constraint.instead),
-            )
-        return Held(ours, constraint, self._tokenizer.n_vocab, self._limits)
-
-    def close(self) -> None:
-        """Ends the process; the next constraint starts another."""
-        with self._lock:
-            self._end()
+        with ours:
+            with theirs, self._lock:
+                for is_last in (False, True):
+                    try:
+                        socket.send_fds(self._started(), [b"+"], [theirs.fileno()])
+                        break
+                    except OSError:
+                        self._end()
+                        if is_last:
+                            raise SlimoeError("The process that tries grammars out has ended. Try again.") from None
+            try:
+                send(ours, constraint)
+                return receive(ours, Verdict)
+            except (OSError, EOFError):
+                limits = self._limits
+                most = f"{limits.cpu_seconds:g} seconds of processor time or {limits.memory_bytes >> 20} MiB of memory"
+                return Verdict(f"compiling it takes more than {most}. Ask for a simpler form")
 
     def _started(self) -> socket.socket:
         if self._control is not None:
@@ -202,11 +258,11 @@ class Grammars:
             )
         self._control = control
         tokenizer, limits = self._tokenizer, self._limits
-        pieces, control_tokens = tokenizer.all_pieces(), sorted(tokenizer.control)
-        ends = sorted(tokenizer.eog)
-        times = (limits.memory_bytes, limits.compile_seconds, limits.step_seconds)
+        ids = sorted(tokenizer.control)
+        names = [tokenizer.piece(token, special=True) for token in ids]
+        most = limits.memory_bytes, limits.stack_bytes, limits.cpu_seconds
         with contextlib.suppress(OSError):
-            send(control, Setup(pieces, control_tokens, ends, *times))
+            send(control, Setup(tokenizer.n_vocab, ids, names, sorted(tokenizer.eog), *most))
         return control
 
     def _end(self) -> None:
@@ -216,3 +272,21 @@ class Grammars:
             self._process.kill()
             self._process.wait()
         self._control = self._process = None
+
+
+def _with_deep_stack(work: "Callable[[], LLMatcher]") -> "LLMatcher":
+    """Does work whose recursion may go deep."""
+    done: Future[LLMatcher] = Future()
+
+    def carry_out() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    usual = threading.stack_size(_DEEP_STACK)
+    try:
+        threading.Thread(target=carry_out, name="grammar", daemon=True).start()
+    finally:
+        threading.stack_size(usual)
+    return done.result()

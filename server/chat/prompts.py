@@ -59,13 +59,15 @@ class Prompts:
         would be left.
         """
         prompt = self.prompt(source)
+        # A first space belongs to a new message's token, and to the text of a message that is continued.
+        begins_answer = isinstance(source, ChatPrompt) and source.messages[-1].role != "assistant"
         constraint = request.constraint
         if isinstance(source, ChatPrompt) and prompt.grammar is not None:
             constraint = prompt.grammar.constraint(source, constraint)
         if constraint is not None:
             if self._grammars is None:
                 raise RequestError(constraint.param, "This model has no tokenizer, so answers can have no form.")
-            self._grammars.check(constraint)
+            self._grammars.check(constraint, strips_space=begins_answer)
         n_prompt = len(prompt.ids)
         n_room = self._n_ctx - n_prompt
         if n_room < (0 if request.max_tokens == 0 else 1):
@@ -79,8 +81,6 @@ class Prompts:
                 "logit_bias", f"logit_bias forbids all of the model's {self._n_vocab} tokens. Leave some of them out."
             )
         stop = tuple(dict.fromkeys((*request.stop, *prompt.stop)))
-        # A first space belongs to a new message's token, and to the text of a message that is continued.
-        begins_answer = isinstance(source, ChatPrompt) and source.messages[-1].role != "assistant"
         shows_control = request.shows_control or is_marked(prompt.reading)
         prepared = dataclasses.replace(
             request,

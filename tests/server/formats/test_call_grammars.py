@@ -11,7 +11,6 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from slimoe.offload.text.generation import Constraint
-from slimoe.offload.text.grammar_messages import GrammarRequest
 from slimoe.offload.text.grammar_source import grammar_of as source_of
 from slimoe.server.formats.answer_reader import Parts, joined
 from slimoe.server.formats.families import FAMILIES, grammar_of, reader_of
@@ -66,8 +65,7 @@ def vocabulary(*marks: str) -> Vocabulary:
 
 
 def matcher(tokens: Vocabulary, constraint: Constraint) -> LLMatcher:
-    request = GrammarRequest(constraint.kind, constraint.text, False, constraint.before, constraint.instead)
-    made = LLMatcher(tokens.tokenizer, source_of(request), log_level=0)
+    made = LLMatcher(tokens.tokenizer, source_of(constraint), log_level=0)
     assert not made.is_error(), made.get_error()
     return made
 

@@ -1,0 +1,1 @@
+"""What answers of a certain kind cost, next to others."""
