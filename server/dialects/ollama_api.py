@@ -18,6 +18,7 @@ from slimoe.server.api.unsupported_fields import extended
 from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo, from_failure
 from slimoe.server.dialects.ollama_body import CHAT, GENERATE, OllamaBody, OllamaChatBody, OllamaGenerateBody
 from slimoe.server.dialects.ollama_shape import ChatAnswer, GenerateAnswer, OllamaError, OllamaShape, error_body
+from slimoe.server.formats.families import think_of
 from slimoe.server.http.event_stream import LINES
 from slimoe.server.messages import ModelInfo, PromptSource
 from slimoe.server.process.request_handle import EngineFailure
@@ -152,9 +153,9 @@ class OllamaApi:
             "general.parameter_count": info.n_params,
             f"{info.architecture}.context_length": info.n_ctx,
         }
-        details, capabilities = _details(info), ["completion", "tools"]
-        modified_at = _entry(backend).modified_at
-        return _json(ShowAnswer(info.chat_template or "", details, facts, capabilities, modified_at))
+        template = info.chat_template or ""
+        capabilities = ["completion", "tools", *(["thinking"] if think_of(template) else [])]
+        return _json(ShowAnswer(template, _details(info), facts, capabilities, _entry(backend).modified_at))
 
     async def absent(self, request: web.Request) -> web.Response:
         """Says that models are neither fetched, made nor embedded with here."""

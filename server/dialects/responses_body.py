@@ -199,7 +199,7 @@ def chat_prompt(body: InputBody) -> ChatPrompt:
     if not turns:
         raise invalid("There is nothing to answer. Send at least one message.", "input")
     tools, choice = _chosen(body)
-    values = reasoning_values(body.reasoning and body.reasoning.effort)
+    values = reasoning_values(None if body.reasoning is None else body.reasoning.effort)
     return ChatPrompt(joined_answers(turns), values, tools, choice)
 
 

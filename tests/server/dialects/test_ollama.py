@@ -157,7 +157,7 @@ async def test_what_is_told_of_models(server: LiveServer, post: Post) -> None:
     assert (status, shown["details"]) == (200, tag["details"])
     assert "[INST]" in shown["template"]
     assert shown["model_info"]["llama.context_length"] == 512
-    assert "tools" in shown["capabilities"]
+    assert shown["capabilities"] == ["completion", "tools"]
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
