@@ -22,6 +22,7 @@ from slimoe.offload.plan.machine import Machine
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.options.serving_memory import serving_bytes
 from tests.models.configs import engine_config, reconfigured, roomy_machine
+from tests.models.live_server import serving
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiny_gguf import TinyShape
@@ -205,6 +206,18 @@ def test_serving_needs_what_plan_says() -> None:
         served.send_signal(signal.SIGTERM)
         assert served.wait() == 0
     assert command("plan", str(DEMO), "--serve", "--no-measure", "--ram", f"{least}MiB", *flags).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "flags", [("--parallel", "4"), ("--ctx", "1024", "--kv-type", "q8_0"), ("--ctx", "512", "--batch", "64")]
+)
+def test_a_server_starts_with_what_it_advised_once(flags: tuple[str, ...]) -> None:
+    """And `plan --serve` advises the same."""
+    flags = ("--device", "none", *flags)
+    _, why = told("plan", "--serve", "--no-measure", "--ram", "90MiB", *flags)
+    (least,) = advised(why.splitlines()[-1], "--ram")
+    with serving(DEMO, "--ram", f"{least}MiB", *flags) as (_, url):
+        assert url
 
 
 def test_a_context_that_is_said_to_fit_fits() -> None:

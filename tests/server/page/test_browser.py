@@ -574,7 +574,7 @@ async def test_the_map_shows_tiers_types_and_uses_and_says_them_in_words(window:
 
 
 async def test_a_real_server_with_tiers_moves_the_map(window: Browser) -> None:
-    with serving("--ram", "270MiB") as (_, url):
+    with serving("--ram", "352MiB") as (_, url):
         await opened(window, url)
         await window.until("/8 layers down, 8 experts across/.test(document.querySelector('#machine').innerText)")
         before = await window.run("return document.querySelector('.map canvas').toDataURL()")
@@ -582,7 +582,7 @@ async def test_a_real_server_with_tiers_moves_the_map(window: Browser) -> None:
         await window.until("document.querySelector('.map canvas').toDataURL() !== arguments[0]", before)
         await window.run("document.querySelector('.views input[value=all]').click()")
         await window.until("/up to [1-9]/.test(document.querySelector('#machine .legend').innerText)")
-        for told in ("of 270 MiB", "tokens/s", "waiting for the disk"):
+        for told in ("of 352 MiB", "tokens/s", "waiting for the disk"):
             await window.until("document.querySelector('#machine').innerText.includes(arguments[0])", told)
         assert "of experts at hand" in await window.text(".turn.assistant .figures")
         for limit, told in (("1MiB", "at least"), ("300MiB", "The limit is 300MiB")):
