@@ -31,12 +31,14 @@ class TokenizeBody(msgspec.Struct):
     add_special_tokens: bool | None = None
     parse_special: bool = True
     with_pieces: bool = False
+    model: str | None = None
 
 
 class DetokenizeBody(msgspec.Struct):
     """`POST /detokenize`."""
 
     tokens: list[int]
+    model: str | None = None
 
 
 class Health(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -208,12 +210,13 @@ class InfoApi:
         if len(text) > most:
             raise invalid(f"The text has {len(text):,} characters, but may have {most:,}. Send it in parts.", param)
         question = messages.Encode(0, text, add_special, body.parse_special, body.with_pieces)
-        answer = await self._ask(lambda id: msgspec.structs.replace(question, id=id), param)
+        supervisor = self._backends.named(body.model).supervisor
+        answer = await _ask(supervisor, lambda id: msgspec.structs.replace(question, id=id), param)
         assert isinstance(answer, messages.Encoded)
         tokens: list[int | TokenPiece] = [*answer.ids]
         if body.with_pieces:
             tokens = [_piece(id, piece) for id, piece in zip(answer.ids, answer.pieces, strict=True)]
-        info = self._supervisor.info
+        info = supervisor.info
         n_ctx = None if info is None else info.n_ctx
         return _json(Tokenized(tokens, len(tokens), n_ctx))
 
@@ -222,7 +225,10 @@ class InfoApi:
         body = await read_body(request, DetokenizeBody)
         if any(not 0 <= token < 2**31 for token in body.tokens):
             raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
-        answer = await self._ask(lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
+        supervisor = self._backends.named(body.model).supervisor
+        answer = await _ask(
+            supervisor, lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens"
+        )
         assert isinstance(answer, messages.Text)
         return _json(Detokenized(answer.text, answer.text))
 
@@ -238,12 +244,13 @@ class InfoApi:
     def _supervisor(self) -> Supervisor:
         return self._backends.current.supervisor
 
-    async def _ask(self, question: Question, param: str) -> messages.Answer:
-        """The engine's answer about the text in the field `param`."""
-        try:
-            return await self._supervisor.ask(question)
-        except EngineFailure as error:
-            raise from_failure(error.failure, param) from None
+
+async def _ask(supervisor: Supervisor, question: Question, param: str) -> messages.Answer:
+    """The engine's answer about the text in the field `param`."""
+    try:
+        return await supervisor.ask(question)
+    except EngineFailure as error:
+        raise from_failure(error.failure, param) from None
 
 
 _STATUS = {"ready": "loaded", "loading": "loading", "failed": "failed"}

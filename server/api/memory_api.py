@@ -85,6 +85,10 @@ class MemoryApi:
     async def show(self, request: web.Request) -> web.Response:
         """The limits of memory, what is held by use, and experts by tier; raises ApiError."""
         backend = self._backends.current
+        # Looking at a model is no use of it, which would keep it loaded.
+        snapshot = await backend.supervisor.observe()
+        if snapshot is not None:
+            return _answer(memory_info(backend, snapshot))
         if backend.supervisor.phase == "asleep":
             config = backend.supervisor.config
             return _answer(MemoryInfo(backend.model.id, False, config.memory.ram or "auto", list(config.devices.vram)))

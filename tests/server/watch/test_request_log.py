@@ -1,7 +1,6 @@
 """What the log says of requests: one line each, nothing of what they say, and no line that a client wrote."""
 
 import json
-import os
 import re
 import signal
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from yarl import URL
 
@@ -150,8 +150,8 @@ def test_the_real_server_writes_nothing_but_json(tiny_model: Path) -> None:
     with serving(tiny_model, "--log-format", "json", "--ctx", "64") as (process, url):
         body = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=DEADLINE).close()
-        engine = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
-        os.kill(engine, signal.SIGABRT)
+        (engine,) = psutil.Process(process.pid).children()
+        engine.send_signal(signal.SIGABRT)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         lines = [json.loads(line) for line in process.communicate(timeout=DEADLINE)[1].splitlines()]
