@@ -22,6 +22,7 @@ from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.options.template_option import template_flag
 from slimoe.server.terminal.repl import Repl
 from slimoe.server.terminal.terminal import generate, show_figures
+from slimoe.server.terminal.typed_lines import history_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class RunOptions:
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
+    history: bool
     as_json: bool
 
 
@@ -63,6 +65,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @click.option("-n", "--max-tokens", type=click.IntRange(min=-1), help="Most tokens to write; -1 for as many as fit.")
 @click.option("--stop", multiple=True, help="Text that ends the answer. Repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Continue where the model would stop.")
+@click.option("--history/--no-history", default=True, show_default=True, help="Remember what is typed into a chat.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 @sampling_flags
 def command(values: Mapping[str, Any]) -> None:
@@ -91,7 +94,7 @@ def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], E
     try:
         source = _source(options)
         if source is None:
-            Repl(engine, request, options.system).run()
+            Repl(engine, request, options.system, history_path() if options.history else None).run()
         else:
             _complete(engine, request, source, options)
     finally:
