@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from slimoe.offload.text.generation import GenerationRequest, Timings
 from slimoe.server import messages
-from slimoe.server.api.scored_text import ScoredPiece, ScoredText
+from slimoe.server.api.scored_text import SaidTokens, ScoredPiece, ScoredText
 from slimoe.server.formats.answer_reader import AnswerReader, CallDelta, Parts, PlainReader, joined
 from slimoe.server.formats.families import reader_of
 
@@ -73,6 +73,7 @@ class ChoiceState:
     first_at: float = 0.0
     """When the first token came."""
     _released: ScoredText = field(default_factory=ScoredText)
+    _said: SaidTokens = field(default_factory=SaidTokens)
     _reader: AnswerReader = field(default_factory=PlainReader)
 
     def add(self, answer: messages.Answer) -> Piece:
@@ -99,10 +100,11 @@ class ChoiceState:
         self.parts.append(read.text)
         self.reasoning_parts.append(read.reasoning)
         self.n_reasoning += read.reasoning != ""
-        self.scores += scored.scores
+        scores = self._said.take(scored.scores, read.text)
+        self.scores += scores
         for delta in read.calls:
             self._add_call(delta)
-        return Piece(read.text, scored.scores, read.reasoning, read.calls)
+        return Piece(read.text, scores, read.reasoning, read.calls)
 
     def _add_call(self, delta: CallDelta) -> None:
         """Appends the piece to its call, which it may begin."""

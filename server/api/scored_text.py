@@ -74,6 +74,62 @@ class ScoredText:
         return piece
 
 
+class SaidTokens:
+    """Keeps the tokens of what is said: not those of reasoning, of calls, and of the marks around them.
+
+    A reader may hold text back, so tokens wait until some of it is said.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[ScoredToken] = []
+
+    def take(self, scores: Sequence[ScoredToken], said: str) -> list[ScoredToken]:
+        """Adds tokens, and returns those that make up the text `said`, which is the last of what they spell.
+
+        A token that is said only in part is cut; what comes behind the text waits for more.
+        """
+        self._waiting += scores
+        if not said and any(token.text for token in self._waiting):
+            return []
+        spelled = "".join(token.text or "" for token in self._waiting)
+        places = _places(spelled, said)
+        end = max(places, default=-1) + 1
+        found: list[ScoredToken] = []
+        waiting: list[ScoredToken] = []
+        at = 0
+        for token in self._waiting:
+            own = range(at, at + len(token.text or ""))
+            at = own.stop
+            if not own or all(n in places for n in own):
+                found.append(token)
+                continue
+            for kept, text in ((found, [n for n in own if n in places]), (waiting, [n for n in own if n >= end])):
+                if text:
+                    kept.append(_cut(token, "".join(spelled[n] for n in text)))
+        self._waiting = waiting
+        return found
+
+
+def _places(spelled: str, said: str) -> set[int]:
+    """Where in `spelled` the characters of `said` stand: at its end in one piece, or else as near to it as they can."""
+    begin = spelled.rfind(said)
+    if begin >= 0:
+        return set(range(begin, begin + len(said)))
+    found: set[int] = set()
+    at = len(spelled)
+    for character in reversed(said):
+        at = spelled.rfind(character, 0, at)
+        if at < 0:
+            break
+        found.add(at)
+    return found
+
+
+def _cut(token: ScoredToken, text: str) -> ScoredToken:
+    whole = token.text == text
+    return token if whole else msgspec.structs.replace(token, text=text, piece=text.encode("utf-8", "replace"))
+
+
 def fitted(scores: Sequence[ScoredToken], text: str) -> list[ScoredToken]:
     """A prompt's tokens as they stand in its text: without the space that a tokenizer puts before it.
 

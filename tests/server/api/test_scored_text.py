@@ -5,7 +5,7 @@ import random
 import pytest
 
 from slimoe.offload.text.tokenizer import TextStream
-from slimoe.server.api.scored_text import ScoredText, fitted
+from slimoe.server.api.scored_text import SaidTokens, ScoredText, fitted
 from slimoe.server.messages import ScoredToken
 
 PIECES = [
@@ -79,3 +79,36 @@ def test_a_prompts_tokens_are_those_of_its_text() -> None:
     found = fitted([token(piece, None) for piece in pieces], "a 日</s> b")
     assert [t.text for t in found] == [None, "a", " ", "", "日", "</s>", " b"]
     assert [t.text for t in fitted([token(piece, None) for piece in pieces], "a 日 b")][-2:] == [None, " b"]
+
+
+def said(tokens: list[str], heard: list[str]) -> list[list[str]]:
+    """What of the tokens is given out with each text that a reader tells, one after each token."""
+    kept = SaidTokens()
+    return [
+        [one.text or "" for one in kept.take([token(text.encode(), text)], words)]
+        for text, words in zip(tokens, heard, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heard", "expected"),
+    [
+        (["a", "b"], ["a", "b"], [["a"], ["b"]]),
+        (["<think>", "ab", "</think>", "b"], ["", "", "", "b"], [[], [], [], ["b"]]),
+        (["a", " <", "b"], ["a", " ", "<b"], [["a"], [" "], ["<", "b"]]),
+        (["a", "<", "call>", "{}", "</call>", "a"], ["a", "", "", "", "", "a"], [["a"], [], [], [], [], ["a"]]),
+        (["</think>a<", "b"], ["a", "<b"], [["a"], ["<", "b"]]),
+        (["a<x>b</x>c"], ["ac"], [["ac"]]),
+        (["<x>", "a"], ["", "other"], [[], []]),
+    ],
+)
+def test_tokens_of_what_is_said(tokens: list[str], heard: list[str], expected: list[list[str]]) -> None:
+    assert said(tokens, heard) == expected
+
+
+def test_tokens_without_text_stay_where_all_is_said() -> None:
+    """A character over two tokens, of which the first has no text."""
+    kept = SaidTokens()
+    found = kept.take([token(b"\xc3", ""), token(b"\xa9", "é")], "é")
+    assert [one.piece for one in found] == [b"\xc3", b"\xa9"]
+    assert kept.take([token(b"\xff", "")], "") == [token(b"\xff", "")]
