@@ -167,8 +167,8 @@ class Duration(click.ParamType[float | None]):
 def command(values: Mapping[str, Any]) -> None:
     """Serve MODEL, a GGUF file, over HTTP as OpenAI's API.
 
-    Without MODEL the built-in demo is served. Once requests are answered, one line of JSON with the address goes to
-    standard output; everything else goes to standard error.
+    Without MODEL the built-in demo is served, or with --models what a folder offers. Once requests are answered, one
+    line of JSON with the address goes to standard output; everything else goes to standard error.
     """
     log_to_stderr(is_json=values["log_format"] == "json")
     has_model = values["model"] is not None or values["models"] is None

@@ -18,6 +18,8 @@ SECTIONS = {
         "seed",
     ),
     "Server": ("host", "port", "alias", "n_queue", "max_connections", "exit_with_parent", "grace"),
+    "Loading": ("models", "models_max", "idle_unload"),
+    "Log": ("log_format", "log_prompts"),
     "Access": ("api_key_env", "api_key_file", "no_key", "allowed_host", "allowed_origin"),
     "Compression": (
         "stats",

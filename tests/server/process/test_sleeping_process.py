@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from slimoe.server.cli import run
 from tests.models.live_server import DEADLINE, serving
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
@@ -79,6 +80,18 @@ def test_it_ends_within_five_seconds(model: Path, how: str, when: str) -> None:
             with pytest.raises(urllib.error.HTTPError) as failure:
                 asking.result(DEADLINE)
             assert json.load(failure.value)["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"), [(["nowhere.gguf"], 3), (["MODEL", "--ctx", "2000000000"], 4), (["MODEL", "--ram", "1MiB"], 4)]
+)
+def test_a_model_that_cannot_be_opened_at_the_start_ends_the_server(
+    model: Path, flags: list[str], status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    named = [str(model) if flag == "MODEL" else flag for flag in flags]
+    assert run(["serve", "--port", "0", "--threads", "1", "--idle-unload", "1m", *named]) == status
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
 
 
 def test_no_orphan_of_several_when_the_server_is_killed(model: Path, tmp_path: Path) -> None:
