@@ -3,8 +3,9 @@
 Free and held answers of a few dozen tokens take turns, so that both meet the same load of the machine. The ratio
 `..._vs_free` of a form is the median over all turns of held seconds per token by free ones: 1 is no cost. The first
 token of an answer is left out; `first_token_ms` has what a form adds to it when it is new, and when it is known.
-`memory_mib` is what the first form adds to this process, and the pages of the process that tries forms out. The last
-line of stdout is one JSON document.
+`held_cpu_us` is the processor time of a token's mask and of going on behind it, without the model, which other
+processes' load hardly changes. `memory_mib` is what the first form adds to this process, and the pages of the process
+that tries forms out. The last line of stdout is one JSON document.
 
     python -m bench.answers.constraint_cost
     python -m bench.answers.constraint_cost --shape mixtral2
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import psutil
 
 from bench.limits import machine
@@ -95,8 +97,27 @@ def measure(engine: Engine, n_rounds: int, n_tokens: int) -> dict[str, Any]:
         "worst_vs_free": max(statistics.median(values) for values in ratios.values()),
         "free_ms_per_token": 1e3 * statistics.median(free_times),
         "first_token_ms": {"new": new, "known": {name: statistics.median(values) for name, values in known.items()}},
+        "held_cpu_us": {name: held_cpu(engine, form, 8 * n_tokens) for name, form in FORMS.items()},
         "memory_mib": memory,
     }
+
+
+def held_cpu(engine: Engine, form: Constraint, n_tokens: int) -> float:
+    """Microseconds of the processor for each token that is drawn at random from those allowed, in the median."""
+    assert engine.grammars is not None
+    assert engine.tokenizer is not None
+    held, random = engine.grammars.hold(form), np.random.default_rng(0)
+    ends, times = list(engine.tokenizer.eog), []
+    for _ in range(n_tokens):
+        begin = time.thread_time()
+        allowed = held.allowed()
+        half = time.thread_time()
+        allowed[ends] = False
+        token = int(random.choice(np.flatnonzero(allowed)))
+        again = time.thread_time()
+        held.take(token)
+        times.append(half - begin + time.thread_time() - again)
+    return 1e6 * statistics.median(times)
 
 
 @click.command()

@@ -35,7 +35,7 @@ _PATIENCE = 30.0
 _MOST_COMPILED, _MOST_COMPILED_BYTES = 64, 48 << 20
 _DEEP_STACK = 16 << 20
 """Several times what the trial had: what was compiled there is compiled here."""
-_LONG_SHARE = 0.01
+_LONG_SHARE = 0.05
 """A mask that takes more than this share of a step is made while the model computes; the hand-over costs as much."""
 MAX_CHARS = 1 << 20
 """Of a constraint's text."""
