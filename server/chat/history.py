@@ -18,12 +18,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES, MAX_PARTS = 16_384, 16_384
 MAX_DEPTH = 64
 """Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
-MAX_DEPTH = 64
-"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
-MAX_DEPTH = 64
-"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
-MAX_DEPTH = 64
-"""Of lists and objects in each other, in the arguments of a call and the schema of a tool."""
 _OLD_NAMES = {"function": "tool"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
