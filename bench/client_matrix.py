@@ -89,15 +89,18 @@ def command_of(client: Client, environments: Path) -> list[str]:
 def tried(client: Client, environments: Path, url: str) -> dict[str, Any]:
     """What came of every cell, as the client's script reports it."""
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
-    done = subprocess.run(
-        [*command_of(client, environments), url],
-        cwd=ROOT,
-        env={**kept, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*command_of(client, environments), url],
+            cwd=ROOT,
+            env={**kept, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"client": client.package, "version": "", "cells": {"start": f"not done after {SECONDS} seconds"}}
     lines = done.stdout.strip().splitlines()
     if not lines or not lines[-1].startswith("{"):
         end = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]

@@ -35,7 +35,7 @@ await report("ai", {
     const weather = tool({ inputSchema: Weather, execute: async (found) => (given.push(found), "18 degrees") });
     const answer = await generateText({
       ...brief,
-      maxOutputTokens: 100,
+      maxOutputTokens: 200,
       tools: { weather },
       toolChoice: "required",
       stopWhen: stepCountIs(2),
@@ -43,11 +43,11 @@ await report("ai", {
     });
     checkWeather(given[0]);
     expect(answer.steps.length === 2, answer.steps.length);
-    const streamed = streamText({ ...brief, maxOutputTokens: 100, tools: { weather }, toolChoice: { type: "tool", toolName: "weather" } });
+    const streamed = streamText({ ...brief, maxOutputTokens: 200, tools: { weather }, toolChoice: { type: "tool", toolName: "weather" } });
     checkWeather((await streamed.toolCalls)[0].input);
   },
   async schema() {
-    checkWeather((await generateObject({ ...brief, maxOutputTokens: 100, schema: Weather })).object);
+    checkWeather((await generateObject({ ...brief, maxOutputTokens: 200, schema: Weather })).object);
   },
   async usage() {
     const streamed = streamText(brief);

@@ -18,19 +18,19 @@ await report("@anthropic-ai/sdk", {
     expect((await client.messages.stream(brief).finalText()) === whole.content[0].text, whole);
   },
   async tools() {
-    const asked = { ...brief, max_tokens: 100, tools };
-    const first = await client.messages.create({ ...asked, tool_choice: { type: "any" } });
+    const asked = { ...brief, max_tokens: 200, tools };
+    const first = await client.messages.create({ ...asked, tool_choice: { type: "any", disable_parallel_tool_use: true } });
     const calls = first.content.filter((block) => block.type === "tool_use");
     checkWeather(calls[0].input);
     const results = calls.map((call) => ({ type: "tool_result", tool_use_id: call.id, content: "18 degrees" }));
     const messages = [...ASKED, { role: "assistant", content: first.content }, { role: "user", content: results }];
     const last = await client.messages.create({ ...asked, messages, tool_choice: { type: "none" } });
     expect(last.content[0].type === "text", last);
-    const streamed = await client.messages.stream({ ...asked, tool_choice: { type: "any" } }).finalMessage();
+    const streamed = await client.messages.stream({ ...asked, tool_choice: { type: "any", disable_parallel_tool_use: true } }).finalMessage();
     checkWeather(streamed.content.find((block) => block.type === "tool_use").input);
   },
   async schema() {
-    const asked = { ...brief, max_tokens: 100, tools, tool_choice: { type: "tool", name: "weather" } };
+    const asked = { ...brief, max_tokens: 200, tools, tool_choice: { type: "tool", name: "weather" } };
     checkWeather((await client.messages.create(asked)).content.find((block) => block.type === "tool_use").input);
   },
   async usage() {

@@ -33,7 +33,11 @@ def tools() -> None:
     """An agent's loop: a call, its result, an answer; then the same call as a stream."""
     messages = list(ASKED)
     first = client.messages.create(
-        model="demo", messages=messages, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=100
+        model="demo",
+        messages=messages,
+        tools=[TOOL],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        max_tokens=200,
     )
     expect(first.stop_reason == "tool_use", first)
     calls = [block for block in first.content if block.type == "tool_use"]
@@ -45,7 +49,7 @@ def tools() -> None:
     )
     expect(last.content[0].type == "text", last)
     with client.messages.stream(
-        model="demo", messages=ASKED, tools=[TOOL], tool_choice={"type": "tool", "name": "weather"}, max_tokens=100
+        model="demo", messages=ASKED, tools=[TOOL], tool_choice={"type": "tool", "name": "weather"}, max_tokens=200
     ) as events:
         final = events.get_final_message()
     check_weather(next(block.input for block in final.content if block.type == "tool_use"))
@@ -58,7 +62,7 @@ def schema() -> None:
         messages=ASKED,
         tools=[TOOL],
         tool_choice={"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
-        max_tokens=100,
+        max_tokens=200,
     )
     calls = [block for block in answer.content if block.type == "tool_use"]
     expect(len(calls) == 1, answer)

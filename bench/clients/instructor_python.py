@@ -1,5 +1,6 @@
 """instructor in its modes for OpenAI's API, without retries: the first answer must hold."""
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,7 +29,7 @@ def held(mode: instructor.Mode) -> Callable[[], None]:
     def ask() -> None:
         client = instructor.from_openai(plain, mode=mode)
         found = client.chat.completions.create(
-            model="demo", messages=ASKED, response_model=Weather, max_retries=0, max_tokens=100
+            model="demo", messages=ASKED, response_model=Weather, max_retries=0, max_tokens=200, temperature=0
         )
         expect(isinstance(found, Weather), found)
 
@@ -62,12 +63,17 @@ def errors() -> None:
 
 
 def cancel() -> None:
-    """Parts that nobody waits for any more are not written."""
-    client = instructor.from_openai(plain, mode=instructor.Mode.TOOLS)
-    parts: Any = client.chat.completions.create_partial(model="demo", messages=ASKED, response_model=Weather)
-    next(iter(parts))
-    parts.close()
-    expect_idle(URL)
+    """An object that nobody waits for any more is not written to its end."""
+
+    async def begin() -> None:
+        client = instructor.from_openai(openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="none"))
+        asked = client.chat.completions.create(model="demo", messages=ASKED, response_model=Weather)
+        await asyncio.wait_for(asked, 0.2)
+
+    try:
+        asyncio.run(begin())
+    except TimeoutError:
+        expect_idle(URL)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def stream() -> None:
 
 def tools() -> None:
     """`bind_tools`: a call, its result, an answer."""
-    bound = model({"max_completion_tokens": 100}).bind_tools([Weather], tool_choice="any")
+    bound = model({"max_completion_tokens": 200}).bind_tools([Weather], tool_choice="any", parallel_tool_calls=False)
     first: Any = bound.invoke(QUESTION)
     check_weather(first.tool_calls[0]["args"])
     result = ToolMessage("18 degrees", tool_call_id=first.tool_calls[0]["id"])
@@ -55,7 +55,7 @@ def schema() -> None:
     """`with_structured_output` by schema, by a call, and by JSON alone."""
     ways: tuple[Literal["json_schema", "function_calling"], ...] = ("json_schema", "function_calling")
     for way in ways:
-        held = model({"max_completion_tokens": 100}).with_structured_output(Weather, method=way)
+        held = model({"max_completion_tokens": 200}).with_structured_output(Weather, method=way)
         expect(isinstance(held.invoke(QUESTION), Weather), way)
     free = model({"max_completion_tokens": 400}).with_structured_output(None, method="json_mode", include_raw=True)
     raw: Any = free.invoke(QUESTION)

@@ -13,6 +13,7 @@ from bench.clients.cells import LONG, N_TOKENS, QUESTION, WEATHER, check_weather
 URL = sys.argv[1]
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+ONE_CALL = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
 FORM = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER, "strict": True}}
 
 
@@ -39,7 +40,7 @@ def stream() -> None:
 
 def tools() -> None:
     """A call, its result, an answer."""
-    first = ask({"tools": [TOOL], "tool_choice": "required", "max_tokens": 100}).choices[0]
+    first = ask({"tools": [TOOL], **ONE_CALL, "max_tokens": 200}).choices[0]
     expect(first.finish_reason == "tool_calls", first)
     call = first.message.tool_calls[0]
     check_weather(call.function.arguments)
@@ -48,14 +49,14 @@ def tools() -> None:
         {"messages": [*ASKED, first.message, result], "tools": [TOOL], "tool_choice": "none", "max_tokens": N_TOKENS}
     )
     expect(last.choices[0].message.content, last)
-    chunks = list(ask({"tools": [TOOL], "tool_choice": "required", "max_tokens": 100, "stream": True}))
+    chunks = list(ask({"tools": [TOOL], **ONE_CALL, "max_tokens": 200, "stream": True}))
     built: Any = litellm.stream_chunk_builder(chunks)
     check_weather(built.choices[0].message.tool_calls[0].function.arguments)
 
 
 def schema() -> None:
     """`response_format` holds the answer to a schema."""
-    check_weather(ask({"response_format": FORM, "max_tokens": 100}).choices[0].message.content)
+    check_weather(ask({"response_format": FORM, "max_tokens": 200, "temperature": 0}).choices[0].message.content)
 
 
 def usage() -> None:

@@ -48,7 +48,7 @@ def tools() -> None:
 
 def schema() -> None:
     """`format` holds the answer to a schema."""
-    answer = client.chat("demo", ASKED, format=WEATHER, options={"num_predict": 100})
+    answer = client.chat("demo", ASKED, format=WEATHER, options={"num_predict": 200})
     check_weather(answer.message.content)
 
 

@@ -26,18 +26,18 @@ await report("openai", {
     let given = null;
     const weather = { ...tool.function, parse: JSON.parse, function: (found) => ((given = found), "18 degrees") };
     const runner = client.chat.completions.runTools(
-      { model: "demo", messages: ASKED, max_tokens: 100, tool_choice: { type: "function", function: { name: "weather" } }, tools: [{ type: "function", function: weather }] },
+      { model: "demo", messages: ASKED, max_tokens: 200, temperature: 0, tool_choice: { type: "function", function: { name: "weather" } }, tools: [{ type: "function", function: weather }] },
       { maxChatCompletions: 2 },
     );
     await runner.done();
     checkWeather(given);
-    const streamed = client.chat.completions.stream({ ...brief, max_tokens: 100, tools: [tool], tool_choice: "required" });
+    const streamed = client.chat.completions.stream({ ...brief, max_tokens: 200, tools: [tool], tool_choice: "required", parallel_tool_calls: false });
     const call = (await streamed.finalChatCompletion()).choices[0].message.tool_calls[0];
     checkWeather(call.function.arguments);
   },
   async schema() {
     const response_format = zodResponseFormat(Weather, "weather");
-    const parsed = await client.chat.completions.parse({ ...brief, max_tokens: 100, response_format });
+    const parsed = await client.chat.completions.parse({ ...brief, max_tokens: 200, response_format });
     checkWeather(parsed.choices[0].message.parsed);
   },
   async usage() {

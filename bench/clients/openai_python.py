@@ -49,7 +49,13 @@ def tools() -> None:
     messages = list(ASKED)
     choice: Literal["required"] = "required"
     first = client.chat.completions.create(
-        model="demo", messages=messages, tools=[TOOL], tool_choice=choice, max_tokens=100
+        model="demo",
+        messages=messages,
+        tools=[TOOL],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        max_tokens=200,
+        temperature=0,
     )
     message = first.choices[0].message
     expect(first.choices[0].finish_reason == "tool_calls" and message.tool_calls, first)
@@ -62,7 +68,13 @@ def tools() -> None:
     )
     expect(last.choices[0].message.content and not last.choices[0].message.tool_calls, last)
     with client.chat.completions.stream(
-        model="demo", messages=ASKED, tools=[TOOL], tool_choice=choice, max_tokens=100
+        model="demo",
+        messages=ASKED,
+        tools=[TOOL],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        max_tokens=200,
+        temperature=0,
     ) as events:
         streamed = events.get_final_completion().choices[0].message.tool_calls
     assert streamed
@@ -71,7 +83,9 @@ def tools() -> None:
 
 def schema() -> None:
     """`.parse()` gives an object of the class."""
-    parsed = client.chat.completions.parse(model="demo", messages=ASKED, response_format=Weather, max_tokens=100)
+    parsed = client.chat.completions.parse(
+        model="demo", messages=ASKED, response_format=Weather, max_tokens=200, temperature=0
+    )
     expect(isinstance(parsed.choices[0].message.parsed, Weather), parsed)
 
 
@@ -123,7 +137,9 @@ def responses() -> None:
     parsed = client.responses.parse(model="demo", input=QUESTION, text_format=Weather)
     expect(isinstance(parsed.output_parsed, Weather), parsed)
     tool: Any = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
-    called = client.responses.create(model="demo", input=QUESTION, tools=[tool], tool_choice="required")
+    called = client.responses.create(
+        model="demo", input=QUESTION, tools=[tool], tool_choice="required", parallel_tool_calls=False, temperature=0
+    )
     call = next(item for item in called.output if item.type == "function_call")
     check_weather(call.arguments)
     history: Any = [

@@ -15,6 +15,8 @@ from bench.clients.cells import LONG, N_TOKENS, QUESTION, expect, expect_idle, r
 URL = sys.argv[1]
 model = OpenAIChatModel("demo", provider=OpenAIProvider(base_url=f"{URL}/v1", api_key="none"))
 
+BRIEF: Any = {"max_tokens": 200, "temperature": 0, "parallel_tool_calls": False}
+
 
 class Weather(BaseModel):
     """The weather of some days in a city."""
@@ -41,13 +43,13 @@ def stream() -> None:
 def tools() -> None:
     """The object comes as the arguments of a call that must be made."""
     agent = Agent(model, output_type=ToolOutput(Weather), retries=0)
-    expect(isinstance(agent.run_sync(QUESTION, model_settings={"max_tokens": 100}).output, Weather), "no object")
+    expect(isinstance(agent.run_sync(QUESTION, model_settings=BRIEF).output, Weather), "no object")
 
 
 def schema() -> None:
     """The answer is held to the class's schema."""
     agent = Agent(model, output_type=NativeOutput(Weather), retries=0)
-    expect(isinstance(agent.run_sync(QUESTION, model_settings={"max_tokens": 100}).output, Weather), "no object")
+    expect(isinstance(agent.run_sync(QUESTION, model_settings=BRIEF).output, Weather), "no object")
 
 
 def usage() -> None:
