@@ -98,10 +98,10 @@ class SlotCache:
         Returns the moves, from slot to slot.
         """
         assert n_slots > 0
-        while len(self._slot_of) > n_slots:
-            lowest = self._lowest(())
-            assert lowest is not None
-            self.free(self._key(lowest))
+        values = self._policy.keeping
+        by_value = sorted(self._slot_of, key=lambda key: (values[key], -key[0], -key[1]))
+        for key in by_value[: max(0, len(by_value) - n_slots)]:
+            self.free(key)
         free, moves = sorted(slot for slot in self._free if slot < n_slots), []
         for key, slot in self._slot_of.items():
             if slot >= n_slots:

@@ -126,6 +126,19 @@ def test_growing_and_shrinking_reads_nothing_again(model: Path) -> None:
         assert list(answers(engine).values()) == list(again.values())
 
 
+def test_a_cache_that_is_not_yet_full_shrinks(model: Path) -> None:
+    """Right after it has grown, when slots are free and others hold experts."""
+    with closing(Engine.open(config(model))) as engine:
+        expected = answers(engine)
+    with closing(Engine.open(config(model))) as engine:
+        least = least_ram(engine)
+        engine.rebudget(str(least + 20 * MiB), ())
+        engine.rebudget(str(least + 60 * MiB), ())
+        assert engine.rebudget(str(least + 16 * MiB), ()).is_kept
+        n_slots(engine)
+        assert list(answers(engine).values()) == list(expected.values())
+
+
 def test_memory_stays_below_the_larger_of_two_limits(model: Path) -> None:
     """As the process holds it, at any moment: the old model goes before the new one comes."""
     with closing(Engine.open(config(model))) as engine:
