@@ -38,7 +38,7 @@ _SIZES = {
     "sliding_window": None,
     "initializer_range": 0.1,
 }
-_CHOICES = ("choice", {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}"})
+_CHOICES = ("choice", {"output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "choices"})
 _ROLLING = ("rolling", {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"})
 
 
@@ -130,7 +130,7 @@ def compare(folder: Path, n_questions: int, *, adds_bos: bool) -> dict[str, Any]
     """The largest differences between both programs, for one kind of tokenizer."""
     text = folder / "text.txt"
     mixture = "\n".join(file.path.read_text(encoding="utf-8") for file in default_texts())
-    lines = [line for line in mixture.splitlines() if 40 < len(line) < 200]
+    lines = [line.strip() for line in mixture.splitlines() if 40 < len(line.strip()) < 200]
     text.write_text("\n".join(lines))
     checkpoint = save_checkpoint(folder, text, adds_bos=adds_bos)
     path = convert(ConvertOptions(checkpoint, folder / "model.gguf", "F32", n_threads=1)).path
@@ -155,6 +155,7 @@ def compare(folder: Path, n_questions: int, *, adds_bos: bool) -> dict[str, Any]
 @click.option("--smoke", "is_smoke", is_flag=True, help="Five questions.")
 def main(n_questions: int, is_smoke: bool) -> None:
     """Compares, for a model that begins with BOS and for one that does not."""
+    torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     found = []
     for adds_bos in (True, False):
