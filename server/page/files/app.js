@@ -3,7 +3,7 @@
 import { Chat } from "./chat.js";
 import { ConversationList } from "./conversations.js";
 import { Feed } from "./feed.js";
-import { Machine, largeButton } from "./machine.js";
+import { Machine } from "./machine.js";
 import { ask as askForm, byId, el, link } from "./dom.js";
 import { Server } from "./server.js";
 import * as settings from "./settings.js";
@@ -25,7 +25,8 @@ const KEYS = [
 
 /** Columns at the sides: beside the chat on wide screens, over it on narrow ones. */
 class Columns {
-  constructor() {
+  constructor(machine) {
+    this.machine = machine;
     this.wide = { list: matchMedia("(min-width: 760px)"), machine: matchMedia("(min-width: 1120px)") };
     for (const name of ["list", "machine"]) {
       byId(`show-${name}`).addEventListener("click", () => this.set(name, byId(name).hidden));
@@ -33,6 +34,7 @@ class Columns {
       this.settle(name);
     }
     document.body.addEventListener("show-chat", () => this.closeOver());
+    document.body.addEventListener("enlarge", () => this.cover());
     // The chat is inert while something covers it, so that a click on it comes here.
     document.querySelector(".columns").addEventListener("click", (event) => {
       if (!event.target.closest("#list, #machine")) this.closeOver();
@@ -53,13 +55,22 @@ class Columns {
   apply(name, isShown) {
     byId(name).hidden = !isShown;
     byId(`show-${name}`).setAttribute("aria-expanded", String(isShown));
-    const isOver = ["list", "machine"].some((one) => !this.wide[one].matches && !byId(one).hidden);
-    byId("chat").inert = isOver;
-    document.body.classList.toggle("covered", isOver);
+    if (name === "machine" && !isShown && this.machine.isLarge) this.machine.enlarge(false);
+    this.cover();
+  }
+
+  /** What is covered cannot be reached. */
+  cover() {
+    byId("list").inert = this.machine.isLarge;
+    byId("chat").inert = this.machine.isLarge || ["list", "machine"].some((one) => !this.wide[one].matches && !byId(one).hidden);
   }
 
   /** Closes what covers the chat; says whether something did. */
   closeOver() {
+    if (this.machine.isLarge) {
+      this.machine.enlarge(false);
+      return true;
+    }
     const over = ["list", "machine"].filter((name) => !this.wide[name].matches && !byId(name).hidden);
     for (const name of over) this.apply(name, false);
     return over.length > 0;
@@ -117,7 +128,8 @@ async function start() {
     byId("settings-summary").textContent = settings.summary(chat.current.settings);
     list.changed(conversation);
   };
-  const columns = new Columns();
+  const machine = new Machine();
+  const columns = new Columns(machine);
   byId("show-settings").addEventListener("click", async () => {
     const found = await settings.edit(chat.current.settings);
     if (!found) return;
@@ -126,8 +138,6 @@ async function start() {
     if (!chat.isNew) await chat.save(chat.current);
     chat.onchange();
   });
-  const machine = new Machine();
-  machine.mapPart.querySelector(".part-head").append(largeButton(machine.map, byId("machine")));
   byId("model").addEventListener("change", (event) => {
     server.choose(event.target.value);
     machine.select(event.target.value);

@@ -29,8 +29,11 @@ export class Machine {
   constructor() {
     this.models = new Map();
     this.shown = null;
+    this.isLarge = false;
     this.map = new ExpertMap();
     this.sizes = el("p", { class: "note" });
+    this.map.onfit = (text) => (this.sizes.textContent = text);
+    this.larger = link("Larger", () => this.enlarge(!this.isLarge), { id: "larger" });
     this.legend = el("ul", { class: "legend" });
     this.table = el("details", { class: "as-table" }, el("summary", {}, "As a table"), el("div"));
     this.table.addEventListener("toggle", () => this.showTable());
@@ -40,7 +43,7 @@ export class Machine {
     this.mapPart = el(
       "section",
       { "aria-labelledby": "experts-title" },
-      el("div", { class: "part-head" }, el("h2", { id: "experts-title" }, "Experts"), this.sizes),
+      el("div", { class: "part-head" }, el("h2", { id: "experts-title" }, "Experts"), this.sizes, this.larger),
       this.viewChoice(),
       this.map.node,
       this.map.readout,
@@ -73,6 +76,16 @@ export class Machine {
   choose(view) {
     this.map.show(view);
     this.showLegend();
+  }
+
+  /** Gives the map the whole page, or takes it back. */
+  enlarge(isLarge) {
+    this.isLarge = isLarge;
+    byId("machine").classList.toggle("large", isLarge);
+    this.larger.textContent = isLarge ? "Smaller" : "Larger";
+    this.map.limit.height = isLarge ? Math.max(440, innerHeight - 300) : 440;
+    this.map.fit();
+    this.larger.dispatchEvent(new CustomEvent("enlarge", { bubbles: true }));
   }
 
   /** Takes an event of the stream. */
@@ -117,9 +130,10 @@ export class Machine {
     this.mapPart.hidden = false;
     this.map.node.hidden = nLayers === 0;
     if (nLayers) this.map.update(experts);
-    const nExperts = nLayers ? Math.max(...experts.layers.map((layer) => layer.tiers.length)) : 0;
-    this.sizes.textContent = nLayers ? this.map.axes(nLayers, nExperts) : "This model has no experts: every token uses all of it.";
-    if (!nLayers) return;
+    if (!nLayers) {
+      this.sizes.textContent = "This model has no experts: every token uses all of it.";
+      return;
+    }
     this.showLegend();
     if (this.table.open) this.showTable();
   }
@@ -210,15 +224,4 @@ export class Machine {
     this.parts[3].hidden = false;
     this.memory.update(this.state.places);
   }
-}
-
-/** A button that gives the map the whole page and back. */
-export function largeButton(map, column) {
-  const button = link("Larger", () => {
-    const isLarge = column.classList.toggle("large");
-    button.textContent = isLarge ? "Smaller" : "Larger";
-    map.limit.height = isLarge ? innerHeight - 300 : 440;
-    map.fit();
-  });
-  return button;
 }

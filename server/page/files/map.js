@@ -18,6 +18,8 @@ function bits(types) {
 export class ExpertMap {
   constructor() {
     this.view = "place";
+    /** Told how the map lies, in words. */
+    this.onfit = () => {};
     this.data = null;
     this.cell = null;
     this.flashed = new Map();
@@ -91,6 +93,8 @@ export class ExpertMap {
     if (Math.min(this.cellWidth, this.cellHeight) >= 8) this.cellWidth = this.cellHeight = Math.min(this.cellWidth, this.cellHeight);
     this.across = across;
     this.down = down;
+    const [layers, experts] = this.isLying ? ["across", "down"] : ["down", "across"];
+    this.onfit(`${count(nLayers, "layer")} ${layers}, ${count(nExperts, "expert")} ${experts}`);
     const scale = devicePixelRatio || 1;
     const [wide, high] = [GUTTER.left + across * this.cellWidth, GUTTER.top + down * this.cellHeight];
     this.canvas.width = Math.ceil(wide * scale);
@@ -255,12 +259,6 @@ export class ExpertMap {
     context.textAlign = "center";
     context.textBaseline = "middle";
     context.fillText(label, x + width / 2, y + height / 2 + 0.5);
-  }
-
-  /** Which way the map lies, in words. */
-  axes(nLayers, nExperts) {
-    const [layers, experts] = this.isLying ? ["across", "down"] : ["down", "across"];
-    return `${count(nLayers, "layer")} ${layers}, ${count(nExperts, "expert")} ${experts}`;
   }
 
   /** How dark a format is shown: the larger, the darker. */

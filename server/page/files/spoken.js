@@ -5,6 +5,18 @@ import { byId, el } from "./dom.js";
 const SENTENCE = /[.!?:]["')\]]?\s|\n/g;
 const LONGEST_KEPT = 40;
 
+/** Light Markdown as it is said: without its marks. */
+const plain = (text) =>
+  text
+    .replace(/^ *(```|~~~).*$/gm, "")
+    .replace(/^ *\|?( *:?-+:? *\|)+.*$/gm, "")
+    .replace(/!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)/g, "$1")
+    .replace(/^ *(#{1,6}|>) /gm, "")
+    .replace(/\*\*|~~|`/g, "")
+    .replace(/(^|\s)[*_](?=\S)|(?<=\S)[*_](?=\s|[.,;:!?]|$)/gm, "$1")
+    .replaceAll("|", ", ")
+    .trim();
+
 /** Reads an answer out while it grows. */
 export class Spoken {
   constructor() {
@@ -23,7 +35,7 @@ export class Spoken {
     let end = this.told;
     for (const match of text.slice(this.told).matchAll(SENTENCE)) end = this.told + match.index + match[0].length;
     if (isEnd) end = text.length;
-    const fresh = text.slice(this.told, end).trim();
+    const fresh = plain(text.slice(this.told, end));
     this.told = end;
     if (fresh) this.say(fresh);
   }

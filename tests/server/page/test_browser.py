@@ -108,6 +108,9 @@ async def test_an_answer_is_streamed_and_is_there_after_a_reload(window: Browser
 
 async def test_an_answer_that_goes_on_for_ever_is_stopped_by_escape(window: Browser, server: LiveServer) -> None:
     await opened(window, server.url)
+    await window.click("#show-settings")
+    await window.type("#settings [name=max_tokens]", "1000000")
+    await window.press("#settings", "Save")
     await window.type("#prompt", "forever")
     await window.keys("Enter")
     await window.until(f"{ANSWERS}.at(-1).innerText.length > 300")
@@ -320,6 +323,9 @@ async def test_markdown_becomes_elements(window: Browser, canned: Canned) -> Non
         "blockquote": ["quoted"],
         "pre": ['x = "<b>"'],
     }
+    spoken = await window.text("#spoken")
+    assert "Some bold, em, a < b, gone and a link." in " ".join(spoken.split())
+    assert not set("#`~[") & set(spoken)
     link = await window.run("const a = document.querySelector('.prose a'); return [a.href, a.rel, a.target]")
     assert link == ["https://example.org/a_(b)", "noopener noreferrer", "_blank"]
 
@@ -365,6 +371,7 @@ async def test_another_tab_sees_what_is_written(window: Browser, canned: Canned)
     await window.click("#conversations .row")
     assert await messages(window) == ["Of rivers", "Well."]
     await window.click("#delete")
+    await window.until("document.querySelector('#toast').innerText.includes('is deleted')")
     await window.do("DELETE", "window")
     await window.do("POST", "window", {"handle": first})
     await window.until("!document.querySelector('#conversations').innerText")
@@ -473,7 +480,7 @@ async def test_everything_is_reached_by_keyboard_and_has_a_name(window: Browser,
         "send",
         "map",
     }
-    wanted |= {"show-settings", "rename", "delete", "export-json", "export-markdown", "Copy", "Edit", "Again", "Larger"}
+    wanted |= {"show-settings", "rename", "delete", "export-json", "export-markdown", "Copy", "Edit", "Again", "larger"}
     assert wanted <= seen
     nameless = await window.run(
         "return [...document.querySelectorAll('button, input, textarea, select, [tabindex=\"0\"]')]"
@@ -565,6 +572,15 @@ async def test_the_map_shows_tiers_types_and_uses_and_says_them_in_words(window:
         await asyncio.sleep(0.1)
         pictures.add(await window.run("return document.querySelector('.map canvas').toDataURL()"))
     assert len(pictures) == 4
+    await window.click("#larger")
+    assert (
+        await window.run(
+            "return document.querySelector('#chat').inert && document.querySelector('#machine').offsetWidth"
+        )
+        > 1300
+    )
+    await window.keys("Escape")
+    assert not await window.run("return document.querySelector('#chat').inert")
     canned.events += map_events(9)
     await window.until("document.querySelector('#machine .legend').innerText.includes('up to 9')")
     await window.click(".as-table summary")
@@ -585,13 +601,13 @@ async def test_a_real_server_with_tiers_moves_the_map(window: Browser) -> None:
         for told in ("of 352 MiB", "tokens/s", "waiting for the disk"):
             await window.until("document.querySelector('#machine').innerText.includes(arguments[0])", told)
         assert "of experts at hand" in await window.text(".turn.assistant .figures")
-        for limit, told in (("1MiB", "at least"), ("300MiB", "The limit is 300MiB")):
+        for limit, told in (("1MiB", "at least"), ("358MiB", "The limit is 358MiB")):
             if not await window.run("return document.querySelector('#ask-name').open"):
                 await window.run("document.querySelector('[aria-label=\"Change the limit of Main memory\"]').click()")
             await window.run("document.querySelector('#ask-name input').value = ''")
             await window.type("#ask-name input", limit)
             await window.keys("Enter")
             await window.until("document.body.innerText.includes(arguments[0])", told)
-        await window.until("document.querySelector('#machine').innerText.includes('of 300 MiB')")
+        await window.until("document.querySelector('#machine').innerText.includes('of 358 MiB')")
         assert all("status of" in one for one in await window.complaints())
         await window.go("about:blank")
