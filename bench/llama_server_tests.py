@@ -105,7 +105,7 @@ def run_tests(tests: Path, python: str, files: tuple[str, ...], expression: str,
         command = [python, "-m", "pytest", "-p", "no_downloads", "-q", "-m", "not slow", f"--junitxml={report}"]
         command += ["-o", "junit_logging=no", f"--timeout={seconds}", "-k", expression]
         command += [str(Path("unit", file)) for file in files] or ["unit"]
-        subprocess.run(command, cwd=tests, env=environment, stdout=subprocess.DEVNULL, check=False)
+        subprocess.run(command, cwd=tests, env=environment, stdout=sys.stderr, check=False)
         return [_result(case) for case in ElementTree.parse(report).iter("testcase")]
 
 
