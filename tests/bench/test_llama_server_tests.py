@@ -58,4 +58,4 @@ def test_flags_that_serve_does_not_have_are_left_out() -> None:
     ],
 )
 def test_why_a_test_fails(file: str, failure: str, reason: str) -> None:
-    assert Result(file, "test", "failure", failure).reason == reason
+    assert Result(file, "test_it", "failure", failure).reason == reason
