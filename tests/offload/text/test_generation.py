@@ -145,6 +145,25 @@ def test_eos_ends_the_answer_unless_it_is_ignored(engine: Engine) -> None:
     assert text_of(events) == ""
 
 
+def test_control_tokens_appear_by_name_if_asked_for_but_not_those_that_end_an_answer(
+    tmp_path: Path, sentencepiece_path: Path
+) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", sentencepiece_path, added=("<tool>", "<|im_end|>"))
+    engine = open_engine(path)
+    assert engine.tokenizer is not None
+    special = engine.tokenizer.special_tokens
+    for name, shows_control, text in (
+        ("<tool>", True, "<tool><tool>"),
+        ("<tool>", False, ""),
+        ("<|im_end|>", True, ""),
+        ("</s>", True, ""),
+    ):
+        forced = SamplingParams(temperature=0.0, logit_bias={special[name]: 100.0})
+        events = answer(engine, sampling=forced, shows_control=shows_control, max_tokens=2)
+        assert (tokens_of(events), text_of(events)) == ([special[name]] * 2, text)
+    engine.close()
+
+
 def test_a_stop_string_ends_the_answer(engine: Engine) -> None:
     whole = text_of(answer(engine, max_tokens=20))
     stop = whole[8:12]

@@ -74,6 +74,26 @@ def test_what_the_tokens_are(tokenizer: Tokenizer, processor: Any) -> None:
         tokenizer.piece(n)
 
 
+@pytest.mark.parametrize(
+    ("names", "inner"),
+    [
+        (("<|end|>", "<|return|>", "<|call|>"), {"<|end|>"}),
+        (("<|end|>", "<|flush|>", "<|calls|>"), {"<|end|>"}),
+        (("<|end|>", "<|return|>"), set()),
+        (("<|end|>", "<|call|>"), set()),
+        (("<|end|>",), set()),
+    ],
+    ids=lambda value: " ".join(value) or "none" if isinstance(value, tuple) else "",
+)
+def test_an_end_of_a_part_does_not_end_an_answer(
+    tmp_path: Path, sentencepiece_path: Path, names: tuple[str, ...], inner: set[str]
+) -> None:
+    """As harmony has it: parts end with `<|end|>`, answers with `<|return|>` and calls with `<|call|>`."""
+    tokenizer = Tokenizer.open(read_gguf(write_vocabulary(tmp_path / "v.gguf", sentencepiece_path, added=names)))
+    assert {tokenizer.token_text(token) for token in tokenizer.eog} == {"</s>", *names} - inner
+    tokenizer.close()
+
+
 def test_half_a_surrogate_pair_is_a_replacement_character(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("a\ud83db") == tokenizer.encode("a\ufffdb")
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")

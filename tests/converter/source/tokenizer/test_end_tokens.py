@@ -105,6 +105,19 @@ def test_names_end_an_answer_as_in_llama_cpp(tmp_path: Path, moe_checkpoint: Pat
 
 
 @pytest.mark.parametrize(
+    "others", [("<|return|>", "<|call|>"), ("<|return|>",), ("<|call|>",), ("<|flush|>", "<|calls|>")]
+)
+def test_ends_of_parts_are_those_of_llama_cpp(tmp_path: Path, moe_checkpoint: Path, others: tuple[str, ...]) -> None:
+    added = {str(512 + n): {"content": name, "special": True} for n, name in enumerate(("<|end|>", *others))}
+    source = checkpoint(moe_checkpoint, tmp_path / "c", tokenizer_config={"added_tokens_decoder": added})
+    convert(ConvertOptions(source, tmp_path / "m.gguf", "Q8_0"))
+    tokenizer = Tokenizer.open(read_gguf(tmp_path / "m.gguf"))
+    assert tokenizer.eog == llamas_ends(tmp_path / "m.gguf")
+    assert (512 in tokenizer.eog) == (len(others) == 1)
+    tokenizer.close()
+
+
+@pytest.mark.parametrize(
     ("files", "ends"),
     [
         ({}, {2}),
