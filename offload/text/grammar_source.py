@@ -19,7 +19,14 @@ _HEAD = '%llguidance {"no_forcing": true}\n'
 """Where a text is given, the model chooses how to spell it: there is no tokenizer here that could say."""
 _DEFAULTS: "JsonCompileOptions" = {"whitespace_pattern": SPACE}
 _OVERRIDES: "JsonCompileOptions" = {"lenient": False}
-_LIMITS = LLParserLimits(max_items_in_row=20_000, max_lexer_states=50_000, verbose_errors=False)
+_LIMITS = LLParserLimits(
+    max_items_in_row=20_000,
+    step_max_items=25_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=20_000,
+    verbose_errors=False,
+)
+"""A row has an item for each text of an enum. What a token takes grows with the square of the items of a step."""
 _SHOWN = 400
 """Characters of llguidance's reasons, which may quote the whole grammar."""
 

@@ -45,12 +45,13 @@ Allowed = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
-    """What compiling one grammar may take of the machine.
+    """What compiling one grammar may take of the machine, and of the processor what it takes to go on by one token.
 
-    A schema of 100 kB takes a tenth of a second and some megabytes.
+    A schema of 100 kB takes a tenth of a second and some megabytes, a token of it a thousandth.
     """
 
     cpu_seconds: float = 1.0
+    token_seconds: float = 0.5
     memory_bytes: int = 48 << 20
     stack_bytes: int = 4 << 20
 
@@ -80,10 +81,16 @@ class Held:
     """
 
     def __init__(
-        self, constraint: Constraint, compiled: _Compiled, spaced: Allowed, workers: ThreadPoolExecutor
+        self,
+        constraint: Constraint,
+        compiled: _Compiled,
+        spaced: Allowed,
+        workers: ThreadPoolExecutor,
+        token_seconds: float,
     ) -> None:
         assert compiled.matcher is not None
         self.is_complete = False
+        self._most_seconds, self._taking_seconds = token_seconds, 0.0
         self._constraint, self._spaced, self._workers = constraint, spaced, workers
         self._matcher = compiled.matcher.deep_copy()
         self._after_space = None if compiled.after_space is None else compiled.after_space.deep_copy()
@@ -94,7 +101,7 @@ class Held:
     def allowed(self) -> Allowed:
         """Which tokens may come next, [n_vocab], among them those that end the answer where it may end.
 
-        Raises ConstraintError when llguidance gives up.
+        Raises ConstraintError when llguidance gives up, or takes too long.
         """
         self._step_seconds = time.perf_counter() - self._taken_at
         made, self._made = self._made, None
@@ -106,7 +113,9 @@ class Held:
             if self._spaced[token]:
                 self._matcher = self._after_space
             self._after_space = None
+        begin = time.thread_time()
         self._matcher.consume_token(token)
+        self._taking_seconds = time.thread_time() - begin
         self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()
         self._taken_at = time.perf_counter()
         if self._mask_seconds > _LONG_SHARE * self._step_seconds and not self.is_complete:
@@ -114,11 +123,15 @@ class Held:
             self._made = self._workers.submit(self._make)
 
     def _make(self) -> Allowed:
-        begin = time.perf_counter()
+        begin, begin_of_work = time.perf_counter(), time.thread_time() - self._taking_seconds
         mask = self._mask_of(self._matcher)
         if self._after_space is not None:
             mask = (mask & ~self._spaced) | self._mask_of(self._after_space)
         self._mask_seconds = time.perf_counter() - begin
+        if time.thread_time() - begin_of_work > self._most_seconds:
+            # Nothing can stop llguidance in its midst, and what takes long once will again.
+            problem = f"a token of it takes more than {self._most_seconds:g} seconds of processor time"
+            raise ConstraintError(self._constraint, f"{problem}. Ask for a simpler form")
         return mask
 
     def _mask_of(self, matcher: "LLMatcher") -> Allowed:
@@ -162,7 +175,8 @@ class Grammars:
 
         Raises ConstraintError.
         """
-        return Held(constraint, self._compiled(constraint, strips_space), self._spaced, self._workers)
+        compiled = self._compiled(constraint, strips_space)
+        return Held(constraint, compiled, self._spaced, self._workers, self._limits.token_seconds)
 
     def close(self) -> None:
         """Ends the process; the next new constraint starts another."""

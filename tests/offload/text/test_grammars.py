@@ -12,6 +12,7 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
+from slimoe.offload.resources.process_limits import resident_bytes
 from slimoe.offload.text.generation import (
     Constraint,
     Finished,
@@ -20,7 +21,7 @@ from slimoe.offload.text.generation import (
     SamplingParams,
     TokenStep,
 )
-from slimoe.offload.text.grammars import ConstraintError, Grammars
+from slimoe.offload.text.grammars import ConstraintError, GrammarLimits, Grammars
 from tests.models.configs import engine_config
 
 DEMO = Path(__file__).parents[3] / "server" / "demo" / "demo.gguf"
@@ -277,6 +278,52 @@ def test_an_answer_may_get_too_hard_to_hold(engine: Engine) -> None:
     with pytest.raises(ConstraintError, match="regex cannot be followed: lexer error: too many expressions"):
         answer(engine, hard, sampling=wild(0), ignore_eos=True, max_tokens=200)
     assert answer(engine, Constraint("regex", "ok")) == ("ok", "stop")
+
+
+AMBIGUOUS = Constraint("lark", "start: x\nx: /[a-z ]/ | x x | /[a-z ]{1,2}/", "lark")
+
+
+def test_a_form_of_which_a_token_takes_too_long_fails_alone(engine: Engine) -> None:
+    """It ends after the first such token."""
+    assert engine.tokenizer is not None
+    grammars = Grammars(engine.tokenizer, GrammarLimits(token_seconds=0.002))
+    held = grammars.hold(AMBIGUOUS)
+    letter = engine.tokenizer.all_pieces().index(b"a")
+    taken: list[int] = []
+
+    def go_on() -> None:
+        while len(taken) < 500:
+            assert held.allowed()[letter]
+            held.take(letter)
+            taken.append(letter)
+
+    with pytest.raises(
+        ConstraintError, match=r"^lark cannot be followed: a token of it takes more than 0\.002 s"
+    ) as error:
+        go_on()
+    assert error.value.param == "lark"
+    assert len(taken) > 2
+    assert grammars.hold(Constraint("regex", "ok")).allowed().any()
+    grammars.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "start: x{1,1000}\nx: y?\ny: /[a-z ]/ | /[a-z ]{2}/ | /[a-z ]{3}/",
+        'start: x{1,200}\nx: "a" | "b" | x x | /[a-z ]{1,5}/',
+        'start: x{1,3000} "b"\nx: /[a-z ]{1,3}/ | ""',
+    ],
+    ids=("optional", "ambiguous", "empty"),
+)
+def test_what_a_token_of_a_hostile_form_takes_has_a_bound(engine: Engine, text: str) -> None:
+    hostile = request(engine, Constraint("lark", text), sampling=wild(0), ignore_eos=True, max_tokens=60)
+    before = resident_bytes()
+    begin = time.thread_time()
+    with pytest.raises(ConstraintError, match=r"[Tt]oo many"):
+        list(engine.generate(hostile))
+    assert time.thread_time() - begin < 3
+    assert resident_bytes() - before < 64 << 20
 
 
 def test_compiled_forms_are_remembered_but_not_too_many(engine: Engine) -> None:
