@@ -131,7 +131,7 @@ def from_failure(failure: Failure, prompt_param: str = "messages") -> ApiError:
         )
     if kind == "device":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "device_failed"), headers=_retry())
-    if kind == "template_busy":
+    if kind == "busy":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "overloaded"), headers=_retry())
     if kind == "shutting_down":
         return ApiError(503, ErrorInfo(message, "unavailable_error", None, "shutting_down"), headers=_retry())

@@ -28,6 +28,10 @@ class RequestError(SlimoeError):
         super().__init__(message)
 
 
+class BusyError(SlimoeError):
+    """What came before a request took so long that it would have waited too long."""
+
+
 class Prepared(NamedTuple):
     """A request that the engine can carry out, and how its answer is to be read."""
 
@@ -49,14 +53,19 @@ class Prompts:
         self._chat = None if tokenizer is None else Chat(tokenizer, max_output)
 
     def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
-        """What is to be generated for who takes an answer as it is written; raises what `prepare` raises."""
-        return dataclasses.replace(self.prepare(request, source).request, shows_control=False)
+        """What is to be generated for who takes an answer as it is written.
+
+        Raises what `prepare` and `check_form` raise.
+        """
+        prepared = self.prepare(request, source).request
+        self.check_form(prepared)
+        return dataclasses.replace(prepared, shows_control=False)
 
     def prepare(self, request: GenerationRequest, source: PromptSource) -> Prepared:
         """`request` with the ids of `source` and its stop strings, and how the answer is to be read.
 
-        Raises RequestError, ConstraintError, ChatTemplateError, or ContextOverflowError when no room for an answer
-        would be left.
+        The answer's form is not looked at: `check_form` does that. Raises RequestError, ChatTemplateError, or
+        ContextOverflowError when no room for an answer would be left.
         """
         prompt = self.prompt(source)
         # A first space belongs to a new message's token, and to the text of a message that is continued.
@@ -64,10 +73,8 @@ class Prompts:
         constraint = request.constraint
         if isinstance(source, ChatPrompt) and prompt.grammar is not None:
             constraint = prompt.grammar.constraint(source, constraint)
-        if constraint is not None:
-            if self._grammars is None:
-                raise RequestError(constraint.param, "This model has no tokenizer, so answers can have no form.")
-            self._grammars.check(constraint, strips_space=begins_answer)
+        if constraint is not None and self._grammars is None:
+            raise RequestError(constraint.param, "This model has no tokenizer, so answers can have no form.")
         n_prompt = len(prompt.ids)
         n_room = self._n_ctx - n_prompt
         if n_room < (0 if request.max_tokens == 0 else 1):
@@ -91,6 +98,11 @@ class Prompts:
             shows_control=shows_control,
         )
         return Prepared(prepared, prompt.reading)
+
+    def check_form(self, request: GenerationRequest) -> None:
+        """Raises ConstraintError when answers to a prepared request cannot be held to its form; may take a second."""
+        if request.constraint is not None and self._grammars is not None:
+            self._grammars.check(request.constraint, strips_space=request.strips_space)
 
     def prompt(self, source: PromptSource) -> Prompt:
         """The ids of `source`; raises RequestError, ChatTemplateError, and ContextOverflowError before a long work."""

@@ -23,13 +23,3 @@ class UnusableTemplateError(ChatTemplateError):
         super().__init__(
             f"This model cannot chat, for its chat template cannot be used: {reason}. It still completes plain text."
         )
-
-
-class TemplateBusyError(SlimoeError):
-    """Other conversations made the model's template take too much, so that this one would have waited too long."""
-
-    def __init__(self, n_stopped: int) -> None:
-        super().__init__(
-            f"The model's chat template was stopped for {n_stopped} other conversations while this one waited. "
-            "Try again in a moment."
-        )

@@ -31,8 +31,8 @@ from slimoe.offload.text.grammars import ConstraintError, Grammars
 from slimoe.offload.text.infill import infill_tokens
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server import messages
-from slimoe.server.chat.prompts import RequestError
-from slimoe.server.chat.template_error import ChatTemplateError, TemplateBusyError
+from slimoe.server.chat.prompts import BusyError, RequestError
+from slimoe.server.chat.template_error import ChatTemplateError
 from slimoe.server.log_format import log_text
 
 
@@ -129,8 +129,8 @@ def failure_of(id: int, error: Exception, max_tokens: int | None = None) -> mess
             return messages.Failure(id, "invalid_request", str(error), error.param, error.exit_code)
         case ChatTemplateError():
             return messages.Failure(id, "template", str(error), "messages", error.exit_code)
-        case TemplateBusyError():
-            return messages.Failure(id, "template_busy", str(error), exit_code=error.exit_code)
+        case BusyError():
+            return messages.Failure(id, "busy", str(error), exit_code=error.exit_code)
         case UsageError():
             return messages.Failure(id, "invalid_request", str(error), exit_code=error.exit_code)
         case DeviceError():
