@@ -23,7 +23,12 @@ from bench.models.random_model import SHAPES, write_random_model
 ROOT = Path(__file__).parents[2]
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "@click.command" in path.read_text("utf-8"))
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT / "bench").with_suffix("").parts)
+    for pattern in ("*.py", "api/*.py")
+    for path in (ROOT / "bench").glob(pattern)
+    if "@click.command" in path.read_text("utf-8")
+)
 Smoke = Callable[[str], dict[str, Any]]
 
 

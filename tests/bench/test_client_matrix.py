@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.client_matrix import CLIENTS, table
+from bench.api.client_matrix import CLIENTS, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 def outcome(*arguments: str) -> dict[str, Any]:
     """The last line of the bench as an object, with what went wrong in its cells."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.client_matrix", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.api.client_matrix", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if "npm" in done.stderr and "registry" in done.stderr:
         pytest.skip(f"openai-js, ai-sdk, anthropic-js: npm cannot install them ({done.stderr.strip()[:200]})")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.api.llama_server_tests import OPEN, Result
 from bench.baselines.llama_server_shim import known, serve_command
-from bench.llama_server_tests import OPEN, Result
 from slimoe.server.options.engine_options import DEMO
 
 

@@ -154,7 +154,7 @@ def test_the_result_can_be_repeated(
     assert origin["model"]["sha256"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
     assert origin["model"]["n_bytes"] == tiny_model.stat().st_size
     assert {"lm_eval", "slimoe", "llama-cpp-python", "python"} <= origin["versions"].keys()
-    assert origin["command"].startswith("slimoe ")
+    assert origin["command"].split()[0] == "slimoe"
 
 
 def test_the_header_alone_tells_models_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ and asks it a few things.
 
     pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36
     tar xf llama_cpp_python-0.3.36.tar.gz
-    python -m bench.llama_server_tests --tests llama_cpp_python-0.3.36/vendor/llama.cpp/tools/server/tests
+    python -m bench.api.llama_server_tests --tests llama_cpp_python-0.3.36/vendor/llama.cpp/tools/server/tests
 """
 
 import json
@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 
 import click
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 NOT_OFFERED = {
     "test_embedding": "embeddings",

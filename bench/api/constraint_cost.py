@@ -1,14 +1,14 @@
 """What it costs to hold an answer to a form: the time per token, next to the same model's free answers.
 
 Free and held answers of a few dozen tokens take turns, so that both meet the same load of the machine. The ratio
-`..._vs_free` of a form is the median over all turns of held seconds per token by free ones: 1 is no cost. The first
+`..._vs_free` of a form is the median over all turns of free seconds per token by held ones: 1 is no cost. The first
 token of an answer is left out; `first_token_ms` has what a form adds to it when it is new, and when it is known.
 `held_cpu_us` is the processor time of a token's mask and of going on behind it, without the model, which other
 processes' load hardly changes. `memory_mib` is what the first form adds to this process, and the pages of the process
 that tries forms out. The last line of stdout is one JSON document.
 
-    python -m bench.answers.constraint_cost
-    python -m bench.answers.constraint_cost --shape mixtral2
+    python -m bench.api.constraint_cost
+    python -m bench.api.constraint_cost --shape mixtral2
 """
 
 import itertools
@@ -87,14 +87,14 @@ def measure(engine: Engine, n_rounds: int, n_tokens: int) -> dict[str, Any]:
                 new[name] = 1e3 * (held.first - free.first)
                 continue
             free_times.append(free.per_token)
-            ratios[name].append(held.per_token / free.per_token)
+            ratios[name].append(free.per_token / held.per_token)
             known[name].append(1e3 * (held.first - free.first))
     assert engine.grammars is not None
     memory["engine"] = (resident_bytes() - before_all) / 2**20
     memory["trials"] = psutil.Process(engine.grammars.pid).memory_full_info().uss / 2**20
     return {
         **{f"{name}_vs_free": statistics.median(values) for name, values in ratios.items()},
-        "worst_vs_free": max(statistics.median(values) for values in ratios.values()),
+        "worst_vs_free": min(statistics.median(values) for values in ratios.values()),
         "free_ms_per_token": 1e3 * statistics.median(free_times),
         "first_token_ms": {"new": new, "known": {name: statistics.median(values) for name, values in known.items()}},
         "held_cpu_us": {name: held_cpu(engine, form, 8 * n_tokens) for name, form in FORMS.items()},

@@ -3,7 +3,7 @@
 Each client has an environment of its own below --environments, which `--install` makes (about 2 GB for all). The server
 serves the demo model, whose answers are nonsense: what counts is that answers have the form that was asked for.
 
-    python -m bench.client_matrix --environments ~/clients --install
+    python -m bench.api.client_matrix --environments ~/clients --install
 """
 
 import json
@@ -22,8 +22,8 @@ import click
 from bench.limits import machine
 from slimoe.offload.errors import SlimoeError
 
-ROOT = Path(__file__).parents[1]
-HERE = Path(__file__).parent / "clients"
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "bench" / "clients"
 COLUMNS = ("chat", "stream", "tools", "schema", "usage", "errors", "cancel")
 SECONDS = 180
 _NODE = "node"

@@ -6,7 +6,7 @@ found, and as the last line one JSON document. `--smoke` tries little, and witho
 describes itself. schemathesis goes into an environment of its own:
 
     python -m venv fuzz && fuzz/bin/pip install schemathesis
-    python -m bench.api_fuzz --st fuzz/bin/st
+    python -m bench.api.fuzz --st fuzz/bin/st
 """
 
 import json

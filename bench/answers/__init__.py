@@ -1,1 +1,0 @@
-"""What answers of a certain kind cost, next to others."""
