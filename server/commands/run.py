@@ -17,6 +17,7 @@ from slimoe.server.chat.prompts import Prompts
 from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt, Turn
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.form_options import form_flags, form_of
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.options.template_option import template_flag
@@ -68,6 +69,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @click.option("--history/--no-history", default=True, show_default=True, help="Remember what is typed into a chat.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 @sampling_flags
+@form_flags
 def command(values: Mapping[str, Any]) -> None:
     """Continue a prompt with MODEL, a GGUF file, or chat with it when no prompt is given.
 
@@ -86,6 +88,7 @@ def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], E
         sampling=sampling_params(values),
         stop=options.stop,
         ignore_eos=options.ignore_eos,
+        constraint=form_of(values),
     )
     engine = open_engine(engine_config(values, running_bytes()))
     template = values.get("chat_template")

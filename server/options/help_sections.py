@@ -16,6 +16,8 @@ SECTIONS = {
         "presence_penalty",
         "frequency_penalty",
         "seed",
+        "json_schema",
+        "grammar",
     ),
     "Server": ("host", "port", "alias", "n_queue", "max_connections", "exit_with_parent", "grace"),
     "Loading": ("models", "models_max", "idle_unload"),

@@ -130,6 +130,13 @@ def test_words_are_completed(words: str, found: set[str]) -> None:
         (["MODEL", "-p", "x", "--system", "y"], 2, "--chat"),
         (["MODEL", "--prompt-ids", "5,99999"], 2, "99999"),
         (["MODEL", "--prompt-ids", ""], 2, "empty"),
+        (
+            ["MODEL", "-p", "x", "--json-schema", '{"not": {}}'],
+            2,
+            '--json-schema cannot be followed: Unimplemented keys: ["not"]',
+        ),
+        (["MODEL", "-p", "x", "--grammar", __file__], 2, "--grammar cannot be followed: "),
+        (["MODEL", "--prompt-ids", "5", "--json-schema", "{}", "--grammar", __file__], 2, "not both"),
         (["MODEL", "--ctx", "16", "-p", "the quick brown fox " * 20], 1, "context window holds 16"),
     ],
 )
@@ -190,6 +197,16 @@ def greedy(llama: Llama, prompt: list[int], n_tokens: int) -> list[int]:
         if len(tokens) == n_tokens:
             break
     return tokens
+
+
+def test_answers_have_the_form_of_a_schema_or_grammar(model: Path, tmp_path: Path) -> None:
+    schema = '{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}'
+    report = reported(model, "-p", "hello", "--temp", "2", "--json-schema", schema)
+    assert set(json.loads(report["text"])) <= {1, 2}
+    assert report["finish_reason"] == "stop"
+    grammar = tmp_path / "answer.gbnf"
+    grammar.write_text('root ::= "yes" | "no"')
+    assert reported(model, "-p", "hello", "--temp", "2", "--grammar", grammar)["text"] in ("yes", "no")
 
 
 def test_text_goes_out_and_figures_beside_it(model: Path) -> None:
