@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from slimoe.offload.text.gbnf import lark_of
 from slimoe.offload.text.generation import Constraint
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _held(kind: str, text: str) -> dict[str, object]:
         return {"lark_grammar": text}
     try:
         if kind == "gbnf":
-            return {"lark_grammar": gbnf_to_lark(text)}
+            return {"lark_grammar": lark_of(text)}
         if kind == "regex":
             made = LLMatcher.grammar_from_regex(text)
         else:
