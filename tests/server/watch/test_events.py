@@ -197,7 +197,7 @@ async def test_experts_places_and_work_are_told_while_they_change(model: Path) -
 
 
 async def test_the_engine_is_asked_only_while_somebody_listens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with live_server(model) as server:
+    async with live_server(model, LiveOptions(ping_seconds=0.1)) as server:
         asked = []
         observe = server.supervisor.observe
 
