@@ -35,6 +35,7 @@ class DeepSeekReader(MarkedReader):
                 self.begin_call((head["name"] or first).strip())
                 yield from self.json_object()
                 stray, _ = yield from self.collected(CALL_END, CALLS_END)
-                self.say(stray.strip().removeprefix("```"))
+                stray = stray.strip().removeprefix("```")
+                self.say("" if self.is_over and stray in ("`", "``") else stray)
             is_call = yield from self.follows(CALL)
         yield from self.follows(CALLS_END)

@@ -36,7 +36,7 @@ class MarkedReader:
         self._parts: list[Parts] = []
         self._n_calls = 0
         self._kind, self._blanks = "text", ""
-        self._is_after_mark = False
+        self._is_after_mark = self._is_in_call = False
         self._steps = self._read()
         next(self._steps)
 
@@ -58,6 +58,7 @@ class MarkedReader:
         if self.reading.begins_thinking:
             yield from self.thought()
         while not self.is_over or self.buffer:
+            self._is_in_call = False
             yield from self.answer()
         yield
 
@@ -111,6 +112,7 @@ class MarkedReader:
     def begin_call(self, name: str) -> None:
         """Begins a call, under a new id."""
         self._turn_to("text")
+        self._is_in_call = True
         # Some templates take ids of nine letters and digits only.
         id = uuid.uuid4().hex[:9] if self.reading.has_short_ids else f"call_{uuid.uuid4().hex[:24]}"
         self._parts.append(Parts(calls=(CallDelta(self._n_calls, id, name),)))
@@ -150,14 +152,14 @@ class MarkedReader:
         while True:
             found = pattern.search(self.buffer)
             end = len(self.buffer) if found is None else found.start()
-            if found is None and not self.is_over:
+            if found is None and (self._is_in_call or not self.is_over):
                 longest = max(map(len, marks), default=1) - 1
                 edges = (
                     n for n in range(min(longest, end), 0, -1) if any(m.startswith(self.buffer[-n:]) for m in marks)
                 )
                 end -= next(edges, 0)
             tell(self.buffer[:end])
-            self.buffer = self.buffer[end if found is None else found.end() :]
+            self.buffer = "" if found is None and self.is_over else self.buffer[end if found is None else found.end() :]
             if found is not None or self.is_over:
                 return None if found is None else found[0]
             yield
@@ -188,6 +190,8 @@ class MarkedReader:
                 self.buffer = rest[len(literal) :]
                 return True
             if self.is_over or not literal.startswith(rest):
+                if self._is_in_call and literal.startswith(rest):
+                    self.buffer = ""
                 return False
             yield
 
@@ -220,6 +224,8 @@ class MarkedReader:
                     break
             self.argue("".join(told))
             self.buffer = self.buffer[at:]
+            if depth > 0 and self.is_over:
+                self.buffer = ""
             if depth == 0 or self.is_over:
                 return
             yield

@@ -46,8 +46,8 @@ class MistralReader(HermesReader):
                 return
             self.begin_call(json_text(head["name"]))
             yield from self.json_object()
-            tail, _ = yield from self.collected("}")
-            self.say_rest(tail + "}")
+            tail, closing = yield from self.collected("}")
+            self.say_rest(tail + closing)
             is_first = False
             is_more = yield from self.follows(",")
             if not is_more:

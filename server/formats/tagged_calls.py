@@ -44,7 +44,9 @@ class HermesReader(MarkedReader):
             self.argue(arguments)
 
     def say_rest(self, tail: str) -> None:
-        """Says what stands behind a call's arguments, unless it only ends the call's object."""
+        """Says what stands behind a call's arguments, unless it only ends the call's object, or would have."""
+        if self.is_over and not tail.endswith("}") and tail.lstrip()[:1] in ("", ","):
+            return
         try:
             json.loads('{"a":{}' + tail)
         except ValueError:

@@ -182,6 +182,27 @@ def test_an_answer_that_breaks_off_never_raises(case: Case) -> None:
         read(reading, [case.answer[:n], "}", case.answer[n + 1 :]])
 
 
+_NAMED_LAST = ("hermes, other order", "mistral, other order", "glm, nothing")
+CALLING = {name: case for name, case in CASES.items() if case.calls and name not in _NAMED_LAST}
+
+
+@pytest.mark.parametrize("case", CALLING.values(), ids=CALLING)
+def test_of_a_call_that_is_cut_off_nothing_is_said(case: Case) -> None:
+    """Wherever that is, once its name is known."""
+    reading = reading_of(case.family)
+    whole = calls_of(read(reading, [case.answer]))
+    n_cut = 0
+    for n in range(len(case.answer)):
+        for pieces in ([case.answer[:n]], list(case.answer[:n])):
+            parts = read(reading, pieces)
+            calls = calls_of(parts)
+            if len(calls) == len(whole):
+                n_cut += 1
+                assert parts.text == case.text
+                assert calls[:-1] == whole[:-1]
+    assert n_cut > 1
+
+
 @pytest.mark.parametrize("family", THINKS)
 def test_arguments_are_told_as_they_come(family: str) -> None:
     case = CASES[SAME.get(family, family)]
