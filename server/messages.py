@@ -27,10 +27,14 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(Message, frozen=True):
-    """To the engine, first: the model to open, and how; `chat_template` stands for the model's, empty for none."""
+    """To the engine, first: the model to open, and how; `chat_template` stands for the model's, empty for none.
+
+    `thinks` says whether answers begin with reasoning where a request does not, None for as the template has it.
+    """
 
     config: EngineConfig
     chat_template: str | None = None
+    thinks: bool | None = None
 
 
 class TextPrompt(Message, frozen=True):

@@ -20,7 +20,7 @@ class Offer:
     """What to serve: `engine` says how to open a model, and which, unless only those of `folder` are offered.
 
     At most `n_most` are loaded at once. `alias` is another name of the model that `engine` says. `chat_template` is
-    used in place of the models' own.
+    used in place of the models' own, and `thinks` says whether answers begin with reasoning where a request does not.
     """
 
     engine: EngineConfig
@@ -32,6 +32,7 @@ class Offer:
     idle_seconds: float | None = None
     n_queue: int = DEFAULT_N_QUEUE
     chat_template: str | None = None
+    thinks: bool | None = None
 
     def check(self) -> None:
         """Raises UsageError for what does not go together."""
@@ -53,7 +54,7 @@ class Offer:
         self.check()
         own = self.engine.model
         if self.folder is None:
-            supervisor = Supervisor(self.engine, self.n_queue, chat_template=self.chat_template)
+            supervisor = self._supervisor(self.engine)
             backend = Backend(ServedModel(model_id(own, self.alias), own, self.version), supervisor)
             return Backends([backend], Pool({supervisor: 0}, idle_seconds=self.idle_seconds))
         found = [model for model in models_in(self.folder) if not (self.has_model and model.path == own)]
@@ -68,13 +69,16 @@ class Offer:
         served, needs = [], {}
         for model, plan in rows:
             config = changed(self.engine, {"model": model.path})
-            supervisor = Supervisor(config, self.n_queue, chat_template=self.chat_template)
+            supervisor = self._supervisor(config)
             needs[supervisor] = 0 if plan is None or not plan.fits else _own_bytes(plan)
             shown = ServedModel(model.name, model.path, self.version, n_bytes=model.n_bytes, plan=plan)
             served.append(Backend(shown, supervisor))
         budget = max((plan.available_bytes for plan in plans if plan is not None and plan.fits), default=None)
         pool = Pool(needs, self.n_most, self.idle_seconds, budget if self.n_most > 1 else None)
         return Backends(served, pool, are_named=True)
+
+    def _supervisor(self, config: EngineConfig) -> Supervisor:
+        return Supervisor(config, self.n_queue, chat_template=self.chat_template, thinks=self.thinks)
 
 
 def _own_bytes(plan: PlannedModel) -> int:

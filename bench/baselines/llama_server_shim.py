@@ -34,7 +34,7 @@ SWITCHES = {"--no-slots": "--no-slots", "--no-ui": "--no-page"}
 _LEFT_OUT = """
     --hf-repo --hf-file --model-url --model-draft --models-max --models-preset --ubatch-size --n-gpu-layers --pooling
     --tags -ctk -ctv -fa --grp-attn-n --grp-attn-w --lora --spec-type --spec-draft-n-max --spec-draft-n-min
-    --spec-synth-len --spec-synth-rates --reasoning-format --reasoning --mmproj-url --media-path --cache-ram
+    --spec-synth-len --spec-synth-rates --reasoning-format --mmproj-url --media-path --cache-ram
     --tools --tools-runtime --mcp-servers-config --mcp-servers-json --cors-origins
 """
 LEFT_OUT = frozenset(_LEFT_OUT.split())
@@ -63,6 +63,9 @@ def serve_command(flags: Sequence[str]) -> ServeCommand:
             command.model = Path(next(rest))
         elif flag == "--ctx-size":
             n_ctx = int(next(rest))
+        elif flag == "--reasoning":
+            # llama-server's `auto` switches reasoning on wherever the template can.
+            command.arguments += ["--reasoning", "off" if next(rest) == "off" else "on"]
         elif flag == "--sleep-idle-seconds":
             command.arguments += ["--idle-unload", f"{next(rest)}s"]
         elif flag in RENAMED:

@@ -43,12 +43,20 @@ class Prompt:
 class Chat:
     """Builds prompts for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, max_output: int = MAX_OUTPUT, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_output: int = MAX_OUTPUT,
+        template: str | None = None,
+        thinks: bool | None = None,
+    ) -> None:
         """The `template`, or else the model's own, is compiled when it is first used, in a process of its own.
 
-        It may write `max_output` characters for a conversation.
+        It may write `max_output` characters for a conversation. `thinks` is whether answers begin with reasoning
+        where a conversation does not say, None for as the template has it.
         """
         self._tokenizer = tokenizer
+        self._values: dict[str, Any] = {} if thinks is None else {"enable_thinking": thinks}
         self._marks = _Marks(tuple(tokenizer.special_tokens))
         source = tokenizer.chat_template if template is None else template
         limits, values = TemplateLimits(max_output=max_output), _special_values(tokenizer)
@@ -100,7 +108,8 @@ class Chat:
         if self._template is not None:
             has_extras = tools or any(message.keys() != {"role", "content"} for message in messages)
             caps = self._caps() if has_extras else NO_TOOLS
-            return self._template.render(messages, marks.hide_in(conversation.values), generate, tools, caps)
+            chosen = {**self._values, **marks.hide_in(conversation.values)}
+            return self._template.render(messages, chosen, generate, tools, caps)
         plain = plain_messages(messages, tools)
         turns = [_PLAIN_NAMES.get(message["role"], "") + message["content"] for message in plain]
         if generate and (not messages or messages[-1]["role"] != "assistant"):

@@ -42,7 +42,15 @@ class Prepared(NamedTuple):
 class Prompts:
     """Turns prompts of every form into token ids for one open model."""
 
-    def __init__(self, tokenizer: Tokenizer | None, n_vocab: int, n_ctx: int, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        n_vocab: int,
+        n_ctx: int,
+        grammars: Grammars | None = None,
+        thinks: bool | None = None,
+    ) -> None:
+        """`thinks` says whether answers begin with reasoning where a request does not."""
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._n_vocab = n_vocab
@@ -50,7 +58,7 @@ class Prompts:
         self._longest = None if tokenizer is None else tokenizer.longest
         # Twice as much as fits leaves room for what templates drop and add.
         max_output = MAX_OUTPUT if self._longest is None else 2 * n_ctx * self._longest + _LEAST_OUTPUT
-        self._chat = None if tokenizer is None else Chat(tokenizer, max_output)
+        self._chat = None if tokenizer is None else Chat(tokenizer, max_output, thinks=thinks)
 
     def complete(self, request: GenerationRequest, source: PromptSource) -> GenerationRequest:
         """What is to be generated for who takes an answer as it is written.

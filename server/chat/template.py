@@ -70,6 +70,12 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _dates() -> dict[str, str]:
+    """Today, by the names under which templates of Llama 3 and its kin look for it; some have a date of 2024 else."""
+    now = datetime.now()
+    return {"date_string": now.strftime("%d %b %Y"), "datetime": now.strftime("%b %d %Y %H:%M:%S")}
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -99,6 +105,8 @@ class ChatTemplate:
         Raises UnusableTemplateError when it is too long or no valid template, and MemoryError.
         """
         self._max_output = max_output
+        # Firefunction's templates want the tools as one text.
+        self._has_functions = "functools[" in source
         if len(source) > MAX_SOURCE:
             raise UnusableTemplateError(f"it is longer than {MAX_SOURCE} characters")
         try:
@@ -118,7 +126,9 @@ class ChatTemplate:
         Raises ChatTemplateError with the template's own words when it refuses the conversation, TemplateLimitError
         when it writes too much, and MemoryError.
         """
-        scope = {**values, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        scope = {**_dates(), **values, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        if self._has_functions:
+            scope.setdefault("functions", _tojson(values.get("tools") or [], indent=2))
         parts: list[str] = []
         n_chars = 0
         try:

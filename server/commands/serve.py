@@ -110,6 +110,11 @@ class Duration(click.ParamType[float | None]):
     help="Most connections at once (default: 256, or what the limit on open files allows).",
 )
 @template_flag
+@click.option(
+    "--reasoning",
+    type=click.Choice(["on", "off"]),
+    help="Whether answers begin with reasoning where a request does not say and the template can do either.",
+)
 @sampling_flags
 @click.option(
     "--n-predict",
@@ -206,6 +211,7 @@ def command(values: Mapping[str, Any]) -> None:
         options.idle_unload,
         options.n_queue,
         values["chat_template"],
+        None if values["reasoning"] is None else values["reasoning"] == "on",
     )
     asyncio.run(serve_models(config, offer, options))
 

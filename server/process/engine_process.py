@@ -118,7 +118,7 @@ class EngineProcess:
             engine = open_engine(config, self._progress())
             if engine.tokenizer is not None and opening.chat_template is not None:
                 engine.tokenizer.chat_template = opening.chat_template or None
-            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars)
+            prompts = Prompts(engine.tokenizer, engine.spec.n_vocab, engine.n_ctx, engine.grammars, opening.thinks)
             info = describe(engine)
         except SlimoeError as error:
             self._pipe.send(failure_of(0, error))

@@ -49,10 +49,12 @@ class Supervisor:
         patience: Patience = USUAL_PATIENCE,
         held_bytes: Callable[[], int] = private_bytes,
         chat_template: str | None = None,
+        thinks: bool | None = None,
     ) -> None:
         """Prepares an engine for `config`; `held_bytes` tells how much memory this process holds itself.
 
-        A `chat_template` is used in place of the model's own, and none if it is empty.
+        A `chat_template` is used in place of the model's own, and none if it is empty. `thinks` says whether answers
+        begin with reasoning where a request does not.
         """
         self.phase: Phase = "loading"
         self.progress = messages.Loading(0, 0)
@@ -62,7 +64,7 @@ class Supervisor:
         self.n_restarts = 0
         self.n_parallel = config.context.n_parallel
         self.config = config
-        self._chat_template = chat_template
+        self._chat_template, self._thinks = chat_template, thinks
         self._n_queue = n_queue
         self._command = command
         self._child: EngineChild | None = None
@@ -278,7 +280,7 @@ class Supervisor:
         self._watchdog.begin()
         # What this process holds now, and may have grown to since the engine was first started, need not be free.
         config = changed(self.config, {"held_bytes": self.held_bytes()})
-        child.send(messages.Open(config, self._chat_template))
+        child.send(messages.Open(config, self._chat_template, self._thinks))
 
     def _on_message(self, message: messages.FromEngine) -> None:
         self._watchdog.note(message)

@@ -18,6 +18,8 @@ from slimoe.server.options.engine_options import DEMO
         ("--hf-repo a/b --hf-file c.gguf --offline --jinja --temp 0.8 --seed 42", "--temp 0.8 --seed 42"),
         ("--no-slots --no-ui --batch-size 32 --ubatch-size 8", "--no-slots --no-page --batch 32"),
         ("--api-key sk-1 --port 8080", "--port 8080 --api-key-env SLIMOE_SHIM_KEY"),
+        ("--reasoning auto", "--reasoning on"),
+        ("--reasoning off", "--reasoning off"),
         ("--sleep-idle-seconds 1", "--idle-unload 1s"),
         ("--slots --cont-batching --verbose -fa on --lora x.gguf", ""),
     ],

@@ -1,6 +1,7 @@
 """Chat prompts: the same ids as transformers, and nothing a client writes can pass for the model's own marks."""
 
 import datetime
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,30 @@ def test_without_a_template_turns_are_written_out(sentencepiece_path: Path, tmp_
     tokenizer.close()
 
 
+@pytest.mark.parametrize(
+    ("thinks", "values", "expected"),
+    [
+        (None, {}, "Q: x"),
+        (True, {}, "Q: x on"),
+        (False, {}, "Q: x off"),
+        (True, {"enable_thinking": False}, "Q: x off"),
+        (False, {"enable_thinking": True}, "Q: x on"),
+    ],
+)
+def test_whether_it_thinks_is_said_by_the_client_or_else_by_the_server(
+    thinks: bool | None, values: dict[str, bool], expected: str, sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    template = (
+        "Q: {{ messages[0].content }}{% if enable_thinking is defined %}"
+        " {{ 'on' if enable_thinking else 'off' }}{% endif %}"
+    )
+    tokenizer = write_vocabulary(tmp_path / "v.gguf", sentencepiece_path, template)
+    chat = Chat(tokenizer, thinks=thinks)
+    assert chat.render(ChatPrompt((Turn("user", "x"),), values)) == expected
+    chat.close()
+    tokenizer.close()
+
+
 def test_the_template_reads_what_the_client_passes(sentencepiece_path: Path, tmp_path: Path) -> None:
     tokenizer = write_vocabulary(
         tmp_path / "v.gguf", sentencepiece_path, "{{ bos_token }}{{ mood }}{{ messages[0].content }}"
@@ -203,3 +228,23 @@ def test_what_templates_are_written_against() -> None:
     text = ChatTemplate(source).render([*MESSAGES, *MESSAGES], {}, True)
     year = datetime.datetime.now().year
     assert text == f'{{"role": "user", "content": "hi"}}{year}2\ny'
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("date_string", "%d %b %Y"), ("datetime", "%b %d %Y")])
+def test_templates_that_want_the_day_are_told_it(name: str, pattern: str) -> None:
+    template = ChatTemplate(f"{{% if {name} is not defined %}}26 Jul 2024{{% else %}}{{{{ {name} }}}}{{% endif %}}")
+    days = [datetime.datetime.now().strftime(pattern)]
+    text = template.render(MESSAGES, {}, True)
+    days.append(datetime.datetime.now().strftime(pattern))
+    assert text.startswith(tuple(days))
+    assert template.render(MESSAGES, {name: "the day before"}, True) == "the day before"
+
+
+def test_tools_are_a_text_for_templates_that_want_one() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    source = "{{ 'functools[' }}{{ 'Tools: ' + functions }}"
+    assert ChatTemplate(source).render(MESSAGES, {"tools": tools}, True) == "functools[Tools: " + json.dumps(
+        tools, indent=2
+    )
+    assert ChatTemplate(source).render(MESSAGES, {}, True) == "functools[Tools: []"
+    assert ChatTemplate("{{ functions is defined }}").render(MESSAGES, {"tools": tools}, True) == "False"
