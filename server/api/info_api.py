@@ -234,7 +234,9 @@ class InfoApi:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""
-        return web.Response(body=self._metrics.text(), headers={"Content-Type": self._metrics.content_type})
+        metrics = self._metrics
+        headers = {"Content-Type": metrics.content_type, metrics.start_header: str(metrics.started_at)}
+        return web.Response(body=metrics.text(), headers=headers)
 
     @property
     def _model(self) -> ServedModel:

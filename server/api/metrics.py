@@ -1,15 +1,16 @@
 """Counters and gauges of the server for Prometheus; reading them does not disturb the engine."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Total
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from slimoe.offload.text.generation import Timings
 from slimoe.server.api.backends import Backends
 from slimoe.server.messages import Answer, Done, Step
 from slimoe.server.process.request_handle import RequestHandle
@@ -23,14 +24,36 @@ _BY_UNIT = {
 }
 
 
+_LLAMA_COUNTERS = {
+    "prompt_tokens": "Prompt tokens computed.",
+    "prompt_tokens_cached": "Prompt tokens known from before.",
+    "prompt_seconds": "Seconds in which prompts were read.",
+    "tokens_predicted": "Tokens generated.",
+    "tokens_predicted_seconds": "Seconds in which tokens were generated.",
+}
+"""The totals by llama-server's names, before `_total`."""
+_LLAMA_GAUGES = {
+    "prompt_tokens_seconds": "Prompt tokens computed in a second, since this was last read.",
+    "predicted_tokens_seconds": "Tokens generated in a second but for the first of each answer, since then.",
+    "requests_processing": "Requests the engine works on.",
+    "requests_deferred": "Requests that wait for the engine.",
+    "n_tokens_max": "The longest conversation, with its answer.",
+}
+
+
 class Metrics:
     """Counts the engine's answers on their way to clients."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
+    start_header = "Process-Start-Time-Unix"
 
     def __init__(self, backends: Backends) -> None:
         registry = self._registry = CollectorRegistry()
+        self.started_at = int(time.time())
         self._pool = backends.pool
+        self._llama: defaultdict[str, float] = defaultdict(float)
+        self._window: defaultdict[str, float] = defaultdict(float)
+        self._n_longest = 0
         self._supervisors = [backend.supervisor for backend in backends.all()]
         self._prompt = Total("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
         self._cached = Total("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
@@ -42,17 +65,35 @@ class Metrics:
         self._whole = _histogram("slimoe_e2e_request_latency_seconds", "From the request to its end.", registry)
         self._memory = Gauge("slimoe_memory_used_bytes", "Memory the engine holds.", ["tier"], registry=registry)
         running = Gauge("slimoe_num_requests_running", "Requests the engine works on.", registry=registry)
-        running.set_function(lambda: self._sum(lambda one: min(one.n_parallel, one.n_busy)))
+        running.set_function(self._n_running)
         waiting = Gauge("slimoe_num_requests_waiting", "Requests that wait for the engine.", registry=registry)
-        waiting.set_function(lambda: self._pool.n_waiting + self._sum(lambda one: max(0, one.n_busy - one.n_parallel)))
+        waiting.set_function(self._n_waiting)
         restarts = Gauge("slimoe_engine_restarts", "Times the engine's process was started again.", registry=registry)
         restarts.set_function(lambda: self._sum(lambda one: one.n_restarts))
         loaded = Gauge("slimoe_models_loaded", "Models whose engine runs, or is starting.", registry=registry)
         loaded.set_function(lambda: len(self._pool.loaded))
         registry.register(TierCollector(lambda: self._totals("counters")))
+        registry.register(LlamaCollector(lambda: self._llama, self._llama_gauges))
 
     def _sum(self, figure: Callable[[Supervisor], int]) -> int:
         return sum(map(figure, self._supervisors))
+
+    def _n_running(self) -> int:
+        return self._sum(lambda one: min(one.n_parallel, one.n_busy))
+
+    def _n_waiting(self) -> int:
+        return self._pool.n_waiting + self._sum(lambda one: max(0, one.n_busy - one.n_parallel))
+
+    def _llama_gauges(self) -> dict[str, float]:
+        """As llama-server has it, throughput is that since the figures were last read."""
+        window, self._window = self._window, defaultdict(float)
+        return {
+            "prompt_tokens_seconds": window["prompt_tokens"] / (window["prompt_seconds"] or 1),
+            "predicted_tokens_seconds": window["n_decoded"] / (window["decode_seconds"] or 1),
+            "requests_processing": self._n_running(),
+            "requests_deferred": self._n_waiting(),
+            "n_tokens_max": self._n_longest,
+        }
 
     def _totals(self, name: Literal["counters", "memory"]) -> dict[str, float]:
         """The figures of all models together."""
@@ -71,8 +112,21 @@ class Metrics:
             self._prompt.inc(answer.timings.prompt_n)
             self._cached.inc(answer.timings.cached_n)
             self._generated.inc(answer.timings.predicted_n)
+            self._note_timings(answer.timings)
             self._finished.labels(answer.reason).inc()
             self._whole.observe(time.monotonic() - handle.submitted_at)
+
+    def _note_timings(self, timings: Timings) -> None:
+        prompt_seconds, decode_seconds = timings.prompt_ms / 1000, timings.predicted_ms / 1000
+        prompt = {"prompt_tokens": timings.prompt_n, "prompt_seconds": prompt_seconds}
+        predicted = {"tokens_predicted": timings.predicted_n, "tokens_predicted_seconds": decode_seconds}
+        for name, value in {**prompt, **predicted, "prompt_tokens_cached": timings.cached_n}.items():
+            self._llama[name] += value
+        # An answer's first token comes from the prompt's last logits.
+        n_decoded = max(0, timings.predicted_n - 1)
+        for name, value in {**prompt, "n_decoded": n_decoded, "decode_seconds": decode_seconds}.items():
+            self._window[name] += value
+        self._n_longest = max(self._n_longest, timings.cached_n + timings.prompt_n + timings.predicted_n)
 
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""
@@ -84,6 +138,21 @@ class Metrics:
 
 def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
     return Histogram(name, text, buckets=_SECONDS, registry=registry)
+
+
+class LlamaCollector(Collector):
+    """Totals and throughput under the names that dashboards for llama-server look for."""
+
+    def __init__(self, totals: Callable[[], Mapping[str, float]], gauges: Callable[[], Mapping[str, float]]) -> None:
+        self._totals, self._gauges = totals, gauges
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """One family for each name."""
+        totals, gauges = self._totals(), self._gauges()
+        for name, text in _LLAMA_COUNTERS.items():
+            yield CounterMetricFamily(f"llamacpp:{name}", text, totals.get(name, 0.0))
+        for name, text in _LLAMA_GAUGES.items():
+            yield GaugeMetricFamily(f"llamacpp:{name}", text, gauges[name])
 
 
 class TierCollector(Collector):

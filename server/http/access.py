@@ -77,7 +77,7 @@ async def access_middleware(request: web.Request, handler: Handler) -> web.Strea
     """Refuses what the rules refuse and answers the questions browsers ask first."""
     request.app[RULES].check(request)
     if request.method == hdrs.METH_OPTIONS and hdrs.ORIGIN in request.headers:
-        return web.Response(status=204)
+        return web.Response()
     return await handler(request)
 
 

@@ -1,5 +1,6 @@
 """`/v1/completions` and the tokenizer's endpoints: what evaluation harnesses live on."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import aiohttp
 import pytest
 import sentencepiece
 from openai import AsyncOpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.models.live_server import LiveServer
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
@@ -115,5 +117,41 @@ async def test_what_is_told_about_the_model(server: LiveServer) -> None:
             metrics = await response.text()
     assert "slimoe_generation_tokens_total " in metrics
     assert 'slimoe_memory_used_bytes{tier="weights"}' in metrics
+    assert {"llamacpp:prompt_tokens_seconds", "llamacpp:requests_deferred"} <= set(metrics.split())
     body = {"messages": [{"role": "user", "content": "a </s>"}]}
     assert await post(server, "/apply-template", body) == {"prompt": "<s>[INST] a </s> [/INST]"}
+
+
+async def test_llama_servers_metrics_are_the_timings_of_the_answers(server: LiveServer) -> None:
+    async def figures() -> dict[str, tuple[str, float]]:
+        async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
+            assert 0 < int(response.headers["Process-Start-Time-Unix"]) <= time.time()
+            families = text_string_to_metric_families(await response.text())
+        return {
+            sample.name.removeprefix("llamacpp:"): (family.type, sample.value)
+            for family in families
+            for sample in family.samples
+            if sample.name.startswith("llamacpp:")
+        }
+
+    before = await figures()
+    answers = [await post(server, "/completion", {"prompt": "a b c", "n_predict": n}) for n in (1, 4, 6)]
+    after = await figures()
+    timings = [answer["timings"] for answer in answers]
+    for name, field, scale in (
+        ("prompt_tokens_total", "prompt_n", 1),
+        ("prompt_tokens_cached_total", "cache_n", 1),
+        ("prompt_seconds_total", "prompt_ms", 1000),
+        ("tokens_predicted_total", "predicted_n", 1),
+        ("tokens_predicted_seconds_total", "predicted_ms", 1000),
+    ):
+        expected = sum(one[field] for one in timings) / scale
+        assert after[name] == ("counter", pytest.approx(before[name][1] + expected, abs=1e-5))
+    decoded, seconds = (
+        sum(one["predicted_n"] - 1 for one in timings),
+        sum(one["predicted_ms"] for one in timings) / 1000,
+    )
+    assert after["predicted_tokens_seconds"] == ("gauge", pytest.approx(decoded / seconds, rel=1e-3))
+    assert after["n_tokens_max"][1] >= max(one["cache_n"] + one["prompt_n"] + one["predicted_n"] for one in timings)
+    assert (after["requests_processing"][1], after["requests_deferred"][1]) == (0, 0)
+    assert (await figures())["predicted_tokens_seconds"] == ("gauge", 0), "nothing since"
