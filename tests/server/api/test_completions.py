@@ -146,12 +146,12 @@ async def test_llama_servers_metrics_are_the_timings_of_the_answers(server: Live
         ("tokens_predicted_seconds_total", "predicted_ms", 1000),
     ):
         expected = sum(one[field] for one in timings) / scale
-        assert after[name] == ("counter", pytest.approx(before[name][1] + expected, abs=1e-5))
-    decoded, seconds = (
-        sum(one["predicted_n"] - 1 for one in timings),
-        sum(one["predicted_ms"] for one in timings) / 1000,
-    )
-    assert after["predicted_tokens_seconds"] == ("gauge", pytest.approx(decoded / seconds, rel=1e-3))
+        kind, value = after[name]
+        assert kind == "counter"
+        assert value == pytest.approx(before[name][1] + expected, abs=1e-5), name
+    decoded = sum(one["predicted_n"] - 1 for one in timings)
+    seconds = sum(one["predicted_ms"] for one in timings) / 1000
+    assert after["predicted_tokens_seconds"][1] == pytest.approx(decoded / seconds, rel=1e-3)
     assert after["n_tokens_max"][1] >= max(one["cache_n"] + one["prompt_n"] + one["predicted_n"] for one in timings)
     assert (after["requests_processing"][1], after["requests_deferred"][1]) == (0, 0)
     assert (await figures())["predicted_tokens_seconds"] == ("gauge", 0), "nothing since"
