@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from slimoe.offload.text.generation import Timings
 from slimoe.server import messages
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, Piece
@@ -141,8 +142,12 @@ class LlamaShape:
         steps = [progress.n_done] if index in self._has_progress else [progress.n_cached, progress.n_done]
         self._has_progress.add(index)
         chunk = self._chunk(state, index, "")
-        told = [progress_info(state, n_done) for n_done in steps]
-        return [_encode(msgspec.structs.replace(chunk, prompt_progress=one)) for one in told]
+        chunks = [msgspec.structs.replace(chunk, prompt_progress=progress_info(state, n_done)) for n_done in steps]
+        if len(steps) > 1 and self._options.extras.timings:
+            # The first tells where reading begins: no time has gone into it.
+            unread = wire.timings_info(Timings(0, 0.0, 0, 0.0, progress.n_cached))
+            chunks[0] = msgspec.structs.replace(chunks[0], timings=unread)
+        return [_encode(one) for one in chunks]
 
     def _chunk(self, state: ChoiceState, index: int, content: str) -> LlamaChunk:
         return LlamaChunk(

@@ -94,6 +94,9 @@ async def test_progress_and_timings_of_pieces(server: LiveServer) -> None:
     assert [one["prompt_progress"]["processed"] for one in (first, second)] == [0, second["prompt_progress"]["total"]]
     assert first["prompt_progress"]["cache"] == 0
     assert all("timings" in document for document in documents)
+    for field in ("prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "prompt_per_second"):
+        assert first["timings"][field] == 0
+    assert second["timings"]["prompt_n"] == second["prompt_progress"]["total"]
     assert all("prompt_progress" not in document for document in documents[2:])
 
 
