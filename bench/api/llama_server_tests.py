@@ -48,8 +48,14 @@ NOT_OFFERED = {
 OPEN = "open"
 REASONS = (
     (r"post_sampling|post_backend", "probabilities after sampling are not offered"),
-    (r"llamacpp:|Process-Start-Time|^test_metrics", "asserts llama.cpp's metric names"),
-    (r"^test_cors", "asserts that every web page is let in, and status 200 where ours is 204"),
+    (r"^test_metrics_disabled", "asserts that metrics are off unless asked for"),
+    (r"llamacpp:n_decode|llamacpp:spec|llamacpp:n_busy", "asserts llama.cpp's counts of its own calls"),
+    (r"^test_metrics_embedding", "embeddings are not offered"),
+    (r"^test_server_sleep_read_only", "asserts that memory is told as held while asleep"),
+    (r"^test_cors_proxy", "a proxy to other hosts is not offered"),
+    (r"^test_local_media", "images are not offered"),
+    (r"^test_cors", "asserts that every web page is let in, or told nothing, where ours is refused"),
+    (r"^test_router", "asserts models by names of a hub's repositories, not of files, and downloads"),
     (r"^test_access_static_assets", "asserts the file names of llama.cpp's page"),
     (r"^test_server_multiple_addresses", "listening on several addresses is not offered"),
     (r"^test_server_model_aliases", "several names and tags of a model are not offered"),
