@@ -47,11 +47,14 @@ Allowed = NDArray[np.bool_]
 class GrammarLimits:
     """What compiling one grammar may take of the machine, and of the processor what it takes to go on by one token.
 
-    A schema of 100 kB takes a tenth of a second and some megabytes, a token of it a thousandth.
+    A schema of 100 kB takes a tenth of a second and some megabytes, a token of it a thousandth. All tokens of an answer
+    together may take `first_seconds`, and `mean_seconds` more for each of them: what nobody notices beside others.
     """
 
     cpu_seconds: float = 1.0
     token_seconds: float = 0.5
+    first_seconds: float = 1.0
+    mean_seconds: float = 0.003
     memory_bytes: int = 48 << 20
     stack_bytes: int = 4 << 20
 
@@ -86,11 +89,12 @@ class Held:
         compiled: _Compiled,
         spaced: Allowed,
         workers: ThreadPoolExecutor,
-        token_seconds: float,
+        limits: GrammarLimits,
     ) -> None:
         assert compiled.matcher is not None
         self.is_complete = False
-        self._most_seconds, self._taking_seconds = token_seconds, 0.0
+        self._limits, self._n_masks = limits, 0
+        self._taking_seconds = self._all_seconds = 0.0
         self._constraint, self._spaced, self._workers = constraint, spaced, workers
         self._matcher = compiled.matcher.deep_copy()
         self._after_space = None if compiled.after_space is None else compiled.after_space.deep_copy()
@@ -128,11 +132,25 @@ class Held:
         if self._after_space is not None:
             mask = (mask & ~self._spaced) | self._mask_of(self._after_space)
         self._mask_seconds = time.perf_counter() - begin
-        if time.thread_time() - begin_of_work > self._most_seconds:
-            # Nothing can stop llguidance in its midst, and what takes long once will again.
-            problem = f"a token of it takes more than {self._most_seconds:g} seconds of processor time"
-            raise ConstraintError(self._constraint, f"{problem}. Ask for a simpler form")
+        self._check_time(time.thread_time() - begin_of_work)
         return mask
+
+    def _check_time(self, seconds: float) -> None:
+        """Raises ConstraintError when a token has taken too long, or all of them together.
+
+        Nothing can stop llguidance in its midst, and what takes long once will again.
+        """
+        limits = self._limits
+        self._n_masks += 1
+        self._all_seconds += seconds
+        if seconds > limits.token_seconds:
+            problem = f"a token of it takes more than {limits.token_seconds:g} seconds of processor time"
+        elif self._all_seconds > limits.first_seconds + self._n_masks * limits.mean_seconds:
+            most = f"{limits.first_seconds:g} seconds of processor time and {limits.mean_seconds:g} more for each"
+            problem = f"its tokens, {self._n_masks:,} so far, take more than {most}"
+        else:
+            return
+        raise ConstraintError(self._constraint, f"{problem}. Ask for a simpler form")
 
     def _mask_of(self, matcher: "LLMatcher") -> Allowed:
         from slimoe.offload.text.grammar_source import UnusableGrammarError, check
@@ -176,7 +194,7 @@ class Grammars:
         Raises ConstraintError.
         """
         compiled = self._compiled(constraint, strips_space)
-        return Held(constraint, compiled, self._spaced, self._workers, self._limits.token_seconds)
+        return Held(constraint, compiled, self._spaced, self._workers, self._limits)
 
     def close(self) -> None:
         """Ends the process; the next new constraint starts another."""

@@ -307,6 +307,40 @@ def test_a_form_of_which_a_token_takes_too_long_fails_alone(engine: Engine) -> N
     grammars.close()
 
 
+SLOWER = Constraint("gbnf", 'root ::= root root | [a-z ] | ""', "grammar")
+"""Each token takes longer than the one before it, and none takes long."""
+
+
+def test_a_form_of_which_all_tokens_take_too_long_fails(engine: Engine) -> None:
+    assert engine.tokenizer is not None
+    grammars = Grammars(engine.tokenizer, GrammarLimits(first_seconds=0.01, mean_seconds=0.0002))
+    letter = engine.tokenizer.all_pieces().index(b"a")
+
+    def go_on(constraint: Constraint) -> int:
+        held = grammars.hold(constraint)
+        for _ in range(400):
+            assert held.allowed()[letter]
+            held.take(letter)
+        return 400
+
+    with pytest.raises(ConstraintError, match=r"its tokens, \d+ so far, take more than 0\.01 seconds") as error:
+        go_on(SLOWER)
+    assert error.value.param == "grammar"
+    assert go_on(ANYTHING) == 400
+    grammars.close()
+
+
+def test_an_answer_that_gets_slower_and_slower_ends_before_others_feel_it(engine: Engine) -> None:
+    endless = request(engine, SLOWER, sampling=wild(0), ignore_eos=True, max_tokens=240)
+    begin = time.process_time()
+    with pytest.raises(
+        ConstraintError, match=r"^grammar cannot be followed: its tokens, \d+ so far, take more than 1 s"
+    ):
+        list(engine.generate(endless))
+    assert time.process_time() - begin < 10
+    assert answer(engine, Constraint("regex", "ok")) == ("ok", "stop")
+
+
 @pytest.mark.parametrize(
     "text",
     [
