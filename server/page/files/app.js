@@ -77,6 +77,14 @@ class Columns {
   }
 }
 
+/** Says where goes what is written: only an address of this machine itself keeps it here. */
+function showPrivacy({ hostname }) {
+  const isHere = /^(127(\.\d+){3}|\[::1\]|(.+\.)?localhost)$/.test(hostname);
+  byId("empty-title").textContent = isHere
+    ? "What you write stays on this machine."
+    : `What you write goes to ${hostname}, where the model runs, and nowhere else.`;
+}
+
 function showTheme() {
   const other = window.slimoeTheme.current() === "dark" ? "Light" : "Dark";
   byId("theme").textContent = other;
@@ -154,6 +162,7 @@ async function start() {
   byId("theme").addEventListener("click", () => window.slimoeTheme.flip());
   document.addEventListener("theme", showTheme);
   showTheme();
+  showPrivacy(location);
   byId("show-shortcuts").addEventListener("click", showShortcuts);
   listenToKeys(chat, list, columns);
   await list.load();

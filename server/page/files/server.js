@@ -73,7 +73,9 @@ export class Server {
   /** A model in the list: its name, its size, and how it stands. */
   line(model) {
     const state = this.states.get(model.id)?.state ?? { loaded: "ready", unloaded: "asleep" }[model.status?.value];
-    const word = model.fits === false ? "does not fit" : { ready: "loaded", asleep: "not loaded", loading: "loading" }[state];
+    // What is to be opened needs some bytes; what is damaged has only a problem.
+    const unfit = model.problem && !model.required_bytes ? model.problem : "does not fit";
+    const word = model.fits === false ? unfit : { ready: "loaded", asleep: "not loaded", loading: "loading" }[state];
     return [model.id, model.meta?.size && bytes(model.meta.size), word].filter(Boolean).join(" · ");
   }
 
@@ -125,6 +127,7 @@ export class Server {
       autocomplete: "off",
     });
     this.isAsking = false;
+    byId("prompt").focus();
     if (!given) return;
     key.set(given);
     await this.look();

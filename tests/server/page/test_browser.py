@@ -378,13 +378,15 @@ async def test_another_tab_sees_what_is_written(window: Browser, canned: Canned)
 
 
 async def test_one_of_several_models_is_chosen(window: Browser, canned: Canned) -> None:
-    canned.models = ("small", "large", "huge")
-    canned.cards["huge"] = {"fits": False, "meta": {"size": 3 << 30}}
+    canned.models = ("small", "large", "huge", "torn")
+    canned.cards["huge"] = {"fits": False, "required_bytes": 1, "problem": "Too big.", "meta": {"size": 3 << 30}}
+    canned.cards["torn"] = {"fits": False, "problem": "torn.gguf is cut short."}
     canned.events += [("state", {"model": "small", "state": "ready"}), ("state", {"model": "large", "state": "asleep"})]
     canned.events += [(name, data | {"model": "small"}) for name, data in map_events(1)]
     await opened(window, canned.url)
     options = "[...document.querySelector('#model').options].map((one) => one.innerText + one.disabled).join()"
-    await window.until(f"{options} === 'small · loadedfalse,large · not loadedfalse,huge · 3.0 GiB · does not fittrue'")
+    shown = "small · loadedfalse,large · not loadedfalse,huge · 3.0 GiB · does not fittrue,torn · torn.gguf is cut short.true"
+    await window.until(f"{options} === '{shown}'")
     await window.until("document.querySelector('#machine .big')")
     await say(window, "one")
     assert canned.asked[-1]["model"] == "small"
@@ -415,6 +417,7 @@ async def test_a_key_is_asked_for_and_sent_in_a_header_alone(window: Browser, mo
             await window.until("!document.querySelector('#ask-key').open || arguments[0]", key == "wrong")
             await asyncio.sleep(0.1)
         await window.until("document.querySelector('#empty-model').innerText")
+        assert await window.run("return document.activeElement.id") == "prompt"
         assert "river" in await say(window, "river")
         await window.go(server.url)
         await window.until("document.querySelector('#empty-model').innerText")
@@ -423,6 +426,17 @@ async def test_a_key_is_asked_for_and_sent_in_a_header_alone(window: Browser, mo
         assert KEY not in str(await window.run("return JSON.stringify(localStorage)"))
         await window.run("sessionStorage.clear()")
         await window.go("about:blank")
+
+
+async def test_the_page_says_that_text_stays_here_only_where_it_does(shared: Browser, canned: Canned) -> None:
+    port = canned.url.rpartition(":")[2]
+    here = "What you write stays on this machine."
+    there = "What you write goes to elsewhere.example, where the model runs, and nowhere else."
+    for host, told in (("127.0.0.1", here), ("localhost", here), ("elsewhere.example", there)):
+        await shared.go(f"http://{host}:{port}")
+        await shared.until("document.querySelector('#empty-model').innerText")
+        assert await shared.text("#empty-title") == told
+    await shared.go("about:blank")
 
 
 async def test_a_page_from_elsewhere_gets_nothing(shared: Browser, server: LiveServer) -> None:
