@@ -2,8 +2,8 @@
 
 import ctypes
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -29,6 +29,11 @@ _LIMITS = LLParserLimits(
 """A row has an item for each text of an enum. What a token takes grows with the square of the items of a step."""
 _SHOWN = 400
 """Characters of llguidance's reasons, which may quote the whole grammar."""
+
+
+_JSON = "%json"
+_NO_SCHEMAS = ("const", "enum", "default", "examples")
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 class UnusableGrammarError(Exception):
@@ -83,6 +88,9 @@ def grammar_of(constraint: Constraint, prefix: str = "") -> str:
     start = f"{json.dumps(prefix) if prefix else ''} {'@before' if constraint.before else ''} "
     start += "(@held | @instead)" if constraint.instead else "@held"
     held = {**_held(constraint.kind, constraint.text), "name": "held"}
+    for text in (constraint.text if constraint.kind == "lark" else "", *parts.values()):
+        for schema in _schemas_in(text):
+            _check_counts(schema)
     return json.dumps({"grammars": [{"lark_grammar": f"{_HEAD}start: {start}"}, held, *others]})
 
 
@@ -97,6 +105,9 @@ def _held(kind: str, text: str) -> dict[str, object]:
         else:
             schema = "{}" if text.strip() == "true" else text
             made = LLMatcher.grammar_from_json_schema(schema, _DEFAULTS, _OVERRIDES)
+            _check_counts(json.loads(schema))
+    except UnusableGrammarError:
+        raise
     except RecursionError:
         raise UnusableGrammarError("it is nested too deeply") from None
     except Exception as error:
@@ -104,3 +115,41 @@ def _held(kind: str, text: str) -> dict[str, object]:
         raise UnusableGrammarError(str(error)[:_SHOWN]) from None
     grammar: dict[str, object] = json.loads(made)["grammars"][0]
     return grammar
+
+
+def _schemas_in(lark: str) -> Iterator[Any]:
+    """The schemas that a grammar in Lark's words holds, except those of which not all need be followed."""
+    _, *texts = lark.split(_JSON)
+    for text in texts:
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text.lstrip())
+        except (ValueError, RecursionError):
+            # llguidance says so better, or it is no schema but a text.
+            continue
+        guidance = schema.get("x-guidance") if isinstance(schema, dict) else None
+        if not (isinstance(guidance, dict) and guidance.get("lenient") is True):
+            yield schema
+
+
+def _check_counts(schema: Any) -> None:
+    """Raises UnusableGrammarError for a least number of properties that one written twice would make up.
+
+    llguidance knows only of named properties that they have been written.
+    """
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        if not isinstance(part, dict):
+            continue
+        least, required = part.get("minProperties"), part.get("required")
+        n_named = len({name for name in required if isinstance(name, str)}) if isinstance(required, list) else 0
+        is_free = bool(part.get("patternProperties")) or part.get("additionalProperties") is not False
+        is_object = "object" in (part.get("type") or "object")
+        if isinstance(least, int | float) and is_object and is_free and least > max(1, n_named):
+            problem = f"minProperties is {least}, which a property written twice would reach"
+            raise UnusableGrammarError(f"{problem}. Name the properties in required, or leave minProperties out")
+        for name, value in part.items():
+            if name not in _NO_SCHEMAS:
+                waiting += value.values() if name in _NAMED_SCHEMAS and isinstance(value, dict) else [value]
