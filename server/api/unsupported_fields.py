@@ -34,6 +34,8 @@ def _all(names: str, value: V) -> dict[str, V]:
 
 
 _FORM = Unsupported("The form of an answer is given by response_format, json_schema, grammar or guided_json.")
+_FORM_WITHIN = Unsupported(_FORM.reason, (*_NOTHING, {"format": None}, {"format": {"type": "text"}}))
+_THOUGHT = Unsupported("This server cannot limit reasoning by itself. reasoning_effort none does without.", (None, -1))
 _LIMIT = Unsupported("The limit of an answer is called max_tokens.")
 _LEAST = Unsupported("This server cannot hold an answer to a least length. ignore_eos goes on to max_tokens.")
 _TIME = Unsupported("This server has no limit of time. Use max_tokens, or close the connection.")
@@ -52,7 +54,11 @@ _OPTIONS = Unsupported("What it holds is not read. Send each as a field of its o
 COMMON: Mapping[str, Unsupported] = {
     **_all("grammar_string grammar_lazy grammar_triggers regex_pattern structural_tag", _FORM),
     **_all("guided_structural_tag guided_whitespace_pattern guided_decoding", _FORM),
-    **_all("format output_format response_schema response_mime_type", _FORM),
+    **_all("format output_format response_schema response_mime_type structured_output json_mode", _FORM),
+    **_all("constraints guidance guided_options_request", _FORM),
+    **_all("text output_config", _FORM_WITHIN),
+    **_all("thinking_budget_tokens thinking_budget thinking_token_budget", _THOUGHT),
+    **_all("reasoning_budget reasoning_budget_tokens", _THOUGHT),
     **_all("max_new_tokens max_output_tokens max_tokens_to_sample max_length num_predict", _LIMIT),
     **_all("min_tokens min_new_tokens min_length n_indent", _LEAST),
     **_all("t_max_predict_ms t_max_prompt_ms max_time", _TIME),
@@ -79,9 +85,11 @@ CHAT: Mapping[str, Unsupported] = {
     "echo": Unsupported("A chat does not give its prompt back. /v1/completions does."),
     "add_special_tokens": Unsupported("The model's chat template decides on special tokens.", (None, False)),
 }
+NO_TOOLS: Mapping[str, Unsupported] = _all("tools tool_choice functions function_call", _TOOLS)
+"""Of endpoints that continue a text."""
 COMPLETION: Mapping[str, Unsupported] = {
     **COMMON,
-    **_all("tools tool_choice functions function_call", _TOOLS),
+    **NO_TOOLS,
     "top_logprobs": Unsupported("The likeliest tokens are asked for by logprobs, which is a number here."),
     "add_special_tokens": Unsupported(
         "A text begins with the model's own token. Send token ids to leave it out.", (None, True)

@@ -29,8 +29,9 @@ _MODES: Mapping[str, Literal["auto", "none", "required"]] = {
 }
 _EFFORTS = {"xhigh": "high", "max": "high"}
 _ELSEWHERE = Unsupported("Anthropic's servers have what it names, and this one does not.")
+_OWN = ("stop_sequences", "system", "output_format", "output_config")
 UNSUPPORTED: Mapping[str, Unsupported] = {
-    **{name: field for name, field in COMMON.items() if name not in ("stop_sequences", "system", "output_format")},
+    **{name: field for name, field in COMMON.items() if name not in _OWN},
     **dict.fromkeys(("container", "mcp_servers"), _ELSEWHERE),
     "stop": Unsupported("What ends an answer is given in stop_sequences."),
     "max_completion_tokens": Unsupported("The limit of an answer is called max_tokens."),

@@ -26,8 +26,9 @@ LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _STORED = Unsupported("This server keeps no answers. Send the whole conversation as input.")
 _LIMIT = Unsupported("The limit of an answer is called max_output_tokens.")
+_OWN = ("instructions", "max_output_tokens", "text")
 UNSUPPORTED: Mapping[str, Unsupported] = {
-    **{name: field for name, field in COMMON.items() if name not in ("instructions", "max_output_tokens")},
+    **{name: field for name, field in COMMON.items() if name not in _OWN},
     **dict.fromkeys(("previous_response_id", "conversation", "background"), _STORED),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict"), _LIMIT),
     "prompt": Unsupported("This server has no prompts of its own. Send the text as instructions."),

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from slimoe.server.api.request_body import MAX_BIASES, MAX_PROMPTS, Choices, GenerationBody, LogprobCount
-from slimoe.server.api.unsupported_fields import COMMON, Unsupported, extended
+from slimoe.server.api.unsupported_fields import COMMON, NO_TOOLS, Unsupported, extended
 from slimoe.server.api_error import ApiError, invalid, unsupported
 
 MAX_TEXTS = 256
@@ -29,6 +29,7 @@ class LlamaCompletionBody(GenerationBody, kw_only=True):
 
 _OWN = frozenset(LlamaCompletionBody.__struct_fields__)
 LLAMA: dict[str, Unsupported] = {name: field for name, field in COMMON.items() if name not in _OWN} | {
+    **NO_TOOLS,
     "t_max_predict_ms": Unsupported(COMMON["t_max_predict_ms"].reason, (None, 0, -1)),
     "post_sampling_probs": Unsupported("n_probs tells the model's own probabilities, before sampling changes them."),
     "backend_sampling": Unsupported("This server samples in one place.", (None, False, True)),

@@ -188,6 +188,11 @@ async def test_ignored_ends_are_told_as_biases(post: Post) -> None:
         ({"prompt": "a", "response_fields": "content"}, "response_fields"),
         ({"prompt": "a", "post_sampling_probs": True, "n_probs": 2}, "post_sampling_probs"),
         ({"prompt": "a", "t_max_predict_ms": 5}, "t_max_predict_ms"),
+        ({"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"prompt": "a", "tool_choice": "required"}, "tool_choice"),
+        ({"prompt": "a", "functions": [{"name": "f"}]}, "functions"),
+        ({"prompt": "a", "text": {"format": {"type": "json_object"}}}, "text"),
+        ({"prompt": "a", "thinking_budget_tokens": 0}, "thinking_budget_tokens"),
         ({"prompt": "a", "lora": [{"id": 0, "scale": 1}]}, "lora"),
     ],
 )
@@ -204,6 +209,9 @@ async def test_an_answer_is_held_to_a_form(post: Post) -> None:
     _, answer = await post("/completion", {"prompt": "a", "grammar": grammar})
     assert answer["generation_settings"]["grammar"] == grammar
     _, answer = await post("/completion", {"prompt": "a", "json_schema": {"const": 5}})
+    assert msgspec.json.decode(answer["generation_settings"]["grammar"]) == {"const": 5}
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"const": 5}}}
+    _, answer = await post("/completion", {"prompt": "a", "response_format": wanted})
     assert msgspec.json.decode(answer["generation_settings"]["grammar"]) == {"const": 5}
     for fields, param in (
         ({"grammar": "root ::= this is (not"}, "grammar"),
