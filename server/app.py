@@ -45,6 +45,7 @@ class AppConfig:
     shows_slots: bool = True
     prompt_log: PromptLog | None = None
     slot_directory: Path | None = None
+    logs_requests: bool = True
 
 
 def init_app(config: AppConfig, backends: Backends) -> web.Application:
@@ -54,7 +55,7 @@ def init_app(config: AppConfig, backends: Backends) -> web.Application:
     app[INTAKE] = BodyIntake()
     app[DEFAULTS] = config.defaults
     feed = app[FEED] = Feed()
-    app[LOG] = log_request
+    app[LOG] = log_request if config.logs_requests else lambda record: None
     app.on_response_prepare.append(add_cors_headers)
     app.on_response_prepare.append(add_request_id)
     metrics = Metrics(backends)

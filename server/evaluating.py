@@ -111,7 +111,7 @@ async def evaluate(
             if isinstance(event, Loaded):
                 break
         supervisor = Supervisor(engine)
-        config = AppConfig(AccessRules(key), has_page=False)
+        config = AppConfig(AccessRules(key), has_page=False, logs_requests=False)
         backends = Backends([Backend(model, supervisor)])
         runner = ApiRunner(init_app(config, backends), 0.0)
         await runner.setup()

@@ -156,8 +156,9 @@ def _measured(evaluation: Evaluation, engine: EngineConfig) -> dict[str, Any]:
     timings = {} if evaluated is None else evaluated.timings
     speeds = {
         f"{name}_tokens_per_second": 1000 * timings[f"{phase}_n"] / timings[f"{phase}_ms"]
-        for name, phase in (("prompt", "prompt"), ("written", "predicted"))
         if timings.get(f"{phase}_ms")
+        else None
+        for name, phase in (("prompt", "prompt"), ("written", "decoded"))
     }
     return {
         "results": {} if evaluated is None else evaluated.result,

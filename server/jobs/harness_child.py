@@ -29,7 +29,7 @@ from slimoe.server.jobs.harness_messages import (
     Loaded,
     Planned,
 )
-from slimoe.server.jobs.remote_tokens import RemoteTokens
+from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
 from slimoe.server.process.engine_process import settle_in
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -99,12 +99,12 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
 
     def parse_logprobs(self, outputs: Any, tokens: Any = None, ctxlens: Any = None) -> list[Any]:
         """The scores of an answer."""
-        self._note(outputs)
+        self._note(outputs, writes=False)
         return list(LocalCompletionsAPI.parse_logprobs(outputs, tokens, ctxlens))
 
     def parse_generations(self, outputs: Any, contexts: Any = None) -> list[Any]:
         """The texts of an answer."""
-        self._note(outputs)
+        self._note(outputs, writes=True)
         return list(LocalCompletionsAPI.parse_generations(outputs))
 
     def cost(self, instance: Instance) -> tuple[int, int]:
@@ -115,9 +115,9 @@ class ServedModel(LocalCompletionsAPI):  # type: ignore[misc]
             return min(len(self.tok_encode(text)), self.max_length), n_written
         return min(len(self.tok_encode(text + rest[0] if rest else text)), self.max_length), 0
 
-    def _note(self, outputs: Any) -> None:
+    def _note(self, outputs: Any, *, writes: bool) -> None:
         for answer in outputs if isinstance(outputs, list) else [outputs]:
-            self.timings.update({name: value or 0 for name, value in answer.get("timings", {}).items()})
+            self.timings.update(counted_timings(answer, writes=writes))
             self.timings["requests"] += 1
             self._on_answer(len(answer["choices"]))
 

@@ -7,6 +7,19 @@ from typing import Any
 _SECONDS = 600
 
 
+def counted_timings(answer: dict[str, Any], *, writes: bool) -> dict[str, Any]:
+    """An answer's timings, to be added up: as `decoded_n` and `decoded_ms` what speed of writing is told from.
+
+    The first token comes from reading the prompt, so that answers of one token, as all are that only score a text,
+    tell nothing of it.
+    """
+    counted = {name: value or 0 for name, value in answer.get("timings", {}).items()}
+    n_decoded = counted.get("predicted_n", 0) - len(answer["choices"])
+    if writes and n_decoded > 0:
+        counted |= {"decoded_n": n_decoded, "decoded_ms": counted["predicted_ms"]}
+    return counted
+
+
 class RemoteTokens:
     """Asks the server at `url` for tokens, each text once."""
 

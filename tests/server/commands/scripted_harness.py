@@ -1,11 +1,13 @@
 """A stand-in for lm-eval's process: it asks the server for what lm-eval asks, and answers as its tasks' names say.
 
-`absent` cannot be loaded, `fails` fails in the middle, `crashes` just ends, and `forever` asks until it is killed.
+`absent` cannot be loaded, `fails` fails in the middle, `crashes` just ends, and `forever` asks until it is killed, and
+`writes` has a text written as well.
 """
 
 import os
 import sys
 import time
+from collections import Counter
 
 import msgspec
 
@@ -18,7 +20,7 @@ from slimoe.server.jobs.harness_messages import (
     Loaded,
     Planned,
 )
-from slimoe.server.jobs.remote_tokens import RemoteTokens
+from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
 from slimoe.server.process.engine_process import settle_in
 
 
@@ -58,8 +60,17 @@ def main() -> None:
         "logprob,none": sum(score or 0.0 for score in scores[0][1:-1]),
         "logprob_stderr,none": 0.25,
     }
-    timings = {name: float(value or 0) for name, value in answer["timings"].items()}
-    send(Evaluated({"results": dict.fromkeys(request.tasks, figures)}, {"lm_eval": "0.0"}, timings))
+    timings = Counter(counted_timings(answer, writes=False))
+    if "writes" in request.tasks:
+        writing = {"prompt": ids, "max_tokens": 9, "ignore_eos": True, "temperature": 0}
+        timings.update(counted_timings(tokens.post("/v1/completions", writing), writes=True))
+    send(
+        Evaluated(
+            {"results": dict.fromkeys(request.tasks, figures)},
+            {"lm_eval": "0.0"},
+            {name: float(value) for name, value in timings.items()},
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from slimoe.server.app import AppConfig, init_app
 from slimoe.server.cli import run
 from slimoe.server.commands import eval as eval_command
 from slimoe.server.http.connection import ApiRunner
-from slimoe.server.jobs.remote_tokens import RemoteTokens
+from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.process.supervisor import Supervisor
 from tests.models.configs import engine_config
@@ -143,12 +143,14 @@ def test_the_result_can_be_repeated(
     report = json.loads(out.read_text())
     assert json.loads(printed) == report
     assert "requests, about" in told
+    assert "/v1/completions" not in told, "its own questions are no news"
     (figures,) = report["results"]["results"].values()
     assert any(name.endswith(",none") and isinstance(value, float) for name, value in figures.items())
     assert report["budget"] == {"ram": "2GiB", "vram": [], "n_ctx": 64}
     assert {"server", "engine", "harness", "all_together"} <= report["memory"]["peak_bytes"].keys()
     assert report["memory"]["peak_bytes"]["all_together"] > report["memory"]["peak_bytes"]["engine"] > 1 << 20
     assert report["speed"]["prompt_tokens_per_second"] > 0
+    assert report["speed"]["written_tokens_per_second"] is None, "texts were scored only"
     assert report["settings"]["limit"] == 3
     origin = report["provenance"]
     assert origin["model"]["sha256"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
@@ -166,6 +168,20 @@ def test_the_header_alone_tells_models_apart(tmp_path: Path, capsys: pytest.Capt
     assert told["provenance"]["model"]["sha256"] is None
     assert told["results"] == {}
     assert told["planned"]["requests"] == {"one": 2}
+
+
+def test_speed_of_writing_is_told_from_written_texts(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    evaluated(tiny_model, "--tasks", "writes", "--ctx", "64", "--json")
+    took = time.monotonic() - begin
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert speed["written_tokens"] == 1 + 9
+    assert speed["written_tokens_per_second"] > 8 / took
+    answer = {"choices": [{}, {}], "timings": {"predicted_n": 6, "predicted_ms": 20.0, "prompt_ms": None}}
+    counted = counted_timings(answer, writes=True)
+    assert (counted["decoded_n"], counted["decoded_ms"], counted["prompt_ms"]) == (4, 20.0, 0)
+    timings = {"predicted_n": 1, "predicted_ms": 0.1}
+    assert counted_timings({"choices": [{}], "timings": timings}, writes=True) == timings
 
 
 def test_a_person_gets_a_table(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
