@@ -153,6 +153,7 @@ def test_a_history_outlives_the_program(tiny_model: Path, tmp_path: Path) -> Non
     with terminal(tiny_model, tmp_path) as shown:
         shown.type("hello world\n")
         shown.wait_for("wrote")
+        shown.wait_for("> ")
         shown.type("/exit\n")
     kept = tmp_path / "slimoe" / "chat_history.jsonl"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -161,6 +162,7 @@ def test_a_history_outlives_the_program(tiny_model: Path, tmp_path: Path) -> Non
         shown.type("\x1b[A\x1b[A\n")  # twice up
         shown.wait_for("hello world")
         shown.wait_for("wrote")
+        shown.wait_for("> ")
         shown.type("\x04")
 
 
@@ -175,8 +177,10 @@ def test_a_paste_of_several_lines_is_one_message(tiny_model: Path, tmp_path: Pat
     with terminal(tiny_model, tmp_path, "--no-history") as shown:
         shown.type("\x1b[200~the quick\nbrown fox\x1b[201~\n")
         shown.wait_for("wrote")
+        shown.wait_for("> ")
         shown.type(f"/save {saved}\n")
         shown.wait_for("2 messages")
+        shown.wait_for("> ")
         shown.type("/exit\n")
     assert json.loads(saved.read_text())["messages"][0]["content"] == "the quick\nbrown fox"
 
@@ -188,11 +192,14 @@ def test_ctrl_c_throws_away_what_is_typed_and_keeps_what_was_said(tiny_model: Pa
         time.sleep(0.3)  # readline waits for a key again, where a signal is not missed
         shown.type("\x03")
         shown.wait_for("Ctrl-C stops")
+        shown.wait_for("> ")
         shown.type("hello\n")
         shown.wait_for("hello")
         time.sleep(0.3)
         shown.type("\x03")
         shown.wait_for("[read")
+        shown.wait_for("> ")
         shown.type("/info\n")
         shown.wait_for("2 messages")
+        shown.wait_for("> ")
         shown.type("/exit\n")
