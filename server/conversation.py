@@ -31,13 +31,14 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
 class Tool(msgspec.Struct, frozen=True):
     """A tool that the assistant may call; `parameters` is the JSON schema of its arguments, as text.
 
-    With `strict` every call must follow the schema.
+    With `strict` every call must follow the schema. `place` is the field that holds the schema.
     """
 
     name: str
     description: str = ""
     parameters: str = "{}"
     strict: bool = False
+    place: str = "tools"
 
 
 class ToolChoice(msgspec.Struct, frozen=True):

@@ -45,6 +45,7 @@ class Constraint:
 
     `param` is the field that asked for it, which errors name. `before` and `instead` are grammars in Lark's words, of
     what comes before the form, such as reasoning, and of what may come in its place, such as calls of tools.
+    `tools` are the schemas in them, each with its field and its tool's name, which errors name instead.
     """
 
     kind: Literal["json_schema", "regex", "lark", "gbnf"]
@@ -52,6 +53,7 @@ class Constraint:
     param: str = "response_format"
     before: str = ""
     instead: str = ""
+    tools: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

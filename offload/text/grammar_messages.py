@@ -25,10 +25,11 @@ class Setup(msgspec.Struct):
 
 
 class Verdict(msgspec.Struct):
-    """Why the constraint cannot be held, or the memory that it takes."""
+    """Why the constraint cannot be held, and which field is to blame, or the memory that it takes."""
 
     problem: str | None
     n_bytes: int = 0
+    param: str | None = None
 
 
 def send(to: socket.socket, message: object) -> None:

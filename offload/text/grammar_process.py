@@ -57,7 +57,7 @@ class GrammarProcess:
         try:
             compiled(self._tokenizer, constraint)
         except UnusableGrammarError as error:
-            send(asker, Verdict(str(error)))
+            send(asker, Verdict(str(error), param=error.param))
         else:
             limit_time(0)
             send(asker, Verdict(None, max(0, resident_bytes() - before)))

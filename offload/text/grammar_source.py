@@ -2,7 +2,7 @@
 
 import ctypes
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -37,7 +37,11 @@ _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "de
 
 
 class UnusableGrammarError(Exception):
-    """A constraint that cannot be held; the message is llguidance's reason."""
+    """A constraint that cannot be held; the message is llguidance's reason, `param` the tool's field to blame."""
+
+    def __init__(self, reason: str, param: str | None = None) -> None:
+        super().__init__(reason)
+        self.param = param
 
 
 class _Vocabulary:
@@ -65,7 +69,20 @@ def tokenizer_of(pieces: Sequence[bytes], control: Sequence[int], ends: Sequence
 
 def compiled(tokenizer: LLTokenizer, constraint: Constraint, prefix: str = "") -> LLMatcher:
     """What holds an answer to a constraint, after `prefix`; raises UnusableGrammarError, also where no text fits."""
-    matcher = LLMatcher(tokenizer, grammar_of(constraint, prefix), log_level=0, limits=_LIMITS)
+    try:
+        return _compiled(tokenizer, grammar_of(constraint, prefix))
+    except UnusableGrammarError:
+        for param, name, schema in constraint.tools:
+            try:
+                _check_counts_in(f"{_JSON} {schema}")
+                _compiled(tokenizer, json.dumps({"grammars": [{"json_schema": json.loads(schema)}]}))
+            except UnusableGrammarError as error:
+                raise UnusableGrammarError(f"of the tool {name!r}: {error}", param) from None
+        raise
+
+
+def _compiled(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     n_words = -(-tokenizer.vocab_size // 32)
     mask = (ctypes.c_uint32 * n_words)()
     if not matcher.is_error():
@@ -89,8 +106,7 @@ def grammar_of(constraint: Constraint, prefix: str = "") -> str:
     start += "(@held | @instead)" if constraint.instead else "@held"
     held = {**_held(constraint.kind, constraint.text), "name": "held"}
     for text in (constraint.text if constraint.kind == "lark" else "", *parts.values()):
-        for schema in _schemas_in(text):
-            _check_counts(schema)
+        _check_counts_in(text)
     return json.dumps({"grammars": [{"lark_grammar": f"{_HEAD}start: {start}"}, held, *others]})
 
 
@@ -117,8 +133,8 @@ def _held(kind: str, text: str) -> dict[str, object]:
     return grammar
 
 
-def _schemas_in(lark: str) -> Iterator[Any]:
-    """The schemas that a grammar in Lark's words holds, except those of which not all need be followed."""
+def _check_counts_in(lark: str) -> None:
+    """Checks the schemas that a grammar in Lark's words holds, except those of which not all need be followed."""
     _, *texts = lark.split(_JSON)
     for text in texts:
         try:
@@ -128,7 +144,7 @@ def _schemas_in(lark: str) -> Iterator[Any]:
             continue
         guidance = schema.get("x-guidance") if isinstance(schema, dict) else None
         if not (isinstance(guidance, dict) and guidance.get("lenient") is True):
-            yield schema
+            _check_counts(schema)
 
 
 def _check_counts(schema: Any) -> None:

@@ -62,9 +62,9 @@ class GrammarLimits:
 class ConstraintError(UsageError):
     """An answer cannot be held to the form that was asked for, by the field `param`."""
 
-    def __init__(self, constraint: Constraint, reason: str) -> None:
-        self.param = constraint.param
-        super().__init__(f"{constraint.param} cannot be followed: {reason.rstrip('.')}.")
+    def __init__(self, constraint: Constraint, reason: str, param: str | None = None) -> None:
+        self.param = param or constraint.param
+        super().__init__(f"{self.param} cannot be followed: {reason.rstrip('.')}.")
 
 
 class _Compiled(NamedTuple):
@@ -74,6 +74,7 @@ class _Compiled(NamedTuple):
     after_space: "LLMatcher | None" = None
     problem: str | None = None
     n_bytes: int = 0
+    param: str | None = None
 
 
 class Held:
@@ -206,7 +207,7 @@ class Grammars:
         if len(constraint.text) > MAX_CHARS:
             problem = f"it has {len(constraint.text):,} characters, but may have {MAX_CHARS:,}"
             raise ConstraintError(constraint, problem)
-        parts = constraint.kind, constraint.text, constraint.before, constraint.instead, strips_space
+        parts = constraint.kind, constraint.text, constraint.before, constraint.instead, strips_space, constraint.tools
         key = hashlib.sha256(repr(parts).encode()).digest()
         with self._lock:
             found = self._known.get(key)
@@ -221,14 +222,14 @@ class Grammars:
             ):
                 self._known.popitem(last=False)
         if found.problem is not None:
-            raise ConstraintError(constraint, found.problem)
+            raise ConstraintError(constraint, found.problem, found.param)
         return found
 
     def _compile(self, constraint: Constraint, strips_space: bool) -> _Compiled:
         """Compiles a constraint in this process once it was done in another without harm."""
         verdict = self._tried(constraint)
         if verdict.problem is not None:
-            return _Compiled(None, problem=verdict.problem)
+            return _Compiled(None, problem=verdict.problem, param=verdict.param)
         from slimoe.offload.text.grammar_source import UnusableGrammarError, compiled
 
         tree = self._grown_tree()
@@ -236,7 +237,7 @@ class Grammars:
             matcher = _with_deep_stack(lambda: compiled(tree, constraint))
             after_space = _with_deep_stack(lambda: compiled(tree, constraint, " ")) if strips_space else None
         except UnusableGrammarError as error:
-            return _Compiled(None, problem=str(error))
+            return _Compiled(None, problem=str(error), param=error.param)
         return _Compiled(matcher, after_space, n_bytes=verdict.n_bytes * (2 if strips_space else 1))
 
     def _grown_tree(self) -> "LLTokenizer":

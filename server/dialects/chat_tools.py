@@ -82,7 +82,7 @@ def _chat_tool(tool: ChatTool, where: str) -> Tool:
 
 def _tool(function: DescribedFunction, where: str) -> Tool:
     schema = json_text(function.parameters or {}, f"{where}.parameters")
-    return Tool(function.name, function.description or "", schema, bool(function.strict))
+    return Tool(function.name, function.description or "", schema, bool(function.strict), f"{where}.parameters")
 
 
 def _choice(body: ToolsBody) -> ToolChoice:

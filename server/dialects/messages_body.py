@@ -215,6 +215,7 @@ def _tools(given: Sequence[MessagesTool]) -> tuple[Tool, ...]:
             tool.description or "",
             json_text(tool.input_schema or {}, f"tools[{n}].input_schema"),
             bool(tool.strict),
+            f"tools[{n}].input_schema",
         )
         for n, tool in enumerate(given)
     )

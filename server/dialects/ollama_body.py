@@ -156,6 +156,7 @@ class OllamaChatBody(OllamaBody, kw_only=True):
                 tool.function.name,
                 tool.function.description or "",
                 json_text(tool.function.parameters or {}, f"tools[{n}].function.parameters"),
+                place=f"tools[{n}].function.parameters",
             )
             for n, tool in enumerate(self.tools or ())
         )

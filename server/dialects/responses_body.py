@@ -256,6 +256,7 @@ def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
             function.tool.description or "",
             json_text(function.tool.parameters or {}, f"{function.where}.parameters"),
             bool(function.tool.strict),
+            f"{function.where}.parameters",
         )
         for function in body.callable_tools()
     )

@@ -64,14 +64,18 @@ class CallGrammar:
         if choice.mode == "required":
             called = [tool for tool in tools if choice.name in ("", tool.name)]
             start = f"{_HEAD}start: {self._thought()} calls\n"
-            return Constraint("lark", start + self._rules(called, choice.is_parallel and not choice.name), "tools")
+            rules = self._rules(called, choice.is_parallel and not choice.name)
+            return Constraint("lark", start + rules, "tools", tools=_schemas(called))
         if wanted is not None:
             before = f"{_HEAD}start: {self._thought()} {self._literal(self._prefix)}\n{self._thought_rules()}"
             instead = f"{_HEAD}start: calls\n" + self._rules(tools, choice.is_parallel) if tools else ""
-            return replace(wanted, before=before if self._think or self._prefix else "", instead=instead)
+            return replace(
+                wanted, before=before if self._think or self._prefix else "", instead=instead, tools=_schemas(tools)
+            )
         if not tools or (choice.is_parallel and not any(tool.strict for tool in tools)):
             return None
-        return Constraint("lark", _HEAD + self._free() + self._rules(tools, choice.is_parallel), "tools")
+        rules = self._rules(tools, choice.is_parallel)
+        return Constraint("lark", _HEAD + self._free() + rules, "tools", tools=_schemas(tools))
 
     def _free(self) -> str:
         """An answer of text, in which calls may follow."""
@@ -130,6 +134,10 @@ class CallGrammar:
             for n, part in enumerate(parts)
             if part
         )
+
+
+def _schemas(tools: Sequence[Tool]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((tool.place, tool.name, _schema(tool)) for tool in tools)
 
 
 def _schema(tool: Tool) -> str:

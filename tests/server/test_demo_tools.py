@@ -114,7 +114,9 @@ def test_a_strict_tool_whose_schema_cannot_be_held_is_refused(client: openai.Ope
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}]
     with pytest.raises(openai.BadRequestError, match="uniqueItems") as refusal:
         client.chat.completions.create(model="demo", messages=[QUESTION], tools=tools)
-    assert refusal.value.param == "tools"
+    assert refusal.value.param == "tools[0].function.parameters"
+    assert "of the tool 'f': Unimplemented keys" in str(refusal.value)
+    assert "call_0" not in str(refusal.value)
     tools[0]["function"]["strict"] = False
     answer = client.chat.completions.create(
         model="demo", messages=[QUESTION], tools=tools, tool_choice="required", max_tokens=100

@@ -231,6 +231,20 @@ def test_what_cannot_be_held_is_refused_with_its_reason(grammars: Grammars, kind
     grammars.check(ANYTHING)
 
 
+def test_a_tool_whose_schema_cannot_be_held_is_named(grammars: Grammars) -> None:
+    fine, bad = '{"type": "object"}', '{"type": "array", "uniqueItems": true}'
+    tools = (("tools[0].parameters", "a", fine), ("tools[1].parameters", "b", bad))
+    calls = f'start: call_0 | call_1\ncall_0: "a" %json {fine}\ncall_1: "b" %json {bad}\n'
+    for wanted in (
+        Constraint("lark", calls, "tools", tools=tools),
+        Constraint("regex", "a", "regex", instead=calls, tools=tools),
+    ):
+        with pytest.raises(ConstraintError) as refusal:
+            grammars.check(wanted)
+        reason = "of the tool 'b': Unimplemented keys: [\"uniqueItems\"]."
+        assert (refusal.value.param, str(refusal.value)) == (tools[1][0], f"{tools[1][0]} cannot be followed: {reason}")
+
+
 @pytest.mark.parametrize(
     ("schema", "holds"),
     [
