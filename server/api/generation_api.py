@@ -13,7 +13,7 @@ from slimoe.server.api.choice import Choice, ChoiceState
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.shape import Shape
 from slimoe.server.api.unsupported_fields import UnsupportedFields
-from slimoe.server.api_error import from_failure, queue_full, server_failed
+from slimoe.server.api_error import from_failure, invalid, queue_full, server_failed
 from slimoe.server.http.event_stream import EventStream
 from slimoe.server.process.request_handle import EngineFailure, QueueFullError
 from slimoe.server.watch.prompt_log import PromptLog
@@ -50,6 +50,7 @@ class GenerationApi:
 
     async def whole(self, backend: Backend, choices: Sequence[Choice], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""
+        _check_slots(backend, choices)
         states = [ChoiceState(choice) for choice in choices]
         current_record().generate(backend.model.id)
         try:
@@ -71,6 +72,7 @@ class GenerationApi:
         self, request: web.Request, backend: Backend, choices: Sequence[Choice], shape: Shape
     ) -> web.StreamResponse:
         """All choices as a stream; raises ApiError as long as nothing is written."""
+        _check_slots(backend, choices)
         states = [ChoiceState(choice) for choice in choices]
         current_record().generate(backend.model.id)
         events = EventStream(request, shape.framing)
@@ -109,3 +111,12 @@ class GenerationApi:
         if self._prompt_log is not None:
             answers = [{"text": one.text, "reasoning": one.reasoning, "calls": one.calls} for one in states]
             self._prompt_log.write(current_record(), [one.choice.prompt for one in states], answers)
+
+
+def _check_slots(backend: Backend, choices: Sequence[Choice]) -> None:
+    """Raises ApiError for a slot that the model does not have."""
+    n_slots = backend.supervisor.n_parallel
+    for choice in choices:
+        slot = choice.request.id_slot
+        if slot is not None and slot >= n_slots:
+            raise invalid(f"id_slot is {slot}, but the slots are 0 to {n_slots - 1}; -1 is any of them.", "id_slot")

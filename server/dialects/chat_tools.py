@@ -34,11 +34,26 @@ class NamedFunction(msgspec.Struct):
     name: str
 
 
-class ChatToolChoice(msgspec.Struct):
-    """`tool_choice` where it names a function."""
+class AllowedTool(msgspec.Struct):
+    """One of the tools that may be called."""
 
     type: str = "function"
     function: NamedFunction | None = None
+
+
+class AllowedTools(msgspec.Struct):
+    """Which of the tools may be called, and whether one must be."""
+
+    tools: list[AllowedTool]
+    mode: Literal["auto", "required"] = "auto"
+
+
+class ChatToolChoice(msgspec.Struct):
+    """`tool_choice` where it names functions."""
+
+    type: str = "function"
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class ToolsBody(GenerationBody, kw_only=True):
@@ -61,14 +76,18 @@ def tools_of(body: ToolsBody) -> tuple[tuple[Tool, ...], ToolChoice]:
     if body.is_older:
         tools = tuple(_tool(function, f"functions[{n}]") for n, function in enumerate(body.functions or ()))
         check_tools(tools, "functions[{n}].name")
-        field, given = "function_call", body.function_call
-        name = given.name if isinstance(given, NamedFunction) else ""
-        mode = given if isinstance(given, str) else "required" if name else "auto"
+        field, called = "function_call", body.function_call
+        name = called.name if isinstance(called, NamedFunction) else ""
+        mode = called if isinstance(called, str) else "required" if name else "auto"
         choice = ToolChoice(mode, name, is_parallel=False)
     else:
         tools = tuple(_chat_tool(tool, f"tools[{n}]") for n, tool in enumerate(body.tools or ()))
         check_tools(tools, "tools[{n}].function.name")
-        field, choice = "tool_choice", _choice(body)
+        field, given = "tool_choice", body.tool_choice
+        if isinstance(given, ChatToolChoice) and given.type == "allowed_tools" and given.allowed_tools:
+            tools = _allowed(given.allowed_tools, tools)
+            given = given.allowed_tools.mode
+        choice = _choice(given, body.parallel_tool_calls)
     check_choice(choice, tools, field)
     return tools, choice
 
@@ -85,15 +104,30 @@ def _tool(function: DescribedFunction, where: str) -> Tool:
     return Tool(function.name, function.description or "", schema, bool(function.strict), f"{where}.parameters")
 
 
-def _choice(body: ToolsBody) -> ToolChoice:
-    given, is_parallel = body.tool_choice, body.parallel_tool_calls is not False
+def _allowed(allowed: AllowedTools, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    """Those of the tools that may be called; raises ApiError for others than these."""
+    names, known = set(), {tool.name for tool in tools}
+    for n, one in enumerate(allowed.tools):
+        if one.type != "function" or one.function is None or one.function.name not in known:
+            raise invalid(
+                "An allowed tool is one of tools, by its function's name.", f"tool_choice.allowed_tools.tools[{n}]"
+            )
+        names.add(one.function.name)
+    return tuple(tool for tool in tools if tool.name in names)
+
+
+def _choice(given: Mode | ChatToolChoice | None, wants_parallel: bool | None) -> ToolChoice:
+    is_parallel = wants_parallel is not False
     if given in ("required", "any"):
         # Several are demanded only of who asks for several: small models would not find an end.
-        return ToolChoice("required", is_parallel=bool(body.parallel_tool_calls))
+        return ToolChoice("required", is_parallel=bool(wants_parallel))
     if not isinstance(given, ChatToolChoice):
         return ToolChoice("none" if given == "none" else "auto", is_parallel=is_parallel)
     if given.type != "function" or given.function is None:
-        raise unsupported("A tool is chosen as auto, none, required, or a function by its name.", "tool_choice")
+        raise unsupported(
+            "A tool is chosen as auto, none, required, a function by its name, or allowed_tools with tools.",
+            "tool_choice",
+        )
     if not given.function.name:
         raise invalid("tool_choice names no function.", "tool_choice.function.name")
     # A named tool is called once.

@@ -100,8 +100,6 @@ class LlamaCompletionApi:
         info: ModelInfo,
         sources: Sequence[PromptSource],
     ) -> web.StreamResponse:
-        if body.id_slot is not None and body.id_slot >= backend.supervisor.n_parallel:
-            raise invalid(f"id_slot is {body.id_slot}, but there are {backend.supervisor.n_parallel} slots.", "id_slot")
         n_choices = body.n_choices if body.n_cmpl is None else body.n_cmpl
         if len(sources) * n_choices > MAX_PROMPTS:
             raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")

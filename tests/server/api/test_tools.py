@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError
 
+from slimoe.server.dialects.chat_tools import ChatTool, ChatToolChoice, ToolsBody, tools_of
 from tests.models.live_server import LiveOptions, LiveServer, live_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -129,6 +131,27 @@ async def test_tools_and_calls_in_a_prompt(server: LiveServer) -> None:
     assert (status, answer["prompt"]) == (200, "Hi")
 
 
+def allowed(*names: str, **more: Any) -> Any:
+    """`tool_choice` with the tools of these names."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"tools": tools, **more}}
+
+
+async def test_only_allowed_tools_are_told_of_and_called(server: LiveServer) -> None:
+    tools = [*named("clock"), *TOOLS]
+    path, body = "/apply-template", {**asked("Hi"), "tools": tools}
+    told = await posted(server, path, {**asked("Hi"), "tools": TOOLS})
+    for mode in ("auto", "required"):
+        assert await posted(server, path, {**body, "tool_choice": allowed("weather", mode=mode)}) == told
+    assert await posted(server, path, {**body, "tool_choice": allowed("clock", "weather")}) == await posted(
+        server, path, body
+    )
+    for mode in ("auto", "required"):
+        choice = msgspec.convert(allowed("weather", mode=mode), ChatToolChoice)
+        found = tools_of(ToolsBody(tools=msgspec.convert(tools, list[ChatTool]), tool_choice=choice))
+        assert ([tool.name for tool in found[0]], found[1].mode, found[1].name) == (["weather"], mode, "")
+
+
 def named(name: str) -> list[Any]:
     return [{"type": "function", "function": {"name": name}}]
 
@@ -159,6 +182,12 @@ DEEP = json.loads('{"a":' * 65 + "1" + "}" * 65)
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function"),
         ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("weather", mode="none")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": TOOLS, "tool_choice": allowed("weather", "clock")}, "tool_choice.allowed_tools.tools[1]"),
+        ({"tools": TOOLS, "tool_choice": allowed(mode="required")}, "tool_choice"),
+        ({"id_slot": 99}, "id_slot"),
+        ({"id_slot": 99, "stream": True}, "id_slot"),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"functions": [{"name": "a b"}]}, "functions[0].name"),
         ({"functions": [WEATHER], "function_call": {"name": "clock"}}, "function_call"),

@@ -45,6 +45,13 @@ async def test_every_route_is_described(server: LiveServer, document: dict[str, 
     assert all(operation["summary"] for methods in document["paths"].values() for operation in methods.values())
 
 
+async def test_the_documentation_names_paths_without_v1_that_are_there(document: dict[str, Any]) -> None:
+    text = Path(__file__).parents[3].joinpath("docs/server.md").read_text(encoding="utf-8")
+    told = re.findall(r"`(/[a-z_/]+)`", text.split("Without `/v1` there are")[1].partition(". ")[0])
+    assert "/models" in told
+    assert {path for name in told for path in (name, f"/v1{name}")} <= document["paths"].keys()
+
+
 async def test_references_lead_somewhere(document: dict[str, Any]) -> None:
     names = document["components"]["schemas"]
     found = {reference.removeprefix("#/components/schemas/") for reference in references(document)}
