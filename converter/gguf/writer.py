@@ -1,8 +1,9 @@
 """Writes a file from independent pieces in several threads, in bounded memory, all of it or nothing."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,12 +87,12 @@ def _write_all(pieces: Iterable[Piece], target: int, n_threads: int, on_progress
     on_progress(done)
     executor = ThreadPoolExecutor(n_threads, "convert")
     try:
-        running = {executor.submit(_write_piece, piece, target) for piece in islice(waiting, 2 * n_threads)}
+        running = deque(executor.submit(_write_piece, piece, target) for piece in islice(waiting, 2 * n_threads))
         while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            done += sum(future.result() for future in finished)
+            # In their order, so that of several pieces that cannot be made the first is told.
+            done += running.popleft().result()
             on_progress(done)
-            running |= {executor.submit(_write_piece, piece, target) for piece in islice(waiting, len(finished))}
+            running.extend(executor.submit(_write_piece, piece, target) for piece in islice(waiting, 1))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
