@@ -89,6 +89,8 @@ class EngineChild(asyncio.SubprocessProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio when the process has ended and its last output was read."""
         assert self._transport is not None
+        if self._rest:  # a last line that nothing has ended
+            self._log(b"\n")
         returncode = self._transport.get_returncode()
         self._on_exit(0 if returncode is None else returncode)
 

@@ -96,11 +96,6 @@ class Supervisor:
         """Requests at the engine or waiting for it."""
         return sum(handle.is_work for handle in self._outbox.handles.values())
 
-    @property
-    def n_underway(self) -> int:
-        """Requests that the engine works on."""
-        return sum(handle.is_work and handle.is_underway for handle in self._outbox.handles.values())
-
     def start(self, *, is_awake: bool = True) -> None:
         """Starts the engine's process, unless it is to wait for `wake`; `wait_ready` tells when the model is open."""
         self._watching = asyncio.create_task(self._watch())

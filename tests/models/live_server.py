@@ -43,6 +43,11 @@ class LiveServer:
     def supervisor(self) -> Supervisor:
         return self.backends.default.supervisor
 
+    @property
+    def n_underway(self) -> int:
+        """Requests that the first model's engine has begun."""
+        return sum(handle is not None for handle in self.supervisor.slots.handles)
+
     def client(self) -> AsyncOpenAI:
         """OpenAI's own client, which never repeats a failed request and does not wait for ever."""
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE)

@@ -243,7 +243,7 @@ async def test_others_are_told_as_well(model: Path) -> None:
     """Whoever is being answered when a device fails gets that as the reason."""
     async with live_server(model, LiveOptions(engine=engine_config(Path(), n_parallel=2))) as server:
         running = asyncio.create_task(ask(server, "forever"))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         for one in (ask(server, "device"), running):
             with pytest.raises(openai.InternalServerError, match="GPU0"):
                 await one

@@ -39,7 +39,7 @@ async def test_a_client_that_leaves_frees_the_engine(server: LiveServer, text: s
     body = {"messages": messages(text), "stream": stream}
     async with aiohttp.ClientSession() as session:
         request = asyncio.create_task(session.post(server.url + CHAT, json=body))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         if stream:
             response = await request
             await response.content.readline()
@@ -54,7 +54,7 @@ async def test_a_client_that_leaves_frees_the_engine(server: LiveServer, text: s
 async def test_a_waiting_client_that_leaves_is_never_served(server: LiveServer) -> None:
     async with server.client() as client:
         first = asyncio.create_task(client.chat.completions.create(model="", messages=messages("slowly")))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         second = asyncio.create_task(client.chat.completions.create(model="", messages=messages("forever")))
         await until(lambda: server.supervisor.n_busy == 2)
         second.cancel()
@@ -111,7 +111,7 @@ async def test_the_engines_end_is_told_and_healed(server: LiveServer, how: str) 
     assert before is not None
     text = "abort" if how == "abort" else "slowly"
     failing = asyncio.create_task(answer(server, text))
-    await until(lambda: server.supervisor.n_underway == 1 or failing.done())
+    await until(lambda: server.n_underway == 1 or failing.done())
     if how == "killed":
         os.kill(before, signal.SIGABRT)
     with pytest.raises(openai.InternalServerError) as failure:
@@ -130,7 +130,7 @@ async def test_the_engines_end_in_the_middle_of_a_stream(server: LiveServer) -> 
         first = await anext(aiter(stream))
         assert first.choices[0].delta.role == "assistant"
         # The role is told before the engine begins.
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         assert server.supervisor.pid is not None
         os.kill(server.supervisor.pid, signal.SIGABRT)
         with pytest.raises(openai.APIError, match="SIGABRT") as failure:
@@ -276,7 +276,7 @@ async def test_an_engine_that_was_stopped_is_told_and_replaced(model: Path) -> N
         pid = server.supervisor.pid
         assert pid is not None
         begun = asyncio.create_task(answer(server, "slowly"))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         waiting = asyncio.create_task(answer(server, "next"))
         await until(lambda: server.supervisor.n_busy == 2)
         os.kill(pid, signal.SIGSTOP)
@@ -303,7 +303,7 @@ async def test_an_engine_that_does_not_get_on_is_replaced(model: Path) -> None:
 async def test_requests_that_had_not_begun_are_sent_again(model: Path) -> None:
     async with live_server(model) as server:
         poison = asyncio.create_task(answer(server, "slowly"))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         waiting = [asyncio.create_task(answer(server, f"{n}")) for n in range(5)]
         await until(lambda: server.supervisor.n_busy == 6)
         assert server.supervisor.pid is not None
@@ -318,7 +318,7 @@ async def test_the_engine_tells_what_it_does_while_it_does_it(server: LiveServer
     """Also in the middle of a step that does not end."""
     async with server.client() as client:
         running = asyncio.create_task(client.chat.completions.create(model="", messages=messages("slowly")))
-        await until(lambda: server.supervisor.n_underway == 1)
+        await until(lambda: server.n_underway == 1)
         observed = await asyncio.wait_for(server.supervisor.ask(Observe), 5)
         running.cancel()
     assert isinstance(observed, Observed)

@@ -1,12 +1,12 @@
 """What the log says of requests: one line each, nothing of what they say, and no line that a client wrote."""
 
+import asyncio
 import json
 import re
 import signal
 import stat
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +21,7 @@ from yarl import URL
 from slimoe.offload.errors import UsageError
 from slimoe.server.cli import run
 from slimoe.server.log_format import JOURNAL, MOST_WAITING, Journal
+from slimoe.server.process.engine_child import EngineChild
 from slimoe.server.watch.prompt_log import PromptLog
 from slimoe.server.watch.record import RequestRecord
 from tests.models.live_server import DEADLINE, LiveOptions, live_server, serving, slimoe, until
@@ -152,11 +153,29 @@ def test_the_real_server_writes_nothing_but_json(tiny_model: Path) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=DEADLINE).close()
         (engine,) = psutil.Process(process.pid).children()
         engine.send_signal(signal.SIGABRT)
-        time.sleep(0.3)
+        assert process.stderr is not None
+        told: list[str] = []
+        while not told or "SIGABRT" not in told[-1]:
+            told.append(process.stderr.readline())
+            assert told[-1], "the log has ended"
         process.send_signal(signal.SIGTERM)
-        lines = [json.loads(line) for line in process.communicate(timeout=DEADLINE)[1].splitlines()]
+        told += process.communicate(timeout=DEADLINE)[1].splitlines()
+        lines = [json.loads(line) for line in told]
     assert any(line.get("event") == "request" and line["model"] == "tiny" for line in lines)
     assert any("SIGABRT" in line["message"] and line["level"] == "error" for line in lines)
+
+
+@pytest.mark.usefixtures("as_json")
+async def test_the_engines_last_words_are_told_without_a_line_break(capsys: pytest.CaptureFixture[str]) -> None:
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    child = EngineChild(lambda _: None, ended.set_result)
+    await child.start([sys.executable, "-c", "import sys; sys.stderr.write('first\\nterminate called')"])
+    assert await asyncio.wait_for(ended, DEADLINE) == 0
+    JOURNAL.flush()
+    assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == [
+        "first",
+        "terminate called",
+    ]
 
 
 def test_an_error_that_ends_the_server_is_json_too() -> None:
