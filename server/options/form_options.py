@@ -1,4 +1,4 @@
-"""The flags that hold answers to a form, beside those of sampling: `--json-schema` and `--grammar`."""
+"""The flags `--json-schema` and `--grammar`, which hold answers to a form. Apart: sampling knows no forms."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,17 +7,16 @@ from typing import Any
 import click
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.files.regular_file import read_regular, reason
 from slimoe.offload.text.generation import Constraint
 from slimoe.server.options.flag_group import flag_group
+from slimoe.server.options.text_file import TextFile
 
-MAX_BYTES = 4 << 20
 
-
-class FormText(click.ParamType[str]):
+class FormText(TextFile):
     """A form by the name of its file; with `is_schema` also as it is written."""
 
     name = "form"
+    most_bytes = 4 << 20
 
     def __init__(self, *, is_schema: bool) -> None:
         self._is_schema = is_schema
@@ -26,20 +25,8 @@ class FormText(click.ParamType[str]):
         """Gives the form's text."""
         if self._is_schema and value.lstrip().startswith("{"):
             return str(value)
-        try:
-            data = read_regular(Path(value))
-        except OSError as error:
-            other = "no JSON schema, which begins with {, and " if self._is_schema else ""
-            self.fail(f"{value!r} is {other}no file that can be read ({reason(error)}).", param, ctx)
-        if len(data) > MAX_BYTES:
-            self.fail(f"The file {value} has {len(data):,} bytes, and a form at most {MAX_BYTES:,}.", param, ctx)
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            self.fail(f"The file {value} is no text ({error}).", param, ctx)
-        if not text.strip():
-            self.fail(f"The file {value} is empty.", param, ctx)
-        return text
+        other = "no JSON schema, which begins with {, and " if self._is_schema else ""
+        return self.text_of(Path(value), value, other, param, ctx)
 
 
 form_flags = flag_group(
