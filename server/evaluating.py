@@ -22,6 +22,7 @@ from slimoe.server.child_python import module_command
 from slimoe.server.http.access import AccessRules
 from slimoe.server.http.connection import ApiRunner
 from slimoe.server.jobs.harness_messages import (
+    KEY_VARIABLE,
     Answered,
     Evaluated,
     HarnessEvent,
@@ -174,7 +175,7 @@ async def _harness(command: Sequence[str], request: HarnessRequest, key: str) ->
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, **_OFFLINE, "OPENAI_API_KEY": key},
+            env={**os.environ, **_OFFLINE, KEY_VARIABLE: key},
             limit=_LONGEST_LINE,
             start_new_session=True,
         )

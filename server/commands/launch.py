@@ -124,7 +124,9 @@ def _served(url: str, key: str | None) -> list[_Card]:
 def _chosen(cards: list[_Card], name: str | None, url: str) -> _Card:
     names = [card.id for card in cards]
     if name is not None and name not in names:
-        raise UsageError(f"The server at {url} has no model {name!r}.{did_you_mean(name, names)} It has: {names}.")
+        raise UsageError(
+            f"The server at {url} has no model {name!r}.{did_you_mean(name, names)} It has: {', '.join(names)}."
+        )
     if not cards:
         raise SlimoeError(f"The server at {url} has no model.")
     return next(card for card in cards if name in (None, card.id))

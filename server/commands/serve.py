@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from slimoe.server.messages import ModelInfo
 from slimoe.server.offer import Offer
 from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.installed import version_of
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.options.template_option import template_flag
@@ -182,10 +182,6 @@ def command(values: Mapping[str, Any]) -> None:
     path, trace = engine.model.absolute(), None if engine.trace is None else engine.trace.absolute()
     engine = replace(engine, model=path, trace=trace)
     options = msgspec.convert(dict(values), ServeOptions)
-    try:
-        version = metadata.version("slimoe")
-    except metadata.PackageNotFoundError:  # a source tree that was not installed
-        version = "unknown"
     rules = AccessRules(
         _key(options),
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
@@ -203,7 +199,7 @@ def command(values: Mapping[str, Any]) -> None:
     )
     offer = Offer(
         engine,
-        version,
+        version_of("slimoe"),
         options.alias,
         options.models,
         has_model,

@@ -20,6 +20,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 
 from slimoe.server.jobs.harness_messages import (
+    KEY_VARIABLE,
     Answered,
     Evaluated,
     HarnessEvent,
@@ -32,7 +33,6 @@ from slimoe.server.jobs.harness_messages import (
 from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
 from slimoe.server.process.engine_process import settle_in
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 _LONGEST_SECONDS = 7 * 24 * 3600
 """A request of a large model on a slow disk takes what it takes."""
 _N_SAMPLED, _N_TRIED = 200, 3

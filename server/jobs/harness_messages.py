@@ -4,6 +4,9 @@ from typing import Any
 
 import msgspec
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable of the process in which it finds the server's key, where lm-eval looks for one."""
+
 
 class HarnessRequest(msgspec.Struct, frozen=True):
     """What is to be evaluated: names of tasks or YAML files, with `n_parallel` requests at once.

@@ -6,13 +6,13 @@ import platform
 import shlex
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.machine.measurement_cache import machine_name
 from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.options.installed import version_of
 
 _BLOCK = 1 << 24
 _LIBRARIES = ("slimoe", "llama-cpp-python", "gguf", "aiohttp", "numpy")
@@ -36,7 +36,7 @@ def file_facts(path: Path, *, whole: bool) -> dict[str, Any]:
 
 def run_facts(arguments: Sequence[str], versions: dict[str, str]) -> dict[str, Any]:
     """When, where, with which versions and by which command something ran."""
-    found = {name: _version(name) for name in _LIBRARIES}
+    found = {name: version_of(name) for name in _LIBRARIES}
     return {
         "command": shlex.join(["slimoe", *arguments]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -47,13 +47,6 @@ def run_facts(arguments: Sequence[str], versions: dict[str, str]) -> dict[str, A
             "usable_processors": usable_processors(),
         },
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # a source tree that was not installed
-        return "unknown"
 
 
 def _header_ends(gguf: GGUFFile) -> list[int | None]:

@@ -1,6 +1,7 @@
-"""Checks for libraries that only some commands need."""
+"""What is installed: libraries that only some commands need, and versions."""
 
 import importlib.util
+from importlib import metadata
 
 from slimoe.offload.errors import UsageError
 
@@ -16,3 +17,11 @@ def check_installed(work: str, *modules: str, extra: str = "convert") -> None:
     for name in modules:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"{work} needs {name}. Install it: pip install 'slimoe[{extra}]'")
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; `unknown` for one that is not, such as a source tree in use."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

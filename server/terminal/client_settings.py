@@ -209,16 +209,10 @@ CLOUD_VARIABLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class ClientSettings:
+class ClientSettings(Client):
     """A client's settings for one server; the key stands nowhere, `key_names` are the variables that hold it."""
 
-    title: str
-    env: dict[str, str]
-    key_names: tuple[str, ...]
-    command: tuple[str, ...]
-    where: str
-    text: str
-    note: str
+    key_names: tuple[str, ...] = ()
 
 
 def settings_for(client: Client, server: Server) -> ClientSettings:
@@ -247,11 +241,11 @@ def settings_for(client: Client, server: Server) -> ClientSettings:
     return ClientSettings(
         client.title,
         {name: filled(value) for name, value in client.env.items()},
-        tuple(name for name, value in client.env.items() if value == "$key" and server.key_env is not None),
         tuple(map(filled, client.command)),
         filled(client.where),
         filled(client.text),
         client.note,
+        tuple(name for name, value in client.env.items() if value == "$key" and server.key_env is not None),
     )
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 import msgspec
 
 from slimoe.server.jobs.harness_messages import (
+    KEY_VARIABLE,
     Answered,
     Evaluated,
     HarnessFailed,
@@ -37,7 +38,7 @@ def main() -> None:
         return
     send(Loaded(list(request.tasks)))
     server = msgspec.json.decode(sys.stdin.buffer.readline(), type=HarnessServer)
-    tokens = RemoteTokens(server.url, os.environ["OPENAI_API_KEY"])
+    tokens = RemoteTokens(server.url, os.environ[KEY_VARIABLE])
     ids = tokens.encode("the quick brown fox", begins=True)
     send(Planned(dict.fromkeys(request.tasks, 2), 2 * len(ids), 0, 1.5))
     if request.only_plans:
