@@ -94,8 +94,13 @@ def _compiled(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 def check(matcher: LLMatcher) -> None:
     """Raises UnusableGrammarError if llguidance gave up."""
     if matcher.is_error():
-        reason = matcher.get_error().split("\n<")[0]
-        raise UnusableGrammarError("no text has this form" if reason.startswith("NoExtension") else reason[:_SHOWN])
+        raise UnusableGrammarError(reason_of(matcher))
+
+
+def reason_of(matcher: LLMatcher) -> str:
+    """Why llguidance gave up."""
+    reason = matcher.get_error().split("\n<")[0]
+    return "no text has this form" if reason.startswith("NoExtension") else reason[:_SHOWN]
 
 
 def grammar_of(constraint: Constraint, prefix: str = "") -> str:

@@ -35,10 +35,11 @@ _PATIENCE = 30.0
 _MOST_COMPILED, _MOST_COMPILED_BYTES = 64, 48 << 20
 _DEEP_STACK = 16 << 20
 """Several times what the trial had: what was compiled there is compiled here."""
-_LONG_SHARE = 0.05
-"""A mask that takes more than this share of a step is made while the model computes; the hand-over costs as much."""
 MAX_CHARS = 1 << 20
 """Of a constraint's text."""
+LONG_MASK_SECONDS = 0.0002
+"""Of processor time: after a mask that takes longer the next is made while the model computes. To hand one over takes
+about as long."""
 
 Allowed = NDArray[np.bool_]
 
@@ -100,15 +101,13 @@ class Held:
         self._matcher = compiled.matcher.deep_copy()
         self._after_space = None if compiled.after_space is None else compiled.after_space.deep_copy()
         self._made: Future[Allowed] | None = None
-        self._mask_seconds = self._step_seconds = 0.0
-        self._taken_at = time.perf_counter()
+        self._mask_seconds = 0.0
 
     def allowed(self) -> Allowed:
         """Which tokens may come next, [n_vocab], among them those that end the answer where it may end.
 
         Raises ConstraintError when llguidance gives up, or takes too long.
         """
-        self._step_seconds = time.perf_counter() - self._taken_at
         made, self._made = self._made, None
         return self._make() if made is None else made.result()
 
@@ -122,18 +121,17 @@ class Held:
         self._matcher.consume_token(token)
         self._taking_seconds = time.thread_time() - begin
         self.is_complete = self._matcher.is_stopped() and not self._matcher.is_error()
-        self._taken_at = time.perf_counter()
-        if self._mask_seconds > _LONG_SHARE * self._step_seconds and not self.is_complete:
+        if self._mask_seconds > LONG_MASK_SECONDS and not self.is_complete:
             # From here on nobody but the worker touches the matcher.
             self._made = self._workers.submit(self._make)
 
     def _make(self) -> Allowed:
-        begin, begin_of_work = time.perf_counter(), time.thread_time() - self._taking_seconds
+        begin = time.thread_time()
         mask = self._mask_of(self._matcher)
         if self._after_space is not None:
             mask = (mask & ~self._spaced) | self._mask_of(self._after_space)
-        self._mask_seconds = time.perf_counter() - begin
-        self._check_time(time.thread_time() - begin_of_work)
+        self._mask_seconds = time.thread_time() - begin
+        self._check_time(self._taking_seconds + self._mask_seconds)
         return mask
 
     def _check_time(self, seconds: float) -> None:
@@ -154,13 +152,11 @@ class Held:
         raise ConstraintError(self._constraint, f"{problem}. Ask for a simpler form")
 
     def _mask_of(self, matcher: "LLMatcher") -> Allowed:
-        from slimoe.offload.text.grammar_source import UnusableGrammarError, check
-
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        try:
-            check(matcher)
-        except UnusableGrammarError as error:
-            raise ConstraintError(self._constraint, str(error)) from None
+        if matcher.is_error():
+            from slimoe.offload.text.grammar_source import reason_of
+
+            raise ConstraintError(self._constraint, reason_of(matcher))
         return np.unpackbits(bits, count=len(self._spaced), bitorder="little").view(np.bool_)
 
 

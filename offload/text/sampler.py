@@ -70,12 +70,15 @@ class Sampler:
             raise BadLogitsError
         if self._biased.size or self._penalises:
             logits = self._adjusted(logits)
-        if allowed is not None:
-            kept = np.where(allowed, logits[: len(allowed)], np.float32(-np.inf))
+        if allowed is None:
+            token = self._draw(logits)
+        else:
+            # What is not allowed need not be sorted.
+            tokens = np.flatnonzero(allowed)
+            kept = logits[tokens]
             if kept.max() <= -_FORBIDDEN:
                 raise UsageError("logit_bias forbids all tokens that the form of the answer allows. Leave some out.")
-            logits = kept
-        token = int(logits.argmax()) if self.params.temperature <= 0 else self._draw(logits)
+            token = int(tokens[self._draw(kept)])
         self._tokens.append(token)
         return token
 
@@ -97,6 +100,8 @@ class Sampler:
 
     def _draw(self, logits: Logits) -> int:
         p = self.params
+        if p.temperature <= 0:
+            return int(logits.argmax())
         order = _likeliest(logits, p.top_k or len(logits))
         kept = logits[order].astype(np.float64)
         probabilities = _softmax(kept)

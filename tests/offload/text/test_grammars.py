@@ -279,12 +279,17 @@ def test_white_space_has_an_end(engine: Engine) -> None:
     assert max(map(len, re.findall(r"\s+", text))) <= 22
 
 
-def test_what_takes_long_is_worked_out_beside_the_model(engine: Engine) -> None:
+def test_a_mask_is_the_same_beside_the_model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that take long are made by another thread; here all are, or none is."""
     optional = {f"p{n}": {"type": "null"} for n in range(500)}
-    wanted = Constraint("json_schema", json.dumps({"type": "object", "properties": optional}))
-    text, reason = answer(engine, wanted, sampling=wild(0))
-    assert reason in ("stop", "length")
-    assert text.startswith("{")
+    long = Constraint("json_schema", json.dumps({"type": "object", "properties": optional}))
+    for wanted in (long, PERSON):
+        found = []
+        for most in (-1.0, 1e9):
+            monkeypatch.setattr("slimoe.offload.text.grammars.LONG_MASK_SECONDS", most)
+            found.append(answer(engine, wanted, sampling=wild(0), strips_space=True, max_tokens=60))
+        assert found[0] == found[1]
+        assert found[0][0].startswith("{")
 
 
 def test_an_answer_may_get_too_hard_to_hold(engine: Engine) -> None:

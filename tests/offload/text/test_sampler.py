@@ -127,6 +127,26 @@ def test_logit_bias_bans_and_forces() -> None:
     assert len(set(draws(logits, params(logit_bias=everything), 300))) > 50
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.99])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.05, "temperature": 1.5},
+        {"top_k": 200, "repeat_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {7: 5.0, 8: -math.inf}},
+    ],
+    ids=("greedy", "free", "filtered", "penalised"),
+)
+def test_what_is_not_allowed_is_as_if_its_logits_were_minus_infinity(share: float, changed: dict[str, Any]) -> None:
+    held, free = Sampler(params(**changed), [3, 7, 7]), Sampler(params(**changed), [3, 7, 7])
+    for seed in range(50):
+        logits, allowed = random_logits(1000, seed), np.random.default_rng(seed).random(1000) < share
+        allowed[7:9] = True
+        expected = free.sample(np.where(allowed, logits, np.float32(-np.inf)))
+        assert held.sample(logits, allowed) == expected
+
+
 def test_logits_are_left_alone() -> None:
     logits = random_logits(100)
     before = logits.copy()
