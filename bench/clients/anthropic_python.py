@@ -97,15 +97,4 @@ def cancel() -> None:
 
 
 if __name__ == "__main__":
-    report(
-        "anthropic",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("anthropic", chat, stream, tools, schema, usage, errors, cancel)

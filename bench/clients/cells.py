@@ -51,14 +51,14 @@ def expect_idle(url: str, seconds: float = 5.0) -> None:
         time.sleep(0.05)
 
 
-def report(package: str, cells: dict[str, Callable[[], None]]) -> None:
-    """Runs the cells in turn and prints what came of them: "works", or the error in one line."""
+def report(package: str, *cells: Callable[[], None]) -> None:
+    """Runs the cells in turn and prints what came of each by its name: "works", or the error in one line."""
     found = {}
-    for name, cell in cells.items():
+    for cell in cells:
         try:
             cell()
-            found[name] = "works"
+            found[cell.__name__] = "works"
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found[cell.__name__] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     print(json.dumps({"client": package, "version": metadata.version(package), "cells": found}))
     sys.exit(any(outcome != "works" for outcome in found.values()))

@@ -1,39 +1,48 @@
 """instructor in its modes for OpenAI's API, without retries: the first answer must hold."""
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import instructor
 import openai
-from pydantic import BaseModel, Field
 
 from bench.clients.cells import LONG, QUESTION, expect, expect_idle, report
+from bench.clients.weather import Weather
 
 URL = sys.argv[1]
 plain = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 
 
-class Weather(BaseModel):
-    """The weather of some days in a city."""
+def ask(mode: instructor.Mode) -> None:
+    """Asks for an object in one of instructor's modes."""
+    client = instructor.from_openai(plain, mode=mode)
+    found = client.chat.completions.create(
+        model="demo", messages=ASKED, response_model=Weather, max_retries=0, max_tokens=200, temperature=0
+    )
+    expect(isinstance(found, Weather), found)
 
-    city: Literal["Paris", "Rome"]
-    days: int = Field(ge=1, le=9)
+
+def chat() -> None:
+    """A whole answer, which is an object, as all of instructor's are."""
+    ask(instructor.Mode.JSON_SCHEMA)
 
 
-def held(mode: instructor.Mode) -> Callable[[], None]:
-    """A cell that asks for an object in one of instructor's modes."""
+def tools() -> None:
+    """The object is the arguments of a call that must be made."""
+    ask(instructor.Mode.TOOLS)
 
-    def ask() -> None:
-        client = instructor.from_openai(plain, mode=mode)
-        found = client.chat.completions.create(
-            model="demo", messages=ASKED, response_model=Weather, max_retries=0, max_tokens=200, temperature=0
-        )
-        expect(isinstance(found, Weather), found)
 
-    return ask
+def tools_strict() -> None:
+    """The same with a strict tool."""
+    ask(instructor.Mode.TOOLS_STRICT)
+
+
+def schema() -> None:
+    """The answer is held to the class's schema."""
+    ask(instructor.Mode.JSON_SCHEMA)
 
 
 def stream() -> None:
@@ -70,23 +79,10 @@ def cancel() -> None:
         asked = client.chat.completions.create(model="demo", messages=ASKED, response_model=Weather)
         await asyncio.wait_for(asked, 0.2)
 
-    try:
+    with contextlib.suppress(TimeoutError):
         asyncio.run(begin())
-    except TimeoutError:
-        expect_idle(URL)
+    expect_idle(URL)
 
 
 if __name__ == "__main__":
-    report(
-        "instructor",
-        {
-            "chat": held(instructor.Mode.JSON_SCHEMA),
-            "stream": stream,
-            "tools": held(instructor.Mode.TOOLS),
-            "tools, strict": held(instructor.Mode.TOOLS_STRICT),
-            "schema": held(instructor.Mode.JSON_SCHEMA),
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("instructor", chat, stream, tools, tools_strict, schema, usage, errors, cancel)

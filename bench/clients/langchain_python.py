@@ -6,18 +6,11 @@ from typing import Any, Literal
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import ToolMessage
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field
 
 from bench.clients.cells import LONG, N_TOKENS, QUESTION, check_weather, expect, expect_idle, report
+from bench.clients.weather import Weather
 
 URL = sys.argv[1]
-
-
-class Weather(BaseModel):
-    """Tells the weather of some days in a city."""
-
-    city: Literal["Paris", "Rome"]
-    days: int = Field(ge=1, le=9)
 
 
 def model(fields: dict[str, Any] | None = None) -> ChatOpenAI:
@@ -88,15 +81,4 @@ def cancel() -> None:
 
 
 if __name__ == "__main__":
-    report(
-        "langchain-openai",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("langchain-openai", chat, stream, tools, schema, usage, errors, cancel)

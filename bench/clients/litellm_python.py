@@ -83,15 +83,4 @@ def cancel() -> None:
 
 
 if __name__ == "__main__":
-    report(
-        "litellm",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("litellm", chat, stream, tools, schema, usage, errors, cancel)

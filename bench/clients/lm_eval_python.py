@@ -18,7 +18,7 @@ def model() -> Any:
     )
 
 
-def likelihoods() -> None:
+def scoring() -> None:
     """A likely word is likelier than an unlikely one, and scores are the same when asked again."""
     pairs = (("The river is", " a"), ("The river is", " zzq"))
     asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
@@ -26,11 +26,11 @@ def likelihoods() -> None:
     expect(first[0][0] > first[1][0] and first == again, (first, again))
 
 
-def generate() -> None:
+def completions() -> None:
     """A text is continued up to a stop string."""
     asked = [Instance("generate_until", {}, ("The river is", {"until": ["\n"], "max_gen_toks": 8}), 0)]
     expect(isinstance(model().generate_until(asked)[0], str), "no text")
 
 
 if __name__ == "__main__":
-    report("lm-eval", {"scoring": likelihoods, "completions": generate})
+    report("lm-eval", scoring, completions)

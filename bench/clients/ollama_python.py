@@ -77,15 +77,4 @@ def cancel() -> None:
 
 
 if __name__ == "__main__":
-    report(
-        "ollama",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("ollama", chat, stream, tools, schema, usage, errors, cancel)

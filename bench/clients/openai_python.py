@@ -151,16 +151,4 @@ def responses() -> None:
 
 
 if __name__ == "__main__":
-    report(
-        "openai",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-            "responses": responses,
-        },
-    )
+    report("openai", chat, stream, tools, schema, usage, errors, cancel, responses)

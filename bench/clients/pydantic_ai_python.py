@@ -1,28 +1,22 @@
-"""pydantic-ai: an agent with a tool, and answers held to a class in its three ways."""
+"""pydantic-ai: answers and streams of an agent, and objects by a call and by a schema."""
 
 import asyncio
+import contextlib
 import sys
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from bench.clients.cells import LONG, N_TOKENS, QUESTION, expect, expect_idle, report
+from bench.clients.weather import Weather
 
 URL = sys.argv[1]
 model = OpenAIChatModel("demo", provider=OpenAIProvider(base_url=f"{URL}/v1", api_key="none"))
 
 BRIEF: Any = {"max_tokens": 200, "temperature": 0, "parallel_tool_calls": False}
-
-
-class Weather(BaseModel):
-    """The weather of some days in a city."""
-
-    city: Literal["Paris", "Rome"]
-    days: int = Field(ge=1, le=9)
 
 
 def chat() -> None:
@@ -76,23 +70,12 @@ def cancel() -> None:
         async with Agent(model).run_stream(QUESTION, model_settings=settings) as answer:
             async for _ in answer.stream_text(delta=True):
                 raise TimeoutError
+        expect(False, "a stream without text")
 
-    try:
+    with contextlib.suppress(TimeoutError):
         asyncio.run(begin())
-    except TimeoutError:
-        expect_idle(URL)
+    expect_idle(URL)
 
 
 if __name__ == "__main__":
-    report(
-        "pydantic-ai-slim",
-        {
-            "chat": chat,
-            "stream": stream,
-            "tools": tools,
-            "schema": schema,
-            "usage": usage,
-            "errors": errors,
-            "cancel": cancel,
-        },
-    )
+    report("pydantic-ai-slim", chat, stream, tools, schema, usage, errors, cancel)
