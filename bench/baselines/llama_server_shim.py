@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slimoe.server.commands import serve
 from slimoe.server.options.engine_options import DEMO
 
 KEY_VARIABLE = "SLIMOE_SHIM_KEY"
@@ -81,22 +80,12 @@ def serve_command(flags: Sequence[str]) -> ServeCommand:
     return command
 
 
-def known(arguments: Sequence[str]) -> list[str]:
-    """The arguments without flags that `slimoe serve` does not have yet, and their values."""
-    flags = {flag for option in serve.command.params for flag in (*option.opts, *option.secondary_opts)}
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    dropped = {n for n, (one, value) in enumerate(pairs) if one.startswith("--") and one not in flags}
-    return [
-        one for n, one in enumerate(arguments) if n not in dropped and (n - 1 not in dropped or one.startswith("--"))
-    ]
-
-
 def main(flags: Sequence[str]) -> None:
     """Becomes the server."""
     command = serve_command(flags)
     if command.key is not None:
         os.environ[KEY_VARIABLE] = command.key
-    arguments = [sys.executable, "-m", "slimoe.server.cli", "serve", str(command.model), *known(command.arguments)]
+    arguments = [sys.executable, "-m", "slimoe.server.cli", "serve", str(command.model), *command.arguments]
     os.execv(sys.executable, arguments)
 
 

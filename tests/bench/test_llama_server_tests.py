@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.api.llama_server_tests import OPEN, Result
-from bench.baselines.llama_server_shim import known, serve_command
+from bench.baselines.llama_server_shim import serve_command
 from slimoe.server.options.engine_options import DEMO
 
 
@@ -33,16 +33,6 @@ def test_flags_of_llama_server(flags: str, arguments: str) -> None:
 
 def test_a_model_is_taken_by_its_path() -> None:
     assert serve_command(["--model", "x.gguf"]).model == Path("x.gguf")
-
-
-def test_flags_that_serve_does_not_have_are_left_out() -> None:
-    assert known(["--ctx", "5", "--nothing", "x", "--no-slots", "--none", "--port", "1"]) == [
-        "--ctx",
-        "5",
-        "--no-slots",
-        "--port",
-        "1",
-    ]
 
 
 @pytest.mark.parametrize(
