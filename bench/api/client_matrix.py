@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from bench.limits import machine
+from bench.limits.victim import victim
 from slimoe.offload.errors import SlimoeError
 
 ROOT = Path(__file__).parents[2]
@@ -120,31 +121,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-class Served:
-    """`slimoe serve` on a free port, with the demo model; ends with the block."""
-
-    def __init__(self, arguments: Sequence[str] = ()) -> None:
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "slimoe.server.cli", "serve", "--port", "0", "--parallel", "2", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def __enter__(self) -> str:
-        """Waits for the ready line and returns the server's address; raises SlimoeError."""
-        assert self._popen.stdout is not None
-        line = self._popen.stdout.readline()
-        if not line:
-            raise SlimoeError("The server did not start.")
-        url: str = json.loads(line)["url"]
-        return url
-
-    def __exit__(self, *_: object) -> None:
-        self._popen.terminate()
-        self._popen.wait(10)
-
-
 @click.command()
 @click.option("--environments", type=click.Path(path_type=Path), default=Path("clients"), show_default=True)
 @click.option("--install", "installs", is_flag=True, help="Make the clients' environments first.")
@@ -164,9 +140,9 @@ def main(environments: Path, installs: bool, names: tuple[str, ...], smoke: bool
                 install(client, environments)
                 made.add(client.environment)
     rows = []
-    with Served() as url:
+    with victim(None, "--parallel", "2") as server:
         for client in chosen:
-            rows.append(tried(client, environments, url))
+            rows.append(tried(client, environments, server.url))
             for name, outcome in rows[-1]["cells"].items():
                 if outcome != "works":
                     click.echo(f"{client.package}: {name}: {outcome}", err=True)

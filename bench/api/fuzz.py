@@ -12,21 +12,17 @@ describes itself. schemathesis goes into an environment of its own:
 import json
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import click
 
-from slimoe.server.options.engine_options import DEMO
+from bench.limits.victim import victim
 
 CHECKS = (
     "not_a_server_error",
@@ -40,25 +36,13 @@ CONFIGURATION = """
 not_a_server_error.expected-statuses = ["2xx", "4xx", 501, 503]
 """
 """What is not offered has status 501, and 503 is told to who asks for a free slot."""
+FLAGS = ("--ctx", "192", "--parallel", "2", "--n-predict", "4", "--queue", "256")
+"""Short answers, and room for all that is asked."""
 NEVER_ENDS = "/v1/events"
 REQUEST_SECONDS = 60
 HOW = (
     "schemathesis is not installed: pip install schemathesis, into an environment of its own, and name its st by --st."
 )
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    """`slimoe serve` on a free port, with short answers, and its address."""
-    flags = ["--port", "0", "--ctx", "192", "--parallel", "2", "--n-predict", "4", "--queue", "256"]
-    command = [sys.executable, "-m", "slimoe.server.cli", "serve", str(DEMO), *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        yield json.loads(server.stdout.readline())["url"]
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=15)
 
 
 def fuzz(st: str, url: str, n_examples: int, seconds: int, seed: int) -> dict[str, Any]:
@@ -99,18 +83,16 @@ def main(st: str, n_examples: int, seconds: int, seed: int, smoke: bool) -> None
     if found is None and not smoke:
         raise click.ClickException(HOW)
     begin = time.monotonic()
-    with serving() as url:
-        with urllib.request.urlopen(f"{url}/openapi.json", timeout=30) as response:
-            document = json.load(response)
-        values: dict[str, Any] = {"described": sum(map(len, document["paths"].values()))}
+    with victim(None, *FLAGS) as server:
+        values: dict[str, Any] = {"described": sum(map(len, server.ask("/openapi.json")["paths"].values()))}
         if found is None:
             print(HOW)
         else:
-            values |= fuzz(found, url, 2 if smoke else n_examples, 20 if smoke else seconds, seed)
-        with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
-            values["health_afterwards"] = json.load(response)["status"]
-        with urllib.request.urlopen(f"{url}/slots", timeout=30) as response:
+            values |= fuzz(found, server.url, 2 if smoke else n_examples, 20 if smoke else seconds, seed)
+        values["health_afterwards"] = server.ask("/health")["status"]
+        with urllib.request.urlopen(f"{server.url}/slots", timeout=30) as response:
             values["slots_busy_afterwards"] = sum(slot["is_processing"] for slot in json.load(response))
+        values["found_in_log"] = [finding.kind for finding in server.log_findings()]
     values["seconds"] = round(time.monotonic() - begin, 1)
     print(json.dumps(values))
 
