@@ -26,6 +26,7 @@ from rich.console import Console
 
 from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
+from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from slimoe.converter.budget.compress import plan_compression, target_bytes
@@ -250,7 +251,7 @@ def smoke_lab(directory: Path) -> Lab:
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
     checkpoint: Path | None,

@@ -23,6 +23,7 @@ import click
 from rich.console import Console
 
 from bench.limits import machine
+from bench.limits.flags import run_flags
 from bench.models.random_model import SHAPES
 from bench.quality.compress_runs import COMPRESSED, Plan, check_room, measure
 from bench.quality.compress_speed_report import as_json, table
@@ -60,8 +61,7 @@ def smallest(plan: Plan) -> Plan:
 @click.option("--tokens", type=click.IntRange(16), default=2048, show_default=True, help="To calibrate on.")
 @click.option("--decode", type=click.IntRange(1), default=32, show_default=True, help="Tokens of a round.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+@run_flags
 def main(
     layers: int,
     files: tuple[str, ...],

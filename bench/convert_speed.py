@@ -21,6 +21,7 @@ import click
 
 from bench.baselines.llama_cpp import llama_quantize
 from bench.limits import machine
+from bench.limits.flags import run_flags, threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from slimoe.converter.convert import ConvertOptions, convert
@@ -131,10 +132,9 @@ def measure(plan: Plan) -> dict[str, Any]:
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
 @click.option("--layers", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--type", "kind", type=click.Choice(TYPES), default="Q4_K", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+@run_flags
 def main(shape: str, layers: int, kind: str, threads: int | None, rounds: int, smoke: bool, allow_busy: bool) -> None:
     """Compare the conversion's speed with llama.cpp's quantiser, and its memory with the bound."""
     name = "smoke" if smoke else shape

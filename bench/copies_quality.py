@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.limits.engine_changes import Changes, parse_changes
+from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from bench.models.topics import natural_tokens
@@ -204,7 +205,7 @@ def smallest_plan(directory: Path) -> Plan:
 )
 @click.option("--uniform/--no-uniform", default=True, help="Compare with files of one type as well.", show_default=True)
 @click.option("--room", "rooms", type=click.FloatRange(0), multiple=True, default=ROOMS, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
 def main(
     checkpoint: Path | None,

@@ -25,6 +25,7 @@ from rich.table import Table
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import Candidate, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from bench.limits import machine
+from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
@@ -207,15 +208,14 @@ def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[i
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
-@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Measure this file instead of a random one.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", callback=_comma_ints, default="512,64", show_default=True, help="To prefill, to decode.")
 @click.option("--depths", callback=_comma_ints, default="0,1024", show_default=True, help="Tokens already cached.")
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
+@run_flags
 @click.option("--keep", is_flag=True, help="Keep the random model in the temporary directory.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
 def main(
     shape: str,
     kind: str,

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import kl_divergence, random_tokens
+from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES
 from slimoe.converter.convert import ConvertOptions, convert
@@ -185,7 +186,7 @@ def smallest_plan(directory: Path) -> Plan:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face Mixtral, Mistral or Llama.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: random tokens]")
 @click.option("--prompt", "prompts", multiple=True, help="Begins greedy tokens; may be given several times.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random checkpoint.")
 def main(
     checkpoint: Path | None, text: Path | None, prompts: tuple[str, ...], threads: int | None, smoke: bool

@@ -27,6 +27,7 @@ from rich.console import Console
 from bench.limits import machine
 from bench.limits.cgroup import NoControlGroupError, memory_group
 from bench.limits.engine_changes import parse_changes
+from bench.limits.flags import run_flags, threads_flag
 from bench.limits.limited_runs import Limit, Plan, measure
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import SHAPES, random_model_file
@@ -151,10 +152,9 @@ def smoke_limits() -> tuple[Limit, ...]:
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Or memory such as 12GiB.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Measured tokens of a run.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--engine", multiple=True, metavar="FIELD=VALUE", help="Changes our engine's configuration.")
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+@run_flags
 def main(
     model: str,
     copies: str | None,

@@ -2,8 +2,8 @@
 
 Greedy answers are computed twice: in peace, and with the limits changed again and again between two steps; tokens
 must be the same. Told are the pause of each change, the bytes that were read for it and the most that the process held
-meanwhile. Then the same answer again while a snapshot is taken
-four times a second, as for a page that shows the map of experts. The last line of stdout is one JSON document.
+meanwhile. Then the same answer again while a snapshot is taken four times a second, as for a page that shows the map of
+experts. The last line of stdout is one JSON document.
 
     python -m bench.rebudget --shape design8 --sizes least,+50%,100%
 """

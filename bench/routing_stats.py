@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.limits.flags import threads_flag
 from bench.models.random_model import SHAPES, random_model_file
 from bench.models.topics import STYLES, TOKENS
 from bench.traces.routing import ExpertIds, Floats, Routers, Routing, best, observe
@@ -155,7 +156,7 @@ def table(figures: dict[str, list[float]]) -> Table:
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--text", "texts", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, help="Tokens of each text.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--smoke", is_flag=True, help="Seconds only, on the smallest random model.")
 def main(
     model: Path | None,

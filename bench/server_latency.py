@@ -26,6 +26,7 @@ import click
 
 from bench.baselines.stepping import random_tokens
 from bench.limits import machine
+from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.limits.victim import victim
 from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
@@ -138,13 +139,12 @@ def as_json(plan: Plan, served: list[Stream], own: list[Stream]) -> dict[str, An
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
-@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of a random one.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens of a stream.")
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+@run_flags
 def main(
     shape: str,
     kind: str,

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from bench.limits import machine
+from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.models.random_model import SHAPES, random_model_file
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
@@ -122,13 +123,12 @@ def held_cpu(engine: Engine, form: Constraint, n_tokens: int) -> float:
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, not the demo.")
-@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Measure with this file.")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@threads_flag
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=48, show_default=True, help="Tokens of an answer.")
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
-@click.option("--allow-busy", is_flag=True, help="Measure although other processes use the cores.")
+@run_flags
 def main(
     shape: str | None,
     kind: str,
