@@ -268,7 +268,10 @@ def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
         # A named tool is called once.
         choice = ToolChoice("required", given.name, is_parallel=False)
     elif given.type == "allowed_tools" and given.tools is not None:
-        allowed = {tool.name for tool in given.tools}
+        known, allowed = {tool.name for tool in tools}, [tool.name for tool in given.tools]
+        unknown = next((n for n, name in enumerate(allowed) if name not in known), None)
+        if unknown is not None:
+            raise invalid("An allowed tool is one of tools, by its name.", f"tool_choice.tools[{unknown}]")
         tools = tuple(tool for tool in tools if tool.name in allowed)
         choice = ToolChoice(given.mode or "auto", is_parallel=is_parallel)
     else:

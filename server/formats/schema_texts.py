@@ -14,9 +14,15 @@ def text_parameters(tool: Tool) -> tuple[str, ...]:
 
 
 def _is_text(schema: dict[str, object]) -> bool:
-    kind, choices, either = schema.get("type"), schema.get("enum"), schema.get("anyOf")
-    if isinstance(either, list) and either:
-        kind = [one.get("type") if isinstance(one, dict) else None for one in either]
+    choices, either = schema.get("enum"), schema.get("anyOf")
+    given = either if isinstance(either, list) and either else [schema]
     if isinstance(choices, list) and choices:
         return all(isinstance(choice, str) for choice in choices)
-    return kind == "string" or (isinstance(kind, list) and "string" in kind and set(kind) <= {"string", "null"})
+    kinds = [kind for one in given for kind in _kinds(one)]
+    return "string" in kinds and all(kind in ("string", "null") for kind in kinds)
+
+
+def _kinds(schema: object) -> list[object]:
+    """The types that a schema allows; one that names none allows all."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return kind if isinstance(kind, list) else [kind]

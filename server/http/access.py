@@ -26,6 +26,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _AUTHORITY = re.compile(r"(\[(?P<address>[^\[\]@/]+)\]|(?P<name>[^\s:/?#@\\\[\]]+))(:\d{0,5})?")
 _ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)/?")
 _OPAQUE_ORIGIN = "null"
+_READING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD, hdrs.METH_OPTIONS})
+"""Methods that change nothing, by which a link on any page may lead here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class AccessRules:
         host, origin = _one(request, hdrs.HOST), _one(request, hdrs.ORIGIN)
         if origin is not None and not self.allows_origin(origin, host):
             raise _forbidden(f"Pages from {origin} may not use this server. Allow them with --allowed-origin.")
+        if origin is None and request.method not in _READING and request.headers.get("Sec-Fetch-Site") == "cross-site":
+            raise _forbidden("Pages of other sites may not use this server without telling their Origin.")
         if self.key is None:
             if host is None:
                 raise invalid("The request names no host. Send a Host header.")

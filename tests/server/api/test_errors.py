@@ -302,6 +302,25 @@ async def test_web_pages(guarded: str, origin: str, status: int) -> None:
         assert "Access-Control-Allow-Credentials" not in response.headers
 
 
+@pytest.mark.parametrize(
+    ("site", "origin", "status"),
+    [
+        ("cross-site", None, 403),
+        ("cross-site", "https://mine.org", 400),
+        ("same-site", None, 400),
+        ("same-origin", None, 400),
+        ("none", None, 400),
+    ],
+)
+async def test_a_page_that_does_not_tell_its_origin(guarded: str, site: str, origin: str | None, status: int) -> None:
+    """An empty body is told from a page that is not let in; a link may lead here from anywhere."""
+    headers = {"Sec-Fetch-Site": site, **({} if origin is None else {"Origin": origin})}
+    async with aiohttp.ClientSession() as session, session.post(guarded + CHAT, headers=headers) as response:
+        assert response.status == status
+    async with aiohttp.ClientSession() as session, session.get(guarded + "/", headers=headers) as response:
+        assert response.status == 200
+
+
 async def test_the_key(model: Path) -> None:
     async with live_rules(model, AccessRules(key="sesame")) as url:
         assert await ask(url) == 401

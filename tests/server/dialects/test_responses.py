@@ -249,8 +249,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
     ({"tool_choice": {"type": "function", "name": "f"}, "tools": [LOOK]}, "tool_choice"),
     (
-        {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}]}, "tools": [LOOK]},
+        {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}, "tools": [LOOK]},
         "tool_choice",
+    ),
+    (
+        {"tool_choice": {"type": "allowed_tools", "tools": [LOOK, {"name": "f"}]}, "tools": [LOOK]},
+        "tool_choice.tools[1]",
     ),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"background": True}, "background"),
