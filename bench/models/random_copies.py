@@ -18,9 +18,10 @@ from bench.models.random_blocks import RandomTensor
 from bench.models.random_model import SHAPES, Shape, describe, random_tensors, shape_named, weight_type, write_file
 from bench.models.topics import STYLES
 from slimoe.offload.errors import SlimoeError
+from slimoe.offload.model.expert_spec import LayerShape
 from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE, LayerShape
+from slimoe.offload.model.spec import NATIVE
 
 _EXPERTS = "_exps.weight"
 

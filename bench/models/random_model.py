@@ -27,8 +27,9 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
+from slimoe.offload.model.spec import AttentionSpec, ModelSpec
 from slimoe.offload.model.tensor_list import model_tensors
 
 TYPES = (

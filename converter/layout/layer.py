@@ -13,9 +13,9 @@ from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Ty
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.offload.errors import UnsupportedModelError
+from slimoe.offload.model.expert_spec import LayerShape
 from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
-from slimoe.offload.model.spec import LayerShape
 from slimoe.offload.model.tensor_list import ModelTensor
 
 

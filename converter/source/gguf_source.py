@@ -14,7 +14,7 @@ from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.tensors import LayerSources, LinearSource, WeightSource, stacked_matrix
+from slimoe.offload.model.tensors import LayerSources, WeightSource, stacked_matrix
 from slimoe.offload.text.tokenizer import Tokenizer
 
 _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version", "size_label")
@@ -34,22 +34,22 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()
     found: dict[MatrixKey, StoredMatrix] = {}
-    whole = (sources.token_embd, sources.rope_freqs, sources.output_norm)
-    output = () if sources.output.weight is sources.token_embd else _linear(sources.output)
+    whole = (sources.token_embd, sources.rope_freqs, *sources.output_norm.parts)
+    output = () if sources.output.weight is sources.token_embd else sources.output.parts
     for weight in (*(one for one in whole if one), *output):
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
     layers = []
     for index, layer in enumerate(sources.layers):
         found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
-        stored = len(layer.buckets.layout.buckets) if layer.buckets else spec.n_expert
-        target = layer.buckets.layout.target if layer.buckets else tuple(range(spec.n_expert))
+        n_expert = layer.router.weight.ne[1] if layer.router else 0
+        stored = len(layer.buckets.layout.buckets) if layer.buckets else n_expert
+        target = layer.buckets.layout.target if layer.buckets else tuple(range(n_expert))
         layers.append(SourceLayer(stored, target, layer.attn_norm is not None, layer.ffn_norm is not None))
     return StoredModel(path, spec, _digest(gguf), _metadata(gguf.metadata, path.stem), tuple(layers), found)
 
 
 def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
-    linears = (*layer.qkv, *((layer.attn_output,) if layer.attn_output else ()))
-    for weight in (*layer.vectors, *(part for linear in linears for part in _linear(linear))):
+    for weight in (*layer.vectors, *(part for linear in layer.matrices for part in linear.parts)):
         yield MatrixKey(weight.name), weight
     if layer.buckets:
         layout, constants = layer.buckets.layout, layer.buckets.constants
@@ -65,15 +65,11 @@ def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple
     elif layer.router:
         assert layer.down is not None
         for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
-            for expert in range(layer.router.ne[1]):
+            for expert in range(layer.router.weight.ne[1]):
                 yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
     else:
         for linear in (*layer.gate_up, *((layer.down,) if layer.down else ())):
-            yield from ((MatrixKey(weight.name), weight) for weight in _linear(linear))
-
-
-def _linear(linear: LinearSource) -> tuple[WeightSource, ...]:
-    return (linear.weight, linear.bias) if linear.bias else (linear.weight,)
+            yield from ((MatrixKey(weight.name), weight) for weight in linear.parts)
 
 
 def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:

@@ -179,7 +179,31 @@ def ggml_soft_max(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_clamp(ctx: Ptr, a: Ptr, least: F32, most: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_sigmoid(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_silu(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_fill(ctx: Ptr, a: Ptr, value: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_argsort(ctx: Ptr, a: Ptr, order: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_argsort_top_k(ctx: Ptr, a: Ptr, k: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_add_id(ctx: Ptr, a: Ptr, b: Ptr, ids: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
@@ -228,6 +252,10 @@ def ggml_reshape_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
 
 @c_function(_BASE)
 def ggml_reshape_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_reshape_4d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
 
 
 @c_function(_BASE)

@@ -46,6 +46,13 @@ class MetadataKeys:
             raise ModelFileError(self.gguf.path, problem, AGAIN)
         return float(value)
 
+    def flag(self, name: str, *, default: bool) -> bool:
+        """The truth value at a key."""
+        value = self.value(name, default)
+        if not isinstance(value, bool):
+            raise ModelFileError(self.gguf.path, f"{self.prefix}{name} is {value!r}, which is no truth value.", AGAIN)
+        return value
+
     def has(self, name: str) -> bool:
         """Whether the file has the key."""
         return self.prefix + name in self.gguf.metadata

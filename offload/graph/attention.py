@@ -55,8 +55,8 @@ class AttentionBuilder:
         query, key, value = self._qkv(layer, hidden, n_queries)
         n_before = self.shape.n_tokens - n_queries
         tail = ggml.ggml_view_2d(ctx, positions, n_queries, 1, n_queries * 4, n_before * 4) if n_before else positions
-        query = self._rope(query, tail)
-        self._store(self.cache.keys[index], self._rope(key, positions))
+        query = self._normed_head(self._rope(query, tail), layer.q_norm)
+        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions), layer.k_norm))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(
             ctx,
@@ -101,6 +101,12 @@ class AttentionBuilder:
         if norm and spec.architecture.qk_norm == "head":
             return add_rms_norm(self.ctx, heads, norm, spec.rms_eps)
         return heads
+
+    def _normed_head(self, heads: int, norm: int) -> int:
+        """Heads that are normalised after the rotation."""
+        if not norm or self.spec.architecture.qk_norm != "head_after_rope":
+            return heads
+        return add_rms_norm(self.ctx, heads, norm, self.spec.rms_eps)
 
     def _rope(self, heads: int, positions: int) -> int:
         rope = self.spec.rope

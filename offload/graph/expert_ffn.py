@@ -8,13 +8,24 @@ from collections.abc import Sequence
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
-from slimoe.offload.graph.weights import LayerWeights
+from slimoe.offload.graph.weights import LayerWeights, SharedWeights
 
 
 def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
     """The output of a dense FFN, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in layer.gate_up]
     return add_linear(ctx, layer.down, _activated(ctx, projected))
+
+
+def add_shared_expert(ctx: int, shared: SharedWeights, normed: int) -> int:
+    """The output of a shared expert, [n_embd, n_rows]."""
+    projected = [add_linear(ctx, part, normed) for part in shared.gate_up]
+    output = add_linear(ctx, shared.down, _activated(ctx, projected))
+    if not shared.gate:
+        return output
+    gate = ggml.ggml_mul_mat(ctx, shared.gate, normed)
+    # llama.cpp's sigmoid here, to the last bit.
+    return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
 
 def add_expert_ffn(ctx: int, gate_up: Sequence[int], down: int, rows: int, ids: int) -> int:
@@ -27,8 +38,8 @@ def add_expert_ffn(ctx: int, gate_up: Sequence[int], down: int, rows: int, ids: 
     return int(ggml.ggml_mul_mat_id(ctx, down, _activated(ctx, projected), ids))
 
 
-def add_expert_sum(ctx: int, outputs: int, residual: int) -> int:
-    """Sums the weighted outputs [n_embd, n_expert_used, n_rows] over the experts, and adds the residual stream."""
+def add_expert_sum(ctx: int, outputs: int) -> int:
+    """Sums the weighted outputs [n_embd, n_expert_used, n_rows] over the experts."""
     tensor = ggml.tensor_at(outputs)
     n_embd, n_used, n_rows = tensor.ne[:3]
     total, *others = (
@@ -36,7 +47,7 @@ def add_expert_sum(ctx: int, outputs: int, residual: int) -> int:
     )
     for one in others:
         total = ggml.ggml_add(ctx, total, one)
-    return int(ggml.ggml_add(ctx, total, residual))
+    return int(total)
 
 
 def _activated(ctx: int, projected: Sequence[int]) -> int:

@@ -10,6 +10,17 @@ def add_linear(ctx: int, linear: Linear, hidden: int) -> int:
     return int(ggml.ggml_add(ctx, product, linear.bias)) if linear.bias else product
 
 
+def add_norm(ctx: int, hidden: int, norm: Linear, eps: float) -> int:
+    """Normalises along the first axis, multiplies with a vector, and adds its bias if it has one."""
+    return add_scaled(ctx, int(ggml.ggml_rms_norm(ctx, hidden, eps)), norm)
+
+
+def add_scaled(ctx: int, normed: int, norm: Linear) -> int:
+    """The second half of a norm: its vector, and its bias if it has one."""
+    scaled = ggml.ggml_mul(ctx, normed, norm.weight)
+    return int(ggml.ggml_add(ctx, scaled, norm.bias)) if norm.bias else int(scaled)
+
+
 def add_rms_norm(ctx: int, hidden: int, weight: int, eps: float) -> int:
     """Normalises along the first axis, and multiplies with `weight`."""
     return int(ggml.ggml_mul(ctx, ggml.ggml_rms_norm(ctx, hidden, eps), weight))

@@ -14,9 +14,9 @@ from typing import Literal
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.expert_ffn import add_expert_sum
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.router import add_router
+from slimoe.offload.graph.linear import add_scaled
+from slimoe.offload.graph.router import add_choice, add_router
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -104,9 +104,10 @@ def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) ->
         outputs = ggml.ggml_view_3d(
             ctx, exchange.tensor("outputs"), spec.n_embd, n_used, n_rows, row_bytes, row_bytes * n_used, 0
         )
-        return add_expert_sum(ctx, outputs, exchange.view(ctx, "residual", (spec.n_embd, n_rows)))
+        normed, residual = (exchange.view(ctx, name, (spec.n_embd, n_rows)) for name in ("normed", "residual"))
+        return blocks.add_experts(segment.summed, outputs, normed, residual)
     if segment.part == 0:
-        return int(ggml.ggml_get_rows(ctx, blocks.weights.token_embd, blocks.inputs.tokens))
+        return blocks.add_embeddings()
     residual = exchange.view(ctx, "residual", (spec.n_embd, blocks.shape.n_tokens))
     if spec.layer_shape(segment.first).has_attention:
         return residual
@@ -118,9 +119,10 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     """Hands out the residual stream, the experts' input, the router's selection, and what later routers say to it."""
     ctx, spec, n_rows = blocks.ctx, blocks.spec, blocks.n_rows(segment.last)
     layer = blocks.weights.layers[segment.last]
-    plain = ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps)
-    normed = int(ggml.ggml_mul(ctx, plain, layer.ffn_norm))
-    ranked, expert_weights = add_router(ctx, spec, layer.router, normed)
+    assert layer.ffn_norm is not None
+    plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
+    normed = add_scaled(ctx, plain, layer.ffn_norm)
+    ranked, expert_weights = add_router(ctx, spec, layer, normed)
     n_expert = int(ggml.tensor_at(ranked).ne[0])
     _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, n_rows))
     _hand_out(blocks, exchange, normed, "normed", (spec.n_embd, n_rows))
@@ -128,7 +130,8 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     _hand_out(blocks, exchange, ranked, "ranked", (n_expert, n_rows))
     for row, index in enumerate(segment.predicted if n_rows == 1 else ()):
         later = blocks.weights.layers[index]
-        logits = ggml.ggml_mul_mat(ctx, later.router, ggml.ggml_mul(ctx, plain, later.ffn_norm))
+        assert later.ffn_norm is not None
+        logits = add_choice(ctx, spec, later, add_scaled(ctx, plain, later.ffn_norm))
         n_expert = int(ggml.tensor_at(logits).ne[0])
         target = ggml.ggml_view_1d(ctx, exchange.tensor("early_logits"), n_expert, row * 4 * spec.n_expert)
         flat = ggml.ggml_reshape_1d(ctx, logits, n_expert)

@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import AttentionBuilder, StepInputs, StepShape
-from slimoe.offload.graph.expert_ffn import add_dense_ffn, add_expert_ffn, add_expert_sum
+from slimoe.offload.graph.expert_ffn import add_dense_ffn, add_expert_ffn, add_expert_sum, add_shared_expert
 from slimoe.offload.graph.kv_cache import KVCache
-from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
+from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
 from slimoe.offload.graph.router import add_router, select_experts
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -51,7 +51,7 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
         ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked)
-    hidden = int(ggml.ggml_get_rows(ctx, weights.token_embd, inputs.tokens))
+    hidden = blocks.add_embeddings()
     for index in range(spec.n_layer):
         hidden = blocks.add_feed_forward(index, blocks.add_attention(index, hidden))
     return StepGraph(ctx, graph, inputs, blocks.add_logits(hidden), tuple(ranked or ()))
@@ -59,7 +59,7 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
 
 def new_graph(spec: ModelSpec, n_layers: int) -> tuple[int, int]:
     """A ggml context and an empty graph in it, with room for so many of the model's blocks."""
-    n_nodes = 64 + n_layers * (56 + 2 * spec.n_expert_used)
+    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used)
     n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
     ctx = int(ggml.ggml_init(ggml.InitParams(n_bytes, None, True)))
     return ctx, int(ggml.ggml_new_graph_custom(ctx, n_nodes, False))
@@ -79,6 +79,14 @@ class BlockBuilder:
     ranked: list[tuple[int, int]] | None = None
     """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
 
+    def add_embeddings(self) -> int:
+        """The token rows of a step, [n_embd, n_tokens]."""
+        rows = int(ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens))
+        return self._scaled(rows, self.spec.multipliers.embedding)
+
+    def _scaled(self, tensor: int, factor: float) -> int:
+        return tensor if factor == 1.0 else int(ggml.ggml_scale(self.ctx, tensor, factor))
+
     def n_rows(self, index: int) -> int:
         """Rows that leave layer `index`: in the last one only those whose logits are wanted."""
         return self.shape.n_out if index == self.spec.n_layer - 1 else self.shape.n_tokens
@@ -86,37 +94,49 @@ class BlockBuilder:
     def add_attention(self, index: int, hidden: int) -> int:
         """The first half of a block, from [n_embd, n_tokens] to [n_embd, n_rows]; a block can be without one."""
         ctx, spec, layer, n_rows = self.ctx, self.spec, self.weights.layers[index], self.n_rows(index)
-        if not layer.attn_norm:
+        if layer.attn_norm is None:
             return last_rows(ctx, hidden, n_rows)
         assert self.cache is not None
         attention = AttentionBuilder(
             ctx, self.graph, spec, self.cache, self.shape, self.inputs, self.weights.rope_freqs
         )
         n_queries = self.shape.n_queries if index == spec.n_layer - 1 else self.shape.n_tokens
-        output = attention.add(index, layer, add_rms_norm(ctx, hidden, layer.attn_norm, spec.rms_eps), n_queries)
-        return int(ggml.ggml_add(ctx, last_rows(ctx, output, n_rows), last_rows(ctx, hidden, n_rows)))
+        output = attention.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps), n_queries)
+        update = self._scaled(last_rows(ctx, output, n_rows), spec.multipliers.residual)
+        return int(ggml.ggml_add(ctx, update, last_rows(ctx, hidden, n_rows)))
 
     def add_feed_forward(self, index: int, hidden: int) -> int:
         """The second half of a block, [n_embd, n_rows], dense or of experts; a block can be without one."""
         ctx, spec, layer = self.ctx, self.spec, self.weights.layers[index]
-        if not layer.ffn_norm:
+        if layer.ffn_norm is None:
             return hidden
-        normed = add_rms_norm(ctx, hidden, layer.ffn_norm, spec.rms_eps)
-        if not layer.router:
-            return int(ggml.ggml_add(ctx, add_dense_ffn(ctx, layer, normed), hidden))
-        ranked, expert_weights = add_router(ctx, spec, layer.router, normed)
+        normed = add_norm(ctx, hidden, layer.ffn_norm, spec.rms_eps)
+        if layer.router is None:
+            update = add_dense_ffn(ctx, layer, normed)
+            return int(ggml.ggml_add(ctx, self._scaled(update, spec.multipliers.residual), hidden))
+        ranked, expert_weights = add_router(ctx, spec, layer, normed)
         if self.ranked is not None:
             ggml.ggml_set_output(ranked)
             self.ranked.append((index, ranked))
         rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
         stacks = [part.weight for part in layer.gate_up]
         outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, select_experts(ctx, spec, ranked))
-        return add_expert_sum(ctx, ggml.ggml_mul(ctx, outputs, expert_weights), hidden)
+        return self.add_experts(index, ggml.ggml_mul(ctx, outputs, expert_weights), normed, hidden)
+
+    def add_experts(self, index: int, outputs: int, normed: int, hidden: int) -> int:
+        """The end of a block of experts, [n_embd, n_rows]: the residual stream `hidden`, the weighted `outputs`
+        [n_embd, n_expert_used, n_rows] of the selected experts, and the shared expert's for the input `normed`.
+        """
+        ctx, shared = self.ctx, self.weights.layers[index].shared
+        update = add_expert_sum(ctx, outputs)
+        if shared is not None:
+            update = int(ggml.ggml_add(ctx, update, add_shared_expert(ctx, shared, normed)))
+        return int(ggml.ggml_add(ctx, self._scaled(update, self.spec.multipliers.residual), hidden))
 
     def add_logits(self, hidden: int) -> int:
         """The model's output, F32 [n_vocab, n_out], as the graph's own output."""
-        normed = add_rms_norm(self.ctx, hidden, self.weights.output_norm, self.spec.rms_eps)
-        logits = add_linear(self.ctx, self.weights.output, normed)
+        normed = add_norm(self.ctx, hidden, self.weights.output_norm, self.spec.rms_eps)
+        logits = self._scaled(add_linear(self.ctx, self.weights.output, normed), self.spec.multipliers.logits)
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(self.graph, logits)
         return logits

@@ -15,7 +15,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend, allocate, repack_buffer_type
 from slimoe.offload.gguf.header import GGUFFile
-from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, Span, WeightSource
+from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, SharedSources, Span, WeightSource
 
 Form = Literal["mapped", "copied", "repacked"]
 """`mapped`: the file's own pages, shared and evictable. `copied`: our memory, on huge pages, which the CPU walks
@@ -39,18 +39,30 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Tensor addresses of one block, shaped as in `LayerSources`; 0 for what a block does not have."""
+class SharedWeights:
+    """Tensor addresses of a shared expert; `gate` is 0 where nothing gates its output."""
 
-    attn_norm: int
+    gate_up: tuple[Linear, ...]
+    down: Linear
+    gate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Tensor addresses of one block, shaped as in `LayerSources`; None or 0 for what a block does not have."""
+
+    attn_norm: Linear | None
     qkv: tuple[Linear, ...]
     attn_output: Linear
-    ffn_norm: int
-    router: int
+    ffn_norm: Linear | None
+    router: Linear | None
     gate_up: tuple[Linear, ...]
     down: Linear
     q_norm: int = 0
     k_norm: int = 0
+    choice_bias: int = 0
+    shared: SharedWeights | None = None
+    expert_biases: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,7 @@ class ModelWeights:
     """Tensor addresses of a whole model; `rope_freqs` is 0 when the file has none."""
 
     token_embd: int
-    output_norm: int
+    output_norm: Linear
     output: Linear
     rope_freqs: int
     layers: tuple[LayerWeights, ...]
@@ -139,7 +151,7 @@ class WeightStore:
         self._file = WeightFile(gguf)
         self._backend = backend
         self._progress = progress
-        capacity = 64 + 48 * len(sources.layers)
+        capacity = 64 + 96 * len(sources.layers)
         self._ctx = ggml.ggml_init(ggml.InitParams(capacity * ggml.ggml_tensor_overhead(), None, True))
         self._buffers: list[int] = []
         self._ready: dict[tuple[str, Form], int] = {}
@@ -240,7 +252,7 @@ class WeightSubset:
 
 
 ALL = WeightSubset()
-_ABSENT = LayerWeights(0, (), Linear(0), 0, 0, (), Linear(0))
+_ABSENT = LayerWeights(None, (), Linear(0), None, None, (), Linear(0))
 
 
 def load_weights(
@@ -251,23 +263,34 @@ def load_weights(
     With `token_embd`, that tensor takes the table's place; 0 is for a subset that needs none.
     """
 
-    def weight(source: WeightSource) -> int:
-        return store.weight(source, form(source))
+    def weight(source: WeightSource | None) -> int:
+        return store.weight(source, form(source)) if source else 0
 
     def linear(source: LinearSource) -> Linear:
-        return Linear(weight(source.weight), weight(source.bias) if source.bias else 0)
+        return Linear(weight(source.weight), weight(source.bias))
+
+    def optional(source: LinearSource | None) -> Linear | None:
+        return linear(source) if source else None
+
+    def shared(source: SharedSources | None) -> SharedWeights | None:
+        if source is None:
+            return None
+        return SharedWeights(tuple(linear(part) for part in source.gate_up), linear(source.down), weight(source.gate))
 
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
-            attn_norm=weight(source.attn_norm) if source.attn_norm else 0,
+            attn_norm=optional(source.attn_norm),
             qkv=tuple(linear(part) for part in source.qkv),
-            attn_output=linear(source.attn_output) if source.attn_output else Linear(0),
-            ffn_norm=weight(source.ffn_norm) if source.ffn_norm else 0,
-            router=weight(source.router) if source.router else 0,
+            attn_output=optional(source.attn_output) or Linear(0),
+            ffn_norm=optional(source.ffn_norm),
+            router=optional(source.router),
             gate_up=tuple(linear(part) for part in source.gate_up),
-            down=linear(source.down) if source.down else Linear(0),
-            q_norm=weight(source.q_norm) if source.q_norm else 0,
-            k_norm=weight(source.k_norm) if source.k_norm else 0,
+            down=optional(source.down) or Linear(0),
+            q_norm=weight(source.q_norm),
+            k_norm=weight(source.k_norm),
+            choice_bias=weight(source.choice_bias),
+            shared=shared(source.shared),
+            expert_biases=tuple(weight(bias) for bias in source.expert_biases),
         )
 
     if token_embd is None:
@@ -275,9 +298,9 @@ def load_weights(
         token_embd = store.weight(sources.token_embd, form(sources.token_embd) if is_output else "mapped")
     return ModelWeights(
         token_embd=token_embd,
-        output_norm=weight(sources.output_norm) if subset.output else 0,
+        output_norm=linear(sources.output_norm) if subset.output else Linear(0),
         output=linear(sources.output) if subset.output else Linear(0),
-        rope_freqs=weight(sources.rope_freqs) if sources.rope_freqs else 0,
+        rope_freqs=weight(sources.rope_freqs),
         layers=tuple(
             layer(source) if subset.layers is None or index in subset.layers else _ABSENT
             for index, source in enumerate(sources.layers)

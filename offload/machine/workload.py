@@ -61,9 +61,9 @@ def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLaye
 def layer_matrices(sources: ModelSources) -> Iterator[WeightSource]:
     """Every matrix of the layers that each token is multiplied with, whatever it is routed to."""
     for layer in sources.layers:
-        yield from (linear.weight for linear in (*layer.qkv, layer.attn_output) if linear)
+        yield from (linear.weight for linear in layer.matrices)
         if layer.router:
-            yield layer.router
+            yield layer.router.weight
         elif layer.down:
             yield from (linear.weight for linear in (*layer.gate_up, layer.down))
 

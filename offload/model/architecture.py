@@ -16,16 +16,41 @@ class RopeType(IntEnum):
     NEOX = 2
 
 
+Score = Literal["softmax", "sigmoid", "softmax_of_selected"]
+"""What a router's logits become: probabilities over all experts, each by itself, or over the selected ones only."""
+SCORES: dict[int, Score] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_selected"}
+"""The scores by the value of the key `expert_gating_func`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Router:
-    """How a router's logits become expert weights: softmax over all experts, of which the selected ones may be scaled
-    to a sum of 1.
+    """How a router's logits become expert weights.
+
+    `score` is the architecture's own, which the key `expert_gating_func` may replace where `reads_score`. With
+    `renormalise` the weights of the selected experts are scaled to a sum of 1; None leaves it to the key
+    `expert_weights_norm`.
     """
 
-    renormalise: bool = True
+    score: Score = "softmax"
+    reads_score: bool = False
+    renormalise: bool | None = True
 
 
-When = Literal["model", "attention", "ffn", "router", "dense", "experts"]
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """A feed-forward part that every token passes beside its selected experts.
+
+    `width` says where its width stands: in the key `expert_shared_feed_forward_length`, without which there is no such
+    part ("key") or it is the dense one ("key_or_dense"); or it is an expert's times `expert_shared_count` ("counted"),
+    where the key may replace the expert's ("key_counted"). `is_gated`: its output is multiplied with the sigmoid of a
+    vector's product with the input.
+    """
+
+    width: Literal["key", "key_or_dense", "counted", "key_counted"]
+    is_gated: bool = False
+
+
+When = Literal["model", "attention", "ffn", "router", "dense", "experts", "shared"]
 """Where a tensor belongs: to the model as a whole, or to each layer that has such a part."""
 
 
@@ -33,28 +58,39 @@ When = Literal["model", "attention", "ffn", "router", "dense", "experts"]
 class TensorRole:
     """One kind of weight: its `role`, which is llama.cpp's name of the tensor, its shape in ggml's order, where it is.
 
-    The shape is given in sizes that have names: see `tensor_list.sizes`.
+    The shape is given in sizes that have names: see `tensor_list.sizes`. A bias has the `suffix` "bias"; those of
+    attention's and dense matrices may always be there, and need no role.
     """
 
     role: str
     ne: tuple[str, ...]
     when: When
     is_optional: bool = False
+    suffix: Literal["weight", "bias"] = "weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One value of `general.architecture`, and the models that carry it.
 
-    `qk_norm`: queries and keys are normalised before the rotation, each head by itself or all heads as one row.
-    `width_key` names the key of an expert's width; without the key it is the dense width over the experts used.
+    `qk_norm`: queries and keys are normalised, each head by itself or all heads as one row, before the rotation or
+    after it; where the norms' tensors are optional, a file without them has none. `rotates_partly`: a file may rotate
+    fewer values than a head has. `ffn_norm` is the role of the feed-forward part's norm. `width_key` names the key of
+    an expert's width; without the key it is the dense width over the experts used. `has_dense_layers`: the keys
+    `leading_dense_block_count` and `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys
+    scale embeddings, both branches of a block, attention and logits.
     """
 
     name: str
     models: str
     tensors: tuple[TensorRole, ...]
     rope: RopeType = RopeType.NORM
-    qk_norm: Literal["none", "head", "row"] = "none"
+    qk_norm: Literal["none", "head", "row", "head_after_rope"] = "none"
+    rotates_partly: bool = False
+    ffn_norm: str = "ffn_norm"
     router: Router = Router()
+    shared: SharedExpert | None = None
     width_key: Literal["feed_forward_length", "expert_feed_forward_length"] = "feed_forward_length"
+    has_dense_layers: bool = False
+    has_multipliers: bool = False
     may_be_dense: bool = False

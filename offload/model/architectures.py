@@ -1,6 +1,6 @@
 """The architectures that the engine runs, one row for each value of `general.architecture`."""
 
-from slimoe.offload.model.architecture import Architecture, RopeType, Router, TensorRole
+from slimoe.offload.model.architecture import Architecture, RopeType, Router, SharedExpert, TensorRole
 
 _BEGIN = (
     TensorRole("token_embd", ("n_embd", "n_vocab"), "model"),
@@ -14,30 +14,54 @@ _NORM_OF_HEADS = (
     TensorRole("attn_q_norm", ("n_embd_head",), "attention"),
     TensorRole("attn_k_norm", ("n_embd_head",), "attention"),
 )
+_NORM_OF_HEADS_OR_NONE = (
+    TensorRole("attn_q_norm", ("n_embd_head",), "attention", is_optional=True),
+    TensorRole("attn_k_norm", ("n_embd_head",), "attention", is_optional=True),
+)
 _NORM_OF_ROWS = (
     TensorRole("attn_q_norm", ("n_q",), "attention"),
     TensorRole("attn_k_norm", ("n_kv",), "attention"),
 )
-_END = (
-    TensorRole("attn_output", ("n_q", "n_embd"), "attention"),
-    TensorRole("ffn_norm", ("n_embd",), "ffn"),
-    TensorRole("ffn_gate_inp", ("n_embd", "n_expert"), "router"),
+_ATTN_OUTPUT = TensorRole("attn_output", ("n_q", "n_embd"), "attention")
+_FFN_NORM = TensorRole("ffn_norm", ("n_embd",), "ffn")
+_ROUTER = TensorRole("ffn_gate_inp", ("n_embd", "n_expert"), "router")
+_CHOICE_BIAS = TensorRole("exp_probs_b", ("n_expert",), "router", suffix="bias")
+_CHOICE_BIAS_OR_NONE = TensorRole("exp_probs_b", ("n_expert",), "router", is_optional=True, suffix="bias")
+_DENSE = (
     TensorRole("ffn_gate", ("n_embd", "n_ff"), "dense"),
     TensorRole("ffn_up", ("n_embd", "n_ff"), "dense"),
     TensorRole("ffn_down", ("n_ff", "n_embd"), "dense"),
+)
+_EXPERTS = (
     TensorRole("ffn_gate_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
     TensorRole("ffn_up_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
     TensorRole("ffn_down_exps", ("n_ff", "n_embd", "n_expert"), "experts"),
-    TensorRole("output_norm", ("n_embd",), "model"),
 )
+_SHARED = (
+    TensorRole("ffn_gate_shexp", ("n_embd", "n_ff_shared"), "shared"),
+    TensorRole("ffn_up_shexp", ("n_embd", "n_ff_shared"), "shared"),
+    TensorRole("ffn_down_shexp", ("n_ff_shared", "n_embd"), "shared"),
+)
+_SHARED_GATE = TensorRole("ffn_gate_inp_shexp", ("n_embd",), "shared")
+_OUTPUT_NORM = TensorRole("output_norm", ("n_embd",), "model")
 _OUTPUT = TensorRole("output", ("n_embd", "n_vocab"), "model")
 _OUTPUT_OR_TIED = TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True)
+_END = (_ATTN_OUTPUT, _FFN_NORM, _ROUTER, *_DENSE, *_EXPERTS, _OUTPUT_NORM)
 
 LLAMA = Architecture(
     name="llama",
     models="Llama, Mistral and Mixtral",
     tensors=(_ROPE_FREQS, *_BEGIN, *_END, _OUTPUT_OR_TIED),
     may_be_dense=True,
+)
+QWEN2MOE = Architecture(
+    name="qwen2moe",
+    models="Qwen1.5-MoE and Qwen2-57B-A14B",
+    tensors=(*_BEGIN, *_END, *_SHARED, _SHARED_GATE, _OUTPUT),
+    rope=RopeType.NEOX,
+    router=Router(renormalise=False),
+    shared=SharedExpert("key_or_dense", is_gated=True),
+    width_key="expert_feed_forward_length",
 )
 QWEN3MOE = Architecture(
     name="qwen3moe",
@@ -55,4 +79,86 @@ OLMOE = Architecture(
     qk_norm="row",
     router=Router(renormalise=False),
 )
-ARCHITECTURES = {row.name: row for row in (LLAMA, QWEN3MOE, OLMOE)}
+GRANITEMOE = Architecture(
+    name="granitemoe",
+    models="Granite 3 and 4 MoE",
+    tensors=(_ROPE_FREQS, *_BEGIN, *_END, *_SHARED, _OUTPUT_OR_TIED),
+    shared=SharedExpert("key"),
+    has_multipliers=True,
+)
+DOTS1 = Architecture(
+    name="dots1",
+    models="dots.llm1",
+    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    router=Router(score="sigmoid", reads_score=True, renormalise=None),
+    shared=SharedExpert("counted"),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+)
+ERNIE4_5_MOE = Architecture(
+    name="ernie4_5-moe",
+    models="ERNIE 4.5 MoE",
+    tensors=(*_BEGIN, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT_OR_TIED),
+    shared=SharedExpert("key"),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+)
+HUNYUAN_MOE = Architecture(
+    name="hunyuan-moe",
+    models="Hunyuan-A13B",
+    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, *_SHARED, _OUTPUT_OR_TIED),
+    rope=RopeType.NEOX,
+    qk_norm="head_after_rope",
+    shared=SharedExpert("key_or_dense"),
+)
+MINIMAX_M2 = Architecture(
+    name="minimax-m2",
+    models="MiniMax-M2",
+    tensors=(*_BEGIN, *_NORM_OF_ROWS, *_END, _CHOICE_BIAS, _OUTPUT),
+    rope=RopeType.NEOX,
+    qk_norm="row",
+    rotates_partly=True,
+    router=Router(score="sigmoid", reads_score=True),
+)
+GLM4MOE = Architecture(
+    name="glm4moe",
+    models="GLM-4.5, 4.6 and 4.7",
+    tensors=(
+        *_BEGIN,
+        *_NORM_OF_HEADS_OR_NONE,
+        _ATTN_OUTPUT,
+        TensorRole("post_attention_norm", ("n_embd",), "ffn"),
+        _ROUTER,
+        _CHOICE_BIAS,
+        *_DENSE,
+        *_EXPERTS,
+        *_SHARED,
+        _OUTPUT_NORM,
+        _OUTPUT_OR_TIED,
+    ),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    rotates_partly=True,
+    ffn_norm="post_attention_norm",
+    router=Router(score="sigmoid", reads_score=True, renormalise=None),
+    shared=SharedExpert("counted"),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+)
+ARCHITECTURES = {
+    row.name: row
+    for row in (
+        LLAMA,
+        QWEN2MOE,
+        QWEN3MOE,
+        OLMOE,
+        GRANITEMOE,
+        DOTS1,
+        ERNIE4_5_MOE,
+        HUNYUAN_MOE,
+        MINIMAX_M2,
+        GLM4MOE,
+    )
+}

@@ -96,7 +96,7 @@ class ExpertLayer:
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
     """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
-    routing = spec.expert_weights_scale, spec.architecture.router.renormalise
+    routing = spec.expert_weights_scale, spec.renormalises
     found: list[ExpertLayer | None] = []
     for layer in sources.layers:
         constants, hints = None, NO_HINTS
@@ -113,9 +113,9 @@ def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer |
             assert layer.down
             assert len(layer.gate_up) == 2, "the matrices are joined already"
             stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
-            target = tuple(range(layer.router.ne[1]))
+            target = tuple(range(layer.router.weight.ne[1]))
             experts = tuple((_copy(stacks, expert),) for expert in target)
-        found.append(ExpertLayer(layer.router, experts, target, constants, spec.n_expert_used, hints, *routing))
+        found.append(ExpertLayer(layer.router.weight, experts, target, constants, spec.n_expert_used, hints, *routing))
     return tuple(found)
 
 

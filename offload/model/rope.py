@@ -62,10 +62,13 @@ class RopeSpec:
         return 1.0
 
 
-def read_rope(keys: MetadataKeys, n_embd_head: int, n_ctx_train: int) -> RopeSpec:
-    """Reads the `rope.` keys; raises UnsupportedModelError for what is not implemented, ModelFileError for nonsense."""
+def read_rope(keys: MetadataKeys, n_embd_head: int, n_ctx_train: int, *, is_partial: bool = False) -> RopeSpec:
+    """Reads the `rope.` keys; fewer values than a head has may rotate if `is_partial`.
+
+    Raises UnsupportedModelError for what is not implemented, ModelFileError for nonsense.
+    """
     n_rot = keys.count("rope.dimension_count", n_embd_head)
-    if n_rot != n_embd_head or n_rot % 2:
+    if n_rot > n_embd_head or (n_rot != n_embd_head and not is_partial) or n_rot % 2:
         raise UnsupportedModelError(keys.gguf.path, f"it rotates {n_rot} of {n_embd_head} values per head, not pairs.")
     factor = keys.value("rope.scaling.factor", keys.value("rope.scale_linear", 0.0))
     scaling = keys.value("rope.scaling.type", "linear")

@@ -8,20 +8,17 @@ prefix are the native format's (`native_format`), where sizes may differ between
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
-from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
+from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
 from slimoe.offload.model.rope import RopeSpec, read_rope
 
 NATIVE = "slimoe"
 """Our own architecture, a name that stock loaders refuse."""
-NATIVE_VERSION = 1
-"""The newest native format that is read, and the one that is written."""
 BASE_ARCHITECTURE = "base_architecture"
 """The native format's key for the architecture that a model was made from; without it that is `llama`."""
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
@@ -37,30 +34,18 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerShape:
-    """One layer's router rows, and the width of its widest expert; both 0 in a layer without a feed-forward part.
-
-    In a layer without attention the residual stream reaches the feed-forward part unchanged.
+class Multipliers:
+    """Constant factors on the token embeddings, on what each branch of a block adds to the residual stream, on the
+    products of queries and keys (0: one over the root of the head size), and on the logits.
     """
 
-    n_expert: int
-    n_ff: int
-    has_attention: bool = True
+    embedding: float = 1.0
+    residual: float = 1.0
+    attention: float = 0.0
+    logits: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertSpec:
-    """Routing: a token selects `n_expert_used` of `n_expert` experts, whose weights are multiplied by `weights_scale`.
-
-    With 0 experts the model is dense.
-
-    `layers` has every layer's shape in a native model, and is empty where all layers are alike.
-    """
-
-    n_expert: int = 0
-    n_expert_used: int = 0
-    weights_scale: float = 1.0
-    layers: tuple[LayerShape, ...] = ()
+NO_MULTIPLIERS = Multipliers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +53,8 @@ class ModelSpec:
     """A model's sizes. `n_ff` is the width of one expert, or of the dense FFN when `n_expert` is 0.
 
     `n_window` are the tokens that the model's own attention looks back, 0 for all: here every token sees all before it.
-    Where layers differ, `n_ff` and `n_expert` are those of the largest, and `layer_shape` has each layer's.
+    Where layers differ, `n_ff` and `n_expert` are those of the layer that has most, and `layer_shape` has each layer's.
+    `n_layer_nextn` blocks behind the layers, which predict further tokens, are in a stock file, and are not run.
     """
 
     architecture: Architecture
@@ -83,6 +69,8 @@ class ModelSpec:
     rope: RopeSpec
     n_window: int = 0
     is_native: bool = False
+    multipliers: Multipliers = NO_MULTIPLIERS
+    n_layer_nextn: int = 0
 
     @property
     def stored_architecture(self) -> str:
@@ -112,7 +100,7 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """Factor on the products of queries and keys."""
-        return 1.0 / math.sqrt(self.attention.n_embd_head)
+        return self.multipliers.attention or 1.0 / math.sqrt(self.attention.n_embd_head)
 
     @property
     def n_expert(self) -> int:
@@ -125,9 +113,25 @@ class ModelSpec:
         return self.experts.n_expert_used
 
     @property
+    def router_score(self) -> Score:
+        """What a router's logits become."""
+        return self.experts.score or self.architecture.router.score
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the weights of a token's selected experts are scaled to a sum of 1."""
+        stored = self.experts.renormalise
+        return bool(self.architecture.router.renormalise) if stored is None else stored
+
+    @property
     def expert_weights_scale(self) -> float:
         """Factor on the expert weights."""
         return self.experts.weights_scale
+
+    @property
+    def n_ff_dense(self) -> int:
+        """The width of the dense layers among those with experts, 0 without any."""
+        return max((shape.n_ff for shape in self.experts.layers if not shape.n_expert), default=0)
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Router rows and width of one layer, and whether it has attention."""
@@ -160,9 +164,12 @@ class ModelSpec:
         n_ctx_train = keys.count("context_length")
         attention = _attention(keys, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
-        n_layer = keys.count("block_count")
-        layers = _layer_shapes(keys, n_layer) if is_native else ()
-        experts, n_ff = _experts(keys, architecture, layers)
+        n_nextn = keys.count("nextn_predict_layers", 0)
+        n_layer = keys.count("block_count") - n_nextn
+        if n_layer < 1:
+            problem = f"{n_nextn} of {n_layer + n_nextn} blocks predict further tokens, which leaves no layer."
+            raise ModelFileError(gguf.path, problem, AGAIN)
+        experts, n_ff = read_experts(keys, architecture, n_layer, is_native=is_native)
         return cls(
             architecture=architecture,
             n_layer=n_layer,
@@ -173,9 +180,11 @@ class ModelSpec:
             rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
             attention=attention,
             experts=experts,
-            rope=read_rope(keys, attention.n_embd_head, n_ctx_train),
+            rope=read_rope(keys, attention.n_embd_head, n_ctx_train, is_partial=architecture.rotates_partly),
             n_window=keys.count("attention.sliding_window", 0),
             is_native=is_native,
+            multipliers=_multipliers(keys) if architecture.has_multipliers else NO_MULTIPLIERS,
+            n_layer_nextn=n_nextn,
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -194,23 +203,17 @@ class ModelSpec:
             "rope.dimension_count": self.rope.n_rot,
             "rope.freq_base": self.rope.freq_base,
         }
-        if self.n_expert:
-            values |= {"expert_count": self.n_expert, "expert_used_count": self.n_expert_used}
         if self.n_window:
             values["attention.sliding_window"] = self.n_window
-        if self.expert_weights_scale != 1.0:
-            values["expert_weights_scale"] = self.expert_weights_scale
-        if self.architecture.width_key != "feed_forward_length" and not self.is_native:
-            values[self.architecture.width_key] = self.n_ff
+        if self.n_expert:
+            shapes = [self.layer_shape(layer) for layer in range(self.n_layer)]
+            values |= expert_metadata(self.experts, self.n_ff, self.architecture, shapes, is_native=self.is_native)
         if self.is_native and self.architecture is not LLAMA:
             values[BASE_ARCHITECTURE] = self.architecture.name
-        if self.is_native:
-            shapes = [self.layer_shape(layer) for layer in range(self.n_layer)]
-            values["format.version"] = NATIVE_VERSION
-            values["expert_count"] = [shape.n_expert for shape in shapes]
-            values["feed_forward_length"] = [shape.n_ff for shape in shapes]
-            if not all(shape.has_attention for shape in shapes):
-                values["attention.present"] = [int(shape.has_attention) for shape in shapes]
+        if self.architecture.has_multipliers:
+            scales = self.multipliers
+            values |= {"embedding_scale": scales.embedding, "residual_scale": scales.residual}
+            values |= {"logit_scale": 1.0 / scales.logits, "attention.scale": self.attention_scale}
         if self.rope.scaling != "none":
             values |= {"rope.scaling.type": self.rope.scaling, "rope.scaling.factor": self.rope.factor}
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
@@ -231,39 +234,11 @@ def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:
     return AttentionSpec(n_head, n_head_kv, n_embd_head)
 
 
-def _layer_shapes(keys: MetadataKeys, n_layer: int) -> tuple[LayerShape, ...]:
-    """What a native file says of each layer; refuses a format that is newer than this program."""
-    version = keys.count("format.version")
-    if version > NATIVE_VERSION:
-        problem = f"the file is of format version {version}, but this program reads versions up to {NATIVE_VERSION}."
-        raise UnsupportedModelError(keys.gguf.path, problem, "Update slimoe, or convert the model again.")
-    counts = keys.integers("expert_count", n_layer), keys.integers("feed_forward_length", n_layer)
-    present = keys.integers("attention.present", n_layer) if keys.has("attention.present") else (1,) * n_layer
-    if max(present) > 1:
-        raise keys.bad_entry("attention.present", np.asarray(present), int(np.argmax(present)))
-    if not any(present):
-        raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
-    layers = tuple(LayerShape(*shape) for shape in zip(*counts, map(bool, present), strict=True))
-    for layer, shape in enumerate(layers):
-        if bool(shape.n_expert) != bool(shape.n_ff):
-            problem = f"layer {layer} has {shape.n_expert} experts of width {shape.n_ff}."
-            raise ModelFileError(keys.gguf.path, problem, AGAIN)
-    if not any(shape.n_expert for shape in layers):
-        raise ModelFileError(keys.gguf.path, "no layer has experts.", AGAIN)
-    return layers
-
-
-def _experts(keys: MetadataKeys, architecture: Architecture, layers: tuple[LayerShape, ...]) -> tuple[ExpertSpec, int]:
-    """The experts, and the width of the widest one or of a dense feed-forward part."""
-    least = 0 if architecture.may_be_dense else None
-    counts = [shape.n_expert for shape in layers if shape.n_expert] or [keys.count("expert_count", least)]
-    n_used = keys.count("expert_used_count", 0)
-    if n_used > min(counts) or (min(counts) and not n_used):
-        raise ModelFileError(keys.gguf.path, f"it uses {n_used} of {min(counts)} experts per token.", AGAIN)
-    if layers:
-        width = max(shape.n_ff for shape in layers)
-    elif architecture.width_key == "feed_forward_length" or keys.has(architecture.width_key):
-        width = keys.count(architecture.width_key)
-    else:
-        width = keys.count("feed_forward_length") // n_used
-    return ExpertSpec(max(counts), n_used, keys.number("expert_weights_scale", 1.0), layers), width
+def _multipliers(keys: MetadataKeys) -> Multipliers:
+    """What Granite's keys say; the logits are divided by theirs."""
+    return Multipliers(
+        embedding=keys.number("embedding_scale", 1.0),
+        residual=keys.number("residual_scale", 1.0),
+        attention=keys.number("attention.scale") if keys.has("attention.scale") else 0.0,
+        logits=1.0 / keys.number("logit_scale"),
+    )

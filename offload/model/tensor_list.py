@@ -38,23 +38,24 @@ def _whole(spec: ModelSpec, *, is_output: bool) -> Iterator[ModelTensor]:
     for role in spec.architecture.tensors:
         if role.when == "model" and role.role.startswith("output") is is_output:
             ne = tuple(sizes[n] for n in role.ne)
-            yield ModelTensor(role.role, f"{role.role}.weight", ne, is_optional=role.is_optional)
+            yield ModelTensor(role.role, f"{role.role}.{role.suffix}", ne, is_optional=role.is_optional)
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     """The tensors of one layer."""
     shape = spec.layer_shape(layer)
-    sizes = _sizes(spec) | {"n_expert": shape.n_expert}
+    sizes = _sizes(spec) | {"n_expert": shape.n_expert, "n_ff": shape.n_ff}
     has_part: dict[When, bool] = {
         "attention": shape.has_attention,
         "ffn": bool(shape.n_ff),
         "router": bool(shape.n_expert),
         "dense": bool(shape.n_ff) and not shape.n_expert,
         "experts": bool(shape.n_expert) and not spec.is_native,
+        "shared": bool(shape.n_expert and spec.experts.n_ff_shared),
     }
     for role in spec.architecture.tensors:
         if has_part.get(role.when):
-            name, ne = f"blk.{layer}.{role.role}.weight", tuple(sizes[n] for n in role.ne)
+            name, ne = f"blk.{layer}.{role.role}.{role.suffix}", tuple(sizes[n] for n in role.ne)
             yield ModelTensor(role.role, name, ne, layer, role.is_optional)
 
 
@@ -64,6 +65,7 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "n_embd": spec.n_embd,
         "n_vocab": spec.n_vocab,
         "n_ff": spec.n_ff,
+        "n_ff_shared": spec.experts.n_ff_shared,
         "n_expert": spec.n_expert,
         "n_embd_head": spec.n_embd_head,
         "n_q": spec.n_head * spec.n_embd_head,

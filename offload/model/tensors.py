@@ -54,6 +54,11 @@ class LinearSource:
     weight: WeightSource
     bias: WeightSource | None = None
 
+    @property
+    def parts(self) -> tuple[WeightSource, ...]:
+        """The matrix, and the bias if there is one."""
+        return (self.weight, self.bias) if self.bias else (self.weight,)
+
 
 @dataclass(frozen=True, slots=True)
 class BucketSources:
@@ -65,30 +70,59 @@ class BucketSources:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedSources:
+    """A shared expert: its matrices, and the vector [n_embd] whose product gates its output, if it has one."""
+
+    gate_up: tuple[LinearSource, ...]
+    down: LinearSource
+    gate: WeightSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSources:
     """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
 
-    A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`. In a native file
-    `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the router's order,
-    and otherwise absent.
+    A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`; norms are vectors with
+    or without a bias. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
+    weights. `expert_biases` are gate's, up's and down's [n, n_expert], or none. In a native file `buckets` has all
+    experts; `gate_up` and `down` are the best copies if these are one stack in the router's order, and otherwise
+    absent.
     """
 
-    attn_norm: WeightSource | None
+    attn_norm: LinearSource | None
     qkv: tuple[LinearSource, ...]
     attn_output: LinearSource | None
-    ffn_norm: WeightSource | None
-    router: WeightSource | None
+    ffn_norm: LinearSource | None
+    router: LinearSource | None
     gate_up: tuple[LinearSource, ...]
     down: LinearSource | None
     buckets: BucketSources | None = None
     q_norm: WeightSource | None = None
     k_norm: WeightSource | None = None
+    choice_bias: WeightSource | None = None
+    shared: SharedSources | None = None
+    expert_biases: tuple[WeightSource, ...] = ()
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
-        """The norms and the router, in the order of the computation."""
-        every = (self.attn_norm, self.q_norm, self.k_norm, self.ffn_norm, self.router)
+        """The norms, the router, and the biases of the experts, in the order of the computation."""
+        every = (
+            *(self.attn_norm.parts if self.attn_norm else ()),
+            self.q_norm,
+            self.k_norm,
+            *(self.ffn_norm.parts if self.ffn_norm else ()),
+            *(self.router.parts if self.router else ()),
+            self.choice_bias,
+            self.shared.gate if self.shared else None,
+            *self.expert_biases,
+        )
         return tuple(one for one in every if one is not None)
+
+    @property
+    def matrices(self) -> tuple[LinearSource, ...]:
+        """Those that every token is multiplied with: of attention, and of the shared expert."""
+        shared = (*self.shared.gate_up, self.shared.down) if self.shared else ()
+        return (*self.qkv, *((self.attn_output,) if self.attn_output else ()), *shared)
 
     @property
     def is_stacked(self) -> bool:
@@ -101,7 +135,7 @@ class ModelSources:
     """A whole model. `output` is the token table itself when the file ties them."""
 
     token_embd: WeightSource
-    output_norm: WeightSource
+    output_norm: LinearSource
     output: LinearSource
     rope_freqs: WeightSource | None
     layers: tuple[LayerSources, ...]
@@ -142,8 +176,9 @@ class _Reader:
 
     def linear(self, stem: str) -> LinearSource:
         weight, bias = self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias")
-        if bias and bias.ne != weight.ne[1:]:
-            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {weight.ne[1:]}.")
+        n_out = weight.ne[1:]
+        if bias and bias.ne != n_out:
+            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {n_out}.")
         return LinearSource(weight, bias)
 
     def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
@@ -158,9 +193,10 @@ class _Reader:
         spans = tuple(span for part in parts for span in part.spans)
         return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
 
-    def refuse_unread(self) -> None:
+    def refuse_unread(self, skipped: tuple[str, ...]) -> None:
+        """Raises UnsupportedModelError for a tensor that was not asked for, but for those of the `skipped` blocks."""
         for name in self.gguf.tensors:
-            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES):
+            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES) and not name.startswith(skipped):
                 problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
                 raise UnsupportedModelError(self.gguf.path, problem)
 
@@ -175,28 +211,40 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
     layout = read_layout(gguf, spec) if spec.is_native else None
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
+    has_biased_norm = any(role.role == "output_norm" and role.suffix == "bias" for role in spec.architecture.tensors)
     sources = ModelSources(
         token_embd=token_embd,
-        output_norm=reader.weight("output_norm.weight"),
+        output_norm=LinearSource(
+            reader.weight("output_norm.weight"), reader.weight("output_norm.bias") if has_biased_norm else None
+        ),
         output=reader.linear("output") if has_output else LinearSource(token_embd),
         rope_freqs=reader.optional(ROPE_FREQS) if "rope_freqs" in roles else None,
         layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
     )
-    reader.refuse_unread()
+    reader.refuse_unread(tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)))
     return sources
 
 
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
-    names = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer)}
+    tensors = {tensor.role: tensor for tensor in reversed([*layer_tensors(spec, layer)])}
+    names = {role: tensor.name for role, tensor in tensors.items()}
+    biases = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(".bias")}
     gate_up: tuple[LinearSource, ...] = ()
     down: LinearSource | None = None
     buckets: BucketSources | None = None
 
     def weight(role: str) -> WeightSource | None:
-        return reader.weight(names[role]) if role in names else None
+        if role not in names or (tensors[role].is_optional and names[role] not in reader.gguf.tensors):
+            return None
+        return reader.weight(names[role])
 
     def linear(role: str) -> LinearSource:
         return reader.linear(names[role].removesuffix(".weight"))
+
+    def vector(role: str) -> LinearSource | None:
+        if role not in names:
+            return None
+        return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
 
     if layout:
         native = layout.layers[layer]
@@ -215,17 +263,23 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
     else:
         gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
     has_attention = "attn_norm" in names
+    shared: SharedSources | None = None
+    if "ffn_down_shexp" in names:
+        both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
+        shared = SharedSources(both, linear("ffn_down_shexp"), weight("ffn_gate_inp_shexp"))
     return LayerSources(
-        attn_norm=weight("attn_norm"),
+        attn_norm=vector("attn_norm"),
         qkv=_qkv(reader, spec, f"blk.{layer}") if has_attention else (),
         attn_output=linear("attn_output") if has_attention else None,
-        ffn_norm=weight("ffn_norm"),
-        router=weight("ffn_gate_inp"),
+        ffn_norm=vector(spec.architecture.ffn_norm),
+        router=vector("ffn_gate_inp"),
         gate_up=gate_up,
         down=down,
         buckets=buckets,
         q_norm=weight("attn_q_norm"),
         k_norm=weight("attn_k_norm"),
+        choice_bias=weight("exp_probs_b"),
+        shared=shared,
     )
 
 
@@ -255,9 +309,14 @@ def join_layers(sources: ModelSources) -> ModelSources:
 
     The last layer's Q stays alone: of a prompt only the end needs it.
     """
-    *inner, last = (replace(layer, gate_up=join_rows(layer.gate_up)) for layer in sources.layers)
+    *inner, last = (_join_gate_up(layer) for layer in sources.layers)
     layers = (*(replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
     return replace(sources, layers=layers)
+
+
+def _join_gate_up(layer: LayerSources) -> LayerSources:
+    shared = layer.shared and replace(layer.shared, gate_up=join_rows(layer.shared.gate_up))
+    return replace(layer, gate_up=join_rows(layer.gate_up), shared=shared)
 
 
 def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:

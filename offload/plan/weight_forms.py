@@ -153,21 +153,20 @@ def _repackable(source: WeightSource) -> bool:
 
 def _weights(sources: ModelSources) -> Iterator[WeightSource]:
     """All weights but the token table, which is among them only if it is the output matrix as well."""
-    yield sources.output.weight
-    yield sources.output_norm
+    yield from sources.output.parts
+    yield from sources.output_norm.parts
     if sources.rope_freqs:
         yield sources.rope_freqs
     for layer in sources.layers:
-        for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.down):
-            if linear:
-                yield linear.weight
-            if linear and linear.bias:
-                yield linear.bias
+        for linear in (*layer.matrices, *layer.gate_up, *((layer.down,) if layer.down else ())):
+            yield from linear.parts
         yield from layer.vectors
 
 
 def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
     """An upper estimate of the bytes of a batch's intermediate results, F32, and of its attention mask, F16."""
     n_used = max(1, spec.n_expert_used)
+    n_always = max(spec.experts.n_ff_shared, spec.n_ff_dense)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
+    per_token += 3 * n_always + 8 * spec.n_expert * (spec.router_score == "sigmoid")
     return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (2 << 20)

@@ -15,9 +15,10 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.gguf.header import Value, read_gguf
+from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
 from slimoe.offload.model.native_format import constants_name, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints, NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE, ExpertSpec, LayerShape, ModelSpec
+from slimoe.offload.model.spec import NATIVE, ModelSpec
 from tests.models.gguf_content import Array, GGUFContent, StoredKey, StoredTensor, quantise, stored, write_content
 
 PROJECTIONS = ("gate", "up", "down")

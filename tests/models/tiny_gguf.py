@@ -1,6 +1,6 @@
 """Small random GGUF files, written by gguf's own writer: a Mixtral with a real vocabulary, and one of each family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -128,17 +128,105 @@ def _tensors(shape: TinyShape, n_vocab: int) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What its files have beyond the usual: what its Q and K norms span, the key of an expert's width, an output."""
+    """What its files have beyond the usual.
 
-    norm_of: str
-    width_key: str
-    has_output: bool
+    `norm_of` is what its Q and K norms span, `keys` are further ones by name without prefix, `tensors` those of a layer
+    with experts, by name with suffix, in numpy's order, as sizes of `FineShape` or numbers.
+    """
+
+    norm_of: str = "nothing"
+    width_key: str = "feed_forward_length"
+    has_output: bool = True
+    keys: dict[str, int | float | bool] = field(default_factory=dict)
+    tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    n_dense: int = 0
+    ffn_norm: str = "ffn_norm"
+    is_fused: bool = False
 
 
+def _shared(width: int) -> dict[str, tuple[str | int, ...]]:
+    return {
+        "ffn_gate_shexp.weight": (width, "n_embd"),
+        "ffn_up_shexp.weight": (width, "n_embd"),
+        "ffn_down_shexp.weight": ("n_embd", width),
+    }
+
+
+_CHOICE: dict[str, tuple[str | int, ...]] = {"exp_probs_b.bias": ("n_expert",)}
+_QKV_BIASES: dict[str, tuple[str | int, ...]] = {
+    "attn_q.bias": ("n_q",),
+    "attn_k.bias": ("n_kv",),
+    "attn_v.bias": ("n_kv",),
+}
 FAMILIES = {
-    "llama": Family("nothing", "feed_forward_length", has_output=True),
+    "llama": Family(),
+    "qwen2moe": Family(
+        width_key="expert_feed_forward_length",
+        keys={"expert_shared_feed_forward_length": 512},
+        tensors=_shared(512) | {"ffn_gate_inp_shexp.weight": ("n_embd",)} | _QKV_BIASES,
+    ),
     "qwen3moe": Family("head", "expert_feed_forward_length", has_output=False),
-    "olmoe": Family("row", "feed_forward_length", has_output=True),
+    "olmoe": Family("row"),
+    "granitemoe": Family(
+        has_output=False,
+        keys={
+            "expert_shared_feed_forward_length": 512,
+            "embedding_scale": 1.5,
+            "residual_scale": 0.6,
+            "attention.scale": 0.125,
+            "logit_scale": 0.75,
+        },
+        tensors=_shared(512),
+    ),
+    "dots1": Family(
+        "head",
+        "expert_feed_forward_length",
+        keys={
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        },
+        tensors=_shared(512) | _CHOICE,
+        n_dense=1,
+    ),
+    "ernie4_5-moe": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        has_output=False,
+        keys={
+            "leading_dense_block_count": 1,
+            "interleave_moe_layer_step": 1,
+            "expert_shared_feed_forward_length": 512,
+        },
+        tensors=_shared(512) | _CHOICE,
+        n_dense=1,
+    ),
+    "hunyuan-moe": Family(
+        "head",
+        has_output=False,
+        keys={"expert_shared_feed_forward_length": 512, "expert_feed_forward_length": 256},
+        tensors=_shared(512),
+    ),
+    "minimax-m2": Family(
+        "row",
+        keys={"expert_feed_forward_length": 256, "expert_gating_func": 2, "rope.dimension_count": 64},
+        tensors=_CHOICE,
+    ),
+    "glm4moe": Family(
+        "head",
+        "expert_feed_forward_length",
+        keys={
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "rope.dimension_count": 64,
+        },
+        tensors=_shared(256) | _CHOICE | _QKV_BIASES,
+        n_dense=1,
+        ffn_norm="post_attention_norm",
+    ),
 }
 
 
@@ -181,6 +269,9 @@ def write_family(
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
     writer.add_vocab_size(shape.n_vocab)
+    for key, value in family.keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{name}.{key}", value)
     if words:
         _add_byte_level(writer, words, shape.n_vocab)
     else:
@@ -188,7 +279,9 @@ def write_family(
     rng = np.random.default_rng(1)
     for tensor, dims in _family_tensors(family, shape).items():
         values = rng.standard_normal(dims, dtype=np.float32)
-        if len(dims) == 1:
+        if tensor.endswith(".bias"):
+            writer.add_tensor(tensor, values / 4)
+        elif len(dims) == 1:
             writer.add_tensor(tensor, values / 8 + 1)
         elif kind is Type.F32 or "ffn_gate_inp" in tensor:
             writer.add_tensor(tensor, values * 2 * dims[-1] ** -0.5)
@@ -223,20 +316,37 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.n_vocab, d), "output_norm.weight": (d,)}
     if family.has_output:
         tensors["output.weight"] = (shape.n_vocab, d)
+    sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv}
+    extra = {
+        name: tuple(sizes[size] if isinstance(size, str) else size for size in dims)
+        for name, dims in family.tensors.items()
+    }
+    attention = {
+        "attn_norm": (d,),
+        "attn_q": (n_q, d),
+        "attn_k": (n_kv, d),
+        "attn_v": (n_kv, d),
+        "attn_output": (d, n_q),
+        family.ffn_norm: (d,),
+    }
+    if family.is_fused:
+        attention = {name: dims for name, dims in attention.items() if name not in ("attn_q", "attn_k", "attn_v")}
+        attention["attn_qkv"] = (n_q + 2 * n_kv, d)
+    if norms:
+        attention |= {"attn_q_norm": (norms[0],), "attn_k_norm": (norms[1],)}
+    dense = {"ffn_gate": (7 * n_ff, d), "ffn_up": (7 * n_ff, d), "ffn_down": (d, 7 * n_ff)}
+    experts = {
+        "ffn_gate_inp": (shape.n_expert, d),
+        "ffn_gate_exps": (shape.n_expert, n_ff, d),
+        "ffn_up_exps": (shape.n_expert, n_ff, d),
+        "ffn_down_exps": (shape.n_expert, d, n_ff),
+    }
     for n in range(shape.n_layer):
-        layer = {
-            "attn_norm": (d,),
-            "attn_q": (n_q, d),
-            "attn_k": (n_kv, d),
-            "attn_v": (n_kv, d),
-            "attn_output": (d, n_q),
-            "ffn_norm": (d,),
-            "ffn_gate_inp": (shape.n_expert, d),
-            "ffn_gate_exps": (shape.n_expert, n_ff, d),
-            "ffn_up_exps": (shape.n_expert, n_ff, d),
-            "ffn_down_exps": (shape.n_expert, d, n_ff),
-        }
-        if norms:
-            layer |= {"attn_q_norm": (norms[0],), "attn_k_norm": (norms[1],)}
+        is_dense = n < family.n_dense
+        layer = attention | (dense if is_dense else experts)
         tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in layer.items()}
+        of_ffn = ("ffn_", "exp_probs_b")
+        tensors |= {
+            f"blk.{n}.{name}": dims for name, dims in extra.items() if not (is_dense and name.startswith(of_ffn))
+        }
     return tensors

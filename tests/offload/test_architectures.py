@@ -29,7 +29,13 @@ from tests.models.tiered import resident_engine, tiered_engine
 from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 TOKENS = random_tokens(40, 300)
-SHAPES = {"llama": FineShape(), "qwen3moe": FineShape(n_expert=128), "olmoe": FineShape(n_head_kv=4, n_embd_head=64)}
+_OF_EMBD = FineShape(n_head_kv=4, n_embd_head=64)
+SHAPES = {name: FineShape() for name in FAMILIES} | {
+    "qwen2moe": _OF_EMBD,
+    "qwen3moe": FineShape(n_expert=128),
+    "olmoe": _OF_EMBD,
+    "dots1": FineShape(n_head_kv=4),
+}
 FINE = ("qwen3moe", "olmoe")
 WORDS = ("re", "in", "on", "at")
 
@@ -39,7 +45,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("architectures")
 
 
-@pytest.fixture(scope="module", params=[(name, kind) for name in FAMILIES for kind in ("F32", "Q8_0", "Q4_K")], ids=str)
+KINDS = [(name, "Q4_K") for name in FAMILIES] + [(name, kind) for name in ("llama", *FINE) for kind in ("F32", "Q8_0")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
 def model(request: pytest.FixtureRequest, directory: Path) -> Path:
     name, kind = request.param
     return write_family(directory / f"{name}-{kind}.gguf", name, Type[kind], SHAPES[name])

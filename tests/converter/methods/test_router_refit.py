@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from slimoe.converter.methods.router_refit import RefitSpec, refit
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ExpertSpec, ModelSpec
+from slimoe.offload.model.spec import AttentionSpec, ModelSpec
 
 N_EMBD, N_ROW, N_USED, N_TOKEN = 16, 5, 2, 300
 MODEL = ModelSpec(

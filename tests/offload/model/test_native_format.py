@@ -16,10 +16,11 @@ from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
+from slimoe.offload.model.expert_spec import LayerShape
 from slimoe.offload.model.experts import ExpertLayer, expert_layers
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
-from slimoe.offload.model.spec import LayerShape, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
 from slimoe.offload.model.tensors import ModelSources, WeightSource, model_sources
 from tests.models.configs import engine_config
