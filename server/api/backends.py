@@ -1,12 +1,13 @@
 """The models that are served, found by the name that a request gives. Apart: every dialect asks it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api_error import ApiError, from_failure, not_found
-from slimoe.server.messages import Failure
+from slimoe.server.messages import Answer, Failure, Order, Question
 from slimoe.server.process.pool import Pool
+from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
 
 
@@ -17,6 +18,13 @@ class Backend:
     model: ServedModel
     supervisor: Supervisor
     keep: float | None = None
+
+    async def ask(self, question: Callable[[int], Question | Order], param: str) -> Answer:
+        """The engine's answer about what the field `param` holds; raises ApiError."""
+        try:
+            return await self.supervisor.ask(question)
+        except EngineFailure as error:
+            raise from_failure(error.failure, param) from None
 
 
 class Backends:

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from slimoe.server.api_error import ApiError, ErrorBody, ErrorDocument
@@ -46,3 +47,8 @@ class Endpoint:
     def routes(self) -> list[web.RouteDef]:
         """The routes for aiohttp's router."""
         return [web.route(self.method, path, self.handler) for path in (self.path, *self.aliases)]
+
+
+def json_answer(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """The answer that is `document` as JSON."""
+    return web.Response(body=msgspec.json.encode(document), status=status, headers=headers, content_type=JSON)

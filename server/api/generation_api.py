@@ -41,12 +41,17 @@ class GenerationApi:
 
     async def count(self, backend: Backend, prompt: messages.ChatPrompt, param: str) -> int:
         """The tokens of a conversation, which the field `param` holds, with its answer begun; raises ApiError."""
-        try:
-            answer = await backend.supervisor.ask(lambda id: messages.Count(id, prompt))
-        except EngineFailure as error:
-            raise from_failure(error.failure, param) from None
+        answer = await backend.ask(lambda id: messages.Count(id, prompt), param)
         assert isinstance(answer, messages.Counted)
         return answer.n_tokens
+
+    async def answer(
+        self, request: web.Request, backend: Backend, choices: Sequence[Choice], shape: Shape, *, stream: bool | None
+    ) -> web.StreamResponse:
+        """All choices, as a stream if that is asked for; raises ApiError."""
+        if stream:
+            return await self.stream(request, backend, choices, shape)
+        return await self.whole(backend, choices, shape)
 
     async def whole(self, backend: Backend, choices: Sequence[Choice], shape: Shape) -> web.Response:
         """All choices in one document; raises ApiError."""

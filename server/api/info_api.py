@@ -1,7 +1,7 @@
 """The endpoints that tell about the server and its model without generating."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -9,10 +9,9 @@ from msgspec import UNSET, UnsetType
 
 from slimoe.server import messages
 from slimoe.server.api.backends import Backend, Backends
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.metrics import Metrics
 from slimoe.server.api.request_body import read_body
-from slimoe.server.api.served_model import ServedModel
 from slimoe.server.api_error import ErrorInfo, from_failure, invalid
 from slimoe.server.process.request_handle import EngineFailure
 from slimoe.server.process.supervisor import Supervisor
@@ -155,15 +154,15 @@ class InfoApi:
         trouble = supervisor.trouble
         if trouble is not None:
             info = ErrorInfo(trouble, "unavailable_error", None, "engine_unavailable")
-            return _json(Health(status="unavailable", error=info), 503, {"Retry-After": "1"})
+            return json_answer(Health(status="unavailable", error=info), 503, {"Retry-After": "1"})
         if supervisor.phase == "ready":
-            return _json(Health(status="ok"))
+            return json_answer(Health(status="ok"))
         if supervisor.phase == "asleep":
             # The next request wakes it: those who ask whether they may send one hear yes.
-            return _json(Health(status="ok", is_sleeping=True))
+            return json_answer(Health(status="ok", is_sleeping=True))
         if supervisor.phase == "failed" and supervisor.failure is not None:
             error = from_failure(supervisor.failure)
-            return _json(Health(status="error", error=error.info), 500)
+            return json_answer(Health(status="error", error=error.info), 500)
         progress = supervisor.progress
         error_info = ErrorInfo("Loading model", "unavailable_error", None, "model_loading")
         body = Health(
@@ -173,11 +172,11 @@ class InfoApi:
             total_bytes=progress.total_bytes,
             error=error_info,
         )
-        return _json(body, 503, {"Retry-After": "1"})
+        return json_answer(body, 503, {"Retry-After": "1"})
 
     async def models(self, request: web.Request) -> web.Response:
         """The models, also while none is loaded."""
-        return _json(OfferedModels("list", [_card(backend) for backend in self._backends.all()]))
+        return json_answer(OfferedModels("list", [_card(backend) for backend in self._backends.all()]))
 
     async def model(self, request: web.Request) -> web.Response:
         """The model by its id; raises ApiError for another."""
@@ -185,7 +184,7 @@ class InfoApi:
         found = next((backend for backend in self._backends.all() if backend.model.id == id), None)
         if found is None:
             raise self._backends.unknown(id)
-        return _json(_card(found))
+        return json_answer(_card(found))
 
     async def tokenizer_info(self, request: web.Request) -> web.Response:
         """What evaluation harnesses need of the tokenizer; waits for the model."""
@@ -193,7 +192,7 @@ class InfoApi:
             info = await self._supervisor.wait_ready()
         except EngineFailure as error:
             raise from_failure(error.failure) from None
-        return _json(TokenizerInfo(info.bos or None, info.eos or None, None, info.chat_template))
+        return json_answer(TokenizerInfo(info.bos or None, info.eos or None, None, info.chat_template))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """A text's token ids; raises ApiError."""
@@ -210,27 +209,25 @@ class InfoApi:
         if len(text) > most:
             raise invalid(f"The text has {len(text):,} characters, but may have {most:,}. Send it in parts.", param)
         question = messages.Encode(0, text, add_special, body.parse_special, body.with_pieces)
-        supervisor = self._backends.named(body.model).supervisor
-        answer = await _ask(supervisor, lambda id: msgspec.structs.replace(question, id=id), param)
+        backend = self._backends.named(body.model)
+        answer = await backend.ask(lambda id: msgspec.structs.replace(question, id=id), param)
         assert isinstance(answer, messages.Encoded)
         tokens: list[int | TokenPiece] = [*answer.ids]
         if body.with_pieces:
             tokens = [_piece(id, piece) for id, piece in zip(answer.ids, answer.pieces, strict=True)]
-        info = supervisor.info
+        info = backend.supervisor.info
         n_ctx = None if info is None else info.n_ctx
-        return _json(Tokenized(tokens, len(tokens), n_ctx))
+        return json_answer(Tokenized(tokens, len(tokens), n_ctx))
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """Token ids' text with the names of control tokens, under both names that clients look for; raises ApiError."""
         body = await read_body(request, DetokenizeBody)
         if any(not 0 <= token < 2**31 for token in body.tokens):
             raise invalid("A token id is a number from 0 to the vocabulary's size.", "tokens")
-        supervisor = self._backends.named(body.model).supervisor
-        answer = await _ask(
-            supervisor, lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens"
-        )
+        backend = self._backends.named(body.model)
+        answer = await backend.ask(lambda id: messages.Decode(id, tuple(body.tokens), shows_control=True), "tokens")
         assert isinstance(answer, messages.Text)
-        return _json(Detokenized(answer.text, answer.text))
+        return json_answer(Detokenized(answer.text, answer.text))
 
     async def metrics(self, request: web.Request) -> web.Response:
         """The counters in Prometheus' text format."""
@@ -239,20 +236,8 @@ class InfoApi:
         return web.Response(body=metrics.text(), headers=headers)
 
     @property
-    def _model(self) -> ServedModel:
-        return self._backends.current.model
-
-    @property
     def _supervisor(self) -> Supervisor:
         return self._backends.current.supervisor
-
-
-async def _ask(supervisor: Supervisor, question: Question, param: str) -> messages.Answer:
-    """The engine's answer about the text in the field `param`."""
-    try:
-        return await supervisor.ask(question)
-    except EngineFailure as error:
-        raise from_failure(error.failure, param) from None
 
 
 _STATUS = {"ready": "loaded", "loading": "loading", "failed": "failed"}
@@ -290,7 +275,3 @@ def _piece(id: int, piece: bytes) -> TokenPiece:
         return TokenPiece(id, piece.decode())
     except UnicodeDecodeError:
         return TokenPiece(id, list(piece))
-
-
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")

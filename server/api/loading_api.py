@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from slimoe.server.api.backends import Backends
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.request_body import read_body
 from slimoe.server.api_error import INVALID, ApiError, ErrorInfo
 from slimoe.server.process.request_handle import EngineFailure
@@ -46,7 +46,7 @@ class LoadingApi:
         task = asyncio.create_task(_load(backend.supervisor))
         self._loading.add(task)
         task.add_done_callback(self._loading.discard)
-        return _done()
+        return json_answer(Success())
 
     async def unload(self, request: web.Request) -> web.Response:
         """Gives the memory of a model back; raises ApiError while somebody uses it."""
@@ -54,14 +54,10 @@ class LoadingApi:
         if not await self._backends.pool.unload(backend.supervisor):
             message = f"The model {backend.model.id!r} is being used. Try again when its answers are complete."
             raise ApiError(409, ErrorInfo(message, INVALID, "model", "model_busy"))
-        return _done()
+        return json_answer(Success())
 
 
 async def _load(supervisor: Supervisor) -> None:
     # Whoever asks for the model, or looks at its state, is told of a failure.
     with contextlib.suppress(EngineFailure):
         await supervisor.wait_ready()
-
-
-def _done() -> web.Response:
-    return web.Response(body=msgspec.json.encode(Success()), content_type="application/json")

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from slimoe.offload.requests.snapshot import IN_HOST, ON_DEVICE, ON_DISK, LayerMap, MemoryPlace, Snapshot
 from slimoe.server import messages
 from slimoe.server.api.backends import Backend, Backends
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.request_body import read_body
 from slimoe.server.api_error import from_failure, invalid, unsupported
 from slimoe.server.process.request_handle import EngineFailure
@@ -88,16 +88,14 @@ class MemoryApi:
         # Looking at a model is no use of it, which would keep it loaded.
         snapshot = await backend.supervisor.observe()
         if snapshot is not None:
-            return _answer(memory_info(backend, snapshot))
+            return json_answer(memory_info(backend, snapshot))
         if backend.supervisor.phase == "asleep":
             config = backend.supervisor.config
-            return _answer(MemoryInfo(backend.model.id, False, config.memory.ram or "auto", list(config.devices.vram)))
-        try:
-            answer = await backend.supervisor.ask(messages.Observe)
-        except EngineFailure as error:
-            raise from_failure(error.failure) from None
+            limits = config.memory.ram or "auto", list(config.devices.vram)
+            return json_answer(MemoryInfo(backend.model.id, False, *limits))
+        answer = await backend.ask(messages.Observe, "model")
         assert isinstance(answer, messages.Observed)
-        return _answer(memory_info(backend, answer.snapshot))
+        return json_answer(memory_info(backend, answer.snapshot))
 
     async def change(self, request: web.Request) -> web.Response:
         """Other limits, which hold at once and stay; answers in progress go on. Raises ApiError."""
@@ -116,7 +114,7 @@ class MemoryApi:
             raise from_failure(msgspec.structs.replace(failure, param=param), param) from None
         assert isinstance(answer, messages.Rebudgeted)
         change = Change(answer.seconds, answer.loaded_bytes, answer.is_kept)
-        return _answer(memory_info(backend, answer.snapshot, answer.notes, change))
+        return json_answer(memory_info(backend, answer.snapshot, answer.notes, change))
 
 
 def memory_info(
@@ -157,7 +155,3 @@ def _sizes(vram: int | str | list[Any] | None) -> tuple[str, ...] | None:
         if not is_size or (isinstance(size, int) and size < 0):
             raise invalid("Expected a size such as 8GiB, bytes, 50% or auto.", f"vram[{index}]")
     return tuple(map(str, sizes))
-
-
-def _answer(info: MemoryInfo) -> web.Response:
-    return web.Response(body=msgspec.json.encode(info), content_type="application/json")

@@ -4,10 +4,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.description.docs_page import HEADERS, docs_page
 from slimoe.server.description.document import openapi_document
 
@@ -33,7 +32,7 @@ class DescriptionApi:
 
     async def document(self, request: web.Request) -> web.Response:
         """What every endpoint takes and answers, as OpenAPI 3.1."""
-        return web.Response(body=msgspec.json.encode(self._document), content_type="application/json")
+        return json_answer(self._document)
 
     async def page(self, request: web.Request) -> web.Response:
         """The same as a page to read."""

@@ -73,9 +73,7 @@ class ChatApi:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         envelope = Envelope.new("chatcmpl", kind, backend.model.id, backend.model.fingerprint)
         shape = ChatShape(envelope, body.extras, is_scored=n_logprobs is not None, is_older=body.is_older)
-        if body.stream:
-            return await self._generation.stream(request, backend, choices, shape)
-        return await self._generation.whole(backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream)
 
 
 def chat_prompt(body: ChatBody) -> ChatPrompt:

@@ -14,9 +14,8 @@ from slimoe.server.api.request_body import MAX_PROMPTS, Extras, GenerationBody, 
 from slimoe.server.api.scored_text import fitted
 from slimoe.server.api.shape import Envelope, OpenAIShape
 from slimoe.server.api.unsupported_fields import COMPLETION, extended
-from slimoe.server.api_error import from_failure, invalid, unsupported
+from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.messages import Decode, PromptSource, ScoredToken, Text, TextPrompt, TokenPrompt
-from slimoe.server.process.request_handle import EngineFailure
 
 DEFAULT_MAX_TOKENS = 16
 """Most tokens to generate when a request does not say, as with OpenAI."""
@@ -64,19 +63,14 @@ class CompletionApi:
         echoes = [await self._echo(backend, choice.prompt) if body.echo else "" for choice in choices]
         envelope = Envelope.new("cmpl", "text_completion", backend.model.id, backend.model.fingerprint)
         shape = CompletionShape(envelope, body.extras, echoes, is_scored=is_scored)
-        if body.stream:
-            return await self._generation.stream(request, backend, choices, shape)
-        return await self._generation.whole(backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream)
 
     async def _echo(self, backend: Backend, prompt: PromptSource) -> str:
         if isinstance(prompt, TextPrompt):
             return prompt.text
         assert isinstance(prompt, TokenPrompt)
         ids = prompt.ids
-        try:
-            answer = await backend.supervisor.ask(lambda id: Decode(id, ids))
-        except EngineFailure as error:
-            raise from_failure(error.failure, "prompt") from None
+        answer = await backend.ask(lambda id: Decode(id, ids), "prompt")
         assert isinstance(answer, Text)
         return answer.text
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server import messages
 from slimoe.server.api.choice import Choice, ChoiceState, Piece
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.shape import usage_of
@@ -133,9 +133,7 @@ class MessagesApi:
         )
         choices = [Choice(chat_prompt(body), wanted)]
         shape = MessagesShape(backend.model.id, stops)
-        if body.stream:
-            return await self._generation.stream(request, backend, choices, shape)
-        return await self._generation.whole(backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream)
 
     async def count(self, request: web.Request) -> web.Response:
         """Counts the tokens of a conversation without answering it; raises ApiError."""
@@ -143,7 +141,7 @@ class MessagesApi:
         self._generation.unsupported.refuse(body, UNSUPPORTED)
         backend = self._generation.backends.named(body.model)
         n_tokens = await self._generation.count(backend, chat_prompt(body), "messages")
-        return web.Response(body=msgspec.json.encode(InputTokens(n_tokens)), content_type="application/json")
+        return json_answer(InputTokens(n_tokens))
 
 
 class MessagesShape:

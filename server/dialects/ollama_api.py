@@ -11,7 +11,7 @@ from aiohttp import web
 
 from slimoe.server.api.backends import Backend
 from slimoe.server.api.choice import Choice
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body
 from slimoe.server.api.unsupported_fields import extended
@@ -126,11 +126,11 @@ class OllamaApi:
 
     async def version(self, request: web.Request) -> web.Response:
         """The version of Ollama's API, and of this program."""
-        return _json(VersionAnswer(VERSION, self._generation.backends.current.model.version))
+        return json_answer(VersionAnswer(VERSION, self._generation.backends.current.model.version))
 
     async def tags(self, request: web.Request) -> web.Response:
         """The models that are offered."""
-        return _json(ModelList([_entry(backend) for backend in self._generation.backends.all()]))
+        return json_answer(ModelList([_entry(backend) for backend in self._generation.backends.all()]))
 
     async def ps(self, request: web.Request) -> web.Response:
         """The models that are loaded."""
@@ -140,7 +140,7 @@ class OllamaApi:
             if info is not None and backend.supervisor.phase == "ready":
                 loaded = {"expires_at": _NEVER, "size_vram": _on_devices(info.memory), "context_length": info.n_ctx}
                 entries.append(msgspec.structs.replace(_entry(backend), **loaded))
-        return _json(ModelList(entries))
+        return json_answer(ModelList(entries))
 
     async def show(self, request: web.Request) -> web.Response:
         """What a model is; waits until it is open, raises ApiError."""
@@ -155,7 +155,7 @@ class OllamaApi:
         }
         template = info.chat_template or ""
         capabilities = ["completion", "tools", *(["thinking"] if think_of(template) else [])]
-        return _json(ShowAnswer(template, _details(info), facts, capabilities, _entry(backend).modified_at))
+        return json_answer(ShowAnswer(template, _details(info), facts, capabilities, _entry(backend).modified_at))
 
     async def absent(self, request: web.Request) -> web.Response:
         """Says that models are neither fetched, made nor embedded with here."""
@@ -176,9 +176,7 @@ class OllamaApi:
             reason: Literal["load", "unload"] = "unload" if body.keep == 0 else "load"
             return web.Response(body=shape.without_answer(reason), content_type="application/json")
         choices = [Choice(source, wanted)]
-        if body.stream is False:
-            return await self._generation.whole(backend, choices, shape)
-        return await self._generation.stream(request, backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream is not False)
 
 
 def _without_tag(name: str | None) -> str | None:
@@ -218,7 +216,3 @@ def _details(info: ModelInfo) -> ModelDetails:
 def _on_devices(memory: Mapping[str, int]) -> int:
     """The bytes of `memory` that lie on devices, whose names are such as CUDA0; uses of host memory are lower case."""
     return sum(n_bytes for name, n_bytes in memory.items() if name[:1].isupper())
-
-
-def _json(document: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(document), content_type="application/json")

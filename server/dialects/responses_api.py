@@ -3,12 +3,11 @@
 import time
 import uuid
 
-import msgspec
 from aiohttp import web
 
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.api.choice import Choice
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import DEFAULTS, MAX_CHAT_VALUES, read_body, stop_strings
 from slimoe.server.api.unsupported_fields import extended
@@ -71,9 +70,7 @@ class ResponsesApi:
             with_progress=bool(body.return_progress),
             with_timings=bool(body.timings_per_token),
         )
-        if body.stream:
-            return await self._generation.stream(request, backend, choices, shape)
-        return await self._generation.whole(backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream)
 
     async def count(self, request: web.Request) -> web.Response:
         """Counts the tokens of a conversation of items without answering it; raises ApiError."""
@@ -81,7 +78,7 @@ class ResponsesApi:
         self._generation.unsupported.refuse(body, UNSUPPORTED)
         backend = self._generation.backends.named(body.model)
         n_tokens = await self._generation.count(backend, chat_prompt(body), "input")
-        return web.Response(body=msgspec.json.encode(ResponseInputTokens(n_tokens)), content_type="application/json")
+        return json_answer(ResponseInputTokens(n_tokens))
 
 
 def _response(body: ResponsesBody, wanted: GenerationRequest, model: str) -> Response:

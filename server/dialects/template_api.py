@@ -1,18 +1,14 @@
 """`POST /apply-template` and `/v1/chat/completions/input_tokens`: what a conversation becomes, without an answer."""
 
-from collections.abc import Callable
-
 import msgspec
 from aiohttp import web
 
 from slimoe.server import messages
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.generation_api import GenerationApi
 from slimoe.server.api.request_body import MAX_CHAT_VALUES, read_body
 from slimoe.server.api.unsupported_fields import CHAT
-from slimoe.server.api_error import from_failure
 from slimoe.server.dialects.chat_api import ChatBody, ChatRequest, chat_prompt, refuse_unsupported
-from slimoe.server.process.request_handle import EngineFailure
 
 
 class AppliedTemplate(msgspec.Struct, frozen=True):
@@ -46,25 +42,19 @@ class TemplateApi:
         """Renders a conversation by the model's chat template; raises ApiError."""
         body, prompt = await self._read(request)
         generate = body.add_generation_prompt is not False
-        answer = await self._ask(body, lambda id: messages.Render(id, prompt, generate))
+        backend = self._generation.backends.named(body.model)
+        answer = await backend.ask(lambda id: messages.Render(id, prompt, generate), "messages")
         assert isinstance(answer, messages.Text)
-        return web.Response(body=msgspec.json.encode(AppliedTemplate(answer.text)), content_type="application/json")
+        return json_answer(AppliedTemplate(answer.text))
 
     async def count(self, request: web.Request) -> web.Response:
         """Counts the tokens that a conversation comes to; raises ApiError."""
         body, prompt = await self._read(request)
-        answer = await self._ask(body, lambda id: messages.Count(id, prompt))
-        assert isinstance(answer, messages.Counted)
-        return web.Response(body=msgspec.json.encode(ChatInputTokens(answer.n_tokens)), content_type="application/json")
+        backend = self._generation.backends.named(body.model)
+        return json_answer(ChatInputTokens(await self._generation.count(backend, prompt, "messages")))
 
     async def _read(self, request: web.Request) -> tuple[ChatBody, messages.ChatPrompt]:
         body = await read_body(request, ChatRequest, MAX_CHAT_VALUES)
         self._generation.unsupported.refuse(body, CHAT)
         refuse_unsupported(body)
         return body, chat_prompt(body)
-
-    async def _ask(self, body: ChatBody, question: Callable[[int], messages.Question]) -> messages.Answer:
-        try:
-            return await self._generation.backends.named(body.model).supervisor.ask(question)
-        except EngineFailure as error:
-            raise from_failure(error.failure, "messages") from None

@@ -117,9 +117,7 @@ class LlamaCompletionApi:
             fields=fields,
         )
         shape = LlamaShape(options, len(choices))
-        if body.stream:
-            return await self._generation.stream(request, backend, choices, shape)
-        return await self._generation.whole(backend, choices, shape)
+        return await self._generation.answer(request, backend, choices, shape, stream=body.stream)
 
 
 async def _info(backend: Backend) -> ModelInfo:
@@ -187,9 +185,6 @@ async def _encoded(
 
 
 async def _asked(backend: Backend, question: messages.Encode) -> messages.Encoded:
-    try:
-        answer = await backend.supervisor.ask(lambda id: msgspec.structs.replace(question, id=id))
-    except EngineFailure as error:
-        raise from_failure(error.failure, "prompt") from None
+    answer = await backend.ask(lambda id: msgspec.structs.replace(question, id=id), "prompt")
     assert isinstance(answer, messages.Encoded)
     return answer

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.api.backends import Backends
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.request_body import Defaults
 from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo
 from slimoe.server.dialects.llama.settings import GenerationSettings, settings_of
@@ -114,7 +114,7 @@ class PropertiesApi:
             engine_pid=supervisor.pid,
             memory={} if info is None else info.memory,
         )
-        return web.Response(body=msgspec.json.encode(document), content_type="application/json")
+        return json_answer(document)
 
     async def slots(self, request: web.Request) -> web.Response:
         """What each slot works on; with `fail_on_no_slot` status 503 when none is free. Raises ApiError."""
@@ -127,7 +127,7 @@ class PropertiesApi:
             raise ApiError(503, ErrorInfo(message, "unavailable_error", None, "no_slot"), headers={"Retry-After": "1"})
         n_ctx = None if supervisor.info is None else supervisor.info.n_ctx
         slots = [_slot(number, handle, n_ctx) for number, handle in enumerate(supervisor.slots.handles)]
-        return web.Response(body=msgspec.json.encode(slots), content_type="application/json")
+        return json_answer(slots)
 
 
 def _slot(number: int, handle: RequestHandle | None, n_ctx: int | None) -> Slot:

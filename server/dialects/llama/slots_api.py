@@ -7,7 +7,7 @@ from aiohttp import web
 
 from slimoe.server import messages
 from slimoe.server.api.backends import Backends
-from slimoe.server.api.endpoint import Endpoint
+from slimoe.server.api.endpoint import Endpoint, json_answer
 from slimoe.server.api.request_body import read_body
 from slimoe.server.api_error import UNSUPPORTED, ApiError, ErrorInfo, from_failure, invalid
 from slimoe.server.process.request_handle import EngineFailure
@@ -72,9 +72,7 @@ class SlotsApi:
             failure = msgspec.structs.replace(error.failure, param=None if action == "erase" else "filename")
             raise from_failure(failure) from None
         assert isinstance(done, messages.SlotChanged)
-        return web.Response(
-            body=msgspec.json.encode(_told(int(slot), name, action, done)), content_type="application/json"
-        )
+        return json_answer(_told(int(slot), name, action, done))
 
 
 def _told(slot: int, name: str, action: str, done: messages.SlotChanged) -> SlotInfo:
