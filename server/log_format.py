@@ -73,15 +73,6 @@ JOURNAL = Journal()
 """This process's log."""
 
 
-class LogFormatter(logging.Formatter):
-    """A record's line, and below it a traceback whose lines are indented: none can pass for a record of its own."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
-        error = record.exc_info[1] if record.exc_info else None
-        return log_text(record.getMessage(), error)
-
-
 class JournalHandler(logging.Handler):
     """Hands records of the logging library to the journal."""
 
@@ -92,7 +83,7 @@ class JournalHandler(logging.Handler):
 
 
 def log_text(message: str, error: BaseException | None = None) -> str:
-    """The lines that tell of an event, and where `error` came from."""
+    """The line that tells of an event, and below it where `error` came from, indented: no line can pass for another."""
     lines = [] if error is None else "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
     return "\n".join([f"slimoe: {printable(message)}", *(f"  {printable(line)}" for line in lines)])
 

@@ -52,7 +52,6 @@ class ServeOptions:
     idle_unload: float | None
     models: Path | None
     models_max: int
-    log_format: str
     log_prompts: Path | None
     slots: bool
     slot_save_path: Path | None

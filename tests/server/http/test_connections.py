@@ -14,7 +14,7 @@ from aiohttp import web
 
 from slimoe.offload.printable import printable
 from slimoe.server.http.access import AccessRules
-from slimoe.server.log_format import LogFormatter
+from slimoe.server.log_format import JOURNAL, JournalHandler
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -123,13 +123,23 @@ async def test_an_expectation_that_is_not_met(server: LiveServer) -> None:
     assert (status, headers["content-type"]) == (417, "application/json")
 
 
+def written(record: logging.LogRecord, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on standard error that a record of the logging library becomes."""
+    JOURNAL.flush()
+    capsys.readouterr()
+    JournalHandler().emit(record)
+    return capsys.readouterr().err.removesuffix("\n").split("\n")
+
+
 class BrokenRules(AccessRules):
     def check(self, request: web.Request) -> None:
         raise ZeroDivisionError("division by zero")
 
 
 @pytest.mark.parametrize("path", ["/%0aslimoe: all is well", "/v1/models/%0d%0a%1b[2J", "/x\u202etxt", "/%c2%85"])
-async def test_a_path_forges_no_line_in_the_log(model: Path, caplog: Any, path: str) -> None:
+async def test_a_path_forges_no_line_in_the_log(
+    model: Path, caplog: Any, capsys: pytest.CaptureFixture[str], path: str
+) -> None:
     """A handler that fails is the one whose path is logged."""
     options = LiveOptions(rules=BrokenRules(), waits=False)
     async with (
@@ -139,19 +149,19 @@ async def test_a_path_forges_no_line_in_the_log(model: Path, caplog: Any, path: 
     ):
         assert (response.status, (await response.json())["error"]["code"]) == (500, "internal")
     (record,) = caplog.records
-    head, *rest = LogFormatter().format(record).split("\n")
+    head, *rest = written(record, capsys)
     assert head.startswith("slimoe: GET /")
     assert rest[-1] == "  ZeroDivisionError: division by zero"
     assert all(line.startswith("  ") and line.isprintable() for line in rest)
     assert head.isprintable()
 
 
-async def test_what_an_error_says_is_indented_and_escaped() -> None:
+async def test_what_an_error_says_is_indented_and_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise ValueError("a prompt\nslimoe: all is well\x1b[2J\r")
     except ValueError as error:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "%s failed\n", ("a\x07b",), (type(error), error, None))
-    lines = LogFormatter().format(record).split("\n")
+    lines = written(record, capsys)
     assert lines[0] == "slimoe: a\\x07b failed\\n"
     assert lines[-2:] == ["  ValueError: a prompt", "  slimoe: all is well\\x1b[2J\\r"]
 
