@@ -37,11 +37,9 @@ _OF_ITS_OWN = (
 def llamacpp_problem(spec: ModelSpec) -> str | None:
     """Why llama.cpp does not load a file of these sizes, though it is a stock one; None where it does."""
     if spec.architecture.qk_norm == "row" and spec.n_head_kv != spec.n_head:
-        name, heads = (
-            spec.architecture.name,
-            f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries",
-        )
-        return f"llama.cpp does not load an {name} model with fewer heads of keys than of queries, and {heads}."
+        heads = f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries"
+        name = spec.architecture.models
+        return f"llama.cpp loads no {name} model with fewer heads of keys than of queries, and {heads}."
     return None
 
 

@@ -115,7 +115,7 @@ def test_grouped_keys_of_an_olmoe(tmp_path: Path) -> None:
     expected = logits(source, TOKENS).numpy()
     np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
     np.testing.assert_allclose(engines(converted(source, tmp_path / "m.gguf")), expected, atol=1e-3)
-    problem = "llama.cpp does not load an olmoe model with fewer heads of keys than of queries"
+    problem = "llama.cpp loads no OLMoE model with fewer heads of keys than of queries"
     assert any(problem in note for note in plan(ConvertOptions(source, tmp_path / "n.gguf", "F16")).notes)
     with pytest.raises(UnsupportedModelError, match=problem):
         plan_compression(open_source(source), None, Recipe(format="stock"))
