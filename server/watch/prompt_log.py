@@ -1,5 +1,6 @@
 """Prompts and answers in files, for those who ask for that: one file for each request, which only its owner reads."""
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from slimoe.server.watch.record import RequestRecord
 MOST_FILES = 10_000
 """In the folder; for each further one the oldest goes."""
 MOST_BYTES = 16 << 20
-"""Of one file; what is larger is not written."""
+"""Of one file; what is larger is not written, as if the folder could not take it."""
 
 
 class PromptLog:
@@ -41,7 +42,7 @@ class PromptLog:
         try:
             data = msgspec.json.encode({**about, "prompts": list(prompts), "answers": list(answers)})
             if len(data) > MOST_BYTES:
-                return
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with open(os.open(self._folder / name, flags, 0o600), "wb") as file:
                 file.write(data)

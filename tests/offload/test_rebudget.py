@@ -85,9 +85,8 @@ def test_answers_go_on_whatever_the_limits_become(model: Path) -> None:
 
         def take(n_bytes: int) -> Callable[[], None]:
             def do() -> None:
-                done = engine.rebudget(str(n_bytes), ())
+                engine.rebudget(str(n_bytes), ())
                 sizes.append(-1 if engine.tiers is None else n_slots(engine))
-                assert done.seconds < 10
 
             return do
 

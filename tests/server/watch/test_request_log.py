@@ -22,7 +22,7 @@ from slimoe.offload.errors import UsageError
 from slimoe.server.cli import run
 from slimoe.server.log_format import JOURNAL, MOST_WAITING, Journal
 from slimoe.server.process.engine_child import EngineChild
-from slimoe.server.watch.prompt_log import PromptLog
+from slimoe.server.watch.prompt_log import MOST_BYTES, PromptLog
 from slimoe.server.watch.record import RequestRecord
 from tests.models.live_server import DEADLINE, LiveOptions, live_server, serving, slimoe, until
 
@@ -220,6 +220,12 @@ def test_a_full_folder_harms_nobody(tmp_path: Path, capsys: pytest.CaptureFixtur
     for n in range(2):
         log.write(RequestRecord(f"r{n}"), ["x"], [])
     assert capsys.readouterr().err.count("Prompts cannot be written") == 1
+
+
+def test_what_is_too_large_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PromptLog(tmp_path).write(RequestRecord("large"), ["x" * MOST_BYTES], [])
+    assert list(tmp_path.iterdir()) == []
+    assert "File too large" in capsys.readouterr().err
 
 
 def test_a_place_where_nothing_can_be_written_is_refused(
