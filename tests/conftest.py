@@ -1,4 +1,7 @@
-"""Tiny tokenizers and checkpoints, made once per test run."""
+"""Tiny tokenizers and checkpoints, made once per test run.
+
+What makes them is imported by the fixtures: pytest's first process reads this file too, and tests run in others.
+"""
 
 import os
 import sys
@@ -6,15 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-from bench.baselines.rpc_server import rpc_server
-from slimoe.converter.convert import ConvertOptions, convert
-from tests.models.tiny_checkpoint import K_QUANT_SIZES, TinyConfig, save_checkpoint, train_sentencepiece
-from tests.models.tiny_gguf import write_tiny_gguf
-
-torch.set_num_threads(1)
-"""Products of tiny matrices do not gain from more, and files of tests run side by side."""
 
 # Hundreds of tests start the program, which compiles itself each time where Python is told to keep no bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -23,18 +17,24 @@ sys.dont_write_bytecode = False
 
 @pytest.fixture(scope="session")
 def sentencepiece_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models.tiny_checkpoint import train_sentencepiece
+
     return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
     """A Mixtral of two layers as a GGUF file, with a real vocabulary and Mixtral's chat template."""
+    from tests.models.tiny_gguf import write_tiny_gguf
+
     return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", sentencepiece_path)
 
 
 @pytest.fixture(scope="module")
 def endpoints() -> Iterator[tuple[str, str]]:
     """HOST:PORT of two RPC servers over this machine's CPU."""
+    from bench.baselines.rpc_server import rpc_server
+
     with rpc_server() as one, rpc_server() as other:
         yield one.endpoint, other.endpoint
 
@@ -42,12 +42,16 @@ def endpoints() -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
     """A Mixtral of 6 experts, top 3, whose sizes fit no K-quant, in float32."""
+    from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+
     return save_checkpoint(tmp_path_factory.mktemp("moe") / "tiny-moe", sentencepiece_path, TinyConfig())
 
 
 @pytest.fixture(scope="session")
 def moe_gguf(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> Path:
     """`moe_checkpoint` as a GGUF file in F32: two layers of 6 experts, top 3, n_embd 64, n_ff 96."""
+    from slimoe.converter.convert import ConvertOptions, convert
+
     target = tmp_path_factory.mktemp("moe-gguf") / "model.gguf"
     return convert(ConvertOptions(moe_checkpoint, target, "F32", n_threads=1)).path
 
@@ -55,11 +59,15 @@ def moe_gguf(tmp_path_factory: pytest.TempPathFactory, moe_checkpoint: Path) -> 
 @pytest.fixture(scope="session")
 def k_quant_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
     """A Mixtral whose sizes fit every type."""
+    from tests.models.tiny_checkpoint import K_QUANT_SIZES, save_checkpoint
+
     return save_checkpoint(tmp_path_factory.mktemp("kq") / "tiny-k-quant", sentencepiece_path, K_QUANT_SIZES)
 
 
 @pytest.fixture(scope="session")
 def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_path: Path) -> Path:
     """A Mistral without experts."""
+    from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+
     sizes = TinyConfig(n_expert=0, n_expert_used=0)
     return save_checkpoint(tmp_path_factory.mktemp("dense") / "tiny-dense", sentencepiece_path, sizes)
