@@ -98,6 +98,9 @@ class Held:
         self._limits, self._n_masks = limits, 0
         self._taking_seconds = self._all_seconds = 0.0
         self._constraint, self._spaced, self._workers = constraint, spaced, workers
+        # Whole words, as llguidance writes them.
+        self._bits = np.empty(-(-len(spaced) // 32) * 4, np.uint8)
+        self._place = self._bits.ctypes.data, self._bits.nbytes
         self._matcher = compiled.matcher.deep_copy()
         self._after_space = None if compiled.after_space is None else compiled.after_space.deep_copy()
         self._made: Future[Allowed] | None = None
@@ -152,12 +155,12 @@ class Held:
         raise ConstraintError(self._constraint, f"{problem}. Ask for a simpler form")
 
     def _mask_of(self, matcher: "LLMatcher") -> Allowed:
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        matcher.unsafe_compute_mask_ptr(*self._place)
         if matcher.is_error():
             from slimoe.offload.text.grammar_source import reason_of
 
             raise ConstraintError(self._constraint, reason_of(matcher))
-        return np.unpackbits(bits, count=len(self._spaced), bitorder="little").view(np.bool_)
+        return np.unpackbits(self._bits, count=len(self._spaced), bitorder="little").view(np.bool_)
 
 
 class Grammars:

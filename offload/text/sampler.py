@@ -74,7 +74,7 @@ class Sampler:
             token = self._draw(logits)
         else:
             # What is not allowed need not be sorted.
-            tokens = np.flatnonzero(allowed)
+            tokens = allowed.nonzero()[0]
             kept = logits[tokens]
             if kept.max() <= -_FORBIDDEN:
                 raise UsageError("logit_bias forbids all tokens that the form of the answer allows. Leave some out.")
