@@ -86,7 +86,10 @@ def constraint_of(body: FormFields, own: Constraint | None = None) -> Constraint
 
 def schema_constraint(schema: Schema, param: str) -> Constraint | None:
     """JSON that follows the schema in the field `param`, None where there is none; raises ApiError."""
-    text = bytes(schema).decode("utf-8", "surrogateescape")
+    try:
+        text = bytes(schema).decode()
+    except UnicodeDecodeError:
+        raise invalid("A JSON schema is text in UTF-8.", param) from None
     if text.startswith('"'):
         # vLLM takes the schema's text, too.
         text = msgspec.json.decode(text)

@@ -16,6 +16,7 @@ from slimoe.server.api_error import invalid, unsupported
 from slimoe.server.chat.history import Message, turns
 from slimoe.server.dialects.chat_shape import ChatShape
 from slimoe.server.dialects.chat_tools import ToolsBody, tools_of
+from slimoe.server.dialects.conversation import reasoning_values
 from slimoe.server.messages import ChatPrompt
 
 MAX_DEPTH = 32
@@ -88,12 +89,8 @@ def chat_prompt(body: ChatBody) -> ChatPrompt:
         )
     reasoning = body.reasoning or Reasoning()
     effort, thinks = body.reasoning_effort or reasoning.effort, body.enable_thinking
-    if effort is not None:
-        values.setdefault("reasoning_effort", effort)
-        thinks = False if effort == "none" and thinks is None else thinks
-    thinks = reasoning.enabled if thinks is None else thinks
-    if thinks is not None:
-        values.setdefault("enable_thinking", thinks)
+    thinks = reasoning.enabled if thinks is None and effort != "none" else thinks
+    values = {**reasoning_values(effort, thinks), **values}
     tools, choice = tools_of(body)
     return ChatPrompt(messages, values, tools, choice, keeps_reasoning=body.reasoning_format == "none")
 

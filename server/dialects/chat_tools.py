@@ -6,7 +6,7 @@ import msgspec
 
 from slimoe.server.api.request_body import GenerationBody
 from slimoe.server.api_error import invalid, unsupported
-from slimoe.server.dialects.conversation import check_choice, check_tools, json_text
+from slimoe.server.dialects.conversation import check_choice, check_tools, tool_of
 from slimoe.server.messages import Tool, ToolChoice
 
 Mode = Literal["auto", "none", "required", "any"]
@@ -75,14 +75,14 @@ def tools_of(body: ToolsBody) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The tools, and whether they are to be called; raises ApiError for what cannot be followed."""
     if body.is_older:
         tools = tuple(_tool(function, f"functions[{n}]") for n, function in enumerate(body.functions or ()))
-        check_tools(tools, "functions[{n}].name")
+        check_tools(tools)
         field, called = "function_call", body.function_call
         name = called.name if isinstance(called, NamedFunction) else ""
         mode = called if isinstance(called, str) else "required" if name else "auto"
         choice = ToolChoice(mode, name, is_parallel=False)
     else:
         tools = tuple(_chat_tool(tool, f"tools[{n}]") for n, tool in enumerate(body.tools or ()))
-        check_tools(tools, "tools[{n}].function.name")
+        check_tools(tools)
         field, given = "tool_choice", body.tool_choice
         if isinstance(given, ChatToolChoice) and given.type == "allowed_tools" and given.allowed_tools:
             tools = _allowed(given.allowed_tools, tools)
@@ -100,8 +100,8 @@ def _chat_tool(tool: ChatTool, where: str) -> Tool:
 
 
 def _tool(function: DescribedFunction, where: str) -> Tool:
-    schema = json_text(function.parameters or {}, f"{where}.parameters")
-    return Tool(function.name, function.description or "", schema, bool(function.strict), f"{where}.parameters")
+    place = f"{where}.parameters"
+    return tool_of(function.name, function.description, function.parameters, function.strict, place)
 
 
 def _allowed(allowed: AllowedTools, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:

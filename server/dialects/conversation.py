@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -47,25 +47,29 @@ def json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"arguments": value}
 
 
-def check_tools(tools: Sequence[Tool], where: str) -> None:
-    """Raises ApiError for tools that cannot be called; `where` is the place of the name of tool `n`."""
+def tool_of(
+    name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None, place: str
+) -> Tool:
+    """A tool whose schema stands in the field `place`; raises ApiError for one that is nested too deeply."""
+    return Tool(name, description or "", json_text(parameters or {}, place), bool(strict), place)
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raises ApiError for tools that cannot be called; a tool's name stands beside its schema."""
     if len(tools) > MAX_TOOLS:
-        raise invalid(f"{len(tools):,} tools are too many: {MAX_TOOLS} are allowed.", where.partition("[")[0])
+        raise invalid(f"{len(tools):,} tools are too many: {MAX_TOOLS} are allowed.", tools[0].place.partition("[")[0])
     names: set[str] = set()
-    for n, tool in enumerate(tools):
+    for tool in tools:
+        where = f"{tool.place.rpartition('.')[0]}.name"
         if not _NAME.fullmatch(tool.name):
             raise invalid(
                 f"The name of a tool has up to {MAX_NAME} letters, digits, dots, dashes and underscores, which "
                 f"{tool.name[:MAX_NAME]!r} has not.",
-                where.format(n=n),
+                where,
             )
         if tool.name in names:
-            raise invalid(f"Two tools have the name {tool.name!r}.", where.format(n=n))
+            raise invalid(f"Two tools have the name {tool.name!r}.", where)
         names.add(tool.name)
-        if is_deeper(json.loads(tool.parameters), MAX_DEPTH):
-            raise invalid(
-                f"The schema of the tool {tool.name!r} is nested more than {MAX_DEPTH} deep.", where.format(n=n)
-            )
 
 
 def check_choice(choice: ToolChoice, tools: Sequence[Tool], where: str) -> None:

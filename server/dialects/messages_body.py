@@ -18,6 +18,7 @@ from slimoe.server.dialects.conversation import (
     json_text,
     not_text,
     reasoning_values,
+    tool_of,
 )
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
@@ -210,16 +211,10 @@ def _tools(given: Sequence[MessagesTool]) -> tuple[Tool, ...]:
                 f"tools[{n}].type",
             )
     tools = tuple(
-        Tool(
-            tool.name,
-            tool.description or "",
-            json_text(tool.input_schema or {}, f"tools[{n}].input_schema"),
-            bool(tool.strict),
-            f"tools[{n}].input_schema",
-        )
+        tool_of(tool.name, tool.description, tool.input_schema, tool.strict, f"tools[{n}].input_schema")
         for n, tool in enumerate(given)
     )
-    check_tools(tools, "tools[{n}].name")
+    check_tools(tools)
     return tools
 
 

@@ -11,8 +11,8 @@ from slimoe.server.api.forms import FORM_FIELDS, NO_SCHEMA, Schema, constraint_o
 from slimoe.server.api.request_body import Defaults, LogprobCount, SamplingBody, decoded, keep_seconds, stop_strings
 from slimoe.server.api.unsupported_fields import COMMON, Unsupported, UnsupportedFields, extended
 from slimoe.server.api_error import invalid
-from slimoe.server.dialects.conversation import check_tools, json_text, not_text, reasoning_values
-from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Tool, Turn
+from slimoe.server.dialects.conversation import check_tools, json_text, not_text, reasoning_values, tool_of
+from slimoe.server.messages import Call, ChatPrompt, TextPrompt, Turn
 
 ROLES = ("system", "user", "assistant", "tool")
 _OPTION = Unsupported("It is given in options, the limit of an answer as num_predict.")
@@ -152,15 +152,10 @@ class OllamaChatBody(OllamaBody, kw_only=True):
         if not self.messages:
             return None
         tools = tuple(
-            Tool(
-                tool.function.name,
-                tool.function.description or "",
-                json_text(tool.function.parameters or {}, f"tools[{n}].function.parameters"),
-                place=f"tools[{n}].function.parameters",
-            )
-            for n, tool in enumerate(self.tools or ())
+            tool_of(one.name, one.description, one.parameters, False, f"tools[{n}].function.parameters")
+            for n, one in enumerate(tool.function for tool in self.tools or ())
         )
-        check_tools(tools, "tools[{n}].function.name")
+        check_tools(tools)
         return ChatPrompt(_turns(self.messages), self.values(), tools)
 
 

@@ -18,6 +18,7 @@ from slimoe.server.dialects.conversation import (
     json_text,
     not_text,
     reasoning_values,
+    tool_of,
 )
 from slimoe.server.messages import Call, ChatPrompt, Tool, ToolChoice, Turn
 
@@ -251,16 +252,10 @@ def _text(content: str | Sequence[ItemPart], where: str) -> str:
 def _chosen(body: InputBody) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The tools that may be called, and whether one must be."""
     tools = tuple(
-        Tool(
-            function.name,
-            function.tool.description or "",
-            json_text(function.tool.parameters or {}, f"{function.where}.parameters"),
-            bool(function.tool.strict),
-            f"{function.where}.parameters",
-        )
-        for function in body.callable_tools()
+        tool_of(one.name, one.tool.description, one.tool.parameters, one.tool.strict, f"{one.where}.parameters")
+        for one in body.callable_tools()
     )
-    check_tools(tools, "tools[{n}].name")
+    check_tools(tools)
     given, is_parallel = body.tool_choice, body.parallel_tool_calls is not False
     if not isinstance(given, ResponsesToolChoice):
         choice = ToolChoice(given or "auto", is_parallel=is_parallel)

@@ -168,7 +168,17 @@ async def test_bad_tokens(server: LiveServer, path: str, body: Any, param: str) 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"\xff\xfe", b'{"prompt": "a",}', b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 100000],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"prompt": "a",}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 100000,
+        b'{"prompt": "a", "json_schema": "\xff"}',
+        b'{"prompt": "a", "json_schema": {"a": "\xff"}}',
+    ],
 )
 async def test_what_is_no_json(server: LiveServer, data: bytes) -> None:
     status, error = await send(server.url + COMPLETE, data)

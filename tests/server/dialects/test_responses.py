@@ -244,6 +244,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].type"),
+    ({"tools": [LOOK, {"type": "namespace", "name": "a", "tools": [{**LOOK, "name": "?"}]}]}, "tools[1].tools[0].name"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "perhaps"}, "tool_choice"),
     ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
