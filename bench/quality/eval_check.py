@@ -95,7 +95,7 @@ def write_tasks(folder: Path, lines: list[str]) -> list[str]:
     return paths
 
 
-def judged(checkpoint: Path, gguf: Path, folder: Path, *, adds_bos: bool) -> dict[str, list[float]]:
+def expected(checkpoint: Path, gguf: Path, folder: Path, *, adds_bos: bool) -> dict[str, list[float]]:
     """What transformers makes of the questions: the log-likelihoods of every choice, and of every text."""
     tokenizer = Tokenizer.open(read_gguf(gguf))
     assert tokenizer.bos is not None
@@ -135,7 +135,7 @@ def compare(folder: Path, n_questions: int, *, adds_bos: bool) -> dict[str, Any]
     checkpoint = save_checkpoint(folder, text, adds_bos=adds_bos)
     path = convert(ConvertOptions(checkpoint, folder / "model.gguf", "F32", n_threads=1)).path
     paths = write_tasks(folder, lines[:n_questions])
-    theirs = judged(checkpoint, path, folder, adds_bos=adds_bos)
+    theirs = expected(checkpoint, path, folder, adds_bos=adds_bos)
     output = folder / "ours.json"
     words = ["--tasks", ",".join(paths), "--samples", "--kv-type", "f32", "--ctx", "512", "-o", str(output)]
     if run(["eval", str(path), *words]):

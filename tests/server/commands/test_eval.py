@@ -78,7 +78,7 @@ async def test_scores_are_those_of_transformers(moe_checkpoint: Path, tmp_path: 
     (source / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": adds_bos}))
     path = convert(ConvertOptions(source, tmp_path / "model.gguf", "F32", n_threads=1)).path
     assert read_gguf(path).metadata["tokenizer.ggml.add_bos_token"] is adds_bos
-    judge = transformers.AutoModelForCausalLM.from_pretrained(source)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source)
 
     def compare(url: str) -> None:
         tokens = RemoteTokens(url, "")
@@ -89,7 +89,7 @@ async def test_scores_are_those_of_transformers(moe_checkpoint: Path, tmp_path: 
             answer = tokens.post("/v1/completions", body)
             scores = answer["choices"][0]["logprobs"]["token_logprobs"]
             with torch.no_grad():
-                logits = torch.log_softmax(judge(torch.tensor([ids])).logits[0].double(), -1)
+                logits = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1)
             expected = [float(logits[n, token]) for n, token in enumerate(ids[1:])]
             assert scores[1:-1] == pytest.approx(expected, abs=1e-4)
 
