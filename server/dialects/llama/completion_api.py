@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -52,6 +52,11 @@ class InfillBody(LlamaCompletionBody, kw_only=True):
 
 InfillRequest = extended(InfillBody, LLAMA)
 
+ChosenFields = Annotated[
+    dict[str, Any], msgspec.Meta(description="The fields that `response_fields` named, as far as the answer has them.")
+]
+"""What stands in place of a `LlamaCompletion` when a request names fields."""
+
 
 class LlamaCompletionApi:
     """The endpoints' handlers."""
@@ -61,7 +66,7 @@ class LlamaCompletionApi:
 
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
-        answer = LlamaCompletion | list[LlamaCompletion]
+        answer = LlamaCompletion | list[LlamaCompletion] | ChosenFields | list[ChosenFields]
         return [
             Endpoint("POST", "/completion", self.complete, LlamaCompletionRequest, answer, True, ("/completions",)),
             Endpoint("POST", "/infill", self.fill, InfillRequest, answer, streams=True),

@@ -77,6 +77,17 @@ async def test_a_body_is_described_without_what_is_refused(document: dict[str, A
     }
 
 
+async def test_an_answer_of_chosen_fields_is_described(document: dict[str, Any]) -> None:
+    """`response_fields` may name nothing that is there, and the answer is then an empty object."""
+    content = document["paths"]["/completion"]["post"]["responses"]["200"]["content"]
+    whole, many, chosen, many_chosen = content["application/json"]["schema"]["anyOf"]
+    assert many["items"] == whole
+    assert many_chosen["items"] == chosen
+    assert chosen["type"] == "object"
+    assert "required" not in chosen
+    assert "`response_fields`" in chosen["description"]
+
+
 async def test_errors_are_described_as_each_api_writes_them(document: dict[str, Any]) -> None:
     for path, name in (
         ("/v1/completions", "ErrorDocument"),
