@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from openai import AsyncOpenAI, BadRequestError
+from openai import APIError, AsyncOpenAI, BadRequestError
 
 from tests.models.live_server import DEADLINE, serving
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
@@ -57,6 +57,34 @@ async def test_streams_at_once_are_the_streams_of_each_alone(url: str) -> None:
         alone = [await text_of(client, prompt) for prompt in PROMPTS]
         assert len(set(alone)) == len(PROMPTS)
         assert await asyncio.gather(*(text_of(client, prompt) for prompt in PROMPTS)) == alone
+
+
+async def test_a_grammar_that_gets_slower_and_slower_ends_and_others_are_answered_as_alone(url: str) -> None:
+    """Each of its tokens takes longer than the one before, until all together have taken too long."""
+    async with client_of(url) as client:
+        alone = [await text_of(client, prompt) for prompt in PROMPTS[:2]]
+        slower = await client.completions.create(
+            model="",
+            prompt="a",
+            max_tokens=10_000,
+            temperature=1,
+            seed=1,
+            stream=True,
+            extra_body={"ignore_eos": True, "grammar": 'root ::= root root root | [a-z ] | [a-z ] [a-z ] | ""'},
+        )
+        pieces = aiter(slower)
+        await anext(pieces)
+
+        async def to_its_end() -> None:
+            async for _ in pieces:
+                pass
+
+        others = asyncio.gather(*(text_of(client, prompt) for prompt in PROMPTS[:2]))
+        with pytest.raises(APIError, match=r"^grammar cannot be followed: its tokens, \d+ so far, take more") as error:
+            await to_its_end()
+        assert (error.value.type, error.value.param) == ("invalid_request_error", "grammar")
+        assert await others == alone
+    await until_running(url, 0)
 
 
 async def test_clients_that_leave_make_room(url: str) -> None:
