@@ -20,8 +20,6 @@ class ChatShape(OpenAIShape):
     def __init__(self, envelope: Envelope, extras: Extras, *, is_scored: bool, is_older: bool = False) -> None:
         super().__init__(envelope, extras)
         self._is_scored, self._is_older = is_scored, is_older
-        self._unsent: dict[int, list[ScoredToken]] = {}
-        """Scores of tokens whose text is held back, for it may begin a mark."""
 
     def opening(self, index: int) -> list[wire.Document]:
         """The first chunk, which holds the role and no text."""
@@ -36,14 +34,11 @@ class ChatShape(OpenAIShape):
         deltas = [wire.Delta(reasoning_content=piece.reasoning)] if piece.reasoning else []
         deltas += [wire.Delta(content=piece.text)] if piece.text else []
         deltas += [self._call_delta(delta) for delta in piece.calls]
-        scores = [*self._unsent.pop(index, ()), *piece.scores]
-        if not deltas and scores:
-            self._unsent[index] = scores
-        return [self._document(index, delta, [] if n else scores) for n, delta in enumerate(deltas)]
+        return [self._document(index, delta, [] if n else piece.scores) for n, delta in enumerate(deltas)]
 
     def chunk(self, index: int, text: str, scores: list[ScoredToken], reason: str | None = None) -> wire.Document:
         """The last chunk, which says why the answer ended."""
-        return self._document(index, wire.Delta(), self._unsent.pop(index, []), reason)
+        return self._document(index, wire.Delta(), scores, reason)
 
     def reason(self, state: ChoiceState, reason: str) -> str:
         """Calls of tools are the reason of an answer that ended by itself."""

@@ -119,10 +119,14 @@ async def test_results_find_their_calls_without_ids(post: Post) -> None:
 
 
 @pytest.mark.parametrize("path", ASKS)
-async def test_scores(post: Post, path: str) -> None:
-    _, answer = await post(path, {**ASKS[path], "stream": False, "logprobs": True, "top_logprobs": 2})
+async def test_scores(server: LiveServer, post: Post, path: str) -> None:
+    asked = {**ASKS[path], "logprobs": True, "top_logprobs": 2}
+    _, answer = await post(path, {**asked, "stream": False})
     assert "".join(score["token"] for score in answer["logprobs"]) == ECHOED
     assert all(len(score["top_logprobs"]) == 2 for score in answer["logprobs"])
+    pieces = await lines(server, path, asked)
+    assert [score for piece in pieces for score in piece.get("logprobs", ())] == answer["logprobs"]
+    assert all("".join(one["token"] for one in piece["logprobs"]) == text_of(piece) for piece in pieces[:-1])
 
 
 @pytest.mark.parametrize(
