@@ -13,7 +13,7 @@ from slimoe.server.messages import FromEngine, Message, decode_from_engine, pack
 from slimoe.server.process.message_buffer import MessageBuffer
 
 LONGEST_LINE = 1 << 16
-COMMAND = module_command("slimoe.server.process.engine_process")
+COMMAND = module_command("slimoe.server.process.engine_start")
 
 
 class EngineChild(asyncio.SubprocessProtocol):

@@ -2,7 +2,7 @@
 
 The main thread runs the engine. Another reads messages, so that a cancellation is seen in the middle of a prefill
 and a closed pipe ends the process whatever it is doing. Two more prepare prompts, see `slimoe.server.process.preparer`.
-Run as `python -m slimoe.server.process.engine_process PARENT_PID`.
+`slimoe.server.process.engine_start` runs it.
 """
 
 import ctypes
@@ -301,7 +301,3 @@ def main(open_engine: OpenEngine = open_engine) -> None:
     settle_in(int(sys.argv[1]))
     EngineProcess(Pipe.over_stdio()).run(open_engine)
     leave()
-
-
-if __name__ == "__main__":
-    main()

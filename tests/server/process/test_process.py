@@ -1,6 +1,7 @@
 """`slimoe serve` from start to end, as a person or a desktop app runs it, over the real engine."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -234,6 +235,19 @@ def test_what_cannot_be_served(
     assert out == ""
     assert words in err
     assert "Traceback" not in err
+
+
+def test_a_ggml_that_cannot_be_loaded_is_told_with_its_own_status(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    process = slimoe("serve", model, "--port", "0")
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (5, "")
+    assert err.count("\n") == 1
+    assert "libggml-base" in err
 
 
 def test_the_key_is_asked_for(model: Path, tmp_path: Path) -> None:
