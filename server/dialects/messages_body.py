@@ -34,6 +34,8 @@ _OWN = ("stop_sequences", "system", "output_format", "output_config")
 UNSUPPORTED: Mapping[str, Unsupported] = {
     **{name: field for name, field in COMMON.items() if name not in _OWN},
     **dict.fromkeys(("container", "mcp_servers"), _ELSEWHERE),
+    "thread": Unsupported("This server keeps no conversations. Send the whole of it as messages, without thread."),
+    "compaction": Unsupported("This server sums up no conversations. Ask the model for that in a message."),
     "stop": Unsupported("What ends an answer is given in stop_sequences."),
     "max_completion_tokens": Unsupported("The limit of an answer is called max_tokens."),
     "n": Unsupported("There is one answer to a conversation.", (None, 1)),
