@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ _LIMITS = LLParserLimits(
 """A row has an item for each text of an enum. What a token takes grows with the square of the items of a step."""
 _SHOWN = 400
 """Characters of llguidance's reasons, which may quote the whole grammar."""
-
-
+_ELSEWHERE = re.compile(r"Resource ('.*') is not present in a registry")
+_KEYWORDS = {"Pointer '": "$ref", "regex parse error": "pattern"}
+"""What llguidance says of keywords without naming them."""
 _JSON = "%json"
 _NO_SCHEMAS = ("const", "enum", "default", "examples")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -100,7 +102,15 @@ def check(matcher: LLMatcher) -> None:
 def reason_of(matcher: LLMatcher) -> str:
     """Why llguidance gave up."""
     reason = matcher.get_error().split("\n<")[0]
-    return "no text has this form" if reason.startswith("NoExtension") else reason[:_SHOWN]
+    return "no text has this form" if reason.startswith("NoExtension") else _with_keyword(reason[:_SHOWN])
+
+
+def _with_keyword(reason: str) -> str:
+    """llguidance's reason, with the schema's keyword that is at fault where it names only the value."""
+    if found := _ELSEWHERE.match(reason):
+        return f"{found[1]}, which $ref or $schema names, is another document, and none is fetched"
+    keyword = next((word for begin, word in _KEYWORDS.items() if reason.startswith(begin)), "")
+    return f"{keyword}: {reason}" if keyword else reason
 
 
 def grammar_of(constraint: Constraint, prefix: str = "") -> str:
@@ -133,7 +143,7 @@ def _held(kind: str, text: str) -> dict[str, object]:
         raise UnusableGrammarError("it is nested too deeply") from None
     except Exception as error:
         # The converter raises bare exceptions.
-        raise UnusableGrammarError(str(error)[:_SHOWN]) from None
+        raise UnusableGrammarError(_with_keyword(str(error)[:_SHOWN])) from None
     grammar: dict[str, object] = json.loads(made)["grammars"][0]
     return grammar
 
