@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from slimoe.offload.text.generation import Timings
 from slimoe.server import messages
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, Piece
@@ -119,7 +120,7 @@ class OpenAIShape(ABC):
             case messages.Done(reason=reason):
                 closing = self.chunk(index, "", [] if documents else piece.scores, self.reason(states[index], reason))
                 documents.append(_with_figures(closing, answer))
-        if self._extras.timings and not isinstance(answer, messages.Accepted):
+        if self._extras.timings and not isinstance(answer, (messages.Accepted, messages.Progress)):
             timings = wire.timings_info(states[index].timings_so_far)
             documents = [msgspec.structs.replace(document, timings=timings) for document in documents]
         if self._extras.usage:
@@ -129,14 +130,13 @@ class OpenAIShape(ABC):
 
     def _progress(self, state: ChoiceState, index: int) -> list[wire.Document]:
         """The chunks about how far a prompt is read; the first one tells what was in the KV cache."""
-        progress = state.progress
-        if progress is None or not progress.n_done:
-            return []
-        steps = [progress.n_done] if index in self._told else [progress.n_cached, progress.n_done]
-        self._told.add(index)
+        steps = progress_steps(state, is_first=index not in self._told)
+        self._told.update([index] if steps else [])
         return [
-            msgspec.structs.replace(self.envelope.document([]), prompt_progress=progress_info(state, n_done))
-            for n_done in steps
+            msgspec.structs.replace(
+                self.envelope.document([]), prompt_progress=told, timings=timings if self._extras.timings else UNSET
+            )
+            for told, timings in steps
         ]
 
     def ending(self, states: Sequence[ChoiceState]) -> Sequence[bytes]:
@@ -174,6 +174,22 @@ def progress_info(state: ChoiceState, n_done: int) -> wire.ProgressInfo:
     return wire.ProgressInfo(
         progress.n_total, progress.n_cached, n_done, timings.prompt_ms if n_done > progress.n_cached else 0.0
     )
+
+
+def progress_steps(state: ChoiceState, *, is_first: bool) -> list[tuple[wire.ProgressInfo, wire.TimingsInfo]]:
+    """What to tell of a choice's prompt now, with the times so far; none before anything is read.
+
+    The first time what was in the KV cache comes before it: no time has gone into that.
+    """
+    progress = state.progress
+    if progress is None or not progress.n_done:
+        return []
+    unread = (
+        progress_info(state, progress.n_cached),
+        wire.timings_info(Timings(0, 0.0, 0, 0.0, progress.n_cached)),
+    )
+    read = progress_info(state, progress.n_done), wire.timings_info(state.timings_so_far)
+    return [unread, read] if is_first else [read]
 
 
 def _with_figures(document: wire.Document, done: messages.Done) -> wire.Document:

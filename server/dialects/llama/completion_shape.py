@@ -7,12 +7,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from slimoe.offload.text.generation import Timings
 from slimoe.server import messages
 from slimoe.server.api import wire
 from slimoe.server.api.choice import ChoiceState, Piece
 from slimoe.server.api.request_body import Extras
-from slimoe.server.api.shape import progress_info
+from slimoe.server.api.shape import progress_steps
 from slimoe.server.api_error import ApiError
 from slimoe.server.dialects.llama.settings import GenerationSettings, settings_of
 from slimoe.server.http.event_stream import UNCLOSED_EVENTS
@@ -136,18 +135,16 @@ class LlamaShape:
         return documents[0] if len(documents) == 1 else b"[" + b",".join(documents) + b"]"
 
     def _progress(self, state: ChoiceState, index: int) -> list[bytes]:
-        progress = state.progress
-        if progress is None or not progress.n_done or not self._options.extras.progress:
+        if not self._options.extras.progress:
             return []
-        steps = [progress.n_done] if index in self._has_progress else [progress.n_cached, progress.n_done]
-        self._has_progress.add(index)
+        steps = progress_steps(state, is_first=index not in self._has_progress)
+        self._has_progress.update([index] if steps else [])
         chunk = self._chunk(state, index, "")
-        chunks = [msgspec.structs.replace(chunk, prompt_progress=progress_info(state, n_done)) for n_done in steps]
-        if len(steps) > 1 and self._options.extras.timings:
-            # The first tells where reading begins: no time has gone into it.
-            unread = wire.timings_info(Timings(0, 0.0, 0, 0.0, progress.n_cached))
-            chunks[0] = msgspec.structs.replace(chunks[0], timings=unread)
-        return [_encode(one) for one in chunks]
+        with_timings = self._options.extras.timings
+        return [
+            _encode(msgspec.structs.replace(chunk, prompt_progress=told, timings=timings if with_timings else UNSET))
+            for told, timings in steps
+        ]
 
     def _chunk(self, state: ChoiceState, index: int, content: str) -> LlamaChunk:
         return LlamaChunk(

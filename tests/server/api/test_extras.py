@@ -39,6 +39,10 @@ async def test_progress_is_told_when_asked_for(server: LiveServer) -> None:
     assert begin["time_ms"] == 0
     assert end["processed"] == end["total"] > 0
     assert all("prompt_progress" not in chunk for chunk in await chunks(server))
+    timed = await chunks(server, return_progress=True, timings_per_token=True)
+    first, last = (chunk["timings"] for chunk in timed if "prompt_progress" in chunk)
+    assert (first["prompt_n"], first["prompt_ms"]) == (0, 0)
+    assert last["prompt_n"] > 0
 
 
 @pytest.mark.asyncio(loop_scope="module")
