@@ -214,7 +214,8 @@ class Reading(msgspec.Struct, frozen=True):
 
     Reasoning that stands between the marks `think` is told apart; with `begins_thinking` the prompt has opened it
     already. With `has_tools` calls are looked for; `texts` are the parameters of each tool that are texts whatever they
-    look like. The ids of calls have nine letters and digits with `has_short_ids`.
+    look like. The ids of calls have nine letters and digits with `has_short_ids`. With `must_call` a grammar holds the
+    answer to calls: what looks like text is the beginning of one that was cut off.
     """
 
     family: str = ""
@@ -223,6 +224,7 @@ class Reading(msgspec.Struct, frozen=True):
     has_tools: bool = False
     texts: dict[str, tuple[str, ...]] = {}
     has_short_ids: bool = False
+    must_call: bool = False
 
 
 PLAIN_READING = Reading()

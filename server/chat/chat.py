@@ -133,6 +133,7 @@ class Chat:
             has_tools=bool(tools),
             texts={tool.name: text_parameters(tool) for tool in tools},
             has_short_ids=bool(tools) and self._caps().has_short_ids,
+            must_call=conversation.tool_choice.mode == "required",
         )
 
 

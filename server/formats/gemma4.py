@@ -10,6 +10,7 @@ from slimoe.server.formats.marked_reader import MarkedReader, Waiting, json_valu
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 _HEAD = re.compile(r"\s*call:(?P<name>[^\s{}]+)\s*(?=\{)")
+_OPENING = re.compile(r"(?=\{\s*(?P<first>\S))")
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _WORD = re.compile(r"[^,:{}\[\]<]+")
 
@@ -27,7 +28,12 @@ class Gemma4Reader(MarkedReader):
             self.say(mark + body + end)
             return
         self.begin_call(head["name"])
-        yield from self._object()
+        opening = yield from self.taken(_OPENING, END)
+        if opening is not None and opening["first"] in '"}':
+            # JSON, as a grammar has calls written.
+            yield from self.json_object()
+        else:
+            yield from self._object()
         stray, _ = yield from self.collected(END)
         self.say(stray.strip())
 
@@ -44,7 +50,6 @@ class Gemma4Reader(MarkedReader):
             elif not self.buffer:
                 return
             elif self.buffer[0] == '"':
-                # JSON, as a grammar has calls written.
                 text = yield from self.taken(_JSON_TEXT, END)
                 if text is None:
                     return

@@ -102,8 +102,9 @@ class MarkedReader:
     # --- telling -------------------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """Adds to the text."""
-        self._add("text", text)
+        """Adds to the text, if there may be one."""
+        if not self.reading.must_call:
+            self._add("text", text)
 
     def reason(self, text: str) -> None:
         """Adds to the reasoning."""

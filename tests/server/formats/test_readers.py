@@ -60,6 +60,7 @@ V31 += '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}<�
 R1 = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{ROME_JSON}\n```"
 R1 += "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
 R1 += '{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+LONG = {"text": "word, {<tool_call|>} " * 99}
 HM = "Hm,  it may."
 HARMONY = "<|channel|>analysis<|message|>Hm,  it may.\n<|end|><|start|>assistant"
 CASES = {
@@ -127,6 +128,8 @@ CASES = {
         f"<|channel>thought\nHm,  it may.\n<channel|>So.{ROME_GEMMA}{ROME_GEMMA}", "So.", HM, (ROME, ROME)),
     "gemma4, words": Case("gemma4", "<|tool_call>call:f{a:true,b:-1.5e3,c:yes,d:[],e:{}}<tool_call|>",
         calls=[("f", {"a": True, "b": -1500.0, "c": "yes", "d": [], "e": {}})]),
+    "gemma4, JSON": Case("gemma4", f"<|tool_call>call:weather{ROME_JSON}<tool_call|>", calls=[ROME]),
+    "gemma4, long JSON": Case("gemma4", f"<|tool_call>call:f{json.dumps(LONG)}<tool_call|>", calls=[("f", LONG)]),
     "gemma4, text": Case("gemma4", "a <|tool_call>b<tool_call|>", "a <|tool_call>b<tool_call|>"),
 }  # fmt: skip
 
@@ -201,6 +204,15 @@ def test_of_a_call_that_is_cut_off_nothing_is_said(case: Case) -> None:
                 assert parts.text == case.text
                 assert calls[:-1] == whole[:-1]
     assert n_cut > 1
+
+
+@pytest.mark.parametrize("case", CALLING.values(), ids=CALLING)
+def test_where_calls_are_demanded_nothing_else_is_said(case: Case) -> None:
+    """Wherever the answer is cut off, before its first call or between two."""
+    reading = reading_of(case.family, must_call=True)
+    for n in range(len(case.answer)):
+        assert read(reading, [case.answer[:n]]).text == ""
+    assert len(calls_of(read(reading, [case.answer]))) == len(case.calls)
 
 
 @pytest.mark.parametrize("family", THINKS)
