@@ -134,6 +134,10 @@ def _is_one_of(raw: msgspec.Raw, values: tuple[Any, ...]) -> bool:
     data = bytes(raw)
     if len(data) > _LONGEST_NEUTRAL:
         return False
-    given = msgspec.json.decode(data)
+    try:
+        given = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # No UTF-8, or a number that is too large: what nobody reads was not looked at before.
+        return False
     # To Python, true is 1.
     return any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values)

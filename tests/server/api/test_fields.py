@@ -1,5 +1,6 @@
 """Fields beyond the common ones: what is honoured, what is refused because it would not be kept, what does no harm."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ async def test_values_that_ask_for_nothing_are_fine(server: LiveServer, path: st
         for name in names if nothing is None else ("format", "min_tokens", "stop_token_ids", "documents", "bad_words"):
             status, answer = await post(server, path, {**ASKS[path], name: nothing})
             assert status == 200, (name, nothing, answer)
+
+
+@pytest.mark.parametrize("path", ASKS)
+async def test_values_that_cannot_be_read_are_refused(server: LiveServer, path: str) -> None:
+    start = json.dumps(ASKS[path]).encode()[:-1]
+    async with aiohttp.ClientSession() as session:
+        for value in (b'"\xff"', b"1e999"):
+            async with session.post(server.url + path, data=start + b', "min_tokens": ' + value + b"}") as response:
+                assert response.status == 400
+                assert (await response.json())["error"]["param"] == "min_tokens"
+        async with session.post(server.url + path, data=start + b', "mirostat": 1e999, "max_tokens": 1}') as response:
+            assert response.status == 200
 
 
 @pytest.mark.parametrize("path", ASKS)
