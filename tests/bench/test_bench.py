@@ -97,6 +97,13 @@ def test_server_and_engine_answer_alike(smoke: Smoke) -> None:
     assert document["sse_overhead_over_engine_alone_ms"] == pytest.approx(overhead)
 
 
+def test_openai_python_works(smoke: Smoke) -> None:
+    document = smoke("api.client_matrix")
+    cells = document["rows"][0]["cells"]
+    assert document["n_working"] == document["n_cells"] == len(cells), cells
+    assert {"chat", "stream", "tools", "schema", "usage", "errors", "cancel", "responses"} == set(cells)
+
+
 def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
     """gguf's own reader and llama.cpp agree with the shape; two seeds differ, one seed does not."""
     shape = SHAPES["smoke"]
