@@ -1,4 +1,4 @@
-"""Clients for JavaScript that others wrote work with the server, where node is installed; test_bench.py has Python's."""
+"""Clients for JavaScript that others wrote work with the server, where node is installed; test_bench.py has openai."""
 
 import json
 import shutil

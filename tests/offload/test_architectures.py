@@ -1,9 +1,10 @@
 """Each architecture's row computes what llama.cpp does of the same file, in memory, across tiers and as text."""
 
+import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,29 +30,35 @@ from tests.models.tiered import resident_engine, tiered_engine
 from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 TOKENS = random_tokens(40, 300)
-_OF_EMBD = FineShape(n_head_kv=4, n_embd_head=64)
-SHAPES = {name: FineShape() for name in FAMILIES} | {
-    "qwen2moe": _OF_EMBD,
-    "qwen3moe": FineShape(n_expert=128),
-    "olmoe": _OF_EMBD,
-    "dots1": FineShape(n_head_kv=4),
+SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
+    "qwen2moe": FineShape(n_head_kv=4, n_embd_head=64, n_expert=16),
+    "qwen3moe": FineShape(n_expert=48),
+    "olmoe": FineShape(n_head_kv=4, n_embd_head=64),
+    "dots1": FineShape(n_head_kv=4, n_expert=16),
 }
 FINE = ("qwen3moe", "olmoe")
 WORDS = ("re", "in", "on", "at")
+Written = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("architectures")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The file of an architecture in a type, by the names of both; it is written once."""
+    directory = tmp_path_factory.mktemp("architectures")
+
+    @functools.cache
+    def write(name: str, kind: str) -> Path:
+        return write_family(directory / f"{name}-{kind}.gguf", name, Type[kind], SHAPES[name])
+
+    return write
 
 
 KINDS = [(name, "Q4_K") for name in FAMILIES] + [(name, kind) for name in ("llama", *FINE) for kind in ("F32", "Q8_0")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
-def model(request: pytest.FixtureRequest, directory: Path) -> Path:
-    name, kind = request.param
-    return write_family(directory / f"{name}-{kind}.gguf", name, Type[kind], SHAPES[name])
+def model(request: pytest.FixtureRequest, written: Written) -> Path:
+    return written(*request.param)
 
 
 def config(path: Path, **changed: Any) -> EngineConfig:
@@ -101,13 +108,15 @@ def test_tiers_change_no_bit(model: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_native_files_name_the_architecture_that_they_were_made_from(tmp_path: Path, name: str) -> None:
-    stock = read_content(write_family(tmp_path / "stock.gguf", name, shape=SHAPES[name]))
+def test_native_files_name_the_architecture_that_they_were_made_from(
+    tmp_path: Path, written: Written, name: str
+) -> None:
+    stock = read_content(written(name, "F32"))
     n_expert = SHAPES[name].n_expert
     layers = [plain_ffn(n_expert)] * SHAPES[name].n_layer
     path = write_native(tmp_path / "native.gguf", stock, layers)
     assert read_gguf(path).metadata["slimoe.base_architecture"] == name
-    expected = told(Engine.open(config(tmp_path / "stock.gguf", weights="copied")), MIXED)
+    expected = told(Engine.open(config(written(name, "F32"), weights="copied")), MIXED)
     np.testing.assert_array_equal(told(Engine.open(config(path, weights="copied")), MIXED), expected)
     fewer = NativeFfn(tuple(StoredExpert(e) for e in range(n_expert // 2)), tuple(range(n_expert // 2)))
     path = write_native(tmp_path / "fewer.gguf", stock, [fewer, *layers[1:]])
@@ -116,8 +125,8 @@ def test_native_files_name_the_architecture_that_they_were_made_from(tmp_path: P
     assert not np.array_equal(whole, expected)
 
 
-def test_a_native_file_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    stock = read_content(write_family(tmp_path / "stock.gguf", "olmoe", shape=SHAPES["olmoe"]))
+def test_a_native_file_of_an_unknown_architecture_is_refused(tmp_path: Path, written: Written) -> None:
+    stock = read_content(written("olmoe", "F32"))
     path = write_native(tmp_path / "native.gguf", stock, [plain_ffn(32)] * 3)
     content = read_content(path).with_keys({"slimoe.base_architecture": "rwkv"})
     with pytest.raises(SlimoeError, match="'rwkv' is not supported, only llama"):
@@ -182,8 +191,8 @@ def test_text_goes_in_and_out_as_llama_cpp_has_it(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", FINE)
 @pytest.mark.parametrize("is_tiered", [False, True])
-def test_requests_at_once_have_the_answers_that_each_has_alone(directory: Path, name: str, is_tiered: bool) -> None:
-    path = write_family(directory / f"{name}-at-once.gguf", name, shape=SHAPES[name])
+def test_requests_at_once_have_the_answers_that_each_has_alone(written: Written, name: str, is_tiered: bool) -> None:
+    path = written(name, "F32")
     several = config(path, n_parallel=3, kv_type="f32", weights="copied")
     prompts = [TOKENS[:7], TOKENS[7:30], TOKENS[30:33]]
     answers: dict[int, list[int]] = {}
