@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from slimoe.server.api.request_body import MAX_BIASES, MAX_PROMPTS, Choices, GenerationBody, LogprobCount
+from slimoe.server.api.request_body import MAX_BIASES, MAX_PROMPTS, Choices, GenerationBody, LogprobCount, decoded
 from slimoe.server.api.unsupported_fields import COMMON, NO_TOOLS, Unsupported, extended
 from slimoe.server.api_error import ApiError, invalid, unsupported
 
@@ -72,14 +70,15 @@ def _prompt(element: Any, param: str) -> str | list[Part]:
 def biases_of(data: bytes) -> list[tuple[Part, float | bool]]:
     """The biases by token or text, in whichever of the four forms; raises ApiError."""
     if not data.lstrip().startswith(b"["):
-        given: Any = msgspec.json.decode(data)
+        given: Any = decoded(data, Any, "logit_bias")
         if given is None:
             return []
         if not isinstance(given, dict):
             raise _bad_bias("")
-        pairs: list[Any] = [[int(key) if key.isascii() and key.isdigit() else key, v] for key, v in given.items()]
+        # Python reads no number of thousands of digits, and one of twenty is no token id either.
+        pairs: list[Any] = [[int(key[:20]) if key.isascii() and key.isdigit() else key, v] for key, v in given.items()]
     else:
-        pairs = msgspec.json.decode(data)
+        pairs = decoded(data, list[Any], "logit_bias")
     if len(pairs) > MAX_BIASES:
         raise invalid(f"logit_bias may name at most {MAX_BIASES:,} tokens.", "logit_bias")
     found: list[tuple[Part, float | bool]] = []

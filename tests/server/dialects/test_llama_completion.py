@@ -8,6 +8,8 @@ import aiohttp
 import msgspec
 import pytest
 
+from slimoe.server.api_error import ApiError
+from slimoe.server.dialects.llama.completion_body import biases_of
 from tests.models.live_server import LiveServer, live_server
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.server.dialects.conftest import Post
@@ -181,6 +183,7 @@ async def test_ignored_ends_are_told_as_biases(post: Post) -> None:
         ({"prompt": "a", "logit_bias": [[5, True]]}, "logit_bias[0]"),
         ({"prompt": "a", "logit_bias": [["x", 1]] * 300}, "logit_bias"),
         ({"prompt": "a", "logit_bias": [[10**7, 1]]}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"1" * 5000: 1}}, "logit_bias"),
         ({"prompt": "a", "id_slot": 9}, "id_slot"),
         ({"prompt": "a", "n_probs": 1000}, "n_probs"),
         ({"prompt": "a", "n_predict": -2}, "n_predict"),
@@ -258,3 +261,12 @@ async def test_infill(tmp_path: Path, sentencepiece_path: Path) -> None:
     assert answer["prompt"] == other + own
     assert cut["prompt"].endswith(own)
     assert 200 < cut["tokens_evaluated"] <= 256
+
+
+@pytest.mark.parametrize(
+    ("biases", "param"), [(b'[["\xff", 1]]', None), (b"[[1, 1e999]]", "logit_bias[0][1]"), (b'{"\xff": 1}', None)]
+)
+async def test_biases_that_cannot_be_read(biases: bytes, param: str | None) -> None:
+    with pytest.raises(ApiError) as refusal:
+        biases_of(biases)
+    assert (refusal.value.status, refusal.value.info.param) == (400, param)
