@@ -213,14 +213,15 @@ class Reading(msgspec.Struct, frozen=True):
     """How to read an answer: the `family` whose marks it uses for reasoning and calls, none for plain text.
 
     Reasoning that stands between the marks `think` is told apart; with `begins_thinking` the prompt has opened it
-    already. With `has_tools` calls are looked for; `texts` are the parameters of each tool that are texts whatever they
-    look like. The ids of calls have nine letters and digits with `has_short_ids`. With `must_call` a grammar holds the
-    answer to calls: what looks like text is the beginning of one that was cut off.
+    already, with `has_thought` closed it. With `has_tools` calls are looked for; `texts` are the parameters of each
+    tool that are texts whatever they look like. The ids of calls have nine letters and digits with `has_short_ids`.
+    With `must_call` a grammar holds the answer to calls: what looks like text is the beginning of one that was cut off.
     """
 
     family: str = ""
     think: tuple[str, str] | None = None
     begins_thinking: bool = False
+    has_thought: bool = False
     has_tools: bool = False
     texts: dict[str, tuple[str, ...]] = {}
     has_short_ids: bool = False

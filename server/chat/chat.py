@@ -125,11 +125,12 @@ class Chat:
         """How the answer is written."""
         tools = conversation.usable_tools
         is_plain = rendered.has_plain_tools or self._family is None
-        think = None if conversation.keeps_reasoning else self._think
+        think, said = None if conversation.keeps_reasoning else self._think, rendered.text.rstrip()
         return Reading(
             family=PLAIN if is_plain or self._family is None else self._family.name,
             think=think,
-            begins_thinking=think is not None and rendered.text.rstrip().endswith(think[0].strip()),
+            begins_thinking=think is not None and said.endswith(think[0].strip()),
+            has_thought=self._think is not None and said.endswith(self._think[1].strip()),
             has_tools=bool(tools),
             texts={tool.name: text_parameters(tool) for tool in tools},
             has_short_ids=bool(tools) and self._caps().has_short_ids,

@@ -111,13 +111,15 @@ def grammar_of(
 ) -> CallGrammar:
     """The grammar of an answer that is written as `reading` says, by a model that reasons between the marks `think`.
 
-    If it `goes_on` in the midst of a message, no reasoning and no frame come before it.
+    If it `goes_on` in the midst of a message, no reasoning and no frame come before it, and no reasoning where the
+    prompt has closed it.
     """
     family = _NAMED[reading.family]
     if goes_on:
         return CallGrammar(family.form, control)
+    thought = None if reading.has_thought else family.thought or think
     begins = reading.begins_thinking
-    return CallGrammar(family.form, control, family.thought or think, begins_thinking=begins, prefix=family.prefix)
+    return CallGrammar(family.form, control, thought, begins_thinking=begins, prefix=family.prefix)
 
 
 def is_marked(reading: Reading) -> bool:

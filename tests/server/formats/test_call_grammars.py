@@ -236,6 +236,17 @@ def test_reasoning_and_calls_beside_another_form(family: str) -> None:
             assert accepts(tokens, matcher(tokens, form), think + WRITTEN[family]) == allows_calls
 
 
+def test_reasoning_that_the_prompt_has_closed_does_not_begin_again() -> None:
+    tokens = vocabulary()
+    for has_thought in (False, True):
+        form = constraint_of(
+            tokens, reading_of("hermes", has_thought=has_thought), (), ToolChoice(), Constraint("regex", "[a-z]+")
+        )
+        assert form is not None
+        assert accepts(tokens, matcher(tokens, form), "<think>so</think>word") is not has_thought
+        assert accepts(tokens, matcher(tokens, form), "word")
+
+
 def test_reasoning_that_the_prompt_has_begun_ends_before_a_call() -> None:
     tokens, reading = vocabulary(), reading_of("hermes", begins_thinking=True)
     constraint = constraint_of(tokens, reading, TOOLS, ONE)
