@@ -147,6 +147,6 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first words: they may be the template's own, and as many as it likes."""
-    text = str(error) or type(error).__name__
+    """The error's first words, without a full stop: they may be the template's own, and as many as it likes."""
+    text = str(error).rstrip(".") or type(error).__name__
     return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."

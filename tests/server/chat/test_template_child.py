@@ -157,3 +157,10 @@ def test_refusals_are_the_templates_own_words_but_not_all_of_them() -> None:
         child.render(message("no" * 10_000), {}, True)
     assert len(str(refusal.value)) < 1000
     child.close()
+
+
+def test_a_refusal_ends_with_one_full_stop() -> None:
+    child = TemplateChild("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(ChatTemplateError, match=r"attribute '__class__' of 'list' object is unsafe\.$"):
+        child.render(message("hi"), {}, True)
+    child.close()
