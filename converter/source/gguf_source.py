@@ -34,9 +34,7 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()
     found: dict[MatrixKey, StoredMatrix] = {}
-    whole = (sources.token_embd, sources.rope_freqs, *sources.output_norm.parts)
-    output = () if sources.output.weight is sources.token_embd else sources.output.parts
-    for weight in (*(one for one in whole if one), *output):
+    for weight in sources.whole:
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
     layers = []
     for index, layer in enumerate(sources.layers):

@@ -55,7 +55,9 @@ class AttentionBuilder:
         query, key, value = self._qkv(layer, hidden, n_queries)
         n_before = self.shape.n_tokens - n_queries
         tail = ggml.ggml_view_2d(ctx, positions, n_queries, 1, n_queries * 4, n_before * 4) if n_before else positions
-        query = self._normed_head(self._rope(query, tail), layer.q_norm)
+        query, scale = self._normed_head(self._rope(query, tail), layer.q_norm), spec.attention_scale
+        if spec.architecture.scales_queries:
+            query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
         self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions), layer.k_norm))
         self._store(self.cache.values[index], value)
         attended = ggml.ggml_flash_attn_ext(
@@ -64,7 +66,7 @@ class AttentionBuilder:
             self._cached(self.cache.keys[index]),
             self._cached(self.cache.values[index]),
             last_rows(ctx, self.inputs.mask, n_queries),
-            spec.attention_scale,
+            scale,
             0.0,
             0.0,
         )

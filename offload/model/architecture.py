@@ -75,7 +75,8 @@ class Architecture:
 
     `qk_norm`: queries and keys are normalised, each head by itself or all heads as one row, before the rotation or
     after it; where the norms' tensors are optional, a file without them has none. `rotates_partly`: a file may rotate
-    fewer values than a head has. `ffn_norm` is the role of the feed-forward part's norm. `width_key` names the key of
+    fewer values than a head has. `scales_queries`: the queries are scaled, and not their products with the keys.
+    `ffn_norm` is the role of the feed-forward part's norm. `width_key` names the key of
     an expert's width; without the key it is the dense width over the experts used. `has_dense_layers`: the keys
     `leading_dense_block_count` and `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys
     scale embeddings, both branches of a block, attention and logits.
@@ -87,6 +88,7 @@ class Architecture:
     rope: RopeType = RopeType.NORM
     qk_norm: Literal["none", "head", "row", "head_after_rope"] = "none"
     rotates_partly: bool = False
+    scales_queries: bool = False
     ffn_norm: str = "ffn_norm"
     router: Router = Router()
     shared: SharedExpert | None = None

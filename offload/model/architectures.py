@@ -10,6 +10,10 @@ _BEGIN = (
     TensorRole("attn_v", ("n_embd", "n_kv"), "attention"),
 )
 _ROPE_FREQS = TensorRole("rope_freqs", ("n_rot_pairs",), "model", is_optional=True)
+_ROPE_FACTORS = (
+    TensorRole("rope_factors_short", ("n_rot_pairs",), "model", is_optional=True),
+    TensorRole("rope_factors_long", ("n_rot_pairs",), "model", is_optional=True),
+)
 _NORM_OF_HEADS = (
     TensorRole("attn_q_norm", ("n_embd_head",), "attention"),
     TensorRole("attn_k_norm", ("n_embd_head",), "attention"),
@@ -51,7 +55,7 @@ _END = (_ATTN_OUTPUT, _FFN_NORM, _ROUTER, *_DENSE, *_EXPERTS, _OUTPUT_NORM)
 LLAMA = Architecture(
     name="llama",
     models="Llama, Mistral and Mixtral",
-    tensors=(_ROPE_FREQS, *_BEGIN, *_END, _OUTPUT_OR_TIED),
+    tensors=(_ROPE_FREQS, *_ROPE_FACTORS, *_BEGIN, *_END, _OUTPUT_OR_TIED),
     may_be_dense=True,
 )
 QWEN2MOE = Architecture(
@@ -79,10 +83,27 @@ OLMOE = Architecture(
     qk_norm="row",
     router=Router(renormalise=False),
 )
+PHIMOE = Architecture(
+    name="phimoe",
+    models="Phi-3.5-MoE",
+    tensors=(
+        *_ROPE_FACTORS,
+        *_BEGIN,
+        *_END,
+        _OUTPUT,
+        TensorRole("attn_norm", ("n_embd",), "attention", suffix="bias"),
+        TensorRole("ffn_norm", ("n_embd",), "ffn", suffix="bias"),
+        TensorRole("output_norm", ("n_embd",), "model", suffix="bias"),
+        TensorRole("attn_output", ("n_embd",), "attention", suffix="bias"),
+        TensorRole("output", ("n_vocab",), "model", suffix="bias"),
+    ),
+    rope=RopeType.NEOX,
+    scales_queries=True,
+)
 GRANITEMOE = Architecture(
     name="granitemoe",
     models="Granite 3 and 4 MoE",
-    tensors=(_ROPE_FREQS, *_BEGIN, *_END, *_SHARED, _OUTPUT_OR_TIED),
+    tensors=(_ROPE_FREQS, *_ROPE_FACTORS, *_BEGIN, *_END, *_SHARED, _OUTPUT_OR_TIED),
     shared=SharedExpert("key"),
     has_multipliers=True,
 )
@@ -154,6 +175,7 @@ ARCHITECTURES = {
         QWEN2MOE,
         QWEN3MOE,
         OLMOE,
+        PHIMOE,
         GRANITEMOE,
         DOTS1,
         ERNIE4_5_MOE,

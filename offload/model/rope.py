@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf.metadata_keys import MetadataKeys
 
-ROPE_SCALINGS = ("none", "linear", "yarn")
+ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def read_rope(keys: MetadataKeys, n_embd_head: int, n_ctx_train: int, *, is_part
         n_rot=n_rot,
         n_ctx_orig=keys.count("rope.scaling.original_context_length", n_ctx_train),
         freq_base=keys.number("rope.freq_base", 10000.0),
-        scaling=scaling if scaling == "yarn" or factor else "none",
+        scaling=scaling if scaling in ("yarn", "longrope") or factor else "none",
         factor=keys.number("rope.scaling.factor", factor) if factor else 1.0,
         attn_multiplier=keys.number("rope.scaling.attn_factor", 1.0),
     )

@@ -216,6 +216,7 @@ class ModelSpec:
             values |= {"logit_scale": 1.0 / scales.logits, "attention.scale": self.attention_scale}
         if self.rope.scaling != "none":
             values |= {"rope.scaling.type": self.rope.scaling, "rope.scaling.factor": self.rope.factor}
+        if self.rope.scaling != "none" or self.rope.n_ctx_orig != self.n_ctx_train:
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
         if self.rope.attn_multiplier != 1.0:
             values["rope.scaling.attn_factor"] = self.rope.attn_multiplier

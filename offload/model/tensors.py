@@ -14,7 +14,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import layer_tensors
 
 
@@ -132,13 +132,31 @@ class LayerSources:
 
 @dataclass(frozen=True, slots=True)
 class ModelSources:
-    """A whole model. `output` is the token table itself when the file ties them."""
+    """A whole model. `output` is the token table itself when the file ties them.
+
+    `rope_freqs` divide the rotation's frequencies; where a file has divisors for short contexts and others for long
+    ones, they are those of the context that the model is opened with: see `in_context`.
+    """
 
     token_embd: WeightSource
     output_norm: LinearSource
     output: LinearSource
     rope_freqs: WeightSource | None
     layers: tuple[LayerSources, ...]
+    rope_factors_short: WeightSource | None = None
+    rope_factors_long: WeightSource | None = None
+
+    @property
+    def whole(self) -> tuple[WeightSource, ...]:
+        """Those of the model as a whole: the token table, what divides frequencies, the output's norm and matrix."""
+        rope = (self.rope_freqs, self.rope_factors_short, self.rope_factors_long)
+        output = () if self.output.weight is self.token_embd else self.output.parts
+        return (self.token_embd, *(one for one in rope if one), *self.output_norm.parts, *output)
+
+    def in_context(self, n_ctx: int, n_ctx_orig: int) -> "ModelSources":
+        """The same model in a context of `n_ctx` tokens, where longer ones than `n_ctx_orig` are long."""
+        factors = self.rope_factors_long if n_ctx > n_ctx_orig else self.rope_factors_short
+        return replace(self, rope_freqs=self.rope_freqs or factors)
 
 
 _DOWNLOAD_AGAIN = "Download or convert it again."
@@ -209,6 +227,10 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
     reader = _Reader(gguf)
     roles = {tensor.role for tensor in spec.architecture.tensors}
     layout = read_layout(gguf, spec) if spec.is_native else None
+
+    def divisors(role: str) -> WeightSource | None:
+        return reader.optional(f"{role}.weight") if role in roles else None
+
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
     has_biased_norm = any(role.role == "output_norm" and role.suffix == "bias" for role in spec.architecture.tensors)
@@ -218,8 +240,10 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
             reader.weight("output_norm.weight"), reader.weight("output_norm.bias") if has_biased_norm else None
         ),
         output=reader.linear("output") if has_output else LinearSource(token_embd),
-        rope_freqs=reader.optional(ROPE_FREQS) if "rope_freqs" in roles else None,
+        rope_freqs=divisors("rope_freqs"),
         layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
+        rope_factors_short=divisors("rope_factors_short"),
+        rope_factors_long=divisors("rope_factors_long"),
     )
     reader.refuse_unread(tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)))
     return sources

@@ -168,9 +168,10 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     """The plan for the configuration's budget, with a shortfall if that is too small."""
-    spec, sources, layers = model.spec, model.sources, model.layers
+    spec, layers = model.spec, model.layers
     machine, context, memory = model.machine, config.context, config.memory
     n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
+    sources = model.sources.in_context(n_ctx, spec.rope.n_ctx_orig)
     _check_settings(config, n_ctx, model.n_threads)
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.

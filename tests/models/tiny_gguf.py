@@ -131,7 +131,7 @@ class Family:
     """What its files have beyond the usual.
 
     `norm_of` is what its Q and K norms span, `keys` are further ones by name without prefix, `tensors` those of a layer
-    with experts, by name with suffix, in numpy's order, as sizes of `FineShape` or numbers.
+    with experts, `whole` those of the model, by name with suffix, in numpy's order, as sizes of `FineShape` or numbers.
     """
 
     norm_of: str = "nothing"
@@ -139,6 +139,7 @@ class Family:
     has_output: bool = True
     keys: dict[str, int | float | bool] = field(default_factory=dict)
     tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    whole: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     n_dense: int = 0
     ffn_norm: str = "ffn_norm"
     is_fused: bool = False
@@ -167,6 +168,17 @@ FAMILIES = {
     ),
     "qwen3moe": Family("head", "expert_feed_forward_length", has_output=False),
     "olmoe": Family("row"),
+    "phimoe": Family(
+        keys={"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.19},
+        tensors=_QKV_BIASES
+        | {"attn_norm.bias": ("n_embd",), "attn_output.bias": ("n_embd",), "ffn_norm.bias": ("n_embd",)},
+        whole={
+            "output_norm.bias": ("n_embd",),
+            "output.bias": ("n_vocab",),
+            "rope_factors_short.weight": ("n_rot_pairs",),
+            "rope_factors_long.weight": ("n_rot_pairs",),
+        },
+    ),
     "granitemoe": Family(
         has_output=False,
         keys={
@@ -317,10 +329,12 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     if family.has_output:
         tensors["output.weight"] = (shape.n_vocab, d)
     sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv}
-    extra = {
-        name: tuple(sizes[size] if isinstance(size, str) else size for size in dims)
-        for name, dims in family.tensors.items()
-    }
+    sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2}
+    extra, whole = (
+        {name: tuple(sizes[size] if isinstance(size, str) else size for size in dims) for name, dims in named.items()}
+        for named in (family.tensors, family.whole)
+    )
+    tensors |= whole
     attention = {
         "attn_norm": (d,),
         "attn_q": (n_q, d),

@@ -34,6 +34,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "qwen2moe": FineShape(n_head_kv=4, n_embd_head=64, n_expert=16),
     "qwen3moe": FineShape(n_expert=48),
     "olmoe": FineShape(n_head_kv=4, n_embd_head=64),
+    "phimoe": FineShape(n_embd_head=64, n_expert=16),
     "dots1": FineShape(n_head_kv=4, n_expert=16),
 }
 FINE = ("qwen3moe", "olmoe")

@@ -110,7 +110,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
         ({"llama.embedding_length": "big"}, ModelFileError, "no count"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, ModelFileError, "no positive number"),
         ({"llama.rope.dimension_count": 4}, UnsupportedModelError, "rotates 4 of 8"),
-        ({"llama.rope.scaling.type": "longrope"}, UnsupportedModelError, "longrope"),
+        ({"llama.rope.scaling.type": "dynamic"}, UnsupportedModelError, "dynamic"),
         ({"llama.attention.value_length": 16}, UnsupportedModelError, "different length"),
     ],
 )
