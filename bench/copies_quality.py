@@ -34,7 +34,7 @@ from bench.models.topics import natural_tokens
 from bench.quality.copies_hints import measure_hints, write_hints
 from bench.quality.copies_scores import PASSES, Text, score
 from slimoe.converter.convert import ConvertOptions, convert, find_pair
-from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.cache.slots import slot_classes
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from slimoe.offload.cache.expert_uses import ExpertUses
-from slimoe.offload.cache.host_pool import matrix_bytes
+from slimoe.offload.cache.host_slots import matrix_bytes
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.graph.batch import Batch
@@ -162,7 +162,7 @@ def _expert_map(plan: EnginePlan, model: LoadedModel, uses: ExpertUses) -> Exper
                 tuple(-1 if kind is None else formats.setdefault(kind, len(formats)) for _, kind in found),
                 tuple(row for row, expert in enumerate(layer.target) if (index, expert) in reading),
                 None if index in whole else uses.recent(index),
-                None if index in whole else tuple(uses.totals[index]),
+                None if index in whole else uses.total(index),
             )
         )
     described = (

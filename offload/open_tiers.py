@@ -19,6 +19,7 @@ from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
+from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.experts.resident import ResidentExperts
 from slimoe.offload.experts.runner import TieredRunner
@@ -301,12 +302,14 @@ class _Opening:
         lossy: LossyStep | None,
     ) -> MoEStep:
         plan = self._plan
+        banks = [None if layer is None else LayerBanks.of(layer, host_pool.classes) for layer in plan.layers]
         host_experts = HostExperts(
             plan.layers,
+            banks,
             self._cut,
             graphs,
             host_pool,
-            lambda key: any(device.holds(key) for device in devices),
+            (lambda key: any(device.holds(key) for device in devices)) if devices else None,
             None if lossy is None else lossy.prefetch_copy,
         )
         for part in parts:
@@ -318,7 +321,7 @@ class _Opening:
             sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
             header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
             trace = TraceWriter(self._config.trace, header)
-        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, uses)
+        return MoEStep(plan.layers, banks, parts, host, host_experts, self._policy, constants, trace, lossy, uses)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

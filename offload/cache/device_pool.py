@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from slimoe.offload.cache.host_pool import Addresses, matrix_bytes
+from slimoe.offload.cache.host_slots import Addresses, matrix_bytes
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml import buffers as ggml_backend

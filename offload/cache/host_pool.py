@@ -4,28 +4,20 @@ Which one leaves is `residency`'s and `policy`'s decision; here bytes move. The 
 reader's threads only fill slots.
 """
 
-import ctypes
-import mmap
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
-from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, padded
-from slimoe.offload.cache.residency import Key, SlotCache, Valued
+from slimoe.offload.cache.disk_reader import PAGE, DiskReader, padded
+from slimoe.offload.cache.host_slots import Addresses, Bank, HostSlot, SlotMemory
+from slimoe.offload.cache.residency import Key, Valued
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
-from slimoe.offload.resources.memory import advise_huge_pages, out_of_memory
 
 _WORTH_FINISHING = 0.3
 """A read that is not needed goes on if no more than this part of it is left."""
-_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-"""Memory is promised for what is touched only: a pool can grow without having to move."""
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-Addresses = tuple[int, int, int]
-"""Where gate, up and down begin."""
 
 
 @dataclass(slots=True)
@@ -45,98 +37,6 @@ class HostPoolCounters:
     stall_seconds: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class HostSlot:
-    """A slot of memory and its expert: the read that fills it, where its matrices begin, whether it was prefetched."""
-
-    address: int
-    key: Key = (-1, -1)
-    read: Read | None = None
-    addresses: Addresses = (0, 0, 0)
-    is_prefetched: bool = False
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether no read to it is under way."""
-        return self.read is None or self.read.is_done
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether its bytes are all there."""
-        return self.read is None or self.read.is_complete
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether its bytes will never be all there."""
-        return self.is_ready and not self.is_complete
-
-
-def slot_bytes(slot_class: SlotClass) -> int:
-    """Memory of one slot, for matrices that may begin anywhere in a page of the file."""
-    return sum(padded(matrix_bytes(kind, ne)) for kind, ne in slot_class)
-
-
-def matrix_bytes(kind: GGMLQuantizationType, ne: tuple[int, ...]) -> int:
-    """Bytes of a matrix of a type and shape."""
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return int(np.prod(ne)) // int(block) * int(block_bytes)
-
-
-class _Pool:
-    """Slots of one class, in one stretch of memory, of which more is set aside than is used, for `n_most` slots."""
-
-    def __init__(self, slot_class: SlotClass, n_slots: int, n_most: int, policy: Valued) -> None:
-        self.slot_class, self.n_most = slot_class, max(n_slots, n_most)
-        self.cache = SlotCache(n_slots, policy)
-        self._size = slot_bytes(slot_class)
-        try:
-            # Shared memory, mmap's default, would not get huge pages.
-            self._memory = mmap.mmap(-1, max(PAGE, self.n_most * self._size), flags=_FLAGS)
-        except OSError:
-            self.n_most = n_slots
-            try:
-                self._memory = mmap.mmap(-1, max(PAGE, self.n_bytes), flags=_FLAGS)
-            except OSError:
-                raise out_of_memory(self.n_bytes) from None
-        self._bytes = np.frombuffer(self._memory, np.uint8)
-        self._base = int(self._bytes.ctypes.data)
-        advise_huge_pages(self._base, self.n_bytes)
-        self.slots = [HostSlot(self._base + index * self._size) for index in range(n_slots)]
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the slots."""
-        return self.cache.n_slots * self._size
-
-    def resize(self, n_slots: int) -> None:
-        """Has so many slots from now on, at most `n_most`; nothing may be on its way to any."""
-        before = self.n_bytes
-        for source, target in self.cache.resize(n_slots):
-            old, new = self.slots[source], self.slots[target]
-            ctypes.memmove(new.address, old.address, self._size)
-            gate, up, down = (address - old.address + new.address for address in old.addresses)
-            new.key, new.addresses, new.is_prefetched = old.key, (gate, up, down), old.is_prefetched
-        more = range(len(self.slots), n_slots)
-        self.slots = [*self.slots[:n_slots], *(HostSlot(self._base + index * self._size) for index in more)]
-        if self.n_bytes < before:
-            self._memory.madvise(mmap.MADV_DONTNEED, self.n_bytes, before - self.n_bytes)
-        else:
-            advise_huge_pages(self._base + before, self.n_bytes - before)
-
-    def slot(self, key: Key) -> HostSlot | None:
-        """The slot of an expert, None if it has none."""
-        index = self.cache.lookup(key)
-        return None if index is None else self.slots[index]
-
-    def can_take(self, pinned: set[Key]) -> bool:
-        """Whether another expert finds a slot."""
-        return len(self.cache) < self.cache.n_slots or self.cache.victim(pinned) is not None
-
-    def close(self) -> None:
-        del self._bytes
-        self._memory.close()
-
-
 class HostPool:
     """Pools by slot class, the reader that fills them, and the copies they hold; `n_copies` there are of each class."""
 
@@ -150,7 +50,7 @@ class HostPool:
         self._reader = reader
         self._n_copies = n_copies
         n_most = n_slots if n_copies is None else n_copies
-        self._pools = {kind: _Pool(kind, n, n_most[kind], policy) for kind, n in n_slots.items()}
+        self._pools = {kind: SlotMemory(kind, n, n_most[kind], policy) for kind, n in n_slots.items()}
         self._note_slots()
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
@@ -193,6 +93,11 @@ class HostPool:
         """All slots, class by class, those that nobody has included."""
         return [slot for pool in self._pools.values() for slot in pool.slots]
 
+    @property
+    def classes(self) -> Collection[SlotClass]:
+        """The classes that have slots."""
+        return self._pools.keys()
+
     def can_resize(self, n_slots: Mapping[SlotClass, int]) -> bool:
         """Whether there is memory set aside for so many slots."""
         return n_slots.keys() == self._pools.keys() and all(
@@ -206,7 +111,7 @@ class HostPool:
                 if slot.read is not None and not slot.is_complete:
                     self._reader.cancel(slot.read)
                     if pool.slot(slot.key) is slot:
-                        pool.cache.free(slot.key)
+                        pool.free(slot.key)
                 slot.read = None
         self._needed, self._pinned, self._held, self._invested = set(), set(), frozenset(), None
         for kind, n in n_slots.items():
@@ -223,6 +128,10 @@ class HostPool:
         """Asserts that slots and experts match one to one."""
         for pool in self._pools.values():
             pool.cache.check()
+            for layer, expert in np.argwhere(pool.ready >= 0).tolist():
+                slot = pool.slot((layer, expert))
+                assert slot is not None
+                assert (slot.read, slot.index) == (None, pool.ready[layer, expert])
 
     def holds(self, key: Key, copy: ExpertCopy) -> bool:
         """Whether a copy is here, complete."""
@@ -245,7 +154,15 @@ class HostPool:
         """Empties all slots; nothing may be on its way."""
         for pool in self._pools.values():
             for key in list(pool.cache):
-                pool.cache.free(key)
+                pool.free(key)
+
+    def ready(self, slot_class: SlotClass) -> NDArray[np.int32]:
+        """The slots of experts of a class that can be multiplied with at once, [n_layer, n_expert]; -1 of others."""
+        return self._pools[slot_class].ready
+
+    def bank(self, slot_class: SlotClass, phases: Addresses) -> Bank:
+        """The slots of a class as stacks, for experts whose matrices begin at these places in a page of the file."""
+        return self._pools[slot_class].bank(phases)
 
     def pin(self, keys: set[Key], likely: Collection[Key] = ()) -> None:
         """Keeps these, and only these and those that are held, from leaving until the next call.
@@ -270,7 +187,7 @@ class HostPool:
         slot = pool.slot(key)
         if slot is not None and slot.has_failed:
             # Prefetched, or read for somebody who did not wait: who needs it now shall know from a read of their own.
-            pool.cache.free(key)
+            pool.free(key)
             slot = None
         if slot is None:
             self.counters.misses += counts
@@ -315,7 +232,7 @@ class HostPool:
         slot.is_prefetched = False
         if slot.read is not None and slot.read.fraction_left > _WORTH_FINISHING:
             self._reader.drop(slot.read)
-            pool.cache.free(key)
+            pool.free(key)
             self.counters.n_cancelled += 1
 
     def addresses(self, slot: HostSlot) -> Addresses:
@@ -336,16 +253,15 @@ class HostPool:
         finally:
             # Whatever ends the waiting, a slot that is not filled must not pass for one that is.
             if slot.has_failed:
-                pool = next(pool for pool in self._pools.values() if slot in pool.slots)
-                pool.cache.free(slot.key)
+                self._pools[slot.slot_class].free(slot.key)
+            elif slot.is_ready:
+                self._pools[slot.slot_class].ready[slot.key] = slot.index
             if slot.is_ready:
                 slot.read = None
 
-    def _begin(self, pool: _Pool, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> HostSlot:
+    def _begin(self, pool: SlotMemory, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> HostSlot:
         is_tight = demanded and not pool.can_take(self._pinned)
-        index, _ = pool.cache.acquire(key, self._needed if is_tight else self._pinned)
-        slot = pool.slots[index]
-        slot.key = key
+        slot = pool.take(key, self._needed if is_tight else self._pinned)
         if slot.read is not None:
             if not slot.read.is_done and not slot.read.is_cancelled:
                 self.counters.n_cancelled += 1

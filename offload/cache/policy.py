@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from slimoe.offload.errors import UsageError
 
 Values = NDArray[np.float64]
+Experts = Sequence[int] | NDArray[np.int64]
+"""Stored experts of one layer."""
 
 HALF_LIFE_TOKENS = 64.0
 PROMPT_TOKENS = 64.0
@@ -60,7 +62,7 @@ class Policy(Protocol):
     def keeping(self) -> Values:
         """What each expert is worth at this point of the step, to a cache that must give one up; read it each time."""
 
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
+    def decode(self, layer: int, experts: Experts) -> None:
         """A decode step used these experts in a layer; within one call, an expert counts once."""
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
@@ -103,14 +105,11 @@ class DecayedLfu:
         worth: Values = self.values * self._nearness[self._layer][:, None]
         return worth
 
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
+    def decode(self, layer: int, experts: Experts) -> None:
         """Raises the experts' means."""
         self._layer = layer
-        # One by one: for the few experts of a token that is several times as fast as by index arrays.
-        decoded, values, gain = self._decoded[layer], self.values[layer], 1 - self._keep
-        for expert in set(experts):
-            decoded[expert] += gain
-            values[expert] += gain
+        self._decoded[layer, experts] += 1 - self._keep
+        self.values[layer, experts] += 1 - self._keep
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
         """Mixes in what the prompt so far selected; batches with no decoded token between them are one prompt."""
@@ -147,7 +146,7 @@ class Static:
         """The values."""
         return self.values
 
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
+    def decode(self, layer: int, experts: Experts) -> None:
         """Changes nothing."""
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
@@ -167,11 +166,10 @@ class LeastRecentlyUsed(Static):
         super().__init__(context)
         self._clock = math.ceil(self.values.max())
 
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
+    def decode(self, layer: int, experts: Experts) -> None:
         """Makes the last named expert the most recent one."""
-        for expert in experts:
-            self._clock += 1
-            self.values[layer, expert] = self._clock
+        self.values[layer, experts] = np.arange(self._clock + 1, self._clock + 1 + len(experts))
+        self._clock += len(experts)
 
 
 class LeastFrequentlyUsed(Static):
@@ -180,9 +178,9 @@ class LeastFrequentlyUsed(Static):
     name = "lfu"
     in_uses_per_token = False
 
-    def decode(self, layer: int, experts: Sequence[int]) -> None:
+    def decode(self, layer: int, experts: Experts) -> None:
         """Counts one use."""
-        self.values[layer, list(experts)] += 1
+        self.values[layer, experts] += 1
 
 
 POLICIES: dict[str, Callable[[PolicyContext], Policy]] = {

@@ -5,47 +5,40 @@ border between selected and not selected tells how sure it is; what probability 
 each distance of layers by itself.
 """
 
-from bisect import bisect
-from collections.abc import Collection
 from dataclasses import dataclass, field
-from heapq import nlargest
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.residency import Key
-from slimoe.offload.model.experts import ExpertLayer
-
-_BORDERS = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
+_BORDERS = np.array((-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.8, 1.6))
 """Margins, in router logits, that part the bins in which hits are counted."""
+_N_BINS = len(_BORDERS) + 1
 _FADE = 0.995
 _PRIOR_WEIGHT = 4.0
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """An expert that a later layer may select, and the probability that it will."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Guesses:
+    """Stored `experts` I64 that a later layer may select, likeliest first, and the `probabilities` that it will."""
 
-    key: Key
-    probability: float
+    experts: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Book:
     """Guesses and hits by margin, for one distance of layers; recent ones count most."""
 
-    guesses: list[float] = field(default_factory=lambda: [_PRIOR_WEIGHT] * (len(_BORDERS) + 1))
-    hits: list[float] = field(
-        default_factory=lambda: [_PRIOR_WEIGHT * (n + 0.5) / (len(_BORDERS) + 1) for n in range(len(_BORDERS) + 1)]
+    guesses: NDArray[np.float64] = field(default_factory=lambda: np.full(_N_BINS, _PRIOR_WEIGHT))
+    hits: NDArray[np.float64] = field(
+        default_factory=lambda: _PRIOR_WEIGHT * (np.arange(_N_BINS, dtype=np.float64) + 0.5) / _N_BINS
     )
 
-    def probability(self, column: int) -> float:
-        return self.hits[column] / self.guesses[column]
-
-    def settle(self, columns: list[int], hits: list[bool]) -> None:
-        for column, hit in zip(columns, hits, strict=True):
-            self.guesses[column] = self.guesses[column] * _FADE + 1
-            self.hits[column] = self.hits[column] * _FADE + hit
+    def settle(self, bins: NDArray[np.intp], is_hit: NDArray[np.bool_]) -> None:
+        counts = np.bincount(bins, minlength=_N_BINS)
+        fade = _FADE**counts
+        self.guesses = self.guesses * fade + counts
+        self.hits = self.hits * fade + np.bincount(bins[is_hit], minlength=_N_BINS)
 
 
 class ExpertPredictor:
@@ -53,34 +46,39 @@ class ExpertPredictor:
 
     def __init__(self) -> None:
         self._books: dict[int, _Book] = {}
-        self._open: dict[int, dict[int, list[tuple[int, int]]]] = {}
+        self._open: dict[int, list[tuple[_Book, NDArray[np.int64], NDArray[np.intp]]]] = {}
 
     def begin(self) -> None:
         """A step begins: what the last one left open is void."""
         self._open.clear()
 
-    def guess(self, index: int, distance: int, layer: ExpertLayer, logits: NDArray[np.float32]) -> list[Guess]:
-        """Experts of layer `index`, likeliest first, from its router's `logits` [n_row] for an earlier layer's input.
+    def guess(
+        self, index: int, distance: int, target: NDArray[np.int64], n_used: int, logits: NDArray[np.float32]
+    ) -> Guesses:
+        """Predicts experts of layer `index` from its router's `logits` [n_row] for an earlier layer's input.
 
-        `distance` is how many cut layers earlier that is.
+        `target` I64 [n_row] are the stored experts that the rows mean, negative for constant experts; a token selects
+        `n_used`. `distance` is how many cut layers earlier that is.
         """
-        listed, n_used = logits.tolist(), layer.n_expert_used
-        candidates = nlargest(2 * n_used, range(len(listed)), key=listed.__getitem__)
-        if len(listed) > n_used:
-            border = (listed[candidates[n_used - 1]] + listed[candidates[n_used]]) / 2
-        else:
-            border = listed[candidates[-1]] - 1
-        columns = [bisect(_BORDERS, listed[row] - border) for row in candidates]
+        n_row, n_candidates = len(logits), min(2 * n_used, len(logits))
+        rows = np.argpartition(logits, n_row - n_candidates)[n_row - n_candidates :]
+        rows = rows[np.lexsort((rows, -logits[rows]))]
+        values = logits[rows].astype(np.float64)
+        border = (values[n_used - 1] + values[n_used]) / 2 if n_row > n_used else values[-1] - 1
+        bins = np.searchsorted(_BORDERS, values - border, side="right")
+        experts = target[rows]
+        if experts.min() < 0:
+            experts, bins = experts[experts >= 0], bins[experts >= 0]
         book = self._books.setdefault(distance, _Book())
-        self._open.setdefault(index, {})[distance] = list(zip(candidates, columns, strict=True))
-        return [
-            Guess((index, layer.target[row]), book.probability(column))
-            for row, column in zip(candidates, columns, strict=True)
-            if layer.target[row] >= 0
-        ]
+        self._open.setdefault(index, []).append((book, experts, bins))
+        return Guesses(experts, book.hits[bins] / book.guesses[bins])
 
-    def settle(self, index: int, layer: ExpertLayer, selected: Collection[int]) -> None:
-        """Layer `index` has selected these stored experts: counts which predictions were right."""
-        for distance, made in self._open.pop(index, {}).items():
-            hits = [layer.target[row] in selected for row, _ in made]
-            self._books[distance].settle([column for _, column in made], hits)
+    def settle(self, index: int, selected: NDArray[np.int64], n_expert: int) -> None:
+        """Layer `index` has selected these of its `n_expert` stored experts: counts which predictions were right."""
+        made = self._open.pop(index, None)
+        if made is None:
+            return
+        is_selected = np.zeros(n_expert, np.bool_)
+        is_selected[selected] = True
+        for book, experts, bins in made:
+            book.settle(bins, is_selected[experts])

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
-ONE_TOKEN = np.zeros(1, np.int32)
+_ONE_TOKEN = np.zeros(1, np.int32)
 """The rows of a batch of one token."""
 
 
@@ -41,7 +41,7 @@ def group_by_expert(
     experts = layer.experts
     if len(selected) == 1:
         return [
-            RoutedTokens((index, expert), experts[expert][copy], copy, ONE_TOKEN, np.array([column], np.int64))
+            RoutedTokens((index, expert), experts[expert][copy], copy, _ONE_TOKEN, np.array([column], np.int64))
             for column, (expert, copy) in enumerate(zip(flat.tolist(), wanted.tolist(), strict=True))
             if expert >= 0
         ]

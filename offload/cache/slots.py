@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.spec import ModelSpec

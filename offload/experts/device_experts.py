@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimoe.offload.cache.device_pool import Pools, SlotPool
-from slimoe.offload.cache.host_pool import Addresses
+from slimoe.offload.cache.host_slots import Addresses
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens
 from slimoe.offload.cache.swap import SlotExchange

@@ -93,9 +93,8 @@ class SlotGraphs:
         ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
         slots = add_input(ctx, Type.I32, shape.n_pairs)
-        ids = ggml.ggml_reshape_2d(ctx, slots, 1, shape.n_pairs)
         builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens)
-        pairs = builder.add(self.pools[shape.slot_class].stacks, ids, shape.n_pairs)
+        pairs = builder.add(self.pools[shape.slot_class].stacks, slots, shape.n_pairs)
         return BuiltGraph(ctx, graph, lambda: _Prepared(graph, slots, pairs))
 
     def close(self) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import Addresses, HostPool, HostSlot
-from slimoe.offload.cache.prefetch import ExpertPredictor, Guess
+from slimoe.offload.cache.host_pool import HostPool
+from slimoe.offload.cache.host_slots import Addresses, HostSlot, alone
+from slimoe.offload.cache.prefetch import ExpertPredictor
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routed_tokens import RoutedTokens
-from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
+from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert
+from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs
+from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
@@ -19,142 +21,290 @@ _IN_FLIGHT = 2
 """Experts of a batch that are read while another is computed."""
 _WORTH_READING, _SURE = 0.5, 0.8
 """Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
+_NO_KEYS: set[Key] = set()
 
 Cancelled = Callable[[], bool] | None
+EarlyLogits = Mapping[int, NDArray[np.float32]]
+"""By later layer, what its router says to the input of a layer before it, for a single token."""
 
 
 class HostExperts:
     """The host's part of every cut layer.
 
-    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here; `prefetch_copy` which
-    copy to read of one that will perhaps be selected, the best one by default.
+    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here, None without devices;
+    `prefetch_copy` which copy to read of one that will perhaps be selected, the best one by default.
     """
 
     def __init__(
         self,
         layers: Sequence[ExpertLayer | None],
+        banks: Sequence[LayerBanks | None],
         cut: Sequence[int],
         graphs: ExpertGraphs,
         host_pool: HostPool,
-        is_elsewhere: Callable[[Key], bool],
+        is_elsewhere: Callable[[Key], bool] | None = None,
         prefetch_copy: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
-        self._prefetch_copy = prefetch_copy or self._copy
-        self._layers, self._graphs, self._host_pool = layers, graphs, host_pool
+        self._prefetch_copy = prefetch_copy
+        self._layers, self._banks, self._graphs, self._host_pool = layers, banks, graphs, host_pool
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
-        self._predicted: dict[int, dict[Key, ExpertCopy]] = {}
+        self._predicted: dict[int, NDArray[np.int64]] = {}
+        self._begun: dict[int, dict[Key, ExpertCopy]] = {}
         self._predictor = ExpertPredictor()
-        self.predicted: list[Key] = []
-        """What was to be prefetched at the last layer of a single token, the first to be read first."""
+        self._told: list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]] = []
 
     @property
     def compute_bytes(self) -> int:
         """Size of the graphs' buffer."""
         return self._graphs.compute_bytes
 
+    @property
+    def predicted(self) -> list[Key]:
+        """What was to be prefetched at the last layer of a single token, the first to be read first."""
+        keys = [((layer, expert), sure) for layer, *two in self._told for expert, sure in zip(*two, strict=True)]
+        return [(layer, int(expert)) for (layer, expert), _ in sorted(keys, key=lambda one: not one[1])]
+
     def begin(self) -> None:
         """A step begins: what the last one predicted is void."""
-        for predicted in self._predicted.values():
-            self._abandon(predicted)
+        for begun in self._begun.values():
+            self._abandon(begun)
+        self._begun.clear()
         self._predicted.clear()
         self._predictor.begin()
 
-    # --- one token ------------------------------------------------------------------------------------------
-
-    def run_single(
+    def run(
         self,
         index: int,
-        routed: Sequence[RoutedTokens],
-        early_logits: Mapping[int, NDArray[np.float32]],
+        selected: NDArray[np.int64],
+        copies: NDArray[np.int64] | None,
+        early_logits: EarlyLogits,
         is_cancelled: Cancelled,
-        elsewhere: Iterable[Key] = (),
+        elsewhere: Sequence[int] = (),
     ) -> None:
-        """Fills the columns of one token's selected experts in layer `index`.
+        """Fills the columns of the `selected` experts of layer `index`, [n_rows, n_used], that are not negative.
 
-        `early_logits` are by later layer what its router says to this layer's input. `elsewhere` are the other experts
-        that the token selected: they say which predictions were right. Raises EngineAbortedError and ReadFailedError.
+        `copies` [n_rows, n_used] says which copy of each, the best one by default. `elsewhere` are the other experts
+        that a single token selected: they say which predictions were right. What is in memory comes first, all experts
+        of one class in one graph. Raises EngineAbortedError and ReadFailedError.
         """
-        layer, needed = self._layers[index], {one.key for one in routed}
-        assert layer is not None
-        self._predictor.settle(index, layer, {expert for _, expert in (*needed, *elsewhere)})
-        predicted = self._predicted.pop(index, {})
-        self._abandon({key: copy for key, copy in predicted.items() if key not in needed})
-        self._host_pool.pin(needed, self._all_predicted())
-        slots = [self._host_pool.demand(one.key, one.copy) for one in routed]
-        self._prefetch_predicted(early_logits, needed)
-        ready = [slot.is_ready for slot in slots]
-        works = [self._work(one, slot) for one, slot, is_ready in zip(routed, slots, ready, strict=True) if is_ready]
-        if works:
-            self._graphs.run(works, 1, is_cancelled)
-        for one, slot, is_ready in zip(routed, slots, ready, strict=True):
-            if not is_ready:
-                self._graphs.run([self._work(one, slot)], 1, is_cancelled)
+        columns = np.flatnonzero(selected >= 0)
+        experts = selected.ravel()[columns]
+        works, is_here = self._find(index, experts, columns, copies, is_single=len(selected) == 1)
+        missing: list[RoutedTokens] = []
+        if is_here.all():
+            self._host_pool.pin(_NO_KEYS)
+        else:
+            layer = self._layers[index]
+            assert layer is not None
+            left = np.full(selected.size, -1, np.int64)
+            left[columns[~is_here]] = experts[~is_here]
+            missing = group_by_expert(index, layer, left.reshape(selected.shape), copies)
+        self._host_pool.counters.hits += int(np.count_nonzero(is_here))
+        if len(selected) == 1:
+            self._run_single(index, experts, works, missing, early_logits, is_cancelled, elsewhere)
+        else:
+            self._run_batch(index, experts[is_here], works, missing, len(selected), is_cancelled)
 
-    def _all_predicted(self) -> set[Key]:
-        return {key for keys in self._predicted.values() for key in keys}
+    def _find(
+        self,
+        index: int,
+        experts: NDArray[np.int64],
+        columns: NDArray[np.int64],
+        copies: NDArray[np.int64] | None,
+        *,
+        is_single: bool,
+    ) -> tuple[list[BankWork], NDArray[np.bool_]]:
+        """The work that can be done at once, and which of the experts it is, bool [n]."""
+        banks = self._banks[index]
+        assert banks is not None
+        is_here = np.zeros(len(experts), np.bool_)
+        numbers = banks.numbers[0 if copies is None else copies.ravel()[columns], experts]
+        works = []
+        for number, (slot_class, phases) in enumerate(zip(banks.classes, banks.phases, strict=True)):
+            if phases is None:
+                continue
+            slots = self._host_pool.ready(slot_class)[index, experts]
+            found = slots >= 0
+            if len(banks.classes) > 1:
+                found &= numbers == number
+            if not found.all():
+                slots = slots[found]
+            is_here |= found
+            if len(slots):
+                bank = self._host_pool.bank(slot_class, phases)
+                is_one_row = is_single and not banks.may_repeat
+                works.append(BankWork(slot_class, bank, slots, columns[found], is_one_row))
+        return works, is_here
 
-    def _abandon(self, predicted: Mapping[Key, ExpertCopy]) -> None:
-        for key, copy in predicted.items():
+    def _abandon(self, begun: Mapping[Key, ExpertCopy]) -> None:
+        for key, copy in begun.items():
             self._host_pool.abandon(key, copy)
 
-    def _prefetch_predicted(self, early_logits: Mapping[int, NDArray[np.float32]], needed: set[Key]) -> None:
-        """Has experts read that later layers will probably select: the sure ones first, then the nearest layers'."""
-        wanted: list[Guess] = []
-        for distance, (later, logits) in enumerate(early_logits.items(), start=1):
-            layer = self._layers[later]
-            assert layer is not None
-            guesses = [
-                guess
-                for guess in self._predictor.guess(later, distance, layer, logits)
-                if guess.probability >= _WORTH_READING and not self._is_elsewhere(guess.key)
-            ]
-            predicted = {guess.key: self._prefetch_copy(guess.key) for guess in guesses[: layer.n_expert_used]}
-            gone = self._predicted.get(later, {})
-            self._abandon({key: copy for key, copy in gone.items() if predicted.get(key) is not copy})
-            self._predicted[later] = predicted
-            wanted += guesses[: layer.n_expert_used]
-        self._host_pool.pin(needed, self._all_predicted())
-        wanted.sort(key=lambda guess: guess.probability < _SURE)
-        self.predicted = [guess.key for guess in wanted]
-        for guess in wanted:
-            copy = self._predicted[guess.key[0]][guess.key]
-            self._host_pool.prefetch(guess.key, copy, is_sure=guess.probability >= _SURE)
+    def _run_alone(self, one: RoutedTokens, slot: HostSlot, n_rows: int, is_cancelled: Cancelled) -> None:
+        """Computes an expert that is waited for, or whose slot is in no bank."""
+        bank, slots = alone(self._host_pool.addresses(slot)), np.zeros(len(one.columns), np.int64)
+        work = BankWork(one.copy.slot_class, bank, slots, one.columns, is_one_row=n_rows == 1)
+        self._graphs.run(work, n_rows, is_cancelled)
 
-    def _work(self, one: RoutedTokens, slot: HostSlot) -> ExpertWork:
-        return ExpertWork(one.copy.slot_class, self._host_pool.addresses(slot), one.tokens, one.columns)
+    # --- one token ------------------------------------------------------------------------------------------
+
+    def _run_single(
+        self,
+        index: int,
+        experts: NDArray[np.int64],
+        works: Sequence[BankWork],
+        missing: Sequence[RoutedTokens],
+        early_logits: EarlyLogits,
+        is_cancelled: Cancelled,
+        elsewhere: Sequence[int],
+    ) -> None:
+        banks = self._banks[index]
+        assert banks is not None
+        chosen = np.append(experts, elsewhere).astype(np.int64) if elsewhere else experts
+        self._predictor.settle(index, chosen, banks.numbers.shape[1])
+        self._predicted.pop(index, None)
+        begun = self._begun.pop(index, None)
+        if begun or missing:
+            needed = {(index, expert) for expert in experts.tolist()}
+            self._abandon({key: copy for key, copy in (begun or {}).items() if key not in needed})
+            self._host_pool.pin(needed, self._all_predicted())
+        slots = [self._host_pool.demand(one.key, one.copy, counts=len(one.columns)) for one in missing]
+        self._prefetch_predicted(index, experts, early_logits)
+        is_ready = [slot.is_ready for slot in slots]
+        for work in works:
+            self._graphs.run(work, 1, is_cancelled)
+        for wanted in (True, False):
+            for one, slot, ready in zip(missing, slots, is_ready, strict=True):
+                if ready is wanted:
+                    self._run_alone(one, slot, 1, is_cancelled)
+
+    def _all_predicted(self) -> set[Key]:
+        return {(layer, expert) for layer, experts in self._predicted.items() for expert in experts.tolist()}
+
+    def _prefetch_predicted(self, index: int, experts: NDArray[np.int64], early_logits: EarlyLogits) -> None:
+        """Has experts read that later layers will probably select: the sure ones first, then the nearest layers'."""
+        self._told = []
+        wanted: list[tuple[int, int, bool]] = []
+        for distance, (later, logits) in enumerate(early_logits.items(), start=1):
+            banks, layer = self._banks[later], self._layers[later]
+            assert banks is not None
+            assert layer is not None
+            guesses = self._predictor.guess(later, distance, banks.target, layer.n_expert_used, logits)
+            is_worth = guesses.probabilities >= _WORTH_READING
+            likely, sure = guesses.experts[is_worth], guesses.probabilities[is_worth] >= _SURE
+            if self._is_elsewhere is not None and len(likely):
+                there = np.array([self._is_elsewhere((later, expert)) for expert in likely.tolist()])
+                likely, sure = likely[~there], sure[~there]
+            likely, sure = likely[: layer.n_expert_used], sure[: layer.n_expert_used]
+            self._predicted[later] = likely
+            self._told.append((later, likely, sure))
+            is_absent = self._is_absent(later, likely)
+            if is_absent.any() or self._begun.get(later):
+                wanted += [
+                    (later, expert, is_sure)
+                    for expert, is_sure in zip(likely[is_absent].tolist(), sure[is_absent].tolist(), strict=True)
+                ]
+                self._keep_begun(later, set(likely.tolist()))
+        if not wanted:
+            return
+        self._host_pool.pin({(index, expert) for expert in experts.tolist()}, self._all_predicted())
+        for later, expert, is_sure in sorted(wanted, key=lambda one: not one[2]):
+            key = (later, expert)
+            copy = self._copy_to_read(key)
+            self._begun.setdefault(later, {})[key] = copy
+            self._host_pool.prefetch(key, copy, is_sure=is_sure)
+
+    def _is_absent(self, index: int, experts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of a layer's experts would have to be asked for: all those whose best copies are not ready."""
+        banks = self._banks[index]
+        assert banks is not None
+        is_absent = np.ones(len(experts), np.bool_)
+        if self._prefetch_copy is None:
+            for number, slot_class in enumerate(banks.classes):
+                is_ready = self._host_pool.ready(slot_class)[index, experts] >= 0
+                is_absent &= ~(is_ready & (banks.numbers[0, experts] == number))
+        return is_absent
+
+    def _keep_begun(self, index: int, likely: set[int]) -> None:
+        """Gives up what was prefetched for a layer and is no longer likely, or in another copy."""
+        begun = self._begun.get(index, {})
+        kept = {key for key, copy in begun.items() if key[1] in likely and self._copy_to_read(key) is copy}
+        self._abandon({key: copy for key, copy in begun.items() if key not in kept})
+        self._begun[index] = {key: begun[key] for key in kept}
+
+    def _copy_to_read(self, key: Key) -> ExpertCopy:
+        return self._copy(key) if self._prefetch_copy is None else self._prefetch_copy(key)
 
     # --- a batch --------------------------------------------------------------------------------------------
 
-    def run_batch(self, index: int, routed: Sequence[RoutedTokens], n_rows: int, is_cancelled: Cancelled) -> None:
-        """Fills the columns of a batch's selected experts, each visited once: those here while others are read."""
+    def _run_batch(
+        self,
+        index: int,
+        here: NDArray[np.int64],
+        works: Sequence[BankWork],
+        missing: Sequence[RoutedTokens],
+        n_rows: int,
+        is_cancelled: Cancelled,
+    ) -> None:
+        """Visits each expert once: those that are `here` while others are read."""
         # Asked once: an expert that arrives between two questions would be on neither list.
-        is_here = [self._host_pool.holds(one.key, one.copy) for one in routed]
-        here = list(compress(routed, is_here))
-        queue = here + [one for one, held in zip(routed, is_here, strict=True) if not held]
-        coming = self._missing_of_next_layer(index)
-        slots: list[HostSlot] = []
-        for at, current in enumerate(queue):
+        is_held = [self._host_pool.holds(one.key, one.copy) for one in missing]
+        queue = [
+            one for held in (True, False) for one, is_there in zip(missing, is_held, strict=True) if is_there is held
+        ]
+        coming = self._missing_of_next_layer(index, n_rows)
+        first = {(index, expert) for expert in here.tolist()} if queue or coming else set()
+        n_first = len(first)
+        n_here, slots = n_first + sum(is_held), list[HostSlot]()
+        for at in range(-1 if works else 0, len(queue)):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
-            n_wanted = min(max(at + 1, len(here)) + _IN_FLIGHT, at + self._host_pool.n_free_to_pin)
+            # Places in the whole queue, at whose beginning those are that are computed together.
+            place = 0 if at < 0 else n_first + at
+            n_wanted = min(max(place + 1, n_here) + _IN_FLIGHT, place + self._host_pool.n_free_to_pin) - n_first
             after = coming[: max(0, n_wanted - len(queue))]
-            self._host_pool.pin({one.key for one in queue[at:n_wanted]} | {key for key, _ in after})
+            pinned = {one.key for one in queue[max(0, at) : max(0, n_wanted)]} | {key for key, _ in after}
+            if queue or coming:
+                self._host_pool.pin(pinned | first if at < 0 else pinned)
             while len(slots) < min(n_wanted, len(queue)):
                 one = queue[len(slots)]
                 slots.append(self._host_pool.demand(one.key, one.copy, counts=len(one.columns)))
             for key, copy in after:
                 self._host_pool.prefetch(key, copy)
-            self._graphs.run([self._work(current, slots[at])], n_rows, is_cancelled)
+            if at < 0:
+                self._run_works(works, n_rows, is_cancelled)
+            else:
+                self._run_alone(queue[at], slots[at], n_rows, is_cancelled)
 
-    def _missing_of_next_layer(self, index: int) -> list[tuple[Key, ExpertCopy]]:
-        """Experts of the next cut layer that are not here: a batch is taken to need them all."""
+    def _run_works(self, works: Sequence[BankWork], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Computes what is in memory, whole experts at a time, as many as one graph has memory for."""
+        for work in works:
+            order = np.argsort(work.slots, kind="stable")
+            slots, columns = work.slots[order], work.columns[order]
+            begins = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
+            n_most, begin = self._graphs.most_pairs(work.bank), 0
+            for at, end in pairwise([*begins, len(slots)]):
+                if end - begin > n_most and at > begin:
+                    part = slice(begin, at)
+                    self._graphs.run(
+                        BankWork(work.slot_class, work.bank, slots[part], columns[part]), n_rows, is_cancelled
+                    )
+                    begin = at
+            part = slice(begin, len(slots))
+            self._graphs.run(BankWork(work.slot_class, work.bank, slots[part], columns[part]), n_rows, is_cancelled)
+
+    def _missing_of_next_layer(self, index: int, n_rows: int) -> list[tuple[Key, ExpertCopy]]:
+        """Experts of the next cut layer that are not here: a batch that can select them all is taken to need them."""
         later = self._next.get(index)
         layer = None if later is None else self._layers[later]
-        if later is None or layer is None:
+        if later is None or layer is None or n_rows * layer.n_expert_used < len(layer.experts):
             return []
-        keys = [(later, expert) for expert in range(len(layer.experts))]
-        wanted = [(key, self._prefetch_copy(key)) for key in keys if not self._is_elsewhere(key)]
+        experts = np.arange(len(layer.experts))
+        keys = [(later, expert) for expert in experts[self._is_absent(later, experts)].tolist()]
+        wanted = [
+            (key, self._copy_to_read(key)) for key in keys if not (self._is_elsewhere and self._is_elsewhere(key))
+        ]
         return [(key, copy) for key, copy in wanted if not self._host_pool.holds(key, copy)]
 
     def invest(self, keys: Iterable[Key], margin: float) -> None:
@@ -192,10 +342,8 @@ class HostExperts:
 
     def run_one(self, key: Key, n_tokens: int) -> None:
         """Computes an expert that is here for `n_tokens` tokens, whatever they hold, to measure how long it takes."""
-        tokens = np.arange(n_tokens, dtype=np.int32)
-        copy = self._copy(key)
-        work = ExpertWork(copy.slot_class, self.addresses(key), tokens, tokens.astype(np.int64))
-        self._graphs.run([work], n_tokens)
+        slots, columns = np.zeros(n_tokens, np.int64), np.arange(n_tokens)
+        self._graphs.run(BankWork(self._copy(key).slot_class, alone(self.addresses(key)), slots, columns), n_tokens)
 
     def _copy(self, key: Key) -> ExpertCopy:
         layer = self._layers[key[0]]

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.policy import Policy
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routed_tokens import ONE_TOKEN, RoutedTokens, group_by_expert
+from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert
 from slimoe.offload.cache.router_trace import ANSWER, PROMPT, TraceRun, TraceWriter
 from slimoe.offload.experts.constant_experts import ConstantExperts, write_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
 from slimoe.offload.experts.device_part import DevicePart
-from slimoe.offload.experts.host_experts import HostExperts
+from slimoe.offload.experts.host_experts import EarlyLogits, HostExperts
+from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.segment import Segment
@@ -25,6 +26,9 @@ from slimoe.offload.model.experts import ExpertLayer
 
 _INVEST_MARGIN = 1.3
 """How much more often an expert must be used than the one whose place it takes for good."""
+
+_ELSEWHERE = -1
+"""In place of a stored expert that the host does not compute."""
 
 Cancelled = Callable[[], bool] | None
 
@@ -35,6 +39,7 @@ class MoEStep:
     def __init__(
         self,
         layers: Sequence[ExpertLayer | None],
+        banks: Sequence[LayerBanks | None],
         parts: Sequence[DevicePart],
         host: Exchange,
         host_experts: HostExperts,
@@ -44,14 +49,12 @@ class MoEStep:
         lossy: LossyStep | None,
         uses: ExpertUses,
     ) -> None:
-        self._uses = uses
+        self._uses, self._banks = uses, banks
         self.layers, self._host, self._host_experts = layers, host, host_experts
         self._policy, self._constants, self._trace, self._lossy = policy, constants, trace, lossy
         self.parts = {layer: part for part in parts for layer in part.layers}
         self._devices = [part.experts for part in parts if part.experts is not None]
-        is_on_host = not self._devices and all(part.exchange is host for part in self.parts.values())
-        self._is_plain = is_on_host and not (constants or trace or lossy)
-        self._single: dict[tuple[int, int, int], RoutedTokens] = {}
+        self._is_on_host = not self._devices and all(part.exchange is host for part in self.parts.values())
         self._missed: list[Key] = []
         self._lowered: set[Key] = set()
         # A device that fills its slots over the link would keep the CPU from its own experts.
@@ -83,14 +86,12 @@ class MoEStep:
     def run(self, segment: Segment, n_rows: int, is_cancelled: Cancelled) -> None:
         """Fills the outputs of layer `segment.last`. Raises EngineAbortedError and ReadFailedError."""
         index = segment.last
-        layer, exchange = self.layers[index], self.parts[index].exchange
+        layer, banks, exchange = self.layers[index], self._banks[index], self.parts[index].exchange
         assert layer is not None
+        assert banks is not None
         ranked = exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
-        if n_rows == 1 and self._is_plain and self._is_decode[-1]:
-            self._run_plain(segment, layer, ranked[0].tolist(), is_cancelled)
-            return
-        self._uses.add_batch(index, ranked)
-        selected, copies = np.asarray(layer.target, np.int64)[ranked], None
+        self._uses.add(index, ranked)
+        selected, copies = banks.target[ranked], None
         if self._trace is not None:
             self._trace.layer(index, np.maximum(selected, -1), exchange.read("expert_weights", *selected.shape))
         if self._lossy is not None:
@@ -99,42 +100,42 @@ class MoEStep:
                 exchange.write("expert_weights", decision.weights)
             selected, copies = decision.stored, decision.copies
             self._lowered |= {(index, int(expert)) for expert in selected[copies > 0]}
-        # Answers count for the policy, prompts at most seed it.
-        is_decode = self._is_decode[-n_rows:]
-        for row in selected[is_decode]:
-            self._policy.decode(index, [int(expert) for expert in row if expert >= 0])
-        if not is_decode.all():
-            read = selected[~is_decode]
-            self._policy.prompt(index, np.bincount(read[read >= 0].ravel(), minlength=len(layer.experts)))
+        self._tell_policy(index, selected, len(layer.experts))
         if index in self._constants or self._lossy is not None:
             write_constant_experts(exchange, self._constants.get(index), selected)
-        self._compute(segment, group_by_expert(index, layer, selected, copies), n_rows, is_cancelled)
+        early_logits = self._early_logits(segment) if n_rows == 1 else {}
+        if self._is_on_host:
+            self._host_experts.run(index, selected, copies, early_logits, is_cancelled)
+        else:
+            self._compute_apart(index, selected, copies, early_logits, is_cancelled)
         if self._trace is not None and n_rows == 1:
             self._trace.predicted(self._host_experts.predicted)
 
-    def _run_plain(self, segment: Segment, layer: ExpertLayer, rows: list[int], is_cancelled: Cancelled) -> None:
-        """One token's experts, where nothing but the host's memory and the disk is there to find them.
+    def _tell_policy(self, index: int, selected: NDArray[np.int64], n_expert: int) -> None:
+        """Answers count for the policy, prompts at most seed it."""
+        is_decode = self._is_decode[-len(selected) :]
+        if is_decode.all():
+            decoded, read = selected, selected[:0]
+        else:
+            decoded, read = selected[is_decode], selected[~is_decode]
+        for row in decoded:
+            self._policy.decode(index, row[row >= 0])
+        if len(read):
+            self._policy.prompt(index, np.bincount(read[read >= 0], minlength=n_expert))
 
-        The same as the long way, without what only other cases need: it runs for every layer of every token.
-        """
-        index = segment.last
-        experts = [layer.target[row] for row in rows]
-        self._policy.decode(index, experts)
-        self._uses.add(index, rows)
-        routed = []
-        for column, expert in enumerate(experts):
-            one = self._single.get((index, expert, column))
-            if one is None:
-                columns = np.array([column], np.int64)
-                one = RoutedTokens((index, expert), layer.experts[expert][0], 0, ONE_TOKEN, columns)
-                self._single[index, expert, column] = one
-            routed.append(one)
-        self._host_experts.run_single(index, routed, self._early_logits(segment), is_cancelled)
-
-    def _compute(self, segment: Segment, routed: list[RoutedTokens], n_rows: int, is_cancelled: Cancelled) -> None:
+    def _compute_apart(
+        self,
+        index: int,
+        selected: NDArray[np.int64],
+        copies: NDArray[np.int64] | None,
+        early_logits: EarlyLogits,
+        is_cancelled: Cancelled,
+    ) -> None:
         """Computes each expert on the side where it lies, both sides at once."""
-        part, host = self.parts[segment.last], self._host
-        device, exchange, shape = part.experts, part.exchange, host.shape
+        part, host, n_rows = self.parts[index], self._host, len(selected)
+        device, exchange, shape, layer = part.experts, part.exchange, host.shape, self.layers[index]
+        assert layer is not None
+        routed = group_by_expert(index, layer, selected, copies)
         # Devices have best copies only.
         is_there = [device is not None and not one.copy_index and device.holds(one.key) for one in routed]
         on_device = [one for one, there in zip(routed, is_there, strict=True) if there]
@@ -142,23 +143,20 @@ class MoEStep:
         if device is not None and self._is_decode[-n_rows:].all():
             self._missed += [one.key for one in on_host]
         streamed = self._choose_streamed(device, on_device, on_host) if n_rows > 1 else []
-        on_host = [one for one in on_host if one not in streamed]
-        # A device answers what it is asked after all that it was given: ask first, give it work then.
-        early_logits = self._early_logits(segment) if n_rows == 1 else {}
-        is_apart = exchange is not host and bool(on_host)
+        hosts = selected.copy()
+        for one in (*on_device, *streamed):
+            hosts.ravel()[one.columns] = _ELSEWHERE
+        is_apart = exchange is not host and bool((hosts >= 0).any())
         if is_apart:
             host.write("normed", exchange.read("normed", n_rows, shape.n_embd))
             host.write("expert_weights", exchange.read("expert_weights", n_rows, shape.n_used))
         if device is not None and on_device:
             device.begin(on_device, n_rows)
         with self._streaming(device, streamed, n_rows):
-            if n_rows == 1:
-                elsewhere = [one.key for one in on_device]
-                self._host_experts.run_single(segment.last, on_host, early_logits, is_cancelled, elsewhere)
-            elif on_host:
-                self._host_experts.run_batch(segment.last, on_host, n_rows, is_cancelled)
+            elsewhere = [one.key[1] for one in on_device]
+            self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, elsewhere)
         if is_apart:
-            columns = np.concatenate([one.columns for one in on_host])
+            columns = np.flatnonzero(hosts >= 0)
             outputs = host.read("outputs", int(columns.max()) + 1, shape.n_embd)
             exchange.write_rows("outputs", columns, outputs[columns])
 

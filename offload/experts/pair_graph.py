@@ -18,7 +18,7 @@ from slimoe.offload.graph.expert_ffn import add_expert_ffn
 class PairInputs:
     """The tensors that say which n pairs a graph computes: `tokens` I32 [n] and `columns` I64 [n].
 
-    `weight_rows` I32 [n] are the columns again, as `get_rows` takes them. `tokens` is 0 where there is one token only.
+    `weight_rows` I32 [n] are the columns again, as `get_rows` takes them. `tokens` is 0 where no rows are gathered.
     """
 
     tokens: int
@@ -44,11 +44,11 @@ class PairBuilder:
         self._weights = exchange.view(ctx, "expert_weights", (1, n_columns))
         self._outputs = exchange.view(ctx, "outputs", (self._n_embd, n_columns))
 
-    def add(self, stacks: Sequence[int], ids: int, n_pairs: int, *, gathers: bool = True) -> PairInputs:
+    def add(self, stacks: Sequence[int], slots: int, n_pairs: int, *, gathers: bool = True) -> PairInputs:
         """Writes the weighted output of each pair to its column.
 
-        `stacks` are gate, up and down [ne0, ne1, n_stacked], `ids` I32 [1, n_pairs] the places of the pairs' experts in
-        them. A single token's only pair need not gather its row.
+        `stacks` are gate, up and down [ne0, ne1, n_stacked], `slots` I32 [n_pairs] the places of the pairs' experts in
+        them. Unless it gathers the pairs' rows, they are those of a single token, and no two of the same expert.
         """
         ctx, n_embd = self._ctx, self._n_embd
         inputs = PairInputs(
@@ -57,11 +57,13 @@ class PairBuilder:
             weight_rows=add_input(ctx, Type.I32, n_pairs),
         )
         gathered = ggml.ggml_get_rows(ctx, self._normed, inputs.tokens) if gathers else self._normed
-        rows = ggml.ggml_reshape_3d(ctx, gathered, n_embd, 1, n_pairs)
+        n_rows = n_pairs if gathers else 1
+        rows = ggml.ggml_reshape_3d(ctx, gathered, n_embd, 1, n_rows)
+        ids = ggml.ggml_reshape_2d(ctx, slots, n_pairs // n_rows, n_rows)
         *gate_up, down = stacks
         outputs = add_expert_ffn(ctx, gate_up, down, rows, ids)
         weights = ggml.ggml_get_rows(ctx, self._weights, inputs.weight_rows)
-        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, weights, 1, 1, n_pairs))
+        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, weights, 1, n_pairs // n_rows, n_rows))
         flat = ggml.ggml_reshape_2d(ctx, weighted, n_embd, n_pairs)
         written = ggml.ggml_set_rows(ctx, self._outputs, flat, inputs.columns)
         ggml.ggml_build_forward_expand(self._graph, written)

@@ -47,7 +47,6 @@ class Exchange:
     expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first.
     early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
     outputs F32 [n_embd * n_used * n_tokens]: each selected expert's weighted output, in the router's order.
-    zeros I32 [n_used * n_tokens]: ids for a stack of one expert.
     """
 
     def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
@@ -64,7 +63,6 @@ class Exchange:
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),
             "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
-            "zeros": (Type.I32, shape.n_used * n_tokens),
         }
         self._ctx = ggml.ggml_init(ggml.InitParams(len(wanted) * ggml.ggml_tensor_overhead() + 1024, None, True))
         self._tensors = {name: ggml.ggml_new_tensor_1d(self._ctx, *kind) for name, kind in wanted.items()}

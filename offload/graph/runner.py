@@ -86,7 +86,7 @@ class Runner:
         else:
             self.backend.compute_until(prepared.graph, is_cancelled)
         for layer, ranked in prepared.ranked:
-            self._uses.add(layer, ranked.ravel().tolist())
+            self._uses.add(layer, ranked)
         return prepared.logits
 
     def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:

@@ -10,7 +10,7 @@ from enum import IntFlag
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots
 from slimoe.offload.errors import DoesNotFitError

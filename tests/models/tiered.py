@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.cache.slots import LowSlots, TierPlan, low_classes, plan_tiers, slot_classes
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError

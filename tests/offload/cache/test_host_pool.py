@@ -16,7 +16,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.cache.disk_reader import DiskReader, ReadFailedError
-from slimoe.offload.cache.host_pool import Addresses, HostPool, slot_bytes
+from slimoe.offload.cache.host_pool import HostPool
+from slimoe.offload.cache.host_slots import Addresses, slot_bytes
 from slimoe.offload.cache.policy import PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import slot_classes

@@ -288,10 +288,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
             stop.n_seen += len(work.slots)
         begin(graphs, works, n_tokens)
 
-    def multiply_on_host(graphs: ExpertGraphs, works: Any, *rest: Any) -> None:
-        for work in works:
-            stop.host += work.columns.tolist()
-        multiply(graphs, works, *rest)
+    def multiply_on_host(graphs: ExpertGraphs, work: Any, *rest: Any) -> None:
+        stop.host += work.columns.tolist()
+        multiply(graphs, work, *rest)
 
     monkeypatch.setattr(SlotPool, "write", write_slot)
     monkeypatch.setattr(MoEStep, "run", run_layer)
@@ -340,18 +339,18 @@ class Uses:
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
-    uses, begin, run = Uses(set(), set()), DeviceExperts.begin, HostExperts.run_single
+    uses, begin, run = Uses(set(), set()), DeviceExperts.begin, HostExperts.run
 
     def begin_some(device: DeviceExperts, routed: Sequence[RoutedTokens], n_rows: int) -> None:
         uses.device |= {one.key for one in routed}
         begin(device, routed, n_rows)
 
-    def run_some(host: HostExperts, index: int, routed: Sequence[RoutedTokens], *rest: Any) -> None:
-        uses.host |= {one.key for one in routed}
-        run(host, index, routed, *rest)
+    def run_some(host: HostExperts, index: int, selected: Array, *rest: Any) -> None:
+        uses.host |= {(index, expert) for expert in selected.ravel().tolist() if expert >= 0}
+        run(host, index, selected, *rest)
 
     monkeypatch.setattr(DeviceExperts, "begin", begin_some)
-    monkeypatch.setattr(HostExperts, "run_single", run_some)
+    monkeypatch.setattr(HostExperts, "run", run_some)
     return uses
 
 

@@ -1,5 +1,6 @@
 """Experts read from disk: every budget gives the bits that the resident model gives."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from slimoe.offload.cache.host_slots import Bank
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_PREFETCH_DEPTH
 from slimoe.offload.engine import Engine
-from slimoe.offload.experts.host_graph import ExpertGraphs, ExpertWork
+from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
@@ -29,7 +31,7 @@ from tests.models.gguf_content import GGUFContent, StoredTensor
 from tests.models.native_files import NativeFfn, StoredExpert, plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import resident_engine, tiered_engine, tiered_plan
-from tests.models.tiny_gguf import TinyShape
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 from tests.offload.experts.watched_ids import WatchedIds
 
 Array = np.ndarray[Any, Any]
@@ -200,6 +202,33 @@ def test_a_class_that_has_room_for_all_holds_nobody_up(directory: Path) -> None:
     assert tiers.prefetch_depth == MAX_PREFETCH_DEPTH
 
 
+# --- what a step costs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch_depth", [0, 2])
+def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(directory: Path, prefetch_depth: int) -> None:
+    def n_calls(n_used: int) -> int:
+        """Calls of Python and C functions that a decoded token takes, with all its experts in memory."""
+        name = directory / f"fine-{n_used}.gguf"
+        path = write_tiny_gguf(name, None, shape=TinyShape(n_layer=4, n_expert=16, n_expert_used=n_used, n_ff=64))
+        counted = list[str]()
+        with closing(tiered_engine(config(path), 1.0, prefetch_depth)) as engine:
+            engine.decode(1)
+            engine.decode(2)
+            sys.setprofile(lambda frame, event, what: counted.append(event) if event.endswith("call") else None)
+            try:
+                engine.decode(3)
+            finally:
+                sys.setprofile(None)
+            assert engine.tiers is not None
+            assert engine.tiers.host_pool is not None
+            counters = engine.tiers.host_pool.counters
+            assert (counters.hits, counters.misses, counters.pending) == (3 * 4 * n_used, 0, 0)
+        return len(counted)
+
+    assert n_calls(8) == n_calls(2)
+
+
 # --- what is multiplied ------------------------------------------------------------------------------------
 
 
@@ -227,10 +256,9 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
         assert np.isnan(outputs[n_columns:]).all()
         stops.n_stops += 1
 
-    def watched_product(graphs: ExpertGraphs, works: Sequence[ExpertWork], *rest: Any) -> None:
-        for work in works:
-            stops.columns += work.columns.tolist()
-        multiply(graphs, works, *rest)
+    def watched_product(graphs: ExpertGraphs, work: BankWork, *rest: Any) -> None:
+        stops.columns += work.columns.tolist()
+        multiply(graphs, work, *rest)
 
     monkeypatch.setattr(MoEStep, "run", watched_stop)
     monkeypatch.setattr(ExpertGraphs, "run", watched_product)
@@ -245,8 +273,6 @@ def test_every_selected_expert_is_computed_once_with_ids_that_no_backend_minds(
     with closing(tiered_engine(config(model), share)) as engine:
         n_layer = engine.spec.n_layer
         assert np.isfinite(conversation(engine)).all()
-        zeros = engine.tiers.runner.parts[0].exchange.read("zeros", engine.plan.n_batch)  # type: ignore[union-attr]
-        assert not zeros.any()
     assert stops.n_stops == n_layer * 14
     assert watched.n_seen > 0
 
@@ -261,6 +287,14 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
     ]
     stored = [GGUFContent({}, {"m": StoredTensor(m, Type.F32)}).quantised(kind).tensors["m"].data for m in matrices]
     slot_class = SlotClass.of((kind, (n_embd, n_ff)), (kind, (n_embd, n_ff)), (kind, (n_ff, n_embd)))
+    # As in a slot: gate, up and down of an expert one after the other, with gaps that are nobody's.
+    matrix_bytes, gap = [part[0].nbytes for part in stored], 96
+    memory = np.full((n_expert, sum(matrix_bytes) + 3 * gap), 0xFF, np.uint8)
+    begins = [gap + sum(matrix_bytes[:part]) + gap * part for part in range(3)]
+    for part, begin in zip(stored, begins, strict=True):
+        memory[:, begin : begin + part[0].nbytes] = part.reshape(n_expert, -1).view(np.uint8)
+    gate, up, down = (memory.ctypes.data + begin for begin in begins)
+    bank = Bank((gate, up, down), memory.strides[0], n_expert)
     with (
         closing(CpuBackend(1)) as backend,
         closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
@@ -277,16 +311,12 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
         for step in range(60):
             n_rows = 1 if step % 3 == 0 else int(draw.integers(1, n_tokens + 1))
             selected = draw.integers(-1, n_expert, n_rows * n_used)
-            order = draw.permutation(n_expert)
-            works = []
-            for expert in order:
-                columns = np.flatnonzero(selected == expert)
-                addresses = [part[expert].ctypes.data for part in stored]
-                tokens = (columns // n_used).astype(np.int32)
-                if len(columns):
-                    works.append(ExpertWork(slot_class, (addresses[0], addresses[1], addresses[2]), tokens, columns))
+            columns = draw.permutation(np.flatnonzero(selected >= 0))
+            slots = selected[columns]
+            is_one_row = n_rows == 1 and len(set(slots)) == len(slots)
             outputs[:] = np.nan
-            graphs.run(works, n_rows)
+            if len(slots):
+                graphs.run(BankWork(slot_class, bank, slots, columns, is_one_row), n_rows)
             for column, expert in enumerate(selected.tolist()):
                 if expert < 0:
                     assert np.isnan(outputs[column]).all()

@@ -37,7 +37,7 @@ class WatchedIds:
         return graph
 
     def _mul_mat_id(self, ctx: int, stack: int, rows: int, ids: int) -> int:
-        self._products[ctx].append((ids, int(ggml.tensor_at(stack).ne[2])))
+        self._products[ctx].append((ids, stack))
         product: int = self._multiply(ctx, stack, rows, ids)
         return product
 
@@ -47,10 +47,10 @@ class WatchedIds:
         self._look(graph)
 
     def _look(self, graph: int) -> None:
-        for ids, n_stack in self._products[self._context[graph]]:
+        for ids, stack in self._products[self._context[graph]]:
             values = _values(ids)
             assert values.min() >= 0
-            assert values.max() < n_stack
+            assert values.max() < ggml.tensor_at(stack).ne[2]
             assert all(len(set(token)) == len(token) for token in values.tolist())
             self.n_seen += values.size
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.offload.cache.host_pool import slot_bytes
+from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import fit_slots, low_classes, slot_classes
 from slimoe.offload.errors import DoesNotFitError
