@@ -16,6 +16,7 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
+from slimoe.offload.model.architectures import DOTS1, OLMOE
 from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
 from slimoe.offload.model.native_layout import NativeLayout
 from slimoe.offload.model.spec import ModelSpec
@@ -36,7 +37,7 @@ _OF_ITS_OWN = (
 
 def llamacpp_problem(spec: ModelSpec) -> str | None:
     """Why llama.cpp does not load a file of these sizes, though it is a stock one; None where it does."""
-    if spec.architecture.qk_norm == "row" and spec.n_head_kv != spec.n_head:
+    if spec.architecture in (OLMOE, DOTS1) and spec.n_head_kv != spec.n_head:
         heads = f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries"
         name = spec.architecture.models
         return f"llama.cpp loads no {name} model with fewer heads of keys than of queries, and {heads}."

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 
 from slimoe.converter.gguf.bytes import all_bytes
 from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.converter.source.families import llama, olmoe, qwen
+from slimoe.converter.source.families import dots, ernie, glm, granite, hunyuan, llama, minimax, olmoe, qwen
 from slimoe.converter.source.families.config import ConfigClass, ModelConfig
 from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec
@@ -21,7 +21,8 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.tensor_list import check_tensors
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | qwen.FAMILIES | olmoe.FAMILIES
+_FILES = (llama, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm)
+FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 
 _LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n")
@@ -36,8 +37,12 @@ def checkpoint_source(path: Path) -> StoredModel:
     """
     checkpoint = Checkpoint.open(path)
     family, config = read_model_config(checkpoint)
-    rotation = read_rotation(checkpoint.config_path, config)
+    is_partial = family.architecture.rotates_partly
+    rotation = read_rotation(checkpoint.config_path, config, is_partial=is_partial)
     spec = model_spec(family, config, rotation.spec)
+    if spec.n_expert_used > spec.n_expert:
+        problem = f"a token selects {spec.n_expert_used} of {spec.n_expert} experts."
+        raise ModelFileError(checkpoint.config_path, problem, "Download the checkpoint again.")
     matrices = checkpoint_matrices(checkpoint, family, config, spec, rotation.divisors)
     n_matrices = Counter(key.name for key in matrices)
     tensors = {}
@@ -47,14 +52,15 @@ def checkpoint_source(path: Path) -> StoredModel:
     check_tensors(GGUFFile((path,), {}, tensors), spec)
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
-    layer = SourceLayer(spec.n_expert, tuple(range(spec.n_expert)))
+    n_experts = [spec.layer_shape(layer).n_expert for layer in range(spec.n_layer)]
+    layers = tuple(SourceLayer(n_expert, tuple(range(n_expert))) for n_expert in n_experts)
     metadata: dict[str, Value] = {"general.type": "model", "general.name": path.resolve().name}
     card = path / "README.md"
     head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""
     if licence := _LICENCE.search(head):
         metadata["general.license"] = licence[1]
     metadata |= tokenizer_metadata(path, spec.n_vocab, family.token_ids)
-    return StoredModel(path, spec, checkpoint.source_hash, metadata, (layer,) * spec.n_layer, matrices)
+    return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices)
 
 
 def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:

@@ -14,7 +14,6 @@ from slimoe.converter.source.model_source import MatrixKey
 from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
-from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ROPE_FREQS, AttentionSpec, ModelSpec
 
@@ -24,14 +23,7 @@ _WHOLE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_STACKED = {
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "mlp.experts.down_proj": ("ffn_down_exps",),
-}
-"""All experts of a layer in one tensor [n_expert, n_rows, n_per_row], as transformers 5 has them in memory, gate above
-up. What it saves, and what older versions saved, are tensors of single experts."""
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_STACK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _IGNORED = ("rotary_emb.inv_freq",)
 _AGAIN = "Download the checkpoint again."
@@ -54,9 +46,10 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
         n_ctx_train=n_ctx_train,
         rms_eps=config.rms_norm_eps,
         attention=AttentionSpec(config.num_attention_heads, config.n_head_kv, config.n_embd_head),
-        experts=ExpertSpec(config.n_expert, config.n_expert_used),
+        experts=config.experts,
         rope=rope,
         n_window=window,
+        multipliers=config.multipliers,
     )
 
 
@@ -69,11 +62,15 @@ def checkpoint_matrices(
     stored tensor that has no place, ModelFileError for a missing expert, and as `stored_matrices` does.
     """
     found: dict[MatrixKey, StoredMatrix] = {}
+    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
+    skipped = (*family.skipped, *nextn)
+    if config.tie_word_embeddings:
+        skipped += ("lm_head.weight",)
     for name, stored in stored_matrices(checkpoint).items():
-        if name.endswith(_IGNORED) or (config.tie_word_embeddings and name == "lm_head.weight"):
+        if name.endswith(_IGNORED) or name.startswith(skipped):
             continue
         found |= _places(name, stored, family, config)
-    if spec.architecture.rope is RopeType.NORM:
+    if spec.architecture.rope is RopeType.NORM and not family.rotates_neighbours:
         for key, matrix in found.items():
             if key.name.split(".")[-2] in ("attn_q", "attn_k"):
                 found[key] = replace(matrix, rows=RotatedRows(matrix.rows, spec.n_embd_head))
@@ -103,26 +100,48 @@ def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig
     """The GGUF matrices that a stored tensor holds: one, or those of all experts."""
     if name in _WHOLE:
         return {MatrixKey(_WHOLE[name]): stored}
-    if match := _LAYER_NAME.fullmatch(name):
-        layer, inner, kind = match.groups()
-        number = _EXPERT.search(inner)
-        role = family.names.get(_EXPERT.sub("*", inner))
-        if kind == "bias" and role and (module := inner.split(".")[0]) not in config.biased:
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
+        raise _without_place(name, stored)
+    layer, inner = match.groups()
+    if inner in family.joined:
+        return _parts(f"blk.{layer}", stored, family.joined[inner])
+    general = _EXPERT.sub("*", inner)
+    role = family.names.get(general)
+    stem, _, kind = general.rpartition(".")
+    if role is None and stem in family.names and kind in ("weight", "bias"):
+        role = f"{family.names[stem]}.{kind}"
+        if kind == "bias" and not inner.startswith(tuple(f"{module}." for module in config.biased)):
             # transformers would not add it, and whatever reads the file would.
-            problem = f"tensor {name} is a bias, but config.json has no biases for {module}."
+            problem = f"tensor {name} is a bias, but config.json has no biases for {inner.split('.')[0]}."
             raise UnsupportedModelError(stored.rows.path, problem, "Correct config.json, or leave the tensor out.")
-        if role:
-            return {MatrixKey(f"blk.{layer}.{role}.{kind}", int(number[0]) if number else -1): stored}
-    match = _STACK_NAME.fullmatch(name)
-    roles = _STACKED.get(match[2], ()) if match else ()
-    if match and len(stored.shape) == 3 and set(roles) & set(family.names.values()):
-        n_expert, n_rows, n_per_row = stored.shape
-        n_each = n_rows // len(roles)
-        return {
-            MatrixKey(f"blk.{match[1]}.{role}.weight", expert): StoredMatrix(
-                (n_each, n_per_row), PartRows(stored.rows, expert * n_rows + index * n_each, n_each)
-            )
-            for expert in range(n_expert)
-            for index, role in enumerate(roles)
-        }
-    raise UnsupportedModelError(stored.rows.path, f"tensor {name} has no place in this architecture.")
+    if role is None:
+        raise _without_place(name, stored)
+    number = _EXPERT.search(inner)
+    if len(stored.shape) == 2 and stored.shape[0] == 1 and role.split(".")[0] in _vectors(family):
+        stored = replace(stored, shape=stored.shape[1:])
+    return {MatrixKey(f"blk.{layer}.{role}", int(number[0]) if number else -1): stored}
+
+
+def _without_place(name: str, stored: StoredMatrix) -> UnsupportedModelError:
+    return UnsupportedModelError(stored.rows.path, f"tensor {name} has no place in this architecture.")
+
+
+def _vectors(family: Family) -> set[str]:
+    """The roles of vectors, which some families store as matrices of one row."""
+    return {tensor.role for tensor in family.architecture.tensors if len(tensor.ne) == 1}
+
+
+def _parts(block: str, stored: StoredMatrix, roles: tuple[str, ...]) -> dict[MatrixKey, StoredMatrix]:
+    """The matrices that lie below each other in a stored one, or in each matrix of a stack of all experts."""
+    *stack, n_rows, n_per_row = stored.shape
+    if len(stack) > 1 or n_rows % len(roles):
+        raise _without_place(stored.rows.name, stored)
+    n_each = n_rows // len(roles)
+    return {
+        MatrixKey(f"{block}.{role}.weight", expert if stack else -1): StoredMatrix(
+            (n_each, n_per_row), PartRows(stored.rows, expert * n_rows + index * n_each, n_each)
+        )
+        for expert in range(stack[0] if stack else 1)
+        for index, role in enumerate(roles)
+    }

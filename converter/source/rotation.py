@@ -31,27 +31,36 @@ class Rotation:
     divisors: NDArray[np.float32] | None = None
 
 
-def read_rotation(path: Path, config: ModelConfig) -> Rotation:
+def read_rotation(path: Path, config: ModelConfig, *, is_partial: bool = False) -> Rotation:
     """Raises UnsupportedModelError for what a GGUF file of this architecture cannot hold, ModelFileError for nonsense.
 
-    `path` is that of config.json.
+    `path` is that of config.json. Only if `is_partial` may a part of each head be rotated.
     """
-    return _Reader(path, config).read()
+    return _Reader(path, config, is_partial=is_partial).read()
 
 
 class _Reader:
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig, *, is_partial: bool) -> None:
         self.path, self.config, self.fields = path, config, config.rope
         theta = config.rope_theta if isinstance(self.fields.rope_theta, UnsetType) else self.fields.rope_theta
-        self.plain = RopeSpec(config.n_embd_head, config.max_position_embeddings, theta)
+        self.plain = RopeSpec(self._n_rot(is_partial), config.max_position_embeddings, theta)
+
+    def _n_rot(self, is_partial: bool) -> int:
+        """Values of a head that are rotated."""
+        own = self.fields.partial_rotary_factor
+        partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
+        if partial in (None, 1.0):
+            return self.config.n_embd_head
+        n_rot = int(self.config.n_embd_head * partial)
+        if not is_partial or not 0 < n_rot <= self.config.n_embd_head or n_rot % 2:
+            why = "heads that are rotated in part are not supported"
+            why = f"of {self.config.n_embd_head} values this is no number of pairs" if is_partial else why
+            problem = f"partial_rotary_factor is {partial:g}; {why}."
+            raise UnsupportedModelError(self.path, problem)
+        return n_rot
 
     def read(self) -> Rotation:
         fields = self.fields
-        own = fields.partial_rotary_factor
-        partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
-        if partial not in (None, 1.0):
-            problem = f"partial_rotary_factor is {partial:g}; heads that are rotated in part are not supported."
-            raise UnsupportedModelError(self.path, problem)
         kind = fields.type if isinstance(fields.rope_type, UnsetType) else fields.rope_type
         if isinstance(kind, UnsetType) or kind == "default":
             return Rotation(self.plain)

@@ -155,13 +155,13 @@ def save_fine(path: Path, name: str, sizes: TinyConfig, **config: object) -> Pat
         if "norm" in parameter_name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(path)
-    _byte_level(name).save(str(path / "tokenizer.json"))
+    byte_level(name).save(str(path / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>" if name == "qwen3moe" else "<|endoftext|>", "chat_template": CHATML}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
 
-def _byte_level(name: str) -> tokenizers.Tokenizer:
+def byte_level(name: str) -> tokenizers.Tokenizer:
     """A byte-level tokenizer with steps and added tokens as Qwen's, or as OLMo's."""
     reference = tokenizers.Tokenizer(models.BPE())
     reference.normalizer = normalizers.NFC()

@@ -11,6 +11,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
+from slimoe.offload.model.spec import NO_MULTIPLIERS, Multipliers
 
 _MOST = 2**31 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
@@ -29,6 +31,7 @@ class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
     rope_theta: Positive | UnsetType = UNSET
     partial_rotary_factor: float | UnsetType | None = UNSET
     factor: Positive | UnsetType | None = UNSET
+    alpha: Positive | None = None
     original_max_position_embeddings: Count | UnsetType = UNSET
     attention_factor: Positive | None = None
     beta_fast: float | None = None
@@ -86,6 +89,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return 0
 
     @property
+    def experts(self) -> ExpertSpec:
+        """The experts, their router, and the layers' shapes where some are dense."""
+        return ExpertSpec(self.n_expert, self.n_expert_used)
+
+    @property
+    def multipliers(self) -> Multipliers:
+        """The constant factors of the model."""
+        return NO_MULTIPLIERS
+
+    @property
+    def n_layer_nextn(self) -> int:
+        """Blocks behind the layers that predict further tokens; they are not converted."""
+        return 0
+
+    @property
     def rope(self) -> RopeFields:
         """The rotation's fields; the older name counts where both are there."""
         return self.rope_scaling or self.rope_parameters or RopeFields()
@@ -131,13 +149,81 @@ class RoutedConfig(ModelConfig, frozen=True, kw_only=True):
 
     def unsupported(self, architecture: Architecture) -> str | None:
         """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
-        if self.norm_topk_prob is not architecture.router.renormalise:
+        if architecture.router.renormalise not in (None, self.norm_topk_prob):
             how = "are always" if architecture.router.renormalise else "are never"
             what = f"the weights of the selected experts {how} scaled to a sum of 1"
             return f"norm_topk_prob is {str(self.norm_topk_prob).lower()}, but in {architecture.name} files {what}."
         if self.attention_bias:
             return f"attention_bias is true, but {architecture.name} files have no biases of queries, keys and values."
         return super().unsupported(architecture)
+
+
+class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
+    """The fields that DeepSeek-V3's class brought, and that others have too: a router whose scores are sigmoids with a
+    bias for the choice, groups of experts, shared experts as wide as several, and dense layers before the others.
+    """
+
+    moe_intermediate_size: Count = 1408
+    n_routed_experts: SmallCount
+    n_shared_experts: Annotated[int, Meta(ge=0, le=2**16)]
+    num_experts_per_tok: SmallCount
+    n_group: SmallCount | None = 1
+    topk_group: SmallCount | None = 1
+    first_k_dense_replace: Annotated[int, Meta(ge=0, le=2**16)] = 0
+    norm_topk_prob: bool = False
+    routed_scaling_factor: Positive = 1.0
+    attention_bias: bool = False
+
+    @property
+    def n_ff(self) -> int:
+        """The width of one expert."""
+        return self.moe_intermediate_size
+
+    @property
+    def n_expert(self) -> int:
+        """Experts per layer."""
+        return self.n_routed_experts
+
+    @property
+    def n_expert_used(self) -> int:
+        """Experts per token."""
+        return self.num_experts_per_tok
+
+    @property
+    def experts(self) -> ExpertSpec:
+        """The experts, their router, and the layers' shapes where some are dense."""
+        n_group, n_group_used = self.n_group or 1, self.topk_group or 1
+        return ExpertSpec(
+            n_expert=self.n_expert,
+            n_expert_used=self.n_expert_used,
+            weights_scale=self.routed_scaling_factor,
+            layers=dense_first(self, self.first_k_dense_replace),
+            score="sigmoid",
+            renormalise=self.norm_topk_prob,
+            # All groups are no choice among them.
+            n_group=n_group if n_group_used < n_group else 1,
+            n_group_used=n_group_used if n_group_used < n_group else 1,
+            n_ff_shared=self.n_shared_experts * self.moe_intermediate_size,
+        )
+
+    def unsupported(self, architecture: Architecture) -> str | None:
+        """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
+        n_group, n_group_used = self.n_group or 1, self.topk_group or 1
+        n_each = self.n_expert // n_group
+        if n_group_used > n_group or self.n_expert % n_group or self.n_expert_used > n_group_used * n_each:
+            what = f"n_group is {n_group} and topk_group {n_group_used}: {self.n_expert} experts in such groups"
+            return f"{what} cannot give {self.n_expert_used}."
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            what = f"first_k_dense_replace is {self.first_k_dense_replace}"
+            return f"{what}, which leaves none of {self.num_hidden_layers} layers with experts."
+        return super().unsupported(architecture)
+
+
+def dense_first(config: ModelConfig, n_dense: int) -> tuple[LayerShape, ...]:
+    """The shapes of all layers, of which the first `n_dense` have no experts; empty where none is dense."""
+    dense = LayerShape(0, config.intermediate_size)
+    routed = LayerShape(config.n_expert, config.n_ff)
+    return (dense,) * n_dense + (routed,) * (config.num_hidden_layers - n_dense) if n_dense else ()
 
 
 class ConfigClass(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,22 @@ EXPERTS = {
     "mlp.experts.*.down_proj": "ffn_down_exps",
 }
 """The router and the experts, as most families call them."""
+DENSE = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+"""The feed-forward part of layers without experts."""
+SHARED = {
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}
+"""The shared expert, as most families call it."""
+CHOICE_BIAS = {"mlp.gate.e_score_correction_bias": "exp_probs_b.bias"}
+"""What is added to the router's scores to select experts."""
+STACKED = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": ("ffn_down_exps",),
+}
+"""All experts of a layer in one tensor [n_expert, n_rows, n_per_row], as transformers 5 has them in memory, gate above
+up. What it saves of most families, and what older versions saved, are tensors of single experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,10 @@ class Family:
 
     `model_type` is config.json's, `config` the class that its fields are read with, `architecture` the one of the GGUF
     file. `names` has llama.cpp's name for each tensor of a layer, by its name behind `model.layers.N.`, in which `*`
-    stands for an expert's number. `token_ids` are the special tokens of a configuration that names none, by role.
+    stands for an expert's number; a suffix that both have alike is left out. `token_ids` are the special tokens of a
+    configuration that names none, by role. `joined` has those tensors that are several matrices below each other, or
+    such a stack for each expert. `rotates_neighbours`: queries and keys have the values that rotate together next to
+    each other, and not half a head apart. Tensors whose names begin with one of `skipped` predict further tokens.
     """
 
     model_type: str
@@ -43,3 +62,6 @@ class Family:
     architecture: Architecture
     names: Mapping[str, str]
     token_ids: Mapping[str, int] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STACKED)
+    rotates_neighbours: bool = False
+    skipped: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from msgspec import UNSET, UnsetType
 
 from slimoe.converter.source.families.config import Count, ModelConfig, Positive, SmallCount
-from slimoe.converter.source.families.family import ATTENTION, Family
+from slimoe.converter.source.families.family import ATTENTION, DENSE, Family
 from slimoe.converter.source.tokenizer.settings import LLAMA_IDS
 from slimoe.offload.model.architectures import LLAMA
 
@@ -60,7 +60,6 @@ class MixtralConfig(ModelConfig, frozen=True, kw_only=True):
         return self.num_experts_per_tok
 
 
-_DENSE = ATTENTION | {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _EXPERTS = {
     "gate": "ffn_gate_inp",
     "experts.*.w1": "ffn_gate_exps",
@@ -71,8 +70,8 @@ _EXPERTS = {
 _MIXTRAL = ATTENTION | {f"{part}.{name}": _EXPERTS[name] for part in ("mlp", "block_sparse_moe") for name in _EXPERTS}
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", LlamaConfig, LLAMA, _DENSE, LLAMA_IDS),
-    "MistralForCausalLM": Family("mistral", MistralConfig, LLAMA, _DENSE, LLAMA_IDS),
+    "LlamaForCausalLM": Family("llama", LlamaConfig, LLAMA, ATTENTION | DENSE, LLAMA_IDS, joined={}),
+    "MistralForCausalLM": Family("mistral", MistralConfig, LLAMA, ATTENTION | DENSE, LLAMA_IDS, joined={}),
     "MixtralForCausalLM": Family("mixtral", MixtralConfig, LLAMA, _MIXTRAL, LLAMA_IDS),
 }
 """The families by the name of their model class."""

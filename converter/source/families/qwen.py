@@ -1,9 +1,14 @@
-"""Qwen3-MoE: settings, and names of tensors. Apart: as each family is, and a new one will be."""
+"""Qwen1.5-MoE, Qwen2-MoE and Qwen3-MoE: settings, and names of tensors."""
+
+from typing import Annotated
+
+from msgspec import Meta
 
 from slimoe.converter.source.families.config import Count, RoutedConfig, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, EXPERTS, QK_NORMS, Family
 from slimoe.offload.model.architecture import Architecture
-from slimoe.offload.model.architectures import QWEN3MOE
+from slimoe.offload.model.architectures import QWEN2MOE, QWEN3MOE
+from slimoe.offload.model.expert_spec import ExpertSpec
 
 
 class Qwen3MoeConfig(RoutedConfig, frozen=True, kw_only=True):
@@ -43,5 +48,38 @@ class Qwen3MoeConfig(RoutedConfig, frozen=True, kw_only=True):
         return super().unsupported(architecture)
 
 
-FAMILIES = {"Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3MoeConfig, QWEN3MOE, ATTENTION | QK_NORMS | EXPERTS)}
+class Qwen2MoeConfig(Qwen3MoeConfig, frozen=True, kw_only=True):
+    """Qwen2MoeForCausalLM, whose class Qwen3's was made from."""
+
+    intermediate_size: Count = 5632
+    num_attention_heads: SmallCount = 16
+    num_key_value_heads: SmallCount | None = 16
+    moe_intermediate_size: Count = 1408
+    shared_expert_intermediate_size: Count = 5632
+    num_experts: SmallCount = 60
+    num_experts_per_tok: SmallCount = 4
+    qkv_bias: bool = True
+    sliding_window: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = 4096
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The modules of a layer whose matrices have biases."""
+        return ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if self.qkv_bias else ()
+
+    @property
+    def experts(self) -> ExpertSpec:
+        """The experts, and the shared one."""
+        return ExpertSpec(self.n_expert, self.n_expert_used, n_ff_shared=self.shared_expert_intermediate_size)
+
+
+_SHARED = {
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+FAMILIES = {
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", Qwen2MoeConfig, QWEN2MOE, ATTENTION | EXPERTS | _SHARED),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3MoeConfig, QWEN3MOE, ATTENTION | QK_NORMS | EXPERTS),
+}
 """The families by the name of their model class."""

@@ -1,0 +1,126 @@
+"""A random checkpoint of each class with shared experts, dense layers and the like computes what transformers does."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from slimoe.converter.source.checkpoint_source import FAMILIES
+from slimoe.converter.source.open_source import open_source
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from tests.converter.source.families.test_checkpoints import TOKENS, converted, engines, llama_cpps
+from tests.converter.source.families.test_config import FIELDS, ours, theirs
+from tests.converter.source.families.tiny_families import SETTINGS, save_family
+from tests.models.tiny_checkpoint import logits
+
+REQUIRED = {"Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3}}
+"""The fields for which the class has no default that a model could be made with."""
+COMPUTED = ("Qwen2Moe", "GraniteMoe", "GraniteMoeShared")
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / name, name)
+    expected = logits(source, TOKENS).numpy()
+    assert expected.std() > 0.5, "logits that are all alike show nothing"
+    path = converted(source, tmp_path / "m.gguf")
+    np.testing.assert_allclose(engines(path), expected, atol=1e-3)
+    np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
+    settings = REQUIRED.get(name, {})
+    found, expected = ours(f"{name}ForCausalLM", settings), theirs(f"{name}ForCausalLM", settings)
+    for field in FIELDS:
+        assert getattr(found, field) == getattr(expected, field), field
+    assert found.n_head_kv == expected.num_key_value_heads
+    head_dim = getattr(expected, "head_dim", None)
+    assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
+    assert found.rope_theta == expected.rope_parameters["rope_theta"]
+    assert found.partial_rotary_factor == expected.rope_parameters.get("partial_rotary_factor")
+    n_expert = next(
+        getattr(expected, n) for n in ("n_routed_experts", "num_experts", "num_local_experts") if hasattr(expected, n)
+    )
+    assert (found.n_expert, found.n_expert_used) == (n_expert, expected.num_experts_per_tok)
+    assert found.n_ff == getattr(expected, "moe_intermediate_size", expected.intermediate_size)
+    assert found.window is None
+    own = set(FAMILIES[f"{name}ForCausalLM"].config.__struct_fields__)
+    aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "head_dim"}
+    aliases |= {"rotary_dim", "num_experts", "num_local_experts"}
+    if name == "Qwen2Moe":
+        aliases |= {"attention_bias"}  # Refused, and not passed over as by the class.
+    assert own - aliases <= set(expected.to_dict())
+
+
+INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("Qwen2Moe", {"norm_topk_prob": True}, "norm_topk_prob is true, but in qwen2moe files .* are never scaled"),
+    ("Qwen2Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
+    ("GraniteMoe", {"attention_bias": True}, "attention_bias is true; biases of attention are not read for Granite"),
+    ("GraniteMoe", {"logits_scaling": 0.0}, "logits_scaling: expected float > 0"),
+    ("Dots1", REQUIRED["Dots1"] | {"attention_bias": True}, "attention_bias is true, but dots1 files"),
+    (
+        "Dots1",
+        REQUIRED["Dots1"] | {"n_group": 2},
+        "n_group is 2 and topk_group 1: 9 experts in such groups cannot give 3",
+    ),
+    (
+        "Dots1",
+        REQUIRED["Dots1"] | {"first_k_dense_replace": 62},
+        "first_k_dense_replace is 62, which leaves none of 62",
+    ),
+    ("Dots1", {}, "n_routed_experts"),
+    ("Ernie4_5_Moe", {"use_bias": True}, "use_bias is true"),
+    ("Ernie4_5_Moe", {"moe_layer_interval": 2}, "moe_layer_interval is 2, so that dense layers lie among the others"),
+    ("Ernie4_5_Moe", {"moe_layer_end_index": 3}, "moe_layer_end_index is 3, so that the layers behind it"),
+    ("Ernie4_5_Moe", {"moe_layer_start_index": 28}, "moe_layer_start_index is 28, which leaves none of 28 layers"),
+    ("HunYuanMoEV1", {"moe_topk": [8, 4]}, "moe_topk differs between layers"),
+    ("HunYuanMoEV1", {"moe_topk": []}, "moe_topk differs between layers"),
+    ("HunYuanMoEV1", {"attention_bias": True}, "attention_bias is true"),
+    ("Glm4Moe", {"n_group": 3, "topk_group": 4}, "n_group is 3 and topk_group 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), INEXPRESSIBLE, ids=str)
+def test_what_a_gguf_file_cannot_express_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ModelFileError, UnsupportedModelError), match=message):
+        ours(f"{name}ForCausalLM", settings)
+
+
+def test_settings_in_lists_for_all_layers_are_read_as_one() -> None:
+    found = ours("HunYuanMoEV1ForCausalLM", {"num_experts": 64, "moe_topk": [8] * 32, "moe_intermediate_size": [3072]})
+    assert (found.n_expert, found.n_expert_used) == (64, 8)
+
+
+@pytest.mark.parametrize(("partial", "n_rot"), [(0.5, 16), (0.25, 8), (0.1, None), (1.5, None), (-1.0, None)])
+def test_a_part_of_each_head_is_rotated(tmp_path: Path, partial: float, n_rot: int | None) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": partial}
+    source = save_family(tmp_path / "c", "Glm4Moe", rope_parameters=rope | {"partial_rotary_factor": 0.5})
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(
+        config.replace('"partial_rotary_factor": 0.5', f'"partial_rotary_factor": {partial}')
+    )
+    if n_rot is None:
+        with pytest.raises(UnsupportedModelError, match="of 32 values this is no number of pairs"):
+            open_source(source)
+    else:
+        assert open_source(source).spec.rope.n_rot == n_rot
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "c", "Glm4Moe")
+    expected = open_source(source).shapes
+    tensors = load_file(source / "model.safetensors")
+    ahead = {name.replace(".1.", ".2."): value.clone() for name, value in tensors.items() if ".layers.1." in name}
+    ahead |= {"model.layers.2.eh_proj.weight": tensors["lm_head.weight"].clone()}
+    save_file(tensors | ahead, source / "model.safetensors")
+    assert open_source(source).shapes == expected
+    further = shutil.copytree(source, tmp_path / "d")
+    save_file(
+        tensors | {name.replace(".2.", ".3."): value for name, value in ahead.items()}, further / "model.safetensors"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.3\..* has no place"):
+        open_source(further)

@@ -1,0 +1,78 @@
+"""Small random checkpoints of the families with shared experts, dense layers and the like, saved by transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.models.tiny_checkpoint import CHATML, byte_level
+
+_DEEPSEEK: dict[str, Any] = {
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Qwen2Moe": {
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "GraniteMoe": {"num_local_experts": 8, "num_experts_per_tok": 3, "attention_multiplier": 0.2},
+    "GraniteMoeShared": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 160,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 0.75,
+    },
+    "Dots1": _DEEPSEEK | {"n_shared_experts": 2, "max_window_layers": 2, "num_key_value_heads": 4},
+    "Ernie4_5_Moe": {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 96},
+    "HunYuanMoEV1": {
+        "num_experts": 8,
+        "moe_topk": 3,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4},
+    },
+    "MiniMaxM2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "rotary_dim": 16},
+    "Glm4Moe": _DEEPSEEK | {"head_dim": 32, "use_qk_norm": True, "attention_bias": True, "n_shared_experts": 1},
+}
+"""What the configuration of each class says beyond the sizes that all have."""
+
+
+def save_family(path: Path, name: str, **config: Any) -> Path:
+    """Saves a model of the class `name`, two layers, with a tokenizer as Qwen's; `config` is for its configuration."""
+    torch.manual_seed(1234)
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 520,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    settings = getattr(transformers, f"{name}Config")(**values | SETTINGS[name] | config)
+    model = getattr(transformers, f"{name}ForCausalLM")(settings)
+    for tensor_name, tensor in model.state_dict().items():
+        if "norm" in tensor_name and tensor_name.endswith("weight"):
+            torch.nn.init.uniform_(tensor, 0.5, 1.5)
+        elif "bias" in tensor_name:
+            torch.nn.init.normal_(tensor, std=0.2)
+    model.save_pretrained(path)
+    byte_level("qwen").save(str(path / "tokenizer.json"))
+    template = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (path / "tokenizer_config.json").write_text(json.dumps(template))
+    return path
