@@ -20,9 +20,13 @@ class MetadataKeys:
     prefix: str
 
     def value(self, name: str, default: Value = None) -> Value:
-        """The scalar at a key; an array with a value per layer counts as a scalar if all layers agree."""
+        """The scalar at a key; an array with a value per block counts as a scalar if all blocks agree."""
         value = self.gguf.metadata.get(self.prefix + name, default)
         if isinstance(value, np.ndarray):
+            n_block = self.gguf.metadata.get(f"{self.prefix}block_count", value.size)
+            if not value.size or value.size != n_block:
+                problem = f"{self.prefix}{name} has {value.size} entries, but the model {n_block} blocks."
+                raise ModelFileError(self.gguf.path, problem, AGAIN)
             if len(set(value.tolist())) != 1:
                 problem = f"{self.prefix}{name} differs between layers, which is not supported."
                 raise UnsupportedModelError(self.gguf.path, problem)

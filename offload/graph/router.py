@@ -26,7 +26,8 @@ def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> t
         weights = ggml.ggml_soft_max(ctx, weights)
     if spec.renormalises:
         total = ggml.ggml_sum_rows(ctx, weights)
-        if spec.router_score == "sigmoid":  # The largest of n softmax values are never so small.
+        # The largest of n softmax values are never so small, but a bias or groups may select others.
+        if spec.router_score == "sigmoid" or layer.choice_bias or spec.experts.n_group > 1:
             total = ggml.ggml_clamp(ctx, total, LEAST_SUM, math.inf)
         weights = ggml.ggml_div(ctx, weights, total)
     if spec.expert_weights_scale not in (0.0, 1.0):

@@ -184,3 +184,23 @@ ARCHITECTURES = {
         GLM4MOE,
     )
 }
+
+COUSINS = {
+    "deepseek": ("deepseek2", "without latent attention"),
+    "deepseek32": ("deepseek2", "with an indexer that chooses what attention sees"),
+    "ernie4_5": ("ernie4_5-moe", "without experts"),
+    "glm-dsa": ("deepseek2", "with an indexer that chooses what attention sees"),
+    "glm4": ("glm4moe", "without experts"),
+    "granite": ("granitemoe", "without experts"),
+    "granitehybrid": ("granitemoe", "with Mamba layers"),
+    "hunyuan-dense": ("hunyuan-moe", "without experts"),
+    "llama4": ("llama", "with chunked attention, and weights on the input of experts"),
+    "minimax-m3": ("minimax-m2", "with sparse attention"),
+    "phi3": ("phimoe", "without experts"),
+    "qwen2": ("qwen2moe", "without experts"),
+    "qwen3": ("qwen3moe", "without experts"),
+    "qwen3next": ("qwen3moe", "with linear attention"),
+    "qwen35moe": ("qwen3moe", "with linear attention"),
+    "qwen3vlmoe": ("qwen3moe", "with positions of images"),
+}
+"""Architectures that the engine does not run: the nearest one, and what is different from it."""

@@ -13,7 +13,7 @@ from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
 from slimoe.offload.model.architecture import Architecture, Score
-from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
+from slimoe.offload.model.architectures import ARCHITECTURES, COUSINS, LLAMA
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
 from slimoe.offload.model.rope import RopeSpec, read_rope
 
@@ -157,8 +157,7 @@ class ModelSpec:
         is_native = stored == NATIVE
         name = keys.value(BASE_ARCHITECTURE, LLAMA.name) if is_native else stored
         if not isinstance(name, str) or name not in ARCHITECTURES:
-            known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
-            raise UnsupportedModelError(gguf.path, f"the architecture {name!r} is not supported, only {known}.")
+            raise UnsupportedModelError(gguf.path, _unknown(name))
         architecture = ARCHITECTURES[name]
         n_embd = keys.count("embedding_length")
         n_ctx_train = keys.count("context_length")
@@ -221,6 +220,14 @@ class ModelSpec:
         if self.rope.attn_multiplier != 1.0:
             values["rope.scaling.attn_factor"] = self.rope.attn_multiplier
         return {f"{self.stored_architecture}.{key}": value for key, value in values.items()}
+
+
+def _unknown(name: Value) -> str:
+    """Says of an architecture that it is not supported, which are, and of which one it is a variant."""
+    known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
+    nearest, difference = COUSINS.get(name, ("", "")) if isinstance(name, str) else ("", "")
+    variant = f" It is like {nearest}, but {difference}." if nearest in ARCHITECTURES else ""
+    return f"the architecture {name!r:.100} is not supported, only {known}.{variant}"
 
 
 def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:

@@ -98,6 +98,23 @@ def read_content(path: Path) -> GGUFContent:
     return GGUFContent(keys, {t.name: StoredTensor(np.array(t.data), t.tensor_type) for t in reader.tensors})
 
 
+def with_prediction_block(content: GGUFContent, n_layer: int) -> GGUFContent:
+    """The content with a block that predicts a further token behind `n_layer` layers, and with an array of heads."""
+    own, last, block = content.keys["general.architecture"].value, f"blk.{n_layer - 1}.", f"blk.{n_layer}."
+    values = {
+        "enorm.weight": np.ones(256, np.float32),
+        "hnorm.weight": np.ones(256, np.float32),
+        "eh_proj.weight": np.ones((256, 512), np.float32),
+    }
+    tensors = {name.replace(last, block): one for name, one in content.tensors.items() if name.startswith(last)}
+    tensors |= {f"{block}nextn.{name}": StoredTensor(one, Type.F32) for name, one in values.items()}
+    added = content.with_keys({f"{own}.block_count": n_layer + 1, f"{own}.nextn_predict_layers": 1})
+    n_head = content.keys[f"{own}.attention.head_count"].value
+    heads = StoredKey([n_head] * (n_layer + 1), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+    keys = added.keys | {f"{own}.attention.head_count": heads}
+    return replace(added, keys=keys, tensors=content.tensors | tensors)
+
+
 def file_tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
     """A file's tensors by name, as gguf's own reader shows them."""
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

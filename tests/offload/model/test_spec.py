@@ -101,6 +101,11 @@ def test_rope_scaling(tmp_path: Path) -> None:
     ("changed", "error", "message"),
     [
         ({"general.architecture": "rwkv"}, UnsupportedModelError, "'rwkv' is not supported, only llama"),
+        (
+            {"general.architecture": "qwen3vlmoe"},
+            UnsupportedModelError,
+            "It is like qwen3moe, but with positions of im",
+        ),
         ({"llama.block_count": None}, ModelFileError, "block_count is missing"),
         ({"llama.attention.head_count_kv": 3}, ModelFileError, "do not divide into groups"),
         ({"llama.expert_used_count": 4}, ModelFileError, "4 of 3 experts"),

@@ -1,0 +1,215 @@
+"""What files of one architecture may have or lack computes what llama.cpp does of it, to the last bit."""
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import random_tokens
+from slimoe.offload.engine import Engine
+from slimoe.offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
+from tests.models.gguf_content import Array, GGUFContent, StoredKey, read_content, with_prediction_block, write_content
+from tests.models.tiny_gguf import FineShape, write_family
+
+TOKENS = random_tokens(20, 300)
+N_LAYER, N_EXPERT = 2, 8
+HEADS = {"qwen2moe": (4, 64), "phimoe": (2, 64), "dots1": (4, 128)}
+Tensors = dict[str, Array | None]
+Content = Callable[[str], GGUFContent]
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """What is in a small file of an architecture, by its name."""
+    directory = tmp_path_factory.mktemp("variants")
+
+    @functools.cache
+    def read(name: str) -> GGUFContent:
+        n_head_kv, n_embd_head = HEADS.get(name, (2, 128))
+        shape = FineShape(
+            n_layer=N_LAYER, n_head_kv=n_head_kv, n_embd_head=n_embd_head, n_expert=N_EXPERT, n_expert_used=4
+        )
+        return read_content(write_family(directory / f"{name}.gguf", name, shape=shape))
+
+    return read
+
+
+def changed(content: GGUFContent, keys: Mapping[str, Any], tensors: Mapping[str, Array | None]) -> GGUFContent:
+    """The content with other keys, by their names without prefix, and other tensors; a list is an array of integers."""
+    prefix = f"{content.keys['general.architecture'].value}."
+    arrays = {
+        prefix + name: StoredKey(value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+        for name, value in keys.items()
+        if isinstance(value, list)
+    }
+    scalars = {prefix + name: value for name, value in keys.items() if not isinstance(value, list)}
+    result = content.with_keys(scalars).with_values(tensors)
+    return GGUFContent(result.keys | arrays, result.tensors)
+
+
+def assert_computes_what_llama_cpp_does(path: Path) -> None:
+    with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False))) as baseline:
+        expected = baseline.score(TOKENS)
+    assert expected.std() > 0.5, "logits that are all alike show nothing"
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, weights="copied"))) as engine:
+        np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
+
+
+def divisors(n: int) -> Array:
+    return np.linspace(0.5, 1.5, n, dtype=np.float32)
+
+
+def none_of(*names: str) -> Tensors:
+    """No tensors of these names in any layer."""
+    return {f"blk.{layer}.{name}": None for layer in range(N_LAYER) for name in names}
+
+
+SHARED = ("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight")
+QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
+FACTORS: Tensors = {
+    "rope_factors_short.weight": divisors(64),
+    "rope_factors_long.weight": 2 * divisors(64),
+}
+GROUPS = {"expert_group_count": 4, "expert_group_used_count": 2}
+VARIANTS: dict[str, tuple[str, dict[str, Any], Tensors]] = {
+    "short divisors": ("phimoe", {"rope.scaling.original_context_length": 256}, {}),
+    "a factor beside the divisors": ("phimoe", {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, {}),
+    "no divisors": ("phimoe", {}, dict.fromkeys(FACTORS)),
+    "rotation that is not finetuned": ("granitemoe", {"rope.scaling.finetuned": False}, {}),
+    "Granite's divisors": ("granitemoe", {}, {"rope_freqs.weight": divisors(64)}),
+    "Granite's long divisors": (
+        "granitemoe",
+        {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 128},
+        FACTORS,
+    ),
+    "Llama's short divisors": ("llama", {"rope.scaling.type": "longrope"}, FACTORS),
+    "no multipliers but the logits'": (
+        "granitemoe",
+        dict.fromkeys(("embedding_scale", "residual_scale", "attention.scale")),
+        {},
+    ),
+    "Granite's without a shared expert": (
+        "granitemoe",
+        {"expert_shared_feed_forward_length": None},
+        none_of(*SHARED),
+    ),
+    "a shared expert of the dense width": (
+        "qwen2moe",
+        {"expert_shared_feed_forward_length": None, "feed_forward_length": 512},
+        {},
+    ),
+    "no biases": ("qwen2moe", {}, none_of("attn_q.bias", "attn_k.bias", "attn_v.bias")),
+    "groups": ("qwen2moe", GROUPS, {}),
+    "softmax, neither norm nor scale nor bias": (
+        "dots1",
+        {"expert_gating_func": 1, "expert_weights_norm": None, "expert_weights_scale": None},
+        none_of("exp_probs_b.bias"),
+    ),
+    "softmax of those selected": ("dots1", {"expert_gating_func": 3}, {}),
+    "ERNIE's without a bias and a shared expert": (
+        "ernie4_5-moe",
+        {"expert_shared_feed_forward_length": None},
+        none_of("exp_probs_b.bias", *SHARED),
+    ),
+    "no scaling, which is named": (
+        "hunyuan-moe",
+        {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 4096},
+        {},
+    ),
+    "softmax instead of sigmoid": ("minimax-m2", {"expert_gating_func": 1}, {}),
+    "no norms of queries and keys": ("glm4moe", {}, none_of(*QK_NORMS)),
+    "no norm of the weights": ("glm4moe", {"expert_weights_norm": None, "expert_weights_scale": 1.5}, {}),
+    "sections of the rotation, for images": ("glm4moe", {"rope.dimension_sections": [16, 8, 8, 0]}, {}),
+    "groups beside a bias": ("glm4moe", GROUPS, {}),
+    "arrays": (
+        "glm4moe",
+        {
+            "attention.head_count": [4, 4],
+            "attention.head_count_kv": [2, 2],
+            "feed_forward_length": [1792, 1792],
+            "expert_feed_forward_length": [256, 256],
+            "expert_used_count": [4, 4],
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_file_may_have_or_lack(tmp_path: Path, content: Content, variant: str) -> None:
+    name, keys, tensors = VARIANTS[variant]
+    assert_computes_what_llama_cpp_does(write_content(tmp_path / "m.gguf", changed(content(name), keys, tensors)))
+
+
+def test_weights_of_experts_that_only_a_bias_selects_are_divided_by_no_less_than_llama_cpps_bound(
+    tmp_path: Path, content: Content
+) -> None:
+    """The bias selects experts that the router gives next to nothing."""
+    whole = content("ernie4_5-moe")
+    bias = np.where(np.arange(N_EXPERT) < 4, 3.0, 0.0).astype(np.float32)
+    router = "blk.1.ffn_gate_inp.weight"
+    tensors = {"blk.1.exp_probs_b.bias": bias, router: 12 * whole.values(router)}
+    assert_computes_what_llama_cpp_does(write_content(tmp_path / "m.gguf", changed(whole, {}, tensors)))
+
+
+def test_blocks_that_predict_further_tokens_are_not_run(tmp_path: Path, content: Content) -> None:
+    path = write_content(tmp_path / "m.gguf", with_prediction_block(content("glm4moe"), N_LAYER))
+    model = ModelFile.of(read_gguf(path))
+    assert (model.spec.n_layer, model.spec.n_layer_nextn, len(model.sources.layers)) == (N_LAYER, 1, N_LAYER)
+    assert_computes_what_llama_cpp_does(path)
+    without = write_content(tmp_path / "without.gguf", content("glm4moe"))
+    plans = [plan_engine(engine_config(one, n_ctx=256, n_threads=1)) for one in (path, without)]
+    assert len({plan.load_bytes for plan in plans}) == len({str(plan.host_bytes) for plan in plans}) == 1
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] = {
+    "a score": ("glm4moe", {"expert_gating_func": 4}, {}, UnsupportedModelError, "is 4, a router score that is not"),
+    "too short": (
+        "glm4moe",
+        {"attention.head_count": [4]},
+        {},
+        ModelFileError,
+        "has 1 entries, but the model 2 blocks",
+    ),
+    "too long": ("dots1", {"expert_used_count": [4] * 3}, {}, ModelFileError, "3 entries, but the model 2 blocks"),
+    "differing": ("glm4moe", {"expert_used_count": [4, 2]}, {}, UnsupportedModelError, "differs between layers"),
+    "uneven groups": ("dots1", {"expert_group_count": 3, "expert_group_used_count": 2}, {}, ModelFileError, "3 groups"),
+    "groups too small": (
+        "dots1",
+        {"expert_group_count": 4, "expert_group_used_count": 1},
+        {},
+        ModelFileError,
+        "8 experts in 4 groups, of which 1 are used, cannot give 4",
+    ),
+    "no groups used": ("dots1", {"expert_group_count": 4}, {}, ModelFileError, "expert_group_used_count is missing"),
+    "wider shared": ("glm4moe", {"expert_shared_count": 2}, {}, ModelFileError, "shexp.weight has the shape"),
+    "uncounted shared": ("glm4moe", {"expert_shared_count": 0}, {}, UnsupportedModelError, "shexp.weight has no place"),
+    "all dense": ("glm4moe", {"leading_dense_block_count": 2}, {}, ModelFileError, "none of 2 layers with experts"),
+    "more dense": ("glm4moe", {"leading_dense_block_count": 3}, {}, ModelFileError, "none of 2 layers with experts"),
+    "fewer dense": ("glm4moe", {"leading_dense_block_count": 0}, {}, ModelFileError, "gate_inp.weight is missing"),
+    "more used": ("olmoe", {"expert_used_count": 9}, {}, ModelFileError, "uses 9 of 8 experts per token"),
+    "none used": ("olmoe", {"expert_used_count": 0}, {}, ModelFileError, "uses 0 of 8 experts per token"),
+    "no bias": ("minimax-m2", {}, none_of("exp_probs_b.bias"), ModelFileError, "blk.0.exp_probs_b.bias is missing"),
+    "norm's bias": ("phimoe", {}, none_of("ffn_norm.bias"), ModelFileError, "blk.0.ffn_norm.bias is missing"),
+    "one divisor": ("phimoe", {}, {"rope_factors_long.weight": divisors(1)}, ModelFileError, "long.weight has the sh"),
+    "foreign divisors": ("hunyuan-moe", {}, {"rope_freqs.weight": divisors(64)}, UnsupportedModelError, "has no place"),
+    "no blocks": ("glm4moe", {"nextn_predict_layers": 2}, {}, ModelFileError, "2 of 2 blocks predict further tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_contradicts_itself_is_refused(tmp_path: Path, content: Content, case: str) -> None:
+    name, keys, tensors, error, message = REFUSED[case]
+    path = write_content(tmp_path / "m.gguf", changed(content(name), keys, tensors))
+    with pytest.raises(error, match=message):
+        ModelFile.of(read_gguf(path))
