@@ -16,7 +16,7 @@ from slimoe.converter.budget.named_types import typed_matrices, with_low_copies,
 from slimoe.converter.budget.structure import whole_layer
 from slimoe.converter.gguf.writer import Progress, check_target
 from slimoe.converter.layout.layer import Matrix, check_plan
-from slimoe.converter.layout.metadata import llamacpp_problem
+from slimoe.converter.layout.metadata import left_out, llamacpp_problem
 from slimoe.converter.layout.offsets import FileLayout, lay_out
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import TypeRecipe, find_recipe
@@ -79,6 +79,7 @@ class Conversion:
         problem = None if spec.is_native else llamacpp_problem(spec)
         return (
             *([f"{problem} slimoe does."] if problem else ()),
+            *left_out(self.source.spec),
             *told,
             *unfit_notes(self.matrices, len(self.layout.tensors)),
         )

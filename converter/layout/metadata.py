@@ -44,6 +44,13 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
     return None
 
 
+def left_out(spec: ModelSpec) -> tuple[str, ...]:
+    """A note about blocks of the source that no file made of it has, none where it has no such blocks."""
+    if not spec.n_layer_nextn:
+        return ()
+    return (f"What predicts further tokens (MTP, {spec.n_layer_nextn} of the blocks) is left out: nothing runs it.",)
+
+
 def carried_metadata(source: ModelSource) -> dict[str, Value]:
     """What the result takes over from the source unchanged, arrays as lists."""
     kept = {key: value for key, value in source.metadata.items() if key not in _OF_ITS_OWN}

@@ -14,6 +14,7 @@ import numpy as np
 from slimoe.converter.source.bnb import type_sizes
 from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families.config import ConfigClass
+from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
@@ -22,7 +23,7 @@ from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 _KINDS = (
-    ("router", r"ffn_gate_inp(?!_shexp)|(mlp|block_sparse_moe)\.gate\."),
+    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe)\.gate\."),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert"),
     ("constant experts", r"ffn_novice"),
@@ -105,8 +106,9 @@ class KindCount:
 class Inventory:
     """`format` is "GGUF" or "Hugging Face"; `n_bytes` counts whole files, `counts` tensor data only.
 
-    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have. `note`
-    says what a file is that holds no language model.
+    `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have.
+    `routing` says of an architecture that the engine runs how tokens select experts, and what stands beside these.
+    `note` says what a file is that holds no language model.
     """
 
     path: Path
@@ -119,6 +121,7 @@ class Inventory:
     tokenizer: dict[str, Any]
     provenance: dict[str, Any]
     experts: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
 
     @property
@@ -149,6 +152,8 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     foreign = foreign_model(gguf.path, metadata, len(gguf.tensors))
     architecture = str(metadata.get("general.architecture", "unknown"))
     layout = read_layout(gguf, ModelSpec.from_gguf(gguf)) if architecture == NATIVE else None
+    spec = _spec(gguf)
+    unread = tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)) if spec else ()
     copies: dict[str, Counter[int]] = {}  # by number (0 the best), of each stack of a native file
     for index, layer in enumerate(layout.layers if layout else ()):
         for _expert, copy, bucket, _slot in layer.slots():
@@ -158,7 +163,8 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     for tensor in gguf.tensors.values():
         of_stack = copies.get(tensor.name)
         if of_stack is None:
-            tensors.append((_kind_of(tensor.name), tensor.type.name, tensor.n_elements, tensor.n_bytes))
+            kind = "MTP blocks" if tensor.name.startswith(unread) else _kind_of(tensor.name)
+            tensors.append((kind, tensor.type.name, tensor.n_elements, tensor.n_bytes))
             continue
         for copy, n_slot in sorted(of_stack.items()):
             amounts = (amount * n_slot // of_stack.total() for amount in (tensor.n_elements, tensor.n_bytes))
@@ -184,8 +190,36 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         tokenizer=_gguf_tokenizer(metadata),
         provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
         experts=_native_experts(layout) if layout else {},
+        routing=_routing(gguf, spec) if spec else {},
         note=f"{foreign.problem} {foreign.hint}" if foreign else None,
     )
+
+
+def _spec(gguf: GGUFFile) -> ModelSpec | None:
+    """What the engine reads of the file's keys, None where it does not run the model."""
+    try:
+        return ModelSpec.from_gguf(gguf)
+    except SlimoeError:
+        return None
+
+
+def _routing(gguf: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
+    """How tokens select experts, and what stands beside experts; empty for a model without any."""
+    if not spec.n_expert:
+        return {}
+    experts, shared = spec.experts, spec.architecture.shared
+    return {
+        "score": spec.router_score,
+        "choice_bias": any(".exp_probs_b." in name for name in gguf.tensors),
+        "groups": f"{experts.n_group_used} of {experts.n_group}" if experts.n_group > 1 else None,
+        "renormalised": spec.renormalises,
+        "scale": spec.expert_weights_scale,
+        "shared_width": experts.n_ff_shared,
+        "shared_gate": bool(shared and shared.is_gated),
+        "dense_layers": sum(not shape.n_expert and bool(shape.n_ff) for shape in experts.layers),
+        "dense_width": spec.n_ff_dense,
+        "mtp_blocks": spec.n_layer_nextn,
+    }
 
 
 def _native_experts(layout: NativeLayout) -> dict[str, Any]:

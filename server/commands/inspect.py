@@ -36,6 +36,7 @@ def command(model: Path, as_json: bool) -> None:
             "bits_per_weight": round(inventory.bits_per_weight, 4),
             "tensors": [msgspec.to_builtins(count) for count in inventory.counts],
             "experts": inventory.experts,
+            "routing": inventory.routing,
             "tokenizer": inventory.tokenizer,
             "provenance": inventory.provenance,
             "note": inventory.note,
@@ -62,8 +63,10 @@ def _lines(inventory: Inventory) -> list[str]:
     ]
     tokenizer = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.tokenizer.items())
     experts = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.experts.items())
+    # In text only what is there is of interest.
+    routing = "  ".join(f"{name} {_shown(value)}" for name, value in inventory.routing.items() if value)
     origin = [line for name, value in inventory.provenance.items() for line in _origin(name, _shown(value))]
-    lines += ["", f"experts     {experts}"] if experts else [""]
+    lines += ["", *([f"experts     {experts}"] if experts else []), *([f"routing     {routing}"] if routing else [])]
     lines.append(f"tokenizer   {tokenizer or 'none'}")
     heads = ("origin      ", *(" " * 12 for _ in origin))
     lines += [f"{head}{line}" for head, line in zip(heads, origin or ["not recorded"], strict=False)]

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from slimoe.converter.gguf.writer import check_target
+from slimoe.converter.layout.metadata import left_out
 from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
@@ -95,7 +96,7 @@ def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -
     note = window_note(work.source.spec)
     for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, seconds)]:
         tell(line)
-    for note in notes(work.source.metadata) if work.plan.format == "stock" else ():
+    for note in (*left_out(work.source.spec), *(notes(work.source.metadata) if work.plan.format == "stock" else ())):
         tell(note)
     if work.plan.feedback and seconds > LONG_SECONDS:
         plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)

@@ -9,7 +9,8 @@ from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.errors import ModelFileError
 from slimoe.server.cli import run
-from tests.models.gguf_content import finish
+from tests.models.gguf_content import finish, read_content, with_prediction_block, write_content
+from tests.models.tiny_gguf import FineShape, write_family
 
 
 def test_a_converted_file(tmp_path: Path, k_quant_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +57,32 @@ def test_any_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert max(map(len, text.splitlines())) < 2000
     assert [line.split()[:2] for line in text.splitlines() if "64" in line and "." in line][:1]
     assert {c.kind for c in take_inventory(tmp_path / "m.gguf").counts} == {"other", "shared experts"}
+
+
+def test_how_tokens_select_experts_and_what_stands_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_family(tmp_path / "whole.gguf", "glm4moe", shape=FineShape(n_layer=2, n_expert=8, n_expert_used=4))
+    groups = {"glm4moe.expert_group_count": 4, "glm4moe.expert_group_used_count": 2}
+    path = write_content(tmp_path / "m.gguf", with_prediction_block(read_content(whole).with_keys(groups), 2))
+    inventory = take_inventory(path)
+    assert inventory.routing == {
+        "score": "sigmoid",
+        "choice_bias": True,
+        "groups": "2 of 4",
+        "renormalised": True,
+        "scale": 1.0,
+        "shared_width": 256,
+        "shared_gate": False,
+        "dense_layers": 1,
+        "dense_width": 7 * 256,
+        "mtp_blocks": 1,
+    }
+    n_weights = {count.kind: count.n_weights for count in inventory.counts}
+    assert n_weights["router"] == 256 * 8 + 8
+    assert n_weights["MTP blocks"] > n_weights["experts"] == 3 * 8 * 256 * 256
+    assert run(["inspect", str(path)]) == 0
+    assert "routing     score sigmoid  choice_bias yes  groups 2 of 4  renormalised yes" in capsys.readouterr().out
 
 
 def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
