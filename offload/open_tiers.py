@@ -1,5 +1,6 @@
 """Opens a model in tiers: experts in device slots, in the host expert cache and on disk, and the runner over them."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -106,20 +107,28 @@ class Tiers:
 
 
 class _Elsewhere:
-    """A cache policy's values for host memory, where experts that a device holds are worth nothing."""
+    """A cache policy's ranks for host memory, where experts that a device holds are worth nothing."""
 
     def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
         self._policy, self._devices = policy, devices
 
     @property
-    def keeping(self) -> Values:
-        if not self._devices:
-            return self._policy.keeping
-        values = self._policy.keeping.copy()
+    def shape(self) -> tuple[int, int]:
+        return self._policy.shape
+
+    @property
+    def layer_weights(self) -> Values:
+        return self._policy.layer_weights
+
+    @property
+    def n_falls(self) -> list[int]:
+        n_falls = self._policy.n_falls
         for device in self._devices:
-            for key in device:
-                values[key] = -1.0
-        return values
+            n_falls = [n + device.n_arrived[layer] for layer, n in enumerate(n_falls)]
+        return n_falls
+
+    def rank(self, key: Key) -> float:
+        return -math.inf if any(device.holds(key) for device in self._devices) else self._policy.rank(key)
 
 
 def open_tiers(

@@ -6,7 +6,7 @@ is not. A device is taken to be the only one, and every expert that it lacks to 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,8 +128,7 @@ class CacheReplay:
                 self._candidate.observe(visit)
                 self._serve(visit, tally)
             if self._exchange is not None and step.has_answer:
-                resident = {key for cache in self._pools.values() for key in cache}
-                for victim, newcomer in self._exchange.choose(resident, self._missed, lambda key: True):
+                for victim, newcomer in self._exchange.choose(self, self._missed, lambda key: True):
                     pool = self._pool(victim)
                     assert pool is not None
                     pool.free(victim)
@@ -145,8 +144,8 @@ class CacheReplay:
             cache.check()
 
     def _serve(self, visit: Visit, tally: Tally) -> None:
-        here = [key for key in visit.keys if self._is_here(key)]
-        absent = [key for key in visit.keys if not self._is_here(key)]
+        here = [key for key in visit.keys if key in self]
+        absent = [key for key in visit.keys if key not in self]
         n_pending = sum(key in self._read_ahead for key in here)
         tally.hits += len(here) - n_pending
         tally.misses += len(absent) + n_pending
@@ -174,7 +173,10 @@ class CacheReplay:
         n_bytes = self._bytes[layer][expert] if expert < len(self._bytes[layer]) else 0
         return n_bytes if n_bytes in self._pools else None
 
-    def _is_here(self, key: Key) -> bool:
+    def __iter__(self) -> Iterator[Key]:
+        return (key for cache in self._pools.values() for key in cache)
+
+    def __contains__(self, key: Key) -> bool:
         cache = self._pool(key)
         return cache is not None and key in cache
 

@@ -6,22 +6,37 @@ from typing import Protocol
 import numpy as np
 
 from bench.traces.demand import Demand, Visit
-from slimoe.offload.cache.policy import Policy, Values
+from slimoe.offload.cache.policy import Policy, PolicyContext, Ranked, Values
+from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.router_trace import TraceHeader
 
 
 class Candidate(Protocol):
     """Values of experts. One that `is_choosy` keeps a missed expert only if it is worth more than a resident one.
 
-    `values` and `keeping` are as in `slimoe.offload.cache.policy.Policy`.
+    All but what is here is as in `slimoe.offload.cache.policy.Policy`.
     """
 
     is_choosy: bool
-    values: Values
 
     @property
-    def keeping(self) -> Values:
-        """What each expert is worth now."""
+    def values(self) -> Values:
+        """What each expert is worth now, a new array."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts of the layer that has most."""
+
+    @property
+    def layer_weights(self) -> Values:
+        """What a rank of each layer counts now."""
+
+    @property
+    def n_falls(self) -> Sequence[int]:
+        """For each layer a number that grows when ranks may have fallen."""
+
+    def rank(self, key: Key) -> float:
+        """What an expert is worth now among those of its layer."""
 
     def observe(self, visit: Visit) -> None:
         """Sees the experts that a layer selects before the cache is asked for them."""
@@ -36,13 +51,28 @@ class Online:
     is_choosy = False
 
     def __init__(self, policy: Policy) -> None:
-        self.values = policy.values
         self.policy = policy
+        self.rank = policy.rank
 
     @property
-    def keeping(self) -> Values:
-        """What each expert is worth to the policy now."""
-        return self.policy.keeping
+    def values(self) -> Values:
+        """What each expert is worth to the policy now, a new array."""
+        return self.policy.values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts of the layer that has most."""
+        return self.policy.shape
+
+    @property
+    def layer_weights(self) -> Values:
+        """What a rank of each layer counts to the policy now."""
+        return self.policy.layer_weights
+
+    @property
+    def n_falls(self) -> Sequence[int]:
+        """For each layer a number that grows when the policy's ranks may have fallen."""
+        return self.policy.n_falls
 
     def observe(self, visit: Visit) -> None:
         """Tells the policy of the tokens of answers one by one, and of those of a prompt in sum."""
@@ -51,7 +81,7 @@ class Online:
         if visit.is_answer.all():
             return
         read = visit.selected[~visit.is_answer]
-        self.policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.values.shape[1]))
+        self.policy.prompt(visit.layer, np.bincount(read[read >= 0], minlength=self.shape[1]))
 
     def end_step(self, demand: Demand) -> None:
         """Ages the values after a step of an answer."""
@@ -59,20 +89,23 @@ class Online:
             self.policy.end_token()
 
 
-class OracleStatic:
-    """The experts that are visited most often, all the time: no other fixed set is hit more often."""
+class _Oracle(Ranked):
+    """Ranks that are no policy's."""
 
     is_choosy = True
 
-    def __init__(self, header: TraceHeader, steps: Sequence[Demand]) -> None:
-        self.values = np.zeros((header.n_layer, header.n_expert))
-        for key in (key for step in steps for visit in step.visits for key in visit.keys):
-            self.values[key] += 1
+    def __init__(self, header: TraceHeader) -> None:
+        super().__init__(PolicyContext(header.n_layer, header.n_expert, header.n_expert_used))
 
-    @property
-    def keeping(self) -> Values:
-        """What each expert is worth now."""
-        return self.values
+
+class OracleStatic(_Oracle):
+    """The experts that are visited most often, all the time: no other fixed set is hit more often."""
+
+    def __init__(self, header: TraceHeader, steps: Sequence[Demand]) -> None:
+        super().__init__(header)
+        self.ranks[:] = 0
+        for key in (key for step in steps for visit in step.visits for key in visit.keys):
+            self.ranks[key] += 1
 
     def observe(self, visit: Visit) -> None:
         """Changes nothing."""
@@ -81,34 +114,29 @@ class OracleStatic:
         """Changes nothing."""
 
 
-class Belady:
+class Belady(_Oracle):
     """The sooner an expert is visited again, the more it is worth: no cache is hit more often.
 
     Source: L. A. Belady, A study of replacement algorithms for a virtual-storage computer, 1966.
     """
 
-    is_choosy = True
-
     def __init__(self, header: TraceHeader, steps: Sequence[Demand]) -> None:
-        self.values = np.full((header.n_layer, header.n_expert), -np.inf)
+        super().__init__(header)
+        self.ranks[:] = -np.inf
         visits = [visit for step in steps for visit in step.visits]
         self._following = [np.empty(0)] * len(visits)
         for at in range(len(visits) - 1, -1, -1):
             keys = visits[at].keys
-            self._following[at] = np.array([self.values[key] for key in keys])
+            self._following[at] = np.array([self.ranks[key] for key in keys])
             for key in keys:
-                self.values[key] = -at
+                self.ranks[key] = -at
         self._at = 0
-
-    @property
-    def keeping(self) -> Values:
-        """What each expert is worth now."""
-        return self.values
 
     def observe(self, visit: Visit) -> None:
         """Looks up when each of the visited experts is visited again."""
         for key, value in zip(visit.keys, self._following[self._at], strict=True):
-            self.values[key] = value
+            self.ranks[key] = value
+        self.n_falls[visit.layer] += 1
         self._at += 1
 
     def end_step(self, demand: Demand) -> None:

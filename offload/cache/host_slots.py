@@ -88,7 +88,7 @@ class SlotMemory:
     def __init__(self, slot_class: SlotClass, n_slots: int, n_most: int, policy: Valued) -> None:
         self.slot_class, self.n_most = slot_class, max(n_slots, n_most)
         self.cache = SlotCache(n_slots, policy)
-        self.ready: NDArray[np.int32] = np.full(policy.keeping.shape, -1, np.int32)
+        self.ready: NDArray[np.int32] = np.full(policy.shape, -1, np.int32)
         self._size = slot_bytes(slot_class)
         try:
             # Shared memory, mmap's default, would not get huge pages.

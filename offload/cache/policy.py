@@ -23,6 +23,8 @@ HALF_LIFE_TOKENS = 64.0
 PROMPT_TOKENS = 64.0
 TURN_DISCOUNT = 0.8
 """Of an expert's worth that is gone when its layer has just been computed, and comes back until its turn is next."""
+_LEAST_SCALE = 2.0**-256
+"""A power of two, so that taking it out of the scale rounds nothing; values fade to it in some ten thousand tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,42 @@ class PolicyContext:
 
 
 class Policy(Protocol):
-    """Keeps `values`, float64 [n_layer, n_expert]: the higher, the better worth having. The array is never replaced.
+    """Keeps `ranks`, float64 [n_layer, n_expert]: the higher, the better worth having. The array is never replaced.
 
-    `in_uses_per_token` says that a value is the expected number of steps per token that use the expert, so that it can
-    be weighed against seconds (`swap.SwapRule`); otherwise values can only be compared with each other.
+    A rank times the `scale` of the moment is the expert's value, so that all values fade at once when the scale does,
+    however many experts there are. `in_uses_per_token` says that a value is the expected number of steps per token that
+    use the expert, so that it can be weighed against seconds (`swap.SwapRule`); otherwise values can only be compared
+    with each other. A step that uses an expert raises its rank; whenever anything else may have lowered ranks of a
+    layer, the layer's number in `n_falls` [n_layer] grows, and whoever keeps experts sorted has to sort them anew.
     """
 
     name: str
     in_uses_per_token: bool
-    values: Values
+    ranks: Values
+    scale: float
+    n_falls: list[int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts of the layer that has most."""
+
+    @property
+    def layer_weights(self) -> Values:
+        """What a rank of each layer counts to a cache that must give one up now, [n_layer], above 0."""
+
+    @property
+    def values(self) -> Values:
+        """The value of every expert, [n_layer, n_expert], a new array."""
 
     @property
     def keeping(self) -> Values:
-        """What each expert is worth at this point of the step, to a cache that must give one up; read it each time."""
+        """What each expert is worth now to a cache that must give one up, [n_layer, n_expert], a new array."""
+
+    def rank(self, key: tuple[int, int]) -> float:
+        """The rank of one expert of a layer."""
+
+    def value(self, key: tuple[int, int]) -> float:
+        """The value of one expert of a layer."""
 
     def decode(self, layer: int, experts: Experts) -> None:
         """A decode step used these experts in a layer; within one call, an expert counts once."""
@@ -72,7 +97,46 @@ class Policy(Protocol):
         """A decode step is over. Not called for prompts."""
 
 
-class DecayedLfu:
+class Ranked:
+    """What all policies have: the ranks that they start from, and the views of them that take time for each expert."""
+
+    def __init__(self, context: PolicyContext) -> None:
+        self.ranks = context.start_values()
+        self.scale = 1.0
+        self.n_falls = [0] * context.n_layer
+        self._equal = np.ones(context.n_layer)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts of the layer that has most."""
+        n_layer, n_expert = self.ranks.shape
+        return n_layer, n_expert
+
+    @property
+    def layer_weights(self) -> Values:
+        """All layers count alike."""
+        return self._equal
+
+    @property
+    def values(self) -> Values:
+        """The value of every expert, [n_layer, n_expert], a new array."""
+        return self.ranks * self.scale
+
+    @property
+    def keeping(self) -> Values:
+        """What each expert is worth now to a cache that must give one up, [n_layer, n_expert], a new array."""
+        return self.values * self.layer_weights[:, None]
+
+    def rank(self, key: tuple[int, int]) -> float:
+        """The rank of one expert of a layer."""
+        return float(self.ranks[key])
+
+    def value(self, key: tuple[int, int]) -> float:
+        """The value of one expert of a layer."""
+        return float(self.ranks[key]) * self.scale
+
+
+class DecayedLfu(Ranked):
     """Mean use per token, the last tokens counting most; a prompt adds what it can foretell of its own answer.
 
     Each step's weight halves every `half_life` tokens. A prompt weighs as its number of tokens would, but at most as
@@ -87,9 +151,9 @@ class DecayedLfu:
     def __init__(
         self, context: PolicyContext, half_life: float = HALF_LIFE_TOKENS, prompt_tokens: float = PROMPT_TOKENS
     ) -> None:
-        self.values = context.start_values()
-        self._decoded = self.values.copy()
-        self._counts = np.zeros_like(self.values)
+        super().__init__(context)
+        self._decoded = self.ranks.copy()
+        self._counts = np.zeros_like(self.ranks)
         self._keep = 0.5 ** (1 / half_life)
         self._prompt_tokens = prompt_tokens
         self._n_used = context.n_expert_used
@@ -100,20 +164,22 @@ class DecayedLfu:
         self._layer = context.n_layer - 1
 
     @property
-    def keeping(self) -> Values:
-        """The values, less for layers whose turn is far."""
-        worth: Values = self.values * self._nearness[self._layer][:, None]
-        return worth
+    def layer_weights(self) -> Values:
+        """Less for layers whose turn is far."""
+        weights: Values = self._nearness[self._layer]
+        return weights
 
     def decode(self, layer: int, experts: Experts) -> None:
         """Raises the experts' means."""
         self._layer = layer
-        self._decoded[layer, experts] += 1 - self._keep
-        self.values[layer, experts] += 1 - self._keep
+        gain = (1 - self._keep) / self.scale
+        self._decoded[layer, experts] += gain
+        self.ranks[layer, experts] += gain
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
         """Mixes in what the prompt so far selected; batches with no decoded token between them are one prompt."""
         self._layer = layer
+        self.n_falls[layer] += 1
         seen = self._counts[layer]
         if not self._is_open[layer]:
             seen[:] = 0
@@ -123,28 +189,24 @@ class DecayedLfu:
         if n_tokens == 0:
             return
         weight = 1 - self._keep ** min(n_tokens, self._prompt_tokens)
-        self.values[layer] = (1 - weight) * self._decoded[layer] + weight * seen / n_tokens
+        self.ranks[layer] = (1 - weight) * self._decoded[layer] + weight / (n_tokens * self.scale) * seen
 
     def end_token(self) -> None:
         """Lets everything fade by one token."""
-        self._decoded *= self._keep
-        self.values *= self._keep
+        self.scale *= self._keep
+        if self.scale < _LEAST_SCALE:
+            self.scale /= _LEAST_SCALE
+            self.ranks *= _LEAST_SCALE
+            self._decoded *= _LEAST_SCALE
+            self.n_falls = [n + 1 for n in self.n_falls]
         self._is_open = [False] * len(self._is_open)
 
 
-class Static:
+class Static(Ranked):
     """What the file says, whatever happens."""
 
     name = "static"
     in_uses_per_token = True
-
-    def __init__(self, context: PolicyContext) -> None:
-        self.values = context.start_values()
-
-    @property
-    def keeping(self) -> Values:
-        """The values."""
-        return self.values
 
     def decode(self, layer: int, experts: Experts) -> None:
         """Changes nothing."""
@@ -164,11 +226,11 @@ class LeastRecentlyUsed(Static):
 
     def __init__(self, context: PolicyContext) -> None:
         super().__init__(context)
-        self._clock = math.ceil(self.values.max())
+        self._clock = math.ceil(self.ranks.max())
 
     def decode(self, layer: int, experts: Experts) -> None:
         """Makes the last named expert the most recent one."""
-        self.values[layer, experts] = np.arange(self._clock + 1, self._clock + 1 + len(experts))
+        self.ranks[layer, experts] = np.arange(self._clock + 1, self._clock + 1 + len(experts))
         self._clock += len(experts)
 
 
@@ -180,7 +242,7 @@ class LeastFrequentlyUsed(Static):
 
     def decode(self, layer: int, experts: Experts) -> None:
         """Counts one use."""
-        self.values[layer, experts] += 1
+        self.ranks[layer, experts] += 1
 
 
 POLICIES: dict[str, Callable[[PolicyContext], Policy]] = {

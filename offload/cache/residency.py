@@ -3,24 +3,38 @@
 The engine and the offline replay use this same class, so that a recorded trace, replayed, evicts what the engine did.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slimoe.offload.cache.policy import Values
 
 Key = tuple[int, int]
 """Layer and stored expert. A pool holds copies of one slot class, so an expert has at most one copy in it."""
 
+_MOST_STALE = 64
+"""So many entries of a heap, and one more for each of its experts, may be out of date before it is built anew."""
+
 
 class Valued(Protocol):
-    """Values of experts, by which a cache keeps them: any `policy.Policy` has them."""
+    """Ranks of experts, by which a cache keeps them, as `policy.Policy` describes them: any policy has them."""
 
     @property
-    def keeping(self) -> Values:
-        """What each expert is worth now, [n_layer, n_expert]; the higher, the better worth keeping."""
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts of the layer that has most."""
+
+    @property
+    def layer_weights(self) -> Values:
+        """What a rank of each layer counts now, [n_layer], above 0."""
+
+    @property
+    def n_falls(self) -> Sequence[int]:
+        """For each layer a number that grows when ranks may have fallen; else they only rise."""
+
+    def rank(self, key: Key) -> float:
+        """The rank of an expert of a layer; the higher, the better worth keeping."""
 
 
 class SlotCache:
@@ -29,15 +43,22 @@ class SlotCache:
     Earlier layers stay since a step begins with them: their experts cannot be fetched ahead of time. An expert that is
     loaded takes the lowest valued slot even when it is worth less itself; the next one then takes its place in turn, so
     that rarely used experts pass through without driving out the others.
+
+    Finding the lowest takes time for each layer and for the logarithm of the slots: each layer has a heap of its
+    experts by rank, whose entries may be too low, since ranks rise, and are put right when they come to the top.
     """
 
     def __init__(self, n_slots: int, policy: Valued) -> None:
         assert n_slots > 0
         self.n_slots = n_slots
         self._policy = policy
-        self._n_expert: int = policy.keeping.shape[1]
         self._slot_of: dict[Key, int] = {}
-        self._index_of: NDArray[np.intp] = np.full(n_slots, -1, np.intp)
+        self._rank_of: dict[Key, float] = {}
+        n_layer = policy.shape[0]
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(n_layer)]
+        self._n_held = [0] * n_layer
+        self._lowest_ranks = np.full(n_layer, np.inf)
+        self._n_falls = list(policy.n_falls)
         self._free = list(range(n_slots - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -55,15 +76,12 @@ class SlotCache:
         return self._slot_of.get(key)
 
     def value(self, key: Key) -> float:
-        """What the policy says an expert is worth now."""
-        return float(self._policy.keeping[key])
+        """What the policy says an expert is worth now, to be compared with others at the same time."""
+        return self._policy.rank(key) * float(self._policy.layer_weights[key[0]])
 
     def victim(self, pinned: Collection[Key] = ()) -> Key | None:
         """The expert that a load would evict now, None while a slot is free or when everything is pinned."""
-        if self._free:
-            return None
-        slot = self._lowest(pinned)
-        return None if slot is None else self._key(slot)
+        return None if self._free else self._lowest(pinned)
 
     def acquire(self, key: Key, pinned: Collection[Key] = ()) -> tuple[int, Key | None]:
         """A slot for an expert that is not in the pool, and the expert that had to leave it, if any.
@@ -78,17 +96,16 @@ class SlotCache:
         else:
             lowest = self._lowest(pinned)
             assert lowest is not None, f"no slot for {key}: everything is pinned"
-            slot = lowest
-            evicted = self._key(slot)
-            del self._slot_of[evicted]
+            evicted = lowest
+            slot = self._remove(evicted)
         self._slot_of[key] = slot
-        self._index_of[slot] = key[0] * self._n_expert + key[1]
+        self._n_held[key[0]] += 1
+        self._push(key)
         return slot, evicted
 
     def free(self, key: Key) -> int:
         """Takes an expert out, for instance one that could not be read, and gives the slot it had."""
-        slot = self._slot_of.pop(key)
-        self._index_of[slot] = -1
+        slot = self._remove(key)
         self._free.append(slot)
         return slot
 
@@ -98,18 +115,14 @@ class SlotCache:
         Returns the moves, from slot to slot.
         """
         assert n_slots > 0
-        values = self._policy.keeping
-        by_value = sorted(self._slot_of, key=lambda key: (values[key], -key[0], -key[1]))
+        by_value = sorted(self._slot_of, key=lambda key: (self.value(key), -key[0], -key[1]))
         for key in by_value[: max(0, len(by_value) - n_slots)]:
             self.free(key)
         free, moves = sorted(slot for slot in self._free if slot < n_slots), []
         for key, slot in self._slot_of.items():
             if slot >= n_slots:
                 self._slot_of[key] = free.pop(0)
-                self._index_of[self._slot_of[key]] = self._index_of[slot]
                 moves.append((slot, self._slot_of[key]))
-        more = max(0, n_slots - self.n_slots)
-        self._index_of = np.append(self._index_of[:n_slots], np.full(more, -1, np.intp))
         self._free = sorted((*free, *range(self.n_slots, n_slots)), reverse=True)
         self.n_slots = n_slots
         return moves
@@ -118,26 +131,72 @@ class SlotCache:
         """Asserts that slots and experts match one to one."""
         assert len(self._slot_of) + len(self._free) == self.n_slots
         assert sorted((*self._slot_of.values(), *self._free)) == list(range(self.n_slots))
-        for key, slot in self._slot_of.items():
-            assert self._key(slot) == key
-        assert all(self._index_of[slot] == -1 for slot in self._free)
+        assert self._rank_of.keys() == self._slot_of.keys()
+        for key, rank in self._rank_of.items():
+            assert (rank, -key[1]) in self._heaps[key[0]]
 
-    def _key(self, slot: int) -> Key:
-        return divmod(int(self._index_of[slot]), self._n_expert)
+    def _remove(self, key: Key) -> int:
+        slot = self._slot_of.pop(key)
+        del self._rank_of[key]
+        self._n_held[key[0]] -= 1
+        return slot
 
-    def _lowest(self, pinned: Collection[Key]) -> int | None:
-        values = self._policy.keeping.ravel()[self._index_of]
-        for key in pinned:
-            slot = self._slot_of.get(key)
-            if slot is not None:
-                values[slot] = np.inf
-        lowest = values.min()
-        if lowest == np.inf:
-            return None
-        ties = np.flatnonzero(values == lowest)
-        return int(ties[self._index_of[ties].argmax()])
+    def _push(self, key: Key) -> None:
+        layer, expert = key
+        heap = self._heaps[layer]
+        self._rank_of[key] = rank = self._policy.rank(key)
+        heappush(heap, (rank, -expert))
+        self._lowest_ranks[layer] = heap[0][0]
+        if len(heap) > 2 * self._n_held[layer] + _MOST_STALE:
+            self._sort(layer)
+
+    def _sort(self, layer: int) -> None:
+        """Builds the heap of a layer anew."""
+        keys = {(layer, -entry[1]) for entry in self._heaps[layer]}
+        heap = []
+        for key in keys & self._slot_of.keys():
+            self._rank_of[key] = rank = self._policy.rank(key)
+            heap.append((rank, -key[1]))
+        heapify(heap)
+        self._heaps[layer] = heap
+        self._lowest_ranks[layer] = heap[0][0] if heap else np.inf
+
+    def _lowest(self, pinned: Collection[Key]) -> Key | None:
+        n_falls, weights, lowest_ranks = self._policy.n_falls, self._policy.layer_weights, self._lowest_ranks
+        if n_falls != self._n_falls:
+            for layer, (now, before) in enumerate(zip(n_falls, self._n_falls, strict=True)):
+                if now != before:
+                    self._sort(layer)
+            self._n_falls = list(n_falls)
+        set_aside: list[tuple[int, tuple[float, int]]] = []
+        found = None
+        while found is None:
+            # Of equals the latest layer: the first of the layers turned round.
+            layer = len(weights) - 1 - int((lowest_ranks * weights)[::-1].argmin())
+            heap = self._heaps[layer]
+            if not heap:
+                break
+            entry = heap[0]
+            key = layer, -entry[1]
+            if self._rank_of.get(key) != entry[0]:
+                heappop(heap)
+            elif (rank := self._policy.rank(key)) != entry[0]:
+                self._rank_of[key] = rank
+                heapreplace(heap, (rank, entry[1]))
+            elif key in pinned:
+                set_aside.append((layer, heappop(heap)))
+            else:
+                found = key
+            lowest_ranks[layer] = heap[0][0] if heap else np.inf
+        for layer, entry in set_aside:
+            heappush(self._heaps[layer], entry)
+            lowest_ranks[layer] = self._heaps[layer][0][0]
+        return found
 
 
 def most_valuable(values: Values, keys: Iterable[Key], n: int) -> list[Key]:
     """The `n` of `keys` that a pool should hold at the start, best first; of equals those of the first layers."""
-    return sorted(keys, key=lambda key: (-values[key], key))[:n]
+    listed = list(keys)
+    layers, experts = np.array(listed, np.int64).reshape(-1, 2).T
+    order = np.lexsort((experts, layers, -values[layers, experts]))
+    return [listed[place] for place in order[:n]]

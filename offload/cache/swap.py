@@ -6,13 +6,15 @@ The engine and the offline replay use the same classes, so that a recorded trace
 """
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.policy import Policy, Values
+from slimoe.offload.cache.policy import Policy
 from slimoe.offload.cache.residency import Key
 
 
@@ -25,7 +27,7 @@ def swap_pays(
 
 @dataclass(frozen=True, slots=True)
 class SwapRule:
-    """Chooses at most `max_swaps` exchanges per step.
+    """Says which exchanges pay; at most `max_swaps` of each step are made, the most gainful first.
 
     `gain_seconds` is what one use costs less on the faster tier, `cost_seconds` what one move takes from other work.
     `margin`: the expected gain within `horizon_tokens` must exceed the cost by this factor, and the newcomer's value
@@ -45,81 +47,163 @@ class SwapRule:
         more_uses = newcomer_uses - victim_uses
         return swap_pays(self.gain_seconds, more_uses, self.margin * self.cost_seconds, self.horizon_tokens)
 
-    def choose(self, values: Values, resident: NDArray[np.bool_], movable: NDArray[np.bool_]) -> list[tuple[Key, Key]]:
-        """Pairs (victim, newcomer), the most gainful first.
-
-        All arrays are [n_layer, n_expert]: a policy's values in uses per token, what is on the tier, and what may be
-        moved now: a victim that is not in use, a newcomer whose copy fits the slots and can be had.
-        """
-        n_expert = values.shape[1]
-        leaving = np.where(resident & movable, values, np.inf).ravel()[::-1]
-        coming = np.where(~resident & movable, values, -np.inf).ravel()
-        swaps: list[tuple[Key, Key]] = []
-        while len(swaps) < self.max_swaps:
-            victim, newcomer = int(leaving.argmin()), int(coming.argmax())  # ties: the last leaves, the first comes
-            if not self.pays(float(coming[newcomer]), float(leaving[victim])):
-                break
-            swaps.append((divmod(leaving.size - 1 - victim, n_expert), divmod(newcomer, n_expert)))
-            leaving[victim], coming[newcomer] = np.inf, -np.inf
-        return swaps
-
 
 Swap = tuple[Key, Key]
 """Victim and newcomer."""
 
 
-class SlotExchange:
-    """Decides swaps by a policy's values.
+class Residents(Protocol):
+    """The experts on a device."""
 
-    Where these are uses per token, `rule` says which swaps earn their upload back. Policies that only rank take every
+    def __iter__(self) -> Iterator[Key]:
+        """All of them."""
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether an expert is one of them."""
+
+
+class _Kind:
+    """The experts that fit each other's slots: residents with the lowest rank first, the others with the highest.
+
+    Entries of residents may be too low, since ranks rise; what is used outside is entered again with its new rank.
+    """
+
+    def __init__(self, keys: NDArray[np.int64], ranks: NDArray[np.float64], is_inside: NDArray[np.bool_]) -> None:
+        listed = list(zip(ranks.tolist(), *keys.T.tolist(), is_inside.tolist(), strict=True))
+        # Of equals the one of the latest layer leaves, as in `residency`, and that of the first one comes.
+        self.inside = [(rank, -layer, -expert) for rank, layer, expert, inside in listed if inside]
+        self.outside = [(-rank, layer, expert) for rank, layer, expert, inside in listed if not inside]
+        heapify(self.inside)
+        heapify(self.outside)
+
+    def put(self, key: Key, rank: float, *, inside: bool) -> None:
+        """Enters an expert."""
+        if inside:
+            heappush(self.inside, (rank, -key[0], -key[1]))
+        else:
+            heappush(self.outside, (-rank, *key))
+
+    def coldest(self, rank: Callable[[Key], float], is_there: Callable[[Key], bool]) -> Key | None:
+        """The resident of the lowest rank, None if there is none."""
+        while self.inside:
+            entry = self.inside[0]
+            key = -entry[1], -entry[2]
+            if not is_there(key):
+                heappop(self.inside)
+            elif (now := rank(key)) != entry[0]:
+                heapreplace(self.inside, (now, *entry[1:]))
+            else:
+                return key
+        return None
+
+    def hottest(self, rank: Callable[[Key], float], is_there: Callable[[Key], bool]) -> Key | None:
+        """The expert of the highest rank that is not resident, None if there is none."""
+        while self.outside:
+            entry = self.outside[0]
+            key = entry[1], entry[2]
+            if not is_there(key) and rank(key) == -entry[0]:
+                return key
+            heappop(self.outside)
+        return None
+
+
+class SlotExchange:
+    """Decides swaps by a policy's ranks, in time that grows with the missed experts, not with all there are.
+
+    Where values are uses per token, `rule` says which swaps earn their upload back. Policies that only rank take every
     expert in that was missed, as a cache does that loads what it misses. `kind_of` says which experts fit each other's
     slots, None of those that have none here.
     """
 
     def __init__(self, policy: Policy, rule: SwapRule, kind_of: Callable[[Key], Hashable | None]) -> None:
         self._policy, self.rule, self._kind_of = policy, rule, kind_of
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._n_falls: list[int] = []
 
-    def choose(self, resident: Collection[Key], missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
+    def choose(self, resident: Residents, missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         """Swaps after a step: `missed` were used and not `resident`; `can_come` says whose bytes can be had now."""
+        used = [key for key in dict.fromkeys(missed) if self._kind_of(key) is not None and key not in resident]
+        if self._n_falls != self._policy.n_falls:
+            self._sort(resident)
+            self._n_falls = list(self._policy.n_falls)
+        else:
+            for key in used:
+                self._kinds[self._kind_of(key)].put(key, self._policy.rank(key), inside=False)
         if self._policy.in_uses_per_token:
             return self._paying(resident, can_come)
-        values, swaps, there = self._policy.values, [], list(resident)
-        for key in dict.fromkeys(missed):
-            kind = self._kind_of(key)
-            alike = [] if kind is None else [other for other in there if self._kind_of(other) == kind]
-            if not alike or not can_come(key):
+        swaps: list[Swap] = []
+        gone, come = set[Key](), set[Key]()
+        for key in used:
+            if not can_come(key):
                 continue
-            # Of equals the one of the latest layer leaves, as in `residency`.
-            victim = min(alike, key=lambda other: (values[other], -other[0], -other[1]))
-            if values[victim] < values[key]:
+            kind = self._kinds[self._kind_of(key)]
+            victim = kind.coldest(self._policy.rank, lambda key: key in come or (key in resident and key not in gone))
+            if victim is not None and self._policy.rank(victim) < self._policy.rank(key):
                 swaps.append((victim, key))
-                there[there.index(victim)] = key
+                gone.add(victim)
+                come.add(key)
+                come.discard(victim)
+                self._enter([(victim, key)])
         return swaps
 
-    def _paying(self, resident: Collection[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
-        values = self._policy.values
-        is_resident = np.zeros(values.shape, np.bool_)
-        for key in resident:
-            is_resident[key] = True
-        swaps: list[Swap] = []
-        for alike in self._kinds.values():
-            movable, outside = alike & is_resident, alike & ~is_resident
-            coldest = float(values.min(where=movable, initial=np.inf))
-            if not self.rule.pays(float(values.max(where=outside, initial=-np.inf)), coldest):
-                continue  # nearly always, and much cheaper than to ask for everyone
-            for layer, expert in np.argwhere(outside & (values > coldest)).tolist():
-                movable[layer, expert] = can_come((layer, expert))
-            swaps += self.rule.choose(values, is_resident, movable)
-        swaps.sort(key=lambda swap: values[swap[0]] - values[swap[1]])
+    def _paying(self, resident: Residents, can_come: Callable[[Key], bool]) -> list[Swap]:
+        policy, swaps, waiting, moved = self._policy, list[Swap](), list[Key](), set[Key]()
+        for kind in self._kinds.values():
+            for _ in range(self.rule.max_swaps):
+                victim = kind.coldest(policy.rank, lambda key: key in resident and key not in moved)
+                newcomer = self._newcomer(kind, victim, lambda key: key in resident or key in moved, can_come, waiting)
+                if victim is None or newcomer is None:
+                    break
+                moved.update((victim, newcomer))
+                swaps.append((victim, newcomer))
+        for key in waiting:
+            self._kinds[self._kind_of(key)].put(key, policy.rank(key), inside=False)
+        swaps.sort(key=lambda swap: policy.rank(swap[0]) - policy.rank(swap[1]))
+        self._enter(swaps[: self.rule.max_swaps])
+        self._enter([(newcomer, victim) for victim, newcomer in swaps[self.rule.max_swaps :]])
         return swaps[: self.rule.max_swaps]
 
+    def _newcomer(
+        self,
+        kind: _Kind,
+        victim: Key | None,
+        is_there: Callable[[Key], bool],
+        can_come: Callable[[Key], bool],
+        waiting: list[Key],
+    ) -> Key | None:
+        """Takes the best expert that pays in a victim's place out of `kind`; those that cannot come go to `waiting`."""
+        policy = self._policy
+        while victim is not None:
+            key = kind.hottest(policy.rank, is_there)
+            if key is None or not self.rule.pays(policy.value(key), policy.value(victim)):
+                break
+            heappop(kind.outside)
+            if can_come(key):
+                return key
+            waiting.append(key)
+        return None
+
+    def _enter(self, swaps: Iterable[Swap]) -> None:
+        """Enters experts on the side where they are after swaps."""
+        for victim, newcomer in swaps:
+            kind = self._kinds[self._kind_of(newcomer)]
+            kind.put(victim, self._policy.rank(victim), inside=False)
+            kind.put(newcomer, self._policy.rank(newcomer), inside=True)
+
+    def _sort(self, resident: Residents) -> None:
+        """Sorts all experts anew."""
+        ranks = self._policy.ranks
+        is_inside = np.zeros(ranks.shape, np.bool_)
+        for key in resident:
+            is_inside[key] = True
+        self._kinds = {kind: _Kind(keys, ranks[tuple(keys.T)], is_inside[tuple(keys.T)]) for kind, keys in self._keys}
+
     @functools.cached_property
-    def _kinds(self) -> dict[Hashable, NDArray[np.bool_]]:
-        """Which experts fit each other's slots: masks [n_layer, n_expert] by kind."""
-        shape = self._policy.values.shape
-        masks: dict[Hashable, NDArray[np.bool_]] = {}
-        for key in np.ndindex(shape):
-            kind = self._kind_of((key[0], key[1]))
+    def _keys(self) -> list[tuple[Hashable, NDArray[np.int64]]]:
+        """The experts of each kind, [n, 2]."""
+        keys: dict[Hashable, list[Key]] = {}
+        for layer, expert in np.ndindex(self._policy.ranks.shape):
+            kind = self._kind_of((layer, expert))
             if kind is not None:
-                masks.setdefault(kind, np.zeros(shape, np.bool_))[key] = True
-        return masks
+                keys.setdefault(kind, []).append((layer, expert))
+        return [(kind, np.array(own, np.int64)) for kind, own in keys.items()]

@@ -1,6 +1,7 @@
 """Experts in a device's slots: computed there while the CPU does the others, and exchanged when that pays."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,8 @@ class DeviceExperts:
     """One device's slots. `copies` are those that its layers could have here.
 
     Counters since it was opened: `hits` selected experts computed here (once per token), `bytes_uploaded`, `n_swaps`,
-    and `n_streamed` experts that passed through for a batch. `times` and `swaps` are None until measured: nothing is
-    streamed or exchanged.
+    and `n_streamed` experts that passed through for a batch; `n_arrived` counts by layer those that got a slot. `times`
+    and `swaps` are None until measured: nothing is streamed or exchanged.
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
@@ -89,6 +90,7 @@ class DeviceExperts:
         self.times: LinkTimes | None = None
         self.swaps: SlotExchange | None = None
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
+        self.n_arrived: Counter[int] = Counter()
 
     @property
     def compute_bytes(self) -> int:
@@ -103,6 +105,9 @@ class DeviceExperts:
     def __iter__(self) -> Iterator[Key]:
         for pool in self.pools.values():
             yield from pool
+
+    def __contains__(self, key: Key) -> bool:
+        return self.holds(key)
 
     def holds(self, key: Key) -> bool:
         """Whether an expert is in a slot here."""
@@ -148,6 +153,7 @@ class DeviceExperts:
         """Copies an expert from host memory into a free slot, or into its victim's."""
         self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
         self.n_swaps += victim is not None
+        self.n_arrived[key[0]] += 1
 
     def stream(
         self,

@@ -204,14 +204,13 @@ class MoEStep:
     def end(self) -> None:
         """A step is complete: what is worth more than what a device has takes its place."""
         if self._lossy is not None and self._lossy.invests:
-            values = self._policy.values
             margin = _INVEST_MARGIN if self._policy.in_uses_per_token else 1.0
-            self._host_experts.invest(sorted(self._lowered, key=lambda key: -values[key]), margin)
+            self._host_experts.invest(sorted(self._lowered, key=self._policy.rank, reverse=True), margin)
         if not self._is_decode.any():
             return
         for device in self._devices:
             host = self._host_experts
-            swaps = [] if device.swaps is None else device.swaps.choose(set(device), self._missed, host.has)
+            swaps = [] if device.swaps is None else device.swaps.choose(device, self._missed, host.has)
             for victim, newcomer in swaps:
                 device.put(newcomer, host.addresses(newcomer), victim)
                 host.replace(newcomer, victim)

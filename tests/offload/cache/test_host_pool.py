@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -64,6 +64,11 @@ class Bench:
         classes = list(slot_classes(layers))
         self.n_slots = dict(zip(classes, n_slots, strict=True))
         self.host_pool = HostPool(self.reader, self.policy, self.n_slots)
+
+    def rank(self, layer: int, ranks: Sequence[float]) -> None:
+        """Says what the experts of a layer are worth from now on."""
+        self.policy.ranks[layer] = ranks
+        self.policy.n_falls[layer] += 1
 
     def demand(self, *keys: Key) -> None:
         """Has experts read at once, and looks at them."""
@@ -179,8 +184,8 @@ def test_it_is_filled_in_order_as_far_as_there_is_room(bench: Bench) -> None:
 
 def test_the_least_worth_leaves_and_the_pinned_stay(bench: Bench) -> None:
     bench.fill()
-    bench.policy.values[0] = [4, 1, 2, 3, 0]
-    bench.policy.values[1] = 9
+    bench.rank(0, [4, 1, 2, 3, 0])
+    bench.rank(1, [9] * N_EXPERT)
     bench.demand((1, 0))
     assert (0, 1) not in bench.held
     bench.demand((0, 2), (1, 1))
@@ -256,7 +261,7 @@ def test_a_read_that_is_driven_out_is_dropped(bench: Bench, disk: Disk, monkeypa
     bench.host_pool.pin({(1, 0)})
     bench.prefetch((1, 0))
     assert (1, 0) not in bench.complete
-    bench.policy.values[1, 0] = -1
+    bench.rank(1, [-1, *bench.policy.ranks[1, 1:]])
     bench.demand((1, 1))
     assert bench.held >= {(1, 1), (0, 0)}
     assert (1, 0) not in bench.held
@@ -392,7 +397,8 @@ def test_steps_at_random(path: Path, disk: Disk, seed: int, failing: float) -> N
                     bench.assert_holds(key, bench.host_pool.addresses(slot))
             except ReadFailedError:
                 assert failing
-            bench.policy.values[:] = numbers.random(bench.policy.values.shape)
+            for layer, ranks in enumerate(numbers.random(bench.policy.ranks.shape)):
+                bench.rank(layer, ranks)
             bench.check()
         bench.settle()
         disk.fails = lambda: False
