@@ -7,7 +7,7 @@ import numpy as np
 from slimoe.converter.layout.plan import LayerPlan
 from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import Survivors
-from slimoe.converter.methods.gram_policy import layer_gram
+from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for
 from slimoe.converter.methods.skip_thresholds import gate_thresholds, low_share, skip_ratio
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
@@ -38,7 +38,7 @@ def with_hints(
     gone = sorted({expert for expert in target if expert >= 0} - set(kept))
     replaced = tuple(gone) if min(layer.target) < 0 else ()
     survivors = Survivors(kept, layer.rows, layer.target, replaced)
-    gram = layer_gram(one, target, source.spec) if one.sketch is not None else None
+    gram = gram_of_block(one, source, layer.block) if one.sketch is not None else None
     # One expert a token leaves nothing for a gate to choose by.
     low_weight = low_share(gate_thresholds(statistics.layers)) if source.spec.n_expert_used > 1 else None
     # The number of each expert's own constant, behind those of experts that are gone.

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.structure import ROLES
-from slimoe.converter.layout.layer import Matrix, fitted_types, matrix_width, type_bits
+from slimoe.converter.layout.layer import ROUTER, Matrix, fitted_types, matrix_width, type_bits
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
 from slimoe.converter.quant.mixes import find_recipe, fitting_type, layer_and_role
@@ -19,8 +18,6 @@ from slimoe.converter.stats.type_costs import LOSSLESS, TypeCosts
 from slimoe.offload.errors import UsageError
 
 _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
-_EXPERT_ROLES = tuple(f"ffn_{name}" for name in PROJECTIONS)
-_ROLES = (*ROLES, *_EXPERT_ROLES, "token_embd", "output")
 _SMALL_BLOCK = 32
 """Weights in a block of the quantised types that divide most rows."""
 
@@ -81,7 +78,7 @@ def typed_matrices(layout: FileLayout, wanted: Callable[[Matrix], Type | None]) 
     found = []
     for tensor in layout.tensors:
         first = tensor.matrices[0]
-        if not first.is_vector and layer_and_role(first.key.name)[1] in _ROLES:
+        if not first.is_constant and layer_and_role(first.key.name)[1] != ROUTER:
             named = wanted(first)
             found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, None if named is tensor.type else named))
     return tuple(found)
@@ -97,14 +94,17 @@ class NamedTypes:
     def of(self, name: str, copy: int = 0) -> Type | None:
         """The type of the matrix of that stock name, or of its second copy; None where a size chooses it."""
         named, role = self._recipe.types, layer_and_role(name)[1]
-        own = {"token_embd": named.token, "output": named.output}.get(role)
-        own = named.attention if role in ROLES else named.low if copy else own
+        is_expert = "_exps." in name
+        if is_expert:
+            own = named.low if copy else None
+        else:
+            own = {"token_embd": named.token, "output": named.output}.get(role, named.attention)
         if own is not None:
             return Type[own]
         if self._recipe.target_size is None and self._recipe.target_bpw is None:
             default = find_recipe(named.expert or DEFAULT_EXPERT)
             return default.type_of(name, self._n_layer, moe=True, tied=self.is_tied)
-        return Type[named.expert] if named.expert is not None and role in _EXPERT_ROLES else None
+        return Type[named.expert] if named.expert is not None and is_expert else None
 
     def typed(self, layout: FileLayout) -> tuple[TypedMatrix, ...]:
         """The matrices of a file that the recipe makes, with what stands in for a type that was asked for."""

@@ -2,7 +2,8 @@
 
 Parts are the experts of the native format, each with types of neighbouring sizes for its matrices, so that slots stay
 interchangeable, or a constant in its place; the stacks of all experts of a layer in the stock one; and matrices of
-attention, the table and the output. Feed-forward parts and attentions can be given up as a whole.
+attention, shared experts and dense layers, the table and the output. Feed-forward parts and attentions can be given up
+as a whole.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +13,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.knapsack import Group, Option, Part
-from slimoe.converter.budget.structure import ROLES
-from slimoe.converter.layout.layer import fitted_types, matrix_width
+from slimoe.converter.layout.layer import fitted_types, is_attention, matrix_width
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.removal import attention_removals, layer_removals
@@ -53,9 +53,9 @@ class OptionParts:
         if _OUTPUT in self._source.shapes:
             parts.append(Part("output", self._options(_OUTPUT, named.output)))
         for index, layer in enumerate(self._layers):
-            for role in ROLES if layer.has_attention else ():
+            for role in layer.types:
                 options = self._options(block_key(layer.block, role), named.attention)
-                parts.append(Part((index, role), options, (ATTENTION, index)))
+                parts.append(Part((index, role), options, (ATTENTION, index) if is_attention(role) else index))
             if self._recipe.format == "stock":
                 parts += self._stack_parts(index, layer)
             else:
@@ -76,7 +76,7 @@ class OptionParts:
         of_ffn = [
             Group(index, price)
             for index, layer in enumerate(self._layers)
-            if layer.experts and (price := ffn.get(layer.block)) is not None
+            if layer.has_ffn and (price := ffn.get(layer.block)) is not None
         ]
         return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
 

@@ -66,8 +66,7 @@ class PlannedSource:
         }
         self.spec: ModelSpec = layout.spec
         self.layers: Sequence[SourceLayer] = tuple(
-            SourceLayer(len(layer.experts), layer.target, layer.has_attention, bool(layer.rows))
-            for layer in plan.layers
+            SourceLayer(len(layer.experts), layer.target, layer.has_attention, layer.has_ffn) for layer in plan.layers
         )
         self.shapes: Mapping[MatrixKey, tuple[int, ...]] = {
             key: matrix.shape[1:] if matrix.is_vector else matrix.shape for key, matrix in self._matrices.items()

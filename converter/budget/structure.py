@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from slimoe.converter.layout.layer import ROUTER, is_attention
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
 from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
-from slimoe.converter.methods.gram_policy import layer_gram
+from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
 from slimoe.converter.methods.naee import best_subset
@@ -23,10 +24,8 @@ from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
+from slimoe.offload.model.tensor_list import layer_tensors
 
-ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
-"""The attention's matrices."""
-_DENSE_ROLES = ("ffn_gate", "ffn_up", "ffn_down")
 _OPEN: Types = (Type.F32, Type.F32, Type.F32)
 
 Progress = Callable[[int, int], None]
@@ -61,14 +60,22 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
     layer = source.layers[block]
     kept = survivors or redirect(layer.target, range(layer.n_stored))
     experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
-    dense = [role for role in _DENSE_ROLES if block_key(block, role) in source.shapes]
-    types = dict.fromkeys([*(ROLES if layer.has_attention else ()), *dense], Type.F32)
+    roles = (tensor.role for tensor in layer_tensors(source.spec, block) if tensor.role != ROUTER)
+    matrices = [role for role in roles if len(source.shapes.get(block_key(block, role), ())) > 1]
+    types = dict.fromkeys(matrices, Type.F32)
     return LayerPlan(block, experts, kept.rows, kept.target, types, layer.has_attention)
 
 
 def without_ffn(layer: LayerPlan) -> LayerPlan:
     """The layer with its attention alone."""
-    return replace(layer, experts=(), rows=(), target=(), router=None, constants=None)
+    types = {role: kind for role, kind in layer.types.items() if is_attention(role)}
+    return replace(layer, experts=(), rows=(), target=(), router=None, constants=None, types=types)
+
+
+def without_attention(layer: LayerPlan) -> LayerPlan:
+    """The layer with its feed-forward part alone."""
+    types = {role: kind for role, kind in layer.types.items() if not is_attention(role)}
+    return replace(layer, has_attention=False, types=types)
 
 
 def with_constants(source: ModelSource, statistics: Statistics, block: int, kept: Sequence[int]) -> LayerPlan:
@@ -100,7 +107,7 @@ class _Builder:
         for block in blocks:
             layer = layers[block] if block in layers else whole_layer(self.source, block)
             layer = without_ffn(layer) if block in ffn else layer
-            result.append(replace(layer, has_attention=False, types={}) if block in attention else layer)
+            result.append(without_attention(layer) if block in attention else layer)
         return Structure(tuple(result), self.kl)
 
     def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
@@ -142,8 +149,7 @@ class _Builder:
                 raise UsageError(
                     "The best subset is found layer by layer. Choose a score to rank all experts together."
                 )
-            pairs = zip(layers, targets, strict=True)
-            grams = [layer_gram(one, target, self.source.spec) for one, target in pairs]
+            grams = [gram_of_block(one, self.source, block) for one, block in zip(layers, blocks, strict=True)]
             return tuple(best_subset(gram, n_keep).kept for gram in grams)
         if experts.score not in SCORES:
             raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
@@ -155,14 +161,14 @@ class _Builder:
 
     def _count(self, block: int, kept: Sequence[int]) -> None:
         """Adds what dropping the others of a layer costs."""
-        layer, target = self.statistics.layers[block], self.source.layers[block].target
+        layer = self.statistics.layers[block]
         dropped = set(range(self.source.layers[block].n_stored)) - set(kept)
         if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "constant":
             self.kl += float(constant_costs(layer)[list(dropped)].sum())
             return
-        gram = layer_gram(layer, target, self.source.spec)
+        gram = gram_of_block(layer, self.source, block)
         profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
         weight = layer_weight(layer, profile)
         whole = weight.cost(float(gram.error(gram.nothing()).mean()))
@@ -201,7 +207,7 @@ class _Builder:
         target = self.source.layers[block].target
         if self.recipe.format == "native":
             return keep_rows(target, groups)
-        weight = self.source.read(block_key(block, "ffn_gate_inp"))
+        weight = self.source.read(block_key(block, ROUTER))
         router = self.statistics.layers[block].router
         assert router is not None
         use = router.rank_count.sum(1).astype(np.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimoe.converter.budget.knapsack import Allocation, allocate, least_bytes
 from slimoe.converter.budget.options import ATTENTION, CONSTANT, OptionParts
-from slimoe.converter.budget.structure import Structure, with_constants, without_ffn
+from slimoe.converter.budget.structure import Structure, with_constants, without_attention, without_ffn
 from slimoe.converter.layout.offsets import PlanSize
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.recipe.recipe import Recipe
@@ -98,7 +98,7 @@ class TypeAllocator:
                 is_stock, numbers = self._recipe.format == "stock", range(len(layer.experts))
                 one = self._with_types(layer, [stacks if is_stock else chosen[index, number] for number in numbers])
             if (ATTENTION, index) in found.given_up:
-                one = replace(one, has_attention=False, types={})
+                one = without_attention(one)
             if one.rows or one.has_attention or not (layer.rows or layer.has_attention):
                 layers.append(replace(one, types={role: chosen[index, role] for role in one.types}))
         return replace(

@@ -6,14 +6,22 @@ are rows [n, n_embd].
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import (
+    PROJECTIONS,
+    MatrixKey,
+    ModelSource,
+    block_key,
+    choice_bias_key,
+    expert_key,
+)
 from slimoe.offload.model.architecture import RopeType
+from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ModelSpec
 
@@ -69,16 +77,25 @@ class AttentionPass:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """The feed-forward part's norm [n_embd], and the router [n_row, n_embd]."""
+    """The feed-forward part's norm [n_embd], and the router `weight` [n_row, n_embd].
+
+    `choice_bias` [n_row], if any, is added to the scores to select experts, but not to their weights.
+    """
 
     norm: Tensor
     weight: Tensor
+    choice_bias: Tensor | None = None
+
+    def with_rows(self, rows: Sequence[int]) -> "Router":
+        """The router with only some of its rows."""
+        own = torch.tensor(rows, device=self.weight.device)
+        return Router(self.norm, self.weight[own], None if self.choice_bias is None else self.choice_bias[own])
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a router answers to n tokens: logits and softmax over all its rows [n, n_row], the rows that are selected
-    and the expert weights [n, n_used], the largest first.
+    """What a router answers to n tokens: logits and probabilities for all its rows [n, n_row], each by itself if the
+    score is a sigmoid; the rows that are selected and their expert weights [n, n_used], the likeliest first.
     """
 
     logits: Tensor
@@ -109,6 +126,22 @@ class Expert:
         return self.down(self.hidden(x))
 
 
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """An expert that every token passes. The product of `gate` [n_embd], if any, and the input gates its output."""
+
+    expert: Expert
+    gate: Tensor | None = None
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What its output is multiplied with [n, 1]: 1 without a gate."""
+        return x.new_ones(len(x), 1) if self.gate is None else (x @ self.gate).sigmoid()[:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output [n, n_embd]."""
+        return self.weights(x) * self.expert(x)
+
+
 def read_tensor(source: ModelSource, key: MatrixKey, device: str = "cpu") -> Tensor:
     """One of the model's matrices; raises ModelFileError."""
     return torch.from_numpy(source.read(key)).to(device)
@@ -126,32 +159,45 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
         return None
     factors = MatrixKey("rope_freqs.weight")
     q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
-    divisors = read_tensor(source, factors, device) if factors in source.shapes else None
-    norms = [
-        read_tensor(source, key, device) if key in source.shapes else None
-        for key in (block_key(layer, "attn_q_norm"), block_key(layer, "attn_k_norm"))
-    ]
+    divisors = _optional(source, factors, device)
+    norms = [_optional(source, block_key(layer, role), device) for role in ("attn_q_norm", "attn_k_norm")]
     return Attention(read_tensor(source, block_key(layer, "attn_norm"), device), q, k, v, out, divisors, *norms)
+
+
+def _optional(source: ModelSource, key: MatrixKey, device: str) -> Tensor | None:
+    return read_tensor(source, key, device) if key in source.shapes else None
 
 
 def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router | None:
     """A layer's norm and router, None where it has no experts; raises ModelFileError."""
     if not source.layers[layer].target:
         return None
-    norm = read_tensor(source, block_key(layer, "ffn_norm"), device)
-    return Router(norm, read_tensor(source, block_key(layer, "ffn_gate_inp"), device))
+    weight = read_tensor(source, block_key(layer, "ffn_gate_inp"), device)
+    return Router(_ffn_norm(source, layer, device), weight, _optional(source, choice_bias_key(layer), device))
+
+
+def _ffn_norm(source: ModelSource, layer: int, device: str) -> Tensor:
+    return read_tensor(source, block_key(layer, source.spec.architecture.ffn_norm), device)
 
 
 def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:
     """A stored expert; raises ModelFileError."""
-    gate, up, down = (read_tensor(source, expert_key(layer, name, expert), device) for name in ("gate", "up", "down"))
+    gate, up, down = (read_tensor(source, expert_key(layer, name, expert), device) for name in PROJECTIONS)
     return Expert(Linear(gate), Linear(up), Linear(down))
 
 
 def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Tensor, Expert]:
     """A dense layer's norm and feed-forward part; raises ModelFileError."""
-    norm = read_tensor(source, block_key(layer, "ffn_norm"), device)
-    return norm, Expert(*(_linear(source, layer, f"ffn_{name}", device) for name in ("gate", "up", "down")))
+    ffn = Expert(*(_linear(source, layer, f"ffn_{name}", device) for name in PROJECTIONS))
+    return _ffn_norm(source, layer, device), ffn
+
+
+def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedExpert | None:
+    """The expert that every token of a layer passes beside those it selects, None without; raises ModelFileError."""
+    if block_key(layer, "ffn_down_shexp") not in source.shapes:
+        return None
+    expert = Expert(*(_linear(source, layer, f"ffn_{name}_shexp", device) for name in PROJECTIONS))
+    return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -168,8 +214,10 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     x = rms_norm(h, block.norm, spec.rms_eps)
     cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
-    queries = rotate(_heads(q, block.q_norm, spec), cos, sin, spec.architecture.rope)
-    keys = rotate(_heads(k, block.k_norm, spec), cos, sin, spec.architecture.rope)
+    queries, keys = (
+        _normed_heads(rotate(_heads(rows, norm, spec), cos, sin, spec.architecture.rope), norm, spec)
+        for rows, norm in ((q, block.q_norm), (k, block.k_norm))
+    )
     values = v.view(n, spec.n_head_kv, spec.n_embd_head)
     is_later = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
     outputs, received = [], torch.zeros(n, device=h.device)
@@ -180,7 +228,7 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
         received = received + weights.sum((0, 1))
         outputs.append((weights @ values[:, head]).transpose(0, 1).reshape(n, -1))
     output = torch.cat(outputs, -1)
-    return AttentionPass(x, output, block.out(output), received, q, k, v)
+    return AttentionPass(x, output, spec.multipliers.residual * block.out(output), received, q, k, v)
 
 
 def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
@@ -189,6 +237,12 @@ def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
         rows = rms_norm(rows, norm, spec.rms_eps)
     heads = rows.view(len(rows), -1, spec.n_embd_head)
     return rms_norm(heads, norm, spec.rms_eps) if norm is not None and spec.architecture.qk_norm == "head" else heads
+
+
+def _normed_heads(heads: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
+    """Heads [n, n_head, n_embd_head] that are normalised after the rotation."""
+    is_later = norm is not None and spec.architecture.qk_norm == "head_after_rope"
+    return rms_norm(heads, norm, spec.rms_eps) if is_later else heads
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, kind: RopeType = RopeType.NORM) -> Tensor:
@@ -224,29 +278,45 @@ def _angles(rope: RopeSpec, n: int, device: torch.device, factors: Tensor | None
     return (size * angles.cos()).float(), (size * angles.sin()).float()
 
 
-def route(router: Tensor, spec: ModelSpec, x: Tensor) -> Routing:
-    """The experts that a router [n_row, n_embd] selects for normalised rows `x` [n, n_embd], the likeliest first."""
-    logits = x @ router.T
-    probabilities = logits.softmax(-1)
-    weights, selected = probabilities.topk(spec.n_expert_used, -1)
-    if spec.architecture.router.renormalise:
+def route(router: Router, spec: ModelSpec, x: Tensor) -> Routing:
+    """The experts that a router selects for normalised rows `x` [n, n_embd], the likeliest first."""
+    logits = x @ router.weight.T
+    probabilities = logits.sigmoid() if spec.router_score == "sigmoid" else logits.softmax(-1)
+    scores = logits if spec.router_score == "softmax_of_selected" else probabilities
+    choice = scores if router.choice_bias is None else scores + router.choice_bias
+    selected = _of_best_groups(choice, spec.experts).topk(spec.n_expert_used, -1).indices
+    weights = scores.gather(-1, selected)
+    if spec.router_score == "softmax_of_selected":
+        weights = weights.softmax(-1)
+    if spec.renormalises:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
     return Routing(logits, probabilities, selected, weights * spec.expert_weights_scale)
 
 
+def _of_best_groups(choice: Tensor, experts: ExpertSpec) -> Tensor:
+    """The scores [n, n_row] with -inf in the groups that are not selected, whose two best add up to less."""
+    if experts.n_group < 2:
+        return choice
+    groups = choice.unflatten(-1, (experts.n_group, -1))
+    best = groups.topk(2, -1).values.sum(-1).topk(experts.n_group_used, -1).indices
+    is_other = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, value=False)
+    return groups.masked_fill(is_other[..., None], -math.inf).flatten(-2)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last norm [n_embd] and the output matrix [n_vocab, n_embd]."""
+    """The last norm [n_embd] and the output matrix [n_vocab, n_embd], whose products are multiplied by `scale`."""
 
     norm: Tensor
     weight: Tensor
     eps: float
+    scale: float = 1.0
     max_logits: int = 1 << 23
     """The most logits that are held at once, 32 MiB of them."""
 
     def __call__(self, h: Tensor) -> Tensor:
         """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
-        return rms_norm(h, self.norm, self.eps) @ self.weight.T
+        return self.scale * (rms_norm(h, self.norm, self.eps) @ self.weight.T)
 
     def spans(self, n_rows: int) -> Iterator[slice]:
         """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
@@ -258,4 +328,5 @@ def read_head(source: ModelSource, device: str = "cpu") -> Head:
     """A model's head, whose matrix is that of the embeddings where it has none of its own; raises ModelFileError."""
     output = MatrixKey("output.weight")
     table = read_tensor(source, output if output in source.shapes else MatrixKey("token_embd.weight"), device)
-    return Head(read_tensor(source, MatrixKey("output_norm.weight"), device), table, source.spec.rms_eps)
+    norm, spec = read_tensor(source, MatrixKey("output_norm.weight"), device), source.spec
+    return Head(norm, table, spec.rms_eps, spec.multipliers.logits)

@@ -18,12 +18,14 @@ from slimoe.converter.forward.block import (
     Expert,
     Router,
     Routing,
+    SharedExpert,
     attend,
     read_attention,
     read_dense,
     read_expert,
     read_head,
     read_router,
+    read_shared,
     read_tensor,
     rms_norm,
     route,
@@ -56,6 +58,9 @@ class Observer:
 
     def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
         """The expert's output [n, n_embd] for these tokens, not yet weighted."""
+
+    def always(self, layer: int, x: Tensor, hidden: Tensor) -> None:
+        """The inputs and activations of what the next tokens all pass: a dense feed-forward part or a shared expert."""
 
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
         """A sequence's residual stream before the block, after its attention, and after its feed-forward part."""
@@ -116,6 +121,7 @@ class Stream:
         table = read_tensor(self.source, MatrixKey("token_embd.weight"))
         tokens = [token for one in self.sequences.tokens for token in one]
         torch.index_select(table, 0, torch.tensor(tokens), out=self.h)
+        self.h *= self.source.spec.multipliers.embedding
 
     def pass_layer(self, layer: int, observer: Observer, experts: Callable[[int], Expert] | None = None) -> None:
         """Moves `h` behind a layer; `experts` reads a stored expert, the model's own if None.
@@ -129,9 +135,7 @@ class Stream:
                 self._experts(layer, router, observer, experts)
             elif self.source.layers[layer].has_ffn:
                 norm, ffn = read_dense(self.source, layer, self.device)
-                for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
-                    rows = slice(begin, begin + _ROWS_AT_ONCE)
-                    self._after[rows] += ffn(self._normalised(rows, norm)).cpu()
+                self._always(layer, norm, SharedExpert(ffn), observer)
         for begin, end in self.sequences.spans():
             observer.block(layer, begin, self.h[begin:end], self._middle[begin:end], self._after[begin:end])
         self.h, self._after = self._after, self.h
@@ -151,17 +155,19 @@ class Stream:
             self._middle[begin:end] = self._after[begin:end] = h
 
     def _experts(self, layer: int, router: Router, observer: Observer, read: Callable[[int], Expert] | None) -> None:
-        found = []
+        found, residual = [], self.source.spec.multipliers.residual
         for begin, end in self.sequences.spans():
             x = self._x[begin:end] = self._normalised(slice(begin, end), router.norm)
-            found.append(route(router.weight, self.source.spec, x))
+            found.append(route(router, self.source.spec, x))
             observer.routed(layer, begin, x, found[-1])
+        if (shared := read_shared(self.source, layer, self.device)) is not None:
+            self._always(layer, router.norm, shared, observer)
         parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
         routing = Routing(*(torch.cat(part).cpu() for part in parts))
         for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing):
             if number < 0:
                 constant = read_tensor(self.source, constant_key(layer, -1 - number))
-                self._after.index_add_(0, rows, weights[:, None] * constant)
+                self._after.index_add_(0, rows, residual * weights[:, None] * constant)
                 continue
             expert = read(number) if read else read_expert(self.source, layer, number, self.device)
             for part, of_part in zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True):
@@ -170,7 +176,17 @@ class Stream:
                 other = observer.expert(layer, number, part, x, hidden, weight)
                 output = expert.down(hidden) if other is None else other
                 observer.output(layer, number, part, weight, output)
-                self._after.index_add_(0, part, (weight[:, None] * output).cpu())
+                self._after.index_add_(0, part, (residual * weight[:, None] * output).cpu())
+
+    def _always(self, layer: int, norm: Tensor, shared: SharedExpert, observer: Observer) -> None:
+        """Adds what every token passes: a dense feed-forward part, or the shared expert."""
+        for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
+            rows = slice(begin, begin + _ROWS_AT_ONCE)
+            x = self._normalised(rows, norm)
+            hidden = shared.expert.hidden(x)
+            observer.always(layer, x, hidden)
+            output = shared.weights(x) * shared.expert.down(hidden)
+            self._after[rows] += (self.source.spec.multipliers.residual * output).cpu()
 
     def close(self) -> None:
         """Deletes the buffers."""

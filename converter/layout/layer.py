@@ -1,7 +1,8 @@
 """What one layer of a compressed model stores: its matrices, which of them lie together, what a format cannot hold."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,18 @@ from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Ty
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.offload.errors import UnsupportedModelError
-from slimoe.offload.model.expert_spec import LayerShape
+from slimoe.offload.model.expert_spec import LayerShape, dense_layer_keys
 from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
 from slimoe.offload.model.tensor_list import ModelTensor
+
+ROUTER, CHOICE_BIAS = "ffn_gate_inp", "exp_probs_b"
+"""The roles of what has a row for each expert, and loses it with the expert."""
+
+
+def is_attention(role: str) -> bool:
+    """Whether a tensor is part of a block's attention, by its role."""
+    return role.startswith("attn_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +33,8 @@ class Matrix:
     """One matrix of the result [n_rows, n_per_row], or a vector (n_rows 1), and what it is made of.
 
     `key` names it in the result, by stock names whatever the format, and a stored expert there; `copy` 1 is an expert's
-    second copy. `tensor` of the file holds it as number `slot`. It is the source's `origin`, of which only `rows` if
-    given, or what `expert` says of members of the source's layer `block`, or has `values`.
+    second copy. `tensor` of the file holds it as number `slot`. It is the source's `origin`, of which only `rows`, or
+    elements of a vector, if given, or what `expert` says of members of the source's layer `block`, or has `values`.
     """
 
     key: MatrixKey
@@ -79,7 +88,7 @@ def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Typ
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
     """Router rows and width of the widest expert; of width 1 where there are constant experts only."""
     if "ffn_gate" in layer.types:
-        return LayerShape(0, source.spec.n_ff, layer.has_attention)
+        return LayerShape(0, source.shapes[block_key(layer.block, "ffn_gate")][0], layer.has_attention)
     widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
     n_ff = max(widths, default=1) if layer.rows else 0
     return LayerShape(len(layer.rows), n_ff, layer.has_attention)
@@ -108,15 +117,14 @@ class LayerMatrices:
 
     def all(self, tensors: Iterable[ModelTensor]) -> Iterator[Matrix]:
         """Those of the layer's `tensors` and their biases, then the experts and the constants."""
-        for role in (tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
-            if role == "ffn_gate_inp":
-                yield self._router()
-                continue
+        for role in dict.fromkeys(tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
             for suffix in ("bias", "weight"):
                 key = block_key(self.plan.block, role, suffix)
-                if key in self.source.shapes:
-                    name, kind = block_key(self.index, role, suffix).name, self.plan.types.get(role, Type.F32)
-                    yield source_matrix(self.source, key, name, kind, self.plan.block)
+                if key not in self.source.shapes:
+                    continue
+                name, kind = block_key(self.index, role, suffix).name, self.plan.types.get(role, Type.F32)
+                matrix = source_matrix(self.source, key, name, kind, self.plan.block)
+                yield self._by_expert(matrix) if role in (ROUTER, CHOICE_BIAS) else matrix
         if not self.plan.rows:
             return
         layout = native_layer(self.source, self.plan)
@@ -133,16 +141,15 @@ class LayerMatrices:
         shape = (values.shape[0], values.shape[1])
         return Matrix(MatrixKey(name), name, 0, shape, Type.F32, block=self.plan.block, values=values)
 
-    def _router(self) -> Matrix:
-        name = block_key(self.index, "ffn_gate_inp").name
-        if self.plan.router is not None:
-            assert len(self.plan.router) == len(self.plan.rows)
-            return self._given(name, self.plan.router)
-        origin = block_key(self.plan.block, "ffn_gate_inp")
-        n_rows, n_embd = self.source.shapes[origin]
-        rows = None if self.plan.rows == tuple(range(n_rows)) else self.plan.rows
-        shape = (len(self.plan.rows), n_embd)
-        return Matrix(MatrixKey(name), name, 0, shape, Type.F32, block=self.plan.block, origin=origin, rows=rows)
+    def _by_expert(self, matrix: Matrix) -> Matrix:
+        """The router, or its biases, of the rows that are left."""
+        n_left, rows = len(self.plan.rows), self.plan.rows
+        if self.plan.router is not None and not matrix.is_vector:
+            assert len(self.plan.router) == n_left
+            return self._given(matrix.tensor, self.plan.router)
+        n_rows = matrix.shape[matrix.is_vector]
+        shape = (1, n_left) if matrix.is_vector else (n_left, matrix.shape[1])
+        return replace(matrix, shape=shape, rows=None if rows == tuple(range(n_rows)) else rows)
 
     def _expert(self, number: int, copy: int, projection: int, bucket: int, slot: int) -> Matrix:
         expert, name = self.plan.experts[number], PROJECTIONS[projection]
@@ -177,17 +184,22 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
             raise UnsupportedModelError(
                 source.path, "no layer would keep its attention.", "Keep one layer's, at least."
             )
+    first = next((layer for layer in plan.layers if layer.rows), plan.layers[0])
     for layer in plan.layers:
-        problem = next(_stock_problems(source, plan.layers[0], layer), None) if plan.format == "stock" else None
+        problem = next(_stock_problems(source, first, layer), None) if plan.format == "stock" else None
         if problem is not None:
             hint = "Convert the model that it was made of." if is_whole else "Write the native format, which can."
             problem = f"layer {layer.block} {problem}, which the stock format cannot hold."
             raise UnsupportedModelError(source.path, problem, hint)
         if not is_whole:
             _check_layer(source, layer)
+        _check_groups(source, layer)
         assert len(layer.target) == len(layer.rows)
         assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
         assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
+    if plan.format == "stock" and dense_layer_keys([layer_shape(source, layer) for layer in plan.layers]) is None:
+        problem = "dense layers would lie among those with experts in a way that the stock format cannot say."
+        raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
 
 
 def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
@@ -200,6 +212,21 @@ def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
         if expert.low_types and type_bits(expert.low_types) >= type_bits(expert.types):
             problem = f"would have a second copy of expert {number} that is not smaller than the first"
             raise UnsupportedModelError(source.path, f"layer {layer.block} {problem}.", "Choose a smaller type for it.")
+
+
+def _check_groups(source: ModelSource, layer: LayerPlan) -> None:
+    """A router that selects groups of experts first takes them for equally large, and looks at two of each."""
+    experts = source.spec.experts
+    if experts.n_group < 2 or not layer.rows:
+        return
+    size = len(source.layers[layer.block].target) // experts.n_group
+    kept = Counter(row // size for row in layer.rows)
+    sizes = {kept[group] for group in range(experts.n_group)}
+    if len(sizes) > 1 or min(sizes) < 2 or min(sizes) * experts.n_group_used < experts.n_expert_used:
+        groups = f"{min(sizes)} to {max(sizes)} experts of each of the {experts.n_group} groups"
+        problem = f"layer {layer.block} would keep {groups} that its router selects from."
+        hint = "Keep as many of each, two at least, or put constants in the others' place."
+        raise UnsupportedModelError(source.path, problem, hint)
 
 
 def type_bits(types: Types) -> float:
@@ -233,3 +260,6 @@ def _stock_problems(source: ModelSource, first: LayerPlan, layer: LayerPlan) -> 
     width = matrix_width(source, first.block, first.experts[0])
     if widths != {width}:
         yield f"would have experts of other widths than {width}, as layer {first.block} has"
+    shared, n_shared = source.spec.architecture.shared, source.spec.experts.n_ff_shared
+    if shared is not None and shared.width == "counted" and n_shared % width:
+        yield f"would have experts of width {width}, of which its shared expert's, {n_shared}, is no multiple"

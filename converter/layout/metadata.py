@@ -59,16 +59,17 @@ def carried_metadata(source: ModelSource) -> dict[str, Value]:
 
 
 def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
-    """Sizes of the result: the stock format's are those of the first layer, which all are alike."""
+    """Sizes of the result: of the stock format's layers, those with experts are alike, and the dense ones."""
     shapes = tuple(layer_shape(source, layer) for layer in plan.layers)
     is_native = plan.format == "native"
     n_expert = max(shape.n_expert for shape in shapes)
-    experts = replace(source.spec.experts, n_expert=n_expert, layers=shapes if is_native else ())
+    are_alike = not is_native and len(set(shapes)) == 1
+    experts = replace(source.spec.experts, n_expert=n_expert, layers=() if are_alike else shapes)
     return replace(
         source.spec,
         is_native=is_native,
         n_layer=len(shapes),
-        n_ff=max(shape.n_ff for shape in shapes),
+        n_ff=max(shape.n_ff for shape in shapes if shape.n_expert or not n_expert),
         experts=experts,
     )
 

@@ -40,10 +40,10 @@ class LayerPlan:
 
     `rows` are the rows of the source's router that are kept, in order, `target` says for each which of `experts` it
     means, or -1 - n for constant n. `router` [n_row, n_embd] replaces their values. `constants`
-    [n_constant, n_embd] are the constant experts' vectors. `types` are those of the other matrices by role: attn_q,
-    attn_k, attn_v and attn_output, and of a dense layer ffn_gate, ffn_up and ffn_down. Without these and without
-    `experts` there is no feed-forward part (`rows` is then empty). `hints` are for the engine, as `LayerHints` names
-    them.
+    [n_constant, n_embd] are the constant experts' vectors. `types` are those of the other matrices by role: such as
+    attn_q of attention, ffn_gate_shexp of a shared expert, and of a dense layer ffn_gate, ffn_up and ffn_down. Without
+    these and without `experts` there is no feed-forward part (`rows` is then empty). `hints` are for the engine, as
+    `LayerHints` names them.
     """
 
     block: int
@@ -55,6 +55,11 @@ class LayerPlan:
     router: NDArray[np.float32] | None = None
     constants: NDArray[np.float32] | None = None
     hints: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether there is a feed-forward part, of experts or dense."""
+        return bool(self.rows) or "ffn_down" in self.types
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.methods.layer_weight import gram_of
-from slimoe.converter.stats.statistics import Double, LayerStatistics, Single
+from slimoe.converter.source.model_source import ModelSource, choice_bias_key
+from slimoe.converter.stats.statistics import Double, Int, LayerStatistics, Single
 from slimoe.offload.errors import UsageError
+from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.spec import ModelSpec
 
+LEAST_SUM = 2.0**-14
+"""llama.cpp's lower bound of what the weights of the selected experts are divided by."""
 _TOKENS_AT_ONCE = 4096
 
 
@@ -35,22 +39,45 @@ def policy_error(products: Single, change: Double) -> Double:
     return np.maximum(errors, 0.0)
 
 
-def row_weights(logits: Single, kept: NDArray[np.bool_], spec: ModelSpec) -> Double:
+def row_weights(logits: Single, kept: NDArray[np.bool_], spec: ModelSpec, choice_bias: Single | None = None) -> Double:
     """Expert weights [S, R] of a router that has only the rows `kept` [R]; zero for rows that are not selected.
 
-    `logits` [S, R] are those of all rows.
+    `logits` [S, R] are those of all rows, and `choice_bias` [R] is added to their scores to select.
     """
     n_used = spec.n_expert_used
     assert kept.sum() >= n_used, "fewer rows than a token selects"
-    values = np.where(kept, logits.astype(np.float64), -np.inf)
-    selected = np.argsort(-values, axis=1, kind="stable")[:, :n_used]
-    top = np.take_along_axis(values, selected, 1)
-    powers = np.exp(top - top[:, :1])
-    # Renormalised weights are a softmax over the selected rows alone.
-    whole = powers if spec.architecture.router.renormalise else np.exp(values - top[:, :1])
+    values = logits.astype(np.float64)
+    scores = np.where(kept, values, -np.inf)
+    if spec.router_score == "sigmoid":
+        scores = 1 / (1 + np.exp(-values))
+    elif spec.router_score == "softmax":
+        scores = _softmax(scores)
+    choice = np.where(kept, scores if choice_bias is None else scores + choice_bias, -np.inf)
+    if spec.experts.n_group > 1:
+        choice = _of_best_groups(choice, spec.experts)
+    selected = np.argsort(-choice, axis=1, kind="stable")[:, :n_used]
+    top = np.take_along_axis(scores, selected, 1)
+    if spec.router_score == "softmax_of_selected":
+        top = _softmax(top)
+    if spec.renormalises:
+        top /= np.maximum(top.sum(1, keepdims=True), LEAST_SUM)
     weights = np.zeros_like(values)
-    np.put_along_axis(weights, selected, powers / whole.sum(1, keepdims=True) * spec.expert_weights_scale, 1)
+    np.put_along_axis(weights, selected, top * spec.expert_weights_scale, 1)
     return weights
+
+
+def _softmax(values: Double) -> Double:
+    powers = np.exp(values - values.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
+def _of_best_groups(choice: Double, experts: ExpertSpec) -> Double:
+    """The scores [S, R] with -inf in the groups that are not selected, whose two best add up to less."""
+    groups = choice.reshape(len(choice), experts.n_group, -1)
+    best = np.argsort(-np.sort(groups, 2)[:, :, -2:].sum(2), axis=1, kind="stable")[:, : experts.n_group_used]
+    is_best = np.zeros(groups.shape[:2], np.bool_)
+    np.put_along_axis(is_best, best, values=True, axis=1)
+    return np.where(is_best[:, :, None], groups, -np.inf).reshape(choice.shape)
 
 
 def renormalised(kept: Double, weights: Double) -> Double:
@@ -63,8 +90,9 @@ def renormalised(kept: Double, weights: Double) -> Double:
 class LayerGram:
     """One layer's Gram matrices `products` [S, n, n] and router logits [S, R], ready for policies.
 
-    `target` [R] are the experts that the router's rows mean, `weights` [S, R] the model's own expert weights. All
-    coefficients are [S, n], in the order of the vectors of `GramSample`.
+    `target` [R] are the experts that the router's rows mean, `weights` [S, R] the model's own expert weights, and
+    `choice_bias` [R], if any, is added to the router's scores to select experts. All coefficients are [S, n], in the
+    order of the vectors of `GramSample`.
     """
 
     products: Single
@@ -72,6 +100,11 @@ class LayerGram:
     target: NDArray[np.int64]
     spec: ModelSpec
     weights: Double
+    choice_bias: Single | None = None
+
+    def row_weights(self, kept: NDArray[np.bool_], tokens: slice | Int = slice(None)) -> Double:
+        """Expert weights of some of the sampled tokens, of a router that has only the rows `kept` [R]."""
+        return row_weights(self.logits[tokens], kept, self.spec, self.choice_bias)
 
     @property
     def n_expert(self) -> int:
@@ -95,7 +128,7 @@ class LayerGram:
 
     def redirected(self, dropped: Collection[int]) -> Double:
         """The coefficients without some experts and their rows: tokens select among the others."""
-        return self.coefficients(row_weights(self.logits, ~self.rows_of(dropped), self.spec))
+        return self.coefficients(self.row_weights(~self.rows_of(dropped)))
 
     def with_constants(self, dropped: Collection[int]) -> Double:
         """The coefficients with the mean outputs of some experts in their place."""
@@ -119,11 +152,13 @@ class LayerGram:
         return np.asarray(np.divide(inner, norms, out=np.zeros_like(norms), where=norms > 0))
 
 
-def layer_gram(layer: LayerStatistics, target: Sequence[int], spec: ModelSpec) -> LayerGram:
+def layer_gram(
+    layer: LayerStatistics, target: Sequence[int], spec: ModelSpec, choice_bias: Single | None = None
+) -> LayerGram:
     """The Gram matrices of a layer's statistics; `target` is the source's, `spec` says how the model routes.
 
-    Raises UsageError for a layer without Gram matrices, and for one that has constant experts already, which the Gram
-    matrices do not contain.
+    `choice_bias` [R] is the router's, if it has one. Raises UsageError for a layer without Gram matrices, and for one
+    that has constant experts already, which the Gram matrices do not contain.
     """
     sample = gram_of(layer)
     means = np.array(target, np.int64)
@@ -132,5 +167,12 @@ def layer_gram(layer: LayerStatistics, target: Sequence[int], spec: ModelSpec) -
             "The model already has constants in place of experts. Compress the model that it was made from."
         )
     assert sample.gram.shape[1] > 2 * means.max(initial=0) + 2, "statistics of another model"
-    weights = row_weights(sample.logits, np.ones(means.size, np.bool_), spec)
-    return LayerGram(sample.gram, sample.logits, means, spec, weights)
+    weights = row_weights(sample.logits, np.ones(means.size, np.bool_), spec, choice_bias)
+    return LayerGram(sample.gram, sample.logits, means, spec, weights, choice_bias)
+
+
+def gram_of_block(layer: LayerStatistics, source: ModelSource, block: int) -> LayerGram:
+    """The Gram matrices of the statistics of a source's block; raises as `layer_gram` does, and ModelFileError."""
+    key = choice_bias_key(block)
+    bias = source.read(key) if key in source.shapes else None
+    return layer_gram(layer, source.layers[block].target, source.spec, bias)

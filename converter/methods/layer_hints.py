@@ -11,7 +11,7 @@ import numpy as np
 
 from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.expert_drop import Survivors
-from slimoe.converter.methods.gram_policy import LayerGram, policy_error, renormalised, row_weights
+from slimoe.converter.methods.gram_policy import LayerGram, policy_error, renormalised
 from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens, router_of
 from slimoe.converter.stats.statistics import Double, LayerStatistics
 from slimoe.offload.model.native_layout import LayerHints
@@ -85,7 +85,7 @@ def _weights(gram: LayerGram, survivors: Survivors) -> Double:
     """Expert weights [S, R] with only the rows that are left."""
     rows = np.zeros(gram.target.size, np.bool_)
     rows[list(survivors.rows)] = True
-    return row_weights(gram.logits, rows, gram.spec)
+    return gram.row_weights(rows)
 
 
 def _skip_rates(layer: LayerStatistics, survivors: Survivors, gram: LayerGram | None) -> Double:

@@ -12,7 +12,7 @@ from math import comb
 
 import numpy as np
 
-from slimoe.converter.methods.gram_policy import LayerGram, policy_error, row_weights
+from slimoe.converter.methods.gram_policy import LayerGram, policy_error
 from slimoe.converter.stats.statistics import Double
 from slimoe.offload.errors import UsageError
 
@@ -68,18 +68,19 @@ def removals(gram: LayerGram) -> Iterator[Subset]:
         if not tried:
             return
         errors, kept = min(tried, key=lambda one: float(one[0].sum()))
-        weights = row_weights(gram.logits, gram.rows_of(kept), gram.spec)
+        weights = gram.row_weights(gram.rows_of(kept))
         yield Subset(kept, float(errors.mean()))
 
 
 def _errors_after(gram: LayerGram, kept: tuple[int, ...], weights: Double, errors: Double) -> Double:
     """Squared errors [S] with fewer experts; only those of tokens whose `weights` [S, R] have a dropped row change.
 
-    Without renormalisation, a router with fewer rows changes the weights of every token.
+    Of a softmax over all rows that is not renormalised, fewer rows change the weights of every token.
     """
-    rows = gram.rows_of(kept)
-    moved = np.flatnonzero((weights[:, ~rows] > 0).any(1) | (not gram.spec.architecture.router.renormalise))
-    new = gram.coefficients(row_weights(gram.logits[moved], rows, gram.spec))
+    rows, spec = gram.rows_of(kept), gram.spec
+    moves_all = spec.router_score == "softmax" and not spec.renormalises
+    moved = np.flatnonzero((weights[:, ~rows] > 0).any(1) | moves_all)
+    new = gram.coefficients(gram.row_weights(rows, moved))
     result = errors.copy()
     result[moved] = policy_error(gram.products[moved], new - gram.coefficients(gram.weights[moved]))
     return result

@@ -7,12 +7,12 @@ the expert weights.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import route
+from slimoe.converter.forward.block import Router, route
 from slimoe.converter.stats.statistics import Single
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec
@@ -53,25 +53,26 @@ class RefittedRouter:
 
 
 def refit(
-    x: Tensor, outputs: Tensor, y: Tensor, router: Single, model: ModelSpec, spec: RefitSpec = _USUAL
+    x: Tensor, outputs: Tensor, y: Tensor, router: Router, model: ModelSpec, spec: RefitSpec = _USUAL
 ) -> RefittedRouter:
     """Finds rows with which the weighted sum of `outputs` [n, n_row, n_embd] is nearest to `y` [n, n_embd].
 
-    Starts from `router` [n_row, n_embd] with inputs `x` [n, n_embd]. `outputs` are by row of the router: rows that mean
-    the same expert repeat its output. `model` says how many rows a token selects and how expert weights are scaled.
+    Starts from `router`, whose bias stays as it is, with inputs `x` [n, n_embd]. `outputs` are by row of the router:
+    rows that mean the same expert repeat its output. `model` says how many rows a token selects and how expert weights
+    are scaled.
     Takes memory for n (n_row + 1)^2 floats beside the arguments. Raises UsageError for fewer than 8 tokens.
     """
-    assert outputs.shape[1] == len(router)
+    assert outputs.shape[1] == len(router.weight)
     if len(x) < 8:
         raise UsageError(f"A router cannot be fitted to {len(x)} tokens. Give more calibration text.")
     scale = y.double().square().sum(1).mean().clamp(min=1e-30).sqrt().float()
     parts = zip(outputs.split(_TOKENS_AT_ONCE), y.split(_TOKENS_AT_ONCE), strict=True)
     vectors = (torch.cat((some.float(), wanted[:, None].float()), 1) / scale for some, wanted in parts)
-    tokens = _Tokens(x.float(), torch.cat([part @ part.mT for part in vectors]), model)
+    tokens = _Tokens(x.float(), torch.cat([part @ part.mT for part in vectors]), router, model)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(spec.seed))
     n_held = max(int(len(x) * spec.held_out), 1)
     held, train = order[:n_held], order[n_held:]
-    start = torch.from_numpy(router.copy())
+    start = router.weight.clone()
     best, before = start, tokens.evaluate(start, held)
     after, most = before, tokens.evaluate(start, train)
     for rows in _iterates(tokens, start, train, spec):
@@ -90,24 +91,25 @@ class _Tokens:
 
     x: Tensor
     products: Tensor
+    router: Router
     model: ModelSpec
 
-    def error(self, router: Tensor, rows: Tensor) -> Tensor:
+    def error(self, weight: Tensor, rows: Tensor) -> Tensor:
         """The mean squared error of the output of some tokens, differentiable while they select the same experts."""
-        routing = route(router, self.model, self.x[rows])
+        routing = route(replace(self.router, weight=weight), self.model, self.x[rows])
         mix = torch.zeros_like(routing.logits).scatter(-1, routing.selected, routing.weights)
         mix = torch.cat((mix, -torch.ones(len(rows), 1)), -1)
         return torch.einsum("ti,tij,tj->t", mix, self.products[rows], mix).mean()
 
-    def gradient(self, router: Tensor, rows: Tensor) -> Tensor:
+    def gradient(self, weight: Tensor, rows: Tensor) -> Tensor:
         """The gradient of the error of some tokens by the rows of the router."""
-        router = router.detach().requires_grad_()
-        return torch.autograd.grad(self.error(router, rows), router)[0]
+        weight = weight.detach().requires_grad_()
+        return torch.autograd.grad(self.error(weight, rows), weight)[0]
 
-    def evaluate(self, router: Tensor, rows: Tensor) -> float:
+    def evaluate(self, weight: Tensor, rows: Tensor) -> float:
         """The error of all of these tokens."""
         with torch.no_grad():
-            return sum(float(self.error(router, part)) * len(part) / len(rows) for part in rows.split(_TOKENS_AT_ONCE))
+            return sum(float(self.error(weight, part)) * len(part) / len(rows) for part in rows.split(_TOKENS_AT_ONCE))
 
 
 def _iterates(tokens: _Tokens, start: Tensor, train: Tensor, spec: RefitSpec) -> Iterator[Tensor]:

@@ -61,7 +61,7 @@ class TypeRecipe:
         """The type of the matrix `name`; `tied` says that the token table is also the output matrix."""
         if name == "output.weight" or (tied and name == "token_embd.weight"):
             return output_type(self.base)
-        layer, role = layer_and_role(name)
+        layer, role = layer_and_role(name.replace("_shexp.", "."))
         rule = (self.moe_roles if moe else {}).get(role) or self.roles.get(role)
         return rule(layer, n_layer) if rule else self.base
 

@@ -37,8 +37,9 @@ class StorageRecipe:
     """The types in which matrices are stored; None leaves a type to the allocator.
 
     `expert` is that of all experts, and `low` that of a low-bit copy of every expert, which is made only if it is
-    given. `attention`, `token` and `output` are those of the attention, the token table and the output matrix. The
-    allocator chooses from `candidates`, or from all types if there are none.
+    given. `attention` is that of what every token passes: attention, shared experts and dense layers. `token` and
+    `output` are those of the token table and the output matrix. The allocator chooses from `candidates`, or from all
+    types if there are none.
     """
 
     expert: str | None = None

@@ -49,6 +49,11 @@ def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
     return MatrixKey(f"blk.{layer}.{role}.{kind}")
 
 
+def choice_bias_key(layer: int) -> MatrixKey:
+    """What is added to a router's scores [n_row] to select experts, but not to their weights."""
+    return block_key(layer, "exp_probs_b", "bias")
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """Where a matrix lies that is stored as ggml blocks already, rows [n_rows, n_per_row]."""

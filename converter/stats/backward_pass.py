@@ -201,7 +201,7 @@ class Backward:
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
         x = rms_norm(middle, router.norm, self.source.spec.rms_eps)
-        return x, route(router.weight, self.source.spec, x)
+        return x, route(router, self.source.spec, x)
 
     def _expert(
         self,

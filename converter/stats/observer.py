@@ -65,7 +65,7 @@ class LayerObserver(Observer):
         self._of = source.layers[layer]
         self._inputs = InputTotals(source, layer)
         self._similarity = SimilarityTotals()
-        norm = block_key(layer, "ffn_norm")
+        norm = block_key(layer, source.spec.architecture.ffn_norm)
         self._norm = read_tensor(source, norm) if norm in source.shapes else None
         self._experts = _ExpertObserver(source, layer, n_rows, samples, device, n_threads) if self._of.target else None
 

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Routing
-from slimoe.converter.source.model_source import ModelSource, block_key
+from slimoe.converter.forward.block import Router, Routing, read_router, route
+from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, RouterSums
 
 Selected = NDArray[np.uint16]
@@ -90,19 +89,19 @@ class RouterPrediction:
     """
 
     def __init__(self, source: ModelSource, layer: int, n_rows: int, device: str) -> None:
-        self._n_used = source.spec.n_expert_used
-        self._routers: dict[int, Tensor] = {}
+        self._spec = source.spec
+        self._routers: dict[int, Router] = {}
         for ahead in range(N_AHEAD):
             later = layer + ahead + 1
-            if later < len(source.layers) and source.layers[later].target:
-                weight = source.read(block_key(later, "ffn_gate_inp"))
-                self._routers[ahead] = torch.from_numpy(weight).to(device)
-        self.selected: Selected = np.zeros((N_AHEAD, n_rows, self._n_used), np.uint16)
+            router = read_router(source, later, device) if later < len(source.layers) else None
+            if router is not None:
+                self._routers[ahead] = router
+        self.selected: Selected = np.zeros((N_AHEAD, n_rows, source.spec.n_expert_used), np.uint16)
 
     def add(self, first_row: int, x: Tensor) -> None:
         """Adds the router's normalised inputs [n, n_embd] of one sequence."""
         for ahead, router in self._routers.items():
-            selected = (x @ router.T).topk(self._n_used, -1).indices.cpu().numpy()
+            selected = route(router, self._spec, x).selected.cpu().numpy()
             self.selected[ahead, first_row : first_row + len(selected)] = selected
 
 

@@ -5,7 +5,7 @@ inputs (`feedback`), and the stream goes on through the values that it got. Rout
 they are then.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,11 +16,15 @@ from slimoe.converter.forward.block import (
     Attention,
     Expert,
     Linear,
+    Router,
     Routing,
+    SharedExpert,
     attend,
     read_attention,
+    read_dense,
     read_expert,
     read_router,
+    read_shared,
     read_tensor,
     rms_norm,
     route,
@@ -33,7 +37,7 @@ from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
-from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, constant_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
@@ -56,7 +60,7 @@ class _LayerState:
     middle: Tensor | None = None
     x: Tensor | None = None
     routing: Routing | None = None
-    router: Tensor | None = None
+    router: Router | None = None
 
 
 class FeedbackQuantiser:
@@ -105,14 +109,18 @@ class FeedbackQuantiser:
         """Moves the stream behind the layer."""
         state = self._state
         middle = self._middle()
+        update = None
         if state.plan.rows:
             x, routing = self._routed()
             if state.router is not None:
                 routing = route(state.router, self._source.spec, x)
-            middle = middle.clone()
+            update = torch.zeros_like(x)
             for expert, rows, expert_weights in rows_by_expert(state.plan.target, routing):
-                middle.index_add_(0, rows, expert_weights[:, None] * self._output(expert, x[rows]))
-        self._h = middle
+                update.index_add_(0, rows, expert_weights[:, None] * self._output(expert, x[rows]))
+        if (always := self._always()) is not None:
+            output = always(self._input())
+            update = output if update is None else update + output
+        self._h = middle if update is None else middle + self._source.spec.multipliers.residual * update
 
     # --- what is known so far -------------------------------------------------------------------------------
 
@@ -122,7 +130,7 @@ class FeedbackQuantiser:
             return
         if role == "token_embd":
             tokens = [token for one in self._sequences.tokens for token in one]
-            self._h = values[torch.tensor(tokens)]
+            self._h = values[torch.tensor(tokens)] * self._source.spec.multipliers.embedding
         elif matrix.key.expert >= 0:
             self._state.experts.setdefault(matrix.key.expert, {})[matrix.projection] = values
         elif layer >= 0:
@@ -138,6 +146,11 @@ class FeedbackQuantiser:
             return None
         if matrix.key.expert >= 0:
             return self._expert_products(matrix)
+        if not role.startswith("attn_"):
+            always = self._always()
+            assert always is not None, role
+            x = self._input()
+            return _products(always.expert.hidden(x) if role.startswith("ffn_down") else x)
         block = read_attention(self._source, self._state.plan.block)
         assert block is not None
         if role != "attn_output":
@@ -167,11 +180,23 @@ class FeedbackQuantiser:
 
     def _attention(self, block: Attention) -> Attention:
         """With the values that are fitted already."""
-        parts = {}
+        parts: dict[str, Linear] = {}
         for role, name in _ROLES.items():
             old: Linear = getattr(block, name)
             parts[name] = Linear(self._state.values.get(role, old.weight), old.bias)
-        return Attention(block.norm, parts["q"], parts["k"], parts["v"], parts["out"], block.rope_factors)
+        return replace(block, **parts)
+
+    def _always(self) -> SharedExpert | None:
+        """What every token passes, the shared expert or a dense feed-forward part, with the values fitted already."""
+        plan, suffix = self._state.plan, "_shexp" if self._state.plan.rows else ""
+        if f"ffn_down{suffix}" not in plan.types:
+            return None
+        shared = read_shared(self._source, plan.block)
+        old = SharedExpert(read_dense(self._source, plan.block)[1]) if shared is None else shared
+        linears = zip(PROJECTIONS, (old.expert.gate, old.expert.up, old.expert.down), strict=True)
+        values = self._state.values
+        parts = [replace(one, weight=values.get(f"ffn_{name}{suffix}", one.weight)) for name, one in linears]
+        return replace(old, expert=Expert(*parts))
 
     def _middle(self) -> Tensor:
         """The stream behind the layer's attention."""
@@ -189,14 +214,25 @@ class FeedbackQuantiser:
     def _routed(self) -> tuple[Tensor, Routing]:
         """The experts' input, and the experts that the router selects as it is in the plan."""
         state = self._state
-        if state.x is None or state.routing is None:
-            router = read_router(self._source, state.plan.block)
-            assert router is not None
-            state.x = rms_norm(self._middle(), router.norm, self._source.spec.rms_eps)
-            rows = torch.tensor(state.plan.rows)
-            weight = router.weight[rows] if state.plan.router is None else torch.from_numpy(state.plan.router)
-            state.routing = route(weight, self._source.spec, state.x)
-        return state.x, state.routing
+        if state.routing is None:
+            state.routing = route(self._router(), self._source.spec, self._input())
+        return self._input(), state.routing
+
+    def _input(self) -> Tensor:
+        """What the layer's feed-forward part reads."""
+        state, spec = self._state, self._source.spec
+        if state.x is None:
+            norm = read_tensor(self._source, block_key(state.plan.block, spec.architecture.ffn_norm))
+            state.x = rms_norm(self._middle(), norm, spec.rms_eps)
+        return state.x
+
+    def _router(self) -> Router:
+        """The router as it is in the plan."""
+        plan = self._state.plan
+        router = read_router(self._source, plan.block)
+        assert router is not None
+        own = router.with_rows(plan.rows)
+        return own if plan.router is None else replace(own, weight=torch.from_numpy(plan.router))
 
     def _expert(self, number: int) -> Expert:
         """The result's expert as far as it is fitted; `down` may be missing yet."""
@@ -223,8 +259,9 @@ class FeedbackQuantiser:
             x = self._routed()[0]
             x = x[:: max(1, len(x) // _REFIT_TOKENS)]
             outputs = torch.stack([self._output(expert, x) for expert in self._state.plan.target], 1)
-            fitted = refit(x, outputs, self._wanted(x), weights, self._source.spec).weight
-            self._state.router = torch.from_numpy(fitted)
+            router = replace(self._router(), weight=torch.from_numpy(weights.copy()))
+            fitted = refit(x, outputs, self._wanted(x), router, self._source.spec).weight
+            self._state.router = replace(router, weight=torch.from_numpy(fitted))
         return np.ascontiguousarray(fitted).reshape(-1).view(np.uint8)
 
     def _wanted(self, x: Tensor) -> Tensor:
@@ -233,7 +270,7 @@ class FeedbackQuantiser:
         router = read_router(self._source, block)
         assert router is not None
         result = torch.zeros_like(x)
-        routing = route(router.weight, self._source.spec, x)
+        routing = route(router, self._source.spec, x)
         for expert, rows, expert_weights in rows_by_expert(self._source.layers[block].target, routing):
             if expert >= 0:
                 result.index_add_(0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(x[rows]))

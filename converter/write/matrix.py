@@ -69,7 +69,7 @@ def copy_blocks(blocks: Blocks, name: str) -> NDArray[np.uint8]:
 
 
 def copy_rows(blocks: Blocks, matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Blocks of some rows of a stored matrix; raises ModelFileError."""
-    row_bytes = matrix_bytes(matrix) // matrix.shape[0]
+    """Blocks of some rows of a stored matrix, or elements of a vector; raises ModelFileError."""
+    row_bytes = matrix_bytes(matrix) // len(rows)
     stored = copy_blocks(blocks, str(origin_of(matrix) or matrix.key))
     return np.ascontiguousarray(stored.reshape(-1, row_bytes)[rows])

@@ -73,7 +73,7 @@ class SmallWeights:
 
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Decides by each weight next to the token's largest."""
-        small = choice.weights < self.ratios[choice.index] * choice.weights[:, :1]
+        small = choice.weights < self.ratios[choice.index] * choice.weights.max(axis=1, keepdims=True)
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), self.constants)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:

@@ -120,6 +120,16 @@ def _shapes_with_dense(keys: MetadataKeys, n_layer: int, n_expert: int, n_ff: in
     return tuple(LayerShape(n_expert, n_ff) if is_routed else dense for is_routed in routed)
 
 
+def dense_layer_keys(shapes: Sequence[LayerShape]) -> tuple[int, int] | None:
+    """`leading_dense_block_count` and `interleave_moe_layer_step` of such layers; None if no such keys say it."""
+    routed = [shape.n_expert > 0 for shape in shapes]
+    first = routed.index(True) if any(routed) else len(routed)
+    for step in range(1, len(routed) + 1):
+        if routed == [layer >= first and (layer + 1) % step == 0 for layer in range(len(routed))]:
+            return first, step
+    return None
+
+
 def _groups(keys: MetadataKeys, n_expert: int, n_used: int) -> tuple[int, int]:
     n_group = keys.count("expert_group_count", 0)
     if n_group < 2:
@@ -181,11 +191,12 @@ def expert_metadata(
         values["expert_shared_count"] = spec.n_ff_shared // n_ff
     elif architecture.shared is not None and architecture.shared.width == "key_counted":
         values["expert_shared_count"] = min(spec.n_ff_shared, 1)
-    if architecture.width_key != "feed_forward_length":
-        values[architecture.width_key] = n_ff
+    if not architecture.may_be_dense:  # llama.cpp demands it of some whose experts have the other key's width.
+        values["expert_feed_forward_length"] = n_ff
     if architecture.has_dense_layers:
-        values["leading_dense_block_count"] = len(dense)
-        values["interleave_moe_layer_step"] = 1
+        keys = dense_layer_keys(shapes)
+        assert keys is not None
+        values["leading_dense_block_count"], values["interleave_moe_layer_step"] = keys
         if dense:
             values["feed_forward_length"] = dense[0]
     return values

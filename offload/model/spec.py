@@ -126,7 +126,7 @@ class ModelSpec:
     @property
     def expert_weights_scale(self) -> float:
         """Factor on the expert weights."""
-        return self.experts.weights_scale
+        return self.experts.weights_scale or 1.0
 
     @property
     def n_ff_dense(self) -> int:
