@@ -42,17 +42,32 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """Divides rows by their root mean square, multiplies them with `weight` [n] and adds the bias [n], if any."""
+
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The normalised rows."""
+        normed = rms_norm(x, self.weight, self.eps)
+        return normed if self.bias is None else normed + self.bias
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """A block's attention: norm, projections, and what not all models have: the angles' divisors [n_rot / 2], and norms
-    of queries and keys.
+    """A block's attention: norm, projections, and what not all models have: divisors of the angles [n_rot / 2], others
+    for sequences longer than the original context, and norms of queries and keys.
     """
 
-    norm: Tensor
+    norm: Norm
     q: Linear
     k: Linear
     v: Linear
     out: Linear
     rope_factors: Tensor | None = None
+    long_factors: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
@@ -77,12 +92,12 @@ class AttentionPass:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """The feed-forward part's norm [n_embd], and the router `weight` [n_row, n_embd].
+    """The feed-forward part's norm, and the router `weight` [n_row, n_embd].
 
     `choice_bias` [n_row], if any, is added to the scores to select experts, but not to their weights.
     """
 
-    norm: Tensor
+    norm: Norm
     weight: Tensor
     choice_bias: Tensor | None = None
 
@@ -157,11 +172,14 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     """A layer's attention, None where it has none; raises ModelFileError."""
     if not source.layers[layer].has_attention:
         return None
-    factors = MatrixKey("rope_freqs.weight")
     q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
-    divisors = _optional(source, factors, device)
+    whole, short, long = (
+        _optional(source, MatrixKey(f"{name}.weight"), device)
+        for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
+    )
     norms = [_optional(source, block_key(layer, role), device) for role in ("attn_q_norm", "attn_k_norm")]
-    return Attention(read_tensor(source, block_key(layer, "attn_norm"), device), q, k, v, out, divisors, *norms)
+    factors = (short, long) if whole is None else (whole, whole)
+    return Attention(_norm(source, layer, "attn_norm", device), q, k, v, out, *factors, *norms)
 
 
 def _optional(source: ModelSource, key: MatrixKey, device: str) -> Tensor | None:
@@ -173,11 +191,23 @@ def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router 
     if not source.layers[layer].target:
         return None
     weight = read_tensor(source, block_key(layer, "ffn_gate_inp"), device)
-    return Router(_ffn_norm(source, layer, device), weight, _optional(source, choice_bias_key(layer), device))
+    return Router(read_ffn_norm(source, layer, device), weight, _optional(source, choice_bias_key(layer), device))
 
 
-def _ffn_norm(source: ModelSource, layer: int, device: str) -> Tensor:
-    return read_tensor(source, block_key(layer, source.spec.architecture.ffn_norm), device)
+def _norm(source: ModelSource, layer: int, role: str, device: str) -> Norm:
+    weight = read_tensor(source, block_key(layer, role), device)
+    return Norm(weight, source.spec.rms_eps, _optional(source, block_key(layer, role, "bias"), device))
+
+
+def read_ffn_norm(source: ModelSource, layer: int, device: str = "cpu") -> Norm:
+    """The norm before a layer's feed-forward part; raises ModelFileError."""
+    return _norm(source, layer, source.spec.architecture.ffn_norm, device)
+
+
+def read_output_norm(source: ModelSource, device: str = "cpu") -> Norm:
+    """The norm behind the last layer; raises ModelFileError."""
+    bias = _optional(source, MatrixKey("output_norm.bias"), device)
+    return Norm(read_tensor(source, MatrixKey("output_norm.weight"), device), source.spec.rms_eps, bias)
 
 
 def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:
@@ -186,10 +216,10 @@ def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu
     return Expert(Linear(gate), Linear(up), Linear(down))
 
 
-def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Tensor, Expert]:
+def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Norm, Expert]:
     """A dense layer's norm and feed-forward part; raises ModelFileError."""
     ffn = Expert(*(_linear(source, layer, f"ffn_{name}", device) for name in PROJECTIONS))
-    return _ffn_norm(source, layer, device), ffn
+    return read_ffn_norm(source, layer, device), ffn
 
 
 def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedExpert | None:
@@ -211,8 +241,9 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     It goes from one key head to the next, so that the attention weights of one group of heads are held at a time.
     """
     n, group = h.shape[0], spec.n_head // spec.n_head_kv
-    x = rms_norm(h, block.norm, spec.rms_eps)
-    cos, sin = _angles(spec.rope, n, h.device, block.rope_factors)
+    x = block.norm(h)
+    factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
+    cos, sin = _angles(spec.rope, n, h.device, factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
     queries, keys = (
         _normed_heads(rotate(_heads(rows, norm, spec), cos, sin, spec.architecture.rope), norm, spec)
@@ -305,18 +336,21 @@ def _of_best_groups(choice: Tensor, experts: ExpertSpec) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last norm [n_embd] and the output matrix [n_vocab, n_embd], whose products are multiplied by `scale`."""
+    """The last norm, the output matrix [n_vocab, n_embd] and its bias [n_vocab], if any.
 
-    norm: Tensor
+    Logits are `scale` times its products.
+    """
+
+    norm: Norm
     weight: Tensor
-    eps: float
+    bias: Tensor | None = None
     scale: float = 1.0
     max_logits: int = 1 << 23
     """The most logits that are held at once, 32 MiB of them."""
 
     def __call__(self, h: Tensor) -> Tensor:
         """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
-        return self.scale * (rms_norm(h, self.norm, self.eps) @ self.weight.T)
+        return self.scale * torch.nn.functional.linear(self.norm(h), self.weight, self.bias)
 
     def spans(self, n_rows: int) -> Iterator[slice]:
         """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
@@ -328,5 +362,5 @@ def read_head(source: ModelSource, device: str = "cpu") -> Head:
     """A model's head, whose matrix is that of the embeddings where it has none of its own; raises ModelFileError."""
     output = MatrixKey("output.weight")
     table = read_tensor(source, output if output in source.shapes else MatrixKey("token_embd.weight"), device)
-    norm, spec = read_tensor(source, MatrixKey("output_norm.weight"), device), source.spec
-    return Head(norm, table, spec.rms_eps, spec.multipliers.logits)
+    bias = _optional(source, MatrixKey("output.bias"), device)
+    return Head(read_output_norm(source, device), table, bias, source.spec.multipliers.logits)

@@ -16,6 +16,7 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     AttentionPass,
     Expert,
+    Norm,
     Router,
     Routing,
     SharedExpert,
@@ -27,7 +28,6 @@ from slimoe.converter.forward.block import (
     read_router,
     read_shared,
     read_tensor,
-    rms_norm,
     route,
 )
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
@@ -140,9 +140,9 @@ class Stream:
             observer.block(layer, begin, self.h[begin:end], self._middle[begin:end], self._after[begin:end])
         self.h, self._after = self._after, self.h
 
-    def _normalised(self, rows: slice, norm: Tensor) -> Tensor:
+    def _normalised(self, rows: slice, norm: Norm) -> Tensor:
         """The input [n, n_embd] of some rows' feed-forward part."""
-        return rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps)
+        return norm(self._middle[rows].to(self.device))
 
     def _attention(self, layer: int, observer: Observer) -> None:
         block = read_attention(self.source, layer, self.device)
@@ -178,7 +178,7 @@ class Stream:
                 observer.output(layer, number, part, weight, output)
                 self._after.index_add_(0, part, (residual * weight[:, None] * output).cpu())
 
-    def _always(self, layer: int, norm: Tensor, shared: SharedExpert, observer: Observer) -> None:
+    def _always(self, layer: int, norm: Norm, shared: SharedExpert, observer: Observer) -> None:
         """Adds what every token passes: a dense feed-forward part, or the shared expert."""
         for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
             rows = slice(begin, begin + _ROWS_AT_ONCE)

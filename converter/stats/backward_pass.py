@@ -10,6 +10,7 @@ from slimoe.converter.forward.block import (
     Attention,
     Expert,
     Head,
+    Norm,
     Router,
     Routing,
     activate,
@@ -20,7 +21,6 @@ from slimoe.converter.forward.block import (
     read_head,
     read_router,
     read_tensor,
-    rms_norm,
     route,
 )
 from slimoe.converter.forward.layer_states import LayerStates
@@ -200,7 +200,7 @@ class Backward:
         return (routed * by_weight).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
-        x = rms_norm(middle, router.norm, self.source.spec.rms_eps)
+        x = router.norm(middle)
         return x, route(router, self.source.spec, x)
 
     def _expert(
@@ -208,7 +208,7 @@ class Backward:
         layer: int,
         expert: int,
         matrices: Expert,
-        norm: Tensor,
+        norm: Norm,
         rows: Tensor,
         routed: Tensor,
         mean: OutputMean,
@@ -217,7 +217,7 @@ class Backward:
 
         `routed` are the tokens' expert weights. Returns the gradient by them.
         """
-        x = rms_norm(self._middle[rows].to(self.device), norm, self.source.spec.rms_eps).requires_grad_()
+        x = norm(self._middle[rows].to(self.device)).requires_grad_()
         weights = routed.to(self.device).detach().requires_grad_()
         gate, up = matrices.gate(x), matrices.up(x)
         down = matrices.down(activate(gate, up))
@@ -243,7 +243,7 @@ class Backward:
         for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):
             along[rows] = self._expert(layer, 0, matrices, norm, rows, torch.ones(len(rows)), mean)
             middle = self._middle[rows].to(self.device).requires_grad_()
-            x = rms_norm(middle, norm, self.source.spec.rms_eps)
+            x = norm(middle)
             by_middle = torch.autograd.grad(x, middle, self._by_input[rows].to(self.device))[0]
             self._gradient[rows] += by_middle.cpu()
         return along

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slimoe.converter.forward.block import read_tensor, rms_norm
+from slimoe.converter.forward.block import read_output_norm
 from slimoe.converter.forward.stream import Sequences, Stream
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
@@ -106,9 +106,9 @@ def _pass(
                 findings.append(observer.finish())
             kept.add(findings[-1], stream.h)
         on_progress("layers", n_layer, n_layer)
-        norm, output_input = read_tensor(source, MatrixKey("output_norm.weight")), np.zeros(source.spec.n_embd)
+        norm, output_input = read_output_norm(source), np.zeros(source.spec.n_embd)
         for part in stream.h.split(_ROWS_AT_ONCE):
-            output_input += column_squares(rms_norm(part, norm, source.spec.rms_eps))
+            output_input += column_squares(norm(part))
         tokens = [token for one in text.tokens for token in one]
         return Statistics(
             source_hash=source.source_hash,

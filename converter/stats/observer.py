@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import AttentionPass, Expert, Routing, read_expert, read_tensor, rms_norm
+from slimoe.converter.forward.block import AttentionPass, Expert, Routing, read_expert, read_ffn_norm
 from slimoe.converter.forward.stream import Observer
-from slimoe.converter.source.model_source import ModelSource, block_key
+from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.routing_sums import RouterPrediction, RoutingSums, Selected
 from slimoe.converter.stats.statistics import LayerStatistics, SimilaritySums, TypeErrors
 from slimoe.converter.stats.statistics_file import to_arrays
@@ -65,8 +65,7 @@ class LayerObserver(Observer):
         self._of = source.layers[layer]
         self._inputs = InputTotals(source, layer)
         self._similarity = SimilarityTotals()
-        norm = block_key(layer, source.spec.architecture.ffn_norm)
-        self._norm = read_tensor(source, norm) if norm in source.shapes else None
+        self._norm = read_ffn_norm(source, layer) if self._of.has_ffn else None
         self._experts = _ExpertObserver(source, layer, n_rows, samples, device, n_threads) if self._of.target else None
 
     def read_expert(self, expert: int) -> Expert:
@@ -103,7 +102,7 @@ class LayerObserver(Observer):
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
         """Adds a sequence's residual streams, to compare before and after."""
         self._check(after)
-        x = None if self._norm is None else rms_norm(middle, self._norm, self._source.spec.rms_eps)
+        x = None if self._norm is None else self._norm(middle)
         self._similarity.add(h, middle, after, x)
         if self._experts is not None and self._experts.gram is not None:
             self._experts.gram.add_middle(first_row, middle)

@@ -23,10 +23,11 @@ from slimoe.converter.forward.block import (
     read_attention,
     read_dense,
     read_expert,
+    read_ffn_norm,
+    read_output_norm,
     read_router,
     read_shared,
     read_tensor,
-    rms_norm,
     route,
 )
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
@@ -37,7 +38,7 @@ from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, constant_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
@@ -140,8 +141,7 @@ class FeedbackQuantiser:
         """The sum of products of a matrix's inputs; None where nothing is multiplied with it, or nothing seen."""
         layer, role = layer_and_role(matrix.key.name)
         if role == "output":
-            norm = read_tensor(self._source, MatrixKey("output_norm.weight"))
-            return _products(rms_norm(self._h, norm, self._source.spec.rms_eps))
+            return _products(read_output_norm(self._source)(self._h))
         if layer < 0:
             return None
         if matrix.key.expert >= 0:
@@ -154,7 +154,7 @@ class FeedbackQuantiser:
         block = read_attention(self._source, self._state.plan.block)
         assert block is not None
         if role != "attn_output":
-            return _products(rms_norm(self._h, block.norm, self._source.spec.rms_eps))
+            return _products(block.norm(self._h))
         seen = [attend(self._attention(block), self._source.spec, self._h[b:e]) for b, e in self._sequences.spans()]
         return _products(torch.cat([one.output for one in seen]))
 
@@ -184,7 +184,7 @@ class FeedbackQuantiser:
         for role, name in _ROLES.items():
             old: Linear = getattr(block, name)
             parts[name] = Linear(self._state.values.get(role, old.weight), old.bias)
-        return replace(block, **parts)
+        return replace(block, q=parts["q"], k=parts["k"], v=parts["v"], out=parts["out"])
 
     def _always(self) -> SharedExpert | None:
         """What every token passes, the shared expert or a dense feed-forward part, with the values fitted already."""
@@ -220,10 +220,9 @@ class FeedbackQuantiser:
 
     def _input(self) -> Tensor:
         """What the layer's feed-forward part reads."""
-        state, spec = self._state, self._source.spec
+        state = self._state
         if state.x is None:
-            norm = read_tensor(self._source, block_key(state.plan.block, spec.architecture.ffn_norm))
-            state.x = rms_norm(self._middle(), norm, spec.rms_eps)
+            state.x = read_ffn_norm(self._source, state.plan.block)(self._middle())
         return state.x
 
     def _router(self) -> Router:

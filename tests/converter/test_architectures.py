@@ -23,7 +23,7 @@ SHAPE = FineShape(n_expert=16)
 
 
 def logits(path: Path) -> Array:
-    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, kv_type="f32", weights="copied"))) as engine:
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32", weights="copied"))) as engine:
         return engine.read(TOKENS, len(TOKENS)).copy()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Router
+from slimoe.converter.forward.block import Norm, Router
 from slimoe.converter.methods.router_refit import RefitSpec, refit
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA
@@ -32,7 +32,7 @@ FEW_STEPS = RefitSpec(n_step=100, n_batch=256, rate=0.03)
 
 
 def given(weight: NDArray[np.float32]) -> Router:
-    return Router(torch.ones(N_EMBD), torch.from_numpy(weight))
+    return Router(Norm(torch.ones(N_EMBD), 1e-5), torch.from_numpy(weight))
 
 
 def mixed(x: torch.Tensor, outputs: torch.Tensor, router: NDArray[np.float32], scale: float = 1.0) -> torch.Tensor:

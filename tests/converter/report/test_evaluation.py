@@ -120,7 +120,7 @@ def test_logits_are_held_in_parts(held: tuple[HeldModel, HeldModel]) -> None:
     whole = reference.compare(held[1])
     reference.close()
     plain = [read_head(model) for model in held]
-    heads = [Counted(head.norm, head.weight, head.eps, 5 * SIZES.n_vocab) for head in plain]
+    heads = [Counted(head.norm, head.weight, max_logits=5 * SIZES.n_vocab) for head in plain]
     last = [run(model, windows.sequences)[torch.from_numpy(windows.rows)] for model in held]
     scores = token_scores(heads[1], last[1], windows.targets)
     divergence = divergences(heads[0], last[0], heads[1], last[1])
