@@ -27,7 +27,7 @@ from bench.attacks.specimens import KINDS
 from bench.attacks.template_attack import attack_templates
 from bench.limits import machine
 from bench.limits.finding import Finding, Outcome, tell
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from slimoe.offload.errors import SlimoeError
 from slimoe.server.options.engine_options import OptionsCommand
 

@@ -28,7 +28,7 @@ from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
 from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from slimoe.converter.budget.compress import plan_compression, target_bytes
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.forward.texts import CalibrationText, TextFile

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.limits import machine
 from bench.limits.flags import run_flags
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from bench.quality.compress_runs import COMPRESSED, Plan, check_room, measure
 from bench.quality.compress_speed_report import as_json, table
 from slimoe.converter.stats.type_costs import CANDIDATES

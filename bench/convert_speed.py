@@ -23,7 +23,7 @@ from bench.baselines.llama_cpp import llama_quantize
 from bench.limits import machine
 from bench.limits.flags import run_flags, threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.quant.mixes import find_recipe
 from slimoe.offload.errors import SlimoeError

@@ -29,7 +29,7 @@ from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.limits.engine_changes import Changes, parse_changes
 from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from bench.models.topics import natural_tokens
 from bench.quality.copies_hints import measure_hints, write_hints
 from bench.quality.copies_scores import PASSES, Text, score

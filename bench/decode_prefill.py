@@ -26,7 +26,8 @@ from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import Candidate, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from bench.limits import machine
 from bench.limits.flags import run_flags, threads_flag, type_flag
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
@@ -207,7 +208,7 @@ def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[i
 
 
 @click.command()
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
+@click.option("--shape", type=click.Choice(MODELS), default="design8", show_default=True)
 @type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Measure this file instead of a random one.")
 @threads_flag
@@ -218,7 +219,7 @@ def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[i
 @click.option("--keep", is_flag=True, help="Keep the random model in the temporary directory.")
 def main(
     shape: str,
-    kind: str,
+    kind: str | None,
     model: Path | None,
     threads: int | None,
     rounds: int,
@@ -246,7 +247,7 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    about = {"model": path.name, "type": kind if model is None else None, "machine": machine.describe()}
+    about = {"model": path.name, "type": kind, "machine": machine.describe()}
     print(json.dumps(as_json(plan, report) | loads | about))
 
 

@@ -28,7 +28,7 @@ from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import kl_divergence, random_tokens
 from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.offload.engine import Engine

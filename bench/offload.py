@@ -9,7 +9,7 @@ memory and of reading what the cache missed as fast as the disk gives it. Before
 long a token will take. The table goes to stderr, the last line of stdout is one JSON document. A ratio of times above 1
 means that ours is faster. Linux only, see `bench.limits.cgroup`.
 
-    python -m bench.offload --model design8 --ratio 1.4 --ratio 2
+    python -m bench.offload --model qwen3moe --ratio 1.4 --ratio 2
 """
 
 import json
@@ -30,7 +30,8 @@ from bench.limits.engine_changes import parse_changes
 from bench.limits.flags import run_flags, threads_flag
 from bench.limits.limited_runs import Limit, Plan, measure
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS, SHAPES
 from bench.models.topics import STYLES, TOKENS
 from bench.quality.offload_report import as_json, table
 from slimoe.converter.convert import ConvertOptions, convert
@@ -114,8 +115,8 @@ def opened(model: str, copies: str | None, routing: str) -> Iterator[tuple[Path,
             raise UsageError(f"--copies {copies} is made of random weights: --model must be one of {' '.join(SHAPES)}.")
         with tempfile.TemporaryDirectory(prefix="slimoe-copies-") as directory:
             yield write_copies(Path(directory), model, copies, routing)
-    elif model in SHAPES:
-        with random_model_file(model, "Q4_K", routing=routing) as path:
+    elif model in MODELS:
+        with random_model_file(model, routing=routing) as path:
             yield path, Path(copies or path)
     else:
         yield Path(model), Path(copies or model)
@@ -146,7 +147,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 
 
 @click.command(context_settings={"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)})
-@click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights in Q4_K.")
+@click.option("--model", default="design8", show_default=True, help="A file, or a shape for random weights.")
 @click.option("--copies", help="Two copies of each expert for our engine: types such as Q4_K,Q2_K, or a native file.")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--ratio", "ratios", multiple=True, default=RATIOS, show_default=True, help="Or memory such as 12GiB.")

@@ -24,7 +24,8 @@ import psutil
 
 from bench.baselines.stepping import random_tokens
 from bench.limits import machine
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.plan.engine_config import ContextConfig, DeviceConfig, EngineConfig, MemoryConfig
@@ -115,7 +116,7 @@ def least_size(engine: Engine) -> int:
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="File to measure (default: a random one).")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True, help="Its shape.")
+@click.option("--shape", type=click.Choice(MODELS), default="design8", show_default=True, help="Its shape.")
 @click.option(
     "--sizes",
     default="least,+50%,+75%,+25%,100%",

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.limits.flags import threads_flag
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from bench.models.topics import STYLES, TOKENS
 from bench.traces.routing import ExpertIds, Floats, Routers, Routing, best, observe
 from slimoe.converter.convert import ConvertOptions, convert
@@ -152,7 +153,7 @@ def table(figures: dict[str, list[float]]) -> Table:
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path), help="A GGUF file.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="A Hugging Face checkpoint.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="natural_small", show_default=True)
+@click.option("--shape", type=click.Choice(MODELS), default="natural_small", show_default=True)
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
 @click.option("--text", "texts", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(2), default=512, show_default=True, help="Tokens of each text.")

@@ -29,7 +29,8 @@ from rich.table import Table
 from bench.baselines.rpc_server import rpc_server
 from bench.baselines.stepping import kl_divergence
 from bench.limits import machine
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from bench.models.topics import STYLES, TOKENS
 from bench.replay import GB, RATES
 from bench.traces.cache_replay import CacheReplay, Tally, Tier
@@ -249,7 +250,7 @@ def main(
     name, n_prompt, n_answer = ("smoke", 8, 40) if smoke else (model, N_PROMPT, tokens)
     try:
         with ExitStack() as stack:
-            is_shape = name in SHAPES
+            is_shape = name in MODELS
             path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
             n_tokens = n_prompt + n_answer
             words = TOKENS[routing](n_tokens, read_gguf(path).tensors["token_embd.weight"].ne[1])

@@ -28,7 +28,8 @@ from bench.baselines.stepping import random_tokens
 from bench.limits import machine
 from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.limits.victim import victim
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
@@ -138,7 +139,7 @@ def as_json(plan: Plan, served: list[Stream], own: list[Stream]) -> dict[str, An
 
 
 @click.command()
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="design8", show_default=True)
+@click.option("--shape", type=click.Choice(MODELS), default="design8", show_default=True)
 @type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Serve this file instead of a random one.")
 @threads_flag
@@ -147,7 +148,7 @@ def as_json(plan: Plan, served: list[Stream], own: list[Stream]) -> dict[str, An
 @run_flags
 def main(
     shape: str,
-    kind: str,
+    kind: str | None,
     model: Path | None,
     threads: int | None,
     rounds: int,

@@ -27,7 +27,8 @@ import psutil
 
 from bench.limits import machine
 from bench.limits.flags import run_flags, threads_flag, type_flag
-from bench.models.random_model import SHAPES, random_model_file
+from bench.models.random_model import random_model_file
+from bench.models.shapes import MODELS
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
@@ -122,7 +123,7 @@ def held_cpu(engine: Engine, form: Constraint, n_tokens: int) -> float:
 
 
 @click.command()
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, not the demo.")
+@click.option("--shape", type=click.Choice(MODELS), help="A random model of this shape, not the demo.")
 @type_flag
 @click.option("--model", type=click.Path(path_type=Path), help="Measure with this file.")
 @threads_flag
@@ -131,7 +132,7 @@ def held_cpu(engine: Engine, form: Constraint, n_tokens: int) -> float:
 @run_flags
 def main(
     shape: str | None,
-    kind: str,
+    kind: str | None,
     model: Path | None,
     threads: int | None,
     rounds: int,

@@ -25,7 +25,8 @@ import aiohttp
 from bench.limits.finding import Finding, Outcome
 from bench.limits.least_budget import least_budget
 from bench.limits.victim import Victim, tree_bytes, victim, watched_health
-from bench.models.random_model import Shape, write_random_model
+from bench.models.random_model import write_random_model
+from bench.models.shapes import Shape
 
 FLAT_SHARE, MOST_HITS = 0.02, 0.7
 FAIR_RATIO = 3.0
@@ -87,7 +88,7 @@ def soak(plan: SoakPlan) -> Outcome:
     course, flags = _Course(), (*_FLAGS, "--parallel", str(plan.n_parallel))
     with tempfile.TemporaryDirectory(prefix="slimoe-soak-") as folder:
         model = Path(folder) / "model.gguf"
-        n_bytes = write_random_model(model, plan.shape, kind=_KIND, vocabulary=True)
+        n_bytes = write_random_model(model, plan.shape.spec, kind=_KIND, vocabulary=True)
         with victim(model, *flags) as server:
             expected = {prompt: asyncio.run(_alone(server, prompt)) for prompt in prompts}
         budget = plan.budget_mib or least_budget(model, *flags).mib + round(_SPARE_SHARE * n_bytes / 2**20)

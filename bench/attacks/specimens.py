@@ -14,7 +14,7 @@ import sentencepiece
 
 from bench.attacks.specimen_tokenizers import BYTE_LEVEL, LIKE_SENTENCEPIECE
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import Shape
+from bench.models.shapes import Shape
 from slimoe.converter.stats.imatrix_file import Imatrix, InputSquares, write_imatrix
 from slimoe.offload.errors import SlimoeError
 from slimoe.server import cli

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.models.random_model import Shape
+from bench.models.shapes import Shape
 from bench.models.topics import STYLES, RoutingStyle, topical_rows
 from slimoe.converter.source.tokenizer.bpe_model import ALPHABET
 

@@ -15,21 +15,21 @@ import click
 from gguf import GGUFWriter
 
 from bench.models.random_blocks import RandomTensor
-from bench.models.random_model import SHAPES, Shape, describe, random_tensors, shape_named, weight_type, write_file
+from bench.models.random_model import WeightTypes, describe, random_tensors, weight_type, write_file
+from bench.models.shapes import SHAPES, model_named
 from bench.models.topics import STYLES
 from slimoe.offload.errors import SlimoeError
-from slimoe.offload.model.expert_spec import LayerShape
 from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import NATIVE
+from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 _EXPERTS = "_exps.weight"
 
 
-def copies_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
+def copies_tensors(spec: ModelSpec, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
     """Yields all tensors of a model, its stacks of experts once in each of both types."""
     kinds = weight_type(high), weight_type(low)
-    for tensor in random_tensors(shape.spec, kinds[0], kinds[0], STYLES[routing]):
+    for tensor in random_tensors(spec, WeightTypes.parse(high), STYLES[routing]):
         if not tensor.name.endswith(_EXPERTS):
             yield tensor
             continue
@@ -39,15 +39,17 @@ def copies_tensors(shape: Shape, high: str, low: str, routing: str) -> Iterator[
             yield replace(tensor, name=stack_name(int(layer), projection, bucket), type=kind)
 
 
-def write_random_copies(path: Path, shape: Shape, high: str, low: str, routing: str = "uniform", seed: int = 1) -> int:
+def write_random_copies(
+    path: Path, stock: ModelSpec, high: str, low: str, routing: str = "uniform", seed: int = 1
+) -> int:
     """Writes a native file to `path`; returns its bytes. Raises UsageError for unknown types."""
-    tensors = list(copies_tensors(shape, high, low, routing))
-    experts = tuple(range(shape.n_expert))
+    tensors = list(copies_tensors(stock, high, low, routing))
+    experts = tuple(range(stock.n_expert))
     layer = NativeLayer(experts, tuple((0, 1) for _ in experts))
     writer = GGUFWriter(path, NATIVE)
-    layers = (LayerShape(shape.n_expert, shape.n_ff),) * shape.n_layer
-    spec = replace(shape.spec, experts=replace(shape.spec.experts, layers=layers), is_native=True)
-    describe(writer, spec.metadata() | layout_metadata(NativeLayout((layer,) * shape.n_layer)))
+    layers = tuple(map(stock.layer_shape, range(stock.n_layer)))
+    spec = replace(stock, experts=replace(stock.experts, layers=layers), is_native=True)
+    describe(writer, spec.metadata() | layout_metadata(NativeLayout((layer,) * spec.n_layer)))
     writer.data_alignment = ALIGNMENT
     writer.add_custom_alignment(ALIGNMENT)
     writer.add_tokenizer_model("none")
@@ -65,7 +67,7 @@ def main(shape: str, path: Path, types: str, layers: int | None, routing: str) -
     """Write a random native model of SHAPE to PATH."""
     high, _, low = types.partition(",")
     try:
-        n_bytes = write_random_copies(path, shape_named(shape, layers), high, low, routing)
+        n_bytes = write_random_copies(path, model_named(shape, layers), high, low, routing)
     except (SlimoeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"{path}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)

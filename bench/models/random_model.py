@@ -22,15 +22,14 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from bench.models.random_blocks import RandomTensor, block_pool, random_pieces, topical_pieces
+from bench.models.shapes import MODELS, PUBLISHED, model_named
 from bench.models.topics import STYLES, RoutingStyle
+from slimoe.converter.quant.mixes import fitting_type
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.gguf.header import Value
-from slimoe.offload.model.architectures import LLAMA
-from slimoe.offload.model.expert_spec import ExpertSpec
-from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
-from slimoe.offload.model.tensor_list import model_tensors
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import ModelTensor, model_tensors
 
 TYPES = (
     "F32",
@@ -53,66 +52,62 @@ TYPES = (
     "MXFP4",
 )
 SPECIAL_TOKENS = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
-_N_CTX = 32768
 BYTE_TOKENS = tuple((f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(256))
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a random model looks like, in GGUF's words; widths are multiples of 256."""
-
-    n_layer: int
-    n_embd: int
-    n_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_expert: int
-    n_expert_used: int
-    n_vocab: int
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The same in the engine's terms, of a stock file."""
-        return ModelSpec(
-            architecture=LLAMA,
-            n_layer=self.n_layer,
-            n_embd=self.n_embd,
-            n_ff=self.n_ff,
-            n_vocab=self.n_vocab,
-            n_ctx_train=_N_CTX,
-            rms_eps=1e-5,
-            attention=AttentionSpec(self.n_head, self.n_head_kv, self.head_dim),
-            experts=ExpertSpec(self.n_expert, self.n_expert_used),
-            rope=RopeSpec(self.head_dim, _N_CTX, 1e6),
-        )
-
-
-SHAPES = {
-    "design8": Shape(8, 2048, 7168, 16, 8, 128, 8, 2, 32000),
-    "mixtral2": Shape(2, 4096, 14336, 32, 8, 128, 8, 2, 32000),
-    "mixtral": Shape(32, 4096, 14336, 32, 8, 128, 8, 2, 32000),
-    "finegrained": Shape(8, 2048, 768, 32, 4, 128, 128, 8, 32000),
-    "natural_medium": Shape(8, 1024, 3584, 8, 4, 128, 8, 2, 32000),
-    "natural_small": Shape(8, 256, 512, 4, 2, 64, 8, 2, 4096),
-    "smoke": Shape(2, 256, 512, 4, 2, 64, 4, 2, 512),
+_ATTENTION_BIASES = {
+    "qwen2moe": ("attn_q", "attn_k", "attn_v"),
+    "glm4moe": ("attn_q", "attn_k", "attn_v"),
+    "gpt-oss": ("attn_q", "attn_k", "attn_v", "attn_output"),
 }
+"""Matrices of attention whose products have biases, by architecture: the engine takes them where they are."""
 
 
-def random_tensors(
-    spec: ModelSpec, kind: GGMLQuantizationType, output: GGMLQuantizationType, style: RoutingStyle
-) -> Iterator[RandomTensor]:
-    """All tensors of a stock model, in the order of the file; the router and the norms are F32."""
-    factors = {"attn_output": style.attention, "ffn_gate_inp": style.router, "ffn_down_exps": style.feed_forward}
-    types = {"ffn_gate_inp": GGMLQuantizationType.F32, "output": output}
+@dataclass(frozen=True, slots=True)
+class WeightTypes:
+    """The types of a random model's matrices: of experts, of the output, and of all others."""
+
+    experts: GGMLQuantizationType
+    output: GGMLQuantizationType
+    others: GGMLQuantizationType
+
+    @classmethod
+    def parse(cls, kind: str, output: str | None = None) -> "WeightTypes":
+        """Reads TYPE or TYPE,EXPERTS; raises UsageError for types that random weights cannot have."""
+        others, _, experts = kind.partition(",")
+        return cls(weight_type(experts or others), weight_type(output or others), weight_type(others))
+
+    def of(self, tensor: ModelTensor) -> GGMLQuantizationType:
+        """The type of a matrix, or the one that llama.cpp takes in its place for rows that the type does not divide."""
+        if tensor.role == "ffn_gate_inp" or tensor.name.endswith(".bias") or len(tensor.ne) == 1:
+            return GGMLQuantizationType.F32
+        is_expert = tensor.role.endswith("_exps")
+        kind = self.experts if is_expert else self.output if tensor.role == "output" else self.others
+        return fitting_type(kind, tensor.ne[0])
+
+
+def random_tensors(spec: ModelSpec, types: WeightTypes, style: RoutingStyle) -> Iterator[RandomTensor]:
+    """All tensors of a stock model, in the order of the file; routers, norms and biases are F32."""
     for tensor in model_tensors(spec):
-        std = factors.get(tensor.role, 1.0) * tensor.ne[0] ** -0.5
-        if tensor.role == "token_embd":
-            yield RandomTensor(tensor.name, tensor.ne, kind, 1.0, topical=style.topical)
-        elif len(tensor.ne) > 1:
-            yield RandomTensor(tensor.name, tensor.ne, types.get(tensor.role, kind), std)
-        elif not tensor.is_optional:
-            yield RandomTensor(tensor.name, tensor.ne, GGMLQuantizationType.F32, 0.1, mean=1.0)
+        if len(tensor.ne) == 1 and tensor.is_optional:
+            continue
+        yield _random_tensor(tensor, types, style)
+        if tensor.role in _ATTENTION_BIASES.get(spec.architecture.name, ()):
+            bias = replace(tensor, name=tensor.name.replace(".weight", ".bias"), ne=tensor.ne[1:])
+            yield _random_tensor(bias, types, style)
+
+
+def _random_tensor(tensor: ModelTensor, types: WeightTypes, style: RoutingStyle) -> RandomTensor:
+    kind = types.of(tensor)
+    if tensor.role == "token_embd":
+        return RandomTensor(tensor.name, tensor.ne, kind, 1.0, topical=style.topical)
+    if tensor.name.endswith(".bias"):
+        return RandomTensor(tensor.name, tensor.ne, kind, 0.1)
+    if tensor.role.endswith("norm"):
+        return RandomTensor(tensor.name, tensor.ne, kind, 0.1, mean=1.0)
+    factors = {"attn_output": style.attention, "ffn_gate_inp": style.router}
+    factors |= dict.fromkeys(("ffn_down_exps", "ffn_down_shexp", "ffn_down"), style.feed_forward)
+    return RandomTensor(tensor.name, tensor.ne, kind, factors.get(tensor.role, 1.0) * tensor.ne[0] ** -0.5)
 
 
 def describe(writer: GGUFWriter, values: Mapping[str, Value]) -> None:
@@ -121,6 +116,10 @@ def describe(writer: GGUFWriter, values: Mapping[str, Value]) -> None:
     for key, value in values.items():
         if isinstance(value, list):
             writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:
@@ -131,31 +130,34 @@ def describe(writer: GGUFWriter, values: Mapping[str, Value]) -> None:
 
 def write_random_model(
     path: Path,
-    shape: Shape,
+    spec: ModelSpec,
     *,
     seed: int = 1,
-    kind: str = "Q4_K",
+    kind: str | None = None,
     output: str | None = None,
     vocabulary: bool = False,
     routing: str = "uniform",
 ) -> int:
-    """Writes a model to `path`, all matrices of type `kind` but the output of type `output`; returns its bytes.
+    """Writes a model to `path` and returns its bytes.
 
-    With a `vocabulary`, made up in SentencePiece's form (three special tokens, the 256 bytes, numbered words), it can
-    be served as text; without one it can only be spoken to in token ids. `routing` is one of STYLES.
+    All matrices are of type `kind`, or TYPE,EXPERTS where those of experts have another one; without it they are as the
+    architecture's published files have them. The output may have a type of its own. With a `vocabulary`, made up in
+    SentencePiece's form (three special tokens, the 256 bytes, numbered words), the model can be served as text; without
+    one it can only be spoken to in token ids. `routing` is one of STYLES.
     Raises UsageError for a type whose blocks do not fit or that needs calibration.
     """
-    tensors = list(random_tensors(shape.spec, weight_type(kind), weight_type(output or kind), STYLES[routing]))
+    weights = WeightTypes.parse(kind or PUBLISHED.get(spec.architecture.name, "Q4_K"), output)
+    tensors = list(random_tensors(spec, weights, STYLES[routing]))
     with whole_file(path) as part:
-        writer = GGUFWriter(part, "llama")
-        describe(writer, shape.spec.metadata())
+        writer = GGUFWriter(part, spec.stored_architecture)
+        describe(writer, spec.metadata())
         if vocabulary:
-            n_words = shape.n_vocab - len(SPECIAL_TOKENS) - len(BYTE_TOKENS)
+            n_words = spec.n_vocab - len(SPECIAL_TOKENS) - len(BYTE_TOKENS)
             words = ((f"▁w{number}", TokenType.NORMAL) for number in range(n_words))
             tokens, types = zip(*SPECIAL_TOKENS, *BYTE_TOKENS, *words, strict=True)
             writer.add_tokenizer_model("llama")
             writer.add_token_list(tokens)
-            writer.add_token_scores([0.0] * shape.n_vocab)
+            writer.add_token_scores([0.0] * spec.n_vocab)
             writer.add_token_types(types)
             writer.add_unk_token_id(0)
             writer.add_bos_token_id(1)
@@ -194,21 +196,14 @@ def weight_type(name: str) -> GGMLQuantizationType:
     return GGMLQuantizationType[name.upper()]
 
 
-def shape_named(name: str, n_layer: int | None = None) -> Shape:
-    """A shape of SHAPES, with `n_layer` layers where given; raises UsageError for an unknown name."""
-    if name not in SHAPES:
-        raise UsageError(f"There is no shape {name}. Choose one of {' '.join(SHAPES)}.")
-    return SHAPES[name] if n_layer is None else replace(SHAPES[name], n_layer=n_layer)
-
-
 @contextmanager
 def random_model_file(
-    shape: str, kind: str, *, vocabulary: bool = False, keep: bool = False, routing: str = "uniform"
+    shape: str, kind: str | None = None, *, vocabulary: bool = False, keep: bool = False, routing: str = "uniform"
 ) -> Iterator[Path]:
     """A random model in the temporary directory, deleted at the end unless it is to `keep`."""
     path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
     try:
-        write_random_model(path, shape_named(shape), kind=kind, vocabulary=vocabulary, routing=routing)
+        write_random_model(path, model_named(shape), kind=kind, vocabulary=vocabulary, routing=routing)
         yield path
     finally:
         if not keep:
@@ -216,10 +211,12 @@ def random_model_file(
 
 
 @click.command()
-@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("shape", type=click.Choice(MODELS))
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--seed", default=1, show_default=True)
-@click.option("--type", "kind", default="Q4_K", show_default=True, help="Type of all matrices.")
+@click.option(
+    "--type", "kind", help="TYPE of all matrices, or TYPE,EXPERTS.  [default: the architecture's, mostly Q4_K]"
+)
 @click.option("--output-type", help="Type of the output matrix.  [default: the same]")
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
@@ -228,7 +225,7 @@ def main(
     shape: str,
     path: Path,
     seed: int,
-    kind: str,
+    kind: str | None,
     output_type: str | None,
     layers: int | None,
     routing: str,
@@ -238,7 +235,7 @@ def main(
     try:
         n_bytes = write_random_model(
             path,
-            shape_named(shape, layers),
+            model_named(shape, layers),
             seed=seed,
             kind=kind,
             output=output_type,

@@ -17,7 +17,7 @@ are computed by the processor: an estimate that nothing here has measured, and a
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.models.random_model import Shape
+from bench.models.shapes import Shape
 from bench.quality.compress_step import Taken
 from slimoe.converter.forward.texts import DEFAULT_TOKENS
 from slimoe.converter.source.inventory import take_inventory

@@ -11,7 +11,7 @@ from bench.limits import isolated_run
 from bench.limits.isolated_run import OURS, Outcome
 from bench.limits.limited_runs import BenchChildError, run_candidate
 from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.random_model import Shape
+from bench.models.shapes import Shape
 from bench.quality.compress_projection import Calibrated, Density, Weights
 from bench.quality.compress_step import CalibrationJob, CompressionJob, ConversionJob, Job, Taken, run_here, run_step
 from slimoe.converter.forward.texts import DEFAULT_LENGTH

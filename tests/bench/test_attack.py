@@ -14,7 +14,8 @@ from bench.attacks.gguf_mutants import pack_header, read_header
 from bench.attacks.http_reply import BadReplyError, HttpReply, fault_of, split_replies
 from bench.attacks.mutant_reading import Reading
 from bench.attacks.mutants import mutant
-from bench.models.random_model import SHAPES, write_random_model
+from bench.models.random_model import write_random_model
+from bench.models.shapes import SHAPES
 
 JSON = {"content-type": "application/json"}
 
@@ -43,7 +44,7 @@ def test_mutants_repeat_and_differ(kind: str, name: str, data: bytes) -> None:
 
 def test_a_gguf_header_survives_reading_and_packing(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_random_model(path, SHAPES["smoke"], vocabulary=True)
+    write_random_model(path, SHAPES["smoke"].spec, vocabulary=True)
     data = path.read_bytes()
     header = read_header(data)
     assert pack_header(header) == data[: header.n_bytes]

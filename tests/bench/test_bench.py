@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from click.testing import CliRunner
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import go_to_depth, kl_divergence, random_tokens
-from bench.models.random_model import SHAPES, write_random_model
+from bench.models.random_model import write_random_model
+from bench.models.shapes import SHAPES
+from slimoe.offload.engine import Engine
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.spec import ModelSpec
+from tests.models.configs import engine_config
+from tests.models.tiny_gguf import FineShape, write_family
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +116,7 @@ def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
     shape = SHAPES["smoke"]
     paths = [tmp_path / name for name in ("a.gguf", "again.gguf", "b.gguf")]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
-        write_random_model(path, shape, seed=seed, kind="Q4_0", output="Q6_K")
+        write_random_model(path, shape.spec, seed=seed, kind="Q4_0", output="Q6_K")
     first, again, other = (path.read_bytes() for path in paths)
     assert first == again
     assert first != other
@@ -124,10 +131,27 @@ def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
     assert abs(np.corrcoef(experts) - np.eye(shape.n_expert)).max() < 0.05
 
 
+@pytest.mark.parametrize("name", ["qwen2moe", "granitemoe", "glm4moe"])
+def test_random_models_have_any_architecture(tmp_path: Path, name: str) -> None:
+    """llama.cpp loads them and computes what the engine does, with rows that Q4_K does not divide among them."""
+    shape = FineShape(n_layer=2, n_ff=96, n_head_kv=4, n_embd_head=64, n_expert=8, n_expert_used=2)
+    path, tokens = tmp_path / "random.gguf", random_tokens(9, shape.n_vocab)
+    spec = ModelSpec.from_gguf(read_gguf(write_family(tmp_path / "family.gguf", name, shape=shape)))
+    write_random_model(path, spec, kind="Q4_K,Q8_0")
+    assert ModelSpec.from_gguf(read_gguf(path)) == spec
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types >= {"Q4_K", "Q8_0", "F32"}
+    with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False))) as baseline:
+        expected = baseline.score(tokens)
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, weights="copied"))) as engine:
+        np.testing.assert_array_equal(engine.read(tokens, len(tokens)), expected)
+    assert 0.3 < expected.std() < 3
+
+
 @pytest.mark.parametrize("extra_buffers", [True, False])
 def test_baseline_steps_agree_with_its_prefill(tmp_path: Path, extra_buffers: bool) -> None:
     path = tmp_path / "model.gguf"
-    write_random_model(path, SHAPES["smoke"], vocabulary=True)
+    write_random_model(path, SHAPES["smoke"].spec, vocabulary=True)
     baseline = LlamaCpp(LlamaCppConfig(path, n_ctx=256, n_threads=1, extra_buffers=extra_buffers))
     tokens = random_tokens(12, baseline.n_vocab)
     at_once = baseline.prefill(tokens).copy()

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from gguf import GGUFWriter
 
 from bench.compress_speed import main
-from bench.models.random_model import SHAPES
+from bench.models.shapes import SHAPES
 from bench.quality.compress_projection import (
     CARD_BANDWIDTH,
     WHOLE,

@@ -17,7 +17,8 @@ from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
 from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_candidate
 from bench.models.random_copies import write_random_copies
-from bench.models.random_model import SHAPES, write_random_model
+from bench.models.random_model import write_random_model
+from bench.models.shapes import SHAPES
 from bench.offload import expert_matrix_bytes, limits_for, main, opened
 from bench.quality.offload_report import as_json
 from slimoe.offload.engine import Engine
@@ -34,7 +35,7 @@ PLAIN, REARRANGED = "llama.cpp --no-repack", "llama.cpp"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("offload-bench") / "model.gguf"
-    write_random_model(path, SHAPES["smoke"], routing="natural")
+    write_random_model(path, SHAPES["smoke"].spec, routing="natural")
     return path
 
 
@@ -227,7 +228,7 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
 
 def test_random_copies_run_exact_and_elastic(tmp_path: Path) -> None:
     path = tmp_path / "copies.gguf"
-    n_bytes = write_random_copies(path, SHAPES["smoke"], "Q4_K", "Q2_K")
+    n_bytes = write_random_copies(path, SHAPES["smoke"].spec, "Q4_K", "Q2_K")
     assert n_bytes == path.stat().st_size
     for lossy in (None, "elastic"):
         with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from bench.baselines.stepping import random_tokens
-from bench.models.random_model import SHAPES, write_random_model
+from bench.models.random_model import write_random_model
+from bench.models.shapes import SHAPES
 from bench.models.topics import N_TOPICS, TOPIC_TOKENS, natural_tokens, topical_rows
 from bench.routing_stats import first_repeats, frequencies, lookahead, lru_hits, repeats, statistics
 from bench.traces.routing import Routers, Routing, best, observe
@@ -109,7 +110,7 @@ def test_natural_routing_lasts_longer_and_is_predicted_better(tmp_path: Path) ->
     means = {}
     for routing, tokens in (("natural", natural_tokens), ("uniform", random_tokens)):
         path = tmp_path / f"{routing}.gguf"
-        write_random_model(path, SHAPES["natural_small"], kind="F16", routing=routing)
+        write_random_model(path, SHAPES["natural_small"].spec, kind="F16", routing=routing)
         texts = [tokens(192, SHAPES["natural_small"].n_vocab, seed) for seed in (1, 2)]
         figures = statistics(observe(path, texts, n_threads=1), Routers.read(path))
         means[routing] = {name: float(np.mean(values)) for name, values in figures.items()}
