@@ -2,9 +2,10 @@
 
 Layout, little-endian: MAGIC, version u32, length u32 of a JSON header, the header. Then for each step: length u32 of
 what follows, number of runs u16, the runs (kind u8, sequence, first position and number of tokens u32), and for each
-layer in the order of computation: layer u16, experts per token u16, rows u32, then all selected experts (u8, or u16
-from 255 experts up; the largest value means none), all their weights (float16), the number u16 of experts predicted,
-and of each its layer and number u16. A writer that was killed leaves a partial last step, which a reader leaves out.
+layer in the order of computation: layer u16, experts per token u16, rows u32, then all selected experts (u8, u16 from
+255 experts up, u32 from 65535 up; the largest value means none), all their weights (float16), the number u16 of experts
+predicted, and of each its layer u16 and number u16, or u32 where selected experts are u32. A writer that was killed
+leaves a partial last step, which a reader leaves out.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _LENGTH = struct.Struct("<I")
 _COUNT = struct.Struct("<H")
 _RUN = struct.Struct("<BIII")
 _LAYER = struct.Struct("<HHI")
-_PAIR = struct.Struct("<HH")
+_PAIR, _WIDE_PAIR = struct.Struct("<HH"), struct.Struct("<HI")
 _BUFFER_BYTES = 1 << 16
 _MAX_TOKENS = 1 << 20  # no step is larger; a damaged count would otherwise be believed
 _RECORDING = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
@@ -125,7 +126,7 @@ class Trace:
         for part in (part for step in self.steps for part in step.layers):
             n_rows[part.layer] += len(part.selected)
             selected = part.selected[part.selected >= 0]
-            counts[part.layer] += np.bincount(selected, minlength=self.header.n_expert)
+            np.add.at(counts[part.layer], selected, 1)
         mean: NDArray[np.float64] = counts / np.maximum(n_rows, 1)[:, None]
         return mean
 
@@ -143,7 +144,11 @@ def routers_hash(gguf: GGUFFile) -> str:
 
 
 def _expert_type(header: TraceHeader) -> Any:
-    return np.dtype("<u1") if header.n_expert < 255 else np.dtype("<u2")
+    return next(kind for kind in map(np.dtype, ("<u1", "<u2", "<u4")) if header.n_expert < np.iinfo(kind).max)
+
+
+def _pair(kind: Any) -> struct.Struct:
+    return _WIDE_PAIR if kind.itemsize > 2 else _PAIR
 
 
 class TraceWriter:
@@ -210,7 +215,8 @@ class TraceWriter:
 
     def predicted(self, keys: Sequence[tuple[int, int]]) -> None:
         """Records what was predicted at the layer just recorded: (layer, expert), the first to be read first."""
-        self._parts[-1] = _COUNT.pack(len(keys)) + b"".join(_PAIR.pack(*key) for key in keys)
+        pair = _pair(self._type)
+        self._parts[-1] = _COUNT.pack(len(keys)) + b"".join(pair.pack(*key) for key in keys)
 
     def _end_step(self) -> None:
         parts, self._parts = self._parts, []
@@ -277,6 +283,7 @@ def _read_header(path: Path, data: bytes) -> tuple[TraceHeader, int]:
 
 def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
     """Raises ValueError or struct.error for what no writer of ours has written."""
+    pair = _pair(kind)
     (n_runs,) = _COUNT.unpack_from(data)
     at = _COUNT.size + n_runs * _RUN.size
     runs = tuple(TraceRun(*fields) for fields in _RUN.iter_unpack(data[_COUNT.size : at]))
@@ -293,12 +300,12 @@ def _read_step(data: bytes, kind: Any, header: TraceHeader) -> TraceStep:
         at += stored.nbytes
         weights = np.frombuffer(data, "<f2", n_rows * n_used, at).reshape(n_rows, n_used)
         at += weights.nbytes
-        selected = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int32))
+        selected = np.where(stored == np.iinfo(kind).max, -1, stored.astype(np.int64)).astype(np.int32)
         if (selected >= len(header.expert_bytes[layer])).any():
             raise ValueError(layer)
         (n_predicted,) = _COUNT.unpack_from(data, at)
-        at += _COUNT.size + n_predicted * _PAIR.size
-        predicted = tuple(_PAIR.iter_unpack(data[at - n_predicted * _PAIR.size : at]))
+        at += _COUNT.size + n_predicted * pair.size
+        predicted = tuple(pair.iter_unpack(data[at - n_predicted * pair.size : at]))
         if len(predicted) != n_predicted:
             raise ValueError(layer)
         if any(later >= header.n_layer or expert >= len(header.expert_bytes[later]) for later, expert in predicted):

@@ -4,9 +4,10 @@ Of an expert's weights only the mean square is known, so that the losses expecte
 lets pass is bounded for each selected expert, and what an expert can cost in all is known.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots
@@ -27,12 +28,17 @@ def price_within(
     """
     missing = [one for one in _experts(layers, tables) if one.key not in resident]
 
-    def loss(price: float) -> float:
-        return sum(min(one.low_loss, price * one.read_bytes) for one in missing)
+    low_losses = np.array([one.low_loss for one in missing])
+    read_bytes = np.array([one.read_bytes for one in missing])
 
-    bounded = [one.low_loss / one.read_bytes for one in missing if one.read_bytes and math.isfinite(one.low_loss)]
-    unbounded = sum(one.read_bytes for one in missing if not math.isfinite(one.low_loss))
-    most = max([limit / unbounded if unbounded else 0.0, *bounded])
+    def loss(price: float) -> float:
+        return float(np.minimum(low_losses, price * read_bytes).sum())
+
+    is_bounded = np.isfinite(low_losses)
+    has_bytes = is_bounded & (read_bytes > 0)
+    unbounded = float(read_bytes[~is_bounded].sum())
+    bounded = float((low_losses[has_bytes] / read_bytes[has_bytes]).max(initial=0.0))
+    most = max(limit / unbounded if unbounded else 0.0, bounded)
     return NEVER if not unbounded and loss(most) <= limit else _largest(loss, limit, most)
 
 
@@ -44,8 +50,11 @@ def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequ
     """
     losing = [one for one in _experts(layers, tables) if one.has_low]
 
+    low_losses = np.array([one.low_loss for one in losing])
+    most_squares = np.array([one.most_weight**2 / one.weight_square for one in losing])
+
     def loss(rest: float) -> float:
-        return sum(one.low_loss * min(1.0, (rest * one.most_weight) ** 2 / one.weight_square) for one in losing)
+        return float((low_losses * np.minimum(1.0, rest**2 * most_squares)).sum())
 
     return 1.0 - _largest(loss, limit, 1.0)
 

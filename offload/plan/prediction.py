@@ -16,7 +16,7 @@ from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
 from slimoe.offload.machine.workload import workload
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.expert_placement import expert_placement
+from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
 
 TYPICAL_PAST = 512
 """Tokens before the one that is predicted: decoding slows down as they grow in number."""
@@ -84,7 +84,9 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     n_past = min(TYPICAL_PAST, plan.n_ctx - 1)
     n_prompt = min(plan.n_batch, plan.n_ctx)
     decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
-    return PlanPrediction(_slowest(plan, speed, decode), n_past, _slowest(plan, speed, prefill), n_prompt)
+    where = expert_placement(plan)
+    slowest = [_slowest(plan, speed, where, step) for step in (decode, prefill)]
+    return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt)
 
 
 def known_as(device: Device) -> str:
@@ -92,9 +94,8 @@ def known_as(device: Device) -> str:
     return f"{device.name} ({device.description})"
 
 
-def _slowest(plan: EnginePlan, speed: MachineSpeed, step: Step) -> Prediction:
+def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:
     load = workload(plan.spec, plan.sources, plan.layers)
-    where = expert_placement(plan)
     residency = Residency(where.device_share, where.host_share, where.is_cut)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]

@@ -57,7 +57,7 @@ def write(path: Path, header: TraceHeader, steps: Written) -> None:
     assert writer.failure is None
 
 
-@pytest.mark.parametrize("n_expert", [4, 254, 255, 300])
+@pytest.mark.parametrize("n_expert", [4, 254, 255, 300, 70000])
 def test_what_was_written_is_read(tmp_path: Path, n_expert: int) -> None:
     header = TraceHeader("abc", N_USED, ((7,) * n_expert, (), (9, 9, 8, 8)))
     steps = random_steps(header, 30)
