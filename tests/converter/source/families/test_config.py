@@ -1,6 +1,7 @@
 """config.json is read as transformers' own configuration classes read it, or refused with the field's name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.checkpoint_source import FAMILIES, read_model_config
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.model.architectures import ARCHITECTURES
 from tests.converter.source.test_rotation import TOKENS
 from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint
 
@@ -176,3 +178,18 @@ def test_logits_of_a_checkpoint_that_leaves_defaults_out(tmp_path: Path, sentenc
     import numpy as np
 
     np.testing.assert_allclose(llama_logits(path, TOKENS), expected, atol=2e-3 * expected.std())
+
+
+def test_the_page_names_every_architecture_and_its_classes() -> None:
+    expected = [
+        (row.name, row.models, sorted(name for name, family in FAMILIES.items() if family.architecture is row))
+        for row in ARCHITECTURES.values()
+    ]
+    page = (Path(__file__).parents[4] / "docs/converting.md").read_text(encoding="utf-8")
+    found = [
+        (name, models, sorted(classes.split(", ")) if classes != "none" else [])
+        for name, models, classes in re.findall(
+            r"^\| `([\w-]+)` \| (.+) \| (none|(?:\w+, )*\w+) \|$", page, re.MULTILINE
+        )
+    ]
+    assert found == expected
