@@ -14,7 +14,7 @@ from slimoe.offload.graph.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.graph.runner import Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import WeightStore, load_weights
-from slimoe.offload.model.tensors import join_layers
+from slimoe.offload.model.regrouped import join_layers
 from slimoe.offload.open_tiers import Tiers, open_tiers
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan

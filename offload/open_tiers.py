@@ -32,7 +32,8 @@ from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import WeightStore, WeightSubset, load_weights
 from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
-from slimoe.offload.model.tensors import ModelSources, join_layers, without_experts
+from slimoe.offload.model.regrouped import join_layers, without_experts
+from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA, QWEN3MOE
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 _N_CTX = 32768
 

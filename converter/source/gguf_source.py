@@ -14,7 +14,8 @@ from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.tensors import LayerSources, WeightSource, stacked_matrix
+from slimoe.offload.model.regrouped import stacked_matrix
+from slimoe.offload.model.tensors import LayerSources, WeightSource
 from slimoe.offload.text.tokenizer import Tokenizer
 
 _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version", "size_label")

@@ -14,8 +14,9 @@ from slimoe.converter.source.model_source import MatrixKey
 from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import ROPE_FREQS, AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
 
 _EMBEDDINGS = MatrixKey("token_embd.weight")
 _WHOLE = {

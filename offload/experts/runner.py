@@ -127,6 +127,8 @@ class TieredRunner:
             exchange = part.exchange
             exchange.write("positions", batch.positions)
             exchange.write("cells", batch.cells)
+            if temperature := self.spec.attention.temperature:
+                exchange.write("temperatures", temperature.factors(batch.positions))
             if exchange.is_host:
                 fill_mask(exchange.read("mask", batch.n_tokens, batch.n_kv), batch)
             else:

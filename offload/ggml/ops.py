@@ -215,6 +215,10 @@ def ggml_swiglu_split(ctx: Ptr, gate: Ptr, up: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_repeat_4d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_rope_ext(
     ctx: Ptr,
     a: Ptr,
@@ -230,6 +234,18 @@ def ggml_rope_ext(
     beta_fast: F32,
     beta_slow: F32,
 ) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_rope_set_offset(rotated: Ptr, n_offset: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_concat(ctx: Ptr, a: Ptr, b: Ptr, axis: I32) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_cont(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)

@@ -28,13 +28,14 @@ class StepInputs:
     """Tensor addresses to fill before a run.
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
-    mask F16 [n_kv, n_tokens] (0 or -inf).
+    mask F16 [n_kv, n_tokens] (0 or -inf), temperatures F32 [n_tokens], by which queries are multiplied; 0 without.
     """
 
     tokens: int
     positions: int
     cells: int
     mask: int
+    temperatures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +54,41 @@ class AttentionBuilder:
         """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
         ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
         query, key, value = self._qkv(layer, hidden, n_queries)
-        n_before = self.shape.n_tokens - n_queries
-        tail = ggml.ggml_view_2d(ctx, positions, n_queries, 1, n_queries * 4, n_before * 4) if n_before else positions
-        query, scale = self._normed_head(self._rope(query, tail), layer.q_norm), spec.attention_scale
+        query = self._normed_head(self._rope(query, self._last(positions, n_queries)), layer.q_norm)
+        scale = spec.attention_scale
         if spec.architecture.scales_queries:
             query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
         self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions), layer.k_norm))
         self._store(self.cache.values[index], value)
+        attended = self._attend(index, query, n_queries, scale)
+        joined = ggml.ggml_reshape_2d(ctx, attended, spec.attention.n_output, n_queries)
+        return add_linear(ctx, layer.attn_output, joined)
+
+    def _last(self, vector: int, n: int) -> int:
+        """The last `n` elements, of 4 bytes each, of a vector of one for each token."""
+        n_before = self.shape.n_tokens - n
+        return int(ggml.ggml_view_2d(self.ctx, vector, n, 1, n * 4, n_before * 4)) if n_before else vector
+
+    def _attend(self, index: int, query: int, n_queries: int, scale: float) -> int:
+        """What queries [n_embd_head, n_head, n_queries] make of the cached values, [n_value, n_head, n_queries].
+
+        `scale` is the factor on their products with keys.
+        """
+        keys = self._cached(self.cache.keys[index], self.spec.attention.key_length)
+        # Without values of their own, those of MLA are the beginning of the keys.
+        held = self.cache.values.get(index, self.cache.keys[index])
         attended = ggml.ggml_flash_attn_ext(
-            ctx,
-            ggml.ggml_permute(ctx, query, 0, 2, 1, 3),
-            self._cached(self.cache.keys[index]),
-            self._cached(self.cache.values[index]),
-            last_rows(ctx, self.inputs.mask, n_queries),
+            self.ctx,
+            ggml.ggml_permute(self.ctx, query, 0, 2, 1, 3),
+            keys,
+            self._cached(held, self.spec.attention.value_length),
+            last_rows(self.ctx, self.inputs.mask, n_queries),
             scale,
             0.0,
             0.0,
         )
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
-        joined = ggml.ggml_reshape_2d(ctx, attended, spec.n_embd_head * spec.n_head, n_queries)
-        return add_linear(ctx, layer.attn_output, joined)
+        return int(attended)
 
     def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int]:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens]."""
@@ -135,11 +151,8 @@ class AttentionBuilder:
         stored = ggml.ggml_set_rows(self.ctx, cache, by_head, self.inputs.cells)
         ggml.ggml_build_forward_expand(self.graph, stored)
 
-    def _cached(self, cache: int) -> int:
-        """The first n_kv cells of a layer's keys or values: [n_embd_head, n_kv, n_head_kv]."""
-        spec = self.spec
-        strides = ggml.tensor_at(cache).nb
-        view = ggml.ggml_view_3d(
-            self.ctx, cache, spec.n_embd_head, self.shape.n_kv, spec.n_head_kv, strides[1], strides[2], 0
-        )
-        return int(view)
+    def _cached(self, cache: int, length: int) -> int:
+        """The first n_kv cells of a layer's keys or values, and of these as many values: [length, n_kv, n_head_kv]."""
+        shape, strides = self.shape, ggml.tensor_at(cache).nb
+        n_head_kv = self.spec.n_head_kv
+        return int(ggml.ggml_view_3d(self.ctx, cache, length, shape.n_kv, n_head_kv, strides[1], strides[2], 0))

@@ -42,7 +42,7 @@ class ExchangeShape:
 class Exchange:
     """The tensors, by purpose; all are one-dimensional, and used through views of the step's shape.
 
-    tokens, positions I32 and cells I64 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
+    tokens, positions I32, cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
     residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
     expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first.
     early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
@@ -56,6 +56,7 @@ class Exchange:
             "tokens": (Type.I32, n_tokens),
             "positions": (Type.I32, n_tokens),
             "cells": (Type.I64, n_tokens),
+            "temperatures": (Type.F32, n_tokens),
             "mask": (Type.F16, shape.n_cells * n_tokens),
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),

@@ -33,10 +33,13 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: 
     Raises UsageError for a type that does not divide the heads.
     """
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    if spec.n_embd_head % block:
-        raise UsageError(f"Heads of {spec.n_embd_head} do not divide into {kind.name} blocks. Use --kv-type f16.")
+    attention = spec.attention
+    for length in (attention.key_length, attention.value_length):
+        if length % block:
+            raise UsageError(f"Heads of {length} do not divide into {kind.name} blocks. Use --kv-type f16.")
+    n_values = attention.key_length + (attention.value_length if attention.has_values else 0)
     n_layer = len(_with_attention(spec, layers))
-    return int(2 * n_layer * n_cells * spec.n_head_kv * spec.n_embd_head // block * block_bytes)
+    return int(n_layer * n_cells * spec.n_head_kv * n_values // block * block_bytes)
 
 
 def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int]:
@@ -46,7 +49,8 @@ def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int
 class KVCache:
     """Keys and values [n_embd_head, n_cells, n_head_kv] of each of the `layers`, by default all, that has attention.
 
-    Heads lie outermost, so that attention reads each head's keys as one stretch of memory.
+    Heads lie outermost, so that attention reads each head's keys as one stretch of memory. Where values are a view of
+    the keys, as with absorbed MLA, `values` is empty.
     """
 
     def __init__(
@@ -60,23 +64,28 @@ class KVCache:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
         self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
-        shape = (kind, spec.n_embd_head, n_cells, spec.n_head_kv)
-        own = _with_attention(spec, layers)
-        self.keys = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
-        self.values = {layer: int(ggml.ggml_new_tensor_3d(self._ctx, *shape)) for layer in own}
+        attention, own = spec.attention, _with_attention(spec, layers)
+        cells = (n_cells, spec.n_head_kv)
+        self.keys = {layer: self._tensor(kind, attention.key_length, *cells) for layer in own}
+        with_values = own if attention.has_values else []
+        self.values = {layer: self._tensor(kind, attention.value_length, *cells) for layer in with_values}
         tensors = [*self.keys.values(), *self.values.values()]
-        step = -(-ggml.ggml_nbytes(tensors[0]) // _ALIGNMENT) * _ALIGNMENT if tensors else 0
-        self.n_bytes = step * len(tensors)
+        sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        self.n_bytes = sum(sizes)
         try:
             self._buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
         except DoesNotFitError:
             ggml.ggml_free(self._ctx)
             raise
         base = -(-ggml_backend.ggml_backend_buffer_get_base(self._buffer) // _ALIGNMENT) * _ALIGNMENT
-        for index, tensor in enumerate(tensors):
-            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, base + index * step)
+        for tensor, size in zip(tensors, sizes, strict=True):
+            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, base)
+            base += size
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
         ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
+
+    def _tensor(self, kind: GGMLQuantizationType, *ne: int) -> int:
+        return int(ggml.ggml_new_tensor_3d(self._ctx, kind, *ne))
 
     def close(self) -> None:
         """Frees the memory."""

@@ -55,13 +55,13 @@ class KVStore:
         self.caches |= made
         self._layers = {name: place.layers for name, place in places.items()}
 
-    def tensors(self) -> Sequence[tuple[int, int]]:
-        """Keys and values of each layer that has attention, in the order of layers."""
+    def tensors(self) -> Sequence[int]:
+        """Keys, and values if they are no view of these, of each layer that has attention, in the order of layers."""
         keys, values = dict[int, int](), dict[int, int]()
         for cache in self.caches.values():
             keys |= cache.keys
             values |= cache.values
-        return [(keys[layer], values[layer]) for layer in sorted(keys)]
+        return [held[layer] for layer in sorted(keys) for held in (keys, values) if layer in held]
 
     def close(self) -> None:
         """Frees the memory."""

@@ -22,6 +22,7 @@ from slimoe.offload.model.spec import ModelSpec
 Logits = NDArray[np.float32]
 
 _MAX_GRAPHS = 24
+_NONE = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class _Prepared:
     positions: NDArray[np.int32]
     cells: NDArray[np.int64]
     mask: NDArray[np.float16]
+    temperatures: NDArray[np.float32]
     logits: Logits
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
@@ -80,6 +82,8 @@ class Runner:
             prepared.tokens[:] = np.arange(batch.n_tokens)
         prepared.positions[:] = batch.positions
         prepared.cells[:] = batch.cells
+        if temperature := self.spec.attention.temperature:
+            prepared.temperatures[:] = temperature.factors(batch.positions)
         fill_mask(prepared.mask, batch)
         if is_cancelled is None:
             self.backend.compute(prepared.graph)
@@ -103,6 +107,7 @@ class Runner:
                 positions=_array(inputs.positions, np.int32, n_tokens),
                 cells=_array(inputs.cells, np.int64, n_tokens),
                 mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv),
+                temperatures=_array(inputs.temperatures, np.float32, n_tokens) if inputs.temperatures else _NONE,
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),
             )

@@ -78,10 +78,13 @@ def build_segment(
 ) -> SegmentGraph:
     """Builds the graph of one segment, whose inputs and outputs lie in the exchange of its device part."""
     ctx, graph = new_graph(spec, 1 + segment.last - segment.first)
-    vectors = (exchange.tensor(name) for name in ("tokens", "positions", "cells"))
-    tokens, positions, cells = (int(ggml.ggml_view_1d(ctx, vector, shape.n_tokens, 0)) for vector in vectors)
+    vectors = (exchange.tensor(name) for name in ("tokens", "positions", "cells", "temperatures"))
+    tokens, positions, cells, temperatures = (
+        int(ggml.ggml_view_1d(ctx, vector, shape.n_tokens, 0)) for vector in vectors
+    )
     mask = 0 if cache is None else exchange.view(ctx, "mask", (shape.n_kv, shape.n_tokens))
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, StepInputs(tokens, positions, cells, mask))
+    inputs = StepInputs(tokens, positions, cells, mask, temperatures if spec.attention.temperature else 0)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):
         hidden = blocks.add_attention(index, hidden)

@@ -15,6 +15,7 @@ from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import AttentionBuilder, StepInputs, StepShape
 from slimoe.offload.graph.expert_ffn import add_dense_ffn, add_expert_ffn, add_expert_sum, add_shared_expert
 from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
 from slimoe.offload.graph.router import add_router, select_experts
 from slimoe.offload.graph.weights import ModelWeights
@@ -46,9 +47,11 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
         positions=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
         cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)),
         mask=int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)),
+        temperatures=int(ggml.ggml_new_tensor_1d(ctx, Type.F32, shape.n_tokens)) if spec.attention.temperature else 0,
     )
-    for tensor in (inputs.tokens, inputs.positions, inputs.cells, inputs.mask):
-        ggml.ggml_set_input(tensor)
+    for tensor in (inputs.tokens, inputs.positions, inputs.cells, inputs.mask, inputs.temperatures):
+        if tensor:
+            ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked)
     hidden = blocks.add_embeddings()
@@ -97,9 +100,8 @@ class BlockBuilder:
         if layer.attn_norm is None:
             return last_rows(ctx, hidden, n_rows)
         assert self.cache is not None
-        attention = AttentionBuilder(
-            ctx, self.graph, spec, self.cache, self.shape, self.inputs, self.weights.rope_freqs
-        )
+        builder = AttentionBuilder if layer.latent is None else LatentAttentionBuilder
+        attention = builder(ctx, self.graph, spec, self.cache, self.shape, self.inputs, self.weights.rope_freqs)
         n_queries = self.shape.n_queries if index == spec.n_layer - 1 else self.shape.n_tokens
         output = attention.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps), n_queries)
         update = self._scaled(last_rows(ctx, output, n_rows), spec.multipliers.residual)

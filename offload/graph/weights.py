@@ -15,7 +15,15 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend, allocate, repack_buffer_type
 from slimoe.offload.gguf.header import GGUFFile
-from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, SharedSources, Span, WeightSource
+from slimoe.offload.model.tensors import (
+    LatentSources,
+    LayerSources,
+    LinearSource,
+    ModelSources,
+    SharedSources,
+    Span,
+    WeightSource,
+)
 
 Form = Literal["mapped", "copied", "repacked"]
 """`mapped`: the file's own pages, shared and evictable. `copied`: our memory, on huge pages, which the CPU walks
@@ -48,6 +56,15 @@ class SharedWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentWeights:
+    """Tensor addresses of latent attention's matrices, as in `LatentSources`; 0 for what it does not have."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """Tensor addresses of one block, shaped as in `LayerSources`; None or 0 for what a block does not have."""
 
@@ -63,6 +80,7 @@ class LayerWeights:
     choice_bias: int = 0
     shared: SharedWeights | None = None
     expert_biases: tuple[int, ...] = ()
+    latent: LatentWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +295,11 @@ def load_weights(
             return None
         return SharedWeights(tuple(linear(part) for part in source.gate_up), linear(source.down), weight(source.gate))
 
+    def latent(source: LatentSources | None) -> LatentWeights | None:
+        if source is None:
+            return None
+        return LatentWeights(*(optional(part) or Linear(0) for part in (source.q, source.k, source.v)))
+
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
             attn_norm=optional(source.attn_norm),
@@ -291,6 +314,7 @@ def load_weights(
             choice_bias=weight(source.choice_bias),
             shared=shared(source.shared),
             expert_biases=tuple(weight(bias) for bias in source.expert_biases),
+            latent=latent(source.latent),
         )
 
     if token_embd is None:

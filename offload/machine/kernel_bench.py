@@ -47,17 +47,23 @@ _LEAST = 1e-15  # where starting the graph took as long as all of it
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One token's attention in one layer: query heads, key heads, values per head, and the KV cache's type."""
+    """One token's attention in one layer: query heads, key heads, values per head, and the KV cache's type.
+
+    Values have `n_embd_head_v` per head, or with 0 as many as keys; with `is_view` they are the beginning of the keys.
+    """
 
     n_head: int
     n_head_kv: int
     n_embd_head: int
     type: Type
+    n_embd_head_v: int = 0
+    is_view: bool = False
 
     @property
     def name(self) -> str:
         """The name under which its speed is kept."""
-        return f"attention {self.n_head}/{self.n_head_kv} x {self.n_embd_head} {self.type.name}"
+        lengths = f"{self.n_embd_head}{f'/{self.n_embd_head_v}' if self.n_embd_head_v else ''}"
+        return f"attention {self.n_head}/{self.n_head_kv} x {lengths} {self.type.name}"
 
 
 class KernelBench:
@@ -109,8 +115,13 @@ class KernelBench:
         def nodes(ctx: int) -> tuple[list[int], list[int]]:
             query = _input(ctx, Type.F32, shape.n_embd_head, n_queries, shape.n_head)
             mask = _input(ctx, Type.F16, n_cells, n_queries)
-            ne = (shape.n_embd_head, n_cells, shape.n_head_kv)
-            key, value = (self._weight(ctx, shape.type, ne, n_bytes) for _ in range(2))
+            key = self._weight(ctx, shape.type, (shape.n_embd_head, n_cells, shape.n_head_kv), n_bytes)
+            ne = (shape.n_embd_head_v or shape.n_embd_head, n_cells, shape.n_head_kv)
+            if shape.is_view:
+                strides = ggml.tensor_at(key).nb
+                value = int(ggml.ggml_view_3d(ctx, key, *ne, strides[1], strides[2], 0))
+            else:
+                value = self._weight(ctx, shape.type, ne, n_bytes)
             attended = ggml.ggml_flash_attn_ext(ctx, query, key, value, mask, 1.0, 0.0, 0.0)
             ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
             return [query, mask], [attended]

@@ -73,8 +73,10 @@ def kernel_needs(
         kernels[kernel] = max(kernels.get(kernel, 0), source.ne[1])
         n_bytes += source.n_bytes
     copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
-    attention = AttentionShape(spec.n_head, spec.n_head_kv, spec.n_embd_head, kv_type)
-    return KernelNeeds(kernels, attention, max(copies, default=0), n_bytes)
+    own = spec.attention
+    n_value = own.value_length if own.value_length != own.key_length else 0
+    shape = AttentionShape(spec.n_head, spec.n_head_kv, own.key_length, kv_type, n_value, not own.has_values)
+    return KernelNeeds(kernels, shape, max(copies, default=0), n_bytes)
 
 
 class Calibration:

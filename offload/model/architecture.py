@@ -26,7 +26,8 @@ SCORES: dict[int, Score] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_selected"
 class Router:
     """How a router's logits become expert weights.
 
-    `score` is the architecture's own, which the key `expert_gating_func` may replace where `reads_score`. With
+    `score` is the architecture's own, which the key `expert_gating_func` may replace where `reads_score`; files without
+    the key and of these `sigmoid_sizes`, layers and tokens of the vocabulary, have the sigmoid. With
     `renormalise` the weights of the selected experts are scaled to a sum of 1; None leaves it to the key
     `expert_weights_norm`.
     """
@@ -34,6 +35,7 @@ class Router:
     score: Score = "softmax"
     reads_score: bool = False
     renormalise: bool | None = True
+    sigmoid_sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,10 @@ class SharedExpert:
     is_gated: bool = False
 
 
-When = Literal["model", "attention", "ffn", "router", "dense", "experts", "shared"]
-"""Where a tensor belongs: to the model as a whole, or to each layer that has such a part."""
+When = Literal[
+    "model", "attention", "q", "low_rank_q", "absorbed", "unabsorbed", "ffn", "router", "dense", "experts", "shared"
+]
+"""Where a tensor belongs: to the model as a whole, or to each layer that has such a part or form of attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ class Architecture:
     `ffn_norm` is the role of the feed-forward part's norm. `width_key` names the key of
     an expert's width; without the key it is the dense width over the experts used. `has_dense_layers`: the keys
     `leading_dense_block_count` and `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys
-    scale embeddings, both branches of a block, attention and logits.
+    scale embeddings, both branches of a block, attention and logits. `has_latent_attention`: attention is MLA. With
+    `is_mscale_shared` YaRN's mscale is the model's mscale_all_dim, and not 1.
     """
 
     name: str
@@ -96,3 +101,5 @@ class Architecture:
     has_dense_layers: bool = False
     has_multipliers: bool = False
     may_be_dense: bool = False
+    has_latent_attention: bool = False
+    is_mscale_shared: bool = False

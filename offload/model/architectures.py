@@ -1,5 +1,7 @@
 """The architectures that the engine runs, one row for each value of `general.architecture`."""
 
+from dataclasses import replace
+
 from slimoe.offload.model.architecture import Architecture, RopeType, Router, SharedExpert, TensorRole
 
 _BEGIN = (
@@ -51,6 +53,22 @@ _OUTPUT_NORM = TensorRole("output_norm", ("n_embd",), "model")
 _OUTPUT = TensorRole("output", ("n_embd", "n_vocab"), "model")
 _OUTPUT_OR_TIED = TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True)
 _END = (_ATTN_OUTPUT, _FFN_NORM, _ROUTER, *_DENSE, *_EXPERTS, _OUTPUT_NORM)
+
+_MLA = (
+    _BEGIN[0],
+    TensorRole("attn_norm", ("n_embd",), "attention"),
+    TensorRole("attn_q", ("n_embd", "n_q"), "q"),
+    TensorRole("attn_q_a", ("n_embd", "n_lora_q"), "low_rank_q"),
+    TensorRole("attn_q_a_norm", ("n_lora_q",), "low_rank_q"),
+    TensorRole("attn_q_b", ("n_lora_q", "n_q"), "low_rank_q"),
+    TensorRole("attn_kv_a_mqa", ("n_embd", "n_lora_kv_rot"), "attention"),
+    TensorRole("attn_kv_a_norm", ("n_lora_kv",), "attention"),
+    TensorRole("attn_k_b", ("n_unrotated", "n_lora_kv", "n_head"), "absorbed"),
+    TensorRole("attn_v_b", ("n_lora_kv", "n_embd_head_v", "n_head"), "absorbed"),
+    TensorRole("attn_kv_b", ("n_lora_kv", "n_kv_b"), "unabsorbed"),
+    TensorRole("attn_output", ("n_attn_output", "n_embd"), "attention"),
+)
+_MLA_END = (_FFN_NORM, _ROUTER, _CHOICE_BIAS_OR_NONE, *_DENSE, *_EXPERTS, *_SHARED, _OUTPUT_NORM, _OUTPUT_OR_TIED)
 
 LLAMA = Architecture(
     name="llama",
@@ -168,6 +186,18 @@ GLM4MOE = Architecture(
     width_key="expert_feed_forward_length",
     has_dense_layers=True,
 )
+DEEPSEEK2 = Architecture(
+    name="deepseek2",
+    models="DeepSeek-V2 and V3, R1, Kimi-K2, Moonlight, GLM-4.7-Flash",
+    tensors=(*_MLA, *_MLA_END),
+    router=Router(reads_score=True, renormalise=None, sigmoid_sizes=((47, 154880), (48, 154880))),
+    shared=SharedExpert("counted"),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+    has_latent_attention=True,
+    is_mscale_shared=True,
+)
+MISTRAL4 = replace(DEEPSEEK2, name="mistral4", models="Mistral Small 4", is_mscale_shared=False)
 ARCHITECTURES = {
     row.name: row
     for row in (
@@ -182,6 +212,8 @@ ARCHITECTURES = {
         HUNYUAN_MOE,
         MINIMAX_M2,
         GLM4MOE,
+        DEEPSEEK2,
+        MISTRAL4,
     )
 }
 

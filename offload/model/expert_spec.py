@@ -8,7 +8,7 @@ import numpy as np
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
-from slimoe.offload.model.architecture import SCORES, Architecture, Score
+from slimoe.offload.model.architecture import SCORES, Architecture, Router, Score
 
 NATIVE_VERSION = 1
 """The newest native format that is read, and the one that is written."""
@@ -49,7 +49,7 @@ class ExpertSpec:
 
 
 def read_experts(
-    keys: MetadataKeys, architecture: Architecture, n_layer: int, *, is_native: bool
+    keys: MetadataKeys, architecture: Architecture, n_layer: int, n_vocab: int, *, is_native: bool
 ) -> tuple[ExpertSpec, int]:
     """The experts, and the width of the widest one or of a dense model's feed-forward part.
 
@@ -76,7 +76,7 @@ def read_experts(
         n_expert_used=n_used,
         weights_scale=keys.number("expert_weights_scale", 1.0),
         layers=layers,
-        score=_score(keys) if architecture.router.reads_score else None,
+        score=_score(keys, architecture.router, (n_layer, n_vocab)) if architecture.router.reads_score else None,
         renormalise=keys.flag("expert_weights_norm", default=False) if renormalise is None else None,
         n_group=n_group,
         n_group_used=n_group_used,
@@ -142,12 +142,14 @@ def _groups(keys: MetadataKeys, n_expert: int, n_used: int) -> tuple[int, int]:
     return n_group, n_group_used
 
 
-def _score(keys: MetadataKeys) -> Score | None:
+def _score(keys: MetadataKeys, router: Router, sizes: tuple[int, int]) -> Score | None:
     stored = keys.count("expert_gating_func", 0)
     if stored and stored not in SCORES:
         known = ", ".join(f"{number} ({name})" for number, name in SCORES.items())
         problem = f"expert_gating_func is {stored}, a router score that is not known; only {known} are."
         raise UnsupportedModelError(keys.gguf.path, problem)
+    if not stored and sizes in router.sigmoid_sizes:
+        return "sigmoid"
     return SCORES[stored] if stored else None
 
 

@@ -13,8 +13,9 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
+from slimoe.offload.model.regrouped import stacked_matrix
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import ModelSources, WeightSource, stacked_matrix
+from slimoe.offload.model.tensors import ModelSources, WeightSource
 
 MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 """Type and shape of one matrix."""

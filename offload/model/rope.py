@@ -3,15 +3,22 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf.metadata_keys import MetadataKeys
+from slimoe.offload.model.architecture import Architecture
 
+_F32 = np.float32
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`."""
+    """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`.
+
+    With MLA, `yarn_log_multiplier` is a tenth of YaRN's mscale_all_dim, which is its mscale too if `is_mscale_shared`.
+    """
 
     n_rot: int
     n_ctx_orig: int
@@ -19,6 +26,8 @@ class RopeSpec:
     scaling: str = "none"
     factor: float = 1.0
     attn_multiplier: float = 1.0
+    yarn_log_multiplier: float = 0.0
+    is_mscale_shared: bool = False
 
     def n_ctx_reached(self, n_ctx_train: int) -> int:
         """Tokens that the scaled rotation was made for, in a file whose context length is `n_ctx_train`.
@@ -46,10 +55,39 @@ class RopeSpec:
     @property
     def attn_factor(self) -> float:
         """Magnitude of the rotated values; ggml itself multiplies YaRN's 1 + 0.1 ln(factor) to it."""
+        return float(self._magnitude * _F32(self.attn_multiplier))
+
+    @property
+    def _magnitude(self) -> np.float32:
+        """YaRN's part of `attn_factor`, in llama.cpp's arithmetic."""
         if self.scaling != "yarn":
-            return self.attn_multiplier
-        growth = 0.1 * math.log(self.factor)
-        return self.attn_multiplier * (max(growth, 0.0) + 1.0) / (1.0 + growth)
+            return _F32(1.0)
+        factor = self._stored_factor
+        all_dim = self._mscale_all_dim
+        mscale = all_dim if self.is_mscale_shared and all_dim not in (0.0, 1.0) else _F32(1.0)
+        # An mscale_all_dim of 0 leaves YaRN's magnitude as it is.
+        magnitude = _mscale(factor, mscale) / _mscale(factor, all_dim)
+        return magnitude * (_F32(1.0) / (_F32(1.0) + _F32(0.1) * _ln(factor)))
+
+    @property
+    def _mscale_all_dim(self) -> np.float32:
+        return _F32(self.yarn_log_multiplier) / _F32(0.1)
+
+    @property
+    def _stored_factor(self) -> np.float32:
+        """The factor of the context, by the way of `freq_scale`."""
+        return _F32(1.0) / (_F32(1.0) if self.scaling == "none" else _F32(1.0) / _F32(self.factor))
+
+    def latent_scale(self, n_embd_head: int) -> float:
+        """Factor on the products of queries and keys of MLA, in llama.cpp's arithmetic.
+
+        `n_embd_head` are the values per head of queries and keys. It has the square of YaRN's magnitude, which is not
+        in the rotation.
+        """
+        growth = _ln(self._stored_factor)
+        magnitude = self._magnitude * _F32(self.attn_multiplier) * (_F32(1.0) + _F32(0.1) * growth)
+        mscale = magnitude * (_F32(1.0) + _F32(0.1) * self._mscale_all_dim * growth)
+        return float(mscale * mscale / np.sqrt(_F32(n_embd_head)))
 
     @property
     def beta_fast(self) -> float:
@@ -62,12 +100,22 @@ class RopeSpec:
         return 1.0
 
 
-def read_rope(keys: MetadataKeys, n_embd_head: int, n_ctx_train: int, *, is_partial: bool = False) -> RopeSpec:
-    """Reads the `rope.` keys; fewer values than a head has may rotate if `is_partial`.
+def _ln(factor: np.float32) -> np.float32:
+    """The natural logarithm, rounded correctly, which numpy's own of F32 is not."""
+    return _F32(math.log(factor))
+
+
+def _mscale(factor: np.float32, mscale: np.float32) -> np.float32:
+    return _F32(1.0) if factor <= 1.0 else _F32(0.1) * mscale * _ln(factor) + _F32(1.0)
+
+
+def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, n_ctx_train: int) -> RopeSpec:
+    """Reads the `rope.` keys; fewer values than a head has may rotate where the architecture rotates partly.
 
     Raises UnsupportedModelError for what is not implemented, ModelFileError for nonsense.
     """
     n_rot = keys.count("rope.dimension_count", n_embd_head)
+    is_partial = architecture.rotates_partly or architecture.has_latent_attention
     if n_rot > n_embd_head or (n_rot != n_embd_head and not is_partial) or n_rot % 2:
         raise UnsupportedModelError(keys.gguf.path, f"it rotates {n_rot} of {n_embd_head} values per head, not pairs.")
     factor = keys.value("rope.scaling.factor", keys.value("rope.scale_linear", 0.0))
@@ -81,4 +129,11 @@ def read_rope(keys: MetadataKeys, n_embd_head: int, n_ctx_train: int, *, is_part
         scaling=scaling if scaling in ("yarn", "longrope") or factor else "none",
         factor=keys.number("rope.scaling.factor", factor) if factor else 1.0,
         attn_multiplier=keys.number("rope.scaling.attn_factor", 1.0),
+        yarn_log_multiplier=_log_multiplier(keys) if architecture.has_latent_attention else 0.0,
+        is_mscale_shared=architecture.is_mscale_shared,
     )
+
+
+def _log_multiplier(keys: MetadataKeys) -> float:
+    has_any = keys.value("rope.scaling.yarn_log_multiplier", 0.0)
+    return keys.number("rope.scaling.yarn_log_multiplier") if has_any else 0.0

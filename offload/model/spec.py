@@ -14,6 +14,7 @@ from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
 from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.architectures import ARCHITECTURES, COUSINS, LLAMA
+from slimoe.offload.model.attention_spec import AttentionSpec, attention_metadata, read_attention
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
 from slimoe.offload.model.rope import RopeSpec, read_rope
 
@@ -22,15 +23,6 @@ NATIVE = "slimoe"
 BASE_ARCHITECTURE = "base_architecture"
 """The native format's key for the architecture that a model was made from; without it that is `llama`."""
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """Grouped-query attention: `n_embd_head` values per head, keys and values shared by n_head / n_head_kv heads."""
-
-    n_head: int
-    n_head_kv: int
-    n_embd_head: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +86,15 @@ class ModelSpec:
 
     @property
     def n_embd_head(self) -> int:
-        """The number of values per head."""
+        """The number of values in a head's row of cached keys."""
         return self.attention.n_embd_head
 
     @property
     def attention_scale(self) -> float:
         """Factor on the products of queries and keys."""
+        latent = self.attention.latent
+        if latent is not None:
+            return self.rope.latent_scale(latent.n_embd_head_k)
         return self.multipliers.attention or 1.0 / math.sqrt(self.attention.n_embd_head)
 
     @property
@@ -161,25 +156,26 @@ class ModelSpec:
         architecture = ARCHITECTURES[name]
         n_embd = keys.count("embedding_length")
         n_ctx_train = keys.count("context_length")
-        attention = _attention(keys, n_embd)
+        attention = read_attention(keys, architecture, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         n_nextn = keys.count("nextn_predict_layers", 0)
         n_layer = keys.count("block_count") - n_nextn
         if n_layer < 1:
             problem = f"{n_nextn} of {n_layer + n_nextn} blocks predict further tokens, which leaves no layer."
             raise ModelFileError(gguf.path, problem, AGAIN)
-        experts, n_ff = read_experts(keys, architecture, n_layer, is_native=is_native)
+        n_vocab = embeddings.ne[-1] if embeddings else keys.count("vocab_size")
+        experts, n_ff = read_experts(keys, architecture, n_layer, n_vocab, is_native=is_native)
         return cls(
             architecture=architecture,
             n_layer=n_layer,
             n_embd=n_embd,
             n_ff=n_ff,
-            n_vocab=embeddings.ne[-1] if embeddings else keys.count("vocab_size"),
+            n_vocab=n_vocab,
             n_ctx_train=n_ctx_train,
             rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
             attention=attention,
             experts=experts,
-            rope=read_rope(keys, attention.n_embd_head, n_ctx_train, is_partial=architecture.rotates_partly),
+            rope=read_rope(keys, architecture, attention.n_embd_head, n_ctx_train),
             n_window=keys.count("attention.sliding_window", 0),
             is_native=is_native,
             multipliers=_multipliers(keys) if architecture.has_multipliers else NO_MULTIPLIERS,
@@ -194,14 +190,11 @@ class ModelSpec:
             "embedding_length": self.n_embd,
             "feed_forward_length": self.n_ff,
             "vocab_size": self.n_vocab,
-            "attention.head_count": self.n_head,
-            "attention.head_count_kv": self.n_head_kv,
-            "attention.key_length": self.n_embd_head,
-            "attention.value_length": self.n_embd_head,
             "attention.layer_norm_rms_epsilon": self.rms_eps,
             "rope.dimension_count": self.rope.n_rot,
             "rope.freq_base": self.rope.freq_base,
         }
+        values |= attention_metadata(self.attention)
         if self.n_window:
             values["attention.sliding_window"] = self.n_window
         if self.n_expert:
@@ -219,6 +212,8 @@ class ModelSpec:
             values["rope.scaling.original_context_length"] = self.rope.n_ctx_orig
         if self.rope.attn_multiplier != 1.0:
             values["rope.scaling.attn_factor"] = self.rope.attn_multiplier
+        if self.rope.yarn_log_multiplier:
+            values["rope.scaling.yarn_log_multiplier"] = self.rope.yarn_log_multiplier
         return {f"{self.stored_architecture}.{key}": value for key, value in values.items()}
 
 
@@ -228,18 +223,6 @@ def _unknown(name: Value) -> str:
     nearest, difference = COUSINS.get(name, ("", "")) if isinstance(name, str) else ("", "")
     variant = f" It is like {nearest}, but {difference}." if nearest in ARCHITECTURES else ""
     return f"the architecture {name!r:.100} is not supported, only {known}.{variant}"
-
-
-def _attention(keys: MetadataKeys, n_embd: int) -> AttentionSpec:
-    n_head = keys.count("attention.head_count")
-    n_head_kv = keys.count("attention.head_count_kv", n_head)
-    if n_head % n_head_kv:
-        problem = f"{n_head} attention heads do not divide into groups for {n_head_kv} key heads."
-        raise ModelFileError(keys.gguf.path, problem, AGAIN)
-    n_embd_head = keys.count("attention.key_length", n_embd // n_head if n_embd % n_head == 0 else -1)
-    if keys.count("attention.value_length", n_embd_head) != n_embd_head:
-        raise UnsupportedModelError(keys.gguf.path, "keys and values of different length are not supported.")
-    return AttentionSpec(n_head, n_head_kv, n_embd_head)
 
 
 def _multipliers(keys: MetadataKeys) -> Multipliers:

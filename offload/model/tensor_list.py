@@ -45,8 +45,13 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     """The tensors of one layer."""
     shape = spec.layer_shape(layer)
     sizes = _sizes(spec) | {"n_expert": shape.n_expert, "n_ff": shape.n_ff}
+    latent = spec.attention.latent if shape.has_attention else None
     has_part: dict[When, bool] = {
         "attention": shape.has_attention,
+        "q": latent is not None and not latent.n_lora_q,
+        "low_rank_q": latent is not None and latent.n_lora_q > 0,
+        "absorbed": latent is not None and latent.is_absorbed,
+        "unabsorbed": latent is not None and not latent.is_absorbed,
         "ffn": bool(shape.n_ff),
         "router": bool(shape.n_expert),
         "dense": bool(shape.n_ff) and not shape.n_expert,
@@ -61,7 +66,7 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
     """The sizes that shapes are made of, by the names that rows of architectures use."""
-    return {
+    sizes = {
         "n_embd": spec.n_embd,
         "n_vocab": spec.n_vocab,
         "n_ff": spec.n_ff,
@@ -72,6 +77,20 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "n_kv": spec.n_head_kv * spec.n_embd_head,
         "n_rot_pairs": spec.rope.n_rot // 2,
     }
+    if latent := spec.attention.latent:
+        n_unrotated = latent.n_embd_head_k - spec.rope.n_rot
+        sizes |= {
+            "n_q": spec.n_head * latent.n_embd_head_k,
+            "n_head": spec.n_head,
+            "n_lora_q": latent.n_lora_q,
+            "n_lora_kv": latent.n_lora_kv,
+            "n_lora_kv_rot": latent.n_lora_kv + spec.rope.n_rot,
+            "n_unrotated": n_unrotated,
+            "n_embd_head_v": latent.n_embd_head_v,
+            "n_kv_b": spec.n_head * (n_unrotated + latent.n_embd_head_v),
+            "n_attn_output": spec.attention.n_output,
+        }
+    return sizes
 
 
 def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
@@ -91,7 +110,7 @@ def _layouts(spec: ModelSpec) -> Iterator[list[_Layout]]:
     """Groups of tensors, each in the layouts that files have of it, the usual one first; {} is no tensor."""
     joined: _Layout = {}
     for tensor in model_tensors(spec):
-        if tensor.role in _ATTENTION_INPUT:
+        if tensor.role in _ATTENTION_INPUT and spec.attention.latent is None:
             joined[tensor.name] = tensor.ne
             if tensor.role == _ATTENTION_INPUT[-1]:
                 n_rows = sum(n for _, n in joined.values())

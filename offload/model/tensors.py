@@ -5,7 +5,7 @@ repacked copy joins matrices that read the same input (Q, K and V; gate and up),
 needs one synchronisation of the threads instead of three.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType
@@ -35,6 +35,8 @@ class WeightSource:
     ne: tuple[int, ...]
     type: GGMLQuantizationType
     spans: tuple[Span, ...]
+    is_batched: bool = False
+    """Whether it is a stack whose matrices are each multiplied with rows of their own, one for each head."""
 
     @property
     def n_bytes(self) -> int:
@@ -79,14 +81,33 @@ class SharedSources:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSources:
+    """What latent attention (MLA) multiplies its low-rank rows with: `q` makes queries, where these have a rank.
+
+    Absorbed, `k` [n_unrotated, n_lora_kv, n_head] takes queries to the row's space, and `v` [n_lora_kv, n_embd_head_v,
+    n_head] takes what attention makes of rows to values; else `k` makes both keys and values.
+    """
+
+    q: LinearSource | None
+    k: LinearSource
+    v: LinearSource | None
+
+    @property
+    def matrices(self) -> tuple[LinearSource, ...]:
+        """Those that there are."""
+        return tuple(one for one in (self.q, self.k, self.v) if one)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSources:
     """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
 
     A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`; norms are vectors with
-    or without a bias. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
-    weights. `expert_biases` are gate's, up's and down's [n, n_expert], or none. In a native file `buckets` has all
-    experts; `gate_up` and `down` are the best copies if these are one stack in the router's order, and otherwise
-    absent.
+    or without a bias. With `latent` attention `qkv` are the matrices of queries, or of their low rank, and of the low
+    rank of keys and values, and `q_norm` and `k_norm` are those of the low ranks. `choice_bias` [n_expert] is added to
+    the router's scores to select experts, but not to their weights. `expert_biases` are gate's, up's and down's
+    [n, n_expert], or none. In a native file `buckets` has all experts; `gate_up` and `down` are the best copies if
+    these are one stack in the router's order, and otherwise absent.
     """
 
     attn_norm: LinearSource | None
@@ -102,6 +123,7 @@ class LayerSources:
     choice_bias: WeightSource | None = None
     shared: SharedSources | None = None
     expert_biases: tuple[WeightSource, ...] = ()
+    latent: LatentSources | None = None
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
@@ -122,7 +144,8 @@ class LayerSources:
     def matrices(self) -> tuple[LinearSource, ...]:
         """Those that every token is multiplied with: of attention, and of the shared expert."""
         shared = (*self.shared.gate_up, self.shared.down) if self.shared else ()
-        return (*self.qkv, *((self.attn_output,) if self.attn_output else ()), *shared)
+        latent = self.latent.matrices if self.latent else ()
+        return (*self.qkv, *latent, *((self.attn_output,) if self.attn_output else ()), *shared)
 
     @property
     def is_stacked(self) -> bool:
@@ -287,6 +310,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
     else:
         gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
     has_attention = "attn_norm" in names
+    latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
     shared: SharedSources | None = None
     if "ffn_down_shexp" in names:
         both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
@@ -300,15 +324,28 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         gate_up=gate_up,
         down=down,
         buckets=buckets,
-        q_norm=weight("attn_q_norm"),
-        k_norm=weight("attn_k_norm"),
+        q_norm=weight("attn_q_a_norm" if latent else "attn_q_norm"),
+        k_norm=weight("attn_kv_a_norm" if latent else "attn_k_norm"),
         choice_bias=weight("exp_probs_b"),
         shared=shared,
+        latent=latent,
     )
 
 
+def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> LatentSources:
+    """The matrices of latent attention by `linear`, which finds one by its role."""
+    q = linear("attn_q_b") if "attn_q_b" in names else None
+    if "attn_kv_b" in names:
+        return LatentSources(q, linear("attn_kv_b"), None)
+    k, v = (replace(one, weight=replace(one.weight, is_batched=True)) for one in map(linear, ("attn_k_b", "attn_v_b")))
+    return LatentSources(q, k, v)
+
+
 def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
-    """Q, K and V, which some files keep as one matrix."""
+    """Q, K and V, which some files keep as one matrix, or the first two matrices of latent attention."""
+    if latent := spec.attention.latent:
+        roles = ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
+        return tuple(reader.linear(f"{block}.{name}") for name in roles)
     if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
         return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
     fused = reader.linear(f"{block}.attn_qkv")
@@ -326,51 +363,3 @@ def _rows(source: WeightSource, name: str, begin: int, end: int) -> WeightSource
     span, row_bytes = source.spans[0], source.n_bytes // source.ne[-1]
     part = Span(span.shard, span.offset + begin * row_bytes, (end - begin) * row_bytes)
     return WeightSource(name, (*source.ne[:-1], end - begin), source.type, (part,))
-
-
-def join_layers(sources: ModelSources) -> ModelSources:
-    """The same model with gate and up joined in every layer, and Q, K and V, where their types allow it.
-
-    The last layer's Q stays alone: of a prompt only the end needs it.
-    """
-    *inner, last = (_join_gate_up(layer) for layer in sources.layers)
-    layers = (*(replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
-    return replace(sources, layers=layers)
-
-
-def _join_gate_up(layer: LayerSources) -> LayerSources:
-    shared = layer.shared and replace(layer.shared, gate_up=join_rows(layer.shared.gate_up))
-    return replace(layer, gate_up=join_rows(layer.gate_up), shared=shared)
-
-
-def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
-    """Joins matrices of one input, type and expert count below each other, or returns them as they are."""
-    weights = [part.weight for part in parts]
-    alike = len({(w.type, w.ne[0], *w.ne[2:]) for w in weights}) == 1
-    if len(parts) < 2 or not alike or any(part.bias for part in parts):
-        return tuple(parts)
-    first = weights[0]
-    n_stack = first.ne[2] if len(first.ne) > 2 else 1
-    spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
-    ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
-    return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
-
-
-def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
-    """Matrix `index` of a stack, as a weight of its own; a single matrix is a stack of one."""
-    n_stack = stack.ne[2] if len(stack.ne) > 2 else 1
-    if len(stack.spans) == n_stack:
-        span = stack.spans[index]
-    else:
-        assert len(stack.spans) == 1, stack.name
-        n_bytes = stack.n_bytes // n_stack
-        span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
-    return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
-
-
-def without_experts(sources: ModelSources) -> ModelSources:
-    """The same model without the experts of its layers, whose routers stay."""
-    layers = tuple(
-        replace(layer, gate_up=(), down=None) if layer.router is not None else layer for layer in sources.layers
-    )
-    return replace(sources, layers=layers)

@@ -11,8 +11,9 @@ from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.kv_cache import kv_bytes
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
+from slimoe.offload.model.regrouped import without_experts
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import ModelSources, without_experts
+from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
@@ -147,7 +148,6 @@ def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     rows = 5 * d * n_batch
     if is_whole:
         return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
-    heads = (2 * spec.n_head + 4 * spec.n_head_kv) * spec.n_embd_head
-    segment = 4 * (n_batch * (6 * d + heads) + n_rows * spec.n_vocab)
+    segment = 4 * (n_batch * (6 * d + spec.attention.n_at_once) + n_rows * spec.n_vocab)
     experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)
     return exchange + rows + segment + experts + _GRAPH_BYTES

@@ -20,8 +20,9 @@ from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resi
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.model.regrouped import without_experts
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import ModelSources, without_experts
+from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.advice import advised
 from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import context_notes

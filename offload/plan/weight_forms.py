@@ -146,7 +146,7 @@ def _counted(sources: ModelSources, rule: WeightForms) -> WeightForms:
 
 
 def _repackable(source: WeightSource) -> bool:
-    if not source.is_matrix or (len(source.ne) == 3 and source.ne[2] < 2):
+    if not source.is_matrix or source.is_batched or (len(source.ne) == 3 and source.ne[2] < 2):
         return False
     return can_repack(source.type, source.ne[0], source.ne[1])
 
@@ -168,5 +168,6 @@ def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
     n_used = max(1, spec.n_expert_used)
     n_always = max(spec.experts.n_ff_shared, spec.n_ff_dense)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
+    per_token += 2 * spec.attention.n_decompressed
     per_token += 3 * n_always + 8 * spec.n_expert * (spec.router_score == "sigmoid")
     return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (2 << 20)

@@ -30,8 +30,11 @@ class SlotFileError(UsageError):
     """A file that is not the keys and values of this model, whole."""
 
 
-class SlotHead(msgspec.Struct, frozen=True):
-    """What a file is of: `model` is the model's hash, `kv_type` the cache's, `row_bytes` are of a token in one head."""
+class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a file is of: `model` is the model's hash, `kv_type` the cache's, `row_bytes` are of a token in one head.
+
+    Where every second tensor has values whose rows are not like keys', `value_bytes` are of these.
+    """
 
     model: str
     kv_type: str
@@ -39,11 +42,13 @@ class SlotHead(msgspec.Struct, frozen=True):
     n_tensors: int
     n_heads: int
     row_bytes: int
+    value_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of tokens, keys and values."""
-        return self.n_tokens * (4 + self.n_tensors * self.n_heads * self.row_bytes)
+        two_rows = self.row_bytes + (self.value_bytes or self.row_bytes)
+        return self.n_tokens * (4 + self.n_tensors * self.n_heads * two_rows // 2)
 
 
 def model_hash(gguf: GGUFFile) -> str:
@@ -63,10 +68,13 @@ def model_hash(gguf: GGUFFile) -> str:
 
 def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     """The head of a file of so many tokens in this model's cache."""
-    tensors = [tensor for pair in store.tensors() for tensor in pair]
-    shape = ggml.tensor_at(tensors[0]) if tensors else None
-    n_heads, row_bytes = (0, 0) if shape is None else (int(shape.ne[2]), int(shape.nb[1]))
-    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes)
+    tensors = store.tensors()
+    shapes = [ggml.tensor_at(tensor) for tensor in tensors[:2]]
+    n_heads = int(shapes[0].ne[2]) if shapes else 0
+    row_bytes, value_bytes = (int(shapes[place].nb[1]) if shapes else 0 for place in (0, -1))
+    if value_bytes == row_bytes:
+        value_bytes = 0
+    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes)
 
 
 def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, cells: Indices) -> int:
@@ -139,7 +147,7 @@ def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int
 def _heads(store: KVStore, cells: Indices) -> Iterator[bytes]:
     """The rows of these cells, a head at a time, of keys and values of each layer."""
     first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
-    for tensor in (tensor for pair in store.tensors() for tensor in pair):
+    for tensor in store.tensors():
         shape = ggml.tensor_at(tensor)
         span = np.empty((n_span, int(shape.nb[1])), np.uint8)
         for head in range(int(shape.ne[2])):
@@ -151,7 +159,7 @@ def _heads(store: KVStore, cells: Indices) -> Iterator[bytes]:
 def _fill(store: KVStore, cells: Indices, file: BinaryIO) -> None:
     """The reverse of `_heads`."""
     first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
-    for tensor in (tensor for pair in store.tensors() for tensor in pair):
+    for tensor in store.tensors():
         shape = ggml.tensor_at(tensor)
         row_bytes = int(shape.nb[1])
         span = np.empty((n_span, row_bytes), np.uint8)

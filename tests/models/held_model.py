@@ -15,9 +15,10 @@ from slimoe.converter.source.stored_rows import rotation_order
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 from tests.models.tiny_checkpoint import TinyConfig
 
 Matrices = Mapping[MatrixKey, NDArray[np.float32]]

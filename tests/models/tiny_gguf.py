@@ -127,6 +127,20 @@ def _tensors(shape: TinyShape, n_vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Sizes of latent attention: ranks of queries (0 for a whole matrix) and of keys and values, a head's values that
+    do not rotate, those that do, and its values. Files before April 2025 are not `is_absorbed`.
+    """
+
+    n_lora_q: int = 256
+    n_lora_kv: int = 256
+    n_plain: int = 64
+    n_rot: int = 32
+    n_value: int = 64
+    is_absorbed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What its files have beyond the usual.
 
@@ -137,12 +151,14 @@ class Family:
     norm_of: str = "nothing"
     width_key: str = "feed_forward_length"
     has_output: bool = True
-    keys: dict[str, int | float | bool] = field(default_factory=dict)
+    keys: dict[str, int | float | bool | str] = field(default_factory=dict)
     tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     whole: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     n_dense: int = 0
     ffn_norm: str = "ffn_norm"
     is_fused: bool = False
+    latent: LatentShape | None = None
+    arch: str = ""
 
 
 def _shared(width: int) -> dict[str, tuple[str | int, ...]]:
@@ -239,6 +255,52 @@ FAMILIES = {
         n_dense=1,
         ffn_norm="post_attention_norm",
     ),
+    "deepseek2": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys={
+            "leading_dense_block_count": 1,
+            "expert_shared_count": 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 40.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.yarn_log_multiplier": 0.0707,
+        },
+        tensors=_shared(512) | _CHOICE,
+        n_dense=1,
+        latent=LatentShape(),
+    ),
+    "deepseek2-old": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        has_output=False,
+        keys={"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_weights_scale": 16.0},
+        tensors=_shared(256),
+        n_dense=1,
+        latent=LatentShape(is_absorbed=False),
+        arch="deepseek2",
+    ),
+    "mistral4": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys={
+            "expert_shared_count": 1,
+            "expert_weights_norm": True,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 8.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_log_multiplier": 0.05,
+            "attention.temperature_scale": 0.5,
+            "attention.temperature_length": 16,
+        },
+        tensors=_shared(256),
+        latent=LatentShape(),
+    ),
 }
 
 
@@ -265,7 +327,8 @@ def write_family(
     `words` are the tokens of a byte-level vocabulary, cut as Qwen's; without them only token ids go in.
     """
     family = FAMILIES[name]
-    writer = gguf.GGUFWriter(path, name)
+    arch = family.arch or name
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(512)
     writer.add_block_count(shape.n_layer)
     writer.add_embedding_length(shape.n_embd)
@@ -273,17 +336,20 @@ def write_family(
     if family.width_key == "expert_feed_forward_length":
         writer.add_expert_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.n_embd_head)
-    writer.add_value_length(shape.n_embd_head)
+    if family.latent:
+        _add_latent_keys(writer, family.latent, shape.n_head)
+    else:
+        writer.add_head_count_kv(shape.n_head_kv)
+        writer.add_key_length(shape.n_embd_head)
+        writer.add_value_length(shape.n_embd_head)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.n_expert_used)
     writer.add_vocab_size(shape.n_vocab)
     for key, value in family.keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"{name}.{key}", value)
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](f"{arch}.{key}", value)
     if words:
         _add_byte_level(writer, words, shape.n_vocab)
     else:
@@ -298,10 +364,29 @@ def write_family(
         elif kind is Type.F32 or "ffn_gate_inp" in tensor:
             writer.add_tensor(tensor, values * 2 * dims[-1] ** -0.5)
         else:
-            stored = quantise(values * 2 * dims[-1] ** -0.5, kind)
+            # As in real files, rows that do not divide into blocks take the type that they do divide into.
+            fits = dims[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+            stored = quantise(values * 2 * dims[-1] ** -0.5, kind if fits else Type.Q8_0)
             writer.add_tensor(tensor, stored.data, raw_dtype=stored.type)
     finish(writer)
     return path
+
+
+def _add_latent_keys(writer: gguf.GGUFWriter, latent: LatentShape, n_head: int) -> None:
+    writer.add_kv_lora_rank(latent.n_lora_kv)
+    writer.add_rope_dimension_count(latent.n_rot)
+    if latent.n_lora_q:
+        writer.add_q_lora_rank(latent.n_lora_q)
+    if latent.is_absorbed:
+        writer.add_head_count_kv(1)
+        writer.add_key_length(latent.n_lora_kv + latent.n_rot)
+        writer.add_value_length(latent.n_lora_kv)
+        writer.add_key_length_mla(latent.n_plain + latent.n_rot)
+        writer.add_value_length_mla(latent.n_value)
+    else:
+        writer.add_head_count_kv(n_head)
+        writer.add_key_length(latent.n_plain + latent.n_rot)
+        writer.add_value_length(latent.n_value)
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, words: tuple[str, ...], n_vocab: int) -> None:
@@ -346,6 +431,8 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     if family.is_fused:
         attention = {name: dims for name, dims in attention.items() if name not in ("attn_q", "attn_k", "attn_v")}
         attention["attn_qkv"] = (n_q + 2 * n_kv, d)
+    if family.latent:
+        attention = {"attn_norm": (d,), family.ffn_norm: (d,)} | _latent_tensors(family.latent, shape)
     if norms:
         attention |= {"attn_q_norm": (norms[0],), "attn_k_norm": (norms[1],)}
     dense = {"ffn_gate": (7 * n_ff, d), "ffn_up": (7 * n_ff, d), "ffn_down": (d, 7 * n_ff)}
@@ -364,3 +451,20 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
             f"blk.{n}.{name}": dims for name, dims in extra.items() if not (is_dense and name.startswith(of_ffn))
         }
     return tensors
+
+
+def _latent_tensors(latent: LatentShape, shape: FineShape) -> dict[str, tuple[int, ...]]:
+    d, n_head, n_q, n_kv = shape.n_embd, shape.n_head, latent.n_lora_q, latent.n_lora_kv
+    n_queries = n_head * (latent.n_plain + latent.n_rot)
+    tensors: dict[str, tuple[int, ...]] = {
+        "attn_kv_a_mqa": (n_kv + latent.n_rot, d),
+        "attn_kv_a_norm": (n_kv,),
+        "attn_output": (d, n_head * latent.n_value),
+    }
+    if n_q:
+        tensors |= {"attn_q_a": (n_q, d), "attn_q_a_norm": (n_q,), "attn_q_b": (n_queries, n_q)}
+    else:
+        tensors["attn_q"] = (n_queries, d)
+    if latent.is_absorbed:
+        return tensors | {"attn_k_b": (n_head, n_kv, latent.n_plain), "attn_v_b": (n_head, latent.n_value, n_kv)}
+    return tensors | {"attn_kv_b": (n_head * (latent.n_plain + latent.n_value), n_kv)}

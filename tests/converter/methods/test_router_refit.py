@@ -11,9 +11,10 @@ from slimoe.converter.forward.block import Norm, Router
 from slimoe.converter.methods.router_refit import RefitSpec, refit
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 N_EMBD, N_ROW, N_USED, N_TOKEN = 16, 5, 2, 300
 MODEL = ModelSpec(

@@ -8,9 +8,10 @@ import pytest
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
 from tests.models.gguf_content import finish
 

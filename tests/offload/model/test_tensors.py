@@ -6,16 +6,9 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.regrouped import join_layers, join_rows
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import (
-    LinearSource,
-    ModelSources,
-    Span,
-    WeightSource,
-    join_layers,
-    join_rows,
-    model_sources,
-)
+from slimoe.offload.model.tensors import LinearSource, ModelSources, Span, WeightSource, model_sources
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, quantise, read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

@@ -18,9 +18,10 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import AttentionSpec, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.context_notes import context_notes
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine

@@ -1,0 +1,54 @@
+"""The weights of a model in other groups than its file has: joined, taken from their stacks, or without the experts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, Span, WeightSource
+
+
+def join_layers(sources: ModelSources) -> ModelSources:
+    """The same model with gate and up joined in every layer, and Q, K and V, where their types allow it.
+
+    The last layer's Q stays alone: of a prompt only the end needs it. So do the matrices of latent attention.
+    """
+    *inner, last = (_join_gate_up(layer) for layer in sources.layers)
+    layers = (*(layer if layer.latent else replace(layer, qkv=join_rows(layer.qkv)) for layer in inner), last)
+    return replace(sources, layers=layers)
+
+
+def _join_gate_up(layer: LayerSources) -> LayerSources:
+    shared = layer.shared and replace(layer.shared, gate_up=join_rows(layer.shared.gate_up))
+    return replace(layer, gate_up=join_rows(layer.gate_up), shared=shared)
+
+
+def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
+    """Joins matrices of one input, type and expert count below each other, or returns them as they are."""
+    weights = [part.weight for part in parts]
+    alike = len({(w.type, w.ne[0], *w.ne[2:]) for w in weights}) == 1
+    if len(parts) < 2 or not alike or any(part.bias for part in parts):
+        return tuple(parts)
+    first = weights[0]
+    n_stack = first.ne[2] if len(first.ne) > 2 else 1
+    spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
+    ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
+    return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
+
+
+def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
+    """Matrix `index` of a stack, as a weight of its own; a single matrix is a stack of one."""
+    n_stack = stack.ne[2] if len(stack.ne) > 2 else 1
+    if len(stack.spans) == n_stack:
+        span = stack.spans[index]
+    else:
+        assert len(stack.spans) == 1, stack.name
+        n_bytes = stack.n_bytes // n_stack
+        span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
+    return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
+
+
+def without_experts(sources: ModelSources) -> ModelSources:
+    """The same model without the experts of its layers, whose routers stay."""
+    layers = tuple(
+        replace(layer, gate_up=(), down=None) if layer.router is not None else layer for layer in sources.layers
+    )
+    return replace(sources, layers=layers)
