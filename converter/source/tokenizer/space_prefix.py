@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import Value
 
+ROUGH = ("gpt-4o", "tekken")
+"""llama.cpp's names of splits that it follows in ASCII, but not in every word with capital letters or marks beyond."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpacePrefix:
@@ -41,6 +44,9 @@ def notes(metadata: Mapping[str, Value]) -> tuple[str, ...]:
     if places:
         where = " and ".join(places)
         return (f"llama.cpp will read a space {where}, which this tokenizer does not add. slimoe does not.",)
+    if metadata.get(keys.TOKENIZER_PRE) in ROUGH:
+        what = "capital letters or marks beyond ASCII may become other tokens than this tokenizer's"
+        return (f"Words with {what}, in llama.cpp and in slimoe, which reads text with its vocabulary.",)
     if keys.NORMALIZER in metadata:
         what = "will not join accents with their letters (Unicode's NFC) before it splits a text"
         return (f"llama.cpp {what}, as this tokenizer does. slimoe does.",)

@@ -16,15 +16,45 @@ from slimoe.offload.errors import UnsupportedModelError
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT_2 = ""
-_PRE_TOKENIZERS = {
-    _GPT_2: ("gpt-2", None),
-    f"{_ENGLISH}|{_WORD}|\\p{{N}}{{1,3}}|{_TAIL}": ("dbrx", "llama-bpe"),
-    f"{_ENGLISH}|{_WORD}|\\p{{N}}|{_TAIL}": ("qwen2", None),
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK_LETTERS = (
+    r"A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫ"
+    r"ᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴ"
+    r"ℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+    r""
+)
+_GPT_2 = "GPT-2's"
+_DIGITS = "single digits"
+_PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str | None, str | None]] = {
+    (_GPT_2,): ("gpt-2", None),
+    (_DIGITS, _GPT_2): ("starcoder", None),
+    (f"{_ENGLISH}|{_WORD}|\\p{{N}}{{1,3}}|{_TAIL}",): ("dbrx", "llama-bpe"),
+    (f"{_ENGLISH}|{_WORD}|\\p{{N}}|{_TAIL}",): ("qwen2", None),
+    (f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENGLISH}?|\\p{{N}}{{1,3}}|{_ENDS}",): (
+        "gpt-4o",
+        None,
+    ),
+    (f"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\\p{{N}}|{_ENDS}",): (None, "tekken"),
+    (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ): ("deepseek-v3", None),
+    (
+        "[\r\n]",
+        rf"\s?[{_DEEPSEEK_LETTERS}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        _DIGITS,
+    ): ("deepseek-llm", None),
 }
-"""The regular expressions that split text before BPE, and llama.cpp's names for them: for tokenizers that always merge,
-and for those that look for whole words in the vocabulary first (ignore_merges). That of Mistral's tekken is not among
-them, since llama.cpp follows it only roughly: it splits before marks such as those of an emoji or an accent."""
+"""How text is split before BPE, by steps that follow each other, and llama.cpp's names for it: for tokenizers that
+always merge, and for those that look for whole words in the vocabulary first (ignore_merges). Models whose tokenizers
+split alike share a name, though llama.cpp has further ones for the same."""
 
 _MARK = "▁"
 _DECODERS = ("ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
@@ -48,6 +78,7 @@ class Step(msgspec.Struct):
     use_regex: bool | None = None
     behavior: str | None = None
     invert: bool | None = None
+    individual_digits: bool | None = None
     single: list[dict[str, dict[str, str | int]]] | None = None
 
 
@@ -77,28 +108,33 @@ class Steps:
         for step in self.normalizer:
             if step.type != "NFC":
                 self._refuse("normaliser", step.type)
-        pattern = _GPT_2
-        for step in self.pre_tokenizer[:-1]:
-            if step.type != "Split" or len(self.pre_tokenizer) > 2:
-                self._refuse("pre-tokenizer", step.type)
-            pattern = (step.pattern or {}).get("Regex", "")
-            if not pattern or pattern not in _PRE_TOKENIZERS:
-                shown = pattern or str(step.pattern)
-                problem = f"the tokenizer splits text by a pattern that llama.cpp does not follow: {shown:.300}."
-                raise UnsupportedModelError(self.path, problem)
-            if step.behavior != "Isolated" or step.invert:
-                self._refuse("pre-tokenizer", f"Split ({step.behavior})")
+        splits = tuple(self._split(step) for step in self.pre_tokenizer[:-1])
         last = self.pre_tokenizer[-1]
+        splits += (_GPT_2,) if last.use_regex is not False else ()
+        if splits not in _PRE_TOKENIZERS:
+            if not splits or (splits[-1] == _GPT_2 and splits[:-1] in _PRE_TOKENIZERS):
+                self._refuse("pre-tokenizer", f"ByteLevel with use_regex {str(bool(splits)).lower()}")
+            problem = "the tokenizer splits text by a pattern that llama.cpp does not follow"
+            raise UnsupportedModelError(self.path, f"{problem}: {', then '.join(splits):.300}.")
         if last.type != "ByteLevel":
             self._refuse("pre-tokenizer", last.type)
         if last.add_prefix_space is not False:
             self._refuse("pre-tokenizer", "ByteLevel with add_prefix_space")
-        if (last.use_regex is not False) != (pattern is _GPT_2):
-            self._refuse("pre-tokenizer", f"ByteLevel with use_regex {str(last.use_regex is not False).lower()}")
-        name = _PRE_TOKENIZERS[pattern][ignores_merges]
+        for step in self.pre_tokenizer[:-1]:
+            if step.type == "Split" and (step.behavior != "Isolated" or step.invert):
+                self._refuse("pre-tokenizer", f"Split ({step.behavior})")
+        name = _PRE_TOKENIZERS[splits][ignores_merges]
         if name is None:
             self._refuse("setting", f"ignore_merges {str(ignores_merges).lower()} with this pattern")
         return name
+
+    def _split(self, step: Step) -> str:
+        """The pattern that a step before the last one splits text by."""
+        if step.type == "Digits" and step.individual_digits:
+            return _DIGITS
+        if step.type != "Split":
+            self._refuse("pre-tokenizer", step.type)
+        return (step.pattern or {}).get("Regex") or str(step.pattern)
 
     def space_prefix(self) -> SpacePrefix:
         """When a sentencepiece-like tokenizer adds a space; refuses whatever else its steps do."""

@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 from slimoe.converter.source.checkpoint_source import FAMILIES
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
-from tests.converter.source.families.test_checkpoints import TOKENS, converted, engines, llama_cpps
+from tests.converter.source.families.test_checkpoints import TOKENS, converted, engines, llama_cpps, torchs
 from tests.converter.source.families.test_config import FIELDS, ours, theirs
 from tests.converter.source.families.tiny_families import SETTINGS, save_family
 from tests.models.tiny_checkpoint import logits
 
 REQUIRED = {"Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3}}
 """The fields for which the class has no default that a model could be made with."""
-COMPUTED = ("Qwen2Moe", "GraniteMoe", "GraniteMoeShared")
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / name, name)
     expected = logits(source, TOKENS).numpy()
     assert expected.std() > 0.5, "logits that are all alike show nothing"
+    np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
     path = converted(source, tmp_path / "m.gguf")
     np.testing.assert_allclose(engines(path), expected, atol=1e-3)
     np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)

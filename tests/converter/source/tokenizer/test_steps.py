@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimoe.converter.source.tokenizer import check as tokenizer_check
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
+from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import UnsupportedModelError
 from tests.models.tokenizer_files import GPT_4, as_json, byte_level, llama_2, read_files, split_by, write_files
@@ -118,7 +119,7 @@ BYTE_LEVEL = {
     "Split .Removed": ("pre_tokenizer", [as_json(split_by(GPT_4, "removed")), BYTES]),
     "Split .Isolated": ("pre_tokenizer", [as_json(split_by(GPT_4, invert=True)), BYTES]),
     "Digits": ("pre_tokenizer", [as_json(pre_tokenizers.Digits()), BYTES]),
-    "pre-tokenizer Split": ("pre_tokenizer", [as_json(split_by(GPT_4)), as_json(split_by(GPT_4)), BYTES]),
+    "does not follow: .*, then": ("pre_tokenizer", [as_json(split_by(GPT_4)), as_json(split_by(GPT_4)), BYTES]),
     "ignore_merges true": ("model.ignore_merges", True),
     "dropout": ("model.dropout", 0.5),
     "decoder WordPiece": ("decoder", as_json(decoders.WordPiece())),
@@ -156,6 +157,44 @@ def test_byte_level_ids_are_the_librarys(tmp_path: Path, pattern: str | None, ig
     tokenizer = read_files(write_files(tmp_path / "c", {"tokenizer.json": as_json(reference)}))
     for text in (*HARD_TEXTS, "<|begin|> a<|eot_id|>"):
         assert tokenizer.encode(text, parse_special=True) == reference.encode(text).ids
+    tokenizer.close()
+
+
+GPT_4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = GPT_4O.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", "")
+DEEPSEEK_3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+SPLITS = {
+    "gpt-4o": ([as_json(split_by(GPT_4O)), BYTES], False),
+    "tekken": ([as_json(split_by(TEKKEN)), BYTES], True),
+    "deepseek-v3": ([*(as_json(split_by(pattern)) for pattern in DEEPSEEK_3), BYTES], False),
+    "starcoder": ([as_json(pre_tokenizers.Digits(individual_digits=True)), BYTES | {"use_regex": True}], False),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_of_many_steps_and_of_newer_models(tmp_path: Path, name: str) -> None:
+    """The merges are of text that was not split, so that each place shows at which it is."""
+    steps, ignore_merges = SPLITS[name]
+    file = as_json(byte_level(split=split_by("no such text"), ignore_merges=ignore_merges))
+    file = changed(file, "pre_tokenizer", {"type": "Sequence", "pretokenizers": steps})
+    path = write_files(tmp_path / "c", {"tokenizer.json": file})
+    metadata = tokenizer_metadata(path, 600)
+    assert metadata["tokenizer.ggml.pre"] == name
+    tokenizer, reference = read_files(path), byte_level().from_str((path / "tokenizer.json").read_text())
+    is_rough = name in ("gpt-4o", "tekken")
+    assert bool(notes(metadata)) == is_rough
+    for text in HARD_TEXTS:
+        if text.isascii() or not is_rough:
+            assert tokenizer.encode(text, parse_special=True) == reference.encode(text).ids
     tokenizer.close()
 
 
