@@ -285,6 +285,15 @@ FAMILIES = {
         latent=LatentShape(is_absorbed=False),
         arch="deepseek2",
     ),
+    "deepseek2-lite": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys={"leading_dense_block_count": 1, "expert_shared_count": 2},
+        tensors=_shared(64),
+        n_dense=1,
+        latent=LatentShape(n_lora_q=0),
+        arch="deepseek2",
+    ),
     "mistral4": Family(
         "nothing",
         "expert_feed_forward_length",

@@ -36,6 +36,8 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "olmoe": FineShape(n_head_kv=4, n_embd_head=64),
     "phimoe": FineShape(n_embd_head=64, n_expert=16),
     "dots1": FineShape(n_head_kv=4, n_expert=16),
+    # llama.cpp takes queries for one matrix where a model has as many layers as DeepSeek-V2-Lite or a few others.
+    "deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2),
 }
 FINE = ("qwen3moe", "olmoe")
 WORDS = ("re", "in", "on", "at")
@@ -171,7 +173,7 @@ def test_without_experts_it_is_refused(tmp_path: Path, name: str) -> None:
         ModelFile.of(read_gguf(path))
 
 
-@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("name", [*FINE, "deepseek2"])
 def test_text_goes_in_and_out_as_llama_cpp_has_it(tmp_path: Path, name: str) -> None:
     """A byte-level vocabulary cut as Qwen's, whose texts no token opens."""
     path = write_family(tmp_path / "m.gguf", name, shape=SHAPES[name], words=WORDS)
@@ -190,7 +192,7 @@ def test_text_goes_in_and_out_as_llama_cpp_has_it(tmp_path: Path, name: str) -> 
     assert report["tokens"] == expected
 
 
-@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("name", [*FINE, "mistral4"])
 @pytest.mark.parametrize("is_tiered", [False, True])
 def test_requests_at_once_have_the_answers_that_each_has_alone(written: Written, name: str, is_tiered: bool) -> None:
     path = written(name, "F32")

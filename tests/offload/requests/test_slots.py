@@ -16,6 +16,7 @@ from tests.models.configs import engine_config
 from tests.models.conversation import TOKENS
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, tiered_engine
+from tests.models.tiny_gguf import FineShape, write_family
 
 PROMPT, OTHER = tuple(TOKENS[:40]), tuple(TOKENS[5:45])
 N_ANSWER = 6
@@ -86,6 +87,23 @@ def test_all_kinds_of_caches(make: Any, kv_type: str, tmp_path: Path) -> None:
         engine.slots.restore(0, tmp_path / "slot")
         told, timings = answer(engine, PROMPT)
     assert (told, timings.prompt_n) == (expected, 1)
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek2-old"])
+def test_latent_attention_on_devices_and_the_host(name: str, endpoints: tuple[str, str], tmp_path: Path) -> None:
+    """One row for keys and values, or rows of different length for both."""
+    path = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_expert=16))
+    lent = available_devices(endpoints)[-2:]
+    named = {"device": ",".join(device.name for device in lent), "rpc": endpoints}
+    with closing(device_engine(engine_config(path, n_ctx=128, n_batch=32, n_threads=1, **named), 0.5)) as engine:
+        expected, _ = answer(engine, PROMPT)
+        engine.slots.save(0, tmp_path / "slot")
+    with closing(opened(path)) as engine:
+        engine.slots.restore(0, tmp_path / "slot")
+        told, timings = answer(engine, PROMPT)
+        engine.slots.save(0, tmp_path / "again")
+    assert (told, timings.prompt_n) == (expected, 1)
+    assert (tmp_path / "again").stat().st_size == (tmp_path / "slot").stat().st_size
 
 
 def test_a_cache_on_devices(model: Path, endpoints: tuple[str, str], tmp_path: Path) -> None:
