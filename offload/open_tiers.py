@@ -19,7 +19,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, meas
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.host_experts import HostExperts
-from slimoe.offload.experts.host_graph import ExpertGraphs
+from slimoe.offload.experts.host_graph import ExpertGraphs, HostVectors
 from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.experts.resident import ResidentExperts
@@ -201,7 +201,8 @@ class _Opening:
         taken = 0
         if plan.tiers is not None:
             possible = slot_kinds(plan.cut_layers, plan.tiers.low)
-            graphs = ExpertGraphs(self._cpu, host, set(possible))
+            vectors = self._host_vectors(parts[0])
+            graphs = ExpertGraphs(self._cpu, host, set(possible), vectors)
             self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.memory.direct_io)
             self._opened.callback(reader.close)
@@ -223,7 +224,8 @@ class _Opening:
     def _exchange(self, backend: Backend, n_cells: int, prefetch_depth: int) -> Exchange:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
-        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth)
+        has_windows = any(spec.windowed)
+        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth, has_windows)
         return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ class _Opening:
             return DevicePart(backend, exchange, device.layers, cache, weights)
         enter = self._opened.enter_context
         pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
-        graphs = SlotGraphs(backend, exchange, pools)
+        graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture.activation, weights.layers)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
         experts = DeviceExperts(pools, enter(closing(graphs)), own)
         return DevicePart(backend, exchange, device.layers, cache, weights, experts)
@@ -266,6 +268,19 @@ class _Opening:
         return self._opened.enter_context(
             closing(WeightStore(self._plan.gguf, self._plan.sources, self._count, backend))
         )
+
+    def _host_vectors(self, first: DevicePart) -> HostVectors:
+        """The biases and scales of cut layers, which the first part has if it is the host, and are loaded else."""
+        stacks: dict[int, tuple[int, ...]] = {}
+        store = None if first.layers else self._store(self._cpu)
+        for index in self._cut:
+            source, weights = self._plan.sources.layers[index], first.weights.layers[index]
+            biases, scales = weights.expert_biases, weights.expert_scales
+            if store is not None:
+                biases = tuple(store.weight(one, "copied") for one in source.expert_biases)
+                scales = tuple(store.weight(one, "copied") if one else 0 for one in source.expert_scales)
+            stacks[index] = (*(biases or (0, 0, 0)), *(scales or (0, 0, 0)))
+        return HostVectors(self._plan.spec.architecture.activation, stacks)
 
     # --- experts --------------------------------------------------------------------------------------------
 

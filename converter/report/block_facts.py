@@ -12,7 +12,8 @@ from slimoe.converter.report.alignment import LayerMap
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import LayerSources, WeightSource, model_sources
+from slimoe.offload.model.tensors import LayerSources, WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 
 Stacks = tuple[WeightSource, ...]
 """The tensors with one expert's gate, up and down."""

@@ -14,7 +14,7 @@ from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.regrouped import stacked_matrix
+from slimoe.offload.model.regrouped import expert_matrices, stacked_matrix
 from slimoe.offload.model.tensors import LayerSources, WeightSource
 from slimoe.offload.text.tokenizer import Tokenizer
 
@@ -63,9 +63,10 @@ def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple
                 yield constant_key(index, number), replace(stacked_matrix(vectors, number), ne=(n_embd,))
     elif layer.router:
         assert layer.down is not None
-        for projection, linear in zip(PROJECTIONS, (*layer.gate_up, layer.down), strict=True):
-            for expert in range(layer.router.weight.ne[1]):
-                yield expert_key(index, projection, expert), stacked_matrix(linear.weight, expert)
+        for expert in range(layer.router.weight.ne[1]):
+            matrices = *expert_matrices(layer.gate_up, expert), stacked_matrix(layer.down.weight, expert)
+            for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
+                yield expert_key(index, projection, expert), matrix
     else:
         for linear in (*layer.gate_up, *((layer.down,) if layer.down else ())):
             yield from ((MatrixKey(weight.name), weight) for weight in linear.parts)

@@ -127,7 +127,8 @@ class DeviceExperts:
                 slots.append(np.full(len(one.columns), slot, np.int32))
             tokens = np.concatenate([one.tokens for one in group])
             columns = np.concatenate([one.columns for one in group])
-            works.append(SlotWork(slot_class, tokens, np.concatenate(slots), columns))
+            experts = np.repeat([one.key[1] for one in group], [len(one.columns) for one in group]).astype(np.int32)
+            works.append(SlotWork(slot_class, tokens, np.concatenate(slots), columns, group[0].key[0], experts))
         self._graphs.begin(works, n_rows)
         self.hits += sum(len(one.columns) for one in routed)
 
@@ -174,7 +175,10 @@ class DeviceExperts:
             self.bytes_uploaded += one.copy.n_bytes
             self.n_streamed += 1
             slots = np.full(len(one.columns), slot, np.int32)
-            self._graphs.begin([SlotWork(one.copy.slot_class, one.tokens, slots, one.columns)], n_rows)
+            layer, expert = one.key
+            experts = np.full(len(one.columns), expert, np.int32)
+            work_of_one = SlotWork(one.copy.slot_class, one.tokens, slots, one.columns, layer, experts)
+            self._graphs.begin([work_of_one], n_rows)
 
     # --- measuring ------------------------------------------------------------------------------------------
 
@@ -189,10 +193,11 @@ class DeviceExperts:
         return min(taken)
 
     def run_passing(self, slot_class: SlotClass, n_tokens: int, synchronize: Callable[[], None]) -> None:
-        """Computes an expert that `seconds_per_copy` left, for `n_tokens` tokens, and waits for it."""
+        """Computes an expert that `seconds_per_copy` left, but for biases, for `n_tokens` tokens, and waits for it."""
         slots = np.full(n_tokens, self.pools[slot_class].next_passing(), np.int32)
         tokens = np.arange(n_tokens, dtype=np.int32)
-        self._graphs.begin([SlotWork(slot_class, tokens, slots, tokens.astype(np.int64))], n_tokens)
+        work = SlotWork(slot_class, tokens, slots, tokens.astype(np.int64), -1, np.zeros_like(tokens))
+        self._graphs.begin([work], n_tokens)
         synchronize()
 
     def close(self) -> None:

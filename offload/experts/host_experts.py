@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -134,7 +135,7 @@ class HostExperts:
             if len(slots):
                 bank = self._host_pool.bank(slot_class, phases)
                 is_one_row = is_single and not banks.may_repeat
-                works.append(BankWork(slot_class, bank, slots, columns[found], is_one_row))
+                works.append(BankWork(index, slot_class, bank, slots, experts[found], columns[found], is_one_row))
         return works, is_here
 
     def _abandon(self, begun: Mapping[Key, ExpertCopy]) -> None:
@@ -143,8 +144,9 @@ class HostExperts:
 
     def _run_alone(self, one: RoutedTokens, slot: HostSlot, n_rows: int, is_cancelled: Cancelled) -> None:
         """Computes an expert that is waited for, or whose slot is in no bank."""
-        bank, slots = alone(self._host_pool.addresses(slot)), np.zeros(len(one.columns), np.int64)
-        work = BankWork(one.copy.slot_class, bank, slots, one.columns, is_one_row=n_rows == 1)
+        (layer, expert), bank, n = one.key, alone(self._host_pool.addresses(slot)), len(one.columns)
+        slots, experts = np.zeros(n, np.int64), np.full(n, expert)
+        work = BankWork(layer, one.copy.slot_class, bank, slots, experts, one.columns, is_one_row=n_rows == 1)
         self._graphs.run(work, n_rows, is_cancelled)
 
     # --- one token ------------------------------------------------------------------------------------------
@@ -281,18 +283,15 @@ class HostExperts:
         """Computes what is in memory, whole experts at a time, as many as one graph has memory for."""
         for work in works:
             order = np.argsort(work.slots, kind="stable")
-            slots, columns = work.slots[order], work.columns[order]
+            slots = work.slots[order]
+            ordered = replace(work, slots=slots, experts=work.experts[order], columns=work.columns[order])
             begins = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
             n_most, begin = self._graphs.most_pairs(work.bank), 0
             for at, end in pairwise([*begins, len(slots)]):
                 if end - begin > n_most and at > begin:
-                    part = slice(begin, at)
-                    self._graphs.run(
-                        BankWork(work.slot_class, work.bank, slots[part], columns[part]), n_rows, is_cancelled
-                    )
+                    self._graphs.run(ordered.part(begin, at), n_rows, is_cancelled)
                     begin = at
-            part = slice(begin, len(slots))
-            self._graphs.run(BankWork(work.slot_class, work.bank, slots[part], columns[part]), n_rows, is_cancelled)
+            self._graphs.run(ordered.part(begin, len(slots)), n_rows, is_cancelled)
 
     def _missing_of_next_layer(self, index: int, n_rows: int) -> list[tuple[Key, ExpertCopy]]:
         """Experts of the next cut layer that are not here: a batch that can select them all is taken to need them."""
@@ -343,7 +342,8 @@ class HostExperts:
     def run_one(self, key: Key, n_tokens: int) -> None:
         """Computes an expert that is here for `n_tokens` tokens, whatever they hold, to measure how long it takes."""
         slots, columns = np.zeros(n_tokens, np.int64), np.arange(n_tokens)
-        self._graphs.run(BankWork(self._copy(key).slot_class, alone(self.addresses(key)), slots, columns), n_tokens)
+        bank, experts = alone(self.addresses(key)), np.full(n_tokens, key[1])
+        self._graphs.run(BankWork(key[0], self._copy(key).slot_class, bank, slots, experts, columns), n_tokens)
 
     def _copy(self, key: Key) -> ExpertCopy:
         layer = self._layers[key[0]]

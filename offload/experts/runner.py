@@ -11,7 +11,7 @@ from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.attention import StepShape
-from slimoe.offload.graph.batch import Batch, fill_mask
+from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.graph.segment import build_segment, cut_into_segments
@@ -129,12 +129,15 @@ class TieredRunner:
             exchange.write("cells", batch.cells)
             if temperature := self.spec.attention.temperature:
                 exchange.write("temperatures", temperature.factors(batch.positions))
-            if exchange.is_host:
-                fill_mask(exchange.read("mask", batch.n_tokens, batch.n_kv), batch)
-            else:
-                mask = np.empty((batch.n_tokens, batch.n_kv), np.float16)
-                fill_mask(mask, batch)
-                exchange.write("mask", mask)
+            for name in ("mask", "window_mask") if any(self.spec.windowed) else ("mask",):
+                shape = batch.n_tokens, batch.n_kv
+                mask = exchange.read(name, *shape) if exchange.is_host else np.empty(shape, np.float16)
+                if name == "mask":
+                    fill_mask(mask, batch)
+                else:
+                    fill_window_mask(mask, batch, self.spec.n_window)
+                if not exchange.is_host:
+                    exchange.write(name, mask)
 
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
         segment, shape = self._segments[key[0]], StepShape(*key[1:])

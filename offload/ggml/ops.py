@@ -124,6 +124,10 @@ def ggml_get_data(tensor: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_n_dims(tensor: Ptr) -> I32: ...
+
+
+@c_function(_BASE)
 def ggml_nbytes(tensor: Ptr) -> Size: ...
 
 
@@ -215,6 +219,10 @@ def ggml_swiglu_split(ctx: Ptr, gate: Ptr, up: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_swiglu_oai(ctx: Ptr, gate: Ptr, up: Ptr, alpha: F32, limit: F32) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_repeat_4d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
 
 
@@ -252,6 +260,10 @@ def ggml_cont(ctx: Ptr, a: Ptr) -> Ptr: ...
 def ggml_flash_attn_ext(
     ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
 ) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_flash_attn_ext_add_sinks(attended: Ptr, sinks: Ptr) -> None: ...
 
 
 @c_function(_BASE)

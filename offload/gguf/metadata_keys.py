@@ -61,11 +61,17 @@ class MetadataKeys:
         """Whether the file has the key."""
         return self.prefix + name in self.gguf.metadata
 
-    def integers(self, name: str, n: int, least: int = 0) -> tuple[int, ...]:
-        """An array of `n` integers, each at least `least`."""
-        values = self._array(name, n, "iu", "integers")
+    def is_array(self, name: str) -> bool:
+        """Whether the value at a key is an array."""
+        return isinstance(self.gguf.metadata.get(self.prefix + name), np.ndarray | list)
+
+    def integers(self, name: str, n: int, least: int = 0, most: int | None = None) -> tuple[int, ...]:
+        """An array of `n` integers or truth values, each at least `least` and, if that is given, at most `most`."""
+        values = self._array(name, n, "iub", "integers")
         if n and values.min() < least:
             raise self.bad_entry(name, values, int(np.argmin(values)))
+        if n and most is not None and values.max() > most:
+            raise self.bad_entry(name, values, int(np.argmax(values)))
         return tuple(values.tolist())
 
     def numbers(self, name: str, n: int) -> tuple[float, ...] | None:

@@ -28,13 +28,15 @@ class StepInputs:
     """Tensor addresses to fill before a run.
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
-    mask F16 [n_kv, n_tokens] (0 or -inf), temperatures F32 [n_tokens], by which queries are multiplied; 0 without.
+    mask F16 [n_kv, n_tokens] (0 or -inf), another one for layers with a sliding window, temperatures F32 [n_tokens],
+    by which queries are multiplied; 0 for what no layer has.
     """
 
     tokens: int
     positions: int
     cells: int
     mask: int
+    window_mask: int = 0
     temperatures: int = 0
 
 
@@ -54,13 +56,14 @@ class AttentionBuilder:
         """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
         ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
         query, key, value = self._qkv(layer, hidden, n_queries)
-        query = self._normed_head(self._rope(query, self._last(positions, n_queries)), layer.q_norm)
-        scale = spec.attention_scale
+        freq_base = spec.rope.window_freq_base if spec.window(index) else 0.0
+        rotated = self._rope(query, self._last(positions, n_queries), freq_base)
+        query, scale = self._normed_head(rotated, layer.q_norm), spec.attention_scale
         if spec.architecture.scales_queries:
             query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
-        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions), layer.k_norm))
+        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions, freq_base), layer.k_norm))
         self._store(self.cache.values[index], value)
-        attended = self._attend(index, query, n_queries, scale)
+        attended = self._attend(index, query, n_queries, scale, layer.sinks)
         joined = ggml.ggml_reshape_2d(ctx, attended, spec.attention.n_output, n_queries)
         return add_linear(ctx, layer.attn_output, joined)
 
@@ -69,11 +72,12 @@ class AttentionBuilder:
         n_before = self.shape.n_tokens - n
         return int(ggml.ggml_view_2d(self.ctx, vector, n, 1, n * 4, n_before * 4)) if n_before else vector
 
-    def _attend(self, index: int, query: int, n_queries: int, scale: float) -> int:
+    def _attend(self, index: int, query: int, n_queries: int, scale: float, sinks: int = 0) -> int:
         """What queries [n_embd_head, n_head, n_queries] make of the cached values, [n_value, n_head, n_queries].
 
-        `scale` is the factor on their products with keys.
+        `scale` is the factor on their products with keys, `sinks` F32 [n_head] a logit of each head to no token.
         """
+        has_window = self.spec.window(index) > 0
         keys = self._cached(self.cache.keys[index], self.spec.attention.key_length)
         # Without values of their own, those of MLA are the beginning of the keys.
         held = self.cache.values.get(index, self.cache.keys[index])
@@ -82,11 +86,13 @@ class AttentionBuilder:
             ggml.ggml_permute(self.ctx, query, 0, 2, 1, 3),
             keys,
             self._cached(held, self.spec.attention.value_length),
-            last_rows(self.ctx, self.inputs.mask, n_queries),
+            last_rows(self.ctx, self.inputs.window_mask if has_window else self.inputs.mask, n_queries),
             scale,
             0.0,
             0.0,
         )
+        if sinks:
+            ggml.ggml_flash_attn_ext_add_sinks(attended, sinks)
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
         return int(attended)
 
@@ -126,7 +132,8 @@ class AttentionBuilder:
             return heads
         return add_rms_norm(self.ctx, heads, norm, self.spec.rms_eps)
 
-    def _rope(self, heads: int, positions: int) -> int:
+    def _rope(self, heads: int, positions: int, freq_base: float = 0.0) -> int:
+        """Heads rotated by their positions, at `freq_base` in place of the model's own if that is given."""
         rope = self.spec.rope
         rotated = ggml.ggml_rope_ext(
             self.ctx,
@@ -136,7 +143,7 @@ class AttentionBuilder:
             rope.n_rot,
             self.spec.architecture.rope,
             rope.n_ctx_orig,
-            rope.freq_base,
+            freq_base or rope.freq_base,
             rope.freq_scale,
             rope.ext_factor,
             rope.attn_factor,

@@ -71,6 +71,17 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
+def fill_window_mask(mask: Mask, batch: Batch, n_window: int) -> None:
+    """Fills the mask F16 [n_tokens, n_kv] of layers in which a token sees only itself and the `n_window` - 1 before."""
+    assert mask.shape == (batch.n_tokens, batch.n_kv)
+    mask[:] = _MASKED
+    row = 0
+    for run in batch.runs:
+        for end in range(len(run.visible) - run.n_tokens + 1, len(run.visible) + 1):
+            mask[row, run.visible[max(0, end - n_window) : end]] = 0
+            row += 1
+
+
 def fill_mask(mask: Mask, batch: Batch) -> None:
     """Fills the attention mask F16 [n_tokens, n_kv] of a batch: 0 where a token sees a cell, -inf elsewhere."""
     assert mask.shape == (batch.n_tokens, batch.n_kv)

@@ -37,12 +37,14 @@ class ExchangeShape:
     n_expert: int
     n_used: int
     prefetch_depth: int
+    has_windows: bool = False
 
 
 class Exchange:
     """The tensors, by purpose; all are one-dimensional, and used through views of the step's shape.
 
-    tokens, positions I32, cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens]: what a step reads.
+    tokens, positions I32, cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens] (and window_mask,
+    of one element where no layer has a window): what a step reads.
     residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
     expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first.
     early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
@@ -58,6 +60,7 @@ class Exchange:
             "cells": (Type.I64, n_tokens),
             "temperatures": (Type.F32, n_tokens),
             "mask": (Type.F16, shape.n_cells * n_tokens),
+            "window_mask": (Type.F16, shape.n_cells * n_tokens if shape.has_windows else 1),
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),
             "expert_weights": (Type.F32, shape.n_used * n_tokens),

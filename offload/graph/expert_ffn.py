@@ -5,10 +5,33 @@ that they add the same operations in the same order, llama.cpp's.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
 from slimoe.offload.graph.weights import LayerWeights, SharedWeights
+from slimoe.offload.model.architecture import Activation
+
+_OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
+"""The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertExtras:
+    """What the experts of a layer have beside their matrices: their activation, and tensor addresses of vectors.
+
+    `biases` are gate's, up's and down's, F32 [n, n_stored], and `scales` factors on their products, F32 [1, n_stored];
+    either is () or has 0 for one that is missing. `ids` I32 [n_selected, n_rows] are the selected experts' places in
+    both, which need not be their places in the stacks of matrices. Gate and up that have vectors are not joined.
+    """
+
+    activation: Activation = "swiglu"
+    biases: tuple[int, ...] = ()
+    scales: tuple[int, ...] = ()
+    ids: int = 0
+
+
+NO_EXTRAS = ExpertExtras()
 
 
 def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
@@ -28,14 +51,40 @@ def add_shared_expert(ctx: int, shared: SharedWeights, normed: int) -> int:
     return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
 
-def add_expert_ffn(ctx: int, gate_up: Sequence[int], down: int, rows: int, ids: int) -> int:
+def layer_extras(ctx: int, activation: Activation, layer: LayerWeights, ids: int = 0) -> ExpertExtras:
+    """The extras of a layer whose selected experts are `ids`, where these are known."""
+    scales = tuple(
+        int(ggml.ggml_reshape_2d(ctx, one, 1, ggml.tensor_at(one).ne[0])) if one else 0 for one in layer.expert_scales
+    )
+    return ExpertExtras(activation, layer.expert_biases, scales, ids)
+
+
+def add_expert_ffn(
+    ctx: int, gate_up: Sequence[int], down: int, rows: int, ids: int, extras: ExpertExtras = NO_EXTRAS
+) -> int:
     """The outputs of the selected experts, [n_embd, n_selected, n_rows], not yet weighted.
 
     `gate_up` are two stacks of matrices or a joined one, gate first; `rows` [n_embd, 1, n_rows] are the inputs, `ids`
     I32 [n_selected, n_rows] the places of the selected experts in the stacks.
     """
-    projected = [int(ggml.ggml_mul_mat_id(ctx, stack, rows, ids)) for stack in gate_up]
-    return int(ggml.ggml_mul_mat_id(ctx, down, _activated(ctx, projected), ids))
+    projected = [_add_product(ctx, stack, rows, ids, extras, place) for place, stack in enumerate(gate_up)]
+    return _add_product(ctx, down, _activated(ctx, projected, extras.activation), ids, extras, 2)
+
+
+def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras, place: int) -> int:
+    """The product of the selected experts' matrices, scaled and biased; `place` 0 is gate, 1 up and 2 down."""
+    product = int(ggml.ggml_mul_mat_id(ctx, stack, rows, ids))
+    if extras.scales and extras.scales[place]:
+        n_stored, n_rows = ggml.tensor_at(extras.scales[place]).ne[1], ggml.tensor_at(extras.ids).ne[1]
+        repeated = ggml.ggml_repeat_4d(ctx, extras.scales[place], 1, n_stored, n_rows, 1)
+        product = int(ggml.ggml_mul(ctx, product, ggml.ggml_get_rows(ctx, repeated, extras.ids)))
+    if extras.biases and extras.biases[place]:
+        bias, n_out = extras.biases[place], ggml.tensor_at(product).ne[0]
+        tensor = ggml.tensor_at(bias)
+        if tensor.ne[0] > n_out:  # Narrower experts use the first of each.
+            bias = int(ggml.ggml_view_2d(ctx, bias, n_out, tensor.ne[1], tensor.nb[1], 0))
+        product = int(ggml.ggml_add_id(ctx, product, bias, extras.ids))
+    return product
 
 
 def add_expert_sum(ctx: int, outputs: int) -> int:
@@ -50,8 +99,11 @@ def add_expert_sum(ctx: int, outputs: int) -> int:
     return int(total)
 
 
-def _activated(ctx: int, projected: Sequence[int]) -> int:
-    """SwiGLU of gate and up, which are two tensors or the halves of one."""
+def _activated(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:
+    """The activation of gate and up, which are two tensors or, for SwiGLU, the halves of one."""
+    if activation == "swiglu_oai":
+        gate, up = projected
+        return int(ggml.ggml_swiglu_oai(ctx, gate, up, _OAI_ALPHA, _OAI_LIMIT))
     if len(projected) == 2:
         return int(ggml.ggml_swiglu_split(ctx, *projected))
     return int(ggml.ggml_swiglu(ctx, projected[0]))

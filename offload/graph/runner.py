@@ -11,7 +11,7 @@ from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.attention import StepShape
-from slimoe.offload.graph.batch import Batch, fill_mask
+from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.step import build_step
@@ -33,7 +33,8 @@ class _Prepared:
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     cells: NDArray[np.int64]
-    mask: NDArray[np.float16]
+    mask: NDArray[np.float16] | None
+    window_mask: NDArray[np.float16] | None
     temperatures: NDArray[np.float32]
     logits: Logits
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
@@ -84,7 +85,10 @@ class Runner:
         prepared.cells[:] = batch.cells
         if temperature := self.spec.attention.temperature:
             prepared.temperatures[:] = temperature.factors(batch.positions)
-        fill_mask(prepared.mask, batch)
+        if prepared.mask is not None:
+            fill_mask(prepared.mask, batch)
+        if prepared.window_mask is not None:
+            fill_window_mask(prepared.window_mask, batch, self.spec.n_window)
         if is_cancelled is None:
             self.backend.compute(prepared.graph)
         else:
@@ -100,13 +104,15 @@ class Runner:
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)
             inputs, n_tokens, n_used = step.inputs, shape.n_tokens, self.spec.n_expert_used
+            mask = np.float16, n_tokens, shape.n_kv
             ranked = ((layer, _array(one, np.int32, *ggml.tensor_at(one).ne[1::-1])) for layer, one in step.ranked)
             return _Prepared(
                 step.graph,
                 tokens=_array(inputs.tokens, np.int32, n_tokens),
                 positions=_array(inputs.positions, np.int32, n_tokens),
                 cells=_array(inputs.cells, np.int64, n_tokens),
-                mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv),
+                mask=_array(inputs.mask, *mask) if inputs.mask else None,
+                window_mask=_array(inputs.window_mask, *mask) if inputs.window_mask else None,
                 temperatures=_array(inputs.temperatures, np.float32, n_tokens) if inputs.temperatures else _NONE,
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),

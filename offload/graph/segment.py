@@ -83,7 +83,9 @@ def build_segment(
         int(ggml.ggml_view_1d(ctx, vector, shape.n_tokens, 0)) for vector in vectors
     )
     mask = 0 if cache is None else exchange.view(ctx, "mask", (shape.n_kv, shape.n_tokens))
-    inputs = StepInputs(tokens, positions, cells, mask, temperatures if spec.attention.temperature else 0)
+    has_windows = cache is not None and any(spec.windowed)
+    window_mask = exchange.view(ctx, "window_mask", (shape.n_kv, shape.n_tokens)) if has_windows else 0
+    inputs = StepInputs(tokens, positions, cells, mask, window_mask, temperatures if spec.attention.temperature else 0)
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):

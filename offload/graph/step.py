@@ -13,7 +13,13 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import AttentionBuilder, StepInputs, StepShape
-from slimoe.offload.graph.expert_ffn import add_dense_ffn, add_expert_ffn, add_expert_sum, add_shared_expert
+from slimoe.offload.graph.expert_ffn import (
+    add_dense_ffn,
+    add_expert_ffn,
+    add_expert_sum,
+    add_shared_expert,
+    layer_extras,
+)
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
@@ -42,14 +48,21 @@ class StepGraph:
 def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> StepGraph:
     """Builds the graph of one whole step; nothing is allocated for it yet."""
     ctx, graph = new_graph(spec, spec.n_layer)
+    n_windowed = sum(spec.windowed)
+    masks = [
+        int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)) if is_used else 0
+        for is_used in (n_windowed < spec.n_layer, n_windowed)
+    ]
     inputs = StepInputs(
         tokens=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
         positions=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
         cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)),
-        mask=int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)),
+        mask=masks[0],
+        window_mask=masks[1],
         temperatures=int(ggml.ggml_new_tensor_1d(ctx, Type.F32, shape.n_tokens)) if spec.attention.temperature else 0,
     )
-    for tensor in (inputs.tokens, inputs.positions, inputs.cells, inputs.mask, inputs.temperatures):
+    vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures
+    for tensor in (*vectors, inputs.mask, inputs.window_mask):
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
@@ -122,7 +135,9 @@ class BlockBuilder:
             self.ranked.append((index, ranked))
         rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
         stacks = [part.weight for part in layer.gate_up]
-        outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, select_experts(ctx, spec, ranked))
+        ids = select_experts(ctx, spec, ranked)
+        extras = layer_extras(ctx, spec.architecture.activation, layer, ids)
+        outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
         return self.add_experts(index, ggml.ggml_mul(ctx, outputs, expert_weights), normed, hidden)
 
     def add_experts(self, index: int, outputs: int, normed: int, hidden: int) -> int:

@@ -79,7 +79,9 @@ class LayerWeights:
     k_norm: int = 0
     choice_bias: int = 0
     shared: SharedWeights | None = None
+    sinks: int = 0
     expert_biases: tuple[int, ...] = ()
+    expert_scales: tuple[int, ...] = ()
     latent: LatentWeights | None = None
 
 
@@ -313,7 +315,9 @@ def load_weights(
             k_norm=weight(source.k_norm),
             choice_bias=weight(source.choice_bias),
             shared=shared(source.shared),
+            sinks=weight(source.sinks),
             expert_biases=tuple(weight(bias) for bias in source.expert_biases),
+            expert_scales=tuple(weight(scale) for scale in source.expert_scales),
             latent=latent(source.latent),
         )
 

@@ -52,6 +52,9 @@ class SharedExpert:
     is_gated: bool = False
 
 
+Activation = Literal["swiglu", "swiglu_oai"]
+"""What joins an expert's gate and up: SwiGLU, or OpenAI's, whose inputs are clamped and whose up is raised by one."""
+
 When = Literal[
     "model", "attention", "q", "low_rank_q", "absorbed", "unabsorbed", "ffn", "router", "dense", "experts", "shared"
 ]
@@ -84,7 +87,9 @@ class Architecture:
     an expert's width; without the key it is the dense width over the experts used. `has_dense_layers`: the keys
     `leading_dense_block_count` and `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys
     scale embeddings, both branches of a block, attention and logits. `has_latent_attention`: attention is MLA. With
-    `is_mscale_shared` YaRN's mscale is the model's mscale_all_dim, and not 1.
+    `is_mscale_shared` YaRN's mscale is the model's mscale_all_dim, and not 1. `window_period`: of so many consecutive
+    layers all but the last look back no further than the model's window, where the key `sliding_window_pattern` does
+    not say otherwise; 0 is for architectures without windows. `activation` is that of the experts.
     """
 
     name: str
@@ -103,3 +108,10 @@ class Architecture:
     may_be_dense: bool = False
     has_latent_attention: bool = False
     is_mscale_shared: bool = False
+    window_period: int = 0
+    activation: Activation = "swiglu"
+
+    @property
+    def has_expert_biases(self) -> bool:
+        """Whether the products of its experts' matrices have biases, [n, n_expert] each."""
+        return any(role.role == "ffn_down_exps" and role.suffix == "bias" for role in self.tensors)

@@ -198,6 +198,30 @@ DEEPSEEK2 = Architecture(
     is_mscale_shared=True,
 )
 MISTRAL4 = replace(DEEPSEEK2, name="mistral4", models="Mistral Small 4", is_mscale_shared=False)
+GPT_OSS = Architecture(
+    name="gpt-oss",
+    models="gpt-oss",
+    tensors=(
+        *_BEGIN,
+        TensorRole("attn_sinks", ("n_head",), "attention"),
+        _ATTN_OUTPUT,
+        TensorRole("post_attention_norm", ("n_embd",), "ffn"),
+        _ROUTER,
+        TensorRole("ffn_gate_inp", ("n_expert",), "router", suffix="bias"),
+        *_EXPERTS,
+        TensorRole("ffn_gate_exps", ("n_ff", "n_expert"), "experts", suffix="bias"),
+        TensorRole("ffn_up_exps", ("n_ff", "n_expert"), "experts", suffix="bias"),
+        TensorRole("ffn_down_exps", ("n_embd", "n_expert"), "experts", suffix="bias"),
+        _OUTPUT_NORM,
+        _OUTPUT,
+    ),
+    rope=RopeType.NEOX,
+    ffn_norm="post_attention_norm",
+    router=Router(score="softmax_of_selected", renormalise=False),
+    width_key="expert_feed_forward_length",
+    window_period=2,
+    activation="swiglu_oai",
+)
 ARCHITECTURES = {
     row.name: row
     for row in (
@@ -214,6 +238,7 @@ ARCHITECTURES = {
         GLM4MOE,
         DEEPSEEK2,
         MISTRAL4,
+        GPT_OSS,
     )
 }
 

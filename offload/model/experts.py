@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
-from slimoe.offload.model.regrouped import stacked_matrix
+from slimoe.offload.model.regrouped import expert_matrices, stacked_matrix
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, WeightSource
 
@@ -96,7 +96,7 @@ class ExpertLayer:
 
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
-    """The experts of every layer, None where a layer has none. `sources` must not be joined yet."""
+    """The experts of every layer, None where a layer has none. `sources` are a file's own, not joined."""
     routing = spec.expert_weights_scale, spec.renormalises
     found: list[ExpertLayer | None] = []
     for layer in sources.layers:
@@ -112,10 +112,12 @@ def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer |
             experts, target, hints = tuple(map(tuple, copies)), layout.target, layout.hints
         else:
             assert layer.down
-            assert len(layer.gate_up) == 2, "the matrices are joined already"
-            stacks = (*(part.weight for part in layer.gate_up), layer.down.weight)
             target = tuple(range(layer.router.weight.ne[1]))
-            experts = tuple((_copy(stacks, expert),) for expert in target)
+            matrices = (
+                (*expert_matrices(layer.gate_up, expert), stacked_matrix(layer.down.weight, expert))
+                for expert in target
+            )
+            experts = tuple((ExpertCopy(*three),) for three in matrices)
         found.append(ExpertLayer(layer.router.weight, experts, target, constants, spec.n_expert_used, hints, *routing))
     return tuple(found)
 

@@ -8,7 +8,8 @@ from slimoe.offload.gguf.header import GGUFFile, parse_gguf
 from slimoe.offload.gguf.keys import TOKENS
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
-from slimoe.offload.model.tensors import ModelSources, model_sources
+from slimoe.offload.model.tensors import ModelSources
+from slimoe.offload.model.weight_reader import model_sources
 
 
 @dataclass(frozen=True, slots=True)

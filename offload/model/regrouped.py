@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, Span, WeightSource
+from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, Span, WeightSource, rows_of
 
 
 def join_layers(sources: ModelSources) -> ModelSources:
@@ -18,7 +18,9 @@ def join_layers(sources: ModelSources) -> ModelSources:
 
 def _join_gate_up(layer: LayerSources) -> LayerSources:
     shared = layer.shared and replace(layer.shared, gate_up=join_rows(layer.shared.gate_up))
-    return replace(layer, gate_up=join_rows(layer.gate_up), shared=shared)
+    # Between the product of experts and their activation stand what only gate or only up has.
+    has_extras = bool(layer.expert_biases or layer.expert_scales)
+    return replace(layer, gate_up=layer.gate_up if has_extras else join_rows(layer.gate_up), shared=shared)
 
 
 def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
@@ -44,6 +46,18 @@ def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
         n_bytes = stack.n_bytes // n_stack
         span = Span(stack.spans[0].shard, stack.spans[0].offset + index * n_bytes, n_bytes)
     return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
+
+
+def expert_matrices(stacks: Sequence[LinearSource], index: int) -> tuple[WeightSource, ...]:
+    """Matrix `index` of each stack, or gate's and up's rows of it where that is the only one, and so both."""
+    matrices = [stacked_matrix(stack.weight, index) for stack in stacks]
+    if len(matrices) > 1:
+        return tuple(matrices)
+    (both,), n_rows = matrices, matrices[0].ne[1]
+    return tuple(
+        rows_of(both, both.name.replace("gate_up", projection), begin, begin + n_rows // 2)
+        for projection, begin in (("gate", 0), ("up", n_rows // 2))
+    )
 
 
 def without_experts(sources: ModelSources) -> ModelSources:

@@ -18,6 +18,7 @@ class RopeSpec:
     """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`.
 
     With MLA, `yarn_log_multiplier` is a tenth of YaRN's mscale_all_dim, which is its mscale too if `is_mscale_shared`.
+    `window_freq_base` takes the place of `freq_base` in layers with a sliding window; 0 is the same one.
     """
 
     n_rot: int
@@ -28,6 +29,7 @@ class RopeSpec:
     attn_multiplier: float = 1.0
     yarn_log_multiplier: float = 0.0
     is_mscale_shared: bool = False
+    window_freq_base: float = 0.0
 
     def n_ctx_reached(self, n_ctx_train: int) -> int:
         """Tokens that the scaled rotation was made for, in a file whose context length is `n_ctx_train`.
@@ -131,6 +133,7 @@ def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, 
         attn_multiplier=keys.number("rope.scaling.attn_factor", 1.0),
         yarn_log_multiplier=_log_multiplier(keys) if architecture.has_latent_attention else 0.0,
         is_mscale_shared=architecture.is_mscale_shared,
+        window_freq_base=keys.number("rope.freq_base_swa") if keys.has("rope.freq_base_swa") else 0.0,
     )
 
 

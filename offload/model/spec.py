@@ -44,7 +44,8 @@ NO_MULTIPLIERS = Multipliers()
 class ModelSpec:
     """A model's sizes. `n_ff` is the width of one expert, or of the dense FFN when `n_expert` is 0.
 
-    `n_window` are the tokens that the model's own attention looks back, 0 for all: here every token sees all before it.
+    `n_window` are the tokens that the model's own attention looks back, its own one included, 0 for all. So it does
+    here in the layers that are `windowed`, one entry per layer; where that is empty, every token sees all before it.
     Where layers differ, `n_ff` and `n_expert` are those of the layer that has most, and `layer_shape` has each layer's.
     `n_layer_nextn` blocks behind the layers, which predict further tokens, are in a stock file, and are not run.
     """
@@ -63,6 +64,7 @@ class ModelSpec:
     is_native: bool = False
     multipliers: Multipliers = NO_MULTIPLIERS
     n_layer_nextn: int = 0
+    windowed: tuple[bool, ...] = ()
 
     @property
     def stored_architecture(self) -> str:
@@ -96,6 +98,10 @@ class ModelSpec:
         if latent is not None:
             return self.rope.latent_scale(latent.n_embd_head_k)
         return self.multipliers.attention or 1.0 / math.sqrt(self.attention.n_embd_head)
+
+    def window(self, layer: int) -> int:
+        """How many tokens the attention of a layer looks back, its own one included; 0 is all."""
+        return self.n_window if self.windowed and self.windowed[layer] else 0
 
     @property
     def n_expert(self) -> int:
@@ -180,6 +186,7 @@ class ModelSpec:
             is_native=is_native,
             multipliers=_multipliers(keys) if architecture.has_multipliers else NO_MULTIPLIERS,
             n_layer_nextn=n_nextn,
+            windowed=_windowed(keys, architecture, n_layer),
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -197,6 +204,10 @@ class ModelSpec:
         values |= attention_metadata(self.attention)
         if self.n_window:
             values["attention.sliding_window"] = self.n_window
+        if self.windowed:
+            values["attention.sliding_window_pattern"] = [int(windowed) for windowed in self.windowed]
+        if self.rope.window_freq_base:
+            values["rope.freq_base_swa"] = self.rope.window_freq_base
         if self.n_expert:
             shapes = [self.layer_shape(layer) for layer in range(self.n_layer)]
             values |= expert_metadata(self.experts, self.n_ff, self.architecture, shapes, is_native=self.is_native)
@@ -223,6 +234,18 @@ def _unknown(name: Value) -> str:
     nearest, difference = COUSINS.get(name, ("", "")) if isinstance(name, str) else ("", "")
     variant = f" It is like {nearest}, but {difference}." if nearest in ARCHITECTURES else ""
     return f"the architecture {name!r:.100} is not supported, only {known}.{variant}"
+
+
+def _windowed(keys: MetadataKeys, architecture: Architecture, n_layer: int) -> tuple[bool, ...]:
+    """Which layers have a sliding window: an entry each, or all but each n-th, and where n is 0 all."""
+    if not architecture.window_period:
+        return ()
+    keys.count("attention.sliding_window")
+    name = "attention.sliding_window_pattern"
+    if keys.is_array(name):
+        return tuple(entry > 0 for entry in keys.integers(name, n_layer, most=1))
+    period = keys.count(name, 0) if keys.has(name) else architecture.window_period
+    return tuple(not period or layer % period < period - 1 for layer in range(n_layer))
 
 
 def _multipliers(keys: MetadataKeys) -> Multipliers:

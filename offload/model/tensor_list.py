@@ -11,6 +11,7 @@ from slimoe.offload.model.spec import ModelSpec
 
 _Layout = dict[str, tuple[int, ...]]
 _ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
+_MERGED = ("ffn_gate_exps", "ffn_up_exps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "n_embd_head": spec.n_embd_head,
         "n_q": spec.n_head * spec.n_embd_head,
         "n_kv": spec.n_head_kv * spec.n_embd_head,
+        "n_head": spec.n_head,
         "n_rot_pairs": spec.rope.n_rot // 2,
     }
     if latent := spec.attention.latent:
@@ -116,9 +118,13 @@ def _layouts(spec: ModelSpec) -> Iterator[list[_Layout]]:
                 n_rows = sum(n for _, n in joined.values())
                 yield [joined, {f"blk.{tensor.layer}.attn_qkv.weight": (spec.n_embd, n_rows)}]
                 joined = {}
-        elif tensor.role.endswith("_exps"):
+        elif tensor.name.endswith("_exps.weight"):
             stem = tensor.name.removesuffix("_exps.weight")
             each: _Layout = {f"{stem}.{expert}.weight": tensor.ne[:2] for expert in range(tensor.ne[2])}
-            yield [{tensor.name: tensor.ne}, each]
+            merged: _Layout = {}
+            if tensor.role in _MERGED:
+                ne = (tensor.ne[0], 2 * tensor.ne[1], tensor.ne[2])
+                merged = {f"blk.{tensor.layer}.ffn_gate_up_exps.weight": ne}
+            yield [{tensor.name: tensor.ne}, each, merged]
         else:
             yield [*([{}] if tensor.is_optional else []), {tensor.name: tensor.ne}]

@@ -5,17 +5,11 @@ repacked copy joins matrices that read the same input (Q, K and V; gate and up),
 needs one synchronisation of the threads instead of three.
 """
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType
 
-from slimoe.offload.errors import ModelFileError, UnsupportedModelError
-from slimoe.offload.gguf.header import GGUFFile, TensorInfo
-from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
-from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
-from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import layer_tensors
+from slimoe.offload.model.native_layout import NativeLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +98,11 @@ class LayerSources:
 
     A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`; norms are vectors with
     or without a bias. With `latent` attention `qkv` are the matrices of queries, or of their low rank, and of the low
-    rank of keys and values, and `q_norm` and `k_norm` are those of the low ranks. `choice_bias` [n_expert] is added to
-    the router's scores to select experts, but not to their weights. `expert_biases` are gate's, up's and down's
-    [n, n_expert], or none. In a native file `buckets` has all experts; `gate_up` and `down` are the best copies if
-    these are one stack in the router's order, and otherwise absent.
+    rank of keys and values, and `q_norm` and `k_norm` are those of the low ranks. `sinks` [n_head] take part in the
+    softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
+    weights. `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
+    their products, each of which may be missing, or none. In a native file `buckets` has all experts; `gate_up` and
+    `down` are the best copies if these are one stack in the router's order, and otherwise absent.
     """
 
     attn_norm: LinearSource | None
@@ -122,7 +117,9 @@ class LayerSources:
     k_norm: WeightSource | None = None
     choice_bias: WeightSource | None = None
     shared: SharedSources | None = None
+    sinks: WeightSource | None = None
     expert_biases: tuple[WeightSource, ...] = ()
+    expert_scales: tuple[WeightSource | None, ...] = ()
     latent: LatentSources | None = None
 
     @property
@@ -136,7 +133,9 @@ class LayerSources:
             *(self.router.parts if self.router else ()),
             self.choice_bias,
             self.shared.gate if self.shared else None,
+            self.sinks,
             *self.expert_biases,
+            *self.expert_scales,
         )
         return tuple(one for one in every if one is not None)
 
@@ -182,183 +181,7 @@ class ModelSources:
         return replace(self, rope_freqs=self.rope_freqs or factors)
 
 
-_DOWNLOAD_AGAIN = "Download or convert it again."
-_WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
-"""Types that ggml can store, but neither multiply with nor look rows up in."""
-
-# Written by old converters, read by nobody: the rotation is computed.
-_IGNORED_SUFFIXES = ("attn_rot_embd", ".rope_freqs.weight", "attn.rotary_emb.inv_freq")
-
-
-class _Reader:
-    """Looks tensors up and remembers which were asked for, so that an unread one can be refused."""
-
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.gguf = gguf
-        self.read: set[str] = set()
-
-    def tensor(self, name: str) -> TensorInfo:
-        info = self.gguf.tensors.get(name)
-        if info is None:
-            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", _DOWNLOAD_AGAIN)
-        is_vector = len(info.ne) == 1
-        if info.type in _WITHOUT_KERNELS or (is_vector and info.type is not GGMLQuantizationType.F32):
-            problem = f"{'vector' if is_vector else 'matrix'} {name} has type {info.type.name}, which has no kernel."
-            raise UnsupportedModelError(self.gguf.path, problem, _DOWNLOAD_AGAIN)
-        self.read.add(name)
-        return info
-
-    def weight(self, name: str) -> WeightSource:
-        info = self.tensor(name)
-        return WeightSource(name, info.ne, info.type, (Span(info.shard, info.offset, info.n_bytes),))
-
-    def optional(self, name: str) -> WeightSource | None:
-        return self.weight(name) if name in self.gguf.tensors else None
-
-    def linear(self, stem: str) -> LinearSource:
-        weight, bias = self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias")
-        n_out = weight.ne[1:]
-        if bias and bias.ne != n_out:
-            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {n_out}.")
-        return LinearSource(weight, bias)
-
-    def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
-        """A stack of experts: stored as one tensor, or one tensor each in files of December 2023."""
-        stacked = f"blk.{layer}.{projection}_exps.weight"
-        first = f"blk.{layer}.{projection}.0.weight"
-        if stacked in self.gguf.tensors or first not in self.gguf.tensors:
-            return LinearSource(self.weight(stacked))
-        parts = [self.weight(f"blk.{layer}.{projection}.{e}.weight") for e in range(n_expert)]
-        if len({(part.ne, part.type) for part in parts}) > 1:
-            raise UnsupportedModelError(self.gguf.path, f"the experts of {first} differ in shape or type.")
-        spans = tuple(span for part in parts for span in part.spans)
-        return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
-
-    def refuse_unread(self, skipped: tuple[str, ...]) -> None:
-        """Raises UnsupportedModelError for a tensor that was not asked for, but for those of the `skipped` blocks."""
-        for name in self.gguf.tensors:
-            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES) and not name.startswith(skipped):
-                problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
-                raise UnsupportedModelError(self.gguf.path, problem)
-
-
-def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
-    """Finds every weight of the file.
-
-    Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
-    """
-    reader = _Reader(gguf)
-    roles = {tensor.role for tensor in spec.architecture.tensors}
-    layout = read_layout(gguf, spec) if spec.is_native else None
-
-    def divisors(role: str) -> WeightSource | None:
-        return reader.optional(f"{role}.weight") if role in roles else None
-
-    token_embd = reader.weight("token_embd.weight")
-    has_output = "output.weight" in gguf.tensors
-    has_biased_norm = any(role.role == "output_norm" and role.suffix == "bias" for role in spec.architecture.tensors)
-    sources = ModelSources(
-        token_embd=token_embd,
-        output_norm=LinearSource(
-            reader.weight("output_norm.weight"), reader.weight("output_norm.bias") if has_biased_norm else None
-        ),
-        output=reader.linear("output") if has_output else LinearSource(token_embd),
-        rope_freqs=divisors("rope_freqs"),
-        layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
-        rope_factors_short=divisors("rope_factors_short"),
-        rope_factors_long=divisors("rope_factors_long"),
-    )
-    reader.refuse_unread(tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)))
-    return sources
-
-
-def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
-    tensors = {tensor.role: tensor for tensor in reversed([*layer_tensors(spec, layer)])}
-    names = {role: tensor.name for role, tensor in tensors.items()}
-    biases = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(".bias")}
-    gate_up: tuple[LinearSource, ...] = ()
-    down: LinearSource | None = None
-    buckets: BucketSources | None = None
-
-    def weight(role: str) -> WeightSource | None:
-        if role not in names or (tensors[role].is_optional and names[role] not in reader.gguf.tensors):
-            return None
-        return reader.weight(names[role])
-
-    def linear(role: str) -> LinearSource:
-        return reader.linear(names[role].removesuffix(".weight"))
-
-    def vector(role: str) -> LinearSource | None:
-        if role not in names:
-            return None
-        return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
-
-    if layout:
-        native = layout.layers[layer]
-        stacks = [
-            [reader.weight(stack_name(layer, part, bucket)) for part in PROJECTIONS]
-            for bucket in range(native.n_bucket)
-        ]
-        constants = reader.optional(constants_name(layer)) if native.target else None
-        buckets = BucketSources(native, tuple((gate, up, down) for gate, up, down in stacks), constants)
-        if native.is_plain:  # The best copies lie as in a stock file.
-            *inner, outer = (LinearSource(stack) for stack in stacks[native.buckets[0][0]])
-            gate_up, down = tuple(inner), outer
-    elif "ffn_gate_exps" in names:
-        gate_up = tuple(reader.experts(layer, role, spec.n_expert) for role in ("ffn_gate", "ffn_up"))
-        down = reader.experts(layer, "ffn_down", spec.n_expert)
-    else:
-        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
-    has_attention = "attn_norm" in names
-    latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
-    shared: SharedSources | None = None
-    if "ffn_down_shexp" in names:
-        both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
-        shared = SharedSources(both, linear("ffn_down_shexp"), weight("ffn_gate_inp_shexp"))
-    return LayerSources(
-        attn_norm=vector("attn_norm"),
-        qkv=_qkv(reader, spec, f"blk.{layer}") if has_attention else (),
-        attn_output=linear("attn_output") if has_attention else None,
-        ffn_norm=vector(spec.architecture.ffn_norm),
-        router=vector("ffn_gate_inp"),
-        gate_up=gate_up,
-        down=down,
-        buckets=buckets,
-        q_norm=weight("attn_q_a_norm" if latent else "attn_q_norm"),
-        k_norm=weight("attn_kv_a_norm" if latent else "attn_k_norm"),
-        choice_bias=weight("exp_probs_b"),
-        shared=shared,
-        latent=latent,
-    )
-
-
-def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> LatentSources:
-    """The matrices of latent attention by `linear`, which finds one by its role."""
-    q = linear("attn_q_b") if "attn_q_b" in names else None
-    if "attn_kv_b" in names:
-        return LatentSources(q, linear("attn_kv_b"), None)
-    k, v = (replace(one, weight=replace(one.weight, is_batched=True)) for one in map(linear, ("attn_k_b", "attn_v_b")))
-    return LatentSources(q, k, v)
-
-
-def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
-    """Q, K and V, which some files keep as one matrix, or the first two matrices of latent attention."""
-    if latent := spec.attention.latent:
-        roles = ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
-        return tuple(reader.linear(f"{block}.{name}") for name in roles)
-    if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
-        return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
-    fused = reader.linear(f"{block}.attn_qkv")
-    parts, begin = [], 0
-    for name, n_head in (("attn_q", spec.n_head), ("attn_k", spec.n_head_kv), ("attn_v", spec.n_head_kv)):
-        end = begin + n_head * spec.n_embd_head
-        bias = _rows(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
-        parts.append(LinearSource(_rows(fused.weight, f"{block}.{name}.weight", begin, end), bias))
-        begin = end
-    return tuple(parts)
-
-
-def _rows(source: WeightSource, name: str, begin: int, end: int) -> WeightSource:
+def rows_of(source: WeightSource, name: str, begin: int, end: int) -> WeightSource:
     """Rows `begin` to `end` of a matrix, or such elements of a vector."""
     span, row_bytes = source.spans[0], source.n_bytes // source.ne[-1]
     part = Span(span.shard, span.offset + begin * row_bytes, (end - begin) * row_bytes)

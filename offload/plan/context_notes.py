@@ -8,20 +8,21 @@ def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
     parts = list[str]()
     if n_ctx > spec.n_ctx_scaled:
         parts.append(f"it was trained for {spec.n_ctx_scaled} tokens, beyond which answers get worse")
-    if 0 < spec.n_window < n_ctx:
+    n_window = 0 if spec.windowed else spec.n_window
+    if 0 < n_window < n_ctx:
         parts.append(
-            f"its own attention looks back {spec.n_window} tokens (sliding window), but full attention is used, which "
+            f"its own attention looks back {n_window} tokens (sliding window), but full attention is used, which "
             "reads longer texts otherwise than it was trained to"
         )
     if not parts:
         return ()
-    least = min(n for n in (spec.n_ctx_scaled, spec.n_window) if n)
+    least = min(n for n in (spec.n_ctx_scaled, n_window) if n)
     return (f"The context window of {n_ctx} tokens is larger than the model's: {'; '.join(parts)}. Use --ctx {least}.",)
 
 
 def window_note(spec: ModelSpec) -> str:
     """A note about a model with sliding window attention, whatever its context; empty for other models."""
-    if not spec.n_window:
+    if not spec.n_window or spec.windowed:
         return ""
     return (
         f"The model's own attention looks back {spec.n_window} tokens (sliding window), but full attention is used. Up "

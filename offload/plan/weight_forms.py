@@ -164,10 +164,10 @@ def _weights(sources: ModelSources) -> Iterator[WeightSource]:
 
 
 def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
-    """An upper estimate of the bytes of a batch's intermediate results, F32, and of its attention mask, F16."""
-    n_used = max(1, spec.n_expert_used)
+    """An upper estimate of the bytes of a batch's intermediate results, F32, and of its masks, F16."""
+    n_used, n_masks = max(1, spec.n_expert_used), 2 if any(spec.windowed) else 1
     n_always = max(spec.experts.n_ff_shared, spec.n_ff_dense)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * spec.n_embd_head * spec.n_head
     per_token += 2 * spec.attention.n_decompressed
     per_token += 3 * n_always + 8 * spec.n_expert * (spec.router_score == "sigmoid")
-    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_cells + (2 << 20)
+    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_masks * n_batch * n_cells + (2 << 20)

@@ -20,7 +20,7 @@ from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 TOKENS = random_tokens(40, 300)
 SHAPE = FineShape(n_expert=16)
-CONVERTED = [name for name, family in FAMILIES.items() if family.latent is None]
+CONVERTED = [name for name, family in FAMILIES.items() if family.latent is None and name != "gpt-oss"]
 
 
 def logits(path: Path) -> Array:

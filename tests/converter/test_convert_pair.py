@@ -17,7 +17,8 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
-from slimoe.offload.model.tensors import WeightSource, model_sources
+from slimoe.offload.model.tensors import WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.cli import run
 from tests.models.configs import engine_config

@@ -310,6 +310,26 @@ FAMILIES = {
         tensors=_shared(256),
         latent=LatentShape(),
     ),
+    "gpt-oss": Family(
+        width_key="expert_feed_forward_length",
+        keys={
+            "attention.sliding_window": 8,
+            "rope.freq_base_swa": 5e5,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 128,
+        },
+        tensors=_QKV_BIASES
+        | {
+            "attn_output.bias": ("n_embd",),
+            "attn_sinks.weight": ("n_head",),
+            "ffn_gate_inp.bias": ("n_expert",),
+            "ffn_gate_exps.bias": ("n_expert", "n_ff"),
+            "ffn_up_exps.bias": ("n_expert", "n_ff"),
+            "ffn_down_exps.bias": ("n_expert", "n_embd"),
+        },
+        ffn_norm="post_attention_norm",
+    ),
 }
 
 
@@ -422,7 +442,7 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.n_vocab, d), "output_norm.weight": (d,)}
     if family.has_output:
         tensors["output.weight"] = (shape.n_vocab, d)
-    sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv}
+    sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv, "n_ff": n_ff, "n_head": shape.n_head}
     sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2}
     extra, whole = (
         {name: tuple(sizes[size] if isinstance(size, str) else size for size in dims) for name, dims in named.items()}

@@ -38,6 +38,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "dots1": FineShape(n_head_kv=4, n_expert=16),
     # llama.cpp takes queries for one matrix where a model has as many layers as DeepSeek-V2-Lite or a few others.
     "deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2),
+    "gpt-oss": FineShape(n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=16, n_expert_used=4),
 }
 FINE = ("qwen3moe", "olmoe")
 WORDS = ("re", "in", "on", "at")
@@ -56,7 +57,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return write
 
 
-KINDS = [(name, "Q4_K") for name in FAMILIES] + [(name, kind) for name in ("llama", *FINE) for kind in ("F32", "Q8_0")]
+KINDS = [(name, "MXFP4" if name == "gpt-oss" else "Q4_K") for name in FAMILIES]
+KINDS += [(name, kind) for name in ("llama", *FINE) for kind in ("F32", "Q8_0")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)

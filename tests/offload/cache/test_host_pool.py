@@ -24,7 +24,8 @@ from slimoe.offload.cache.slots import slot_classes
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.experts import ExpertCopy, expert_layers
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import WeightSource, model_sources
+from slimoe.offload.model.tensors import WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

@@ -316,7 +316,7 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
             is_one_row = n_rows == 1 and len(set(slots)) == len(slots)
             outputs[:] = np.nan
             if len(slots):
-                graphs.run(BankWork(slot_class, bank, slots, columns, is_one_row), n_rows)
+                graphs.run(BankWork(0, slot_class, bank, slots, slots, columns, is_one_row), n_rows)
             for column, expert in enumerate(selected.tolist()):
                 if expert < 0:
                     assert np.isnan(outputs[column]).all()

@@ -14,7 +14,7 @@ from slimoe.offload.machine.speed import LinkSpeed, MatrixKernel, Overheads
 from slimoe.offload.machine.workload import Workload, workload
 from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import model_sources
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.gguf_content import read_content, write_content
 from tests.models.measured_machine import machine, processor
 from tests.models.native_files import native_content, plain_ffn, set_array

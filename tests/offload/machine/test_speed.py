@@ -33,7 +33,8 @@ from slimoe.offload.machine.transfer_bench import (
 )
 from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import Span, model_sources
+from slimoe.offload.model.tensors import Span
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.measured_machine import (
     BATCH_CELL_SECONDS,
     BYTE_SECONDS,

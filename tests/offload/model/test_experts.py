@@ -7,7 +7,8 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.experts import ExpertLayer, expert_layers
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import WeightSource, model_sources
+from slimoe.offload.model.tensors import WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

@@ -22,7 +22,8 @@ from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.native_layout import NO_HINTS, LayerHints
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import check_tensors
-from slimoe.offload.model.tensors import ModelSources, WeightSource, model_sources
+from slimoe.offload.model.tensors import ModelSources, WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.native_files import (

@@ -8,7 +8,8 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.regrouped import join_layers, join_rows
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import LinearSource, ModelSources, Span, WeightSource, model_sources
+from slimoe.offload.model.tensors import LinearSource, ModelSources, Span, WeightSource
+from slimoe.offload.model.weight_reader import model_sources
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, quantise, read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 

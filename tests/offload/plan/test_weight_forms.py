@@ -12,7 +12,8 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensors import ModelSources, model_sources
+from slimoe.offload.model.tensors import ModelSources
+from slimoe.offload.model.weight_reader import model_sources
 from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.plan.weight_forms import Needs, WeightForms, choose_weight_forms, repackable_types
 from tests.models.configs import engine_config, reconfigured, roomy_machine

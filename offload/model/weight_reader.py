@@ -1,0 +1,250 @@
+"""Finds the weights of a model in its file, and refuses what would go unread."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from gguf import GGMLQuantizationType
+
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf.header import GGUFFile, TensorInfo
+from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
+from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
+from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import layer_tensors
+from slimoe.offload.model.tensors import (
+    BucketSources,
+    LatentSources,
+    LayerSources,
+    LinearSource,
+    ModelSources,
+    SharedSources,
+    Span,
+    WeightSource,
+    rows_of,
+)
+
+_DOWNLOAD_AGAIN = "Download or convert it again."
+_WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
+"""Types that ggml can store, but neither multiply with nor look rows up in."""
+
+# Written by old converters, read by nobody: the rotation is computed.
+_IGNORED_SUFFIXES = ("attn_rot_embd", ".rope_freqs.weight", "attn.rotary_emb.inv_freq")
+
+
+class _Reader:
+    """Looks tensors up and remembers which were asked for, so that an unread one can be refused."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.gguf = gguf
+        self.read: set[str] = set()
+
+    def tensor(self, name: str) -> TensorInfo:
+        info = self.gguf.tensors.get(name)
+        if info is None:
+            raise ModelFileError(self.gguf.path, f"tensor {name} is missing.", _DOWNLOAD_AGAIN)
+        is_vector = len(info.ne) == 1
+        if info.type in _WITHOUT_KERNELS or (is_vector and info.type is not GGMLQuantizationType.F32):
+            problem = f"{'vector' if is_vector else 'matrix'} {name} has type {info.type.name}, which has no kernel."
+            raise UnsupportedModelError(self.gguf.path, problem, _DOWNLOAD_AGAIN)
+        self.read.add(name)
+        return info
+
+    def weight(self, name: str) -> WeightSource:
+        info = self.tensor(name)
+        return WeightSource(name, info.ne, info.type, (Span(info.shard, info.offset, info.n_bytes),))
+
+    def optional(self, name: str) -> WeightSource | None:
+        return self.weight(name) if name in self.gguf.tensors else None
+
+    def linear(self, stem: str) -> LinearSource:
+        weight, bias = self.weight(f"{stem}.weight"), self.optional(f"{stem}.bias")
+        n_out = weight.ne[1:]
+        if bias and bias.ne != n_out:
+            raise ModelFileError(self.gguf.path, f"tensor {bias.name} has the shape {bias.ne}, not {n_out}.")
+        return LinearSource(weight, bias)
+
+    def floats(self, name: str, ne: tuple[int, ...]) -> WeightSource:
+        """F32 values that are added or multiplied to activations, of the shape `ne`."""
+        info = self.tensor(name)
+        if info.type is not GGMLQuantizationType.F32 or info.ne != ne:
+            problem = f"tensor {name} is {info.type.name} {info.ne}, but F32 {ne} belongs to this model."
+            raise ModelFileError(self.gguf.path, problem, _DOWNLOAD_AGAIN)
+        return self.weight(name)
+
+    def experts(self, layer: int, projection: str, n_expert: int) -> LinearSource:
+        """A stack of experts: stored as one tensor, or one tensor each in files of December 2023."""
+        stacked = f"blk.{layer}.{projection}_exps.weight"
+        first = f"blk.{layer}.{projection}.0.weight"
+        if stacked in self.gguf.tensors or first not in self.gguf.tensors:
+            return LinearSource(self.weight(stacked))
+        parts = [self.weight(f"blk.{layer}.{projection}.{e}.weight") for e in range(n_expert)]
+        if len({(part.ne, part.type) for part in parts}) > 1:
+            raise UnsupportedModelError(self.gguf.path, f"the experts of {first} differ in shape or type.")
+        spans = tuple(span for part in parts for span in part.spans)
+        return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
+
+    def refuse_unread(self, skipped: tuple[str, ...]) -> None:
+        """Raises UnsupportedModelError for a tensor that was not asked for, but for those of the `skipped` blocks."""
+        for name in self.gguf.tensors:
+            if name not in self.read and not name.endswith(_IGNORED_SUFFIXES) and not name.startswith(skipped):
+                problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
+                raise UnsupportedModelError(self.gguf.path, problem)
+
+
+def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
+    """Finds every weight of the file.
+
+    Raises ModelFileError for a missing tensor and UnsupportedModelError for one that would go unread.
+    """
+    reader = _Reader(gguf)
+    roles = {tensor.role for tensor in spec.architecture.tensors}
+    layout = read_layout(gguf, spec) if spec.is_native else None
+
+    def divisors(role: str) -> WeightSource | None:
+        return reader.optional(f"{role}.weight") if role in roles else None
+
+    token_embd = reader.weight("token_embd.weight")
+    has_output = "output.weight" in gguf.tensors
+    has_biased_norm = any(role.role == "output_norm" and role.suffix == "bias" for role in spec.architecture.tensors)
+    sources = ModelSources(
+        token_embd=token_embd,
+        output_norm=LinearSource(
+            reader.weight("output_norm.weight"), reader.weight("output_norm.bias") if has_biased_norm else None
+        ),
+        output=reader.linear("output") if has_output else LinearSource(token_embd),
+        rope_freqs=divisors("rope_freqs"),
+        layers=tuple(_layer_sources(reader, spec, layer, layout) for layer in range(spec.n_layer)),
+        rope_factors_short=divisors("rope_factors_short"),
+        rope_factors_long=divisors("rope_factors_long"),
+    )
+    reader.refuse_unread(tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)))
+    return sources
+
+
+def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
+    tensors = {tensor.role: tensor for tensor in reversed([*layer_tensors(spec, layer)])}
+    names = {role: tensor.name for role, tensor in tensors.items()}
+    biases = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(".bias")}
+    gate_up: tuple[LinearSource, ...] = ()
+    down: LinearSource | None = None
+    buckets: BucketSources | None = None
+
+    def weight(role: str) -> WeightSource | None:
+        if role not in names or (tensors[role].is_optional and names[role] not in reader.gguf.tensors):
+            return None
+        return reader.weight(names[role])
+
+    def linear(role: str) -> LinearSource:
+        return reader.linear(names[role].removesuffix(".weight"))
+
+    def vector(role: str) -> LinearSource | None:
+        if role not in names:
+            return None
+        return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
+
+    if layout:
+        native = layout.layers[layer]
+        buckets = _buckets(reader, native, layer)
+        if native.is_plain:  # The best copies lie as in a stock file.
+            *inner, down = map(LinearSource, buckets.buckets[native.buckets[0][0]])
+            gate_up = tuple(inner)
+    elif "ffn_gate_exps" in names:
+        gate_up = _gate_up_experts(reader, spec, layer)
+        down = reader.experts(layer, "ffn_down", spec.n_expert)
+    else:
+        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
+    has_attention = "attn_norm" in names
+    latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
+    shared: SharedSources | None = None
+    if "ffn_down_shexp" in names:
+        both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
+        shared = SharedSources(both, linear("ffn_down_shexp"), weight("ffn_gate_inp_shexp"))
+    return LayerSources(
+        attn_norm=vector("attn_norm"),
+        qkv=_qkv(reader, spec, f"blk.{layer}") if has_attention else (),
+        attn_output=linear("attn_output") if has_attention else None,
+        ffn_norm=vector(spec.architecture.ffn_norm),
+        router=vector("ffn_gate_inp"),
+        gate_up=gate_up,
+        down=down,
+        buckets=buckets,
+        q_norm=weight("attn_q_a_norm" if latent else "attn_q_norm"),
+        k_norm=weight("attn_kv_a_norm" if latent else "attn_k_norm"),
+        choice_bias=weight("exp_probs_b"),
+        shared=shared,
+        latent=latent,
+        sinks=weight("attn_sinks"),
+        expert_biases=_expert_biases(reader, spec, layer, buckets),
+        expert_scales=_expert_scales(reader, spec, layer, buckets, is_merged=len(gate_up) == 1),
+    )
+
+
+def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> LatentSources:
+    """The matrices of latent attention by `linear`, which finds one by its role."""
+    q = linear("attn_q_b") if "attn_q_b" in names else None
+    if "attn_kv_b" in names:
+        return LatentSources(q, linear("attn_kv_b"), None)
+    k, v = (replace(one, weight=replace(one.weight, is_batched=True)) for one in map(linear, ("attn_k_b", "attn_v_b")))
+    return LatentSources(q, k, v)
+
+
+def _buckets(reader: _Reader, native: NativeLayer, layer: int) -> BucketSources:
+    """A native layer's experts."""
+    stacks = [
+        [reader.weight(stack_name(layer, part, bucket)) for part in PROJECTIONS] for bucket in range(native.n_bucket)
+    ]
+    constants = reader.optional(constants_name(layer)) if native.target else None
+    return BucketSources(native, tuple((gate, up, down) for gate, up, down in stacks), constants)
+
+
+def _gate_up_experts(reader: _Reader, spec: ModelSpec, layer: int) -> tuple[LinearSource, ...]:
+    """The stacks of gate and up, which some files keep as one whose matrices have gate's rows first."""
+    name = f"blk.{layer}.ffn_gate_up_exps.weight"
+    if name not in reader.gguf.tensors or spec.architecture.has_expert_biases:
+        return tuple(reader.experts(layer, role, spec.n_expert) for role in ("ffn_gate", "ffn_up"))
+    return (LinearSource(reader.weight(name)),)
+
+
+def _names_of_experts(layer: int, suffix: str) -> list[str]:
+    return [f"blk.{layer}.ffn_{projection}_exps.{suffix}" for projection in PROJECTIONS]
+
+
+def _expert_biases(
+    reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None
+) -> tuple[WeightSource, ...]:
+    """Gate's, up's and down's biases of all stored experts; narrower experts use the first of each."""
+    shape = spec.layer_shape(layer)
+    if not spec.architecture.has_expert_biases or not shape.n_expert:
+        return ()
+    n_stored = len(buckets.layout.buckets) if buckets else shape.n_expert
+    lengths = (shape.n_ff, shape.n_ff, spec.n_embd)
+    names = _names_of_experts(layer, "bias")
+    return tuple(reader.floats(name, (n, n_stored)) for name, n in zip(names, lengths, strict=True))
+
+
+def _expert_scales(
+    reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None, *, is_merged: bool
+) -> tuple[WeightSource | None, ...]:
+    """Factors on the products of all stored experts, of which a file may have any, but merged ones none."""
+    n_stored = len(buckets.layout.buckets) if buckets else spec.layer_shape(layer).n_expert
+    names = _names_of_experts(layer, "scale")
+    has = [name in reader.gguf.tensors and not (is_merged and name != names[-1]) for name in names]
+    scales = [reader.floats(name, (n_stored,)) if is_there else None for name, is_there in zip(names, has, strict=True)]
+    return tuple(scales) if any(has) else ()
+
+
+def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
+    """Q, K and V, which some files keep as one matrix, or the first two matrices of latent attention."""
+    if latent := spec.attention.latent:
+        roles = ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
+        return tuple(reader.linear(f"{block}.{name}") for name in roles)
+    if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
+        return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
+    fused = reader.linear(f"{block}.attn_qkv")
+    parts, begin = [], 0
+    for name, n_head in (("attn_q", spec.n_head), ("attn_k", spec.n_head_kv), ("attn_v", spec.n_head_kv)):
+        end = begin + n_head * spec.n_embd_head
+        bias = rows_of(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
+        parts.append(LinearSource(rows_of(fused.weight, f"{block}.{name}.weight", begin, end), bias))
+        begin = end
+    return tuple(parts)
