@@ -79,8 +79,9 @@ def typed_matrices(layout: FileLayout, wanted: Callable[[Matrix], Type | None]) 
     for tensor in layout.tensors:
         first = tensor.matrices[0]
         if not first.is_constant and layer_and_role(first.key.name)[1] != ROUTER:
-            named = wanted(first)
-            found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, None if named is tensor.type else named))
+            # What is joined has the type of one of its parts.
+            is_wanted = any(wanted(one) is tensor.type for one in tensor.matrices)
+            found.append(TypedMatrix(tensor.name, tensor.ne[0], tensor.type, None if is_wanted else wanted(first)))
     return tuple(found)
 
 

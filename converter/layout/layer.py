@@ -19,6 +19,7 @@ from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
 from slimoe.offload.model.tensor_list import ModelTensor
 
+QKV = ("attn_q", "attn_k", "attn_v")
 ROUTER, CHOICE_BIAS = "ffn_gate_inp", "exp_probs_b"
 """The roles of what has a row for each expert, and loses it with the expert."""
 
@@ -117,6 +118,7 @@ class LayerMatrices:
 
     def all(self, tensors: Iterable[ModelTensor]) -> Iterator[Matrix]:
         """Those of the layer's `tensors` and their biases, then the experts and the constants."""
+        joins_qkv = self.source.spec.architecture.joins_qkv and not self.native
         for role in dict.fromkeys(tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
             for suffix in ("bias", "weight"):
                 key = block_key(self.plan.block, role, suffix)
@@ -124,6 +126,8 @@ class LayerMatrices:
                     continue
                 name, kind = block_key(self.index, role, suffix).name, self.plan.types.get(role, Type.F32)
                 matrix = source_matrix(self.source, key, name, kind, self.plan.block)
+                if role in QKV and joins_qkv and not matrix.is_vector:
+                    matrix = self._joined(matrix, role)
                 yield self._by_expert(matrix) if role in (ROUTER, CHOICE_BIAS) else matrix
         if not self.plan.rows:
             return
@@ -135,6 +139,12 @@ class LayerMatrices:
                         yield self._expert(expert, copy, projection, bucket, slot)
         if self.native and self.plan.constants is not None:
             yield self._given(constants_name(self.index), self.plan.constants)
+
+    def _joined(self, matrix: Matrix, role: str) -> Matrix:
+        """A part of attention's joined input, all in the type of that part for which the most bits are wanted."""
+        kinds = (self.plan.types[one] for one in QKV)
+        kind = max(kinds, key=lambda one: GGML_QUANT_SIZES[one][1] / GGML_QUANT_SIZES[one][0])
+        return replace(matrix, tensor=block_key(self.index, "attn_qkv").name, slot=QKV.index(role), type=kind)
 
     def _given(self, name: str, values: NDArray[np.float32]) -> Matrix:
         assert values.ndim == 2

@@ -165,13 +165,13 @@ def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[FileTenso
     tensors, offset = [], 0
     for name, parts in stacks.items():
         first = parts[0]
-        assert [(part.shape, part.type, part.slot) for part in parts] == [
-            (first.shape, first.type, slot) for slot in range(len(parts))
-        ]
-        n_bytes = len(parts) * matrix_bytes(first)
-        n_rows, n_per_row = first.shape
-        ne = (n_per_row,) if first.is_vector else (n_per_row, n_rows)
-        ne = (*ne, len(parts)) if first.key.expert >= 0 else ne
+        assert [(part.type, part.slot) for part in parts] == [(first.type, slot) for slot in range(len(parts))]
+        n_bytes = sum(matrix_bytes(part) for part in parts)
+        n_rows, n_per_row = sum(part.shape[0] for part in parts), first.shape[1]
+        ne: tuple[int, ...] = (n_per_row,) if first.is_vector else (n_per_row, n_rows)
+        if first.key.expert >= 0:
+            assert {part.shape for part in parts} == {first.shape}
+            ne = (n_per_row, first.shape[0], len(parts))
         tensors.append(FileTensor(name, ne, first.type, offset, n_bytes, tuple(parts)))
         offset += padded(n_bytes, alignment)
     return tuple(tensors), offset

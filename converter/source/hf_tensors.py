@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig
         raise _without_place(name, stored)
     layer, inner = match.groups()
     if inner in family.joined:
-        return _parts(f"blk.{layer}", stored, family.joined[inner])
+        return _parts(f"blk.{layer}", stored, family.joined[inner], config)
     general = _EXPERT.sub("*", inner)
     role = family.names.get(general)
     stem, _, kind = general.rpartition(".")
@@ -133,16 +134,20 @@ def _vectors(family: Family) -> set[str]:
     return {tensor.role for tensor in family.architecture.tensors if len(tensor.ne) == 1}
 
 
-def _parts(block: str, stored: StoredMatrix, roles: tuple[str, ...]) -> dict[MatrixKey, StoredMatrix]:
+def _parts(
+    block: str, stored: StoredMatrix, roles: tuple[str, ...], config: ModelConfig
+) -> dict[MatrixKey, StoredMatrix]:
     """The matrices that lie below each other in a stored one, or in each matrix of a stack of all experts."""
     *stack, n_rows, n_per_row = stored.shape
-    if len(stack) > 1 or n_rows % len(roles):
+    n_each = {"attn_q": config.num_attention_heads, "attn_k": config.n_head_kv, "attn_v": config.n_head_kv}
+    shares = [n_each.get(role, 1) for role in roles]
+    if len(stack) > 1 or n_rows % sum(shares):
         raise _without_place(stored.rows.name, stored)
-    n_each = n_rows // len(roles)
+    ends = list(accumulate(share * n_rows // sum(shares) for share in shares))
     return {
         MatrixKey(f"{block}.{role}.weight", expert if stack else -1): StoredMatrix(
-            (n_each, n_per_row), PartRows(stored.rows, expert * n_rows + index * n_each, n_each)
+            (end - begin, n_per_row), PartRows(stored.rows, expert * n_rows + begin, end - begin)
         )
         for expert in range(stack[0] if stack else 1)
-        for index, role in enumerate(roles)
+        for role, begin, end in zip(roles, [0, *ends], ends, strict=False)
     }

@@ -121,8 +121,12 @@ class FilePieces:
         self._source, self._quantiser = source, quantiser
         self._plain = quantiser if isinstance(quantiser, PlainQuantiser) else None
         self._n_weights = max(1, min(_CHUNK_WEIGHTS, _ALL_CHUNKS_WEIGHTS // n_threads))
-        begin = len(layout.header)
-        self._offsets = {tensor.name: begin + tensor.offset for tensor in layout.tensors}
+        self._offsets: dict[tuple[str, int], int] = {}
+        for tensor in layout.tensors:
+            offset = len(layout.header) + tensor.offset
+            for matrix in tensor.matrices:
+                self._offsets[matrix.tensor, matrix.slot] = offset
+                offset += matrix_bytes(matrix)
         self._matrices = [matrix for tensor in layout.tensors for matrix in tensor.matrices]
 
     def all(self) -> Iterator[Piece]:
@@ -154,7 +158,7 @@ class FilePieces:
         return None if is_read_later or stored_blocks(self._source, matrix) else read_matrix(self._source, matrix)
 
     def _pieces(self, matrix: Matrix, weights: NDArray[np.float32] | None) -> Iterator[Piece]:
-        offset = self._offsets[matrix.tensor] + matrix.slot * matrix_bytes(matrix)
+        offset = self._offsets[matrix.tensor, matrix.slot]
         if blocks := stored_blocks(self._source, matrix):
             if not matrix.is_constant:
                 self._quantiser.kept(matrix)

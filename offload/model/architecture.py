@@ -83,13 +83,14 @@ class Architecture:
     `qk_norm`: queries and keys are normalised, each head by itself or all heads as one row, before the rotation or
     after it; where the norms' tensors are optional, a file without them has none. `rotates_partly`: a file may rotate
     fewer values than a head has. `scales_queries`: the queries are scaled, and not their products with the keys.
-    `ffn_norm` is the role of the feed-forward part's norm. `width_key` names the key of
-    an expert's width; without the key it is the dense width over the experts used. `has_dense_layers`: the keys
-    `leading_dense_block_count` and `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys
-    scale embeddings, both branches of a block, attention and logits. `has_latent_attention`: attention is MLA. With
-    `is_mscale_shared` YaRN's mscale is the model's mscale_all_dim, and not 1. `window_period`: of so many consecutive
-    layers all but the last look back no further than the model's window, where the key `sliding_window_pattern` does
-    not say otherwise; 0 is for architectures without windows. `activation` is that of the experts.
+    `joins_qkv`: llama.cpp reads the matrices of queries, keys and values only as one, attn_qkv. `ffn_norm` is the role
+    of the feed-forward part's norm. `width_key` names the key of an expert's width; without the key it is the dense
+    width over the experts used. `has_dense_layers`: the keys `leading_dense_block_count` and
+    `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys scale embeddings, both branches of a
+    block, attention and logits. `has_latent_attention`: attention is MLA. With `is_mscale_shared` YaRN's mscale is the
+    model's mscale_all_dim, and not 1. `window_period`: of so many consecutive layers all but the last look back no
+    further than the model's window, where the key `sliding_window_pattern` does not say otherwise; 0 is for
+    architectures without windows. `activation` is that of the experts.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Architecture:
     qk_norm: Literal["none", "head", "row", "head_after_rope"] = "none"
     rotates_partly: bool = False
     scales_queries: bool = False
+    joins_qkv: bool = False
     ffn_norm: str = "ffn_norm"
     router: Router = Router()
     shared: SharedExpert | None = None

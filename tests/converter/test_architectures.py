@@ -1,6 +1,7 @@
 """Each architecture's row means the same to torch, to the converter and to the engine."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
-from slimoe.converter.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
 from tests.models.configs import engine_config
-from tests.models.gguf_content import Array
+from tests.models.gguf_content import Array, file_tensors, read_content, with_prediction_block, write_content
 from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 TOKENS = random_tokens(40, 300)
@@ -47,3 +49,35 @@ def test_a_converted_file_is_of_the_same_architecture(tmp_path: Path, name: str)
         np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
     direct = write_family(tmp_path / "d.gguf", name, Type.Q8_0, FineShape(n_head_kv=4, n_embd_head=64, n_expert=16))
     np.testing.assert_array_equal(logits(result), logits(direct))
+
+
+def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path) -> None:
+    content = read_content(write_family(tmp_path / "whole.gguf", "glm4moe", shape=SHAPE))
+    path = write_content(tmp_path / "m.gguf", with_prediction_block(content, SHAPE.n_layer))
+    planned = plan(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1))
+    assert "What predicts further tokens (MTP, 1 of the blocks) is left out: nothing runs it." in planned.notes
+    without = plan(ConvertOptions(tmp_path / "whole.gguf", tmp_path / "q8.gguf", "Q8_0", n_threads=1))
+    assert planned.layout.tensors == without.layout.tensors
+    assert planned.layout.spec.metadata() == without.layout.spec.metadata()
+
+
+def test_queries_keys_and_values_are_one_tensor_where_llama_cpp_reads_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the type of the part that would have the most bits; llama.cpp reads Llama's in either way."""
+    path = write_family(tmp_path / "m.gguf", "llama", shape=SHAPE)
+    apart = convert(ConvertOptions(path, tmp_path / "apart.gguf", "Q4_K_M", n_threads=1)).path
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(LLAMA, joins_qkv=True))
+    planned = plan(ConvertOptions(path, tmp_path / "joined.gguf", "Q4_K_M", n_threads=1))
+    assert planned.notes == ()
+    joined = convert(ConvertOptions(path, tmp_path / "joined.gguf", "Q4_K_M", n_threads=1)).path
+    before, after = file_tensors(apart), file_tensors(joined)
+    assert before.keys() - after.keys() == {f"blk.{n}.attn_{part}.weight" for n in range(3) for part in "qkv"}
+    assert {before[f"blk.0.attn_{part}.weight"].tensor_type for part in "qkv"} == {Type.Q4_K, Type.Q8_0}
+    assert after["blk.0.attn_qkv.weight"].tensor_type is Type.Q8_0
+    v = before["blk.0.attn_v.weight"].data
+    np.testing.assert_array_equal(after["blk.0.attn_qkv.weight"].data[-len(v) :], v)
+    with closing(LlamaCpp(LlamaCppConfig(joined, 256, 1, extra_buffers=False))) as baseline:
+        expected = baseline.score(TOKENS)
+    with closing(Engine.open(engine_config(joined, n_ctx=256, n_threads=1, weights="copied"))) as engine:
+        np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
