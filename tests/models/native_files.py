@@ -110,10 +110,18 @@ def _layout(ffn: NativeFfn) -> NativeLayer:
 
 
 def _tensors(stock: GGUFContent, layer: int, ffn: NativeFfn) -> Iterator[tuple[str, StoredTensor]]:
+    has_biases = f"blk.{layer}.ffn_down_exps.bias" in stock.tensors
     block = f"blk.{layer}."
-    yield f"{block}ffn_norm.weight", stock.tensors[f"{block}ffn_norm.weight"]
-    router = stock.values(f"{block}ffn_gate_inp.weight")[: len(ffn.target)]
-    yield f"{block}ffn_gate_inp.weight", StoredTensor(router, Type.F32)
+    if f"{block}ffn_norm.weight" in stock.tensors:
+        yield f"{block}ffn_norm.weight", stock.tensors[f"{block}ffn_norm.weight"]
+    # An expert's rows of its router: those of the stock file, whose biases go with them.
+    rows = [ffn.experts[target].source for target in ffn.target] if has_biases else slice(len(ffn.target))
+    for suffix in ("weight", "bias") if has_biases else ("weight",):
+        router = stock.values(f"{block}ffn_gate_inp.{suffix}")[rows]
+        yield f"{block}ffn_gate_inp.{suffix}", StoredTensor(router, Type.F32)
+    for part in PROJECTIONS if has_biases else ():
+        biases = stock.values(f"{block}ffn_{part}_exps.bias")[[expert.source for expert in ffn.experts]]
+        yield f"{block}ffn_{part}_exps.bias", StoredTensor(biases, Type.F32)
     for (kind, width), number in _buckets(ffn).items():
         members = [e for e in ffn.experts if e.width == width and kind in e.types]
         for part in PROJECTIONS:

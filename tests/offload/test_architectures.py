@@ -194,7 +194,7 @@ def test_text_goes_in_and_out_as_llama_cpp_has_it(tmp_path: Path, name: str) -> 
     assert report["tokens"] == expected
 
 
-@pytest.mark.parametrize("name", [*FINE, "mistral4"])
+@pytest.mark.parametrize("name", [*FINE, "mistral4", "gpt-oss"])
 @pytest.mark.parametrize("is_tiered", [False, True])
 def test_requests_at_once_have_the_answers_that_each_has_alone(written: Written, name: str, is_tiered: bool) -> None:
     path = written(name, "F32")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slimoe.offload.graph.batch import Batch, fill_mask, make_batch
+from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask, make_batch
 from slimoe.offload.graph.kv_cache import CELL_STEP
 
 
@@ -40,6 +40,19 @@ def test_sequences_see_their_own_cells_only() -> None:
     mask = mask_of(batch)
     assert [set(np.flatnonzero(row == 0)) for row in mask] == seen
     assert np.isneginf(mask[mask != 0]).all()
+
+
+def test_windows_are_of_positions_and_not_of_cells() -> None:
+    parts = [((11, 12, 13), cells(4, 0, 9, 3, 260)), ((21,), cells(4, 0, 1)), ((31, 32), cells(6, 7))]
+    batch = make_batch(parts, 3)
+    mask = np.full((batch.n_tokens, batch.n_kv), 7, np.float16)
+    fill_window_mask(mask, batch, 2)
+    seen = [{0, 9}, {9, 3}, {3, 260}, {0, 1}, {6}, {6, 7}]
+    assert [set(np.flatnonzero(row == 0)) for row in mask] == seen
+    assert np.isneginf(mask[mask != 0]).all()
+    whole = np.empty_like(mask)
+    fill_window_mask(whole, batch, 5)
+    np.testing.assert_array_equal(whole, mask_of(batch))
 
 
 def test_any_order_of_cells() -> None:
