@@ -132,8 +132,9 @@ class SlotCache:
         assert len(self._slot_of) + len(self._free) == self.n_slots
         assert sorted((*self._slot_of.values(), *self._free)) == list(range(self.n_slots))
         assert self._rank_of.keys() == self._slot_of.keys()
+        entries = [set(heap) for heap in self._heaps]
         for key, rank in self._rank_of.items():
-            assert (rank, -key[1]) in self._heaps[key[0]]
+            assert (rank, -key[1]) in entries[key[0]]
 
     def _remove(self, key: Key) -> int:
         slot = self._slot_of.pop(key)
