@@ -13,6 +13,7 @@ from slimoe.converter.forward.block import (
     Norm,
     Router,
     Routing,
+    SharedExpert,
     activate,
     attend,
     read_attention,
@@ -20,12 +21,13 @@ from slimoe.converter.forward.block import (
     read_expert,
     read_head,
     read_router,
+    read_shared,
     read_tensor,
     route,
 )
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.stream import HiddenStates, Sequences
-from slimoe.converter.source.model_source import ModelSource, constant_key, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
@@ -85,7 +87,7 @@ class Backward:
         for layer in reversed(range(min(n_left, n_layer))):
             attention = read_attention(self.source, layer, self.device)
             self._find_middle(layer, attention)
-            self._squares[layer].add("update", self._gradient)
+            self._squares[layer].add("update", self._by_output())
             along_attention = self._along_attention(layer)
             router = read_router(self.source, layer, self.device)
             along_ffn = torch.zeros(self.sequences.n_rows)
@@ -98,7 +100,7 @@ class Backward:
                 self._attention(layer, attention)
             self._keep(layer, self._squares[layer].arrays() | self._removals[layer].arrays())
             on_layer()
-        self._ends.add("token", self._gradient)
+        self._ends.add("token", self.source.spec.multipliers.embedding * self._gradient)
 
     def _restored(self) -> int:
         """How many layers are left to do; one more than there are if the head is left too."""
@@ -120,7 +122,13 @@ class Backward:
     def layers(self, count: int) -> tuple[Sensitivity, ...]:
         """The sensitivities of each layer: means over `count` tokens."""
         names = ("update", "gate", "up", "down", "q", "k", "v", "attention")
-        return tuple(Sensitivity(*(squares.mean(name, count) for name in names)) for squares in self._squares)
+        return tuple(
+            Sensitivity(
+                *(squares.mean(name, count) for name in names),
+                others={name: squares.mean(name, count) for name in squares.sums if name not in names},
+            )
+            for squares in self._squares
+        )
 
     def removals(self, count: int) -> tuple[Removals, ...]:
         """What leaving out parts of each layer costs, as means over `count` tokens."""
@@ -141,7 +149,7 @@ class Backward:
             likelihood = -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             self._gradient[rows] = torch.autograd.grad(likelihood, h)[0].cpu()
             chances = logits.detach().softmax(-1)
-            self._ends.add("output", (chances * (1 - chances)).sqrt())
+            self._ends.add("output", head.scale * (chances * (1 - chances)).sqrt())
 
     def _find_middle(self, layer: int, attention: Attention | None) -> None:
         """Computes the residual stream between attention and feed-forward part again."""
@@ -184,20 +192,22 @@ class Backward:
             rows, ranks = torch.nonzero(means == expert, as_tuple=True)
             if expert < 0:
                 key = constant_key(layer, -1 - expert)
-                by_weight[rows, ranks] = self._gradient[rows] @ read_tensor(self.source, key)
+                by_weight[rows, ranks] = self._by_output(rows) @ read_tensor(self.source, key)
                 continue
             matrices, mean = read_expert(self.source, layer, expert, self.device), OutputMean(self.source.spec.n_embd)
             for some, at in zip(rows.split(_ROWS_AT_ONCE), ranks.split(_ROWS_AT_ONCE), strict=True):
                 by_weight[some, at] = self._expert(layer, expert, matrices, router.norm, some, routed[some, at], mean)
-            along_constant = self._gradient[rows] @ mean.constant()
+            along_constant = self._by_output(rows) @ mean.constant()
             self._removals[layer].add_constant(expert, routed[rows, ranks], by_weight[rows, ranks], along_constant)
         self._removals[layer].add_skips(means, routed, by_weight)
+        shared = read_shared(self.source, layer, self.device)
+        along_shared = torch.zeros(len(routed)) if shared is None else self._shared(layer, shared, router.norm)
         for span in self._spans():
             middle = self._middle[span].to(self.device).requires_grad_()
             x, routing = self._route(router, middle)
             gradients = (self._by_input[span].to(self.device), by_weight[span].to(self.device))
             self._gradient[span] += torch.autograd.grad((x, routing.weights), middle, gradients)[0].cpu()
-        return (routed * by_weight).sum(1)
+        return along_shared + (routed * by_weight).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
         x = router.norm(middle)
@@ -221,7 +231,7 @@ class Backward:
         weights = routed.to(self.device).detach().requires_grad_()
         gate, up = matrices.gate(x), matrices.up(x)
         down = matrices.down(activate(gate, up))
-        by_output = self._gradient[rows].to(self.device)
+        by_output = self._by_output(rows).to(self.device)
         gradients = torch.autograd.grad(weights[:, None] * down, (gate, up, down, x, weights), by_output)
         by_gate, by_up, by_down, by_input, by_weight = gradients
         for name, gradient in (("gate", by_gate), ("up", by_up), ("down", by_down)):
@@ -229,6 +239,28 @@ class Backward:
         self._by_input.index_add_(0, rows, by_input.cpu())
         mean.add(routed, down.detach().cpu())
         return by_weight.cpu()
+
+    def _shared(self, layer: int, shared: SharedExpert, norm: Norm) -> Tensor:
+        """Adds a shared expert's squared gradients, and its part of the gradient by the experts' input.
+
+        Returns the inner product of the gradient and its output, by token [n_rows].
+        """
+        along = torch.empty(self.sequences.n_rows)
+        for rows in self._spans():
+            x = norm(self._middle[rows].to(self.device)).requires_grad_()
+            gate, up = shared.expert.gate(x), shared.expert.up(x)
+            down = shared.expert.down(activate(gate, up))
+            output, by_output = shared.weights(x) * down, self._by_output(rows).to(self.device)
+            *by_matrix, by_input = torch.autograd.grad(output, (gate, up, down, x), by_output)
+            for name, gradient in zip(PROJECTIONS, by_matrix, strict=True):
+                self._squares[layer].add(f"ffn_{name}_shexp", gradient)
+            self._by_input[rows] += by_input.cpu()
+            along[rows] = (by_output * output.detach()).sum(1).cpu()
+        return along
+
+    def _by_output(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """The gradient by what attention or the feed-forward part put out, which some models scale before adding it."""
+        return self.source.spec.multipliers.residual * self._gradient[rows]
 
     def _dense(self, layer: int) -> Tensor:
         """Takes the gradient back through a dense feed-forward part, which is one expert that all tokens select.
@@ -249,7 +281,7 @@ class Backward:
         return along
 
     def _attention(self, layer: int, attention: Attention) -> None:
-        self._squares[layer].add("attention", self._gradient)
+        self._squares[layer].add("attention", self._by_output())
         self._removals[layer].add_attention(self._along_attention(layer))
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device).requires_grad_()

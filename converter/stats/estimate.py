@@ -1,5 +1,6 @@
 """The time and memory that a calibration needs, from speeds measured for a moment on the model's own weights."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from slimoe.converter.stats.forward_pass import N_STREAMS, CalibrationSettings
 from slimoe.converter.stats.sums import gram_size
 from slimoe.converter.stats.type_costs import CANDIDATES, priced_matrices, sampled_weights
 from slimoe.converter.stats.type_errors import sampled_rows
+from slimoe.offload.model.tensor_list import layer_tensors
 
 T = TypeVar("T")
 
@@ -61,8 +63,9 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     per_token, _ = _timed(lambda: float(expert(x).sum()))
     per_token /= _N_TOKENS
     n_expert_weights = sum(matrix.weight.numel() for matrix in (expert.gate, expert.up, expert.down))
-    attention = (source.shapes.get(block_key(0, f"attn_{role}"), (0, 0)) for role in ("q", "k", "v", "output"))
-    per_layer = spec.n_expert_used + sum(shape[0] * shape[1] for shape in attention) / n_expert_weights
+    roles = dict.fromkeys(tensor.role for tensor in layer_tensors(spec, with_experts[0]))
+    shapes = (source.shapes.get(block_key(with_experts[0], role), ()) for role in roles)
+    per_layer = spec.n_expert_used + sum(math.prod(shape) for shape in shapes if shape) / n_expert_weights
     passes = per_token * per_layer * len(source.layers)
     n_gram = gram_size(samples.n_gram, text.n_tokens, source.layers[with_experts[0]].n_stored, spec.n_embd)
     seconds = {

@@ -104,12 +104,8 @@ def imatrix_of(statistics: Statistics) -> Imatrix:
     n_tokens = np.array([statistics.n_tokens], np.float32)
     entries: dict[str, InputSquares] = {}
     for layer, one in enumerate(statistics.layers):
-        inputs, found = one.inputs, dict[str, InputSquares]()
-        if inputs.attention.size:
-            found |= {f"attn_{role}": InputSquares(inputs.attention[None], n_tokens) for role in "qkv"}
-            found["attn_output"] = InputSquares(inputs.mixed[None], n_tokens)
-        if inputs.router.size:
-            found["ffn_gate_inp"] = InputSquares(inputs.router[None], n_tokens)
+        inputs = one.inputs
+        found = {role: InputSquares(sums[None], n_tokens) for role, sums in inputs.by_role().items()}
         if one.outputs is not None and inputs.expert.size:
             counts = one.outputs.n_pick.astype(np.float32)
             found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}

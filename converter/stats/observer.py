@@ -93,6 +93,10 @@ class LayerObserver(Observer):
         self._inputs.add_expert(expert, x, hidden)
         self._experts.keep_sample(x, weights)
 
+    def always(self, layer: int, x: Tensor, hidden: Tensor) -> None:
+        """Adds tokens of a dense layer or a shared expert: the inputs of its matrices."""
+        self._inputs.add_always(x, hidden)
+
     def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
         """Adds tokens of an expert: its outputs."""
         assert self._experts is not None
@@ -105,7 +109,8 @@ class LayerObserver(Observer):
         x = None if self._norm is None else self._norm(middle)
         self._similarity.add(h, middle, after, x)
         if self._experts is not None and self._experts.gram is not None:
-            self._experts.gram.add_middle(first_row, middle)
+            # What is added to the stream is scaled first in some models: experts' outputs are not, so the stream is.
+            self._experts.gram.add_middle(first_row, middle / self._source.spec.multipliers.residual)
 
     def _check(self, values: Tensor) -> None:
         if not bool(values.isfinite().all()):

@@ -39,9 +39,11 @@ class RoutingSums:
         ]
         self._sums += np.stack([probabilities.sum(0), logits.sum(0).cpu().numpy(), *by_row])
         self._logit_product += (logits.T @ logits).cpu().numpy()
-        self._top_bins += histogram(weights[:, 0] / weights.sum(1))
+        # A bias of the choice can put a smaller weight first.
+        largest = -np.sort(-weights, axis=1)
+        self._top_bins += histogram(largest[:, 0] / largest.sum(1))
         if self._n_used > 1:
-            self._ratio_bins += histogram(weights[:, 1] / np.maximum(weights[:, 0], np.finfo(np.float64).tiny))
+            self._ratio_bins += histogram(largest[:, 1] / np.maximum(largest[:, 0], np.finfo(np.float64).tiny))
         self._together += pair_counts(selected, selected, (self._n_row, self._n_row))
         self._to_next_token += pair_counts(selected[:-1], selected[1:], (self._n_row, self._n_row))
 

@@ -10,7 +10,7 @@ expert weight, a `pick` is a selected expert, a `novice` a constant expert, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +81,9 @@ class InputSums:
     """Sums of squares of the inputs of each matrix, for importance-weighted quantisation. (A10)
 
     `expert` [E, d] are those of gate and up of each expert, `hidden` [E, f] of its down; `attention` [d] of q, k and v,
-    `mixed` [n_head * n_embd_head] of attn_output; `router` [d] of the router. Arrays of parts that a layer does not
-    have are empty.
+    `mixed` [n_head * n_embd_head] of attn_output; `router` [d] of the router. `others` has those of a dense layer's
+    ffn_gate, ffn_up and ffn_down, and of a shared expert's ffn_down_shexp, by role. Arrays of parts that a layer does
+    not have are empty.
     """
 
     expert: Single
@@ -90,6 +91,15 @@ class InputSums:
     attention: Single
     mixed: Single
     router: Single
+    others: Mapping[str, Single] = field(default_factory=dict, kw_only=True)
+
+    def by_role(self) -> dict[str, Single]:
+        """The sums of all matrices but those of the experts, by the role of the matrix."""
+        found = dict.fromkeys(("attn_q", "attn_k", "attn_v"), self.attention)
+        found |= {"attn_output": self.mixed, "ffn_gate_inp": self.router}
+        if "ffn_down_shexp" in self.others:
+            found |= dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp"), self.router)
+        return {role: sums for role, sums in (found | dict(self.others)).items() if sums.size}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +166,8 @@ class Sensitivity:
     A token's label is drawn from the model's own prediction, so that half a squared error times the sensitivity is the
     KL divergence in nats, to second order. `update` [d] is by the feed-forward part's output y. The others are by the
     output of each matrix: `gate` and `up` [E, f] and `down` [E, d], with w included and divided by the number of all
-    tokens, and `q`, `k`, `v` and `attention` (attn_output's), each [n_out].
+    tokens, `q`, `k`, `v` and `attention` (attn_output's), each [n_out], and `others` of a shared expert by role. A
+    dense feed-forward part is one expert.
     """
 
     update: Single
@@ -167,6 +178,16 @@ class Sensitivity:
     k: Single
     v: Single
     attention: Single
+    others: Mapping[str, Single] = field(default_factory=dict, kw_only=True)
+
+    def of_role(self, role: str) -> Single:
+        """That of a matrix outside the experts [n_out], by its role."""
+        attention = {"attn_q": self.q, "attn_k": self.k, "attn_v": self.v, "attn_output": self.attention}
+        dense = {"ffn_gate": self.gate, "ffn_up": self.up, "ffn_down": self.down}
+        if role in dense:
+            only: Single = dense[role][0]
+            return only
+        return attention[role] if role in attention else self.others[role]
 
 
 @dataclass(frozen=True, slots=True)

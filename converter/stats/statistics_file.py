@@ -176,7 +176,7 @@ def finite(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
 
 
 def to_arrays(value: object, prefix: str = "") -> Arrays:
-    """The arrays of a dataclass of arrays, numbers, tuples of names and further dataclasses; None is left out."""
+    """The arrays of a dataclass of arrays, some by name, numbers, tuples of names and dataclasses; None is left out."""
     arrays: Arrays = {}
     for field in fields(value):  # type: ignore[arg-type]  # any dataclass
         item = getattr(value, field.name)
@@ -187,6 +187,8 @@ def to_arrays(value: object, prefix: str = "") -> Arrays:
             arrays[name] = np.array([item], np.float64)
         elif isinstance(item, tuple):
             arrays[name] = np.frombuffer(json.dumps(item).encode(), np.uint8)
+        elif isinstance(item, Mapping):
+            arrays |= {f"{name}.{key}": np.ascontiguousarray(one) for key, one in item.items()}
         elif item is not None:
             arrays |= to_arrays(item, name + ".")
     return arrays
@@ -211,13 +213,21 @@ def from_arrays(kind: type[T], arrays: Mapping[str, NDArray[Any]], prefix: str =
         elif typing.get_origin(hint) is tuple:
             values[name] = decode_json(arrays[full].tobytes(), tuple[str, ...])
         elif typing.get_origin(hint) is np.ndarray:
-            wanted = typing.get_args(typing.get_args(hint)[1])[0]
-            if arrays[full].dtype != wanted:
-                raise ValueError(f"{full} has numbers of type {arrays[full].dtype}, not {wanted.__name__}")
-            values[name] = finite(arrays, full)
+            values[name] = _of_type(arrays, full, hint)
+        elif typing.get_origin(hint) is Mapping:
+            every = [key for key in arrays if key.startswith(full + ".")]
+            inner = typing.get_args(hint)[1]
+            values[name] = {key.removeprefix(full + "."): _of_type(arrays, key, inner) for key in every}
         else:
             values[name] = from_arrays(hint, arrays, full + ".")
     return kind(**values)
+
+
+def _of_type(arrays: Mapping[str, NDArray[Any]], name: str, hint: Any) -> NDArray[Any]:
+    wanted = typing.get_args(typing.get_args(hint)[1])[0]
+    if arrays[name].dtype != wanted:
+        raise ValueError(f"{name} has numbers of type {arrays[name].dtype}, not {wanted.__name__}")
+    return finite(arrays, name)
 
 
 def write_arrays(arrays: Arrays, path: Path, metadata: Mapping[str, str], folder: Path | None = None) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.converter.source.model_source import ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, block_key, expert_key
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics
 from slimoe.converter.stats.type_costs import priced_matrices
 
+_Group = tuple[str, object, Mapping[str, str], Mapping[str, int]]
+"""How the names of arrays begin, what has the arrays, their shapes, and the sizes that words in shapes stand for."""
 _ROUTED = ("router", "outputs", "trace")
 """The groups of statistics that every layer with experts has."""
 _WHOLE: Mapping[str, str] = {
@@ -62,7 +64,7 @@ def misfit(statistics: Statistics, source: ModelSource) -> str | None:
     if len(statistics.layers) != source.spec.n_layer:
         return f"it is of {len(statistics.layers)} layers, but {source.path} has {source.spec.n_layer}."
     whole = {"d": source.spec.n_embd, "vocabulary": source.spec.n_vocab}
-    groups: list[tuple[str, object, Mapping[str, str], Mapping[str, int]]] = [("", statistics, _WHOLE, whole)]
+    groups: list[_Group] = [("", statistics, _WHOLE, whole)]
     if (costs := statistics.matrix_costs) is not None:
         sizes = {"matrices": len(costs.matrices), "types": len(costs.types)}
         groups.append(("matrix_costs.", costs, {"nats": "matrices types"}, sizes))
@@ -71,9 +73,12 @@ def misfit(statistics: Statistics, source: ModelSource) -> str | None:
         for name, shapes in _LAYER.items():
             if (group := getattr(layer, name)) is not None:
                 groups.append((f"layers.{number}.{name}.", group, shapes, sizes))
+        groups += _others(source, number, layer)
     for prefix, group, shapes, sizes_by_name in groups:
         for name, shape in shapes.items():
-            values: NDArray[Any] | None = getattr(group, name)
+            values: NDArray[Any] | None = group.get(name) if isinstance(group, Mapping) else getattr(group, name)
+            if values is None and isinstance(group, Mapping):
+                return f"{prefix}{name} is missing."
             wanted = tuple(int(size) if size.isdigit() else sizes_by_name[size] for size in shape.split())
             # Arrays of parts that a layer does not have may be empty in any shape.
             if values is not None and values.shape != wanted and not values.size == 0 == np.prod(wanted):
@@ -109,6 +114,19 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "S": 0 if layer.sketch is None else len(layer.sketch.rows),
         "types": 0 if layer.type_errors is None else len(layer.type_errors.types),
     }
+
+
+def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterator[_Group]:
+    """The sums by role of what every token passes: a dense feed-forward part, or a shared expert."""
+    routed = bool(source.layers[number].target)
+    roles = [f"ffn_{name}{'_shexp' if routed else ''}" for name in PROJECTIONS]
+    shapes = {role: source.shapes.get(block_key(number, role)) for role in roles}
+    known = {role: shape for role, shape in shapes.items() if shape is not None}
+    read = {role: str(shape[1]) for role, shape in known.items() if not routed or role == roles[-1]}
+    yield f"layers.{number}.inputs.others.", layer.inputs.others, read, {}
+    if layer.sensitivity is not None and routed:
+        made = {role: str(shape[0]) for role, shape in known.items()}
+        yield f"layers.{number}.sensitivity.others.", layer.sensitivity.others, made, {}
 
 
 def _unknown_names(statistics: Statistics, source: ModelSource) -> Iterator[str]:

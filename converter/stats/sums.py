@@ -80,6 +80,8 @@ class InputTotals:
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
         self._attention, self._mixed = (np.zeros(n if of.has_attention else 0) for n in (spec.n_embd, n_mixed))
         self._router = np.zeros(spec.n_embd if of.target else 0)
+        self._suffix = "_shexp" if of.target else ""
+        self._others: dict[str, NDArray[np.float64]] = {}
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> None:
         """Adds a sequence's attention: its normalised input, and the attention output before attn_output."""
@@ -95,6 +97,17 @@ class InputTotals:
         self._expert[expert] += column_squares(x)
         self._hidden[expert, : self._n_ff[expert]] += column_squares(hidden)
 
+    def add_always(self, x: Tensor, hidden: Tensor) -> None:
+        """Adds tokens of a dense layer or a shared expert: its inputs [n, n_embd], and those of its down [n, n_ff].
+
+        A shared expert's inputs are the router's.
+        """
+        read = {"ffn_down" + self._suffix: hidden}
+        if not self._suffix:
+            read = {"ffn_gate": x, "ffn_up": x} | read
+        for role, values in read.items():
+            self._others[role] = self._others.get(role, 0.0) + column_squares(values)
+
     def of_expert(self, expert: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The sums so far of the inputs of one expert [n_embd], and of its down [n_ff]."""
         return self._expert[expert].astype(np.float32), self._hidden[expert, : self._n_ff[expert]].astype(np.float32)
@@ -102,7 +115,8 @@ class InputTotals:
     def finish(self) -> InputSums:
         """The sums of all tokens."""
         sums = (self._expert, self._hidden, self._attention, self._mixed, self._router)
-        return InputSums(*(one.astype(np.float32) for one in sums))
+        others = {role: one.astype(np.float32) for role, one in self._others.items()}
+        return InputSums(*(one.astype(np.float32) for one in sums), others=others)
 
 
 def column_squares(values: Tensor) -> NDArray[np.float64]:

@@ -171,12 +171,7 @@ def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) 
         raise _unmeasured()
     if key.expert >= 0:
         return _expert_weights(one, one.sensitivity, key, source.shapes[key])
-    if role.startswith("attn_"):
-        name = {"attn_output": "attention"}.get(role, role.removeprefix("attn_"))
-        columns = one.inputs.mixed if role == "attn_output" else one.inputs.attention
-        return MatrixWeights(getattr(one.sensitivity, name), columns / np.float32(n_tokens))
-    # A dense feed-forward part is one expert that all tokens selected.
-    return _expert_weights(one, one.sensitivity, MatrixKey(key.name, 0), source.shapes[key])
+    return MatrixWeights(one.sensitivity.of_role(role), one.inputs.by_role()[role] / np.float32(n_tokens))
 
 
 def _expert_weights(

@@ -80,7 +80,7 @@ class FeedbackQuantiser:
         length = max(1, statistics.n_tokens // max(1, len(statistics.tokens)))
         step = max(1, len(statistics.tokens) * length // max(1, n_tokens))
         self._sequences = Sequences(statistics.tokens[::step])
-        self._h = torch.empty(0)
+        self.h = torch.empty(0)
         self._state = _LayerState(plan.layers[0])
 
     def begin_layer(self, layer: int) -> None:
@@ -121,7 +121,7 @@ class FeedbackQuantiser:
         if (always := self._always()) is not None:
             output = always(self._input())
             update = output if update is None else update + output
-        self._h = middle if update is None else middle + self._source.spec.multipliers.residual * update
+        self.h = middle if update is None else middle + self._source.spec.multipliers.residual * update
 
     # --- what is known so far -------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class FeedbackQuantiser:
             return
         if role == "token_embd":
             tokens = [token for one in self._sequences.tokens for token in one]
-            self._h = values[torch.tensor(tokens)] * self._source.spec.multipliers.embedding
+            self.h = values[torch.tensor(tokens)] * self._source.spec.multipliers.embedding
         elif matrix.key.expert >= 0:
             self._state.experts.setdefault(matrix.key.expert, {})[matrix.projection] = values
         elif layer >= 0:
@@ -141,7 +141,7 @@ class FeedbackQuantiser:
         """The sum of products of a matrix's inputs; None where nothing is multiplied with it, or nothing seen."""
         layer, role = layer_and_role(matrix.key.name)
         if role == "output":
-            return _products(read_output_norm(self._source)(self._h))
+            return _products(read_output_norm(self._source)(self.h))
         if layer < 0:
             return None
         if matrix.key.expert >= 0:
@@ -154,8 +154,8 @@ class FeedbackQuantiser:
         block = read_attention(self._source, self._state.plan.block)
         assert block is not None
         if role != "attn_output":
-            return _products(block.norm(self._h))
-        seen = [attend(self._attention(block), self._source.spec, self._h[b:e]) for b, e in self._sequences.spans()]
+            return _products(block.norm(self.h))
+        seen = [attend(self._attention(block), self._source.spec, self.h[b:e]) for b, e in self._sequences.spans()]
         return _products(torch.cat([one.output for one in seen]))
 
     def _expert_products(self, matrix: Matrix) -> Tensor:
@@ -202,13 +202,13 @@ class FeedbackQuantiser:
         """The stream behind the layer's attention."""
         state = self._state
         if state.middle is None:
-            state.middle = self._h
+            state.middle = self.h
             block = read_attention(self._source, state.plan.block) if state.plan.has_attention else None
             if block is not None:
                 fitted = self._attention(block)
                 spans = self._sequences.spans()
-                updates = [attend(fitted, self._source.spec, self._h[begin:end]).update for begin, end in spans]
-                state.middle = self._h + torch.cat(updates)
+                updates = [attend(fitted, self._source.spec, self.h[begin:end]).update for begin, end in spans]
+                state.middle = self.h + torch.cat(updates)
         return state.middle
 
     def _routed(self) -> tuple[Tensor, Routing]:

@@ -83,9 +83,6 @@ class PlainQuantiser:
         return quantize_rows(weights, matrix.type, importance)
 
 
-_ATTENTION = {"attn_q": "attention", "attn_k": "attention", "attn_v": "attention", "attn_output": "mixed"}
-
-
 def statistics_importance(statistics: Statistics, *, is_tied: bool) -> Importance:
     """What statistics say of matrices; `is_tied` tells that the token table is the output matrix as well."""
     return lambda matrix: _of_statistics(statistics, matrix, is_tied=is_tied)
@@ -114,6 +111,4 @@ def _of_statistics(statistics: Statistics, matrix: Matrix, *, is_tied: bool) -> 
         for member, order in zip(others, matrix.expert.neurons, strict=True):
             hidden += inputs.hidden[member][order]
         return hidden if matrix.expert.kept is None else hidden[matrix.expert.kept]
-    field = _ATTENTION.get(role)
-    values: NDArray[np.float32] | None = getattr(inputs, field) if field else None
-    return values
+    return inputs.by_role().get(role)

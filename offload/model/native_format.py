@@ -8,9 +8,9 @@ whole experts be read around the page cache.
 
 Sizes (read by `spec`)
     slimoe.format.version       u32             1
-    slimoe.expert_count         i32 [n_layer]   rows of each layer's router; 0: the layer has no feed-forward part and
-                                                no ffn tensors, the residual passes through
-    slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert; 0 like expert_count
+    slimoe.expert_count         i32 [n_layer]   rows of each layer's router; 0: the layer has none, but is dense as in a
+                                                stock file, or has no ffn tensors, and the residual passes through
+    slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert, or of its dense part; 0 without
     slimoe.expert_used_count    u32             experts that a token selects
     slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
                                                 passes through; absent: all have. Never 0 for all. (A reader that does

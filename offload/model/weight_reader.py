@@ -142,17 +142,17 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
             return None
         return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
 
-    if layout:
+    if "ffn_gate" in names:
+        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
+    elif layout:
         native = layout.layers[layer]
         buckets = _buckets(reader, native, layer)
         if native.is_plain:  # The best copies lie as in a stock file.
             *inner, down = map(LinearSource, buckets.buckets[native.buckets[0][0]])
             gate_up = tuple(inner)
-    elif "ffn_gate_exps" in names:
+    else:
         gate_up = _gate_up_experts(reader, spec, layer)
         down = reader.experts(layer, "ffn_down", spec.n_expert)
-    else:
-        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
     has_attention = "attn_norm" in names
     latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
     shared: SharedSources | None = None

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,8 @@ def made(kind: type[Any], random: np.random.Generator) -> Any:
             values[name] = ("Q2_K", "IQ3_S")
         else:
             wanted = next(t for t in ("float16", "float32", "float64", "uint16", "int64") if t in dtype)
-            values[name] = (100 * random.random((2, 3))).astype(wanted)
+            array = (100 * random.random((2, 3))).astype(wanted)
+            values[name] = {"ffn_down_shexp": array} if get_origin(hint) is Mapping else array
     return kind(**values)
 
 

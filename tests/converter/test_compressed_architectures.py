@@ -1,0 +1,212 @@
+"""Calibration, plans and compressed files of architectures that have more than experts behind a softmax."""
+
+import functools
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.baselines.stepping import random_tokens
+from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.forward.block import (
+    attend,
+    read_attention,
+    read_dense,
+    read_expert,
+    read_head,
+    read_router,
+    read_shared,
+    route,
+)
+from slimoe.converter.forward.stream import Sequences, final_logits, run
+from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.stats.backward_pass import draw_labels
+from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
+from slimoe.converter.stats.imatrix_file import imatrix_of
+from slimoe.converter.stats.observer import Samples
+from slimoe.converter.stats.sensitivity import measure_sensitivity
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics_file import load_statistics, save_statistics
+from slimoe.converter.write.error_feedback import FeedbackQuantiser
+from slimoe.converter.write.writer import chosen_quantiser, write_planned
+from slimoe.offload.engine import Engine
+from slimoe.offload.gguf.header import read_gguf
+from tests.models.configs import engine_config
+from tests.models.gguf_content import Array
+from tests.models.tiny_gguf import FineShape, write_family
+
+ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe")
+"""A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases."""
+SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
+TOKENS = random_tokens(40, SHAPE.n_vocab)
+SEED = 3
+
+
+def of(path: Path, name: str) -> ModelSource:
+    return gguf_source(write_family(path, name, shape=SHAPE))
+
+
+def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the part puts out, every expert computed for every token; and the shared expert's products."""
+    router = read_router(source, layer)
+    if router is None:
+        norm, dense = read_dense(source, layer)
+        return dense(norm(h)), []
+    x = router.norm(h)
+    routing = route(router, source.spec, x)
+    weights = torch.zeros_like(routing.logits).scatter(1, routing.selected, routing.weights)
+    experts = torch.stack([read_expert(source, layer, expert)(x) for expert in range(SHAPE.n_expert)], 1)
+    y = (weights[:, :, None] * experts).sum(1)
+    shared = read_shared(source, layer)
+    if shared is None:
+        return y, []
+    gate, up = shared.expert.gate(x), shared.expert.up(x)
+    down = shared.expert.down(torch.nn.functional.silu(gate) * up)
+    scale = 1.0 if shared.gate is None else (x @ shared.gate).sigmoid()[:, None]
+    return y + scale * down, [gate, up, down]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: Path, name: str) -> None:
+    source = of(tmp_path / "m.gguf", name)
+    sequences, scales = Sequences((tuple(TOKENS),)), source.spec.multipliers
+    measured = measure_sensitivity(source, sequences, seed=SEED)
+    head = read_head(source)
+    labels = draw_labels(head(run(source, sequences)), torch.Generator().manual_seed(SEED))
+    rows = torch.from_numpy(source.read(MatrixKey("token_embd.weight"))[TOKENS]).requires_grad_()
+    h, ys, products = scales.embedding * rows, [], []
+    for layer in range(SHAPE.n_layer):
+        attention = read_attention(source, layer)
+        assert attention is not None
+        h = h + attend(attention, source.spec, h).update
+        y, of_shared = feed_forward(source, layer, h)
+        ys.append(y)
+        products.append(of_shared)
+        h = h + scales.residual * y
+    likelihood = head(h).log_softmax(-1).gather(1, labels[:, None]).sum()
+    leaves = [rows, *ys, *(one for some in products for one in some)]
+    by_rows, *by_others = torch.autograd.grad(likelihood, leaves)
+    n = len(TOKENS)
+    np.testing.assert_allclose(measured.token, by_rows.square().sum(0) / n, rtol=1e-3)
+    by_products = iter(by_others[SHAPE.n_layer :])
+    for layer, (y, by_y) in enumerate(zip(ys, by_others, strict=False)):
+        found = measured.layers[layer]
+        np.testing.assert_allclose(found.update, by_y.square().sum(0) / n, rtol=1e-3)
+        removed = float((by_y * y).detach().sum(1).square().sum()) / (2 * n)
+        assert measured.removals[layer].ffn == pytest.approx(removed, rel=1e-3)
+        assert len(found.others) == len(products[layer])
+        for role in ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp") if products[layer] else ():
+            wanted = next(by_products).square().sum(0) / n
+            np.testing.assert_allclose(found.others[role], wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+
+
+Calibrated = Callable[[str], tuple[ModelSource, Statistics]]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    """The model of an architecture and its statistics, made once."""
+    directory = tmp_path_factory.mktemp("calibrated")
+
+    @functools.cache
+    def make(name: str) -> tuple[ModelSource, Statistics]:
+        source = of(directory / f"{name}.gguf", name)
+        tokens = random_tokens(160, 300)
+        text = CalibrationText((tuple(tokens[:90]), tuple(tokens[90:])), ("text", "text"))
+        settings = CalibrationSettings(Samples(types=(), n_gram=160), n_sensitivity=160)
+        statistics = calibrate(source, text, settings, directory / f"{name}.part")
+        save_statistics(statistics, directory / f"{name}.stats")
+        return source, load_statistics(directory / f"{name}.stats", source)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: str) -> None:
+    source, statistics = calibrated(name)
+    known = set(imatrix_of(statistics).entries)
+    unread = ("token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+    matrices = {key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name not in unread}
+    assert known == matrices | {"output.weight"}
+
+
+def logits(path: Path) -> Array:
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32", weights="copied"))) as engine:
+        return engine.read(TOKENS, len(TOKENS)).copy()
+
+
+def in_torch(path: Path) -> Array:
+    source = gguf_source(path)
+    found: Array = final_logits(source, run(source, Sequences((tuple(TOKENS),)))).numpy()
+    return found
+
+
+def compressed(calibrated: Calibrated, name: str, recipe: Recipe, target: Path) -> Path:
+    source, statistics = calibrated(name)
+    plan = plan_compression(source, statistics, recipe)
+    quantiser = chosen_quantiser(source, plan, statistics, 1)
+    write_planned(source, plan, target, statistics, quantiser=quantiser)
+    return target
+
+
+F32 = StorageRecipe("F32", attention="F32", token="F32", output="F32")
+STOCK = {
+    "a router without a sum": ("qwen2moe", ExpertRecipe(6, "reap"), F32),
+    "a bias of the choice": ("glm4moe", ExpertRecipe(5), F32),
+    "merged": ("glm4moe", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "multipliers": ("granitemoe", ExpertRecipe(6, "reap"), F32),
+    "types": ("glm4moe", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0", output="Q8_0")),
+}
+
+
+@pytest.mark.parametrize("what", STOCK)
+def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
+    name, experts, types = STOCK[what]
+    recipe = Recipe(format="stock", experts=experts, types=types, fit=FitRecipe(importance=False))
+    path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
+    assert read_gguf(path).metadata[f"{name}.expert_count"] == experts.keep
+    with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
+        expected = baseline.score(TOKENS)
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, weights="copied"))) as engine:
+        np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
+    if types is F32:
+        np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
+
+
+NATIVE = {
+    "constants": ("qwen2moe", Recipe(experts=ExpertRecipe(5, "reap", replacement="constant"), types=F32)),
+    "merged": ("granitemoe", Recipe(experts=ExpertRecipe(4, merge="m-smoe"), types=F32)),
+    "narrower": ("glm4moe", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
+    "no attention": ("glm4moe", Recipe(drop_attention=1, types=F32)),
+    "no feed-forward part": ("granitemoe", Recipe(drop_ffn=1, types=F32)),
+    "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
+}
+
+
+@pytest.mark.parametrize("what", NATIVE)
+def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
+    name, recipe = NATIVE[what]
+    path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
+    assert read_gguf(path).metadata["slimoe.base_architecture"] == name
+    np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "glm4moe"])
+def test_feedback_sees_the_stream_of_the_file_that_it_makes(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
+    source, statistics = calibrated(name)
+    types = StorageRecipe("F16", attention="Q4_0", token="F16", output="F16")
+    plan = plan_compression(source, statistics, Recipe(types=types, fit=FitRecipe(feedback=True, refit=True)))
+    quantiser = chosen_quantiser(source, plan, statistics, 1)
+    assert isinstance(quantiser, FeedbackQuantiser)
+    path = tmp_path / "m.gguf"
+    write_planned(source, plan, path, statistics, quantiser=quantiser)
+    stream = run(gguf_source(path), Sequences(statistics.tokens))
+    np.testing.assert_allclose(quantiser.h, stream, atol=1e-3)
+    assert float((stream - run(source, Sequences(statistics.tokens))).std()) > 1e-2
