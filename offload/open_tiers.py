@@ -18,6 +18,7 @@ from slimoe.offload.experts.constant_experts import read_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
+from slimoe.offload.experts.hit_path import HitPath
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs, HostVectors
 from slimoe.offload.experts.layer_banks import LayerBanks
@@ -202,7 +203,7 @@ class _Opening:
         if plan.tiers is not None:
             possible = slot_kinds(plan.cut_layers, plan.tiers.low)
             vectors = self._host_vectors(parts[0])
-            graphs = ExpertGraphs(self._cpu, host, set(possible), vectors)
+            graphs = ExpertGraphs(self._cpu, host, set(possible), len(self._cut), vectors)
             self._opened.callback(graphs.close)
             reader = DiskReader(plan.gguf, direct=self._config.memory.direct_io)
             self._opened.callback(reader.close)
@@ -346,7 +347,10 @@ class _Opening:
             sizes = tuple(tuple(copies[0].n_bytes for copies in layer) for layer in experts)
             header = TraceHeader(routers_hash(plan.gguf), plan.spec.n_expert_used, sizes)
             trace = TraceWriter(self._config.trace, header)
-        return MoEStep(plan.layers, banks, parts, host, host_experts, self._policy, constants, trace, lossy, uses)
+        hit_path = None
+        if not (plan.devices or constants or trace or lossy):
+            hit_path = HitPath(plan.layers, host, graphs, host_pool, host_experts)
+        return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, uses, hit_path)
 
     def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

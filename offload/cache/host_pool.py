@@ -57,6 +57,8 @@ class HostPool:
         self._held: frozenset[Key] = frozenset()
         self._invested: HostSlot | None = None
         self.counters = HostPoolCounters()
+        self.n_resized = 0
+        """How often it got another number of slots."""
 
     @property
     def n_bytes(self) -> int:
@@ -117,6 +119,7 @@ class HostPool:
         for kind, n in n_slots.items():
             self._pools[kind].resize(n)
         self._note_slots()
+        self.n_resized += 1
 
     def _note_slots(self) -> None:
         n_slots, n_copies = {kind: pool.cache.n_slots for kind, pool in self._pools.items()}, self._n_copies

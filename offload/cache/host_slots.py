@@ -53,7 +53,7 @@ class HostSlot:
         return self.is_ready and not self.is_complete
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Bank:
     """`n_slots` equal slots: where gate, up and down of the first one begin, and the bytes from a slot to the next."""
 

@@ -8,7 +8,7 @@ slowly, because what matters more is to load little.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from slimoe.offload.errors import UsageError
 
 Values = NDArray[np.float64]
-Experts = Sequence[int] | NDArray[np.int64]
+Experts = Sequence[int] | NDArray[np.integer[Any]]
 """Stored experts of one layer."""
 
 HALF_LIFE_TOKENS = 64.0

@@ -6,6 +6,7 @@ each distance of layers by itself.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,7 @@ class ExpertPredictor:
         self._open.setdefault(index, []).append((book, experts, bins))
         return Guesses(experts, book.hits[bins] / book.guesses[bins])
 
-    def settle(self, index: int, selected: NDArray[np.int64], n_expert: int) -> None:
+    def settle(self, index: int, selected: NDArray[np.integer[Any]], n_expert: int) -> None:
         """Layer `index` has selected these of its `n_expert` stored experts: counts which predictions were right."""
         made = self._open.pop(index, None)
         if made is None:

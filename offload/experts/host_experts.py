@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class HostExperts:
         prefetch_copy: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
         self._prefetch_copy = prefetch_copy
-        self._layers, self._banks, self._graphs, self._host_pool = layers, banks, graphs, host_pool
+        self._layers, self.banks, self._graphs, self._host_pool = layers, banks, graphs, host_pool
         self._is_elsewhere = is_elsewhere
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, NDArray[np.int64]] = {}
@@ -91,7 +92,7 @@ class HostExperts:
         """
         columns = np.flatnonzero(selected >= 0)
         experts = selected.ravel()[columns]
-        works, is_here = self._find(index, experts, columns, copies, is_single=len(selected) == 1)
+        works, is_here = self._find(index, experts, columns, copies, *selected.shape)
         missing: list[RoutedTokens] = []
         if is_here.all():
             self._host_pool.pin(_NO_KEYS)
@@ -113,11 +114,11 @@ class HostExperts:
         experts: NDArray[np.int64],
         columns: NDArray[np.int64],
         copies: NDArray[np.int64] | None,
-        *,
-        is_single: bool,
+        n_rows: int,
+        n_used: int,
     ) -> tuple[list[BankWork], NDArray[np.bool_]]:
         """The work that can be done at once, and which of the experts it is, bool [n]."""
-        banks = self._banks[index]
+        banks = self.banks[index]
         assert banks is not None
         is_here = np.zeros(len(experts), np.bool_)
         numbers = banks.numbers[0 if copies is None else copies.ravel()[columns], experts]
@@ -134,8 +135,8 @@ class HostExperts:
             is_here |= found
             if len(slots):
                 bank = self._host_pool.bank(slot_class, phases)
-                is_one_row = is_single and not banks.may_repeat
-                works.append(BankWork(index, slot_class, bank, slots, experts[found], columns[found], is_one_row))
+                is_token = n_rows == 1 and not banks.may_repeat and len(slots) == n_used
+                works.append(BankWork(index, slot_class, bank, slots, experts[found], columns[found], is_token))
         return works, is_here
 
     def _abandon(self, begun: Mapping[Key, ExpertCopy]) -> None:
@@ -146,8 +147,18 @@ class HostExperts:
         """Computes an expert that is waited for, or whose slot is in no bank."""
         (layer, expert), bank, n = one.key, alone(self._host_pool.addresses(slot)), len(one.columns)
         slots, experts = np.zeros(n, np.int64), np.full(n, expert)
-        work = BankWork(layer, one.copy.slot_class, bank, slots, experts, one.columns, is_one_row=n_rows == 1)
-        self._graphs.run(work, n_rows, is_cancelled)
+        self._graphs.run(BankWork(layer, one.copy.slot_class, bank, slots, experts, one.columns), n_rows, is_cancelled)
+
+    def has_begun(self, index: int) -> bool:
+        """Whether experts of a layer were prefetched in this step."""
+        return bool(self._begun.get(index))
+
+    def settle(self, index: int, selected: NDArray[np.integer[Any]]) -> None:
+        """A single token has selected these experts of a layer: what was predicted is no longer expected."""
+        if self._predicted.pop(index, None) is not None:
+            banks = self.banks[index]
+            assert banks is not None
+            self._predictor.settle(index, selected, banks.numbers.shape[1])
 
     # --- one token ------------------------------------------------------------------------------------------
 
@@ -161,11 +172,8 @@ class HostExperts:
         is_cancelled: Cancelled,
         elsewhere: Sequence[int],
     ) -> None:
-        banks = self._banks[index]
-        assert banks is not None
         chosen = np.append(experts, elsewhere).astype(np.int64) if elsewhere else experts
-        self._predictor.settle(index, chosen, banks.numbers.shape[1])
-        self._predicted.pop(index, None)
+        self.settle(index, chosen)
         begun = self._begun.pop(index, None)
         if begun or missing:
             needed = {(index, expert) for expert in experts.tolist()}
@@ -189,7 +197,7 @@ class HostExperts:
         self._told = []
         wanted: list[tuple[int, int, bool]] = []
         for distance, (later, logits) in enumerate(early_logits.items(), start=1):
-            banks, layer = self._banks[later], self._layers[later]
+            banks, layer = self.banks[later], self._layers[later]
             assert banks is not None
             assert layer is not None
             guesses = self._predictor.guess(later, distance, banks.target, layer.n_expert_used, logits)
@@ -219,7 +227,7 @@ class HostExperts:
 
     def _is_absent(self, index: int, experts: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of a layer's experts would have to be asked for: all those whose best copies are not ready."""
-        banks = self._banks[index]
+        banks = self.banks[index]
         assert banks is not None
         is_absent = np.ones(len(experts), np.bool_)
         if self._prefetch_copy is None:

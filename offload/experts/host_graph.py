@@ -2,8 +2,9 @@
 
 A bank of slots is a stack of matrices for `mul_mat_id`, whose ids are numbers of slots that are filled: nothing
 negative or stale can reach it, and no token has an id twice. Its kernels, unlike those of `mul_mat`, are the ones the
-uncut graph takes. Where a bank begins is set before each run, so that a graph serves the experts of every layer. An
-expert that is not at hand yet, or whose matrices do not lie as the others' do, is a bank of its own.
+uncut graph takes. A graph for any pairs is told before each run where its bank begins, so that it serves every layer;
+one for a single token's experts is a layer's own. An expert that is not at hand yet, or whose matrices do not lie as
+the others' do, is a bank of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -84,76 +85,96 @@ NO_VECTORS = HostVectors()
 @dataclass(frozen=True, slots=True, eq=False)
 class BankWork:
     """Pairs of one class and `layer`: `slots` in a bank, `experts` (numbers within the layer) and `columns` (token *
-    n_expert_used + rank), all I64 [n].
+    n_expert_used + rank), all integers [n].
 
-    `is_one_row` says that all are pairs of one token, each with an expert of its own.
+    `is_token` says that these are all pairs of a single token, in the order of their columns, and each with an expert
+    of its own.
     """
 
     layer: int
     slot_class: SlotClass
     bank: Bank
-    slots: NDArray[np.int64]
+    slots: NDArray[np.integer[Any]]
     experts: NDArray[np.int64]
     columns: NDArray[np.int64]
-    is_one_row: bool = False
+    is_token: bool = False
 
     def part(self, begin: int, end: int) -> "BankWork":
-        """Some of the pairs, each of which gathers its row."""
+        """Some of the pairs."""
         own = slice(begin, end)
         return replace(
-            self, slots=self.slots[own], experts=self.experts[own], columns=self.columns[own], is_one_row=False
+            self, slots=self.slots[own], experts=self.experts[own], columns=self.columns[own], is_token=False
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _Pairs:
+    """The shape of a graph for any pairs, of whatever layer and bank."""
+
     slot_class: SlotClass
+    form: Form
     n_pairs: int
     n_tokens: int
-    is_one_row: bool
-    form: Form
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShape:
+    """The shape of a graph for a single token's experts, all of one layer and in one bank."""
+
+    layer: int
+    slot_class: SlotClass
+    bank: Bank
 
 
 class _Prepared:
-    """An allocated graph: the structures of its stacks' tensors, and the inputs to fill."""
+    """An allocated graph: the structures of its stacks' and vectors' tensors, and the inputs to fill."""
 
     __slots__ = ("columns", "experts", "graph", "slots", "stacks", "tokens", "vectors", "weight_rows")
 
-    def __init__(
-        self, graph: int, stacks: Sequence[int], vectors: Sequence[int], slots: int, pairs: PairInputs, n_pairs: int
-    ) -> None:
+    def __init__(self, graph: int, stacks: Sequence[int], vectors: Sequence[int], slots: int, experts: int) -> None:
         self.graph, self.stacks = graph, [ggml.tensor_at(stack) for stack in stacks]
         self.vectors = [ggml.tensor_at(vector) if vector else None for vector in vectors]
-        self.experts: NDArray[Any] | None = None
-        if pairs.experts:
-            self.experts = ggml.array_at(ggml.ggml_get_data(pairs.experts), np.int32, n_pairs)
-        self.slots = ggml.array_at(ggml.ggml_get_data(slots), np.int32, n_pairs)
-        self.tokens: NDArray[Any] | None = None
-        if pairs.tokens:
-            self.tokens = ggml.array_at(ggml.ggml_get_data(pairs.tokens), np.int32, n_pairs)
-        self.columns = ggml.array_at(ggml.ggml_get_data(pairs.columns), np.int64, n_pairs)
-        self.weight_rows = ggml.array_at(ggml.ggml_get_data(pairs.weight_rows), np.int32, n_pairs)
+        self.slots = _vector(slots, np.int32)
+        self.experts = _vector(experts, np.int32) if experts else None
+
+    def gather(self, pairs: PairInputs) -> None:
+        """Has the inputs of any pairs."""
+        self.tokens, self.columns = _vector(pairs.tokens, np.int32), _vector(pairs.columns, np.int64)
+        self.weight_rows = _vector(pairs.weight_rows, np.int32)
+
+    def point(self, bank: Bank, vectors: Sequence[int]) -> None:
+        """Lets the stacks be those of a bank, and the vectors begin at these addresses."""
+        for stack, address in zip(self.stacks, bank.addresses, strict=True):
+            stack.data, stack.ne[2], stack.nb[2] = address, bank.n_slots, bank.stride
+            stack.nb[3] = bank.stride * bank.n_slots
+        for vector, address in zip(self.vectors, vectors, strict=True):
+            if vector is not None:
+                vector.data = address
+
+
+def _vector(tensor: int, dtype: type[np.generic]) -> NDArray[Any]:
+    return ggml.array_at(ggml.ggml_get_data(tensor), dtype, int(ggml.tensor_at(tensor).ne[0]))
 
 
 class ExpertGraphs:
-    """Graphs by shape, in one buffer that is sized for the largest batch at the start."""
+    """Graphs by shape, in one buffer that is sized for the largest batch at the start; `n_layer` layers are cut."""
 
     def __init__(
         self,
         backend: CpuBackend,
         exchange: Exchange,
         classes: set[SlotClass],
+        n_layer: int,
         vectors: HostVectors = NO_VECTORS,
     ) -> None:
         self._backend, self._exchange, self._vectors = backend, exchange, vectors
-        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
+        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS + n_layer)
         # Where a stack lies before its first run; never read, but the allocator must take it for allocated.
         self._nowhere = backend.allocate(256)
         n_tokens, n_used = exchange.shape.n_tokens, exchange.shape.n_used
         for slot_class, form in product(classes, vectors.forms or {()}):
-            self._graphs.reserve(_Shape(slot_class, n_tokens, n_tokens, False, form))
-            self._graphs.reserve(_Shape(slot_class, n_used, 1, True, form))
-            self._graphs.reserve(_Shape(slot_class, n_used, 1, False, form))
+            self._graphs.reserve(_Pairs(slot_class, form, n_tokens, n_tokens))
+            self._graphs.reserve(_Pairs(slot_class, form, n_used, 1))
 
     @property
     def compute_bytes(self) -> int:
@@ -166,42 +187,60 @@ class ExpertGraphs:
 
     def run(self, work: BankWork, n_tokens: int, is_cancelled: Callable[[], bool] | None = None) -> None:
         """Fills the columns of all pairs. Raises EngineAbortedError."""
-        bank = work.bank
+        if work.is_token:
+            self.run_token(TokenShape(work.layer, work.slot_class, work.bank), work.slots, work.experts)
+            return
         form = self._vectors.form(work.layer)
-        prepared = self._graphs.get(_Shape(work.slot_class, len(work.columns), n_tokens, work.is_one_row, form))
-        for stack, address in zip(prepared.stacks, bank.addresses, strict=True):
-            stack.data, stack.ne[2], stack.nb[2] = address, bank.n_slots, bank.stride
-            stack.nb[3] = bank.stride * bank.n_slots
+        prepared = self._graphs.get(_Pairs(work.slot_class, form, len(work.columns), n_tokens))
+        prepared.point(work.bank, self._vectors.addresses(work.layer))
         if prepared.experts is not None:
             prepared.experts[:] = work.experts
-            for vector, address in zip(prepared.vectors, self._vectors.addresses(work.layer), strict=True):
-                if vector is not None:
-                    vector.data = address
         prepared.slots[:] = work.slots
         prepared.columns[:] = work.columns
         prepared.weight_rows[:] = work.columns
-        if prepared.tokens is not None:
-            prepared.tokens[:] = work.columns // self._exchange.shape.n_used
+        prepared.tokens[:] = work.columns // self._exchange.shape.n_used
         if is_cancelled is None:
             self._backend.compute(prepared.graph)
         else:
             self._backend.compute_until(prepared.graph, is_cancelled)
 
-    def _build(self, shape: _Shape) -> BuiltGraph[_Prepared]:
+    def run_token(self, shape: TokenShape, slots: NDArray[np.integer[Any]], experts: NDArray[np.integer[Any]]) -> None:
+        """Fills all columns of a single token, whose `experts` of a layer are in these slots, no two of them equal."""
+        prepared = self._graphs.get(shape)
+        prepared.slots[:] = slots
+        if prepared.experts is not None:
+            prepared.experts[:] = experts
+        self._backend.compute(prepared.graph)
+
+    def _build(self, shape: _Pairs | TokenShape) -> BuiltGraph[_Prepared]:
         n_bytes = 2 * _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
         ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
         stacks = [int(ggml.ggml_new_tensor_3d(ctx, kind, ne[0], ne[1], 1)) for kind, ne in shape.slot_class]
-        vectors = _add_vectors(ctx, shape)
+        form = shape.form if isinstance(shape, _Pairs) else self._vectors.form(shape.layer)
+        vectors = _add_vectors(ctx, shape.slot_class, form)
         for stack in (*stacks, *filter(None, vectors)):
             structure = ggml.tensor_at(stack)
             structure.buffer = self._nowhere
             structure.data = ggml_backend.ggml_backend_buffer_get_base(self._nowhere)
-        slots = add_input(ctx, Type.I32, shape.n_pairs)
-        builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens)
         extras = ExpertExtras(self._vectors.activation, tuple(vectors[:3]), tuple(vectors[3:]))
-        pairs = builder.add(stacks, slots, shape.n_pairs, extras, gathers=not shape.is_one_row)
-        return BuiltGraph(ctx, graph, lambda: _Prepared(graph, stacks, vectors, slots, pairs, shape.n_pairs))
+        if isinstance(shape, _Pairs):
+            slots = add_input(ctx, Type.I32, shape.n_pairs)
+            pairs = PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(stacks, slots, shape.n_pairs, extras)
+            experts = pairs.experts
+        else:
+            slots = add_input(ctx, Type.I32, self._exchange.shape.n_used)
+            experts = PairBuilder(ctx, graph, self._exchange, 1).add_token(stacks, slots, extras)
+
+        def prepare() -> _Prepared:
+            prepared = _Prepared(graph, stacks, vectors, slots, experts)
+            if isinstance(shape, _Pairs):
+                prepared.gather(pairs)
+            else:
+                prepared.point(shape.bank, self._vectors.addresses(shape.layer))
+            return prepared
+
+        return BuiltGraph(ctx, graph, prepare)
 
     def close(self) -> None:
         """Frees graphs and buffer."""
@@ -211,16 +250,16 @@ class ExpertGraphs:
             self._nowhere = 0
 
 
-def _add_vectors(ctx: int, shape: _Shape) -> list[int]:
+def _add_vectors(ctx: int, slot_class: SlotClass, form: Form) -> list[int]:
     """Tensors of the shapes of a layer's biases and scales, 0 for those that there are not."""
-    if not shape.form:
+    if not form:
         return []
     vectors = []
-    for (n_stored, n_bytes), (_, ne) in zip(shape.form[:3], shape.slot_class, strict=True):
+    for (n_stored, n_bytes), (_, ne) in zip(form[:3], slot_class, strict=True):
         vectors.append(int(ggml.ggml_new_tensor_2d(ctx, Type.F32, ne[1], n_stored)) if n_stored else 0)
         if n_stored:  # Narrower experts use the first of each.
             tensor = ggml.tensor_at(vectors[-1])
             tensor.nb[1] = n_bytes
             tensor.nb[2] = tensor.nb[3] = n_bytes * n_stored
-    scales = [int(ggml.ggml_new_tensor_2d(ctx, Type.F32, 1, n)) if n else 0 for n, _ in shape.form[3:]]
+    scales = [int(ggml.ggml_new_tensor_2d(ctx, Type.F32, 1, n)) if n else 0 for n, _ in form[3:]]
     return vectors + scales

@@ -16,8 +16,8 @@ from slimoe.offload.cache.router_trace import ANSWER, PROMPT, TraceRun, TraceWri
 from slimoe.offload.experts.constant_experts import ConstantExperts, write_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
 from slimoe.offload.experts.device_part import DevicePart
+from slimoe.offload.experts.hit_path import HitPath
 from slimoe.offload.experts.host_experts import EarlyLogits, HostExperts
-from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.segment import Segment
@@ -34,12 +34,15 @@ Cancelled = Callable[[], bool] | None
 
 
 class MoEStep:
-    """The experts of all cut layers, whose segments run on `parts`; `host` is the exchange of the CPU's experts."""
+    """The experts of all cut layers, whose segments run on `parts`; `host` is the exchange of the CPU's experts.
+
+    `hit_path` is None where an expert can be elsewhere than in host memory and on disk, or something else than
+    computed.
+    """
 
     def __init__(
         self,
         layers: Sequence[ExpertLayer | None],
-        banks: Sequence[LayerBanks | None],
         parts: Sequence[DevicePart],
         host: Exchange,
         host_experts: HostExperts,
@@ -48,12 +51,14 @@ class MoEStep:
         trace: TraceWriter | None,
         lossy: LossyStep | None,
         uses: ExpertUses,
+        hit_path: HitPath | None,
     ) -> None:
-        self._uses, self._banks = uses, banks
+        self._uses = uses
         self.layers, self._host, self._host_experts = layers, host, host_experts
         self._policy, self._constants, self._trace, self._lossy = policy, constants, trace, lossy
         self.parts = {layer: part for part in parts for layer in part.layers}
         self._devices = [part.experts for part in parts if part.experts is not None]
+        self._hit_path = hit_path
         self._is_on_host = not self._devices and all(part.exchange is host for part in self.parts.values())
         self._missed: list[Key] = []
         self._lowered: set[Key] = set()
@@ -70,6 +75,8 @@ class MoEStep:
         """Notes which rows of a batch continue an answer, and which read a prompt."""
         self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
         self._host_experts.begin()
+        if self._hit_path is not None:
+            self._hit_path.begin()
         self._missed.clear()
         self._lowered.clear()
         if self._lossy is not None:
@@ -86,7 +93,11 @@ class MoEStep:
     def run(self, segment: Segment, n_rows: int, is_cancelled: Cancelled) -> None:
         """Fills the outputs of layer `segment.last`. Raises EngineAbortedError and ReadFailedError."""
         index = segment.last
-        layer, banks, exchange = self.layers[index], self._banks[index], self.parts[index].exchange
+        if n_rows == 1 and self._hit_path is not None and self._is_decode[-1]:
+            if self._hit_path.run(index, segment.predicted):
+                return
+            self._hit_path.flush(self._policy, self._uses)
+        layer, banks, exchange = self.layers[index], self._host_experts.banks[index], self.parts[index].exchange
         assert layer is not None
         assert banks is not None
         ranked = exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
@@ -208,6 +219,8 @@ class MoEStep:
             self._host_experts.invest(sorted(self._lowered, key=self._policy.rank, reverse=True), margin)
         if not self._is_decode.any():
             return
+        if self._hit_path is not None:
+            self._hit_path.flush(self._policy, self._uses)
         for device in self._devices:
             host = self._host_experts
             swaps = [] if device.swaps is None else device.swaps.choose(device, self._missed, host.has)

@@ -15,7 +15,7 @@ from slimoe.offload.cache.host_slots import Bank
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_PREFETCH_DEPTH
 from slimoe.offload.engine import Engine
-from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs
+from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs, TokenShape
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
@@ -243,6 +243,7 @@ class Stops:
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
     stops, run, multiply = Stops([]), MoEStep.run, ExpertGraphs.run
+    multiply_token = ExpertGraphs.run_token
 
     def watched_stop(moe_step: MoEStep, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
         exchange = moe_step.parts[segment.last].exchange
@@ -257,11 +258,18 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
         stops.n_stops += 1
 
     def watched_product(graphs: ExpertGraphs, work: BankWork, *rest: Any) -> None:
-        stops.columns += work.columns.tolist()
+        if not work.is_token:  # which `run_token` sees
+            stops.columns += work.columns.tolist()
         multiply(graphs, work, *rest)
 
     monkeypatch.setattr(MoEStep, "run", watched_stop)
+
+    def watched_token(graphs: ExpertGraphs, shape: TokenShape, slots: Array, experts: Array) -> None:
+        stops.columns += range(len(slots))
+        multiply_token(graphs, shape, slots, experts)
+
     monkeypatch.setattr(ExpertGraphs, "run", watched_product)
+    monkeypatch.setattr(ExpertGraphs, "run_token", watched_token)
     return stops
 
 
@@ -298,7 +306,7 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
     with (
         closing(CpuBackend(1)) as backend,
         closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
-        closing(ExpertGraphs(backend, exchange, {slot_class})) as graphs,
+        closing(ExpertGraphs(backend, exchange, {slot_class}, 1)) as graphs,
     ):
         outputs = exchange.read("outputs", n_tokens * n_used, n_embd)
         normed = draw.standard_normal((n_tokens, n_embd), np.float32)
@@ -313,10 +321,10 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
             selected = draw.integers(-1, n_expert, n_rows * n_used)
             columns = draw.permutation(np.flatnonzero(selected >= 0))
             slots = selected[columns]
-            is_one_row = n_rows == 1 and len(set(slots)) == len(slots)
+            is_token = n_rows == 1 and len(set(slots)) == n_used and bool((np.diff(columns) > 0).all())
             outputs[:] = np.nan
             if len(slots):
-                graphs.run(BankWork(0, slot_class, bank, slots, slots, columns, is_one_row), n_rows)
+                graphs.run(BankWork(0, slot_class, bank, slots, slots, columns, is_token), n_rows)
             for column, expert in enumerate(selected.tolist()):
                 if expert < 0:
                     assert np.isnan(outputs[column]).all()
