@@ -11,6 +11,7 @@ from slimoe.converter.gguf.bytes import add_samples, read_bytes
 from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, constant_key, expert_key
 from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
+from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
@@ -32,6 +33,9 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     """
     file = ModelFile.of(read_gguf(path))
     gguf, spec, sources = file.gguf, file.spec, file.sources
+    if spec.architecture.has_indexer:
+        problem = f"the architecture {spec.architecture.name!r} is run, but not converted: its indexer would be lost."
+        raise UnsupportedModelError(path, problem)
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()
     found: dict[MatrixKey, StoredMatrix] = {}

@@ -222,6 +222,15 @@ GPT_OSS = Architecture(
     window_period=2,
     activation="swiglu_oai",
 )
+DEEPSEEK32 = replace(
+    DEEPSEEK2,
+    name="deepseek32",
+    models="DeepSeek-V3.2",
+    router=Router(score="sigmoid", reads_score=True, renormalise=None),
+    is_mscale_shared=False,
+    has_indexer=True,
+)
+GLM_DSA = replace(DEEPSEEK32, name="glm-dsa", models="GLM-5, 5.1 and 5.2")
 ARCHITECTURES = {
     row.name: row
     for row in (
@@ -238,15 +247,15 @@ ARCHITECTURES = {
         GLM4MOE,
         DEEPSEEK2,
         MISTRAL4,
+        DEEPSEEK32,
+        GLM_DSA,
         GPT_OSS,
     )
 }
 
 COUSINS = {
     "deepseek": ("deepseek2", "without latent attention"),
-    "deepseek32": ("deepseek2", "with an indexer that chooses what attention sees"),
     "ernie4_5": ("ernie4_5-moe", "without experts"),
-    "glm-dsa": ("deepseek2", "with an indexer that chooses what attention sees"),
     "glm4": ("glm4moe", "without experts"),
     "granite": ("granitemoe", "without experts"),
     "granitehybrid": ("granitemoe", "with Mamba layers"),

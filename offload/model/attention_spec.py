@@ -45,7 +45,8 @@ class Temperature:
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Attention as the KV cache sees it: `n_head_kv` heads of `n_embd_head` values, shared by `n_head` / `n_head_kv`
-    query heads each. Values have `n_embd_head_v` per head, or with 0 as many as keys.
+    query heads each. Values have `n_embd_head_v` per head, or with 0 as many as keys. With `n_indexed` the model's own
+    attention sees as many tokens, which an indexer selects; 0 is for all.
     """
 
     n_head: int
@@ -54,6 +55,7 @@ class AttentionSpec:
     n_embd_head_v: int = 0
     latent: LatentSpec | None = None
     temperature: Temperature | None = None
+    n_indexed: int = 0
 
     @property
     def key_length(self) -> int:
@@ -89,7 +91,7 @@ class AttentionSpec:
 def read_attention(keys: MetadataKeys, architecture: Architecture, n_embd: int) -> AttentionSpec:
     """Reads the `attention.` keys; raises ModelFileError for contradictions, UnsupportedModelError for the unknown."""
     if architecture.has_latent_attention:
-        return _read_latent(keys)
+        return _read_latent(keys, architecture)
     n_head = keys.count("attention.head_count")
     n_head_kv = keys.count("attention.head_count_kv", n_head)
     if n_head % n_head_kv:
@@ -101,7 +103,7 @@ def read_attention(keys: MetadataKeys, architecture: Architecture, n_embd: int) 
     return AttentionSpec(n_head, n_head_kv, n_embd_head)
 
 
-def _read_latent(keys: MetadataKeys) -> AttentionSpec:
+def _read_latent(keys: MetadataKeys, architecture: Architecture) -> AttentionSpec:
     """Files whose keys name lengths of MLA are absorbed; older ones have the matrices of keys and values as one."""
     n_head = keys.count("attention.head_count")
     n_head_kv = keys.count("attention.head_count_kv", n_head)
@@ -125,7 +127,8 @@ def _read_latent(keys: MetadataKeys) -> AttentionSpec:
         raise ModelFileError(keys.gguf.path, f"MLA rotates {n_rot} of {lengths[0]} values per head, not fewer.", AGAIN)
     _check_form(keys, is_absorbed=is_absorbed)
     latent = LatentSpec(n_lora_q, n_lora_kv, *lengths, is_absorbed)
-    return AttentionSpec(n_head, n_head_kv, n_key, n_value, latent, _read_temperature(keys))
+    n_indexed = keys.count("attention.indexer.top_k") if architecture.has_indexer else 0
+    return AttentionSpec(n_head, n_head_kv, n_key, n_value, latent, _read_temperature(keys), n_indexed)
 
 
 def _check_form(keys: MetadataKeys, *, is_absorbed: bool) -> None:
@@ -163,6 +166,8 @@ def attention_metadata(attention: AttentionSpec) -> dict[str, Value]:
         if latent.is_absorbed:
             values["attention.key_length_mla"] = latent.n_embd_head_k
             values["attention.value_length_mla"] = latent.n_embd_head_v
+    if attention.n_indexed:
+        values["attention.indexer.top_k"] = attention.n_indexed
     if attention.temperature:
         values["attention.temperature_scale"] = attention.temperature.scale
         values["attention.temperature_length"] = attention.temperature.length

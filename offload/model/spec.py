@@ -77,6 +77,11 @@ class ModelSpec:
         return self.rope.n_ctx_reached(self.n_ctx_train)
 
     @property
+    def n_ctx_exact(self) -> int:
+        """Tokens of context that the model was trained for and that are computed as it was trained."""
+        return min(self.n_ctx_train, self.attention.n_indexed or self.n_ctx_train)
+
+    @property
     def n_head(self) -> int:
         """The number of query heads."""
         return self.attention.n_head

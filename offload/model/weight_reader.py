@@ -84,7 +84,7 @@ class _Reader:
         return LinearSource(WeightSource(stacked, (*parts[0].ne, n_expert), parts[0].type, spans))
 
     def refuse_unread(self, skipped: tuple[str, ...]) -> None:
-        """Raises UnsupportedModelError for a tensor that was not asked for, but for those of the `skipped` blocks."""
+        """Raises UnsupportedModelError for a tensor that was not asked for, but for those with a `skipped` prefix."""
         for name in self.gguf.tensors:
             if name not in self.read and not name.endswith(_IGNORED_SUFFIXES) and not name.startswith(skipped):
                 problem = f"tensor {name} has no place in this architecture; ignoring it would change the answers."
@@ -117,7 +117,10 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
         rope_factors_short=divisors("rope_factors_short"),
         rope_factors_long=divisors("rope_factors_long"),
     )
-    reader.refuse_unread(tuple(f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)))
+    skipped = [f"blk.{spec.n_layer + index}." for index in range(spec.n_layer_nextn)]
+    if spec.architecture.has_indexer:
+        skipped += [f"blk.{layer}.indexer." for layer in range(spec.n_layer)]
+    reader.refuse_unread(tuple(skipped))
     return sources
 
 

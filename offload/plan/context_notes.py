@@ -1,5 +1,6 @@
-"""Sentences for a person about a context window that is larger than what the model was trained for."""
+"""Sentences for a person about a context window that is larger than what the model was trained for, or than can be."""
 
+from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec
 
 
@@ -28,3 +29,14 @@ def window_note(spec: ModelSpec) -> str:
         f"The model's own attention looks back {spec.n_window} tokens (sliding window), but full attention is used. Up "
         "to that many tokens of context they are the same."
     )
+
+
+def check_context(spec: ModelSpec, n_ctx: int) -> None:
+    """Raises UsageError for a context window in which the model's indexer would select what attention sees."""
+    n_most = spec.attention.n_indexed
+    if 0 < n_most < n_ctx:
+        raise UsageError(
+            f"The context window of {n_ctx} tokens is too large for the architecture {spec.architecture.name!r}: "
+            f"beyond {n_most} tokens its attention sees only those that an indexer selects, which is not supported. "
+            f"Use --ctx {n_most} or less, where the indexer changes nothing."
+        )

@@ -25,7 +25,7 @@ from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.advice import advised
 from slimoe.offload.plan.budget import decide_budget
-from slimoe.offload.plan.context_notes import context_notes
+from slimoe.offload.plan.context_notes import check_context, context_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
@@ -171,9 +171,10 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     """The plan for the configuration's budget, with a shortfall if that is too small."""
     spec, layers = model.spec, model.layers
     machine, context, memory = model.machine, config.context, config.memory
-    n_ctx = min(spec.n_ctx_train, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
+    n_ctx = min(spec.n_ctx_exact, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
     sources = model.sources.in_context(n_ctx, spec.rope.n_ctx_orig)
     _check_settings(config, n_ctx, model.n_threads)
+    check_context(spec, n_ctx)
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))

@@ -175,6 +175,18 @@ _QKV_BIASES: dict[str, tuple[str | int, ...]] = {
     "attn_k.bias": ("n_kv",),
     "attn_v.bias": ("n_kv",),
 }
+_INDEXER_KEYS: dict[str, int | float | bool | str] = {
+    "attention.indexer.head_count": 2,
+    "attention.indexer.key_length": 64,
+    "attention.indexer.top_k": 256,
+}
+_INDEXER: dict[str, tuple[str | int, ...]] = {
+    "indexer.k_norm.weight": (64,),
+    "indexer.k_norm.bias": (64,),
+    "indexer.proj.weight": (2, "n_embd"),
+    "indexer.attn_k.weight": (64, "n_embd"),
+    "indexer.attn_q_b.weight": (128, 256),
+}
 FAMILIES = {
     "llama": Family(),
     "qwen2moe": Family(
@@ -293,6 +305,31 @@ FAMILIES = {
         n_dense=1,
         latent=LatentShape(n_lora_q=0),
         arch="deepseek2",
+    ),
+    "glm-dsa": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys={"leading_dense_block_count": 1, "expert_shared_count": 2, "expert_weights_norm": True, **_INDEXER_KEYS},
+        tensors=_shared(512) | _CHOICE | _INDEXER,
+        n_dense=1,
+        latent=LatentShape(),
+    ),
+    "deepseek32": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys={
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "expert_group_count": 4,
+            "expert_group_used_count": 2,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 40.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            **_INDEXER_KEYS,
+        },
+        tensors=_shared(256) | _CHOICE | _INDEXER,
+        latent=LatentShape(),
     ),
     "mistral4": Family(
         "nothing",

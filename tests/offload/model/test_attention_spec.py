@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.offload.errors import ModelFileError
+from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.graph.kv_cache import kv_bytes
 from slimoe.offload.model.attention_spec import Temperature
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.plan.engine_plan import plan_engine
+from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
 
 SHAPE = FineShape(n_expert=16, n_layer=2)
-NAMES = ("deepseek2", "deepseek2-old", "mistral4")
+NAMES = ("deepseek2", "deepseek2-old", "mistral4", "glm-dsa")
 
 
 def spec_of(path: Path) -> ModelSpec:
@@ -93,6 +96,18 @@ def test_a_missing_score_is_the_sigmoid_in_the_sizes_of_glm_4_7_flash(
     changed = content.with_keys(sizes).with_values({"token_embd.weight": None})
     gguf = read_gguf(write_content(tmp_path / "m.gguf", changed))
     assert ModelSpec.from_gguf(gguf).router_score == score
+
+
+def test_a_context_beyond_an_indexers_reach_is_refused(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "m.gguf", "glm-dsa", shape=SHAPE)
+    assert plan_engine(engine_config(path)).n_ctx == 256
+    with pytest.raises(UsageError, match=r"window of 257 .* 'glm-dsa': beyond 256 tokens .* Use --ctx 256 or less"):
+        plan_engine(engine_config(path, n_ctx=257))
+    with pytest.raises(UnsupportedModelError, match="is run, but not converted: its indexer would be lost"):
+        gguf_source(path)
+    content = read_content(path).with_keys({"glm-dsa.attention.indexer.top_k": None})
+    with pytest.raises(ModelFileError, match=r"indexer.top_k is missing"):
+        spec_of(write_content(tmp_path / "m.gguf", content))
 
 
 def test_temperatures_grow_by_steps() -> None:
