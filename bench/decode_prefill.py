@@ -3,9 +3,10 @@
 Every round measures each candidate once, in alternating order. llama.cpp runs with its extra buffer types on and
 off, and the better of the two on each figure is what ours is compared with. The table goes to stderr; the last
 line of stdout is one JSON document. A ratio above 1 means that ours is faster. The tokens are random, so the
-experts are chosen evenly: natural text is never harder.
+experts are chosen evenly: natural text is never harder. With --ratio the same file is then run under memory limits, as
+`bench.offload` does it.
 
-    python -m bench.decode_prefill --shape design8 --type Q4_K
+    python -m bench.decode_prefill --shape qwen3moe --depths 0,4096 --ratio 1.4 --ratio 2
 """
 
 import json
@@ -22,12 +23,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench import offload
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import Candidate, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
-from bench.limits import machine
+from bench.limits import limited_runs, machine
 from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.models.random_model import random_model_file
 from bench.models.shapes import MODELS
+from bench.quality import offload_report
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
@@ -183,6 +186,15 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
     }
 
 
+def larger_than_memory(plan: Plan, limits: tuple[limited_runs.Limit, ...], console: Console) -> dict[str, Any]:
+    """What `bench.offload` finds of the file under these limits, with tokens of natural routing."""
+    lengths = offload.Lengths(plan.n_rounds, offload.N_PROMPT, offload.N_WARM, plan.n_decode)
+    limited = replace(offload.make_plan(plan.model, plan.model, limits, "natural", lengths), n_threads=plan.n_threads)
+    document = offload_report.as_json(limited, limited_runs.measure(limited, console.print))
+    console.print(offload_report.table(limited, document))
+    return document
+
+
 def table(plan: Plan, report: Report) -> Table:
     """The figures for a person."""
     result = Table(title=f"{plan.model.name}, {plan.n_threads} threads, medians of {plan.n_rounds} rounds")
@@ -215,8 +227,8 @@ def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[i
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", callback=_comma_ints, default="512,64", show_default=True, help="To prefill, to decode.")
 @click.option("--depths", callback=_comma_ints, default="0,1024", show_default=True, help="Tokens already cached.")
+@click.option("--ratio", "ratios", multiple=True, help="The file's size over a memory limit, or one such as 12GiB.")
 @run_flags
-@click.option("--keep", is_flag=True, help="Keep the random model in the temporary directory.")
 def main(
     shape: str,
     kind: str | None,
@@ -225,8 +237,8 @@ def main(
     rounds: int,
     tokens: tuple[int, ...],
     depths: tuple[int, ...],
+    ratios: tuple[str, ...],
     smoke: bool,
-    keep: bool,
     allow_busy: bool,
 ) -> None:
     """Measure decode and prefill against llama.cpp on the same file."""
@@ -235,7 +247,8 @@ def main(
         if len(tokens) != 2 or min(tokens) < 2:
             raise UsageError("--tokens takes two numbers from 2 up: how many to prefill and how many to decode.")
         with ExitStack() as stack:
-            path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, keep=keep))
+            routing = "natural" if ratios else "uniform"
+            path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, routing=routing))
             plan = Plan(path, threads or default_threads(), rounds, *tokens, depths)
             if smoke:
                 plan = replace(plan, n_rounds=1, n_prefill=32, n_decode=4, depths=(0, 16))
@@ -243,12 +256,14 @@ def main(
             load = machine.OtherLoad()
             report = run(plan, console.print)
             console.print(table(plan, report))
+            limits = offload.smoke_limits() if smoke else offload.limits_for(path, ratios)
+            larger = larger_than_memory(plan, limits, console) if ratios else None
             loads = {"other_cores_before": load_before, "other_cores_during": load.cores()}
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
     about = {"model": path.name, "type": kind, "machine": machine.describe()}
-    print(json.dumps(as_json(plan, report) | loads | about))
+    print(json.dumps(as_json(plan, report) | loads | about | {"larger_than_memory": larger}))
 
 
 if __name__ == "__main__":

@@ -198,16 +198,16 @@ def weight_type(name: str) -> GGMLQuantizationType:
 
 @contextmanager
 def random_model_file(
-    shape: str, kind: str | None = None, *, vocabulary: bool = False, keep: bool = False, routing: str = "uniform"
+    shape: str, kind: str | None = None, *, vocabulary: bool = False, routing: str = "uniform"
 ) -> Iterator[Path]:
-    """A random model in the temporary directory, deleted at the end unless it is to `keep`."""
-    path = Path(tempfile.gettempdir()) / f"slimoe-{shape}-{kind}-{os.getpid()}.gguf"
+    """A random model in the temporary directory, deleted at the end."""
+    parts = ("slimoe", shape, *([kind] if kind else []), str(os.getpid()))
+    path = Path(tempfile.gettempdir()) / f"{'-'.join(parts)}.gguf"
     try:
         write_random_model(path, model_named(shape), kind=kind, vocabulary=vocabulary, routing=routing)
         yield path
     finally:
-        if not keep:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @click.command()

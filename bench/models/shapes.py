@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.model.architectures import LLAMA, QWEN3MOE
-from slimoe.offload.model.attention_spec import AttentionSpec
-from slimoe.offload.model.expert_spec import ExpertSpec
+from slimoe.offload.model.architectures import DEEPSEEK2, LLAMA, QWEN3MOE
+from slimoe.offload.model.attention_spec import AttentionSpec, LatentSpec
+from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ModelSpec
 
@@ -74,7 +74,30 @@ def _qwen3moe(n_layer: int = 8) -> ModelSpec:
     )
 
 
-FINE_MODELS: Mapping[str, Callable[..., ModelSpec]] = {"qwen3moe": _qwen3moe}
+def _deepseek2(n_layer: int = 8) -> ModelSpec:
+    """DeepSeek-V2-Lite, whose first layer is dense, but with queries of low rank, as GLM-4.7-Flash has them.
+
+    llama.cpp takes queries of full rank from files of 26 or 27 layers alone.
+    """
+    n_ctx_orig, n_rot, n_lora_q, n_lora_kv = 4096, 64, 768, 512
+    routed = (LayerShape(64, 1408),) * (n_layer - 1)
+    return ModelSpec(
+        architecture=DEEPSEEK2,
+        n_layer=n_layer,
+        n_embd=2048,
+        n_ff=1408,
+        n_vocab=102400,
+        n_ctx_train=40 * n_ctx_orig,
+        rms_eps=1e-6,
+        attention=AttentionSpec(16, 1, n_lora_kv + n_rot, n_lora_kv, LatentSpec(n_lora_q, n_lora_kv, 128 + n_rot, 128)),
+        experts=ExpertSpec(
+            64, 6, layers=(LayerShape(0, 10944), *routed), score="softmax", renormalise=False, n_ff_shared=2 * 1408
+        ),
+        rope=RopeSpec(n_rot, n_ctx_orig, 1e4, "yarn", 40.0, yarn_log_multiplier=0.0707, is_mscale_shared=True),
+    )
+
+
+FINE_MODELS: Mapping[str, Callable[..., ModelSpec]] = {"qwen3moe": _qwen3moe, "deepseek2": _deepseek2}
 """Models of many small experts by their architecture: functions of the number of layers."""
 PUBLISHED = {"gpt-oss": "Q8_0,MXFP4"}
 """Types of matrices, and of those of experts, of architectures whose published files are not rounded any further."""
