@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.model.architectures import DEEPSEEK2, LLAMA, QWEN3MOE
+from slimoe.offload.model.architectures import DEEPSEEK2, GPT_OSS, LLAMA, QWEN3MOE
 from slimoe.offload.model.attention_spec import AttentionSpec, LatentSpec
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
 from slimoe.offload.model.rope import RopeSpec
@@ -97,7 +97,30 @@ def _deepseek2(n_layer: int = 8) -> ModelSpec:
     )
 
 
-FINE_MODELS: Mapping[str, Callable[..., ModelSpec]] = {"qwen3moe": _qwen3moe, "deepseek2": _deepseek2}
+def _gpt_oss(n_layer: int = 6) -> ModelSpec:
+    """gpt-oss-20b."""
+    n_ctx_orig = 4096
+    return ModelSpec(
+        architecture=GPT_OSS,
+        n_layer=n_layer,
+        n_embd=2880,
+        n_ff=2880,
+        n_vocab=201088,
+        n_ctx_train=32 * n_ctx_orig,
+        rms_eps=1e-5,
+        attention=AttentionSpec(n_head=64, n_head_kv=8, n_embd_head=64),
+        experts=ExpertSpec(n_expert=32, n_expert_used=4),
+        rope=RopeSpec(64, n_ctx_orig, 150000.0, "yarn", 32.0),
+        n_window=128,
+        windowed=tuple(layer % 2 == 0 for layer in range(n_layer)),
+    )
+
+
+FINE_MODELS: Mapping[str, Callable[..., ModelSpec]] = {
+    "qwen3moe": _qwen3moe,
+    "deepseek2": _deepseek2,
+    "gpt-oss": _gpt_oss,
+}
 """Models of many small experts by their architecture: functions of the number of layers."""
 PUBLISHED = {"gpt-oss": "Q8_0,MXFP4"}
 """Types of matrices, and of those of experts, of architectures whose published files are not rounded any further."""
