@@ -69,7 +69,7 @@ class PlannedSource:
             SourceLayer(len(layer.experts), layer.target, layer.has_attention, layer.has_ffn) for layer in plan.layers
         )
         self.shapes: Mapping[MatrixKey, tuple[int, ...]] = {
-            key: matrix.shape[1:] if matrix.is_vector else matrix.shape for key, matrix in self._matrices.items()
+            key: matrix.stored_shape for key, matrix in self._matrices.items()
         } | {key: vector.shape for key, vector in self._constants.items()}
         self.path: Path = source.path
         self.source_hash: str = source.source_hash

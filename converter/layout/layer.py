@@ -1,5 +1,6 @@
 """What one layer of a compressed model stores: its matrices, which of them lie together, what a format cannot hold."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class Matrix:
     `key` names it in the result, by stock names whatever the format, and a stored expert there; `copy` 1 is an expert's
     second copy. `tensor` of the file holds it as number `slot`. It is the source's `origin`, of which only `rows`, or
     elements of a vector, if given, or what `expert` says of members of the source's layer `block`, or has `values`.
+    With an `n_stack` it is so many matrices below each other, one for each head, a stack in the file.
     """
 
     key: MatrixKey
@@ -44,12 +46,21 @@ class Matrix:
     shape: tuple[int, int]
     type: Type
     is_vector: bool = False
+    n_stack: int = 0
     copy: int = 0
     block: int = -1
     origin: MatrixKey | None = None
     rows: tuple[int, ...] | None = None
     expert: ExpertPlan | None = None
     values: NDArray[np.float32] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor, or of an expert's part of it, in numpy's order."""
+        n_rows, n_per_row = self.shape
+        if self.is_vector:
+            return (n_per_row,)
+        return (self.n_stack, n_rows // self.n_stack, n_per_row) if self.n_stack else self.shape
 
     @property
     def projection(self) -> str:
@@ -67,8 +78,9 @@ def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, bl
     shape = source.shapes[key]
     if len(shape) == 1:
         return Matrix(MatrixKey(name), name, 0, (1, shape[0]), Type.F32, is_vector=True, block=block, origin=key)
-    n_rows, n_per_row = shape
-    return Matrix(MatrixKey(name), name, 0, (n_rows, n_per_row), kind, block=block, origin=key)
+    *stack, n_rows, n_per_row = shape
+    flat = math.prod(stack) * n_rows, n_per_row
+    return Matrix(MatrixKey(name), name, 0, flat, kind, n_stack=stack[0] if stack else 0, block=block, origin=key)
 
 
 def matrix_width(source: ModelSource, block: int, expert: ExpertPlan) -> int:

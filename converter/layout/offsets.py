@@ -172,6 +172,8 @@ def _placed(matrices: Sequence[Matrix], alignment: int) -> tuple[tuple[FileTenso
         if first.key.expert >= 0:
             assert {part.shape for part in parts} == {first.shape}
             ne = (n_per_row, first.shape[0], len(parts))
+        elif first.n_stack:
+            ne = first.stored_shape[::-1]
         tensors.append(FileTensor(name, ne, first.type, offset, n_bytes, tuple(parts)))
         offset += padded(n_bytes, alignment)
     return tuple(tensors), offset

@@ -1,6 +1,7 @@
 """A GGUF file as a source of matrices: any that the engine reads, stock or native, in one file or several."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
     span = weight.spans[0]
     assert len(weight.spans) == 1, weight.name
     blocks = Blocks(weight.type, gguf.paths[span.shard], span.offset, span.n_bytes)
-    n_rows = weight.ne[1] if len(weight.ne) > 1 else 1
+    n_rows = math.prod(weight.ne[1:])
     return StoredMatrix(weight.ne[::-1], BlockRows(weight.name, blocks, n_rows, weight.ne[0]))
 
 

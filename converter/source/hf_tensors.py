@@ -12,10 +12,9 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.source.stored_rows import GivenRows, PartRows, RotatedRows, StoredMatrix
+from slimoe.converter.source.stored_rows import GivenRows, HeadRows, PartRows, RotatedRows, StoredMatrix, TransposedRows
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
-from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
 
@@ -47,7 +46,7 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
         n_vocab=config.vocab_size,
         n_ctx_train=n_ctx_train,
         rms_eps=config.rms_norm_eps,
-        attention=AttentionSpec(config.num_attention_heads, config.n_head_kv, config.n_embd_head),
+        attention=config.attention,
         experts=config.experts,
         rope=rope,
         n_window=window,
@@ -76,6 +75,10 @@ def checkpoint_matrices(
         for key, matrix in found.items():
             if key.name.split(".")[-2] in ("attn_q", "attn_k"):
                 found[key] = replace(matrix, rows=RotatedRows(matrix.rows, spec.n_embd_head))
+    if latent := spec.attention.latent:
+        n_unrotated = latent.n_embd_head_k - spec.rope.n_rot
+        for key in [key for key in found if key.name.endswith(".attn_kv_b.weight")]:
+            found |= _absorbed(key.name, found.pop(key), spec.n_head, n_unrotated, latent.n_embd_head_v)
     roles = {tensor.role: tensor for tensor in spec.architecture.tensors}
     if config.tie_word_embeddings and not roles["output"].is_optional and _EMBEDDINGS in found:
         found[MatrixKey("output.weight")] = found[_EMBEDDINGS]
@@ -123,6 +126,23 @@ def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig
     if len(stored.shape) == 2 and stored.shape[0] == 1 and role.split(".")[0] in _vectors(family):
         stored = replace(stored, shape=stored.shape[1:])
     return {MatrixKey(f"blk.{layer}.{role}", int(number[0]) if number else -1): stored}
+
+
+def _absorbed(name: str, stored: StoredMatrix, n_head: int, n_key: int, n_value: int) -> dict[MatrixKey, StoredMatrix]:
+    """MLA's matrix of keys above values, head by head, as the two stacks that are multiplied into queries and outputs.
+
+    That of keys is transposed: [n_head, rank, n_key] and [n_head, n_value, rank].
+    """
+    n_rows, rank = stored.shape
+    if n_rows != n_head * (n_key + n_value):
+        problem = f"tensor {stored.rows.name} has {n_rows} rows, not {n_head} heads of {n_key} and {n_value}."
+        raise ModelFileError(stored.rows.path, problem, _AGAIN)
+    values = HeadRows(stored.rows, n_head, n_key + n_value, n_key, n_value)
+    keys = TransposedRows(HeadRows(stored.rows, n_head, n_key + n_value, 0, n_key), n_head)
+    return {
+        MatrixKey(name.replace("attn_kv_b", "attn_k_b")): StoredMatrix((n_head, rank, n_key), keys),
+        MatrixKey(name.replace("attn_kv_b", "attn_v_b")): StoredMatrix((n_head, n_value, rank), values),
+    }
 
 
 def _without_place(name: str, stored: StoredMatrix) -> UnsupportedModelError:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.rope import RopeSpec
 
 _BETAS = (32.0, 1.0)
@@ -31,22 +32,25 @@ class Rotation:
     divisors: NDArray[np.float32] | None = None
 
 
-def read_rotation(path: Path, config: ModelConfig, *, is_partial: bool = False) -> Rotation:
+def read_rotation(path: Path, config: ModelConfig, architecture: Architecture) -> Rotation:
     """Raises UnsupportedModelError for what a GGUF file of this architecture cannot hold, ModelFileError for nonsense.
 
-    `path` is that of config.json. Only if `is_partial` may a part of each head be rotated.
+    `path` is that of config.json.
     """
-    return _Reader(path, config, is_partial=is_partial).read()
+    return _Reader(path, config, architecture).read()
 
 
 class _Reader:
-    def __init__(self, path: Path, config: ModelConfig, *, is_partial: bool) -> None:
+    def __init__(self, path: Path, config: ModelConfig, architecture: Architecture) -> None:
+        self.is_mscale_shared = architecture.is_mscale_shared
         self.path, self.config, self.fields = path, config, config.rope
         theta = config.rope_theta if isinstance(self.fields.rope_theta, UnsetType) else self.fields.rope_theta
-        self.plain = RopeSpec(self._n_rot(is_partial), config.max_position_embeddings, theta)
+        self.plain = RopeSpec(self._n_rot(architecture.rotates_partly), config.max_position_embeddings, theta)
 
     def _n_rot(self, is_partial: bool) -> int:
         """Values of a head that are rotated."""
+        if self.config.n_rot is not None:
+            return self.config.n_rot
         own = self.fields.partial_rotary_factor
         partial = self.config.partial_rotary_factor if isinstance(own, UnsetType) else own
         if partial in (None, 1.0):
@@ -110,12 +114,20 @@ class _Reader:
         if min(betas) <= 0 or self.plain.freq_base <= 1:
             problem = f"YaRN with beta_fast {betas[0]:g}, beta_slow {betas[1]:g} and rope_theta"
             raise ModelFileError(self.path, f"{problem} {self.plain.freq_base:g} means nothing.")
+        all_dim = fields.mscale_all_dim or 0.0
+        if self.config.attention.latent and (fields.mscale != all_dim or not all_dim or fields.attention_factor):
+            problem = "YaRN with latent attention is supported only where mscale and mscale_all_dim are the same"
+            raise UnsupportedModelError(self.path, f"{problem}, not {fields.mscale} and {fields.mscale_all_dim}.")
         size = self._yarn_magnitude(factor)
         bounds = [replace(self.plain, n_ctx_orig=n_ctx).turning_pair(beta) for beta in betas]
         low, high = (math.floor(bounds[0]), math.ceil(bounds[1])) if fields.truncate else bounds
         low, high = max(low, 0), min(high, self.plain.n_rot - 1)
         is_clear = all(abs(bound - round(bound)) > _ROUNDING for bound in bounds)
         if fields.truncate and betas == _BETAS and low <= high and is_clear:
+            if self.config.attention.latent:
+                log_multiplier = 0.1 * all_dim
+                plain = replace(self.plain, yarn_log_multiplier=log_multiplier, is_mscale_shared=self.is_mscale_shared)
+                return Rotation(replace(plain, n_ctx_orig=n_ctx, scaling="yarn", factor=factor))
             own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
             spec = replace(self.plain, n_ctx_orig=n_ctx, scaling="yarn", factor=factor, attn_multiplier=size / own)
             return Rotation(spec)

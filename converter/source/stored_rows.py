@@ -161,6 +161,74 @@ class PartRows(_RowsOfOthers):
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRows(_RowsOfOthers):
+    """The same part of each head: `n_part` rows from `first_part` on, of `n_each` rows in each of `n_head` heads."""
+
+    n_head: int
+    n_each: int
+    first_part: int
+    n_part: int
+    blocks: Blocks | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of all heads' parts."""
+        return self.n_head * self.n_part
+
+    @property
+    def step(self) -> int:
+        """Whole heads are read."""
+        return self.n_part
+
+    def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
+        """Reads rows of whole heads; raises ModelFileError."""
+        assert first % self.step == 0
+        heads = range(first // self.n_part, (first + n_rows) // self.n_part)
+        return np.concatenate([self.rows.read(head * self.n_each + self.first_part, self.n_part) for head in heads])
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedRows:
+    """The matrix of each head transposed, of rows that have `n_head` matrices below each other."""
+
+    rows: HeadRows
+    n_head: int
+    blocks: Blocks | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor, for messages."""
+        return self.rows.name
+
+    @property
+    def path(self) -> Path:
+        """The file that the tensor lies in."""
+        return self.rows.path
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of all transposed matrices."""
+        return self.n_head * self.rows.n_per_row
+
+    @property
+    def n_per_row(self) -> int:
+        """The number of weights in a row, which were a head's rows."""
+        return self.rows.n_part
+
+    @property
+    def step(self) -> int:
+        """Whole heads are read."""
+        return self.rows.n_per_row
+
+    def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
+        """Reads rows of whole heads; raises ModelFileError."""
+        n_part = self.rows.n_part
+        stored = self.rows.read(first // self.step * n_part, n_rows // self.step * n_part)
+        heads = stored.reshape(-1, n_part, self.step).swapaxes(1, 2)
+        return np.ascontiguousarray(heads).reshape(-1, n_part)
+
+
+@dataclass(frozen=True, slots=True)
 class RotatedRows(_RowsOfOthers):
     """Query or key rows of a Hugging Face model, or the elements of their bias, in ggml's order of rotation."""
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.architecture import Architecture, Score
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
 from slimoe.offload.model.spec import NO_MULTIPLIERS, Multipliers
 
@@ -92,6 +93,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def experts(self) -> ExpertSpec:
         """The experts, their router, and the layers' shapes where some are dense."""
         return ExpertSpec(self.n_expert, self.n_expert_used)
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The sizes of attention."""
+        return AttentionSpec(self.num_attention_heads, self.n_head_kv, self.n_embd_head)
+
+    @property
+    def n_rot(self) -> int | None:
+        """The values of a head that rotate; None leaves it to partial_rotary_factor."""
+        return None
 
     @property
     def multipliers(self) -> Multipliers:
@@ -190,6 +201,16 @@ class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
         return self.num_experts_per_tok
 
     @property
+    def n_dense(self) -> int:
+        """The layers without experts, which come first."""
+        return self.first_k_dense_replace
+
+    @property
+    def score(self) -> Score:
+        """What a router's logits become."""
+        return "sigmoid"
+
+    @property
     def experts(self) -> ExpertSpec:
         """The experts, their router, and the layers' shapes where some are dense."""
         n_group, n_group_used = self.n_group or 1, self.topk_group or 1
@@ -197,8 +218,8 @@ class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
             n_expert=self.n_expert,
             n_expert_used=self.n_expert_used,
             weights_scale=self.routed_scaling_factor,
-            layers=dense_first(self, self.first_k_dense_replace),
-            score="sigmoid",
+            layers=dense_first(self, self.n_dense),
+            score=self.score,
             renormalise=self.norm_topk_prob,
             # All groups are no choice among them.
             n_group=n_group if n_group_used < n_group else 1,
@@ -213,8 +234,8 @@ class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
         if n_group_used > n_group or self.n_expert % n_group or self.n_expert_used > n_group_used * n_each:
             what = f"n_group is {n_group} and topk_group {n_group_used}: {self.n_expert} experts in such groups"
             return f"{what} cannot give {self.n_expert_used}."
-        if self.first_k_dense_replace >= self.num_hidden_layers:
-            what = f"first_k_dense_replace is {self.first_k_dense_replace}"
+        if self.n_dense >= self.num_hidden_layers:
+            what = f"first_k_dense_replace is {self.n_dense}"
             return f"{what}, which leaves none of {self.num_hidden_layers} layers with experts."
         return super().unsupported(architecture)
 

@@ -22,6 +22,7 @@ from slimoe.converter.source.rotation import Rotation, read_rotation
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.architectures import LLAMA
 from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
 from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint
@@ -82,7 +83,7 @@ def theirs(settings: dict[str, Any]) -> tuple[NDArray[np.float64], float]:
 
 
 def ours(settings: dict[str, Any]) -> Rotation:
-    return read_rotation(CONFIG, msgspec.json.decode(json.dumps(SIZES | settings), type=MixtralConfig))
+    return read_rotation(CONFIG, msgspec.json.decode(json.dumps(SIZES | settings), type=MixtralConfig), LLAMA)
 
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}

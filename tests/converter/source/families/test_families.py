@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 from safetensors.torch import load_file, save_file
 
 from slimoe.converter.source.checkpoint_source import FAMILIES
@@ -16,7 +17,10 @@ from tests.converter.source.families.test_config import FIELDS, ours, theirs
 from tests.converter.source.families.tiny_families import SETTINGS, save_family
 from tests.models.tiny_checkpoint import logits
 
-REQUIRED = {"Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "DeepseekV2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3},
+}
 """The fields for which the class has no default that a model could be made with."""
 
 
@@ -25,7 +29,8 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path:
     source = save_family(tmp_path / name, name)
     expected = logits(source, TOKENS).numpy()
     assert expected.std() > 0.5, "logits that are all alike show nothing"
-    np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
+    if not open_source(source).spec.attention.latent:  # Torch has no latent attention yet.
+        np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
     path = converted(source, tmp_path / "m.gguf")
     np.testing.assert_allclose(engines(path), expected, atol=1e-3)
     np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)
@@ -38,8 +43,13 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     for field in FIELDS:
         assert getattr(found, field) == getattr(expected, field), field
     assert found.n_head_kv == expected.num_key_value_heads
-    head_dim = getattr(expected, "head_dim", None)
-    assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
+    if latent := found.attention.latent:
+        assert (found.n_rot, found.rope.rope_type) == (expected.qk_rope_head_dim, UNSET)
+        assert (latent.n_lora_q, latent.n_lora_kv) == (expected.q_lora_rank, expected.kv_lora_rank)
+        assert (latent.n_embd_head_k, latent.n_embd_head_v) == (expected.qk_head_dim, expected.v_head_dim)
+    else:
+        head_dim = getattr(expected, "head_dim", None)
+        assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
     assert found.rope_theta == expected.rope_parameters["rope_theta"]
     assert found.partial_rotary_factor == expected.rope_parameters.get("partial_rotary_factor")
     n_expert = next(
@@ -53,7 +63,18 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     aliases |= {"rotary_dim", "num_experts", "num_local_experts"}
     if name == "Qwen2Moe":
         aliases |= {"attention_bias"}  # Refused, and not passed over as by the class.
+    if found.attention.latent:  # Not all of these classes read them.
+        aliases |= {"num_nextn_predict_layers", "rope_interleave"}
+    if name == "Glm4MoeLite":
+        aliases |= {"first_k_dense_replace"}  # In files of before mlp_layer_types, and 1 there.
     assert own - aliases <= set(expected.to_dict())
+
+
+def test_queries_of_full_rank_with_latent_attention(tmp_path: Path) -> None:
+    """llama.cpp loads such a model only if it has the number of layers of DeepSeek-V2-Lite."""
+    source = save_family(tmp_path / "c", "DeepseekV2", q_lora_rank=None)
+    path = converted(source, tmp_path / "m.gguf")
+    np.testing.assert_allclose(engines(path), logits(source, TOKENS).numpy(), atol=1e-3)
 
 
 INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
@@ -80,6 +101,11 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("HunYuanMoEV1", {"moe_topk": [8, 4]}, "moe_topk differs between layers"),
     ("HunYuanMoEV1", {"moe_topk": []}, "moe_topk differs between layers"),
     ("HunYuanMoEV1", {"attention_bias": True}, "attention_bias is true"),
+    ("DeepseekV2", {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8}, "topk_method is"),
+    ("DeepseekV3", {"rope_interleave": False}, "rope_interleave is false"),
+    ("DeepseekV3", {"num_key_value_heads": 8}, "num_key_value_heads is 8, and num_attention_heads 128"),
+    ("DeepseekV3", {"attention_bias": True}, "attention_bias is true"),
+    ("Glm4MoeLite", {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types has"),
     ("Glm4Moe", {"n_group": 3, "topk_group": 4}, "n_group is 3 and topk_group 4"),
 ]
 

@@ -17,6 +17,14 @@ _DEEPSEEK: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 40,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Qwen2Moe": {
         "moe_intermediate_size": 96,
@@ -44,6 +52,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "MiniMaxM2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "rotary_dim": 16},
     "Glm4Moe": _DEEPSEEK | {"head_dim": 32, "use_qk_norm": True, "attention_bias": True, "n_shared_experts": 1},
+    "DeepseekV2": _DEEPSEEK | _LATENT | {"n_shared_experts": 2, "norm_topk_prob": False},
+    "DeepseekV3": _DEEPSEEK
+    | _LATENT
+    | {
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+        },
+    },
+    "Glm4MoeLite": _DEEPSEEK | _LATENT | {"n_shared_experts": 1},
 }
 """What the configuration of each class says beyond the sizes that all have."""
 
