@@ -31,10 +31,13 @@ from bench.limits.flags import run_flags, threads_flag, type_flag
 from bench.models.random_model import random_model_file
 from bench.models.shapes import MODELS
 from bench.quality import offload_report
+from slimoe.offload.cache.host_slots import slot_bytes
+from slimoe.offload.cache.slots import plan_tiers, slot_classes
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig
+from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, changed
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.resources.memory import available_bytes
 from slimoe.offload.resources.processors import default_threads
 
@@ -71,13 +74,15 @@ class Plan:
 class Report:
     """What was measured: a timing per candidate, depth and round, and each candidate's checked logits.
 
-    `python_shares` has, by depth and round, the share of a decode step that our engine spends outside ggml's graphs.
+    `python_shares` has, by depth and round, the share of a decode step that our engine spends outside ggml's graphs;
+    `in_slots` is `measure_in_slots`' answer.
     """
 
     timings: dict[tuple[str, int], list[Timing]]
     logits: dict[str, list[np.ndarray]]
     python_shares: dict[int, list[float]]
     engine: dict[str, Any]
+    in_slots: dict[str, float] | None = None
 
     def seconds(self, name: str, depth: int, phase: str) -> float:
         """The median of the rounds' seconds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
@@ -90,6 +95,48 @@ class Report:
     def kl(self, name: str) -> float:
         """The largest KL divergence of the checked steps from plain llama.cpp, in nats."""
         return max(map(kl_divergence, self.logits[name], self.logits[REFERENCE]))
+
+
+def open_in_slots(plan: Plan) -> Engine | None:
+    """Our engine with a slot of the host expert cache for each expert, as where memory is short; None without experts.
+
+    Between a layer's router and its experts the engine then looks for them, which costs Python.
+    """
+    config = EngineConfig(plan.model, n_threads=plan.n_threads, context=ContextConfig(n_ctx=plan.n_ctx))
+    config = changed(config, {"device": "none"})
+    engine_plan = plan_engine(config)
+    n_slots = slot_classes(engine_plan.cut_layers)
+    if not n_slots:
+        return None
+    budget = sum(n * slot_bytes(slot_class) for slot_class, n in n_slots.items())
+    tiers = plan_tiers(engine_plan.cut_layers, budget, program=0, weights=0, kv=0, compute=0, what=str(config.model))
+    engine_plan = replace(engine_plan, tiers=replace(tiers, is_final=True), shortfall=None)
+    return Engine(config, engine_plan, lambda done, total: None)
+
+
+def measure_in_slots(plan: Plan, in_memory: float) -> dict[str, float] | None:
+    """A decode step with all experts in slots: its milliseconds, Python's share, and how it compares with `in_memory`.
+
+    None for a model without experts. The figures are medians of the rounds, from an empty KV cache on; `in_memory` are
+    the seconds of a step that finds the experts as the file has them.
+    """
+    engine = open_in_slots(plan)
+    if engine is None:
+        return None
+    with closing(engine):
+        decode = random_tokens(plan.n_decode, read_vocabulary_size(plan.model), seed=3)
+        seconds, shares = list[float](), list[float]()
+        for _ in range(1 + plan.n_rounds):
+            engine.truncate(0)
+            computed, taken = engine.compute_seconds, time_decode(engine, decode)
+            seconds.append(statistics.median(taken))
+            shares.append(1.0 - (engine.compute_seconds - computed) / sum(taken))
+    step = statistics.median(seconds[1:])
+    return {
+        "decode_ms": 1e3 * step,
+        "decode_vs_memory": in_memory / step,
+        "python_share": statistics.median(shares[1:]),
+    }
 
 
 def candidates(plan: Plan) -> dict[str, Callable[[], Candidate]]:
@@ -113,7 +160,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> Report:
                 say(f"loading {name}")
                 opened[name] = stack.enter_context(closing(makers[name]()))
             _measure_together(plan, opened, report, say)
-    return report
+    say("our engine with experts in slots")
+    return replace(report, in_slots=measure_in_slots(plan, report.seconds(OURS, min(plan.depths), "decode")))
 
 
 def _measure_together(plan: Plan, opened: Mapping[str, Candidate], report: Report, say: Callable[[str], None]) -> None:
@@ -179,6 +227,7 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
         "kl_between_llamacpp_settings": max(map(report.kl, BASELINES)),
         "depths": depths,
         "engine": report.engine,
+        "in_slots": report.in_slots,
         "threads": plan.n_threads,
         "rounds": plan.n_rounds,
         "n_prefill": plan.n_prefill,

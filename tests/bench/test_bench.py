@@ -83,6 +83,8 @@ def test_decode_prefill_measures_working_candidates(smoke: Smoke) -> None:
     document = smoke("decode_prefill")
     assert document["kl_vs_llamacpp"] < 1e-2
     assert 0 < document["python_share"] < 1
+    assert 0 < document["in_slots"]["python_share"] < 1
+    assert document["in_slots"]["decode_vs_memory"] > 0
     assert document["machine"]["cores"] >= 1
     for figures in document["depths"].values():
         best = min(ms for name, ms in figures["decode_ms"].items() if name != "slimoe")
