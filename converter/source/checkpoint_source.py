@@ -9,7 +9,19 @@ from gguf import GGMLQuantizationType
 
 from slimoe.converter.gguf.bytes import all_bytes
 from slimoe.converter.source.checkpoint import Checkpoint
-from slimoe.converter.source.families import deepseek, dots, ernie, glm, granite, hunyuan, llama, minimax, olmoe, qwen
+from slimoe.converter.source.families import (
+    deepseek,
+    dots,
+    ernie,
+    glm,
+    granite,
+    hunyuan,
+    ling,
+    llama,
+    minimax,
+    olmoe,
+    qwen,
+)
 from slimoe.converter.source.families.config import ConfigClass, ModelConfig
 from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec
@@ -21,7 +33,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.tensor_list import check_tensors
 
-_FILES = (llama, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek)
+_FILES = (llama, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, ling)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 

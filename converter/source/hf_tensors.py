@@ -21,6 +21,7 @@ from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
 _EMBEDDINGS = MatrixKey("token_embd.weight")
 _WHOLE = {
     "model.embed_tokens.weight": "token_embd.weight",
+    "model.word_embeddings.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }

@@ -231,6 +231,19 @@ DEEPSEEK32 = replace(
     has_indexer=True,
 )
 GLM_DSA = replace(DEEPSEEK32, name="glm-dsa", models="GLM-5, 5.1 and 5.2")
+BAILINGMOE2 = Architecture(
+    name="bailingmoe2",
+    models="Ling 2 and Ring 2",
+    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    rotates_partly=True,
+    joins_qkv=True,
+    router=Router(score="sigmoid", reads_score=True, renormalise=None),
+    shared=SharedExpert("key_counted"),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+)
 ARCHITECTURES = {
     row.name: row
     for row in (
@@ -250,10 +263,12 @@ ARCHITECTURES = {
         DEEPSEEK32,
         GLM_DSA,
         GPT_OSS,
+        BAILINGMOE2,
     )
 }
 
 COUSINS = {
+    "bailingmoe": ("bailingmoe2", "with neighbours that rotate together"),
     "deepseek": ("deepseek2", "without latent attention"),
     "ernie4_5": ("ernie4_5-moe", "without experts"),
     "glm4": ("glm4moe", "without experts"),

@@ -23,7 +23,7 @@ from tests.models.tiny_gguf import FineShape, write_family
 
 TOKENS = random_tokens(20, 300)
 N_LAYER, N_EXPERT = 2, 8
-HEADS = {"qwen2moe": (4, 64), "phimoe": (2, 64), "dots1": (4, 128)}
+HEADS = {"qwen2moe": (4, 64), "bailingmoe2": (2, 64), "phimoe": (2, 64), "dots1": (4, 128)}
 Tensors = dict[str, Array | None]
 Content = Callable[[str], GGUFContent]
 
@@ -130,6 +130,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Tensors]] = {
     "no norms of queries and keys": ("glm4moe", {}, none_of(*QK_NORMS)),
     "no norm of the weights": ("glm4moe", {"expert_weights_norm": None, "expert_weights_scale": 1.5}, {}),
     "sections of the rotation, for images": ("glm4moe", {"rope.dimension_sections": [16, 8, 8, 0]}, {}),
+    "shared experts as wide as two": (
+        "bailingmoe2",
+        {"expert_shared_count": 2, "expert_shared_feed_forward_length": None},
+        {},
+    ),
+    "all of a head rotates, without a bias": (
+        "bailingmoe2",
+        {"rope.dimension_count": 64, "expert_group_count": None, "expert_group_used_count": None},
+        none_of("exp_probs_b.bias"),
+    ),
     "groups beside a bias": ("glm4moe", GROUPS, {}),
     "arrays": (
         "glm4moe",
@@ -162,12 +172,17 @@ def test_weights_of_experts_that_only_a_bias_selects_are_divided_by_no_less_than
     assert_computes_what_llama_cpp_does(write_content(tmp_path / "m.gguf", changed(whole, {}, tensors)))
 
 
-def test_blocks_that_predict_further_tokens_are_not_run(tmp_path: Path, content: Content) -> None:
-    path = write_content(tmp_path / "m.gguf", with_prediction_block(content("glm4moe"), N_LAYER))
+@pytest.mark.parametrize(
+    ("name", "norm"), [("glm4moe", "nextn.shared_head_norm"), ("bailingmoe2", "layer_output_norm")]
+)
+def test_blocks_that_predict_further_tokens_are_not_run(tmp_path: Path, content: Content, name: str, norm: str) -> None:
+    block = with_prediction_block(content(name), N_LAYER)
+    block = block.with_values({f"blk.{N_LAYER}.{norm}.weight": np.ones(256, np.float32)})
+    path = write_content(tmp_path / "m.gguf", block)
     model = ModelFile.of(read_gguf(path))
     assert (model.spec.n_layer, model.spec.n_layer_nextn, len(model.sources.layers)) == (N_LAYER, 1, N_LAYER)
     assert_computes_what_llama_cpp_does(path)
-    without = write_content(tmp_path / "without.gguf", content("glm4moe"))
+    without = write_content(tmp_path / "without.gguf", content(name))
     plans = [plan_engine(engine_config(one, n_ctx=256, n_threads=1)) for one in (path, without)]
     assert len({plan.load_bytes for plan in plans}) == len({str(plan.host_bytes) for plan in plans}) == 1
 

@@ -36,6 +36,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "olmoe": FineShape(n_head_kv=4, n_embd_head=64),
     "phimoe": FineShape(n_embd_head=64, n_expert=16),
     "dots1": FineShape(n_head_kv=4, n_expert=16),
+    "bailingmoe2": FineShape(n_embd_head=64, n_expert=16),
     # llama.cpp takes queries for one matrix where a model has as many layers as DeepSeek-V2-Lite or a few others.
     "deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2),
     "gpt-oss": FineShape(n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=16, n_expert_used=4),

@@ -32,6 +32,10 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str | None, str | None]] = {
     (_DIGITS, _GPT_2): ("starcoder", None),
     (f"{_ENGLISH}|{_WORD}|\\p{{N}}{{1,3}}|{_TAIL}",): ("dbrx", "llama-bpe"),
     (f"{_ENGLISH}|{_WORD}|\\p{{N}}|{_TAIL}",): ("qwen2", None),
+    (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",): (
+        "bailingmoe2",
+        None,
+    ),
     (f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_BEFORE}{_UPPER}+{_LOWER}*{_ENGLISH}?|\\p{{N}}{{1,3}}|{_ENDS}",): (
         "gpt-4o",
         None,

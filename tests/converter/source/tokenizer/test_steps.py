@@ -172,7 +172,9 @@ DEEPSEEK_3 = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
+LING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 SPLITS = {
+    "bailingmoe2": ([as_json(split_by(LING)), BYTES], False),
     "gpt-4o": ([as_json(split_by(GPT_4O)), BYTES], False),
     "tekken": ([as_json(split_by(TEKKEN)), BYTES], True),
     "deepseek-v3": ([*(as_json(split_by(pattern)) for pattern in DEEPSEEK_3), BYTES], False),
