@@ -9,9 +9,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from slimoe.converter.forward.latent_heads import (
+    LatentMatrices,
+    latent_keys_and_values,
+    latent_queries,
+    split_keys_and_values,
+)
+from slimoe.converter.forward.rotation import angles_of, rotate
 from slimoe.converter.source.model_source import (
     PROJECTIONS,
     MatrixKey,
@@ -20,9 +28,7 @@ from slimoe.converter.source.model_source import (
     choice_bias_key,
     expert_key,
 )
-from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.expert_spec import ExpertSpec
-from slimoe.offload.model.rope import RopeSpec
 from slimoe.offload.model.spec import ModelSpec
 
 _LEAST_SUM = 2.0**-14
@@ -58,7 +64,8 @@ class Norm:
 @dataclass(frozen=True, slots=True)
 class Attention:
     """A block's attention: norm, projections, and what not all models have: divisors of the angles [n_rot / 2], others
-    for sequences longer than the original context, and norms of queries and keys.
+    for sequences longer than the original context, and norms of queries and keys. With `latent` attention `k` and `v`
+    are the same matrix, of low-rank rows of both and what rotates of keys, and the norms those of low-rank rows.
     """
 
     norm: Norm
@@ -70,6 +77,7 @@ class Attention:
     long_factors: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    latent: LatentMatrices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +180,8 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     """A layer's attention, None where it has none; raises ModelFileError."""
     if not source.layers[layer].has_attention:
         return None
+    if source.spec.attention.latent:
+        return _read_latent(source, layer, device)
     q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
     whole, short, long = (
         _optional(source, MatrixKey(f"{name}.weight"), device)
@@ -180,6 +190,23 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     norms = [_optional(source, block_key(layer, role), device) for role in ("attn_q_norm", "attn_k_norm")]
     factors = (short, long) if whole is None else (whole, whole)
     return Attention(_norm(source, layer, "attn_norm", device), q, k, v, out, *factors, *norms)
+
+
+def _read_latent(source: ModelSource, layer: int, device: str) -> Attention:
+    parts = {
+        role: _optional(source, block_key(layer, f"attn_{role}"), device)
+        for role in ("q_a_norm", "kv_a_norm", "q_b", "kv_b")
+    }
+    if (both := parts["kv_b"]) is not None:
+        k_b, v_b = split_keys_and_values(both, source.spec)
+    else:
+        k_b, v_b = (read_tensor(source, block_key(layer, f"attn_{role}"), device) for role in ("k_b", "v_b"))
+    q, kv, out = (
+        _linear(source, layer, f"attn_{role}", device)
+        for role in ("q" if parts["q_b"] is None else "q_a", "kv_a_mqa", "output")
+    )
+    norm, latent = _norm(source, layer, "attn_norm", device), LatentMatrices(parts["q_b"], k_b, v_b)
+    return Attention(norm, q, kv, kv, out, q_norm=parts["q_a_norm"], k_norm=parts["kv_a_norm"], latent=latent)
 
 
 def _optional(source: ModelSource, key: MatrixKey, device: str) -> Tensor | None:
@@ -240,19 +267,15 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
 
     It goes from one key head to the next, so that the attention weights of one group of heads are held at a time.
     """
-    n, group = h.shape[0], spec.n_head // spec.n_head_kv
+    n = h.shape[0]
     x = block.norm(h)
     factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
-    cos, sin = _angles(spec.rope, n, h.device, factors)
+    cos, sin = angles_of(spec.rope, n, h.device, factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
-    queries, keys = (
-        _normed_heads(rotate(_heads(rows, norm, spec), cos, sin, spec.architecture.rope), norm, spec)
-        for rows, norm in ((q, block.q_norm), (k, block.k_norm))
-    )
-    values = v.view(n, spec.n_head_kv, spec.n_embd_head)
+    queries, keys, values = (_heads_of if block.latent is None else _latent_heads)(block, spec, (q, k, v), (cos, sin))
     is_later = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
-    outputs, received = [], torch.zeros(n, device=h.device)
-    for head in range(spec.n_head_kv):
+    outputs, received, group = [], torch.zeros(n, device=h.device), spec.n_head // keys.shape[1]
+    for head in range(keys.shape[1]):
         of_group = queries[:, head * group : (head + 1) * group].transpose(0, 1)
         products = (of_group @ keys[:, head].T * spec.attention_scale).masked_fill(is_later, -math.inf)
         weights = products.softmax(-1)
@@ -260,6 +283,35 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
         outputs.append((weights @ values[:, head]).transpose(0, 1).reshape(n, -1))
     output = torch.cat(outputs, -1)
     return AttentionPass(x, output, spec.multipliers.residual * block.out(output), received, q, k, v)
+
+
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _heads_of(block: Attention, spec: ModelSpec, rows: _Three, angles: tuple[Tensor, Tensor]) -> _Three:
+    """Heads of queries [n, n_head, n_embd_head] and of keys and values [n, n_head_kv, n_embd_head]."""
+    q, k, v = rows
+    queries, keys = (
+        _normed_heads(rotate(_heads(part, norm, spec), *angles, spec.architecture.rope), norm, spec)
+        for part, norm in ((q, block.q_norm), (k, block.k_norm))
+    )
+    return queries, keys, v.view(len(v), spec.n_head_kv, spec.n_embd_head)
+
+
+def _latent_heads(block: Attention, spec: ModelSpec, rows: _Three, angles: tuple[Tensor, Tensor]) -> _Three:
+    """The same with latent attention, where all heads have keys and values of their own."""
+    (q, both, _), latent, kind = rows, block.latent, spec.architecture.rope
+    assert latent is not None
+    assert block.k_norm is not None
+    q = q if block.q_norm is None else rms_norm(q, block.q_norm, spec.rms_eps)
+    plain, turning = latent_queries(latent, spec, q)
+    queries = torch.cat((plain, rotate(turning, *angles, kind)), -1)
+    if temperature := spec.attention.temperature:
+        factors = temperature.factors(np.arange(len(q), dtype=np.int32))
+        queries = queries * torch.from_numpy(factors).to(q.device)[:, None, None]
+    row, turning = both.split((both.shape[1] - spec.rope.n_rot, spec.rope.n_rot), -1)
+    row = rms_norm(row, block.k_norm, spec.rms_eps)
+    return queries, *latent_keys_and_values(latent, row, rotate(turning[:, None], *angles, kind))
 
 
 def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
@@ -274,39 +326,6 @@ def _normed_heads(heads: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor
     """Heads [n, n_head, n_embd_head] that are normalised after the rotation."""
     is_later = norm is not None and spec.architecture.qk_norm == "head_after_rope"
     return rms_norm(heads, norm, spec.rms_eps) if is_later else heads
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor, kind: RopeType = RopeType.NORM) -> Tensor:
-    """Rotates the pairs of heads [n, n_head, n_embd_head]: (2i, 2i + 1), or (i, i + half) as NEOX has it.
-
-    Values beyond the angles stay.
-    """
-    half = cos.shape[-1]
-    n_rot = 2 * half
-    is_split = kind is RopeType.NEOX
-    first, second = (slice(0, half), slice(half, n_rot)) if is_split else (slice(0, n_rot, 2), slice(1, n_rot, 2))
-    even, odd = heads[..., first], heads[..., second]
-    cos, sin = cos[:, None], sin[:, None]
-    turned = (even * cos - odd * sin, even * sin + odd * cos)
-    rotated = torch.cat(turned, -1) if is_split else torch.stack(turned, -1).flatten(-2)
-    return torch.cat((rotated, heads[..., n_rot:]), -1)
-
-
-def _angles(rope: RopeSpec, n: int, device: torch.device, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [n, n_rot / 2], with YaRN's interpolation as `ggml_rope_ext` does it (ggml-cpu/ops.cpp)."""
-    pairs = torch.arange(rope.n_rot // 2, dtype=torch.float64, device=device)
-    frequencies = rope.freq_base ** (-2.0 * pairs / rope.n_rot)
-    if factors is not None:
-        frequencies = frequencies / factors
-    scaled, size = rope.freq_scale * frequencies, rope.attn_factor
-    if rope.ext_factor:
-        low, high = rope.turning_pair(rope.beta_fast), rope.turning_pair(rope.beta_slow)
-        low, high = max(0.0, math.floor(low)), min(rope.n_rot - 1.0, math.ceil(high))
-        mix = (1.0 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)) * rope.ext_factor
-        scaled = scaled * (1 - mix) + frequencies * mix
-        size *= 1.0 + 0.1 * math.log(1.0 / rope.freq_scale)
-    angles = torch.arange(n, dtype=torch.float64, device=device)[:, None] * scaled
-    return (size * angles.cos()).float(), (size * angles.sin()).float()
 
 
 def route(router: Router, spec: ModelSpec, x: Tensor) -> Routing:
