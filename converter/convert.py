@@ -149,7 +149,7 @@ def plan(options: ConvertOptions) -> Conversion:
     if len(mixes) > 1:
         planned = replace(with_low_copies(source, planned, wanted), format="native")
         for layer in planned.layers:
-            if not any(expert.low_types for expert in layer.experts):
+            if layer.experts and not any(expert.low_types for expert in layer.experts):
                 problem = f"The second copies of --two-copies {asked} are not smaller than the first in layer"
                 hint = "Name the better type first, and a smaller one second."
                 raise UsageError(f"{problem} {layer.block}. {hint}")

@@ -62,6 +62,15 @@ def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path) -> No
     assert planned.layout.spec.metadata() == without.layout.spec.metadata()
 
 
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2"])
+def test_two_copies_of_experts_beside_dense_layers_and_shared_experts(tmp_path: Path, name: str) -> None:
+    path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)
+    whole = convert(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1)).path
+    twice = convert(ConvertOptions(path, tmp_path / "two.gguf", n_threads=1, pair="Q8_0,Q4_0")).path
+    assert read_gguf(twice).metadata["slimoe.base_architecture"] == name
+    np.testing.assert_array_equal(logits(twice), logits(whole))
+
+
 def test_queries_keys_and_values_are_one_tensor_where_llama_cpp_reads_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
