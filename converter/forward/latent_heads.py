@@ -1,7 +1,4 @@
-"""Multi-head latent attention in torch: its heads of queries, keys and values, decompressed whatever the file has.
-
-Apart from `block`, which has no room for it.
-"""
+"""Heads of multi-head latent attention in torch, decompressed. Apart: `block` is long, and this is one form of many."""
 
 from dataclasses import dataclass
 

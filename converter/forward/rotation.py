@@ -1,7 +1,4 @@
-"""Rotary position embedding in torch, as `ggml_rope_ext` computes it.
-
-Apart from `block`, which has no room for it.
-"""
+"""Rotary position embedding in torch, as ggml computes it. Apart: `block` is long, and this needs none of it."""
 
 import math
 
