@@ -17,7 +17,7 @@ from slimoe.converter.budget.named_types import (
     with_low_copies,
     with_named_types,
 )
-from slimoe.converter.budget.structure import Structure, build_structure
+from slimoe.converter.budget.structure import Structure, build_structure, with_order
 from slimoe.converter.budget.types import TypeAllocator, too_large
 from slimoe.converter.layout.metadata import llamacpp_problem
 from slimoe.converter.layout.plan import CompressPlan
@@ -181,6 +181,8 @@ class _Job:
         if recipe.types.low is not None:
             low = Type[recipe.types.low]
             plan = with_low_copies(source, plan, lambda _name, _copy: low)
+        if recipe.experts.order == "co-selection":
+            plan = self.with_neighbours(plan)
         if not recipe.hints or recipe.format != "native" or statistics is None:
             return plan
         layers = plan.layers
@@ -190,6 +192,16 @@ class _Job:
         # The format has hints for all layers or for none.
         known = tuple(layer for layer in hinted if layer is not None)
         return replace(plan, layers=known) if len(known) == len(hinted) else plan
+
+    def with_neighbours(self, plan: CompressPlan) -> CompressPlan:
+        """The plan with experts that are selected together next to each other."""
+        if self.statistics is None:
+            raise UsageError("An order by co-selection needs statistics. Run slimoe calibrate, and give --stats FILE.")
+        if self.source.spec.architecture.has_expert_biases:
+            raise UsageError("Experts that have biases keep the router's order. Leave the order of experts out.")
+        routers = [self.statistics.layers[layer.block].router for layer in plan.layers]
+        pairs = zip(plan.layers, routers, strict=True)
+        return replace(plan, layers=tuple(one if sums is None else with_order(one, sums) for one, sums in pairs))
 
 
 def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
 from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
+from slimoe.converter.methods.expert_order import co_selection_order
 from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
@@ -22,7 +23,7 @@ from slimoe.converter.methods.removal import Removal, attention_removals, block_
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource, block_key
-from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics import RouterSums, Statistics
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.tensor_list import layer_tensors
 
@@ -64,6 +65,19 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
     matrices = [role for role in roles if len(source.shapes.get(block_key(block, role), ())) > 1]
     types = dict.fromkeys(matrices, Type.F32)
     return LayerPlan(block, experts, kept.rows, kept.target, types, layer.has_attention)
+
+
+def with_order(layer: LayerPlan, router: RouterSums) -> LayerPlan:
+    """The layer with experts that are selected together next to each other; the router's rows keep their order."""
+    assert not layer.hints, "hints are in the experts' order"
+    means = np.zeros((len(layer.experts), len(router.together)), np.int64)
+    for row, expert in zip(layer.rows, layer.target, strict=True):
+        if expert >= 0:
+            means[expert, row] = 1
+    order = co_selection_order(means @ router.together @ means.T)
+    place = {expert: number for number, expert in enumerate(order)}
+    target = tuple(place.get(expert, expert) for expert in layer.target)
+    return replace(layer, experts=tuple(layer.experts[expert] for expert in order), target=target)
 
 
 def without_ffn(layer: LayerPlan) -> LayerPlan:

@@ -139,6 +139,7 @@ _NOT_IN_STOCK: tuple[_Fault, ...] = (
     _Fault(
         lambda recipe: recipe.drop_attention > 0, ("drop_attention",), "layers without attention ({drop_attention})"
     ),
+    _Fault(lambda recipe: recipe.experts.order != "router", ("order",), "experts in another order ({order})"),
     _Fault(
         lambda recipe: recipe.experts.overall, ("overall",), "layers that differ in their number of experts ({overall})"
     ),
@@ -162,4 +163,4 @@ def needs_statistics(recipe: Recipe) -> bool:
     """Whether a plan of the recipe needs the statistics of a calibration."""
     drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
     fits = recipe.fit.feedback, recipe.fit.refit
-    return _has_target(recipe) or any(drops) or any(fits)
+    return _has_target(recipe) or any(drops) or any(fits) or recipe.experts.order != "router"

@@ -135,6 +135,7 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "replacement": _word("nothing", "constant"),
         "merge": _word("m-smoe", "hc-smoe"),
         "width": _neurons,
+        "order": _word("router", "co-selection"),
     },
     "types": {
         "expert": _type(*dict.fromkeys((*TYPES, *RECIPES))),

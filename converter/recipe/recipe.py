@@ -12,6 +12,8 @@ DEFAULT_EXPERT = "Q4_K_M"
 """The type, or mix of types, of experts where neither a recipe nor a target chooses one."""
 Merge = Literal["m-smoe", "hc-smoe"]
 Replacement = Literal["nothing", "constant"]
+Order = Literal["router", "co-selection"]
+"""In which experts lie in a native file: that of the router's rows, or those selected together next to each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class ExpertRecipe:
     `keep` is per layer on average. `score` names one of `methods.scores.SCORES`, or "subset" for the best subset by
     Gram matrices; `overall` ranks the experts of all layers together. A dropped expert is replaced by "nothing", so
     that tokens select among the others, or by a "constant" expert, a vector. With `merge`, experts are merged
-    instead of dropped.
+    instead of dropped. Those that are left lie in the file in an `order`.
     """
 
     keep: int | None = None
@@ -30,6 +32,7 @@ class ExpertRecipe:
     replacement: Replacement = "nothing"
     merge: Merge | None = None
     width: int | None = None
+    order: Order = "router"
 
 
 @dataclass(frozen=True, slots=True)

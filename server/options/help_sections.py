@@ -35,6 +35,7 @@ SECTIONS = {
         "merge",
         "constants",
         "width",
+        "order",
         "drop_layers",
         "drop_attention",
         "drop_blocks",

@@ -3,6 +3,8 @@
 import functools
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,9 @@ from slimoe.converter.forward.block import (
 )
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.recipe.fields import SourceSizes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.recipe.toml_file import parse_recipe
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.backward_pass import draw_labels
@@ -37,7 +41,10 @@ from slimoe.converter.stats.statistics_file import load_statistics, save_statist
 from slimoe.converter.write.error_feedback import FeedbackQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.native_format import read_layout
+from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array
 from tests.models.tiny_gguf import FineShape, write_family
@@ -196,6 +203,38 @@ def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_p
     path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
     assert read_gguf(path).metadata["slimoe.base_architecture"] == name
     np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "glm4moe"])
+def test_another_order_of_experts_changes_no_bit(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
+    types = StorageRecipe("Q8_0", low="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+    kept = ExpertRecipe(6, "reap", replacement="constant")
+    paths = [
+        compressed(calibrated, name, Recipe(experts=experts, types=types), tmp_path / f"{experts.order}.gguf")
+        for experts in (kept, replace(kept, order="co-selection"))
+    ]
+    np.testing.assert_array_equal(logits(paths[0]), logits(paths[1]))
+    layouts = [read_layout(gguf, ModelSpec.from_gguf(gguf)) for gguf in map(read_gguf, paths)]
+    routers = [layer.router for layer in calibrated(name)[1].layers]
+    neighbours, use = [0, 0], [dict[tuple[int, int], float](), dict[tuple[int, int], float]()]
+    for number, layout in enumerate(layouts):
+        for index, (layer, router) in enumerate(zip(layout.layers, routers, strict=True)):
+            rows = [layer.target.index(expert) for expert in range(len(layer.buckets))]
+            assert sorted(rows) == [row for row, expert in enumerate(layer.target) if expert >= 0]
+            if router is not None:
+                assert layer.hints.use is not None
+                neighbours[number] += int(sum(router.together[row, after] for row, after in pairwise(rows)))
+                use[number] |= {(index, row): layer.hints.use[expert] for expert, row in enumerate(rows)}
+    assert neighbours[1] > neighbours[0]
+    assert use[0] == use[1], "hints follow their experts"
+
+
+def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
+    source, _ = calibrated("qwen2moe")
+    with pytest.raises(UsageError, match="slimoe calibrate"):
+        plan_compression(source, None, Recipe(experts=ExpertRecipe(order="co-selection"), types=F32))
+    with pytest.raises(UsageError, match="experts in another order"):
+        parse_recipe('format = "stock"\n[experts]\norder = "co-selection"', SourceSizes(2, 8, 256))
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "glm4moe"])
