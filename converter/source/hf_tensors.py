@@ -1,6 +1,7 @@
 """Which GGUF tensors a Hugging Face model's tensors make, by its family's table of names, and the sizes it has."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 
@@ -16,7 +17,7 @@ from slimoe.converter.source.stored_rows import GivenRows, HeadRows, PartRows, R
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.rope import RopeSpec
-from slimoe.offload.model.spec import ROPE_FREQS, ModelSpec
+from slimoe.offload.model.spec import ModelSpec
 
 _EMBEDDINGS = MatrixKey("token_embd.weight")
 _WHOLE = {
@@ -24,6 +25,8 @@ _WHOLE = {
     "model.word_embeddings.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
+    "model.norm.bias": "output_norm.bias",
+    "lm_head.bias": "output.bias",
 }
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -56,7 +59,11 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
 
 
 def checkpoint_matrices(
-    checkpoint: Checkpoint, family: Family, config: ModelConfig, spec: ModelSpec, divisors: NDArray[np.float32] | None
+    checkpoint: Checkpoint,
+    family: Family,
+    config: ModelConfig,
+    spec: ModelSpec,
+    divisors: Mapping[str, NDArray[np.float32]],
 ) -> dict[MatrixKey, StoredMatrix]:
     """Every matrix and vector of the GGUF model, experts one by one. `divisors` are the rotation's.
 
@@ -83,14 +90,14 @@ def checkpoint_matrices(
     roles = {tensor.role: tensor for tensor in spec.architecture.tensors}
     if config.tie_word_embeddings and not roles["output"].is_optional and _EMBEDDINGS in found:
         found[MatrixKey("output.weight")] = found[_EMBEDDINGS]
-    if divisors is not None:
-        if "rope_freqs" not in roles:
+    for role, values in divisors.items():
+        if role not in roles:
             problem = f"the rotation is scaled in a way that a GGUF file of {spec.architecture.name} cannot express."
             raise UnsupportedModelError(
                 checkpoint.config_path, problem, "Supported are default, linear and plain yarn."
             )
-        rows = GivenRows(ROPE_FREQS, checkpoint.config_path, divisors)
-        found[MatrixKey(ROPE_FREQS)] = StoredMatrix(divisors.shape, rows)
+        name = f"{role}.weight"
+        found[MatrixKey(name)] = StoredMatrix(values.shape, GivenRows(name, checkpoint.config_path, values))
     for name in dict.fromkeys(key.name for key in found if key.expert >= 0):
         for expert in range(spec.n_expert):
             one = found.get(MatrixKey(name, expert))
@@ -104,7 +111,8 @@ def checkpoint_matrices(
 
 def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> dict[MatrixKey, StoredMatrix]:
     """The GGUF matrices that a stored tensor holds: one, or those of all experts."""
-    if name in _WHOLE:
+    whole = {f"{tensor.role}.{tensor.suffix}" for tensor in family.architecture.tensors}
+    if _WHOLE.get(name) in whole:
         return {MatrixKey(_WHOLE[name]): stored}
     match = _LAYER_NAME.fullmatch(name)
     if match is None:

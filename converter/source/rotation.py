@@ -6,7 +6,8 @@ bounds of its own. The magnitude of the rotated values is a key of its own in ei
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,10 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The file's constants, and the divisors of the frequencies [n_rot / 2] if it needs any."""
+    """The file's constants, and the divisors of the frequencies [n_rot / 2] if it needs any, by their tensor's role."""
 
     spec: RopeSpec
-    divisors: NDArray[np.float32] | None = None
+    divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def read_rotation(path: Path, config: ModelConfig, architecture: Architecture) -> Rotation:
@@ -71,13 +72,15 @@ class _Reader:
         if kind == "linear":
             return Rotation(replace(self.plain, scaling="linear", factor=self._needed("linear", "factor")))
         if kind == "llama3":
-            return Rotation(self.plain, self._llama3())
+            return Rotation(self.plain, {"rope_freqs": self._llama3()})
         if kind == "yarn":
             return self._yarn()
+        if kind in ("longrope", "su"):
+            return self._longrope()
         problem = f"rope scaling of type {kind!r} is not supported."
         if kind == "dynamic":
             problem = "rope scaling of type 'dynamic' depends on a text's length, which a GGUF cannot express."
-        raise UnsupportedModelError(self.path, problem, "Supported are default, linear, llama3 and yarn.")
+        raise UnsupportedModelError(self.path, problem, "Supported are default, linear, llama3, longrope and yarn.")
 
     def _needed(self, kind: str, name: str) -> float:
         value = getattr(self.fields, name)
@@ -105,6 +108,22 @@ class _Reader:
         turns = self._original_context() * frequencies / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return np.asarray(1.0 / (kept + (1.0 - kept) / factor), np.float32)
+
+    def _longrope(self) -> Rotation:
+        """Divisors of their own for contexts up to the original length and for longer ones."""
+        fields, n_ctx, n_pairs = self.fields, self._original_context(), self.plain.n_rot // 2
+        factors = {"rope_factors_short": fields.short_factor or [], "rope_factors_long": fields.long_factor or []}
+        for name, values in factors.items():
+            if len(values) != n_pairs:
+                problem = f"{name.removeprefix('rope_factors_')}_factor has {len(values)} entries, not {n_pairs}."
+                raise ModelFileError(self.path, problem, "Download the checkpoint again.")
+        if fields.short_mscale != fields.long_mscale:
+            problem = f"short_mscale and long_mscale are {fields.short_mscale} and {fields.long_mscale}, not the same."
+            raise UnsupportedModelError(self.path, problem)
+        growth = max(0.0, math.log(self.config.max_position_embeddings / n_ctx))
+        size = fields.short_mscale or fields.attention_factor or math.sqrt(1 + growth / math.log(max(2, n_ctx)))
+        spec = replace(self.plain, n_ctx_orig=n_ctx, scaling="longrope", attn_multiplier=size)
+        return Rotation(spec, {name: np.asarray(values, np.float32) for name, values in factors.items()})
 
     def _yarn(self) -> Rotation:
         fields, n_ctx = self.fields, self._original_context()
@@ -134,7 +153,7 @@ class _Reader:
         pairs = np.arange(self.plain.n_rot // 2, dtype=np.float64)
         interpolated = np.clip((pairs - low) / (high - low if high != low else 0.001), 0, 1)
         divisors = 1.0 / (interpolated / factor + 1.0 - interpolated)
-        return Rotation(replace(self.plain, attn_multiplier=size), divisors.astype(np.float32))
+        return Rotation(replace(self.plain, attn_multiplier=size), {"rope_freqs": divisors.astype(np.float32)})
 
     def _yarn_magnitude(self, factor: float) -> float:
         fields = self.fields

@@ -40,6 +40,10 @@ class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = True
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+    short_mscale: Positive | None = None
+    long_mscale: Positive | None = None
     low_freq_factor: Positive | UnsetType = UNSET
     high_freq_factor: Positive | UnsetType = UNSET
 

@@ -95,8 +95,7 @@ def as_ggml_computes(rotation: Rotation) -> tuple[NDArray[np.float64], float]:
     spec = rotation.spec
     pairs = np.arange(spec.n_rot // 2)
     plain = spec.freq_base ** (-2.0 * pairs / spec.n_rot)
-    if rotation.divisors is not None:
-        plain = plain / rotation.divisors
+    plain = plain / rotation.divisors.get("rope_freqs", 1.0)
     scale = 1.0 if spec.scaling == "none" else 1.0 / spec.factor
     if spec.scaling != "yarn":
         return scale * plain, spec.attn_multiplier
@@ -144,7 +143,17 @@ def test_any_yarn_is_transformers() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "'longrope'"),
+    "longrope": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "short_factor has 1",
+    ),
+    "longrope with two sizes": (
+        {
+            "rope_scaling": {"type": "longrope", "short_mscale": 1.0, "long_mscale": 1.5}
+            | {name: [1.0] * 16 for name in ("short_factor", "long_factor")}
+        },
+        "short_mscale and long_mscale are 1.0 and 1.5, not the same",
+    ),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' depends on a text's length"),
     "unknown": ({"rope_parameters": {"rope_type": "mrope"}}, "'mrope' is not supported"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -1,6 +1,7 @@
 """A random checkpoint of each class with shared experts, dense layers and the like computes what transformers does."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from slimoe.converter.source.checkpoint_source import FAMILIES
 from slimoe.converter.source.open_source import open_source
+from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from tests.converter.source.families.test_checkpoints import TOKENS, converted, engines, llama_cpps, torchs
 from tests.converter.source.families.test_config import FIELDS, ours, theirs
 from tests.converter.source.families.tiny_families import SETTINGS, save_family
+from tests.models.configs import engine_config
 from tests.models.tiny_checkpoint import logits
 
 REQUIRED: dict[str, dict[str, Any]] = {
+    "Phimoe": {"attention_bias": True, "lm_head_bias": True},
     "DeepseekV2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3},
 }
 """The fields for which the class has no default that a model could be made with."""
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "Phimoe"])
 def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / name, name)
     expected = logits(source, TOKENS).numpy()
@@ -70,6 +74,21 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     assert own - aliases <= set(expected.to_dict())
 
 
+@pytest.mark.parametrize("n_ctx", [32, 512])
+def test_the_engine_computes_what_llama_cpp_does_of_a_phi(tmp_path: Path, n_ctx: int) -> None:
+    """transformers computes something else: see the family's file."""
+    pairs = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [1.0 + n for n in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.25, "long_mscale": 1.25}
+    rope |= pairs | {"original_max_position_embeddings": n_ctx}
+    source = save_family(tmp_path / "c", "Phimoe", rope_parameters=rope, original_max_position_embeddings=n_ctx)
+    path = converted(source, tmp_path / "m.gguf")
+    spec = open_source(source).spec.rope
+    assert (spec.scaling, spec.n_ctx_orig, spec.attn_multiplier) == ("longrope", n_ctx, 1.25)
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32"))) as engine:
+        found = engine.read(TOKENS, len(TOKENS)).copy()
+    np.testing.assert_allclose(found, llama_cpps(path), atol=1e-3)
+
+
 def test_queries_of_full_rank_with_latent_attention(tmp_path: Path) -> None:
     """llama.cpp loads such a model only if it has the number of layers of DeepSeek-V2-Lite."""
     source = save_family(tmp_path / "c", "DeepseekV2", q_lora_rank=None)
@@ -102,6 +121,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("HunYuanMoEV1", {"moe_topk": []}, "moe_topk differs between layers"),
     ("HunYuanMoEV1", {"attention_bias": True}, "attention_bias is true"),
     ("DeepseekV2", {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8}, "topk_method is"),
+    ("Phimoe", {"lm_head_bias": True}, "attention_bias or lm_head_bias is false"),
     ("DeepseekV3", {"rope_interleave": False}, "rope_interleave is false"),
     ("DeepseekV3", {"num_key_value_heads": 8}, "num_key_value_heads is 8, and num_attention_heads 128"),
     ("DeepseekV3", {"attention_bias": True}, "attention_bias is true"),

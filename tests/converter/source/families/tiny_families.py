@@ -26,6 +26,7 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 40,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
+    "Phimoe": {"num_local_experts": 8, "attention_bias": True, "lm_head_bias": True},
     "Qwen2Moe": {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 160,
