@@ -33,8 +33,7 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path:
     source = save_family(tmp_path / name, name)
     expected = logits(source, TOKENS).numpy()
     assert expected.std() > 0.5, "logits that are all alike show nothing"
-    if not open_source(source).spec.attention.latent:  # Torch has no latent attention yet.
-        np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
+    np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
     path = converted(source, tmp_path / "m.gguf")
     np.testing.assert_allclose(engines(path), expected, atol=1e-3)
     np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)
