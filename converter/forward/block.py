@@ -7,7 +7,7 @@ are rows [n, n_embd].
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from slimoe.converter.source.model_source import (
     block_key,
     choice_bias_key,
     expert_key,
+    vectors_key,
 )
+from slimoe.offload.model.architecture import Activation
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.spec import ModelSpec
 
@@ -64,8 +66,9 @@ class Norm:
 @dataclass(frozen=True, slots=True)
 class Attention:
     """A block's attention: norm, projections, and what not all models have: divisors of the angles [n_rot / 2], others
-    for sequences longer than the original context, and norms of queries and keys. With `latent` attention `k` and `v`
-    are the same matrix, of low-rank rows of both and what rotates of keys, and the norms those of low-rank rows.
+    for sequences longer than the original context, norms of queries and keys, a logit of each head to no token
+    [n_head], and a window of so many tokens, 0 for all, with a frequency base of its own. With `latent` attention `k`
+    and `v` are the same matrix, of low-rank rows of both and what rotates of keys, and the norms those of low ranks.
     """
 
     norm: Norm
@@ -78,6 +81,8 @@ class Attention:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     latent: LatentMatrices | None = None
+    sinks: Tensor | None = field(default=None, kw_only=True)
+    n_window: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +107,20 @@ class AttentionPass:
 class Router:
     """The feed-forward part's norm, and the router `weight` [n_row, n_embd].
 
-    `choice_bias` [n_row], if any, is added to the scores to select experts, but not to their weights.
+    `bias` [n_row], if any, is that of its logits, and `choice_bias` [n_row] is added to the scores to select experts,
+    but not to their weights.
     """
 
     norm: Norm
     weight: Tensor
     choice_bias: Tensor | None = None
+    bias: Tensor | None = None
 
     def with_rows(self, rows: Sequence[int]) -> "Router":
         """The router with only some of its rows."""
         own = torch.tensor(rows, device=self.weight.device)
-        return Router(self.norm, self.weight[own], None if self.choice_bias is None else self.choice_bias[own])
+        choice_bias, bias = (None if one is None else one[own] for one in (self.choice_bias, self.bias))
+        return Router(self.norm, self.weight[own], choice_bias, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +135,30 @@ class Routing:
     weights: Tensor
 
 
-def activate(gate: Tensor, up: Tensor) -> Tensor:
-    """The activations [n, n_ff] of an expert from its products with gate and up: SwiGLU."""
-    return torch.nn.functional.silu(gate) * up
+_OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
+"""The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
+
+
+def activate(gate: Tensor, up: Tensor, activation: Activation = "swiglu") -> Tensor:
+    """The activations [n, n_ff] of an expert from its products with gate and up."""
+    if activation == "swiglu":
+        return torch.nn.functional.silu(gate) * up
+    gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
+    return gate * (_OAI_ALPHA * gate).sigmoid() * (up + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """The matrices of one expert, or of a dense feed-forward part."""
+    """The matrices of one expert, or of a dense feed-forward part, and what joins gate and up."""
 
     gate: Linear
     up: Linear
     down: Linear
+    activation: Activation = field(default="swiglu", kw_only=True)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activations [n, n_ff] that `down` reads."""
-        return activate(self.gate(x), self.up(x))
+        return activate(self.gate(x), self.up(x), self.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output [n, n_embd]."""
@@ -189,7 +205,8 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     )
     norms = [_optional(source, block_key(layer, role), device) for role in ("attn_q_norm", "attn_k_norm")]
     factors = (short, long) if whole is None else (whole, whole)
-    return Attention(_norm(source, layer, "attn_norm", device), q, k, v, out, *factors, *norms)
+    norm, sinks = _norm(source, layer, "attn_norm", device), _optional(source, block_key(layer, "attn_sinks"), device)
+    return Attention(norm, q, k, v, out, *factors, *norms, sinks=sinks, n_window=source.spec.window(layer))
 
 
 def _read_latent(source: ModelSource, layer: int, device: str) -> Attention:
@@ -218,7 +235,9 @@ def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router 
     if not source.layers[layer].target:
         return None
     weight = read_tensor(source, block_key(layer, "ffn_gate_inp"), device)
-    return Router(read_ffn_norm(source, layer, device), weight, _optional(source, choice_bias_key(layer), device))
+    keys = choice_bias_key(layer), block_key(layer, "ffn_gate_inp", "bias")
+    choice_bias, bias = (_optional(source, key, device) for key in keys)
+    return Router(read_ffn_norm(source, layer, device), weight, choice_bias, bias)
 
 
 def _norm(source: ModelSource, layer: int, role: str, device: str) -> Norm:
@@ -239,8 +258,16 @@ def read_output_norm(source: ModelSource, device: str = "cpu") -> Norm:
 
 def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:
     """A stored expert; raises ModelFileError."""
-    gate, up, down = (read_tensor(source, expert_key(layer, name, expert), device) for name in PROJECTIONS)
-    return Expert(Linear(gate), Linear(up), Linear(down))
+    gate, up, down = (_expert_linear(source, layer, name, expert, device) for name in PROJECTIONS)
+    return Expert(gate, up, down, activation=source.spec.architecture.activation)
+
+
+def _expert_linear(source: ModelSource, layer: int, projection: str, expert: int, device: str) -> Linear:
+    """A matrix of an expert, times its scale, and as much of its bias as it has rows."""
+    weight = read_tensor(source, expert_key(layer, projection, expert), device)
+    scales, biases = (_optional(source, vectors_key(layer, projection, kind), device) for kind in ("scale", "bias"))
+    bias = None if biases is None else biases[expert, : len(weight)]
+    return Linear(weight if scales is None else scales[expert] * weight, bias)
 
 
 def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Norm, Expert]:
@@ -270,15 +297,22 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     n = h.shape[0]
     x = block.norm(h)
     factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
-    cos, sin = angles_of(spec.rope, n, h.device, factors)
+    is_own = block.n_window and spec.rope.window_freq_base
+    rope = replace(spec.rope, freq_base=spec.rope.window_freq_base) if is_own else spec.rope
+    cos, sin = angles_of(rope, n, h.device, factors)
     q, k, v = block.q(x), block.k(x), block.v(x)
     queries, keys, values = (_heads_of if block.latent is None else _latent_heads)(block, spec, (q, k, v), (cos, sin))
-    is_later = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
+    is_unseen = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
+    if block.n_window:
+        is_unseen |= torch.ones_like(is_unseen).tril(-block.n_window)
     outputs, received, group = [], torch.zeros(n, device=h.device), spec.n_head // keys.shape[1]
     for head in range(keys.shape[1]):
         of_group = queries[:, head * group : (head + 1) * group].transpose(0, 1)
-        products = (of_group @ keys[:, head].T * spec.attention_scale).masked_fill(is_later, -math.inf)
-        weights = products.softmax(-1)
+        products = (of_group @ keys[:, head].T * spec.attention_scale).masked_fill(is_unseen, -math.inf)
+        if block.sinks is not None:
+            own = block.sinks[head * group : (head + 1) * group, None, None].expand(-1, n, 1)
+            products = torch.cat((products, own), -1)
+        weights = products.softmax(-1)[..., :n]
         received = received + weights.sum((0, 1))
         outputs.append((weights @ values[:, head]).transpose(0, 1).reshape(n, -1))
     output = torch.cat(outputs, -1)
@@ -330,7 +364,7 @@ def _normed_heads(heads: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor
 
 def route(router: Router, spec: ModelSpec, x: Tensor) -> Routing:
     """The experts that a router selects for normalised rows `x` [n, n_embd], the likeliest first."""
-    logits = x @ router.weight.T
+    logits = torch.nn.functional.linear(x, router.weight, router.bias)
     probabilities = logits.sigmoid() if spec.router_score == "sigmoid" else logits.softmax(-1)
     scores = logits if spec.router_score == "softmax_of_selected" else probabilities
     choice = scores if router.choice_bias is None else scores + router.choice_bias

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
 from slimoe.converter.quant.mixes import fitting_type
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key, vectors_key
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.model.expert_spec import LayerShape, dense_layer_keys
 from slimoe.offload.model.native_format import constants_name, stack_name
@@ -38,6 +39,7 @@ class Matrix:
     second copy. `tensor` of the file holds it as number `slot`. It is the source's `origin`, of which only `rows`, or
     elements of a vector, if given, or what `expert` says of members of the source's layer `block`, or has `values`.
     With an `n_stack` it is so many matrices below each other, one for each head, a stack in the file.
+    Vectors of all experts are the `origin` as a whole, or made of it for other `experts`.
     """
 
     key: MatrixKey
@@ -53,6 +55,7 @@ class Matrix:
     rows: tuple[int, ...] | None = None
     expert: ExpertPlan | None = None
     values: NDArray[np.float32] | None = None
+    experts: tuple[ExpertPlan, ...] = ()
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ class Matrix:
     @property
     def is_constant(self) -> bool:
         """Whether nothing is multiplied with it: norms, biases, and vectors that stand for experts."""
-        return self.is_vector or ".ffn_novice." in self.tensor
+        return self.is_vector or ".ffn_novice." in self.tensor or not self.tensor.endswith(".weight")
 
 
 def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
@@ -149,8 +152,27 @@ class LayerMatrices:
                 for expert, copy, its_bucket, slot in layout.slots():
                     if its_bucket == bucket:
                         yield self._expert(expert, copy, projection, bucket, slot)
+        yield from self._vectors()
         if self.native and self.plan.constants is not None:
             yield self._given(constants_name(self.index), self.plan.constants)
+
+    def _vectors(self) -> Iterator[Matrix]:
+        """The biases and scales of the experts' products."""
+        plan = self.plan
+        for projection, kind in product(PROJECTIONS, ("bias", "scale")):
+            key, name = vectors_key(plan.block, projection, kind), vectors_key(self.index, projection, kind).name
+            if key not in self.source.shapes:
+                continue
+            matrix = source_matrix(self.source, key, name, Type.F32, plan.block)
+            n = len(plan.experts)
+            kept = [(one.members, one.kept is None) for one in plan.experts]
+            is_same = kept == [((number,), True) for number in range(self.source.shapes[key][0])]
+            shape = (1, n) if matrix.is_vector else (n, self._n_out(projection))
+            yield matrix if is_same else replace(matrix, shape=shape, experts=plan.experts)
+
+    def _n_out(self, projection: str) -> int:
+        """What the products of the layer's widest expert have of elements."""
+        return self.source.spec.n_embd if projection == "down" else layer_shape(self.source, self.plan).n_ff
 
     def _joined(self, matrix: Matrix, role: str) -> Matrix:
         """A part of attention's joined input, all in the type of that part for which the most bits are wanted."""
@@ -219,6 +241,10 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
         assert len(layer.target) == len(layer.rows)
         assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
         assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
+    windowed, blocks = source.spec.windowed, [layer.block for layer in plan.layers]
+    if plan.format == "stock" and windowed and any(windowed[block] != windowed[n] for n, block in enumerate(blocks)):
+        problem = "layers would have sliding windows in another pattern than the stock format has."
+        raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
     if plan.format == "stock" and dense_layer_keys([layer_shape(source, layer) for layer in plan.layers]) is None:
         problem = "dense layers would lie among those with experts in a way that the stock format cannot say."
         raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
@@ -230,6 +256,10 @@ def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
     if layer.rows and n_kept < n_used:
         problem = f"layer {layer.block} would keep {n_kept} experts, but {n_used} are used per token."
         raise UnsupportedModelError(source.path, problem, "Keep as many.")
+    has_scales = any(vectors_key(layer.block, name, "scale") in source.shapes for name in PROJECTIONS)
+    if has_scales and any(len(expert.members) > 1 for expert in layer.experts):
+        problem = f"layer {layer.block} has experts with scales of their own, which cannot be merged."
+        raise UnsupportedModelError(source.path, problem, "Drop experts instead.")
     for number, expert in enumerate(layer.experts):
         if expert.low_types and type_bits(expert.low_types) >= type_bits(expert.types):
             problem = f"would have a second copy of expert {number} that is not smaller than the first"

@@ -71,6 +71,7 @@ def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
         n_layer=len(shapes),
         n_ff=max(shape.n_ff for shape in shapes if shape.n_expert or not n_expert),
         experts=experts,
+        windowed=tuple(source.spec.windowed[layer.block] for layer in plan.layers) if source.spec.windowed else (),
     )
 
 

@@ -7,12 +7,13 @@ products are matched first and the remaining neurons exactly, since an exact ass
 width. Copies are found either way: the greatest product of all is that of a neuron and its copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slimoe.converter.layout.plan import ExpertPlan
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, expert_key
 from slimoe.converter.stats.statistics import Int, Single
 
 
@@ -122,3 +123,21 @@ def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection:
             part *= np.float32(weight)
             merged += part
     return merged if plan.kept is None else merged.take(plan.kept, axis)
+
+
+def merged_vectors(source: ModelSource, key: MatrixKey, plans: Sequence[ExpertPlan], n: int) -> Single:
+    """The biases [n_plan, n] that experts of plans have of all stored ones' under `key`, or their scales [n_plan].
+
+    Biases of narrower experts end in zeros. Raises ModelFileError.
+    """
+    stored = source.read(key)
+    if stored.ndim == 1:
+        return stored[[plan.members[0] for plan in plans]]
+    found, is_down = np.zeros((len(plans), n), np.float32), "_down_" in key.name
+    for row, plan in zip(found, plans, strict=True):
+        merged = np.float32(plan.weights[0]) * stored[plan.members[0]]
+        for member, weight, order in zip(plan.members[1:], plan.weights[1:], plan.neurons, strict=True):
+            merged = merged + np.float32(weight) * (stored[member] if is_down else stored[member][order])
+        own = merged if is_down or plan.kept is None else merged[plan.kept]
+        row[: len(own)] = own[:n]
+    return found

@@ -39,6 +39,13 @@ def expert_key(layer: int, projection: str, expert: int) -> MatrixKey:
     return MatrixKey(f"blk.{layer}.ffn_{projection}_exps.weight", expert)
 
 
+def vectors_key(layer: int, projection: str, kind: str) -> MatrixKey:
+    """What the products of all stored experts have beside their matrices: a "bias" [n_stored, n_out] that is added to
+    them, where experts that are narrower have the first of each, or a "scale" [n_stored] of the product.
+    """
+    return MatrixKey(f"blk.{layer}.ffn_{projection}_exps.{kind}")
+
+
 def constant_key(layer: int, number: int) -> MatrixKey:
     """The vector of a constant expert, which stands in place of the output of stored ones."""
     return MatrixKey(constants_name(layer), number)

@@ -230,7 +230,7 @@ class Backward:
         x = norm(self._middle[rows].to(self.device)).requires_grad_()
         weights = routed.to(self.device).detach().requires_grad_()
         gate, up = matrices.gate(x), matrices.up(x)
-        down = matrices.down(activate(gate, up))
+        down = matrices.down(activate(gate, up, matrices.activation))
         by_output = self._by_output(rows).to(self.device)
         gradients = torch.autograd.grad(weights[:, None] * down, (gate, up, down, x, weights), by_output)
         by_gate, by_up, by_down, by_input, by_weight = gradients

@@ -99,7 +99,9 @@ def priced_matrices(source: ModelSource) -> list[MatrixKey]:
     """The matrices that can have a type of their own: all except routers and constant experts."""
     kept = ("ffn_gate_inp", "ffn_novice")
     return [
-        key for key, shape in source.shapes.items() if len(shape) > 1 and not any(name in key.name for name in kept)
+        key
+        for key, shape in source.shapes.items()
+        if len(shape) > 1 and key.name.endswith(".weight") and not any(name in key.name for name in kept)
     ]
 
 

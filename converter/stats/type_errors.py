@@ -7,7 +7,8 @@ neurons is estimated from the sample without bias (Horvitz and Thompson's estima
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, activate
+from slimoe.converter.forward.block import Expert, Linear, activate
 from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
 from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.sums import spread_rows
@@ -52,7 +53,7 @@ class _Sample:
     `x` [n, n_embd] are the inputs of the tokens and `weights` [n] their expert weights; `gate` and `up` [n, neurons]
     the products with the sampled neurons, which were sampled with probability `chance` [neurons]; `hidden` [n, n_ff]
     all activations, and `sampled` those of the sampled neurons. `down` has the sampled rows of down, and `reduced`
-    these of the sampled neurons only.
+    these of the sampled neurons only. `expert` has the sampled neurons of gate and up.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class _Sample:
     reduced: Tensor
     sampled: Tensor
     chance: Tensor
+    expert: Expert
 
 
 class TypeErrorTable:
@@ -91,7 +93,9 @@ class TypeErrorTable:
         taken = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(likely)) < likely)
         neurons, chance = (torch.from_numpy(one).to(hidden.device) for one in (taken, likely[taken]))
         gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
-        sample = _Sample(x, weights, x @ gate.T, x @ up.T, hidden, down, down[:, neurons], hidden[:, neurons], chance)
+        part = replace(expert, gate=_rows(expert.gate, neurons), up=_rows(expert.up, neurons))
+        reduced, sampled = down[:, neurons], hidden[:, neurons]
+        sample = _Sample(x, weights, part.gate(x), part.up(x), hidden, down, reduced, sampled, chance, part)
         all_outputs = n_embd / len(outputs)
         for row, name in enumerate(self.types):
             kind = type_by_name(name)
@@ -133,20 +137,25 @@ class TypeErrorTable:
         return torch.from_numpy(target).to(rows.device)
 
 
+def _rows(linear: Linear, rows: Tensor) -> Linear:
+    return Linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
 def _errors(sample: _Sample, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
     """The errors over the sampled outputs of changed gate, up and down alone, and of all three; None is infinite."""
     gate, up, down = changed
-    other_gate = None if gate is None else sample.x @ gate.T
-    other_up = None if up is None else sample.x @ up.T
+    other_gate = None if gate is None else replace(sample.expert.gate, weight=gate)(sample.x)
+    other_up = None if up is None else replace(sample.expert.up, weight=up)(sample.x)
+    activated = partial(activate, activation=sample.expert.activation)
     errors = [np.inf] * 4
     if other_gate is not None:
-        errors[0] = _estimate(sample, activate(other_gate, sample.up), sample.reduced)
+        errors[0] = _estimate(sample, activated(other_gate, sample.up), sample.reduced)
     if other_up is not None:
-        errors[1] = _estimate(sample, activate(sample.gate, other_up), sample.reduced)
+        errors[1] = _estimate(sample, activated(sample.gate, other_up), sample.reduced)
     if down is not None:
         errors[2] = _weighted_square(sample.hidden @ (down - sample.down).T, sample.weights)
         if other_gate is not None and other_up is not None:
-            errors[3] = _estimate(sample, activate(other_gate, other_up), down[:, neurons])
+            errors[3] = _estimate(sample, activated(other_gate, other_up), down[:, neurons])
     return errors
 
 

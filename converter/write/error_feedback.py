@@ -33,12 +33,13 @@ from slimoe.converter.forward.block import (
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
+from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.router_refit import refit
 from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, vectors_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
@@ -196,7 +197,7 @@ class FeedbackQuantiser:
         linears = zip(PROJECTIONS, (old.expert.gate, old.expert.up, old.expert.down), strict=True)
         values = self._state.values
         parts = [replace(one, weight=values.get(f"ffn_{name}{suffix}", one.weight)) for name, one in linears]
-        return replace(old, expert=Expert(*parts))
+        return replace(old, expert=Expert(*parts, activation=old.expert.activation))
 
     def _middle(self) -> Tensor:
         """The stream behind the layer's attention."""
@@ -235,8 +236,20 @@ class FeedbackQuantiser:
 
     def _expert(self, number: int) -> Expert:
         """The result's expert as far as it is fitted; `down` may be missing yet."""
-        parts = self._state.experts[number]
-        return Expert(Linear(parts["gate"]), Linear(parts["up"]), Linear(parts.get("down", torch.empty(0, 0))))
+        parts, block, plan = self._state.experts[number], self._state.plan.block, self._state.plan.experts[number]
+        linears = []
+        for name in PROJECTIONS:
+            weight = parts.get(name, torch.empty(0, 0))
+            scales, biases = (vectors_key(block, name, kind) for kind in ("scale", "bias"))
+            if scales in self._source.shapes:
+                weight = weight * float(self._source.read(scales)[plan.members[0]])
+            if biases in self._source.shapes and len(weight):
+                bias = torch.from_numpy(merged_vectors(self._source, biases, [plan], len(weight))[0])
+                linears.append(Linear(weight, bias))
+            else:
+                linears.append(Linear(weight))
+        gate, up, down = linears
+        return Expert(gate, up, down, activation=self._source.spec.architecture.activation)
 
     def _output(self, expert: int, x: Tensor) -> Tensor:
         if expert >= 0:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import matrix_bytes
-from slimoe.converter.methods.expert_matrices import merged_matrix
+from slimoe.converter.methods.expert_matrices import merged_matrix, merged_vectors
 from slimoe.converter.quant.quantize import ggml_validate_row_data
 from slimoe.converter.source.model_source import Blocks, MatrixKey, ModelSource, expert_key
 from slimoe.converter.source.stored_model import StoredModel
@@ -18,6 +18,9 @@ def read_matrix(source: ModelSource, matrix: Matrix) -> NDArray[np.float32]:
     """The values of a result's matrix or vector, of its shape, before they are fitted; raises ModelFileError."""
     if matrix.values is not None:
         weights = matrix.values
+    elif matrix.experts:
+        assert matrix.origin is not None
+        weights = merged_vectors(source, matrix.origin, matrix.experts, matrix.shape[1])
     elif matrix.expert is not None:
         weights = merged_matrix(source, matrix.block, matrix.expert, matrix.projection)
     else:
@@ -46,7 +49,7 @@ def origin_of(matrix: Matrix) -> MatrixKey | None:
     """The source's matrix that this is, whole or some rows of it."""
     expert = matrix.expert
     if expert is None:
-        return matrix.origin
+        return None if matrix.experts else matrix.origin
     cuts_columns = matrix.projection == "down" and (expert.kept is not None or expert.down is not None)
     if len(expert.members) > 1 or cuts_columns:
         return None

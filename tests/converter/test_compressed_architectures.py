@@ -49,8 +49,10 @@ from tests.models.configs import engine_config
 from tests.models.gguf_content import Array
 from tests.models.tiny_gguf import FineShape, write_family
 
-ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe")
-"""A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases."""
+ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss")
+"""A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases;
+biases of experts, windows and sinks.
+"""
 SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
 TOKENS = random_tokens(40, SHAPE.n_vocab)
 SEED = 3
@@ -140,7 +142,8 @@ def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: s
     source, statistics = calibrated(name)
     known = set(imatrix_of(statistics).entries)
     unread = ("token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-    matrices = {key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name not in unread}
+    weights = [key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name.endswith(".weight")]
+    matrices = {name for name in weights if name not in unread}
     assert known == matrices | {"output.weight"}
 
 
@@ -169,6 +172,7 @@ STOCK = {
     "a bias of the choice": ("glm4moe", ExpertRecipe(5), F32),
     "merged": ("glm4moe", ExpertRecipe(4, merge="hc-smoe"), F32),
     "multipliers": ("granitemoe", ExpertRecipe(6, "reap"), F32),
+    "experts' biases": ("gpt-oss", ExpertRecipe(6), F32),
     "types": ("glm4moe", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0", output="Q8_0")),
 }
 
@@ -193,6 +197,9 @@ NATIVE = {
     "narrower": ("glm4moe", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
     "no attention": ("glm4moe", Recipe(drop_attention=1, types=F32)),
     "no feed-forward part": ("granitemoe", Recipe(drop_ffn=1, types=F32)),
+    "experts' biases": ("gpt-oss", Recipe(experts=ExpertRecipe(5, merge="hc-smoe"), types=F32)),
+    "narrower experts with biases": ("gpt-oss", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
+    "a window less": ("gpt-oss", Recipe(experts=ExpertRecipe(6), drop_blocks=1, types=F32)),
     "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
 }
 
