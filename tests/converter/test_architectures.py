@@ -62,6 +62,13 @@ def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path) -> No
     assert planned.layout.spec.metadata() == without.layout.spec.metadata()
 
 
+def test_experts_whose_rows_no_block_divides_are_halves_and_that_is_said(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "m.gguf", "qwen3moe", shape=replace(SHAPE, n_ff=48, n_layer=1))
+    planned = plan(ConvertOptions(path, tmp_path / "q.gguf", "Q4_K_M", n_threads=1))
+    assert any("ffn_down_exps.weight, have rows of 48" in note and "F16 in its place" in note for note in planned.notes)
+    assert {one.name: one.type for one in planned.layout.tensors}["blk.0.ffn_down_exps.weight"] is Type.F16
+
+
 @pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2"])
 def test_two_copies_of_experts_beside_dense_layers_and_shared_experts(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
-from slimoe.offload.model.architectures import LLAMA
+from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
 from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
@@ -96,6 +97,17 @@ def test_rope_scaling(tmp_path: Path) -> None:
     yarn = rope_of(tmp_path, keys)
     assert (yarn.freq_scale, yarn.ext_factor, yarn.attn_factor, yarn.n_ctx_orig) == (0.25, 1.0, 1.0, 16)
     assert rope_of(tmp_path, keys | {"scaling.attn_factor": 1.5}).attn_factor == 1.5
+
+
+def test_every_other_layer_behind_the_dense_ones_may_have_experts(tmp_path: Path) -> None:
+    """llama.cpp's own key of ERNIE 4.5: layer n has experts where n + 1 is a multiple of the step."""
+    ernie = replace(SPEC, architecture=ARCHITECTURES["ernie4_5-moe"], n_layer=6)
+    keys = {name.replace("llama.", "ernie4_5-moe."): value for name, value in ernie.metadata().items()}
+    keys |= {"ernie4_5-moe.leading_dense_block_count": 2, "ernie4_5-moe.interleave_moe_layer_step": 2}
+    gguf_file = write(tmp_path / "m.gguf", keys, {"token_embd.weight": (40, 32)})
+    gguf_file.metadata["general.architecture"] = "ernie4_5-moe"
+    spec = ModelSpec.from_gguf(gguf_file)
+    assert [spec.layer_shape(layer).n_expert for layer in range(6)] == [0, 0, 0, 3, 0, 3]
 
 
 @pytest.mark.parametrize(
