@@ -6,6 +6,7 @@ it fails by what it then finds. Run as `python -m bench.baselines.llama_server_s
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ def serve_command(flags: Sequence[str]) -> ServeCommand:
             command.arguments += ["--idle-unload", f"{next(rest)}s"]
         elif flag in RENAMED:
             value = next(rest)
+            if flag == "--chat-template" and " " in value:
+                value = _template_file(value)
             n_slots = int(value) if flag == "--parallel" else n_slots
             command.arguments += [RENAMED[flag], value]
         elif flag in LEFT_OUT:
@@ -78,6 +81,13 @@ def serve_command(flags: Sequence[str]) -> ServeCommand:
     if command.key is not None:
         command.arguments += ["--api-key-env", KEY_VARIABLE]
     return command
+
+
+def _template_file(text: str) -> str:
+    """A file that holds a template which llama-server takes as the flag's value; it outlives this process."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jinja", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    return file.name
 
 
 def main(flags: Sequence[str]) -> None:
