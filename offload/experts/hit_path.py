@@ -69,7 +69,8 @@ class HitPath:
             if phases is not None:
                 shape = TokenShape(index, slot_class, self._host_pool.bank(slot_class, phases))
                 ranked = self._exchange.read("ranked", layer.n_expert_used)
-                self._layers[index] = _Layer(shape, ranked, self._host_pool.ready(slot_class)[index])
+                ready = self._host_pool.ready(slot_class)[index, : len(layer.experts)]
+                self._layers[index] = _Layer(shape, ranked, ready)
 
     def run(self, index: int, predicted: tuple[int, ...]) -> bool:
         """Fills the outputs of layer `index`; False if it can't, or if experts of `predicted` layers may be absent."""

@@ -1,7 +1,7 @@
 """The feed-forward part of a block, dense or of experts: the only place that knows its mathematics.
 
-The graph of a whole step, the host's graphs of single experts and the devices' graphs over slots all build it here, so
-that they add the same operations in the same order, llama.cpp's.
+The graph of a whole step, and the host's and the devices' graphs over slots all build it here, so that they add the
+same operations in the same order, llama.cpp's.
 """
 
 from collections.abc import Sequence
