@@ -155,14 +155,15 @@ class Rule:
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Decides expert by expert, since each is read once whatever the others do."""
         copies, given_up = np.zeros_like(choice.stored), np.zeros(choice.stored.shape, np.bool_)
-        price = self._price(memory)
-        for expert in np.unique(choice.stored[choice.stored >= 0]).tolist():
-            if memory.holds((choice.index, expert), 0):
+        price, flat = self._price(memory), choice.stored.ravel()
+        order = np.argsort(flat, kind="stable")
+        experts, begins = np.unique(flat[order], return_index=True)
+        for expert, places in zip(experts.tolist(), np.split(order, begins[1:]), strict=True):
+            if expert < 0 or memory.holds((choice.index, expert), 0):
                 continue
-            where = choice.stored == expert
-            actions = self._actions(choice, memory, expert, where, price)
-            copies[where] = np.where(actions == _LOW, choice.table.last_copy[expert], 0)
-            given_up[where] = actions == _NONE
+            actions = self._actions(choice, memory, expert, places, price)
+            copies.flat[places] = np.where(actions == _LOW, choice.table.last_copy[expert], 0)
+            given_up.flat[places] = actions == _NONE
         return without(choice, given_up, copies, constants=True)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
@@ -179,17 +180,17 @@ class Rule:
 
     @staticmethod
     def _actions(
-        choice: Choice, memory: Memory, expert: int, where: NDArray[np.bool_], price: float
+        choice: Choice, memory: Memory, expert: int, places: NDArray[np.intp], price: float
     ) -> NDArray[np.int64]:
-        """Chooses, for each token that selected an expert whose best copy is missing, the cheapest way."""
+        """Chooses, for each place [n] where an expert was selected whose best copy is missing, the cheapest way."""
         table, stored = choice.table, choice.layer.experts[expert]
-        squares = choice.weights[where].astype(np.float64) ** 2
+        squares = choice.weights.ravel()[places].astype(np.float64) ** 2
         low = _loss(table.low[expert], squares)
         if table.fallback[expert] >= 0:
             none = _loss(table.constant[expert], squares)
         else:
             # Never all of a token's experts.
-            none = np.where(np.nonzero(where)[1] == 0, np.inf, _loss(table.skip[expert], squares))
+            none = np.where(places % choice.stored.shape[1] == 0, np.inf, _loss(table.skip[expert], squares))
         is_read = len(stored) > 1 and not memory.holds((choice.index, expert), len(stored) - 1)
         mixed = np.where(none < low, _NONE, _LOW)
         plans = [
