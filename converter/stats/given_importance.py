@@ -81,7 +81,7 @@ def read_importance(path: Path, model: ModelSource) -> GivenImportance:
     StatisticsError for what is neither, and LibraryError where safetensors is needed and absent.
     """
     imatrix, metadata = _of_statistics(path, model) if _is_statistics(path) else _of_imatrix(path)
-    given = GivenImportance(path, imatrix, metadata, Counter(key.name for key in model.shapes))
+    given = GivenImportance(path, imatrix.apart(), metadata, Counter(key.name for key in model.shapes))
     strange = sorted(given.imatrix.entries.keys() - given.n_matrices.keys() - {_OUTPUT})
     if strange:
         raise UsageError(f"{path} knows {strange[0]}, which the model does not have. {_OF_THIS_MODEL}")

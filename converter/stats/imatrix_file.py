@@ -6,7 +6,7 @@ tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and t
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _ALIGNMENT = 32
 _OLD_LIMIT = 1 << 20
+_JOINED = ".attn_qkv."
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,18 @@ class Imatrix:
         if key.expert >= len(entry.counts):
             raise UsageError(f"The imatrix knows {len(entry.counts)} of {key.name}. Give the imatrix of this model.")
         return entry.means(max(0, key.expert))
+
+    def apart(self) -> "Imatrix":
+        """The same, with what attention's joined input reads named for queries, keys and values, which read it all."""
+        entries: dict[str, InputSquares] = {}
+        for name, entry in self.entries.items():
+            entries |= dict.fromkeys((name.replace(_JOINED, f".attn_{part}.") for part in "qkv"), entry)
+        return replace(self, entries=entries)
+
+    def joined(self) -> "Imatrix":
+        """The same, for a model in whose files queries, keys and values are one matrix."""
+        left = {n: entry for n, entry in self.entries.items() if ".attn_k." not in n and ".attn_v." not in n}
+        return replace(self, entries={n.replace(".attn_q.", _JOINED): entry for n, entry in left.items()})
 
     @property
     def coverage(self) -> dict[str, tuple[int, int]]:

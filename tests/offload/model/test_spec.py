@@ -8,7 +8,7 @@ import pytest
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
-from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
+from slimoe.offload.model.architectures import ARCHITECTURES, COUSINS, LLAMA
 from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.rope import RopeSpec
@@ -97,6 +97,11 @@ def test_rope_scaling(tmp_path: Path) -> None:
     yarn = rope_of(tmp_path, keys)
     assert (yarn.freq_scale, yarn.ext_factor, yarn.attn_factor, yarn.n_ctx_orig) == (0.25, 1.0, 1.0, 16)
     assert rope_of(tmp_path, keys | {"scaling.attn_factor": 1.5}).attn_factor == 1.5
+
+
+def test_architectures_that_are_like_one_of_ours_are_none_of_them() -> None:
+    assert not COUSINS.keys() & ARCHITECTURES.keys()
+    assert {nearest for nearest, _ in COUSINS.values()} <= ARCHITECTURES.keys()
 
 
 def test_every_other_layer_behind_the_dense_ones_may_have_experts(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Ling 2's checkpoints, which transformers has no class for: a file made of one has the tensors that it was made of."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.checkpoint_source import read_model_config
 from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.imatrix_file import Imatrix, InputSquares, write_imatrix
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
@@ -105,6 +108,27 @@ def test_a_file_of_a_checkpoint_has_its_tensors_and_computes_what_llama_cpp_does
     assert ModelSpec.from_gguf(read_gguf(path)) == ModelSpec.from_gguf(read_gguf(stock))
     np.testing.assert_allclose(torchs(checkpoint), llama_cpps(path), atol=1e-3)
     np.testing.assert_allclose(engines(path), llama_cpps(path), atol=1e-3)
+
+
+def test_an_imatrix_names_the_joined_input_of_attention(stock: Path, tmp_path: Path) -> None:
+    """By the names of the file's own matrices, as llama.cpp measures it."""
+    rng = np.random.default_rng(3)
+    entries = {}
+    for name, tensor in file_tensors(stock).items():
+        if len(tensor.shape) > 1 and name not in ("token_embd.weight", "blk.1.ffn_gate_inp.weight"):
+            n = tensor.data.shape[0] if tensor.data.ndim == 3 else 1
+            entries[name] = InputSquares(rng.random((n, tensor.data.shape[-1]), np.float32), np.full(n, 4, np.float32))
+    imatrix = Imatrix(entries)
+    write_imatrix(imatrix, tmp_path / "imatrix.gguf")
+    options = ConvertOptions(stock, tmp_path / "m.gguf", "Q4_0", n_threads=1, imatrix=tmp_path / "imatrix.gguf")
+    fitted = plan(options).fitted
+    assert fitted is not None
+    # All but the token table.
+    assert fitted.n_fitted == fitted.n_matrices - 1
+    plain = convert(replace(options, imatrix=None, target=tmp_path / "plain.gguf")).path
+    written = (file_tensors(one)["blk.0.attn_qkv.weight"].data for one in (convert(options).path, plain))
+    assert not np.array_equal(*written)
+    assert imatrix.apart().joined().entries.keys() == entries.keys()
 
 
 @pytest.mark.parametrize(
