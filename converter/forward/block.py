@@ -6,7 +6,7 @@ are rows [n, n_embd].
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -385,35 +385,3 @@ def _of_best_groups(choice: Tensor, experts: ExpertSpec) -> Tensor:
     best = groups.topk(2, -1).values.sum(-1).topk(experts.n_group_used, -1).indices
     is_other = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, value=False)
     return groups.masked_fill(is_other[..., None], -math.inf).flatten(-2)
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The last norm, the output matrix [n_vocab, n_embd] and its bias [n_vocab], if any.
-
-    Logits are `scale` times its products.
-    """
-
-    norm: Norm
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    max_logits: int = 1 << 23
-    """The most logits that are held at once, 32 MiB of them."""
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
-        return self.scale * torch.nn.functional.linear(self.norm(h), self.weight, self.bias)
-
-    def spans(self, n_rows: int) -> Iterator[slice]:
-        """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
-        step = max(1, self.max_logits // self.weight.shape[0])
-        yield from (slice(begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
-
-
-def read_head(source: ModelSource, device: str = "cpu") -> Head:
-    """A model's head, whose matrix is that of the embeddings where it has none of its own; raises ModelFileError."""
-    output = MatrixKey("output.weight")
-    table = read_tensor(source, output if output in source.shapes else MatrixKey("token_embd.weight"), device)
-    bias = _optional(source, MatrixKey("output.bias"), device)
-    return Head(read_output_norm(source, device), table, bias, source.spec.multipliers.logits)

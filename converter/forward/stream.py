@@ -24,12 +24,12 @@ from slimoe.converter.forward.block import (
     read_attention,
     read_dense,
     read_expert,
-    read_head,
     read_router,
     read_shared,
     read_tensor,
     route,
 )
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
 from slimoe.offload.files.whole_file import write_error
 

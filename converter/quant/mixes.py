@@ -132,6 +132,12 @@ _MIXES = (
         _SHIELD,
     ),
     TypeRecipe("Q2_K_PURE", Type.Q2_K, LlamaFileType.MOSTLY_Q2_K_S),
+    TypeRecipe(
+        "MXFP4_MOE",
+        Type.Q8_0,
+        LlamaFileType.MOSTLY_MXFP4_MOE,
+        moe_roles={f"ffn_{name}": always(Type.MXFP4) for name in ("gate", "up", "down")},
+    ),
 )
 RECIPES = {kind.name: TypeRecipe(kind.name, kind, file_type) for kind, file_type in _FILE_TYPES.items()}
 RECIPES |= {mix.name: mix for mix in _MIXES}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import Head, Routing, read_head
+from slimoe.converter.forward.block import Routing
+from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import Progress
 from slimoe.converter.forward.stream import HiddenStates, Observer, Stream
 from slimoe.converter.forward.windows import Windows, cut_windows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slimoe.converter.forward.block import read_head
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.source.held_source import HeldSource
 from slimoe.converter.source.model_source import ModelSource

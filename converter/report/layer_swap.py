@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from slimoe.converter.forward.block import read_head
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.layer_states import LayerStates, Progress, fill_states
 from slimoe.converter.forward.stream import Observer, Stream
 from slimoe.converter.forward.windows import Windows

@@ -9,7 +9,6 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     Attention,
     Expert,
-    Head,
     Norm,
     Router,
     Routing,
@@ -19,12 +18,12 @@ from slimoe.converter.forward.block import (
     read_attention,
     read_dense,
     read_expert,
-    read_head,
     read_router,
     read_shared,
     read_tensor,
     route,
 )
+from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.stream import HiddenStates, Sequences
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key

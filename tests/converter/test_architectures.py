@@ -98,3 +98,15 @@ def test_queries_keys_and_values_are_one_tensor_where_llama_cpp_reads_no_others(
         expected = baseline.score(TOKENS)
     with closing(Engine.open(engine_config(joined, n_ctx=256, n_threads=1, weights="copied"))) as engine:
         np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
+
+
+def test_experts_that_are_mxfp4_already_stay_as_they_are(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "m.gguf", "gpt-oss", Type.MXFP4, SHAPE)
+    result = convert(ConvertOptions(path, tmp_path / "again.gguf", "MXFP4_MOE", n_threads=1)).path
+    stored, found = file_tensors(path), file_tensors(result)
+    names = [name for name in stored if "_exps." in name]
+    assert len(names) == 6 * SHAPE.n_layer
+    for name in names:
+        assert found[name].tensor_type == stored[name].tensor_type
+        np.testing.assert_array_equal(found[name].data, stored[name].data)
+    assert found["blk.0.attn_q.weight"].tensor_type == Type.Q8_0

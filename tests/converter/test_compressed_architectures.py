@@ -19,11 +19,11 @@ from slimoe.converter.forward.block import (
     read_attention,
     read_dense,
     read_expert,
-    read_head,
     read_router,
     read_shared,
     route,
 )
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.recipe.fields import SourceSizes

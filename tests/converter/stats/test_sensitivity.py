@@ -10,7 +10,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert, read_head, rms_norm
+from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert, rms_norm
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, constant_key, expert_key
 from slimoe.converter.source.stored_rows import rotation_order

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
-from slimoe.converter.forward.block import read_head
+from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.source.checkpoint_source import checkpoint_source
