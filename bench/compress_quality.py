@@ -5,7 +5,7 @@ other texts: windows of 512 tokens, the second half of each scored against the c
 divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
 budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
 to meet them. A ratio of divergences above 1 means that ours is smaller. Progress goes to stderr, the last line of
-stdout is one JSON document.
+stdout is one JSON document. An OLMoE whose heads share keys goes through `bench.models.equal_heads` first.
 
     python -m bench.compress_quality --checkpoint ~/mixtral --stats STATS --text news=news.txt --text code=code.txt
 """

@@ -1,6 +1,13 @@
 """What `bench.compress_quality` understands and writes beside its figures."""
 
+from pathlib import Path
+
+import torch
+
 from bench.compress_quality import as_json, main
+from bench.models.equal_heads import write_equal_heads
+from slimoe.converter.source.open_source import open_source
+from tests.models.tiny_checkpoint import TinyConfig, logits, save_fine
 
 
 def test_the_old_name_of_the_baselines_is_understood_and_written() -> None:
@@ -9,3 +16,12 @@ def test_the_old_name_of_the_baselines_is_understood_and_written() -> None:
     document = as_json({"baselines": [{"name": "Q4_K_M", "kl_vs_llamacpp": 1.2}]})
     assert document["rivals"] == document["baselines"]
     assert document["kl_vs_llamacpp"] == {"Q4_K_M": 1.2}
+
+
+def test_equal_heads_compute_what_shared_ones_do(tmp_path: Path) -> None:
+    sizes = TinyConfig(n_layer=1)
+    source = save_fine(tmp_path / "shared", "olmoe", sizes, num_key_value_heads=sizes.n_head // 2)
+    write_equal_heads(source, tmp_path / "equal")
+    expected, found = (logits(path, list(range(3, 30))) for path in (source, tmp_path / "equal"))
+    torch.testing.assert_close(found, expected)
+    assert open_source(tmp_path / "equal").spec.n_head_kv == sizes.n_head
