@@ -13,6 +13,7 @@ import numpy as np
 
 from slimoe.converter.source.bnb import type_sizes
 from slimoe.converter.source.checkpoint import Checkpoint
+from slimoe.converter.source.checkpoint_source import read_model_config
 from slimoe.converter.source.families.config import ConfigClass
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf import keys
@@ -23,11 +24,11 @@ from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 _KINDS = (
-    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe)\.gate\."),
+    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe)\.(gate|router)\.|e_score_correction_bias"),
     ("norms", r"norm"),
-    ("shared experts", r"shexp|shared_expert"),
+    ("shared experts", r"shexp|shared_expert|shared_mlp"),
     ("constant experts", r"ffn_novice"),
-    ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\."),
+    ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\.|block_sparse_moe\.(in|out)put_linear"),
     ("attention", r"attn|ssm"),
     ("embeddings", r"embd|embed"),
     ("output", r"^output\.|lm_head"),
@@ -262,12 +263,31 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
         format="Hugging Face",
         architecture=checkpoint.read_config(ConfigClass).name,
         name=checkpoint.path.resolve().name,
-        sizes=checkpoint.read_config(_HFSizes).by_name(),
+        sizes=_checkpoint_sizes(checkpoint),
         counts=_counts(tensors),
         n_bytes=sum(file.stat().st_size for file in files),
         tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},
         provenance={keys.SOURCE_HASH: checkpoint.source_hash},
     )
+
+
+def _checkpoint_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """As the converter reads them, or of a class that it does not read, as config.json names them."""
+    try:
+        config = read_model_config(checkpoint)[1]
+    except SlimoeError:
+        return checkpoint.read_config(_HFSizes).by_name()
+    return {
+        "n_layer": config.num_hidden_layers,
+        "n_embd": config.hidden_size,
+        "n_ff": config.n_ff,
+        "n_head": config.num_attention_heads,
+        "n_head_kv": config.n_head_kv,
+        "n_ctx_train": config.max_position_embeddings,
+        "n_vocab": config.vocab_size,
+        "n_expert": config.n_expert,
+        "n_expert_used": config.n_expert_used,
+    }
 
 
 def _encodable(value: Any) -> Any:

@@ -11,6 +11,7 @@ from msgspec import UNSET
 from safetensors.torch import load_file, save_file
 
 from slimoe.converter.source.checkpoint_source import FAMILIES
+from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
@@ -86,6 +87,18 @@ def test_the_engine_computes_what_llama_cpp_does_of_a_phi(tmp_path: Path, n_ctx:
     with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32"))) as engine:
         found = engine.read(TOKENS, len(TOKENS)).copy()
     np.testing.assert_allclose(found, llama_cpps(path), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["GraniteMoeShared", "HunYuanMoEV1", "DeepseekV3"])
+def test_an_inventory_tells_the_parts_of_a_checkpoint(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / "c", name)
+    found, spec = take_inventory(source), open_source(source).spec
+    assert (found.sizes["n_expert"], found.sizes["n_expert_used"], found.sizes["n_ff"]) == (8, 3, spec.n_ff)
+    weights = {count.kind: count.n_weights for count in found.counts}
+    n_routed = 1 if name == "DeepseekV3" else 2
+    assert weights["experts"] == n_routed * 8 * 3 * 64 * spec.n_ff
+    assert weights["shared experts"] == n_routed * 3 * 64 * spec.experts.n_ff_shared
+    assert weights["router"] == n_routed * (8 * 64 + 8 * (name == "DeepseekV3"))
 
 
 def test_queries_of_full_rank_with_latent_attention(tmp_path: Path) -> None:
