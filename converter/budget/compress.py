@@ -1,5 +1,6 @@
 """From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -267,6 +268,6 @@ def statistics_costs(
 def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:
     """The file's bytes at most, None where the recipe names types instead."""
     if recipe.target_bpw is not None:
-        n_weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in source.shapes.values())
+        n_weights = sum(map(math.prod, source.shapes.values()))
         return int(recipe.target_bpw * n_weights / 8)
     return recipe.target_size

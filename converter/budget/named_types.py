@@ -44,7 +44,7 @@ def with_named_types(source: ModelSource, plan: CompressPlan, wanted: Wanted, as
     layers = []
     for index, layer in enumerate(plan.layers):
         types = {
-            role: kind(block_key(index, role).name, source.shapes[block_key(layer.block, role)][1])
+            role: kind(block_key(index, role).name, source.shapes[block_key(layer.block, role)][-1])
             for role in layer.types
         }
         experts = []

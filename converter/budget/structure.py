@@ -170,7 +170,8 @@ class _Builder:
         score = SCORES[experts.score]
         scores = [score(one, target) for one, target in zip(layers, targets, strict=True)]
         if not experts.overall:
-            return keep_by_layer(scores, n_keep, n_used)
+            n_group = self.source.spec.experts.n_group if experts.replacement == "nothing" else 1
+            return keep_by_layer(scores, n_keep, n_used, n_group)
         return keep_overall(scores, n_keep * len(blocks), n_used)
 
     def _count(self, block: int, kept: Sequence[int]) -> None:

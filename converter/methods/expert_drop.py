@@ -49,12 +49,24 @@ def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
     return Survivors(experts, tuple(range(len(target))), tuple(place.get(one, one) for one in target), replaced)
 
 
-def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
-    """The best `n_keep` experts of every layer; raises UsageError for fewer than `least` or more than a layer has."""
+def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int, n_group: int = 1) -> Kept:
+    """The best `n_keep` experts of every layer, as many in each of the `n_group` groups that a router selects first.
+
+    Raises UsageError for fewer than `least`, more than a layer has, and a number that does not divide into the groups.
+    """
     fewest = min((one.size for one in scores if one.size), default=0)
     if not least <= n_keep <= fewest:
         raise UsageError(f"Keeping {n_keep} experts in each layer is not possible. Keep {least} to {fewest} of them.")
-    return tuple(tuple(sorted(_best(one)[:n_keep])) for one in scores)
+    if n_keep % n_group:
+        problem = f"{n_keep} experts do not divide into the {n_group} groups of which the router selects some first"
+        raise UsageError(f"{problem}. Keep a multiple of {n_group}, or put constants in the others' place.")
+    kept = []
+    for one in scores:
+        size = max(1, one.size // n_group)
+        parts = (one[begin : begin + size] for begin in range(0, one.size, size))
+        best = (n * size + expert for n, part in enumerate(parts) for expert in _best(part)[: n_keep // n_group])
+        kept.append(tuple(sorted(best)))
+    return tuple(kept)
 
 
 def keep_overall(scores: Sequence[Double], n_keep: int, least: int) -> Kept:

@@ -286,7 +286,11 @@ class Backward:
             h = self.states.before[layer][begin:end].to(self.device).requires_grad_()
             seen = attend(attention, self.source.spec, h)
             by_update = self._gradient[begin:end].to(self.device)
-            by_stream, *by_projection = torch.autograd.grad(seen.update, (h, seen.q, seen.k, seen.v), by_update)
-            for name, gradient in zip(("q", "k", "v"), by_projection, strict=True):
+            products = {"q": seen.q, "k": seen.k, "v": seen.v}
+            if attention.latent is not None:
+                role = "attn_q" if attention.latent.q is None else "attn_q_a"
+                products = {role: seen.q, "attn_kv_a_mqa": seen.k}
+            by_stream, *by_product = torch.autograd.grad(seen.update, (h, *products.values()), by_update)
+            for name, gradient in zip(products, by_product, strict=True):
                 self._squares[layer].add(name, gradient)
             self._gradient[begin:end] += by_stream.cpu()

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,11 @@ def read_importance(path: Path, model: ModelSource) -> GivenImportance:
     StatisticsError for what is neither, and LibraryError where safetensors is needed and absent.
     """
     imatrix, metadata = _of_statistics(path, model) if _is_statistics(path) else _of_imatrix(path)
-    given = GivenImportance(path, imatrix.apart(), metadata, Counter(key.name for key in model.shapes))
+    # Of stacks of matrices, one for each head, an imatrix has an entry each, but the model's keys name them as one.
+    stacks = {key.name for key, shape in model.shapes.items() if len(shape) > 2}
+    entries = {name: entry for name, entry in imatrix.entries.items() if name not in stacks}
+    imatrix = replace(imatrix, entries=entries).apart()
+    given = GivenImportance(path, imatrix, metadata, Counter(key.name for key in model.shapes))
     strange = sorted(given.imatrix.entries.keys() - given.n_matrices.keys() - {_OUTPUT})
     if strange:
         raise UsageError(f"{path} knows {strange[0]}, which the model does not have. {_OF_THIS_MODEL}")

@@ -26,7 +26,7 @@ _LAYER: Mapping[str, Mapping[str, str]] = {
     "inputs": {
         "expert": "E d",
         "hidden": "E f",
-        "attention": "attention",
+        "attention": "read",
         "mixed": "mixed",
         "router": "routed",
     },
@@ -94,7 +94,7 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
     n_parts = of.n_stored or int(of.has_ffn)
     gates = [expert_key(number, "gate", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_gate")]
     heads = {
-        role: source.shapes[block_key(number, role)][0] if of.has_attention else 0
+        role: source.shapes[block_key(number, role)][0] if of.has_attention and not spec.attention.latent else 0
         for role in ("attn_q", "attn_k", "attn_v")
     }
     return heads | {
@@ -105,7 +105,8 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "f": max(source.shapes[key][0] for key in gates) if n_parts else 0,
         "parts": n_parts,
         "attention": spec.n_embd if of.has_attention else 0,
-        "mixed": spec.n_head * spec.n_embd_head if of.has_attention else 0,
+        "read": spec.n_embd if of.has_attention and not spec.attention.latent else 0,
+        "mixed": spec.attention.n_output if of.has_attention else 0,
         "routed": spec.n_embd if of.target else 0,
         "next": len(later.target) if later is not None else 0,
         "bins": N_BINS,
@@ -117,15 +118,19 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
 
 
 def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterator[_Group]:
-    """The sums by role of what every token passes: a dense feed-forward part, or a shared expert."""
+    """The sums by role of what every token passes: a dense feed-forward part, a shared expert, latent attention."""
     routed = bool(source.layers[number].target)
     roles = [f"ffn_{name}{'_shexp' if routed else ''}" for name in PROJECTIONS]
     shapes = {role: source.shapes.get(block_key(number, role)) for role in roles}
     known = {role: shape for role, shape in shapes.items() if shape is not None}
     read = {role: str(shape[1]) for role, shape in known.items() if not routed or role == roles[-1]}
+    made = {role: str(shape[0]) for role, shape in known.items() if routed}
+    if source.spec.attention.latent and source.layers[number].has_attention:
+        latent = {role: source.shapes.get(block_key(number, role)) for role in ("attn_q_a", "attn_q", "attn_kv_a_mqa")}
+        made |= {role: str(shape[0]) for role, shape in latent.items() if shape}
+        read |= {role: str(shape[1]) for role, shape in latent.items() if shape}
     yield f"layers.{number}.inputs.others.", layer.inputs.others, read, {}
-    if layer.sensitivity is not None and routed:
-        made = {role: str(shape[0]) for role, shape in known.items()}
+    if layer.sensitivity is not None:
         yield f"layers.{number}.sensitivity.others.", layer.sensitivity.others, made, {}
 
 

@@ -74,18 +74,24 @@ class InputTotals:
 
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
-        n_mixed = spec.n_head * spec.n_embd_head
+        latent = spec.attention.latent if of.has_attention else None
+        self._latent = () if latent is None else ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
         self._expert = np.zeros((of.n_stored, spec.n_embd))
         self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
-        self._attention, self._mixed = (np.zeros(n if of.has_attention else 0) for n in (spec.n_embd, n_mixed))
+        self._attention = np.zeros(spec.n_embd if of.has_attention and latent is None else 0)
+        self._mixed = np.zeros(spec.attention.n_output if of.has_attention else 0)
         self._router = np.zeros(spec.n_embd if of.target else 0)
         self._suffix = "_shexp" if of.target else ""
         self._others: dict[str, NDArray[np.float64]] = {}
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> None:
         """Adds a sequence's attention: its normalised input, and the attention output before attn_output."""
-        self._attention += column_squares(x)
+        read = column_squares(x)
+        if self._attention.size:
+            self._attention += read
+        for role in self._latent:
+            self._others[role] = self._others.get(role, 0.0) + read
         self._mixed += column_squares(mixed)
 
     def add_router(self, x: Tensor) -> None:

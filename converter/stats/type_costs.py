@@ -96,8 +96,8 @@ def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
-    """The matrices that can have a type of their own: all except routers and constant experts."""
-    kept = ("ffn_gate_inp", "ffn_novice")
+    """The matrices whose types have a price: all except routers, constant experts and what decompresses MLA's rows."""
+    kept = ("ffn_gate_inp", "ffn_novice", "attn_q_b.", "attn_k_b.", "attn_v_b.", "attn_kv_b.")
     return [
         key
         for key, shape in source.shapes.items()

@@ -243,6 +243,9 @@ def chosen_quantiser(
         raise UsageError(
             "Feedback and refitted routers need calibration tokens. Run slimoe calibrate, give --stats FILE."
         )
+    if source.spec.attention.latent:
+        problem = "Feedback and refitted routers are not there for models of latent attention (MLA)."
+        raise UsageError(f"{problem} Leave them out of the recipe.")
     # torch is heavy, and all other ways of converting do without.
     from slimoe.converter.write.error_feedback import FeedbackQuantiser
 

@@ -1,6 +1,7 @@
 """Calibration, plans and compressed files of architectures that have more than experts behind a softmax."""
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -41,7 +42,7 @@ from slimoe.converter.stats.statistics_file import load_statistics, save_statist
 from slimoe.converter.write.error_feedback import FeedbackQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.engine import Engine
-from slimoe.offload.errors import UsageError
+from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
@@ -200,6 +201,7 @@ NATIVE = {
     "experts' biases": ("gpt-oss", Recipe(experts=ExpertRecipe(5, merge="hc-smoe"), types=F32)),
     "narrower experts with biases": ("gpt-oss", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
     "a window less": ("gpt-oss", Recipe(experts=ExpertRecipe(6), drop_blocks=1, types=F32)),
+    "latent attention": ("deepseek2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
 }
 
@@ -242,6 +244,35 @@ def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
         plan_compression(source, None, Recipe(experts=ExpertRecipe(order="co-selection"), types=F32))
     with pytest.raises(UsageError, match="experts in another order"):
         parse_recipe('format = "stock"\n[experts]\norder = "co-selection"', SourceSizes(2, 8, 256))
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "deepseek2"])
+def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
+    source, statistics = calibrated(name)
+    types = StorageRecipe(candidates=("Q4_0", "Q8_0"))
+    recipe = Recipe(format="stock", target_bpw=6.5, types=types)
+    plan = plan_compression(source, statistics, recipe)
+    path = tmp_path / "m.gguf"
+    report = write_planned(source, plan, path, statistics)
+    budget = 6.5 * sum(map(math.prod, source.shapes.values())) / 8
+    assert 0.93 * budget < path.stat().st_size == report.n_bytes <= budget
+    tensors = read_gguf(path).tensors
+    assert {tensors[f"blk.1.ffn_{part}_shexp.weight"].type.name for part in ("gate", "down")} <= {"Q4_0", "Q8_0"}
+    assert tensors["blk.1.exp_probs_b.bias"].type.name == "F32"
+    with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
+        assert np.isfinite(baseline.score(TOKENS)).all()
+
+
+@pytest.mark.parametrize("experts", [ExpertRecipe(7), ExpertRecipe(7, "reap"), ExpertRecipe(4, merge="m-smoe")])
+def test_groups_of_experts_stay_alike(calibrated: Calibrated, tmp_path: Path, experts: ExpertRecipe) -> None:
+    source, statistics = calibrated("deepseek2")
+    with pytest.raises(SlimoeError, match="the 4 groups"):
+        write_planned(
+            source,
+            plan_compression(source, statistics, Recipe(format="stock", experts=experts, types=F32)),
+            tmp_path / "m.gguf",
+            statistics,
+        )
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "glm4moe"])

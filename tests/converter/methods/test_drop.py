@@ -313,3 +313,11 @@ def test_a_block_takes_the_place_of_its_parts() -> None:
 
 def test_of_equal_similarities_the_deeper_layer_goes() -> None:
     assert [one.layer for one in ranked(Removal("ffn", layer, 0.5) for layer in range(3))] == [2, 1, 0]
+
+
+def test_as_many_experts_of_each_group_are_kept() -> None:
+    scores = [np.array([9.0, 8, 7, 6, 1, 2, 3, 4])]
+    assert keep_by_layer(scores, 4, 2) == ((0, 1, 2, 3),)
+    assert keep_by_layer(scores, 4, 2, n_group=2) == ((0, 1, 6, 7),)
+    with pytest.raises(UsageError, match="5 experts do not divide into the 2 groups"):
+        keep_by_layer(scores, 5, 2, n_group=2)
