@@ -19,7 +19,6 @@ from slimoe.server.jobs.compress_plan import CompressWork
 from slimoe.server.terminal.progress_bars import duration
 
 _LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
-_ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
 def loaders(work: CompressWork) -> tuple[str, ...]:
@@ -62,7 +61,9 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "layers": [
             {
                 "block": layer.block,
-                "attention": {role: layer.types[role].name for role in _ROLES} if layer.has_attention else None,
+                "attention": {role: kind.name for role, kind in layer.types.items() if role.startswith("attn_")}
+                if layer.has_attention
+                else None,
                 "experts": [
                     {
                         "members": list(expert.members),
@@ -132,7 +133,11 @@ def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
     """The table's rows: layers in a row that are alike are one of them."""
     sizes, rows = layer_bytes(work.layout), []
     for index, layer in enumerate(work.plan.layers):
-        kinds = [layer.types[role].name for role in _ROLES] if layer.has_attention else ["none"]
+        kinds = (
+            [kind.name for role, kind in layer.types.items() if role.startswith("attn_")]
+            if layer.has_attention
+            else ["none"]
+        )
         attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
         projections = [_types(layer.experts, number) for number in range(len(PROJECTIONS))]
         rows.append((layer.block, (attention, _experts(work, layer), *projections, human(sizes[index]))))
