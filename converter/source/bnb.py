@@ -1,4 +1,4 @@
-"""Matrices that bitsandbytes quantised, in Hugging Face checkpoints: what belongs together, and their values.
+"""Matrices that bitsandbytes quantised, or that are MXFP4, in Hugging Face checkpoints: what belongs together.
 
 Source: bitsandbytes' QuantState.as_dict (a matrix X of 4 bits is saved as X, X.absmax, X.quant_map, perhaps
 X.nested_absmax and X.nested_quant_map, and JSON in X.quant_state.bitsandbytes__nf4 or __fp4) and Linear8bitLt (X.weight
@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.source.bnb_rows import FOUR_BIT, EightBitRows, FourBitRows, FourBitState
 from slimoe.converter.source.checkpoint import Checkpoint, CheckpointTensor
-from slimoe.converter.source.stored_rows import StoredMatrix, TensorRows
+from slimoe.converter.source.mxfp4 import Mxfp4Blocks
+from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix, TensorRows
 from slimoe.offload.errors import LibraryError, ModelFileError, UnsupportedModelError
 
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_MXFP4 = ("_blocks", "_scales")
+"""The tensors of an MXFP4 matrix."""
 _BY_ROWS = 0
 """The only arrangement of 8-bit weights that does not depend on a GPU."""
 _AGAIN = "Download the checkpoint again."
@@ -47,11 +50,15 @@ def stored_matrices(checkpoint: Checkpoint) -> dict[str, StoredMatrix]:
             raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
     found: dict[str, StoredMatrix] = {}
     for name, tensor in checkpoint.tensors.items():
+        if _is_mxfp4(tensor):
+            quantised[name] = _mxfp4(checkpoint, tensor)
+            parts.add(_scales_of(name))
+    for name, tensor in checkpoint.tensors.items():
         if name in quantised:
             found[name] = quantised[name]
         elif name not in parts:
             if not tensor.is_float:
-                problem = f"tensor {name} is stored as {tensor.dtype}, but nothing says how bitsandbytes quantised it."
+                problem = f"tensor {name} is stored as {tensor.dtype}, but nothing says how it was quantised."
                 raise UnsupportedModelError(tensor.path, problem, _AGAIN)
             found[name] = StoredMatrix(tensor.shape or (1,), TensorRows(tensor))
     return found
@@ -68,10 +75,28 @@ def type_sizes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, int, int]]:
             parts = [tensors.get(owner + part) for part in ("", *_STATE_PARTS)]
             n_bytes = tensor.n_bytes + sum(part.n_bytes for part in parts if part)
             yield owner, four_bit.upper(), math.prod(_state(checkpoint, owner).shape), n_bytes
+        elif _is_mxfp4(tensor):
+            yield name, "MXFP4", 2 * tensor.n_elements, tensor.n_bytes + _part(checkpoint, _scales_of(name)).n_bytes
         elif scales:
             yield name, "INT8", tensor.n_elements, tensor.n_bytes + scales.n_bytes
-        elif name not in owners and not name.endswith((*_STATE_PARTS, ".SCB", ".weight_format")):
+        elif name not in owners and not name.endswith((*_STATE_PARTS, ".SCB", ".weight_format", _MXFP4[1])):
             yield name, tensor.dtype, tensor.n_elements, tensor.n_bytes
+
+
+def _is_mxfp4(tensor: CheckpointTensor) -> bool:
+    return tensor.name.endswith(_MXFP4[0]) and not tensor.is_float
+
+
+def _mxfp4(checkpoint: Checkpoint, codes: CheckpointTensor) -> StoredMatrix:
+    blocks = Mxfp4Blocks.of(codes, _part(checkpoint, _scales_of(codes.name)))
+    *shape, n_block, n_codes = codes.shape
+    rows = BlockRows(codes.name, blocks, math.prod(shape), n_block * 2 * n_codes)
+    return StoredMatrix((*shape, rows.n_per_row), rows)
+
+
+def _scales_of(name: str) -> str:
+    """The name of what an MXFP4 matrix's blocks are scaled by."""
+    return name.removesuffix(_MXFP4[0]) + _MXFP4[1]
 
 
 def _part(checkpoint: Checkpoint, name: str) -> CheckpointTensor:

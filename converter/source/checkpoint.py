@@ -28,7 +28,7 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 """The dtypes of weights, and bytes per value."""
 _PACKED_BYTES = {"U8": 1, "I8": 1}
 """Further ones that hold quantised weights."""
-_BITSANDBYTES = "bitsandbytes"
+_BITSANDBYTES, _MXFP4 = "bitsandbytes", "mxfp4"
 _UNREAD = {"I32": "packed integers, as GPTQ and AWQ have them", "F8_E4M3": "8-bit floats", "F8_E5M2": "8-bit floats"}
 """What some other dtypes mean."""
 
@@ -153,8 +153,9 @@ def _dtypes(path: Path, config: bytes) -> dict[str, int]:
         return DTYPE_BYTES
     is_old = quantised.load_in_4bit or quantised.load_in_8bit
     method = quantised.quant_method or (_BITSANDBYTES if is_old else None)
-    if method != _BITSANDBYTES:
-        problem = f"the weights are quantised by {method or 'an unnamed method'}; only {_BITSANDBYTES} is read."
+    if method not in (_BITSANDBYTES, _MXFP4):
+        problem = f"the weights are quantised by {method or 'an unnamed method'}; only {_BITSANDBYTES} and {_MXFP4}"
+        problem += " are read."
         raise UnsupportedModelError(path.parent, problem, _BEFORE)
     return DTYPE_BYTES | _PACKED_BYTES
 

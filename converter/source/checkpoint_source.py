@@ -14,6 +14,7 @@ from slimoe.converter.source.families import (
     dots,
     ernie,
     glm,
+    gptoss,
     granite,
     hunyuan,
     ling,
@@ -34,7 +35,7 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.tensor_list import check_tensors
 
-_FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, ling)
+_FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 

@@ -13,7 +13,16 @@ from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.model_source import MatrixKey
-from slimoe.converter.source.stored_rows import GivenRows, HeadRows, PartRows, RotatedRows, StoredMatrix, TransposedRows
+from slimoe.converter.source.stored_rows import (
+    EveryNthColumn,
+    GivenRows,
+    HeadRows,
+    PartRows,
+    RotatedRows,
+    StoredMatrix,
+    StoredRows,
+    TransposedRows,
+)
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architecture import RopeType
 from slimoe.offload.model.rope import RopeSpec
@@ -37,7 +46,7 @@ _AGAIN = "Download the checkpoint again."
 def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec:
     """The model's sizes and constants, as config.json gives them."""
     n_ctx_train, window = config.max_position_embeddings, config.window or 0
-    if window >= n_ctx_train:
+    if window >= n_ctx_train and not config.windowed:
         window = 0  # never left
     if window and not config.n_expert:
         # Up to the window's length, sliding attention is full attention; beyond it GGUF's llama has no word for it.
@@ -55,6 +64,7 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
         rope=rope,
         n_window=window,
         multipliers=config.multipliers,
+        windowed=config.windowed,
     )
 
 
@@ -119,6 +129,8 @@ def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig
         raise _without_place(name, stored)
     layer, inner = match.groups()
     if inner in family.joined:
+        if family.alternates:
+            return _alternating(f"blk.{layer}", stored, family.joined[inner])
         return _parts(f"blk.{layer}", stored, family.joined[inner], config)
     general = _EXPERT.sub("*", inner)
     role = family.names.get(general)
@@ -180,3 +192,27 @@ def _parts(
         for expert in range(stack[0] if stack else 1)
         for role, begin, end in zip(roles, [0, *ends], ends, strict=False)
     }
+
+
+def _alternating(block: str, stored: StoredMatrix, roles: tuple[str, ...]) -> dict[MatrixKey, StoredMatrix]:
+    """The matrices of all experts whose rows take turns in a stack of MXFP4, or columns in one of numbers [n_expert,
+    n_per_row, n_rows], which is transposed; or biases [n_expert, n_rows], whose elements take turns.
+    """
+    n, n_last = len(roles), stored.shape[-1] if stored.rows.blocks is None else stored.shape[-2]
+    if len(stored.shape) not in (2, 3) or n_last % n:
+        raise _without_place(stored.rows.name, stored)
+    found: dict[MatrixKey, StoredMatrix] = {}
+    for place, role in enumerate(roles):
+        columns = EveryNthColumn(stored.rows, place, n)
+        if len(stored.shape) == 2:
+            found[MatrixKey(f"{block}.{role}.bias")] = StoredMatrix((stored.shape[0], n_last // n), columns)
+            continue
+        n_expert, n_each, _ = stored.shape
+        for expert in range(n_expert):
+            rows: StoredRows
+            if stored.rows.blocks is None:
+                rows = TransposedRows(HeadRows(PartRows(columns, expert * n_each, n_each), 1, n_each, 0, n_each), 1)
+            else:
+                rows = PartRows(stored.rows, expert * n_each + place, n_each // n, n)
+            found[MatrixKey(f"{block}.{role}.weight", expert)] = StoredMatrix((rows.n_rows, rows.n_per_row), rows)
+    return found

@@ -9,6 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.native_format import constants_name
 from slimoe.offload.model.spec import ModelSpec
@@ -69,6 +70,10 @@ class Blocks:
     path: Path
     offset: int
     n_bytes: int
+
+    def read(self, begin: int, n_bytes: int) -> NDArray[np.uint8]:
+        """`n_bytes` bytes of the blocks from byte `begin` of them on; raises ModelFileError."""
+        return read_bytes(self.path, self.offset + begin, n_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.quant.quantize import dequantize_rows, to_f32
 from slimoe.converter.source.checkpoint import DTYPE_BYTES, CheckpointTensor
 from slimoe.converter.source.model_source import Blocks
+from slimoe.converter.source.mxfp4 import Mxfp4Blocks
 
 
 class StoredRows(Protocol):
@@ -121,7 +122,7 @@ class BlockRows:
         """Reads the bytes of some rows; raises ModelFileError."""
         block, block_bytes = GGML_QUANT_SIZES[self.blocks.type]
         row_bytes = self.n_per_row // block * block_bytes
-        return read_bytes(self.path, self.blocks.offset + first * row_bytes, n_rows * row_bytes)
+        return self.blocks.read(first * row_bytes, n_rows * row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +149,47 @@ class _RowsOfOthers:
 
 @dataclass(frozen=True, slots=True)
 class PartRows(_RowsOfOthers):
-    """The `n_rows` rows of a tensor from `first_row` on."""
+    """The `n_rows` rows of a tensor from `first_row` on, of which every `stride`-th counts."""
 
     first_row: int
     n_rows: int
+    stride: int = 1
     step: int = 1
-    blocks: Blocks | None = None
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Where the rows lie in ggml's own blocks, if they do."""
+        whole = self.rows.blocks
+        return whole.part(self.first_row, self.n_rows, self.stride) if isinstance(whole, Mxfp4Blocks) else None
 
     def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
         """Reads rows of the part; raises ModelFileError."""
-        return self.rows.read(self.first_row + first, n_rows)
+        stored = self.rows.read(self.first_row + first * self.stride, (n_rows - 1) * self.stride + 1)
+        return np.ascontiguousarray(stored[:: self.stride])
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNthColumn(_RowsOfOthers):
+    """The rows of a tensor, with every `n`-th of their elements from `first_column` on; `n` divides their length."""
+
+    first_column: int
+    n: int
+    step: int = 1
+    blocks: Blocks | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of the tensor."""
+        return self.rows.n_rows
+
+    @property
+    def n_per_row(self) -> int:
+        """The number of weights in a row."""
+        return self.rows.n_per_row // self.n
+
+    def read(self, first: int, n_rows: int) -> NDArray[np.float32]:
+        """Reads the columns of some rows; raises ModelFileError."""
+        return np.ascontiguousarray(self.rows.read(first, n_rows)[:, self.first_column :: self.n])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import matrix_bytes
 from slimoe.converter.methods.expert_matrices import merged_matrix, merged_vectors
@@ -63,9 +62,9 @@ def kept_rows(matrix: Matrix) -> NDArray[np.int64] | None:
     return matrix.expert.kept if matrix.expert else None
 
 
-def copy_blocks(blocks: Blocks, name: str) -> NDArray[np.uint8]:
-    """The bytes of blocks; raises ModelFileError where they cannot be read or hold NaN or infinity."""
-    data = read_bytes(blocks.path, blocks.offset, blocks.n_bytes)
+def copy_blocks(blocks: Blocks, name: str, begin: int, n_bytes: int) -> NDArray[np.uint8]:
+    """Some bytes of blocks; raises ModelFileError where they cannot be read or hold NaN or infinity."""
+    data = blocks.read(begin, n_bytes)
     if not ggml_validate_row_data(blocks.type, data.ctypes.data, data.size):
         raise ModelFileError(blocks.path, f"tensor {name} holds NaN or infinity; the file is damaged.")
     return data
@@ -74,5 +73,5 @@ def copy_blocks(blocks: Blocks, name: str) -> NDArray[np.uint8]:
 def copy_rows(blocks: Blocks, matrix: Matrix, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Blocks of some rows of a stored matrix, or elements of a vector; raises ModelFileError."""
     row_bytes = matrix_bytes(matrix) // len(rows)
-    stored = copy_blocks(blocks, str(origin_of(matrix) or matrix.key))
+    stored = copy_blocks(blocks, str(origin_of(matrix) or matrix.key), 0, blocks.n_bytes)
     return np.ascontiguousarray(stored.reshape(-1, row_bytes)[rows])

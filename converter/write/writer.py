@@ -210,8 +210,7 @@ def _copies(matrix: Matrix, blocks: Blocks, offset: int) -> Iterator[Piece]:
     step = _COPY_BYTES // GGML_QUANT_SIZES[blocks.type][1] * GGML_QUANT_SIZES[blocks.type][1]
     for begin in range(0, blocks.n_bytes, step):
         n_bytes = min(step, blocks.n_bytes - begin)
-        part = Blocks(blocks.type, blocks.path, blocks.offset + begin, n_bytes)
-        yield Piece(offset + begin, n_bytes, partial(copy_blocks, part, name))
+        yield Piece(offset + begin, n_bytes, partial(copy_blocks, blocks, name, begin, n_bytes))
 
 
 def _layer(matrix: Matrix) -> int:

@@ -133,6 +133,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens that attention looks back at; None for all."""
         return None
 
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Which layers look back no further than the window; empty where a file has no word for that."""
+        return ()
+
     def unsupported(self, architecture: Architecture) -> str | None:
         """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
         if self.hidden_act not in _SILU:

@@ -53,8 +53,10 @@ class Family:
     file. `names` has llama.cpp's name for each tensor of a layer, by its name behind `model.layers.N.`, in which `*`
     stands for an expert's number; a suffix that both have alike is left out. `token_ids` are the special tokens of a
     configuration that names none, by role. `joined` has those tensors that are several matrices below each other, or
-    such a stack for each expert. `rotates_neighbours`: queries and keys have the values that rotate together next to
-    each other, and not half a head apart. Tensors whose names begin with one of `skipped` predict further tokens.
+    such a stack for each expert. If one `alternates`, their rows take turns, biases of all experts are joined likewise,
+    and stacks that are not MXFP4 are transposed. `rotates_neighbours`: queries and keys have the values that rotate
+    together next to each other, and not half a head apart. Tensors whose names begin with one of `skipped` predict
+    further tokens.
     """
 
     model_type: str
@@ -63,5 +65,6 @@ class Family:
     names: Mapping[str, str]
     token_ids: Mapping[str, int] = field(default_factory=dict)
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STACKED)
+    alternates: bool = False
     rotates_neighbours: bool = False
     skipped: tuple[str, ...] = ()

@@ -291,5 +291,5 @@ def test_other_quantisations_are_refused_by_name(tmp_path: Path, moe_checkpoint:
     config = json.loads((path / "config.json").read_text())
     for method in ("gptq", "awq"):
         (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
-        with pytest.raises(UnsupportedModelError, match=f"quantised by {method}; only bitsandbytes is read"):
+        with pytest.raises(UnsupportedModelError, match=f"quantised by {method}; only bitsandbytes and mxfp4 are read"):
             open_source(path)

@@ -61,7 +61,7 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     )
     assert (found.n_expert, found.n_expert_used) == (n_expert, expected.num_experts_per_tok)
     assert found.n_ff == getattr(expected, "moe_intermediate_size", expected.intermediate_size)
-    assert found.window is None
+    assert found.window == (expected.sliding_window if name == "GptOss" else None)
     own = set(FAMILIES[f"{name}ForCausalLM"].config.__struct_fields__)
     aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "head_dim"}
     aliases |= {"rotary_dim", "num_experts", "num_local_experts"}
@@ -138,6 +138,10 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("DeepseekV3", {"num_key_value_heads": 8}, "num_key_value_heads is 8, and num_attention_heads 128"),
     ("DeepseekV3", {"attention_bias": True}, "attention_bias is true"),
     ("Glm4MoeLite", {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types has"),
+    ("GptOss", {"layer_types": ["full_attention"] * 36}, "layer_types has not sliding_attention and full_attention in"),
+    ("GptOss", {"swiglu_limit": 5.0}, "swiglu_alpha is 1.702 and swiglu_limit 5"),
+    ("GptOss", {"attention_bias": False}, "attention_bias is false, but gpt-oss files"),
+    ("GptOss", {"sliding_window": None}, "sliding_window: expected int, got null"),
     ("Glm4Moe", {"n_group": 3, "topk_group": 4}, "n_group is 3 and topk_group 4"),
 ]
 

@@ -72,6 +72,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "Glm4MoeLite": _DEEPSEEK | _LATENT | {"n_shared_experts": 1},
+    "GptOss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 32,
+        "sliding_window": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "truncate": True,
+        },
+    },
 }
 """What the configuration of each class says beyond the sizes that all have."""
 
@@ -97,7 +110,7 @@ def save_family(path: Path, name: str, **config: Any) -> Path:
     for tensor_name, tensor in model.state_dict().items():
         if "norm" in tensor_name and tensor_name.endswith("weight"):
             torch.nn.init.uniform_(tensor, 0.5, 1.5)
-        elif "bias" in tensor_name:
+        elif "bias" in tensor_name or tensor_name.endswith("sinks"):
             torch.nn.init.normal_(tensor, std=0.2)
     model.save_pretrained(path)
     byte_level("qwen").save(str(path / "tokenizer.json"))
