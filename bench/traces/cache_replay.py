@@ -13,12 +13,10 @@ import numpy as np
 
 from bench.traces.candidate import Candidate, Online
 from bench.traces.demand import Demand, Visit
+from slimoe.offload.cache.host_pool import n_read_ahead
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
-
-IN_FLIGHT = 2
-"""Experts of a batch that the engine reads while it multiplies another."""
 
 
 @dataclass(slots=True)
@@ -109,6 +107,9 @@ class CacheReplay:
             )
             for key in most_valuable(candidate.values, keys, cache.n_slots):
                 cache.acquire(key)
+        n_experts = experts_by_size(header)
+        tight = [n for n_bytes, n in slots.items() if 0 < n < n_experts[n_bytes]]
+        self._n_free_to_pin = max(1, min(tight, default=sum(slots.values())))
         self._missed: list[Key] = []
         self._predicted: set[Key] = set()
         self._read_ahead: set[Key] = set()
@@ -160,10 +161,11 @@ class CacheReplay:
             self._missed += absent if visit.is_answer.all() else []
         elif len(visit.selected) == 1:
             self._load_single(visit, absent, tally)
-        else:  # those that are here first, the others read while they are multiplied; what is done may leave
+        else:  # those that are here together, others read meanwhile, then one by one; what is done may leave
             queue, n_begun = here + absent, len(here)
-            for at in range(len(queue)):
-                end = max(at + 1, len(here)) + IN_FLIGHT
+            n_ahead = n_read_ahead(max((self._n_bytes([key]) for key in absent), default=1))
+            for at in (*range(min(1, len(here))), *range(len(here), len(queue))):
+                end = min(max(at + 1, len(here)) + n_ahead, at + self._n_free_to_pin)
                 self._load(queue[n_begun:end], set(queue[at:end]))
                 n_begun = max(n_begun, min(end, len(queue)))
         self._read_ahead.difference_update(visit.keys)

@@ -18,6 +18,15 @@ from slimoe.offload.model.experts import ExpertCopy, SlotClass
 
 _WORTH_FINISHING = 0.3
 """A read that is not needed goes on if no more than this part of it is left."""
+_LEAST_AHEAD, _AHEAD_BYTES = 2, 32 << 20
+
+
+def n_read_ahead(n_bytes: int) -> int:
+    """How many experts of `n_bytes` a batch has the disk read while it computes others: two, or 32 MiB of small ones.
+
+    All that are in memory are computed in one go, in which a disk reads some tens of megabytes.
+    """
+    return max(_LEAST_AHEAD, _AHEAD_BYTES // n_bytes)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import HostPool
+from slimoe.offload.cache.host_pool import HostPool, n_read_ahead
 from slimoe.offload.cache.host_slots import Addresses, HostSlot, alone
 from slimoe.offload.cache.prefetch import ExpertPredictor
 from slimoe.offload.cache.residency import Key
@@ -19,8 +19,6 @@ from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
-_IN_FLIGHT = 2
-"""Experts of a batch that are read while another is computed."""
 _WORTH_READING, _SURE = 0.5, 0.8
 """Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
 _NO_KEYS: set[Key] = set()
@@ -267,12 +265,14 @@ class HostExperts:
         first = {(index, expert) for expert in here.tolist()} if queue or coming else set()
         n_first = len(first)
         n_here, slots = n_first + sum(is_held), list[HostSlot]()
+        copies = [one.copy for one in queue] + [copy for _, copy in coming]
+        n_ahead = n_read_ahead(max((copy.n_bytes for copy in copies), default=1))
         for at in range(-1 if works else 0, len(queue)):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
             # Places in the whole queue, at whose beginning those are that are computed together.
             place = 0 if at < 0 else n_first + at
-            n_wanted = min(max(place + 1, n_here) + _IN_FLIGHT, place + self._host_pool.n_free_to_pin) - n_first
+            n_wanted = min(max(place + 1, n_here) + n_ahead, place + self._host_pool.n_free_to_pin) - n_first
             after = coming[: max(0, n_wanted - len(queue))]
             pinned = {one.key for one in queue[max(0, at) : max(0, n_wanted)]} | {key for key, _ in after}
             if queue or coming:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from slimoe.offload.cache.disk_reader import DiskReader, Read
+from slimoe.offload.cache.host_pool import n_read_ahead
 from slimoe.offload.cache.host_slots import Bank
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.slots import MAX_PREFETCH_DEPTH
@@ -227,6 +229,30 @@ def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(director
         return len(counted)
 
     assert n_calls(8) == n_calls(2)
+
+
+def test_a_batch_reads_many_small_experts_while_it_computes_those_that_are_here(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(directory / "many.gguf", None, shape=TinyShape(n_layer=2, n_expert=24, n_ff=64))
+    n_begun, most, submit, run = 0, 0, DiskReader.submit, ExpertGraphs.run
+
+    def watched_submit(reader: DiskReader, *rest: Any, **named: Any) -> Read:
+        nonlocal n_begun
+        n_begun += 1
+        return submit(reader, *rest, **named)
+
+    def watched_run(graphs: ExpertGraphs, work: BankWork, *rest: Any) -> None:
+        nonlocal n_begun, most
+        most, n_begun = max(most, n_begun), 0
+        run(graphs, work, *rest)
+
+    with closing(tiered_engine(config(path), 0.5)) as engine:
+        monkeypatch.setattr(DiskReader, "submit", watched_submit)
+        monkeypatch.setattr(ExpertGraphs, "run", watched_run)
+        engine.prefill(TOKENS[:30])
+    assert most > 4
+    assert (n_read_ahead(99 << 20), n_read_ahead(3 << 20), n_read_ahead(32 << 20)) == (2, 10, 2)
 
 
 # --- what is multiplied ------------------------------------------------------------------------------------
