@@ -88,9 +88,14 @@ class WeightTypes:
 
 def random_tensors(spec: ModelSpec, types: WeightTypes, style: RoutingStyle) -> Iterator[RandomTensor]:
     """All tensors of a stock model, in the order of the file; routers, norms and biases are F32."""
+    n_qkv = (spec.n_head + 2 * spec.n_head_kv) * spec.n_embd_head
     for tensor in model_tensors(spec):
         if len(tensor.ne) == 1 and tensor.is_optional:
             continue
+        if spec.architecture.joins_qkv and tensor.role in ("attn_k", "attn_v"):
+            continue
+        if spec.architecture.joins_qkv and tensor.role == "attn_q":
+            tensor = replace(tensor, name=tensor.name.replace("attn_q", "attn_qkv"), ne=(spec.n_embd, n_qkv))
         yield _random_tensor(tensor, types, style)
         if tensor.role in _ATTENTION_BIASES.get(spec.architecture.name, ()):
             bias = replace(tensor, name=tensor.name.replace(".weight", ".bias"), ne=tensor.ne[1:])

@@ -138,7 +138,9 @@ def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
     assert abs(np.corrcoef(experts) - np.eye(shape.n_expert)).max() < 0.05
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "granitemoe", "minimax-m2", "glm4moe", "deepseek2", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["qwen2moe", "granitemoe", "minimax-m2", "glm4moe", "bailingmoe2", "deepseek2", "gpt-oss"]
+)
 def test_random_models_have_any_architecture(tmp_path: Path, name: str) -> None:
     """llama.cpp loads them and computes what the engine does, with rows that Q4_K does not divide among them."""
     shape = FineShape(n_layer=2, n_ff=96, n_head_kv=4, n_embd_head=64, n_expert=8, n_expert_used=2)
