@@ -85,7 +85,9 @@ def add_tokenizer(path: Path, tokenizer: Path) -> None:
 
 def logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """transformers' logits [n_tokens, n_vocab] in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # By its name, since AutoModelForCausalLM does not know all classes.
+    name, *_ = json.loads((path / "config.json").read_text())["architectures"]
+    model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         result: torch.Tensor = model(torch.tensor([tokens])).logits[0]
     return result

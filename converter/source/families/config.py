@@ -46,6 +46,7 @@ class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
     long_mscale: Positive | None = None
     low_freq_factor: Positive | UnsetType = UNSET
     high_freq_factor: Positive | UnsetType = UNSET
+    llama_4_scaling_beta: Annotated[float, Meta(ge=0, le=3e38)] | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,14 +1,15 @@
-"""DeepSeek-V2 and V3, and GLM-4.7-Flash, which have latent attention: settings, and names of tensors."""
+"""DeepSeek-V2 and V3, GLM-4.7-Flash and Mistral Small 4, which have latent attention: settings, names of tensors."""
 
+from dataclasses import replace
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, UnsetType
 
-from slimoe.converter.source.families.config import Count, DeepseekConfig, Positive, SmallCount
+from slimoe.converter.source.families.config import Count, DeepseekConfig, Positive, RopeFields, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, CHOICE_BIAS, DENSE, EXPERTS, SHARED, Family
 from slimoe.offload.model.architecture import Architecture, Score
-from slimoe.offload.model.architectures import DEEPSEEK2
-from slimoe.offload.model.attention_spec import AttentionSpec, LatentSpec
+from slimoe.offload.model.architectures import DEEPSEEK2, MISTRAL4
+from slimoe.offload.model.attention_spec import AttentionSpec, LatentSpec, Temperature
 
 _Few = Annotated[int, Meta(ge=0, le=2**16)]
 
@@ -141,6 +142,69 @@ class Glm4MoeLiteConfig(LatentConfig, frozen=True, kw_only=True):
         return super().unsupported(architecture)
 
 
+_YARN = RopeFields(
+    rope_type="yarn",
+    factor=128.0,
+    original_max_position_embeddings=8192,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)
+
+
+class Mistral4Config(LatentConfig, frozen=True, kw_only=True):
+    """Mistral4ForCausalLM, whose queries grow with their position."""
+
+    vocab_size: Count = 131072
+    hidden_size: Count = 4096
+    intermediate_size: Count = 12288
+    num_hidden_layers: SmallCount = 36
+    num_attention_heads: SmallCount = 32
+    num_key_value_heads: SmallCount | None = 32
+    max_position_embeddings: Count = 1048576
+    n_routed_experts: SmallCount = 128
+    num_experts_per_tok: SmallCount = 4
+    n_group: SmallCount | None = 1
+    topk_group: SmallCount | None = 1
+    first_k_dense_replace: _Few = 0
+    routed_scaling_factor: Positive = 1.0
+    kv_lora_rank: SmallCount = 256
+    q_lora_rank: SmallCount | None = 1024
+    qk_nope_head_dim: SmallCount = 64
+    num_nextn_predict_layers: _Few = 0
+
+    @property
+    def score(self) -> Score:
+        """What a router's logits become."""
+        return "softmax"
+
+    @property
+    def rope(self) -> RopeFields:
+        """The rotation's fields."""
+        return self.rope_scaling or self.rope_parameters or _YARN
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The sizes of latent attention, and the temperature of queries."""
+        beta, length = self.rope.llama_4_scaling_beta, self.rope.original_max_position_embeddings
+        plain = super().attention
+        if not beta or isinstance(length, UnsetType):
+            return plain
+        return replace(plain, temperature=Temperature(beta, length))
+
+    def unsupported(self, architecture: Architecture) -> str | None:
+        """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
+        rope = self.rope
+        if rope.llama_4_scaling_beta is None or isinstance(rope.original_max_position_embeddings, UnsetType):
+            return "llama_4_scaling_beta or original_max_position_embeddings is missing in rope_parameters."
+        if rope.mscale_all_dim not in (None, 0.0, 1.0):
+            what = f"mscale_all_dim is {rope.mscale_all_dim:g}"
+            return f"{what}, but the magnitude of what rotates in {architecture.name} files is that of 1."
+        return super().unsupported(architecture)
+
+
 _NAMES = (
     ATTENTION
     | DENSE
@@ -166,5 +230,6 @@ FAMILIES = {
     "Glm4MoeLiteForCausalLM": Family(
         "glm4_moe_lite", Glm4MoeLiteConfig, DEEPSEEK2, _NAMES, _V3_IDS, rotates_neighbours=True
     ),
+    "Mistral4ForCausalLM": Family("mistral4", Mistral4Config, MISTRAL4, _NAMES, _V2_IDS, rotates_neighbours=True),
 }
 """The families by the name of their model class."""

@@ -48,14 +48,16 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
         assert getattr(found, field) == getattr(expected, field), field
     assert found.n_head_kv == expected.num_key_value_heads
     if latent := found.attention.latent:
-        assert (found.n_rot, found.rope.rope_type) == (expected.qk_rope_head_dim, UNSET)
+        rotation = "yarn" if name == "Mistral4" else UNSET
+        assert (found.n_rot, found.rope.rope_type) == (expected.qk_rope_head_dim, rotation)
         assert (latent.n_lora_q, latent.n_lora_kv) == (expected.q_lora_rank, expected.kv_lora_rank)
         assert (latent.n_embd_head_k, latent.n_embd_head_v) == (expected.qk_head_dim, expected.v_head_dim)
     else:
         head_dim = getattr(expected, "head_dim", None)
         assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
     assert found.rope_theta == expected.rope_parameters["rope_theta"]
-    assert found.partial_rotary_factor == expected.rope_parameters.get("partial_rotary_factor")
+    if name != "Mistral4":  # Its class computes it.
+        assert found.partial_rotary_factor == expected.rope_parameters.get("partial_rotary_factor")
     n_expert = next(
         getattr(expected, n) for n in ("n_routed_experts", "num_experts", "num_local_experts") if hasattr(expected, n)
     )
@@ -138,6 +140,19 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("DeepseekV3", {"num_key_value_heads": 8}, "num_key_value_heads is 8, and num_attention_heads 128"),
     ("DeepseekV3", {"attention_bias": True}, "attention_bias is true"),
     ("Glm4MoeLite", {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types has"),
+    ("Mistral4", {"rope_parameters": {"rope_type": "default"}}, "llama_4_scaling_beta or original_max_position_embedd"),
+    (
+        "Mistral4",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 64,
+                "mscale_all_dim": 0.7,
+            }
+        },
+        "mscale_all_dim is 0.7, but the magnitude of what rotates in mistral4 files is that of 1",
+    ),
     ("GptOss", {"layer_types": ["full_attention"] * 36}, "layer_types has not sliding_attention and full_attention in"),
     ("GptOss", {"swiglu_limit": 5.0}, "swiglu_alpha is 1.702 and swiglu_limit 5"),
     ("GptOss", {"attention_bias": False}, "attention_bias is false, but gpt-oss files"),

@@ -72,6 +72,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "Glm4MoeLite": _DEEPSEEK | _LATENT | {"n_shared_experts": 1},
+    "Mistral4": _DEEPSEEK
+    | _LATENT
+    | {
+        "n_shared_experts": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.2,
+        },
+    },
     "GptOss": {
         "num_local_experts": 8,
         "num_experts_per_tok": 3,
