@@ -63,29 +63,34 @@ def n_runs(places: NDArray[np.int64]) -> int:
     return int(np.count_nonzero(np.diff(np.sort(places)) != 1)) + 1 if len(places) else 0
 
 
-def try_orders(trace: Trace, orders: Orders, part: float) -> dict[str, Any]:
-    """Reads and bytes of a trace whose cache holds a `part` of the experts."""
+def missing(trace: Trace, part: float) -> Iterator[tuple[int, list[int]]]:
+    """What each layer misses of what a token selects, token by token, in a cache that holds a `part` of the experts."""
     header = trace.header
     keys = [(layer, expert) for layer, sizes in enumerate(header.expert_bytes) for expert in range(len(sizes))]
     policy = make_policy("lfu-decay", PolicyContext(header.n_layer, header.n_expert, header.n_expert_used))
     cache = SlotCache(max(header.n_expert_used, int(part * len(keys))), policy)
     for key in most_valuable(policy.values, keys, cache.n_slots):
         cache.acquire(key)
-    places = {name: [np.argsort(own) for own in order] for name, order in orders.items()}
-    reads, n_bytes, n_missed, n_tokens = Counter[str](), 0, 0, 0
     for token in tokens(trace):
-        n_tokens += 1
         for layer, experts in token:
             policy.decode(layer, experts)
             selected = {(layer, expert) for expert in experts}
             missed = [expert for expert in experts if (layer, expert) not in cache]
             for expert in missed:
                 cache.acquire((layer, expert), selected)
-            n_missed += len(missed)
-            n_bytes += sum(header.expert_bytes[layer][expert] for expert in missed)
-            for name, own in places.items():
-                reads[name] += N_MATRICES * n_runs(own[layer][missed])
+            yield layer, missed
         policy.end_token()
+
+
+def try_orders(trace: Trace, orders: Orders, part: float) -> dict[str, Any]:
+    """Reads and bytes of a trace whose cache holds a `part` of the experts."""
+    places = {name: [np.argsort(own) for own in order] for name, order in orders.items()}
+    reads, n_bytes, n_missed, n_tokens = Counter[str](), 0, 0, sum(1 for _ in tokens(trace))
+    for layer, missed in missing(trace, part):
+        n_missed += len(missed)
+        n_bytes += sum(trace.header.expert_bytes[layer][expert] for expert in missed)
+        for name, own in places.items():
+            reads[name] += N_MATRICES * n_runs(own[layer][missed])
     by_order = {
         name: {
             "reads_per_token": reads[name] / n_tokens,

@@ -1,12 +1,17 @@
-"""Orders of experts on made up traces, whose reads can be told beforehand."""
+"""Orders of experts on made up traces, whose reads can be told beforehand, and requests that join neighbours."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
+from bench.joined_reads import MOST_BYTES, PAGE, Disk, requests, trace_of, ways
 from bench.traces.expert_order import learnt_orders, n_runs, pair_counts, try_orders
+from bench.traces.routing import Routing
 from slimoe.offload.cache.router_trace import PROMPT, Trace, TraceHeader, TraceLayer, TraceRun, TraceStep
+from slimoe.offload.gguf.header import TensorInfo
 
 N_EXPERT = 12
 PAIRS = ((0, 7), (3, 11), (5, 2), (9, 4), (10, 1), (6, 8))
@@ -42,3 +47,54 @@ def test_what_is_selected_together_is_one_read_where_it_lies_together(trace: Tra
     assert orders["router"]["reads_per_token"] == pytest.approx(3 * found["missed_per_token"])
     assert orders["co-selection"]["ratio"] == pytest.approx(0.5, abs=0.1)
     assert orders["co-selection"]["bytes_per_read"] > 1.6 * orders["router"]["bytes_per_read"]
+
+
+# --- requests ---
+
+
+def tensor(n_bytes_each: int, offset: int = 3 * PAGE, n_expert: int = 8) -> TensorInfo:
+    """A stack of experts' matrices."""
+    return TensorInfo("up", (n_bytes_each, 1, n_expert), Type.I8, 0, offset, n_bytes_each * n_expert)
+
+
+def test_neighbours_share_a_request_where_they_are_joined() -> None:
+    stack = tensor(2 * PAGE)
+    apart = [(3 * PAGE + 2 * PAGE * place, 2 * PAGE) for place in (2, 3, 6)]
+    assert requests([stack], [3, 6, 2], joined=False) == apart
+    assert requests([stack], [3, 6, 2], joined=True) == [(7 * PAGE, 4 * PAGE), apart[2]]
+    assert requests([stack, stack], [0], joined=True) == 2 * [(3 * PAGE, 2 * PAGE)]
+
+
+def test_a_page_between_two_matrices_is_read_twice_unless_they_are_joined() -> None:
+    stack = tensor(PAGE, offset=PAGE + 32)
+    assert requests([stack], [0, 1], joined=False) == [(PAGE, 2 * PAGE), (2 * PAGE, 2 * PAGE)]
+    assert requests([stack], [0, 1], joined=True) == [(PAGE, 3 * PAGE)]
+
+
+def test_long_requests_are_cut() -> None:
+    assert requests([tensor(MOST_BYTES + PAGE, 0)], [0], joined=True) == [(0, MOST_BYTES), (MOST_BYTES, PAGE)]
+
+
+def test_ways_differ_in_their_requests() -> None:
+    made = ways(8, [0, 5, 1, 2, 3, 4, 6, 7])
+    missed = [5, 7, 0]
+    assert {name: len(way([tensor(PAGE)], missed)) for name, way in made.items()} == {
+        "apart": 3,
+        "joined": 3,
+        "joined, co-selection": 2,
+        "all neighbours": 1,
+    }
+
+
+def test_an_observed_text_is_a_trace_of_answers() -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    trace = trace_of(Routing(logits, logits, 3), 100)
+    assert (trace.header.n_layer, trace.header.n_expert, len(trace.steps[0].layers[1].selected)) == (2, 8, 5)
+    assert trace.steps[0].is_answer(5).all()
+
+
+def test_all_requests_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(5 * PAGE + 7))
+    with closing(Disk(path, 2)) as disk:
+        assert disk.read([(0, 2 * PAGE), (PAGE, PAGE), (4 * PAGE, 2 * PAGE)]) == 4 * PAGE + 7
