@@ -56,8 +56,8 @@ from slimoe.server.terminal.progress_bars import byte_bar
 def command(values: Mapping[str, Any]) -> None:
     """Convert the Hugging Face checkpoint directory or GGUF file SRC to the GGUF file DST.
 
-    A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer of a
-    Mixtral, Mistral, Llama, Qwen3-MoE or OLMoE model. Of a GGUF file, tensors that have the right type already are
+    A directory holds config.json, safetensors in BF16, F16 or F32 or quantised by bitsandbytes, and a tokenizer;
+    docs/converting.md lists the models that are read. Of a GGUF file, tensors that have the right type already are
     copied byte for byte. The result loads in llama.cpp too, unless it has --two-copies, which serve any memory between
     the sizes of both. DST appears under its name only when it is whole.
 

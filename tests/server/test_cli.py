@@ -84,6 +84,13 @@ def test_a_slip_is_answered_with_what_was_meant(
     assert words in capsys.readouterr().err
 
 
+def test_help_lists_no_models_that_may_grow_more(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["convert", "--help"])
+    out = capsys.readouterr().out
+    assert "docs/converting.md lists the models" in " ".join(out.split())
+    assert not [name for name in ("Mixtral", "OLMoE", "Qwen") if name in out]
+
+
 def test_help_is_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
     run([])
     assert "\nMake a model:\n  calibrate" in capsys.readouterr().err
