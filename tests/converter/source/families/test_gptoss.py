@@ -50,6 +50,21 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(checkpoin
     np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)
 
 
+def test_stacks_of_bf16_are_transposed(tmp_path: Path) -> None:
+    """As transformers saves a model that it has trained."""
+    source = save_family(tmp_path / "c", "GptOss")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    path = convert(ConvertOptions(source, tmp_path / "m.gguf", "BF16", n_threads=1)).path
+    written = file_tensors(path)
+    stack = tensors[f"{LAYER}gate_up_proj"].float().numpy()
+    for role, first in [("gate", 0), ("up", 1)]:
+        found = written[f"blk.1.ffn_{role}_exps.weight"]
+        values = quants.dequantize(found.data, found.tensor_type)
+        np.testing.assert_array_equal(values, stack[:, :, first::2].swapaxes(1, 2))
+    np.testing.assert_allclose(torchs(source), logits(source, TOKENS).numpy(), atol=1e-3)
+
+
 def test_codes_and_scales_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
     written = file_tensors(convert(ConvertOptions(checkpoint, tmp_path / "m.gguf", "MXFP4_MOE", n_threads=1)).path)
