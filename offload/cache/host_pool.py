@@ -18,15 +18,17 @@ from slimoe.offload.model.experts import ExpertCopy, SlotClass
 
 _WORTH_FINISHING = 0.3
 """A read that is not needed goes on if no more than this part of it is left."""
-_LEAST_AHEAD, _AHEAD_BYTES = 2, 32 << 20
+LEAST_AHEAD = 2
+"""Experts that a batch has the disk read, however large, while it computes others."""
+_AHEAD_BYTES = 32 << 20
 
 
 def n_read_ahead(n_bytes: int) -> int:
-    """How many experts of `n_bytes` a batch has the disk read while it computes others: two, or 32 MiB of small ones.
+    """How many of its experts, each of `n_bytes`, a batch has the disk read meanwhile: more if they are small.
 
     All that are in memory are computed in one go, in which a disk reads some tens of megabytes.
     """
-    return max(_LEAST_AHEAD, _AHEAD_BYTES // n_bytes)
+    return max(LEAST_AHEAD, _AHEAD_BYTES // n_bytes)
 
 
 @dataclass(slots=True)

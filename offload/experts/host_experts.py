@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_pool import HostPool, n_read_ahead
+from slimoe.offload.cache.host_pool import LEAST_AHEAD, HostPool, n_read_ahead
 from slimoe.offload.cache.host_slots import Addresses, HostSlot, alone
 from slimoe.offload.cache.prefetch import ExpertPredictor
 from slimoe.offload.cache.residency import Key
@@ -265,15 +265,16 @@ class HostExperts:
         first = {(index, expert) for expert in here.tolist()} if queue or coming else set()
         n_first = len(first)
         n_here, slots = n_first + sum(is_held), list[HostSlot]()
-        copies = [one.copy for one in queue] + [copy for _, copy in coming]
-        n_ahead = n_read_ahead(max((copy.n_bytes for copy in copies), default=1))
+        n_ahead = n_read_ahead(max((one.copy.n_bytes for one in queue), default=1))
         for at in range(-1 if works else 0, len(queue)):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
             # Places in the whole queue, at whose beginning those are that are computed together.
             place = 0 if at < 0 else n_first + at
-            n_wanted = min(max(place + 1, n_here) + n_ahead, place + self._host_pool.n_free_to_pin) - n_first
-            after = coming[: max(0, n_wanted - len(queue))]
+            n_begun, n_most = max(place + 1, n_here) - n_first, place + self._host_pool.n_free_to_pin - n_first
+            n_wanted = min(n_begun + n_ahead, n_most)
+            # Of the next layer's only a few: a batch seldom needs all of them.
+            after = coming[: max(0, min(n_begun + LEAST_AHEAD, n_most) - len(queue))]
             pinned = {one.key for one in queue[max(0, at) : max(0, n_wanted)]} | {key for key, _ in after}
             if queue or coming:
                 self._host_pool.pin(pinned | first if at < 0 else pinned)

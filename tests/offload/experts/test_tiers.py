@@ -234,7 +234,7 @@ def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(director
 def test_a_batch_reads_many_small_experts_while_it_computes_those_that_are_here(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_tiny_gguf(directory / "many.gguf", None, shape=TinyShape(n_layer=2, n_expert=24, n_ff=64))
+    path = write_tiny_gguf(directory / "many.gguf", None, shape=TinyShape(n_layer=3, n_expert=24, n_ff=64))
     n_begun, most, submit, run = 0, 0, DiskReader.submit, ExpertGraphs.run
 
     def watched_submit(reader: DiskReader, *rest: Any, **named: Any) -> Read:
