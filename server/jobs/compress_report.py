@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,8 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "layers": [
             {
                 "block": layer.block,
-                "attention": {role: kind.name for role, kind in layer.types.items() if role.startswith("attn_")}
-                if layer.has_attention
-                else None,
+                "attention": _attention(layer) if layer.has_attention else None,
+                "dense_or_shared": _dense_or_shared(layer),
                 "experts": [
                     {
                         "members": list(expert.members),
@@ -84,6 +83,16 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
     }
 
 
+def _attention(layer: LayerPlan) -> dict[str, str]:
+    """Types of attention's matrices by role."""
+    return {role: kind.name for role, kind in layer.types.items() if role.startswith("attn_")}
+
+
+def _dense_or_shared(layer: LayerPlan) -> dict[str, str]:
+    """Types by role of the feed-forward matrices that every token passes."""
+    return {role: kind.name for role, kind in layer.types.items() if role.startswith("ffn_")}
+
+
 def _n_constants(layer: LayerPlan) -> int:
     """Constant experts in the place of pruned ones; those that may stand in for kept experts are not counted."""
     return -min((0, *layer.target))
@@ -94,10 +103,12 @@ def _n_constants(layer: LayerPlan) -> int:
 
 def work_lines(work: CompressWork) -> list[str]:
     """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
-    head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "each layer")
+    head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "dense or shared", "each layer")
     rows = [head, *_layer_rows(work)]
     if all(row[3] == row[4] for row in rows[1:]):
         rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
+    if all(row[-2] == "-" for row in rows[1:]):
+        rows = [(*row[:-2], row[-1]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     plan, layout = work.plan, work.layout
@@ -133,16 +144,18 @@ def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
     """The table's rows: layers in a row that are alike are one of them."""
     sizes, rows = layer_bytes(work.layout), []
     for index, layer in enumerate(work.plan.layers):
-        kinds = (
-            [kind.name for role, kind in layer.types.items() if role.startswith("attn_")]
-            if layer.has_attention
-            else ["none"]
-        )
-        attention = kinds[0] if len(set(kinds)) == 1 else " ".join(kinds)
+        attention = _joined(_attention(layer)) if layer.has_attention else "none"
         projections = [_types(layer.experts, number) for number in range(len(PROJECTIONS))]
-        rows.append((layer.block, (attention, _experts(work, layer), *projections, human(sizes[index]))))
+        others = _joined(_dense_or_shared(layer))
+        rows.append((layer.block, (attention, _experts(work, layer), *projections, others, human(sizes[index]))))
     for row, group in groupby(rows, key=lambda pair: pair[1]):
         yield (_numbers([block for block, _ in group]), *row)
+
+
+def _joined(kinds: Mapping[str, str]) -> str:
+    """The type that all have, or each one's; `-` without any."""
+    names = set(kinds.values())
+    return names.pop() if len(names) == 1 else " ".join(kinds.values()) or "-"
 
 
 def _experts(work: CompressWork, layer: LayerPlan) -> str:

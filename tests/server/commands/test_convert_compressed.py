@@ -23,6 +23,7 @@ from slimoe.server.commands.plan import command as plan_command
 from slimoe.server.options.compress_options import CompressOptions
 from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+from tests.models.tiny_gguf import FineShape, write_family
 
 SIZES = TinyConfig(n_layer=3)
 RECIPE_SIZES = SourceSizes(n_layer=3, n_expert=6, n_ff=96)
@@ -105,6 +106,21 @@ def test_the_plan_is_a_table_of_layers(model: Path, stats: Path, capsys: pytest.
     assert "nats of KL per token" in out
     assert "native format: loads in slimoe" in out
     assert f"{json.loads(told([*asked, '--json'], capsys)[1])['n_bytes']:,} bytes" in out
+
+
+def test_the_plan_tells_dense_layers_and_shared_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
+    source = write_family(tmp_path / "m.gguf", "glm4moe", shape=shape, words=("re", "in"))
+    asked: Arguments = ["plan", source, "--drop-layers", "0", "--type", "q8_0", "--stock"]
+    status, out, err = told(asked, capsys)
+    assert status == 0, err
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "layers attention q k v o experts gate, up down dense or shared each layer"
+    assert lines[1].startswith("0 Q8_0 none - - Q8_0 ")
+    assert lines[2].startswith("1 Q8_0 8 of 8 Q8_0 Q8_0 Q8_0 ")
+    dense, shared = (layer["dense_or_shared"] for layer in json.loads(told([*asked, "--json"], capsys)[1])["layers"])
+    assert [*dense] == ["ffn_gate", "ffn_up", "ffn_down"]
+    assert [*shared] == ["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"]
 
 
 def test_what_the_plan_keeps_is_in_the_file(
