@@ -31,6 +31,7 @@ from slimoe.converter.stats.type_costs import (
     CANDIDATES,
     LOSSLESS,
     TypeCosts,
+    candidates,
     joined_costs,
     known_types,
     measure_type_costs,
@@ -249,7 +250,8 @@ def statistics_costs(
     # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
     tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
     known = set(tried) if types is None else known_types(source, statistics)
-    wanted = CANDIDATES if types is None else types
+    may_be = tuple(name for name in candidates(source) if name in (*CANDIDATES, *tried))
+    wanted = may_be if types is None else types
     missing = tuple(name for name in wanted if name not in known)
     stored = stored_costs(statistics, tuple(name for name in wanted if name not in missing))
     if not missing and stored is not None:

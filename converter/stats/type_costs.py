@@ -28,6 +28,7 @@ CANDIDATES = (
 LOSSLESS = (Type.F16, Type.BF16, Type.F32)
 """Types whose cost is negligible."""
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
+_KEPT = ("MXFP4",)
 _SAMPLED_WEIGHTS = 1 << 18
 _SEEN_TOKENS = 0.5
 """The count of a token that does not occur in the texts."""
@@ -54,6 +55,16 @@ class TypeCosts:
     def of(self, key: MatrixKey, kind: Type) -> float:
         """The cost of storing one matrix in one type."""
         return float(self.costs[key][self.types.index(kind.name)])
+
+
+def candidates(source: ModelSource) -> tuple[str, ...]:
+    """Types from which a budget chooses for a model: MXFP4 too where matrices have it already, and so for nothing."""
+    return CANDIDATES + (_KEPT if any(_is_kept(source, key) for key in source.shapes) else ())
+
+
+def _is_kept(source: ModelSource, key: MatrixKey) -> bool:
+    blocks = source.blocks(key)
+    return blocks is not None and blocks.type.name in _KEPT
 
 
 Progress = Callable[[int, int], None]
@@ -115,17 +126,18 @@ def measure_type_costs(
 ) -> TypeCosts:
     """Measures what types cost by quantising every matrix to each of `types` that divides its rows.
 
-    Without `types` these are `CANDIDATES`, small blocks only where large ones do not fit. Raises UsageError for
+    Without `types` these are the `candidates`, small blocks only where large ones do not fit. Raises UsageError for
     statistics without sensitivities, and ModelFileError.
     """
-    keys, tried = priced_matrices(source), CANDIDATES if types is None else tuple(types)
+    keys, tried = priced_matrices(source), candidates(source) if types is None else tuple(types)
     done = 0
 
     def price(key: MatrixKey) -> NDArray[np.float64]:
         nonlocal done
         values, weights = source.read(key), matrix_weights(source, statistics, key)
         # Where types of 256 weights fit, those of small blocks are measured only if they are asked for.
-        left_out = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
+        left_out: tuple[str, ...] = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
+        left_out += _KEPT if types is None and not _is_kept(source, key) else ()
         costs = _matrix_costs(values, weights, tried, left_out)
         done += 1
         on_progress(done, len(keys))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
@@ -39,6 +40,7 @@ from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics, save_statistics
+from slimoe.converter.stats.type_costs import measure_type_costs
 from slimoe.converter.write.error_feedback import FeedbackQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.engine import Engine
@@ -287,3 +289,18 @@ def test_feedback_sees_the_stream_of_the_file_that_it_makes(calibrated: Calibrat
     stream = run(gguf_source(path), Sequences(statistics.tokens))
     np.testing.assert_allclose(quantiser.h, stream, atol=1e-3)
     assert float((stream - run(source, Sequences(statistics.tokens))).std()) > 1e-2
+
+
+def test_a_size_is_met_with_mxfp4_where_matrices_have_it_already(tmp_path: Path) -> None:
+    """There it costs nothing, and elsewhere it is not tried."""
+    shape = replace(SHAPE, n_embd=64, n_ff=64)
+    source = gguf_source(write_family(tmp_path / "m.gguf", "gpt-oss", GGMLQuantizationType.MXFP4, shape))
+    text = CalibrationText((tuple(TOKENS),), ("text",))
+    settings = CalibrationSettings(Samples(types=(), n_gram=40), n_sensitivity=40, prices=True)
+    statistics = calibrate(source, text, settings, tmp_path / "part")
+    kept = {key for key in source.shapes if (blocks := source.blocks(key)) and blocks.type.name == "MXFP4"}
+    costs = measure_type_costs(source, statistics, n_threads=1)
+    assert {key for key in costs.costs if costs.of(key, GGMLQuantizationType.MXFP4) == 0.0} == kept & set(costs.costs)
+    assert {key for key in costs.costs if math.isfinite(costs.of(key, GGMLQuantizationType.MXFP4))} <= kept
+    plan = plan_compression(source, statistics, Recipe(target_bpw=7.0))
+    assert {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types} == {"MXFP4"}
