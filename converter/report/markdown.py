@@ -8,7 +8,6 @@ from slimoe.converter.report.quality import DomainQuality
 from slimoe.converter.report.report import Report
 
 _MANY_UNSEEN = 40
-_GROUPS = ("attn_q", "attn_k", "attn_v", "attn_output")
 FLATTERED = 0.05
 """The part of the evaluation text that calibration may have seen before the figures are said to flatter."""
 
@@ -255,7 +254,6 @@ def _types(report: Report) -> Iterator[str]:
 def _block_row(facts: BlockFacts) -> tuple[str, ...]:
     if facts.layer is None:
         return str(facts.block), "dropped", "dropped", "", "", "0"
-    kinds = list(dict.fromkeys(facts.attention.get(role, "") for role in _GROUPS))
     stored = {row.stored: row for row in facts.rows if row.stored is not None}
     # The types of each expert's copies, once where gate, up and down have the same.
     names: Counter[str] = Counter()
@@ -266,7 +264,7 @@ def _block_row(facts: BlockFacts) -> tuple[str, ...]:
     dropped = sum(row.stored is None and not row.is_constant for row in facts.rows)
     constants = sum(row.is_constant for row in facts.rows)
     n_bytes = f"{sum(facts.n_bytes.values()):,}"
-    attention = " ".join(kinds) if facts.attention else "none"
+    attention = " ".join(dict.fromkeys(facts.attention.values())) or "none"
     return str(facts.block), attention, types, str(dropped), str(constants), n_bytes
 
 

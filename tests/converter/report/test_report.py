@@ -18,13 +18,15 @@ from PIL import Image
 from slimoe.converter.forward.texts import TextFile, default_texts, documents, held_out_texts
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.report.alignment import planned_layer_map
-from slimoe.converter.report.block_facts import RowFacts
+from slimoe.converter.report.block_facts import RowFacts, block_facts
 from slimoe.converter.report.eval_text import EvalText, eval_windows, read_eval_text, seen_share
 from slimoe.converter.report.evaluation import evaluate
 from slimoe.converter.report.make import known_report, report_paths, save_report, write_report
+from slimoe.converter.report.markdown import markdown
 from slimoe.converter.report.measure import ReportMaker, ReportSettings
 from slimoe.converter.report.plots import type_map, use_map
 from slimoe.converter.report.report import Report
+from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
@@ -36,6 +38,8 @@ from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from tests.models.compress_plans import same_plan, with_layers
+from tests.models.gguf_content import read_content, write_content
+from tests.models.tiny_gguf import FineShape, write_family
 
 SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
 LENGTH = 48
@@ -160,6 +164,16 @@ def test_words_and_pictures(made: tuple[Path, CompressPlan, Report]) -> None:
         with Image.open(paths["plots"] / name) as picture:
             assert picture.size[0] > 300
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
+
+
+def test_types_of_latent_and_of_joined_attention(made: tuple[Path, CompressPlan, Report], tmp_path: Path) -> None:
+    for name in ("deepseek2", "bailingmoe2"):
+        path = write_family(tmp_path / "whole.gguf", name, shape=FineShape(n_layer=2, n_expert=8, n_expert_used=2))
+        content = read_content(path).quantised(Type.Q8_0, lambda role: "attn_kv_a_mqa" in role or "attn_qkv" in role)
+        path = write_content(tmp_path / f"{name}.gguf", content)
+        text = markdown(replace(made[2], blocks=block_facts(path, gguf_source(path), None)), {})
+        row = next(line for line in text.split("## Types")[1].splitlines() if line.startswith("| 1 "))
+        assert sorted(row.split("|")[2].split()) == ["F32", "Q8_0"]
 
 
 def test_the_card_is_for_hubs(made: tuple[Path, CompressPlan, Report]) -> None:
