@@ -130,7 +130,12 @@ BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     ),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), UnsupportedModelError, "quantised"),
     "activation": (edit_config(hidden_act="gelu"), UnsupportedModelError, "gelu"),
-    "rope": (edit_config(rope_parameters={"rope_type": "longrope"}), UnsupportedModelError, "longrope"),
+    "rope": (edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), UnsupportedModelError, "dynamic"),
+    "divisors": (
+        edit_config(rope_parameters={"rope_type": "longrope"}),
+        ModelFileError,
+        "short_factor has 0 entries, not 8",
+    ),
     "nan": (edit_tensors(put_nan), ModelFileError, r"experts\.5\.w2\.weight holds NaN or infinity"),
     "infinity": (edit_tensors(put_infinity), ModelFileError, r"q_proj\.weight holds NaN or infinity"),
     "no tokenizer": (lambda path: (path / "tokenizer.model").unlink(), ModelFileError, r"no tokenizer\.model and no"),
@@ -223,7 +228,7 @@ def test_the_command_reports(tmp_path: Path, moe_checkpoint: Path, capsys: pytes
 
 
 UNOPENED: dict[str, tuple[dict[str, Any], str]] = {
-    "more experts used than there are": ({"num_experts_per_tok": 9}, "uses 9 of 6 experts per token"),
+    "more experts used than there are": ({"num_experts_per_tok": 9}, "selects 9 of 6 experts"),
     "heads that do not group": ({"num_key_value_heads": 3}, "4 attention heads do not divide into groups for 3"),
     "heads that are odd": ({"head_dim": 15}, "rotates 15 of 15 values per head"),
 }
