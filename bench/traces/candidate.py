@@ -7,11 +7,11 @@ import numpy as np
 
 from bench.traces.demand import Demand, Visit
 from slimoe.offload.cache.policy import Policy, PolicyContext, Ranked, Values
-from slimoe.offload.cache.residency import Key
+from slimoe.offload.cache.residency import Valued
 from slimoe.offload.cache.router_trace import TraceHeader
 
 
-class Candidate(Protocol):
+class Candidate(Valued, Protocol):
     """Values of experts. One that `is_choosy` keeps a missed expert only if it is worth more than a resident one.
 
     All but what is here is as in `slimoe.offload.cache.policy.Policy`.
@@ -22,21 +22,6 @@ class Candidate(Protocol):
     @property
     def values(self) -> Values:
         """What each expert is worth now, a new array."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Layers, and experts of the layer that has most."""
-
-    @property
-    def layer_weights(self) -> Values:
-        """What a rank of each layer counts now."""
-
-    @property
-    def n_falls(self) -> Sequence[int]:
-        """For each layer a number that grows when ranks may have fallen."""
-
-    def rank(self, key: Key) -> float:
-        """What an expert is worth now among those of its layer."""
 
     def observe(self, visit: Visit) -> None:
         """Sees the experts that a layer selects before the cache is asked for them."""

@@ -1,6 +1,6 @@
 """The order in which a layer's experts lie in a file. Apart: the bench that measures what orders bring uses it too.
 
-Experts that tokens select together are often missing together, and what lies next to each other is read at once.
+Experts that tokens select together are often missing together, and what lies next to each other can be read at once.
 """
 
 import numpy as np
