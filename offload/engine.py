@@ -15,6 +15,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel, carried_anew
+from slimoe.offload.model.number_check import check_numbers
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
 from slimoe.offload.plan.engine_config import EngineConfig, changed
@@ -84,6 +85,7 @@ class Engine:
         plan, progress = plan_engine(config, machine), on_progress or (lambda done, total: None)
         if plan.shortfall is not None:
             raise plan.shortfall
+        check_numbers(plan.gguf, plan.sources)
         try:
             return cls(config, plan, progress)
         except (DeviceError, DoesNotFitError) as error:
