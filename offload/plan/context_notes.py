@@ -2,6 +2,7 @@
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensors import ModelSources
 
 
 def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
@@ -19,6 +20,28 @@ def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
         return ()
     least = min(n for n in (spec.n_ctx_scaled, n_window) if n)
     return (f"The context window of {n_ctx} tokens is larger than the model's: {'; '.join(parts)}. Use --ctx {least}.",)
+
+
+def divisor_notes(sources: ModelSources, spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
+    """A note where a file lacks the divisors of rotation frequencies (longrope) that a context of `n_ctx` needs.
+
+    Nothing is divided then, as in llama.cpp. `sources` are the file's own, not yet those of a context.
+    """
+    short, long, n_orig = sources.rope_factors_short, sources.rope_factors_long, spec.rope.n_ctx_orig
+    is_long = n_ctx > n_orig
+    if sources.rope_freqs or (long if is_long else short) or not (short or long or spec.rope.scaling == "longrope"):
+        return ()
+    lacks, than = ("rope_factors_long", "more") if is_long else ("rope_factors_short", "no more")
+    advice = "Convert the model again, with both."
+    if is_long and short:
+        advice = f"Use --ctx {n_orig}, or convert the model again, with both."
+    elif long:
+        advice = f"Use --ctx {n_orig + 1} or more, or convert the model again, with both."
+    return (
+        f"The model's file lacks {lacks}.weight, by which a context window of {n_ctx} tokens, {than} than the original "
+        f"{n_orig}, divides the frequencies of its rotation (longrope). They are not divided, as in llama.cpp, and "
+        f"answers are worse. {advice}",
+    )
 
 
 def window_note(spec: ModelSpec) -> str:

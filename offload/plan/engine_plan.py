@@ -25,7 +25,7 @@ from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.advice import advised
 from slimoe.offload.plan.budget import decide_budget
-from slimoe.offload.plan.context_notes import check_context, context_notes
+from slimoe.offload.plan.context_notes import check_context, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
@@ -202,7 +202,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         reserve=memory.reserve_bytes,
         layers=layers,
         priors=cache_priors(layers),
-        notes=(*budget.notes, *context_notes(spec, n_ctx)),
+        notes=(*budget.notes, *context_notes(spec, n_ctx), *divisor_notes(model.sources, spec, n_ctx)),
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
         machine=machine,
     )

@@ -1,6 +1,7 @@
 """What files of one architecture may have or lack computes what llama.cpp does of it, to the last bit."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -85,6 +86,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Tensors]] = {
     "short divisors": ("phimoe", {"rope.scaling.original_context_length": 256}, {}),
     "a factor beside the divisors": ("phimoe", {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, {}),
     "no divisors": ("phimoe", {}, dict.fromkeys(FACTORS)),
+    "no long divisors in a long context": ("phimoe", {}, {"rope_factors_long.weight": None}),
+    "no short divisors in a short context": (
+        "phimoe",
+        {"rope.scaling.original_context_length": 256},
+        {"rope_factors_short.weight": None},
+    ),
     "rotation that is not finetuned": ("granitemoe", {"rope.scaling.finetuned": False}, {}),
     "Granite's divisors": ("granitemoe", {}, {"rope_freqs.weight": divisors(64)}),
     "Granite's long divisors": (
@@ -159,6 +166,46 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Tensors]] = {
 def test_what_a_file_may_have_or_lack(tmp_path: Path, content: Content, variant: str) -> None:
     name, keys, tensors = VARIANTS[variant]
     assert_computes_what_llama_cpp_does(write_content(tmp_path / "m.gguf", changed(content(name), keys, tensors)))
+
+
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ORIGINAL = {"rope.scaling.original_context_length": 128}
+
+
+@pytest.mark.parametrize(
+    ("keys", "lacking", "n_ctx", "words"),
+    [
+        (
+            ORIGINAL,
+            [LONG],
+            129,
+            rf"lacks {LONG}, .* of 129 tokens, more than the original 128, .* Use --ctx 128, or",
+        ),
+        (
+            ORIGINAL,
+            [SHORT],
+            128,
+            rf"lacks {SHORT}, .* of 128 tokens, no more than the original 128.* Use --ctx 129 or",
+        ),
+        (
+            ORIGINAL | {"rope.scaling.type": "longrope"},
+            [LONG, SHORT],
+            256,
+            rf"lacks {LONG}, .* worse\. Convert",
+        ),
+        (ORIGINAL, [LONG], 128, ""),
+        (ORIGINAL, [SHORT], 129, ""),
+        (ORIGINAL, [LONG, SHORT], 256, ""),
+        (ORIGINAL, [], 256, ""),
+    ],
+)
+def test_divisors_that_a_context_needs_and_the_file_lacks_are_told(
+    tmp_path: Path, content: Content, keys: dict[str, Any], lacking: list[str], n_ctx: int, words: str
+) -> None:
+    path = write_content(tmp_path / "m.gguf", changed(content("phimoe"), keys, dict.fromkeys(lacking)))
+    notes = plan_engine(engine_config(path, n_ctx=n_ctx, n_threads=1)).notes
+    assert len(notes) == bool(words)
+    assert re.search(words, " ".join(notes))
 
 
 def test_weights_of_experts_that_only_a_bias_selects_are_divided_by_no_less_than_llama_cpps_bound(
