@@ -31,7 +31,7 @@ from slimoe.server.jobs.harness_messages import (
     Planned,
 )
 from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
-from slimoe.server.process.engine_process import settle_in
+from slimoe.server.process.child_life import settle_in
 
 _LONGEST_SECONDS = 7 * 24 * 3600
 """A request of a large model on a slow disk takes what it takes."""

@@ -9,15 +9,17 @@ import msgspec
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.plan.engine_plan import plan_each
 from slimoe.server.models.plans import PlannedModel, decode_configs
-from slimoe.server.process.engine_process import settle_in
-from slimoe.server.terminal.plan_report import host_bytes
+from slimoe.server.process.child_life import settle_in
 
 
 def planned(config: EngineConfig) -> PlannedModel:
     """What opening one model would take, or why it cannot be opened."""
     try:
+        # Here, so that a ggml that cannot be loaded is told like any reason why a model cannot be opened.
+        from slimoe.offload.plan.engine_plan import plan_each
+        from slimoe.server.terminal.plan_report import host_bytes
+
         (plan,) = plan_each([config])
     except SlimoeError as error:
         return PlannedModel(problem=str(error))

@@ -5,10 +5,7 @@ and a closed pipe ends the process whatever it is doing. Two more prepare prompt
 `slimoe.server.process.engine_start` runs it.
 """
 
-import ctypes
-import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -25,13 +22,12 @@ from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, Outcome
 from slimoe.server import messages
 from slimoe.server.chat.prompts import Prompts
+from slimoe.server.process.child_life import leave, settle_in
 from slimoe.server.process.heartbeat import Heartbeat
-from slimoe.server.process.pipe import Pipe, leave
+from slimoe.server.process.pipe import Pipe
 from slimoe.server.process.preparer import Job, Preparer
 from slimoe.server.process.replies import OpenModel, Replies, describe, failure_of
 
-PR_SET_PDEATHSIG = 1
-OOM_SCORE = 500
 PROGRESS_SECONDS = 0.1
 _ENDS_THE_PROCESS = (DeviceError, DeviceFullError, FileChangedError)
 
@@ -279,21 +275,6 @@ def open_engine(config: EngineConfig, on_progress: Callable[[int, int], None]) -
     from slimoe.offload.engine import Engine
 
     return Engine.open(config, on_progress)
-
-
-def settle_in(parent_pid: int) -> None:
-    """Makes this process a good child: dies with its parent, leaves Ctrl-C to it, is the first to go without memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:
-            leave()
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
-    if sys.platform != "win32":
-        import resource
-
-        # An abort must not write the model's gigabytes to disk before the engine can start again.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def main(open_engine: OpenEngine = open_engine) -> None:

@@ -5,7 +5,8 @@ Run as `python -m slimoe.server.process.engine_start PARENT_PID`.
 
 from slimoe.offload.errors import LibraryError
 from slimoe.server.messages import Failure
-from slimoe.server.process.pipe import Pipe, leave
+from slimoe.server.process.child_life import leave
+from slimoe.server.process.pipe import Pipe
 
 
 def main() -> None:

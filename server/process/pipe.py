@@ -1,13 +1,12 @@
 """The engine process's end of its pipes, on standard input and output. Apart: it takes the streams for itself."""
 
-import contextlib
 import os
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
 
 from slimoe.server.messages import Message, ToEngine, decode_to_engine, pack
+from slimoe.server.process.child_life import leave
 from slimoe.server.process.message_buffer import MessageBuffer
 
 _READ_BYTES = 1 << 16
@@ -50,10 +49,3 @@ class Pipe:
                     data = data[os.write(self._write_fd, data) :]
         except OSError:
             leave()
-
-
-def leave() -> NoReturn:
-    """Ends the process at once: threads inside C code cannot be asked, and the memory goes back either way."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    os._exit(0)

@@ -22,7 +22,7 @@ from slimoe.server.jobs.harness_messages import (
     Planned,
 )
 from slimoe.server.jobs.remote_tokens import RemoteTokens, counted_timings
-from slimoe.server.process.engine_process import settle_in
+from slimoe.server.process.child_life import settle_in
 
 
 def send(event: msgspec.Struct) -> None:
