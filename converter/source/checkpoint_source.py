@@ -33,6 +33,7 @@ from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
+from slimoe.offload.model.architectures import variant_of
 from slimoe.offload.model.tensor_list import check_tensors
 
 _FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling)
@@ -85,9 +86,9 @@ def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     kind = checkpoint.read_config(ConfigClass)
     family = FAMILIES.get(kind.name)
     if family is None:
-        unknown = f"the architecture {kind.name!r:.100} is not supported, only {', '.join(FAMILIES)}."
-        unknown += f" Its model_type is {kind.model_type!r:.100}." if kind.model_type else ""
-        raise UnsupportedModelError(checkpoint.path, unknown)
+        of_type = f" of model_type {kind.model_type!r:.100}" if kind.model_type else ""
+        unknown = f"the architecture {kind.name!r:.100}{of_type} is not supported{variant_of(kind.model_type or '')}."
+        raise UnsupportedModelError(checkpoint.path, f"{unknown} Those that are: {', '.join(FAMILIES)}.")
     if kind.model_type not in (None, family.model_type):
         mixed_up = f"model_type is {kind.model_type!r:.100}, but {kind.name} belongs to {family.model_type!r}."
         raise UnsupportedModelError(checkpoint.config_path, mixed_up, "Correct the one that is wrong.")

@@ -285,3 +285,13 @@ COUSINS = {
     "qwen3vlmoe": ("qwen3moe", "with positions of images"),
 }
 """Architectures that the engine does not run: the nearest one, and what is different from it."""
+
+
+def variant_of(name: str) -> str:
+    """Says of which architecture one that is not run is a variant, for the middle of a sentence; empty if of none.
+
+    Hugging Face's `model_type` does as the name too.
+    """
+    plain = {known.replace("_", ""): variant for known, variant in COUSINS.items()}
+    nearest, difference = plain.get(name.replace("_", ""), ("", ""))
+    return f": it is like {nearest}, but {difference}" if nearest else ""

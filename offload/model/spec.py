@@ -13,7 +13,7 @@ from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
 from slimoe.offload.model.architecture import Architecture, Score
-from slimoe.offload.model.architectures import ARCHITECTURES, COUSINS, LLAMA
+from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA, variant_of
 from slimoe.offload.model.attention_spec import AttentionSpec, attention_metadata, read_attention
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
 from slimoe.offload.model.rope import RopeSpec, read_rope
@@ -234,11 +234,9 @@ class ModelSpec:
 
 
 def _unknown(name: Value) -> str:
-    """Says of an architecture that it is not supported, which are, and of which one it is a variant."""
-    known = ", ".join(f"{row.name} ({row.models})" for row in ARCHITECTURES.values())
-    nearest, difference = COUSINS.get(name, ("", "")) if isinstance(name, str) else ("", "")
-    variant = f" It is like {nearest}, but {difference}." if nearest in ARCHITECTURES else ""
-    return f"the architecture {name!r:.100} is not supported, only {known}.{variant}"
+    """Says of an architecture that it is not supported, of which one it is a variant, and which ones are."""
+    variant = variant_of(name) if isinstance(name, str) else ""
+    return f"the architecture {name!r:.100} is not supported{variant}. Those that are: {', '.join(ARCHITECTURES)}."
 
 
 def _windowed(keys: MetadataKeys, architecture: Architecture, n_layer: int) -> tuple[bool, ...]:

@@ -126,7 +126,7 @@ BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     "no architecture": (
         edit_config(architectures=None),
         UnsupportedModelError,
-        "the architecture 'unknown' is not supported",
+        "the architecture 'unknown' of model_type 'mixtral' is not supported",
     ),
     "quantised": (edit_config(quantization_config={"quant_method": "gptq"}), UnsupportedModelError, "quantised"),
     "activation": (edit_config(hidden_act="gelu"), UnsupportedModelError, "gelu"),

@@ -118,11 +118,11 @@ def test_every_other_layer_behind_the_dense_ones_may_have_experts(tmp_path: Path
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"general.architecture": "rwkv"}, UnsupportedModelError, "'rwkv' is not supported, only llama"),
+        ({"general.architecture": "rwkv"}, UnsupportedModelError, r"'rwkv' is not supported\. Those that are: llama, "),
         (
             {"general.architecture": "qwen3vlmoe"},
             UnsupportedModelError,
-            "It is like qwen3moe, but with positions of im",
+            r"'qwen3vlmoe' is not supported: it is like qwen3moe, but with positions of images\. Those that are: l",
         ),
         ({"llama.block_count": None}, ModelFileError, "block_count is missing"),
         ({"llama.attention.head_count_kv": 3}, ModelFileError, "do not divide into groups"),

@@ -145,10 +145,14 @@ def test_layers_without_experts_beyond_the_last_are_none() -> None:
     [
         (
             {"architectures": ["RwkvForCausalLM"], "model_type": "rwkv"},
-            "'RwkvForCausalLM' is not supported, only .* Its model_type is 'rwkv'",
+            r"'RwkvForCausalLM' of model_type 'rwkv' is not supported\. Those that are: LlamaForCausalLM, Mis",
         ),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "'Qwen3ForCausalLM' is not supported, only LlamaForCausalLM, Mis"),
-        ({"model_type": "rwkv"}, "'unknown' is not supported, only .*, OlmoeForCausalLM"),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
+            "'qwen3_next' is not supported: it is like qwen3moe, but with linear attention. Those that are: LlamaForC",
+        ),
+        ({"architectures": ["Qwen3ForCausalLM"]}, r"'Qwen3ForCausalLM' is not supported\. Those that are: .*, Olmoe"),
+        ({"model_type": "rwkv"}, "'unknown' of model_type 'rwkv' is not supported"),
         ({"architectures": ["OlmoeForCausalLM"], "model_type": "qwen3_moe"}, "but OlmoeForCausalLM belongs to 'olmoe'"),
     ],
     ids=str,
