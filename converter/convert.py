@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.converter.budget.named_types import typed_matrices, with_low_copies, with_named_types
+from slimoe.converter.budget.named_types import smaller_copies_advice, typed_matrices, with_low_copies, with_named_types
 from slimoe.converter.budget.structure import whole_layer
 from slimoe.converter.gguf.writer import Progress, check_target
 from slimoe.converter.layout.layer import Matrix, check_plan
@@ -145,18 +145,17 @@ def plan(options: ConvertOptions) -> Conversion:
     provenance = {} if given is None else given.metadata
     whole = CompressPlan("stock", layers, Type.F32, None, asked, file_type=mixes[0].file_type, provenance=provenance)
     check_plan(source, whole)
-    planned = with_named_types(source, whole, wanted, asked, mixes[0].base)
+    planned = with_named_types(source, whole, wanted, asked, mixes[0].base, has_copies=len(mixes) > 1)
     if len(mixes) > 1:
         planned = replace(with_low_copies(source, planned, wanted), format="native")
         for layer in planned.layers:
             if layer.experts and not any(expert.low_types for expert in layer.experts):
                 problem = f"The second copies of --two-copies {asked} are not smaller than the first in layer"
-                hint = "Name the better type first, and a smaller one second."
-                raise UsageError(f"{problem} {layer.block}. {hint}")
+                raise UsageError(f"{problem} {layer.block}. {smaller_copies_advice(source, planned, mixes[1].base)}")
     layout = lay_out(source, planned)
     matrices = typed_matrices(layout, lambda one: wanted(one.key.name, one.copy))
     for mix in mixes[1:]:
-        check_fits(source.path, layout.spec, asked, mix.base, matrices)
+        check_fits(source.path, layout.spec, asked, mix.base, matrices, has_copies=True)
     check_target(options.target, layout.n_bytes, force=options.force, sources=model_files(source))
     fitted = _fitted(source, layout, given)
     return Conversion(source, planned, layout, matrices, copied_bytes(source, layout), given, fitted)

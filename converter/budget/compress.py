@@ -15,6 +15,7 @@ from slimoe.converter.budget.named_types import (
     check_width,
     plan_kinds,
     priced,
+    smaller_copies_advice,
     with_low_copies,
     with_named_types,
 )
@@ -120,12 +121,15 @@ class _Job:
         """The plan with the types that the recipe names, and what types cost, if that can be known."""
         names = NamedTypes(self.source, self.recipe, len(structure.layers))
         default = find_recipe(self.recipe.types.expert or DEFAULT_EXPERT)
-        plan = with_named_types(self.source, plan, names.of, default.name, default.base)
-        whole, low = plan, self.recipe.types.low
+        low = self.recipe.types.low
+        has_copies = low is not None
+        plan = with_named_types(self.source, plan, names.of, default.name, default.base, has_copies=has_copies)
+        whole = plan
         if low is not None:
             whole = with_low_copies(self.source, plan, lambda _name, _copy: Type[low])
             if not any(expert.low_types for layer in whole.layers for expert in layer.experts):
-                raise UsageError(f"Second copies in {low} would be no smaller than the first. Name a smaller type.")
+                advice = smaller_copies_advice(self.source, plan, Type[low])
+                raise UsageError(f"Second copies in {low} would be no smaller than the first. {advice}")
         check_importance(whole)
         costs = costs or self._named_costs(whole)
         return priced(plan, costs), costs

@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.converter.layout.layer import ROUTER, Matrix, fitted_types, matrix_width, type_bits
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
-from slimoe.converter.quant.mixes import find_recipe, fitting_type, layer_and_role
+from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type, layer_and_role
 from slimoe.converter.quant.quantize import needs_importance
-from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, typed
+from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, copies_advice, typed
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.converter.stats.type_costs import LOSSLESS, TypeCosts
@@ -26,10 +26,13 @@ Wanted = Callable[[str, int], Type | None]
 """The type that is asked for, by a matrix's name in a stock file and the number of its copy; None if a size decides."""
 
 
-def with_named_types(source: ModelSource, plan: CompressPlan, wanted: Wanted, asked: str, base: Type) -> CompressPlan:
+def with_named_types(
+    source: ModelSource, plan: CompressPlan, wanted: Wanted, asked: str, base: Type, *, has_copies: bool = False
+) -> CompressPlan:
     """The plan whose matrices have the types that are `wanted` by name, or others where these do not fit the rows.
 
-    Raises UnsupportedModelError if nothing fits `base`, the type that `asked` is mostly made of.
+    Raises UnsupportedModelError if nothing fits `base`, the type that `asked` is mostly made of; `has_copies` says
+    whether `asked` is of experts with second copies.
     """
     matrices: list[TypedMatrix] = []
 
@@ -54,7 +57,7 @@ def with_named_types(source: ModelSource, plan: CompressPlan, wanted: Wanted, as
             gate, up, down = (kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
             experts.append(replace(expert, types=(gate, up, down)))
         layers.append(replace(layer, types=types, experts=tuple(experts)))
-    check_fits(source.path, source.spec, asked, base, matrices)
+    check_fits(source.path, source.spec, asked, base, matrices, has_copies=has_copies)
     return replace(plan, layers=tuple(layers), token_type=token, output_type=output)
 
 
@@ -71,6 +74,15 @@ def with_low_copies(source: ModelSource, plan: CompressPlan, wanted: Wanted) -> 
         for index, layer in enumerate(plan.layers)
     )
     return replace(plan, layers=tuple(layers))
+
+
+def smaller_copies_advice(source: ModelSource, plan: CompressPlan, low: Type) -> str:
+    """What to do where second copies in `low` are no smaller than the first ones of the plan."""
+    widths = {matrix_width(source, layer.block, expert) for layer in plan.layers for expert in layer.experts}
+    rows = widths | {source.spec.n_embd}
+    if all(fits(low, n_per_row) for n_per_row in rows):
+        return "Name the better type first, and a smaller one second."
+    return f"{low.name} does not fit all rows of the experts. {copies_advice(rows)}"
 
 
 def typed_matrices(layout: FileLayout, wanted: Callable[[Matrix], Type | None]) -> tuple[TypedMatrix, ...]:

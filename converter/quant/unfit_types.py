@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +52,18 @@ def unfit_notes(matrices: Sequence[TypedMatrix], n_tensors: int) -> list[str]:
 
 
 def check_fits(
-    path: Path, spec: ModelSpec, recipe: str, base: GGMLQuantizationType, matrices: Sequence[TypedMatrix]
+    path: Path,
+    spec: ModelSpec,
+    recipe: str,
+    base: GGMLQuantizationType,
+    matrices: Sequence[TypedMatrix],
+    *,
+    has_copies: bool = False,
 ) -> None:
     """Refuses a type that no matrix can have: what was asked for would be in no place of the file.
 
-    Raises UnsupportedModelError with the three smallest types that fit all matrices of the model at `path`.
+    Raises UnsupportedModelError with the three smallest types that fit all matrices of the model at `path`, or with two
+    types if experts have second copies.
     """
     unfit = [matrix for matrix in matrices if matrix.unfit is not None]
     if not unfit or any(matrix.type is base for matrix in matrices):
@@ -66,6 +73,14 @@ def check_fits(
     what = {spec.n_ff: "n_ff", spec.n_embd: "n_embd"}.get(first.n_per_row, "the row length")
     block = GGML_QUANT_SIZES[first.unfit][0]
     needs = f"is no multiple of {block}, as {first.unfit.name} in {recipe} needs"
-    suggested = fitting_types(math.gcd(*(matrix.n_per_row for matrix in matrices)))[-3:]
-    problem = f"{first.name}: {what} of {first.n_per_row} {needs}."
-    raise UnsupportedModelError(path, problem, f"Use --type {' or '.join(suggested)}.")
+    rows = [matrix.n_per_row for matrix in matrices]
+    suggested = fitting_types(math.gcd(*rows))[-3:]
+    advice = copies_advice(rows) if has_copies else f"Use --type {' or '.join(suggested)}."
+    raise UnsupportedModelError(path, f"{first.name}: {what} of {first.n_per_row} {needs}.", advice)
+
+
+def copies_advice(rows: Iterable[int]) -> str:
+    """A sentence with two types for copies of experts that fit rows of these lengths, the second one smaller."""
+    suggested = fitting_types(math.gcd(*rows))
+    best = "Q8_0" if "Q8_0" in suggested else suggested[0]
+    return f"Use --two-copies {best},{suggested[-1]}, or a recipe with such types."

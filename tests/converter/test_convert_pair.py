@@ -1,6 +1,7 @@
 """`slimoe convert --two-copies`: both copies are what a stock conversion to their type has."""
 
 import json
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_pairs_that_are_none(tmp_path: Path, k_quant_checkpoint: Path, names: st
 def test_a_type_that_does_not_fit_the_experts(tmp_path: Path, moe_checkpoint: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="as Q2_K in Q8_0,Q2_K_PURE needs"):
         plan(ConvertOptions(moe_checkpoint, tmp_path / "m.gguf", pair="Q8_0,Q2_K_PURE"))
+
+
+@pytest.mark.parametrize("names", ["Q4_K,Q2_K", "Q2_K,Q4_K", "Q8_0,Q2_K_PURE", "Q4_0,Q2_K", "IQ4_NL,Q3_K"])
+def test_the_copies_that_are_suggested_work(
+    tmp_path: Path, moe_checkpoint: Path, capsys: pytest.CaptureFixture[str], names: str
+) -> None:
+    arguments = ["convert", str(moe_checkpoint), str(tmp_path / "m.gguf"), "--dry-run", "--two-copies"]
+    assert run([*arguments, names]) in (2, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    suggested = re.search(r" Use --two-copies (\w+,\w+), or a recipe with such types\.$", line)
+    assert suggested, line
+    assert run([*arguments, suggested[1]]) == 0
 
 
 def test_a_model_without_experts(tmp_path: Path, dense_checkpoint: Path) -> None:

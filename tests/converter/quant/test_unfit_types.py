@@ -178,8 +178,21 @@ def test_a_type_that_fits_nowhere_is_refused(moe_checkpoint: Path) -> None:
 
 def test_second_copies_that_would_be_no_smaller_are_refused(moe_checkpoint: Path) -> None:
     recipe = Recipe(types=StorageRecipe(expert="IQ4_NL", low="Q2_K"))
-    with pytest.raises(UsageError, match="Second copies in Q2_K would be no smaller than the first"):
+    told = r"Second copies in Q2_K would be no smaller than the first\. .* Use --two-copies Q8_0,IQ4_NL, or"
+    with pytest.raises(UsageError, match=told):
         plan_compression(open_source(moe_checkpoint), None, recipe)
+    recipe = Recipe(types=StorageRecipe(expert="Q4_0", low="Q8_0"))
+    with pytest.raises(UsageError, match=r"no smaller than the first\. Name the better type first"):
+        plan_compression(open_source(moe_checkpoint), None, recipe)
+
+
+def test_a_first_copy_that_fits_nowhere_is_refused_with_two_types_that_do(moe_checkpoint: Path) -> None:
+    recipe = Recipe(types=StorageRecipe(expert="Q4_K", low="Q2_K"))
+    with pytest.raises(UnsupportedModelError, match=r"as Q4_K in Q4_K needs\. Use --two-copies Q8_0,IQ4_NL, or a recipe"):
+        plan_compression(open_source(moe_checkpoint), None, recipe)
+    suggested = Recipe(types=StorageRecipe(expert="Q8_0", low="IQ4_NL"))
+    plan = plan_compression(open_source(moe_checkpoint), None, suggested)
+    assert all(expert.low_types for layer in plan.layers for expert in layer.experts)
 
 
 def test_types_that_must_know_what_matters_are_refused_before_writing(source: ModelSource) -> None:
