@@ -1,7 +1,7 @@
 """What a written file has of each block of its source: types, experts and bytes, read from the file itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf import GGML_QUANT_SIZES
@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.report.alignment import LayerMap
-from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import LayerSources, WeightSource
@@ -47,7 +47,8 @@ class BlockFacts:
     """What the file has of one block of the source; `layer` is its number in the file, None if it was dropped.
 
     `rows` are those of the source's router, empty if the file does not say which ones it has. `attention` are the types
-    of the attention's matrices by role, and `n_bytes` the bytes by part, as `PARTS` names them.
+    of the attention's matrices by role, `dense` those of a dense layer or of shared experts, and `n_bytes` the bytes by
+    part, as `PARTS` names them.
     """
 
     block: int
@@ -55,8 +56,10 @@ class BlockFacts:
     rows: tuple[RowFacts, ...]
     attention: dict[str, str]
     n_bytes: dict[str, int]
+    dense: dict[str, str] = field(default_factory=dict)
 
 
+_DENSE = frozenset(f"ffn_{name}{suffix}" for name in PROJECTIONS for suffix in ("", "_shexp"))
 PARTS = ("attention", "experts", "second copies", "other")
 """Parts of a block by which bytes are counted; second copies are all copies of experts after the first."""
 
@@ -78,7 +81,7 @@ def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> 
         facts = (
             _rows(parts, rows, n_row) if rows else (RowFacts(),) * (n_row if layer_map and not parts.ffn_norm else 0)
         )
-        attention, sizes = {}, dict.fromkeys(PARTS, 0)
+        attention, dense, sizes = {}, {}, dict.fromkeys(PARTS, 0)
         for name, tensor in gguf.tensors.items():
             number, role = layer_and_role(name)
             if number != layer:
@@ -87,6 +90,8 @@ def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> 
             sizes[kind] += tensor.n_bytes
             if kind == "attention" and name.endswith(".weight") and len(tensor.ne) > 1:
                 attention[role] = tensor.type.name
+            elif kind == "other" and role in _DENSE:
+                dense[role] = tensor.type.name
         if parts.buckets:
             sizes["second copies"] = sum(
                 sum(stack.n_bytes // stack.ne[2] for stack in parts.buckets.buckets[bucket])
@@ -94,7 +99,7 @@ def block_facts(path: Path, source: ModelSource, layer_map: LayerMap | None) -> 
                 for bucket in copies[1:]
             )
             sizes["experts"] -= sizes["second copies"]
-        found[block] = BlockFacts(block, layer, facts, attention, sizes)
+        found[block] = BlockFacts(block, layer, facts, attention, sizes, dense)
     gone = dict.fromkeys(PARTS, 0)
     return tuple(
         found.get(block) or BlockFacts(block, None, (RowFacts(),) * len(source.layers[block].target), {}, gone)

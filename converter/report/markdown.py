@@ -247,13 +247,15 @@ def _bytes(report: Report) -> Iterator[str]:
 
 
 def _types(report: Report) -> Iterator[str]:
-    head = ("Block", "Attention", "Experts: gate/up/down", "Dropped", "Constants", "Bytes")
-    yield from table([head, *map(_block_row, report.blocks)])
+    has_dense = any(facts.dense for facts in report.blocks)
+    dense = ("Dense, shared experts",) if has_dense else ()
+    head = ("Block", "Attention", *dense, "Experts: gate/up/down", "Dropped", "Constants", "Bytes")
+    yield from table([head, *(_block_row(facts, has_dense=has_dense) for facts in report.blocks)])
 
 
-def _block_row(facts: BlockFacts) -> tuple[str, ...]:
+def _block_row(facts: BlockFacts, *, has_dense: bool) -> tuple[str, ...]:
     if facts.layer is None:
-        return str(facts.block), "dropped", "dropped", "", "", "0"
+        return str(facts.block), "dropped", *(("dropped",) if has_dense else ()), "dropped", "", "", "0"
     stored = {row.stored: row for row in facts.rows if row.stored is not None}
     # The types of each expert's copies, once where gate, up and down have the same.
     names: Counter[str] = Counter()
@@ -264,8 +266,9 @@ def _block_row(facts: BlockFacts) -> tuple[str, ...]:
     dropped = sum(row.stored is None and not row.is_constant for row in facts.rows)
     constants = sum(row.is_constant for row in facts.rows)
     n_bytes = f"{sum(facts.n_bytes.values()):,}"
-    attention = " ".join(dict.fromkeys(facts.attention.values())) or "none"
-    return str(facts.block), attention, types, str(dropped), str(constants), n_bytes
+    attention, dense = (" ".join(dict.fromkeys(kinds.values())) or "none" for kinds in (facts.attention, facts.dense))
+    shown = (dense,) if has_dense else ()
+    return str(facts.block), attention, *shown, types, str(dropped), str(constants), n_bytes
 
 
 def _recipe(report: Report) -> Iterator[str]:

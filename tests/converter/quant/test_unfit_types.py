@@ -188,7 +188,9 @@ def test_second_copies_that_would_be_no_smaller_are_refused(moe_checkpoint: Path
 
 def test_a_first_copy_that_fits_nowhere_is_refused_with_two_types_that_do(moe_checkpoint: Path) -> None:
     recipe = Recipe(types=StorageRecipe(expert="Q4_K", low="Q2_K"))
-    with pytest.raises(UnsupportedModelError, match=r"as Q4_K in Q4_K needs\. Use --two-copies Q8_0,IQ4_NL, or a recipe"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"as Q4_K in Q4_K needs\. Use --two-copies Q8_0,IQ4_NL, or a recipe"
+    ):
         plan_compression(open_source(moe_checkpoint), None, recipe)
     suggested = Recipe(types=StorageRecipe(expert="Q8_0", low="IQ4_NL"))
     plan = plan_compression(open_source(moe_checkpoint), None, suggested)

@@ -18,7 +18,7 @@ from PIL import Image
 from slimoe.converter.forward.texts import TextFile, default_texts, documents, held_out_texts
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.report.alignment import planned_layer_map
-from slimoe.converter.report.block_facts import RowFacts, block_facts
+from slimoe.converter.report.block_facts import BlockFacts, RowFacts, block_facts
 from slimoe.converter.report.eval_text import EvalText, eval_windows, read_eval_text, seen_share
 from slimoe.converter.report.evaluation import evaluate
 from slimoe.converter.report.make import known_report, report_paths, save_report, write_report
@@ -38,7 +38,7 @@ from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 from tests.models.compress_plans import same_plan, with_layers
-from tests.models.gguf_content import read_content, write_content
+from tests.models.gguf_content import GGUFContent, quantise, read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
 
 SETTINGS = ReportSettings(n_block_tokens=64, n_written=20)
@@ -340,3 +340,26 @@ def test_a_report_that_cannot_be_written(made: tuple[Path, CompressPlan, Report]
     report_paths(target)["plots"].write_bytes(struct.pack("<I", 0))
     with pytest.raises(UsageError, match=r"m\.gguf\.report cannot be written"):
         save_report(made[2], target)
+
+
+def test_types_of_dense_layers_and_of_shared_experts(tmp_path: Path, made: tuple[Path, CompressPlan, Report]) -> None:
+    shape = FineShape(n_layer=2, n_expert=8, n_expert_used=4)
+    path = write_family(tmp_path / "m.gguf", "glm4moe", Type.Q4_K, shape)
+    content = read_content(path)
+    down = quantise(np.ones((shape.n_embd, shape.n_ff), np.float32), Type.Q8_0)
+    tensors = content.tensors | {"blk.1.ffn_down_shexp.weight": down}
+    path = write_content(tmp_path / "mixed.gguf", GGUFContent(content.keys, tensors))
+    first, second = block_facts(path, gguf_source(path), None)
+    assert first.dense == dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "Q4_K")
+    assert second.dense == {"ffn_gate_shexp": "Q4_K", "ffn_up_shexp": "Q4_K", "ffn_down_shexp": "Q8_0"}
+    _, _, report = made
+
+    def types(blocks: tuple[BlockFacts, ...]) -> list[list[str]]:
+        section = markdown(replace(report, blocks=blocks), {}).partition("## Types")[2].partition("## Recipe")[0]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.strip().splitlines()]
+
+    head, _, *rows = types((first, second, replace(second, layer=None)))
+    assert head[:4] == ["Block", "Attention", "Dense, shared experts", "Experts: gate/up/down"]
+    assert [row[2] for row in rows] == ["Q4_K", "Q4_K Q8_0", "dropped"]
+    assert len({len(row) for row in (head, *rows)}) == 1
+    assert types(report.blocks)[0][:3] == ["Block", "Attention", "Experts: gate/up/down"]
