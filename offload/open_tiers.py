@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 
-from slimoe.offload.cache.device_pool import SlotPool
+from slimoe.offload.cache.device_pool import DeviceSlots, SlotPool
 from slimoe.offload.cache.disk_reader import DiskReader
 from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_policy
@@ -111,8 +111,8 @@ class Tiers:
 class _Elsewhere:
     """A cache policy's ranks for host memory, where experts that a device holds are worth nothing."""
 
-    def __init__(self, policy: Policy, devices: list[DeviceExperts]) -> None:
-        self._policy, self._devices = policy, devices
+    def __init__(self, policy: Policy, on_devices: DeviceSlots) -> None:
+        self._policy, self._on_devices = policy, on_devices
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,13 +124,10 @@ class _Elsewhere:
 
     @property
     def n_falls(self) -> list[int]:
-        n_falls = self._policy.n_falls
-        for device in self._devices:
-            n_falls = [n + device.n_arrived[layer] for layer, n in enumerate(n_falls)]
-        return n_falls
+        return [sum(counts) for counts in zip(self._policy.n_falls, self._on_devices.n_arrived, strict=True)]
 
     def rank(self, key: Key) -> float:
-        return -math.inf if any(device.holds(key) for device in self._devices) else self._policy.rank(key)
+        return -math.inf if self._on_devices.numbers[key] >= 0 else self._policy.rank(key)
 
 
 def open_tiers(
@@ -179,6 +176,7 @@ class _Opening:
         self._policy = carried.policy or make_policy(config.memory.policy, context)
         carried.policy = self._policy
         self._n_expert = n_expert
+        self._on_devices = DeviceSlots.empty(len(plan.layers), n_expert)
 
     def open(self) -> Tiers:
         plan = self._plan
@@ -210,13 +208,13 @@ class _Opening:
             rows = 0 if self._rows is None else self._rows.n_bytes
             taken = self._taken(runner.graph_bytes + graphs.compute_bytes + rows)
             n_slots = self._n_slots(plan.tiers, taken)
-            host_pool = HostPool(reader, _Elsewhere(self._policy, experts), n_slots, possible)
+            host_pool = HostPool(reader, _Elsewhere(self._policy, self._on_devices), n_slots, possible)
             self._opened.callback(host_pool.close)
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)
             self._fill(host_pool, experts)
             if plan.lossy is not None:
-                memory = ResidentExperts(plan.layers, host_pool, reader, experts)
+                memory = ResidentExperts(plan.layers, host_pool, reader, self._on_devices)
                 lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
             runner.attach(self._moe_step(parts, host, graphs, host_pool, experts, lossy))
         by_plan = zip(plan.devices, [part.experts for part in parts[1:]], strict=True)
@@ -262,7 +260,7 @@ class _Opening:
         pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
         graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture.activation, weights.layers)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
-        experts = DeviceExperts(pools, enter(closing(graphs)), own)
+        experts = DeviceExperts(pools, enter(closing(graphs)), own, self._on_devices)
         return DevicePart(backend, exchange, device.layers, cache, weights, experts)
 
     def _store(self, backend: Backend) -> WeightStore:
@@ -296,8 +294,7 @@ class _Opening:
                     self._count(self._copies[key].n_bytes)
         host_pool.pin(set())
         host_pool.forget()
-        on_devices = {key for device in devices for key in device}
-        order = [key for key in best if key not in on_devices] + [key for key in best if key in on_devices]
+        order = sorted(best, key=lambda key: bool(self._on_devices.numbers[key] >= 0))
         copies = [(key, self._copies[key]) for key in order]
         if self._plan.tiers is not None and self._plan.tiers.low != "none":
             # Low-bit copies have slots of their own.
@@ -335,7 +332,7 @@ class _Opening:
             self._cut,
             graphs,
             host_pool,
-            (lambda key: any(device.holds(key) for device in devices)) if devices else None,
+            self._on_devices if devices else None,
             None if lossy is None else lossy.prefetch_copy,
         )
         for part in parts:

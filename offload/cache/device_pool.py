@@ -1,16 +1,17 @@
-"""Slots for experts on a device: stacks of equal matrices, filled over the link, and who lies in which slot.
+"""Slots for experts on a device: stacks of equal matrices, filled over the link.
 
 A stack is what `mul_mat_id` takes, so an expert is chosen by the number of its slot, and a device's graphs never
 change.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimoe.offload.cache.host_slots import Addresses, matrix_bytes
-from slimoe.offload.cache.residency import Key
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
@@ -25,6 +26,23 @@ def device_slot_bytes(slot_class: SlotClass) -> int:
     return sum(matrix_bytes(kind, ne) for kind, ne in slot_class)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceSlots:
+    """Where experts are on devices: `numbers` I32 [n_layer, n_expert] of their slots, -1 of those on none.
+
+    A layer is on one device, and an expert has slots of one class there. `n_arrived` [n_layer] counts those that got a
+    slot.
+    """
+
+    numbers: NDArray[np.int32]
+    n_arrived: list[int]
+
+    @classmethod
+    def empty(cls, n_layer: int, n_expert: int) -> "DeviceSlots":
+        """No expert is on a device."""
+        return cls(np.full((n_layer, n_expert), -1, np.int32), [0] * n_layer)
+
+
 class SlotPool:
     """`n_slots` slots of one class, as three `stacks` [ne0, ne1, n_slots] of gate, up and down.
 
@@ -35,7 +53,6 @@ class SlotPool:
         assert 0 < n_passing < n_slots
         self.backend, self.slot_class = backend, slot_class
         self.n_slots, self.n_passing = n_slots, n_passing
-        self._slot_of: dict[Key, int] = {}
         self._free = list(range(n_slots - n_passing - 1, -1, -1))
         self._passing = itertools.cycle(range(n_slots - n_passing, n_slots))
         self._ctx = ggml.ggml_init(ggml.InitParams(4 * ggml.ggml_tensor_overhead(), None, True))
@@ -54,13 +71,6 @@ class SlotPool:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._slot_of)
-
-    def slot(self, key: Key) -> int | None:
-        """The number of the slot that an expert has, None if it has none."""
-        return self._slot_of.get(key)
-
     @property
     def n_bytes(self) -> int:
         """Device memory of all slots."""
@@ -71,18 +81,13 @@ class SlotPool:
         """Slots that hold no expert."""
         return len(self._free)
 
-    def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> int:
-        """Copies an expert from host memory into a free slot, or into its victim's; returns the bytes copied."""
-        if victim is not None:
-            self.drop(victim)
-        slot = self._free.pop()
-        self.write(slot, addresses)
-        self._slot_of[key] = slot
-        return device_slot_bytes(self.slot_class)
+    def take(self) -> int:
+        """A free slot, which is none any more."""
+        return self._free.pop()
 
-    def drop(self, key: Key) -> None:
-        """Gives an expert's slot back."""
-        self._free.append(self._slot_of.pop(key))
+    def give_back(self, slot: int) -> None:
+        """Lets a slot be free again."""
+        self._free.append(slot)
 
     def next_passing(self) -> int:
         """A slot for something that passes through; `write` fills it, after what was begun with the one before."""

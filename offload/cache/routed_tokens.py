@@ -1,5 +1,6 @@
 """What a layer's router selected, grouped by expert: the work of one MoE step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,22 +9,18 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 
-_ONE_TOKEN = np.zeros(1, np.int32)
-"""The rows of a batch of one token."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutedTokens:
     """The tokens of a step that selected one expert and use one copy of it.
 
-    `tokens` I32 [n] are rows of the batch, `columns` I64 [n] places in the outputs: row * n_expert_used + rank.
-    `copy_index` counts an expert's copies from the best on.
+    `columns` I64 [n] are places in the outputs: row of the batch * n_expert_used + rank. `copy_index` counts an
+    expert's copies from the best on.
     """
 
     key: Key
     copy: ExpertCopy
     copy_index: int
-    tokens: NDArray[np.int32]
     columns: NDArray[np.int64]
 
 
@@ -41,11 +38,11 @@ def group_by_expert(
     experts = layer.experts
     if len(selected) == 1:
         return [
-            RoutedTokens((index, expert), experts[expert][copy], copy, _ONE_TOKEN, np.array([column], np.int64))
+            RoutedTokens((index, expert), experts[expert][copy], copy, np.array([column], np.int64))
             for column, (expert, copy) in enumerate(zip(flat.tolist(), wanted.tolist(), strict=True))
             if expert >= 0
         ]
-    n_used, n_copies = selected.shape[1], int(wanted.max(initial=0)) + 1
+    n_copies = int(wanted.max(initial=0)) + 1
     groups = np.where(flat < 0, -1, flat * n_copies + wanted)
     order = np.argsort(groups, kind="stable")
     names, begins = np.unique(groups[order], return_index=True)
@@ -53,6 +50,18 @@ def group_by_expert(
     for name, columns in zip(names.tolist(), np.split(order.astype(np.int64), begins[1:]), strict=True):
         if name >= 0:
             expert, copy = divmod(name, n_copies)
-            tokens = (columns // n_used).astype(np.int32)
-            routed.append(RoutedTokens((index, expert), experts[expert][copy], copy, tokens, columns))
+            routed.append(RoutedTokens((index, expert), experts[expert][copy], copy, columns))
     return routed
+
+
+def pairs_of(
+    routed: Sequence[RoutedTokens], slots: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Slots, experts and columns of all pairs of experts of one layer, each of which is in one of the `slots`."""
+    n_pairs = [len(one.columns) for one in routed]
+    experts = np.array([one.key[1] for one in routed], np.int64)
+    return (
+        np.repeat(np.array(slots, np.int64), n_pairs),
+        np.repeat(experts, n_pairs),
+        np.concatenate([one.columns for one in routed]),
+    )

@@ -108,7 +108,7 @@ class _Kind:
 
 
 class SlotExchange:
-    """Decides swaps by a policy's ranks, in time that grows with the missed experts, not with all there are.
+    """Decides swaps by a policy's ranks, in time that grows with the missed experts that could come, not with all.
 
     Where values are uses per token, `rule` says which swaps earn their upload back. Policies that only rank take every
     expert in that was missed, as a cache does that loads what it misses. `kind_of` says which experts fit each other's
@@ -122,14 +122,14 @@ class SlotExchange:
 
     def choose(self, resident: Residents, missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         """Swaps after a step: `missed` were used and not `resident`; `can_come` says whose bytes can be had now."""
-        used = [key for key in dict.fromkeys(missed) if self._kind_of(key) is not None and key not in resident]
-        if self._n_falls != self._policy.n_falls:
+        must_sort = self._n_falls != self._policy.n_falls
+        if must_sort:
             self._sort(resident)
             self._n_falls = list(self._policy.n_falls)
-        else:
-            for key in used:
-                self._kinds[self._kind_of(key)].put(key, self._policy.rank(key), inside=False)
+        used = self._able_to_come(missed, resident)
         if self._policy.in_uses_per_token:
+            for key in () if must_sort else used:
+                self._kinds[self._kind_of(key)].put(key, self._policy.rank(key), inside=False)
             return self._paying(resident, can_come)
         swaps: list[Swap] = []
         gone, come = set[Key](), set[Key]()
@@ -145,6 +145,20 @@ class SlotExchange:
                 come.discard(victim)
                 self._enter([(victim, key)])
         return swaps
+
+    def _able_to_come(self, missed: Iterable[Key], resident: Residents) -> list[Key]:
+        """Those that rank high enough to drive out the lowest resident of their kind.
+
+        As a rank falls only before all are sorted anew, the others need not be looked at until they are used again.
+        """
+        keys = np.array(list(dict.fromkeys(missed)), np.int64).reshape(-1, 2)
+        layers, experts = keys.T
+        rank, margin = self._policy.rank, max(1.0, self.rule.margin) if self._policy.in_uses_per_token else 1.0
+        lowest = [kind.coldest(rank, resident.__contains__) for kind in self._kinds.values()]
+        # The last one is for experts without slots here.
+        limits = np.array([*(np.inf if key is None else margin * rank(key) for key in lowest), np.inf])
+        is_able = self._policy.ranks[layers, experts] > limits[self._numbers[layers, experts]]
+        return [(layer, expert) for layer, expert in keys[is_able].tolist() if (layer, expert) not in resident]
 
     def _paying(self, resident: Residents, can_come: Callable[[Key], bool]) -> list[Swap]:
         policy, swaps, waiting, moved = self._policy, list[Swap](), list[Key](), set[Key]()
@@ -197,6 +211,14 @@ class SlotExchange:
         for key in resident:
             is_inside[key] = True
         self._kinds = {kind: _Kind(keys, ranks[tuple(keys.T)], is_inside[tuple(keys.T)]) for kind, keys in self._keys}
+
+    @functools.cached_property
+    def _numbers(self) -> NDArray[np.int64]:
+        """Which of the kinds each expert is of, [n_layer, n_expert], -1 of those without."""
+        numbers = np.full(self._policy.ranks.shape, -1, np.int64)
+        for number, (_, keys) in enumerate(self._keys):
+            numbers[tuple(keys.T)] = number
+        return numbers
 
     @functools.cached_property
     def _keys(self) -> list[tuple[Hashable, NDArray[np.int64]]]:

@@ -1,16 +1,17 @@
 """Experts in a device's slots: computed there while the CPU does the others, and exchanged when that pays."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
-from slimoe.offload.cache.device_pool import Pools, SlotPool
+from slimoe.offload.cache.device_pool import DeviceSlots, Pools, SlotPool
 from slimoe.offload.cache.host_slots import Addresses
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routed_tokens import RoutedTokens
+from slimoe.offload.cache.routed_tokens import RoutedTokens, pairs_of
 from slimoe.offload.cache.swap import SlotExchange
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
@@ -78,19 +79,27 @@ def choose_streams(n_host: list[int], n_device: list[int], times: LinkTimes) -> 
 
 
 class DeviceExperts:
-    """One device's slots. `copies` are those that its layers could have here.
+    """One device's slots. `copies` are those that its layers could have here, `slots` tells where those are that do.
 
     Counters since it was opened: `hits` selected experts computed here (once per token), `bytes_uploaded`, `n_swaps`,
-    and `n_streamed` experts that passed through for a batch; `n_arrived` counts by layer those that got a slot. `times`
-    and `swaps` are None until measured: nothing is streamed or exchanged.
+    and `n_streamed` experts that passed through for a batch. `times` and `swaps` are None until measured: nothing is
+    streamed or exchanged.
     """
 
-    def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy]) -> None:
-        self.pools, self._graphs, self.copies = pools, graphs, copies
+    def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy], slots: DeviceSlots) -> None:
+        self.pools, self._graphs, self.copies, self._slots = pools, graphs, copies, slots
+        self._layers = sorted({layer for layer, _ in copies})
+        numbers = {slot_class: number for number, slot_class in enumerate(pools)}
+        self._classes = np.full(slots.numbers.shape, -1, np.int32)
+        for key, copy in copies.items():
+            self._classes[key] = numbers.get(copy.slot_class, -1)
+        self._numbered = {
+            layer: [(number, kind) for kind, number in numbers.items() if (self._classes[layer] == number).any()]
+            for layer in self._layers
+        }
         self.times: LinkTimes | None = None
         self.swaps: SlotExchange | None = None
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
-        self.n_arrived: Counter[int] = Counter()
 
     @property
     def compute_bytes(self) -> int:
@@ -103,34 +112,40 @@ class DeviceExperts:
         return sum(pool.n_bytes for pool in self.pools.values())
 
     def __iter__(self) -> Iterator[Key]:
-        for pool in self.pools.values():
-            yield from pool
+        for layer in self._layers:
+            for expert in np.flatnonzero(self._slots.numbers[layer] >= 0).tolist():
+                yield layer, expert
 
     def __contains__(self, key: Key) -> bool:
-        return self.holds(key)
+        return bool(self._slots.numbers[key] >= 0)
 
-    def holds(self, key: Key) -> bool:
-        """Whether an expert is in a slot here."""
-        return self.kind_of(key) is not None and self._pool(key).slot(key) is not None
+    def slot(self, key: Key) -> int:
+        """The number of the slot of an expert that is here."""
+        return int(self._slots.numbers[key])
 
-    def begin(self, routed: Sequence[RoutedTokens], n_rows: int) -> None:
-        """Begins to fill the columns of experts that are here, all those of one class in one graph."""
-        groups: dict[SlotClass, list[RoutedTokens]] = {}
-        for one in routed:
-            groups.setdefault(one.copy.slot_class, []).append(one)
-        works = []
-        for slot_class, group in groups.items():
-            slots = []
-            for one in group:
-                slot = self._pool(one.key).slot(one.key)
-                assert slot is not None, f"{one.key} is not on the device"
-                slots.append(np.full(len(one.columns), slot, np.int32))
-            tokens = np.concatenate([one.tokens for one in group])
-            columns = np.concatenate([one.columns for one in group])
-            experts = np.repeat([one.key[1] for one in group], [len(one.columns) for one in group]).astype(np.int32)
-            works.append(SlotWork(slot_class, tokens, np.concatenate(slots), columns, group[0].key[0], experts))
+    def find(self, layer: int, experts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of a layer's experts are in a slot here, bool [n]."""
+        is_here: NDArray[np.bool_] = self._slots.numbers[layer, experts] >= 0
+        return is_here
+
+    def begin(
+        self, layer: int, experts: NDArray[np.int64], columns: NDArray[np.int64], n_rows: int, *, is_token: bool
+    ) -> None:
+        """Begins to fill the columns of experts that are here, [n] each, all those of one class in one graph.
+
+        `is_token` says that they are a single token's, each another one.
+        """
+        slots, numbers, works = self._slots.numbers[layer, experts], self._classes[layer, experts], []
+        for number, slot_class in self._numbered[layer]:
+            own = slice(None) if len(self._numbered[layer]) == 1 else np.flatnonzero(numbers == number)
+            if len(slots[own]):
+                works.append(SlotWork(layer, slot_class, slots[own], experts[own], columns[own], is_token))
         self._graphs.begin(works, n_rows)
-        self.hits += sum(len(one.columns) for one in routed)
+        self.hits += len(columns)
+
+    def write(self, columns: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+        """Fills the columns of experts that were computed elsewhere."""
+        self._graphs.write(columns, rows)
 
     def _pool(self, key: Key) -> SlotPool:
         return self.pools[self.copies[key].slot_class]
@@ -141,10 +156,6 @@ class DeviceExperts:
         """Whether an expert finds a slot without another's leaving."""
         return self.kind_of(key) is not None and self._pool(key).n_free > 0
 
-    def takes(self, copy: ExpertCopy) -> bool:
-        """Whether there are slots for experts like this."""
-        return copy.slot_class in self.pools
-
     def kind_of(self, key: Key) -> SlotClass | None:
         """The class of slots that an expert fits, None if there are none of it here."""
         copy = self.copies.get(key)
@@ -152,9 +163,16 @@ class DeviceExperts:
 
     def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
         """Copies an expert from host memory into a free slot, or into its victim's."""
-        self.bytes_uploaded += self._pool(key).put(key, addresses, victim)
-        self.n_swaps += victim is not None
-        self.n_arrived[key[0]] += 1
+        pool = self._pool(key)
+        if victim is not None:
+            pool.give_back(self.slot(victim))
+            self._slots.numbers[victim] = -1
+            self.n_swaps += 1
+        slot = pool.take()
+        pool.write(slot, addresses)
+        self._slots.numbers[key] = slot
+        self._slots.n_arrived[key[0]] += 1
+        self.bytes_uploaded += self.copies[key].n_bytes
 
     def stream(
         self,
@@ -162,23 +180,24 @@ class DeviceExperts:
         n_rows: int,
         is_given_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Copies experts to slots kept for passing through, one after the other, and begins to compute their tokens.
+        """Copies experts to slots kept for passing through, and begins to compute their tokens when these are full.
 
         Does no more of them as soon as it `is_given_up`.
         """
-        for one, addresses in work:
-            if is_given_up():
-                return
-            pool = self.pools[one.copy.slot_class]
-            slot = pool.next_passing()
-            pool.write(slot, addresses)
-            self.bytes_uploaded += one.copy.n_bytes
-            self.n_streamed += 1
-            slots = np.full(len(one.columns), slot, np.int32)
-            layer, expert = one.key
-            experts = np.full(len(one.columns), expert, np.int32)
-            work_of_one = SlotWork(one.copy.slot_class, one.tokens, slots, one.columns, layer, experts)
-            self._graphs.begin([work_of_one], n_rows)
+        for slot_class, same in groupby(work, lambda one: one[0].copy.slot_class):
+            pool, left = self.pools[slot_class], list(same)
+            while left:
+                together, left = left[: pool.n_passing], left[pool.n_passing :]
+                slots = []
+                for one, addresses in together:
+                    if is_given_up():
+                        return
+                    slots.append(pool.next_passing())
+                    pool.write(slots[-1], addresses)
+                    self.bytes_uploaded += one.copy.n_bytes
+                    self.n_streamed += 1
+                pairs = pairs_of([one for one, _ in together], slots)
+                self._graphs.begin([SlotWork(together[0][0].key[0], slot_class, *pairs)], n_rows)
 
     # --- measuring ------------------------------------------------------------------------------------------
 
@@ -194,10 +213,8 @@ class DeviceExperts:
 
     def run_passing(self, slot_class: SlotClass, n_tokens: int, synchronize: Callable[[], None]) -> None:
         """Computes an expert that `seconds_per_copy` left, but for biases, for `n_tokens` tokens, and waits for it."""
-        slots = np.full(n_tokens, self.pools[slot_class].next_passing(), np.int32)
-        tokens = np.arange(n_tokens, dtype=np.int32)
-        work = SlotWork(slot_class, tokens, slots, tokens.astype(np.int64), -1, np.zeros_like(tokens))
-        self._graphs.begin([work], n_tokens)
+        slots, columns = np.full(n_tokens, self.pools[slot_class].next_passing()), np.arange(n_tokens)
+        self._graphs.begin([SlotWork(-1, slot_class, slots, np.zeros_like(slots), columns)], n_tokens)
         synchronize()
 
     def close(self) -> None:

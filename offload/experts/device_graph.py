@@ -1,7 +1,7 @@
-"""Computes selected experts that lie in a device's slots.
+"""Computes selected experts that lie in a device's slots, all those of one class in one graph.
 
-Each pair of a token and an expert is a row of its own with a single id, so that no token ever repeats one, and every
-id is the number of a slot that is filled.
+What says which they are goes to the device in one piece. The pairs of several tokens are rows of their own with a
+single id each, so that no token ever repeats one, and every id is the number of a slot that is filled.
 """
 
 from collections.abc import Sequence
@@ -27,38 +27,51 @@ from slimoe.offload.model.experts import SlotClass
 
 _MAX_GRAPHS = 32
 _N_NODES = 72
+_ALIGNED = 64
+"""Integers between the beginnings of two inputs that travel together: backends ask for 256 bytes at most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotWork:
-    """Pairs of one class: `tokens` I32, `slots` I32 and `columns` I64 (token * n_expert_used + rank), all [n].
+    """Pairs of one class and `layer`: their `slots`, `experts` (numbers within the layer) and `columns` (token *
+    n_expert_used + rank), all integers [n].
 
-    `experts` I32 [n] are the numbers of the pairs' experts within `layer`, by which they have biases and scales.
+    `is_token` says that they are pairs of a single token, each with an expert of its own.
     """
 
-    slot_class: SlotClass
-    tokens: NDArray[np.int32]
-    slots: NDArray[np.int32]
-    columns: NDArray[np.int64]
     layer: int
-    experts: NDArray[np.int32]
+    slot_class: SlotClass
+    slots: NDArray[np.integer[Any]]
+    experts: NDArray[np.integer[Any]]
+    columns: NDArray[np.integer[Any]]
+    is_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _Pairs:
+    """The shape of a graph over slots; `layer` is -1 where no layer's vectors are needed."""
+
     slot_class: SlotClass
     n_pairs: int
     n_tokens: int
-    layer: int = -1
+    layer: int
+    is_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The shape of a graph that puts so many rows in their columns."""
+
+    n_rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A graph and its inputs."""
+    """A graph and its inputs: `numbers` I32, and `rows` F32 [n_embd, n_rows] if it has any."""
 
     graph: int
-    slots: int
-    pairs: PairInputs
+    numbers: int
+    rows: int = 0
 
 
 class SlotGraphs:
@@ -80,10 +93,11 @@ class SlotGraphs:
         self._vectors = {at: layer for at, layer in enumerate(layers) if layer.expert_biases or layer.expert_scales}
         self._inputs: list[NDArray[Any]] = []
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS * max(1, len(self._vectors)), backend.check)
-        n_tokens = exchange.shape.n_tokens
+        n_tokens, n_used = exchange.shape.n_tokens, exchange.shape.n_used
         try:
+            self._graphs.reserve(_Rows(n_tokens * n_used))
             for slot_class, layer in product(pools, [*self._vectors][:1] or [-1]):
-                self._graphs.reserve(_Shape(slot_class, n_tokens * exchange.shape.n_used, n_tokens, layer))
+                self._graphs.reserve(_Pairs(slot_class, n_tokens * n_used, n_tokens, layer, is_token=False))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
@@ -95,36 +109,72 @@ class SlotGraphs:
 
     def begin(self, works: Sequence[SlotWork], n_tokens: int) -> None:
         """Begins to fill the columns of all pairs; later work of the backend comes after it."""
-        self._backend.synchronize()  # the inputs of the last time have been read, too
-        self._inputs.clear()
+        self._settle()
+        n_used = self._exchange.shape.n_used
         for work in works:
             assert work.slots.size
             assert 0 <= work.slots.min() <= work.slots.max() < self.pools[work.slot_class].n_slots
             layer = work.layer if work.layer in self._vectors else -1
-            prepared = self._graphs.get(_Shape(work.slot_class, len(work.slots), n_tokens, layer))
-            pairs, weight_rows = prepared.pairs, work.columns.astype(np.int32)
-            # Not waiting for the graph before, which would keep the host from its own work.
-            self._inputs += (work.tokens, work.slots, weight_rows, work.columns, work.experts)
-            self._backend.set_async(pairs.tokens, work.tokens)
-            self._backend.set_async(prepared.slots, work.slots)
-            if pairs.experts:
-                self._backend.set_async(pairs.experts, work.experts)
-            self._backend.set_async(pairs.weight_rows, weight_rows)
-            self._backend.set_async(pairs.columns, work.columns)
+            prepared = self._graphs.get(_Pairs(work.slot_class, len(work.slots), n_tokens, layer, work.is_token))
+            parts = [work.slots, work.columns]
+            if not work.is_token:
+                parts.append(work.columns // n_used)
+            if layer >= 0:
+                parts.append(work.experts)
+            numbers = np.zeros((len(parts), _aligned(len(work.slots))), np.int32)
+            numbers[:, : len(work.slots)] = parts
+            self._send(prepared.numbers, numbers)
             self._backend.compute_async(prepared.graph)
 
-    def _build(self, shape: _Shape) -> BuiltGraph[_Prepared]:
+    def write(self, columns: NDArray[np.integer[Any]], rows: NDArray[np.float32]) -> None:
+        """Puts rows [n, n_embd] that were computed elsewhere into these columns, after what has begun."""
+        self._settle()
+        prepared = self._graphs.get(_Rows(len(columns)))
+        self._send(prepared.numbers, columns.astype(np.int32))
+        self._send(prepared.rows, np.ascontiguousarray(rows))
+        self._backend.compute_async(prepared.graph)
+
+    def _settle(self) -> None:
+        self._backend.synchronize()  # the inputs of the last time have been read, too
+        self._inputs.clear()
+
+    def _send(self, tensor: int, values: NDArray[Any]) -> None:
+        """Not waiting for the graph before, which would keep the host from its own work."""
+        self._inputs.append(values)
+        self._backend.set_async(tensor, values)
+
+    def _build(self, shape: _Pairs | _Rows) -> BuiltGraph[_Prepared]:
         n_bytes = 2 * _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
         ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
         graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
-        slots = add_input(ctx, Type.I32, shape.n_pairs)
-        builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens)
+        prepared = self._add_rows(ctx, graph, shape) if isinstance(shape, _Rows) else self._add_pairs(ctx, graph, shape)
+        return BuiltGraph(ctx, graph, lambda: prepared)
+
+    def _add_rows(self, ctx: int, graph: int, shape: _Rows) -> _Prepared:
+        sizes, n = self._exchange.shape, shape.n_rows
+        numbers, rows = add_input(ctx, n), add_input(ctx, n * sizes.n_embd, Type.F32)
+        outputs = self._exchange.view(ctx, "outputs", (sizes.n_embd, sizes.n_used * sizes.n_tokens))
+        written = ggml.ggml_set_rows(ctx, outputs, ggml.ggml_reshape_2d(ctx, rows, sizes.n_embd, n), numbers)
+        ggml.ggml_build_forward_expand(graph, written)
+        return _Prepared(graph, numbers, rows)
+
+    def _add_pairs(self, ctx: int, graph: int, shape: _Pairs) -> _Prepared:
         extras = ExpertExtras(self._activation)
         if shape.layer >= 0:
             extras = layer_extras(ctx, self._activation, self._vectors[shape.layer])
-        pairs = builder.add(self.pools[shape.slot_class].stacks, slots, shape.n_pairs, extras)
-        return BuiltGraph(ctx, graph, lambda: _Prepared(graph, slots, pairs))
+        n_parts = 2 + (not shape.is_token) + extras.has_vectors
+        numbers = add_input(ctx, n_parts * _aligned(shape.n_pairs))
+        begins = (4 * part * _aligned(shape.n_pairs) for part in range(n_parts))
+        slots, columns, *others = (int(ggml.ggml_view_1d(ctx, numbers, shape.n_pairs, begin)) for begin in begins)
+        tokens = 0 if shape.is_token else others.pop(0)
+        inputs = PairInputs(slots, columns, tokens, *others)
+        PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(self.pools[shape.slot_class].stacks, inputs, extras)
+        return _Prepared(graph, numbers)
 
     def close(self) -> None:
         """Frees graphs and buffer."""
         self._graphs.close()
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGNED) * _ALIGNED

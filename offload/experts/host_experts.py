@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.offload.cache.device_pool import DeviceSlots
 from slimoe.offload.cache.host_pool import LEAST_AHEAD, HostPool, n_read_ahead
 from slimoe.offload.cache.host_slots import Addresses, HostSlot, alone
 from slimoe.offload.cache.prefetch import ExpertPredictor
@@ -22,6 +23,7 @@ from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 _WORTH_READING, _SURE = 0.5, 0.8
 """Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
 _NO_KEYS: set[Key] = set()
+_NO_EXPERTS = np.empty(0, np.int64)
 
 Cancelled = Callable[[], bool] | None
 EarlyLogits = Mapping[int, NDArray[np.float32]]
@@ -31,8 +33,8 @@ EarlyLogits = Mapping[int, NDArray[np.float32]]
 class HostExperts:
     """The host's part of every cut layer.
 
-    `is_elsewhere` says of an expert that a device has it, so that nothing is read for it here, None without devices;
-    `prefetch_copy` which copy to read of one that will perhaps be selected, the best one by default.
+    Nothing is read here for experts that are `on_devices`, which is None without devices. `prefetch_copy` says which
+    copy to read of an expert that will perhaps be selected, the best one by default.
     """
 
     def __init__(
@@ -42,12 +44,12 @@ class HostExperts:
         cut: Sequence[int],
         graphs: ExpertGraphs,
         host_pool: HostPool,
-        is_elsewhere: Callable[[Key], bool] | None = None,
+        on_devices: DeviceSlots | None = None,
         prefetch_copy: Callable[[Key], ExpertCopy] | None = None,
     ) -> None:
         self._prefetch_copy = prefetch_copy
         self._layers, self.banks, self._graphs, self._host_pool = layers, banks, graphs, host_pool
-        self._is_elsewhere = is_elsewhere
+        self._on_devices = on_devices
         self._next = dict(pairwise(cut))
         self._predicted: dict[int, NDArray[np.int64]] = {}
         self._begun: dict[int, dict[Key, ExpertCopy]] = {}
@@ -80,7 +82,7 @@ class HostExperts:
         copies: NDArray[np.int64] | None,
         early_logits: EarlyLogits,
         is_cancelled: Cancelled,
-        elsewhere: Sequence[int] = (),
+        elsewhere: NDArray[np.int64] = _NO_EXPERTS,
     ) -> None:
         """Fills the columns of the `selected` experts of layer `index`, [n_rows, n_used], that are not negative.
 
@@ -168,10 +170,9 @@ class HostExperts:
         missing: Sequence[RoutedTokens],
         early_logits: EarlyLogits,
         is_cancelled: Cancelled,
-        elsewhere: Sequence[int],
+        elsewhere: NDArray[np.int64],
     ) -> None:
-        chosen = np.append(experts, elsewhere).astype(np.int64) if elsewhere else experts
-        self.settle(index, chosen)
+        self.settle(index, np.append(experts, elsewhere) if len(elsewhere) else experts)
         begun = self._begun.pop(index, None)
         if begun or missing:
             needed = {(index, expert) for expert in experts.tolist()}
@@ -201,9 +202,9 @@ class HostExperts:
             guesses = self._predictor.guess(later, distance, banks.target, layer.n_expert_used, logits)
             is_worth = guesses.probabilities >= _WORTH_READING
             likely, sure = guesses.experts[is_worth], guesses.probabilities[is_worth] >= _SURE
-            if self._is_elsewhere is not None and len(likely):
-                there = np.array([self._is_elsewhere((later, expert)) for expert in likely.tolist()])
-                likely, sure = likely[~there], sure[~there]
+            if self._on_devices is not None:
+                is_left = self._on_devices.numbers[later, likely] < 0
+                likely, sure = likely[is_left], sure[is_left]
             likely, sure = likely[: layer.n_expert_used], sure[: layer.n_expert_used]
             self._predicted[later] = likely
             self._told.append((later, likely, sure))
@@ -309,10 +310,10 @@ class HostExperts:
         if later is None or layer is None or n_rows * layer.n_expert_used < len(layer.experts):
             return []
         experts = np.arange(len(layer.experts))
-        keys = [(later, expert) for expert in experts[self._is_absent(later, experts)].tolist()]
-        wanted = [
-            (key, self._copy_to_read(key)) for key in keys if not (self._is_elsewhere and self._is_elsewhere(key))
-        ]
+        is_absent = self._is_absent(later, experts)
+        if self._on_devices is not None:
+            is_absent &= self._on_devices.numbers[later, experts] < 0
+        wanted = [((later, expert), self._copy_to_read((later, expert))) for expert in experts[is_absent].tolist()]
         return [(key, copy) for key, copy in wanted if not self._host_pool.holds(key, copy)]
 
     def invest(self, keys: Iterable[Key], margin: float) -> None:

@@ -129,18 +129,17 @@ class TokenShape:
 class _Prepared:
     """An allocated graph: the structures of its stacks' and vectors' tensors, and the inputs to fill."""
 
-    __slots__ = ("columns", "experts", "graph", "slots", "stacks", "tokens", "vectors", "weight_rows")
+    __slots__ = ("columns", "experts", "graph", "slots", "stacks", "tokens", "vectors")
 
     def __init__(self, graph: int, stacks: Sequence[int], vectors: Sequence[int], slots: int, experts: int) -> None:
         self.graph, self.stacks = graph, [ggml.tensor_at(stack) for stack in stacks]
         self.vectors = [ggml.tensor_at(vector) if vector else None for vector in vectors]
-        self.slots = _vector(slots, np.int32)
-        self.experts = _vector(experts, np.int32) if experts else None
+        self.slots = _vector(slots)
+        self.experts = _vector(experts) if experts else None
 
     def gather(self, pairs: PairInputs) -> None:
         """Has the inputs of any pairs."""
-        self.tokens, self.columns = _vector(pairs.tokens, np.int32), _vector(pairs.columns, np.int64)
-        self.weight_rows = _vector(pairs.weight_rows, np.int32)
+        self.tokens, self.columns = _vector(pairs.tokens), _vector(pairs.columns)
 
     def point(self, bank: Bank, vectors: Sequence[int]) -> None:
         """Lets the stacks be those of a bank, and the vectors begin at these addresses."""
@@ -152,8 +151,8 @@ class _Prepared:
                 vector.data = address
 
 
-def _vector(tensor: int, dtype: type[np.generic]) -> NDArray[Any]:
-    return ggml.array_at(ggml.ggml_get_data(tensor), dtype, int(ggml.tensor_at(tensor).ne[0]))
+def _vector(tensor: int) -> NDArray[np.int32]:
+    return ggml.array_at(ggml.ggml_get_data(tensor), np.int32, int(ggml.tensor_at(tensor).ne[0]))
 
 
 class ExpertGraphs:
@@ -197,7 +196,6 @@ class ExpertGraphs:
             prepared.experts[:] = work.experts
         prepared.slots[:] = work.slots
         prepared.columns[:] = work.columns
-        prepared.weight_rows[:] = work.columns
         prepared.tokens[:] = work.columns // self._exchange.shape.n_used
         if is_cancelled is None:
             self._backend.compute(prepared.graph)
@@ -225,11 +223,11 @@ class ExpertGraphs:
             structure.data = ggml_backend.ggml_backend_buffer_get_base(self._nowhere)
         extras = ExpertExtras(self._vectors.activation, tuple(vectors[:3]), tuple(vectors[3:]))
         if isinstance(shape, _Pairs):
-            slots = add_input(ctx, Type.I32, shape.n_pairs)
-            pairs = PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(stacks, slots, shape.n_pairs, extras)
-            experts = pairs.experts
+            pairs = PairInputs.apart(ctx, shape.n_pairs, extras)
+            PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(stacks, pairs, extras)
+            slots, experts = pairs.slots, pairs.experts
         else:
-            slots = add_input(ctx, Type.I32, self._exchange.shape.n_used)
+            slots = add_input(ctx, self._exchange.shape.n_used)
             experts = PairBuilder(ctx, graph, self._exchange, 1).add_token(stacks, slots, extras)
 
         def prepare() -> _Prepared:

@@ -60,7 +60,7 @@ class MoEStep:
         self._devices = [part.experts for part in parts if part.experts is not None]
         self._hit_path = hit_path
         self._is_on_host = not self._devices and all(part.exchange is host for part in self.parts.values())
-        self._missed: list[Key] = []
+        self._missed: list[tuple[int, NDArray[np.int64]]] = []
         self._lowered: set[Key] = set()
         # A device that fills its slots over the link would keep the CPU from its own experts.
         self._link = ThreadPoolExecutor(1, "link")
@@ -143,33 +143,33 @@ class MoEStep:
         is_cancelled: Cancelled,
     ) -> None:
         """Computes each expert on the side where it lies, both sides at once."""
-        part, host, n_rows = self.parts[index], self._host, len(selected)
-        device, exchange, shape, layer = part.experts, part.exchange, host.shape, self.layers[index]
-        assert layer is not None
-        routed = group_by_expert(index, layer, selected, copies)
-        # Devices have best copies only.
-        is_there = [device is not None and not one.copy_index and device.holds(one.key) for one in routed]
-        on_device = [one for one, there in zip(routed, is_there, strict=True) if there]
-        on_host = [one for one, there in zip(routed, is_there, strict=True) if not there]
-        if device is not None and self._is_decode[-n_rows:].all():
-            self._missed += [one.key for one in on_host]
-        streamed = self._choose_streamed(device, on_device, on_host) if n_rows > 1 else []
+        part, host, n_rows, banks = self.parts[index], self._host, len(selected), self._host_experts.banks[index]
+        device, exchange, shape = part.experts, part.exchange, host.shape
+        assert banks is not None
+        assert device is not None
+        columns = np.flatnonzero(selected >= 0)
+        experts = selected.ravel()[columns]
+        is_there = device.find(index, experts)
+        if copies is not None:  # devices have best copies only
+            is_there &= copies.ravel()[columns] == 0
+        there, absent = experts[is_there], experts[~is_there]
+        if self._is_decode[-n_rows:].all():
+            self._missed.append((index, absent if n_rows == 1 else np.unique(absent)))
         hosts = selected.copy()
-        for one in (*on_device, *streamed):
+        hosts.ravel()[columns[is_there]] = _ELSEWHERE
+        streamed = self._choose_streamed(index, there, hosts, copies) if n_rows > 1 else []
+        for one in streamed:
             hosts.ravel()[one.columns] = _ELSEWHERE
-        is_apart = exchange is not host and bool((hosts >= 0).any())
-        if is_apart:
+        on_host = np.flatnonzero(hosts >= 0)
+        if on_host.size:
             host.write("normed", exchange.read("normed", n_rows, shape.n_embd))
             host.write("expert_weights", exchange.read("expert_weights", n_rows, shape.n_used))
-        if device is not None and on_device:
-            device.begin(on_device, n_rows)
+        if there.size:
+            device.begin(index, there, columns[is_there], n_rows, is_token=n_rows == 1 and not banks.may_repeat)
         with self._streaming(device, streamed, n_rows):
-            elsewhere = [one.key[1] for one in on_device]
-            self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, elsewhere)
-        if is_apart:
-            columns = np.flatnonzero(hosts >= 0)
-            outputs = host.read("outputs", int(columns.max()) + 1, shape.n_embd)
-            exchange.write_rows("outputs", columns, outputs[columns])
+            self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, there)
+        if on_host.size:
+            device.write(on_host, host.read("outputs", int(on_host[-1]) + 1, shape.n_embd)[on_host])
 
     def _early_logits(self, segment: Segment) -> dict[int, NDArray[np.float32]]:
         """What the routers of later layers say to this layer's input, [rows of the router] by layer."""
@@ -181,23 +181,31 @@ class MoEStep:
         return {index: row[: len(layer.target)] for row, (index, layer) in zip(logits, layers, strict=True) if layer}
 
     def _choose_streamed(
-        self, device: DeviceExperts | None, on_device: list[RoutedTokens], on_host: list[RoutedTokens]
+        self, index: int, there: NDArray[np.int64], hosts: NDArray[np.int64], copies: NDArray[np.int64] | None
     ) -> list[RoutedTokens]:
-        """Experts of a batch that are worth being copied to the device for it."""
+        """Which of the experts that `hosts` leaves to the host are worth being copied to the device for a batch.
+
+        `there` are experts that the device computes, each as often as a token has selected it.
+        """
+        device, layer = self.parts[index].experts, self.layers[index]
+        assert layer is not None
         if device is None or device.times is None:
             return []
         here = [
-            one for one in on_host if not one.copy_index and device.takes(one.copy) and self._host_experts.has(one.key)
+            one
+            for one in group_by_expert(index, layer, hosts, copies)
+            if not one.copy_index and device.kind_of(one.key) is not None and self._host_experts.has(one.key)
         ]
-        n_host, n_device = ([len(one.columns) for one in routed] for routed in (here, on_device))
+        n_device = np.unique(there, return_counts=True)[1].tolist()
         # What is streamed keeps its slot, and the host needs one for the others.
         n_most = max(0, self._host_experts.n_free_to_pin - 1)
-        return [here[index] for index in choose_streams(n_host, n_device, device.times)[:n_most]]
+        chosen = choose_streams([len(one.columns) for one in here], n_device, device.times)
+        return [here[number] for number in chosen[:n_most]]
 
     @contextmanager
-    def _streaming(self, device: DeviceExperts | None, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
+    def _streaming(self, device: DeviceExperts, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
         """Streams experts while the host does its own; nobody else may use the device meanwhile."""
-        if device is None or not streamed:
+        if not streamed:
             yield
             return
         given_up = Event()
@@ -221,9 +229,10 @@ class MoEStep:
             return
         if self._hit_path is not None:
             self._hit_path.flush(self._policy, self._uses)
+        missed = [(layer, expert) for layer, experts in self._missed for expert in experts.tolist()]
         for device in self._devices:
             host = self._host_experts
-            swaps = [] if device.swaps is None else device.swaps.choose(device, self._missed, host.has)
+            swaps = [] if device.swaps is None else device.swaps.choose(device, missed, host.has)
             for victim, newcomer in swaps:
                 device.put(newcomer, host.addresses(newcomer), victim)
                 host.replace(newcomer, victim)

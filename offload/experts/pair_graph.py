@@ -16,19 +16,29 @@ from slimoe.offload.graph.expert_ffn import NO_EXTRAS, ExpertExtras, add_expert_
 
 @dataclass(frozen=True, slots=True)
 class PairInputs:
-    """The tensors that say which n pairs a graph computes: `tokens` I32 [n] and `columns` I64 [n].
+    """The tensors that say which n pairs a graph computes: the pairs' `slots`, `columns` and `tokens`, all I32 [n].
 
-    `weight_rows` I32 [n] are the columns again, as `get_rows` takes them. `experts` I32 [n], the numbers by
-    which experts have biases and scales, is 0 where they have none.
+    `tokens` is 0 if all pairs are one token's, each with an expert of its own. `experts` I32 [n], the numbers by which
+    experts have biases and scales, is 0 where they have none.
     """
 
-    tokens: int
+    slots: int
     columns: int
-    weight_rows: int
+    tokens: int = 0
     experts: int = 0
 
+    @classmethod
+    def apart(cls, ctx: int, n_pairs: int, extras: ExpertExtras) -> "PairInputs":
+        """Inputs for pairs of any tokens, each of them a tensor of its own."""
+        return cls(
+            slots=add_input(ctx, n_pairs),
+            columns=add_input(ctx, n_pairs),
+            tokens=add_input(ctx, n_pairs),
+            experts=add_input(ctx, n_pairs) if extras.has_vectors else 0,
+        )
 
-def add_input(ctx: int, kind: Type, n: int) -> int:
+
+def add_input(ctx: int, n: int, kind: Type = Type.I32) -> int:
     """A vector that is written before each run, and whose memory no other tensor of the graph shares."""
     tensor: int = ggml.ggml_new_tensor_1d(ctx, kind, n)
     ggml.ggml_set_input(tensor)
@@ -46,33 +56,28 @@ class PairBuilder:
         self._weights = exchange.view(ctx, "expert_weights", (1, n_columns))
         self._outputs = exchange.view(ctx, "outputs", (self._n_embd, n_columns))
 
-    def add(self, stacks: Sequence[int], slots: int, n_pairs: int, extras: ExpertExtras = NO_EXTRAS) -> PairInputs:
+    def add(self, stacks: Sequence[int], inputs: PairInputs, extras: ExpertExtras = NO_EXTRAS) -> None:
         """Writes the weighted output of each pair to its column.
 
-        `stacks` are gate, up and down [ne0, ne1, n_stacked], `slots` I32 [n_pairs] the places of the pairs' experts in
-        them. `extras` are what the experts have beside their matrices, but for the ids. Each pair is a row of its own,
-        so that no row has an expert twice, whatever the pairs are.
+        `stacks` are gate, up and down [ne0, ne1, n_stacked], in which the pairs' experts have the places
+        `inputs.slots`. `extras` are what the experts have beside their matrices, but for the ids. Pairs of any tokens
+        are rows of their own, so that no row has an expert twice, whatever the pairs are.
         """
-        ctx, n_embd = self._ctx, self._n_embd
-        inputs = PairInputs(
-            tokens=add_input(ctx, Type.I32, n_pairs),
-            columns=add_input(ctx, Type.I64, n_pairs),
-            weight_rows=add_input(ctx, Type.I32, n_pairs),
-            experts=_add_numbers(ctx, extras, n_pairs),
-        )
-        gathered = ggml.ggml_get_rows(ctx, self._normed, inputs.tokens)
-        rows = ggml.ggml_reshape_3d(ctx, gathered, n_embd, 1, n_pairs)
-        ids = ggml.ggml_reshape_2d(ctx, slots, 1, n_pairs)
+        ctx, n_embd, n_pairs = self._ctx, self._n_embd, int(ggml.tensor_at(inputs.slots).ne[0])
+        seen, selected = self._normed, (n_pairs, 1)
+        if inputs.tokens:
+            seen, selected = ggml.ggml_get_rows(ctx, self._normed, inputs.tokens), (1, n_pairs)
+        rows = ggml.ggml_reshape_3d(ctx, seen, n_embd, 1, selected[1])
+        ids = ggml.ggml_reshape_2d(ctx, inputs.slots, *selected)
         if inputs.experts:
-            extras = replace(extras, ids=int(ggml.ggml_reshape_2d(ctx, inputs.experts, 1, n_pairs)))
+            extras = replace(extras, ids=int(ggml.ggml_reshape_2d(ctx, inputs.experts, *selected)))
         *gate_up, down = stacks
         outputs = add_expert_ffn(ctx, gate_up, down, rows, ids, extras)
-        weights = ggml.ggml_get_rows(ctx, self._weights, inputs.weight_rows)
-        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, weights, 1, 1, n_pairs))
+        weights = ggml.ggml_get_rows(ctx, self._weights, inputs.columns)
+        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, weights, 1, *selected))
         flat = ggml.ggml_reshape_2d(ctx, weighted, n_embd, n_pairs)
         written = ggml.ggml_set_rows(ctx, self._outputs, flat, inputs.columns)
         ggml.ggml_build_forward_expand(self._graph, written)
-        return inputs
 
     def add_token(self, stacks: Sequence[int], slots: int, extras: ExpertExtras = NO_EXTRAS) -> int:
         """Writes the outputs of all experts of a single token, no two of them the same: `slots` I32 [n_expert_used].
@@ -81,7 +86,7 @@ class PairBuilder:
         """
         ctx, n_used = self._ctx, int(ggml.tensor_at(slots).ne[0])
         rows = ggml.ggml_reshape_3d(ctx, self._normed, self._n_embd, 1, 1)
-        experts = _add_numbers(ctx, extras, n_used)
+        experts = add_input(ctx, n_used) if extras.has_vectors else 0
         if experts:
             extras = replace(extras, ids=int(ggml.ggml_reshape_2d(ctx, experts, n_used, 1)))
         *gate_up, down = stacks
@@ -90,7 +95,3 @@ class PairBuilder:
         flat = ggml.ggml_reshape_2d(ctx, weighted, self._n_embd, n_used)
         ggml.ggml_build_forward_expand(self._graph, ggml.ggml_cpy(ctx, flat, self._outputs))
         return experts
-
-
-def _add_numbers(ctx: int, extras: ExpertExtras, n: int) -> int:
-    return add_input(ctx, Type.I32, n) if extras.biases or extras.scales else 0

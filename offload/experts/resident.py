@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from slimoe.offload.cache.device_pool import DeviceSlots
 from slimoe.offload.cache.disk_reader import DiskReader
 from slimoe.offload.cache.host_pool import HostPool
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.lossy.rules import SECONDS_PER_BYTE
 from slimoe.offload.model.experts import ExpertLayer
 
@@ -18,13 +18,13 @@ class ResidentExperts:
         layers: Sequence[ExpertLayer | None],
         host_pool: HostPool,
         reader: DiskReader,
-        devices: Sequence[DeviceExperts],
+        on_devices: DeviceSlots,
     ) -> None:
-        self._layers, self._host_pool, self._reader, self._devices = layers, host_pool, reader, devices
+        self._layers, self._host_pool, self._reader, self._on_devices = layers, host_pool, reader, on_devices
 
     def holds(self, key: Key, copy_index: int) -> bool:
         """Whether a copy is here, complete; devices have best copies only."""
-        if copy_index == 0 and any(device.holds(key) for device in self._devices):
+        if copy_index == 0 and self._on_devices.numbers[key] >= 0:
             return True
         layer = self._layers[key[0]]
         assert layer is not None

@@ -30,6 +30,11 @@ class ExpertExtras:
     scales: tuple[int, ...] = ()
     ids: int = 0
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether there are biases or scales, which need the ids."""
+        return bool(self.biases or self.scales)
+
 
 NO_EXTRAS = ExpertExtras()
 

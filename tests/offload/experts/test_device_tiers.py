@@ -5,7 +5,6 @@ otherwise.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routed_tokens import RoutedTokens
 from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.engine import Engine
@@ -282,8 +280,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
             pool = graphs.pools[work.slot_class]
             assert work.slots.min() >= 0
             assert all((pool, slot) in filled for slot in work.slots.tolist()), "a slot that nothing was written to"
-            assert len(work.slots) == len(work.tokens) == len(work.columns)
-            assert work.tokens.max() < n_tokens
+            assert len(work.slots) == len(work.experts) == len(work.columns)
+            assert not work.is_token or n_tokens == 1
             stop.device += work.columns.tolist()
             stop.n_seen += len(work.slots)
         begin(graphs, works, n_tokens)
@@ -302,16 +300,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 def assert_slots_hold_their_experts(engine: Engine) -> None:
     """Compares each slot of a device with the file."""
     for device in engine.device_experts:
-        for pool in device.pools.values():
-            for key in pool:
-                copy, slot = device.copies[key], pool.slot(key)
-                assert slot is not None
-                for stack, matrix in zip(pool.stacks, (copy.gate, copy.up, copy.down), strict=True):
-                    (span,) = matrix.spans
-                    stored = np.fromfile(engine.gguf.paths[span.shard], np.uint8, span.n_bytes, offset=span.offset)
-                    there = np.empty_like(stored)
-                    pool.backend.get(stack, there, slot * span.n_bytes)
-                    np.testing.assert_array_equal(there, stored)
+        for key in device:
+            copy, slot = device.copies[key], device.slot(key)
+            pool = device.pools[copy.slot_class]
+            for stack, matrix in zip(pool.stacks, (copy.gate, copy.up, copy.down), strict=True):
+                (span,) = matrix.spans
+                stored = np.fromfile(engine.gguf.paths[span.shard], np.uint8, span.n_bytes, offset=span.offset)
+                there = np.empty_like(stored)
+                pool.backend.get(stack, there, slot * span.n_bytes)
+                np.testing.assert_array_equal(there, stored)
 
 
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
@@ -341,9 +338,9 @@ class Uses:
 def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
     uses, begin, run = Uses(set(), set()), DeviceExperts.begin, HostExperts.run
 
-    def begin_some(device: DeviceExperts, routed: Sequence[RoutedTokens], n_rows: int) -> None:
-        uses.device |= {one.key for one in routed}
-        begin(device, routed, n_rows)
+    def begin_some(device: DeviceExperts, layer: int, experts: Array, *rest: Any, is_token: bool) -> None:
+        uses.device |= {(layer, expert) for expert in experts.tolist()}
+        begin(device, layer, experts, *rest, is_token=is_token)
 
     def run_some(host: HostExperts, index: int, selected: Array, *rest: Any) -> None:
         uses.host |= {(index, expert) for expert in selected.ravel().tolist() if expert >= 0}
