@@ -4,7 +4,8 @@ Runs on RPC devices over the CPU, whose kernels are the same, and on every GPU o
 otherwise.
 """
 
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from tests.models.conversation import TOKENS, answers, conversation, stopped_aft
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 from tests.offload.experts.full_device import none_allocated
 
 Array = np.ndarray[Any, Any]
@@ -321,6 +323,47 @@ def test_every_selected_expert_is_computed_once_and_with_slots_that_are_filled(
         where.check(conversation(engine), model.expected)
         assert_slots_hold_their_experts(engine)
     assert watched.n_seen > 0
+
+
+def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(
+    directory: Path, endpoints: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In layers whose experts the device has, in those whose experts the host has, and in those of both."""
+    run, where = MoEStep.run, lent(endpoints[0])
+
+    def n_calls(n_used: int) -> dict[tuple[bool, bool], set[int]]:
+        """Calls of Python and C functions for a layer of a token, by whether device and host had experts of it."""
+        name = directory / f"fine-{n_used}.gguf"
+        path = write_tiny_gguf(name, None, shape=TinyShape(n_layer=4, n_expert=16, n_expert_used=n_used, n_ff=64))
+        found: dict[tuple[bool, bool], set[int]] = defaultdict(set)
+
+        def counted_run(moe_step: MoEStep, *rest: Any) -> None:
+            called = list[str]()
+            sys.setprofile(
+                lambda frame, event, _: called.append(frame.f_code.co_qualname if event == "call" else event)
+            )
+            try:
+                run(moe_step, *rest)
+            finally:
+                sys.setprofile(None)
+            n = sum(not name.endswith(("return", "exception")) for name in called)
+            found["DeviceExperts.begin" in called, "DeviceExperts.write" in called].add(n)
+
+        # All experts of the first layers are on the device, none of the last one, and a part of one between.
+        with closing(device_engine(where.config(path, policy="static"), 0.6)) as engine:
+            for token in TOKENS:  # every number of experts on either side has its graph then
+                engine.decode(token)
+            with monkeypatch.context() as patch:
+                patch.setattr(MoEStep, "run", counted_run)
+                for token in TOKENS:
+                    engine.decode(token)
+            assert engine.counters()["misses"] == 0
+        return found
+
+    few, many = n_calls(2), n_calls(8)
+    assert few.keys() == {(True, False), (False, True), (True, True)}
+    assert all(len(numbers) == 1 for numbers in few.values())
+    assert many == few
 
 
 # --- swaps -------------------------------------------------------------------------------------------------
