@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,19 @@ from slimoe.offload.cache.host_pool import LEAST_AHEAD, HostPool, n_read_ahead
 from slimoe.offload.cache.host_slots import Addresses, HostSlot, alone
 from slimoe.offload.cache.prefetch import ExpertPredictor
 from slimoe.offload.cache.residency import Key
-from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert
+from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert, pairs_of
 from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs
 from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
-from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
+from slimoe.offload.model.experts import ExpertCopy, ExpertLayer, SlotClass
 
 _WORTH_READING, _SURE = 0.5, 0.8
 """Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
 _NO_KEYS: set[Key] = set()
 _NO_EXPERTS = np.empty(0, np.int64)
+
+_Read = tuple[RoutedTokens, HostSlot]
+"""Tokens of an expert, and the slot that it is read into."""
 
 Cancelled = Callable[[], bool] | None
 EarlyLogits = Mapping[int, NDArray[np.float32]]
@@ -143,11 +146,25 @@ class HostExperts:
         for key, copy in begun.items():
             self._host_pool.abandon(key, copy)
 
-    def _run_alone(self, one: RoutedTokens, slot: HostSlot, n_rows: int, is_cancelled: Cancelled) -> None:
-        """Computes an expert that is waited for, or whose slot is in no bank."""
-        (layer, expert), bank, n = one.key, alone(self._host_pool.addresses(slot)), len(one.columns)
-        slots, experts = np.zeros(n, np.int64), np.full(n, expert)
-        self._graphs.run(BankWork(layer, one.copy.slot_class, bank, slots, experts, one.columns), n_rows, is_cancelled)
+    def _run_read(self, read: Sequence[_Read], n_rows: int, is_cancelled: Cancelled) -> None:
+        """Computes experts of a layer that are waited for first, those whose slots are in one bank together."""
+        by_class: dict[SlotClass, list[_Read]] = {}
+        for one, slot in read:
+            self._host_pool.addresses(slot)
+            by_class.setdefault(one.copy.slot_class, []).append((one, slot))
+        index = read[0][0].key[0]
+        banks = self.banks[index]
+        assert banks is not None
+        for slot_class, same in by_class.items():
+            phases = banks.phases[banks.classes.index(slot_class)]
+            if phases is None or len(same) == 1:
+                for one, slot in same:
+                    work = BankWork(index, slot_class, alone(slot.addresses), *pairs_of([one], [0]))
+                    self._graphs.run(work, n_rows, is_cancelled)
+            else:
+                bank, slots = self._host_pool.bank(slot_class, phases), [slot.index for _, slot in same]
+                work = BankWork(index, slot_class, bank, *pairs_of([one for one, _ in same], slots))
+                self._run_works([work], n_rows, is_cancelled)
 
     def has_begun(self, index: int) -> bool:
         """Whether experts of a layer were prefetched in this step."""
@@ -180,13 +197,13 @@ class HostExperts:
             self._host_pool.pin(needed, self._all_predicted())
         slots = [self._host_pool.demand(one.key, one.copy, counts=len(one.columns)) for one in missing]
         self._prefetch_predicted(index, experts, early_logits)
-        is_ready = [slot.is_ready for slot in slots]
         for work in works:
             self._graphs.run(work, 1, is_cancelled)
-        for wanted in (True, False):
-            for one, slot, ready in zip(missing, slots, is_ready, strict=True):
-                if ready is wanted:
-                    self._run_alone(one, slot, 1, is_cancelled)
+        left = [*zip(missing, slots, strict=True)]
+        while left:
+            ready = [one for one in left if one[1].is_ready] or left[:1]
+            left = [one for one in left if one not in ready]
+            self._run_read(ready, 1, is_cancelled)
 
     def _all_predicted(self) -> set[Key]:
         return {(layer, expert) for layer, experts in self._predicted.items() for expert in experts.tolist()}
@@ -267,6 +284,8 @@ class HostExperts:
         n_first = len(first)
         n_here, slots = n_first + sum(is_held), list[HostSlot]()
         n_ahead = n_read_ahead(max((one.copy.n_bytes for one in queue), default=1))
+        # While those are computed together that have arrived, the disk still has others to read.
+        n_together, n_done = max(1, n_ahead // 2), 0
         for at in range(-1 if works else 0, len(queue)):
             if is_cancelled is not None and is_cancelled():
                 raise EngineAbortedError
@@ -286,8 +305,10 @@ class HostExperts:
                 self._host_pool.prefetch(key, copy)
             if at < 0:
                 self._run_works(works, n_rows, is_cancelled)
-            else:
-                self._run_alone(queue[at], slots[at], n_rows, is_cancelled)
+            elif at == n_done:
+                arrived = takewhile(lambda slot: slot.is_ready, slots[at + 1 : at + n_together])
+                n_done += 1 + sum(1 for _ in arrived)
+                self._run_read([*zip(queue[at:n_done], slots[at:n_done], strict=True)], n_rows, is_cancelled)
 
     def _run_works(self, works: Sequence[BankWork], n_rows: int, is_cancelled: Cancelled) -> None:
         """Computes what is in memory, whole experts at a time, as many as one graph has memory for."""

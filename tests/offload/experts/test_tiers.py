@@ -255,6 +255,38 @@ def test_a_batch_reads_many_small_experts_while_it_computes_those_that_are_here(
     assert (n_read_ahead(99 << 20), n_read_ahead(3 << 20), n_read_ahead(32 << 20)) == (2, 10, 2)
 
 
+@pytest.mark.parametrize("n_tokens", [1, 8])
+def test_experts_that_have_arrived_are_computed_in_one_graph(
+    directory: Path, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the disk is so fast that everything has arrived when it is looked for."""
+    shape = TinyShape(n_layer=4, n_expert=24, n_expert_used=4, n_ff=64)
+    path = write_tiny_gguf(directory / f"fast-{n_tokens}.gguf", None, shape=shape)
+    n_read, n_graphs, submit, run = 0, 0, DiskReader.submit, ExpertGraphs.run
+
+    def read_at_once(reader: DiskReader, *rest: Any, **named: Any) -> Read:
+        nonlocal n_read
+        n_read += 1
+        read = submit(reader, *rest, **named)
+        reader.wait(read)
+        return read
+
+    def counted_run(graphs: ExpertGraphs, *rest: Any) -> None:
+        nonlocal n_graphs
+        n_graphs += 1
+        run(graphs, *rest)
+
+    with closing(resident_engine(config(path))) as engine:
+        expected = engine.prefill(TOKENS[:n_tokens]).copy()
+    with closing(tiered_engine(config(path), 0.5, 0)) as engine:
+        monkeypatch.setattr(DiskReader, "submit", read_at_once)
+        monkeypatch.setattr(ExpertGraphs, "run", counted_run)
+        np.testing.assert_array_equal(engine.prefill(TOKENS[:n_tokens]), expected)
+    assert n_read > (10 if n_tokens > 1 else 5)
+    # Of four layers two are in memory, and the others compute what was held before what was not.
+    assert n_graphs <= 6
+
+
 # --- what is multiplied ------------------------------------------------------------------------------------
 
 
