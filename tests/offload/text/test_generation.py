@@ -334,7 +334,7 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path: Path, tiny_model: Path
 def test_weights_that_are_no_numbers(tmp_path: Path, tiny_model: Path) -> None:
     content = read_content(tiny_model)
     path = write_content(
-        tmp_path / "m.gguf", content.with_values({"blk.0.attn_norm.weight": np.full(64, np.nan, np.float32)})
+        tmp_path / "m.gguf", content.with_values({"blk.0.attn_output.weight": np.full((64, 64), np.nan, np.float32)})
     )
     engine = open_engine(path)
     with pytest.raises(BadLogitsError):
