@@ -10,7 +10,7 @@ from slimoe.server.formats.gemma4 import Gemma4Reader
 from slimoe.server.formats.harmony import HarmonyReader
 from slimoe.server.formats.llama3 import Llama3Reader
 from slimoe.server.formats.mistral import MistralReader
-from slimoe.server.formats.tagged_calls import GlmReader, HermesReader, QwenCoderReader
+from slimoe.server.formats.tagged_calls import GlmReader, HermesReader, MiniMaxReader, QwenCoderReader
 from slimoe.server.messages import Reading
 
 PLAIN = "hermes"
@@ -25,6 +25,16 @@ _DEEPSEEK_R1 = replace(
     before=f"{_CALL}function<｜tool▁sep｜>NAME\n```json\n",
     after="\n```<｜tool▁call▁end｜>",
     between="\n",
+)
+
+_INVOCATIONS = "<minimax:tool_call>"
+_MINIMAX = CallForm(
+    '<invoke name="NAME">\n',
+    "\n</invoke>\n",
+    _INVOCATIONS,
+    f"{_INVOCATIONS}\n",
+    between="",
+    closing="</minimax:tool_call>",
 )
 
 
@@ -82,6 +92,7 @@ FAMILIES = (
     Family("deepseek", DeepSeekReader, (_CALL,), form=_DEEPSEEK),
     Family("glm", GlmReader, ("<arg_key>",)),
     Family("qwen-coder", QwenCoderReader, ("<function=", "<parameter=")),
+    Family("minimax", MiniMaxReader, (_INVOCATIONS, "<invoke name="), form=_MINIMAX),
     Family(PLAIN, HermesReader, ("<tool_call>",)),
     Family(
         "llama3",

@@ -1,4 +1,4 @@
-"""Calls between `<tool_call>` and `</tool_call>`: of Hermes and Qwen as JSON, of Qwen3-Coder and GLM as fields.
+"""Calls between `<tool_call>` and `</tool_call>`: of Hermes and Qwen as JSON, of Qwen3-Coder and others as fields.
 
 This is also how models are asked to call whose chat template knows no tools.
 """
@@ -9,6 +9,8 @@ import re
 from slimoe.server.formats.marked_reader import MarkedReader, Waiting, as_calls, json_text, json_value
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+_CALLS, _CALLS_END = "<minimax:tool_call>", "</minimax:tool_call>"
+_INVOKE, _INVOKE_END, _PARAMETER = '<invoke name="', "</invoke>", '<parameter name="'
 HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>(?:[^"\\]|\\.)*)"\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{\s*["}])'
@@ -107,6 +109,51 @@ class GlmReader(HermesReader):
             self.say(stray.strip())
         if end:
             fields.close()
+
+
+class MiniMaxReader(MarkedReader):
+    """`<minimax:tool_call><invoke name="weather"><parameter name="city">Paris</parameter></invoke>...`."""
+
+    call_marks: tuple[str, ...] = (_CALLS,)
+
+    def call(self, mark: str) -> Waiting[None]:
+        """Reads one call after the other, with their parameters, or with an object where a grammar asks for calls."""
+        stray, end = yield from self.collected(_INVOKE, _CALLS_END)
+        if end != _INVOKE:
+            self.say(mark + stray + end)
+            return
+        while end == _INVOKE:
+            self.say(stray.strip())
+            name, is_whole = yield from self.collected('">')
+            if not is_whole:
+                self.say(f"{_INVOKE}{name}")
+                return
+            self.begin_call(name)
+            while not self.buffer.lstrip() and not self.is_over:
+                yield
+            if self.buffer.lstrip().startswith("{"):
+                self.buffer = self.buffer.lstrip()
+                yield from self.json_object()
+                stray, end = yield from self.collected(_INVOKE_END, _CALLS_END)
+            else:
+                stray, end = yield from self._fields(name)
+            self.say(stray.strip())
+            stray = ""
+            if end == _INVOKE_END:
+                stray, end = yield from self.collected(_INVOKE, _CALLS_END)
+        self.say(stray.strip())
+
+    def _fields(self, name: str) -> Waiting[tuple[str, str]]:
+        """Reads parameters; returns what stands behind the last one, and the mark that ends the call."""
+        fields = _Fields(self, name)
+        stray, end = yield from self.collected(_PARAMETER, _INVOKE_END, _CALLS_END)
+        while end == _PARAMETER:
+            key, _ = yield from self.collected('">')
+            yield from fields.read(key, ("</parameter>",))
+            stray, end = yield from self.collected(_PARAMETER, _INVOKE_END, _CALLS_END)
+        if end:
+            fields.close()
+        return stray, end
 
 
 class _Fields:

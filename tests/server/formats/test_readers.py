@@ -53,6 +53,17 @@ ROME_GLM = """<tool_call>weather
 <arg_key>deep</arg_key>
 <arg_value>{"a": [1, null]}</arg_value>
 </tool_call>"""
+MINIMAX = """<minimax:tool_call>
+<invoke name="weather">
+<parameter name="city">R "ö"
+<b></parameter>
+<parameter name="days">2</parameter>
+<parameter name="deep">{"a": [1, null]}</parameter>
+</invoke>
+<invoke name="weather">
+<parameter name="city">Paris</parameter>
+</invoke>
+</minimax:tool_call>"""
 ROME_GEMMA = '<|tool_call>call:weather{city:<|"|>R "ö"\n<b><|"|>,days:2,deep:{a:[1,null]}}<tool_call|>'
 ROME_JSON = json.dumps(ROME[1], ensure_ascii=False)
 V31 = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ROME_JSON}<｜tool▁call▁end｜>"
@@ -93,6 +104,17 @@ CASES = {
     "glm": Case("glm", f"\n<think>Hm,  it may.</think>\nSo.\n{ROME_GLM}\n{ROME_GLM}", "So.", HM, (ROME, ROME)),
     "glm, nothing": Case("glm", "<tool_call>f\n</tool_call>", calls=[("f", {})]),
     "glm, text": Case("glm", "a <tool_call>b c</tool_call>", "a <tool_call>b c</tool_call>"),
+    "minimax": Case("minimax", f"<think>\nHm,  it may.\n</think>\n\nSo.\n{MINIMAX}", "So.", HM, (ROME, PARIS)),
+    "minimax, nothing": Case(
+        "minimax", '<minimax:tool_call>\n<invoke name="f">\n</invoke>\n</minimax:tool_call>', calls=[("f", {})]
+    ),
+    "minimax, JSON": Case(
+        "minimax",
+        '<minimax:tool_call><invoke name="weather">{"city": "Paris"}\n</invoke></minimax:tool_call>',
+        calls=[PARIS],
+    ),
+    "minimax, no end": Case("minimax", MINIMAX.removesuffix("\n</minimax:tool_call>"), calls=(ROME, PARIS)),
+    "minimax, text": Case("minimax", "a <minimax:tool_call> <invoke b", "a <minimax:tool_call> <invoke b"),
     "mistral": Case("mistral",
         'So. [TOOL_CALLS] [{"name": "weather", "arguments": ' + ROME_JSON + '}, {"name": "weather", '
         '"arguments": {"city": "Paris"}, "id": "abcdefgh1"}]', "So.", calls=(ROME, PARIS)),
