@@ -127,7 +127,11 @@ def _lost(text: str, conversation: Conversation) -> str | None:
     at = 0
     for message in conversation.messages:
         calls = message.get("calls", ())
-        wanted = [(f"the name {call['name']} of a called tool", call["name"]) for call in calls]
+        wanted = []
+        for call in calls:
+            wanted.append((f"the name {call['name']} of a called tool", call["name"]))
+            if "value" not in call:  # JSON may be written in the template's own way.
+                wanted.append((f"the arguments of a call of {call['name']}", call["arguments"]))
         if calls or message["role"] in ("system", "developer", "tool"):
             whose = "system" if message["role"] == "developer" else message["role"]
             wanted.append((f"the {whose} message", message["content"]))

@@ -14,16 +14,18 @@ from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.gguf.keys import PREFIX_AFTER_SPECIAL
+from slimoe.offload.gguf.keys import PREFIX_AFTER_SPECIAL, PREFIX_BEFORE_SPACE
 from slimoe.offload.text.tokenizer import Tokenizer
 from slimoe.server.chat.chat import Chat
 from slimoe.server.chat.history import Message, turns
 from slimoe.server.messages import ChatPrompt, Tool, ToolChoice
 from tests.models.gguf_content import finish
 from tests.models.tiny_gguf import add_vocabulary
-from tests.server.chat.tool_templates import FAMILIES, TOOLLESS
+from tests.server.chat.tool_templates import FAMILIES, TOOLLESS, UNREAD
 
-CONTROLS = ("<|im_start|>", "<|im_end|>", "[TOOL_CALLS]", "[INST]", "<tool_call>", "<|start|>", '<|"|>', "<｜User｜>")
+CONTROLS: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "[TOOL_CALLS]", "[INST]", "<tool_call>", "<|start|>")
+CONTROLS += ('<|"|>', "<｜User｜>", "<|start_of_role|>", "<|end_of_text|>", "<|role_end|>", "]~b]", "[e~[")
+CONTROLS += ("<|im_middle|>", "<|end|>", "<|user|>", "<|startoftext|>", "<|extra_0|>", "<|userprompt|>", "<|response|>")
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "Tells the weather.", "parameters": CITY}
 TOOL = Tool("weather", "Tells the weather.", json.dumps(CITY))
@@ -59,6 +61,7 @@ def tokenizer(sentencepiece_path: Path, tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.mktemp("tools") / "v.gguf"
     writer = GGUFWriter(path, "llama")
     writer.add_bool(PREFIX_AFTER_SPECIAL, True)
+    writer.add_bool(PREFIX_BEFORE_SPACE, False)
     add_vocabulary(writer, sentencepiece_path, None, CONTROLS)
     finish(writer)
     tokenizer = Tokenizer.open(read_gguf(path))
@@ -72,7 +75,7 @@ def chat_of(tokenizer: Tokenizer) -> Iterator[Callable[[str], Chat]]:
     chats: dict[str, Chat] = {}
 
     def chat(name: str) -> Chat:
-        template = {**FAMILIES, **TOOLLESS}[name]
+        template = {**FAMILIES, **TOOLLESS, **UNREAD}[name]
         return chats.setdefault(name, Chat(tokenizer, template=template))
 
     yield chat
@@ -93,6 +96,54 @@ def reference(sentencepiece_path: Path) -> LlamaTokenizer:
 def prompt(messages: list[dict[str, Any]], *tools: Tool, mode: Any = "auto") -> ChatPrompt:
     """What comes of a client's messages, whose arguments are JSON in a text."""
     return ChatPrompt(turns(msgspec.convert(messages, list[Message])), {}, tools, ToolChoice(mode))
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    ANSWER,
+    {"role": "assistant", "content": "Where?"},
+    {"role": "user", "content": " In Rö. "},
+]
+WITHOUT_SYSTEM = ("mistral", "mixtral")
+"""Templates that take no system message."""
+FOREIGN = ("loops over tools", "allocates over calls", "reads attributes")
+
+
+@pytest.mark.parametrize("name", [name for name in (*FAMILIES, *TOOLLESS, *UNREAD) if name not in FOREIGN])
+@pytest.mark.parametrize("begins_answer", [True, False])
+def test_ids_of_several_turns_are_those_of_transformers(
+    chat_of: Callable[[str], Chat], reference: Any, name: str, begins_answer: bool
+) -> None:
+    messages = TURNS[1:] if name in WITHOUT_SYSTEM else TURNS
+    messages = messages if begins_answer else messages[:-1]
+    expected = reference.apply_chat_template(
+        messages,
+        chat_template={**FAMILIES, **TOOLLESS, **UNREAD}[name],
+        add_generation_prompt=begins_answer,
+        return_dict=False,
+    )
+    assert list(chat_of(name).prompt(prompt(messages), generate=begins_answer).ids) == expected
+
+
+THOUGHT = {"hermes": "reasoning_content", "glm": "reasoning_content", "gemma4": "reasoning_content"}
+THOUGHT |= {"minimax": "reasoning_content", "bailing2": "reasoning_content", "harmony": "thinking"}
+"""The field in which templates read what was thought before a call."""
+
+
+@pytest.mark.parametrize("family", THOUGHT)
+def test_ids_of_reasoning_are_those_of_transformers(
+    chat_of: Callable[[str], Chat], reference: Any, family: str
+) -> None:
+    question, said, result_ = CONVERSATIONS["a call"]
+    ours = [question, {**said, "reasoning_content": "It may rain."}, result_]
+    expected = reference.apply_chat_template(
+        [question, {**said, THOUGHT[family]: "It may rain."}, result_],
+        tools=[{"type": "function", "function": WEATHER}],
+        chat_template=FAMILIES[family],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert list(chat_of(family).prompt(prompt(ours, TOOL)).ids) == expected
 
 
 FEW_AT_ONCE = [("llama3", "two calls"), ("harmony", "two calls")]
@@ -145,7 +196,7 @@ STRANGE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *TOOLLESS])
+@pytest.mark.parametrize("name", [*FAMILIES, *TOOLLESS, *UNREAD])
 @pytest.mark.parametrize("tools", [(TOOL,), ()], ids=["tools", "none"])
 def test_nothing_is_lost_and_nothing_passes_for_a_mark(
     chat_of: Callable[[str], Chat], tokenizer: Tokenizer, name: str, tools: tuple[Tool, ...]

@@ -183,6 +183,106 @@ GEMMA4 = """{%- macro argument(value) %}{% if value is string %}<|"|>{{ value }}
 {% if not enable_thinking %}<|channel>thought
 <channel|>{% endif %}{% endif %}"""
 
+GRANITE = """{% set rest = messages[1:] if messages[0].role == 'system' else messages %}
+{%- if tools %}<|start_of_role|>system<|end_of_role|>
+{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}# Tools
+<tools>{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}
+</tools>
+Call: <tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|end_of_text|>
+{% elif messages[0].role == 'system' %}<|start_of_role|>system<|end_of_role|>{{ messages[0].content }}<|end_of_text|>
+{% else %}<|start_of_role|>system<|end_of_role|>You are a helpful assistant.<|end_of_text|>
+{% endif %}{% for m in rest %}
+{%- if m.role == 'tool' %}{% if loop.previtem is not defined or loop.previtem.role != 'tool' -%}
+<|start_of_role|>user<|end_of_role|>{% endif %}
+<tool_response>
+{{ m.content }}
+</tool_response>{% if loop.last or loop.nextitem.role != 'tool' %}<|end_of_text|>
+{% endif %}{% else %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}
+{%- for call in m.tool_calls or [] %}{% if m.content or not loop.first %}
+{% endif %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|end_of_text|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"""
+
+MINIMAX = """{% set rest = messages %}{% set told = 'Be helpful.' %}{% if messages[0].role == 'system' %}
+{%- set told = messages[0].content %}{% set rest = messages[1:] %}{% endif %}]~!b[]~b]system
+{{ told }}{% if tools %}
+
+# Tools
+<tools>
+{% for tool in tools %}<tool>{{ tool.function | tojson }}</tool>
+{% endfor %}</tools>
+
+<minimax:tool_call>
+<invoke name="tool-name-1">
+<parameter name="param-key-1">param-value-1</parameter>
+</invoke>
+</minimax:tool_call>{% endif %}[e~[
+{% set last = namespace(asked=-1, called=false) %}{% for m in rest if m.role == 'user' %}
+{%- set last.asked = rest.index(m) %}{% endfor %}{% for m in rest %}{% if m.role == 'assistant' %}]~b]ai
+{% if m.reasoning_content is string and loop.index0 > last.asked %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}{% if m.tool_calls %}
+<minimax:tool_call>
+{% for call in m.tool_calls %}<invoke name="{{ call.function.name }}">
+{% if call.function.arguments is mapping %}{% for key, value in call.function.arguments | items -%}
+<parameter name="{{ key }}">{{ value if value is string else value | tojson }}</parameter>
+{% endfor %}{% endif %}</invoke>
+{% endfor %}</minimax:tool_call>{% endif %}[e~[
+{% set last.called = m.tool_calls | length > 0 %}{% elif m.role == 'tool' %}
+{%- if not last.called %}{{ raise_exception('Message has tool role, but there was no tool call!') }}{% endif %}
+{%- if loop.first or loop.previtem.role != 'tool' %}]~b]tool{% endif %}
+<response>{{ m.content }}</response>{% if loop.last or loop.nextitem.role != 'tool' %}[e~[
+{% endif %}{% else %}]~b]{{ m.role }}
+{{ m.content }}[e~[
+{% endif %}{% endfor %}{% if add_generation_prompt %}]~b]ai
+<think>
+{% endif %}"""
+
+BAILING2 = """{% set rest = messages[1:] if messages[0].role == 'system' else messages %}
+{%- set thinking = 'on' if enable_thinking else 'off' %}<role>SYSTEM</role>
+{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n' }}{% endif %}{% if tools %}# Tools
+<tools>{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}
+</tools>
+Call: <tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>
+{% endif %}detailed thinking {{ thinking }}<|role_end|>
+{%- for m in rest %}{% if m.role == 'user' -%}
+<role>HUMAN</role>{{ m.content }}<|role_end|>{% elif m.role == 'system' -%}
+<role>SYSTEM</role>{{ m.content }}<|role_end|>{% elif m.role == 'assistant' -%}
+<role>ASSISTANT</role>{% if m.reasoning_content %}
+<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|role_end|>{% else %}
+{%- if loop.previtem is not defined or loop.previtem.role != 'tool' %}<role>OBSERVATION</role>{% endif %}
+<tool_response>
+{{ m.content }}
+</tool_response>{% if loop.last or loop.nextitem.role != 'tool' %}<|role_end|>{% endif %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"""
+
+KIMI2 = """{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}
+{%- for m in messages %}{% if loop.first and m.role != 'system' -%}
+<|im_system|>system<|im_middle|>You are Kimi.<|im_end|>{% endif %}
+{%- if m.role == 'assistant' %}<|im_assistant|>assistant<|im_middle|>{{ m.content }}{% if m.tool_calls -%}
+<|tool_calls_section_begin|>{% for call in m.tool_calls %}<|tool_call_begin|>{{ call.id }}
+{{- '<|tool_call_argument_begin|>' }}{% if call.function.arguments is string %}{{ call.function.arguments }}
+{%- else %}{{ call.function.arguments | tojson }}{% endif %}<|tool_call_end|>{% endfor %}<|tool_calls_section_end|>
+{%- endif %}{% elif m.role == 'tool' %}<|im_system|>tool<|im_middle|>## Return of {{ m.tool_call_id }}
+{{ m.content }}{% else %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}{% endif %}<|im_end|>
+{%- endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"""
+
 FAMILIES = {
     "hermes": HERMES,
     "qwen-coder": QWEN_CODER,
@@ -194,9 +294,38 @@ FAMILIES = {
     "deepseek": DEEPSEEK,
     "deepseek-r1": DEEPSEEK_R1,
     "gemma4": GEMMA4,
+    "granite": GRANITE,
+    "minimax": MINIMAX,
+    "bailing2": BAILING2,
 }
 
+UNREAD = {"kimi2": KIMI2}
+"""Templates that know tools, but whose way to write calls is not read from answers: tools are told in plain words."""
+
 TOOLLESS = {
+    "phi": """{% for m in messages %}{% if m.role == 'system' and m.content %}<|system|>
+{{ m.content }}<|end|>
+{% elif m.role == 'user' %}<|user|>
+{{ m.content }}<|end|>
+{% elif m.role == 'assistant' %}<|assistant|>
+{{ m.content }}<|end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% else %}{{ eos_token }}{% endif %}""",
+    "ernie": """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}
+{% elif m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}{% else %}{{ m.content }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}""",
+    "hunyuan": """{% set rest = messages %}{% set told = '' %}{% if messages[0].role == 'system' %}
+{%- set told = messages[0].content + '<|extra_4|>' %}{% set rest = messages[1:] %}{% endif %}
+{%- for m in rest %}{% if m.role == 'user' %}<|startoftext|>{{ told if loop.first }}{{ m.content }}<|extra_0|>
+{%- if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+{% endif %}{% elif m.role == 'assistant' %}{{ m.content }}<|eos|>{% endif %}{% endfor %}""",
+    "dots": """{% if messages[0].role == 'system' %}<|system|>{{ messages[0].content }}<|endofsystem|>
+{%- else %}<|system|>You are a helpful assistant.<|endofsystem|>{% endif %}{% for m in messages %}
+{%- if m.role == 'user' %}<|userprompt|>{{ m.content }}<|endofuserprompt|>
+{%- elif m.role == 'assistant' %}<|response|>{{ m.content }}<|endofresponse|>{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|response|>{% endif %}""",
     "mixtral": """{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}
 {%- if m.role == 'user' %} [INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}
