@@ -75,6 +75,35 @@ def pickles(path: Path) -> None:
     (path / WEIGHTS).rename(path / "pytorch_model.bin")
 
 
+def index_of(path: Path, owners: dict[str, str]) -> None:
+    (path / WEIGHTS).rename(path / "all.safetensors")
+    (path / INDEX).write_text(json.dumps({"weight_map": owners}))
+
+
+def shards_of(*names: str) -> Spoil:
+    """The weights under each of these names, without an index."""
+
+    def spoil(path: Path) -> None:
+        for name in names:
+            shutil.copy(path / WEIGHTS, path / name)
+        (path / WEIGHTS).unlink()
+
+    return spoil
+
+
+def append(path: Path) -> None:
+    with (path / WEIGHTS).open("ab") as weights:
+        weights.write(b"12345678")
+
+
+def move_first(header: dict[str, Any]) -> None:
+    next(value for value in header.values() if value.get("data_offsets", [1])[0] == 0)["data_offsets"][0] = 8
+
+
+def cut_expert(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[W2] = tensors[W2][:, :32].contiguous()
+
+
 def many_tokens(path: Path) -> None:
     tokens = {f"<{n}>": 512 + n for n in range(100)}
     (path / "added_tokens.json").write_text(json.dumps(tokens))
@@ -119,6 +148,40 @@ BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
     "missing expert": (edit_tensors(drop(W2)), ModelFileError, r"expert 2 of blk\.0\.ffn_down_exps\.weight is missing"),
     "missing tensor": (edit_tensors(drop("model.norm.weight")), ModelFileError, r"output_norm\.weight is missing"),
     "missing output": (edit_tensors(drop("lm_head.weight")), ModelFileError, r"lm_head\.weight is missing"),
+    "added bytes": (append, ModelFileError, "8 bytes at the file's end belong to no tensor"),
+    "moved offset": (edit_header(move_first), ModelFileError, r"lies at 8 to \d+ of the data, but belongs at 0"),
+    "damaged entry": (
+        edit_header(lambda h: h["model.norm.weight"].update(shape="x")),
+        ModelFileError,
+        r"entry for tensor model\.norm\.weight is damaged \(",
+    ),
+    "other shape": (
+        edit_header(lambda h: h["model.norm.weight"].update(shape=[3])),
+        ModelFileError,
+        r"model\.norm\.weight is damaged: \[3\] of \w+ do not take \d+ bytes",
+    ),
+    "tensors twice": (
+        shards_of("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ModelFileError,
+        r"00002-of-00002\.safetensors: tensor \S+ is in model-00001-of-00002\.safetensors too",
+    ),
+    "shards of two counts": (
+        shards_of("model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"),
+        ModelFileError,
+        f"shards of 2 and of 3 in all, and no {INDEX} says which count",
+    ),
+    "index of nothing": (lambda path: index_of(path, {}), ModelFileError, "the index has an empty weight_map"),
+    "index of another place": (
+        lambda path: index_of(path, {"model.norm.weight": "../all.safetensors"}),
+        ModelFileError,
+        r"the index names '\.\./all\.safetensors', which is no file's name",
+    ),
+    "experts of two shapes": (
+        edit_tensors(cut_expert),
+        ModelFileError,
+        r"experts\.2\.w2\.weight differs in shape from the same matrix of other experts",
+    ),
+    "tensor of no layer": (edit_tensors(add("vision.weight")), UnsupportedModelError, "vision.weight .*has no place"),
     "unknown tensor": (edit_tensors(add("model.layers.0.extra.weight")), UnsupportedModelError, "has no place"),
     "wrong shape": (edit_config(intermediate_size=80), ModelFileError, r"ffn_\w+_exps\.weight has the shape"),
     "no layers": (edit_config(num_hidden_layers=0), ModelFileError, "num_hidden_layers: expected int >= 1"),

@@ -265,6 +265,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] 
     "norm's bias": ("phimoe", {}, none_of("ffn_norm.bias"), ModelFileError, "blk.0.ffn_norm.bias is missing"),
     "one divisor": ("phimoe", {}, {"rope_factors_long.weight": divisors(1)}, ModelFileError, "long.weight has the sh"),
     "foreign divisors": ("hunyuan-moe", {}, {"rope_freqs.weight": divisors(64)}, UnsupportedModelError, "has no place"),
+    "no truth": (
+        "glm4moe",
+        {"expert_weights_norm": 3},
+        {},
+        ModelFileError,
+        "weights_norm is 3, which is no truth value",
+    ),
     "no blocks": ("glm4moe", {"nextn_predict_layers": 2}, {}, ModelFileError, "2 of 2 blocks predict further tokens"),
 }
 

@@ -1,5 +1,6 @@
 import contextlib
 import random
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -132,6 +133,9 @@ def test_wrong_shards(tmp_path: Path, content: GGUFContent) -> None:
         read_gguf(first)
     second.write_bytes(kept)
     read_gguf(first)
+    shutil.copy(second, tmp_path / "m-00002-of-00002.gguf")
+    with pytest.raises(ModelFileError, match="the file says it has 3 shards, its name says 2"):
+        read_gguf(shutil.copy(first, tmp_path / "m-00001-of-00002.gguf"))
     alone = first.rename(tmp_path / "alone.gguf")
     with pytest.raises(ModelFileError, match="this is shard 1 of 3, and its name does not say so"):
         read_gguf(alone)

@@ -281,6 +281,9 @@ ROWS = [1, -1, 0, 2, 0, -2, 0, 1, 2, 3]
         ("expert_count", [0, 0], "layer 0 has 0 experts of width 96"),
         ("feed_forward_length", [96, 64], r"tensor blk\.1\.ffn_gate_exps\.b0\.weight has the shape"),
         ("feed_forward_length", [96], r"slimoe\.feed_forward_length has 1 entries, but 2"),
+        ("attention.present", [1, 2], r"entry 1 of slimoe\.attention\.present is 2, which cannot be"),
+        ("attention.present", [0, 0], "no layer has attention"),
+        ("attention.present", [1], r"slimoe\.attention\.present has 1 entries, but 2"),
     ],
 )
 def test_a_wrong_map_or_prior_is_named(

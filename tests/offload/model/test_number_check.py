@@ -94,6 +94,13 @@ def test_routers_of_two_bytes_a_value(tmp_path: Path, kind: str) -> None:
         assert ("ffn_gate_inp.weight of layer 0 holds NaN" in problem_of(file)) is (largest == np.inf)
 
 
+def test_a_file_that_is_gone_by_now(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    file = ModelFile.of(read_gguf(path))
+    path.unlink()
+    assert "m.gguf: the file cannot be read (No such file" in problem_of(file)
+
+
 def test_constant_experts(tmp_path: Path) -> None:
     content = read_content(write_tiny_gguf(tmp_path / "whole.gguf", None, shape=TinyShape(n_layer=1)))
     constants = np.ones((2, 64), np.float32)
