@@ -125,12 +125,12 @@ def learnt(source: ModelSource, directory: Path, n_sequences: int = 6, length: i
     return calibrate(source, text, settings, directory / "partial")
 
 
-def few_prices(source: ModelSource, directory: Path) -> Statistics:
+def few_prices(source: ModelSource, directory: Path, types: tuple[str, ...] = ("Q2_K", "Q4_K", "Q6_K")) -> Statistics:
     """Statistics in which few types have prices: trying all of them takes seconds."""
     text = CalibrationText(random_sequences(4, 16, source.spec.n_vocab), ("random",) * 4)
     settings = CalibrationSettings(Samples(types=()), n_sensitivity=64)
     found = calibrate(source, text, settings, directory / "partial")
-    some = packed_costs(measure_type_costs(source, found, types=("Q2_K", "Q4_K", "Q6_K")))
+    some = packed_costs(measure_type_costs(source, found, types=types))
     others = tuple(name for name in CANDIDATES if name not in some.types)
     nats = np.hstack([some.nats, np.full((len(some.matrices), len(others)), np.inf)])
     return replace(found, matrix_costs=MatrixCosts(some.types + others, some.matrices, nats))
