@@ -208,7 +208,8 @@ class _Opening:
             rows = 0 if self._rows is None else self._rows.n_bytes
             taken = self._taken(runner.graph_bytes + graphs.compute_bytes + rows)
             n_slots = self._n_slots(plan.tiers, taken)
-            host_pool = HostPool(reader, _Elsewhere(self._policy, self._on_devices), n_slots, possible)
+            ranks = _Elsewhere(self._policy, self._on_devices) if experts else self._policy
+            host_pool = HostPool(reader, ranks, n_slots, possible)
             self._opened.callback(host_pool.close)
             # Its threads must have ended before the memory goes that they fill.
             self._opened.callback(reader.close)

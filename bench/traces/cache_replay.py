@@ -208,12 +208,14 @@ class CacheReplay:
             cache = self._pool(key)
             if cache is not None:
                 levels = (needed | self._predicted, needed, set[Key]())
-                self._acquire(cache, key, next(pinned for pinned in levels if _can_take(cache, pinned)))
+                any(self._acquire(cache, key, pinned) for pinned in levels)
 
-    def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> None:
-        _, evicted = cache.acquire(key, pinned)
-        if evicted is not None:
-            self._read_ahead.discard(evicted)
+    def _acquire(self, cache: SlotCache, key: Key, pinned: set[Key]) -> bool:
+        """Whether the expert got a slot."""
+        taken = cache.try_acquire(key, pinned)
+        if taken is not None and taken[1] is not None:
+            self._read_ahead.discard(taken[1])
+        return taken is not None
 
     def _load_single(self, visit: Visit, absent: list[Key], tally: Tally) -> None:
         """One token's misses, and then what is predicted for its later layers, as long as there are slots to spare."""
@@ -223,8 +225,7 @@ class CacheReplay:
         pinned = self._predicted.union(visit.keys)
         for key in visit.predicted:
             cache = self._pool(key)
-            if cache is not None and key not in cache and _can_take(cache, pinned):
-                self._acquire(cache, key, pinned)
+            if cache is not None and key not in cache and self._acquire(cache, key, pinned):
                 self._read_ahead.add(key)
                 tally.moved_bytes += self._n_bytes([key])
 
@@ -232,7 +233,3 @@ class CacheReplay:
         """Takes back what is no longer predicted: should it be used one day, it was there before."""
         self._read_ahead -= self._predicted - keys
         self._predicted = keys
-
-
-def _can_take(cache: SlotCache, pinned: set[Key]) -> bool:
-    return len(cache) < cache.n_slots or cache.victim(pinned) is not None

@@ -25,7 +25,7 @@ from rich.table import Table
 from bench.traces.simulated_routers import ROUTERS, Routed, hidden_states
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.policy import PolicyContext, make_policy
-from slimoe.offload.cache.prefetch import ExpertPredictor
+from slimoe.offload.cache.prefetch import ExpertPredictor, Later
 from slimoe.offload.cache.residency import Key, SlotCache, most_valuable
 from slimoe.offload.cache.router_trace import ANSWER, TraceHeader, TraceRun, TraceWriter
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
@@ -91,11 +91,12 @@ class Bookkeeping:
             self._serve(keys, clock)
             missed += [key for key in keys if key not in self.on_device]
             with clock.part("prediction"):
-                self.predictor.settle(layer, one.experts, self.n_expert)
+                self.predictor.settle(layer, one.experts)
                 if layer + 1 < self.n_layer:
                     later = routed[layer + 1]
-                    n_used = min(len(later.experts), len(later.logits))
-                    self.predictor.guess(layer + 1, 1, later.candidates, n_used, later.logits)
+                    n_row = len(later.logits)
+                    known = Later([layer + 1], later.candidates[None], [n_row], [min(len(later.experts), n_row)])
+                    self.predictor.guess(known, later.logits[None])
         with clock.part("device"):
             swaps = self.exchange.choose(self.on_device, missed, lambda key: True)
         for victim, newcomer in swaps:
@@ -111,8 +112,8 @@ class Bookkeeping:
             for key in keys:
                 if key in self.cache:
                     self.n_hits += 1
-                elif self.cache.victim(pinned) is not None:
-                    self.cache.acquire(key, pinned)
+                else:
+                    self.cache.try_acquire(key, pinned)
         self.n_selected += len(keys)
 
 

@@ -128,7 +128,9 @@ class DiskReader:
             require_threads(n_threads)
             self._opened = opened.pop_all()
         self._queues: tuple[deque[Read], ...] = tuple(deque() for _ in Urgency)
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._has_work, self._is_over = threading.Condition(lock), threading.Condition(lock)
+        """Those who read wait for the one, those who want what is read for the other; both share a lock."""
         self._is_closed = False
         self._n_active, self._began = 0, 0.0
         self.n_read = self.n_wasted = 0
@@ -158,17 +160,17 @@ class DiskReader:
             for offset in range(begin, end, self._chunk_bytes):
                 chunks.append((span.shard, offset, address + offset - begin, min(self._chunk_bytes, end - offset)))
         read = Read(chunks, sum(chunk[3] for chunk in chunks), len(chunks), urgency)
-        with self._changed:
+        with self._has_work:
             assert not self._is_closed
             self._queues[urgency].append(read)
-            self._changed.notify_all()
+            self._has_work.notify(len(chunks))
         return read
 
     def demand(self, read: Read) -> None:
         """Lets a read go before all reads that are not demanded."""
         if read.urgency is Urgency.DEMANDED:
             return
-        with self._changed:
+        with self._has_work:
             waiting = self._queues[read.urgency]
             read.urgency = Urgency.DEMANDED
             if read in waiting:
@@ -177,22 +179,22 @@ class DiskReader:
 
     def drop(self, read: Read) -> None:
         """Drops what is not yet under way, without waiting for what is: the memory stays taken until `cancel`."""
-        with self._changed:
+        with self._is_over:
             self._drop(read)
 
     def cancel(self, read: Read) -> None:
         """Drops what is not yet under way and returns when nothing writes to the addresses any more."""
-        with self._changed:
+        with self._is_over:
             self._drop(read)
-            self._changed.wait_for(lambda: read.is_done)
+            self._is_over.wait_for(lambda: read.is_done)
             self.n_wasted += read.n_taken
 
     def wait(self, read: Read) -> None:
         """Returns when the read is complete; raises ReadFailedError when it failed or the reader was closed."""
         if not read.is_done:
             self.demand(read)
-            with self._changed:
-                self._changed.wait_for(lambda: read.is_done)
+            with self._is_over:
+                self._is_over.wait_for(lambda: read.is_done)
         if read.error is not None:
             raise read.error
 
@@ -212,8 +214,8 @@ class DiskReader:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or any(self._queues))
+            with self._has_work:
+                self._has_work.wait_for(lambda: self._is_closed or any(self._queues))
                 if self._is_closed:
                     return
                 queue = next(queue for queue in self._queues if queue)
@@ -226,7 +228,7 @@ class DiskReader:
                     self._began = time.perf_counter()
                 self._n_active += 1
             error = self._try_to_read(*chunk)
-            with self._changed:
+            with self._is_over:
                 self._n_active -= 1
                 if not self._n_active:
                     self.busy_seconds += time.perf_counter() - self._began
@@ -237,7 +239,7 @@ class DiskReader:
                     self._drop(read)
                 read.n_left -= 1
                 if read.is_done:
-                    self._changed.notify_all()
+                    self._is_over.notify_all()
 
     def _try_to_read(self, shard: int, offset: int, address: int, n_bytes: int) -> Exception | None:
         """Reads a chunk; `n_bytes` may reach past the end of the file by less than a page."""
@@ -275,12 +277,13 @@ class DiskReader:
 
     def close(self) -> None:
         """Ends the threads and closes the files; chunks that are under way are finished, whole reads are not."""
-        with self._changed:
+        with self._has_work:
             self._is_closed = True
             for read in [read for queue in self._queues for read in queue]:
                 read.error = ReadFailedError("The model was closed while it was being read.")
                 self._drop(read)
-            self._changed.notify_all()
+            self._has_work.notify_all()
+            self._is_over.notify_all()
         for thread in self._threads:
             thread.join()
         self._opened.close()

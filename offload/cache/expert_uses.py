@@ -28,4 +28,5 @@ class ExpertUses:
 
     def add(self, layer: int, rows: NDArray[np.int32]) -> None:
         """Counts the rows that tokens selected, [n_tokens, n_used]."""
-        np.add.at(self._totals[layer], rows.ravel(), 1)
+        totals = self._totals[layer]
+        totals += np.bincount(rows.ravel(), minlength=len(totals))

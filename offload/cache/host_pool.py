@@ -159,7 +159,7 @@ class HostPool:
         for key, copy in wanted:
             pool = self._pools[copy.slot_class]
             if len(pool.cache) < pool.cache.n_slots:
-                begun.append((self._begin(pool, key, copy, demanded=True), copy))
+                begun.append((self._demand(pool, key, copy), copy))
         for slot, copy in begun:
             self._complete(slot)
             on_progress(copy.n_bytes)
@@ -205,7 +205,7 @@ class HostPool:
             slot = None
         if slot is None:
             self.counters.misses += counts
-            return self._begin(pool, key, copy, demanded=True)
+            return self._demand(pool, key, copy)
         if slot.read is not None:
             self._reader.demand(slot.read)
         if slot.is_prefetched:
@@ -218,8 +218,12 @@ class HostPool:
     def prefetch(self, key: Key, copy: ExpertCopy, *, is_sure: bool = True) -> None:
         """Begins to read a copy if it is not here; only pinned keys survive until they are needed."""
         pool = self._pools[copy.slot_class]
-        if key not in pool.cache and pool.can_take(self._pinned):
-            self._begin(pool, key, copy, demanded=False, is_sure=is_sure).is_prefetched = True
+        if key in pool.cache:
+            return
+        slot = pool.take(key, self._pinned)
+        if slot is not None:
+            self._begin(slot, copy, demanded=False, is_sure=is_sure)
+            slot.is_prefetched = True
             self.counters.n_prefetched += 1
 
     def invest(self, key: Key, copy: ExpertCopy, margin: float) -> bool:
@@ -229,12 +233,25 @@ class HostPool:
         """
         pool = self._pools[copy.slot_class]
         is_busy = self._invested is not None and not self._invested.is_ready
-        if is_busy or key in pool.cache or not pool.can_take(self._pinned):
+        if is_busy or key in pool.cache:
             return False
         victim = pool.cache.victim(self._pinned)
         if victim is not None and pool.cache.value(key) <= margin * pool.cache.value(victim):
             return False
-        self._invested = self._begin(pool, key, copy, demanded=False, is_sure=False)
+        self._invested = pool.take(key, self._pinned)
+        if self._invested is None:
+            return False
+        self._begin(self._invested, copy, demanded=False, is_sure=False)
+        return True
+
+    def arrive(self, key: Key, copy: ExpertCopy) -> bool:
+        """Whether a copy that was prefetched, and is needed now, is here whole: it then is like any other."""
+        pool = self._pools[copy.slot_class]
+        slot = pool.slot(key)
+        if slot is None or not slot.is_prefetched or not slot.is_complete:
+            return False
+        self._complete(slot)
+        slot.is_prefetched = False
         return True
 
     def abandon(self, key: Key, copy: ExpertCopy) -> None:
@@ -273,9 +290,13 @@ class HostPool:
             if slot.is_ready:
                 slot.read = None
 
-    def _begin(self, pool: SlotMemory, key: Key, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> HostSlot:
-        is_tight = demanded and not pool.can_take(self._pinned)
-        slot = pool.take(key, self._needed if is_tight else self._pinned)
+    def _demand(self, pool: SlotMemory, key: Key, copy: ExpertCopy) -> HostSlot:
+        slot = pool.take(key, self._pinned) or pool.take(key, self._needed)
+        assert slot is not None, f"no slot for {key}: everything is needed"
+        self._begin(slot, copy, demanded=True)
+        return slot
+
+    def _begin(self, slot: HostSlot, copy: ExpertCopy, *, demanded: bool, is_sure: bool = True) -> None:
         if slot.read is not None:
             if not slot.read.is_done and not slot.read.is_cancelled:
                 self.counters.n_cancelled += 1
@@ -289,7 +310,6 @@ class HostPool:
         slot.addresses = (begins[0], begins[1], begins[2])
         slot.read = self._reader.submit(parts, demanded=demanded, is_sure=is_sure)
         slot.is_prefetched = False
-        return slot
 
     def close(self) -> None:
         """Ends what is under way to the slots, then frees them."""

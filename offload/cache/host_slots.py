@@ -137,13 +137,12 @@ class SlotMemory:
         index = self.cache.lookup(key)
         return None if index is None else self.slots[index]
 
-    def can_take(self, pinned: set[Key]) -> bool:
-        """Whether another expert finds a slot."""
-        return len(self.cache) < self.cache.n_slots or self.cache.victim(pinned) is not None
-
-    def take(self, key: Key, pinned: Collection[Key]) -> HostSlot:
-        """The slot that an expert gets, a free one or that of the least valuable one that is not pinned."""
-        index, evicted = self.cache.acquire(key, pinned)
+    def take(self, key: Key, pinned: Collection[Key]) -> HostSlot | None:
+        """The slot that an expert gets, a free one or that of the least valuable one that is not pinned, if any."""
+        taken = self.cache.try_acquire(key, pinned)
+        if taken is None:
+            return None
+        index, evicted = taken
         if evicted is not None:
             self.ready[evicted] = -1
         slot = self.slots[index]

@@ -5,7 +5,8 @@ border between selected and not selected tells how sure it is; what probability 
 each distance of layers by itself.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,68 +19,124 @@ _FADE = 0.995
 _PRIOR_WEIGHT = 4.0
 
 
+class Later:
+    """The next cut layers after one, the nearest first, and what the rows of their routers mean.
+
+    `targets` I64 [n_later, n_row] are stored experts, negative for none, `n_rows` the rows that a layer has of those,
+    and `n_used` what a token selects, both [n_later].
+    """
+
+    def __init__(
+        self, layers: Sequence[int], targets: NDArray[np.int64], n_rows: Sequence[int], n_used: Sequence[int]
+    ) -> None:
+        n_row = targets.shape[1]
+        self.layers, self.n_used, self.targets = tuple(layers), tuple(n_used), targets
+        self.column = np.arange(len(layers))[:, None]
+        self.n_candidates = min(2 * max(n_used), n_row)
+        self.last = np.array(n_used) - 1
+        self.has_border = np.array(n_used) < np.minimum(n_rows, self.n_candidates)
+        self.beyond = np.where(self.has_border, self.last + 1, self.last)
+        self.missing = np.arange(n_row) >= np.array(n_rows)[:, None]
+        self.is_even, self.is_stored = not self.missing.any(), bool((targets >= 0).all())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Guesses:
-    """Stored `experts` I64 that a later layer may select, likeliest first, and the `probabilities` that it will."""
+    """Stored experts that later layers may select, [n_later, n_candidates], likeliest first in each layer.
+
+    `experts` I64 are negative where there is nothing to read, and `probabilities` 0 there.
+    """
 
     experts: NDArray[np.int64]
     probabilities: NDArray[np.float64]
 
 
-@dataclass(slots=True, eq=False)
-class _Book:
-    """Guesses and hits by margin, for one distance of layers; recent ones count most."""
-
-    guesses: NDArray[np.float64] = field(default_factory=lambda: np.full(_N_BINS, _PRIOR_WEIGHT))
-    hits: NDArray[np.float64] = field(
-        default_factory=lambda: _PRIOR_WEIGHT * (np.arange(_N_BINS, dtype=np.float64) + 0.5) / _N_BINS
-    )
-
-    def settle(self, bins: NDArray[np.intp], is_hit: NDArray[np.bool_]) -> None:
-        counts = np.bincount(bins, minlength=_N_BINS)
-        fade = _FADE**counts
-        self.guesses = self.guesses * fade + counts
-        self.hits = self.hits * fade + np.bincount(bins[is_hit], minlength=_N_BINS)
-
-
 class ExpertPredictor:
-    """Predicts which experts later layers will select, and learns from which predictions came true."""
+    """Predicts which experts later layers will select, and learns from which predictions came true.
+
+    What is counted of guesses and hits, [n_distances, n_bins], fades, so that recent ones count most. It changes from
+    step to step only: a step's guesses are compared with what was selected when the next one begins.
+    """
 
     def __init__(self) -> None:
-        self._books: dict[int, _Book] = {}
-        self._open: dict[int, list[tuple[_Book, NDArray[np.int64], NDArray[np.intp]]]] = {}
+        self._guesses, self._hits = _priors(0)
+        self._shares = self._hits / self._guesses
+        self._made: list[tuple[Sequence[int], NDArray[np.int64], NDArray[np.intp]]] = []
+        self._selected: dict[int, NDArray[np.integer[Any]]] = {}
 
     def begin(self) -> None:
-        """A step begins: what the last one left open is void."""
-        self._open.clear()
+        """A step begins: learns from the last one."""
+        if self._made and self._selected:
+            self._learn()
+        self._made.clear()
+        self._selected.clear()
 
-    def guess(
-        self, index: int, distance: int, target: NDArray[np.int64], n_used: int, logits: NDArray[np.float32]
-    ) -> Guesses:
-        """Predicts experts of layer `index` from its router's `logits` [n_row] for an earlier layer's input.
+    def guess(self, later: Later, logits: NDArray[np.float32]) -> Guesses:
+        """Predicts experts of `later` layers from what their routers say early, `logits` [n_later, n_row].
 
-        `target` I64 [n_row] are the stored experts that the rows mean, negative for constant experts; a token selects
-        `n_used`. `distance` is how many cut layers earlier that is.
+        Every operation counts here: between two graphs each finds the processor's caches cold.
         """
-        n_row, n_candidates = len(logits), min(2 * n_used, len(logits))
-        rows = np.argpartition(logits, n_row - n_candidates)[n_row - n_candidates :]
-        rows = rows[np.lexsort((rows, -logits[rows]))]
-        values = logits[rows].astype(np.float64)
-        border = (values[n_used - 1] + values[n_used]) / 2 if n_row > n_used else values[-1] - 1
-        bins = np.searchsorted(_BORDERS, values - border, side="right")
-        experts = target[rows]
-        if experts.min() < 0:
-            experts, bins = experts[experts >= 0], bins[experts >= 0]
-        book = self._books.setdefault(distance, _Book())
-        self._open.setdefault(index, []).append((book, experts, bins))
-        return Guesses(experts, book.hits[bins] / book.guesses[bins])
+        column, n = later.column, len(later.layers)
+        if not later.is_even:
+            logits = np.where(later.missing, np.float32(-np.inf), logits)
+        rows = (-logits).argsort(axis=1)[:, : later.n_candidates]
+        values = logits[column, rows]
+        each = column[:, 0]
+        border = (values[each, later.last] + values[each, later.beyond]) / 2 - ~later.has_border
+        bins = _BORDERS.searchsorted(values - border[:, None], side="right")
+        experts = later.targets[column, rows]
+        if n > len(self._shares):
+            self._see_so_far(n)
+        probabilities = self._shares[column, bins]
+        if not (later.is_stored and later.is_even):
+            is_real = (experts >= 0) & (values > -np.inf)
+            experts, probabilities = np.where(is_real, experts, -1), np.where(is_real, probabilities, 0)
+        self._made.append((later.layers, experts, bins))
+        return Guesses(experts, probabilities)
 
-    def settle(self, index: int, selected: NDArray[np.integer[Any]], n_expert: int) -> None:
-        """Layer `index` has selected these of its `n_expert` stored experts: counts which predictions were right."""
-        made = self._open.pop(index, None)
-        if made is None:
+    def _see_so_far(self, n_distances: int) -> None:
+        n_known = len(self._shares)
+        guesses, hits = _priors(n_distances)
+        self._guesses = np.concatenate((self._guesses, guesses[n_known:]))
+        self._hits = np.concatenate((self._hits, hits[n_known:]))
+        self._shares = self._hits / self._guesses
+
+    def settle(self, index: int, selected: NDArray[np.integer[Any]]) -> None:
+        """Layer `index` has selected these stored experts."""
+        self._selected[index] = selected
+
+    def _learn(self) -> None:
+        """Counts which predictions were right, of layers that have selected something."""
+        most = max(int(experts.max(initial=0)) for _, experts, _ in self._made)
+        place = {index: at for at, index in enumerate(self._selected)}
+        is_selected = np.zeros((len(place), most + 1), np.bool_)
+        for index, selected in self._selected.items():
+            is_selected[place[index], selected[selected <= most]] = True
+        rows = [
+            (place[index], distance, experts[distance], bins[distance])
+            for layers, experts, bins in self._made
+            for distance, index in enumerate(layers)
+            if index in place
+        ]
+        if not rows:
             return
-        is_selected = np.zeros(n_expert, np.bool_)
-        is_selected[selected] = True
-        for book, experts, bins in made:
-            book.settle(bins, is_selected[experts])
+        places, distances, *columns = zip(*rows, strict=True)
+        experts, bins = map(np.concatenate, columns)
+        lengths = [len(one) for one in columns[0]]
+        counted = np.repeat(distances, lengths) * _N_BINS + bins
+        is_real = experts >= 0
+        is_hit = is_real & is_selected[np.repeat(places, lengths), experts]
+        shape = self._hits.shape
+        n_guesses, n_hits = (
+            np.bincount(counted[which], minlength=self._hits.size).reshape(shape) for which in (is_real, is_hit)
+        )
+        fade = _FADE**n_guesses
+        self._guesses = self._guesses * fade + n_guesses
+        self._hits = self._hits * fade + n_hits
+        self._shares = self._hits / self._guesses
+
+
+def _priors(n_distances: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Guesses and hits before any were counted, [n_distances, n_bins]."""
+    shares = (np.arange(_N_BINS, dtype=np.float64) + 0.5) / _N_BINS
+    return np.full((n_distances, _N_BINS), _PRIOR_WEIGHT), np.tile(_PRIOR_WEIGHT * shares, (n_distances, 1))

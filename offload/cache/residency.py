@@ -84,19 +84,24 @@ class SlotCache:
         return None if self._free else self._lowest(pinned)
 
     def acquire(self, key: Key, pinned: Collection[Key] = ()) -> tuple[int, Key | None]:
+        """What `try_acquire` gives, where a free slot or an expert that is not pinned must be there."""
+        taken = self.try_acquire(key, pinned)
+        assert taken is not None, f"no slot for {key}: everything is pinned"
+        return taken
+
+    def try_acquire(self, key: Key, pinned: Collection[Key] = ()) -> tuple[int, Key | None] | None:
         """A slot for an expert that is not in the pool, and the expert that had to leave it, if any.
 
-        `pinned` experts do not leave: those that the step still needs, and those being loaded. A free slot or an
-        expert that is not pinned must be there.
+        `pinned` experts do not leave: those that the step still needs, and those being loaded. None if all are.
         """
         assert key not in self._slot_of, f"{key} has a slot"
         evicted = None
         if self._free:
             slot = self._free.pop()
         else:
-            lowest = self._lowest(pinned)
-            assert lowest is not None, f"no slot for {key}: everything is pinned"
-            evicted = lowest
+            evicted = self._lowest(pinned)
+            if evicted is None:
+                return None
             slot = self._remove(evicted)
         self._slot_of[key] = slot
         self._n_held[key[0]] += 1
@@ -171,9 +176,10 @@ class SlotCache:
             self._n_falls = list(n_falls)
         set_aside: list[tuple[int, tuple[float, int]]] = []
         found = None
+        # Turned round, the first of equals is the latest layer.
+        turned = (lowest_ranks * weights)[::-1]
         while found is None:
-            # Of equals the latest layer: the first of the layers turned round.
-            layer = len(weights) - 1 - int((lowest_ranks * weights)[::-1].argmin())
+            layer = len(weights) - 1 - int(turned.argmin())
             heap = self._heaps[layer]
             if not heap:
                 break
@@ -188,7 +194,8 @@ class SlotCache:
                 set_aside.append((layer, heappop(heap)))
             else:
                 found = key
-            lowest_ranks[layer] = heap[0][0] if heap else np.inf
+            lowest_ranks[layer] = lowest = heap[0][0] if heap else np.inf
+            turned[-1 - layer] = lowest * weights[layer]
         for layer, entry in set_aside:
             heappush(self._heaps[layer], entry)
             lowest_ranks[layer] = self._heaps[layer][0][0]

@@ -16,7 +16,7 @@ from slimoe.offload.cache.prefetch import ExpertPredictor
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert, pairs_of
 from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs
-from slimoe.offload.experts.layer_banks import LayerBanks
+from slimoe.offload.experts.layer_banks import LayerBanks, RouterTables
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer, SlotClass
 
@@ -29,8 +29,9 @@ _Read = tuple[RoutedTokens, HostSlot]
 """Tokens of an expert, and the slot that it is read into."""
 
 Cancelled = Callable[[], bool] | None
-EarlyLogits = Mapping[int, NDArray[np.float32]]
-"""By later layer, what its router says to the input of a layer before it, for a single token."""
+EarlyLogits = tuple[tuple[int, ...], NDArray[np.float32]]
+"""Later layers, and [n_later, n_row] what their routers say to the input of a layer before them, for a single token."""
+NO_LOGITS: EarlyLogits = ((), np.zeros((0, 0), np.float32))
 
 
 class HostExperts:
@@ -54,10 +55,11 @@ class HostExperts:
         self._layers, self.banks, self._graphs, self._host_pool = layers, banks, graphs, host_pool
         self._on_devices = on_devices
         self._next = dict(pairwise(cut))
-        self._predicted: dict[int, NDArray[np.int64]] = {}
+        self._predicted: dict[int, list[int]] = {}
         self._begun: dict[int, dict[Key, ExpertCopy]] = {}
         self._predictor = ExpertPredictor()
-        self._told: list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]] = []
+        self._routers = RouterTables(layers, banks, tuple(host_pool.classes))
+        self._told: list[tuple[Key, bool]] = []
 
     @property
     def compute_bytes(self) -> int:
@@ -67,8 +69,7 @@ class HostExperts:
     @property
     def predicted(self) -> list[Key]:
         """What was to be prefetched at the last layer of a single token, the first to be read first."""
-        keys = [((layer, expert), sure) for layer, *two in self._told for expert, sure in zip(*two, strict=True)]
-        return [(layer, int(expert)) for (layer, expert), _ in sorted(keys, key=lambda one: not one[1])]
+        return [key for key, _ in sorted(self._told, key=lambda one: not one[1])]
 
     def begin(self) -> None:
         """A step begins: what the last one predicted is void."""
@@ -95,6 +96,10 @@ class HostExperts:
         """
         columns = np.flatnonzero(selected >= 0)
         experts = selected.ravel()[columns]
+        is_single, n_arrived = len(selected) == 1, 0
+        if is_single:
+            self.settle(index, np.append(experts, elsewhere) if elsewhere.size else experts)
+            n_arrived = self._take_begun(index, experts, is_best=copies is None)
         works, is_here = self._find(index, experts, columns, copies, *selected.shape)
         missing: list[RoutedTokens] = []
         if is_here.all():
@@ -102,12 +107,13 @@ class HostExperts:
         else:
             layer = self._layers[index]
             assert layer is not None
-            left = np.full(selected.size, -1, np.int64)
-            left[columns[~is_here]] = experts[~is_here]
-            missing = group_by_expert(index, layer, left.reshape(selected.shape), copies)
-        self._host_pool.counters.hits += int(np.count_nonzero(is_here))
-        if len(selected) == 1:
-            self._run_single(index, experts, works, missing, early_logits, is_cancelled, elsewhere)
+            left = selected.copy()
+            left.ravel()[columns[is_here]] = -1
+            missing = group_by_expert(index, layer, left, copies)
+        self._host_pool.counters.pending += n_arrived
+        self._host_pool.counters.hits += int(np.count_nonzero(is_here)) - n_arrived
+        if is_single:
+            self._run_single(index, experts, works, missing, early_logits, is_cancelled)
         else:
             self._run_batch(index, experts[is_here], works, missing, len(selected), is_cancelled)
 
@@ -157,14 +163,17 @@ class HostExperts:
         assert banks is not None
         for slot_class, same in by_class.items():
             phases = banks.phases[banks.classes.index(slot_class)]
-            if phases is None or len(same) == 1:
+            if phases is None:
                 for one, slot in same:
                     work = BankWork(index, slot_class, alone(slot.addresses), *pairs_of([one], [0]))
                     self._graphs.run(work, n_rows, is_cancelled)
             else:
                 bank, slots = self._host_pool.bank(slot_class, phases), [slot.index for _, slot in same]
                 work = BankWork(index, slot_class, bank, *pairs_of([one for one, _ in same], slots))
-                self._run_works([work], n_rows, is_cancelled)
+                if n_rows == 1:
+                    self._graphs.run(work, 1, is_cancelled)
+                else:
+                    self._run_works([work], n_rows, is_cancelled)
 
     def has_begun(self, index: int) -> bool:
         """Whether experts of a layer were prefetched in this step."""
@@ -173,9 +182,7 @@ class HostExperts:
     def settle(self, index: int, selected: NDArray[np.integer[Any]]) -> None:
         """A single token has selected these experts of a layer: what was predicted is no longer expected."""
         if self._predicted.pop(index, None) is not None:
-            banks = self.banks[index]
-            assert banks is not None
-            self._predictor.settle(index, selected, banks.numbers.shape[1])
+            self._predictor.settle(index, selected)
 
     # --- one token ------------------------------------------------------------------------------------------
 
@@ -187,74 +194,79 @@ class HostExperts:
         missing: Sequence[RoutedTokens],
         early_logits: EarlyLogits,
         is_cancelled: Cancelled,
-        elsewhere: NDArray[np.int64],
     ) -> None:
-        self.settle(index, np.append(experts, elsewhere) if len(elsewhere) else experts)
-        begun = self._begun.pop(index, None)
-        if begun or missing:
-            needed = {(index, expert) for expert in experts.tolist()}
-            self._abandon({key: copy for key, copy in (begun or {}).items() if key not in needed})
-            self._host_pool.pin(needed, self._all_predicted())
-        slots = [self._host_pool.demand(one.key, one.copy, counts=len(one.columns)) for one in missing]
+        """Computes what is here while the others are read, then those as they come."""
+        if missing:
+            self._host_pool.pin({(index, expert) for expert in experts.tolist()}, self._all_predicted())
+        waiting = [(one, self._host_pool.demand(one.key, one.copy, counts=len(one.columns))) for one in missing]
         self._prefetch_predicted(index, experts, early_logits)
         for work in works:
             self._graphs.run(work, 1, is_cancelled)
-        left = [*zip(missing, slots, strict=True)]
-        while left:
-            ready = [one for one in left if one[1].is_ready] or left[:1]
-            left = [one for one in left if one not in ready]
-            self._run_read(ready, 1, is_cancelled)
+        while waiting:
+            arrived = [one for one in waiting if one[1].is_ready] or waiting[:1]
+            waiting = [one for one in waiting if one not in arrived]
+            self._run_read(arrived, 1, is_cancelled)
+
+    def _take_begun(self, index: int, experts: NDArray[np.int64], *, is_best: bool) -> int:
+        """Gives up what was prefetched for a layer and is not selected; how many of the others have arrived.
+
+        These count with what was here before, where the best copy of each is wanted and all slots are in banks.
+        """
+        begun, banks = self._begun.pop(index, None), self.banks[index]
+        if not begun:
+            return 0
+        assert banks is not None
+        needed = {(index, expert) for expert in experts.tolist()}
+        self._abandon({key: copy for key, copy in begun.items() if key not in needed})
+        if not is_best or None in banks.phases:
+            return 0
+        return sum(self._host_pool.arrive(key, copy) for key, copy in begun.items() if key in needed)
 
     def _all_predicted(self) -> set[Key]:
-        return {(layer, expert) for layer, experts in self._predicted.items() for expert in experts.tolist()}
+        return {(layer, expert) for layer, experts in self._predicted.items() for expert in experts}
 
     def _prefetch_predicted(self, index: int, experts: NDArray[np.int64], early_logits: EarlyLogits) -> None:
         """Has experts read that later layers will probably select: the sure ones first, then the nearest layers'."""
         self._told = []
-        wanted: list[tuple[int, int, bool]] = []
-        for distance, (later, logits) in enumerate(early_logits.items(), start=1):
-            banks, layer = self.banks[later], self._layers[later]
-            assert banks is not None
-            assert layer is not None
-            guesses = self._predictor.guess(later, distance, banks.target, layer.n_expert_used, logits)
-            is_worth = guesses.probabilities >= _WORTH_READING
-            likely, sure = guesses.experts[is_worth], guesses.probabilities[is_worth] >= _SURE
-            if self._on_devices is not None:
-                is_left = self._on_devices.numbers[later, likely] < 0
-                likely, sure = likely[is_left], sure[is_left]
-            likely, sure = likely[: layer.n_expert_used], sure[: layer.n_expert_used]
-            self._predicted[later] = likely
-            self._told.append((later, likely, sure))
-            is_absent = self._is_absent(later, likely)
-            if is_absent.any() or self._begun.get(later):
-                wanted += [
-                    (later, expert, is_sure)
-                    for expert, is_sure in zip(likely[is_absent].tolist(), sure[is_absent].tolist(), strict=True)
-                ]
-                self._keep_begun(later, set(likely.tolist()))
+        layers, logits = early_logits
+        if not layers:
+            return
+        later, rows = self._routers.later(layers)
+        guesses = self._predictor.guess(later, logits)
+        probabilities = guesses.probabilities
+        if self._on_devices is not None:
+            probabilities = np.where(self._on_devices.numbers[rows, guesses.experts] < 0, probabilities, 0)
+        is_absent = self._is_absent(rows, guesses.experts)
+        wanted: list[tuple[Key, bool]] = []
+        candidates = zip(guesses.experts.tolist(), probabilities.tolist(), is_absent.tolist(), strict=True)
+        for layer, n_used, (ones, chances, absences) in zip(layers, later.n_used, candidates, strict=True):
+            likely: list[int] = []
+            for expert, chance, absent in zip(ones, chances, absences, strict=True):
+                if chance >= _WORTH_READING and len(likely) < n_used:
+                    likely.append(expert)
+                    self._told.append(((layer, expert), chance >= _SURE))
+                    if absent:
+                        wanted.append(self._told[-1])
+            self._predicted[layer] = likely
+            if self._begun.get(layer):
+                self._keep_begun(layer, set(likely))
         if not wanted:
             return
         self._host_pool.pin({(index, expert) for expert in experts.tolist()}, self._all_predicted())
-        for later, expert, is_sure in sorted(wanted, key=lambda one: not one[2]):
-            key = (later, expert)
+        for key, sure in sorted(wanted, key=lambda one: not one[1]):
             copy = self._copy_to_read(key)
-            self._begun.setdefault(later, {})[key] = copy
-            self._host_pool.prefetch(key, copy, is_sure=is_sure)
+            self._begun.setdefault(key[0], {})[key] = copy
+            self._host_pool.prefetch(key, copy, is_sure=sure)
 
-    def _is_absent(self, index: int, experts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of a layer's experts would have to be asked for: all those whose best copies are not ready."""
-        banks = self.banks[index]
-        assert banks is not None
-        is_absent = np.ones(len(experts), np.bool_)
-        if self._prefetch_copy is None:
-            for number, slot_class in enumerate(banks.classes):
-                is_ready = self._host_pool.ready(slot_class)[index, experts] >= 0
-                is_absent &= ~(is_ready & (banks.numbers[0, experts] == number))
-        return is_absent
+    def _is_absent(self, layers: NDArray[np.int64], experts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which experts of these layers would have to be asked for: all those whose best copies are not ready."""
+        if self._prefetch_copy is not None:
+            return np.ones(experts.shape, np.bool_)
+        return self._routers.is_absent(self._host_pool, layers, experts)
 
     def _keep_begun(self, index: int, likely: set[int]) -> None:
         """Gives up what was prefetched for a layer and is no longer likely, or in another copy."""
-        begun = self._begun.get(index, {})
+        begun = self._begun[index]
         kept = {key for key, copy in begun.items() if key[1] in likely and self._copy_to_read(key) is copy}
         self._abandon({key: copy for key, copy in begun.items() if key not in kept})
         self._begun[index] = {key: begun[key] for key in kept}
@@ -331,7 +343,7 @@ class HostExperts:
         if later is None or layer is None or n_rows * layer.n_expert_used < len(layer.experts):
             return []
         experts = np.arange(len(layer.experts))
-        is_absent = self._is_absent(later, experts)
+        is_absent = self._is_absent(np.array(later), experts)
         if self._on_devices is not None:
             is_absent &= self._on_devices.numbers[later, experts] < 0
         wanted = [((later, expert), self._copy_to_read((later, expert))) for expert in experts[is_absent].tolist()]

@@ -129,10 +129,11 @@ class TokenShape:
 class _Prepared:
     """An allocated graph: the structures of its stacks' and vectors' tensors, and the inputs to fill."""
 
-    __slots__ = ("columns", "experts", "graph", "slots", "stacks", "tokens", "vectors")
+    __slots__ = ("_bank", "columns", "experts", "graph", "slots", "stacks", "tokens", "vectors")
 
     def __init__(self, graph: int, stacks: Sequence[int], vectors: Sequence[int], slots: int, experts: int) -> None:
         self.graph, self.stacks = graph, [ggml.tensor_at(stack) for stack in stacks]
+        self._bank: Bank | None = None
         self.vectors = [ggml.tensor_at(vector) if vector else None for vector in vectors]
         self.slots = _vector(slots)
         self.experts = _vector(experts) if experts else None
@@ -143,6 +144,9 @@ class _Prepared:
 
     def point(self, bank: Bank, vectors: Sequence[int]) -> None:
         """Lets the stacks be those of a bank, and the vectors begin at these addresses."""
+        if bank is self._bank and not vectors:
+            return
+        self._bank = bank
         for stack, address in zip(self.stacks, bank.addresses, strict=True):
             stack.data, stack.ne[2], stack.nb[2] = address, bank.n_slots, bank.stride
             stack.nb[3] = bank.stride * bank.n_slots

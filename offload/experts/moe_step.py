@@ -17,7 +17,7 @@ from slimoe.offload.experts.constant_experts import ConstantExperts, write_const
 from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.hit_path import HitPath
-from slimoe.offload.experts.host_experts import EarlyLogits, HostExperts
+from slimoe.offload.experts.host_experts import NO_LOGITS, EarlyLogits, HostExperts
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.segment import Segment
@@ -114,7 +114,7 @@ class MoEStep:
         self._tell_policy(index, selected, len(layer.experts))
         if index in self._constants or self._lossy is not None:
             write_constant_experts(exchange, self._constants.get(index), selected)
-        early_logits = self._early_logits(segment) if n_rows == 1 else {}
+        early_logits = self._early_logits(segment) if n_rows == 1 else NO_LOGITS
         if self._is_on_host:
             self._host_experts.run(index, selected, copies, early_logits, is_cancelled)
         else:
@@ -125,6 +125,9 @@ class MoEStep:
     def _tell_policy(self, index: int, selected: NDArray[np.int64], n_expert: int) -> None:
         """Answers count for the policy, prompts at most seed it."""
         is_decode = self._is_decode[-len(selected) :]
+        if len(selected) == 1 and is_decode[0] and selected.min() >= 0:
+            self._policy.decode(index, selected[0])
+            return
         if is_decode.all():
             decoded, read = selected, selected[:0]
         else:
@@ -171,14 +174,11 @@ class MoEStep:
         if on_host.size:
             device.write(on_host, host.read("outputs", int(on_host[-1]) + 1, shape.n_embd)[on_host])
 
-    def _early_logits(self, segment: Segment) -> dict[int, NDArray[np.float32]]:
-        """What the routers of later layers say to this layer's input, [rows of the router] by layer."""
-        if not segment.predicted:
-            return {}
+    def _early_logits(self, segment: Segment) -> EarlyLogits:
+        """What the routers of later layers say to this layer's input."""
         exchange = self.parts[segment.last].exchange
-        logits = exchange.read("early_logits", len(segment.predicted), exchange.shape.n_expert)
-        layers = [(index, self.layers[index]) for index in segment.predicted]
-        return {index: row[: len(layer.target)] for row, (index, layer) in zip(logits, layers, strict=True) if layer}
+        n_row = exchange.shape.n_expert
+        return segment.predicted, exchange.read("early_logits", len(segment.predicted), n_row)
 
     def _choose_streamed(
         self, index: int, there: NDArray[np.int64], hosts: NDArray[np.int64], copies: NDArray[np.int64] | None
