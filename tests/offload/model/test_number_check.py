@@ -94,6 +94,15 @@ def test_routers_of_two_bytes_a_value(tmp_path: Path, kind: str) -> None:
         assert ("ffn_gate_inp.weight of layer 0 holds NaN" in problem_of(file)) is (largest == np.inf)
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_whose_squares_are_none_are_numbers(tmp_path: Path) -> None:
+    content = read_content(write_tiny_gguf(tmp_path / "whole.gguf", None))
+    path = write_content(
+        tmp_path / "m.gguf", content.with_values({"output_norm.weight": np.full(64, 3e38, np.float32)})
+    )
+    assert problem_of(ModelFile.of(read_gguf(path))) == ""
+
+
 def test_a_file_that_is_gone_by_now(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", None)
     file = ModelFile.of(read_gguf(path))
