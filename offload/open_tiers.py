@@ -259,7 +259,7 @@ class _Opening:
             return DevicePart(backend, exchange, device.layers, cache, weights)
         enter = self._opened.enter_context
         pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
-        graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture.activation, weights.layers)
+        graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture, weights.layers)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
         experts = DeviceExperts(pools, enter(closing(graphs)), own, self._on_devices)
         return DevicePart(backend, exchange, device.layers, cache, weights, experts)

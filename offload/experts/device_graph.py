@@ -19,10 +19,10 @@ from slimoe.offload.experts.pair_graph import PairBuilder, PairInputs, add_input
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.expert_ffn import ExpertExtras, layer_extras
+from slimoe.offload.graph.expert_ffn import layer_extras
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.weights import LayerWeights
-from slimoe.offload.model.architecture import Activation
+from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.experts import SlotClass
 
 _MAX_GRAPHS = 32
@@ -85,11 +85,11 @@ class SlotGraphs:
         backend: DeviceBackend,
         exchange: Exchange,
         pools: Pools,
-        activation: Activation = "swiglu",
-        layers: Sequence[LayerWeights] = (),
+        architecture: Architecture,
+        layers: Sequence[LayerWeights],
     ) -> None:
         self._backend, self._exchange, self.pools = backend, exchange, pools
-        self._activation: Activation = activation
+        self._architecture = architecture
         self._vectors = {at: layer for at, layer in enumerate(layers) if layer.expert_biases or layer.expert_scales}
         self._inputs: list[NDArray[Any]] = []
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS * max(1, len(self._vectors)), backend.check)
@@ -159,9 +159,7 @@ class SlotGraphs:
         return _Prepared(graph, numbers, rows)
 
     def _add_pairs(self, ctx: int, graph: int, shape: _Pairs) -> _Prepared:
-        extras = ExpertExtras(self._activation)
-        if shape.layer >= 0:
-            extras = layer_extras(ctx, self._activation, self._vectors[shape.layer])
+        extras = layer_extras(ctx, self._architecture, self._vectors.get(shape.layer))
         n_parts = 2 + (not shape.is_token) + extras.has_vectors
         numbers = add_input(ctx, n_parts * _aligned(shape.n_pairs))
         begins = (4 * part * _aligned(shape.n_pairs) for part in range(n_parts))

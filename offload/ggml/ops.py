@@ -171,6 +171,10 @@ def ggml_prec_set_acc(a: Ptr, precision: I32) -> Bool: ...
 
 
 @c_function(_BASE)
+def ggml_prec_set_src(a: Ptr, precision: I32, index: I32) -> Bool: ...
+
+
+@c_function(_BASE)
 def ggml_sum_rows(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
 from slimoe.offload.graph.weights import LayerWeights, SharedWeights
-from slimoe.offload.model.architecture import Activation
+from slimoe.offload.model.architecture import Activation, Architecture
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
 """The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
@@ -23,12 +23,14 @@ class ExpertExtras:
     `biases` are gate's, up's and down's, F32 [n, n_stored], and `scales` factors on their products, F32 [1, n_stored];
     either is () or has 0 for one that is missing. `ids` I32 [n_selected, n_rows] are the selected experts' places in
     both, which need not be their places in the stacks of matrices. Gate and up that have vectors are not joined.
+    `is_down_wide` asks for kernels that take down's inputs as F32, or in a form of the same range.
     """
 
     activation: Activation = "swiglu"
     biases: tuple[int, ...] = ()
     scales: tuple[int, ...] = ()
     ids: int = 0
+    is_down_wide: bool = False
 
     @property
     def has_vectors(self) -> bool:
@@ -56,12 +58,16 @@ def add_shared_expert(ctx: int, shared: SharedWeights, normed: int) -> int:
     return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
 
-def layer_extras(ctx: int, activation: Activation, layer: LayerWeights, ids: int = 0) -> ExpertExtras:
-    """The extras of a layer whose selected experts are `ids`, where these are known."""
+def layer_extras(ctx: int, architecture: Architecture, layer: LayerWeights | None, ids: int = 0) -> ExpertExtras:
+    """The extras of a layer whose selected experts are `ids`, where these are known; None has no vectors."""
+    if layer is None:
+        return ExpertExtras(architecture.activation, is_down_wide=architecture.is_down_wide)
     scales = tuple(
         int(ggml.ggml_reshape_2d(ctx, one, 1, ggml.tensor_at(one).ne[0])) if one else 0 for one in layer.expert_scales
     )
-    return ExpertExtras(activation, layer.expert_biases, scales, ids)
+    return ExpertExtras(
+        architecture.activation, layer.expert_biases, scales, ids, is_down_wide=architecture.is_down_wide
+    )
 
 
 def add_expert_ffn(
@@ -79,6 +85,8 @@ def add_expert_ffn(
 def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras, place: int) -> int:
     """The product of the selected experts' matrices, scaled and biased; `place` 0 is gate, 1 up and 2 down."""
     product = int(ggml.ggml_mul_mat_id(ctx, stack, rows, ids))
+    if extras.is_down_wide and place == 2:
+        ggml.ggml_prec_set_src(product, ggml.PREC_F32, 1)
     if extras.scales and extras.scales[place]:
         n_stored, n_rows = ggml.tensor_at(extras.scales[place]).ne[1], ggml.tensor_at(extras.ids).ne[1]
         repeated = ggml.ggml_repeat_4d(ctx, extras.scales[place], 1, n_stored, n_rows, 1)

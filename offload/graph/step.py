@@ -136,7 +136,7 @@ class BlockBuilder:
         rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
         stacks = [part.weight for part in layer.gate_up]
         ids = select_experts(ctx, spec, ranked)
-        extras = layer_extras(ctx, spec.architecture.activation, layer, ids)
+        extras = layer_extras(ctx, spec.architecture, layer, ids)
         outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
         return self.add_experts(index, ggml.ggml_mul(ctx, outputs, expert_weights), normed, hidden)
 

@@ -90,8 +90,9 @@ class Architecture:
     block, attention and logits. `has_latent_attention`: attention is MLA. With `is_mscale_shared` YaRN's mscale is the
     model's mscale_all_dim, and not 1. `window_period`: of so many consecutive layers all but the last look back no
     further than the model's window, where the key `sliding_window_pattern` does not say otherwise; 0 is for
-    architectures without windows. `activation` is that of the experts. With `has_indexer` attention sees of a longer
-    context only what an indexer selects, which is not run: contexts end where it would begin to select.
+    architectures without windows. `activation` is that of the experts. `is_down_wide`: what an expert's down is
+    multiplied with may be larger than F16 can say, which kernels must not make of it. With `has_indexer` attention sees
+    of a longer context only what an indexer selects, which is not run: contexts end where it would begin to select.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Architecture:
     is_mscale_shared: bool = False
     window_period: int = 0
     activation: Activation = "swiglu"
+    is_down_wide: bool = False
     has_indexer: bool = False
 
     @property

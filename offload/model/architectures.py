@@ -197,7 +197,7 @@ DEEPSEEK2 = Architecture(
     has_latent_attention=True,
     is_mscale_shared=True,
 )
-MISTRAL4 = replace(DEEPSEEK2, name="mistral4", models="Mistral Small 4", is_mscale_shared=False)
+MISTRAL4 = replace(DEEPSEEK2, name="mistral4", models="Mistral Small 4", is_mscale_shared=False, is_down_wide=True)
 GPT_OSS = Architecture(
     name="gpt-oss",
     models="gpt-oss",

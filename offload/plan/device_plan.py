@@ -8,8 +8,12 @@ from gguf import GGMLQuantizationType
 from slimoe.offload.cache.device_pool import device_slot_bytes
 from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
 from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.ggml import device as ggml_device
+from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.devices import Device
+from slimoe.offload.graph.expert_ffn import add_expert_ffn, layer_extras
 from slimoe.offload.graph.kv_cache import kv_bytes
+from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.regrouped import without_experts
 from slimoe.offload.model.spec import ModelSpec
@@ -19,6 +23,7 @@ from slimoe.offload.resources.memory import human
 
 N_PASSING = 2
 """Slots of each class for experts that are copied for one step: one is filled while the other is multiplied."""
+_N_NODES = 16
 _GRAPH_BYTES = 8 << 20
 """A device's copies of graphs and the like."""
 
@@ -28,7 +33,8 @@ class DevicePlan:
     """Bytes on one device, within `budget`, for the consecutive `layers` that are computed there.
 
     With `is_whole` the device has all experts of its layers, and its graphs are not cut at routers. Otherwise `n_slots`
-    is the number of slots of each class, those for experts that pass through included.
+    is the number of slots of each class, those for experts that pass through included; there are none for the classes
+    that are `left_to_host`, since the device does not compute them.
     """
 
     device: Device
@@ -39,6 +45,18 @@ class DevicePlan:
     kv: int
     compute: int
     n_slots: tuple[tuple[SlotClass, int], ...] = ()
+    left_to_host: tuple[SlotClass, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What there is to say about experts that the device does not compute, empty if it computes all."""
+        if not self.left_to_host:
+            return ""
+        types = sorted({kind.name for slot_class in self.left_to_host for kind, _ in slot_class})
+        return (
+            f"{self.device.name} ({self.device.description}) does not multiply with experts of {', '.join(types)} as "
+            "this model needs it: the CPU computes them."
+        )
 
     @property
     def slots(self) -> int:
@@ -111,13 +129,16 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     n_rows = needs.n_rows if is_last else 0
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
-    classes = slot_classes(needs.experts[layer] for layer in layers)
+    every = slot_classes(needs.experts[layer] for layer in layers)
+    classes = {kind: n for kind, n in every.items() if _computes(device, spec.architecture, kind)}
+    left = tuple(kind for kind in every if kind not in classes)
     is_stacked = needs.may_be_whole and all(needs.sources.layers[layer].is_stacked for layer in layers)
-    if (is_stacked or not classes) and plan.required <= budget:
+    if (not every or (is_stacked and not left)) and plan.required <= budget:
         return plan
-    if classes:
+    if every:
         weights = _weights(without_experts(needs.sources), layers, is_last)
-        plan = replace(plan, is_whole=False, weights=weights, compute=_compute(needs, n_rows, is_whole=False))
+        compute = _compute(needs, n_rows, is_whole=False)
+        plan = replace(plan, is_whole=False, weights=weights, compute=compute, left_to_host=left)
     least = dict.fromkeys(classes, N_PASSING + 1)
     required = plan.required + sum(n * device_slot_bytes(kind) for kind, n in least.items())
     if required > budget:
@@ -132,6 +153,23 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     most = {kind: n + N_PASSING for kind, n in classes.items()}
     slots = divide_slots(most, least, budget - plan.required, device_slot_bytes)
     return replace(plan, n_slots=tuple(slots.items()))
+
+
+def _computes(device: Device, architecture: Architecture, slot_class: SlotClass) -> bool:
+    """Whether a device computes experts of a class; an RPC device says so of all."""
+    n_bytes = _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
+    ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
+    try:
+        graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
+        *gate_up, down = (ggml.ggml_new_tensor_3d(ctx, kind, ne[0], ne[1], 1) for kind, ne in slot_class)
+        rows = ggml.ggml_new_tensor_3d(ctx, GGMLQuantizationType.F32, ggml.tensor_at(gate_up[0]).ne[0], 1, 1)
+        ids = ggml.ggml_new_tensor_2d(ctx, GGMLQuantizationType.I32, 1, 1)
+        outputs = add_expert_ffn(ctx, gate_up, down, rows, ids, layer_extras(ctx, architecture, None))
+        ggml.ggml_build_forward_expand(graph, outputs)
+        nodes = (ggml.ggml_graph_node(graph, index) for index in range(ggml.ggml_graph_n_nodes(graph)))
+        return all(ggml_device.ggml_backend_dev_supports_op(device.handle, node) for node in nodes)
+    finally:
+        ggml.ggml_free(ctx)
 
 
 def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> int:

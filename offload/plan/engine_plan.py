@@ -231,12 +231,15 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
     kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
     needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
     if config.devices.device == "auto" and not config.devices.vram:
-        fitting, notes = plan_those_that_fit(needs, devices)
-        return replace(plan, devices=fitting, notes=(*plan.notes, *notes))
-    try:
-        return replace(plan, devices=plan_devices(needs, devices))
-    except DoesNotFitError as error:
-        return replace(plan, shortfall=error.with_traceback(None))
+        plans, notes = plan_those_that_fit(needs, devices)
+    else:
+        try:
+            plans, notes = plan_devices(needs, devices), ()
+        except DoesNotFitError as error:
+            return replace(plan, shortfall=error.with_traceback(None))
+    notes = (*plan.notes, *notes, *(device.note for device in plans if device.note))
+    notes = tuple(dict.fromkeys(notes))  # devices are planned twice in the elastic mode
+    return replace(plan, devices=plans, notes=notes)
 
 
 def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
