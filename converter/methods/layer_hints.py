@@ -26,8 +26,9 @@ Gram matrices have every token that selected the expert.
 class SkipRules:
     """When the engine's lossy modes may skip experts of a layer; None for what is not known.
 
-    `skip_ratio` and `low_share` are thresholds of expert weights, as `skip_thresholds` finds them. `fallback` has for
-    each stored expert of the compressed model the number of the constant that can replace it, or -1.
+    `skip_ratio` and `low_share` are thresholds of expert weights next to others of the same token, as `skip_thresholds`
+    finds them. `fallback` has for each stored expert of the compressed model the number of the constant that can
+    replace it, or -1.
     """
 
     skip_ratio: float | None = None

@@ -61,13 +61,18 @@ def gate_thresholds(layers: Sequence[LayerStatistics], high: float = 0.67, skipp
     if n_used == 2:
         bins = np.sum([router_of(one).top_bins for one in routed], axis=0)
         return GateThresholds(bin_quantile(bins, 2 * high - 1), bin_quantile(bins, 1 - 2 * skipped))
-    weights = [trace_of(one).shares.astype(np.float64) for one in routed]
+    # A bias of the choice can put a smaller weight first.
+    weights = [-np.sort(-trace_of(one).shares.astype(np.float64), axis=1) for one in routed]
     # Of every selected expert, the part of its token's expert weights that the experts before it have.
-    parts = [((one.cumsum(1) - one) / one.sum(1, keepdims=True)).ravel() for one in weights]
+    sums = [np.maximum(one.sum(1, keepdims=True), np.finfo(np.float64).tiny) for one in weights]
+    parts = [((one.cumsum(1) - one) / whole).ravel() for one, whole in zip(weights, sums, strict=True)]
     before = np.concatenate(parts) if parts else np.zeros(1)
     return GateThresholds(float(np.quantile(before, high)), float(np.quantile(before, 1 - skipped)))
 
 
 def low_share(thresholds: GateThresholds) -> float:
-    """The expert weight below which an expert may use its low-bit copy; with two experts per token this is T1."""
+    """The part of a token's expert weights below which an expert may use its low-bit copy, whatever they sum up to.
+
+    With two experts per token this is T1.
+    """
     return 1.0 - thresholds.high

@@ -17,7 +17,7 @@ SKIPPED = int(np.iinfo(np.int64).min)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """The experts that the router of layer `index` selected for each token, the largest weight first.
+    """The experts that the router of layer `index` selected for each token, those of the best scores first.
 
     `stored` I64 [n_rows, n_used] are stored experts, or -1 - n for constant expert n; `weights` F32 their weights.
     """

@@ -46,7 +46,7 @@ def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequ
     """The lowest `high` of `rules.Gate` that keeps to `limit`, without skipping.
 
     An expert behind others that have more than `high` of a token's weights has less than 1 - `high` of them, and they
-    sum up to the layer's `weights_scale` at most.
+    sum up to the layer's `most_weight` at most.
     """
     losing = [one for one in _experts(layers, tables) if one.has_low]
 
@@ -102,7 +102,7 @@ def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | 
             if use * square:
                 low_loss = float(table.low[expert]) * use * square
                 yield _Expert(
-                    (index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square, layer.weights_scale
+                    (index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square, layer.most_weight
                 )
 
 

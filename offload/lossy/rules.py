@@ -83,7 +83,7 @@ class SmallWeights:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Skips selected experts, but never the first, whose weight is below sqrt(`limit` / sensitivity of the layer).
+    """Skips selected experts whose weight is below sqrt(`limit` / sensitivity of the layer), never a token's largest.
 
     Source: AdapMoE (arXiv 2408.10284), which does this while decoding only.
     """
@@ -97,7 +97,7 @@ class Sensitivity:
     def choose(self, choice: Choice, memory: Memory) -> Decision:
         """Decides by each weight and the sensitivity of the layer."""
         small = self.sensitivities[choice.index] * choice.weights.astype(np.float64) ** 2 < self.limit
-        small[:, 0] = False
+        small[np.arange(len(small)), choice.weights.argmax(axis=1)] = False
         return without(choice, small & (choice.stored >= 0), np.zeros_like(choice.stored), constants=False)
 
     def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
@@ -107,9 +107,13 @@ class Sensitivity:
 
 def weights_before(weights: NDArray[np.float32]) -> NDArray[np.float64]:
     """Sums, for each selected expert, the larger weights of its token, as a part of all of them, at most 1."""
-    values = weights.astype(np.float64)
-    sums = values.cumsum(axis=1)
-    return np.asarray(np.minimum((sums - values) / sums[:, -1:], 1.0))
+    # Where a bias takes part in the choice, a smaller weight may come first.
+    order = np.argsort(-weights, axis=1, kind="stable")
+    ranked = np.take_along_axis(weights, order, 1).astype(np.float64)
+    sums = ranked.cumsum(axis=1)
+    before = np.empty_like(ranked)
+    np.put_along_axis(before, order, np.minimum((sums - ranked) / sums[:, -1:], 1.0), 1)
+    return before
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ class LayerHints:
     always one of its copies (`error` [stored expert][copy]), its fallback (`fallback_error`) or nothing (`skip_error`).
     `fallback` is the constant that can stand in for an expert, or -1. For the layer: `sensitivity` is the rise per
     squared weight that is skipped; an expert may be skipped whose weight is below `skip_ratio` times the token's
-    largest, and may use its last copy if its weight is below `low_share`.
+    largest, and may use its last copy if its part of the token's weights is below `low_share`, whatever their sum.
     """
 
     use: tuple[float, ...] | None = None

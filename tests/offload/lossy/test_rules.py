@@ -16,7 +16,7 @@ from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision
 from slimoe.offload.lossy.elastic import Elastic, mix_copies, share_within
 from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
 from slimoe.offload.lossy.loss import loss_tables
-from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, SmallWeights, weights_before
+from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, Sensitivity, SmallWeights, weights_before
 from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 from slimoe.offload.model.native_layout import LayerHints
@@ -313,6 +313,29 @@ def test_a_gates_threshold_bounds_what_any_shares_can_cost() -> None:
     for high in highs[1:3]:
         weights = choices(400, layers[0], 8).weights
         assert (weights[weights_before(weights) > high] <= 1 - high + 1e-6).all()
+
+
+def test_larger_weights_count_before_smaller_ones_in_any_order() -> None:
+    """With a bias of the choice, experts of smaller weights may come first."""
+    one = layer(Type.Q8_0, Type.Q4_0)
+    choice, order = choices(50, one, 4), [2, 0, 1]
+    mixed = replace(choice, weights=choice.weights[:, order], stored=choice.stored[:, order])
+    np.testing.assert_array_equal(weights_before(mixed.weights), weights_before(choice.weights)[:, order])
+    for mode in (Gate(0.5, 0.8), Sensitivity(1e9, {0: 1.0})):
+        decision, expected = mode.choose(mixed, Held()), mode.choose(choice, Held())
+        np.testing.assert_array_equal(decision.stored, expected.stored[:, order])
+        np.testing.assert_array_equal(decision.copies, expected.copies[:, order])
+    assert (decision.stored[:, 1] == mixed.stored[:, 1]).all(), "the largest stays"
+
+
+def test_a_gates_threshold_knows_scores_that_are_apart() -> None:
+    """Sigmoids that are not renormalised may all be 1: the weights left behind others may be as many times larger."""
+    plain = layer(Type.Q8_0, Type.Q4_0, scale=2.0, renormalised=False)
+    apart = replace(plain, scores_apart=True)
+    assert (plain.most_weight, apart.most_weight) == (2.0, 2.0 * N_USED)
+    assert replace(apart, is_renormalised=True).most_weight == 2.0
+    rests = [1 - gate_within(1e-3, [one], loss_tables([one])) for one in (plain, apart)]
+    assert rests[0] == pytest.approx(N_USED * rests[1], rel=1e-6)
 
 
 def test_a_gates_threshold_knows_what_weights_sum_up_to() -> None:
