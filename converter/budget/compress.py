@@ -203,8 +203,6 @@ class _Job:
         """The plan with experts that are selected together next to each other."""
         if self.statistics is None:
             raise UsageError("An order by co-selection needs statistics. Run slimoe calibrate, and give --stats FILE.")
-        if self.source.spec.architecture.has_expert_biases:
-            raise UsageError("Experts that have biases keep the router's order. Leave the order of experts out.")
         routers = [self.statistics.layers[layer.block].router for layer in plan.layers]
         pairs = zip(plan.layers, routers, strict=True)
         return replace(plan, layers=tuple(one if sums is None else with_order(one, sums) for one, sums in pairs))

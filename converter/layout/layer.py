@@ -256,10 +256,6 @@ def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
     if layer.rows and n_kept < n_used:
         problem = f"layer {layer.block} would keep {n_kept} experts, but {n_used} are used per token."
         raise UnsupportedModelError(source.path, problem, "Keep as many.")
-    has_scales = any(vectors_key(layer.block, name, "scale") in source.shapes for name in PROJECTIONS)
-    if has_scales and any(len(expert.members) > 1 for expert in layer.experts):
-        problem = f"layer {layer.block} has experts with scales of their own, which cannot be merged."
-        raise UnsupportedModelError(source.path, problem, "Drop experts instead.")
     for number, expert in enumerate(layer.experts):
         if expert.low_types and type_bits(expert.low_types) >= type_bits(expert.types):
             problem = f"would have a second copy of expert {number} that is not smaller than the first"

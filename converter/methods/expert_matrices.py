@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimoe.converter.layout.plan import ExpertPlan
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, expert_key, vectors_key
 from slimoe.converter.stats.statistics import Int, Single
 
 
@@ -42,8 +42,12 @@ def _square(values: Single) -> float:
 
 
 def read_matrices(source: ModelSource, layer: int, expert: int) -> ExpertMatrices:
-    """Reads a stored expert of a model; raises ModelFileError."""
-    return ExpertMatrices(*(source.read(expert_key(layer, projection, expert)) for projection in PROJECTIONS))
+    """Reads a stored expert of a model, its matrices multiplied by their scales, if any; raises ModelFileError."""
+    matrices = []
+    for projection in PROJECTIONS:
+        values, key = source.read(expert_key(layer, projection, expert)), vectors_key(layer, projection, "scale")
+        matrices.append(values * source.read(key)[expert] if key in source.shapes else values)
+    return ExpertMatrices(*matrices)
 
 
 N_EXACT = 2048
@@ -117,12 +121,27 @@ def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection:
     axis = 1 if is_down else 0
     merged = source.read(expert_key(layer, projection, plan.members[0]))
     if len(plan.members) > 1:
-        merged = merged * np.float32(plan.weights[0])
-        for member, weight, order in zip(plan.members[1:], plan.weights[1:], plan.neurons, strict=True):
+        key = vectors_key(layer, projection, "scale")
+        first, *others = _factors(plan, source.read(key))[0] if key in source.shapes else plan.weights
+        merged = merged * np.float32(first)
+        for member, weight, order in zip(plan.members[1:], others, plan.neurons, strict=True):
             part = source.read(expert_key(layer, projection, member)).take(order, axis)
             part *= np.float32(weight)
             merged += part
     return merged if plan.kept is None else merged.take(plan.kept, axis)
+
+
+def _factors(plan: ExpertPlan, scales: Single) -> tuple[tuple[float, ...], float]:
+    """The factors of the members' matrices in their mean, and the mean's scale: `scales` [n_stored] are the source's.
+
+    What is averaged are products, matrices times scales. The mean's scale is that of the members' magnitudes, so that
+    the magnitudes of the factors add up to 1 and no weight leaves the range of the members'.
+    """
+    own = scales[list(plan.members)].astype(np.float64)
+    if len(own) == 1:
+        return plan.weights, float(own[0])
+    scale = float(np.abs(own) @ plan.weights)
+    return tuple((own * plan.weights / scale).tolist()) if scale else plan.weights, scale
 
 
 def merged_vectors(source: ModelSource, key: MatrixKey, plans: Sequence[ExpertPlan], n: int) -> Single:
@@ -132,7 +151,7 @@ def merged_vectors(source: ModelSource, key: MatrixKey, plans: Sequence[ExpertPl
     """
     stored = source.read(key)
     if stored.ndim == 1:
-        return stored[[plan.members[0] for plan in plans]]
+        return np.array([_factors(plan, stored)[1] for plan in plans], np.float32)
     found, is_down = np.zeros((len(plans), n), np.float32), "_down_" in key.name
     for row, plan in zip(found, plans, strict=True):
         merged = np.float32(plan.weights[0]) * stored[plan.members[0]]

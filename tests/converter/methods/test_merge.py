@@ -22,9 +22,16 @@ from slimoe.converter.methods.expert_groups import (
     plan_groups,
     weighted_groups,
 )
-from slimoe.converter.methods.expert_matrices import ExpertMatrices, align, merged_matrix, read_matrices
+from slimoe.converter.methods.expert_matrices import ExpertMatrices, align, merged_matrix, merged_vectors, read_matrices
 from slimoe.converter.methods.merged_routes import ROW_MERGES, MergedRoutes, RouterRows, keep_rows, merge_rows
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, SourceLayer, block_key, expert_key
+from slimoe.converter.source.model_source import (
+    PROJECTIONS,
+    ModelSource,
+    SourceLayer,
+    block_key,
+    expert_key,
+    vectors_key,
+)
 from slimoe.converter.stats.statistics import InputSums, LayerStatistics, OutputSums, RouterSums, SimilaritySums
 from slimoe.offload.errors import UsageError
 from tests.models.held_model import HeldModel, hold, random_mixtral
@@ -153,6 +160,30 @@ def test_a_merge_is_the_weighted_mean_of_matching_neurons(model: HeldModel) -> N
     assert all((order == np.arange(SIZES.n_ff)).all() for order in plain.neurons)
     aligned = reordered(experts[1], plan.neurons[0]).distance(experts[0])
     assert aligned < experts[1].distance(experts[0])
+
+
+def test_scales_are_averaged_with_the_matrices_that_they_belong_to(model: HeldModel) -> None:
+    """The same experts with factors taken out of their matrices become the same experts, whatever the factors."""
+    scales = np.random.default_rng(4).uniform(-2, 2, (len(PROJECTIONS), SIZES.n_expert)).astype(np.float32)
+    scales[2, 4] = 0
+    plain, taken_out = model, model
+    for one, projection in zip(scales, PROJECTIONS, strict=True):
+        taken_out = taken_out.changed({vectors_key(LAYER, projection, "scale"): one})
+        for expert, scale in enumerate(one):
+            key = expert_key(LAYER, projection, expert)
+            product = {key: scale * (model.read(key) / scale if scale else model.read(key))}
+            plain = plain.changed(product)
+            taken_out = taken_out.changed({key: model.read(key) / scale if scale else model.read(key)})
+    groups = ExpertGroups(((2, 0, 4), (3,), (1,)), ((0.5, 0.3, 0.2), (1.0,), (1.0,)))
+    found, expected = (plan_groups(one, LAYER, groups, [TYPES] * 3) for one in (taken_out, plain))
+    np.testing.assert_array_equal(found[0].neurons, expected[0].neurons)
+    for projection, one in zip(PROJECTIONS, scales, strict=True):
+        merged = merged_vectors(taken_out, vectors_key(LAYER, projection, "scale"), found, 1)
+        np.testing.assert_array_equal(merged[1:], one[[3, 1]])
+        matrix, wanted = merged_matrix(taken_out, LAYER, found[0], projection), expected[0]
+        np.testing.assert_allclose(merged[0] * matrix, merged_matrix(plain, LAYER, wanted, projection), atol=1e-5)
+        stored = [taken_out.read(expert_key(LAYER, projection, expert)) for expert in (2, 0, 4)]
+        assert np.abs(matrix).max() <= max(np.abs(some).max() for some in stored) * (1 + 1e-6)
 
 
 def test_an_expert_by_itself_stays_bit_for_bit_and_can_be_trimmed(model: HeldModel) -> None:
