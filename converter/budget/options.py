@@ -28,8 +28,6 @@ CONSTANT = "constant"
 """The option that puts a constant in place of an expert."""
 ATTENTION = "attention"
 """Of the layer's number, the name of the group that is its attention; that of the feed-forward part is the number."""
-_UNPRICED = "Q8_0"
-"""The type of matrices whose types have no price: those that decompress the rows of latent attention are few."""
 _TOKENS, _OUTPUT = MatrixKey("token_embd.weight"), MatrixKey("output.weight")
 
 
@@ -137,8 +135,6 @@ class OptionParts:
 
     def _options(self, key: MatrixKey, named: str | None) -> tuple[Option, ...]:
         shape = self._source.shapes[key]
-        if named is None and key not in self._costs.costs:
-            named = _UNPRICED
         types = [fitting_type(Type[named], shape[-1])] if named else self._fitting(key, shape[-1])
         return tuple(Option(kind, _n_bytes(shape, kind), self._price(key, kind)) for kind in types)
 
@@ -172,8 +168,7 @@ class OptionParts:
 
     def _price(self, key: MatrixKey, kind: Type) -> float:
         """Types that were not measured have more bits than all that were."""
-        is_known = key in self._costs.costs and self._is_priced(key, kind)
-        return self._costs.of(key, kind) if is_known else 0.0
+        return self._costs.of(key, kind) if self._is_priced(key, kind) else 0.0
 
     def _replaceable(self, layer: LayerPlan) -> dict[int, float]:
         """Experts that may become constants, and what that costs: all but as many as a token selects."""

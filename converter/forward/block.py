@@ -6,19 +6,14 @@ are rows [n, n_embd].
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.latent_heads import (
-    LatentMatrices,
-    latent_keys_and_values,
-    latent_queries,
-    split_keys_and_values,
-)
+from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
+from slimoe.converter.forward.norms import Norm, rms_norm
 from slimoe.converter.forward.rotation import angles_of, rotate
 from slimoe.converter.source.model_source import (
     PROJECTIONS,
@@ -50,25 +45,11 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """Divides rows by their root mean square, multiplies them with `weight` [n] and adds the bias [n], if any."""
-
-    weight: Tensor
-    eps: float
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The normalised rows."""
-        normed = rms_norm(x, self.weight, self.eps)
-        return normed if self.bias is None else normed + self.bias
-
-
-@dataclass(frozen=True, slots=True)
 class Attention:
     """A block's attention: norm, projections, and what not all models have: divisors of the angles [n_rot / 2], others
     for sequences longer than the original context, norms of queries and keys, a logit of each head to no token
     [n_head], and a window of so many tokens, 0 for all, with a frequency base of its own. With `latent` attention `k`
-    and `v` are the same matrix, of low-rank rows of both and what rotates of keys, and the norms those of low ranks.
+    and `v` are the same matrix, of low-rank rows of both and what rotates of keys.
     """
 
     norm: Norm
@@ -89,18 +70,16 @@ class Attention:
 class AttentionPass:
     """One pass of attention over a sequence of n tokens.
 
-    `x` [n, n_embd] is its normalised input, `output` [n, n_head * n_embd_head] the joined output of the heads, `update`
-    [n, n_embd] what is added to the residual stream. `received` [n] are the attention weights that each token gets from
-    itself and all later ones, summed over heads. `q`, `k` and `v` [n, n_out] are those before norms and rotation.
+    `update` [n, n_embd] is what is added to the residual stream. `received` [n] are the attention weights that each
+    token gets from itself and all later ones, summed over heads. `reads` [n, n_in] are the inputs of each matrix and
+    `products` [n, n_out] its products before norms and rotation, by role; of stacks with a matrix for each head they
+    are [n, n_head, n_in] and [n, n_head, n_out].
     """
 
-    x: Tensor
-    output: Tensor
     update: Tensor
     received: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    reads: Mapping[str, Tensor]
+    products: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,20 +189,17 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
 
 
 def _read_latent(source: ModelSource, layer: int, device: str) -> Attention:
-    parts = {
-        role: _optional(source, block_key(layer, f"attn_{role}"), device)
-        for role in ("q_a_norm", "kv_a_norm", "q_b", "kv_b")
-    }
-    if (both := parts["kv_b"]) is not None:
-        k_b, v_b = split_keys_and_values(both, source.spec)
-    else:
-        k_b, v_b = (read_tensor(source, block_key(layer, f"attn_{role}"), device) for role in ("k_b", "v_b"))
-    q, kv, out = (
-        _linear(source, layer, f"attn_{role}", device)
-        for role in ("q" if parts["q_b"] is None else "q_a", "kv_a_mqa", "output")
+    q_norm, q_b, kv_b, k_b, v_b = (
+        _optional(source, block_key(layer, f"attn_{role}"), device)
+        for role in ("q_a_norm", "q_b", "kv_b", "k_b", "v_b")
     )
-    norm, latent = _norm(source, layer, "attn_norm", device), LatentMatrices(parts["q_b"], k_b, v_b)
-    return Attention(norm, q, kv, kv, out, q_norm=parts["q_a_norm"], k_norm=parts["kv_a_norm"], latent=latent)
+    q, kv, out = (
+        _linear(source, layer, f"attn_{role}", device) for role in ("q" if q_b is None else "q_a", "kv_a_mqa", "output")
+    )
+    k = k_b if kv_b is None else kv_b
+    assert k is not None
+    latent = LatentMatrices(q_b, k, v_b, q_norm, read_tensor(source, block_key(layer, "attn_kv_a_norm"), device))
+    return Attention(_norm(source, layer, "attn_norm", device), q, kv, kv, out, latent=latent)
 
 
 def _optional(source: ModelSource, key: MatrixKey, device: str) -> Tensor | None:
@@ -284,68 +260,53 @@ def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedE
     return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Rows divided by their root mean square, times `weight`."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
 def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     """Causal attention of one sequence [n, n_embd] from its first token on; `update` is still to be added to `h`.
 
-    It goes from one key head to the next, so that the attention weights of one group of heads are held at a time.
+    It goes from one group of heads to the next, so that the attention weights of one group are held at a time.
     """
     n = h.shape[0]
     x = block.norm(h)
     factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
     is_own = block.n_window and spec.rope.window_freq_base
     rope = replace(spec.rope, freq_base=spec.rope.window_freq_base) if is_own else spec.rope
-    cos, sin = angles_of(rope, n, h.device, factors)
-    q, k, v = block.q(x), block.k(x), block.v(x)
-    queries, keys, values = (_heads_of if block.latent is None else _latent_heads)(block, spec, (q, k, v), (cos, sin))
+    heads = _heads_of(block, spec, x, angles_of(rope, n, h.device, factors))
     is_unseen = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
     if block.n_window:
         is_unseen |= torch.ones_like(is_unseen).tril(-block.n_window)
-    outputs, received, group = [], torch.zeros(n, device=h.device), spec.n_head // keys.shape[1]
-    for head in range(keys.shape[1]):
-        of_group = queries[:, head * group : (head + 1) * group].transpose(0, 1)
-        products = (of_group @ keys[:, head].T * spec.attention_scale).masked_fill(is_unseen, -math.inf)
-        if block.sinks is not None:
-            own = block.sinks[head * group : (head + 1) * group, None, None].expand(-1, n, 1)
-            products = torch.cat((products, own), -1)
+    outputs, received, group = [], torch.zeros(n, device=h.device), spec.n_head // len(heads.keys)
+    sinks = (None,) * len(heads.keys) if block.sinks is None else block.sinks.split(group)
+    for queries, key, value, sink in zip(heads.queries.split(group, 1), heads.keys, heads.values, sinks, strict=True):
+        products = (queries.transpose(0, 1) @ key.T * spec.attention_scale).masked_fill(is_unseen, -math.inf)
+        if sink is not None:
+            products = torch.cat((products, sink[:, None, None].expand(-1, n, 1)), -1)
         weights = products.softmax(-1)[..., :n]
         received = received + weights.sum((0, 1))
-        outputs.append((weights @ values[:, head]).transpose(0, 1).reshape(n, -1))
-    output = torch.cat(outputs, -1)
-    return AttentionPass(x, output, spec.multipliers.residual * block.out(output), received, q, k, v)
+        outputs.append((weights @ value).transpose(0, 1))
+    output, reads, products_of = torch.cat(outputs, 1), dict(heads.reads), dict(heads.products)
+    if block.latent is not None and block.latent.v is not None:
+        reads["attn_v_b"] = output
+        output = products_of["attn_v_b"] = torch.einsum("nhr,hvr->nhv", output, block.latent.v)
+    reads["attn_output"] = output.flatten(1)
+    last = products_of["attn_output"] = block.out(reads["attn_output"])
+    return AttentionPass(spec.multipliers.residual * last, received, reads, products_of)
 
 
-_Three = tuple[Tensor, Tensor, Tensor]
-
-
-def _heads_of(block: Attention, spec: ModelSpec, rows: _Three, angles: tuple[Tensor, Tensor]) -> _Three:
-    """Heads of queries [n, n_head, n_embd_head] and of keys and values [n, n_head_kv, n_embd_head]."""
-    q, k, v = rows
+def _heads_of(block: Attention, spec: ModelSpec, x: Tensor, angles: tuple[Tensor, Tensor]) -> Heads:
+    """The heads of the normalised input [n, n_embd]."""
+    q, k = block.q(x), block.k(x)
+    if block.latent is not None:
+        heads, role = block.latent.heads(spec, q, k, angles), "attn_q" if block.latent.q is None else "attn_q_a"
+        reads, products = {role: x, "attn_kv_a_mqa": x}, {role: q, "attn_kv_a_mqa": k}
+        return replace(heads, reads=reads | dict(heads.reads), products=products | dict(heads.products))
+    v = block.v(x)
     queries, keys = (
         _normed_heads(rotate(_heads(part, norm, spec), *angles, spec.architecture.rope), norm, spec)
         for part, norm in ((q, block.q_norm), (k, block.k_norm))
     )
-    return queries, keys, v.view(len(v), spec.n_head_kv, spec.n_embd_head)
-
-
-def _latent_heads(block: Attention, spec: ModelSpec, rows: _Three, angles: tuple[Tensor, Tensor]) -> _Three:
-    """The same with latent attention, where all heads have keys and values of their own."""
-    (q, both, _), latent, kind = rows, block.latent, spec.architecture.rope
-    assert latent is not None
-    assert block.k_norm is not None
-    q = q if block.q_norm is None else rms_norm(q, block.q_norm, spec.rms_eps)
-    plain, turning = latent_queries(latent, spec, q)
-    queries = torch.cat((plain, rotate(turning, *angles, kind)), -1)
-    if temperature := spec.attention.temperature:
-        factors = temperature.factors(np.arange(len(q), dtype=np.int32))
-        queries = queries * torch.from_numpy(factors).to(q.device)[:, None, None]
-    row, turning = both.split((both.shape[1] - spec.rope.n_rot, spec.rope.n_rot), -1)
-    row = rms_norm(row, block.k_norm, spec.rms_eps)
-    return queries, *latent_keys_and_values(latent, row, rotate(turning[:, None], *angles, kind))
+    values = v.view(len(v), spec.n_head_kv, spec.n_embd_head)
+    products = {"attn_q": q, "attn_k": k, "attn_v": v}
+    return Heads(queries, keys.unbind(1), values.unbind(1), dict.fromkeys(products, x), products)
 
 
 def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import Norm, read_output_norm, read_tensor
+from slimoe.converter.forward.block import read_output_norm, read_tensor
+from slimoe.converter.forward.norms import Norm
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 
 

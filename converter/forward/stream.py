@@ -16,7 +16,6 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     AttentionPass,
     Expert,
-    Norm,
     Router,
     Routing,
     SharedExpert,
@@ -30,6 +29,7 @@ from slimoe.converter.forward.block import (
     route,
 )
 from slimoe.converter.forward.head import read_head
+from slimoe.converter.forward.norms import Norm
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
 from slimoe.offload.files.whole_file import write_error
 

@@ -80,7 +80,11 @@ def layer_and_role(name: str) -> tuple[int, str]:
     return int(parts[1]), parts[2].removesuffix("_exps")
 
 
-_SHIELD = {"attn_k": always(Type.Q8_0), "attn_v": always(Type.Q8_0), "attn_output": always(Type.Q5_K)}
+_SHIELD = {
+    **dict.fromkeys((f"attn_{role}" for role in ("k", "v", "kv_a_mqa", "k_b", "v_b", "kv_b")), always(Type.Q8_0)),
+    "attn_output": always(Type.Q5_K),
+}
+"""Keys and values, or the low-rank matrices that make them, are few, and every head reads them."""
 _FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,
     Type.F16: LlamaFileType.MOSTLY_F16,

@@ -1,4 +1,4 @@
-"""A source that keeps what was read of it, for models small enough to be read again and again."""
+"""Sources in front of another one: one that keeps what was read, and one some of whose values are others."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,3 +58,20 @@ class HeldSource:
     def blocks(self, key: MatrixKey) -> Blocks | None:
         """Where the source has a matrix in ggml's blocks."""
         return self._source.blocks(key)
+
+
+class FittedSource(HeldSource):
+    """A ModelSource some of whose values were replaced, such as by those that quantising left of them."""
+
+    def replace(self, key: MatrixKey, values: NDArray[np.float32]) -> None:
+        """Takes over other values of a matrix, in any shape of as many."""
+        self._values[key] = values.reshape(self.shapes[key])
+
+    def restore(self) -> None:
+        """Has the source's own values again."""
+        self._values.clear()
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        """Returns the values, those of the source where none replaced them; raises ModelFileError."""
+        values = self._values.get(key)
+        return self._source.read(key) if values is None else values

@@ -9,7 +9,6 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     Attention,
     Expert,
-    Norm,
     Router,
     Routing,
     SharedExpert,
@@ -25,6 +24,7 @@ from slimoe.converter.forward.block import (
 )
 from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
+from slimoe.converter.forward.norms import Norm
 from slimoe.converter.forward.stream import HiddenStates, Sequences
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
@@ -33,6 +33,8 @@ from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
 from slimoe.offload.errors import BadLogitsError
 
 _ROWS_AT_ONCE = 4096
+_PLAIN = {"attn_q": "q", "attn_k": "k", "attn_v": "v"}
+"""The fields of `Sensitivity` of the matrices that attention has unless it is latent."""
 
 
 def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -280,17 +282,13 @@ class Backward:
         return along
 
     def _attention(self, layer: int, attention: Attention) -> None:
-        self._squares[layer].add("attention", self._by_output())
+        names = {"attn_output": "attention"} | (_PLAIN if attention.latent is None else {})
         self._removals[layer].add_attention(self._along_attention(layer))
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device).requires_grad_()
             seen = attend(attention, self.source.spec, h)
             by_update = self._gradient[begin:end].to(self.device)
-            products = {"q": seen.q, "k": seen.k, "v": seen.v}
-            if attention.latent is not None:
-                role = "attn_q" if attention.latent.q is None else "attn_q_a"
-                products = {role: seen.q, "attn_kv_a_mqa": seen.k}
-            by_stream, *by_product = torch.autograd.grad(seen.update, (h, *products.values()), by_update)
-            for name, gradient in zip(products, by_product, strict=True):
-                self._squares[layer].add(name, gradient)
+            by_stream, *by_product = torch.autograd.grad(seen.update, (h, *seen.products.values()), by_update)
+            for role, gradient in zip(seen.products, by_product, strict=True):
+                self._squares[layer].add(names.get(role, role), gradient)
             self._gradient[begin:end] += by_stream.cpu()

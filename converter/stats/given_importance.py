@@ -1,8 +1,9 @@
 """The importance matrix that a person gives for a conversion, read from whichever file and held against the model."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ class Fitted:
 class GivenImportance:
     """An importance matrix that fits the model, its file, and the keys that tell of it in what is made.
 
-    `n_matrices` counts the model's matrices by the name of their tensor in a stock GGUF file.
+    `n_matrices` counts the model's matrices by the name of their tensor in a stock GGUF file, which may have those of
+    all experts or heads.
     """
 
     path: Path
@@ -46,7 +48,9 @@ class GivenImportance:
     n_matrices: Mapping[str, int]
 
     def of(self, key: MatrixKey, n_per_row: int) -> Importance | None:
-        """Mean squares [n_per_row] of a matrix's columns; None where nothing is known of it.
+        """Mean squares [n_per_row] of a matrix's columns, or [n_head, n_per_row] where each head has a matrix.
+
+        None where nothing is known of it.
 
         Without an output matrix the token table is it. Raises UsageError for an imatrix of another model.
         """
@@ -56,10 +60,13 @@ class GivenImportance:
         entry = self.imatrix.entries.get(name)
         if entry is None:
             return None
-        n_known, n_matrices = len(entry.of_width(n_per_row).counts), self.n_matrices[key.name]
+        entry = entry.of_width(n_per_row)
+        n_known, n_matrices = len(entry.counts), self.n_matrices[key.name]
         if n_known != n_matrices:
             problem = f"{self.path} knows {n_known} matrices of {name}, but the model has {n_matrices}."
             raise UsageError(f"{problem} {_OF_THIS_MODEL}")
+        if key.expert < 0 and n_matrices > 1:
+            return np.stack([entry.means(head) for head in range(n_matrices)])
         return self.imatrix.importance(MatrixKey(name, key.expert), n_per_row)
 
     def reach(self, n_matrices: int, n_fitted: int, n_experts: int) -> Fitted:
@@ -81,11 +88,10 @@ def read_importance(path: Path, model: ModelSource) -> GivenImportance:
     StatisticsError for what is neither, and LibraryError where safetensors is needed and absent.
     """
     imatrix, metadata = _of_statistics(path, model) if _is_statistics(path) else _of_imatrix(path)
-    # Of stacks of matrices, one for each head, an imatrix has an entry each, but the model's keys name them as one.
-    stacks = {key.name for key, shape in model.shapes.items() if len(shape) > 2}
-    entries = {name: entry for name, entry in imatrix.entries.items() if name not in stacks}
-    imatrix = replace(imatrix, entries=entries).apart()
-    given = GivenImportance(path, imatrix, metadata, Counter(key.name for key in model.shapes))
+    n_matrices: Counter[str] = Counter()
+    for key, shape in model.shapes.items():
+        n_matrices[key.name] += math.prod(shape[:-2])
+    given = GivenImportance(path, imatrix.apart(), metadata, n_matrices)
     strange = sorted(given.imatrix.entries.keys() - given.n_matrices.keys() - {_OUTPUT})
     if strange:
         raise UsageError(f"{path} knows {strange[0]}, which the model does not have. {_OF_THIS_MODEL}")

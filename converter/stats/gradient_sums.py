@@ -21,7 +21,7 @@ class Squares:
         self.sums.setdefault(name, torch.zeros(shape, dtype=torch.float64))
 
     def add(self, name: str, gradient: Tensor, expert: int | None = None) -> None:
-        """Adds the squares of a gradient [n, m], to the first m sums of an expert if one is given."""
+        """Adds the squares of a gradient [n, ...], of one [n, m] to the first m sums of an expert if one is given."""
         squares = gradient.detach().square().sum(0, dtype=torch.float64).cpu()
         if expert is not None:
             self.sums[name][expert, : squares.numel()] += squares

@@ -55,8 +55,8 @@ class InputSquares:
     def of_width(self, n_per_row: int) -> "InputSquares":
         """The same sums for matrices of rows of `n_per_row` weights.
 
-        The older form of the file does not say how many matrices a stack has. Raises UsageError for an imatrix of rows
-        of another width.
+        The older form of the file does not say how many matrices a stack has, nor does the newer one of stacks that
+        read every token. Raises UsageError for an imatrix of rows of another width.
         """
         if self.sums.shape[1] == n_per_row:
             return self
@@ -118,7 +118,8 @@ def imatrix_of(statistics: Statistics) -> Imatrix:
     entries: dict[str, InputSquares] = {}
     for layer, one in enumerate(statistics.layers):
         inputs = one.inputs
-        found = {role: InputSquares(sums[None], n_tokens) for role, sums in inputs.by_role().items()}
+        # Stacks with a matrix for each head, all of which read every token, have one row and one count in llama.cpp's.
+        found = {role: InputSquares(sums.reshape(1, -1), n_tokens) for role, sums in inputs.by_role().items()}
         if one.outputs is not None and inputs.expert.size:
             counts = one.outputs.n_pick.astype(np.float32)
             found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}

@@ -76,7 +76,7 @@ class LayerObserver(Observer):
     def attention(self, layer: int, first_row: int, h: Tensor, seen: AttentionPass) -> None:
         """Adds a sequence's inputs of the attention."""
         self._check(seen.update)
-        self._inputs.add_attention(seen.x, seen.output)
+        self._inputs.add_attention(seen.reads)
         if self._experts is not None:
             self._experts.trace.add_attention(first_row, seen.received)
 

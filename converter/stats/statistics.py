@@ -82,8 +82,9 @@ class InputSums:
 
     `expert` [E, d] are those of gate and up of each expert, `hidden` [E, f] of its down; `attention` [d] of q, k and v,
     `mixed` [n_head * n_embd_head] of attn_output; `router` [d] of the router. `others` has those of a dense layer's
-    ffn_gate, ffn_up and ffn_down, of a shared expert's ffn_down_shexp, and of the first matrices of latent attention in
-    place of `attention`, by role. Arrays of parts that a layer does not have are empty.
+    ffn_gate, ffn_up and ffn_down, of a shared expert's ffn_down_shexp, and of the matrices of latent attention in place
+    of `attention`, by role: [n_in], and [n_head, n_in] of stacks with a matrix for each head. Arrays of parts that a
+    layer does not have are empty.
     """
 
     expert: Single
@@ -167,7 +168,7 @@ class Sensitivity:
     KL divergence in nats, to second order. `update` [d] is by the feed-forward part's output y. The others are by the
     output of each matrix: `gate` and `up` [E, f] and `down` [E, d], with w included and divided by the number of all
     tokens, `q`, `k`, `v` and `attention` (attn_output's), each [n_out], and `others` of a shared expert and of latent
-    attention's first matrices by role. A dense feed-forward part is one expert.
+    attention's matrices by role, [n_out] or [n_head, n_out]. A dense feed-forward part is one expert.
     """
 
     update: Single
@@ -181,7 +182,7 @@ class Sensitivity:
     others: Mapping[str, Single] = field(default_factory=dict, kw_only=True)
 
     def of_role(self, role: str) -> Single:
-        """That of a matrix outside the experts [n_out], by its role."""
+        """That of a matrix outside the experts [n_out], or of a stack [n_head, n_out], by its role."""
         if role in self.others:
             return self.others[role]
         attention = {"attn_q": self.q, "attn_k": self.k, "attn_v": self.v, "attn_output": self.attention}

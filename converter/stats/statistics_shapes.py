@@ -16,6 +16,8 @@ _Group = tuple[str, object, Mapping[str, str], Mapping[str, int]]
 """How the names of arrays begin, what has the arrays, their shapes, and the sizes that words in shapes stand for."""
 _ROUTED = ("router", "outputs", "trace")
 """The groups of statistics that every layer with experts has."""
+_LATENT = tuple(f"attn_{role}" for role in ("q", "q_a", "q_b", "kv_a_mqa", "k_b", "v_b", "kv_b"))
+"""The roles of what latent attention has in place of queries, keys and values, as far as a file has them."""
 _WHOLE: Mapping[str, str] = {
     "output_input": "d",
     "token_count": "vocabulary",
@@ -126,9 +128,10 @@ def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterato
     read = {role: str(shape[1]) for role, shape in known.items() if not routed or role == roles[-1]}
     made = {role: str(shape[0]) for role, shape in known.items() if routed}
     if source.spec.attention.latent and source.layers[number].has_attention:
-        latent = {role: source.shapes.get(block_key(number, role)) for role in ("attn_q_a", "attn_q", "attn_kv_a_mqa")}
-        made |= {role: str(shape[0]) for role, shape in latent.items() if shape}
-        read |= {role: str(shape[1]) for role, shape in latent.items() if shape}
+        for role in _LATENT:
+            *stack, n_out, n_in = map(str, source.shapes.get(block_key(number, role), ("", "")))
+            if n_out:
+                made[role], read[role] = " ".join((*stack, n_out)), " ".join((*stack, n_in))
     yield f"layers.{number}.inputs.others.", layer.inputs.others, read, {}
     if layer.sensitivity is not None:
         yield f"layers.{number}.sensitivity.others.", layer.sensitivity.others, made, {}

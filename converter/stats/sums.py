@@ -3,6 +3,8 @@
 Sums are gathered in double precision: in bfloat16, the cosines of most layers of a large model are the same number.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,7 +77,7 @@ class InputTotals:
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
         latent = spec.attention.latent if of.has_attention else None
-        self._latent = () if latent is None else ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
+        self._is_plain = latent is None
         self._expert = np.zeros((of.n_stored, spec.n_embd))
         self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
@@ -85,14 +87,15 @@ class InputTotals:
         self._suffix = "_shexp" if of.target else ""
         self._others: dict[str, NDArray[np.float64]] = {}
 
-    def add_attention(self, x: Tensor, mixed: Tensor) -> None:
-        """Adds a sequence's attention: its normalised input, and the attention output before attn_output."""
-        read = column_squares(x)
-        if self._attention.size:
-            self._attention += read
-        for role in self._latent:
-            self._others[role] = self._others.get(role, 0.0) + read
-        self._mixed += column_squares(mixed)
+    def add_attention(self, reads: Mapping[str, Tensor]) -> None:
+        """Adds a sequence's attention: what each of its matrices reads, by role, as `AttentionPass` has it."""
+        for role, values in reads.items():
+            if role == "attn_output":
+                self._mixed += column_squares(values)
+            elif not self._is_plain:
+                self._others[role] = self._others.get(role, 0.0) + column_squares(values)
+            elif role == "attn_q":  # keys and values read the same
+                self._attention += column_squares(values)
 
     def add_router(self, x: Tensor) -> None:
         """Adds the router's inputs of one sequence."""
@@ -126,7 +129,7 @@ class InputTotals:
 
 
 def column_squares(values: Tensor) -> NDArray[np.float64]:
-    """The sum of squares over the rows, for each column [n_column]."""
+    """The sum of squares over the rows [n, ...], for each column [...]."""
     sums: NDArray[np.float64] = values.double().square().sum(0).cpu().numpy()
     return sums
 

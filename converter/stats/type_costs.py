@@ -5,10 +5,11 @@ the sum of r_i c_j (error_ij)^2: the diagonal of Fisher's information, taken as 
 arXiv 2605.23078, has it by expert). Errors are measured by quantising; of large matrices only evenly spaced rows.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -36,7 +37,11 @@ _SEEN_TOKENS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class MatrixWeights:
-    """Weights of a matrix's errors: half the sum of rows_i columns_j (error_ij)^2 is the KL divergence per token."""
+    """Weights of a matrix's errors: half the sum of rows_i columns_j (error_ij)^2 is the KL divergence per token.
+
+    `rows` [n_rows] and `columns` [n_per_row]; of a stack with a matrix for each head [n_head, n_rows] and [n_head,
+    n_per_row].
+    """
 
     rows: NDArray[np.float32]
     columns: NDArray[np.float32]
@@ -107,8 +112,8 @@ def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
-    """The matrices whose types have a price: all except routers, constant experts and what decompresses MLA's rows."""
-    kept = ("ffn_gate_inp", "ffn_novice", "attn_q_b.", "attn_k_b.", "attn_v_b.", "attn_kv_b.")
+    """The matrices whose types have a price: all except routers and constant experts."""
+    kept = ("ffn_gate_inp", "ffn_novice")
     return [
         key
         for key, shape in source.shapes.items()
@@ -136,7 +141,7 @@ def measure_type_costs(
         nonlocal done
         values, weights = source.read(key), matrix_weights(source, statistics, key)
         # Where types of 256 weights fit, those of small blocks are measured only if they are asked for.
-        left_out: tuple[str, ...] = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[1]) else ()
+        left_out: tuple[str, ...] = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[-1]) else ()
         left_out += _KEPT if types is None and not _is_kept(source, key) else ()
         costs = _matrix_costs(values, weights, tried, left_out)
         done += 1
@@ -150,7 +155,22 @@ def measure_type_costs(
 def _matrix_costs(
     values: NDArray[np.float32], weights: MatrixWeights, types: Sequence[str], left_out: Collection[str]
 ) -> NDArray[np.float64]:
+    """What each type costs a matrix, or all matrices of a stack together."""
     sampled = _sampled_rows(values.shape)
+    if values.ndim > 2:
+        parts = zip(values, weights.rows, weights.columns, strict=True)
+        costs = [_part_costs(one, MatrixWeights(r, c), sampled, types, left_out) for one, r, c in parts]
+        return np.asarray(np.sum(costs, 0))
+    return _part_costs(values, weights, sampled, types, left_out)
+
+
+def _part_costs(
+    values: NDArray[np.float32],
+    weights: MatrixWeights,
+    sampled: slice,
+    types: Sequence[str],
+    left_out: Collection[str],
+) -> NDArray[np.float64]:
     some, rows = np.ascontiguousarray(values[sampled]), weights.rows[sampled]
     whole, part = float(weights.rows.sum(dtype=np.float64)), float(rows.sum(dtype=np.float64))
     grown = 0.5 * (whole / part if part else float(sampled.step))
@@ -163,15 +183,16 @@ def _matrix_costs(
 
 
 def _sampled_rows(shape: tuple[int, ...]) -> slice:
-    n_rows, n_per_row = shape
-    step = max(1, n_rows * n_per_row // _SAMPLED_WEIGHTS)
+    """Evenly spaced rows of a matrix, or of each matrix of a stack."""
+    n_rows = shape[-2]
+    step = min(max(1, math.prod(shape) // _SAMPLED_WEIGHTS), n_rows)
     return slice(step // 2, n_rows, step)
 
 
 def sampled_weights(shape: tuple[int, ...]) -> int:
-    """The number of a matrix's weights that are quantised to every type."""
+    """The number of weights of a matrix, or of a stack, that are quantised to every type."""
     rows = _sampled_rows(shape)
-    return len(range(rows.start, rows.stop, rows.step)) * shape[1]
+    return math.prod(shape[:-2]) * len(range(rows.start, rows.stop, rows.step)) * shape[-1]
 
 
 def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) -> MatrixWeights:
@@ -184,7 +205,12 @@ def matrix_weights(source: ModelSource, statistics: Statistics, key: MatrixKey) 
     if one.sensitivity is None:
         raise _unmeasured()
     if key.expert >= 0:
-        return _expert_weights(one, one.sensitivity, key, source.shapes[key])
+        weights = _expert_weights(one, one.sensitivity, key, source.shapes[key])
+        scales = MatrixKey(f"{key.name.removesuffix('weight')}scale")
+        if scales not in source.shapes:
+            return weights
+        # Gradients are by the product after its scale.
+        return replace(weights, rows=weights.rows * np.square(source.read(scales)[key.expert]))
     return MatrixWeights(one.sensitivity.of_role(role), one.inputs.by_role()[role] / np.float32(n_tokens))
 
 

@@ -5,6 +5,7 @@ inputs (`feedback`), and the stream goes on through the values that it got. Rout
 they are then.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.forward.block import (
-    Attention,
+    AttentionPass,
     Expert,
     Linear,
     Router,
@@ -31,7 +32,7 @@ from slimoe.converter.forward.block import (
     route,
 )
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
-from slimoe.converter.layout.layer import Matrix
+from slimoe.converter.layout.layer import ROUTER, Matrix
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.router_refit import refit
@@ -39,12 +40,14 @@ from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
+from slimoe.converter.source.held_source import FittedSource
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, vectors_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
 
-_ROLES = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "out"}
+_FIRST = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
+"""The matrices that read attention's input."""
 EFFORT = Effort(sweeps=1, rescale=0, starts=1)
 """More takes twice as long and more, for some percent less of the loss: a second start takes off 2 to 6 %."""
 _REFIT_TOKENS = 2048
@@ -57,7 +60,6 @@ class _LayerState:
     """What is known of the layer that is being fitted: its values so far, and the stream within it."""
 
     plan: LayerPlan
-    values: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     middle: Tensor | None = None
     x: Tensor | None = None
@@ -78,6 +80,7 @@ class FeedbackQuantiser:
         n_threads: int = 1,
     ) -> None:
         self._source, self._plan, self._plain, self._n_threads = source, plan, plain, n_threads
+        self._fitted = FittedSource(source)
         length = max(1, statistics.n_tokens // max(1, len(statistics.tokens)))
         step = max(1, len(statistics.tokens) * length // max(1, n_tokens))
         self._sequences = Sequences(statistics.tokens[::step])
@@ -87,6 +90,7 @@ class FeedbackQuantiser:
     def begin_layer(self, layer: int) -> None:
         """Forgets the layer before."""
         self._state = _LayerState(self._plan.layers[layer])
+        self._fitted.restore()
 
     def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Blocks of the matrix; raises as `PlainQuantiser.quantise` does."""
@@ -97,9 +101,13 @@ class FeedbackQuantiser:
             blocks = self._plain.quantise(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
-            blocks, values = quantize_with_feedback(
-                weights, hessian.numpy(), matrix.type, EFFORT, n_threads=self._n_threads
-            )
+            # Of a stack every matrix, one for each head, reads something else.
+            hessians = hessian if hessian.ndim > 2 else hessian[None]
+            pairs = zip(np.split(weights, len(hessians)), hessians.numpy(), strict=True)
+            found = [
+                quantize_with_feedback(part, own, matrix.type, EFFORT, n_threads=self._n_threads) for part, own in pairs
+            ]
+            blocks, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
         self._take(matrix, torch.from_numpy(values))
         return blocks
 
@@ -135,11 +143,15 @@ class FeedbackQuantiser:
             self.h = values[torch.tensor(tokens)] * self._source.spec.multipliers.embedding
         elif matrix.key.expert >= 0:
             self._state.experts.setdefault(matrix.key.expert, {})[matrix.projection] = values
-        elif layer >= 0:
-            self._state.values[role] = values
+        elif layer >= 0 and role != ROUTER:
+            assert matrix.origin is not None
+            self._fitted.replace(matrix.origin, values.numpy())
 
     def _hessian(self, matrix: Matrix) -> Tensor | None:
-        """The sum of products of a matrix's inputs; None where nothing is multiplied with it, or nothing seen."""
+        """The sum of products of a matrix's inputs [n_in, n_in], or [n_head, n_in, n_in] where each head has a matrix.
+
+        None where nothing is multiplied with it, or nothing seen.
+        """
         layer, role = layer_and_role(matrix.key.name)
         if role == "output":
             return _products(read_output_norm(self._source)(self.h))
@@ -152,12 +164,11 @@ class FeedbackQuantiser:
             assert always is not None, role
             x = self._input()
             return _products(always.expert.hidden(x) if role.startswith("ffn_down") else x)
+        if role not in _FIRST:
+            return sum((_products(one.reads[role]) for one in self._attended()), torch.zeros(()))
         block = read_attention(self._source, self._state.plan.block)
         assert block is not None
-        if role != "attn_output":
-            return _products(block.norm(self.h))
-        seen = [attend(self._attention(block), self._source.spec, self.h[b:e]) for b, e in self._sequences.spans()]
-        return _products(torch.cat([one.output for one in seen]))
+        return _products(block.norm(self.h))
 
     def _expert_products(self, matrix: Matrix) -> Tensor:
         """Over the tokens that selected the expert, by the square of its weight; others help where these are few."""
@@ -179,37 +190,28 @@ class FeedbackQuantiser:
         mean = _products(own * expert_weights[:, None]) / max(float(expert_weights.square().sum()), 1e-12)
         return (1 - part) * mean + part * _products(anyone) / len(anyone)
 
-    def _attention(self, block: Attention) -> Attention:
-        """With the values that are fitted already."""
-        parts: dict[str, Linear] = {}
-        for role, name in _ROLES.items():
-            old: Linear = getattr(block, name)
-            parts[name] = Linear(self._state.values.get(role, old.weight), old.bias)
-        return replace(block, q=parts["q"], k=parts["k"], v=parts["v"], out=parts["out"])
+    def _attended(self) -> Iterator[AttentionPass]:
+        """The passes of the layer's attention over the sequences, with the values that are fitted already."""
+        block = read_attention(self._fitted, self._state.plan.block)
+        assert block is not None
+        for begin, end in self._sequences.spans():
+            yield attend(block, self._source.spec, self.h[begin:end])
 
     def _always(self) -> SharedExpert | None:
         """What every token passes, the shared expert or a dense feed-forward part, with the values fitted already."""
-        plan, suffix = self._state.plan, "_shexp" if self._state.plan.rows else ""
-        if f"ffn_down{suffix}" not in plan.types:
+        plan = self._state.plan
+        if f"ffn_down{'_shexp' if plan.rows else ''}" not in plan.types:
             return None
-        shared = read_shared(self._source, plan.block)
-        old = SharedExpert(read_dense(self._source, plan.block)[1]) if shared is None else shared
-        linears = zip(PROJECTIONS, (old.expert.gate, old.expert.up, old.expert.down), strict=True)
-        values = self._state.values
-        parts = [replace(one, weight=values.get(f"ffn_{name}{suffix}", one.weight)) for name, one in linears]
-        return replace(old, expert=Expert(*parts, activation=old.expert.activation))
+        shared = read_shared(self._fitted, plan.block)
+        return SharedExpert(read_dense(self._fitted, plan.block)[1]) if shared is None else shared
 
     def _middle(self) -> Tensor:
         """The stream behind the layer's attention."""
         state = self._state
         if state.middle is None:
             state.middle = self.h
-            block = read_attention(self._source, state.plan.block) if state.plan.has_attention else None
-            if block is not None:
-                fitted = self._attention(block)
-                spans = self._sequences.spans()
-                updates = [attend(fitted, self._source.spec, self.h[begin:end]).update for begin, end in spans]
-                state.middle = self.h + torch.cat(updates)
+            if state.plan.has_attention:
+                state.middle = self.h + torch.cat([one.update for one in self._attended()])
         return state.middle
 
     def _routed(self) -> tuple[Tensor, Routing]:
@@ -242,7 +244,7 @@ class FeedbackQuantiser:
             weight = parts.get(name, torch.empty(0, 0))
             scales, biases = (vectors_key(block, name, kind) for kind in ("scale", "bias"))
             if scales in self._source.shapes:
-                weight = weight * float(self._source.read(scales)[plan.members[0]])
+                weight = weight * float(merged_vectors(self._source, scales, [plan], 1)[0])
             if biases in self._source.shapes and len(weight):
                 bias = torch.from_numpy(merged_vectors(self._source, biases, [plan], len(weight))[0])
                 linears.append(Linear(weight, bias))
@@ -290,4 +292,6 @@ class FeedbackQuantiser:
 
 
 def _products(x: Tensor) -> Tensor:
-    return x.T @ x
+    """The sum of products of rows [n, n_in], or of the rows of each head [n, n_head, n_in]."""
+    by_head = x.transpose(0, -2) if x.ndim > 2 else x
+    return by_head.mT @ by_head

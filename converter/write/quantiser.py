@@ -46,7 +46,8 @@ class Quantiser(Protocol):
 
 
 Importance = Callable[[Matrix], NDArray[np.float32] | None]
-"""The importance of a matrix's columns [n_per_row]; None where nothing is known of them."""
+"""The importance of a matrix's columns [n_per_row], or [n_head, n_per_row] where each head has a matrix; None where
+nothing is known of them."""
 
 
 class PlainQuantiser:
@@ -66,12 +67,15 @@ class PlainQuantiser:
 
     def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Blocks of the matrix, made by all threads; raises as `rows` does."""
-        parts = [weights[begin : begin + _ROWS_AT_ONCE] for begin in range(0, len(weights), _ROWS_AT_ONCE)]
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            return np.concatenate(list(pool.map(lambda part: self.rows(matrix, part), parts)))
 
-    def rows(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Blocks of some of the matrix's rows, or of a vector; may be asked for by any thread, in any order.
+        def part(begin: int) -> NDArray[np.uint8]:
+            return self.rows(matrix, weights[begin : begin + _ROWS_AT_ONCE], begin)
+
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            return np.concatenate(list(pool.map(part, range(0, len(weights), _ROWS_AT_ONCE))))
+
+    def rows(self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0) -> NDArray[np.uint8]:
+        """Blocks of some of the matrix's rows from `first` on, or of a vector; any thread may ask, in any order.
 
         Raises UsageError for a type that needs importance where there is none, and BadWeightsError for weights that the
         type cannot express.
@@ -80,7 +84,15 @@ class PlainQuantiser:
         if importance is None and needs_importance(matrix.type):
             problem = f"{matrix.key} cannot be {matrix.type.name}: it is not known which of its weights matter."
             raise UsageError(f"{problem} Give statistics, or use IQ3_S or larger there.")
-        return quantize_rows(weights, matrix.type, importance)
+        if importance is None or importance.ndim == 1:
+            return quantize_rows(weights, matrix.type, importance)
+        n_each = matrix.shape[0] // len(importance)
+        last = first + len(weights)
+        blocks = []
+        for head in range(first // n_each, -(-last // n_each)):
+            begin, end = max(first, head * n_each), min(last, (head + 1) * n_each)
+            blocks.append(quantize_rows(weights[begin - first : end - first], matrix.type, importance[head]))
+        return np.concatenate(blocks)
 
 
 def statistics_importance(statistics: Statistics, *, is_tied: bool) -> Importance:
@@ -89,7 +101,7 @@ def statistics_importance(statistics: Statistics, *, is_tied: bool) -> Importanc
 
 
 def _of_statistics(statistics: Statistics, matrix: Matrix, *, is_tied: bool) -> NDArray[np.float32] | None:
-    """Sums of squares [n_per_row] of what a matrix is multiplied with; None where nothing is known.
+    """Sums of squares [n_per_row], of a stack [n_head, n_per_row], of what it is multiplied with; None if unknown.
 
     Of the token table, which is only read, they are the sensitivities to its columns.
     An expert that no token selected reads what its layer's others read; its neurons all count the same (zeros).

@@ -181,10 +181,11 @@ class FilePieces:
         n_at_once = max(1, self._n_weights // (n_per_row * step)) * step
 
         def make(first: int, n: int) -> NDArray[np.uint8]:
+            quantise = partial(plain.rows, matrix, first=first)
             if rows is not None:
-                return self._made(matrix, rows.read(first, n), partial(plain.rows, matrix))
+                return self._made(matrix, rows.read(first, n), quantise)
             assert weights is not None
-            return self._made(matrix, weights[first : first + n], partial(plain.rows, matrix))
+            return self._made(matrix, weights[first : first + n], quantise)
 
         for first in range(0, n_rows, n_at_once):
             n = min(n_at_once, n_rows - first)
@@ -242,9 +243,6 @@ def chosen_quantiser(
         raise UsageError(
             "Feedback and refitted routers need calibration tokens. Run slimoe calibrate, give --stats FILE."
         )
-    if source.spec.attention.latent:
-        problem = "Feedback and refitted routers are not there for models of latent attention (MLA)."
-        raise UsageError(f"{problem} Leave them out of the recipe.")
     # torch is heavy, and all other ways of converting do without.
     from slimoe.converter.write.error_feedback import FeedbackQuantiser
 

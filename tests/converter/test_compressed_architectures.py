@@ -28,10 +28,13 @@ from slimoe.converter.forward.block import (
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.layout.plan import Format
+from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from slimoe.converter.recipe.fields import SourceSizes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.recipe.toml_file import parse_recipe
 from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.held_source import FittedSource
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.backward_pass import draw_labels
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
@@ -49,13 +52,14 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
-from tests.models.gguf_content import Array
+from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
 
-ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss")
+ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss", "bailingmoe2")
 """A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases;
-biases of experts, windows and sinks.
+biases of experts, windows and sinks; joined queries, keys and values; latent attention.
 """
+LATENT = ("deepseek2", "deepseek2-old", "mistral4")
 SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
 TOKENS = random_tokens(40, SHAPE.n_vocab)
 SEED = 3
@@ -65,12 +69,12 @@ def of(path: Path, name: str) -> ModelSource:
     return gguf_source(write_family(path, name, shape=SHAPE))
 
 
-def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What the part puts out, every expert computed for every token; and the shared expert's products."""
+def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the part puts out, every expert computed for every token; and the shared expert's products by role."""
     router = read_router(source, layer)
     if router is None:
         norm, dense = read_dense(source, layer)
-        return dense(norm(h)), []
+        return dense(norm(h)), {}
     x = router.norm(h)
     routing = route(router, source.spec, x)
     weights = torch.zeros_like(routing.logits).scatter(1, routing.selected, routing.weights)
@@ -78,14 +82,14 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
     y = (weights[:, :, None] * experts).sum(1)
     shared = read_shared(source, layer)
     if shared is None:
-        return y, []
+        return y, {}
     gate, up = shared.expert.gate(x), shared.expert.up(x)
     down = shared.expert.down(torch.nn.functional.silu(gate) * up)
     scale = 1.0 if shared.gate is None else (x @ shared.gate).sigmoid()[:, None]
-    return y + scale * down, [gate, up, down]
+    return y + scale * down, {"ffn_gate_shexp": gate, "ffn_up_shexp": up, "ffn_down_shexp": down}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *LATENT])
 def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: Path, name: str) -> None:
     source = of(tmp_path / "m.gguf", name)
     sequences, scales = Sequences((tuple(TOKENS),)), source.spec.multipliers
@@ -97,13 +101,14 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
     for layer in range(SHAPE.n_layer):
         attention = read_attention(source, layer)
         assert attention is not None
-        h = h + attend(attention, source.spec, h).update
-        y, of_shared = feed_forward(source, layer, h)
+        seen = attend(attention, source.spec, h)
+        h = h + seen.update
+        y, others = feed_forward(source, layer, h)
         ys.append(y)
-        products.append(of_shared)
+        products.append(others | (dict(seen.products) if attention.latent else {}))
         h = h + scales.residual * y
     likelihood = head(h).log_softmax(-1).gather(1, labels[:, None]).sum()
-    leaves = [rows, *ys, *(one for some in products for one in some)]
+    leaves = [rows, *ys, *(one for some in products for one in some.values())]
     by_rows, *by_others = torch.autograd.grad(likelihood, leaves)
     n = len(TOKENS)
     np.testing.assert_allclose(measured.token, by_rows.square().sum(0) / n, rtol=1e-3)
@@ -113,10 +118,17 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
         np.testing.assert_allclose(found.update, by_y.square().sum(0) / n, rtol=1e-3)
         removed = float((by_y * y).detach().sum(1).square().sum()) / (2 * n)
         assert measured.removals[layer].ffn == pytest.approx(removed, rel=1e-3)
-        assert len(found.others) == len(products[layer])
-        for role in ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp") if products[layer] else ():
+        for role in products[layer]:
             wanted = next(by_products).square().sum(0) / n
-            np.testing.assert_allclose(found.others[role], wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+            np.testing.assert_allclose(found.of_role(role), wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+        assert found.others.keys() == products[layer].keys() - {"attn_output"}
+
+
+def calibrated_on(source: ModelSource, directory: Path) -> Statistics:
+    tokens = random_tokens(160, 300)
+    text = CalibrationText((tuple(tokens[:90]), tuple(tokens[90:])), ("text", "text"))
+    settings = CalibrationSettings(Samples(types=(), n_gram=160), n_sensitivity=160)
+    return calibrate(source, text, settings, directory)
 
 
 Calibrated = Callable[[str], tuple[ModelSource, Statistics]]
@@ -130,17 +142,14 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     @functools.cache
     def make(name: str) -> tuple[ModelSource, Statistics]:
         source = of(directory / f"{name}.gguf", name)
-        tokens = random_tokens(160, 300)
-        text = CalibrationText((tuple(tokens[:90]), tuple(tokens[90:])), ("text", "text"))
-        settings = CalibrationSettings(Samples(types=(), n_gram=160), n_sensitivity=160)
-        statistics = calibrate(source, text, settings, directory / f"{name}.part")
+        statistics = calibrated_on(source, directory / f"{name}.part")
         save_statistics(statistics, directory / f"{name}.stats")
         return source, load_statistics(directory / f"{name}.stats", source)
 
     return make
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *LATENT])
 def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: str) -> None:
     source, statistics = calibrated(name)
     known = set(imatrix_of(statistics).entries)
@@ -177,6 +186,7 @@ STOCK = {
     "multipliers": ("granitemoe", ExpertRecipe(6, "reap"), F32),
     "experts' biases": ("gpt-oss", ExpertRecipe(6), F32),
     "types": ("glm4moe", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0", output="Q8_0")),
+    "joined queries, keys and values": ("bailingmoe2", ExpertRecipe(8), StorageRecipe("Q4_K", attention="Q8_0")),
 }
 
 
@@ -204,6 +214,8 @@ NATIVE = {
     "narrower experts with biases": ("gpt-oss", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
     "a window less": ("gpt-oss", Recipe(experts=ExpertRecipe(6), drop_blocks=1, types=F32)),
     "latent attention": ("deepseek2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
+    "merged, with latent attention": ("mistral4", Recipe(experts=ExpertRecipe(4, merge="hc-smoe"), types=F32)),
+    "groups": ("bailingmoe2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
 }
 
@@ -216,7 +228,7 @@ def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_p
     np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "glm4moe"])
+@pytest.mark.parametrize("name", ["qwen2moe", "glm4moe", "gpt-oss"])
 def test_another_order_of_experts_changes_no_bit(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     types = StorageRecipe("Q8_0", low="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
     kept = ExpertRecipe(6, "reap", replacement="constant")
@@ -240,6 +252,38 @@ def test_another_order_of_experts_changes_no_bit(calibrated: Calibrated, tmp_pat
     assert use[0] == use[1], "hints follow their experts"
 
 
+@pytest.mark.parametrize(
+    ("form", "experts"),
+    [
+        ("stock", ExpertRecipe(4, merge="hc-smoe")),
+        ("native", ExpertRecipe(4, merge="m-smoe")),
+        ("native", ExpertRecipe(6)),
+    ],
+    ids=str,
+)
+def test_scales_of_experts_move_and_merge_with_them(tmp_path: Path, experts: ExpertRecipe, form: Format) -> None:
+    """The file says what one says that was made alike of the same model with the scales multiplied in."""
+    plain = read_content(write_family(tmp_path / "plain.gguf", "qwen3moe", shape=SHAPE))
+    rng, scales, folded = np.random.default_rng(3), dict[str, Array](), dict[str, Array]()
+    for name in [name for name in plain.tensors if name.endswith("_exps.weight")]:
+        own = rng.uniform(0.5, 2.0, SHAPE.n_expert).astype(np.float32)
+        scales[name.replace(".weight", ".scale")], folded[name] = own, own[:, None, None] * plain.values(name)
+    found = []
+    for what, changes in (("scaled", scales), ("folded", folded)):
+        source = gguf_source(write_content(tmp_path / f"{what}.gguf", plain.with_values(changes)))
+        recipe = Recipe(format=form, experts=experts, types=F32, fit=FitRecipe(feedback=True))
+        statistics, path = calibrated_on(source, tmp_path / f"{what}.part"), tmp_path / f"{what}-{form}.gguf"
+        plan = plan_compression(source, statistics, recipe)
+        quantiser = chosen_quantiser(source, plan, statistics, 1)
+        assert isinstance(quantiser, FeedbackQuantiser)
+        write_planned(source, plan, path, statistics, quantiser=quantiser)
+        np.testing.assert_allclose(quantiser.h, run(gguf_source(path), Sequences(statistics.tokens)), atol=1e-3)
+        assert any(".scale" in name for name in read_gguf(path).tensors) == (what == "scaled")
+        found += [logits(path), in_torch(path)]
+    for one in found[1:]:
+        np.testing.assert_allclose(one, found[0], atol=2e-3)
+
+
 def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
     source, _ = calibrated("qwen2moe")
     with pytest.raises(UsageError, match="slimoe calibrate"):
@@ -248,7 +292,7 @@ def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
         parse_recipe('format = "stock"\n[experts]\norder = "co-selection"', SourceSizes(2, 8, 256))
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "deepseek2"])
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *LATENT])
 def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe(candidates=("Q4_0", "Q8_0"))
@@ -260,7 +304,9 @@ def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path
     assert 0.93 * budget < path.stat().st_size == report.n_bytes <= budget
     tensors = read_gguf(path).tensors
     assert {tensors[f"blk.1.ffn_{part}_shexp.weight"].type.name for part in ("gate", "down")} <= {"Q4_0", "Q8_0"}
-    assert tensors["blk.1.exp_probs_b.bias"].type.name == "F32"
+    matrices = [one.type.name for key, one in tensors.items() if key.startswith("blk.1.attn_") and len(one.ne) > 1]
+    assert set(matrices) <= {"Q4_0", "Q8_0"}
+    assert {one.type.name for key, one in tensors.items() if "exp_probs_b" in key} <= {"F32"}
     with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
         assert np.isfinite(baseline.score(TOKENS)).all()
 
@@ -277,7 +323,7 @@ def test_groups_of_experts_stay_alike(calibrated: Calibrated, tmp_path: Path, ex
         )
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "glm4moe"])
+@pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", *LATENT])
 def test_feedback_sees_the_stream_of_the_file_that_it_makes(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe("F16", attention="Q4_0", token="F16", output="F16")
@@ -304,3 +350,23 @@ def test_a_size_is_met_with_mxfp4_where_matrices_have_it_already(tmp_path: Path)
     assert {key for key in costs.costs if math.isfinite(costs.of(key, GGMLQuantizationType.MXFP4))} <= kept
     plan = plan_compression(source, statistics, Recipe(target_bpw=7.0))
     assert {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types} == {"MXFP4"}
+
+
+@pytest.mark.parametrize("name", ["deepseek2-old", "mistral4"])
+def test_prices_of_latent_attention_are_what_it_costs(tmp_path: Path, name: str) -> None:
+    """Each matrix alone is quantised; tokens select all experts, so that none moves to others."""
+    shape = replace(SHAPE, n_expert_used=SHAPE.n_expert)
+    source, kind = gguf_source(write_family(tmp_path / "m.gguf", name, shape=shape)), GGMLQuantizationType.Q8_0
+    statistics = calibrated_on(source, tmp_path / "part")
+    tokens, costs = Sequences(statistics.tokens), measure_type_costs(source, statistics, types=(kind.name,))
+    wanted = final_logits(source, run(source, tokens)).log_softmax(-1)
+    keys = [key for key in costs.costs if key.name.startswith("blk.1.attn_")]
+    assert {"attn_q_b", "attn_output"} < {key.name.split(".")[2] for key in keys}
+    for key in keys:
+        n_per_row = source.shapes[key][-1]
+        rows = np.ascontiguousarray(source.read(key).reshape(-1, n_per_row))
+        fitted = FittedSource(source)
+        fitted.replace(key, dequantize_rows(quantize_rows(rows, kind), kind, n_per_row))
+        said = final_logits(source, run(fitted, tokens)).log_softmax(-1)
+        found = float((wanted.exp() * (wanted - said)).sum(-1).mean())
+        assert 0.6 < found / costs.of(key, kind) < 1.7, key

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slimoe.offload.errors import ModelFileError, SlimoeError, UsageError
 from slimoe.server.cli import run
 from tests.models.gguf_content import file_tensors, finish
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+from tests.models.tiny_gguf import FineShape, write_family
 
 Means = dict[str, NDArray[np.float32]]
 SIZES = TinyConfig(n_layer=1, n_embd=256, n_ff=256, n_head=4, n_expert=3, n_expert_used=2)
@@ -74,7 +76,7 @@ def fitted(directory: Path, checkpoint: Path, imatrix: Path) -> dict[str, Path]:
     return {kind: convert(replace(options, target=directory / f"{kind}.gguf", type=kind)).path for kind in FILE_TYPES}
 
 
-def write(path: Path, means: Means) -> Path:
+def write(path: Path, means: Means, unmet: int | None = UNMET) -> Path:
     """An imatrix as llama.cpp writes it, by gguf's own writer."""
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -83,8 +85,8 @@ def write(path: Path, means: Means) -> Path:
     writer.add_uint32("imatrix.chunk_size", 512)
     for name, values in means.items():
         counts = np.full((len(values), 1), COUNT, np.float32)
-        if len(values) > 1:
-            counts[UNMET] = 0
+        if len(values) > 1 and unmet is not None:
+            counts[unmet] = 0
         writer.add_tensor(f"{name}.in_sum2", values * counts)
         writer.add_tensor(f"{name}.counts", counts)
     finish(writer)
@@ -293,3 +295,32 @@ def test_the_command(tmp_path: Path, checkpoint: Path, imatrix: Path, capsys: py
     assert list(tmp_path.iterdir()) == []
     assert run(["convert", "--help"]) == 0
     assert f"With --imatrix only: {FOR_IMPORTANCE[0]}" in " ".join(capsys.readouterr().out.split())
+
+
+# --- latent attention --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek2-old"])
+def test_every_head_of_latent_attention_is_fitted_to_what_it_reads(tmp_path: Path, name: str) -> None:
+    """Of all forms of the file: a row for each head, or one for all, as llama.cpp has written it since."""
+    source = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_layer=2, n_expert=8, n_expert_used=2))
+    rng, made = np.random.default_rng(8), {}
+    for tensor in file_tensors(source).values():
+        if tensor.data.ndim > 1 and "ffn" not in tensor.name and tensor.name != "token_embd.weight":
+            n = tensor.data.shape[0] if tensor.data.ndim == 3 else 1
+            made[tensor.name] = np.square(rng.random((n, tensor.data.shape[-1]), np.float32)) + np.float32(0.01)
+    llama_quantize(source, tmp_path / "theirs.gguf", FILE_TYPES["Q4_K"], 1, made, pure=True)
+    theirs = file_tensors(tmp_path / "theirs.gguf")
+    forms = {"rows": made, "row": {name: values.reshape(1, -1) for name, values in made.items()}}
+    for form, means in forms.items():
+        for write_form in (partial(write, unmet=None), write_old):
+            imatrix = write_form(tmp_path / form, means)
+            options = ConvertOptions(source, tmp_path / "ours.gguf", "Q4_K", n_threads=2, force=True, imatrix=imatrix)
+            ours = file_tensors(convert(options).path)
+            for key in made:
+                if ours[key].tensor_type is theirs[key].tensor_type:
+                    np.testing.assert_array_equal(ours[key].data, theirs[key].data, key)
+    alike = {key.split(".")[2] for key in made if ours[key].tensor_type is theirs[key].tensor_type}
+    assert alike >= ({"attn_k_b", "attn_v_b"} if name == "deepseek2" else {"attn_kv_b"}) | {"attn_q_b", "attn_kv_a_mqa"}
+    plain = file_tensors(convert(replace(options, imatrix=None)).path)
+    assert not any(np.array_equal(plain[key].data, ours[key].data) for key in made if "attn_" in key)

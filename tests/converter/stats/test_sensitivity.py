@@ -10,8 +10,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert, rms_norm
+from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert
 from slimoe.converter.forward.head import read_head
+from slimoe.converter.forward.norms import rms_norm
 from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer, block_key, constant_key, expert_key
 from slimoe.converter.source.stored_rows import rotation_order
@@ -201,8 +202,8 @@ class Inputs(Observer):
         self.rows: dict[MatrixKey, list[torch.Tensor]] = {}
 
     def attention(self, layer: int, first_row: int, h: torch.Tensor, seen: AttentionPass) -> None:
-        for role, x in (("attn_v", seen.x), ("attn_output", seen.output)):
-            self.rows.setdefault(block_key(layer, role), []).append(x)
+        for role in ("attn_v", "attn_output"):
+            self.rows.setdefault(block_key(layer, role), []).append(seen.reads[role])
 
     def expert(
         self, layer: int, expert: int, rows: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, shares: torch.Tensor

@@ -110,9 +110,9 @@ def test_what_lies_in_blocks_is_copied(tmp_path: Path, q4_k_m: Path) -> None:
 class Refusing(PlainQuantiser):
     """Nothing is to be made but constants."""
 
-    def rows(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def rows(self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0) -> NDArray[np.uint8]:
         assert matrix.is_constant, matrix.key
-        return super().rows(matrix, weights)
+        return super().rows(matrix, weights, first)
 
 
 @pytest.mark.parametrize("seed", range(3))
