@@ -1,5 +1,7 @@
 """Small random GGUF files, written by gguf's own writer: a Mixtral with a real vocabulary, and one of each family."""
 
+import functools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.vocab import SentencePieceVocab
 
-from tests.models.gguf_content import finish, quantise
+from tests.models.gguf_content import Array, StoredTensor, finish, quantise
 
 MIXTRAL_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -18,6 +20,10 @@ MIXTRAL_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+
+
+N_PIECES = 2048
+"""Different pieces of rows in the matrices of a file of `write_family`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,20 +446,37 @@ def write_family(
         writer.add_tokenizer_model("none")
     rng = np.random.default_rng(1)
     for tensor, dims in _family_tensors(family, shape).items():
-        values = rng.standard_normal(dims, dtype=np.float32)
         if tensor.endswith(".bias"):
-            writer.add_tensor(tensor, values / 4)
+            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 4)
         elif len(dims) == 1:
-            writer.add_tensor(tensor, values / 8 + 1)
-        elif kind is Type.F32 or "ffn_gate_inp" in tensor:
-            writer.add_tensor(tensor, values * 2 * dims[-1] ** -0.5)
+            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 8 + 1)
+        elif "ffn_gate_inp" in tensor:
+            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) * 2 * dims[-1] ** -0.5)
         else:
             # As in real files, rows that do not divide into blocks take the type that they do divide into.
             fits = dims[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-            stored = quantise(values * 2 * dims[-1] ** -0.5, kind if fits else Type.Q8_0)
+            stored = _random_matrices(rng, dims, kind if fits else Type.Q8_0)
             writer.add_tensor(tensor, stored.data, raw_dtype=stored.type)
     finish(writer)
     return path
+
+
+def _random_matrices(rng: np.random.Generator, dims: tuple[int, ...], kind: Type) -> StoredTensor:
+    """Rows that are drawn, piece by piece, from a few, so that only those few need be quantised.
+
+    Not for routers: two experts with the same row would be equally good.
+    """
+    width = math.gcd(dims[-1], 256)
+    drawn = rng.integers(0, N_PIECES, (*dims[:-1], dims[-1] // width))
+    pieces = _pieces(width, dims[-1], kind)
+    return StoredTensor(pieces[drawn].reshape(*dims[:-1], -1), kind)
+
+
+@functools.cache
+def _pieces(width: int, n_columns: int, kind: Type) -> Array:
+    """Normal values [N_PIECES, width] of rows of `n_columns`, in a type."""
+    values = np.random.default_rng(width).standard_normal((N_PIECES, width), dtype=np.float32) * 2 * n_columns**-0.5
+    return values if kind is Type.F32 else quantise(values, kind).data
 
 
 def _add_latent_keys(writer: gguf.GGUFWriter, latent: LatentShape, n_head: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from slimoe.server.formats.answer_reader import Parts, joined
+from slimoe.server.formats.answer_reader import Parts
 from slimoe.server.formats.families import FAMILIES, reader_of
+from slimoe.server.formats.marked_reader import MAX_HEAD
 from slimoe.server.messages import Reading
 
 PARIS, ROME = ("weather", {"city": "Paris"}), ("weather", {"city": 'R "ö"\n<b>', "days": 2, "deep": {"a": [1, None]}})
@@ -71,7 +72,7 @@ V31 += '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}<�
 R1 = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{ROME_JSON}\n```"
 R1 += "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
 R1 += '{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
-LONG = {"text": "word, {<tool_call|>} " * 99}
+LONG = {"text": "word, {<tool_call|>} " * (MAX_HEAD // 20)}
 HM = "Hm,  it may."
 HARMONY = "<|channel|>analysis<|message|>Hm,  it may.\n<|end|><|start|>assistant"
 CASES = {
@@ -158,10 +159,9 @@ CASES = {
 
 def read(reading: Reading, pieces: Sequence[str]) -> Parts:
     reader = reader_of(reading)
-    parts = Parts()
-    for piece in pieces:
-        parts = joined(parts, reader.feed(piece))
-    return joined(parts, reader.finish())
+    parts = [*map(reader.feed, pieces), reader.finish()]
+    calls = tuple(delta for part in parts for delta in part.calls)
+    return Parts("".join(part.text for part in parts), "".join(part.reasoning for part in parts), calls)
 
 
 def calls_of(parts: Parts) -> list[tuple[str, str]]:
