@@ -96,9 +96,19 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), named(path))
 
 
-def imports(path: Path) -> Iterator[tuple[str, ...]]:
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(path)))
+
+
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, ...], ...]:
     """Dotted names of every import in a file, those inside functions as well, as parts without the package."""
-    for node in ast.walk(tree(path)):
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, ...]]:
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -127,7 +137,7 @@ def test_installed_folders_are_imported_by_the_package() -> None:
     """Imported as `server.x`, a file would be loaded a second time beside `slimoe.server.x`."""
     wrong = []
     for path in sources(*ROOMS):
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             wrong += [(named(path), name) for name in names if name.split(".")[0] in INSTALLED]
@@ -186,10 +196,9 @@ def test_few_private_functions_are_called_once() -> None:
     """
     n_functions, once = 0, []
     for path in sources("server", "offload", "converter", "bench"):
-        nodes = list(ast.walk(tree(path)))
-        mentioned = Counter(name for node in nodes if (name := last_name(node)))
-        called = {last_name(node.func) for node in nodes if isinstance(node, ast.Call)}
-        names = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        mentioned = Counter(name for node in nodes(path) if (name := last_name(node)))
+        called = {last_name(node.func) for node in nodes(path) if isinstance(node, ast.Call)}
+        names = [node.name for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         n_functions += len(names)
         once += [name for name in names if re.match("_[^_]", name) and mentioned[name] == 1 and name in called]
     assert len(once) / n_functions < MOST_CALLED_ONCE
@@ -237,7 +246,7 @@ def test_files_have_one_noun_and_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("server", "offload", "converter", "bench"), ids=named)
 def test_functions_are_short_and_say_what_they_take(path: Path) -> None:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         assert not isinstance(node, ast.Global), f"line {node.lineno}: global"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.args.kwarg is None, f"{node.name} takes **{node.args.kwarg and node.args.kwarg.arg}"
@@ -254,7 +263,7 @@ def test_no_test_is_switched_off() -> None:
     for path in sources("tests"):
         if named(path) in NEEDS_A_PROGRAM:
             continue
-        names = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+        names = {node.attr for node in nodes(path) if isinstance(node, ast.Attribute)}
         assert not names.intersection(off), f"{named(path)} switches tests off"
 
 
@@ -274,7 +283,7 @@ def test_tests_reach_no_private_name() -> None:
     """Neither by import, nor as an attribute of anything but themselves, nor by patching."""
     wrong = []
     for path in sources("tests"):
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             names = []
             if isinstance(node, ast.ImportFrom):
                 names = [alias.name for alias in node.names]

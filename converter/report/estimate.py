@@ -14,8 +14,8 @@ SOURCE, FILE, SECOND = "the source's predictions", "the file's predictions", "th
 PLAIN, BLOCKS, WRITING = "plain types", "each block alone", "writing texts"
 """Kinds of work, which progress names like this."""
 _FEW, _MANY = 32, 256
-_TRIAL_SECONDS = 0.5
-"""How long passes are tried; their median counts, as the first pass is slow, and disturbed ones are too."""
+_TRIAL_SECONDS, _MOST_TRIALS = 0.5, 9
+"""How long passes are tried, and how many; their median counts, as the first is slow, and disturbed ones are too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _pass_seconds(
         if left > 0:
             tokens.append(window[:left])
     sequences, seconds = Sequences(tuple(tokens)), list[float]()
-    while sum(seconds) < _TRIAL_SECONDS:
+    while sum(seconds) < _TRIAL_SECONDS and len(seconds) < _MOST_TRIALS:
         with closing(Stream(source, sequences, device)) as stream:
             stream.embed()
             begin = clock()
