@@ -22,7 +22,7 @@ from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
 N_PASSING = 2
-"""Slots of each class for experts that are copied for one step: one is filled while the other is multiplied."""
+"""Slots of each class for experts that are copied for one step: so many are computed in one graph."""
 _N_NODES = 16
 _GRAPH_BYTES = 8 << 20
 """A device's copies of graphs and the like."""
