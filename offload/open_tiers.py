@@ -225,7 +225,8 @@ class _Opening:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
         has_windows = any(spec.windowed)
-        shape = ExchangeShape(spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth, has_windows)
+        sizes = spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth
+        shape = ExchangeShape(*sizes, has_windows, spec.n_expert_aux)
         return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------

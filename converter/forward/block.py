@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
 from slimoe.converter.forward.rotation import angles_of, rotate
@@ -27,6 +28,7 @@ from slimoe.converter.source.model_source import (
 from slimoe.offload.model.architecture import Activation
 from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT
 
 _LEAST_SUM = 2.0**-14
 """llama.cpp's lower bound of what the probabilities of the selected experts are divided by."""
@@ -105,7 +107,7 @@ class Router:
 @dataclass(frozen=True, slots=True)
 class Routing:
     """What a router answers to n tokens: logits and probabilities for all its rows [n, n_row], each by itself if the
-    score is a sigmoid; the rows that are selected and their expert weights [n, n_used], the likeliest first.
+    score is a sigmoid; the rows that are selected and their expert weights [n, n_selected], the likeliest first.
     """
 
     logits: Tensor
@@ -260,6 +262,13 @@ def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedE
     return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
 
 
+def read_aux_vectors(source: ModelSource, layer: int, device: str = "cpu") -> AuxVectors | None:
+    """What stands for selected experts that are not computed, None where all are; raises ModelFileError."""
+    if not source.spec.n_expert_aux:
+        return None
+    return AuxVectors(*(read_tensor(source, block_key(layer, role), device) for role in (AUX_GAIN, AUX_SHIFT)))
+
+
 def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     """Causal attention of one sequence [n, n_embd] from its first token on; `update` is still to be added to `h`.
 
@@ -329,12 +338,12 @@ def route(router: Router, spec: ModelSpec, x: Tensor) -> Routing:
     probabilities = logits.sigmoid() if spec.router_score == "sigmoid" else logits.softmax(-1)
     scores = logits if spec.router_score == "softmax_of_selected" else probabilities
     choice = scores if router.choice_bias is None else scores + router.choice_bias
-    selected = _of_best_groups(choice, spec.experts).topk(spec.n_expert_used, -1).indices
+    selected = _of_best_groups(choice, spec.experts).topk(spec.n_expert_selected, -1).indices
     weights = scores.gather(-1, selected)
     if spec.router_score == "softmax_of_selected":
         weights = weights.softmax(-1)
-    if spec.renormalises:
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
+    if spec.renormalises or (spec.n_expert_aux and spec.router_score == "softmax_of_selected"):
+        weights = weights / weights[:, : spec.n_expert_used].sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
     return Routing(logits, probabilities, selected, weights * spec.expert_weights_scale)
 
 

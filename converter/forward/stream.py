@@ -21,6 +21,7 @@ from slimoe.converter.forward.block import (
     SharedExpert,
     attend,
     read_attention,
+    read_aux_vectors,
     read_dense,
     read_expert,
     read_router,
@@ -164,10 +165,18 @@ class Stream:
             self._always(layer, router.norm, shared, observer)
         parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
         routing = Routing(*(torch.cat(part).cpu() for part in parts))
-        for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing):
+        n_main, aux = self.source.spec.n_expert_used, read_aux_vectors(self.source, layer, self.device)
+        others = routing.selected[:, n_main:], routing.weights[:, n_main:]
+
+        def add(rows: Tensor, update: Tensor) -> None:
+            """Adds what the main experts say to some rows."""
+            gained = update if aux is None else update * aux.gains(*(part[rows] for part in others))
+            self._after.index_add_(0, rows, (residual * gained).cpu())
+
+        for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing, n_main):
             if number < 0:
-                constant = read_tensor(self.source, constant_key(layer, -1 - number))
-                self._after.index_add_(0, rows, residual * weights[:, None] * constant)
+                constant = read_tensor(self.source, constant_key(layer, -1 - number), self.device)
+                add(rows, weights[:, None].to(self.device) * constant)
                 continue
             expert = read(number) if read else read_expert(self.source, layer, number, self.device)
             for part, of_part in zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True):
@@ -176,7 +185,11 @@ class Stream:
                 other = observer.expert(layer, number, part, x, hidden, weight)
                 output = expert.down(hidden) if other is None else other
                 observer.output(layer, number, part, weight, output)
-                self._after.index_add_(0, part, (residual * weight[:, None] * output).cpu())
+                add(part, weight[:, None] * output)
+        for begin in range(0, self.sequences.n_rows if aux is not None else 0, _ROWS_AT_ONCE):
+            every = slice(begin, begin + _ROWS_AT_ONCE)
+            assert aux is not None
+            self._after[every] += (residual * aux.shifts(*(part[every] for part in others))).cpu()
 
     def _always(self, layer: int, norm: Norm, shared: SharedExpert, observer: Observer) -> None:
         """Adds what every token passes: a dense feed-forward part, or the shared expert."""
@@ -194,9 +207,13 @@ class Stream:
             buffer.close()
 
 
-def rows_by_expert(target: Sequence[int], routing: Routing) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Every expert that is selected, or -1 - n for constant n; the rows that select it, and its weights for them."""
-    meant = torch.tensor(target)[routing.selected]
+def rows_by_expert(
+    target: Sequence[int], routing: Routing, n_main: int | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every expert among a token's first `n_main` selected ones (all if None), or -1 - n for constant n; the rows that
+    select it, and its weights for them.
+    """
+    meant = torch.tensor(target)[routing.selected[:, :n_main]]
     for expert in meant.unique().tolist():
         rows, ranks = torch.nonzero(meant == expert, as_tuple=True)
         yield expert, rows, routing.weights[rows, ranks]

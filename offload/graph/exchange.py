@@ -38,6 +38,8 @@ class ExchangeShape:
     n_used: int
     prefetch_depth: int
     has_windows: bool = False
+    n_aux: int = 0
+    """Experts of a token that are selected only, for which vectors stand."""
 
 
 class Exchange:
@@ -46,7 +48,8 @@ class Exchange:
     tokens, positions I32, cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens] (and window_mask,
     of one element where no layer has a window): what a step reads.
     residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
-    expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first.
+    expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first, and
+    aux_weights F32 [n_aux * n_tokens], the weights of those for which vectors stand.
     early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
     outputs F32 [n_embd * n_used * n_tokens]: each selected expert's weighted output, in the router's order.
     """
@@ -64,6 +67,7 @@ class Exchange:
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),
             "expert_weights": (Type.F32, shape.n_used * n_tokens),
+            "aux_weights": (Type.F32, max(1, shape.n_aux * n_tokens)),
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),
             "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),

@@ -4,6 +4,7 @@ The graph of a whole step, and the host's and the devices' graphs over slots all
 same operations in the same order, llama.cpp's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from slimoe.offload.model.architecture import Activation, Architecture
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
 """The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
+LEAST_AUX_SUM = 2.0**-14
+"""What the weights of experts for which vectors stand are divided by at least, F16's least normal number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,26 @@ def add_expert_sum(ctx: int, outputs: int) -> int:
     for one in others:
         total = ggml.ggml_add(ctx, total, one)
     return int(total)
+
+
+def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights: int) -> int:
+    """The sum `total` [n_embd, n_rows] of the computed experts, with what stands for those that are selected only.
+
+    These are `ids` I32 [n_aux, n_rows], with the `weights` F32 [n_aux, n_rows].
+    """
+    n_embd = ggml.tensor_at(total).ne[0]
+    n_aux, n_rows = ggml.tensor_at(ids).ne[:2]
+    flat = ggml.ggml_reshape_1d(ctx, ggml.ggml_cont(ctx, ids), n_aux * n_rows)
+    whole = ggml.ggml_clamp(ctx, ggml.ggml_sum_rows(ctx, weights), LEAST_AUX_SUM, math.inf)
+
+    def mixed(vectors: int, factors: int) -> int:
+        found = ggml.ggml_reshape_3d(ctx, ggml.ggml_get_rows(ctx, vectors, flat), n_embd, n_aux, n_rows)
+        return add_expert_sum(ctx, ggml.ggml_mul(ctx, found, ggml.ggml_reshape_3d(ctx, factors, 1, n_aux, n_rows)))
+
+    gains, shifts = layer.aux
+    gain = mixed(gains, ggml.ggml_div(ctx, weights, whole))
+    gained = ggml.ggml_add(ctx, total, ggml.ggml_mul(ctx, total, gain))
+    return int(ggml.ggml_add(ctx, gained, mixed(shifts, weights)))
 
 
 def _activated(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:

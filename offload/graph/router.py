@@ -1,6 +1,7 @@
 """The router: which experts a token selects, and with which weights."""
 
 import math
+from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
@@ -11,28 +12,46 @@ LEAST_SUM = 2.0**-14
 """llama.cpp's lower bound of what the weights of the selected experts are divided by, F16's least normal number."""
 
 
-def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> tuple[int, int]:
-    """All experts from the likeliest on, I32 [n_expert, n_rows], and F32 [1, n_expert_used, n_rows]: expert weights."""
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a router says, as tensor addresses: all experts from the likeliest on, `ranked` I32 [n_expert, n_rows], and
+    the `weights` F32 [1, n_expert_used, n_rows] of those that are computed.
+
+    `aux_weights` F32 [n_expert_aux, n_rows] are those of the further ones for which vectors stand, 0 without any.
+    """
+
+    ranked: int
+    weights: int
+    aux_weights: int = 0
+
+
+def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> Selection:
+    """The experts that a token selects, with their weights."""
     scores = _add_scores(ctx, spec, layer, normed)
     n_expert, n_rows = ggml.tensor_at(scores).ne[:2]
     choice = ggml.ggml_add(ctx, scores, layer.choice_bias) if layer.choice_bias else scores
     if spec.experts.n_group > 1:
         choice = _add_group_choice(ctx, spec, choice)
     ranked = int(ggml.ggml_argsort(ctx, choice, ggml.SORT_DESCENDING))
-    selected = select_experts(ctx, spec, ranked)
+    selected = _ranks(ctx, ranked, 0, spec.n_expert_selected)
     found = ggml.ggml_get_rows(ctx, ggml.ggml_reshape_3d(ctx, scores, 1, n_expert, n_rows), selected)
-    weights = ggml.ggml_reshape_2d(ctx, found, spec.n_expert_used, n_rows)
+    weights = ggml.ggml_reshape_2d(ctx, found, spec.n_expert_selected, n_rows)
     if spec.router_score == "softmax_of_selected":
         weights = ggml.ggml_soft_max(ctx, weights)
-    if spec.renormalises:
-        total = ggml.ggml_sum_rows(ctx, weights)
+    if spec.renormalises or (spec.n_expert_aux and spec.router_score == "softmax_of_selected"):
+        computed = _ranks(ctx, weights, 0, spec.n_expert_used) if spec.n_expert_aux else weights
+        total = ggml.ggml_sum_rows(ctx, computed)
         # The largest of n softmax values are never so small, but a bias or groups may select others.
-        if spec.router_score == "sigmoid" or layer.choice_bias or spec.experts.n_group > 1:
+        if spec.router_score != "softmax" or layer.choice_bias or spec.experts.n_group > 1:
             total = ggml.ggml_clamp(ctx, total, LEAST_SUM, math.inf)
         weights = ggml.ggml_div(ctx, weights, total)
     if spec.expert_weights_scale not in (0.0, 1.0):
         weights = ggml.ggml_scale(ctx, weights, spec.expert_weights_scale)
-    return ranked, int(ggml.ggml_reshape_3d(ctx, weights, 1, spec.n_expert_used, n_rows))
+    if not spec.n_expert_aux:
+        return Selection(ranked, int(ggml.ggml_reshape_3d(ctx, weights, 1, spec.n_expert_used, n_rows)))
+    main = ggml.ggml_cont(ctx, _ranks(ctx, weights, 0, spec.n_expert_used))
+    aux = ggml.ggml_cont(ctx, _ranks(ctx, weights, spec.n_expert_used, spec.n_expert_aux))
+    return Selection(ranked, int(ggml.ggml_reshape_3d(ctx, main, 1, spec.n_expert_used, n_rows)), int(aux))
 
 
 def add_choice(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> int:
@@ -66,6 +85,16 @@ def _add_group_choice(ctx: int, spec: ModelSpec, choice: int) -> int:
 
 
 def select_experts(ctx: int, spec: ModelSpec, ranked: int) -> int:
-    """The first `n_expert_used` of the ranked experts, I32 [n_expert_used, n_rows]."""
-    tensor = ggml.tensor_at(ranked)
-    return int(ggml.ggml_view_2d(ctx, ranked, spec.n_expert_used, tensor.ne[1], tensor.nb[1], 0))
+    """The experts that are computed, the first `n_expert_used` of the ranked ones, I32 [n_expert_used, n_rows]."""
+    return _ranks(ctx, ranked, 0, spec.n_expert_used)
+
+
+def aux_experts(ctx: int, spec: ModelSpec, ranked: int) -> int:
+    """The selected experts for which vectors stand, I32 [n_expert_aux, n_rows]."""
+    return _ranks(ctx, ranked, spec.n_expert_used, spec.n_expert_aux)
+
+
+def _ranks(ctx: int, tensor: int, begin: int, n: int) -> int:
+    """Elements `begin` to `begin` + `n` of each row of a matrix."""
+    matrix = ggml.tensor_at(tensor)
+    return int(ggml.ggml_view_2d(ctx, tensor, n, matrix.ne[1], matrix.nb[1], begin * matrix.nb[0]))

@@ -16,7 +16,7 @@ from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.linear import add_scaled
-from slimoe.offload.graph.router import add_choice, add_router
+from slimoe.offload.graph.router import Selection, add_choice, add_router
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -110,7 +110,9 @@ def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) ->
             ctx, exchange.tensor("outputs"), spec.n_embd, n_used, n_rows, row_bytes, row_bytes * n_used, 0
         )
         normed, residual = (exchange.view(ctx, name, (spec.n_embd, n_rows)) for name in ("normed", "residual"))
-        return blocks.add_experts(segment.summed, outputs, normed, residual)
+        ranked = exchange.view(ctx, "ranked", (spec.layer_shape(segment.summed).n_expert, n_rows))
+        aux = exchange.view(ctx, "aux_weights", (spec.n_expert_aux, n_rows)) if spec.n_expert_aux else 0
+        return blocks.add_experts(segment.summed, outputs, normed, residual, Selection(ranked, 0, aux))
     if segment.part == 0:
         return blocks.add_embeddings()
     residual = exchange.view(ctx, "residual", (spec.n_embd, blocks.shape.n_tokens))
@@ -127,12 +129,14 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     assert layer.ffn_norm is not None
     plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
     normed = add_scaled(ctx, plain, layer.ffn_norm)
-    ranked, expert_weights = add_router(ctx, spec, layer, normed)
-    n_expert = int(ggml.tensor_at(ranked).ne[0])
+    selection = add_router(ctx, spec, layer, normed)
+    n_expert = int(ggml.tensor_at(selection.ranked).ne[0])
     _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, n_rows))
     _hand_out(blocks, exchange, normed, "normed", (spec.n_embd, n_rows))
-    _hand_out(blocks, exchange, expert_weights, "expert_weights", (spec.n_expert_used, n_rows))
-    _hand_out(blocks, exchange, ranked, "ranked", (n_expert, n_rows))
+    _hand_out(blocks, exchange, selection.weights, "expert_weights", (spec.n_expert_used, n_rows))
+    if selection.aux_weights:
+        _hand_out(blocks, exchange, selection.aux_weights, "aux_weights", (spec.n_expert_aux, n_rows))
+    _hand_out(blocks, exchange, selection.ranked, "ranked", (n_expert, n_rows))
     for row, index in enumerate(segment.predicted if n_rows == 1 else ()):
         later = blocks.weights.layers[index]
         assert later.ffn_norm is not None

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import AttentionBuilder, StepInputs, StepShape
 from slimoe.offload.graph.expert_ffn import (
+    add_aux_experts,
     add_dense_ffn,
     add_expert_ffn,
     add_expert_sum,
@@ -23,7 +24,7 @@ from slimoe.offload.graph.expert_ffn import (
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
-from slimoe.offload.graph.router import add_router, select_experts
+from slimoe.offload.graph.router import Selection, add_router, aux_experts, select_experts
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
 
@@ -75,7 +76,7 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
 
 def new_graph(spec: ModelSpec, n_layers: int) -> tuple[int, int]:
     """A ggml context and an empty graph in it, with room for so many of the model's blocks."""
-    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used)
+    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
     n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
     ctx = int(ggml.ggml_init(ggml.InitParams(n_bytes, None, True)))
     return ctx, int(ggml.ggml_new_graph_custom(ctx, n_nodes, False))
@@ -129,23 +130,28 @@ class BlockBuilder:
         if layer.router is None:
             update = add_dense_ffn(ctx, layer, normed)
             return int(ggml.ggml_add(ctx, self._scaled(update, spec.multipliers.residual), hidden))
-        ranked, expert_weights = add_router(ctx, spec, layer, normed)
+        selection = add_router(ctx, spec, layer, normed)
         if self.ranked is not None:
-            ggml.ggml_set_output(ranked)
-            self.ranked.append((index, ranked))
+            ggml.ggml_set_output(selection.ranked)
+            self.ranked.append((index, selection.ranked))
         rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
         stacks = [part.weight for part in layer.gate_up]
-        ids = select_experts(ctx, spec, ranked)
+        ids = select_experts(ctx, spec, selection.ranked)
         extras = layer_extras(ctx, spec.architecture, layer, ids)
         outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
-        return self.add_experts(index, ggml.ggml_mul(ctx, outputs, expert_weights), normed, hidden)
+        weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
+        return self.add_experts(index, weighted, normed, hidden, selection)
 
-    def add_experts(self, index: int, outputs: int, normed: int, hidden: int) -> int:
+    def add_experts(self, index: int, outputs: int, normed: int, hidden: int, selection: Selection) -> int:
         """The end of a block of experts, [n_embd, n_rows]: the residual stream `hidden`, the weighted `outputs`
-        [n_embd, n_expert_used, n_rows] of the selected experts, and the shared expert's for the input `normed`.
+        [n_embd, n_expert_used, n_rows] of the computed experts, what stands for others that are selected, and the
+        shared expert's output for the input `normed`.
         """
-        ctx, shared = self.ctx, self.weights.layers[index].shared
-        update = add_expert_sum(ctx, outputs)
+        ctx, layer = self.ctx, self.weights.layers[index]
+        update, shared = add_expert_sum(ctx, outputs), layer.shared
+        if selection.aux_weights:
+            ids = aux_experts(ctx, self.spec, selection.ranked)
+            update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights)
         if shared is not None:
             update = int(ggml.ggml_add(ctx, update, add_shared_expert(ctx, shared, normed)))
         return int(ggml.ggml_add(ctx, self._scaled(update, self.spec.multipliers.residual), hidden))

@@ -83,6 +83,7 @@ class LayerWeights:
     expert_biases: tuple[int, ...] = ()
     expert_scales: tuple[int, ...] = ()
     latent: LatentWeights | None = None
+    aux: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +320,7 @@ def load_weights(
             expert_biases=tuple(weight(bias) for bias in source.expert_biases),
             expert_scales=tuple(weight(scale) for scale in source.expert_scales),
             latent=latent(source.latent),
+            aux=tuple(weight(vectors) for vectors in source.aux),
         )
 
     if token_embd is None:

@@ -35,6 +35,10 @@ class ExpertSpec:
     `score`, is the architecture's own way. Experts stand in `n_group` groups, of which a token selects `n_group_used`
     first. `n_ff_shared` is the width of the shared expert, 0 without one. With 0 experts the model is dense. `layers`
     has every layer's shape, and is empty where all layers are alike.
+
+    With compressed experts (native files only) the router selects `n_selected` experts, of which the first
+    `n_expert_used` are computed, the main ones, and vectors stand for the others; 0 is for none of these. Where weights
+    are scaled to a sum of 1, it is the sum of the main experts' weights.
     """
 
     n_expert: int = 0
@@ -46,6 +50,7 @@ class ExpertSpec:
     n_group: int = 1
     n_group_used: int = 1
     n_ff_shared: int = 0
+    n_selected: int = 0
 
 
 def read_experts(
@@ -61,6 +66,10 @@ def read_experts(
     n_used = keys.count("expert_used_count", 0)
     if n_used > min(counts) or (min(counts) and not n_used):
         raise ModelFileError(keys.gguf.path, f"it uses {n_used} of {min(counts)} experts per token.", AGAIN)
+    n_selected = keys.count("expert_selected_count", 0) if is_native else 0
+    if n_selected and not n_used < n_selected <= min(counts):
+        problem = f"it computes {n_used} of {n_selected} selected experts, which are of {min(counts)}."
+        raise ModelFileError(keys.gguf.path, problem, AGAIN)
     if layers:
         width = max(shape.n_ff for shape in layers if shape.n_expert)
     elif architecture.width_key == "feed_forward_length" or keys.has(architecture.width_key):
@@ -69,7 +78,7 @@ def read_experts(
         width = keys.count("feed_forward_length") // n_used
     if architecture.has_dense_layers and not is_native:
         layers = _shapes_with_dense(keys, n_layer, counts[0], width)
-    n_group, n_group_used = _groups(keys, min(counts), n_used)
+    n_group, n_group_used = _groups(keys, min(counts), n_selected or n_used)
     renormalise = architecture.router.renormalise
     spec = ExpertSpec(
         n_expert=max(counts),
@@ -81,6 +90,7 @@ def read_experts(
         n_group=n_group,
         n_group_used=n_group_used,
         n_ff_shared=_shared_width(keys, architecture, width, is_native=is_native) if max(counts) else 0,
+        n_selected=n_selected,
     )
     return spec, width
 
@@ -183,6 +193,8 @@ def expert_metadata(
     if spec.n_ff_shared:
         values["expert_shared_feed_forward_length"] = spec.n_ff_shared
     if is_native:
+        if spec.n_selected:
+            values["expert_selected_count"] = spec.n_selected
         values["format.version"] = NATIVE_VERSION
         values["expert_count"] = [shape.n_expert for shape in shapes]
         values["feed_forward_length"] = [shape.n_ff for shape in shapes]

@@ -11,7 +11,9 @@ Sizes (read by `spec`)
     slimoe.expert_count         i32 [n_layer]   rows of each layer's router; 0: the layer has none, but is dense as in a
                                                 stock file, or has no ffn tensors, and the residual passes through
     slimoe.feed_forward_length  i32 [n_layer]   width of each layer's widest expert, or of its dense part; 0 without
-    slimoe.expert_used_count    u32             experts that a token selects
+    slimoe.expert_used_count    u32             experts that are computed for a token, the first of those it selects
+    slimoe.expert_selected_count u32            experts that a token selects, with compressed experts more than are
+                                                computed; absent: as many
     slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
                                                 passes through; absent: all have. Never 0 for all. (A reader that does
                                                 not know the key misses tensors, and refuses: the version stays.)
@@ -28,6 +30,12 @@ bucket lie in its stacks in the order of their experts, so a slot number is coun
     blk.L.ffn_gate_exps.bB.weight, blk.L.ffn_up_exps.bB.weight   [n_embd, width, n_slot]
     blk.L.ffn_down_exps.bB.weight                                [width, n_embd, n_slot]
     blk.L.ffn_novice.weight     F32 [n_embd, n]     constant experts, vectors in place of outputs; absent without any
+
+Compressed experts. Where more experts are selected than computed, each row of the router has two vectors for when its
+expert is selected, but not computed. The sum of the computed outputs is multiplied with 1 plus `gain` times the
+expert's part of the weights of those that are not computed; `shift` times its weight is added. Where weights are scaled
+to a sum of 1, it is the sum of the computed experts' weights. Without the vectors the file is refused.
+    blk.L.ffn_aux_gain.weight, blk.L.ffn_aux_shift.weight        F32 [n_embd, expert_count]
 
 Hints, all optional, never negative, as `LayerHints` describes them
     slimoe.expert.use, .share_square, .fallback_error, .skip_error   f32 [sum of stored_count]
@@ -183,8 +191,8 @@ class _LayerCheck:
                 self._refuse(f"expert.fallback names constant {value} of {n_constant}")
         if unused := set(range(n_stored)).difference(target):
             self._refuse(f"expert {min(unused)} is stored, but no row of the router means it")
-        if target and len(set(target)) < self.spec.n_expert_used:
-            self._refuse(f"it has {len(set(target))} experts, but {self.spec.n_expert_used} are used per token")
+        if target and len(set(target)) < self.spec.n_expert_selected:
+            self._refuse(f"it has {len(set(target))} experts, but {self.spec.n_expert_selected} are used per token")
         sizes = [self._bucket_bytes(bucket) for bucket in range(self.layer.n_bucket)]
         for expert, copies in enumerate(self.layer.buckets):
             n_bytes = [sizes[bucket] for bucket in copies]

@@ -115,8 +115,18 @@ class ModelSpec:
 
     @property
     def n_expert_used(self) -> int:
-        """The number of experts that a token selects."""
+        """The number of experts that are computed for a token: all that it selects, but with compressed experts."""
         return self.experts.n_expert_used
+
+    @property
+    def n_expert_selected(self) -> int:
+        """The number of experts that a token selects; with compressed experts more than those that are computed."""
+        return self.experts.n_selected or self.experts.n_expert_used
+
+    @property
+    def n_expert_aux(self) -> int:
+        """The number of experts that a token selects for which vectors stand, 0 but with compressed experts."""
+        return self.n_expert_selected - self.n_expert_used
 
     @property
     def router_score(self) -> Score:

@@ -12,6 +12,8 @@ from slimoe.offload.model.spec import ModelSpec
 _Layout = dict[str, tuple[int, ...]]
 _ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
+AUX_GAIN, AUX_SHIFT = "ffn_aux_gain", "ffn_aux_shift"
+"""The roles of what stands for selected experts that are not computed: vectors for each row of the router."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
         if has_part.get(role.when):
             name, ne = f"blk.{layer}.{role.role}.{role.suffix}", tuple(sizes[n] for n in role.ne)
             yield ModelTensor(role.role, name, ne, layer, role.is_optional)
+    if spec.n_expert_aux and shape.n_expert:
+        for aux in (AUX_GAIN, AUX_SHIFT):
+            yield ModelTensor(aux, f"blk.{layer}.{aux}.weight", (spec.n_embd, shape.n_expert), layer)
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:

@@ -100,7 +100,8 @@ class LayerSources:
     or without a bias. With `latent` attention `qkv` are the matrices of queries, or of their low rank, and of the low
     rank of keys and values, and `q_norm` and `k_norm` are those of the low ranks. `sinks` [n_head] take part in the
     softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
-    weights. `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
+    weights. `aux` are the gains and shifts [n_embd, n_expert] of selected experts that are not computed, or none.
+    `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
     their products, each of which may be missing, or none. In a native file `buckets` has all experts; `gate_up` and
     `down` are the best copies if these are one stack in the router's order, and otherwise absent.
     """
@@ -121,6 +122,7 @@ class LayerSources:
     expert_biases: tuple[WeightSource, ...] = ()
     expert_scales: tuple[WeightSource | None, ...] = ()
     latent: LatentSources | None = None
+    aux: tuple[WeightSource, ...] = ()
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
@@ -136,6 +138,7 @@ class LayerSources:
             self.sinks,
             *self.expert_biases,
             *self.expert_scales,
+            *self.aux,
         )
         return tuple(one for one in every if one is not None)
 

@@ -10,7 +10,7 @@ from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import layer_tensors
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, layer_tensors
 from slimoe.offload.model.tensors import (
     BucketSources,
     LatentSources,
@@ -179,6 +179,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         sinks=weight("attn_sinks"),
         expert_biases=_expert_biases(reader, spec, layer, buckets),
         expert_scales=_expert_scales(reader, spec, layer, buckets, is_merged=len(gate_up) == 1),
+        aux=tuple(reader.floats(names[role], tensors[role].ne) for role in (AUX_GAIN, AUX_SHIFT) if role in names),
     )
 
 

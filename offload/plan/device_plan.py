@@ -186,6 +186,6 @@ def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     rows = 5 * d * n_batch
     if is_whole:
         return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
-    segment = 4 * (n_batch * (6 * d + spec.attention.n_at_once) + n_rows * spec.n_vocab)
+    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + spec.attention.n_at_once) + n_rows * spec.n_vocab)
     experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)
     return exchange + rows + segment + experts + _GRAPH_BYTES
