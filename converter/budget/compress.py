@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.hints import with_fallbacks, with_hints
+from slimoe.converter.budget.hints import with_fallbacks, with_hints, with_main_uses
 from slimoe.converter.budget.knapsack import Allocation
 from slimoe.converter.budget.named_types import (
     NamedTypes,
@@ -90,8 +90,12 @@ class _Job:
 
     def structure(self) -> Structure:
         """What is left of the model, its experts trimmed if the recipe says so."""
-        source, statistics, width = self.source, self.statistics, self.recipe.experts.width
-        structure = build_structure(source, statistics, self.recipe)
+        source, statistics, experts = self.source, self.statistics, self.recipe.experts
+        structure, width = build_structure(source, statistics, self.recipe), experts.width
+        if experts.main is not None:
+            from slimoe.converter.budget.compressed_experts import with_compressed_experts
+
+            return with_compressed_experts(source, statistics, structure, experts.main, self.on_progress)
         if width is None:
             return structure
         check_width(source, self.recipe, width)
@@ -113,6 +117,7 @@ class _Job:
             feedback=self.recipe.fit.feedback,
             refit=self.recipe.fit.refit,
             expected_kl=structure.kl if is_known else None,
+            n_main=self.recipe.experts.main or 0,
         )
 
     def with_named_types(
@@ -177,7 +182,11 @@ class _Job:
         if plan.expected_kl is None:
             return plan
         experts = self.recipe.experts
-        uncounted = {"merged experts": experts.merge is not None, "trimmed experts": experts.width is not None}
+        uncounted = {
+            "merged experts": experts.merge is not None,
+            "trimmed experts": experts.width is not None,
+            "compressed experts": experts.main is not None,
+        }
         lacks = tuple(what for what, is_there in uncounted.items() if is_there)
         return replace(plan, expected_kl=BEYOND * plan.expected_kl, uncounted=plan.uncounted + lacks)
 
@@ -191,6 +200,9 @@ class _Job:
             plan = self.with_neighbours(plan)
         if not recipe.hints or recipe.format != "native" or statistics is None:
             return plan
+        if plan.n_main:
+            layers = tuple(with_main_uses(statistics, layer, plan.n_main) for layer in plan.layers)
+            return replace(plan, layers=layers)
         layers = plan.layers
         if recipe.free_constants or recipe.experts.replacement == "constant":
             layers = tuple(with_fallbacks(statistics, layer) for layer in layers)

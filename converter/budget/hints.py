@@ -73,3 +73,16 @@ def with_fallbacks(statistics: Statistics, layer: LayerPlan) -> LayerPlan:
         return layer
     vectors = constant_vectors(one)[[expert.members[0] for expert in layer.experts]]
     return replace(layer, constants=vectors if layer.constants is None else np.concatenate([layer.constants, vectors]))
+
+
+def with_main_uses(statistics: Statistics, layer: LayerPlan, n_main: int) -> LayerPlan:
+    """The layer with how often each expert is among the first `n_main` of a token, which alone are computed."""
+    router = statistics.layers[layer.block].router
+    if router is None or not layer.experts:
+        return layer
+    by_row = router.rank_count[:, :n_main].sum(1) / max(1, int(router.rank_count[:, 0].sum()))
+    uses = np.zeros(len(layer.experts))
+    for row, expert in zip(layer.rows, layer.target, strict=True):
+        if expert >= 0:
+            uses[expert] += by_row[row]
+    return replace(layer, hints={"use": tuple(uses.tolist())})

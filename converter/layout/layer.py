@@ -19,7 +19,7 @@ from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.model.expert_spec import LayerShape, dense_layer_keys
 from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
-from slimoe.offload.model.tensor_list import ModelTensor
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, ModelTensor
 
 QKV = ("attn_q", "attn_k", "attn_v")
 ROUTER, CHOICE_BIAS = "ffn_gate_inp", "exp_probs_b"
@@ -73,7 +73,8 @@ class Matrix:
     @property
     def is_constant(self) -> bool:
         """Whether nothing is multiplied with it: norms, biases, and vectors that stand for experts."""
-        return self.is_vector or ".ffn_novice." in self.tensor or not self.tensor.endswith(".weight")
+        stands_for_experts = any(f".{role}." in self.tensor for role in ("ffn_novice", AUX_GAIN, AUX_SHIFT))
+        return self.is_vector or stands_for_experts or not self.tensor.endswith(".weight")
 
 
 def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
@@ -153,6 +154,9 @@ class LayerMatrices:
                     if its_bucket == bucket:
                         yield self._expert(expert, copy, projection, bucket, slot)
         yield from self._vectors()
+        if self.plan.aux is not None:
+            yield self._given(block_key(self.index, AUX_GAIN).name, self.plan.aux.gain)
+            yield self._given(block_key(self.index, AUX_SHIFT).name, self.plan.aux.shift)
         if self.native and self.plan.constants is not None:
             yield self._given(constants_name(self.index), self.plan.constants)
 
@@ -219,6 +223,9 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     Of the stock format this is what llama.cpp refuses or misreads; of the native one, what leaves too little.
     """
     is_whole = plan.file_type is not None
+    if source.spec.n_expert_aux:
+        found = "the model has compressed experts, fitted to the weights that it has."
+        raise UnsupportedModelError(source.path, found, "Convert the model that it was made of.")
     if not is_whole:
         if not source.spec.n_expert:
             raise UnsupportedModelError(source.path, "the model has no experts to compress.", "Convert it with --type.")
@@ -296,6 +303,8 @@ def _stock_problems(source: ModelSource, first: LayerPlan, layer: LayerPlan) -> 
         yield "would be without experts"
     if _constants(layer):
         yield "would have constant vectors in place of experts"
+    if layer.aux is not None:
+        yield "would have compressed experts"
     if any(expert.low_types for expert in layer.experts):
         yield "would have second copies of experts"
     if len({expert.types for expert in layer.experts}) > 1:

@@ -65,6 +65,8 @@ def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
     n_expert = max(shape.n_expert for shape in shapes)
     are_alike = not is_native and len(set(shapes)) == 1
     experts = replace(source.spec.experts, n_expert=n_expert, layers=() if are_alike else shapes)
+    if plan.n_main:
+        experts = replace(experts, n_expert_used=plan.n_main, n_selected=experts.n_expert_used)
     return replace(
         source.spec,
         is_native=is_native,

@@ -35,6 +35,14 @@ class ExpertPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class AuxPlan:
+    """What stands for selected experts that are not computed: `gain` and `shift` [n_row, n_embd] of a router's rows."""
+
+    gain: NDArray[np.float32]
+    shift: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """One block of the result, made of the source's `block`.
 
@@ -43,7 +51,7 @@ class LayerPlan:
     [n_constant, n_embd] are the constant experts' vectors. `types` are those of the other matrices by role: such as
     attn_q of attention, ffn_gate_shexp of a shared expert, and of a dense layer ffn_gate, ffn_up and ffn_down. Without
     these and without `experts` there is no feed-forward part (`rows` is then empty). `hints` are for the engine, as
-    `LayerHints` names them.
+    `LayerHints` names them. `aux`, if any, is in the order of `rows`.
     """
 
     block: int
@@ -55,6 +63,7 @@ class LayerPlan:
     router: NDArray[np.float32] | None = None
     constants: NDArray[np.float32] | None = None
     hints: Mapping[str, object] = field(default_factory=dict)
+    aux: AuxPlan | None = None
 
     @property
     def has_ffn(self) -> bool:
@@ -70,6 +79,8 @@ class CompressPlan:
     are made up for in the later ones, against inputs that the quantised layers before produce; `refit`: routers are
     fitted to the quantised experts. `expected_kl` is the KL divergence per token that the statistics foretell,
     `uncounted` what they say nothing of.
+
+    `n_main`, if any, is how many of a token's selected experts are computed; the layers' `aux` stand for the others.
 
     `file_type` is the number of a mix of types that all matrices have by name, in a plan that removes nothing: the file
     then has no room for keys that come late, and `provenance` are its keys about the importance matrix.
@@ -87,3 +98,4 @@ class CompressPlan:
     uncounted: tuple[str, ...] = ()
     file_type: LlamaFileType | None = None
     provenance: Mapping[str, Value] = field(default_factory=dict)
+    n_main: int = 0

@@ -29,6 +29,19 @@ def _low_is_no_smaller(recipe: Recipe) -> bool:
     return low is not None and best is not None and _bits(low) >= _bits(best)
 
 
+_CHANGES: dict[str, Holds] = {
+    "keep": lambda recipe: recipe.experts.keep is not None,
+    "width": lambda recipe: recipe.experts.width is not None,
+    "drop_ffn": lambda recipe: recipe.drop_ffn > 0,
+    "drop_attention": lambda recipe: recipe.drop_attention > 0,
+    "drop_blocks": lambda recipe: recipe.drop_blocks > 0,
+    "free_constants": lambda recipe: recipe.free_constants,
+    "free_layers": lambda recipe: recipe.free_layers,
+    "refit": lambda recipe: recipe.fit.refit,
+}
+"""What changes the parts of a model that compressed experts are fitted to, by the recipe's key."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Fault:
     """A reason to refuse recipes for which `holds`: `problem` is a sentence for `Words`, `keys` are those at fault."""
@@ -36,6 +49,12 @@ class _Fault:
     holds: Holds
     keys: tuple[str, ...]
     problem: str
+
+
+def _beside_main(key: str, holds: Holds) -> _Fault:
+    """Refuses compressed experts in a recipe that also changes what they are fitted to, by its `key`."""
+    problem = f"{{main}} fits vectors to the model's own experts and layers, which {{{key}}} changes. Leave one out."
+    return _Fault(lambda recipe: recipe.experts.main is not None and holds(recipe), ("main", key), problem)
 
 
 _CONTRADICTIONS: tuple[_Fault, ...] = (
@@ -123,6 +142,7 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         ("low",),
         "{low} is the type of low-bit copies, which would be no smaller than the first copies. Name a smaller type.",
     ),
+    *(_beside_main(key, holds) for key, holds in _CHANGES.items()),
 )
 _NOT_IN_STOCK: tuple[_Fault, ...] = (
     _Fault(
@@ -133,6 +153,7 @@ _NOT_IN_STOCK: tuple[_Fault, ...] = (
     _Fault(
         lambda recipe: recipe.free_constants, ("free_constants",), "constants in place of experts ({free_constants})"
     ),
+    _Fault(lambda recipe: recipe.experts.main is not None, ("main",), "compressed experts ({main})"),
     _Fault(lambda recipe: recipe.types.low is not None, ("low",), "low-bit copies of experts ({low})"),
     _Fault(lambda recipe: recipe.drop_ffn > 0, ("drop_ffn",), "layers without experts ({drop_ffn})"),
     _Fault(lambda recipe: recipe.free_layers, ("free_layers",), "layers without experts ({free_layers})"),
@@ -162,5 +183,5 @@ def check_recipe(recipe: Recipe, words: Words) -> None:
 def needs_statistics(recipe: Recipe) -> bool:
     """Whether a plan of the recipe needs the statistics of a calibration."""
     drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
-    fits = recipe.fit.feedback, recipe.fit.refit
+    fits = recipe.fit.feedback, recipe.fit.refit, recipe.experts.main
     return _has_target(recipe) or any(drops) or any(fits) or recipe.experts.order != "router"

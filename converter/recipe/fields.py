@@ -66,6 +66,12 @@ def _neurons(value: object, sizes: SourceSizes) -> int:
     return value
 
 
+def _main(value: object, sizes: SourceSizes) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sizes.n_expert:
+        raise NotExpectedError("a number of experts, fewer than a token selects")
+    return value
+
+
 def _bits(value: object, _sizes: SourceSizes) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _MOST_BITS:
         raise NotExpectedError(f"a number of bits up to {_MOST_BITS}, such as 2.5")
@@ -136,6 +142,7 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "merge": _word("m-smoe", "hc-smoe"),
         "width": _neurons,
         "order": _word("router", "co-selection"),
+        "main": _main,
     },
     "types": {
         "expert": _type(*dict.fromkeys((*TYPES, *RECIPES))),

@@ -23,7 +23,8 @@ class ExpertRecipe:
     `keep` is per layer on average. `score` names one of `methods.scores.SCORES`, or "subset" for the best subset by
     Gram matrices; `overall` ranks the experts of all layers together. A dropped expert is replaced by "nothing", so
     that tokens select among the others, or by a "constant" expert, a vector. With `merge`, experts are merged
-    instead of dropped. Those that are left lie in the file in an `order`.
+    instead of dropped. Those that are left lie in the file in an `order`. Of the experts that a token selects only the
+    first `main` are computed, and fitted vectors stand for the others.
     """
 
     keep: int | None = None
@@ -33,6 +34,7 @@ class ExpertRecipe:
     merge: Merge | None = None
     width: int | None = None
     order: Order = "router"
+    main: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

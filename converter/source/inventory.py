@@ -28,6 +28,7 @@ _KINDS = (
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert|shared_mlp"),
     ("constant experts", r"ffn_novice"),
+    ("compressed experts", r"ffn_aux_"),
     ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\.|block_sparse_moe\.(in|out)put_linear"),
     ("attention", r"attn|ssm"),
     ("embeddings", r"embd|embed"),
@@ -220,7 +221,7 @@ def _routing(gguf: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
         "dense_layers": sum(not shape.n_expert and bool(shape.n_ff) for shape in experts.layers),
         "dense_width": spec.n_ff_dense,
         "mtp_blocks": spec.n_layer_nextn,
-    }
+    } | ({"computed": f"{spec.n_expert_used} of {spec.n_expert_selected} selected"} if spec.n_expert_aux else {})
 
 
 def _native_experts(layout: NativeLayout) -> dict[str, Any]:

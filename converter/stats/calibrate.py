@@ -28,7 +28,7 @@ from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import save_statistics
 from slimoe.converter.stats.type_errors import type_by_name
-from slimoe.offload.errors import UsageError
+from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.offload.files.whole_file import Destination, real_path
 from slimoe.offload.resources.processors import usable_processors
 
@@ -108,6 +108,9 @@ def plan(options: CalibrateOptions, open_encoder: OpenEncoder) -> CalibratePlan:
     for name in options.settings.samples.types:
         type_by_name(name)
     source = open_source(options.source)
+    if source.spec.n_expert_aux:
+        problem = "the model has compressed experts, of which calibration knows nothing."
+        raise UnsupportedModelError(source.path, problem, "Calibrate the model that it was made of.")
     for target in (options.target, options.imatrix):
         if target is not None:
             check_target(target, 0, force=options.force, sources=model_files(source))

@@ -54,6 +54,7 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "bits_per_weight": round(bits_per_weight(work), 4),
         "expected_kl": plan.expected_kl,
         "expected_kl_lacks": list(plan.uncounted),
+        "n_main_experts": plan.n_main or None,
         "bytes_by_type": layout.bytes_by_type,
         "unfit_types": unfit_counts(work.matrices),
         "token_type": plan.token_type.name,
@@ -167,6 +168,7 @@ def _experts(work: CompressWork, layer: LayerPlan) -> str:
     text += " merged" if n_members > len(layer.experts) else ""
     n_constants = _n_constants(layer)
     text += f" + {n_constants} constant{'s' if n_constants > 1 else ''}" if n_constants else ""
+    text += f", {work.plan.n_main} of {work.source.spec.n_expert_used} used computed" if layer.aux is not None else ""
     widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
     return text + (f", {max(widths)} wide" if widths else "")
 

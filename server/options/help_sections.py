@@ -36,6 +36,7 @@ SECTIONS = {
         "constants",
         "width",
         "order",
+        "main_experts",
         "drop_layers",
         "drop_attention",
         "drop_blocks",

@@ -5,7 +5,11 @@ from pathlib import Path
 import torch
 
 from bench.compress_quality import as_json, main
+from bench.compressed_experts import active_parameters
 from bench.models.equal_heads import write_equal_heads
+from bench.models.random_checkpoint import write_random_checkpoint
+from bench.models.shapes import SHAPES
+from slimoe.converter.budget.compressed_experts import CompressedSource
 from slimoe.converter.source.open_source import open_source
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_fine
 
@@ -25,3 +29,13 @@ def test_equal_heads_compute_what_shared_ones_do(tmp_path: Path) -> None:
     expected, found = (logits(path, list(range(3, 30))) for path in (source, tmp_path / "equal"))
     torch.testing.assert_close(found, expected)
     assert open_source(tmp_path / "equal").spec.n_head_kv == sizes.n_head
+
+
+def test_active_weights_are_all_but_those_of_experts_that_are_not_computed(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "c", SHAPES["smoke"])
+    source, shape = open_source(tmp_path / "c"), SHAPES["smoke"]
+    expert = 3 * shape.n_embd * shape.n_ff * shape.n_layer
+    others = (shape.n_expert - shape.n_expert_used) * expert
+    assert active_parameters(source) == sum(torch.Size(one).numel() for one in source.shapes.values()) - others
+    vectors = 2 * shape.n_embd * shape.n_layer
+    assert active_parameters(CompressedSource(source, 1)) == active_parameters(source) - expert + vectors

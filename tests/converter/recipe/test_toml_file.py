@@ -171,6 +171,8 @@ CONTRADICTIONS = {
         Recipe(experts=ExpertRecipe(keep=4, score="reap", merge="m-smoe", overall=True)),
         "experts.merge drops none",
     ),
+    "main experts and fewer": (Recipe(experts=ExpertRecipe(main=1, keep=4)), "experts.main fits vectors"),
+    "main experts and others": (Recipe(experts=ExpertRecipe(main=1), fit=FitRecipe(refit=True)), "fit.refit changes"),
     "subset overall": (Recipe(experts=ExpertRecipe(keep=4, overall=True)), "Name another one with experts.score"),
     "type and target": (replace(FITTING, types=StorageRecipe("Q4_K")), "which a target size leaves to the allocator"),
     "mix and target": (
@@ -186,6 +188,7 @@ BEYOND_STOCK = {
     "constants": (Recipe(experts=ExpertRecipe(keep=4, replacement="constant")), "constants in place of experts"),
     "free constants": (replace(FITTING, free_constants=True), "constants in place of experts"),
     "low-bit copies": (Recipe(types=StorageRecipe(low="Q2_K")), "low-bit copies of experts"),
+    "main experts": (Recipe(experts=ExpertRecipe(main=1)), "compressed experts"),
     "layers": (Recipe(drop_ffn=1), "layers without experts"),
     "free layers": (replace(FITTING, free_layers=True), "layers without experts"),
     "attention": (Recipe(drop_attention=1), "layers without attention"),

@@ -108,6 +108,33 @@ def test_the_plan_is_a_table_of_layers(model: Path, stats: Path, capsys: pytest.
     assert f"{json.loads(told([*asked, '--json'], capsys)[1])['n_bytes']:,} bytes" in out
 
 
+def test_main_experts_are_told_written_and_shown(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    asked: Arguments = [model, "--main-experts", "1", "--type", "q8_0", "--stats", stats]
+    status, out, err = told(["plan", *asked], capsys)
+    assert status == 0, err
+    assert "6 of 6, 1 of 3 used computed" in out
+    assert "and what compressed experts cost" in out
+    status, _, err = told(["convert", model, target, *asked[1:]], capsys)
+    assert status == 0, err
+    assert json.loads(told(["plan", *asked, "--json"], capsys)[1])["n_bytes"] == target.stat().st_size
+    run(["inspect", str(target)])
+    shown = capsys.readouterr().out
+    assert "computed 1 of 3 selected" in shown
+    assert "compressed experts" in shown
+    status, _, err = told(["convert", target, tmp_path / "again.gguf", "--type", "q8_0"], capsys)
+    assert status == 3
+    assert "has compressed experts, fitted to the weights that it has. Convert the model that it was made of." in err
+    status, _, err = told(["plan", *asked[:2], "3", *asked[3:]], capsys)
+    assert status == 2
+    assert "Choose 1 to 2." in err
+    status, _, err = told(["plan", *asked, "--stock"], capsys)
+    assert status == 2
+    assert "--stock keeps to what llama.cpp loads, which cannot hold compressed experts (--main-experts)." in err
+
+
 def test_the_plan_tells_dense_layers_and_shared_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
     source = write_family(tmp_path / "m.gguf", "glm4moe", shape=shape, words=("re", "in"))
@@ -245,6 +272,7 @@ CONTRADICTING: dict[str, tuple[list[str], str]] = {
         ["--overall"],
         "--overall ranks the experts to drop, and none is dropped. Give --keep-",
     ),
+    "main experts and fewer": (["--main-experts", "1", "--keep-experts", "4"], "which --keep-experts changes."),
     "overall subset": (["--overall", "--keep-experts", "4"], "Name another one with --score."),
     "type and size": (["--type", "q8_0", "--target-size", "1MB"], "chooses types by itself"),
     "no type": (["--type", "q9", "--drop-layers", "1"], "--type is 'q9', but must be a type"),
