@@ -46,7 +46,7 @@ FLOORS = {
         {"layout"},
         {"methods"},
         {"recipe", "write"},
-        {"budget"},
+        {"budget", "hf"},
         {"report"},
     ),
     "server": (

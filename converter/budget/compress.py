@@ -26,7 +26,7 @@ from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.recipe.toml_file import recipe_text
-from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import (
     CANDIDATES,
@@ -76,6 +76,23 @@ def plan_compression(
     else:
         plan, costs = job.with_best_types(plan, structure, costs, budget, search_seconds)
     return job.completed(job.with_expectation(plan), costs)
+
+
+def plan_removal(
+    source: ModelSource,
+    statistics: Statistics | None,
+    recipe: Recipe,
+    on_progress: Progress = lambda _what, _done, _total: None,
+) -> CompressPlan:
+    """What a recipe leaves of a model, all of it in F32; the recipe's types, size and fit are of no account.
+
+    Merged experts get a row of the router for each, as in the stock format. Raises UsageError for what cannot be done,
+    or not without statistics.
+    """
+    job = _Job(source, statistics, replace(recipe, format="stock"), 1, on_progress)
+    plan = job.open_plan(job.structure())
+    output = Type.F32 if MatrixKey("output.weight") in source.shapes else None
+    return job.with_expectation(replace(plan, output_type=output, feedback=False, refit=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,14 +81,8 @@ def checkpoint_matrices(
     stored tensor that has no place, ModelFileError for a missing expert, and as `stored_matrices` does.
     """
     found: dict[MatrixKey, StoredMatrix] = {}
-    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
-    skipped = (*family.skipped, *nextn)
-    if config.tie_word_embeddings:
-        skipped += ("lm_head.weight",)
-    for name, stored in stored_matrices(checkpoint).items():
-        if name.endswith(_IGNORED) or name.startswith(skipped):
-            continue
-        found |= _places(name, stored, family, config)
+    for name, stored in kept_tensors(checkpoint, family, config).items():
+        found |= matrices_of(name, stored, family, config)
     if spec.architecture.rope is RopeType.NORM and not family.rotates_neighbours:
         for key, matrix in found.items():
             if key.name.split(".")[-2] in ("attn_q", "attn_k"):
@@ -119,8 +113,23 @@ def checkpoint_matrices(
     return found
 
 
-def _places(name: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> dict[MatrixKey, StoredMatrix]:
-    """The GGUF matrices that a stored tensor holds: one, or those of all experts."""
+def kept_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, StoredMatrix]:
+    """The stored tensors that count, by name: without what predicts further tokens, and without an output matrix where
+    the token table is it. Raises as `stored_matrices` does.
+    """
+    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
+    skipped = (*family.skipped, *nextn)
+    if config.tie_word_embeddings:
+        skipped += ("lm_head.weight",)
+    found = stored_matrices(checkpoint)
+    return {name: one for name, one in found.items() if not name.endswith(_IGNORED) and not name.startswith(skipped)}
+
+
+def matrices_of(name: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> dict[MatrixKey, StoredMatrix]:
+    """The GGUF matrices that a stored tensor holds: one, or those of all experts.
+
+    Raises UnsupportedModelError for a tensor that has no place in the architecture.
+    """
     whole = {f"{tensor.role}.{tensor.suffix}" for tensor in family.architecture.tensors}
     if _WHOLE.get(name) in whole:
         return {MatrixKey(_WHOLE[name]): stored}

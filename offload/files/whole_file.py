@@ -130,6 +130,24 @@ def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
         raise SlimoeError(f"{problem} Check the disk, and write it again.") from None
 
 
+@contextlib.contextmanager
+def whole_directory(destination: Destination) -> Iterator[Path]:
+    """Gives a directory to fill, in the destination's folder, which takes the target's name when the block is done.
+
+    What is written into it is to be synced by who writes it. Raises as `whole_file` does, also within the block, and
+    where something has taken the name meanwhile.
+    """
+    part = destination.folder / "directory"
+    try:
+        part.mkdir()
+        yield part
+        _sync(part, os.O_DIRECTORY)
+        os.rename(part, real_path(destination.target))
+        _sync(destination.folder.parent, os.O_DIRECTORY)
+    except OSError as error:
+        raise write_error(destination.target, error) from None
+
+
 def write_whole(path: Path, data: bytes, folder: Path | None = None) -> None:
     """Writes `data` as a whole file; raises as `whole_file` does."""
     with whole_file(path, folder) as part:

@@ -13,6 +13,7 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.jobs.hf_checkpoint import convert_to_checkpoint
 from slimoe.server.options.compress_options import (
     OLD_SPELLINGS,
     compress_flags,
@@ -44,6 +45,14 @@ from slimoe.server.terminal.progress_bars import byte_bar
 )
 @compress_flags
 @click.option(
+    "--hf", is_flag=True, help="Write what is left of the checkpoint SRC as a checkpoint, to the directory DST."
+)
+@click.option(
+    "--hf-bits",
+    type=click.Choice(["16", "8", "4"]),
+    help="With --hf: bits of the experts' weights; 8 and 4 as compressed-tensors packs them (default: 16).",
+)
+@click.option(
     "--report/--no-report",
     default=True,
     help="Evaluate a compressed file against SRC, in a report beside it (default: yes).",
@@ -64,8 +73,13 @@ def command(values: Mapping[str, Any]) -> None:
     With --target-size, a recipe or any other flag from --stats to --refit the model is compressed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
     is given. Then it is evaluated against SRC on texts, in a report and a model card beside DST.
+
+    With --hf what is left of a checkpoint is written as one of the same class, for vLLM, SGLang or transformers.
     """
     compression, type_name, copies = compress_options(values), values["type_name"], values["two_copies"]
+    if values["hf"] or values["hf_bits"]:
+        convert_to_checkpoint(values, compression)
+        return
     if copies and type_name:
         raise click.UsageError("--two-copies names the types of everything. Leave --type out.")
     if not compression.is_asked:

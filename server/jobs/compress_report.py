@@ -10,7 +10,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slimoe.converter.layout.offsets import FileLayout
-from slimoe.converter.layout.plan import ExpertPlan, LayerPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
 from slimoe.converter.source.model_source import PROJECTIONS
@@ -124,14 +124,14 @@ def work_lines(work: CompressWork) -> list[str]:
         f"token table {plan.token_type.name}{output}; by type: {by_type}",
         *unfit_notes(work.matrices, len(layout.tensors)),
         f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}",
-        expected_loss(work),
+        expected_loss(work.plan),
         f"{plan.format} format: loads in {' and '.join(loaders(work))}",
     ]
 
 
-def expected_loss(work: CompressWork) -> str:
+def expected_loss(plan: CompressPlan) -> str:
     """What the statistics say, and what they do not."""
-    kl, missing = work.plan.expected_kl, " and ".join(work.plan.uncounted)
+    kl, missing = plan.expected_kl, " and ".join(plan.uncounted)
     if kl is None:
         return "expected loss unknown: there are no statistics"
     if not missing:
@@ -205,8 +205,8 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 def announced(work: CompressWork, target: Path, seconds: float) -> str:
     """One line on what will be written."""
-    names = " and ".join(loaders(work))
+    names, loss = " and ".join(loaders(work)), expected_loss(work.plan)
     return (
-        f"{target}: {work.layout.n_bytes:,} bytes will be written in about {duration(seconds)}, {expected_loss(work)}; "
+        f"{target}: {work.layout.n_bytes:,} bytes will be written in about {duration(seconds)}, {loss}; "
         f"{work.plan.format} format for {names}"
     )

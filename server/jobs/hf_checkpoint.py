@@ -1,0 +1,139 @@
+"""`slimoe convert --hf`: a checkpoint with fewer or narrower experts, or fewer layers, as a checkpoint again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from slimoe.converter.budget.compress import plan_removal
+from slimoe.converter.hf.export import NewCheckpoint, check_directory_target, lay_out_checkpoint, write_checkpoint
+from slimoe.converter.layout.metadata import left_out
+from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.recipe.check import needs_statistics
+from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics_file import load_statistics
+from slimoe.offload.errors import UsageError
+from slimoe.offload.resources.memory import human
+from slimoe.offload.resources.processors import usable_processors
+from slimoe.server.jobs.compress_plan import recipe_of
+from slimoe.server.jobs.compress_report import expected_loss
+from slimoe.server.options.compress_options import CompressOptions
+from slimoe.server.options.destination import reserve, unwritten
+from slimoe.server.telling import tell
+from slimoe.server.terminal.progress_bars import byte_bar, step_bar
+
+_OF_A_FILE = (
+    "type_name",
+    "two_copies",
+    "imatrix",
+    "target_size",
+    "target_bpw",
+    "stock",
+    "order",
+    "search",
+    "feedback",
+    "refit",
+    "eval_texts",
+    "force",
+)
+"""Flags that say something of a GGUF file, its types or its report."""
+_SPELT = {"type_name": "type", "eval_texts": "eval-text"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWork:
+    """A checkpoint that is read, what is left of it, and the checkpoint that is to be written."""
+
+    source: ModelSource
+    plan: CompressPlan
+    made: NewCheckpoint
+
+
+def convert_to_checkpoint(values: Mapping[str, Any], options: CompressOptions) -> None:
+    """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
+    if not values["hf"]:
+        raise click.UsageError("--hf-bits is for checkpoints. Give --hf as well.")
+    for name in _OF_A_FILE:
+        if values[name]:
+            flag = _SPELT.get(name, name).replace("_", "-")
+            raise click.UsageError(f"--{flag} is for GGUF files, and --hf writes a checkpoint. Leave one of them out.")
+    target, n_threads, seconds = values["target"], values["threads"] or usable_processors(), 0.0
+    check_directory_target(target)
+    if values["dry_run"]:
+        work = _plan(values, options)
+    else:
+        with unwritten(target), reserve(target) as destination:
+            work = _plan(values, options)
+            with byte_bar(work.made.n_bytes) as on_progress:
+                seconds = write_checkpoint(
+                    work.source, work.made, destination, n_threads=n_threads, on_progress=on_progress
+                )
+        tell(f"{target}: {work.made.n_bytes:,} bytes in {seconds:.1f} s")
+    if values["as_json"]:
+        click.echo(msgspec.json.encode(_fields(work, target, seconds)))
+
+
+def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork:
+    """What will be made, told, and that it can be."""
+    source = open_source(values["source"])
+    recipe = _removal_of(recipe_of(source, options), options)
+    if options.stats is None and needs_statistics(recipe):
+        problem = "What matters in the model is not known yet. Measure it once: "
+        raise UsageError(f"{problem}slimoe calibrate {source.path} -o STATS, and give --stats STATS.")
+    statistics = None if options.stats is None else load_statistics(options.stats, source)
+    with step_bar() as on_progress:
+        plan = plan_removal(source, statistics, recipe, on_progress)
+    made = lay_out_checkpoint(source, plan, statistics, n_bits=int(values["hf_bits"] or 16))
+    check_directory_target(values["target"], made.n_bytes)
+    size, kept = human(made.n_bytes), f"{made.sizes.n_expert} of {source.spec.n_expert} experts in a layer"
+    weights = "16 bits" if made.n_bits == 16 else f"feed-forward parts in {made.n_bits} bits (compressed-tensors)"
+    tell(
+        f"{values['target']}: {made.n_bytes:,} bytes ({size}) will be written, {made.class_name}, {kept}, "
+        f"{made.sizes.n_ff} wide, {len(made.sizes.blocks)} of {source.spec.n_layer} layers, {weights}; "
+        f"{expected_loss(plan)}"
+    )
+    for note in left_out(source.spec):
+        tell(note)
+    return CheckpointWork(source, plan, made)
+
+
+def _removal_of(recipe: Recipe, options: CompressOptions) -> Recipe:
+    """What a recipe leaves out, without what it says of a file; raises UsageError for one that has a size to meet."""
+    if recipe.target_size is not None or recipe.target_bpw is not None:
+        problem = f"{options.recipe}: the recipe has a size, which types meet, and checkpoints have one kind of weights"
+        raise UsageError(f"{problem}. Say what to leave out: --keep-experts, --drop-blocks or --width.")
+    plain = replace(recipe.experts, order="router")
+    removal = replace(recipe, types=StorageRecipe(), fit=FitRecipe(recipe.fit.importance), experts=plain)
+    if (removal.types, removal.fit, removal.experts) != (recipe.types, recipe.fit, recipe.experts):
+        tell(f"{options.recipe}: what the recipe says of types and of fitting them is for GGUF files, and left out.")
+    return removal
+
+
+def _fields(work: CheckpointWork, target: Path, seconds: float) -> dict[str, Any]:
+    """All of it as JSON has it."""
+    plan, made = work.plan, work.made
+    return {
+        "source": str(work.source.path),
+        "path": str(target),
+        "format": "hf",
+        "class": made.class_name,
+        "n_bytes": made.n_bytes,
+        "n_tensors": made.n_tensors,
+        "seconds": round(seconds, 3),
+        "files": [*(shard.name for shard in made.shards), *made.files, *(path.name for path in made.copied)],
+        "bits": made.n_bits,
+        "n_expert": made.sizes.n_expert,
+        "n_ff": made.sizes.n_ff,
+        "layers": [
+            {"block": layer.block, "experts": [list(expert.members) for expert in layer.experts]}
+            for layer in plan.layers
+        ],
+        "expected_kl": plan.expected_kl,
+        "expected_kl_lacks": list(plan.uncounted),
+        "recipe": plan.recipe,
+    }
