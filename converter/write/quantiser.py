@@ -22,7 +22,7 @@ class Quantiser(Protocol):
 
     First the token table, then the result's layers: `begin_layer`, queries, keys, values, attention's output, each
     expert's gate, up and down, second copies after all best ones, the router last, `end_layer`; then the output matrix.
-    Vectors do not come here. Matrices whose blocks the source has already are only told of.
+    Vectors do not come here. Matrices whose blocks the source has already are only told of, except routers.
     """
 
     def begin_layer(self, layer: int) -> None:

@@ -155,11 +155,17 @@ class FilePieces:
 
     def _weights(self, matrix: Matrix) -> NDArray[np.float32] | None:
         is_read_later = self._plain is not None and stored_rows(self._source, matrix) is not None
-        return None if is_read_later or stored_blocks(self._source, matrix) else read_matrix(self._source, matrix)
+        return None if is_read_later or self._stored(matrix) else read_matrix(self._source, matrix)
+
+    def _stored(self, matrix: Matrix) -> Blocks | None:
+        """What is copied. Routers are not, where the quantiser may change them."""
+        if self._plain is None and matrix.key.name.endswith("ffn_gate_inp.weight"):
+            return None
+        return stored_blocks(self._source, matrix)
 
     def _pieces(self, matrix: Matrix, weights: NDArray[np.float32] | None) -> Iterator[Piece]:
         offset = self._offsets[matrix.tensor, matrix.slot]
-        if blocks := stored_blocks(self._source, matrix):
+        if blocks := self._stored(matrix):
             if not matrix.is_constant:
                 self._quantiser.kept(matrix)
             yield from _copies(matrix, blocks, offset)
