@@ -36,6 +36,8 @@ def _problems(source: ModelSource, first: LayerPlan | None, layer: LayerPlan) ->
         yield "be without a feed-forward part", "Leave whole layers out, with --drop-blocks."
     if layer.constants is not None or any(target < 0 for target in layer.target):
         yield "have constants in place of experts", "Leave --constants out, or write a GGUF file, without --hf."
+    if layer.aux is not None:
+        yield "have vectors that stand for experts", "Leave --main-experts out, or write a GGUF file, without --hf."
     if first is None or not layer.experts:
         return
     if len(layer.experts) != len(first.experts):

@@ -68,6 +68,10 @@ def test_a_checkpoint_is_planned_and_written(
         (["--hf", "--recipe", "16GiB"], "16GiB: the recipe has a size, which types meet"),
         (["--hf", "--drop-layers", "1"], "layer 2 would be without experts, which no MixtralForCausalLM has."),
         (["--hf", "--keep-experts", "4", "--constants"], "would have constants in place of experts"),
+        (
+            ["--hf", "--main-experts", "2"],
+            "would have vectors that stand for experts, which no MixtralForCausalLM has.",
+        ),
         (["--hf", "--keep-experts", "2"], "Of 6 experts, 2 cannot be kept: a token selects 3."),
         (["--hf", "--keep-experts", "4", "--hf-bits", "8"], "would have rows of 64, which is no multiple of 128"),
     ],
