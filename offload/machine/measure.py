@@ -157,15 +157,13 @@ class Calibration:
     def _known(
         self, name: str, kind: type[T], measure: Callable[[], T], is_steady: Callable[[], bool] = lambda: True
     ) -> T:
-        value = self._cache.get(name, kind)
-        if value is None:
+        def counted() -> T:
             self._on_measure(name)
             value = measure()
             self.n_measured += 1
-            # What was measured while others computed serves this once.
-            if is_steady():
-                self._cache.put({name: value})
-        return value
+            return value
+
+        return self._cache.measured(name, kind, counted, is_steady)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import functools
 import json
 import os
 import platform
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,17 @@ from slimoe.offload.errors import SlimoeError
 from slimoe.offload.files.regular_file import read_regular
 from slimoe.offload.files.whole_file import Destination, write_whole
 from slimoe.offload.ggml.library import GGML_VERSION, library_directory
+from slimoe.offload.resources.processors import waits
+from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
 T = TypeVar("T")
 
-_FORMAT = 2
+_FORMAT = 3
+"""What older formats hold may have been measured beside busy programs."""
 _FILE = "measurements.json"
+_DISTURBED = 0.2
+"""The part of its time that a thread waits for a core: with the cores to itself some percent, beside one other busy
+program a third and more. Then repacked weights look no faster than plain ones, and steadily so."""
 
 
 def default_path() -> Path:
@@ -40,9 +47,26 @@ class MeasurementCache:
     Values are whatever msgspec turns into JSON and back: numbers, frozen dataclasses, dicts of them.
     """
 
-    def __init__(self, path: Path | None = None, machine: str | None = None) -> None:
+    def __init__(self, path: Path | None = None, machine: str | None = None, system: SystemFiles = SYSTEM) -> None:
         self._path = path or default_path()
         self._machine = machine or machine_name()
+        self._system = system
+
+    def measured(
+        self, name: str, kind: type[T], measure: Callable[[], T], is_steady: Callable[[], bool] = lambda: True
+    ) -> T:
+        """The value of that name, else what `measure` returns, which is remembered if nothing disturbed it.
+
+        What was measured while a thread had to wait for a core, or what `is_steady` does not vouch for, serves once.
+        """
+        value = self.get(name, kind)
+        if value is None:
+            before, begin = waits(self._system), time.perf_counter()
+            value = measure()
+            longest = max((after - before.get(one, 0.0) for one, after in waits(self._system).items()), default=0.0)
+            if longest <= _DISTURBED * (time.perf_counter() - begin) and is_steady():
+                self.put({name: value})
+        return value
 
     def get(self, name: str, kind: type[T]) -> T | None:
         """The value of that name if it is known and of that type, else None."""

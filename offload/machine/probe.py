@@ -8,6 +8,7 @@ import ctypes
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -54,11 +55,7 @@ def measured_speeds(
         if not can_repack(kind, _N_COLUMNS, _N_ROWS):
             continue
         name = f"CPU, {backend.n_threads} threads: {kind.name} plain and repacked"
-        speed = cache.get(name, KernelSpeed)
-        if speed is None:
-            speed = _measure(kind, backend, max_bytes)
-            cache.put({name: speed})
-        speeds[kind.name] = speed
+        speeds[kind.name] = cache.measured(name, KernelSpeed, partial(_measure, kind, backend, max_bytes))
     return speeds
 
 

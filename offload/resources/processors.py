@@ -1,4 +1,4 @@
-"""How many processors this process may compute on."""
+"""How many processors this process may compute on, and how long its threads waited for one."""
 
 import contextlib
 import math
@@ -34,6 +34,18 @@ def default_threads(system: SystemFiles = SYSTEM) -> int:
 def usable_processors(system: SystemFiles = SYSTEM) -> int:
     """The number of processors that this process may use, SMT siblings counted one by one, within its quotas."""
     return _within_quota(len(os.sched_getaffinity(0)) if _TELLS_AFFINITY else os.cpu_count() or 1, system)
+
+
+def waits(system: SystemFiles = SYSTEM) -> dict[str, float]:
+    """Seconds that each thread of this process, by its number, has waited for a processor while it could have run.
+
+    Of threads that live, as Linux counts them (Documentation/scheduler/sched-stats.rst); of none elsewhere.
+    """
+    seconds = {}
+    for file in (system.proc / "self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            seconds[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+    return seconds
 
 
 def _within_quota(n: int, system: SystemFiles) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -35,6 +36,7 @@ from slimoe.offload.model.experts import expert_layers
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import Span
 from slimoe.offload.model.weight_reader import model_sources
+from slimoe.offload.resources.system_files import SystemFiles
 from tests.models.measured_machine import (
     BATCH_CELL_SECONDS,
     BYTE_SECONDS,
@@ -56,7 +58,8 @@ ATTENTION = AttentionShape(4, 2, 32, Type.F16)
 
 @pytest.fixture
 def cache(tmp_path: Path) -> MeasurementCache:
-    return MeasurementCache(tmp_path / "cache" / "m.json", "this")
+    """One that nothing disturbs, whatever else runs beside the tests."""
+    return MeasurementCache(tmp_path / "cache" / "m.json", "this", SystemFiles(tmp_path / "proc"))
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +131,13 @@ def test_what_was_put_is_there_for_the_next_process(tmp_path: Path) -> None:
         b"\xff\xfe\x00",
         b"null",
         b"[1, 2]",
-        b'{"format": 1, "machines": {}}',
-        b'{"format": 2}',
-        b'{"format": 2, "machines": 5}',
-        b'{"format": 2, "machines": {"this": 5}}',
-        b'{"format": 2, "machines": {"this": {"link": 5}}}',
-        b'{"format": 2, "machines": {"this": {"link": {"to_device": -1, "from_device": 1}}}}',
-        b'{"format": 2, "machines": {"this": {"link": {"to_device": NaN, "from_device": 1}}}}',
+        b'{"format": 2, "machines": {"this": {"link": {"to_device": 5, "from_device": 5}}}}',
+        b'{"format": 3}',
+        b'{"format": 3, "machines": 5}',
+        b'{"format": 3, "machines": {"this": 5}}',
+        b'{"format": 3, "machines": {"this": {"link": 5}}}',
+        b'{"format": 3, "machines": {"this": {"link": {"to_device": -1, "from_device": 1}}}}',
+        b'{"format": 3, "machines": {"this": {"link": {"to_device": NaN, "from_device": 1}}}}',
         b"[" * 100_000,
     ],
     ids=range(13),
@@ -321,8 +324,7 @@ def test_the_workload_names_what_the_model_has(gguf: GGUFFile) -> None:
     assert needs.n_bytes == sum(tensor.n_bytes for tensor in gguf.tensors.values()) - vectors - embedding
 
 
-def test_a_real_machine_is_measured_once(gguf: GGUFFile, tmp_path: Path) -> None:
-    cache = MeasurementCache(tmp_path / "m.json")
+def test_a_real_machine_is_measured(gguf: GGUFFile, cache: MeasurementCache) -> None:
     with closing(CpuBackend(1)) as backend:
         speed = Calibration(needs_of(gguf), Limits(ram=8 << 20), cache).machine(gguf, backend, {"far": backend})
     flat = [value for curve in speed.cpu.kernels.values() for value in curve.seconds_per_byte]
@@ -364,6 +366,37 @@ def test_what_was_measured_in_noise_is_not_remembered(cache: MeasurementCache) -
             quiet = Calibration(needs, Limits(clock=clock), cache)
             quiet.processor("CPU", backend, 1 << 24)
             assert quiet.n_measured == n_measured
+
+
+@pytest.mark.parametrize(
+    ("waited", "times"),
+    [((0.0, 0.0), 1), ((0.001, 0.002), 1), ((10.0, 0.001), 2), ((0.001, 10.0), 2)],
+    ids=["alone", "a little", "the first thread waits", "the second thread waits"],
+)
+def test_what_was_measured_beside_a_busy_program_is_not_remembered(
+    tmp_path: Path, waited: tuple[float, ...], times: int
+) -> None:
+    """Threads wait for so many seconds of 0.02 or a little more; one that ended has no file any more."""
+    task = tmp_path / "proc/self/task"
+    for thread in range(3):
+        (task / str(thread)).mkdir(parents=True)
+        (task / str(thread) / "schedstat").write_text("10 7000000000 20\n")
+    cache = MeasurementCache(tmp_path / "m.json", "this", SystemFiles(tmp_path / "proc"))
+    n_measured = 0
+
+    def measure() -> LinkSpeed:
+        nonlocal n_measured
+        n_measured += 1
+        (task / "2" / "schedstat").unlink(missing_ok=True)
+        time.sleep(0.02)
+        for thread, seconds in enumerate(waited):
+            file = task / str(thread) / "schedstat"
+            file.write_text(f"20 {int(file.read_text().split()[1]) + int(1e9 * seconds)} 40\n")
+        return LinkSpeed(1.0, 2.0)
+
+    for _ in range(2):
+        assert cache.measured("link", LinkSpeed, measure) == LinkSpeed(1.0, 2.0)
+    assert n_measured == times
 
 
 class _Counting(KnownBackend):

@@ -1,11 +1,12 @@
 """How many threads compute, by the processors that this process may run on and the time that it may have on them."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from slimoe.offload.resources.processors import default_threads, usable_processors
+from slimoe.offload.resources.processors import default_threads, usable_processors, waits
 from tests.offload.resources.control_group_files import ControlGroupFiles
 
 
@@ -102,3 +103,17 @@ def test_a_quota_that_cannot_be_read_is_none(groups: ControlGroupFiles, text: st
     groups.mount("")
     groups.limit("", cpu__max=text)
     assert default_threads(groups.system) == 8
+
+
+def test_what_threads_have_waited_only_grows() -> None:
+    """As Linux tells it of this process."""
+    before = waits()
+    assert before if sys.platform == "linux" else not before
+    after = waits()
+    assert all(after[thread] >= seconds >= 0 for thread, seconds in before.items() if thread in after)
+
+
+def test_of_unknown_files_nothing_is_known(groups: ControlGroupFiles, tmp_path: Path) -> None:
+    for thread, text in {"1": "", "2": "x y z", "3": "5", "4": "5 2500000000 7"}.items():
+        groups.write(tmp_path / f"proc/self/task/{thread}", {"schedstat": text})
+    assert waits(groups.system) == {"4": 2.5}
