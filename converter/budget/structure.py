@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.layout.layer import ROUTER, is_attention
+from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER, is_attention
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
@@ -17,7 +17,7 @@ from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output
 from slimoe.converter.methods.expert_order import co_selection_order
 from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.merged_routes import MergedRoutes, RouterRows, keep_rows, merge_rows
+from slimoe.converter.methods.merged_routes import RouterRows, keep_rows, merge_rows
 from slimoe.converter.methods.naee import best_subset
 from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, first, layer_removals
 from slimoe.converter.methods.scores import SCORES
@@ -83,7 +83,7 @@ def with_order(layer: LayerPlan, router: RouterSums) -> LayerPlan:
 def without_ffn(layer: LayerPlan) -> LayerPlan:
     """The layer with its attention alone."""
     types = {role: kind for role, kind in layer.types.items() if is_attention(role)}
-    return replace(layer, experts=(), rows=(), target=(), router=None, constants=None, types=types)
+    return replace(layer, experts=(), rows=(), target=(), router=None, router_biases={}, constants=None, types=types)
 
 
 def without_attention(layer: LayerPlan) -> LayerPlan:
@@ -213,17 +213,26 @@ class _Builder:
         for block, groups in zip(blocks, found, strict=True):
             # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
             experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
-            routes, layer = self._routes(block, groups), whole_layer(self.source, block)
-            result.append(replace(layer, experts=experts, rows=routes.rows, target=routes.target, router=routes.router))
+            result.append(self._routed(replace(whole_layer(self.source, block), experts=experts), groups))
         return result
 
-    def _routes(self, block: int, groups: ExpertGroups) -> MergedRoutes:
-        """All rows where the format has aliases; else one row for each group."""
-        target = self.source.layers[block].target
+    def _routed(self, layer: LayerPlan, groups: ExpertGroups) -> LayerPlan:
+        """The layer with all rows where the format has aliases; else with one row for each group."""
+        block, target = layer.block, self.source.layers[layer.block].target
         if self.recipe.format == "native":
-            return keep_rows(target, groups)
-        weight = self.source.read(block_key(block, ROUTER))
+            routes = keep_rows(target, groups)
+            return replace(layer, rows=routes.rows, target=routes.target)
         router = self.statistics.layers[block].router
         assert router is not None
         use = router.rank_count.sum(1).astype(np.float64)
-        return merge_rows(RouterRows(weight, target, use, np.empty((0, weight.shape[1]), np.float32)), groups, "mean")
+        weight = self.source.read(block_key(block, ROUTER))
+        # Biases are averaged as the rows that they belong to: as further columns.
+        keys = {role: block_key(block, role, "bias") for role in (ROUTER, CHOICE_BIAS)}
+        biases = {role: self.source.read(key)[:, None] for role, key in keys.items() if key in self.source.shapes}
+        joined = np.hstack([weight, *biases.values()])
+        inputs = np.empty((0, joined.shape[1]), np.float32)
+        routes = merge_rows(RouterRows(joined, target, use, inputs), groups, "mean")
+        assert routes.router is not None
+        merged = np.ascontiguousarray(routes.router[:, : weight.shape[1]])
+        columns = dict(zip(biases, routes.router[:, weight.shape[1] :].T.copy(), strict=True))
+        return replace(layer, rows=routes.rows, target=routes.target, router=merged, router_biases=columns)

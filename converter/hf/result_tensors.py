@@ -183,9 +183,8 @@ class ResultTensors:
         shape = (n, *stored.shape[1:]) if is_matrix else (*stored.shape[:-1], n)
 
         def make() -> NDArray[np.float32]:
-            if is_matrix and layer.router is not None:
-                return layer.router
-            return self._source.read(key)[list(layer.rows)]
+            given = layer.router if is_matrix else layer.router_biases.get(key.name.split(".")[2])
+            return given if given is not None else self._source.read(key)[list(layer.rows)]
 
         return _one(name, shape, make, _dtype(stored), stored.rows.path)
 

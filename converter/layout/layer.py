@@ -192,11 +192,12 @@ class LayerMatrices:
     def _by_expert(self, matrix: Matrix) -> Matrix:
         """The router, or its biases, of the rows that are left."""
         n_left, rows = len(self.plan.rows), self.plan.rows
-        if self.plan.router is not None and not matrix.is_vector:
-            assert len(self.plan.router) == n_left
-            return self._given(matrix.tensor, self.plan.router)
-        n_rows = matrix.shape[matrix.is_vector]
         shape = (1, n_left) if matrix.is_vector else (n_left, matrix.shape[1])
+        given = self.plan.router_biases.get(matrix.tensor.split(".")[2]) if matrix.is_vector else self.plan.router
+        if given is not None:
+            assert given.size == math.prod(shape)
+            return replace(matrix, type=Type.F32, shape=shape, origin=None, values=given)
+        n_rows = matrix.shape[matrix.is_vector]
         return replace(matrix, shape=shape, rows=None if rows == tuple(range(n_rows)) else rows)
 
     def _expert(self, number: int, copy: int, projection: int, bucket: int, slot: int) -> Matrix:

@@ -47,7 +47,8 @@ class LayerPlan:
     """One block of the result, made of the source's `block`.
 
     `rows` are the rows of the source's router that are kept, in order, `target` says for each which of `experts` it
-    means, or -1 - n for constant n. `router` [n_row, n_embd] replaces their values. `constants`
+    means, or -1 - n for constant n. `router` [n_row, n_embd] replaces their values, and `router_biases` [n_row] what is
+    added to their logits or scores, by role. `constants`
     [n_constant, n_embd] are the constant experts' vectors. `types` are those of the other matrices by role: such as
     attn_q of attention, ffn_gate_shexp of a shared expert, and of a dense layer ffn_gate, ffn_up and ffn_down. Without
     these and without `experts` there is no feed-forward part (`rows` is then empty). `hints` are for the engine, as
@@ -61,6 +62,7 @@ class LayerPlan:
     types: Mapping[str, GGMLQuantizationType]
     has_attention: bool = True
     router: NDArray[np.float32] | None = None
+    router_biases: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     constants: NDArray[np.float32] | None = None
     hints: Mapping[str, object] = field(default_factory=dict)
     aux: AuxPlan | None = None

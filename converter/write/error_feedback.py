@@ -32,7 +32,7 @@ from slimoe.converter.forward.block import (
     route,
 )
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
-from slimoe.converter.layout.layer import ROUTER, Matrix
+from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER, Matrix
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.router_refit import refit
@@ -234,7 +234,13 @@ class FeedbackQuantiser:
         router = read_router(self._source, plan.block)
         assert router is not None
         own = router.with_rows(plan.rows)
-        return own if plan.router is None else replace(own, weight=torch.from_numpy(plan.router))
+        biases = {role: torch.from_numpy(values) for role, values in plan.router_biases.items()}
+        return replace(
+            own,
+            weight=own.weight if plan.router is None else torch.from_numpy(plan.router),
+            bias=biases.get(ROUTER, own.bias),
+            choice_bias=biases.get(CHOICE_BIAS, own.choice_bias),
+        )
 
     def _expert(self, number: int) -> Expert:
         """The result's expert as far as it is fitted; `down` may be missing yet."""

@@ -284,6 +284,25 @@ def test_scales_of_experts_move_and_merge_with_them(tmp_path: Path, experts: Exp
         np.testing.assert_allclose(one, found[0], atol=2e-3)
 
 
+@pytest.mark.parametrize(("name", "role"), [("gpt-oss", "ffn_gate_inp"), ("glm4moe", "exp_probs_b")])
+def test_biases_of_a_router_are_averaged_with_its_rows(
+    calibrated: Calibrated, tmp_path: Path, name: str, role: str
+) -> None:
+    source, statistics = calibrated(name)
+    recipe = Recipe(format="stock", experts=ExpertRecipe(4, merge="hc-smoe"), types=F32)
+    layer = plan_compression(source, statistics, recipe).layers[-1]
+    result = gguf_source(compressed(calibrated, name, recipe, tmp_path / "m.gguf"))
+    router = statistics.layers[layer.block].router
+    assert router is not None
+    use, key = router.rank_count.sum(1), MatrixKey(f"blk.{layer.block}.{role}.bias")
+    biases, found = source.read(key), result.read(key)
+    members = [list(expert.members) for expert in layer.experts]
+    assert max(map(len, members)) > 1
+    for value, own in zip(found, members, strict=True):
+        weights = use[own] if use[own].any() else np.ones(len(own))
+        assert value == pytest.approx(np.average(biases[own], weights=weights), rel=1e-5, abs=1e-6)
+
+
 def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
     source, _ = calibrated("qwen2moe")
     with pytest.raises(UsageError, match="slimoe calibrate"):
