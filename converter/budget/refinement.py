@@ -31,7 +31,8 @@ class _Evaluator:
         self._pool = statistics.tokens[::step]
         self._behind: dict[int, Tensor] = {}
         is_tied = MatrixKey("output.weight") not in source.shapes
-        quantiser = PlainQuantiser(statistics_importance(statistics, is_tied=is_tied), n_threads=n_threads)
+        importance = statistics_importance(statistics, is_tied=is_tied)
+        quantiser = PlainQuantiser(importance, without_gain=True, n_threads=n_threads)
         self._fitted = FittedMatrices(source, quantiser, cache_bytes)
 
     def divergence(self, plan: CompressPlan, n_tokens: int, seed: int) -> float:

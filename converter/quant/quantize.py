@@ -7,7 +7,6 @@ as in llama.cpp's imatrix. All functions release the GIL, so threads add up.
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -20,11 +19,10 @@ from slimoe.offload.ggml.ops import ggml_quantize_chunk, ggml_type_name
 
 _BASE = open_library("ggml-base")
 _CPU = open_library("ggml-cpu")
-_F16_MAX = 65504.0
+F16_MAX = 65504.0
 """The largest half, which all blocks have their scales in: beyond it some types overflow, some become zero without a
 word, and some stop the process."""
 _WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
-_ROWS_AT_ONCE = 256
 _SAFE_EXPONENT = 32
 """Importance beyond 2 to plus or minus this could leave float32's range in ggml's sums of products."""
 _NEVER_WITHOUT_IMPORTANCE = tuple(
@@ -107,7 +105,7 @@ def quantize_rows(
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise BadWeightsError("holds NaN or infinity; the checkpoint is damaged")
-    if kind not in _WIDE and max(-low, high) > _F16_MAX:
+    if kind not in _WIDE and max(-low, high) > F16_MAX:
         raise BadWeightsError(f"holds weights beyond 65504, which {kind.name} cannot express; use BF16 or F32")
     if importance is None and needs_importance(kind):
         raise UsageError(f"{kind.name} needs to know which weights matter. Give --imatrix, or use IQ3_S or larger.")
@@ -163,27 +161,3 @@ def dequantize_rows(blocks: NDArray[np.uint8], kind: GGMLQuantizationType, n_per
     values = np.empty((n_values // n_per_row, n_per_row), np.float32)
     _decoder(kind)(blocks.ctypes.data, values.ctypes.data, n_values)
     return values
-
-
-def type_error(
-    values: NDArray[np.float32],
-    kind: GGMLQuantizationType,
-    rows: NDArray[np.float32],
-    columns: NDArray[np.float32],
-    n_threads: int = 1,
-) -> float:
-    """What a type costs a matrix [n_rows, n_per_row]: sum over i, j of rows_i columns_j (error_ij)^2.
-
-    `columns` is the importance that blocks are fitted with as well; `rows` [n_rows] may be a sensitivity. Raises as
-    `quantize_rows` does.
-    """
-
-    def part(begin: int) -> float:
-        some = values[begin : begin + _ROWS_AT_ONCE]
-        error = dequantize_rows(quantize_rows(some, kind, columns), kind, values.shape[1])
-        error -= some
-        np.square(error, out=error)
-        return float(rows[begin : begin + _ROWS_AT_ONCE].astype(np.float64) @ (error @ columns))
-
-    with ThreadPoolExecutor(n_threads) as pool:
-        return sum(pool.map(part, range(0, len(values), _ROWS_AT_ONCE)))

@@ -15,8 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from slimoe.converter.quant.gain import type_error
 from slimoe.converter.quant.mixes import fits, layer_and_role
-from slimoe.converter.quant.quantize import BadWeightsError, type_error
+from slimoe.converter.quant.quantize import BadWeightsError
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, parse_key
 from slimoe.converter.stats.statistics import LayerStatistics, MatrixCosts, Sensitivity, Statistics
 from slimoe.offload.errors import UsageError

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, Linear, activate
+from slimoe.converter.quant.gain import gain_of, has_scales
 from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
 from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.sums import spread_rows
@@ -118,7 +119,7 @@ class TypeErrorTable:
     def _requantised(
         self, kind: GGMLQuantizationType, number: int, projection: str, rows: Tensor, columns: NDArray[np.float32]
     ) -> Tensor | None:
-        """Rows of a matrix after quantising and dequantising; None if they do not divide into the type's blocks."""
+        """Rows of a matrix as blocks have them, without the gain; None if they do not divide into the blocks."""
         if rows.shape[1] % GGML_QUANT_SIZES[kind][0]:
             return None
         values = rows.cpu().contiguous().numpy()
@@ -134,6 +135,8 @@ class TypeErrorTable:
         except BadWeightsError as error:
             key = expert_key(self._layer, projection, number)
             raise ModelFileError(self._source.path, f"tensor {key} {error}.") from None
+        if has_scales(kind):
+            target /= np.float32(gain_of(values, target, columns))
         return torch.from_numpy(target).to(rows.device)
 
 

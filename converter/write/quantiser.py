@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.layout.layer import Matrix
+from slimoe.converter.quant.gain import divided, gain_of, has_scales, sampled_runs
 from slimoe.converter.quant.mixes import layer_and_role
-from slimoe.converter.quant.quantize import needs_importance, quantize_rows
+from slimoe.converter.quant.quantize import dequantize_rows, needs_importance, quantize_rows, usable_importance
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import LOSSLESS
 from slimoe.offload.errors import UsageError
@@ -51,10 +52,15 @@ nothing is known of them."""
 
 
 class PlainQuantiser:
-    """Quantises every matrix by itself, row by row, with the `importance` of its columns where that is known."""
+    """Quantises every matrix by itself, row by row, with the `importance` of its columns where that is known.
 
-    def __init__(self, importance: Importance = lambda _matrix: None, *, n_threads: int = 1) -> None:
-        self._importance, self._n_threads = importance, n_threads
+    Without its gain (see `quant.gain`) if `without_gain`, else to the bytes of llama.cpp's quantizer.
+    """
+
+    def __init__(
+        self, importance: Importance = lambda _matrix: None, *, without_gain: bool = False, n_threads: int = 1
+    ) -> None:
+        self._importance, self._without_gain, self._n_threads = importance, without_gain, n_threads
 
     def begin_layer(self, layer: int) -> None:
         """Nothing to prepare."""
@@ -67,31 +73,61 @@ class PlainQuantiser:
 
     def quantise(self, matrix: Matrix, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Blocks of the matrix, made by all threads; raises as `rows` does."""
+        gain = self.gain(matrix, lambda first, n: weights[first : first + n])
 
         def part(begin: int) -> NDArray[np.uint8]:
-            return self.rows(matrix, weights[begin : begin + _ROWS_AT_ONCE], begin)
+            return self.rows(matrix, weights[begin : begin + _ROWS_AT_ONCE], begin, gain)
 
         with ThreadPoolExecutor(self._n_threads) as pool:
             return np.concatenate(list(pool.map(part, range(0, len(weights), _ROWS_AT_ONCE))))
 
-    def rows(self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0) -> NDArray[np.uint8]:
+    def gain(self, matrix: Matrix, read: Callable[[int, int], NDArray[np.float32]], step: int = 1) -> float:
+        """The gain that all the matrix's rows are to be freed of, measured on some of them; 1 if it stays.
+
+        `read` reads rows [n, n_per_row] from a number on, both multiples of `step`. Raises what it does, and as `rows`.
+        """
+        if not self._without_gain or matrix.is_vector or not has_scales(matrix.type):
+            return 1.0
+        runs = sampled_runs(*matrix.shape, step)
+        values = [read(run.start, run.stop - run.start) for run in runs]
+
+        def after(run: slice, before: NDArray[np.float32]) -> NDArray[np.float32]:
+            return dequantize_rows(self.rows(matrix, before, run.start), matrix.type, matrix.shape[1])
+
+        with ThreadPoolExecutor(self._n_threads) as pool:
+            quantised = list(pool.map(after, runs, values))
+        importance = [self._row_importance(matrix, run) for run in runs]
+        return gain_of(*map(np.concatenate, (values, quantised, importance)))
+
+    def _row_importance(self, matrix: Matrix, rows: slice) -> NDArray[np.float32]:
+        """What the columns of each of some rows count [n, n_per_row]."""
+        known = self._importance(matrix)
+        heads = np.ones((1, matrix.shape[1]), np.float32) if known is None else np.atleast_2d(known)
+        usable = np.stack([usable_importance(one) for one in heads])
+        chosen: NDArray[np.float32] = usable[np.arange(rows.start, rows.stop) * len(usable) // matrix.shape[0]]
+        return chosen
+
+    def rows(
+        self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0, gain: float = 1.0
+    ) -> NDArray[np.uint8]:
         """Blocks of some of the matrix's rows from `first` on, or of a vector; any thread may ask, in any order.
 
-        Raises UsageError for a type that needs importance where there is none, and BadWeightsError for weights that the
-        type cannot express.
+        They are freed of their `gain`. Raises UsageError for a type that needs importance where there is none, and
+        BadWeightsError for weights that the type cannot express.
         """
         importance = None if matrix.is_vector or matrix.type in LOSSLESS else self._importance(matrix)
         if importance is None and needs_importance(matrix.type):
             problem = f"{matrix.key} cannot be {matrix.type.name}: it is not known which of its weights matter."
             raise UsageError(f"{problem} Give statistics, or use IQ3_S or larger there.")
+        scaled = divided(weights, gain)
         if importance is None or importance.ndim == 1:
-            return quantize_rows(weights, matrix.type, importance)
+            return quantize_rows(scaled, matrix.type, importance)
         n_each = matrix.shape[0] // len(importance)
         last = first + len(weights)
         blocks = []
         for head in range(first // n_each, -(-last // n_each)):
             begin, end = max(first, head * n_each), min(last, (head + 1) * n_each)
-            blocks.append(quantize_rows(weights[begin - first : end - first], matrix.type, importance[head]))
+            blocks.append(quantize_rows(scaled[begin - first : end - first], matrix.type, importance[head]))
         return np.concatenate(blocks)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -186,12 +186,19 @@ class FilePieces:
         row_bytes, step = matrix_bytes(matrix) // n_rows, rows.step if rows else 1
         n_at_once = max(1, self._n_weights // (n_per_row * step)) * step
 
-        def make(first: int, n: int) -> NDArray[np.uint8]:
-            quantise = partial(plain.rows, matrix, first=first)
+        def read(first: int, n: int) -> NDArray[np.float32]:
             if rows is not None:
-                return self._made(matrix, rows.read(first, n), quantise)
+                return rows.read(first, n)
             assert weights is not None
-            return self._made(matrix, weights[first : first + n], quantise)
+            return weights[first : first + n]
+
+        @cache
+        def gain() -> float:
+            """Measured by the thread that makes the first piece; one that comes meanwhile finds the same."""
+            return plain.gain(matrix, read, step)
+
+        def make(first: int, n: int) -> NDArray[np.uint8]:
+            return self._made(matrix, read(first, n), lambda values: plain.rows(matrix, values, first, gain()))
 
         for first in range(0, n_rows, n_at_once):
             n = min(n_at_once, n_rows - first)
@@ -235,7 +242,8 @@ def _plain_quantiser(plan: CompressPlan, statistics: Statistics | None, n_thread
     if statistics is None or not plan.importance:
         return PlainQuantiser(n_threads=n_threads)
     is_tied = plan.output_type is None
-    return PlainQuantiser(statistics_importance(statistics, is_tied=is_tied), n_threads=n_threads)
+    importance = statistics_importance(statistics, is_tied=is_tied)
+    return PlainQuantiser(importance, without_gain=True, n_threads=n_threads)
 
 
 def chosen_quantiser(

@@ -16,7 +16,6 @@ from slimoe.converter.quant.quantize import (
     dequantize_rows,
     needs_importance,
     quantize_rows,
-    type_error,
     usable_importance,
 )
 from slimoe.offload.errors import UsageError
@@ -146,19 +145,6 @@ def test_weights_beyond_the_types_scales_are_refused(values: Matrix, kind: Type)
 def test_rows_that_do_not_divide_into_blocks_are_refused(values: Matrix) -> None:
     with pytest.raises(BadWeightsError, match="rows of 96, which do not divide into blocks of 256"):
         quantize_rows(np.ascontiguousarray(values[:, :96]), Type.Q4_K)
-
-
-def test_the_cost_of_a_type_is_the_double_loops(importance: Matrix) -> None:
-    values = np.random.default_rng(4).standard_normal((600, 512), np.float32)
-    rows = np.random.default_rng(5).random(600, np.float32)
-    error = values - dequantize_rows(quantize_rows(values, Type.Q3_K, importance), Type.Q3_K, 512)
-    expected = sum(
-        float(rows[i]) * float(np.square(error[i].astype(np.float64)) @ importance.astype(np.float64))
-        for i in range(600)
-    )
-    assert type_error(values, Type.Q3_K, rows, importance, n_threads=2) == pytest.approx(expected, rel=1e-5)
-    costs = [type_error(values, kind, rows, importance) for kind in (Type.Q6_K, Type.Q4_K, Type.Q2_K, Type.IQ2_XXS)]
-    assert costs == sorted(costs)
 
 
 @pytest.mark.parametrize(

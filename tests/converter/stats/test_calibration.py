@@ -123,7 +123,7 @@ def test_gram_matrices_are_all_inner_products(learnt: Statistics, naive: NaiveMo
 
 
 def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, naive: NaiveModel) -> None:
-    """With the public quantiser of Q8_0; rows of 64 and 96 are no blocks of Q4_K."""
+    """With the public quantiser of Q8_0, its gain taken out; rows of 64 and 96 are no blocks of Q4_K."""
     x = np.concatenate(naive.layers[1].x)
     errors = learnt.layers[1].type_errors
     assert errors is not None
@@ -132,8 +132,10 @@ def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, na
     expected = np.zeros((6, 4))
     for expert in range(6):
         true = naive.matrices(1, expert)
-        other = [gguf.dequantize(gguf.quantize(m.astype(np.float32), _Q8), _Q8) for m in true]
-        changes = [(other[0], *true[1:]), (true[0], other[1], true[2]), (*true[:2], other[2]), tuple(other)]
+        own = [x[t] for t in range(len(x)) if expert in naive.select(1, x[t])[2]]
+        read, hidden = ((np.stack(one) ** 2).sum(0) for one in (own, [hidden_and_output(true, one)[0] for one in own]))
+        gate, up, down = (without_gain(m, one) for m, one in zip(true, (read, read, hidden), strict=True))
+        changes = [(gate, *true[1:]), (true[0], up, true[2]), (*true[:2], down), (gate, up, down)]
         for t in range(len(x)):
             _, _, selected, weights = naive.select(1, x[t])
             if expert in selected:
@@ -145,6 +147,13 @@ def test_errors_of_types_are_those_of_requantised_experts(learnt: Statistics, na
 
 
 _Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def without_gain(matrix: Array, importance: Array) -> Array:
+    """The values of a matrix in Q8_0, divided by their gain."""
+    values: Array = gguf.dequantize(gguf.quantize(matrix.astype(np.float32), _Q8), _Q8)
+    gain = float((importance * matrix * values).sum() / (importance * matrix * matrix).sum())
+    return values / gain
 
 
 def test_errors_of_types_on_samples_are_near_those_of_all(k_quant_checkpoint: Path) -> None:

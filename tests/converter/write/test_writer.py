@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import plan_bytes
-from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, Format
 from slimoe.converter.methods.expert_matrices import merged_matrix
-from slimoe.converter.quant.quantize import quantize_rows
+from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
@@ -110,9 +110,11 @@ def test_what_lies_in_blocks_is_copied(tmp_path: Path, q4_k_m: Path) -> None:
 class Refusing(PlainQuantiser):
     """Nothing is to be made but constants."""
 
-    def rows(self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0) -> NDArray[np.uint8]:
+    def rows(
+        self, matrix: Matrix, weights: NDArray[np.float32], first: int = 0, gain: float = 1.0
+    ) -> NDArray[np.uint8]:
         assert matrix.is_constant, matrix.key
-        return super().rows(matrix, weights, first)
+        return super().rows(matrix, weights, first, gain)
 
 
 class Doubling:
@@ -302,9 +304,8 @@ def test_importance_of_each_matrix(tmp_path: Path, k_quant_source: ModelSource) 
     layer = replace(plan.layers[0], experts=experts, rows=(0, 1, 2), target=(0, 1, 2), types=attention)
     found = tensors(write_planned(k_quant_source, replace(plan, layers=(layer,)), tmp_path / "m.gguf", statistics).path)
 
-    def expected(expert: int, part: str, importance: NDArray[np.float32] | None) -> bytes:
-        values = merged_matrix(k_quant_source, 0, experts[expert], part)
-        return quantize_rows(np.ascontiguousarray(values), Type.Q4_0, importance).tobytes()
+    def expected(expert: int, part: str, importance: Array) -> bytes:
+        return freed_of_gain(merged_matrix(k_quant_source, 0, experts[expert], part), importance)
 
     unseen = inputs.expert.sum(0)
     assert found["blk.0.ffn_gate_exps.b0.weight"][1] == expected(0, "gate", inputs.expert[0]) + expected(
@@ -318,8 +319,45 @@ def test_importance_of_each_matrix(tmp_path: Path, k_quant_source: ModelSource) 
     assert found["blk.0.ffn_up_exps.b1.weight"][1] == expected(2, "up", inputs.expert[2] + inputs.expert[3])
     for role, importance in (("attn_k", inputs.attention), ("attn_output", inputs.mixed)):
         values = k_quant_source.read(MatrixKey(f"blk.0.{role}.weight"))
-        assert found[f"blk.0.{role}.weight"][1] == quantize_rows(values, Type.Q4_0, importance).tobytes()
-        assert found[f"blk.0.{role}.weight"][1] != quantize_rows(values, Type.Q4_0).tobytes()
+        assert found[f"blk.0.{role}.weight"][1] == freed_of_gain(values, importance)
+        assert found[f"blk.0.{role}.weight"][1] != freed_of_gain(values, np.ones_like(importance))
+
+
+def freed_of_gain(values: Array, importance: Array) -> bytes:
+    """Blocks of Q4_0 with a gain of 1."""
+    plain = dequantize_rows(
+        quantize_rows(np.ascontiguousarray(values), Type.Q4_0, importance), Type.Q4_0, len(values.T)
+    )
+    weighted = values.astype(np.float64) * importance
+    gain = (weighted * plain).sum() / (weighted * values).sum()
+    assert abs(gain - 1) > 1e-5
+    return quantize_rows((values / np.float32(gain)).astype(np.float32), Type.Q4_0, importance).tobytes()
+
+
+@pytest.mark.parametrize("form", ["stock", "native"])
+def test_plans_of_statistics_have_no_gain_and_named_types_keep_theirs(
+    tmp_path: Path, k_quant_source: ModelSource, form: Format
+) -> None:
+    statistics = statistics_of(k_quant_source)
+    plan = same_plan(k_quant_source, "Q2_K_PURE", form)
+    fitted = replace(plan, importance=True)
+    inputs = statistics.layers[1].inputs
+    name = "blk.1.ffn_up_exps.weight" if form == "stock" else "blk.1.ffn_up_exps.b0.weight"
+
+    def gains(path: Path) -> Array:
+        """Of the experts that some token selected."""
+        seen = inputs.expert.any(1)
+        stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+        values = gguf.dequantize(stored.data, stored.tensor_type).reshape(6, 512, 256)
+        before = np.stack([k_quant_source.read(expert_key(1, "up", expert)) for expert in range(6)])
+        weighted = inputs.expert[:, None] * before.astype(np.float64)
+        found: Array = ((weighted * values).sum((1, 2))[seen] / (weighted * before).sum((1, 2))[seen]) - 1
+        return found
+
+    freed = write_planned(k_quant_source, fitted, tmp_path / "a.gguf", statistics, n_threads=2).path
+    assert np.abs(gains(freed)).max() < 0.002
+    named = write_planned(k_quant_source, plan, tmp_path / "b.gguf").path
+    assert np.abs(gains(named)).min() > 0.01
 
 
 def test_types_that_need_statistics(tmp_path: Path, k_quant_source: ModelSource) -> None:
