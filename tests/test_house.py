@@ -48,6 +48,7 @@ FLOORS = {
         {"recipe", "write"},
         {"budget", "hf"},
         {"report"},
+        {"heal"},
     ),
     "server": (
         {"conversation"},

@@ -16,6 +16,7 @@ from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
 from slimoe.converter.forward.rotation import angles_of, rotate
+from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import (
     PROJECTIONS,
     MatrixKey,
@@ -164,6 +165,8 @@ class SharedExpert:
 
 def read_tensor(source: ModelSource, key: MatrixKey, device: str = "cpu") -> Tensor:
     """One of the model's matrices; raises ModelFileError."""
+    if isinstance(source, TensorSource):
+        return source.tensor(key)
     return torch.from_numpy(source.read(key)).to(device)
 
 

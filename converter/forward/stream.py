@@ -119,7 +119,7 @@ class Stream:
 
     def embed(self) -> None:
         """Fills `h` with the tokens' embeddings; raises ModelFileError."""
-        table = read_tensor(self.source, MatrixKey("token_embd.weight"))
+        table = read_tensor(self.source, MatrixKey("token_embd.weight")).cpu()
         tokens = [token for one in self.sequences.tokens for token in one]
         torch.index_select(table, 0, torch.tensor(tokens), out=self.h)
         self.h *= self.source.spec.multipliers.embedding
@@ -213,7 +213,7 @@ def rows_by_expert(
     """Every expert among a token's first `n_main` selected ones (all if None), or -1 - n for constant n; the rows that
     select it, and its weights for them.
     """
-    meant = torch.tensor(target)[routing.selected[:, :n_main]]
+    meant = torch.tensor(target, device=routing.selected.device)[routing.selected[:, :n_main]]
     for expert in meant.unique().tolist():
         rows, ranks = torch.nonzero(meant == expert, as_tuple=True)
         yield expert, rows, routing.weights[rows, ranks]

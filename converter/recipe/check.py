@@ -183,5 +183,5 @@ def check_recipe(recipe: Recipe, words: Words) -> None:
 def needs_statistics(recipe: Recipe) -> bool:
     """Whether a plan of the recipe needs the statistics of a calibration."""
     drops = recipe.drop_ffn, recipe.drop_attention, recipe.drop_blocks, recipe.experts.keep, recipe.experts.width
-    fits = recipe.fit.feedback, recipe.fit.refit, recipe.experts.main
+    fits = recipe.fit.feedback, recipe.fit.refit, recipe.fit.heal, recipe.experts.main
     return _has_target(recipe) or any(drops) or any(fits) or recipe.experts.order != "router"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.quant.mixes import RECIPES
 from slimoe.converter.stats.type_costs import CANDIDATES
+from slimoe.offload.resources.duration import parse_minutes
 from slimoe.offload.resources.memory import parse_bytes
 
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)\s*%")
@@ -85,6 +86,14 @@ def _size(value: object, _sizes: SourceSizes) -> int:
     return size
 
 
+def _time(value: object, _sizes: SourceSizes) -> float:
+    is_time = isinstance(value, str | int | float) and not isinstance(value, bool)
+    seconds = parse_minutes(str(value)) if is_time else None
+    if seconds is None or seconds <= 0:
+        raise NotExpectedError('a time such as "5m", "90s" or "1h30m", or a number of minutes')
+    return seconds
+
+
 def _flag(value: object, _sizes: SourceSizes) -> bool:
     if not isinstance(value, bool):
         raise NotExpectedError("true or false")
@@ -152,5 +161,5 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "output": _type(*TYPES),
         "candidates": _types,
     },
-    "fit": {"importance": _flag, "feedback": _flag, "refit": _flag},
+    "fit": {"importance": _flag, "feedback": _flag, "refit": _flag, "heal": _time},
 }

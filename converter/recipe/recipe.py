@@ -57,11 +57,15 @@ class StorageRecipe:
 
 @dataclass(frozen=True, slots=True)
 class FitRecipe:
-    """How weights are quantised; see `CompressPlan`. `refit` runs the calibration's tokens once more to fit routers."""
+    """How weights are quantised; see `CompressPlan`. `refit` runs the calibration's tokens once more to fit routers.
+
+    For `heal` seconds the written file's small tensors are trained against the source; None does not.
+    """
 
     importance: bool = True
     feedback: bool = False
     refit: bool = False
+    heal: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

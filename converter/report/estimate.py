@@ -44,10 +44,8 @@ def estimate_seconds(
 
     `clock` tells seconds. Raises ModelFileError.
     """
-    few, many = (_pass_seconds(source, work.windows, n_tokens, device, clock) for n_tokens in (_FEW, _MANY))
     n_layer = source.spec.n_layer
-    per_token = max(0.0, many[0] - few[0]) / max(1, many[1] - few[1])
-    reading = max(0.0, few[0] - per_token * few[1])
+    reading, per_token = _layer_seconds(source, work.windows.sequences, device, clock)
 
     def layers(n: float, n_tokens: int) -> float:
         """Seconds of `n` layers, whose reading does not depend on the number of tokens."""
@@ -69,12 +67,29 @@ def estimate_seconds(
     return seconds
 
 
-def _pass_seconds(
-    source: ModelSource, windows: Windows, n_tokens: int, device: str, clock: Callable[[], float]
+def pass_seconds(
+    source: ModelSource, sequences: Sequences, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Estimates the seconds in which sequences pass through all layers of a model; raises ModelFileError."""
+    reading, per_token = _layer_seconds(source, sequences, device, clock)
+    return source.spec.n_layer * (reading + per_token * sequences.n_rows)
+
+
+def _layer_seconds(
+    source: ModelSource, sequences: Sequences, device: str, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Seconds to read a layer, and those of a token in it."""
+    few, many = (_trial_seconds(source, sequences, n_tokens, device, clock) for n_tokens in (_FEW, _MANY))
+    per_token = max(0.0, many[0] - few[0]) / max(1, many[1] - few[1])
+    return max(0.0, few[0] - per_token * few[1]), per_token
+
+
+def _trial_seconds(
+    source: ModelSource, texts: Sequences, n_tokens: int, device: str, clock: Callable[[], float]
 ) -> tuple[float, int]:
     """Median seconds of the first block on at most `n_tokens` tokens, and the number of tokens that there were."""
     tokens: list[tuple[int, ...]] = []
-    for window in windows.sequences.tokens:
+    for window in texts.tokens:
         left = n_tokens - sum(map(len, tokens))
         if left > 0:
             tokens.append(window[:left])

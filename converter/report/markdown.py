@@ -93,7 +93,7 @@ def _summary(report: Report) -> Iterator[str]:
             f"With every expert's second copy: KL {divergence(low)} nats, perplexity {low.perplexity:.3f} "
             f"({100 * low.perplexity_rise:+z.1f} %)."
         )
-    for text in (yardstick_text(report), unread_text(report)):
+    for text in (healing_text(report), yardstick_text(report), unread_text(report)):
         if text:
             yield ""
             yield text
@@ -126,6 +126,17 @@ def yardstick_text(report: Report) -> str:
     how = "measured alike" if found.is_measured else "as the statistics predict"
     less = f": this file has {kl / found.kl:.2g} times that" if found.kl > 0 and kl > 0 else ""
     return f"Plain types of the whole model at as many bytes, {how}: KL {found.kl:.4f}, from {models}{less}."
+
+
+def healing_text(report: Report) -> str:
+    """A sentence on the file's healing; empty if there was none."""
+    found = report.healing
+    if found is None:
+        return ""
+    on = f"KL {found.kl_before:.4f} before and {found.kl_after:.4f} after, on held-out calibration text"
+    if not found.is_kept:
+        return f"Healing of {found.seconds:.0f} s was undone, as it did not help ({on})."
+    return f"Healed for {found.seconds:.0f} s, which trained norms, routers and other small tensors: {on}."
 
 
 def unread_text(report: Report) -> str:

@@ -1,6 +1,7 @@
 """Measures the quality of a written file: its bytes are read back and evaluated, not the plan that it was made by."""
 
 import hashlib
+import json
 import math
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from slimoe.converter.report.evaluation import TRACED_TOKENS, Reference
 from slimoe.converter.report.generation_check import Continue, check_generation, greedy
 from slimoe.converter.report.layer_swap import divergence_by_block
 from slimoe.converter.report.quality import Comparison, DomainQuality, summarise
-from slimoe.converter.report.report import Coverage, EvaluatedOn, FileFacts, Provenance, Report, Writing
+from slimoe.converter.report.report import Coverage, EvaluatedOn, FileFacts, Healing, Provenance, Report, Writing
 from slimoe.converter.report.yardstick import PlainPlan, Yardstick, make_yardstick, plain_neighbours, planned_source
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.inventory import take_inventory
@@ -192,6 +193,7 @@ class ReportMaker:
             coverage=expert_coverage(self.statistics) if self.statistics else known.coverage if known else None,
             yardstick=yardstick,
             seconds=time.monotonic() - begin,
+            healing=healing_of(self.metadata),
         )
 
     # --- measuring -----------------------------------------------------------------------------------------
@@ -299,6 +301,16 @@ def _evaluated_on(texts: EvalText) -> EvaluatedOn:
         is_own=texts.is_own,
         seen=texts.seen,
     )
+
+
+def healing_of(metadata: Mapping[str, Value]) -> Healing | None:
+    """What a file's header says of its healing; None if it was not healed, or says it in a way that is not known."""
+    try:
+        told = json.loads(str(metadata[keys.HEALED]))
+        before, after = (float(one) for one in told["kl"])
+        return Healing(before, after, float(told["seconds"]), bool(told["kept"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def expert_coverage(statistics: Statistics) -> Coverage:

@@ -76,6 +76,19 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
+class Healing:
+    """What training small tensors of the file for so many `seconds` reached, by KL on held-out calibration text.
+
+    If it did not help and was undone, `is_kept` is false, and `kl_after` is what it would have been.
+    """
+
+    kl_before: float
+    kl_after: float
+    seconds: float
+    is_kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluatedOn:
     """The texts of the evaluation: their tokens, the scored ones among them, and the tokens of the longest window.
 
@@ -114,3 +127,4 @@ class Report:
     coverage: Coverage | None
     yardstick: Yardstick | None
     seconds: float
+    healing: Healing | None = None

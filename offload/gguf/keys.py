@@ -44,6 +44,8 @@ RESERVED = "slimoe.reserved"
 """Spaces, in place of which keys are written that are known only once the file is there, such as its quality."""
 QUALITY = "slimoe.quality"
 """What the file was measured to have lost against its source, as JSON."""
+HEALED = "slimoe.healed"
+"""What healing reached, as JSON: the KL divergence on held-out calibration text before and after it, or would have."""
 IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
 PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, SOURCE_BLOCKS, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
 

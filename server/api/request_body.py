@@ -12,11 +12,11 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
+from slimoe.offload.resources.duration import parse_duration
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams
 from slimoe.server.api.forms import NO_SCHEMA, ResponseFormat, Schema, StructuredOutputs, constraint_of
 from slimoe.server.api_error import invalid
 from slimoe.server.http.body_intake import INTAKE
-from slimoe.server.options.duration import parse_duration
 
 MAX_STOPS, MAX_CHOICES, MAX_LOGPROBS, MAX_PROMPTS = 64, 16, 20, 2048
 MAX_STOP_CHARS, MAX_BIASES = 1024, 4096

@@ -13,6 +13,7 @@ import msgspec
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import read_regular, reason
+from slimoe.offload.resources.duration import parse_duration
 from slimoe.server.api.request_body import Defaults
 from slimoe.server.app import AppConfig
 from slimoe.server.http.accepting import connection_limits, open_file_limit
@@ -20,7 +21,6 @@ from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
 from slimoe.server.offer import Offer
-from slimoe.server.options.duration import parse_duration
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.installed import version_of
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params

@@ -15,3 +15,9 @@ def parse_duration(text: str) -> float | None:
     parts = re.findall(_PART, found["parts"]) if found["parts"] else [(found["number"], "")]
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     return -seconds if found["sign"] == "-" else seconds
+
+
+def parse_minutes(text: str) -> float | None:
+    """Seconds as `parse_duration` reads them, but a number without a unit is one of minutes."""
+    seconds = parse_duration(text)
+    return seconds if seconds is None or text.strip()[-1:].isalpha() else 60 * seconds
