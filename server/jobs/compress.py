@@ -15,13 +15,15 @@ from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.write.estimate import writing_seconds
-from slimoe.converter.write.writer import chosen_quantiser, write_layout
+from slimoe.converter.write.writer import WriteReport, chosen_quantiser, write_layout
 from slimoe.offload.errors import UsageError
+from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.jobs.compress_plan import CompressWork, plan_work
+from slimoe.server.jobs.compress_plan import CompressWork, is_healed, plan_work
 from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
 from slimoe.server.jobs.evaluate import Evaluator, report_summary
+from slimoe.server.jobs.heal import Healing, heal_fields, unfinished
 from slimoe.server.options.compress_options import CompressOptions, with_type
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import engine_settings
@@ -35,31 +37,30 @@ LONG_SECONDS = 1800
 
 def convert_compressed(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -> None:
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
+    written, quality = None, dict[str, Any]()
     if values["dry_run"]:
         work = _plan(values, options, n_threads)
-        written, quality = None, dict[str, Any]()
     else:
-        with reserve(values["target"]) as destination:
-            with unwritten(values["target"]):
+        heals = is_healed(options)
+        with reserve(values["target"], resumes=heals) as destination:
+            with unfinished(destination) if heals else unwritten(values["target"]):
                 work = _plan(values, options, n_threads)
                 # Texts are read first: what is wrong with them is told before hours of work.
                 evaluator = Evaluator(work.source, work.statistics, eval_options(values)) if values["report"] else None
+                healing = None
+                if heals:
+                    healing = Healing.planned(work, () if evaluator is None else evaluator.tokens)
+                    healing.announce()
                 if evaluator is not None:
                     n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
                     seconds = evaluator.seconds(work.layout.n_bytes, n_copy)
                     tell(f"Its evaluation will then take about {duration(seconds)}; --no-report leaves it out.")
-                with byte_bar(work.layout.n_bytes) as on_progress:
-                    written = write_layout(
-                        work.source,
-                        work.layout,
-                        destination,
-                        chosen_quantiser(work.source, work.plan, work.statistics, n_threads),
-                        n_threads=n_threads,
-                        force=values["force"],
-                        on_progress=on_progress,
-                    )
-            tell(f"{destination.target}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
-            quality = {}
+                if healing is None:
+                    written = _write(values, work, destination, n_threads)
+                else:
+                    if not healing.is_written(destination):
+                        written = _write(values, work, healing.path(destination), n_threads)
+                    quality["healing"] = heal_fields(healing.run(destination))
             if evaluator is not None:
                 target, lacks = destination.target, list(work.plan.uncounted)
                 try:
@@ -67,13 +68,30 @@ def convert_compressed(values: Mapping[str, Any], options: CompressOptions, n_th
                 except KeyboardInterrupt:
                     tell(f"{target} is whole, but has no report. slimoe report makes one.")
                     raise
-                quality = {"quality": report_summary(report, target)}
+                quality["quality"] = report_summary(report, target)
     if values["as_json"]:
         done: dict[str, Any] = {"path": str(values["target"]), "seconds": 0.0}
         if written is not None:
             done["seconds"] = round(written.seconds, 3)
             done |= {"n_tensors": written.n_tensors, "n_copied_bytes": written.n_copied}
         click.echo(msgspec.json.encode(work_fields(work) | done | quality))
+
+
+def _write(values: Mapping[str, Any], work: CompressWork, target: Destination | Path, n_threads: int) -> WriteReport:
+    """Writes the planned file, and tells that it is there."""
+    with byte_bar(work.layout.n_bytes) as on_progress:
+        written = write_layout(
+            work.source,
+            work.layout,
+            target,
+            chosen_quantiser(work.source, work.plan, work.statistics, n_threads),
+            n_threads=n_threads,
+            # What lies in the run's folder is of another plan.
+            force=values["force"] or isinstance(target, Path),
+            on_progress=on_progress,
+        )
+    tell(f"{values['target']}: {written.n_bytes:,} bytes in {written.seconds:.1f} s")
+    return written
 
 
 def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -> CompressWork:

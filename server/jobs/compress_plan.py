@@ -63,6 +63,12 @@ def plan_work(model: Path, options: CompressOptions, n_threads: int) -> Compress
     return CompressWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
 
 
+def is_healed(options: CompressOptions) -> bool:
+    """Whether flags or their recipe ask for healing; raises UsageError for a recipe that cannot be read."""
+    fit = options.merged({} if options.recipe is None else recipe_tables(options.recipe)).get("fit")
+    return isinstance(fit, dict) and fit.get("heal") is not None
+
+
 def recipe_of(source: ModelSource, options: CompressOptions) -> Recipe:
     """The recipe that flags name, with what other flags say in its place; raises UsageError."""
     sizes = SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff)

@@ -42,6 +42,11 @@ class Evaluator:
         with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
             self.text = read_eval_text(files, encoder, source.spec.n_ctx_train, statistics, options.n_tokens)
 
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """The sequences of token ids that files are evaluated on."""
+        return self.text.windows.sequences.tokens
+
     def seconds(self, n_bytes: int, n_copy: int) -> float:
         """Estimates how long evaluating a file of `n_bytes` with `n_copy` copies of each expert takes.
 

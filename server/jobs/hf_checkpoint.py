@@ -38,6 +38,7 @@ _OF_A_FILE = (
     "search",
     "feedback",
     "refit",
+    "heal",
     "eval_texts",
     "force",
 )

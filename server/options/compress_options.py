@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from slimoe.offload.resources.duration import parse_minutes
 from slimoe.offload.resources.memory import parse_bytes
 from slimoe.server.options.flag_group import flag_group
 
@@ -33,6 +34,7 @@ _KEYS: Mapping[str, tuple[str, str]] = {
     "drop_blocks": ("", "drop_blocks"),
     "feedback": ("fit", "feedback"),
     "refit": ("fit", "refit"),
+    "heal": ("fit", "heal"),
 }
 """Where the value of each flag stands in a recipe; absent flags are None."""
 FLAGS: Mapping[str, str] = {
@@ -104,6 +106,18 @@ class MinutesType(click.FloatRange):
         if not math.isfinite(minutes):
             self.fail(f"{value!r} is no number of minutes.", param, ctx)
         return minutes
+
+
+class TimeType(click.ParamType[str]):
+    """A time such as 5m, or a number of minutes, as a recipe has it."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Gives the time as it was written."""
+        if not parse_minutes(str(value)) or str(value).strip().startswith("-"):
+            self.fail(f"{value!r} is no time. Write one like 5m, 90s or 1h, or a number of minutes.", param, ctx)
+        return str(value)
 
 
 class AmountType(click.ParamType[int | str]):
@@ -205,6 +219,12 @@ compress_flags = flag_group(
         help="Error feedback (GPTQ): later columns make up for rounding errors.",
     ),
     click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
+    click.option(
+        "--heal",
+        type=TimeType(),
+        metavar="MINUTES",
+        help="Train routers, norms and other small tensors of the written file against SRC for so long, such as 5m.",
+    ),
 )
 """The flags that say how to compress a model, as a decorator of a command."""
 

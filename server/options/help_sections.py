@@ -43,6 +43,7 @@ SECTIONS = {
         "two_copies",
         "feedback",
         "refit",
+        "heal",
         "search",
         "stock",
     ),

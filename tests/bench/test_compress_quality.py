@@ -1,4 +1,4 @@
-"""What `bench.compress_quality` understands and writes beside its figures."""
+"""What benches of quality understand and write beside their figures."""
 
 from pathlib import Path
 
@@ -9,8 +9,15 @@ from bench.compressed_experts import active_parameters
 from bench.models.equal_heads import write_equal_heads
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
+from bench.quality.healing import rows
 from slimoe.converter.budget.compressed_experts import CompressedSource
+from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.forward.windows import cut_windows
+from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
+from slimoe.converter.stats.observer import Samples
+from tests.models.compress_plans import random_sequences
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_fine
 
 
@@ -39,3 +46,23 @@ def test_active_weights_are_all_but_those_of_experts_that_are_not_computed(tmp_p
     assert active_parameters(source) == sum(torch.Size(one).numel() for one in source.shapes.values()) - others
     vectors = 2 * shape.n_embd * shape.n_layer
     assert active_parameters(CompressedSource(source, 1)) == active_parameters(source) - expert + vectors
+
+
+def test_healing_has_rows_before_and_after(k_quant_checkpoint: Path, tmp_path: Path) -> None:
+    source = open_source(k_quant_checkpoint)
+    text = CalibrationText(random_sequences(4, 16, source.spec.n_vocab), ("random",) * 4)
+    settings = CalibrationSettings(Samples(types=()), n_sensitivity=0)
+    statistics = calibrate(source, text, settings, tmp_path / "partial")
+    reference = Reference(source, cut_windows({"random": sum(statistics.tokens, ())}, length=16))
+    found = list(rows(source, statistics, reference, ("dropped", "main"), (0.3,), tmp_path))
+    assert [(row["kind"], row["seconds"]) for row in found] == [
+        ("dropped", 0.0),
+        ("dropped", 0.3),
+        ("main", 0.0),
+        ("main", 0.3),
+    ]
+    for before, after in (found[:2], found[2:]):
+        assert before["kl"] > 0
+        assert after["left"] == after["kl"] / before["kl"]
+        assert after["is_kept"] or after["kl"] == before["kl"]
+        assert after["n_bytes"] == before["n_bytes"]

@@ -1,0 +1,148 @@
+"""What healing wins back: files of several kinds before and after training their small tensors for so long.
+
+All are made of one checkpoint and its statistics, and evaluated on texts that neither calibration nor training saw:
+windows of 512 tokens, the second half of each scored against the checkpoint in float32. The time is that of the
+processor, all threads together, so that a busy machine does not matter. The last line of stdout is one JSON document.
+
+    python -m bench.quality.healing --checkpoint ~/mixtral --stats STATS --text news=news.txt --heal 2m --heal 5m
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from bench.limits import machine
+from bench.limits.flags import threads_flag
+from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.convert import ConvertOptions, plan
+from slimoe.converter.forward.texts import TextFile
+from slimoe.converter.heal.heal import heal, write_healed
+from slimoe.converter.heal.lesson import HealSettings, heal_texts
+from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
+from slimoe.converter.report.eval_text import read_eval_text
+from slimoe.converter.report.evaluation import Reference
+from slimoe.converter.report.quality import summarise
+from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics_file import load_statistics
+from slimoe.converter.write.writer import write_planned
+from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.resources.duration import parse_minutes
+from slimoe.offload.resources.processors import default_threads
+from slimoe.server.chat.text_encoder import TokenizerEncoder
+
+KINDS = ("native", "stock", "dropped", "merged", "main")
+Row = dict[str, Any]
+
+
+def recipe(kind: str, source: ModelSource, target: Path) -> Recipe:
+    """Of a file with the bytes of Q2_K, of that mix itself, or of one with a quarter or half fewer experts in 4 bits.
+
+    `target` is a path where a file could be written.
+    """
+    keep, main, four = source.spec.n_expert * 3 // 4, source.spec.n_expert_used // 2, StorageRecipe("Q4_K_M")
+    if kind == "native":
+        return Recipe(target_size=plan(ConvertOptions(source.path, target, "Q2_K", force=True)).layout.n_bytes)
+    return {
+        "stock": Recipe(format="stock", types=StorageRecipe("Q2_K")),
+        "dropped": Recipe(experts=ExpertRecipe(keep=keep), types=four),
+        "merged": Recipe(experts=ExpertRecipe(keep=keep, merge="hc-smoe"), types=four),
+        "main": Recipe(experts=ExpertRecipe(main=main), types=four),
+    }[kind]
+
+
+def rows(
+    source: ModelSource,
+    statistics: Statistics,
+    reference: Reference,
+    kinds: tuple[str, ...],
+    times: tuple[float, ...],
+    directory: Path,
+) -> Iterator[Row]:
+    """A row for each kind of file and time, and one for each file as it is written, whose time is 0."""
+    path, texts = directory / "m.gguf", heal_texts(statistics.tokens)
+    for kind in kinds:
+        made = plan_compression(source, statistics, recipe(kind, source, path))
+        write_planned(source, made, path, statistics, force=True)
+        before = summarise(reference.compare(gguf_source(path)))
+        row = {"kind": kind, "n_bytes": path.stat().st_size}
+        yield row | {"seconds": 0.0, "kl": before.total.divergence.mean, "kl_error": before.total.divergence.error}
+        for seconds in times:
+            healed = heal(
+                source,
+                path,
+                texts,
+                HealSettings(seconds, clock=time.process_time),
+                [layer.block for layer in made.layers],
+            )
+            write_healed(path, healed)
+            after = summarise(reference.compare(gguf_source(path)))
+            yield row | {
+                "seconds": seconds,
+                "kl": after.total.divergence.mean,
+                "kl_error": after.total.divergence.error,
+                "left": after.total.divergence.mean / before.total.divergence.mean,
+                "domains": {
+                    name: [before.domains[name].divergence.mean, one.divergence.mean]
+                    for name, one in after.domains.items()
+                },
+                "held": [healed.before.held, healed.after.held],
+                "is_kept": healed.is_kept,
+            }
+            write_planned(source, made, path, statistics, force=True)
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What all files are made of.")
+@click.option("--stats", type=click.Path(path_type=Path), required=True, help="What slimoe calibrate measured of it.")
+@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on; at least one.")
+@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Of 512 tokens, of each text.")
+@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
+@click.option("--heal", "times", multiple=True, default=("2m",), show_default=True, help="Time to train for.")
+@threads_flag
+def main(
+    checkpoint: Path,
+    stats: Path,
+    texts: tuple[str, ...],
+    windows: int,
+    kinds: tuple[str, ...],
+    times: tuple[str, ...],
+    threads: int | None,
+) -> None:
+    """Measure what healing wins back."""
+    console, found = Console(stderr=True), list[Row]()
+    torch.set_num_threads(threads or default_threads())
+    try:
+        seconds = [parse_minutes(one) or 0.0 for one in times]
+        if not texts or min(seconds) <= 0:
+            raise UsageError("Name at least one --text, and times such as --heal 2m.")
+        source = open_source(checkpoint)
+        files = [TextFile.parse(one) for one in texts]
+        with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
+            cut = read_eval_text(files, encoder, source.spec.n_ctx_train, n_tokens=512 * windows * len(files)).windows
+        statistics, reference = load_statistics(stats, source), Reference(source, cut)
+        with tempfile.TemporaryDirectory(prefix="slimoe-healing-") as name:
+            for row in rows(source, statistics, reference, kinds, tuple(seconds), Path(name)):
+                found.append(row)
+                left = f" ({row['left']:.0%} left)" if "left" in row else ""
+                console.print(f"{row['kind']} {row['n_bytes']:,} {row['seconds']:.0f} s KL {row['kl']:.5f}{left}")
+        reference.close()
+    except SlimoeError as error:
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    print(json.dumps({"rows": found, "texts": list(texts), "machine": machine.describe()}))
+
+
+if __name__ == "__main__":
+    main()
