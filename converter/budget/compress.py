@@ -106,17 +106,21 @@ class _Job:
     on_progress: Progress
 
     def structure(self) -> Structure:
-        """What is left of the model, its experts trimmed if the recipe says so."""
+        """What is left of the model, its experts merged or trimmed if the recipe says so."""
         source, statistics, experts = self.source, self.statistics, self.recipe.experts
         structure, width = build_structure(source, statistics, self.recipe), experts.width
         if experts.main is not None:
             from slimoe.converter.budget.compressed_experts import with_compressed_experts
 
             return with_compressed_experts(source, statistics, structure, experts.main, self.on_progress)
+        # torch is heavy, and most plans do without.
+        if experts.merge == "neurons" and statistics is not None:
+            from slimoe.converter.budget.merging import with_joined_neurons
+
+            return with_joined_neurons(source, statistics, structure, self.on_progress)
         if width is None:
             return structure
         check_width(source, self.recipe, width)
-        # torch is heavy, and most plans do without.
         from slimoe.converter.budget.trimming import trimmed
 
         return trimmed(source, statistics, structure, width, self.on_progress)

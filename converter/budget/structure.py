@@ -13,7 +13,7 @@ from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER, is_attention
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
-from slimoe.converter.methods.expert_groups import ExpertGroups, merge_by_output, msmoe, plan_groups
+from slimoe.converter.methods.expert_groups import ExpertGroups, joined_groups, merge_by_output, msmoe, plan_groups
 from slimoe.converter.methods.expert_order import co_selection_order
 from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_weight import layer_weight
@@ -198,8 +198,8 @@ class _Builder:
         targets = [self.source.layers[block].target for block in blocks]
         if how == "m-smoe" and self.recipe.format == "native":
             found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), self.source.spec.n_expert_used)
-        elif how == "m-smoe":
-            # The stock format has as many experts in every layer.
+        elif how != "hc-smoe":
+            # The stock format has as many experts in every layer, and an expert of neurons has room for as many.
             pairs = zip(layers, targets, strict=True)
             found = [msmoe([one], [target], keep, keep)[0] for one, target in pairs]
         else:
@@ -212,7 +212,10 @@ class _Builder:
         result = []
         for block, groups in zip(blocks, found, strict=True):
             # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
-            experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
+            if how == "neurons":
+                experts = joined_groups(groups, _OPEN)
+            else:
+                experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
             result.append(self._routed(replace(whole_layer(self.source, block), experts=experts), groups))
         return result
 

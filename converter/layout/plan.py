@@ -22,7 +22,8 @@ class ExpertPlan:
 
     `members` are the source's stored experts: one, or several that are merged, with their `weights` (which sum to 1)
     and for all but the first the order `neurons` of theirs that match the first's [n_ff]. `kept` are the neurons that
-    are left after trimming, all if None; `down` [n_embd, n_kept] is then the matrix fitted to them.
+    are left after trimming, all if None; `down` [n_embd, n_kept] is then the matrix fitted to them. Without `neurons`
+    the members are not averaged but lie side by side: `kept` then counts on from one member's neurons to the next's.
     """
 
     members: tuple[int, ...]
@@ -32,6 +33,16 @@ class ExpertPlan:
     neurons: tuple[NDArray[np.int64], ...] = ()
     kept: NDArray[np.int64] | None = None
     down: NDArray[np.float32] | None = None
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether it has neurons of several members, in place of their means."""
+        return len(self.members) > 1 and not self.neurons
+
+    def picked(self, n_ff: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """The members that lie side by side, `n_ff` neurons each, and which of its own neurons each of them keeps."""
+        kept = np.arange(len(self.members) * n_ff) if self.kept is None else self.kept
+        return [(member, kept[kept // n_ff == place] % n_ff) for place, member in enumerate(self.members)]
 
 
 @dataclass(frozen=True, slots=True)

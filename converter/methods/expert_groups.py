@@ -4,6 +4,9 @@ HC-SMoE (arXiv 2410.08589) merges experts of similar outputs: their mean outputs
 cluster averaged, weighted by use; any number of experts can be left in each layer. M-SMoE (arXiv 2310.01334) merges
 experts of similar router logits: the most used experts of the whole model are kept, and every other one joins the kept
 expert of its layer whose logits are most like its own.
+
+Averages lose nearly all of what experts say that were trained apart: no neuron of one is like any of another, so that
+gate, up and down each shrink. Groups can be joined in place of averaged: neurons of all members are then chosen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,6 +73,12 @@ def plan_groups(
             )
         plans.append(ExpertPlan(members, kinds, weights=weights, neurons=orders))
     return tuple(plans)
+
+
+def joined_groups(groups: ExpertGroups, types: Types) -> tuple[ExpertPlan, ...]:
+    """The plans of experts whose members lie side by side, with all of their neurons; which are kept is open."""
+    pairs = zip(groups.members, groups.weights, strict=True)
+    return tuple(ExpertPlan(members, types, weights=weights) for members, weights in pairs)
 
 
 Metric = Literal["euclidean", "cosine"]

@@ -118,6 +118,8 @@ def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection:
     is_down = projection == "down"
     if is_down and plan.down is not None:
         return plan.down
+    if plan.is_joined:
+        return _joined_matrix(source, layer, plan, projection)
     axis = 1 if is_down else 0
     merged = source.read(expert_key(layer, projection, plan.members[0]))
     if len(plan.members) > 1:
@@ -131,6 +133,17 @@ def merged_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection:
     return merged if plan.kept is None else merged.take(plan.kept, axis)
 
 
+def _joined_matrix(source: ModelSource, layer: int, plan: ExpertPlan, projection: str) -> Single:
+    """Gate or up of members that lie side by side, whose scales are multiplied in."""
+    assert projection != "down", "the matrix behind neurons of several experts is fitted"
+    key, rows = vectors_key(layer, projection, "scale"), []
+    scales = source.read(key) if key in source.shapes else None
+    for member, own in plan.picked(source.shapes[expert_key(layer, projection, plan.members[0])][0]):
+        values = source.read(expert_key(layer, projection, member))[own]
+        rows.append(values if scales is None else values * scales[member])
+    return np.concatenate(rows)
+
+
 def _factors(plan: ExpertPlan, scales: Single) -> tuple[tuple[float, ...], float]:
     """The factors of the members' matrices in their mean, and the mean's scale: `scales` [n_stored] are the source's.
 
@@ -138,6 +151,8 @@ def _factors(plan: ExpertPlan, scales: Single) -> tuple[tuple[float, ...], float
     the magnitudes of the factors add up to 1 and no weight leaves the range of the members'.
     """
     own = scales[list(plan.members)].astype(np.float64)
+    if plan.is_joined:
+        return plan.weights, 1.0
     if len(own) == 1:
         return plan.weights, float(own[0])
     scale = float(np.abs(own) @ plan.weights)
@@ -154,9 +169,18 @@ def merged_vectors(source: ModelSource, key: MatrixKey, plans: Sequence[ExpertPl
         return np.array([_factors(plan, stored)[1] for plan in plans], np.float32)
     found, is_down = np.zeros((len(plans), n), np.float32), "_down_" in key.name
     for row, plan in zip(found, plans, strict=True):
-        merged = np.float32(plan.weights[0]) * stored[plan.members[0]]
-        for member, weight, order in zip(plan.members[1:], plan.weights[1:], plan.neurons, strict=True):
-            merged = merged + np.float32(weight) * (stored[member] if is_down else stored[member][order])
-        own = merged if is_down or plan.kept is None else merged[plan.kept]
+        own = _merged_bias(stored, plan, is_down)
         row[: len(own)] = own[:n]
     return found
+
+
+def _merged_bias(stored: Single, plan: ExpertPlan, is_down: bool) -> Single:
+    """The bias of one expert, of the neurons that it keeps or of its output."""
+    if plan.is_joined and not is_down:
+        return np.concatenate([stored[member][own] for member, own in plan.picked(stored.shape[1])])
+    merged = np.float32(plan.weights[0]) * stored[plan.members[0]]
+    orders = plan.neurons or (np.arange(0),) * (len(plan.members) - 1)
+    for member, weight, order in zip(plan.members[1:], plan.weights[1:], orders, strict=True):
+        merged = merged + np.float32(weight) * (stored[member] if is_down else stored[member][order])
+    own: Single = merged if is_down or plan.kept is None else merged[plan.kept]
+    return own

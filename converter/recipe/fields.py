@@ -148,7 +148,7 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "score": _word("subset", *SCORES),
         "overall": _flag,
         "replacement": _word("nothing", "constant"),
-        "merge": _word("m-smoe", "hc-smoe"),
+        "merge": _word("m-smoe", "hc-smoe", "neurons"),
         "width": _neurons,
         "order": _word("router", "co-selection"),
         "main": _main,

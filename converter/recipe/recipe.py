@@ -10,7 +10,7 @@ from slimoe.converter.layout.plan import Format
 
 DEFAULT_EXPERT = "Q4_K_M"
 """The type, or mix of types, of experts where neither a recipe nor a target chooses one."""
-Merge = Literal["m-smoe", "hc-smoe"]
+Merge = Literal["m-smoe", "hc-smoe", "neurons"]
 Replacement = Literal["nothing", "constant"]
 Order = Literal["router", "co-selection"]
 """In which experts lie in a native file: that of the router's rows, or those selected together next to each other."""

@@ -155,6 +155,9 @@ def _of_statistics(statistics: Statistics, matrix: Matrix, *, is_tied: bool) -> 
         if matrix.projection != "down":
             read: NDArray[np.float32] = inputs.expert[[first, *others]].sum(0)
             return read if read.any() else inputs.expert.sum(0)
+        if matrix.expert.is_joined:
+            picked = matrix.expert.picked(inputs.hidden.shape[1])
+            return np.concatenate([inputs.hidden[member][own] for member, own in picked])
         hidden: NDArray[np.float32] = inputs.hidden[first].copy()
         for member, order in zip(others, matrix.expert.neurons, strict=True):
             hidden += inputs.hidden[member][order]

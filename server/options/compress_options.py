@@ -194,7 +194,11 @@ compress_flags = flag_group(
     ),
     click.option("--overall/--no-overall", default=None, help="Rank the experts of all layers together."),
     click.option("--constants", is_flag=True, help="Put constant experts, which are vectors, in place of pruned ones."),
-    click.option("--merge", metavar="NAME", help="Merge experts instead of pruning them: hc-smoe or m-smoe."),
+    click.option(
+        "--merge",
+        metavar="NAME",
+        help="Merge experts instead of pruning them: neurons (chosen of several experts), hc-smoe or m-smoe (means).",
+    ),
     click.option("--width", type=click.IntRange(min=1), metavar="N", help="Neurons to keep in each expert."),
     click.option(
         "--main-experts",

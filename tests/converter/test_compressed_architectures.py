@@ -183,6 +183,7 @@ STOCK = {
     "a router without a sum": ("qwen2moe", ExpertRecipe(6, "reap"), F32),
     "a bias of the choice": ("glm4moe", ExpertRecipe(5), F32),
     "merged": ("glm4moe", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "joined": ("glm4moe", ExpertRecipe(4, merge="neurons"), F32),
     "multipliers": ("granitemoe", ExpertRecipe(6, "reap"), F32),
     "experts' biases": ("gpt-oss", ExpertRecipe(6), F32),
     "types": ("glm4moe", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0", output="Q8_0")),
@@ -211,6 +212,7 @@ NATIVE = {
     "no attention": ("glm4moe", Recipe(drop_attention=1, types=F32)),
     "no feed-forward part": ("granitemoe", Recipe(drop_ffn=1, types=F32)),
     "experts' biases": ("gpt-oss", Recipe(experts=ExpertRecipe(5, merge="hc-smoe"), types=F32)),
+    "joined experts' biases": ("gpt-oss", Recipe(experts=ExpertRecipe(5, merge="neurons"), types=F32)),
     "narrower experts with biases": ("gpt-oss", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
     "a window less": ("gpt-oss", Recipe(experts=ExpertRecipe(6), drop_blocks=1, types=F32)),
     "latent attention": ("deepseek2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
@@ -257,6 +259,7 @@ def test_another_order_of_experts_changes_no_bit(calibrated: Calibrated, tmp_pat
     [
         ("stock", ExpertRecipe(4, merge="hc-smoe")),
         ("native", ExpertRecipe(4, merge="m-smoe")),
+        ("native", ExpertRecipe(4, merge="neurons")),
         ("native", ExpertRecipe(6)),
     ],
     ids=str,

@@ -136,6 +136,7 @@ def test_fewer_experts_and_layers(tmp_path: Path, sentencepiece_path: Path, name
 def test_merged_experts_and_narrower_ones(tmp_path: Path, sentencepiece_path: Path) -> None:
     for name, experts in (
         ("Mixtral", ExpertRecipe(4, merge="hc-smoe")),
+        ("Mixtral", ExpertRecipe(3, merge="neurons")),
         ("Mixtral", ExpertRecipe(6, width=64)),
         ("GptOss", ExpertRecipe(5, merge="hc-smoe")),
         ("GptOss", ExpertRecipe(6, width=64)),
