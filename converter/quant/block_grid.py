@@ -1,13 +1,12 @@
 """What the weights of ggml blocks can be while the scales stay: a ladder of values, or entries of a codebook.
 
 A *group* is the columns of one code: 1, or 8 in types of codebooks. Scales are learnt from ggml's own decoder, by
-decoding blocks with known codes.
+decoding blocks with known codes. Values lie in [n_columns, n_rows], so that a column's are next to each other.
 """
 
 from functools import cache
 from typing import Protocol
 
-import gguf.quants
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
@@ -15,99 +14,108 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.quant.block_layout import BITS, write_codes
+from slimoe.converter.quant.block_layout import BITS, packed
+from slimoe.converter.quant.codebooks import N_NEAR, SIGN_BITS, entries_of, least_of, near_entries
 from slimoe.converter.quant.quantize import dequantize_rows
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_LADDERS: dict[Type, tuple[int, ...]] = {
-    Type.Q8_0: tuple(range(-127, 128)),
-    Type.IQ4_NL: _IQ4,
-    Type.IQ4_XS: _IQ4,
-} | {kind: tuple(range(1 << BITS[kind].shape[1])) for kind in BITS if kind.name[0] == "Q" and kind is not Type.Q8_0}
-_SIGN_OF_8 = {Type.IQ2_XXS: 7, Type.IQ2_XS: 7, Type.IQ3_XXS: 7, Type.IQ2_S: 8, Type.IQ3_S: 8}
-"""Bits of signs for 8 weights; with 7 the number of minuses is even."""
-_N_NEAR = {1: 4, 2: 4}
-"""So many entries are looked at closely, by the number of entries in a code."""
+_UNEVEN = {Type.IQ4_NL: _IQ4, Type.IQ4_XS: _IQ4}
+_RUN = 16
+"""Columns that have one scale in every ladder; in some types 32 have."""
+_COSTS_AT_ONCE = 1 << 18
+"""Distances to entries that are compared together, as many as the processor's cache holds."""
 _FAR = 1e30
 
 
 class Grid(Protocol):
-    """The values that some rows of blocks can have, [n_rows, n_columns] in all."""
+    """The values that some rows of blocks can have, [n_columns, n_rows] in all."""
 
     width: int
     """Columns of a group."""
+    shift: Tensor
+    """What the values of runs of columns are moved by, [n_runs, n_rows]; the rest of this knows nothing of it."""
 
-    def nearest(self, group: int, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [n_rows] and values [n_rows, width] for about the least |(target - value) factor|^2, where `target` is
-        [n_rows, width] and `factor` [width, width].
+    def code(self, group: int, wanted: Tensor, target: Tensor, factor: Tensor, codes: Tensor, error: Tensor) -> None:
+        """Codes a group for about the least |factor^T (wanted - value)|^2.
+
+        Writes `codes` [n_rows] and `error` [width, n_rows], which is target - value. `wanted` is [width, n_rows],
+        `factor` [width, width] and upper triangular.
         """
         ...
 
-
-def grid_of(blocks: NDArray[np.uint8], kind: Type, n_rows: int, device: str = "cpu") -> Grid:
-    """The grid that the scales of rows of blocks allow; for types with a row in `BITS`."""
-    return Ladder(blocks, kind, n_rows, device) if kind in _LADDERS else Codebook(blocks, kind, n_rows, device)
-
-
-def coded(blocks: NDArray[np.uint8], kind: Type, codes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The same blocks with other codes [n_rows, n_groups]."""
-    n_bytes = GGML_QUANT_SIZES[kind][1]
-    return write_codes(blocks.reshape(-1, n_bytes), kind, codes.reshape(-1, len(BITS[kind]))).reshape(-1)
+    def stored(self, codes: Tensor) -> Tensor:
+        """Codes [n_groups, n_rows] as blocks hold them, of those that `code` wrote."""
+        ...
 
 
-def _decoded(blocks: NDArray[np.uint8], kind: Type, n_rows: int, code: int, device: str) -> Tensor:
-    """The values [n_rows, n_columns] if all codes were this one."""
-    block, n_bytes = GGML_QUANT_SIZES[kind]
-    n_columns = blocks.size // n_bytes * block // n_rows
-    codes = np.full((n_rows, n_columns * len(BITS[kind]) // block), code, np.int64)
-    return torch.from_numpy(dequantize_rows(coded(blocks, kind, codes), kind, n_columns)).to(device)
+def grid_of(blocks: NDArray[np.uint8], kind: Type, device: str = "cpu") -> Grid:
+    """The grid that the scales of rows of blocks [n_rows, n_bytes] allow; for types with a row in `BITS`."""
+    return Codebook(blocks, kind, device) if kind.name in SIGN_BITS else Ladder(blocks, kind, device)
 
 
-class Ladder(Grid):
-    """One code a weight: its values are a table's, stretched and moved."""
+def without_codes(blocks: NDArray[np.uint8], kind: Type) -> NDArray[np.uint8]:
+    """Rows of blocks [n_rows, n_bytes] with all bits of codes at 0."""
+    return blocks & ~_pattern(kind, -1, blocks.shape[1])
 
-    width = 1
 
-    def __init__(self, blocks: NDArray[np.uint8], kind: Type, n_rows: int, device: str) -> None:
-        ladder = _LADDERS[kind]
-        self._table = torch.tensor(ladder, dtype=torch.float32, device=device)
-        self._middles = (self._table[1:] + self._table[:-1]) / 2
-        self._codes = torch.tensor([step & 255 for step in ladder] if kind is Type.Q8_0 else range(len(ladder)))
-        self._codes = self._codes.to(device)
-        self._even = float(ladder[1] - ladder[0]) if kind not in (Type.IQ4_NL, Type.IQ4_XS) else 0.0
-        ends = [_decoded(blocks, kind, n_rows, int(self._codes[end]), device) for end in (0, -1)]
-        self._step = ((ends[1] - ends[0]) / (ladder[-1] - ladder[0])).T.contiguous()
-        self._zero = ends[0].T - ladder[0] * self._step
-        self._inverse = torch.where(self._step == 0, 0, 1 / self._step)
-
-    def nearest(self, group: int, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Grid`; exact."""
-        step, zero = self._step[group], self._zero[group]
-        wanted = (target[:, 0] - zero) * self._inverse[group]
-        if self._even:
-            rank = (wanted - self._table[0]).round().clamp(0, len(self._table) - 1).long()
-        else:
-            rank = torch.bucketize(wanted, self._middles)
-        return self._codes[rank], (zero + step * self._table[rank])[:, None]
+def with_codes(scales: NDArray[np.uint8], kind: Type, codes: Tensor) -> NDArray[np.uint8]:
+    """Rows of blocks with codes [n_groups, n_rows], of such that have none."""
+    n_bytes, n_codes = GGML_QUANT_SIZES[kind][1], len(BITS[kind])
+    by_block = codes.view(-1, n_codes, len(scales)).transpose(0, 1).reshape(n_codes, -1)
+    by_row = packed(BITS[kind], by_block, n_bytes).view(n_bytes, -1, len(scales)).permute(2, 1, 0)
+    blocks: NDArray[np.uint8] = scales | by_row.reshape(scales.shape).cpu().numpy()
+    return blocks
 
 
 @cache
-def _entries(kind: Type) -> NDArray[np.float32]:
-    """The codebook [n_entries, 4 or 8] over the scale; in IQ1_M both sides of each entry."""
-    public = {
-        Type.IQ2_XXS: gguf.quants.IQ2_XXS,
-        Type.IQ2_XS: gguf.quants.IQ2_XS,
-        Type.IQ2_S: gguf.quants.IQ2_S,
-        Type.IQ3_XXS: gguf.quants.IQ3_XXS,
-        Type.IQ3_S: gguf.quants.IQ3_S,
-        Type.IQ1_S: gguf.quants.IQ1_S,
-        Type.IQ1_M: gguf.quants.IQ1_M,
-    }[kind]
-    public.init_grid()
-    entries: NDArray[np.float32] = np.array(public.grid, np.float32).reshape(public.grid_shape)
-    if kind is Type.IQ1_M:
-        return np.concatenate((entries + public.delta, entries - public.delta))
-    return entries
+def _pattern(kind: Type, code: int, n_bytes: int) -> NDArray[np.uint8]:
+    """A row of blocks that hold nothing but this code everywhere."""
+    codes = torch.full((len(BITS[kind]), 1), code, dtype=torch.int32)
+    block = packed(BITS[kind], codes, GGML_QUANT_SIZES[kind][1])[:, 0].numpy()
+    return np.tile(block, n_bytes // len(block))
+
+
+def _decoded(scales: NDArray[np.uint8], kind: Type, code: int, step: int, device: str) -> Tensor:
+    """The values [n_columns / step, n_rows] of every `step`th column if all codes were this one."""
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    rows = scales | _pattern(kind, code, scales.shape[1])
+    values = dequantize_rows(rows.reshape(-1), kind, scales.shape[1] // n_bytes * int(block))
+    return torch.from_numpy(np.ascontiguousarray(values[:, ::step].T)).to(device)
+
+
+class Ladder(Grid):
+    """One code a weight, which is a rank: of evenly spaced values, or of a table's, stretched and moved."""
+
+    width = 1
+
+    def __init__(self, blocks: NDArray[np.uint8], kind: Type, device: str) -> None:
+        scales = without_codes(blocks, kind)
+        self._least = -127 if kind is Type.Q8_0 else 0
+        self._top = 254 if kind is Type.Q8_0 else (1 << BITS[kind].shape[1]) - 1
+        low, high = (_decoded(scales, kind, self._least + rank, _RUN, device) for rank in (0, self._top))
+        table = torch.tensor(_UNEVEN.get(kind, ()), dtype=torch.float32, device=device)
+        self._table, self._middles = table, (table[1:] + table[:-1]) / 2
+        first, last = (float(table[0]), float(table[-1])) if len(table) else (0.0, float(self._top))
+        step = (high - low) / (last - first)
+        self.shift = low - first * step
+        self._step, self._inverse = step.unbind(), torch.where(step == 0, 0, 1 / step).unbind()
+
+    def code(self, group: int, wanted: Tensor, target: Tensor, _factor: Tensor, codes: Tensor, error: Tensor) -> None:
+        """See `Grid`; exact. Codes are ranks in float32."""
+        run = group // _RUN
+        torch.mul(wanted[0], self._inverse[run], out=codes)
+        if len(self._table):
+            rank = torch.bucketize(codes, self._middles)
+            torch.addcmul(target[0], self._table[rank], self._step[run], value=-1, out=error[0])
+            codes.copy_(rank)
+        else:
+            codes.round_().clamp_(0, self._top)
+            torch.addcmul(target[0], codes, self._step[run], value=-1, out=error[0])
+
+    def stored(self, codes: Tensor) -> Tensor:
+        """See `Grid`."""
+        ranks = codes.to(torch.int16)
+        return (ranks + self._least & 255).to(torch.uint8)
 
 
 class Codebook(Grid):
@@ -115,70 +123,67 @@ class Codebook(Grid):
 
     width = 8
 
-    def __init__(self, blocks: NDArray[np.uint8], kind: Type, n_rows: int, device: str) -> None:
-        entries = _entries(kind)
+    def __init__(self, blocks: NDArray[np.uint8], kind: Type, device: str) -> None:
+        scales = without_codes(blocks, kind)
+        entries = entries_of(kind)
         self._entries = torch.from_numpy(entries).to(device)
         self._index_bits = len(entries).bit_length() - 1
         self._halves = 8 // entries.shape[1]
-        self._sign_bits = _SIGN_OF_8.get(kind, 0)
-        first, last = 0, len(entries) - 1
-        if self._sign_bits:
-            scale = _decoded(blocks, kind, n_rows, 0, device)[:, ::8] / float(entries[0, 0])
-            self._shift = torch.zeros_like(scale).T
-        else:
-            low, high = (_decoded(blocks, kind, n_rows, code, device)[:, ::8] for code in (first, last))
-            scale = (high - low) / float(entries[last, 0] - entries[first, 0])
-            self._shift = (low - scale * float(entries[first, 0])).T.contiguous()
-        self._scale = scale.T.contiguous()
-        self._places = torch.arange(8, device=device)
+        self._sign_bits = SIGN_BITS[kind.name]
+        low, high = (_decoded(scales, kind, code, 8, device) for code in (0, len(entries) - 1))
+        first, last = float(entries[0, 0]), float(entries[-1, 0])
+        self._scale = low / first if self._sign_bits else (high - low) / (last - first)
+        self.shift = torch.zeros_like(low) if self._sign_bits else low - self._scale * first
+        self._places = torch.arange(8, device=device)[:, None]
 
-    def nearest(self, group: int, target: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    def code(self, group: int, wanted: Tensor, target: Tensor, factor: Tensor, codes: Tensor, error: Tensor) -> None:
         """See `Grid`; the best of the entries that are near if errors of columns were independent."""
-        scale, shift = self._scale[group][:, None], self._shift[group][:, None]
-        wanted = (target - shift) / torch.where(scale == 0, 1, scale)
+        step = max(1, _COSTS_AT_ONCE // len(self._entries))
+        for begin in range(0, wanted.shape[1], step):
+            rows = slice(begin, begin + step)
+            scale = self._scale[group, rows]
+            codes[rows], found = self._best(wanted[:, rows] / torch.where(scale == 0, 1, scale), factor)
+            torch.addcmul(target[:, rows], found, scale, value=-1, out=error[:, rows])
+
+    def stored(self, codes: Tensor) -> Tensor:
+        """See `Grid`."""
+        return codes
+
+    def _best(self, wanted: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [n_rows] and values [8, n_rows] over the scales."""
         minus = wanted < 0 if self._sign_bits else torch.zeros_like(wanted, dtype=torch.bool)
         signs = torch.where(minus, -1.0, 1.0)
-        index, values = self._near(wanted * signs, factor.square().sum(1))
-        values = values * signs[:, None]
-        left = (values - wanted[:, None]) @ factor
-        costs = left.square().sum(-1)[..., None]
+        own = factor.square().sum(1)
+        index, values = self._near(wanted * signs, own)
+        values *= signs[:, None]
+        left = factor.T @ (values - wanted[:, None]).flatten(1)
+        costs = left.square().sum(0).view(1, *index.shape)
         if self._sign_bits:
-            costs = self._with_flips(costs, values, left, factor, minus)
-        best = costs.flatten(1).argmin(1)
-        row, near, flip = torch.arange(len(best), device=best.device), best // costs.shape[2], best % costs.shape[2]
-        code, value = index[row, near], values[row, near]
+            # Turning a sign moves the error along one row of the factor: the cost follows without a new product.
+            products = (factor @ left).view(values.shape)
+            turned = torch.addcmul(-products, values, own[:, None, None]).mul_(values).mul_(4).add_(costs)
+            costs = torch.cat((costs, turned))
+            if self._sign_bits == 7:
+                odd = minus.sum(0) % 2 == 1
+                costs[0] += torch.where(odd, _FAR, 0.0)
+                costs[1:] += torch.where(odd, 0.0, _FAR)
+        best = least_of(costs.flatten(0, 1))[0]
+        flip, near, row = best // len(index), best % len(index), torch.arange(len(best), device=best.device)
+        code, value = index[near, row], values[:, near, row]
         if self._sign_bits:
-            turned = self._places == flip[:, None] - 1
-            value, minus = torch.where(turned, -value, value), minus ^ turned
-            bits = (minus[:, : self._sign_bits].long() << self._places[: self._sign_bits]).sum(1)
+            turned_one = self._places == flip - 1
+            value, minus = torch.where(turned_one, -value, value), minus ^ turned_one
+            bits = (minus[: self._sign_bits].int() << self._places[: self._sign_bits]).sum(0, dtype=torch.int32)
             code = code | bits << self._index_bits * self._halves
-        return code, value * scale + shift
+        return code, value
 
-    def _near(self, wanted: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers and values [n_rows, n_near, 8] for magnitudes: the nearest of each part of the entries."""
-        n_near, size = _N_NEAR[self._halves], 8 // self._halves
-        found = []
-        for half in range(self._halves):
-            part = slice(half * size, (half + 1) * size)
-            costs = torch.addmm(
-                self._entries.square() @ weight[part], wanted[:, part] * weight[part], self._entries.T, alpha=-2
-            )
-            spread = costs.view(len(costs), -1, n_near).argmin(1)
-            found.append(spread * n_near + self._places[:n_near])
+    def _near(self, magnitudes: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers [n_near, n_rows] and values [8, n_near, n_rows] of entries near to magnitudes [8, n_rows]."""
+        parts = zip(magnitudes.chunk(self._halves), cost.chunk(self._halves), strict=True)
+        found = [near_entries(self._entries, part, own) for part, own in parts]
+        values = [self._entries[one.flatten()].T.reshape(-1, *one.shape) for one in found]
         if self._halves == 1:
-            return found[0], self._entries[found[0]]
-        left, right = found[0].repeat_interleave(n_near, 1), found[1].repeat(1, n_near)
-        return left | right << self._index_bits, torch.cat((self._entries[left], self._entries[right]), -1)
-
-    def _with_flips(self, costs: Tensor, values: Tensor, left: Tensor, factor: Tensor, minus: Tensor) -> Tensor:
-        """Costs [n_rows, n_near, 9] of the candidates with the wanted signs, and with each one turned.
-
-        Turning a sign moves the error along one row of `factor`, so that the cost follows without a new product.
-        """
-        turned = costs + 4 * values * (values * factor.square().sum(1) - left @ factor.T)
-        costs = torch.cat((costs, turned), -1)
-        if self._sign_bits == 7:
-            odd = minus.sum(1) % 2 == 1
-            costs[..., 0] += torch.where(odd, _FAR, 0.0)[:, None]
-            costs[..., 1:] += torch.where(odd, 0.0, _FAR)[:, None, None]
-        return costs
+            return found[0], values[0]
+        left, right = found[0].repeat_interleave(N_NEAR, 0), found[1].repeat(N_NEAR, 1)
+        both = torch.cat((values[0].repeat_interleave(N_NEAR, 1), values[1].repeat(1, N_NEAR, 1)))
+        return left | right << self._index_bits, both

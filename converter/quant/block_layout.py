@@ -1,12 +1,17 @@
-"""Which bits of a ggml block are the weights' codes, so that codes can be replaced while the scales stay.
+"""Which bits of a ggml block are the weights' codes and which are scales, so that either can be written by itself.
 
 Source: the structures of ggml-common.h and the decoders of ggml-quants.c (ggml 0.25.3). What scales mean is left to
 ggml's decoder; see `block_grid`.
 """
 
+from dataclasses import dataclass
+from functools import cache
+
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
+from torch import Tensor
 
 Bits = NDArray[np.int64]
 """[n_codes, n_bits]: where the bits of each code of a block are, from the lowest on, counted from the block's first
@@ -60,6 +65,14 @@ def _signs7(first: int) -> Bits:
     return _run(8 * (first + i // 4 * stride) + i % 4 * 7, 7)
 
 
+def _scales_and_minima(first: int) -> tuple[Bits, Bits]:
+    """Eight scales and eight minima of 6 bits in 12 bytes: four and four, then of the others 4 bits, and on top 2."""
+    i = _index(4)
+    scales = _run(8 * (first + i), 6), _joined(_run(8 * (first + 8 + i), 4), _run(8 * (first + i) + 6, 2))
+    minima = _run(8 * (first + 4 + i), 6), _joined(_run(8 * (first + 8 + i) + 4, 4), _run(8 * (first + 4 + i) + 6, 2))
+    return np.concatenate(scales), np.concatenate(minima)
+
+
 _I, _I32 = _index(), _index(32)
 _FOURS, _FOURS_9 = _bytes(2, 64), _joined(_bytes(2, 64), _run(8 * 66 + _index(64), 1))
 """The numbers of entries of 4 weights, of 8 and of 9 bits."""
@@ -86,34 +99,63 @@ BITS: dict[Type, Bits] = {
 }
 """A code is for one weight, or in the types of codebooks for 8: the entry's number, or those of two entries of 4
 weights, then signs (or in IQ1_M the side to which the entry is moved)."""
-SCALES: dict[Type, tuple[int, ...]] = {
-    Type.Q4_0: (0,),
-    Type.Q4_1: (0, 2),
-    Type.Q5_0: (0,),
-    Type.Q5_1: (0, 2),
-    Type.Q8_0: (0,),
+SCALES: dict[Type, tuple[Bits, ...]] = {
+    Type.Q2_K: (_run(8 * _index(16), 4), _run(8 * _index(16) + 4, 4)),
+    Type.Q3_K: (
+        _joined(
+            _run(8 * (96 + _index(16) % 8) + _index(16) // 8 * 4, 4),
+            _run(8 * (104 + _index(16) % 4) + _index(16) // 4 * 2, 2),
+        ),
+    ),
+    Type.Q4_K: _scales_and_minima(4),
+    Type.Q5_K: _scales_and_minima(4),
+    Type.Q6_K: (_run(8 * (192 + _index(16)), 8),),
+}
+"""The integer scales of the runs of 16 or 32 columns that a block has, and of their minima where the type has some."""
+HALVES: dict[Type, tuple[int, ...]] = {
     Type.Q2_K: (80, 82),
     Type.Q3_K: (108,),
     Type.Q4_K: (0, 2),
     Type.Q5_K: (0, 2),
     Type.Q6_K: (208,),
-    Type.IQ4_NL: (0,),
-    Type.IQ4_XS: (0,),
-    Type.IQ1_S: (0,),
-    Type.IQ1_M: (),
-    Type.IQ2_XXS: (0,),
-    Type.IQ2_XS: (0,),
-    Type.IQ2_S: (0,),
-    Type.IQ3_XXS: (0,),
-    Type.IQ3_S: (0,),
 }
-"""The byte of the block's F16 scale, and of its offset's where it has one; IQ1_M's is in pieces."""
+"""The byte of the F16 number that the integer scales are multiples of, and of that of the minima."""
 
 
-def write_codes(blocks: NDArray[np.uint8], kind: Type, codes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Blocks [n_blocks, bytes] with other codes [n_blocks, n_codes]."""
-    places = BITS[kind]
-    bits = np.unpackbits(blocks, axis=1, bitorder="little")
-    for bit, place in enumerate(places.T):
-        bits[:, place] = codes >> bit & 1
-    return np.packbits(bits, axis=1, bitorder="little")
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bits of numbers that lie next to each other in a byte: `n` of each of `numbers`, from bit `first` on."""
+
+    bytes: Tensor
+    numbers: Tensor
+    first: Tensor
+    mask: Tensor
+    place: Tensor
+
+
+def packed(places: Bits, numbers: Tensor, n_bytes: int) -> Tensor:
+    """Bytes [n_bytes, n] of blocks that hold nothing but integers `numbers` [n_numbers, n] at `places`."""
+    found = torch.zeros((n_bytes, numbers.shape[1]), dtype=torch.uint8, device=numbers.device)
+    for piece in _pieces(places.tobytes(), places.shape, str(numbers.device)):
+        bits = (numbers[piece.numbers] >> piece.first & piece.mask) << piece.place
+        found[piece.bytes] |= bits.to(torch.uint8)
+    return found
+
+
+@cache
+def _pieces(places: bytes, shape: tuple[int, int], device: str) -> list[_Piece]:
+    """The pieces of all bytes, each list of them with at most one in a byte."""
+    by_byte: dict[int, list[list[int]]] = {}
+    for number, row in enumerate(np.frombuffer(places, np.int64).reshape(shape).tolist()):
+        for bit, place in enumerate(row):
+            pieces = by_byte.setdefault(place // 8, [])
+            if pieces and pieces[-1][0] == number and place % 8 == pieces[-1][2] + bit - pieces[-1][1]:
+                pieces[-1][3] = pieces[-1][3] << 1 | 1
+            else:
+                pieces.append([number, bit, place % 8, 1])
+    found = []
+    for rank in range(max(map(len, by_byte.values()))):
+        some = [(byte, *pieces[rank]) for byte, pieces in by_byte.items() if rank < len(pieces)]
+        which, numbers, first, place, mask = torch.tensor(some, device=device).T
+        found.append(_Piece(which, numbers, *(part.to(torch.int32)[:, None] for part in (first, mask, place))))
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.converter.quant.block_layout import SCALES
+from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.quantize import F16_MAX, dequantize_rows, quantize_rows
 
 _LEAST, _MOST = 0.8, 1.25
@@ -24,7 +24,7 @@ _N_RUNS, _SAMPLED_WEIGHTS = 8, 1 << 18
 
 def has_scales(kind: Type) -> bool:
     """Whether blocks of the type have a scale fine enough to take a gain out: not floats, nor powers of two."""
-    return kind in SCALES
+    return kind in BITS
 
 
 def gain_of(values: NDArray[np.float32], quantised: NDArray[np.float32], importance: NDArray[np.float32]) -> float:

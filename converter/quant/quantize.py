@@ -96,17 +96,9 @@ def quantize_rows(
     """
     assert values.flags.c_contiguous
     assert values.dtype == np.float32
+    check_values(values, kind)
     n_rows, n_per_row = values.shape
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    if n_per_row % block:
-        raise BadWeightsError(
-            f"has rows of {n_per_row}, which do not divide into blocks of {block}, as {kind.name} has"
-        )
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise BadWeightsError("holds NaN or infinity; the checkpoint is damaged")
-    if kind not in _WIDE and max(-low, high) > F16_MAX:
-        raise BadWeightsError(f"holds weights beyond 65504, which {kind.name} cannot express; use BF16 or F32")
     if importance is None and needs_importance(kind):
         raise UsageError(f"{kind.name} needs to know which weights matter. Give --imatrix, or use IQ3_S or larger.")
     weights = None if importance is None else usable_importance(importance)
@@ -118,6 +110,20 @@ def quantize_rows(
     if not ggml_validate_row_data(kind, target.ctypes.data, target.size):
         raise BadWeightsError(f"holds weights beyond what {kind.name} can express; use BF16 or F32")
     return target
+
+
+def check_values(values: NDArray[np.float32], kind: GGMLQuantizationType) -> None:
+    """Raises BadWeightsError for `values` [n_rows, n_per_row] that no quantiser of the type takes."""
+    n_per_row, block = values.shape[1], GGML_QUANT_SIZES[kind][0]
+    if n_per_row % block:
+        raise BadWeightsError(
+            f"has rows of {n_per_row}, which do not divide into blocks of {block}, as {kind.name} has"
+        )
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise BadWeightsError("holds NaN or infinity; the checkpoint is damaged")
+    if kind not in _WIDE and max(-low, high) > F16_MAX:
+        raise BadWeightsError(f"holds weights beyond 65504, which {kind.name} cannot express; use BF16 or F32")
 
 
 def usable_importance(importance: NDArray[np.float32]) -> NDArray[np.float32]:

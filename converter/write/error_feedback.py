@@ -37,7 +37,7 @@ from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.router_refit import refit
 from slimoe.converter.quant.block_layout import BITS
-from slimoe.converter.quant.feedback import Effort, quantize_with_feedback
+from slimoe.converter.quant.feedback import Curvature, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.held_source import FittedSource
@@ -48,8 +48,6 @@ from slimoe.converter.write.quantiser import PlainQuantiser
 
 _FIRST = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
 """The matrices that read attention's input."""
-EFFORT = Effort(sweeps=1, rescale=0, starts=1)
-"""More takes twice as long and more, for some percent less of the loss: a second start takes off 2 to 6 %."""
 _REFIT_TOKENS = 2048
 _FEW = 256
 """Tokens of the layer that stand in for those that an expert has too few of."""
@@ -86,6 +84,7 @@ class FeedbackQuantiser:
         self._sequences = Sequences(statistics.tokens[::step])
         self.h = torch.empty(0)
         self._state = _LayerState(plan.layers[0])
+        self._last: tuple[tuple[int, int, str], tuple[Curvature, ...]] = (-1, -1, ""), ()
 
     def begin_layer(self, layer: int) -> None:
         """Forgets the layer before."""
@@ -96,17 +95,14 @@ class FeedbackQuantiser:
         """Blocks of the matrix; raises as `PlainQuantiser.quantise` does."""
         if matrix.key.name.endswith("ffn_gate_inp.weight"):
             return self._fit_router(weights)
-        hessian = self._hessian(matrix) if matrix.type in BITS and self._plan.feedback else None
-        if hessian is None:
+        curvatures = self._curvatures(matrix) if matrix.type in BITS and self._plan.feedback else ()
+        if not curvatures:
             blocks = self._plain.quantise(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
         else:
             # Of a stack every matrix, one for each head, reads something else.
-            hessians = hessian if hessian.ndim > 2 else hessian[None]
-            pairs = zip(np.split(weights, len(hessians)), hessians.numpy(), strict=True)
-            found = [
-                quantize_with_feedback(part, own, matrix.type, EFFORT, n_threads=self._n_threads) for part, own in pairs
-            ]
+            pairs = zip(np.split(weights, len(curvatures)), curvatures, strict=True)
+            found = [quantize_with_feedback(part, own, matrix.type, self._n_threads) for part, own in pairs]
             blocks, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
         self._take(matrix, torch.from_numpy(values))
         return blocks
@@ -146,6 +142,20 @@ class FeedbackQuantiser:
         elif layer >= 0 and role != ROUTER:
             assert matrix.origin is not None
             self._fitted.replace(matrix.origin, values.numpy())
+
+    def _curvatures(self, matrix: Matrix) -> tuple[Curvature, ...]:
+        """Of the matrix's inputs, or of each head's; none where nothing is multiplied with it, or nothing seen.
+
+        Matrices that read the same follow each other, so that the last ones are kept.
+        """
+        key = _input_of(matrix)
+        if key != self._last[0]:
+            self._last = key, ()
+            hessian = self._hessian(matrix)
+            if hessian is not None:
+                each = hessian if hessian.ndim > 2 else hessian[None]
+                self._last = key, tuple(Curvature.of(own.numpy(), _device()) for own in each)
+        return self._last[1]
 
     def _hessian(self, matrix: Matrix) -> Tensor | None:
         """The sum of products of a matrix's inputs [n_in, n_in], or [n_head, n_in, n_in] where each head has a matrix.
@@ -295,6 +305,17 @@ class FeedbackQuantiser:
             if expert >= 0:
                 result.index_add_(0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(x[rows]))
         return result
+
+
+def _input_of(matrix: Matrix) -> tuple[int, int, str]:
+    """What a matrix reads: its layer, expert, and the role of the first matrix that reads the same."""
+    layer, role = layer_and_role(matrix.key.name)
+    return layer, matrix.key.expert, _FIRST[0] if role in _FIRST else role.replace("ffn_up", "ffn_gate")
+
+
+def _device() -> str:
+    """Where matrices are fitted: on a graphics card if torch has one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _products(x: Tensor) -> Tensor:

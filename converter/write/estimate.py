@@ -54,15 +54,16 @@ def seconds_per_weight(kind: Type, *, feedback: bool = False) -> float:
     if feedback:
         # torch is heavy, and plans without feedback do without.
         from slimoe.converter.quant.block_layout import BITS
-        from slimoe.converter.quant.feedback import quantize_with_feedback
-        from slimoe.converter.write.error_feedback import EFFORT
+        from slimoe.converter.quant.feedback import Curvature, quantize_with_feedback
 
         feedback = kind in BITS
     rows = rng.standard_normal(_FEEDBACK_SAMPLE if feedback else _SAMPLE, np.float32)
+    if feedback:
+        curvature = Curvature.of(np.eye(rows.shape[1], dtype=np.float32))
 
     def quantise(some: NDArray[np.float32]) -> None:
         if feedback:
-            quantize_with_feedback(some, np.eye(rows.shape[1], dtype=np.float32), kind, EFFORT)
+            quantize_with_feedback(some, curvature, kind)
         else:
             quantize_rows(some, kind, np.ones(rows.shape[1], np.float32))
 
