@@ -93,11 +93,13 @@ def _own_texts(begin: float, end: float) -> tuple[TextFile, ...]:
     return tuple(TextFile(path.stem, path, begin, end) for path in paths)
 
 
-def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int) -> CalibrationText:
+def read_texts(
+    files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, length: int, flag: str = "--text"
+) -> CalibrationText:
     """Reads at most `n_tokens` in sequences of at most `length`, evenly from all domains and all over each file.
 
     Raises ModelFileError for a file that is no text, and UsageError for lines that are none or when there are fewer
-    tokens than `MIN_TOKENS`.
+    tokens than `MIN_TOKENS`, which says that `flag` takes more.
     """
     pieces: dict[str, list[tuple[int, ...]]] = {file.domain: [] for file in files}
     for file in files:
@@ -122,7 +124,7 @@ def read_texts(files: Sequence[TextFile], encoder: TextEncoder, n_tokens: int, l
     text = CalibrationText(tuple(tokens), tuple(domains))
     if text.n_tokens < MIN_TOKENS:
         least = f"{MIN_TOKENS - text.n_tokens:,} less than the least that a calibration needs"
-        hint = "Ask for more --tokens." if n_tokens < MIN_TOKENS else "Give longer or more texts with --text."
+        hint = "Ask for more --tokens." if n_tokens < MIN_TOKENS else f"Give longer or more texts with {flag}."
         raise UsageError(f"The calibration would have {text.n_tokens:,} tokens, {least}. {hint}")
     return text
 

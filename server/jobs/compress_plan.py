@@ -16,8 +16,8 @@ from slimoe.converter.recipe.words import Words
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.offload.errors import UsageError
+from slimoe.server.jobs.specialise import known_statistics, specialised
 from slimoe.server.options.compress_options import FLAGS, CompressOptions, Tables
 from slimoe.server.terminal.progress_bars import step_bar
 
@@ -45,12 +45,12 @@ def plan_work(model: Path, options: CompressOptions, n_threads: int) -> Compress
     """
     source = open_source(model)
     recipe = recipe_of(source, options)
-    if options.stats is None and needs_statistics(recipe):
+    if options.stats is None and options.specialise is None and needs_statistics(recipe):
         raise UsageError(
             "What matters in the model is not known yet. Measure it once, for all sizes: "
             f"slimoe calibrate {model} -o STATS, and give --stats STATS."
         )
-    statistics = None if options.stats is None else load_statistics(options.stats, source)
+    statistics = known_statistics(source, options, recipe)
     with step_bar() as on_progress:
         plan = plan_compression(
             source,
@@ -76,6 +76,8 @@ def recipe_of(source: ModelSource, options: CompressOptions) -> Recipe:
     if options.recipe is not None:
         tables = {"name": Path(options.recipe).stem} | dict(recipe_tables(options.recipe))
     tables = options.merged(tables)
+    if options.specialise is not None:
+        tables = specialised(tables, source)
     has_target = not tables.keys().isdisjoint(("target_size", "target_bpw"))
     if options.constants and tables.get("free_constants") and not has_target:
         problem = "--constants puts constant experts in place of pruned ones, and nothing says how many"

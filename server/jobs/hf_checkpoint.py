@@ -16,12 +16,12 @@ from slimoe.converter.recipe.check import needs_statistics
 from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.offload.errors import UsageError
 from slimoe.offload.resources.memory import human
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.jobs.compress_plan import recipe_of
 from slimoe.server.jobs.compress_report import expected_loss
+from slimoe.server.jobs.specialise import known_statistics
 from slimoe.server.options.compress_options import CompressOptions
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.telling import tell
@@ -83,10 +83,10 @@ def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork
     """What will be made, told, and that it can be."""
     source = open_source(values["source"])
     recipe = _removal_of(recipe_of(source, options), options)
-    if options.stats is None and needs_statistics(recipe):
+    if options.stats is None and options.specialise is None and needs_statistics(recipe):
         problem = "What matters in the model is not known yet. Measure it once: "
         raise UsageError(f"{problem}slimoe calibrate {source.path} -o STATS, and give --stats STATS.")
-    statistics = None if options.stats is None else load_statistics(options.stats, source)
+    statistics = known_statistics(source, options, recipe)
     with step_bar() as on_progress:
         plan = plan_removal(source, statistics, recipe, on_progress)
     made = lay_out_checkpoint(source, plan, statistics, n_bits=int(values["hf_bits"] or 16))

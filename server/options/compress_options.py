@@ -59,6 +59,7 @@ class CompressOptions:
     stock: bool = False
     constants: bool = False
     search: float = 0.0
+    specialise: str | None = None
     tables: Tables = field(default_factory=dict)
 
     @property
@@ -72,8 +73,11 @@ class CompressOptions:
         keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
         keys |= {"free_constants", "replacement"} if self.constants else set()
         keys |= {"format"} if self.stock else set()
-        return {key: FLAGS[key] for key in keys} | (
-            dict.fromkeys(("expert", "low"), "--two-copies") if "low" in keys else {}
+        merged = {} if self.specialise is None or "merge" in keys else {"merge": "--specialise"}
+        return (
+            {key: FLAGS[key] for key in keys}
+            | merged
+            | (dict.fromkeys(("expert", "low"), "--two-copies") if "low" in keys else {})
         )
 
     def merged(self, tables: Mapping[str, Any]) -> Tables:
@@ -199,6 +203,11 @@ compress_flags = flag_group(
         metavar="NAME",
         help="Merge experts instead of pruning them: neurons (chosen of several experts), hc-smoe or m-smoe (means).",
     ),
+    click.option(
+        "--specialise",
+        metavar="TEXT",
+        help="Merge experts for a task, to half of them or --keep-experts, by what they do on its text.",
+    ),
     click.option("--width", type=click.IntRange(min=1), metavar="N", help="Neurons to keep in each expert."),
     click.option(
         "--main-experts",
@@ -240,7 +249,13 @@ def compress_options(values: Mapping[str, Any]) -> CompressOptions:
         if values[name] is not None:
             (tables.setdefault(section, {}) if section else tables)[key] = values[name]
     return CompressOptions(
-        values["stats"], values["recipe"], values["stock"], values["constants"], values["search"], tables
+        values["stats"],
+        values["recipe"],
+        values["stock"],
+        values["constants"],
+        values["search"],
+        values["specialise"],
+        tables,
     )
 
 

@@ -33,6 +33,7 @@ SECTIONS = {
         "score",
         "overall",
         "merge",
+        "specialise",
         "constants",
         "width",
         "order",
