@@ -4,8 +4,10 @@ All start from one checkpoint and from statistics of the same texts; all files a
 other texts: windows of 512 tokens, the second half of each scored against the checkpoint in float32, the mean
 divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
 budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
-to meet them. A ratio of divergences above 1 means that ours is smaller. Progress goes to stderr, the last line of
-stdout is one JSON document. An OLMoE whose heads share keys goes through `bench.models.equal_heads` first.
+to meet them. A fourth, which must be asked for, has half of the experts' bytes by every way to have fewer experts or
+smaller ones, in float32. A ratio of divergences above 1 means that ours is smaller. Progress goes to
+stderr, the last line of stdout is one JSON document. An OLMoE whose heads share keys goes through
+`bench.models.equal_heads` first.
 
     python -m bench.compress_quality --checkpoint ~/mixtral --stats STATS --text news=news.txt --text code=code.txt
 """
@@ -52,10 +54,11 @@ from slimoe.server.chat.text_encoder import TokenizerEncoder
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
 SHARES = (0.229, 0.12)
 """Of the checkpoint's bytes in bf16: the paper's 77.1 % less, and about half of that."""
-PARTS = ("baselines", "budgets", "recipes")
+PARTS = ("baselines", "budgets", "recipes", "experts")
 OLD_PARTS = {"rivals": "baselines"}
 """Old spellings that are still understood for one version."""
 _WINDOW = 512
+EXPERT_SHARE = 0.5
 MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
 """One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
 
@@ -189,6 +192,25 @@ def _meeting(lab: Lab, budget: int, tried: list[Recipe]) -> Recipe | None:
     return None
 
 
+def experts(lab: Lab, say: Say) -> list[Row]:
+    """Rows of half of the experts' bytes, in float32: of fewer experts, and of smaller ones."""
+    rows, types = [], StorageRecipe("F32", attention="F32", token="F32", output="F32")
+    keep, width = round(EXPERT_SHARE * lab.source.spec.n_expert), round(EXPERT_SHARE * lab.source.spec.n_ff)
+    ways = {
+        "merged, neurons": ExpertRecipe(keep, merge="neurons"),
+        "merged, HC-SMoE": ExpertRecipe(keep, merge="hc-smoe"),
+        "merged, M-SMoE": ExpertRecipe(keep, merge="m-smoe"),
+        "dropped, best subset": ExpertRecipe(keep),
+        "dropped, REAP": ExpertRecipe(keep, "reap"),
+        "constants in place of the others": ExpertRecipe(keep, replacement="constant"),
+        "narrower": ExpertRecipe(width=width),
+    }
+    for name, one in ways.items():
+        rows.append({"name": name} | lab.ours(Recipe(experts=one, types=types, hints=False)))
+        say(_line(rows[-1]))
+    return rows
+
+
 def _line(row: Row) -> str:
     if "refused" in row:
         return f"{row['name']:<40} {row['refused']}"
@@ -247,7 +269,7 @@ def smoke_lab(directory: Path) -> Lab:
     "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on: not what was calibrated on."
 )
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
-@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS[:3], show_default=True)
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
@@ -265,7 +287,7 @@ def main(
 ) -> None:
     """Measure what compressing costs at equal bytes."""
     console = Console(stderr=True)
-    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "smoke": smoke}
+    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "experts": experts, "smoke": smoke}
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
             if is_smoke:
