@@ -19,7 +19,8 @@ from slimoe.converter.quant.quantize import F16_MAX, dequantize_rows, quantize_r
 _LEAST, _MOST = 0.8, 1.25
 """Gains beyond are those of a few weights, or of what was damaged; nothing is made up for further than this."""
 _ROWS_AT_ONCE = 256
-_N_RUNS, _SAMPLED_WEIGHTS = 8, 1 << 18
+_N_RUNS, _SAMPLED_WEIGHTS = 8, 1 << 16
+"""Of trained matrices such a sample has the gain of the whole with a standard deviation of 0.0002 to 0.003."""
 
 
 def has_scales(kind: Type) -> bool:
@@ -50,7 +51,7 @@ def divided(values: NDArray[np.float32], gain: float) -> NDArray[np.float32]:
 
 
 def sampled_runs(n_rows: int, n_per_row: int, step: int = 1) -> list[slice]:
-    """Runs of rows from which a matrix's gain is known well enough: 8 of them, evenly spread, of 2^18 weights in all.
+    """Runs of rows from which a matrix's gain is known well enough: 8 of them, evenly spread, of 2^16 weights in all.
 
     They begin and end at multiples of `step`, which divides `n_rows`; small matrices are one run.
     """

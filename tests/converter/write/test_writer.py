@@ -15,6 +15,7 @@ from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, Format
 from slimoe.converter.methods.expert_matrices import merged_matrix
+from slimoe.converter.quant.gain import sampled_runs
 from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from slimoe.converter.source.checkpoint_source import checkpoint_source
 from slimoe.converter.source.gguf_source import gguf_source
@@ -324,12 +325,11 @@ def test_importance_of_each_matrix(tmp_path: Path, k_quant_source: ModelSource) 
 
 
 def freed_of_gain(values: Array, importance: Array) -> bytes:
-    """Blocks of Q4_0 with a gain of 1."""
-    plain = dequantize_rows(
-        quantize_rows(np.ascontiguousarray(values), Type.Q4_0, importance), Type.Q4_0, len(values.T)
-    )
-    weighted = values.astype(np.float64) * importance
-    gain = (weighted * plain).sum() / (weighted * values).sum()
+    """Blocks of Q4_0 without the gain that a sample of rows has."""
+    some = np.concatenate([values[run] for run in sampled_runs(*values.shape)])
+    plain = dequantize_rows(quantize_rows(some, Type.Q4_0, importance), Type.Q4_0, some.shape[1])
+    weighted = some.astype(np.float64) * importance
+    gain = (weighted * plain).sum() / (weighted * some).sum()
     assert abs(gain - 1) > 1e-5
     return quantize_rows((values / np.float32(gain)).astype(np.float32), Type.Q4_0, importance).tobytes()
 
