@@ -36,9 +36,15 @@ class Journal:
         shown: str | None = None,
         fields: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes one event: as text `shown`, or what `log_text` makes of it; as JSON with further `fields`."""
-        text = (log_text(message, error) if shown is None else shown) if not self.is_json else ""
-        print(text or self._object(message, level, error, fields), file=sys.stderr, flush=True)
+        """Writes one event: as text `shown`, or what `log_text` makes of it; as JSON with further `fields`.
+
+        As text it may be an empty line, which sets paragraphs apart.
+        """
+        if self.is_json:
+            line = self._object(message, level, error, fields)
+        else:
+            line = log_text(message, error) if shown is None else shown
+        print(line, file=sys.stderr, flush=True)
 
     def tell_later(self, message: str, level: str, shown: str, fields: Mapping[str, Any] | None = None) -> None:
         """Writes one event without waiting for whoever reads the log."""

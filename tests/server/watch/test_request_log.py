@@ -22,6 +22,7 @@ from slimoe.offload.errors import UsageError
 from slimoe.server.cli import run
 from slimoe.server.log_format import JOURNAL, MOST_WAITING, Journal
 from slimoe.server.process.engine_child import EngineChild
+from slimoe.server.telling import tell
 from slimoe.server.watch.prompt_log import MOST_BYTES, PromptLog
 from slimoe.server.watch.record import RequestRecord
 from tests.models.live_server import DEADLINE, LiveOptions, live_server, serving, slimoe, until
@@ -117,6 +118,12 @@ async def test_keys_in_the_query_are_not_written(model: Path, log: Log) -> None:
         await log.requests(1)
     assert "sesame" not in log.text
     assert "open" not in log.text
+
+
+def test_an_empty_line_among_text_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("a table", "", "its sums"):
+        tell(line)
+    assert capsys.readouterr().err == "a table\n\nits sums\n"
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody() -> None:
