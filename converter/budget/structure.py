@@ -158,20 +158,23 @@ class _Builder:
     def _kept(self, blocks: Sequence[int], n_keep: int) -> Kept:
         experts, layers = self.recipe.experts, [self.statistics.layers[block] for block in blocks]
         targets, n_used = [self.source.layers[block].target for block in blocks], self.source.spec.n_expert_used
+        n_group = self.source.spec.experts.n_group if experts.replacement == "nothing" else 1
         if experts.score == "subset":
             if experts.overall:
                 raise UsageError(
                     "The best subset is found layer by layer. Choose a score to rank all experts together."
                 )
             grams = [gram_of_block(one, self.source, block) for one, block in zip(layers, blocks, strict=True)]
-            return tuple(best_subset(gram, n_keep).kept for gram in grams)
+            return tuple(best_subset(gram, n_keep, n_group=n_group).kept for gram in grams)
         if experts.score not in SCORES:
             raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
         score = SCORES[experts.score]
         scores = [score(one, target) for one, target in zip(layers, targets, strict=True)]
         if not experts.overall:
-            n_group = self.source.spec.experts.n_group if experts.replacement == "nothing" else 1
             return keep_by_layer(scores, n_keep, n_used, n_group)
+        if n_group > 1:
+            problem = f"The {n_group} groups of which a router selects some first must keep as many experts each"
+            raise UsageError(f"{problem}. Leave --overall out, or put constants in the others' place.")
         return keep_overall(scores, n_keep * len(blocks), n_used)
 
     def _count(self, block: int, kept: Sequence[int]) -> None:

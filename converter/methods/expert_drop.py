@@ -49,6 +49,19 @@ def substitute(target: Sequence[int], kept: Iterable[int]) -> Survivors:
     return Survivors(experts, tuple(range(len(target))), tuple(place.get(one, one) for one in target), replaced)
 
 
+def group_experts(n_expert: int, n_group: int) -> tuple[range, ...]:
+    """The experts of each of the groups, of neighbouring ones and equally large, that a router selects from first."""
+    return tuple(range(n * n_expert // n_group, (n + 1) * n_expert // n_group) for n in range(n_group))
+
+
+def kept_in_group(n_keep: int, n_group: int) -> int:
+    """How many of `n_keep` experts each group keeps; raises UsageError where they do not divide into the groups."""
+    if n_keep % n_group:
+        problem = f"{n_keep} experts do not divide into the {n_group} groups of which the router selects some first"
+        raise UsageError(f"{problem}. Keep a multiple of {n_group}, or put constants in the others' place.")
+    return n_keep // n_group
+
+
 def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int, n_group: int = 1) -> Kept:
     """The best `n_keep` experts of every layer, as many in each of the `n_group` groups that a router selects first.
 
@@ -57,14 +70,11 @@ def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int, n_group: in
     fewest = min((one.size for one in scores if one.size), default=0)
     if not least <= n_keep <= fewest:
         raise UsageError(f"Keeping {n_keep} experts in each layer is not possible. Keep {least} to {fewest} of them.")
-    if n_keep % n_group:
-        problem = f"{n_keep} experts do not divide into the {n_group} groups of which the router selects some first"
-        raise UsageError(f"{problem}. Keep a multiple of {n_group}, or put constants in the others' place.")
+    n_each = kept_in_group(n_keep, n_group)
     kept = []
     for one in scores:
-        size = max(1, one.size // n_group)
-        parts = (one[begin : begin + size] for begin in range(0, one.size, size))
-        best = (n * size + expert for n, part in enumerate(parts) for expert in _best(part)[: n_keep // n_group])
+        groups = group_experts(one.size, n_group)
+        best = (group[place] for group in groups for place in _best(one[group.start : group.stop])[:n_each])
         kept.append(tuple(sorted(best)))
     return tuple(kept)
 

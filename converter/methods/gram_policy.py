@@ -46,13 +46,7 @@ def row_weights(logits: Single, kept: NDArray[np.bool_], spec: ModelSpec, choice
     """
     n_used = spec.n_expert_used
     assert kept.sum() >= n_used, "fewer rows than a token selects"
-    values = logits.astype(np.float64)
-    scores = np.where(kept, values, -np.inf)
-    if spec.router_score == "sigmoid":
-        scores = 1 / (1 + np.exp(-values))
-    elif spec.router_score == "softmax":
-        scores = _softmax(scores)
-    choice = np.where(kept, scores if choice_bias is None else scores + choice_bias, -np.inf)
+    scores, choice = _scores(logits, kept, spec, choice_bias)
     if spec.experts.n_group > 1:
         choice = _of_best_groups(choice, spec.experts)
     selected = np.argsort(-choice, axis=1, kind="stable")[:, :n_used]
@@ -61,9 +55,22 @@ def row_weights(logits: Single, kept: NDArray[np.bool_], spec: ModelSpec, choice
         top = _softmax(top)
     if spec.renormalises:
         top /= np.maximum(top.sum(1, keepdims=True), LEAST_SUM)
-    weights = np.zeros_like(values)
+    weights = np.zeros_like(scores)
     np.put_along_axis(weights, selected, top * spec.expert_weights_scale, 1)
     return weights
+
+
+def _scores(
+    logits: Single, kept: NDArray[np.bool_], spec: ModelSpec, choice_bias: Single | None
+) -> tuple[Double, Double]:
+    """The scores [S, R] that expert weights are made of, and those that rows are selected by: -inf where not kept."""
+    values = logits.astype(np.float64)
+    scores = np.where(kept, values, -np.inf)
+    if spec.router_score == "sigmoid":
+        scores = 1 / (1 + np.exp(-values))
+    elif spec.router_score == "softmax":
+        scores = _softmax(scores)
+    return scores, np.where(kept, scores if choice_bias is None else scores + choice_bias, -np.inf)
 
 
 def _softmax(values: Double) -> Double:
@@ -73,11 +80,17 @@ def _softmax(values: Double) -> Double:
 
 def _of_best_groups(choice: Double, experts: ExpertSpec) -> Double:
     """The scores [S, R] with -inf in the groups that are not selected, whose two best add up to less."""
-    groups = choice.reshape(len(choice), experts.n_group, -1)
+    groups = _by_group(choice, experts)
     best = np.argsort(-np.sort(groups, 2)[:, :, -2:].sum(2), axis=1, kind="stable")[:, : experts.n_group_used]
     is_best = np.zeros(groups.shape[:2], np.bool_)
     np.put_along_axis(is_best, best, values=True, axis=1)
     return np.where(is_best[:, :, None], groups, -np.inf).reshape(choice.shape)
+
+
+def _by_group(choice: Double, experts: ExpertSpec) -> Double:
+    """Scores [S, R] as [S, n_group, R / n_group]; there may be no tokens."""
+    n_token, n_row = choice.shape
+    return choice.reshape(n_token, experts.n_group, n_row // experts.n_group)
 
 
 def renormalised(kept: Double, weights: Double) -> Double:
@@ -105,6 +118,23 @@ class LayerGram:
     def row_weights(self, kept: NDArray[np.bool_], tokens: slice | Int = slice(None)) -> Double:
         """Expert weights of some of the sampled tokens, of a router that has only the rows `kept` [R]."""
         return row_weights(self.logits[tokens], kept, self.spec, self.choice_bias)
+
+    def deciding_rows(self, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of the rows `kept` [R] a token's expert weights rest on, [S, R]: without any other they stay the same.
+
+        These are the rows that it selects, and the two best of each group that it selects. Without any row a softmax
+        over all of them is greater everywhere, which matters if it is not renormalised, or a bias is added to it.
+        """
+        spec = self.spec
+        if spec.router_score == "softmax" and not (spec.renormalises and self.choice_bias is None):
+            return np.broadcast_to(kept, self.logits.shape)
+        selected = self.row_weights(kept) > 0
+        if spec.experts.n_group < 2:
+            return selected
+        _, choice = _scores(self.logits, kept, spec, self.choice_bias)
+        groups = _by_group(_of_best_groups(choice, spec.experts), spec.experts)
+        two_best = (groups >= np.sort(groups, 2)[:, :, -2:-1]) & (groups > -np.inf)
+        return selected | two_best.reshape(choice.shape)
 
     @property
     def n_expert(self) -> int:

@@ -5,13 +5,15 @@ give the exact error, on their sample of tokens. Tokens of a dropped expert sele
 many subsets, experts are dropped one by one, each time the one whose loss then adds the least error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from itertools import chain, combinations, product
+from math import comb, prod
 
 import numpy as np
+from numpy.typing import NDArray
 
+from slimoe.converter.methods.expert_drop import group_experts, kept_in_group
 from slimoe.converter.methods.gram_policy import LayerGram, policy_error
 from slimoe.converter.stats.statistics import Double
 from slimoe.offload.errors import UsageError
@@ -28,17 +30,22 @@ class Subset:
     error: float
 
 
-def best_subset(gram: LayerGram, n_keep: int, most_subsets: int = MOST_SUBSETS) -> Subset:
-    """The best `n_keep` experts; raises UsageError if they leave the router fewer rows than a token selects."""
-    n_expert = gram.n_expert
-    if comb(n_expert, n_keep) <= most_subsets:
+def best_subset(gram: LayerGram, n_keep: int, most_subsets: int = MOST_SUBSETS, n_group: int = 1) -> Subset:
+    """The best `n_keep` experts, as many in each of the `n_group` groups that a router selects first.
+
+    Raises UsageError if they leave the router fewer rows than a token selects, or do not divide into the groups.
+    """
+    n_expert, n_each = gram.n_expert, kept_in_group(n_keep, n_group)
+    groups = group_experts(n_expert, n_group)
+    if prod(comb(len(group), n_each) for group in groups) <= most_subsets:
         tried = []
-        for kept in combinations(range(n_expert), n_keep):
+        for parts in product(*(combinations(group, n_each) for group in groups)):
+            kept = tuple(chain.from_iterable(parts))
             if _can_keep(gram, kept):
                 dropped = set(range(n_expert)) - set(kept)
                 tried.append(Subset(kept, float(gram.error(gram.redirected(dropped)).mean()) if dropped else 0.0))
     else:
-        tried = [one for one in removals(gram) if len(one.kept) == n_keep]
+        tried = [one for one in removals(gram, groups, n_each) if len(one.kept) == n_keep]
     if not tried:
         raise UsageError(
             f"Of {n_expert} experts, {n_keep} cannot be kept: a token selects {gram.spec.n_expert_used}. "
@@ -51,35 +58,33 @@ def _can_keep(gram: LayerGram, kept: tuple[int, ...]) -> bool:
     return int(gram.rows_of(kept).sum()) >= gram.spec.n_expert_used
 
 
-def removals(gram: LayerGram) -> Iterator[Subset]:
+def removals(gram: LayerGram, groups: Sequence[Sequence[int]] = (), n_each: int = 0) -> Iterator[Subset]:
     """Yields all experts, then one expert fewer each time, as long as the router has rows enough for a token.
 
-    Each time the expert is dropped whose loss adds the least error, so that the result need not be the best subset.
+    Each time the expert is dropped whose loss adds the least error, so that the result need not be the best subset. At
+    least `n_each` experts of each of the `groups` stay.
     """
     kept = tuple(range(gram.n_expert))
-    errors, weights = np.zeros(gram.logits.shape[0]), gram.weights
+    errors, decides = np.zeros(gram.logits.shape[0]), gram.deciding_rows(gram.rows_of(kept))
     yield Subset(kept, 0.0)
     while True:
+        staying = {one for group in groups if len({*group} & {*kept}) <= n_each for one in group}
         tried = []
         for expert in kept:
             rest = tuple(one for one in kept if one != expert)
-            if _can_keep(gram, rest):
-                tried.append((_errors_after(gram, rest, weights, errors), rest))
+            if expert not in staying and _can_keep(gram, rest):
+                tried.append((_errors_after(gram, rest, decides, errors), rest))
         if not tried:
             return
         errors, kept = min(tried, key=lambda one: float(one[0].sum()))
-        weights = gram.row_weights(gram.rows_of(kept))
+        decides = gram.deciding_rows(gram.rows_of(kept))
         yield Subset(kept, float(errors.mean()))
 
 
-def _errors_after(gram: LayerGram, kept: tuple[int, ...], weights: Double, errors: Double) -> Double:
-    """Squared errors [S] with fewer experts; only those of tokens whose `weights` [S, R] have a dropped row change.
-
-    Of a softmax over all rows that is not renormalised, fewer rows change the weights of every token.
-    """
-    rows, spec = gram.rows_of(kept), gram.spec
-    moves_all = spec.router_score == "softmax" and not spec.renormalises
-    moved = np.flatnonzero((weights[:, ~rows] > 0).any(1) | moves_all)
+def _errors_after(gram: LayerGram, kept: tuple[int, ...], decides: NDArray[np.bool_], errors: Double) -> Double:
+    """Squared errors [S] with fewer experts; only those of tokens that a dropped row `decides` [S, R] for change."""
+    rows = gram.rows_of(kept)
+    moved = np.flatnonzero(decides[:, ~rows].any(1))
     new = gram.coefficients(gram.row_weights(rows, moved))
     result = errors.copy()
     result[moved] = policy_error(gram.products[moved], new - gram.coefficients(gram.weights[moved]))

@@ -11,13 +11,15 @@ import torch
 from slimoe.converter.forward.stream import Observer, Stream, final_logits
 from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import redirect
-from slimoe.converter.methods.gram_policy import LayerGram, layer_gram, policy_error
+from slimoe.converter.methods.gram_policy import LayerGram, gram_of_block, layer_gram, policy_error
 from slimoe.converter.methods.layer_weight import layer_weight
 from slimoe.converter.methods.naee import best_subset, removals
+from slimoe.converter.source.model_source import choice_bias_key
 from slimoe.converter.stats.sensitivity import measure_sensitivity
-from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Statistics
+from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Single, Statistics
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA, OLMOE
+from slimoe.offload.model.expert_spec import ExpertSpec
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.naive_layer import (
     SIZES,
@@ -154,6 +156,69 @@ def test_one_by_one_where_subsets_are_too_many(gram: LayerGram) -> None:
         assert one.error == pytest.approx(float(gram.error(gram.redirected(dropped)).mean()), rel=1e-9)
     assert best_subset(gram, 3, most_subsets=0) == path[2]
     assert path[1] == best_subset(gram, 4), "the first to go is the best one to remove"
+
+
+GROUPS = ExpertSpec(8, 2, score="sigmoid", renormalise=True, n_group=2, n_group_used=1)
+IDLE = 5
+"""An expert that no token selects."""
+
+
+def with_choice_bias(experts: ExpertSpec, bias: Single) -> HeldModel:
+    """A model that routes like this, and whose routers have a bias [R] of the choice."""
+    model = biased_model(replace(SIZES, n_expert=len(bias)))
+    biases = {choice_bias_key(layer): bias for layer in range(SIZES.n_layer)}
+    return replace(model.changed(biases), spec=replace(model.spec, experts=experts))
+
+
+def in_groups() -> HeldModel:
+    """One of two groups of four experts, of which a token selects one, and in it two experts, never the idle one."""
+    bias = np.random.default_rng(4).normal(0, 0.1, GROUPS.n_expert).astype(np.float32)
+    bias[IDLE] = -9.0
+    return with_choice_bias(GROUPS, bias)
+
+
+@pytest.mark.parametrize(("n_keep", "n_subset"), [(4, 36), (6, 16)])
+def test_best_subset_has_as_many_of_each_group(tmp_path: Path, n_keep: int, n_subset: int) -> None:
+    model = in_groups()
+    gram = gram_of_block(learn(model, tmp_path).layers[LAYER], model, LAYER)
+    y, key, errors = naive_layer(model, LAYER).y, choice_bias_key(LAYER), {}
+    for kept in combinations(range(GROUPS.n_expert), n_keep):
+        if sum(expert < GROUPS.n_expert // 2 for expert in kept) == n_keep // 2:
+            smaller = without_experts(model, LAYER, redirect(range(GROUPS.n_expert), kept))
+            smaller = smaller.changed({key: model.matrices[key][list(kept)]})
+            errors[kept] = float(squares(naive_layer(smaller, LAYER).y - y).mean())
+    best = best_subset(gram, n_keep, n_group=2)
+    assert len(errors) == n_subset
+    assert best.kept == min(errors, key=errors.__getitem__)
+    assert best.error == pytest.approx(errors[best.kept], rel=1e-4)
+    by_one = best_subset(gram, n_keep, most_subsets=0, n_group=2)
+    assert by_one.error == pytest.approx(errors[by_one.kept], rel=1e-4), "it keeps as many of each group, too"
+    with pytest.raises(UsageError, match="5 experts do not divide into the 2 groups"):
+        best_subset(gram, 5, n_group=2)
+
+
+def test_an_expert_that_no_sampled_token_selects_goes_first(tmp_path: Path) -> None:
+    model = in_groups()
+    layer = learn(model, tmp_path).layers[LAYER]
+    assert layer.outputs is not None
+    assert layer.outputs.n_pick[IDLE] == 0
+    whole, one_fewer, *_ = removals(gram_of_block(layer, model, LAYER))
+    assert one_fewer.error == 0.0
+    assert layer.outputs.n_pick[list({*whole.kept} - {*one_fewer.kept})] == 0
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [GROUPS, replace(GROUPS, n_group=4, n_group_used=2), replace(GROUPS, n_group=1, score="softmax")],
+    ids=["groups", "small groups", "softmax with a bias"],
+)
+def test_one_by_one_sees_all_that_a_removal_moves(tmp_path: Path, experts: ExpertSpec) -> None:
+    """An expert that a token does not select can decide which group it selects, or what is added to a bias."""
+    model = with_choice_bias(experts, np.random.default_rng(5).normal(0, 0.3, experts.n_expert).astype(np.float32))
+    gram = gram_of_block(learn(model, tmp_path).layers[LAYER], model, LAYER)
+    for one in removals(gram):
+        dropped = set(range(experts.n_expert)) - set(one.kept)
+        assert one.error == pytest.approx(float(gram.error(gram.redirected(dropped)).mean()), rel=1e-9)
 
 
 def test_all_experts_are_no_error_and_too_few_are_refused(gram: LayerGram) -> None:
