@@ -23,6 +23,7 @@ from rich.console import Console
 from bench.limits import machine
 from bench.limits.flags import threads_flag
 from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.budget.compressed_experts import CompressedSource
 from slimoe.converter.convert import ConvertOptions, plan
 from slimoe.converter.forward.texts import TextFile
 from slimoe.converter.heal.heal import heal, write_healed
@@ -42,16 +43,18 @@ from slimoe.offload.resources.duration import parse_minutes
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 
-KINDS = ("native", "stock", "dropped", "merged", "main")
+KINDS = ("native", "stock", "dropped", "merged", "main", "main-f32")
 Row = dict[str, Any]
 
 
 def recipe(kind: str, source: ModelSource, target: Path) -> Recipe:
-    """Of a file with the bytes of Q2_K, of that mix itself, or of one with a quarter or half fewer experts in 4 bits.
+    """Of a file with the bytes of Q2_K, of that mix itself, or of one with a quarter or half fewer experts in 4 bits
+    (and in 32).
 
     `target` is a path where a file could be written.
     """
     keep, main, four = source.spec.n_expert * 3 // 4, source.spec.n_expert_used // 2, StorageRecipe("Q4_K_M")
+    whole = StorageRecipe("F32", attention="F32", token="F32", output="F32")
     if kind == "native":
         return Recipe(target_size=plan(ConvertOptions(source.path, target, "Q2_K", force=True)).layout.n_bytes)
     return {
@@ -59,6 +62,7 @@ def recipe(kind: str, source: ModelSource, target: Path) -> Recipe:
         "dropped": Recipe(experts=ExpertRecipe(keep=keep), types=four),
         "merged": Recipe(experts=ExpertRecipe(keep=keep, merge="hc-smoe"), types=four),
         "main": Recipe(experts=ExpertRecipe(main=main), types=four),
+        "main-f32": Recipe(experts=ExpertRecipe(main=main), types=whole),
     }[kind]
 
 
@@ -77,6 +81,10 @@ def rows(
         write_planned(source, made, path, statistics, force=True)
         before = summarise(reference.compare(gguf_source(path)))
         row = {"kind": kind, "n_bytes": path.stat().st_size}
+        if made.n_main:
+            # Plain routing to as many experts, whose divergence the vectors are to lower.
+            fewer = summarise(reference.compare(CompressedSource(source, made.n_main)))
+            row["kl_plain"] = fewer.total.divergence.mean
         yield row | {"seconds": 0.0, "kl": before.total.divergence.mean, "kl_error": before.total.divergence.error}
         for seconds in times:
             healed = heal(
@@ -136,6 +144,8 @@ def main(
             for row in rows(source, statistics, reference, kinds, tuple(seconds), Path(name)):
                 found.append(row)
                 left = f" ({row['left']:.0%} left)" if "left" in row else ""
+                if "kl_plain" in row:
+                    left += f", {1 - row['kl'] / row['kl_plain']:.0%} of {row['kl_plain']:.5f} closed"
                 console.print(f"{row['kind']} {row['n_bytes']:,} {row['seconds']:.0f} s KL {row['kl']:.5f}{left}")
         reference.close()
     except SlimoeError as error:

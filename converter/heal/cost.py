@@ -56,7 +56,7 @@ def heal_cost(source: ModelSource, spec: ModelSpec, sizes: Iterable[tuple[str, i
     held = states if states <= MAX_STATE_BYTES else 0
     heads = spec.n_vocab * spec.n_embd
     per_block = max(math.prod(shape) for key, shape in source.shapes.items() if key.name.startswith("blk."))
-    layer = 4 * (max(weights[n] for n in range(spec.n_layer)) + 3 * per_block + per_layer + heads)
+    layer = 4 * (max(weights[n] for n in range(spec.n_layer)) + 3 * per_block + per_layer + 2 * heads)
     whole = 4 * (sum(weights.values()) + heads + spec.n_layer * per_layer + logits)
     held += _SPARE_BYTES
     return HealCost(held + layer, held + max(layer, whole), states)

@@ -29,20 +29,32 @@ from slimoe.offload.errors import ModelFileError
 from slimoe.offload.files.regular_file import reason
 from slimoe.offload.gguf import keys
 
-LAYER_SHARE = 0.25
+LAYER_SHARE = 0.4
 """The part of the time for training layer by layer, where the whole model can be trained after that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Divergences:
-    """KL(source, file) in nats per token, on the calibration's held-out sequences and on other texts (0 if none)."""
+    """KL(source, file) in nats per token: the mean of each held-out sequence of the calibration, and of other texts."""
 
-    held: float
-    other: float
+    held_each: NDArray[np.float64]
+    other_each: NDArray[np.float64]
+
+    @property
+    def held(self) -> float:
+        """The mean of the held-out sequences."""
+        return float(self.held_each.mean())
+
+    @property
+    def other(self) -> float:
+        """The mean of other texts' sequences, 0 without any."""
+        return float(self.other_each.mean()) if len(self.other_each) else 0.0
 
     def is_below(self, before: "Divergences") -> bool:
-        """Whether it is less on held-out sequences, and no more on other texts."""
-        return self.held < before.held and self.other <= before.other
+        """Whether it is less on held-out sequences, by more than the standard error, and no more on other texts."""
+        less = before.held_each - self.held_each
+        error = less.std(ddof=1) / math.sqrt(len(less)) if len(less) > 1 else 0.0
+        return bool(less.mean() > error) and self.other <= before.other
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +129,15 @@ class _Healing:
         found = self._state.load("whole")
         if found is None:
             before, wanted = self._layers(on_progress)
-            numbers = {"held": before.held, "other": before.other}
-            self._state.save("whole", Saved(self._arrays(wanted), numbers))
+            arrays = {"wanted": wanted.numpy(), "held": before.held_each, "other": before.other_each}
+            self._state.save("whole", Saved(arrays | trained_arrays(lesson.model.trained), {}))
         else:
             restore_trained(lesson.model.trained, found.arrays)
-            before, wanted = Divergences(found.numbers["held"], found.numbers["other"]), found.arrays["wanted"]
-            numbers = {"held": before.held, "other": before.other}
-            wanted = torch.from_numpy(wanted)
+            arrays = {name: found.arrays[name] for name in ("wanted", "held", "other")}
+            before, wanted = Divergences(arrays["held"], arrays["other"]), torch.from_numpy(arrays["wanted"])
         if self._is_whole:
             training = WholeTraining(lesson, self._head, wanted, self._state)
-            training.run((1 - LAYER_SHARE) * settings.seconds, numbers, on_progress)
+            training.run((1 - LAYER_SHARE) * settings.seconds, arrays, on_progress)
         after = self._divergences(wanted, self._states())
         is_kept = after.is_below(before)
         values = {key: one.detach().cpu().numpy() for key, one in lesson.model.trained.items()} if is_kept else {}
@@ -142,9 +153,6 @@ class _Healing:
         if not self._divergences(streams.source, streams.model[-n_measured:]).held < before.held:
             restore_trained(lesson.model.trained, self._first)
         return before, streams.source
-
-    def _arrays(self, wanted: Tensor) -> dict[str, NDArray[np.float32]]:
-        return {"wanted": wanted.numpy(), **trained_arrays(self._lesson.model.trained)}
 
     def _states(self) -> Tensor:
         """The model's hidden states behind the last layer, of the sequences that are measured on."""
@@ -170,9 +178,9 @@ class _Healing:
             restore_trained(lesson.model.trained, dict(trained))
         found = divergences(self._head, wanted[-len(h) :], read_head(lesson.model, device), h)
         restore_trained(lesson.model.trained, now)
-        n_held = lesson.texts.n_held
-        held, other = found[:n_held].mean(dtype=np.float64), found[n_held:].sum(dtype=np.float64)
-        return Divergences(float(held), float(other) / max(1, len(found) - n_held))
+        each = np.array([found[begin:end].mean(dtype=np.float64) for begin, end in self._measured.spans()])
+        n_held = len(lesson.texts.held)
+        return Divergences(each[:n_held], each[n_held:])
 
 
 def _run_key(source: ModelSource, file_hash: str, texts: HealTexts, settings: HealSettings) -> str:

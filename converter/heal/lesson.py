@@ -44,11 +44,6 @@ class HealTexts:
         return sum(map(len, self.train))
 
     @property
-    def n_held(self) -> int:
-        """Tokens of the calibration that are held out."""
-        return sum(map(len, self.held))
-
-    @property
     def n_longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(map(len, self.sequences.tokens))

@@ -13,6 +13,8 @@ from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT
 _MATRICES = (f".{ROUTER}.weight", f".{AUX_GAIN}.", f".{AUX_SHIFT}.", "_exps.bias")
 """Parts of the names of what is trained though it is no vector."""
 _DECAY, _SQUARE_DECAY = 0.9, 0.995
+SLOWER = 3.0
+"""What rates are divided by where they have led to nothing better."""
 _LEAST_SIZE = 0.01
 """What stands for the size of tensors that are smaller, such as those that are zero at first."""
 
@@ -48,6 +50,12 @@ class Adam:
         self._tensors, self.n_step = tensors, 0
         self._rates = [rate * max(_LEAST_SIZE, float(one.detach().square().mean().sqrt())) for one in tensors]
         self.means, self.squares = ([torch.zeros_like(one) for one in tensors] for _ in range(2))
+
+    def slow_down(self, factor: float) -> None:
+        """Divides the rates, and forgets where the steps led."""
+        self._rates = [rate / factor for rate in self._rates]
+        for mean in self.means:
+            mean.zero_()
 
     def step(self, loss: Tensor, part: float) -> None:
         """Changes the tensors in place, against the gradient of the loss, by `part` of the rate."""

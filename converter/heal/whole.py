@@ -9,12 +9,13 @@ from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.forward.whole_block import pass_block
 from slimoe.converter.heal.lesson import N_BATCH, Lesson, Progress, Tokens
 from slimoe.converter.heal.saved import Saved, SavedState, restore_trained, trained_arrays
-from slimoe.converter.heal.trained import Adam
+from slimoe.converter.heal.trained import SLOWER, Adam
 from slimoe.converter.report.evaluation import divergences
 from slimoe.converter.source.model_source import MatrixKey
+from slimoe.converter.stats.statistics_file import Arrays
 
 WHOLE = "healing the whole model"
-RATE = 0.003
+RATE = 0.01
 _LOOKS = 8
 """How often the model is measured on held-out sequences and saved."""
 _BEST, _MEANS, _SQUARES = "best.", "mean.", "square."
@@ -41,10 +42,10 @@ class WholeTraining:
         self._tensors = lesson.model.trained
         self._adam = Adam(list(self._tensors.values()), RATE)
 
-    def run(self, seconds: float, numbers: dict[str, float], on_progress: Progress) -> None:
+    def run(self, seconds: float, arrays: Arrays, on_progress: Progress) -> None:
         """Trains for so many seconds in all, and leaves the tensors that are best on held-out sequences.
 
-        `numbers` are saved with the state. Raises ModelFileError.
+        `arrays` are saved with the state. Raises ModelFileError.
         """
         settings, texts = self._lesson.settings, self._lesson.texts
         spent, best, kept = self._begin()
@@ -61,7 +62,11 @@ class WholeTraining:
                 found, last = self.held(), spent
                 if found < best:
                     best, kept = found, trained_arrays(self._tensors)
-                self._save(spent, best, kept, numbers)
+                else:
+                    # Steps are too long for a file that is so near to its source.
+                    restore_trained(self._tensors, kept)
+                    self._adam.slow_down(SLOWER)
+                self._save(spent, best, kept, arrays)
                 # Neither measuring nor saving is training.
                 begin = settings.clock() - spent
         restore_trained(self._tensors, kept)
@@ -91,7 +96,7 @@ class WholeTraining:
         rows = torch.cat([self._wanted[slice(*self._spans[index])] for index in sequences])
         return rows.to(self._lesson.model.device)
 
-    def _begin(self) -> tuple[float, float, dict[str, np.ndarray]]:
+    def _begin(self) -> tuple[float, float, Arrays]:
         """Seconds that were spent before, the best divergence, and the tensors that have it."""
         found = self._state.load("whole")
         if found is None or "n_step" not in found.numbers:
@@ -100,17 +105,13 @@ class WholeTraining:
         self._adam.n_step = int(found.numbers["n_step"])
         for prefix, moments in ((_MEANS, self._adam.means), (_SQUARES, self._adam.squares)):
             restore_trained(dict(zip(self._tensors, moments, strict=True)), found.arrays, prefix)
-        plain = trained_arrays({})
-        for name, array in found.arrays.items():
-            if name.startswith(_BEST):
-                plain[name.removeprefix(_BEST)] = array
-        return found.numbers["spent"], found.numbers["best"], plain
+        best = {name.removeprefix(_BEST): one for name, one in found.arrays.items() if name.startswith(_BEST)}
+        return found.numbers["spent"], found.numbers["best"], best
 
-    def _save(self, spent: float, best: float, kept: dict[str, np.ndarray], numbers: dict[str, float]) -> None:
+    def _save(self, spent: float, best: float, kept: Arrays, others: Arrays) -> None:
         moments = ((_MEANS, self._adam.means), (_SQUARES, self._adam.squares))
-        arrays = {"wanted": self._wanted.numpy(), **trained_arrays(self._tensors)}
+        arrays = {**others, **trained_arrays(self._tensors)}
         arrays |= {f"{_BEST}{name}": array for name, array in kept.items()}
         for prefix, tensors in moments:
             arrays |= trained_arrays(dict(zip(self._tensors, tensors, strict=True)), prefix)
-        spent_so_far = {"spent": spent, "best": best, "n_step": self._adam.n_step}
-        self._state.save("whole", Saved(arrays, numbers | spent_so_far))
+        self._state.save("whole", Saved(arrays, {"spent": spent, "best": best, "n_step": self._adam.n_step}))

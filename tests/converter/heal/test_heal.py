@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.heal.cost import heal_cost
-from slimoe.converter.heal.heal import HealReport, heal, write_healed
+from slimoe.converter.heal.heal import Divergences, HealReport, heal, write_healed
 from slimoe.converter.heal.lesson import HealSettings, HealTexts, heal_texts
 from slimoe.converter.heal.trained import trained_keys
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
@@ -112,7 +112,7 @@ def test_what_is_trained_leaves_out_what_gets_no_gradient(damaged: Path) -> None
 
 def test_an_interrupted_run_goes_on(source: ModelSource, damaged: Path, texts: HealTexts, tmp_path: Path) -> None:
     """Whether it stops in the first phase or in the second, and what is saved is of the same run only."""
-    for stop, phase in ((13, "layers"), (50, "whole")):
+    for stop, phase in ((17, "layers"), (50, "whole")):
         folder = tmp_path / phase
         folder.mkdir()
         with pytest.raises(KeyboardInterrupt):
@@ -174,6 +174,14 @@ def test_bad_input(source: ModelSource, damaged: Path, texts: HealTexts, tmp_pat
         heal(source, broken, texts, settings(5))
     with pytest.raises(ModelFileError):
         heal(source, tmp_path / "absent.gguf", texts, settings(5))
+
+
+def test_less_is_more_than_chance_and_nowhere_worse() -> None:
+    before = Divergences(np.array([0.5, 0.7, 0.6]), np.array([0.4]))
+    assert Divergences(before.held_each - [0.1, 0.2, 0.1], np.array([0.4])).is_below(before)
+    assert not Divergences(before.held_each - [0.3, -0.2, 0.1], np.array([0.4])).is_below(before), "by chance"
+    assert not Divergences(before.held_each - 0.1, np.array([0.41])).is_below(before), "worse on the other texts"
+    assert not before.is_below(before)
 
 
 def test_texts_are_split() -> None:

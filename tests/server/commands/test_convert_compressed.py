@@ -124,6 +124,11 @@ def test_main_experts_are_told_written_and_shown(
     shown = capsys.readouterr().out
     assert "computed 1 of 3 selected" in shown
     assert "compressed experts" in shown
+    status, _, err = told(["report", model, target, "--stats", stats, "--eval-tokens", "64"], capsys)
+    assert status == 0, err
+    report = json.loads((tmp_path / "m.gguf.report.json").read_text())
+    assert report["quality"]["total"]["divergence"]["mean"] > 0
+    assert [block["layer"] for block in report["blocks"]] == [0, 1, 2]
     status, _, err = told(["convert", target, tmp_path / "again.gguf", "--type", "q8_0"], capsys)
     assert status == 3
     assert "has compressed experts, fitted to the weights that it has. Convert the model that it was made of." in err
