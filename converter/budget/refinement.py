@@ -1,14 +1,17 @@
 """Puts the search to work on a plan: candidates are evaluated by what the model with them says of calibration texts."""
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from slimoe.converter.budget.knapsack import Allocation
+from slimoe.converter.budget.knapsack import Allocation, Option, Part, allocate, least_bytes
+from slimoe.converter.budget.options import CONSTANT
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
-from slimoe.converter.budget.search import Choice, Found, SearchSpec, search, start_choice
+from slimoe.converter.budget.search import Choice, Factors, Found, SearchSpec, search
 from slimoe.converter.budget.types import TypeAllocator
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.layout.plan import CompressPlan
@@ -18,6 +21,7 @@ from slimoe.converter.write.quantiser import PlainQuantiser, statistics_importan
 
 _POOL_SEQUENCES = 64
 _ROWS_AT_ONCE = 512
+_TRIES = 4
 _CACHE_BYTES = 1 << 32
 """Of values of matrices that were fitted to some type: more makes candidates of large models faster."""
 
@@ -76,18 +80,66 @@ def refine(
 
     `plan` has open types, `allocation` is the allocator's. Raises what reading the model does.
     """
-    parts = [part for part in allocator.parts if part.name in allocation.chosen]
     evaluator = _Evaluator(source, statistics, cache_bytes, n_threads)
-
-    def planned(choice: Choice) -> CompressPlan:
-        chosen = {part.name: part.options[number] for part, number in zip(parts, choice, strict=True)}
-        return allocator.typed(plan, Allocation(chosen, allocation.given_up, allocation.cost_of_groups))
+    plans = _Plans(allocator, plan, allocation, budget)
 
     def fitness(choice: Choice, n_tokens: int, seed: int) -> float:
-        one = planned(choice)
-        # Alignment is not among the parts' bytes.
-        return evaluator.divergence(one, n_tokens, seed) if allocator.size.of(one) <= budget else float("inf")
+        return evaluator.divergence(plans.of(choice), n_tokens, seed)
 
-    start = start_choice(parts, allocation)
-    found = search(parts, start, allocation.n_bytes, fitness, seconds, SearchSpec(), on_progress)
-    return planned(found.choice), found
+    found = search(plans.start, plans.n_factors, plans.solve, fitness, seconds, SearchSpec(), on_progress)
+    return plans.of(found.choice), found
+
+
+class _Plans:
+    """The plans of choices, and the best choice by factors on the costs: of each layer's attention, of its feed-forward
+    part, and of constants in place of its experts.
+    """
+
+    def __init__(self, allocator: TypeAllocator, plan: CompressPlan, allocation: Allocation, budget: int) -> None:
+        self._allocator, self._plan, self._allocation, self._budget = allocator, plan, allocation, budget
+        self._parts = [part for part in allocator.parts if part.name in allocation.chosen]
+        keys = {_factor_key(part, option) for part in self._parts for option in part.options}
+        self._numbers = {key: number for number, key in enumerate(sorted(keys, key=repr))}
+        self.start: Choice = self._choice(allocation)
+
+    @property
+    def n_factors(self) -> int:
+        """The number of groups of costs."""
+        return len(self._numbers)
+
+    def _choice(self, found: Allocation) -> Choice:
+        names = [[option.choice for option in part.options] for part in self._parts]
+        return tuple(
+            options.index(found.chosen[part.name].choice) for part, options in zip(self._parts, names, strict=True)
+        )
+
+    def of(self, choice: Choice) -> CompressPlan:
+        """The plan of a choice."""
+        chosen = {part.name: part.options[number] for part, number in zip(self._parts, choice, strict=True)}
+        found = replace(self._allocation, chosen=chosen)
+        return self._allocator.typed(self._plan, found)
+
+    def solve(self, factors: Factors) -> Choice:
+        """The best choice whose file is within the budget, with costs multiplied; the start's if none is found."""
+        scaled = [
+            replace(part, options=tuple(self._scaled(part, option, factors) for option in part.options))
+            for part in self._parts
+        ]
+        start_bytes = self._allocation.n_bytes
+        room = start_bytes + self._budget - self._allocator.size.of(self.of(self.start))
+        for _ in range(_TRIES):
+            choice = self._choice(allocate(scaled, max(room, least_bytes(scaled))))
+            # Alignment and the header are not among the parts' bytes.
+            excess = self._allocator.size.of(self.of(choice)) - self._budget
+            if excess <= 0:
+                return choice
+            room -= excess
+        return self.start
+
+    def _scaled(self, part: Part, option: Option, factors: Factors) -> Option:
+        return replace(option, cost=option.cost * math.exp(factors[self._numbers[_factor_key(part, option)]]))
+
+
+def _factor_key(part: Part, option: Option) -> Hashable:
+    """Costs with the same key are off alike."""
+    return part.name if part.group is None else part.group, option.choice == CONSTANT

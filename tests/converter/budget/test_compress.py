@@ -200,6 +200,20 @@ def test_refinement_keeps_the_budget_and_never_gets_worse(source: ModelSource, s
     )
     assert plan_bytes(found, source, statistics) <= 320_000
     assert how.n_generations >= 1
+    assert how.after <= how.before
+
+
+def test_refinement_spends_what_the_allocator_left(source: ModelSource, statistics: Statistics) -> None:
+    recipe = Recipe(target_size=300_000, hints=False)
+    structure = build_structure(source, statistics, recipe)
+    costs = statistics_costs(source, statistics, None, 1, lambda _what, _done, _total: None)
+    allocator = TypeAllocator(source, statistics, costs, recipe, structure)
+    plan, allocation = allocator.fit(plan_compression(source, statistics, recipe), 300_000)
+    found, how = refine(
+        source, statistics, allocator, plan, allocation, budget=400_000, seconds=0.0, cache_bytes=1 << 28
+    )
+    assert how.after < how.before
+    assert 390_000 < plan_bytes(found, source, statistics) <= 400_000
 
 
 def dispensable(statistics: Statistics, **costs: float) -> Statistics:
