@@ -48,7 +48,7 @@ class ConvertOptions:
 
     source: Path
     target: Path
-    type: str = DEFAULT_TYPE
+    type: str | None = None
     n_threads: int = 0
     force: bool = False
     pair: str | None = None
@@ -130,8 +130,11 @@ def plan(options: ConvertOptions) -> Conversion:
     ModelFileError or UnsupportedModelError for whatever is wrong with the source, or does not fit the type;
     DoesNotFitError where the disk lacks the space; and what `read_importance` raises.
     """
-    mixes = (find_recipe(options.type),) if options.pair is None else find_pair(options.pair)
+    named = find_recipe(options.type or DEFAULT_TYPE)
+    mixes: Sequence[TypeRecipe] = (named,) if options.pair is None else find_pair(options.pair)
     source = open_source(options.source)
+    if options.type is None and options.pair is None:
+        mixes = (find_recipe(default_type(source)),)
     if len(mixes) > 1 and not source.spec.n_expert:
         raise UnsupportedModelError(source.path, "the model has no experts to store twice.", "Convert it with --type.")
     given = None if options.imatrix is None else read_importance(options.imatrix, source)
@@ -159,6 +162,13 @@ def plan(options: ConvertOptions) -> Conversion:
     check_target(options.target, layout.n_bytes, force=options.force, sources=model_files(source))
     fitted = _fitted(source, layout, given)
     return Conversion(source, planned, layout, matrices, copied_bytes(source, layout), given, fitted)
+
+
+def default_type(source: StoredModel) -> str:
+    """The types to convert to where none are named: those that its experts have, if that is MXFP4, which is kept."""
+    stored = (source.blocks(key) for key in source.shapes)
+    is_mxfp4 = any(blocks and blocks.type is Type.MXFP4 for blocks in stored)
+    return "MXFP4_MOE" if is_mxfp4 else DEFAULT_TYPE
 
 
 def find_pair(names: str) -> Sequence[TypeRecipe]:

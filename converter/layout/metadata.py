@@ -45,10 +45,10 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
 
 
 def left_out(spec: ModelSpec) -> tuple[str, ...]:
-    """A note about blocks of the source that no file made of it has, none where it has no such blocks."""
-    if not spec.n_layer_nextn:
-        return ()
-    return (f"What predicts further tokens (MTP, {spec.n_layer_nextn} of the blocks) is left out: nothing runs it.",)
+    """Notes about what files made of a model lack, or compute otherwise; none where that is nothing."""
+    n_nextn, difference = spec.n_layer_nextn, spec.architecture.difference
+    blocks = f"What predicts further tokens (MTP, {n_nextn} of the blocks) is left out: nothing runs it."
+    return (*([blocks] if n_nextn else ()), *([difference] if difference else ()))
 
 
 def carried_metadata(source: ModelSource) -> dict[str, Value]:

@@ -60,13 +60,17 @@ def check_fits(
     *,
     has_copies: bool = False,
 ) -> None:
-    """Refuses a type that no matrix can have: what was asked for would be in no place of the file.
+    """Refuses a type, or a mix of types, that no matrix can have: nothing in the file would be what was asked for.
 
     Raises UnsupportedModelError with the three smallest types that fit all matrices of the model at `path`, or with two
     types if experts have second copies.
     """
     unfit = [matrix for matrix in matrices if matrix.unfit is not None]
-    if not unfit or any(matrix.type is base for matrix in matrices):
+    blocks = {matrix.type: GGML_QUANT_SIZES[matrix.type][0] for matrix in matrices}
+    # Mixes have other types of the same blocks in some places.
+    if not unfit or any(
+        matrix.unfit is None and blocks[matrix.type] == GGML_QUANT_SIZES[base][0] for matrix in matrices
+    ):
         return
     first = unfit[0]
     assert first.unfit is not None

@@ -47,7 +47,8 @@ def foreign_directory(path: Path) -> ModelFileError:
 
 def foreign_model(path: Path, metadata: Mapping[str, object], n_tensors: int) -> UnsupportedModelError | None:
     """The error for a GGUF file that holds no language model, by the keys and the number of tensors in it."""
-    architecture, kind = (metadata.get(f"general.{name}") for name in ("architecture", "type"))
+    values = (metadata.get(f"general.{name}") for name in ("architecture", "type"))
+    architecture, kind = (value if isinstance(value, str) else None for value in values)
     if architecture == "clip" or kind == "mmproj":
         problem = "this is a projector for images or sound (mmproj), not a language model."
         return UnsupportedModelError(path, problem, "Name the model's own file; images and sound are not supported.")

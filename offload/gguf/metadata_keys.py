@@ -24,6 +24,10 @@ class MetadataKeys:
         value = self.gguf.metadata.get(self.prefix + name, default)
         if isinstance(value, np.ndarray):
             n_block = self.gguf.metadata.get(f"{self.prefix}block_count", value.size)
+            if not isinstance(n_block, int):
+                # The number of blocks itself, or what depends on it.
+                problem = f"{self.prefix}block_count is no number of blocks."
+                raise ModelFileError(self.gguf.path, problem, AGAIN)
             if not value.size or value.size != n_block:
                 problem = f"{self.prefix}{name} has {value.size} entries, but the model {n_block} blocks."
                 raise ModelFileError(self.gguf.path, problem, AGAIN)

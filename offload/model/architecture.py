@@ -93,6 +93,7 @@ class Architecture:
     architectures without windows. `activation` is that of the experts. `is_down_wide`: what an expert's down is
     multiplied with may be larger than F16 can say, which kernels must not make of it. With `has_indexer` attention sees
     of a longer context only what an indexer selects, which is not run: contexts end where it would begin to select.
+    `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Architecture:
     activation: Activation = "swiglu"
     is_down_wide: bool = False
     has_indexer: bool = False
+    difference: str = ""
 
     @property
     def has_expert_biases(self) -> bool:

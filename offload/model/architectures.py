@@ -117,6 +117,7 @@ PHIMOE = Architecture(
     ),
     rope=RopeType.NEOX,
     scales_queries=True,
+    difference="It answers as in llama.cpp, not as in transformers: norms keep the mean, softmax weighs the experts.",
 )
 GRANITEMOE = Architecture(
     name="granitemoe",
@@ -205,6 +206,7 @@ GPT_OSS = Architecture(
         *_BEGIN,
         TensorRole("attn_sinks", ("n_head",), "attention"),
         _ATTN_OUTPUT,
+        TensorRole("attn_output", ("n_embd",), "attention", suffix="bias"),
         TensorRole("post_attention_norm", ("n_embd",), "ffn"),
         _ROUTER,
         TensorRole("ffn_gate_inp", ("n_expert",), "router", suffix="bias"),
@@ -270,11 +272,17 @@ ARCHITECTURES = {
 COUSINS = {
     "bailingmoe": ("bailingmoe2", "with neighbours that rotate together"),
     "deepseek": ("deepseek2", "without latent attention"),
+    "deepseek4": ("deepseek32", "with compressed attention, and experts chosen by the token's number"),
+    "deepseek_v32": ("deepseek32", "only GGUF files of it are read"),
     "ernie4_5": ("ernie4_5-moe", "without experts"),
     "glm4": ("glm4moe", "without experts"),
+    "glm_moe_dsa": ("glm-dsa", "only GGUF files of it are read"),
     "granite": ("granitemoe", "without experts"),
     "granitehybrid": ("granitemoe", "with Mamba layers"),
+    "granitemoehybrid": ("granitemoe", "with Mamba layers"),
     "hunyuan-dense": ("hunyuan-moe", "without experts"),
+    "hunyuan_v1_dense": ("hunyuan-moe", "without experts"),
+    "kimi_k25": ("deepseek2", "with a part for images"),
     "llama4": ("llama", "with chunked attention, and weights on the input of experts"),
     "minimax-m3": ("minimax-m2", "with sparse attention"),
     "phi3": ("phimoe", "without experts"),

@@ -79,13 +79,13 @@ def read_experts(
     if architecture.has_dense_layers and not is_native:
         layers = _shapes_with_dense(keys, n_layer, counts[0], width)
     n_group, n_group_used = _groups(keys, min(counts), n_selected or n_used)
-    renormalise = architecture.router.renormalise
+    renormalise, score = architecture.router.renormalise, _score(keys, architecture.router, (n_layer, n_vocab))
     spec = ExpertSpec(
         n_expert=max(counts),
         n_expert_used=n_used,
         weights_scale=keys.number("expert_weights_scale", 1.0),
         layers=layers,
-        score=_score(keys, architecture.router, (n_layer, n_vocab)) if architecture.router.reads_score else None,
+        score=score if architecture.router.reads_score else None,
         renormalise=keys.flag("expert_weights_norm", default=False) if renormalise is None else None,
         n_group=n_group,
         n_group_used=n_group_used,

@@ -22,6 +22,16 @@ NATIVE = "slimoe"
 """Our own architecture, a name that stock loaders refuse."""
 BASE_ARCHITECTURE = "base_architecture"
 """The native format's key for the architecture that a model was made from; without it that is `llama`."""
+_MOST_BLOCKS = 1 << 16
+"""Far more than any model has, and few enough to list."""
+_PER_BLOCK = (
+    "feed_forward_length",
+    "expert_count",
+    "expert_used_count",
+    "attention.head_count",
+    "attention.head_count_kv",
+)
+"""Keys that may have a value for each block, whether this architecture reads them or not."""
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
 
 
@@ -169,6 +179,8 @@ class ModelSpec:
         if foreign:
             raise foreign
         stored = gguf.metadata.get("general.architecture")
+        if not isinstance(stored, str):
+            raise UnsupportedModelError(gguf.path, _unknown(stored))
         keys = MetadataKeys(gguf, f"{stored}.")
         is_native = stored == NATIVE
         name = keys.value(BASE_ARCHITECTURE, LLAMA.name) if is_native else stored
@@ -180,9 +192,14 @@ class ModelSpec:
         attention = read_attention(keys, architecture, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         n_nextn = keys.count("nextn_predict_layers", 0)
-        n_layer = keys.count("block_count") - n_nextn
+        n_block = keys.count("block_count")
+        if n_block > _MOST_BLOCKS:
+            raise ModelFileError(gguf.path, f"{stored}.block_count is {n_block}, which cannot be.", AGAIN)
+        for each in filter(keys.is_array, _PER_BLOCK):
+            keys.integers(each, n_block)
+        n_layer = n_block - n_nextn
         if n_layer < 1:
-            problem = f"{n_nextn} of {n_layer + n_nextn} blocks predict further tokens, which leaves no layer."
+            problem = f"{n_nextn} of {n_block} blocks predict further tokens, which leaves no layer."
             raise ModelFileError(gguf.path, problem, AGAIN)
         n_vocab = embeddings.ne[-1] if embeddings else keys.count("vocab_size")
         experts, n_ff = read_experts(keys, architecture, n_layer, n_vocab, is_native=is_native)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from slimoe.converter.convert import DEFAULT_TYPE, Conversion, ConvertOptions, ConvertReport, carry_out, plan
+from slimoe.converter.convert import Conversion, ConvertOptions, ConvertReport, carry_out, plan
 from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
@@ -33,7 +33,12 @@ from slimoe.server.terminal.progress_bars import byte_bar
 @click.command("convert", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
 @click.argument("source", metavar="SRC", type=ModelPath(prefers_checkpoint=True))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("-t", "--type", "type_name", help="Type of the weights, one of those below (default: Q4_K_M).")
+@click.option(
+    "-t",
+    "--type",
+    "type_name",
+    help="Type of the weights, one of those below (default: Q4_K_M, or MXFP4_MOE of experts in MXFP4).",
+)
 @click.option(
     "--two-copies", metavar="HIGH,LOW", help="Store every expert twice, in these two types, such as Q4_K,Q2_K."
 )
@@ -111,7 +116,7 @@ def _convert(values: Mapping[str, Any]) -> None:
     options = ConvertOptions(
         values["source"],
         target,
-        values["type_name"] or DEFAULT_TYPE,
+        values["type_name"],
         values["threads"] or usable_processors(),
         values["force"],
         values["two_copies"],

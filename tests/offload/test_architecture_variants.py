@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] 
         ModelFileError,
         "has 1 entries, but the model 2 blocks",
     ),
-    "too long": ("dots1", {"expert_used_count": [4] * 3}, {}, ModelFileError, "3 entries, but the model 2 blocks"),
+    "too long": ("dots1", {"expert_used_count": [4] * 3}, {}, ModelFileError, "3 entries, but 2 belong to this model"),
     "differing": ("glm4moe", {"expert_used_count": [4, 2]}, {}, UnsupportedModelError, "differs between layers"),
     "uneven groups": ("dots1", {"expert_group_count": 3, "expert_group_used_count": 2}, {}, ModelFileError, "3 groups"),
     "groups too small": (
@@ -272,6 +272,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] 
         ModelFileError,
         "weights_norm is 3, which is no truth value",
     ),
+    "a score elsewhere": ("qwen2moe", {"expert_gating_func": 9}, {}, UnsupportedModelError, "is 9, a router score"),
+    "an unread length": ("qwen3moe", {"feed_forward_length": [64] * 3}, {}, ModelFileError, "has 3 entries, but 2 bel"),
+    "many blocks": ("glm4moe", {"block_count": 1 << 31}, {}, ModelFileError, "block_count is 2147483648, which cannot"),
+    "no bias of outputs": ("gpt-oss", {}, none_of("attn_output.bias"), ModelFileError, "blk.0.attn_output.bias is mis"),
     "no blocks": ("glm4moe", {"nextn_predict_layers": 2}, {}, ModelFileError, "2 of 2 blocks predict further tokens"),
 }
 

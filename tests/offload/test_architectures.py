@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -194,6 +195,26 @@ def test_text_goes_in_and_out_as_llama_cpp_has_it(tmp_path: Path, name: str) -> 
         while len(expected) < 6:
             expected.append(int(baseline.decode(expected[-1]).argmax()))
     assert report["tokens"] == expected
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(np.array(values) for values in ([3, 3, 3], [2], [2, 2], [2.5, 2.5], [])),
+    *("x", ["a", "b"], math.nan, -1, 0, 2.5, True, 1 << 40),
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_key_of_any_other_form_is_read_or_refused(written: Written, name: str) -> None:
+    """Every key of the file in turn: what is refused is refused in one of our own errors, at once."""
+    file = read_gguf(written(name, "MXFP4" if name == "gpt-oss" else "Q4_K"))
+    n_refused = 0
+    for key in file.metadata:
+        for value in ODD_VALUES:
+            try:
+                ModelFile.of(replace(file, metadata={**file.metadata, key: value}))
+            except SlimoeError as error:
+                n_refused += "\n" not in str(error)
+    assert n_refused > 100
 
 
 @pytest.mark.parametrize("name", [*FINE, "mistral4", "gpt-oss"])

@@ -22,6 +22,13 @@ SmallCount = Annotated[int, Meta(ge=1, le=2**16)]
 Positive = Annotated[float, Meta(gt=0, le=3e38)]
 
 _SILU = ("silu", "swish")
+_SCORES: dict[str, Score] = {"softmax": "softmax", "sigmoid": "sigmoid", "noaux_tc": "sigmoid"}
+"""Words for a router's score; dots.llm1 has the name of the choice with a bias for it."""
+_CHOICES: dict[Score, tuple[str, ...]] = {
+    "sigmoid": ("noaux_tc",),
+    "softmax": ("greedy", "group_limited_greedy"),
+}
+"""Words for how experts are selected by such a score."""
 
 
 class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +75,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rope_scaling: RopeFields | None = None
     original_max_position_embeddings: Count | UnsetType = UNSET
     partial_rotary_factor: float | None = None
+    scoring_func: str | None = None
+    score_function: str | None = None
 
     @property
     def n_head_kv(self) -> int:
@@ -143,6 +152,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
         if self.hidden_act not in _SILU:
             return f"the activation {self.hidden_act!r} is not supported, only {_SILU[0]}."
+        score = self.experts.score or architecture.router.score
+        for name, value in (("scoring_func", self.scoring_func), ("score_function", self.score_function)):
+            if value is not None and (value not in _SCORES or (_SCORES[value] == "sigmoid") != (score == "sigmoid")):
+                return f"{name} is {value!r:.100}, but the router of this class has {score!r}."
         return None
 
 
@@ -193,6 +206,7 @@ class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
     first_k_dense_replace: Annotated[int, Meta(ge=0, le=2**16)] = 0
     norm_topk_prob: bool = False
     routed_scaling_factor: Positive = 1.0
+    topk_method: str | None = None
     attention_bias: bool = False
 
     @property
@@ -244,6 +258,9 @@ class DeepseekConfig(ModelConfig, frozen=True, kw_only=True):
         if n_group_used > n_group or self.n_expert % n_group or self.n_expert_used > n_group_used * n_each:
             what = f"n_group is {n_group} and topk_group {n_group_used}: {self.n_expert} experts in such groups"
             return f"{what} cannot give {self.n_expert_used}."
+        if self.topk_method not in (None, *_CHOICES[self.score]):
+            known = " or ".join(map(repr, _CHOICES[self.score]))
+            return f"topk_method is {self.topk_method!r:.100}, but only {known} is known with {self.score!r}."
         if self.n_dense >= self.num_hidden_layers:
             what = f"first_k_dense_replace is {self.n_dense}"
             return f"{what}, which leaves none of {self.num_hidden_layers} layers with experts."

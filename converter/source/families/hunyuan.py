@@ -52,6 +52,8 @@ class HunYuanMoEV1Config(ModelConfig, frozen=True, kw_only=True):
         for name, value in (("num_experts", self.num_experts), ("moe_topk", self.moe_topk)):
             if isinstance(value, list) and len(set(value)) != 1:
                 return f"{name} differs between layers, which is not supported."
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                return f"{name} has {len(value)} entries for {self.num_hidden_layers} layers."
         if self.attention_bias:
             return f"attention_bias is true; biases of attention are not read for {architecture.models}."
         return super().unsupported(architecture)

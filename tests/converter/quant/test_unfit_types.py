@@ -14,7 +14,7 @@ from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.named_types import NamedTypes
 from slimoe.converter.layout.offsets import lay_out, plan_bytes
 from slimoe.converter.layout.plan import CompressPlan, Format
-from slimoe.converter.quant.unfit_types import unfit_counts
+from slimoe.converter.quant.unfit_types import check_fits, typed, unfit_counts
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.report.yardstick import plain_neighbours
 from slimoe.converter.source.model_source import ModelSource
@@ -168,6 +168,16 @@ def test_narrower_experts_fall_back(sentencepiece_path: Path, tmp_path: Path) ->
     assert kinds <= SMALL - {Type.Q8_0, Type.F16}, "a budget that has no room for more"
     assert plan.expected_kl is not None
     assert 0 < plan.expected_kl < math.inf
+
+
+def test_a_mix_may_have_another_type_in_the_only_place_that_fits(moe_checkpoint: Path) -> None:
+    """As Q4_K_M has Q5_K for attn_output, whose rows of 4096 are the only ones of gpt-oss that 256 divides."""
+    spec = open_source(moe_checkpoint).spec
+    matrices = [typed("token_embd.weight", 2880, Type.Q4_K), typed("blk.0.attn_output.weight", 4096, Type.Q5_K)]
+    check_fits(Path("m"), spec, "Q4_K_M", Type.Q4_K, matrices)
+    others = [*matrices[:1], typed("blk.0.attn_v.weight", 2880, Type.Q8_0)]
+    with pytest.raises(UnsupportedModelError, match="no multiple of 256, as Q4_K in Q4_K_M needs"):
+        check_fits(Path("m"), spec, "Q4_K_M", Type.Q4_K, others)
 
 
 def test_a_type_that_fits_nowhere_is_refused(moe_checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from msgspec import UNSET
 from safetensors.torch import load_file, save_file
 
+from slimoe.converter.convert import ConvertOptions, plan
 from slimoe.converter.source.checkpoint_source import FAMILIES
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.open_source import open_source
@@ -67,6 +68,7 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     own = set(FAMILIES[f"{name}ForCausalLM"].config.__struct_fields__)
     aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "head_dim"}
     aliases |= {"rotary_dim", "num_experts", "num_local_experts"}
+    aliases |= {"scoring_func", "score_function", "topk_method"}  # Refused where they contradict the class.
     if name == "Qwen2Moe":
         aliases |= {"attention_bias"}  # Refused, and not passed over as by the class.
     if found.attention.latent:  # Not all of these classes read them.
@@ -78,12 +80,13 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
 
 @pytest.mark.parametrize("n_ctx", [32, 512])
 def test_the_engine_computes_what_llama_cpp_does_of_a_phi(tmp_path: Path, n_ctx: int) -> None:
-    """transformers computes something else: see the family's file."""
+    """transformers computes something else, which convert tells: see the family's file."""
     pairs = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [1.0 + n for n in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.25, "long_mscale": 1.25}
     rope |= pairs | {"original_max_position_embeddings": n_ctx}
     source = save_family(tmp_path / "c", "Phimoe", rope_parameters=rope, original_max_position_embeddings=n_ctx)
     path = converted(source, tmp_path / "m.gguf")
+    assert any("not as in transformers" in note for note in plan(ConvertOptions(source, path, "F32", force=True)).notes)
     spec = open_source(source).spec.rope
     assert (spec.scaling, spec.n_ctx_orig, spec.attn_multiplier) == ("longrope", n_ctx, 1.25)
     with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32"))) as engine:
@@ -133,6 +136,36 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("Ernie4_5_Moe", {"moe_layer_start_index": 28}, "moe_layer_start_index is 28, which leaves none of 28 layers"),
     ("HunYuanMoEV1", {"moe_topk": [8, 4]}, "moe_topk differs between layers"),
     ("HunYuanMoEV1", {"moe_topk": []}, "moe_topk differs between layers"),
+    ("HunYuanMoEV1", {"moe_topk": [4, 4]}, "moe_topk has 2 entries for 32 layers"),
+    (
+        "DeepseekV3",
+        {"scoring_func": "sqrtsoftplus"},
+        "scoring_func is 'sqrtsoftplus', but the router of this class has 'si",
+    ),
+    (
+        "DeepseekV3",
+        {"scoring_func": "softmax"},
+        "scoring_func is 'softmax', but the router of this class has 'sigmoid'",
+    ),
+    ("DeepseekV3", {"topk_method": "foo"}, "topk_method is 'foo', but only 'noaux_tc' is known with 'sigmoid'"),
+    (
+        "DeepseekV2",
+        {"num_experts_per_tok": 6, "scoring_func": "sigmoid"},
+        "scoring_func is 'sigmoid', but the router of",
+    ),
+    (
+        "DeepseekV2",
+        {"num_experts_per_tok": 6, "topk_method": "x"},
+        "topk_method is 'x', but only 'greedy' or 'group_limited",
+    ),
+    ("MiniMaxM2", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+    ("Glm4Moe", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+    ("Dots1", REQUIRED["Dots1"] | {"scoring_func": "other"}, "scoring_func is 'other'"),
+    (
+        "Qwen3Moe",
+        {"norm_topk_prob": True, "scoring_func": "sigmoid"},
+        "scoring_func is 'sigmoid', but the router of this class has 'softmax'",
+    ),
     ("HunYuanMoEV1", {"attention_bias": True}, "attention_bias is true"),
     ("DeepseekV2", {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy", "n_group": 8}, "topk_method is"),
     ("Phimoe", {"lm_head_bias": True}, "attention_bias or lm_head_bias is false"),
