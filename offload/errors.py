@@ -101,5 +101,5 @@ class ContextOverflowError(SlimoeError):
         least = "at least " if at_least else ""
         super().__init__(
             f"The prompt is {least}{n_prompt} tokens long, but the context window holds {n_ctx}, answer included. "
-            "Shorten the prompt, or raise --ctx if the model was trained on longer texts."
+            "Shorten the prompt, or raise --ctx as far as the model goes."
         )
