@@ -145,8 +145,8 @@ def _overflow(failure: Failure, param: str) -> ApiError:
     message = (
         f"This model's maximum context length is {failure.n_ctx} tokens. However, you requested {least}{asked} tokens "
         f"({least}{failure.n_prompt} in the {param}, {failure.n_completion} in the completion), which exceeds the "
-        "available context size (context_length_exceeded). Shorten the prompt, or start the server with a larger --ctx, "
-        "as far as the model goes."
+        "available context size (context_length_exceeded). Shorten the prompt, or start the server with a larger "
+        "--ctx, as far as the model goes."
     )
     counts = {"n_prompt_tokens": failure.n_prompt, "n_ctx": failure.n_ctx}
     return ApiError(400, ErrorInfo(message, OVERFLOW, param, "context_length_exceeded"), extra=counts)
