@@ -89,9 +89,10 @@ class CompressPlan:
     """A whole result. `recipe` is what was asked for, in words that can be asked for again (TOML).
 
     `importance`: types are fitted to what matrices read (needs statistics); `feedback`: errors of a block of columns
-    are made up for in the later ones, against inputs that the quantised layers before produce; `refit`: routers are
-    fitted to the quantised experts. `expected_kl` is the KL divergence per token that the statistics foretell,
-    `uncounted` what they say nothing of.
+    are made up for in the later ones, against inputs that the quantised layers before produce, in all matrices, or, if
+    it is a number, in those that so many seconds are best spent on: `fitted`, by the file's tensor and the slot in it,
+    all if None; `refit`: routers are fitted to the quantised experts. `expected_kl` is the KL divergence per token that
+    the statistics foretell, `uncounted` what they say nothing of.
 
     `n_main`, if any, is how many of a token's selected experts are computed; the layers' `aux` stand for the others.
 
@@ -105,7 +106,8 @@ class CompressPlan:
     output_type: GGMLQuantizationType | None
     recipe: str
     importance: bool = False
-    feedback: bool = False
+    feedback: bool | float = False
+    fitted: frozenset[tuple[str, int]] | None = None
     refit: bool = False
     expected_kl: float | None = None
     uncounted: tuple[str, ...] = ()

@@ -94,6 +94,13 @@ def _time(value: object, _sizes: SourceSizes) -> float:
     return seconds
 
 
+def _flag_or_time(value: object, sizes: SourceSizes) -> bool | float:
+    try:
+        return value if isinstance(value, bool) else _time(value, sizes)
+    except NotExpectedError as error:
+        raise NotExpectedError(f"true, false or {error}") from None
+
+
 def _flag(value: object, _sizes: SourceSizes) -> bool:
     if not isinstance(value, bool):
         raise NotExpectedError("true or false")
@@ -161,5 +168,5 @@ SECTIONS: Mapping[str, Mapping[str, Read]] = {
         "output": _type(*TYPES),
         "candidates": _types,
     },
-    "fit": {"importance": _flag, "feedback": _flag, "refit": _flag, "heal": _time},
+    "fit": {"importance": _flag, "feedback": _flag_or_time, "refit": _flag, "heal": _time},
 }

@@ -59,11 +59,12 @@ class StorageRecipe:
 class FitRecipe:
     """How weights are quantised; see `CompressPlan`. `refit` runs the calibration's tokens once more to fit routers.
 
-    For `heal` seconds the written file's small tensors are trained against the source; None does not.
+    `feedback` is for all matrices, or, as a number, for those that so many seconds are best spent on. For `heal`
+    seconds the written file's small tensors are trained against the source; None does not.
     """
 
     importance: bool = True
-    feedback: bool = False
+    feedback: bool | float = False
     refit: bool = False
     heal: float | None = None
 

@@ -139,7 +139,8 @@ def _lines(part: object, names: Collection[str]) -> list[str]:
     values = {name: getattr(part, name) for name in names}
     if values.get("target_size") is not None:
         values["target_size"] = bytes_text(values["target_size"])
-    if values.get("heal") is not None:
-        values["heal"] = f"{values['heal']:g}s"
+    for name in {"heal", "feedback"} & values.keys():
+        if isinstance(values[name], float):
+            values[name] = f"{values[name]:g}s"
     # Booleans, numbers, printable texts and lists of them are written alike in JSON and TOML.
     return [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None]

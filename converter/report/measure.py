@@ -98,7 +98,7 @@ def report_work(
 ) -> ReportWork:
     """The work that a report takes for a file of `n_copy` copies, which may be compared with the models `plain`."""
     measured = plain if is_small(source) else ()
-    seconds = [writing_seconds(source, one.plan, lay_out(source, one.plan), settings.n_threads) for one in measured]
+    seconds = [writing_seconds(source, lay_out(source, one.plan), settings.n_threads) for one in measured]
     n_written = settings.n_written if is_small(source) else 0
     cut = block_windows(windows, settings.n_block_tokens)
     return ReportWork(windows, cut, n_copy, len(measured), sum(seconds), _PROMPTS, n_written, n_models=1)

@@ -43,11 +43,10 @@ from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.held_source import FittedSource
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, vectors_key
 from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.write.feedback_time import ATTENTION_INPUT, N_TOKENS, input_of, is_chosen
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
 
-_FIRST = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
-"""The matrices that read attention's input."""
 _REFIT_TOKENS = 2048
 _FEW = 256
 """Tokens of the layer that stand in for those that an expert has too few of."""
@@ -74,7 +73,7 @@ class FeedbackQuantiser:
         plan: CompressPlan,
         statistics: Statistics,
         plain: PlainQuantiser,
-        n_tokens: int = 16384,
+        n_tokens: int = N_TOKENS,
         n_threads: int = 1,
     ) -> None:
         self._source, self._plan, self._plain, self._n_threads = source, plan, plain, n_threads
@@ -95,7 +94,7 @@ class FeedbackQuantiser:
         """Blocks of the matrix; raises as `PlainQuantiser.quantise` does."""
         if matrix.key.name.endswith("ffn_gate_inp.weight"):
             return self._fit_router(weights)
-        curvatures = self._curvatures(matrix) if matrix.type in BITS and self._plan.feedback else ()
+        curvatures = self._curvatures(matrix) if self._has_feedback(matrix) else ()
         if not curvatures:
             blocks = self._plain.quantise(matrix, weights)
             values = dequantize_rows(blocks, matrix.type, weights.shape[1])
@@ -106,6 +105,9 @@ class FeedbackQuantiser:
             blocks, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
         self._take(matrix, torch.from_numpy(values))
         return blocks
+
+    def _has_feedback(self, matrix: Matrix) -> bool:
+        return bool(self._plan.feedback) and is_chosen(self._plan, matrix) and matrix.type in BITS
 
     def kept(self, matrix: Matrix) -> None:
         """Takes the source's values."""
@@ -148,7 +150,7 @@ class FeedbackQuantiser:
 
         Matrices that read the same follow each other, so that the last ones are kept.
         """
-        key = _input_of(matrix)
+        key = input_of(matrix)
         if key != self._last[0]:
             self._last = key, ()
             hessian = self._hessian(matrix)
@@ -174,7 +176,7 @@ class FeedbackQuantiser:
             assert always is not None, role
             x = self._input()
             return _products(always.expert.hidden(x) if role.startswith("ffn_down") else x)
-        if role not in _FIRST:
+        if role not in ATTENTION_INPUT:
             return sum((_products(one.reads[role]) for one in self._attended()), torch.zeros(()))
         block = read_attention(self._source, self._state.plan.block)
         assert block is not None
@@ -305,12 +307,6 @@ class FeedbackQuantiser:
             if expert >= 0:
                 result.index_add_(0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(x[rows]))
         return result
-
-
-def _input_of(matrix: Matrix) -> tuple[int, int, str]:
-    """What a matrix reads: its layer, expert, and the role of the first matrix that reads the same."""
-    layer, role = layer_and_role(matrix.key.name)
-    return layer, matrix.key.expert, _FIRST[0] if role in _FIRST else role.replace("ffn_up", "ffn_gate")
 
 
 def _device() -> str:

@@ -9,12 +9,14 @@ from typing import Any
 import click
 import msgspec
 
+from slimoe.converter.budget.compress import statistics_costs
 from slimoe.converter.gguf.writer import check_target
 from slimoe.converter.layout.metadata import left_out
 from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
 from slimoe.converter.write.estimate import writing_seconds
+from slimoe.converter.write.feedback_time import FeedbackTime, measured_speeds, saved_share, with_chosen
 from slimoe.converter.write.writer import WriteReport, chosen_quantiser, write_layout
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import Destination
@@ -110,17 +112,46 @@ def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -
     eval_options(values)
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
-        seconds = writing_seconds(work.source, work.plan, work.layout, n_threads)
+        plain = writing_seconds(work.source, work.layout, n_threads)
+        work, taken, about_feedback = _with_feedback(work, n_threads)
     note = window_note(work.source.spec)
-    for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, seconds)]:
+    for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, plain + taken)]:
         tell(line)
     for note in (*left_out(work.source.spec), *(notes(work.source.metadata) if work.plan.format == "stock" else ())):
         tell(note)
-    if work.plan.feedback and seconds > LONG_SECONDS:
-        plain = writing_seconds(work.source, replace(work.plan, feedback=False), work.layout, n_threads)
-        tell(f"Feedback takes most of that; with --no-feedback it would be about {duration(plain)}.")
+    if about_feedback and (plain + taken > LONG_SECONDS or work.plan.fitted is not None):
+        tell(f"{about_feedback}; with --no-feedback it would be about {duration(plain)}.")
     check_target(target, work.layout.n_bytes, force=values["force"], sources=model_files(work.source))
     return work
+
+
+def _with_feedback(work: CompressWork, n_threads: int) -> tuple[CompressWork, float, str]:
+    """The work with those matrices chosen that feedback's time is best spent on.
+
+    With the seconds that feedback takes, and refitted routers, and what is to be told. Raises UsageError for a time
+    that reaches nothing.
+    """
+    plan = work.plan
+    if not plan.feedback and not plan.refit:
+        return work, 0.0, ""
+    needed = FeedbackTime.of(work.source, plan, work.layout, measured_speeds(n_threads))
+    if isinstance(plan.feedback, bool):
+        line = (
+            f"Feedback takes {duration(needed.seconds)} of that, and less as --feedback TIME" if plan.feedback else ""
+        )
+        return work, needed.seconds, line
+    assert work.statistics is not None
+    kinds = sorted({matrix.type.name for group, _ in needed.groups for matrix in group})
+    costs = statistics_costs(work.source, work.statistics, kinds, n_threads, lambda _what, _done, _total: None)
+    chosen = with_chosen(plan, needed, costs)
+    taken = needed.chosen(chosen)
+    n_all = sum(len(group) for group, _ in needed.groups)
+    line = (
+        f"Feedback takes {duration(taken.seconds)} of that, for {len(chosen.fitted or ())} of {n_all} matrices, with "
+        f"{saved_share(chosen, needed, costs):.0%} of what types are expected to lose. All would take "
+        f"{duration(needed.seconds)}"
+    )
+    return replace(work, plan=chosen), taken.seconds, line
 
 
 def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:

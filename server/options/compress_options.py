@@ -11,7 +11,7 @@ import click
 
 from slimoe.offload.resources.duration import parse_minutes
 from slimoe.offload.resources.memory import parse_bytes
-from slimoe.server.options.flag_group import flag_group
+from slimoe.server.options.flag_group import BareType, flag_group
 
 Tables = dict[str, Any]
 
@@ -124,6 +124,21 @@ class TimeType(click.ParamType[str]):
         return str(value)
 
 
+class FeedbackType(BareType):
+    """All matrices, or a time to spend on those that are worth most."""
+
+    name = "time"
+    bare = "all"
+
+    def takes(self, text: str) -> bool:
+        """Whether the text is a time."""
+        return parse_minutes(text) is not None
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | str:
+        """Gives true for all, or the time as it was written."""
+        return value == self.bare or str(TimeType().convert(value, param, ctx))
+
+
 class AmountType(click.ParamType[int | str]):
     """A number of things, or a percentage of them."""
 
@@ -227,10 +242,13 @@ compress_flags = flag_group(
         help="Minutes to spend on improving the choice of types by measuring.",
     ),
     click.option(
-        "--feedback/--no-feedback",
-        default=None,
-        help="Error feedback (GPTQ): later columns make up for rounding errors.",
+        "--feedback",
+        type=FeedbackType(),
+        metavar="[TIME]",
+        help="Error feedback (GPTQ): later columns make up for rounding errors; with a time such as 2h only where most "
+        "is gained in it.",
     ),
+    click.option("--no-feedback", is_flag=True, help="No error feedback, whatever the recipe says."),
     click.option("--refit/--no-refit", default=None, help="Fit routers to the quantised experts."),
     click.option(
         "--heal",
@@ -248,6 +266,10 @@ def compress_options(values: Mapping[str, Any]) -> CompressOptions:
     for name, (section, key) in _KEYS.items():
         if values[name] is not None:
             (tables.setdefault(section, {}) if section else tables)[key] = values[name]
+    if values["no_feedback"]:
+        if values["feedback"]:
+            raise click.UsageError("--feedback and --no-feedback contradict each other. Leave one of them out.")
+        tables.setdefault("fit", {})["feedback"] = False
     return CompressOptions(
         values["stats"],
         values["recipe"],

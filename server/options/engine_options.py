@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
-from slimoe.server.options.flag_group import flag_group
+from slimoe.server.options.flag_group import flag_group, with_bare_values
 from slimoe.server.options.help_sections import write_options
 from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.telling import tell
@@ -19,6 +19,10 @@ POLICIES = ("lfu-decay", "lru", "lfu", "static")
 
 class OptionsCommand(click.Command):
     """A command whose function takes all values as one mapping, which it turns into typed groups at once."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the arguments."""
+        return super().parse_args(ctx, with_bare_values(self, args))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Calls the function with the mapping."""

@@ -1,9 +1,31 @@
 """Adds several command-line flags to a command at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+import click
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BareType(click.ParamType[bool | str]):
+    """The type of a flag that may stand alone, with the value `bare`, where what follows is none that it `takes`."""
+
+    bare: str
+
+    def takes(self, text: str) -> bool:
+        """Whether the text is the flag's value."""
+        raise NotImplementedError
+
+
+def with_bare_values(command: click.Command, args: Sequence[str]) -> list[str]:
+    """Arguments in which each flag of a `BareType` has a value."""
+    kinds = {name: param.type for param in command.params if isinstance(param.type, BareType) for name in param.opts}
+    found = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        kind = kinds.get(arg)
+        found.append(arg if kind is None or kind.takes(following) else f"{arg}={kind.bare}")
+    return found
 
 
 class FlagGroup(Protocol):

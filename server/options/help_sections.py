@@ -43,6 +43,7 @@ SECTIONS = {
         "drop_blocks",
         "two_copies",
         "feedback",
+        "no_feedback",
         "refit",
         "heal",
         "search",

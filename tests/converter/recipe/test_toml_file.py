@@ -27,7 +27,7 @@ EVERYTHING = Recipe(
     types=StorageRecipe(
         expert="Q4_K", low="Q2_K", attention="Q6_K", token="IQ4_XS", output="F16", candidates=("Q2_K", "IQ3_S")
     ),
-    fit=FitRecipe(importance=False, feedback=True, refit=True),
+    fit=FitRecipe(importance=False, feedback=5400.0, refit=True),
     free_constants=True,
     free_layers=True,
     hints=False,
@@ -87,6 +87,8 @@ def test_every_field_has_a_key() -> None:
         ('drop_ffn = "25%"', Recipe(drop_ffn=8)),
         ('drop_blocks = "15.625%"', Recipe(drop_blocks=5)),
         ('[experts]\nkeep = "75 %"', Recipe(experts=ExpertRecipe(keep=6))),
+        ('[fit]\nfeedback = "2h"', Recipe(fit=FitRecipe(feedback=7200.0))),
+        ("[fit]\nfeedback = true", Recipe(fit=FitRecipe(feedback=True))),
         ('[types]\nexpert = "q4_k_m"\nlow = "iq2_xxs"', Recipe(types=StorageRecipe("Q4_K_M", "IQ2_XXS"))),
     ],
 )
@@ -106,7 +108,8 @@ def test_percentages_are_of_the_model_at_hand() -> None:
         ('target_szie = "8GiB"', r"^r\.toml: there is no key target_szie\. Did you mean target_size\?$"),
         ("[expert]\nkeep = 3", r"no key expert\. Did you mean experts\?"),
         ("[experts]\nwdith = 3", r"no key experts\.wdith\. Did you mean width\?"),
-        ("[fit]\nzzz = 3", r"no key fit\.zzz\. Those there are: importance, feedback, refit\."),
+        ("[fit]\nzzz = 3", r"no key fit\.zzz\. Those there are: importance, feedback, refit, heal\."),
+        ("[fit]\nfeedback = 0", r"fit\.feedback is 0, but must be true, false or a time such as"),
         ("experts = 3", r"experts is 3, but must be a table\. Begin it with \[experts\]"),
         ('target_size = "12Gigs"', "target_size is '12Gigs', but must be a size"),
         ("target_size = 0", "target_size is 0"),

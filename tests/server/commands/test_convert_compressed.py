@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tomllib
 import types
@@ -86,6 +87,39 @@ def test_long_feedback_has_a_quicker_way(
     monkeypatch.setattr("slimoe.server.jobs.compress.LONG_SECONDS", 0)
     assert "with --no-feedback it would be about" in told([*asked, "--feedback"], capsys)[2]
     assert "--no-feedback" not in told([*asked, "--refit"], capsys)[2]
+
+
+def test_feedback_in_a_given_time(model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "m.gguf"
+    asked: Arguments = ["--type", "q8_0", "--stats", stats]
+    status, _, err = told(["convert", *asked, "--feedback", "1h", model, target], capsys)
+    assert status == 0
+    assert re.search(
+        r"Feedback takes \d+ s of that, for (\d+) of \1 matrices, with 100% of what types are expected", err
+    )
+    assert 'feedback = "3600s"' in str(read_gguf(target).metadata[RECIPE])
+    status, _, err = told(["convert", *asked, "--feedback", "1ms", model, target, "--force"], capsys)
+    assert status == 2
+    assert "--feedback is 0.001 s, but following the layers" in err
+    # Without a time it takes nothing of what follows.
+    assert told(["convert", *asked, "--feedback", model, target, "--dry-run", "--force"], capsys)[0] == 0
+    assert told(["plan", *asked, "--feedback", model], capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--feedback=soon"], "'soon' is no time"),
+        (["--feedback=0s"], "'0s' is no time"),
+        (["--feedback", "--no-feedback"], "--feedback and --no-feedback contradict each other"),
+    ],
+)
+def test_wrong_times_of_feedback(
+    model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    status, _, err = told(["convert", model, tmp_path / "m.gguf", "--stats", stats, *flags], capsys)
+    assert status == 2
+    assert message in err
 
 
 def test_bits_per_weight(model: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
