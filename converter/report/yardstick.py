@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.compress import BEYOND
+from slimoe.converter.budget.compress import expected_loss
 from slimoe.converter.budget.named_types import NamedTypes, plan_kinds, priced, with_named_types
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.structure import build_structure
@@ -97,7 +97,7 @@ def _plain_plans(source: ModelSource, statistics: Statistics | None) -> Iterator
             expected = priced(plan, costs).expected_kl
             # Types of 16 bits or more lose nothing, whether or not there are statistics.
             if not lossy or (expected is not None and math.isfinite(expected)):
-                plan = replace(plan, expected_kl=BEYOND * (expected or 0.0))
+                plan = replace(plan, expected_kl=expected_loss(source, expected or 0.0))
             if plan.expected_kl is not None or not has_costs:
                 yield PlainPlan(name, plan, size.of(plan))
         except (UnsupportedModelError, UsageError):

@@ -8,7 +8,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.compress import plan_compression, statistics_costs
+from slimoe.converter.budget.compress import expected_loss, plan_compression, statistics_costs
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.refinement import refine
 from slimoe.converter.budget.structure import build_structure
@@ -28,6 +28,8 @@ from slimoe.converter.write.quantiser import PlainQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from tests.models.compress_plans import learnt, random_sequences
+from tests.models.held_model import hold, random_mixtral
+from tests.models.tiny_checkpoint import TinyConfig
 
 SIZES = {"stock": (205_000, 240_000, 300_000, 420_000), "native": (290_000, 320_000, 380_000, 500_000)}
 
@@ -248,13 +250,22 @@ def test_a_layer_without_anything_left_disappears(source: ModelSource, statistic
     assert lay_out(source, plan, statistics).n_bytes <= 320_000
 
 
+def test_moved_tokens_are_most_of_a_small_loss_and_little_of_a_large_one(source: ModelSource) -> None:
+    assert expected_loss(source, 1e-8) > 100 * 1e-8
+    assert 0.01 < expected_loss(source, 0.01) < 1.5 * 0.01
+    assert expected_loss(source, 0.01, 0.005) == pytest.approx(expected_loss(source, 0.02))
+    every = hold(random_mixtral(TinyConfig(n_expert=3, n_expert_used=3)))
+    assert expected_loss(every, 0.01) == 0.01, "where all experts are selected, no token moves"
+
+
 def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statistics: Statistics) -> None:
     named = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
     plan = plan_compression(source, statistics, Recipe(types=named))
     assert plan.uncounted == ()
     costs = stored_costs(statistics, ("Q8_0",))
     assert costs is not None
-    assert plan.expected_kl == pytest.approx(2 * sum(float(one[0]) for one in costs.costs.values()))
+    second_order = sum(float(one[0]) for one in costs.costs.values())
+    assert plan.expected_kl == pytest.approx(expected_loss(source, second_order))
     again = plan_compression(source, replace(statistics, matrix_costs=None), Recipe(types=named))
     assert again.expected_kl == pytest.approx(plan.expected_kl), "what was not kept is measured"
     bare = tuple(replace(layer, sensitivity=None, removals=None) for layer in statistics.layers)
