@@ -13,7 +13,14 @@ from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER, is_attention
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
-from slimoe.converter.methods.expert_groups import ExpertGroups, joined_groups, merge_by_output, msmoe, plan_groups
+from slimoe.converter.methods.expert_groups import (
+    ExpertGroups,
+    joined_groups,
+    merge_by_output,
+    msmoe,
+    msmoe_alike,
+    plan_groups,
+)
 from slimoe.converter.methods.expert_order import co_selection_order
 from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_weight import layer_weight
@@ -198,20 +205,21 @@ class _Builder:
         keep, how = self.recipe.experts.keep, self.recipe.experts.merge
         assert keep is not None
         layers = [self.statistics.layers[block] for block in blocks]
-        targets = [self.source.layers[block].target for block in blocks]
+        targets, spec = [self.source.layers[block].target for block in blocks], self.source.spec
+        # Of a native file's router all rows are left, so that its groups stay as they are.
+        n_group = 1 if self.recipe.format == "native" else spec.experts.n_group
         if how == "m-smoe" and self.recipe.format == "native":
-            found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), self.source.spec.n_expert_used)
+            found: Sequence[ExpertGroups] = msmoe(layers, targets, keep * len(blocks), spec.n_expert_used)
         elif how != "hc-smoe":
             # The stock format has as many experts in every layer, and an expert of neurons has room for as many.
-            pairs = zip(layers, targets, strict=True)
-            found = [msmoe([one], [target], keep, keep)[0] for one, target in pairs]
+            found = msmoe_alike(layers, targets, keep, n_group)
         else:
             outputs = [layer.outputs for layer in layers if layer.outputs is not None]
             if len(outputs) < len(layers):
                 raise UsageError(
                     "The statistics have no sums of the experts' outputs. Calibrate again, leaving nothing out."
                 )
-            found = [merge_by_output(one, keep) for one in outputs]
+            found = [merge_by_output(one, keep, n_router_group=n_group) for one in outputs]
         result = []
         for block, groups in zip(blocks, found, strict=True):
             # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.

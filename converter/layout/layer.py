@@ -276,7 +276,11 @@ def _check_groups(source: ModelSource, layer: LayerPlan) -> None:
     if experts.n_group < 2 or not layer.rows:
         return
     size = len(source.layers[layer.block].target) // experts.n_group
-    kept = Counter(row // size for row in layer.rows)
+    groups_of_rows = [row // size for row in layer.rows]
+    if groups_of_rows != sorted(groups_of_rows):
+        problem = f"layer {layer.block} would have rows of its router among those of another group."
+        raise UnsupportedModelError(source.path, problem, "Merge experts of the model that it was made of.")
+    kept = Counter(groups_of_rows)
     sizes = {kept[group] for group in range(experts.n_group)}
     if len(sizes) > 1 or min(sizes) < 2 or min(sizes) * experts.n_group_used < experts.n_expert_used:
         groups = f"{min(sizes)} to {max(sizes)} experts of each of the {experts.n_group} groups"

@@ -54,11 +54,14 @@ def group_experts(n_expert: int, n_group: int) -> tuple[range, ...]:
     return tuple(range(n * n_expert // n_group, (n + 1) * n_expert // n_group) for n in range(n_group))
 
 
-def kept_in_group(n_keep: int, n_group: int) -> int:
-    """How many of `n_keep` experts each group keeps; raises UsageError where they do not divide into the groups."""
+def kept_in_group(n_keep: int, n_group: int, otherwise: str = "put constants in the others' place") -> int:
+    """How many of `n_keep` experts each group keeps.
+
+    Raises UsageError where they do not divide into the groups, which names what can be done `otherwise`.
+    """
     if n_keep % n_group:
         problem = f"{n_keep} experts do not divide into the {n_group} groups of which the router selects some first"
-        raise UsageError(f"{problem}. Keep a multiple of {n_group}, or put constants in the others' place.")
+        raise UsageError(f"{problem}. Keep a multiple of {n_group}, or {otherwise}.")
     return n_keep // n_group
 
 

@@ -16,11 +16,15 @@ from typing import Literal
 import numpy as np
 
 from slimoe.converter.layout.plan import ExpertPlan, Types
+from slimoe.converter.methods.expert_drop import Kept, group_experts, keep_by_layer, kept_in_group
 from slimoe.converter.methods.expert_matrices import align, read_matrices
 from slimoe.converter.methods.layer_weight import outputs_of, router_of
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics, OutputSums, RouterSums
 from slimoe.offload.errors import UsageError
+
+_NO_GROUPS = "write a native file, whose router keeps all rows"
+"""What else can be done where merged experts do not divide into the groups that a router selects first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +96,41 @@ def mean_outputs(outputs: OutputSums) -> Double:
     return np.where(counts > 0, sums / np.maximum(counts, 1), layer_mean)
 
 
-def merge_by_output(outputs: OutputSums, n_keep: int, metric: Metric = "euclidean") -> ExpertGroups:
+def merge_by_output(
+    outputs: OutputSums, n_keep: int, metric: Metric = "euclidean", n_router_group: int = 1
+) -> ExpertGroups:
     """Groups the experts by average-linkage clustering of their mean outputs, until `n_keep` groups are left.
 
-    Raises UsageError unless `n_keep` is from 1 to the number of experts.
+    Only experts of one of the `n_router_group` groups that a router selects first are merged, and as many are left of
+    each. Raises UsageError unless `n_keep` is from 1 to the number of experts, and for one that does not divide.
     """
     n_expert = len(outputs.n_pick)
     if not 1 <= n_keep <= n_expert:
         raise UsageError(f"{n_keep} experts cannot be left of {n_expert}. Choose 1 to {n_expert}.")
+    n_each, means = kept_in_group(n_keep, n_router_group, _NO_GROUPS), mean_outputs(outputs)
+    clusters = [
+        [group[place] for place in cluster]
+        for group in group_experts(n_expert, n_router_group)
+        for cluster in _clusters(means[group.start : group.stop], n_each, metric)
+    ]
+    return weighted_groups(clusters, outputs.n_pick.astype(np.float64))
+
+
+def _clusters(means: Double, n_keep: int, metric: Metric) -> list[list[int]]:
+    n_expert = len(means)
     clusters = {expert: [expert] for expert in range(n_expert)}
     if n_keep < n_expert:
         # It takes a second to load, and most plans merge nothing.
         from scipy.cluster.hierarchy import linkage
 
-        means, distance = mean_outputs(outputs), "euclidean"
+        distance = "euclidean"
         if metric == "cosine":
             # Normalised here, as scipy's cosine is undefined for an expert of zeros: twice the distance by cosine.
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
             distance = "sqeuclidean"
         for step, (a, b, _, _) in enumerate(linkage(means, "average", distance)[: n_expert - n_keep]):
             clusters[n_expert + step] = clusters.pop(int(a)) + clusters.pop(int(b))
-    return weighted_groups(clusters.values(), outputs.n_pick.astype(np.float64))
+    return list(clusters.values())
 
 
 def logit_similarity(router: RouterSums, target: Sequence[int], n_expert: int) -> Double:
@@ -173,10 +191,40 @@ def msmoe(
     `targets` say for each layer what its router's rows mean, as `SourceLayer.target` does. Raises UsageError for a
     total that cannot be, and for statistics without sums of routers or outputs.
     """
-    pairs = list(zip(layers, targets, strict=True))
-    use = [outputs_of(one).n_pick.astype(np.float64) if target else np.zeros(0) for one, target in pairs]
+    use = _uses(layers, targets)
+    return _joining(layers, targets, use, dominant_experts(use, n_total, n_least))
+
+
+def msmoe_alike(
+    layers: Sequence[LayerStatistics], targets: Sequence[Sequence[int]], n_keep: int, n_router_group: int = 1
+) -> tuple[ExpertGroups, ...]:
+    """M-SMoE's groups with the `n_keep` most used experts left in every layer.
+
+    Only experts of one of the `n_router_group` groups that a router selects first are merged, and as many are left of
+    each. Raises UsageError as `msmoe` does, and for a number that does not divide.
+    """
+    kept_in_group(n_keep, n_router_group, _NO_GROUPS)
+    use = _uses(layers, targets)
+    return _joining(layers, targets, use, keep_by_layer(use, n_keep, 1, n_router_group), n_router_group)
+
+
+def _uses(layers: Sequence[LayerStatistics], targets: Sequence[Sequence[int]]) -> list[Double]:
+    pairs = zip(layers, targets, strict=True)
+    return [outputs_of(one).n_pick.astype(np.float64) if target else np.zeros(0) for one, target in pairs]
+
+
+def _joining(
+    layers: Sequence[LayerStatistics],
+    targets: Sequence[Sequence[int]],
+    use: Sequence[Double],
+    kept: Kept,
+    n_router_group: int = 1,
+) -> tuple[ExpertGroups, ...]:
+    """The groups of the experts `kept`, which the others of the same router's group join."""
     groups = []
-    for (one, target), counts, dominant in zip(pairs, use, dominant_experts(use, n_total, n_least), strict=True):
+    for one, target, counts, dominant in zip(layers, targets, use, kept, strict=True):
         similar = logit_similarity(router_of(one), target, len(counts)) if target else np.zeros((0, 0))
+        for own in group_experts(len(counts), n_router_group):
+            similar[own.start : own.stop, : own.start] = similar[own.start : own.stop, own.stop :] = -np.inf
         groups.append(merge_by_router(similar, dominant, counts))
     return tuple(groups)

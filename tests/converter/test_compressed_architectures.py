@@ -47,7 +47,7 @@ from slimoe.converter.stats.type_costs import measure_type_costs
 from slimoe.converter.write.error_feedback import FeedbackQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.engine import Engine
-from slimoe.offload.errors import SlimoeError, UsageError
+from slimoe.offload.errors import SlimoeError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
@@ -66,7 +66,9 @@ SEED = 3
 
 
 def of(path: Path, name: str) -> ModelSource:
-    return gguf_source(write_family(path, name, shape=SHAPE))
+    """A model of an architecture; that of queries, keys and values in one has four experts in each of four groups."""
+    shape = replace(SHAPE, n_expert=16) if name == "bailingmoe2" else SHAPE
+    return gguf_source(write_family(path, name, shape=shape))
 
 
 def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -78,7 +80,7 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
     x = router.norm(h)
     routing = route(router, source.spec, x)
     weights = torch.zeros_like(routing.logits).scatter(1, routing.selected, routing.weights)
-    experts = torch.stack([read_expert(source, layer, expert)(x) for expert in range(SHAPE.n_expert)], 1)
+    experts = torch.stack([read_expert(source, layer, expert)(x) for expert in range(source.spec.n_expert)], 1)
     y = (weights[:, :, None] * experts).sum(1)
     shared = read_shared(source, layer)
     if shared is None:
@@ -188,6 +190,9 @@ STOCK = {
     "experts' biases": ("gpt-oss", ExpertRecipe(6), F32),
     "types": ("glm4moe", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0", output="Q8_0")),
     "joined queries, keys and values": ("bailingmoe2", ExpertRecipe(8), StorageRecipe("Q4_K", attention="Q8_0")),
+    "groups, averaged by outputs": ("bailingmoe2", ExpertRecipe(8, merge="hc-smoe"), F32),
+    "groups, averaged by logits": ("bailingmoe2", ExpertRecipe(12, merge="m-smoe"), F32),
+    "groups, joined": ("bailingmoe2", ExpertRecipe(8, merge="neurons"), F32),
 }
 
 
@@ -218,6 +223,7 @@ NATIVE = {
     "latent attention": ("deepseek2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "merged, with latent attention": ("mistral4", Recipe(experts=ExpertRecipe(4, merge="hc-smoe"), types=F32)),
     "groups": ("bailingmoe2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
+    "groups, merged": ("bailingmoe2", Recipe(experts=ExpertRecipe(6, merge="m-smoe"), types=F32)),
     "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
 }
 
@@ -346,6 +352,14 @@ def test_groups_of_experts_stay_alike(calibrated: Calibrated, tmp_path: Path, ex
             tmp_path / "m.gguf",
             statistics,
         )
+
+
+def test_rows_of_a_router_among_those_of_another_group_are_refused(calibrated: Calibrated, tmp_path: Path) -> None:
+    source, statistics = calibrated("deepseek2")
+    plan = plan_compression(source, statistics, Recipe(types=F32, hints=False))
+    mixed = replace(plan.layers[1], rows=(2, 1, 0, *range(3, 8)))
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 would have rows .* another group\. Merge"):
+        write_planned(source, replace(plan, layers=(plan.layers[0], mixed)), tmp_path / "m.gguf", statistics)
 
 
 @pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", *LATENT])

@@ -14,11 +14,13 @@ from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import ExpertPlan
 from slimoe.converter.methods.expert_groups import (
     ExpertGroups,
+    Metric,
     dominant_experts,
     logit_similarity,
     merge_by_output,
     merge_by_router,
     msmoe,
+    msmoe_alike,
     plan_groups,
     weighted_groups,
 )
@@ -322,6 +324,24 @@ def test_clusters_are_those_of_a_naive_average_linkage() -> None:
     assert {frozenset(group) for group in groups.members} == {frozenset(group) for group in clusters}
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_clusters_of_outputs_within_a_routers_groups_are_those_of_each_alone(metric: Metric) -> None:
+    random = np.random.default_rng(15)
+    means, use = random.standard_normal((9, 5)), random.permutation(9) + 1
+    means[7] = means[1]
+    groups = merge_by_output(output_sums(means, use), 6, metric, n_router_group=3)
+    wanted = []
+    for begin in (0, 3, 6):
+        own = slice(begin, begin + 3)
+        alone = merge_by_output(output_sums(means[own], use[own]), 2, metric)
+        wanted += [tuple(begin + expert for expert in members) for members in alone.members]
+    assert list(groups.members) == wanted, "in the order of the router's groups"
+    with pytest.raises(
+        UsageError, match=r"4 experts do not divide into the 3 groups .* Keep a multiple of 3, or write"
+    ):
+        merge_by_output(output_sums(means, use), 4, metric, n_router_group=3)
+
+
 def test_an_expert_that_no_token_picked_joins_with_no_weight() -> None:
     means = np.random.default_rng(12).standard_normal((4, 6))
     groups = merge_by_output(output_sums(means, np.array([5, 0, 3, 2])), 2)
@@ -375,6 +395,21 @@ def test_msmoe_merges_an_expert_with_the_one_of_equal_rows() -> None:
     assert len(groups[2].members) == 5
     with pytest.raises(UsageError, match="Calibrate again"):
         msmoe(layers, [range(5), range(5), range(5)], 9)
+
+
+def test_msmoe_within_a_routers_groups_is_that_of_each_alone() -> None:
+    random = np.random.default_rng(16)
+    logits, use = random.standard_normal((60, 8)), np.array([9, 8, 7, 6, 1, 0, 3, 2])
+    logits[:, 5] = 2 * logits[:, 1]
+    (groups,) = msmoe_alike([layer_statistics(logits, use)], [range(8)], 4, n_router_group=2)
+    wanted = []
+    for begin in (0, 4):
+        own = slice(begin, begin + 4)
+        (alone,) = msmoe([layer_statistics(logits[:, own], use[own])], [range(4)], 2)
+        wanted += [tuple(begin + expert for expert in members) for members in alone.members]
+    assert list(groups.members) == wanted
+    with pytest.raises(UsageError, match=r"5 experts do not divide into the 2 groups .* or write a native file"):
+        msmoe_alike([layer_statistics(logits, use)], [range(8)], 5, n_router_group=2)
 
 
 def test_a_planted_copy_is_found_by_its_answers_and_merged_without_a_change(
