@@ -354,6 +354,29 @@ def test_groups_of_experts_stay_alike(calibrated: Calibrated, tmp_path: Path, ex
         )
 
 
+FEWER = (
+    ExpertRecipe(12),
+    ExpertRecipe(12, "reap"),
+    ExpertRecipe(12, replacement="constant"),
+    ExpertRecipe(12, merge="hc-smoe"),
+    ExpertRecipe(12, merge="m-smoe"),
+    ExpertRecipe(12, merge="neurons"),
+    ExpertRecipe(12, width=128),
+    ExpertRecipe(main=1),
+)
+
+
+def test_one_token_which_most_experts_never_see_is_enough_to_plan(tmp_path: Path) -> None:
+    source, text = of(tmp_path / "m.gguf", "bailingmoe2"), CalibrationText((tuple(TOKENS[:1]),), ("text",))
+    settings = CalibrationSettings(Samples(types=(), n_gram=1), n_sensitivity=1)
+    statistics = calibrate(source, text, settings, tmp_path / "part")
+    for experts in FEWER:
+        plan = plan_compression(source, statistics, Recipe(experts=experts, types=F32))
+        assert plan.expected_kl is not None
+        assert math.isfinite(plan.expected_kl)
+        assert len(plan.layers[-1].experts) == (experts.keep or source.spec.n_expert)
+
+
 def test_rows_of_a_router_among_those_of_another_group_are_refused(calibrated: Calibrated, tmp_path: Path) -> None:
     source, statistics = calibrated("deepseek2")
     plan = plan_compression(source, statistics, Recipe(types=F32, hints=False))
