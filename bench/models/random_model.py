@@ -58,9 +58,9 @@ BYTE_TOKENS = tuple((f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(256))
 _ATTENTION_BIASES = {
     "qwen2moe": ("attn_q", "attn_k", "attn_v"),
     "glm4moe": ("attn_q", "attn_k", "attn_v"),
-    "gpt-oss": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "gpt-oss": ("attn_q", "attn_k", "attn_v"),
 }
-"""Matrices of attention whose products have biases, by architecture: the engine takes them where they are."""
+"""Matrices whose products have biases that a file may lack, by architecture: the engine takes them where they are."""
 
 
 @dataclass(frozen=True, slots=True)

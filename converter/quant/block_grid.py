@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.quant.block_layout import BITS, packed
+from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.codebooks import N_NEAR, SIGN_BITS, entries_of, least_of, near_entries
+from slimoe.converter.quant.packing import packed
 from slimoe.converter.quant.quantize import dequantize_rows
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.quant.block_layout import BITS, HALVES, SCALES, packed
+from slimoe.converter.quant.block_layout import BITS, HALVES, SCALES
+from slimoe.converter.quant.packing import packed
 from slimoe.converter.quant.quantize import F16_MAX
 
 _STEPS = {

@@ -1,6 +1,7 @@
 """Adds several command-line flags to a command at once."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import click
@@ -22,7 +23,7 @@ def with_bare_values(command: click.Command, args: Sequence[str]) -> list[str]:
     """Arguments in which each flag of a `BareType` has a value."""
     kinds = {name: param.type for param in command.params if isinstance(param.type, BareType) for name in param.opts}
     found = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in pairwise([*args, ""]):
         kind = kinds.get(arg)
         found.append(arg if kind is None or kind.takes(following) else f"{arg}={kind.bare}")
     return found

