@@ -5,6 +5,7 @@ what the statistics expect of a matrix's type. Matrices that read the same share
 factors of these, and are chosen together: those that save most in a second first, which are K types for the most part.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -130,10 +131,10 @@ def with_chosen(plan: CompressPlan, needed: FeedbackTime, costs: TypeCosts) -> C
             left -= seconds
             chosen |= {(matrix.tensor, matrix.slot) for matrix in group}
     if not chosen and needed.groups:
-        least = needed.following + min(seconds for _, seconds in needed.groups)
+        least = math.ceil(needed.following + min(seconds for _, seconds in needed.groups))
         raise UsageError(
             f"--feedback is {float(plan.feedback):g} s, but following the layers with the calibration's tokens takes "
-            f"{needed.following:.0f} s before anything is gained. Give more than {least:.0f} s, or --no-feedback."
+            f"{needed.following:.1f} s before anything is gained. Give {least} s or more, or --no-feedback."
         )
     return replace(plan, fitted=frozenset(chosen))
 

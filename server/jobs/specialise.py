@@ -42,11 +42,13 @@ def known_statistics(source: ModelSource, options: CompressOptions, recipe: Reci
         return None if options.stats is None else load_statistics(options.stats, source)
     if options.stats is not None:
         raise UsageError("--specialise measures the model on the task's text, and --stats is of other texts. Give one.")
-    return _measured(source, options.specialise, has_target=recipe.target_size is not None or bool(recipe.target_bpw))
+    has_target = recipe.target_size is not None or bool(recipe.target_bpw)
+    # A time for feedback is spent by what types cost as well.
+    return _measured(source, options.specialise, prices=has_target or not isinstance(recipe.fit.feedback, bool))
 
 
-def _measured(source: ModelSource, text: str, *, has_target: bool) -> Statistics:
-    """The statistics of a text; with what types cost where a size is to be met."""
+def _measured(source: ModelSource, text: str, *, prices: bool) -> Statistics:
+    """The statistics of a text, with what it takes to say what types cost if that is asked for."""
     # torch is heavy, and most commands do without.
     from slimoe.converter.stats.calibrate import settings
     from slimoe.converter.stats.estimate import estimate
@@ -55,7 +57,7 @@ def _measured(source: ModelSource, text: str, *, has_target: bool) -> Statistics
     length = min(DEFAULT_LENGTH, source.spec.n_ctx_train)
     with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
         task = read_texts([TextFile.parse(text)], encoder, DEFAULT_TOKENS, length, "--specialise")
-    how = settings("auto", "none", sensitivity=has_target)
+    how = settings("auto", "none", sensitivity=prices)
     seconds = estimate(source, task, how).total_seconds
     tell(f"{text}: {task.n_tokens:,} tokens to specialise on, measured in about {duration(seconds)}.")
     with tempfile.TemporaryDirectory(prefix="slimoe-specialise-") as name, step_bar() as on_progress:

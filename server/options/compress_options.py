@@ -1,6 +1,5 @@
 """The command-line flags that say how to compress a model, as the tables of a recipe that they stand for."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -101,17 +100,6 @@ class CompressOptions:
         return result
 
 
-class MinutesType(click.FloatRange):
-    """A finite number of minutes; click's own range lets `inf` and `nan` through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Gives the minutes; fails for infinity and what is no number."""
-        minutes = float(super().convert(value, param, ctx))
-        if not math.isfinite(minutes):
-            self.fail(f"{value!r} is no number of minutes.", param, ctx)
-        return minutes
-
-
 class TimeType(click.ParamType[str]):
     """A time such as 5m, or a number of minutes, as a recipe has it."""
 
@@ -122,6 +110,16 @@ class TimeType(click.ParamType[str]):
         if not parse_minutes(str(value)) or str(value).strip().startswith("-"):
             self.fail(f"{value!r} is no time. Write one like 5m, 90s or 1h, or a number of minutes.", param, ctx)
         return str(value)
+
+
+class MinutesType(click.ParamType[float]):
+    """A time as `TimeType` takes it, or none at all, in minutes."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Gives the minutes."""
+        return (parse_minutes(TimeType().convert(value, param, ctx)) or 0.0) / 60 if value else 0.0
 
 
 class FeedbackType(BareType):
@@ -236,10 +234,10 @@ compress_flags = flag_group(
     click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Layers that are left out as a whole."),
     click.option(
         "--search",
-        type=MinutesType(min=0),
+        type=MinutesType(),
         default=0.0,
         metavar="MINUTES",
-        help="Minutes to spend on improving the choice of types by measuring.",
+        help="Time to spend on improving the choice of types by measuring: minutes, or one like 90s.",
     ),
     click.option(
         "--feedback",

@@ -35,7 +35,16 @@ def told(arguments: list[str | Path], capsys: pytest.CaptureFixture[str]) -> tup
     return status, captured.out, " ".join(captured.err.split())
 
 
-@pytest.mark.parametrize(("flags", "n_left"), [([], 3), (["--keep-experts", "4"], 4), (["--stock"], 3)], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "n_left"),
+    [
+        ([], 3),
+        (["--keep-experts", "4"], 4),
+        (["--stock"], 3),
+        (["--type", "Q4_0", "--feedback", "1h"], 3),
+    ],
+    ids=str,
+)
 def test_half_of_the_experts_or_as_many_as_are_wanted_are_left(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], n_left: int
 ) -> None:
