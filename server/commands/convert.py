@@ -75,7 +75,7 @@ def command(values: Mapping[str, Any]) -> None:
     copied byte for byte. The result loads in llama.cpp too, unless it has --two-copies, which serve any memory between
     the sizes of both. DST appears under its name only when it is whole.
 
-    With --target-size, a recipe or any other flag from --stats to --refit the model is compressed, by what slimoe
+    With --target-size, a recipe or any other flag from --stats to --heal the model is compressed, by what slimoe
     calibrate has measured of it. What will be written is told first. The file is in slimoe's own format unless --stock
     is given. Then it is evaluated against SRC on texts, in a report and a model card beside DST.
 

@@ -54,7 +54,7 @@ def command(values: Mapping[str, Any]) -> None:
     Ends with status 4 when it does not fit into the memory that is free now. Without MODEL the built-in demo is used.
     What lies where is told for slimoe run, and whether slimoe serve would fit as well; with --serve for serving.
 
-    With a checkpoint directory, or any flag from --stats to --refit: say what slimoe convert would make of MODEL with
+    With a checkpoint directory, or any flag from --stats to --heal: say what slimoe convert would make of MODEL with
     these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
     compression, model = compress_options(values), values["model"]
