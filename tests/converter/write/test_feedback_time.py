@@ -88,7 +88,7 @@ def test_a_time_is_spent_where_it_saves_most(source: ModelSource, statistics: St
 
 def test_a_time_that_reaches_nothing_is_refused(source: ModelSource, statistics: Statistics, costs: TypeCosts) -> None:
     whole = time_of(source, planned(source, statistics, True), statistics)
-    with pytest.raises(UsageError, match=r"Give more than [0-9]+ s"):
+    with pytest.raises(UsageError, match=r"Give [0-9]+ s or more, or --no-feedback"):
         with_chosen(planned(source, statistics, 1e-3), whole, costs)
 
 
