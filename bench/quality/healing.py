@@ -20,6 +20,7 @@ import click
 import torch
 from rich.console import Console
 
+from bench.compress_quality import smoke_lab
 from bench.limits import machine
 from bench.limits.flags import threads_flag
 from slimoe.converter.budget.compress import plan_compression
@@ -112,42 +113,51 @@ def rows(
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What all files are made of.")
-@click.option("--stats", type=click.Path(path_type=Path), required=True, help="What slimoe calibrate measured of it.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
+@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on; at least one.")
 @click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Of 512 tokens, of each text.")
 @click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
 @click.option("--heal", "times", multiple=True, default=("2m",), show_default=True, help="Time to train for.")
 @threads_flag
+@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
-    checkpoint: Path,
-    stats: Path,
+    checkpoint: Path | None,
+    stats: Path | None,
     texts: tuple[str, ...],
     windows: int,
     kinds: tuple[str, ...],
     times: tuple[str, ...],
     threads: int | None,
+    is_smoke: bool,
 ) -> None:
     """Measure what healing wins back."""
     console, found = Console(stderr=True), list[Row]()
     torch.set_num_threads(threads or default_threads())
     try:
         seconds = [parse_minutes(one) or 0.0 for one in times]
-        if not texts or min(seconds) <= 0:
-            raise UsageError("Name at least one --text, and times such as --heal 2m.")
-        source = open_source(checkpoint)
-        files = [TextFile.parse(one) for one in texts]
-        with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
-            cut = read_eval_text(files, encoder, source.spec.n_ctx_train, n_tokens=512 * windows * len(files)).windows
-        statistics, reference = load_statistics(stats, source), Reference(source, cut)
+        if min(seconds) <= 0:
+            raise UsageError("Give times to train for, such as --heal 2m.")
         with tempfile.TemporaryDirectory(prefix="slimoe-healing-") as name:
+            if is_smoke:
+                lab = smoke_lab(Path(name))
+                source, statistics, reference = lab.source, lab.statistics, lab.reference
+                kinds, seconds = ("dropped",), [0.5]
+            elif checkpoint is None or stats is None or not texts:
+                raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
+            else:
+                source, files = open_source(checkpoint), [TextFile.parse(one) for one in texts]
+                n_tokens = 512 * windows * len(files)
+                with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
+                    cut = read_eval_text(files, encoder, source.spec.n_ctx_train, n_tokens=n_tokens).windows
+                statistics, reference = load_statistics(stats, source), Reference(source, cut)
             for row in rows(source, statistics, reference, kinds, tuple(seconds), Path(name)):
                 found.append(row)
                 left = f" ({row['left']:.0%} left)" if "left" in row else ""
                 if "kl_plain" in row:
                     left += f", {1 - row['kl'] / row['kl_plain']:.0%} of {row['kl_plain']:.5f} closed"
                 console.print(f"{row['kind']} {row['n_bytes']:,} {row['seconds']:.0f} s KL {row['kl']:.5f}{left}")
-        reference.close()
+            reference.close()
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)

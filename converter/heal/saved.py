@@ -10,7 +10,6 @@ from torch import Tensor
 
 from slimoe.converter.source.model_source import MatrixKey, parse_key
 from slimoe.converter.stats.statistics_file import Arrays, StatisticsError, read_arrays, write_arrays
-from slimoe.offload.files.whole_file import write_error
 
 _TRAINED = "trained."
 
@@ -50,15 +49,6 @@ class SavedState:
         if self._path is not None:
             about = {"key": self._key, "phase": phase, "numbers": json.dumps(dict(saved.numbers))}
             write_arrays(saved.arrays, self._path, about)
-
-    def forget(self) -> None:
-        """Deletes the file."""
-        try:
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
-        except OSError as error:
-            assert self._path is not None
-            raise write_error(self._path, error) from None
 
 
 def trained_arrays(tensors: Mapping[MatrixKey, Tensor], prefix: str = _TRAINED) -> Arrays:

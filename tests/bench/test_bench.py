@@ -36,6 +36,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "bench").glob(pattern)
     if "@click.command" in path.read_text("utf-8")
 )
+SCRIPTS.append("quality.healing")
 FURTHER = {"decode_prefill": ("--ratio", "2")}
 """Flags of smokes, for parts that a bench leaves out without them."""
 Smoke = Callable[[str], dict[str, Any]]
