@@ -29,11 +29,10 @@ from rich.console import Console
 from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
 from bench.limits.flags import threads_flag
-from bench.models.random_checkpoint import write_random_checkpoint
-from bench.models.shapes import SHAPES
+from bench.quality.smoke_model import smoke_model
 from slimoe.converter.budget.compress import plan_compression, target_bytes
 from slimoe.converter.convert import ConvertOptions, convert
-from slimoe.converter.forward.texts import CalibrationText, TextFile
+from slimoe.converter.forward.texts import TextFile
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
@@ -41,9 +40,7 @@ from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import Quality, summarise
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
 from slimoe.converter.stats.imatrix_file import imatrix_of
-from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
@@ -250,18 +247,6 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
     return rows
 
 
-def smoke_lab(directory: Path) -> Lab:
-    """A random checkpoint, calibrated and evaluated on random tokens."""
-    write_random_checkpoint(directory / "checkpoint", SHAPES["smoke"])
-    source = open_source(directory / "checkpoint")
-    rng = np.random.default_rng(1)
-    tokens = tuple(tuple(rng.integers(0, source.spec.n_vocab, 32).tolist()) for _ in range(4))
-    settings = CalibrationSettings(Samples(types=()), n_sensitivity=128)
-    statistics = calibrate(source, CalibrationText(tokens, ("random",) * 4), settings, directory / "partial")
-    reference = Reference(source, cut_windows({"random": sum(tokens, ())}, length=32))
-    return Lab(directory / "checkpoint", source, statistics, reference, directory, 1)
-
-
 @click.command(context_settings={"token_normalize_func": lambda name: OLD_PARTS.get(name, name)})
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
 @click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
@@ -291,7 +276,9 @@ def main(
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
             if is_smoke:
-                lab, parts = smoke_lab(Path(name)), ("smoke",)
+                path, parts = Path(name) / "checkpoint", ("smoke",)
+                source, statistics, reference = smoke_model(path)
+                lab = Lab(path, source, statistics, reference, Path(name), 1)
             elif checkpoint is None or stats is None or not texts:
                 raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
             else:

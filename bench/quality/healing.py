@@ -20,9 +20,9 @@ import click
 import torch
 from rich.console import Console
 
-from bench.compress_quality import smoke_lab
 from bench.limits import machine
 from bench.limits.flags import threads_flag
+from bench.quality.smoke_model import smoke_model
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.compressed_experts import CompressedSource
 from slimoe.converter.convert import ConvertOptions, plan
@@ -140,8 +140,7 @@ def main(
             raise UsageError("Give times to train for, such as --heal 2m.")
         with tempfile.TemporaryDirectory(prefix="slimoe-healing-") as name:
             if is_smoke:
-                lab = smoke_lab(Path(name))
-                source, statistics, reference = lab.source, lab.statistics, lab.reference
+                source, statistics, reference = smoke_model(Path(name) / "checkpoint")
                 kinds, seconds = ("dropped",), [0.5]
             elif checkpoint is None or stats is None or not texts:
                 raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")

@@ -165,7 +165,7 @@ class TraceWriter:
         self._parts: list[bytes] = []
         try:
             real = real_path(path)
-            self._file = open(os.open(real, _RECORDING, 0o666), "r+b", buffering=_BUFFER_BYTES)  # noqa: SIM115
+            self._file = open(os.open(real, _RECORDING, 0o666), "r+b", buffering=_BUFFER_BYTES)  # noqa: SIM115 (close)
             with contextlib.ExitStack() as opened:
                 opened.callback(self._file.close)
                 self._begin(header, real)
