@@ -16,37 +16,24 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
 
 from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
 from bench.limits.flags import threads_flag
+from bench.quality.lab import Lab, Row
 from bench.quality.smoke_model import smoke_model
-from slimoe.converter.budget.compress import plan_compression, target_bytes
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.convert import ConvertOptions, convert
-from slimoe.converter.forward.texts import TextFile
-from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
-from slimoe.converter.report.evaluation import Reference
-from slimoe.converter.report.quality import Quality, summarise
-from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.source.open_source import open_source
-from slimoe.converter.stats.imatrix_file import imatrix_of
-from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.stats.statistics_file import load_statistics
-from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
-from slimoe.server.chat.text_encoder import TokenizerEncoder
 
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
 SHARES = (0.229, 0.12)
@@ -54,66 +41,18 @@ SHARES = (0.229, 0.12)
 PARTS = ("baselines", "budgets", "recipes", "experts")
 OLD_PARTS = {"rivals": "baselines"}
 """Old spellings that are still understood for one version."""
-_WINDOW = 512
 EXPERT_SHARE = 0.5
 MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
 """One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
 
 Say = Callable[[str], None]
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Lab:
-    """A checkpoint, what is known of it, and its own answers to the texts."""
-
-    checkpoint: Path
-    source: ModelSource
-    statistics: Statistics
-    reference: Reference
-    directory: Path
-    n_threads: int
-    feedback: bool = True
-
-    @property
-    def bf16_bytes(self) -> int:
-        """The bytes of all weights in 16 bits."""
-        return 2 * sum(int(np.prod(shape)) for shape in self.source.shapes.values())
-
-    def evaluated(self, path: Path) -> Row:
-        """The size of a file and how it compares with the checkpoint; the file is deleted."""
-        n_bytes = path.stat().st_size
-        quality: Quality = summarise(self.reference.compare(open_source(path)))
-        path.unlink()
-        return {
-            "n_bytes": n_bytes,
-            "kl": quality.total.divergence.mean,
-            "kl_error": quality.total.divergence.error,
-            "same_top": quality.total.same_top,
-            "perplexity_rise": {name: one.perplexity_rise for name, one in quality.domains.items()},
-        }
-
-    def ours(self, recipe: Recipe) -> Row:
-        """The figures of the file that our recipe makes; its bytes never exceed the recipe's budget."""
-        plan = plan_compression(self.source, self.statistics, recipe, n_threads=self.n_threads)
-        path = self.directory / "ours.gguf"
-        quantiser = chosen_quantiser(self.source, plan, self.statistics, self.n_threads)
-        write_planned(
-            self.source, plan, path, self.statistics, quantiser=quantiser, n_threads=self.n_threads, force=True
-        )
-        budget = target_bytes(self.source, recipe)
-        assert budget is None or path.stat().st_size <= budget
-        return {"expected_kl": plan.expected_kl} | self.evaluated(path)
 
 
 def baselines(lab: Lab, say: Say) -> list[Row]:
     """Rows of llama.cpp's mixes, and of ours with the same bytes: stock and native, with and without error feedback."""
     whole, rows = lab.directory / "whole.gguf", []
     convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
-    importance = {
-        name: np.stack([entry.means(index) for index in range(len(entry.counts))]).astype(np.float32)
-        for name, entry in imatrix_of(lab.statistics).entries.items()
-    }
+    importance = lab.importance()
     for name, file_type in FILE_TYPES.items():
         path = lab.directory / f"{name}.gguf"
         llama_quantize(whole, path, file_type, lab.n_threads, importance)
@@ -226,16 +165,6 @@ def as_json(found: Mapping[str, list[Row]]) -> Row:
     return document | dict(found) | old_names
 
 
-def read_windows(source: ModelSource, texts: tuple[str, ...], n_windows: int) -> dict[str, list[int]]:
-    """The first windows of each text, as token ids; raises as reading and the tokenizer do."""
-    with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
-        files = [TextFile.parse(text) for text in texts]
-        return {
-            file.domain: encoder.text(file.path.read_text("utf-8"), at_start=True)[: n_windows * _WINDOW]
-            for file in files
-        }
-
-
 def smoke(lab: Lab, say: Say) -> list[Row]:
     """Rows of two small files, of our recipe and of one that drops a layer's experts."""
     few = StorageRecipe(candidates=("Q4_0", "Q8_0"))
@@ -282,17 +211,8 @@ def main(
             elif checkpoint is None or stats is None or not texts:
                 raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
             else:
-                source = open_source(checkpoint)
-                reference = Reference(source, cut_windows(read_windows(source, texts, windows)))
-                lab = Lab(
-                    checkpoint,
-                    source,
-                    load_statistics(stats, source),
-                    reference,
-                    Path(name),
-                    threads or default_threads(),
-                    feedback,
-                )
+                n_threads = threads or default_threads()
+                lab = Lab.open(checkpoint, stats, texts, windows, Path(name), n_threads, feedback=feedback)
             found = {part: steps[part](lab, lambda line: console.print(line, markup=False)) for part in parts}
             about = {"n_windows": windows, "texts": list(texts), "bf16_bytes": lab.bf16_bytes}
             lab.reference.close()

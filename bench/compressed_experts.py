@@ -9,24 +9,22 @@ the divergence that the vectors take away. The last line of stdout is one JSON d
 """
 
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 from rich.console import Console
 
-from bench.compress_quality import read_windows
 from bench.limits import machine
 from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
+from bench.quality.lab import Row, active_parameters, read_windows
 from slimoe.converter.budget.compressed_experts import CompressedSource, fit_compressed_experts
 from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.texts import TextFile, read_texts
@@ -39,20 +37,7 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 
-Row = dict[str, Any]
 Tokens = tuple[tuple[int, ...], ...]
-
-
-def active_parameters(source: ModelSource) -> int:
-    """Weights that a token is multiplied with or looks up: all but those of experts that it does not use."""
-    spec, n = source.spec, 0
-    for key, shape in source.shapes.items():
-        size = math.prod(shape)
-        if key.expert < 0:
-            n += size if ".ffn_aux_" not in key.name else spec.n_expert_aux * shape[-1]
-        elif key.expert < spec.n_expert_used:
-            n += size
-    return n
 
 
 def rows(source: ModelSource, tokens: Tokens, windows: Windows, mains: tuple[int, ...] = ()) -> Iterator[Row]:

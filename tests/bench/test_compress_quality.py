@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from bench.compress_quality import as_json, main
-from bench.compressed_experts import active_parameters
 from bench.models.equal_heads import write_equal_heads
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
 from bench.quality.healing import rows
+from bench.quality.lab import active_parameters
 from slimoe.converter.budget.compressed_experts import CompressedSource
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.forward.windows import cut_windows
