@@ -1,54 +1,81 @@
-"""Writes random models with two copies of every expert: native files, for speed alone.
+"""Writes random native files, for speed alone: with two copies of every expert, or with compressed experts.
 
 The copies are random each for itself, so that a low one approximates nothing. `bench.offload --copies TYPES` makes real
-copies, out of a random checkpoint, which takes many minutes at true shape; this takes seconds.
+copies, out of a random checkpoint, which takes many minutes at true shape; this takes seconds. Compressed experts have
+random vectors.
 
     python -m bench.models.random_copies design8 /tmp/copies.gguf --types Q4_K,Q2_K
+    python -m bench.models.random_copies qwen3moe /tmp/main.gguf --types Q4_K --main 4
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from bench.models.random_blocks import RandomTensor
 from bench.models.random_model import WeightTypes, describe, random_tensors, weight_type, write_file
-from bench.models.shapes import SHAPES, model_named
+from bench.models.shapes import MODELS, model_named
 from bench.models.topics import STYLES
-from slimoe.offload.errors import SlimoeError
+from slimoe.converter.quant.mixes import fitting_type
+from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, model_tensors
 
 _EXPERTS = "_exps.weight"
+_AUX_STD = 0.02
 
 
-def copies_tensors(spec: ModelSpec, high: str, low: str, routing: str) -> Iterator[RandomTensor]:
-    """Yields all tensors of a model, its stacks of experts once in each of both types."""
-    kinds = weight_type(high), weight_type(low)
-    for tensor in random_tensors(spec, WeightTypes.parse(high), STYLES[routing]):
+def native_tensors(spec: ModelSpec, types: Sequence[str], routing: str) -> Iterator[RandomTensor]:
+    """Yields all tensors of a stock model, its stacks of experts once in each type, rounded up to fit their rows."""
+    for tensor in random_tensors(spec, WeightTypes.parse(types[0]), STYLES[routing]):
         if not tensor.name.endswith(_EXPERTS):
             yield tensor
             continue
         _, layer, matrix, _ = tensor.name.split(".")
         projection = next(name for name in PROJECTIONS if name in matrix)
-        for bucket, kind in enumerate(kinds):
-            yield replace(tensor, name=stack_name(int(layer), projection, bucket), type=kind)
+        for bucket, kind in enumerate(types):
+            own = fitting_type(weight_type(kind), tensor.ne[0])
+            yield replace(tensor, name=stack_name(int(layer), projection, bucket), type=own)
 
 
-def write_random_copies(
-    path: Path, stock: ModelSpec, high: str, low: str, routing: str = "uniform", seed: int = 1
+def aux_tensors(spec: ModelSpec) -> Iterator[RandomTensor]:
+    """Yields the vectors of experts that are selected but not computed, which change the hidden states little."""
+    for tensor in model_tensors(spec):
+        if tensor.role in (AUX_GAIN, AUX_SHIFT):
+            yield RandomTensor(tensor.name, tensor.ne, GGMLQuantizationType.F32, _AUX_STD)
+
+
+def write_random_native(
+    path: Path,
+    stock: ModelSpec,
+    types: Sequence[str],
+    *,
+    n_main: int | None = None,
+    routing: str = "uniform",
+    seed: int = 1,
 ) -> int:
-    """Writes a native file to `path`; returns its bytes. Raises UsageError for unknown types."""
-    tensors = list(copies_tensors(stock, high, low, routing))
-    experts = tuple(range(stock.n_expert))
-    layer = NativeLayer(experts, tuple((0, 1) for _ in experts))
-    writer = GGUFWriter(path, NATIVE)
+    """Writes a native file with a copy of each expert in each of one or two `types`; returns its bytes.
+
+    With `n_main`, so many of a token's experts are computed, and vectors stand for the others that it selects. Raises
+    UsageError for unknown types, and for an `n_main` that leaves none of these.
+    """
+    if n_main is not None and n_main >= stock.n_expert_used:
+        raise UsageError(f"--main is {n_main}, but a token selects {stock.n_expert_used} experts. Give less.")
     layers = tuple(map(stock.layer_shape, range(stock.n_layer)))
     spec = replace(stock, experts=replace(stock.experts, layers=layers), is_native=True)
+    if n_main is not None:
+        selected = replace(spec.experts, n_expert_used=n_main, n_selected=stock.n_expert_used)
+        spec = replace(spec, experts=selected)
+    tensors = [*native_tensors(stock, types, routing), *aux_tensors(spec)]
+    experts = tuple(range(stock.n_expert))
+    layer = NativeLayer(experts, tuple(tuple(range(len(types))) for _ in experts))
+    writer = GGUFWriter(path, NATIVE)
     describe(writer, spec.metadata() | layout_metadata(NativeLayout((layer,) * spec.n_layer)))
     writer.data_alignment = ALIGNMENT
     writer.add_custom_alignment(ALIGNMENT)
@@ -58,16 +85,18 @@ def write_random_copies(
 
 
 @click.command()
-@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.argument("shape", type=click.Choice(MODELS))
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--types", default="Q4_K,Q2_K", show_default=True, help="Of the two copies, the better first.")
+@click.option("--types", default="Q4_K,Q2_K", show_default=True, help="Of one copy or two, the better first.")
+@click.option("--main", "n_main", type=click.IntRange(1), help="Selected experts to compute; vectors stand for others.")
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
-def main(shape: str, path: Path, types: str, layers: int | None, routing: str) -> None:
+def main(shape: str, path: Path, types: str, n_main: int | None, layers: int | None, routing: str) -> None:
     """Write a random native model of SHAPE to PATH."""
-    high, _, low = types.partition(",")
     try:
-        n_bytes = write_random_copies(path, model_named(shape, layers), high, low, routing)
+        n_bytes = write_random_native(
+            path, model_named(shape, layers), types.split(","), n_main=n_main, routing=routing
+        )
     except (SlimoeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"{path}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)

@@ -36,7 +36,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "bench").glob(pattern)
     if "@click.command" in path.read_text("utf-8")
 )
-SCRIPTS.append("quality.healing")
+SCRIPTS += ["quality.healing", "quality.main_experts"]
 FURTHER = {"decode_prefill": ("--ratio", "2")}
 """Flags of smokes, for parts that a bench leaves out without them."""
 Smoke = Callable[[str], dict[str, Any]]

@@ -16,7 +16,7 @@ from bench.limits.engine_changes import parse_changes
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import OURS, Job, Outcome, carry_out
 from bench.limits.limited_runs import Limit, Plan, Run, Runs, run_candidate
-from bench.models.random_copies import write_random_copies
+from bench.models.random_copies import write_random_native
 from bench.models.random_model import write_random_model
 from bench.models.shapes import SHAPES
 from bench.offload import expert_matrix_bytes, limits_for, main, opened
@@ -228,11 +228,27 @@ def test_mistakes_are_answered_in_a_sentence(arguments: list[str]) -> None:
 
 def test_random_copies_run_exact_and_elastic(tmp_path: Path) -> None:
     path = tmp_path / "copies.gguf"
-    n_bytes = write_random_copies(path, SHAPES["smoke"].spec, "Q4_K", "Q2_K")
+    n_bytes = write_random_native(path, SHAPES["smoke"].spec, ("Q4_K", "Q2_K"))
     assert n_bytes == path.stat().st_size
     for lossy in (None, "elastic"):
         with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, lossy=lossy))) as engine:
             assert np.isfinite(engine.prefill([1, 2, 3])).all()
+
+
+def test_a_random_model_with_main_experts_has_the_whole_models_weights(tmp_path: Path) -> None:
+    """All weights but the vectors are the same."""
+    spec, paths = SHAPES["smoke"].spec, (tmp_path / "all.gguf", tmp_path / "main.gguf")
+    for path, n_main in zip(paths, (None, 1), strict=True):
+        write_random_native(path, spec, ("Q4_K",), n_main=n_main, routing="natural")
+    whole, main = map(file_tensors, paths)
+    assert main.keys() - whole.keys() == {
+        f"blk.{n}.ffn_aux_{role}.weight" for n in (0, 1) for role in ("gain", "shift")
+    }
+    assert all(np.array_equal(main[name].data, one.data) for name, one in whole.items())
+    with closing(Engine.open(engine_config(paths[1], n_ctx=256, n_threads=1))) as engine:
+        assert np.isfinite(engine.prefill([1, 2, 3])).all()
+    with pytest.raises(UsageError, match="--main is 2, but a token selects 2"):
+        write_random_native(paths[1], spec, ("Q4_K",), n_main=2)
 
 
 @pytest.mark.parametrize("bench", ["offload", "copies_quality"])
