@@ -105,13 +105,29 @@ SCALES: dict[Type, tuple[Bits, ...]] = {
     Type.Q4_K: _scales_and_minima(4),
     Type.Q5_K: _scales_and_minima(4),
     Type.Q6_K: (_run(8 * (192 + _index(16)), 8),),
+    Type.IQ4_XS: (_joined(_run(8 * 4 + 4 * _index(8), 4), _run(8 * 2 + 2 * _index(8), 2)),),
+    Type.IQ1_S: (_run(8 * 34 + 16 * _index(8) + 12, 3),),
+    Type.IQ2_XXS: (_run(8 * (6 + 8 * _index(8)) + 28, 4),),
+    Type.IQ2_XS: (_run(8 * 66 + 4 * _index(16), 4),),
+    Type.IQ2_S: (_run(8 * 74 + 4 * _index(16), 4),),
+    Type.IQ3_XXS: (_run(8 * (66 + 4 * _index(8)) + 28, 4),),
+    Type.IQ3_S: (_run(8 * 106 + 4 * _index(8), 4),),
 }
 """The integer scales of the runs of 16 or 32 columns that a block has, and of their minima where the type has some."""
+MULTIPLES: dict[Type, tuple[float, float]] = (
+    dict.fromkeys((Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.Q6_K), (0.0, 1.0))
+    | dict.fromkeys((Type.Q3_K, Type.IQ4_XS), (-32.0, 1.0))
+    | dict.fromkeys((Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S), (0.125, 0.25))
+    | dict.fromkeys((Type.IQ1_S, Type.IQ3_S), (1.0, 2.0))
+    | {Type.IQ3_XXS: (0.25, 0.5)}
+)
+"""What a run's scale is over the block's F16 number for an integer of 0, and what each more adds. Integers of 8 bits
+are signed."""
 HALVES: dict[Type, tuple[int, ...]] = {
     Type.Q2_K: (80, 82),
     Type.Q3_K: (108,),
     Type.Q4_K: (0, 2),
     Type.Q5_K: (0, 2),
     Type.Q6_K: (208,),
-}
-"""The byte of the F16 number that the integer scales are multiples of, and of that of the minima."""
+} | dict.fromkeys((Type.IQ4_XS, Type.IQ1_S, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S), (0,))
+"""The byte of the F16 number that the scales are multiples of, and of that of the minima."""

@@ -1,9 +1,9 @@
-"""The scales of K types' blocks, chosen for the least weighted squared error of rounding, for many rows at once.
+"""The scales of blocks, chosen for the least weighted squared error of rounding, for many rows at once.
 
-Scales are tried that stretch a run of 16 or 32 weights over a little more or less than the codes there are, each is
-fitted to the codes that it leads to by least squares, and the best is kept, as in make_qkx3_quants and make_qx_quants
-of ggml-quants.c. Then a block's scales are rounded to multiples of one half-precision number; minima make up for what
-that spoils.
+Of K types, scales are tried that stretch a run of 16 or 32 weights over a little more or less than the codes there
+are, each is fitted to the codes that it leads to by least squares, and the best is kept, as in make_qkx3_quants and
+make_qx_quants of ggml-quants.c. Then a block's scales are rounded to multiples of one half-precision number; minima
+make up for what that spoils. Of all other types they are those that ggml's quantiser finds.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,10 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slimoe.converter.quant.block_grid import without_codes
 from slimoe.converter.quant.block_layout import BITS, HALVES, SCALES
 from slimoe.converter.quant.packing import packed
-from slimoe.converter.quant.quantize import F16_MAX
+from slimoe.converter.quant.quantize import F16_MAX, quantize_rows
 
 _STEPS = {
     Type.Q2_K: (-1.0, -0.6, -0.2, 0.2, 0.6, 1.0, 1.4, 1.8),
@@ -71,8 +72,12 @@ class _Fit:
 def fitted_scales(target: Tensor, importance: Tensor, kind: Type) -> NDArray[np.uint8]:
     """Rows of blocks [n_rows, n_bytes] with scales and no codes, for `target` [n_columns, n_rows].
 
-    `importance` [n_columns] is what a column's squared error costs. For types with a row in `SCALES`.
+    `importance` [n_columns] is what a column's squared error costs. For types with a row in `BITS`.
     """
+    if kind not in _STEPS:
+        weight = target.T.contiguous().cpu().numpy()
+        found_by_ggml = quantize_rows(weight, kind, importance.cpu().numpy().copy())
+        return without_codes(found_by_ggml.reshape(len(weight), -1), kind)
     block, n_bytes = GGML_QUANT_SIZES[kind]
     found = []
     for columns, costs in zip(target.split(block), importance.split(block), strict=True):

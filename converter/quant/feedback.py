@@ -4,7 +4,8 @@ The error that counts is tr(E H E^T) with E = W - W_q and H the sum of x x^T ove
 triangular, it is |E R|^2, whose column j knows errors of columns up to j only: rounding left to right against what is
 left over is GPTQ (arXiv 2210.17323), without inverses. The scales of each block of columns are chosen from weights that
 make up for the blocks before; then codes are chosen column by column, or codebook entry by entry, on the grid that
-these scales span, and once more given all others (coordinate descent, arXiv 2309.01885).
+these scales span. Then scales are fitted to the codes that there are, and codes chosen once more given all others
+(coordinate descent, arXiv 2309.01885), some times in turn.
 
 All values lie in [n_columns, n_rows], some thousand rows at once. Columns are coded in small runs: what runs owe each
 other is one product of matrices, and what a run works on stays in the processor's cache.
@@ -20,17 +21,19 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.quant.block_grid import Grid, grid_of, with_codes, without_codes
-from slimoe.converter.quant.block_layout import SCALES
+from slimoe.converter.quant.block_grid import Grid, grid_of, with_codes
 from slimoe.converter.quant.block_scales import fitted_scales
-from slimoe.converter.quant.quantize import check_values, dequantize_rows, quantize_rows
+from slimoe.converter.quant.quantize import check_values, dequantize_rows
+from slimoe.converter.quant.scale_refit import can_refit, refitted
 
-_DAMP = 0.01
+_DAMP = 0.03
 """Of the Hessian's mean diagonal, added to its diagonal."""
 _N_COLUMNS = 256
 _RUN = 32
 _FEWEST_ROWS = 64
 """With fewer for each, a thread spends its time on asking for its turn."""
+_ROUNDS, _CODEBOOK_ROUNDS = 3, 2
+"""Times that scales and codes are fitted to each other: the search in codebooks takes far longer."""
 _MOST_ROWS = 2048
 """More at once do not fit into the processor's cache."""
 
@@ -120,20 +123,26 @@ def _fit_block(target: Tensor, factor: Tensor, kind: Type) -> tuple[NDArray[np.u
     E is what is left of `target` [n_columns, n_rows], and `factor` R that of columns which no others follow.
     """
     metric = factor @ factor.T
-    if kind in SCALES:
-        scales = fitted_scales(target, metric.diagonal(), kind)
-    else:
-        rows = target.T.contiguous().cpu().numpy()
-        blocks = quantize_rows(rows, kind, metric.diagonal().cpu().numpy().copy())
-        scales = without_codes(blocks.reshape(len(rows), -1), kind)
-    grid = grid_of(scales, kind, str(target.device))
-    target = (target.view(len(grid.shift), -1, target.shape[1]) - grid.shift[:, None]).view(target.shape)
+    scales = fitted_scales(target, metric.diagonal(), kind)
+    grid, moved = _moved_to_grid(scales, kind, target)
     error = torch.zeros_like(target)
     dtype = torch.float32 if grid.width == 1 else torch.int32
     codes = torch.empty((len(target) // grid.width, target.shape[1]), dtype=dtype, device=target.device)
-    feed_back(grid, target, factor, codes, error)
-    _descend(grid, target, metric, codes, error)
+    feed_back(grid, moved, factor, codes, error)
+    own = _group_blocks(metric, grid.width)
+    factors, mixing = torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2), _mixing(metric, own)
+    for _ in range(_ROUNDS if grid.width == 1 else _CODEBOOK_ROUNDS):
+        if can_refit(kind):
+            scales, error = refitted(scales, kind, target, error, metric)
+            grid, moved = _moved_to_grid(scales, kind, target)
+        _code(grid, moved, mixing, factors, codes, error)
     return with_codes(scales, kind, grid.stored(codes)), error
+
+
+def _moved_to_grid(scales: NDArray[np.uint8], kind: Type, target: Tensor) -> tuple[Grid, Tensor]:
+    """The grid of these scales, and the target without the grid's shift."""
+    grid = grid_of(scales, kind, str(target.device))
+    return grid, (target.view(len(grid.shift), -1, target.shape[1]) - grid.shift[:, None]).view(target.shape)
 
 
 def feed_back(grid: Grid, target: Tensor, factor: Tensor, codes: Tensor, error: Tensor) -> None:
@@ -143,13 +152,6 @@ def feed_back(grid: Grid, target: Tensor, factor: Tensor, codes: Tensor, error: 
     """
     own = _group_blocks(factor, grid.width)
     _code(grid, target, _mixing(factor, own), own, codes, error)
-
-
-def _descend(grid: Grid, target: Tensor, metric: Tensor, codes: Tensor, error: Tensor) -> None:
-    """Chooses each group's code again, given all others; changes `codes` and `error`."""
-    own = _group_blocks(metric, grid.width)
-    factors = torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2)
-    _code(grid, target, _mixing(metric, own), factors, codes, error)
 
 
 def _group_blocks(matrix: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes integers into the bits of blocks that are theirs, many blocks at once."""
+"""Writes integers into the bits of blocks that are theirs, and reads them, many blocks at once."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,15 @@ def packed(places: Bits, numbers: Tensor, n_bytes: int) -> Tensor:
     for piece in _pieces(places.tobytes(), places.shape, str(numbers.device)):
         bits = (numbers[piece.numbers] >> piece.first & piece.mask) << piece.place
         found[piece.bytes] |= bits.to(torch.uint8)
+    return found
+
+
+def unpacked(places: Bits, blocks: Tensor) -> Tensor:
+    """The integers [n_numbers, n] that blocks [n_bytes, n] hold at `places`."""
+    found = torch.zeros((len(places), blocks.shape[1]), dtype=torch.int32, device=blocks.device)
+    for piece in _pieces(places.tobytes(), places.shape, str(blocks.device)):
+        bits = (blocks[piece.bytes].to(torch.int32) >> piece.place & piece.mask) << piece.first
+        found.index_add_(0, piece.numbers, bits)
     return found
 
 
