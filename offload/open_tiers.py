@@ -15,7 +15,7 @@ from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.constant_experts import read_constant_experts
-from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, measure_times
+from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, fastest, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.hit_path import HitPath
@@ -339,7 +339,7 @@ class _Opening:
         )
         for part in parts:
             if part.experts is not None:
-                self._measure(part.experts, part.backend, host_pool, host_experts)
+                self._measure(part, part.experts, host_pool, host_experts)
         constants, trace, uses = read_constant_experts(plan.gguf, plan.layers), None, self._carried.uses
         if self._config.trace is not None:
             experts = (() if layer is None else layer.experts for layer in plan.layers)
@@ -351,17 +351,22 @@ class _Opening:
             hit_path = HitPath(plan.layers, host, graphs, host_pool, host_experts)
         return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, uses, hit_path)
 
-    def _measure(self, device: DeviceExperts, backend: Backend, host_pool: HostPool, host: HostExperts) -> None:
+    def _measure(self, part: DevicePart, device: DeviceExperts, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""
         able = [key for key in device.copies if device.kind_of(key) is not None]
         if not able:
             return
-        assert isinstance(backend, DeviceBackend)
+
+        def wait() -> None:
+            """Reads a number: an RPC server has then done all before, of which others only know that it was sent."""
+            part.exchange.read("positions", 1)
+
         key = next((key for key in able if host.has(key)), able[0])
         host_pool.pin({key})
         kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
-        copy_seconds = device.seconds_per_copy(host.addresses(key), kind)
-        there = measure_times(lambda n: device.run_passing(kind, n, backend.synchronize), n_batch)
+        addresses = host.addresses(key)
+        copy_seconds = fastest(lambda: device.copy_passing(addresses, kind), wait)
+        there = measure_times(lambda n: device.run_passing(kind, n), n_batch, wait)
         here = measure_times(lambda n: host.run_one(key, n), n_batch)
         host_pool.pin(set())
         device.times = LinkTimes(here, there, copy_seconds)

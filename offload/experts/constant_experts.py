@@ -48,7 +48,7 @@ def write_constant_experts(
     columns = np.flatnonzero(flat < 0)
     if not columns.size:
         return
-    weights = exchange.read("expert_weights", flat.size)
+    weights = exchange.read("expert_weights", *selected.shape).reshape(-1)
     values = np.zeros((columns.size, exchange.shape.n_embd), np.float32)
     is_constant = flat[columns] != SKIPPED
     if is_constant.any():

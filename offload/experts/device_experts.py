@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -35,19 +36,30 @@ class ExpertTimes:
         return max(0.0, self.one + (self.many - self.one) * (n_tokens - 1) / (self.n_many - 1))
 
 
-def measure_times(run: Callable[[int], None], n_batch: int) -> ExpertTimes:
-    """Times `run`, which computes an expert for a number of tokens, at most `n_batch`: the fastest of several runs."""
+def measure_times(run: Callable[[int], None], n_batch: int, wait: Callable[[], None] | None = None) -> ExpertTimes:
+    """Times `run`, which computes an expert for a number of tokens, at most `n_batch`: the fastest of several runs.
+
+    `wait` returns when what `run` has begun is done. What it takes when there is nothing to wait for does not count: a
+    step waits once for all experts.
+    """
     n_many = min(_MANY, n_batch)
-    return ExpertTimes(_fastest(run, 1), _fastest(run, n_many), n_many)
+    return ExpertTimes(fastest(partial(run, 1), wait), fastest(partial(run, n_many), wait), n_many)
 
 
-def _fastest(run: Callable[[int], None], n_tokens: int) -> float:
-    taken = []
+def fastest(run: Callable[[], None], wait: Callable[[], None] | None = None) -> float:
+    """The least seconds of several runs, until all is done, without those of a `wait` for nothing."""
+    taken, idle = [], []
     for _ in range(_ROUNDS + 1):  # the first builds the graph
         begin = time.perf_counter()
-        run(n_tokens)
+        run()
+        if wait is not None:
+            wait()
         taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+        if wait is not None:
+            begin = time.perf_counter()
+            wait()
+            idle.append(time.perf_counter() - begin)
+    return max(0.0, min(taken[1:]) - min(idle, default=0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +213,15 @@ class DeviceExperts:
 
     # --- measuring ------------------------------------------------------------------------------------------
 
-    def seconds_per_copy(self, addresses: Addresses, slot_class: SlotClass) -> float:
-        """Time to copy an expert of a class over; it is in all slots for passing through afterwards."""
+    def copy_passing(self, addresses: Addresses, slot_class: SlotClass) -> None:
+        """Copies an expert of a class over, to a slot for passing through: several times, and it is in all of them."""
         pool = self.pools[slot_class]
-        taken = []
-        for _ in range(max(2, pool.n_passing)):  # the first may find the memory untouched
-            begin = time.perf_counter()
-            pool.write(pool.next_passing(), addresses)
-            taken.append(time.perf_counter() - begin)
-        return min(taken)
+        pool.write(pool.next_passing(), addresses)
 
-    def run_passing(self, slot_class: SlotClass, n_tokens: int, synchronize: Callable[[], None]) -> None:
-        """Computes an expert that `seconds_per_copy` left, but for biases, for `n_tokens` tokens, and waits for it."""
+    def run_passing(self, slot_class: SlotClass, n_tokens: int) -> None:
+        """Begins to compute an expert that `copy_passing` left, but for biases, for `n_tokens` tokens."""
         slots, columns = np.full(n_tokens, self.pools[slot_class].next_passing()), np.arange(n_tokens)
         self._graphs.begin([SlotWork(-1, slot_class, slots, np.zeros_like(slots), columns)], n_tokens)
-        synchronize()
 
     def close(self) -> None:
         """Frees graphs and slots."""

@@ -100,6 +100,8 @@ class MoEStep:
         layer, banks, exchange = self.layers[index], self._host_experts.banks[index], self.parts[index].exchange
         assert layer is not None
         assert banks is not None
+        if n_rows == 1:
+            exchange.fetch_token()
         ranked = exchange.read("ranked", n_rows, len(layer.target))[:, : layer.n_expert_used]
         self._uses.add(index, ranked)
         selected, copies = banks.target[ranked], None

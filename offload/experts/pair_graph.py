@@ -51,9 +51,10 @@ class PairBuilder:
 
     def __init__(self, ctx: int, graph: int, exchange: Exchange, n_tokens: int) -> None:
         self._ctx, self._graph, self._n_embd = ctx, graph, exchange.shape.n_embd
-        n_columns = exchange.shape.n_used * n_tokens
+        n_used, n_columns = exchange.shape.n_used, exchange.shape.n_used * n_tokens
         self._normed = exchange.view(ctx, "normed", (self._n_embd, n_tokens))
-        self._weights = exchange.view(ctx, "expert_weights", (1, n_columns))
+        weights = exchange.view(ctx, "expert_weights", (n_used, n_tokens))
+        self._weights = int(ggml.ggml_reshape_2d(ctx, weights, 1, n_columns))
         self._outputs = exchange.view(ctx, "outputs", (self._n_embd, n_columns))
 
     def add(self, stacks: Sequence[int], inputs: PairInputs, extras: ExpertExtras = NO_EXTRAS) -> None:

@@ -142,8 +142,8 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
         assert later.ffn_norm is not None
         logits = add_choice(ctx, spec, later, add_scaled(ctx, plain, later.ffn_norm))
         n_expert = int(ggml.tensor_at(logits).ne[0])
-        target = ggml.ggml_view_1d(ctx, exchange.tensor("early_logits"), n_expert, row * 4 * spec.n_expert)
-        flat = ggml.ggml_reshape_1d(ctx, logits, n_expert)
+        target = exchange.view(ctx, "early_logits", (n_expert, 1), row * spec.n_expert)
+        flat = ggml.ggml_reshape_2d(ctx, logits, n_expert, 1)
         ggml.ggml_build_forward_expand(blocks.graph, ggml.ggml_cpy(ctx, flat, target))
 
 
