@@ -14,6 +14,7 @@ The bound is what moving the bytes takes, each tier at its measured speed and al
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,18 +30,24 @@ CPU, DISK, LINK = "cpu", "disk", "link"
 _OPS_PER_ATTENTION = 10
 _OPS_PER_FEED_FORWARD = 8
 _OPS_PER_CUT_EXPERT = 4
+_VIEWS_PER_ATTENTION, _VIEWS_PER_FEED_FORWARD = 20, 17
+_VIEWS_PER_CUT, _VIEWS_OF_SLOTS, _VIEWS_OF_ROWS = 15, 23, 6
+"""Tensors of graphs beside their operations: of a layer, of what a cut adds to it, of the graph over a device's slots,
+and of the one that puts the CPU's outputs to the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Residency:
     """Shares of the selected experts that are in a device's slots and in the host expert cache; the rest is on disk.
 
-    `is_cut`: whether a step stops at each router. Where everything is on one processor it does not.
+    `is_cut`: whether a step stops at each router. Where everything is on one processor it does not. `by_layer` are the
+    shares on the device of each layer with experts, whose mean is `device`; without them all layers have that.
     """
 
     device: float
     host: float
     is_cut: bool = True
+    by_layer: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         assert min(self.device, self.host) >= 0, self
@@ -51,6 +58,10 @@ class Residency:
         """The share of the selected experts that are in no memory."""
         share = 1.0 - self.device - self.host
         return share if share > 1e-9 else 0.0
+
+    def disk_of(self, device: float) -> float:
+        """The share that is in no memory, of a layer of which `device` is on the device."""
+        return self.disk * (1 - device) / (1 - self.device) if self.disk else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +114,12 @@ def predict(
     step = step or Step()
     setting = _Setting(load, residency, speed, device)
     fixed = setting.dense_seconds(step)
-    computing, tiers = fixed + setting.op_seconds(), {device or CPU: fixed}
-    n_last = int(load.n_layer - 1 in load.routed_layers)
-    for n_routed, n_tokens in ((load.n_routed - n_last, step.n_tokens), (n_last, step.n_out)):
-        layer = setting.layer(n_tokens)
+    computing, tiers = fixed + setting.op_seconds() + setting.passing_seconds(step), {device or CPU: fixed}
+    shares = residency.by_layer or (residency.device,) * load.n_routed
+    by_layer = zip(load.routed_layers, shares, strict=True)
+    alike = Counter((step.n_out if layer == load.n_layer - 1 else step.n_tokens, share) for layer, share in by_layer)
+    for (n_tokens, share), n_routed in alike.items():
+        layer = setting.layer(n_tokens, share)
         computing += n_routed * layer.seconds
         for tier, seconds in layer.tiers.items():
             tiers[tier] = tiers.get(tier, 0.0) + n_routed * seconds
@@ -145,30 +158,40 @@ class _Setting:
         )
 
     def op_seconds(self) -> float:
-        """Starting the graph, and its small operations."""
+        """Starting the graph, its small operations, and naming its other tensors."""
         load, overheads = self.load, self.main.overheads
+        n_attention = len(load.attention_layers)
         n_feed_forward = load.n_routed or load.n_layer  # a model without experts is dense in every layer
-        n_ops = len(load.attention_layers) * _OPS_PER_ATTENTION + n_feed_forward * _OPS_PER_FEED_FORWARD
-        return overheads.graph_seconds + n_ops * overheads.op_seconds
+        n_ops = n_attention * _OPS_PER_ATTENTION + n_feed_forward * _OPS_PER_FEED_FORWARD
+        n_views = n_attention * _VIEWS_PER_ATTENTION + n_feed_forward * _VIEWS_PER_FEED_FORWARD
+        return overheads.graph_seconds + n_ops * overheads.op_seconds + n_views * overheads.view_seconds
 
-    def layer(self, n_tokens: int) -> _Layer:
-        """The experts of one layer."""
+    def passing_seconds(self, step: Step) -> float:
+        """Handing a device the tokens' rows and what they attend to, and reading their logits."""
+        if not self.device:
+            return 0.0
+        link, load = self.speed.links[self.device], self.load
+        there = step.n_tokens * (4 * load.n_embd + 2 * (step.n_past + step.n_tokens))
+        return there / link.to_device + 4 * step.n_out * load.n_vocab / link.from_device
+
+    def layer(self, n_tokens: int, share: float) -> _Layer:
+        """The experts of one layer, a `share` of the selected ones on the device."""
         load = self.load
         # The expected number of different experts, as if tokens selected them independently of each other.
         visited: float = load.n_used
         if n_tokens > 1 and load.n_expert:
             visited = load.n_expert * (1 - (1 - load.n_used / load.n_expert) ** n_tokens)
         n_pairs = n_tokens * load.n_used / visited if visited else 0.0
-        layer = self._experts(n_tokens, visited, n_pairs)
+        layer = self._experts(n_tokens, visited, n_pairs, share)
         tiers = dict(layer.tiers)
-        if self.residency.disk:
+        if on_disk := self.residency.disk_of(share):
             assert self.speed.disk, "experts on a disk that was not measured"
-            tiers[DISK] = visited * self.residency.disk * load.read_bytes / self.speed.disk
-        cut = self._cut_seconds(n_tokens, visited) if self.residency.is_cut else 0.0
+            tiers[DISK] = visited * on_disk * load.read_bytes / self.speed.disk
+        cut = self._cut_seconds(n_tokens, visited, share) if self.residency.is_cut else 0.0
         return _Layer(layer.seconds + cut, tiers)
 
-    def _experts(self, n_tokens: int, visited: float, n_pairs: float) -> _Layer:
-        on_cpu, share = _seconds(self.speed.cpu, self.load.expert, n_pairs), self.residency.device
+    def _experts(self, n_tokens: int, visited: float, n_pairs: float, share: float) -> _Layer:
+        on_cpu = _seconds(self.speed.cpu, self.load.expert, n_pairs)
         if not self.device:
             assert not share, "experts on a device that is not used"
             return _Layer(visited * on_cpu, {CPU: visited * on_cpu})
@@ -185,21 +208,38 @@ class _Setting:
                 for n in range(n_used + 1)
             )
             return _Layer(seconds, tiers)
-        beside = _Layer(max(tiers.values()), tiers)
-        copied = visited * (1 - share) * sum(self.load.expert.values()) / self.speed.links[self.device].to_device
-        tiers = {self.device: visited * on_device, LINK: copied}
-        return min(beside, _Layer(max(tiers.values()), tiers), key=lambda layer: layer.seconds)
+        # As the engine does, whole experts are copied to the device as long as both sides end sooner.
+        copy = sum(self.load.expert.values()) / self.speed.links[self.device].to_device
+        best = _Layer(max(tiers.values()), tiers)
+        n_even = (tiers[CPU] - tiers[self.device]) / (on_cpu + copy + on_device)
+        for n_copied in (math.floor(n_even), math.ceil(n_even)):
+            if 0 < n_copied <= visited * (1 - share):
+                more = {self.device: n_copied * on_device, LINK: n_copied * copy, CPU: -n_copied * on_cpu}
+                moved = {tier: tiers.get(tier, 0.0) + seconds for tier, seconds in more.items()}
+                seconds = max(moved[CPU], moved[self.device] + moved[LINK])
+                best = min(best, _Layer(seconds, moved), key=lambda layer: layer.seconds)
+        return best
 
-    def _cut_seconds(self, n_tokens: int, visited: float) -> float:
-        """Seconds for reading the router's results back, for the experts' graphs, and for activations over the link."""
+    def _cut_seconds(self, n_tokens: int, visited: float, share: float) -> float:
+        """Seconds for reading the router's results back, for the experts' graphs, and for activations over the link.
+
+        A device is asked once for all of a single token; for a batch that the CPU has a part in, three times.
+        """
         load, of_cpu = self.load, self.speed.cpu.overheads
         n_graphs = 1.0 if n_tokens == 1 else visited
         seconds = self.main.overheads.graph_seconds + n_graphs * of_cpu.graph_seconds
         seconds += visited * _OPS_PER_CUT_EXPERT * of_cpu.op_seconds
         if self.device:
-            link, row_bytes = self.speed.links[self.device], 4 * load.n_embd * n_tokens
-            seconds += row_bytes / link.from_device
-            seconds += row_bytes * load.n_used * (1 - self.residency.device) / link.to_device
+            link, n_selected = self.speed.links[self.device], n_tokens * load.n_used
+            by_device, by_cpu = 1 - (1 - share) ** n_selected, 1 - share**n_selected
+            n_views = _VIEWS_PER_CUT + by_device * _VIEWS_OF_SLOTS + by_cpu * _VIEWS_OF_ROWS
+            seconds += n_views * self.main.overheads.view_seconds
+            # Graphs for which nobody waits.
+            seconds += (by_device + by_cpu) * max(0.0, self.main.overheads.graph_seconds - link.round_trip)
+            if n_tokens > 1:
+                seconds += 2 * by_cpu * link.round_trip
+            n_read = n_tokens * (load.n_expert + load.n_used + load.n_embd * (by_cpu if n_tokens > 1 else 1.0))
+            seconds += 4 * n_read / link.from_device + 4 * load.n_embd * n_selected * (1 - share) / link.to_device
         return seconds
 
 

@@ -26,7 +26,8 @@ Clock = Callable[[], float]
 Nodes = Callable[[int], tuple[list[int], list[int]]]
 """Adds operations to a ggml context; returns their inputs, and the results that a graph must compute."""
 
-EXPERT_ROWS = (1, 4, 16, 64, 256)
+EXPERT_ROWS = (1, 4, 12, 60, 252)
+"""Kernels take rows in blocks, of 16 say, and nearly as long for a part of one; an expert seldom gets whole blocks."""
 DENSE_ROWS = (1, 16, 256)
 MIN_BYTES = 4 << 20
 _ROUNDS, _FEW_ROUNDS = 9, 4
@@ -37,7 +38,9 @@ _MAX_PRODUCTS = 64
 _STEP = 64  # rows of matrices are measured in multiples of this, which keeps every matrix aligned
 _PADDING = 1 << 16  # some backends want room behind a matrix
 _SMALL = 4096
+_FEW_VALUES = 64  # that are handed over and read back, so that they take no time on any link
 _MANY_PAIRS = 65
+_MANY_VIEWS = 256
 _N_CELLS = 1024
 _STEADY = 1.25
 _TABLE_TYPES = ("IQ1", "IQ2", "IQ3")
@@ -83,8 +86,8 @@ class KernelBench:
         self._filled: tuple[Type, int] | None = None
         self._at = 0
         self.is_steady = True
-        overheads = self.overheads()
-        self._empty_seconds = max(0.0, overheads.graph_seconds - 2 * overheads.op_seconds)
+        graph_seconds, op_seconds = self._small_graphs()
+        self._empty_seconds = max(0.0, graph_seconds - 2 * op_seconds)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -129,13 +132,29 @@ class KernelBench:
         return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._empty_seconds) / (n_cells * n_queries)
 
     def overheads(self) -> Overheads:
-        """What the smallest graph costs, and each operation more."""
-        values = np.ones(_SMALL, np.float32)
+        """What the smallest graph costs, and each operation and each view more."""
+        graph_seconds, op_seconds = self._small_graphs()
 
-        def chain(n_ops: int) -> Nodes:
+        def views(n: int) -> Nodes:
             def nodes(ctx: int) -> tuple[list[int], list[int]]:
                 first = tensor = _input(ctx, Type.F32, _SMALL)
-                for _ in range(n_ops):
+                for _ in range(n):
+                    tensor = int(ggml.ggml_view_1d(ctx, tensor, _SMALL, 0))
+                return [first], [ggml.ggml_add(ctx, tensor, first)]
+
+            return nodes
+
+        few, many = (min(self._runs(views(n), 4 * _ROUNDS)) for n in (1, _MANY_VIEWS))
+        return Overheads(graph_seconds, op_seconds, max(many - few, _LEAST) / (_MANY_VIEWS - 1))
+
+    def _small_graphs(self) -> tuple[float, float]:
+        """Seconds of a graph of two operations, and of each further one."""
+        values = np.ones(_FEW_VALUES, np.float32)
+
+        def chain(n_pairs: int) -> Nodes:
+            def nodes(ctx: int) -> tuple[list[int], list[int]]:
+                first = tensor = _input(ctx, Type.F32, _SMALL)
+                for _ in range(n_pairs):
                     tensor = ggml.ggml_add(ctx, ggml.ggml_rms_norm(ctx, tensor, 1e-6), first)
                 return [first], [tensor]
 
@@ -145,7 +164,7 @@ class KernelBench:
         runs = [self._runs(chain(n), 4 * _ROUNDS, values) for n in (1, _MANY_PAIRS)]
         one, many = (min(seconds) for seconds in runs)
         self.is_steady = all(float(np.median(seconds)) <= 2 * min(seconds) for seconds in runs)
-        return Overheads(max(one, _LEAST), max(many - one, _LEAST) / (2 * _MANY_PAIRS - 2))
+        return max(one, _LEAST), max(many - one, _LEAST) / (2 * _MANY_PAIRS - 2)
 
     def _product(self, kernel: MatrixKernel, n_matrix_rows: int, n_rows: int) -> float:
         """Seconds per byte. Few rows of activations: whole matrices, as many as take some time; many: a part of one."""
@@ -226,7 +245,7 @@ class KernelBench:
                 for tensor in inputs:
                     self._backend.set(tensor, np.zeros(ggml.ggml_nbytes(tensor), np.uint8))
                 # A device may answer before it has everything; a read waits for it.
-                out = np.empty(_SMALL, np.float32)
+                out = np.empty(_FEW_VALUES, np.float32)
                 self._backend.get(inputs[0], out[:1])
                 begin = self._clock()
                 if values is not None:

@@ -28,8 +28,8 @@ from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
 T = TypeVar("T")
 
-_FORMAT = 3
-"""What older formats hold may have been measured beside busy programs."""
+_FORMAT = 4
+"""What older formats hold may have been measured beside busy programs, and knows no round trips."""
 _FILE = "measurements.json"
 _DISTURBED = 0.2
 """The part of its time that a thread waits for a core: with the cores to itself some percent, beside one other busy

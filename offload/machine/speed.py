@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from slimoe.offload.ggml.ops import BATCH_QUERIES
 
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0, lt=1e18)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,13 @@ class Overheads:
     """Time that is spent however little is computed.
 
     `graph_seconds` go to handing a small input over, computing a graph of two operations and reading the result, Python
-    included; `op_seconds` to each further operation of a graph, on a vector of some thousand values.
+    included; `op_seconds` to each further operation of a graph, on a vector of some thousand values; `view_seconds` to
+    each tensor that nothing is computed for, such as a view: an RPC server is told of every tensor each time.
     """
 
     graph_seconds: Positive
     op_seconds: Positive
+    view_seconds: NotNegative = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +100,11 @@ class ProcessorSpeed:
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Bytes per second between host memory and a device."""
+    """Bytes per second between host memory and a device, and the seconds that reading a single number takes."""
 
     to_device: Positive
     from_device: Positive
+    round_trip: NotNegative = 0.0
 
 
 @dataclass(frozen=True, slots=True)

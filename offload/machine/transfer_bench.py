@@ -96,7 +96,10 @@ def random_pieces(gguf: GGUFFile, expert_bytes: int) -> Iterator[Span]:
 
 
 def link_speed(backend: Backend, n_bytes: int, clock: Clock = time.perf_counter) -> LinkSpeed:
-    """Bandwidths to a device's memory and back, for transfers of `n_bytes`; takes as much on both sides."""
+    """Bandwidths to a device's memory and back, for transfers of `n_bytes`, and the time of the smallest read.
+
+    Takes `n_bytes` of memory on both sides.
+    """
     ctx = ggml.ggml_init(ggml.InitParams(1 << 12, None, True))
     buffer = backend.allocate(n_bytes)
     tensor = ggml.ggml_new_tensor_1d(ctx, Type.I8, n_bytes)
@@ -114,13 +117,14 @@ def link_speed(backend: Backend, n_bytes: int, clock: Clock = time.perf_counter)
         backend.get(tensor, values[:n])
         return clock() - begin
 
-    def speed(transfer: Callable[[int], float]) -> float:
+    def speed(transfer: Callable[[int], float]) -> tuple[float, float]:
         transfer(n_bytes)
         whole, nothing = (lower_quartile([transfer(n) for _ in range(_LINK_ROUNDS)]) for n in (n_bytes, 4))
-        return n_bytes / max(whole - nothing, 1e-9)
+        return n_bytes / max(whole - nothing, 1e-9), nothing
 
     try:
-        return LinkSpeed(speed(there), speed(back))
+        (to_device, _), (from_device, round_trip) = speed(there), speed(back)
+        return LinkSpeed(to_device, from_device, round_trip)
     finally:
         ggml_backend.ggml_backend_buffer_free(buffer)
         ggml.ggml_free(ctx)

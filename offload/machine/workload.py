@@ -18,7 +18,7 @@ class Workload:
 
     `dense` are the matrices that every token is multiplied with, `output` is the one for tokens whose logits are
     wanted, and `expert` is one expert, averaged over all. `read_bytes` is what is read for an expert that is in no
-    memory.
+    memory. A token has `n_vocab` logits.
     """
 
     n_layer: int
@@ -31,6 +31,7 @@ class Workload:
     output: Matrices
     expert: Matrices
     read_bytes: float
+    n_vocab: int = 0
 
     @property
     def n_routed(self) -> int:
@@ -55,6 +56,7 @@ def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLaye
         output=_sums([sources.output.weight], is_expert=False),
         expert=expert,
         read_bytes=sum(expert.values()),
+        n_vocab=spec.n_vocab,
     )
 
 

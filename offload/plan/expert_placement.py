@@ -19,7 +19,8 @@ class ExpertPlacement:
 
     `on_devices` has one number for each device of the plan. A cache that follows the routing does better than
     `device_share` and `host_share`, which are for experts that stay where they are at the start. `is_cut` says whether
-    steps stop at routers, because some layer's experts are in more than one place.
+    steps stop at routers, because some layer's experts are in more than one place. `by_layer` are the `device_share`s
+    of each layer with experts, none without devices.
     """
 
     n_experts: int
@@ -28,6 +29,7 @@ class ExpertPlacement:
     device_share: float
     host_share: float
     is_cut: bool
+    by_layer: tuple[float, ...] = ()
 
     @property
     def on_disk(self) -> int:
@@ -69,7 +71,17 @@ def expert_placement(plan: EnginePlan) -> ExpertPlacement:
         # Without experts all there is to compute is on the processor that computes.
         host_share=_sum(uses, on_host) / total if keys else 1.0,
         is_cut=bool(keys) and not plan.is_resident and len(gone) < len(keys),
+        by_layer=_by_layer(plan, uses, gone) if plan.devices else (),
     )
+
+
+def _by_layer(plan: EnginePlan, uses: NDArray[np.float64], keys: Collection[Key]) -> tuple[float, ...]:
+    """The share of each layer's selected experts that `keys` serve."""
+    is_there = np.zeros(uses.shape)
+    for key in keys:
+        is_there[key] = 1.0
+    found = (uses * is_there).sum(axis=1) / np.maximum(uses.sum(axis=1), 1e-12)
+    return tuple(float(found[layer]) for layer, _ in _routed(plan))
 
 
 def _routed(plan: EnginePlan) -> Iterator[tuple[int, ExpertLayer]]:

@@ -96,7 +96,7 @@ def known_as(device: Device) -> str:
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:
     load = workload(plan.spec, plan.sources, plan.layers)
-    residency = Residency(where.device_share, where.host_share, where.is_cut)
+    residency = Residency(where.device_share, where.host_share, where.is_cut, where.by_layer)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]
     predictions = [predict(load, residency, speed, step, name) for name in processors]

@@ -72,10 +72,15 @@ def test_reading_overlaps_as_far_as_it_is_known_ahead(
 
 
 def test_device_and_cpu_work_side_by_side() -> None:
-    """Half of the selected experts on each: of two, both, one or none are on the device."""
+    """Half of the selected experts on each: of two, both, one or none are on the device.
+
+    The link carries the token's row and what it sees there, and for each layer what the router says and its input back,
+    and the CPU's outputs there.
+    """
     prediction = predict(LOAD, Residency(0.5, 0.5), machine(CPU, None, GPU), device="GPU0")
     layer = 0.25 * 0.02 + 0.5 * 1.0 + 0.25 * 2.0
-    link = 4 * (1 + 2 * 0.5) * 4000 / 1e10 * 1000
+    read, written = 4 * (1000 + 8 + 2), 4 * 1000 * 2 * 0.5
+    link = (4 * (read + written) + 4 * 1000 + 2) / 1e10 * 1000
     assert prediction.ms_per_token == pytest.approx(0.011 + 4 * layer + link)
     assert prediction.tier_ms == pytest.approx({"GPU0": 0.011 + 4 * 0.01, "cpu": 4 * 1.0})
     assert prediction.bound_name == "cpu"
@@ -175,11 +180,72 @@ def test_of_a_prompt_the_last_layer_is_computed_for_its_end_only() -> None:
 def test_a_batch_streams_experts_when_that_is_faster() -> None:
     speed = machine(CPU, None, GPU)
     few, many = (predict(LOAD, Residency(0.5, 0.5), speed, Step(n_tokens=n), "GPU0") for n in (2, 1000))
-    assert many.tier_ms["link"] == pytest.approx(3 * 8 * 0.5 * 0.1 / 1000)
+    # Of four experts that take the CPU 4.95 ms each, three are copied: of the last, the copy would be the last to end.
+    assert many.tier_ms["link"] == pytest.approx(3 * 4 * 0.1 / 1000)
     assert many.tier_ms["cpu"] == pytest.approx(2 * 0.5 * 1.0 / 1000)
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e8, 1e8)})
     assert "link" in few.tier_ms
     assert "link" not in predict(LOAD, Residency(0.5, 0.5), slow_link, Step(n_tokens=2), "GPU0").tier_ms
+
+
+def test_experts_of_one_layer_in_one_place_are_not_side_by_side() -> None:
+    """Two layers on the device and two on the CPU: one waits for the other, whatever their mean."""
+    speed = machine(CPU, None, GPU)
+    spread, apart = (
+        predict(LOAD, Residency(0.5, 0.5, by_layer=shares), speed, device="GPU0").ms_per_token
+        for shares in ((0.5,) * 4, (1.0, 1.0, 0.0, 0.0))
+    )
+    assert spread == predict(LOAD, Residency(0.5, 0.5), speed, device="GPU0").ms_per_token
+    assert apart - spread == pytest.approx(2 * 0.02 + 2 * 2.0 - 4 * (0.25 * 0.02 + 0.5 * 1.0 + 0.25 * 2.0), abs=1e-3)
+    disk = Residency(0.5, 0.25, by_layer=(1.0, 1.0, 0.0, 0.0))
+    reading = predict(LOAD, disk, machine(CPU, 1e9, GPU), device="GPU0").tier_ms["disk"]
+    assert reading == pytest.approx(2 * 2 * 0.5)
+
+
+FAR = LinkSpeed(1e8, 2e8, round_trip=5e-3)
+
+
+def far_ms(overheads: Overheads, step: Step, residency: Residency, link: LinkSpeed = FAR) -> float:
+    """Milliseconds of a step on a device with such overheads behind such a link."""
+    speed = machine(CPU, None, dataclasses.replace(GPU, overheads=overheads))
+    speed = dataclasses.replace(speed, links={"GPU0": link})
+    return predict(LOAD, residency, speed, step, "GPU0").ms_per_token * step.n_tokens
+
+
+def test_a_token_crosses_the_network_once_for_each_cut_layer_and_once_more() -> None:
+    free, round_trip = Overheads(1e-12, 1e-12), Overheads(5e-3, 1e-12)
+    for residency, n_trips in ((Residency(0.5, 0.5), 5), (Residency(1.0, 0.0, is_cut=False), 1)):
+        more = far_ms(round_trip, Step(), residency) - far_ms(free, Step(), residency)
+        assert more == pytest.approx(5 * n_trips)
+
+
+def test_a_batch_asks_thrice_where_the_cpu_has_a_part() -> None:
+    near, overheads = dataclasses.replace(FAR, round_trip=0.0), Overheads(1e-12, 1e-12)
+    for shares, n_more in (((0.5,) * 4, 4), ((1.0, 1.0, 0.0, 0.0), 2)):
+        # The last layer is that of one token.
+        residency = Residency(sum(shares) / 4, 1 - sum(shares) / 4, by_layer=shares)
+        step = Step(100, n_out=100)
+        more = far_ms(overheads, step, residency) - far_ms(overheads, step, residency, near)
+        assert more == pytest.approx(2 * 5 * n_more)
+
+
+def test_graphs_are_told_tensor_by_tensor() -> None:
+    """As an RPC server is: those of five layers, and of four cuts with experts on both sides."""
+    whole, half = Residency(1.0, 0.0, is_cut=False), Residency(0.5, 0.5, by_layer=(1.0, 1.0, 0.0, 0.0))
+    quick, slow = Overheads(1e-12, 1e-12), Overheads(1e-12, 1e-12, view_seconds=1e-3)
+    per_layer, per_cut = 5 * 20 + 4 * 17, 4 * 15 + 2 * 23 + 2 * 6
+    for residency, n_tensors in ((whole, per_layer), (half, per_layer + per_cut)):
+        more = far_ms(slow, Step(), residency) - far_ms(quick, Step(), residency)
+        assert more == pytest.approx(n_tensors)
+
+
+def test_logits_come_over_the_link() -> None:
+    speed = dataclasses.replace(machine(CPU, None, GPU), links={"GPU0": FAR})
+    few, many = (
+        predict(dataclasses.replace(LOAD, n_vocab=n), Residency(1.0, 0.0, is_cut=False), speed, device="GPU0")
+        for n in (0, 100_000)
+    )
+    assert many.ms_per_token - few.ms_per_token == pytest.approx(1000 * 400_000 / 2e8)
 
 
 def test_a_model_without_experts() -> None:

@@ -149,7 +149,11 @@ def test_a_damaged_or_foreign_file_is_measured_over(cache: MeasurementCache, tmp
     assert cache.get("link", LinkSpeed) is None
     cache.put({"link": LinkSpeed(1.0, 2.0)})
     assert cache.get("link", LinkSpeed) == LinkSpeed(1.0, 2.0)
-    assert json.loads(path.read_text())["machines"]["this"]["link"] == {"to_device": 1.0, "from_device": 2.0}
+    assert json.loads(path.read_text())["machines"]["this"]["link"] == {
+        "to_device": 1.0,
+        "from_device": 2.0,
+        "round_trip": 0.0,
+    }
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
@@ -190,6 +194,7 @@ def test_the_overheads_are_found() -> None:
         assert bench.is_steady
     assert overheads.graph_seconds == pytest.approx(GRAPH_SECONDS + 2 * OP_SECONDS)
     assert overheads.op_seconds == pytest.approx(OP_SECONDS)
+    assert overheads.view_seconds == pytest.approx(OP_SECONDS)  # it takes views for operations
 
 
 @pytest.mark.parametrize("shape", [ATTENTION, AttentionShape(64, 64, 128, Type.F16)], ids=lambda shape: shape.name)
@@ -306,6 +311,7 @@ def test_the_speed_of_a_link_is_found() -> None:
         speed = link_speed(backend, 1 << 20, clock)
     assert speed.to_device == pytest.approx(2e9, rel=1e-3)
     assert speed.from_device == pytest.approx(1e9, rel=1e-3)
+    assert speed.round_trip == pytest.approx(5e-6, rel=1e-3)
 
 
 # --- all of it ---------------------------------------------------------------------------------------------
@@ -440,5 +446,5 @@ def test_a_device_is_measured_through_its_link(gguf: GGUFFile, cache: Measuremen
     far = speed.devices["RPC"]
     flat = [value for curve in far.kernels.values() for value in curve.seconds_per_byte]
     flat += [*dataclasses.astuple(far.overheads), far.attention_seconds, *dataclasses.astuple(speed.links["RPC"])]
-    assert len(flat) == 5 + 3 + 5
+    assert len(flat) == 5 + 3 + 7
     assert all(0 < value < math.inf for value in flat)

@@ -109,7 +109,8 @@ def test_an_engine_puts_on_a_device_what_the_plan_says(model: Path) -> None:
     with rpc_server() as server:
         config = engine_config(model, n_threads=1, n_ctx=64, n_batch=8, rpc=(server.endpoint,))
         whole = plan_engine(config)
-        assert expert_placement(whole) == ExpertPlacement(24, (24,), 0, 1.0, 0.0, is_cut=False)
+        everything = ExpertPlacement(24, (24,), 0, 1.0, 0.0, is_cut=False, by_layer=(1.0,) * 4)
+        assert expert_placement(whole) == everything
         too_small = plan_engine(reconfigured(config, vram=("1B",))).shortfall
         assert too_small is not None
         part = f"{too_small.required_bytes + 6 * EXPERT_BYTES}B"
@@ -118,6 +119,7 @@ def test_an_engine_puts_on_a_device_what_the_plan_says(model: Path) -> None:
         assert where.on_devices == (7,)
         assert where.is_cut
         assert where.device_share == pytest.approx(where.on_devices[0] / 24)
+        assert where.by_layer == pytest.approx((1.0, 1 / 6, 0.0, 0.0))
         assert where.disk_share == pytest.approx(0)
         with closing(Engine.open(reconfigured(config, vram=(part,)))) as engine:
             assert on_devices(engine) == list(where.on_devices)
