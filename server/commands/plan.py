@@ -82,14 +82,26 @@ def tell_engine_plan(values: Mapping[str, Any], measure: Measure = measure_machi
     if plan.shortfall is not None:
         _tell(replace(report, nearest_ctx=nearest_ctx(config, plan)), as_json=values["as_json"])
         raise plan.shortfall
-    if values["as_json"]:
-        prediction = _prediction(config, plan, measure, is_allowed=values["measure"])
-        _tell(replace(report, prediction=prediction), as_json=True)
-        return
-    _tell(report, as_json=False)
+    if not values["as_json"]:
+        _tell(report, as_json=False)
     prediction = _prediction(config, plan, measure, is_allowed=values["measure"])
-    speed = replace(report, prediction=prediction).speed_lines()
+    alone = None
+    if config.devices.rpc and prediction is not None:
+        without = without_rpc(config)
+        local = plan_each([without])[0]
+        alone = None if local.shortfall else _prediction(without, local, measure, is_allowed=values["measure"])
+    report = replace(report, prediction=prediction, alone=alone)
+    if values["as_json"]:
+        _tell(report, as_json=True)
+        return
+    speed = report.speed_lines()
     click.echo("\n".join(["", *speed]) if speed else "")
+
+
+def without_rpc(config: EngineConfig) -> EngineConfig:
+    """The configuration of this machine alone, with its own devices where these were not chosen by name."""
+    device = config.devices.device if config.devices.device == "auto" else "none"
+    return changed(config, {"rpc": (), "device": device, "vram": ()})
 
 
 def nearest_ctx(config: EngineConfig, plan: EnginePlan) -> int | None:

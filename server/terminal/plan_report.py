@@ -18,13 +18,15 @@ class PlanReport:
     """What `slimoe plan` tells: the plan, the speed to expect, and what would fit where the plan does not.
 
     `nearest_ctx` is the largest context window found that would fit, None if the plan fits or no window does.
-    `serve_shortfall` is what `slimoe serve` would lack, None if it fits.
+    `serve_shortfall` is what `slimoe serve` would lack, None if it fits. `alone` is the speed without other machines,
+    None if the plan has none, or the model would not fit without them.
     """
 
     plan: EnginePlan
     prediction: PlanPrediction | None = None
     nearest_ctx: int | None = None
     serve_shortfall: DoesNotFitError | None = None
+    alone: PlanPrediction | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Everything as one JSON object. Bytes are of host memory unless they stand under a device."""
@@ -49,12 +51,8 @@ class PlanReport:
             },
             "nearest": None if self.nearest_ctx is None else {"n_ctx": self.nearest_ctx},
             "tiers": _tiers(plan) if fits else None,
-            "prediction": None
-            if self.prediction is None
-            else {
-                "decode": {"n_past": self.prediction.n_past, **_phase(self.prediction.decode)},
-                "prefill": {"n_tokens": self.prediction.n_prompt, **_phase(self.prediction.prefill)},
-            },
+            "prediction": _phases(self.prediction),
+            "without_rpc": _phases(self.alone),
             "notes": list(plan.notes),
         }
 
@@ -86,11 +84,21 @@ class PlanReport:
         """The speeds to expect; no lines if they were not predicted."""
         if self.prediction is None:
             return []
-        one = self.prediction
-        return [
+        one, alone = self.prediction, self.alone
+        lines = [
             _speed(f"answers, after {one.n_past} tokens", one.decode),
             _speed(f"prompts, {one.n_prompt} at a time", one.prefill),
         ]
+        if alone is None:
+            return lines
+        speeds = f"answers about {alone.decode.tokens_per_second:.1f} tokens/s, prompts"
+        lines.append(_row("without --rpc", f"{speeds} {alone.prefill.tokens_per_second:.1f}"))
+        phases = {"answers": (one.decode, alone.decode), "prompts": (one.prefill, alone.prefill)}
+        slower = [name for name, (far, near) in phases.items() if far.ms_per_token > near.ms_per_token]
+        if slower:
+            advice = "" if len(slower) < len(phases) else ": leave --rpc out"
+            lines.append(f"The other machine is used as asked, but slows {' and '.join(slower)} down{advice}.")
+        return lines
 
 
 def host_bytes(plan: EnginePlan) -> dict[str, int]:
@@ -168,6 +176,16 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
 
 
 # --- speed -------------------------------------------------------------------------------------------------
+
+
+def _phases(one: PlanPrediction | None) -> dict[str, Any] | None:
+    """Both phases, None if nothing was predicted."""
+    if one is None:
+        return None
+    return {
+        "decode": {"n_past": one.n_past, **_phase(one.decode)},
+        "prefill": {"n_tokens": one.n_prompt, **_phase(one.prefill)},
+    }
 
 
 def _phase(one: Prediction) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`slimoe plan` and `slimoe bench`."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
-from slimoe.offload.machine.speed import MachineSpeed
+from slimoe.offload.machine.speed import MachineSpeed, Overheads
 from slimoe.offload.plan import machine
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
+from slimoe.offload.plan.prediction import known_as
 from slimoe.server.cli import run
 from slimoe.server.commands import plan
 from slimoe.server.options.engine_options import DEMO
@@ -162,6 +164,52 @@ def test_speed_is_predicted_and_its_limit_named(capsys: pytest.CaptureFixture[st
     out, _ = capsys.readouterr()
     assert f"about {predicted['decode']['tokens_per_second']:.1f} tokens/s" in out
     assert "the CPU is the limit" in out
+
+
+@pytest.mark.parametrize("trip_seconds", [1e-9, 1.0])
+def test_a_device_that_slows_down_is_told(
+    trip_seconds: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a round trip of a second takes, this machine does many times by itself."""
+
+    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+        names = [known_as(one.device) for one in planned.devices]
+        speed = machine_for(planned, *names)
+        overheads = Overheads(trip_seconds, 1e-12)
+        devices = {name: dataclasses.replace(speed.devices[name], overheads=overheads) for name in names}
+        return dataclasses.replace(speed, devices=devices)
+
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    with rpc_server() as server:
+        words = [str(path), "--ctx", "64", "--rpc", server.endpoint]
+        tell(*words, "--json", measure=measure)
+        found = json.loads(capsys.readouterr().out)
+        tell(*words, measure=measure)
+        out = capsys.readouterr().out
+    far, near = (found[name]["decode"]["ms_per_token"] for name in ("prediction", "without_rpc"))
+    assert (far > near) == (trip_seconds == 1.0)
+    assert f"answers about {1000 / near:.1f} tokens/s" in out
+    warning = "The other machine is used as asked, but slows answers and prompts down: leave --rpc out."
+    assert (warning in out) == (trip_seconds == 1.0)
+
+
+def test_a_model_that_needs_the_other_machine_is_compared_with_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+        return machine_for(planned, *(known_as(one.device) for one in planned.devices))
+
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    assert run([*PLAN, str(path), "--ctx", "64", "--ram", "0", "--json"]) == 4
+    least = json.loads(capsys.readouterr().out)["required_bytes"]
+    with rpc_server() as server:
+        ram = str(least - 1)
+        tell(
+            str(path), "--ctx", "64", "--rpc", server.endpoint, "--ram", ram, "--batch", "64", "--json", measure=measure
+        )
+        found = json.loads(capsys.readouterr().out)
+    assert found["prediction"] is not None
+    assert found["without_rpc"] is None
 
 
 def test_nothing_is_measured_without_leave(capsys: pytest.CaptureFixture[str]) -> None:
