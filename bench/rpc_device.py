@@ -7,16 +7,21 @@ device, whose kernels are the same. Without --device an RPC server over this mac
 here is a matter of time. A swap costs and gains what it would on a card (`bench.replay`) or, with --rule measured, what
 the engine measured. The table goes to stderr, the last line of stdout is one JSON document.
 
+With --link the device lies behind a simulated network (`bench.baselines.shaped_link`): milliseconds per token with half
+of the experts there and with all of the model, beside what `slimoe plan` predicts, and this machine alone.
+
     python -m bench.rpc_device --model natural_medium
+    python -m bench.rpc_device --model natural_medium --link 1Gbit,2ms --link 10Gbit,0.2ms
 """
 
 import json
+import statistics
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.baselines.rpc_server import rpc_server
-from bench.baselines.stepping import kl_divergence
+from bench.baselines.shaped_link import Link, measured_link, parse_link, shaped_link
+from bench.baselines.stepping import WARM_STEPS, kl_divergence, time_decode, time_prefill
 from bench.limits import machine
 from bench.models.random_model import random_model_file
 from bench.models.shapes import MODELS
@@ -43,15 +49,19 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.plan.device_plan import N_PASSING
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
+from slimoe.offload.plan.prediction import measure_machine, predict_plan
 
 Logits = NDArray[np.float32]
 SHARES = (0.25, 0.5, 0.75)
 _MOVE, _HIT, _MISS = RATES["device"]
 CARD = Tier(GB * _MOVE, GB * _HIT, GB * _MISS, computes_misses=True)
 N_PROMPT, N_ANSWER = 64, 192
+N_LINK_PROMPT, N_LINK_ANSWER = 256, 48
+HALF = 0.5
 TOLERANCE = 0.01
 
 
@@ -180,14 +190,18 @@ def replayed(plan: EnginePlan, path: Path, policy: str, rule: SwapRule) -> Tally
 
 
 @contextmanager
-def device_config(config: EngineConfig, device: str | None) -> Iterator[EngineConfig]:
-    """The configuration with a device of this machine, or one lent by an RPC server that is ended afterwards."""
+def device_config(config: EngineConfig, device: str | None, link: Link | None = None) -> Iterator[EngineConfig]:
+    """The configuration with a device of this machine, or one lent by an RPC server that is ended afterwards.
+
+    The server is reached over the `link`, without one over loopback.
+    """
     if device is not None:
         yield changed(config, {"device": device})
         return
-    with rpc_server() as server:
-        lent = available_devices([server.endpoint])[-1]
-        yield changed(config, {"device": lent.name, "rpc": (server.endpoint,)})
+    with rpc_server() as server, ExitStack() as stack:
+        endpoint = server.endpoint if link is None else stack.enter_context(shaped_link(server.endpoint, link))
+        lent = available_devices([endpoint])[-1]
+        yield changed(config, {"device": lent.name, "rpc": (endpoint,)})
 
 
 def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[Run]:
@@ -200,6 +214,80 @@ def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[
             for share in shares
             for policy in policies
         ]
+
+
+# --- over a network ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRun:
+    """Milliseconds per token of a plan, measured and as predicted for it: of answers and of a prompt's batch.
+
+    `room` is what the device holds of the model: none, half of the experts or all.
+    """
+
+    link: str
+    room: str
+    decode_ms: float
+    predicted_decode_ms: float
+    prefill_ms: float
+    predicted_prefill_ms: float
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """What the predictions of both phases are off by, relative to what was measured."""
+        return self.predicted_decode_ms / self.decode_ms - 1, self.predicted_prefill_ms / self.prefill_ms - 1
+
+
+def run_timed(job: Job, config: EngineConfig, link: str, room: str, cache: MeasurementCache) -> LinkRun:
+    """Predicts and times a plan; raises as `check` and `Engine.open` do."""
+    plan = plan_engine(config)
+    if plan.shortfall is not None:
+        raise plan.shortfall
+    predicted = predict_plan(plan, measure_machine(config, plan, lambda _name: None, cache))
+    prompt, answer = job.tokens[: job.n_prompt], job.tokens[job.n_prompt :]
+    with closing(Engine.open(config)) as engine:
+        prefill = min(time_prefill(engine, prompt) for _ in range(3))  # the first builds graphs
+        engine.prefill(prompt)
+        time_decode(engine, answer[:WARM_STEPS])
+        decode = statistics.median(time_decode(engine, answer))
+    measured = 1e3 * decode, predicted.decode.ms_per_token, 1e3 * prefill / job.n_prompt
+    return LinkRun(link, room, *measured, predicted.prefill.ms_per_token)
+
+
+def measure_links(job: Job, links: Sequence[Link]) -> list[LinkRun]:
+    """This machine alone, then over loopback and each link: half of the experts on the device, and all of the model."""
+    with tempfile.TemporaryDirectory(prefix="slimoe-speeds-") as directory:
+        cache = MeasurementCache(Path(directory) / "measurements.json")
+        runs = [run_timed(job, changed(job.config, {"device": "none"}), "", "none", cache)]
+        for link in (None, *links):
+            with device_config(job.config, None, link) as config:
+                for room, with_room in (("half", plan_with_room(config, HALF)), ("all", config)):
+                    name = "loopback" if link is None else str(link)
+                    runs.append(run_timed(job, with_room, name, room, cache))
+    return runs
+
+
+def link_table(runs: Sequence[LinkRun]) -> Table:
+    """The figures for a person."""
+    drawn = Table("link", "on the device", "answer ms", "predicted", "off by", "prompt ms", "predicted", "off by")
+    for run in runs:
+        decode, prefill = (f"{error:+.0%}" for error in run.errors)
+        cells = f"{run.decode_ms:.2f}", f"{run.predicted_decode_ms:.2f}", decode
+        drawn.add_row(run.link, run.room, *cells, f"{run.prefill_ms:.3f}", f"{run.predicted_prefill_ms:.3f}", prefill)
+    return drawn
+
+
+def links_as_json(runs: Sequence[LinkRun], links: Sequence[Link], n_bytes: int) -> dict[str, Any]:
+    """All figures, and each link as a byte and `n_bytes` find it."""
+    found = {str(link): measured_link(link, n_bytes) for link in links}
+    return {
+        "largest_error": max(abs(error) for run in runs for error in run.errors),
+        "links": {
+            name: {"gbit": 8e-9 * one.bytes_per_second, "one_way_ms": 1e3 * one.seconds} for name, one in found.items()
+        },
+        "runs": [asdict(run) for run in runs],
+    }
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -234,6 +322,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 @click.option("--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", help="A device of this machine.  [default: an RPC server over the CPU]")
+@click.option("--link", "links", metavar="BANDWIDTH,DELAY", multiple=True, help="Time it over such a network.")
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random model.")
 def main(
     model: str,
@@ -244,11 +333,18 @@ def main(
     tokens: int,
     threads: int,
     device: str | None,
+    links: tuple[str, ...],
     smoke: bool,
 ) -> None:
     """Compare an engine whose device holds a part of the experts with its replay and with the CPU."""
-    name, n_prompt, n_answer = ("smoke", 8, 40) if smoke else (model, N_PROMPT, tokens)
+    lengths = (N_LINK_PROMPT, N_LINK_ANSWER) if links else (N_PROMPT, tokens)
+    name, n_prompt, n_answer = ("smoke", 8, 40) if smoke else (model, *lengths)
     try:
+        if links and device is not None:
+            raise UsageError(
+                "--link leads to an RPC server, and --device names a device of this machine. Leave one out."
+            )
+        networks = [parse_link(link) for link in links]
         with ExitStack() as stack:
             is_shape = name in MODELS
             path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
@@ -257,14 +353,21 @@ def main(
             config = EngineConfig(
                 path, n_threads=threads, context=ContextConfig(n_ctx=-(-n_tokens // 256) * 256, n_batch=n_prompt)
             )
-            config = stack.enter_context(device_config(config, device))
-            runs = measure(Job(config, tuple(words), n_prompt, rule), shares or SHARES, policies)
+            job, load = Job(config, tuple(words), n_prompt, rule), machine.OtherLoad()
+            if links:
+                timed = measure_links(job, networks)
+                drawn, document = link_table(timed), {"other_cores_during": load.cores()}
+                document |= links_as_json(timed, networks, 1 << 16 if smoke else 64 << 20)
+            else:
+                job = replace(job, config=stack.enter_context(device_config(config, device)))
+                runs = measure(job, shares or SHARES, policies)
+                drawn, document = table(runs), as_json(runs)
     except SlimoeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 100).print(table(runs))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 100).print(drawn)
     about = {"model": path.name, "routing": routing, "rule": rule, "machine": machine.describe()}
-    print(json.dumps(as_json(runs) | {"tokens": n_answer, "prompt_tokens": n_prompt} | about))
+    print(json.dumps(document | {"tokens": n_answer, "prompt_tokens": n_prompt} | about))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The bench of experts on a device: engine and replay agree for every policy, also where experts differ in size."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -74,8 +75,27 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
             check(plan_engine(plan_with_room(config, 0.01)))
 
 
+def test_a_network_is_timed_beside_its_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each token waits for the link: at least once, and once more for each of two cut layers."""
+    main(["--smoke", "--link", "10Gbit,3ms"], standalone_mode=False)
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    alone, *_, half, whole = document["runs"]
+    assert [run["room"] for run in document["runs"]] == ["none", "half", "all", "half", "all"]
+    assert (alone["link"], half["link"], whole["link"]) == ("", "10Gbit,3ms", "10Gbit,3ms")
+    for name in ("decode_ms", "predicted_decode_ms"):
+        assert whole[name] > 5.8
+        assert half[name] > 3 * 5.8
+    assert document["links"]["10Gbit,3ms"]["one_way_ms"] > 2.9
+    assert document["largest_error"] >= 0
+
+
 def test_mistakes_are_answered_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in ((["--model", "missing.gguf"], "missing.gguf"), (["--smoke", "--device", "GPU9"], "GPU9")):
+    for arguments, words in (
+        (["--model", "missing.gguf"], "missing.gguf"),
+        (["--smoke", "--device", "GPU9"], "GPU9"),
+        (["--smoke", "--device", "GPU9", "--link", "1Gbit,1ms"], "Leave one out."),
+        (["--smoke", "--link", "fast"], "Write them as 10Gbit,0.2ms."),
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments, standalone_mode=False)
         assert caught.value.code not in (None, 0, 1)
