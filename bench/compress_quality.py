@@ -4,10 +4,10 @@ All start from one checkpoint and from statistics of the same texts; all files a
 other texts: windows of 512 tokens, the second half of each scored against the checkpoint in float32, the mean
 divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
 budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
-to meet them. A fourth, which must be asked for, has half of the experts' bytes by every way to have fewer experts or
-smaller ones, in float32. A ratio of divergences above 1 means that ours is smaller. Progress goes to
-stderr, the last line of stdout is one JSON document. An OLMoE whose heads share keys goes through
-`bench.models.equal_heads` first.
+to meet them. A fourth, which must be asked for, has half of the experts' bytes, or another share, by every way to
+have fewer experts or smaller ones, in float32. A ratio of divergences above 1 means that ours is smaller. Progress goes
+to stderr, the last line of stdout is one JSON document. An OLMoE whose heads share keys goes
+through `bench.models.equal_heads` first.
 
     python -m bench.compress_quality --checkpoint ~/mixtral --stats STATS --text news=news.txt --text code=code.txt
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -41,7 +42,6 @@ SHARES = (0.229, 0.12)
 PARTS = ("baselines", "budgets", "recipes", "experts")
 OLD_PARTS = {"rivals": "baselines"}
 """Old spellings that are still understood for one version."""
-EXPERT_SHARE = 0.5
 MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
 """One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
 
@@ -128,10 +128,10 @@ def _meeting(lab: Lab, budget: int, tried: list[Recipe]) -> Recipe | None:
     return None
 
 
-def experts(lab: Lab, say: Say) -> list[Row]:
-    """Rows of half of the experts' bytes, in float32: of fewer experts, and of smaller ones."""
+def experts(lab: Lab, say: Say, share: float = 0.5) -> list[Row]:
+    """Rows of a share of the experts' bytes, in float32: of fewer experts, and of smaller ones."""
     rows, types = [], StorageRecipe("F32", attention="F32", token="F32", output="F32")
-    keep, width = round(EXPERT_SHARE * lab.source.spec.n_expert), round(EXPERT_SHARE * lab.source.spec.n_ff)
+    keep, width = round(share * lab.source.spec.n_expert), round(share * lab.source.spec.n_ff)
     ways = {
         "merged, neurons": ExpertRecipe(keep, merge="neurons"),
         "merged, HC-SMoE": ExpertRecipe(keep, merge="hc-smoe"),
@@ -187,6 +187,13 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
+@click.option(
+    "--expert-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Of the experts' bytes, for the part experts.",
+)
 @threads_flag
 @click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
@@ -196,12 +203,14 @@ def main(
     windows: int,
     parts: tuple[str, ...],
     feedback: bool,
+    expert_share: float,
     threads: int | None,
     is_smoke: bool,
 ) -> None:
     """Measure what compressing costs at equal bytes."""
     console = Console(stderr=True)
-    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "experts": experts, "smoke": smoke}
+    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "smoke": smoke}
+    steps["experts"] = partial(experts, share=expert_share)
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
             if is_smoke:

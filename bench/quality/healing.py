@@ -44,17 +44,17 @@ from slimoe.offload.resources.duration import parse_minutes
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 
-KINDS = ("native", "stock", "dropped", "merged", "main", "main-f32")
+KINDS = ("native", "stock", "dropped", "merged", "neurons", "narrower", "main", "main-f32")
 Row = dict[str, Any]
 
 
-def recipe(kind: str, source: ModelSource, target: Path) -> Recipe:
-    """Of a file with the bytes of Q2_K, of that mix itself, or of one with a quarter or half fewer experts in 4 bits
-    (and in 32).
+def recipe(kind: str, source: ModelSource, target: Path, share: float = 0.75) -> Recipe:
+    """Of a file with the bytes of Q2_K, of that mix itself, or of one in 4 bits (and in 32) with a `share` of the
+    experts, or with experts half as wide, or with half as many that are computed.
 
     `target` is a path where a file could be written.
     """
-    keep, main, four = source.spec.n_expert * 3 // 4, source.spec.n_expert_used // 2, StorageRecipe("Q4_K_M")
+    keep, main, four = round(share * source.spec.n_expert), source.spec.n_expert_used // 2, StorageRecipe("Q4_K_M")
     whole = StorageRecipe("F32", attention="F32", token="F32", output="F32")
     if kind == "native":
         return Recipe(target_size=plan(ConvertOptions(source.path, target, "Q2_K", force=True)).layout.n_bytes)
@@ -62,6 +62,8 @@ def recipe(kind: str, source: ModelSource, target: Path) -> Recipe:
         "stock": Recipe(format="stock", types=StorageRecipe("Q2_K")),
         "dropped": Recipe(experts=ExpertRecipe(keep=keep), types=four),
         "merged": Recipe(experts=ExpertRecipe(keep=keep, merge="hc-smoe"), types=four),
+        "neurons": Recipe(experts=ExpertRecipe(keep=keep, merge="neurons"), types=four),
+        "narrower": Recipe(experts=ExpertRecipe(width=source.spec.n_ff // 2), types=four),
         "main": Recipe(experts=ExpertRecipe(main=main), types=four),
         "main-f32": Recipe(experts=ExpertRecipe(main=main), types=whole),
     }[kind]
@@ -74,11 +76,12 @@ def rows(
     kinds: tuple[str, ...],
     times: tuple[float, ...],
     directory: Path,
+    share: float = 0.75,
 ) -> Iterator[Row]:
     """A row for each kind of file and time, and one for each file as it is written, whose time is 0."""
     path, texts = directory / "m.gguf", heal_texts(statistics.tokens)
     for kind in kinds:
-        made = plan_compression(source, statistics, recipe(kind, source, path))
+        made = plan_compression(source, statistics, recipe(kind, source, path, share))
         write_planned(source, made, path, statistics, force=True)
         before = summarise(reference.compare(gguf_source(path)))
         row = {"kind": kind, "n_bytes": path.stat().st_size}
@@ -119,6 +122,13 @@ def rows(
 @click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Of 512 tokens, of each text.")
 @click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
 @click.option("--heal", "times", multiple=True, default=("2m",), show_default=True, help="Time to train for.")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.75,
+    show_default=True,
+    help="Of the experts that are left.",
+)
 @threads_flag
 @click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
@@ -128,6 +138,7 @@ def main(
     windows: int,
     kinds: tuple[str, ...],
     times: tuple[str, ...],
+    share: float,
     threads: int | None,
     is_smoke: bool,
 ) -> None:
@@ -150,7 +161,7 @@ def main(
                 with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
                     cut = read_eval_text(files, encoder, source.spec.n_ctx_train, n_tokens=n_tokens).windows
                 statistics, reference = load_statistics(stats, source), Reference(source, cut)
-            for row in rows(source, statistics, reference, kinds, tuple(seconds), Path(name)):
+            for row in rows(source, statistics, reference, kinds, tuple(seconds), Path(name), share):
                 found.append(row)
                 left = f" ({row['left']:.0%} left)" if "left" in row else ""
                 if "kl_plain" in row:
@@ -160,7 +171,7 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    print(json.dumps({"rows": found, "texts": list(texts), "machine": machine.describe()}))
+    print(json.dumps({"rows": found, "texts": list(texts), "share": share, "machine": machine.describe()}))
 
 
 if __name__ == "__main__":

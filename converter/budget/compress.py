@@ -27,6 +27,7 @@ from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.recipe.toml_file import recipe_text
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
+from slimoe.converter.source.tasks import Task, task_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import (
     CANDIDATES,
@@ -40,6 +41,7 @@ from slimoe.converter.stats.type_costs import (
     stored_costs,
 )
 from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
+from slimoe.offload.gguf.header import Value
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, and with how much of it is done, of how much."""
@@ -71,11 +73,12 @@ def plan_compression(
     *,
     n_threads: int = 1,
     costs: TypeCosts | None = None,
-    search_seconds: float = 0.0,
+    is_open: bool = False,
     on_progress: Progress = lambda _what, _done, _total: None,
 ) -> CompressPlan:
-    """What a recipe makes of a model. `costs` are measured if they are needed and not given. The types that meet a size
-    are improved by measured divergence for `search_seconds`.
+    """What a recipe makes of a model. `costs` are measured if they are needed and not given.
+
+    With `is_open` the neurons of merged experts stay to be chosen, by `with_joined_neurons`: sizes do not depend on it.
 
     Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
     which names the least, and UnsupportedModelError for what the format cannot hold.
@@ -88,8 +91,9 @@ def plan_compression(
     if budget is None:
         plan, costs = job.with_named_types(plan, structure, costs)
     else:
-        plan, costs = job.with_best_types(plan, structure, costs, budget, search_seconds)
-    return job.completed(job.with_expectation(plan, structure), costs)
+        plan, costs = job.with_best_types(plan, structure, costs, budget)
+    plan = job.completed(job.with_expectation(plan, structure), costs)
+    return plan if is_open else job.joined(plan)
 
 
 def plan_removal(
@@ -97,17 +101,20 @@ def plan_removal(
     statistics: Statistics | None,
     recipe: Recipe,
     on_progress: Progress = lambda _what, _done, _total: None,
+    *,
+    is_open: bool = False,
 ) -> CompressPlan:
     """What a recipe leaves of a model, all of it in F32; the recipe's types, size and fit are of no account.
 
-    Merged experts get a row of the router for each, as in the stock format. Raises UsageError for what cannot be done,
-    or not without statistics.
+    Merged experts get a row of the router for each, as in the stock format; with `is_open` their neurons stay to be
+    chosen. Raises UsageError for what cannot be done, or not without statistics.
     """
     job = _Job(source, statistics, replace(recipe, format="stock"), 1, on_progress)
     structure = job.structure()
     plan = job.open_plan(structure)
     output = Type.F32 if MatrixKey("output.weight") in source.shapes else None
-    return job.with_expectation(replace(plan, output_type=output, feedback=False, refit=False), structure)
+    plan = job.with_expectation(replace(plan, output_type=output, feedback=False, refit=False), structure)
+    return plan if is_open else job.joined(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +128,29 @@ class _Job:
     on_progress: Progress
 
     def structure(self) -> Structure:
-        """What is left of the model, its experts merged or trimmed if the recipe says so."""
+        """What is left of the model, its experts trimmed if the recipe says so; of merged ones neurons stay open."""
         source, statistics, experts = self.source, self.statistics, self.recipe.experts
         structure, width = build_structure(source, statistics, self.recipe), experts.width
         if experts.main is not None:
             from slimoe.converter.budget.compressed_experts import with_compressed_experts
 
             return with_compressed_experts(source, statistics, structure, experts.main, self.on_progress)
-        # torch is heavy, and most plans do without.
-        if experts.merge == "neurons" and statistics is not None:
-            from slimoe.converter.budget.merging import with_joined_neurons
-
-            return with_joined_neurons(source, statistics, structure, self.on_progress)
         if width is None:
             return structure
         check_width(source, self.recipe, width)
+        # torch is heavy, and most plans do without.
         from slimoe.converter.budget.trimming import trimmed
 
         return trimmed(source, statistics, structure, width, self.on_progress)
+
+    def joined(self, plan: CompressPlan) -> CompressPlan:
+        """The plan with the neurons of merged experts chosen, if any are open."""
+        if not plan.is_open:
+            return plan
+        from slimoe.converter.budget.merging import with_joined_neurons
+
+        assert self.statistics is not None
+        return with_joined_neurons(self.source, self.statistics, plan, self.on_progress)
 
     def open_plan(self, structure: Structure) -> CompressPlan:
         """The plan before types are chosen."""
@@ -154,7 +166,15 @@ class _Job:
             refit=self.recipe.fit.refit,
             expected_kl=structure.kl if is_known else None,
             n_main=self.recipe.experts.main or 0,
+            provenance=self.provenance(),
         )
+
+    def provenance(self) -> dict[str, Value]:
+        """The key of the task that experts are merged for, if the recipe names one."""
+        statistics, text = self.statistics, self.recipe.specialise
+        if text is None or statistics is None:
+            return {}
+        return task_key(self.source.metadata, text, Task(statistics.n_tokens, statistics.text_hash))
 
     def with_named_types(
         self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None
@@ -187,7 +207,7 @@ class _Job:
         return statistics_costs(self.source, statistics, names, self.n_threads, self.on_progress)
 
     def with_best_types(
-        self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None, budget: int, search_seconds: float
+        self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None, budget: int
     ) -> tuple[CompressPlan, TypeCosts]:
         """The plan with the types that cost least within `budget` bytes, improved by search, and what types cost."""
         source, statistics = self.source, self.statistics
@@ -197,17 +217,18 @@ class _Job:
         known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
         allocator = TypeAllocator(source, statistics, known, self.recipe, structure)
         typed, allocation, room = _within(budget, allocator, plan, lambda one: self.completed(one, known))
-        if search_seconds:
+        if self.recipe.search is not None:
             from slimoe.converter.budget.refinement import refine
 
             typed, _ = refine(
                 source,
                 statistics,
                 allocator,
-                plan,
+                # Candidates are evaluated, which takes their values.
+                self.joined(plan),
                 allocation,
                 budget=room,
-                seconds=search_seconds,
+                seconds=self.recipe.search,
                 n_threads=self.n_threads,
                 on_progress=lambda generation, kl: self.on_progress(f"searching: {kl:.5f} nats", generation, 0),
             )

@@ -5,6 +5,7 @@ as many are kept as one expert has, and `down` is the least-squares fit of what 
 that selected them: neurons that matter little go, and those that are left speak for members that are not their own.
 """
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
@@ -12,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.budget.structure import Structure
 from slimoe.converter.forward.block import Expert, Routing, read_expert
 from slimoe.converter.forward.stream import Observer, Sequences, Stream, rows_by_expert
-from slimoe.converter.layout.plan import ExpertPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.hidden_sums import hidden_sums
 from slimoe.converter.methods.trim import trim
 from slimoe.converter.source.model_source import ModelSource, vectors_key
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.offload.errors import UnsupportedModelError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
@@ -34,31 +33,107 @@ _HELD_OUT = 4
 """One sequence in so many decides how strong a ridge is."""
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean square of an activation."""
+_STEP = "joining experts"
+_BYTES_PER_SQUARE = 200
+"""Bytes for a group of experts, over the square of an expert's neurons."""
+_TRIM_STEPS = 6
+"""Operations of choosing among n neurons, over n^3."""
+_TRIED = 1024
+"""Unknowns of the equation that is tried at most."""
 
 
 def with_joined_neurons(
-    source: ModelSource, statistics: Statistics, structure: Structure, on_progress: Progress
-) -> Structure:
-    """The structure with chosen neurons in each expert of several members, and a `down` fitted to them.
+    source: ModelSource, statistics: Statistics, plan: CompressPlan, on_progress: Progress
+) -> CompressPlan:
+    """The plan with chosen neurons in each expert of several members that is open, and a `down` fitted to them.
 
-    Holds residual streams of the tokens, what the experts of one layer read, and for one group about 100 n_ff^2 bytes.
-    Raises UnsupportedModelError for experts of different widths, and what reading does.
+    Holds residual streams of the tokens, what the experts of one layer read, and `joining_bytes`. Raises what reading
+    does.
     """
-    layers = {layer.block: layer for layer in structure.layers}
-    step = max(1, sum(map(len, statistics.tokens)) // _MOST_TOKENS)
-    stream = Stream(source, Sequences(statistics.tokens[::step]))
+    layers, n_open = {layer.block: layer for layer in plan.layers if _open(layer)}, _n_open(plan)
+    stream, n_done = Stream(source, _sequences(statistics)), 0
+    on_progress(_STEP, 0, n_open)
     try:
         stream.embed()
-        for block in range(source.spec.n_layer):
-            tokens = _LayerTokens(source, block)
+        for block in range(max(layers) + 1):
+            tokens = _LayerTokens(source, block) if block in layers else Observer()
             stream.pass_layer(block, tokens)
-            if block in layers:
-                joined = (tokens.joined(one) if one.is_joined else one for one in layers[block].experts)
-                layers[block] = replace(layers[block], experts=tuple(joined))
-            on_progress("joining experts", block + 1, source.spec.n_layer)
+            if not isinstance(tokens, _LayerTokens):
+                continue
+            experts = []
+            for one in layers[block].experts:
+                experts.append(tokens.joined(one) if one.is_open else one)
+                n_done += one.is_open
+                on_progress(_STEP, n_done, n_open)
+            layers[block] = replace(layers[block], experts=tuple(experts))
     finally:
         stream.close()
-    return replace(structure, layers=tuple(layers[layer.block] for layer in structure.layers))
+    return replace(plan, layers=tuple(layers.get(layer.block, layer) for layer in plan.layers))
+
+
+def joining_bytes(source: ModelSource) -> int:
+    """The bytes that `with_joined_neurons` takes for one group of experts, beside streams and the experts it reads."""
+    return _BYTES_PER_SQUARE * source.spec.n_ff**2
+
+
+def joining_seconds(source: ModelSource, statistics: Statistics, plan: CompressPlan) -> float:
+    """The seconds that `with_joined_neurons` will take, from products and an equation tried for a moment.
+
+    Counted are the passes of the tokens through layers, the activations of each group's members and their products,
+    and what choosing neurons and fitting takes. Raises ModelFileError.
+    """
+    spec, n_token = source.spec, _sequences(statistics).n_rows
+    layers = [layer for layer in plan.layers if _open(layer)]
+    if not layers:
+        return 0.0
+    n_ff, n_embd = spec.n_ff, spec.n_embd
+    per_expert, pooled = 6 * n_embd * n_ff, _POOL * n_ff
+    reading, multiplying, solving = _speeds(source, layers[0])
+    n_layer = max(layer.block for layer in layers) + 1
+    n_products = float(n_layer * n_token * per_expert * (spec.n_expert_used + 1))
+    n_solved, n_reads = 0.0, 0.0
+    for layer in layers:
+        outputs = statistics.layers[layer.block].outputs
+        uses = outputs.n_pick / statistics.n_tokens if outputs else np.ones(source.layers[layer.block].n_stored)
+        n_reads += 2 * source.layers[layer.block].n_stored
+        for expert in _open(layer):
+            n_member, n_own = len(expert.members), n_token * min(1.0, float(uses[list(expert.members)].sum()))
+            n_products += n_own * (n_member * per_expert + 2 * pooled * (pooled + n_embd))
+            if n_member > _POOL:
+                n_products += n_member * n_token * (per_expert + 2 * n_ff**2)
+                n_solved += n_member * _TRIM_STEPS * n_ff**3
+            n_solved += _TRIM_STEPS * pooled**3 + len(_RIDGES) * (pooled**3 + 4 * pooled**2 * n_embd)
+    return n_reads * reading + n_products * multiplying + n_solved * solving
+
+
+def _open(layer: LayerPlan) -> list[ExpertPlan]:
+    return [expert for expert in layer.experts if expert.is_open]
+
+
+def _n_open(plan: CompressPlan) -> int:
+    return sum(len(_open(layer)) for layer in plan.layers)
+
+
+def _sequences(statistics: Statistics) -> Sequences:
+    """The tokens that are run: so many that none is needed twice."""
+    step = max(1, sum(map(len, statistics.tokens)) // _MOST_TOKENS)
+    return Sequences(statistics.tokens[::step])
+
+
+def _speeds(source: ModelSource, layer: LayerPlan) -> tuple[float, float, float]:
+    """Seconds to read an expert, for an operation of products in float32, and for one of equations in float64."""
+    begin = time.perf_counter()
+    expert = read_expert(source, layer.block, layer.experts[0].members[0])
+    reading, x = time.perf_counter() - begin, torch.randn(_ROWS_AT_ONCE // 8, source.spec.n_embd)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        expert(x)
+    multiplying = (time.perf_counter() - begin) / (6 * len(x) * source.spec.n_embd * source.spec.n_ff)
+    n = min(_POOL * source.spec.n_ff, _TRIED)
+    inner = torch.eye(n, dtype=torch.float64) + 0.01
+    begin = time.perf_counter()
+    torch.linalg.solve(inner, inner)
+    return reading, multiplying, (time.perf_counter() - begin) / (8 / 3 * n**3)
 
 
 @dataclass(slots=True)
@@ -132,17 +207,11 @@ class _LayerTokens(Observer):
     def joined(self, plan: ExpertPlan) -> ExpertPlan:
         """The plan with the neurons that are kept and their `down`; its first member if no token selected any."""
         experts = [read_expert(self.source, self.layer, member) for member in plan.members]
-        widths = {len(expert.gate.weight) for expert in experts}
-        if len(widths) > 1:
-            problem = (
-                f"layer {self.layer} has experts of {min(widths)} to {max(widths)} neurons, which cannot be joined."
-            )
-            raise UnsupportedModelError(self.source.path, problem, "Merge experts of the model that it was made of.")
-        n_ff = widths.pop()
+        n_ff = len(experts[0].gate.weight)
         with torch.no_grad():
             weight, wanted = self._answers(plan.members, experts)
             if not weight.any():
-                return ExpertPlan(plan.members[:1], plan.types)
+                return replace(plan, members=plan.members[:1], weights=(1.0,))
             key = vectors_key(self.layer, "down", "bias")
             if key in self.source.shapes:
                 bias = torch.from_numpy(merged_vectors(self.source, key, [plan], wanted.shape[1])[0])

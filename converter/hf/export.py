@@ -72,9 +72,7 @@ def lay_out_checkpoint(
     Reads headers only. Raises UsageError for a source that is no checkpoint, and UnsupportedModelError for what no
     model of its class could be, or compressed-tensors cannot hold.
     """
-    if not source.path.is_dir():
-        problem = f"{source.path} is a GGUF file, and --hf is for Hugging Face checkpoints."
-        raise UsageError(f"{problem} Name the checkpoint that it was made of, or leave --hf out.")
+    check_checkpoint(source)
     checkpoint = Checkpoint.open(source.path)
     family, config = read_model_config(checkpoint)
     class_name = checkpoint.read_config(ConfigClass).name
@@ -88,6 +86,7 @@ def lay_out_checkpoint(
     stretches = list(ResultTensors(source, checkpoint, family, config, plan, n_bits, importance).all())
     quantisation = None if n_bits == 16 else quantization_config(n_bits, unpacked_modules(stretches))
     notes = {keys.SLIMOE_VERSION: version("slimoe"), keys.RECIPE: plan.recipe, keys.SOURCE_HASH: source.source_hash}
+    notes |= {key: str(value) for key, value in plan.provenance.items()}
     if statistics is not None:
         notes |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: str(statistics.n_tokens)}
     shards = shards_of(stretches, notes, shard_bytes)
@@ -98,6 +97,13 @@ def lay_out_checkpoint(
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
     return NewCheckpoint(class_name, sizes, n_bits, shards, files, tuple(copied_files(source.path)))
+
+
+def check_checkpoint(source: ModelSource) -> None:
+    """Raises UsageError for a source that is no checkpoint."""
+    if not source.path.is_dir():
+        problem = f"{source.path} is a GGUF file, and --hf is for Hugging Face checkpoints."
+        raise UsageError(f"{problem} Name the checkpoint that it was made of, or leave --hf out.")
 
 
 def copied_files(path: Path) -> Sequence[Path]:

@@ -218,15 +218,20 @@ class LayerMatrices:
         )
 
 
+def check_uncompressed(source: ModelSource) -> None:
+    """Raises UnsupportedModelError for a model with compressed experts, of which nothing else can be made."""
+    if source.spec.n_expert_aux:
+        found = "the model has compressed experts, fitted to the weights that it has."
+        raise UnsupportedModelError(source.path, found, "Convert the model that it was made of.")
+
+
 def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     """Raises UnsupportedModelError, which names the source's layer, for what the plan's format cannot hold.
 
     Of the stock format this is what llama.cpp refuses or misreads; of the native one, what leaves too little.
     """
     is_whole = plan.file_type is not None
-    if source.spec.n_expert_aux:
-        found = "the model has compressed experts, fitted to the weights that it has."
-        raise UnsupportedModelError(source.path, found, "Convert the model that it was made of.")
+    check_uncompressed(source)
     if not is_whole:
         if not source.spec.n_expert:
             raise UnsupportedModelError(source.path, "the model has no experts to compress.", "Convert it with --type.")

@@ -39,6 +39,11 @@ class ExpertPlan:
         """Whether it has neurons of several members, in place of their means."""
         return len(self.members) > 1 and not self.neurons
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be chosen which neurons it has: as many as one member has, so that sizes are known."""
+        return self.is_joined and self.kept is None
+
     def picked(self, n_ff: int) -> list[tuple[int, NDArray[np.int64]]]:
         """The members that lie side by side, `n_ff` neurons each, and which of its own neurons each of them keeps."""
         kept = np.arange(len(self.members) * n_ff) if self.kept is None else self.kept
@@ -97,7 +102,8 @@ class CompressPlan:
     `n_main`, if any, is how many of a token's selected experts are computed; the layers' `aux` stand for the others.
 
     `file_type` is the number of a mix of types that all matrices have by name, in a plan that removes nothing: the file
-    then has no room for keys that come late, and `provenance` are its keys about the importance matrix.
+    then has no room for keys that come late. `provenance` are the keys about an importance matrix, or about the task
+    that the file is for.
     """
 
     format: Format
@@ -114,3 +120,8 @@ class CompressPlan:
     file_type: LlamaFileType | None = None
     provenance: Mapping[str, Value] = field(default_factory=dict)
     n_main: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neurons of merged experts are still to be chosen: sizes are known, and nothing can be written."""
+        return any(expert.is_open for layer in self.layers for expert in layer.experts)

@@ -58,6 +58,18 @@ def weighted_groups(members: Iterable[Iterable[int]], use: Double) -> ExpertGrou
     return ExpertGroups(tuple(ordered), tuple(tuple(use_weights(use[list(group)]).tolist()) for group in ordered))
 
 
+def groups_by_number(n_expert: int, n_keep: int, n_router_group: int = 1) -> ExpertGroups:
+    """Groups of the sizes that others would have, which mean nothing: all that are too many are in the last one.
+
+    As many are left of each of the groups that a router selects first. Raises UsageError for a number that does not
+    divide into these.
+    """
+    n_each, members = kept_in_group(n_keep, n_router_group, _NO_GROUPS), list[list[int]]()
+    for own in group_experts(n_expert, n_router_group):
+        members += [[expert] for expert in own[: n_each - 1]] + [list(own[n_each - 1 :])]
+    return weighted_groups(members, np.ones(n_expert))
+
+
 def plan_groups(
     source: ModelSource, layer: int, groups: ExpertGroups, types: Sequence[Types], aligned: bool = True
 ) -> tuple[ExpertPlan, ...]:

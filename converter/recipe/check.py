@@ -138,6 +138,12 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         "Give {give_target_size} or {give_target_bpw}.",
     ),
     _Fault(
+        lambda recipe: recipe.search is not None and not _has_target(recipe),
+        ("search",),
+        "{search} improves types that a target leaves open, and there is none. "
+        "Give {give_target_size} or {give_target_bpw}.",
+    ),
+    _Fault(
         _low_is_no_smaller,
         ("low",),
         "{low} is the type of low-bit copies, which would be no smaller than the first copies. Name a smaller type.",

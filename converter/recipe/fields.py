@@ -26,12 +26,14 @@ class NotExpectedError(Exception):
 class SourceSizes:
     """The sizes of a model to which a recipe's numbers and percentages refer.
 
-    They are its layers, the experts of a layer, and the neurons of an expert.
+    They are its layers, the experts of a layer, the neurons of an expert, and the experts that a token selects, 0 where
+    that is not known.
     """
 
     n_layer: int
     n_expert: int
     n_ff: int
+    n_expert_used: int = 0
 
 
 Read = Callable[[object, SourceSizes], object]
@@ -68,8 +70,13 @@ def _neurons(value: object, sizes: SourceSizes) -> int:
 
 
 def _main(value: object, sizes: SourceSizes) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sizes.n_expert:
-        raise NotExpectedError("a number of experts, fewer than a token selects")
+    if not sizes.n_expert:
+        raise NotExpectedError("left out, as the model has no experts")
+    if sizes.n_expert_used == 1:
+        raise NotExpectedError("left out, as a token selects one expert of the model, which leaves none to stand for")
+    most = (sizes.n_expert_used or sizes.n_expert + 1) - 1
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise NotExpectedError(f"a number of experts from 1 to {most}, fewer than a token selects")
     return value
 
 
@@ -148,6 +155,8 @@ TOP: Mapping[str, Read] = {
     "free_constants": _flag,
     "free_layers": _flag,
     "hints": _flag,
+    "search": _time,
+    "specialise": _text,
 }
 SECTIONS: Mapping[str, Mapping[str, Read]] = {
     "experts": {

@@ -76,7 +76,9 @@ class Recipe:
     `target_size` is the most bytes that the file may have, `target_bpw` the same in bits per weight of the source.
     `drop_ffn`, `drop_attention` and `drop_blocks` are numbers of layers. With `free_constants` the allocator may put
     constants in place of experts, and with `free_layers` it may leave out feed-forward parts and attentions, where
-    bytes are better spent elsewhere. With `hints` the file has what the engine's lossy modes need.
+    bytes are better spent elsewhere. With `hints` the file has what the engine's lossy modes need. For `search` seconds
+    the types that meet a size are improved by measuring. `specialise` is the text of a task, in place of other texts'
+    statistics, whose experts are merged by what they do there.
     """
 
     name: str = ""
@@ -92,3 +94,5 @@ class Recipe:
     free_constants: bool = False
     free_layers: bool = False
     hints: bool = True
+    search: float | None = None
+    specialise: str | None = None

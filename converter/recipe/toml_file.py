@@ -139,7 +139,10 @@ def _lines(part: object, names: Collection[str]) -> list[str]:
     values = {name: getattr(part, name) for name in names}
     if values.get("target_size") is not None:
         values["target_size"] = bytes_text(values["target_size"])
-    for name in {"heal", "feedback"} & values.keys():
+    if values.get("specialise") is not None:
+        # Where a text lies is nobody's business who gets the file.
+        values["specialise"] = Path(values["specialise"]).name
+    for name in {"heal", "feedback", "search"} & values.keys():
         if isinstance(values[name], float):
             values[name] = f"{values[name]:g}s"
     # Booleans, numbers, printable texts and lists of them are written alike in JSON and TOML.

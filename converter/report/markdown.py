@@ -93,12 +93,19 @@ def _summary(report: Report) -> Iterator[str]:
             f"With every expert's second copy: KL {divergence(low)} nats, perplexity {low.perplexity:.3f} "
             f"({100 * low.perplexity_rise:+z.1f} %)."
         )
-    for text in (healing_text(report), yardstick_text(report), unread_text(report)):
+    for text in (task_text(report), healing_text(report), yardstick_text(report), unread_text(report)):
         if text:
             yield ""
             yield text
     yield ""
     yield from _texts(report)
+
+
+def task_text(report: Report) -> str:
+    """What the file is for, if it was made for a task, and what of the source it lacks; empty otherwise."""
+    texts = " and ".join(f"{name} ({n_token:,} tokens)" for name, n_token in report.provenance.tasks.items())
+    lost = "what that does not use is lost, and other uses suffer more than its figures may say"
+    return f"Made for one task: experts were merged by what they do on {texts}; {lost}." if texts else ""
 
 
 def plain_kl(report: Report) -> str:

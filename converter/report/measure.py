@@ -39,6 +39,7 @@ from slimoe.converter.report.yardstick import PlainPlan, Yardstick, make_yardsti
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.tasks import tasks_of
 from slimoe.converter.stats.forward_pass import Progress, coverage
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.estimate import writing_seconds
@@ -288,6 +289,7 @@ class ReportMaker:
             calibration_tokens=int(str(known.get(keys.CALIBRATION_TOKENS, 0))),
             calibration_domains=dict(domains),
             versions={name: version(name) for name in _LIBRARIES},
+            tasks={name: task.tokens for name, task in tasks_of(known).items()},
         )
 
 

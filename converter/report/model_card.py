@@ -10,6 +10,7 @@ from slimoe.converter.report.markdown import (
     percent,
     plain_kl,
     table,
+    task_text,
     unread_text,
     yardstick_text,
 )
@@ -23,6 +24,8 @@ def model_card(report: Report, report_name: str) -> str:
     origin, name = report.provenance, report.file.name
     lines = ["---", *_front_matter(report), "---", "", f"# {name.removesuffix('.gguf')}", ""]
     lines.append(f"{origin.source_name}, made smaller by slimoe: {_what(report)}.")
+    if tasks := task_text(report):
+        lines += ["", tasks]
     licence = f"{origin.source_name}, whose files do not say which it is. Look it up before you pass this file on."
     if origin.licence:
         licence = f"{origin.source_name}: {origin.licence}."

@@ -1,7 +1,7 @@
 """The report on a compressed file, as values: `measure` makes them, and `markdown` and `model_card` write them out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slimoe.converter.report.block_facts import BlockFacts
 from slimoe.converter.report.cloze import Cloze
@@ -34,7 +34,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The model that the file was made of, and how; the `calibration_*` are 0 or empty if there was none."""
+    """The model that the file was made of, and how; the `calibration_*` are 0 or empty if there was none.
+
+    `tasks` are the tokens of the texts for whose task experts were merged, by their names.
+    """
 
     source_name: str
     source_hash: str
@@ -44,6 +47,7 @@ class Provenance:
     calibration_tokens: int
     calibration_domains: Mapping[str, int]
     versions: Mapping[str, str]
+    tasks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from slimoe.converter.source.bnb import type_sizes
 from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.checkpoint_source import read_model_config
 from slimoe.converter.source.families.config import ConfigClass
+from slimoe.converter.source.tasks import task_note
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.foreign_file import foreign_model
@@ -110,7 +111,7 @@ class Inventory:
 
     `experts` says of a native file how many a layer stores, in how many copies, and what else its layers have.
     `routing` says of an architecture that the engine runs how tokens select experts, and what stands beside these.
-    `note` says what a file is that holds no language model.
+    `note` says what a file is that holds no language model, or only what a task needs.
     """
 
     path: Path
@@ -174,7 +175,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
-    own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.QUALITY) if key in metadata}
+    own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.SPECIALISED, keys.QUALITY) if key in metadata}
     if layout and layout.measured_kl is not None:
         own[f"{NATIVE}.measured_kl"] = list(layout.measured_kl)
     return Inventory(
@@ -193,7 +194,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         provenance={k: general[k] for k in ("license", "quantized_by", "file_type") if k in general} | own,
         experts=_native_experts(layout) if layout else {},
         routing=_routing(gguf, spec) if spec else {},
-        note=f"{foreign.problem} {foreign.hint}" if foreign else None,
+        note=f"{foreign.problem} {foreign.hint}" if foreign else task_note(metadata),
     )
 
 

@@ -31,6 +31,9 @@ SOURCE_HASH = "slimoe.source.sha256"
 files alone), in name order, and of the first 4096 bytes of every tensor."""
 SOURCE_BLOCKS = "slimoe.source.blocks"
 """i32: for each block the one of that model which it was made of; absent if it is the one of the same number."""
+SPECIALISED = "slimoe.specialised"
+"""The texts for whose task experts were merged, as JSON: by a text's name its `tokens` and `sha256`, the last one last.
+What they do not use is lost."""
 CALIBRATION_HASH = "slimoe.calibration.sha256"
 CALIBRATION_TOKENS = "slimoe.calibration.tokens"
 """The text on which a converter measured: sha256 of its bytes, and how many tokens of it were read."""
@@ -48,6 +51,7 @@ HEALED = "slimoe.healed"
 """What healing reached, as JSON: the KL divergence on held-out calibration text before and after it, or would have."""
 IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
 PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, SOURCE_BLOCKS, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
+"""The keys that say where a file is from; those of tasks go on to what is made of it."""
 
 
 def token_id_key(role: str) -> str:

@@ -22,7 +22,7 @@ from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import Destination
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.jobs.compress_plan import CompressWork, is_healed, plan_work
+from slimoe.server.jobs.compress_plan import CompressWork, is_healed, neuron_seconds, plan_work, with_neurons
 from slimoe.server.jobs.compress_report import announced, work_fields, work_lines
 from slimoe.server.jobs.evaluate import Evaluator, report_summary
 from slimoe.server.jobs.heal import Healing, heal_fields, unfinished
@@ -57,11 +57,10 @@ def convert_compressed(values: Mapping[str, Any], options: CompressOptions, n_th
                     n_copy = 1 + any(expert.low_types for layer in work.plan.layers for expert in layer.experts)
                     seconds = evaluator.seconds(work.layout.n_bytes, n_copy)
                     tell(f"Its evaluation will then take about {duration(seconds)}; --no-report leaves it out.")
-                if healing is None:
-                    written = _write(values, work, destination, n_threads)
-                else:
-                    if not healing.is_written(destination):
-                        written = _write(values, work, healing.path(destination), n_threads)
+                if healing is None or not healing.is_written(destination):
+                    work = with_neurons(work)
+                    written = _write(values, work, healing.path(destination) if healing else destination, n_threads)
+                if healing is not None:
                     quality["healing"] = heal_fields(healing.run(destination))
             if evaluator is not None:
                 target, lacks = destination.target, list(work.plan.uncounted)
@@ -112,11 +111,14 @@ def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -
     eval_options(values)
     work = plan_work(values["source"], options, n_threads)
     with status("trying how long it will take"):
-        plain = writing_seconds(work.source, work.layout, n_threads)
+        joining = neuron_seconds(work)
+        plain = joining + writing_seconds(work.source, work.layout, n_threads)
         work, taken, about_feedback = _with_feedback(work, n_threads)
     note = window_note(work.source.spec)
     for line in [*work_lines(work), "", *([note] if note else []), announced(work, target, plain + taken)]:
         tell(line)
+    if joining:
+        tell(f"Choosing the neurons of merged experts takes about {duration(joining)} of that.")
     for note in (*left_out(work.source.spec), *(notes(work.source.metadata) if work.plan.format == "stock" else ())):
         tell(note)
     if about_feedback and (plain + taken > LONG_SECONDS or work.plan.fitted is not None):

@@ -14,6 +14,7 @@ from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
 from slimoe.converter.source.model_source import PROJECTIONS
+from slimoe.converter.source.tasks import task_note, tasks_of
 from slimoe.offload.resources.memory import human
 from slimoe.server.jobs.compress_plan import CompressWork
 from slimoe.server.terminal.progress_bars import duration
@@ -55,6 +56,7 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "expected_kl": plan.expected_kl,
         "expected_kl_lacks": list(plan.uncounted),
         "n_main_experts": plan.n_main or None,
+        "tasks": {name: task.tokens for name, task in tasks_of(layout.metadata).items()},
         "bytes_by_type": layout.bytes_by_type,
         "unfit_types": unfit_counts(work.matrices),
         "token_type": plan.token_type.name,
@@ -125,6 +127,7 @@ def work_lines(work: CompressWork) -> list[str]:
         *unfit_notes(work.matrices, len(layout.tensors)),
         f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}",
         expected_loss(work.plan),
+        *([note] if (note := task_note(layout.metadata)) else []),
         f"{plan.format} format: loads in {' and '.join(loaders(work))}",
     ]
 

@@ -9,13 +9,22 @@ import click
 import msgspec
 
 from slimoe.converter.budget.compress import plan_removal
-from slimoe.converter.hf.export import NewCheckpoint, check_directory_target, lay_out_checkpoint, write_checkpoint
+from slimoe.converter.budget.merge_checks import check_merge
+from slimoe.converter.hf.export import (
+    NewCheckpoint,
+    check_checkpoint,
+    check_directory_target,
+    lay_out_checkpoint,
+    write_checkpoint,
+)
+from slimoe.converter.layout.layer import check_uncompressed
 from slimoe.converter.layout.metadata import left_out
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.check import needs_statistics
 from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
+from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
 from slimoe.offload.resources.memory import human
 from slimoe.offload.resources.processors import usable_processors
@@ -25,7 +34,7 @@ from slimoe.server.jobs.specialise import known_statistics
 from slimoe.server.options.compress_options import CompressOptions
 from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.telling import tell
-from slimoe.server.terminal.progress_bars import byte_bar, step_bar
+from slimoe.server.terminal.progress_bars import byte_bar, duration, step_bar
 
 _OF_A_FILE = (
     "type_name",
@@ -51,6 +60,7 @@ class CheckpointWork:
     """A checkpoint that is read, what is left of it, and the checkpoint that is to be written."""
 
     source: ModelSource
+    statistics: Statistics | None
     plan: CompressPlan
     made: NewCheckpoint
 
@@ -69,7 +79,7 @@ def convert_to_checkpoint(values: Mapping[str, Any], options: CompressOptions) -
         work = _plan(values, options)
     else:
         with unwritten(target), reserve(target) as destination:
-            work = _plan(values, options)
+            work = _with_neurons(_plan(values, options))
             with byte_bar(work.made.n_bytes) as on_progress:
                 seconds = write_checkpoint(
                     work.source, work.made, destination, n_threads=n_threads, on_progress=on_progress
@@ -82,14 +92,21 @@ def convert_to_checkpoint(values: Mapping[str, Any], options: CompressOptions) -
 def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork:
     """What will be made, told, and that it can be."""
     source = open_source(values["source"])
+    check_uncompressed(source)
+    check_checkpoint(source)
     recipe = _removal_of(recipe_of(source, options), options)
-    if options.stats is None and options.specialise is None and needs_statistics(recipe):
+    if options.stats is None and recipe.specialise is None and needs_statistics(recipe):
         problem = "What matters in the model is not known yet. Measure it once: "
         raise UsageError(f"{problem}slimoe calibrate {source.path} -o STATS, and give --stats STATS.")
+    n_bits = int(values["hf_bits"] or 16)
+    if recipe.experts.merge is not None:
+        # Sizes that cannot be are refused before anything is measured; of types there is one.
+        as_written = replace(recipe, format="stock", types=StorageRecipe("F32"))
+        lay_out_checkpoint(source, check_merge(source, as_written), n_bits=n_bits)
     statistics = known_statistics(source, options, recipe)
     with step_bar() as on_progress:
-        plan = plan_removal(source, statistics, recipe, on_progress)
-    made = lay_out_checkpoint(source, plan, statistics, n_bits=int(values["hf_bits"] or 16))
+        plan = plan_removal(source, statistics, recipe, on_progress, is_open=True)
+    made = lay_out_checkpoint(source, plan, statistics, n_bits=n_bits)
     check_directory_target(values["target"], made.n_bytes)
     size, kept = human(made.n_bytes), f"{made.sizes.n_expert} of {source.spec.n_expert} experts in a layer"
     weights = "16 bits" if made.n_bits == 16 else f"feed-forward parts in {made.n_bits} bits (compressed-tensors)"
@@ -100,7 +117,23 @@ def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork
     )
     for note in left_out(source.spec):
         tell(note)
-    return CheckpointWork(source, plan, made)
+    return CheckpointWork(source, statistics, plan, made)
+
+
+def _with_neurons(work: CheckpointWork) -> CheckpointWork:
+    """The work with the neurons of merged experts chosen, if they are open, after telling how long that takes."""
+    if not work.plan.is_open:
+        return work
+    from slimoe.converter.budget.merging import joining_seconds, with_joined_neurons
+
+    assert work.statistics is not None
+    seconds = joining_seconds(work.source, work.statistics, work.plan)
+    tell(f"Choosing the neurons of merged experts takes about {duration(seconds)}.")
+    with step_bar() as on_progress:
+        plan = with_joined_neurons(work.source, work.statistics, work.plan, on_progress)
+    return replace(
+        work, plan=plan, made=lay_out_checkpoint(work.source, plan, work.statistics, n_bits=work.made.n_bits)
+    )
 
 
 def _removal_of(recipe: Recipe, options: CompressOptions) -> Recipe:
@@ -110,7 +143,7 @@ def _removal_of(recipe: Recipe, options: CompressOptions) -> Recipe:
         raise UsageError(f"{problem}. Say what to leave out: --keep-experts, --drop-blocks or --width.")
     plain = replace(recipe.experts, order="router")
     removal = replace(recipe, types=StorageRecipe(), fit=FitRecipe(recipe.fit.importance), experts=plain)
-    if (removal.types, removal.fit, removal.experts) != (recipe.types, recipe.fit, recipe.experts):
+    if removal != recipe:
         tell(f"{options.recipe}: what the recipe says of types and of fitting them is for GGUF files, and left out.")
     return removal
 

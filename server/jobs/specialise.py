@@ -11,6 +11,7 @@ from pathlib import Path
 from slimoe.converter.forward.texts import DEFAULT_LENGTH, DEFAULT_TOKENS, TextFile, read_texts
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.tasks import tasks_of
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.offload.errors import UnsupportedModelError, UsageError
@@ -29,7 +30,8 @@ def specialised(tables: Tables, source: ModelSource) -> Tables:
     if not spec.n_expert:
         problem = "the model has no experts to specialise."
         raise UnsupportedModelError(source.path, problem, "Convert it without --specialise.")
-    half = max(spec.n_expert_used, (spec.n_expert + 1) // 2)
+    n_stored = max(layer.n_stored for layer in source.layers)
+    half = max(spec.n_expert_used, (n_stored + 1) // 2)
     return {**tables, "experts": {"merge": "neurons", "keep": half, **tables.get("experts", {})}}
 
 
@@ -38,13 +40,13 @@ def known_statistics(source: ModelSource, options: CompressOptions, recipe: Reci
 
     Raises UsageError for both, or a text that is too short, and as reading and measuring do.
     """
-    if options.specialise is None:
+    if recipe.specialise is None:
         return None if options.stats is None else load_statistics(options.stats, source)
     if options.stats is not None:
         raise UsageError("--specialise measures the model on the task's text, and --stats is of other texts. Give one.")
     has_target = recipe.target_size is not None or bool(recipe.target_bpw)
     # A time for feedback is spent by what types cost as well.
-    return _measured(source, options.specialise, prices=has_target or not isinstance(recipe.fit.feedback, bool))
+    return _measured(source, recipe.specialise, prices=has_target or not isinstance(recipe.fit.feedback, bool))
 
 
 def _measured(source: ModelSource, text: str, *, prices: bool) -> Statistics:
@@ -59,6 +61,8 @@ def _measured(source: ModelSource, text: str, *, prices: bool) -> Statistics:
         task = read_texts([TextFile.parse(text)], encoder, DEFAULT_TOKENS, length, "--specialise")
     how = settings("auto", "none", sensitivity=prices)
     seconds = estimate(source, task, how).total_seconds
+    for name in tasks_of(source.metadata):
+        tell(f"{source.path} was made for the task of {name} already: what that does not use is lost in it.")
     tell(f"{text}: {task.n_tokens:,} tokens to specialise on, measured in about {duration(seconds)}.")
     with tempfile.TemporaryDirectory(prefix="slimoe-specialise-") as name, step_bar() as on_progress:
         return calibrate(

@@ -34,6 +34,8 @@ _KEYS: Mapping[str, tuple[str, str]] = {
     "feedback": ("fit", "feedback"),
     "refit": ("fit", "refit"),
     "heal": ("fit", "heal"),
+    "search": ("", "search"),
+    "specialise": ("", "specialise"),
 }
 """Where the value of each flag stands in a recipe; absent flags are None."""
 FLAGS: Mapping[str, str] = {
@@ -57,8 +59,6 @@ class CompressOptions:
     recipe: str | None = None
     stock: bool = False
     constants: bool = False
-    search: float = 0.0
-    specialise: str | None = None
     tables: Tables = field(default_factory=dict)
 
     @property
@@ -72,7 +72,7 @@ class CompressOptions:
         keys = {key for name, value in self.tables.items() for key in (value if isinstance(value, dict) else (name,))}
         keys |= {"free_constants", "replacement"} if self.constants else set()
         keys |= {"format"} if self.stock else set()
-        merged = {} if self.specialise is None or "merge" in keys else {"merge": "--specialise"}
+        merged = {} if "specialise" not in keys or "merge" in keys else {"merge": "--specialise"}
         return (
             {key: FLAGS[key] for key in keys}
             | merged
@@ -110,16 +110,6 @@ class TimeType(click.ParamType[str]):
         if not parse_minutes(str(value)) or str(value).strip().startswith("-"):
             self.fail(f"{value!r} is no time. Write one like 5m, 90s or 1h, or a number of minutes.", param, ctx)
         return str(value)
-
-
-class MinutesType(click.ParamType[float]):
-    """A time as `TimeType` takes it, or none at all, in minutes."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Gives the minutes."""
-        return (parse_minutes(TimeType().convert(value, param, ctx)) or 0.0) / 60 if value else 0.0
 
 
 class FeedbackType(BareType):
@@ -234,8 +224,7 @@ compress_flags = flag_group(
     click.option("--drop-blocks", type=AmountType(), metavar="N|%", help="Layers that are left out as a whole."),
     click.option(
         "--search",
-        type=MinutesType(),
-        default=0.0,
+        type=TimeType(),
         metavar="MINUTES",
         help="Time to spend on improving the choice of types by measuring: minutes, or one like 90s.",
     ),
@@ -273,8 +262,6 @@ def compress_options(values: Mapping[str, Any]) -> CompressOptions:
         values["recipe"],
         values["stock"],
         values["constants"],
-        values["search"],
-        values["specialise"],
         tables,
     )
 

@@ -10,15 +10,19 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.compress import plan_compression
-from slimoe.converter.budget.merging import OutputSums, fit_down, with_joined_neurons
+from slimoe.converter.budget.merge_checks import check_merge
+from slimoe.converter.budget.merging import OutputSums, fit_down, joining_seconds, with_joined_neurons
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
-from slimoe.converter.budget.structure import Structure, whole_layer
+from slimoe.converter.budget.structure import whole_layer
+from slimoe.converter.forward.block import Routing
+from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.forward.windows import cut_windows
-from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.layout.offsets import lay_out
+from slimoe.converter.layout.plan import CompressPlan, Format
 from slimoe.converter.methods.expert_groups import joined_groups, weighted_groups
 from slimoe.converter.methods.expert_matrices import merged_matrix
 from slimoe.converter.methods.merged_routes import keep_rows
-from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
+from slimoe.converter.recipe.recipe import ExpertRecipe, Merge, Recipe, StorageRecipe
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import ModelSource, expert_key
@@ -114,13 +118,13 @@ def test_a_copy_with_its_neurons_in_another_order_is_joined_without_loss(tmp_pat
     layer = replace(
         whole_layer(model, 0), experts=joined_groups(groups, (Type.F32,) * 3), rows=routes.rows, target=routes.target
     )
-    structure = with_joined_neurons(model, known, Structure((layer,), 0.0), lambda _what, _done, _total: None)
-    plan = CompressPlan("native", structure.layers, Type.F32, Type.F32, "")
+    plan = CompressPlan("native", (layer,), Type.F32, Type.F32, "")
+    plan = with_joined_neurons(model, known, plan, lambda _what, _done, _total: None)
     reference = Reference(model, cut_windows({"seen": sum(known.tokens, ())}, length=48))
     result = PlannedSource(model, plan, FittedMatrices(model, PlainQuantiser(), 0))
     assert summarise(reference.compare(result)).total.divergence.mean < 1e-6
     reference.close()
-    (joined,) = [expert for expert in structure.layers[0].experts if len(expert.members) > 1]
+    (joined,) = [expert for expert in plan.layers[0].experts if len(expert.members) > 1]
     ((_, first), (_, other)) = joined.picked(48)
     assert sorted([*first, *order[other]]) == list(range(48)), "of a neuron and its copy one is kept"
 
@@ -141,3 +145,47 @@ def test_joined_experts_have_rows_of_all_members(source: ModelSource, statistics
                     rows = [source.read(expert_key(layer.block, projection, one))[own] for one, own in picked]
                     found = merged_matrix(source, layer.block, expert, projection)
                     np.testing.assert_array_equal(found, np.concatenate(rows))
+
+
+@pytest.mark.parametrize("form", ["native", "stock"])
+@pytest.mark.parametrize("how", ["neurons", "m-smoe", "hc-smoe"])
+def test_sizes_are_known_before_it_is_known_who_is_merged(
+    source: ModelSource, statistics: Statistics, how: Merge, form: Format
+) -> None:
+    # Of M-SMoE's native groups, layers have different numbers, as many in all.
+    recipe = Recipe(format=form, experts=ExpertRecipe(4, merge=how), types=F32, hints=False)
+    foretold = lay_out(source, check_merge(source, recipe))
+    is_open = lay_out(source, plan_compression(source, statistics, recipe, is_open=True))
+    made = lay_out(source, plan_compression(source, statistics, recipe))
+    assert is_open.bytes_by_type == made.bytes_by_type == foretold.bytes_by_type
+    assert is_open.n_bytes == made.n_bytes
+
+
+class Selected(Observer):
+    """Keeps the experts that tokens select."""
+
+    def __init__(self) -> None:
+        self.experts: set[int] = set()
+
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: Routing) -> None:
+        self.experts |= set(routing.selected.flatten().tolist())
+
+
+def test_of_experts_that_no_token_selected_the_first_stands_for_all(
+    source: ModelSource, statistics: Statistics
+) -> None:
+    one_token, selected = replace(statistics, tokens=((1,),)), Selected()
+    stream = Stream(source, Sequences(one_token.tokens))
+    stream.embed()
+    stream.pass_layer(0, selected)
+    unused = sorted({*range(6)} - selected.experts)
+    groups = weighted_groups([unused, *([one] for one in selected.experts)], np.ones(6))
+    routes, types = keep_rows(source.layers[0].target, groups), (Type.F32,) * 3
+    experts = tuple(replace(one, low_types=(Type.Q8_0,) * 3) for one in joined_groups(groups, types))
+    layer = replace(whole_layer(source, 0), experts=experts, rows=routes.rows, target=routes.target)
+    plan = CompressPlan("native", (layer,), Type.F32, Type.F32, "")
+    assert joining_seconds(source, one_token, plan) > 0
+    plan = with_joined_neurons(source, one_token, plan, lambda _what, _done, _total: None)
+    members = [one.members for one in plan.layers[0].experts]
+    assert (len(unused), members) == (3, [one[:1] for one in groups.members])
+    assert all(one.low_types == (Type.Q8_0,) * 3 for one in plan.layers[0].experts)

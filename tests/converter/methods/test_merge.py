@@ -16,6 +16,7 @@ from slimoe.converter.methods.expert_groups import (
     ExpertGroups,
     Metric,
     dominant_experts,
+    groups_by_number,
     logit_similarity,
     merge_by_output,
     merge_by_router,
@@ -423,3 +424,11 @@ def test_a_planted_copy_is_found_by_its_answers_and_merged_without_a_change(
     routes = keep_rows(source.layers[LAYER].target, groups)
     merged = merge(source, LAYER, plan_groups(source, LAYER, groups, [TYPES] * 4), routes)
     torch.testing.assert_close(run(merged, TEXTS), run(source, TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_groups_by_number_have_the_sizes_of_others() -> None:
+    found = groups_by_number(8, 4, 2)
+    assert found.members == ((0,), (1, 2, 3), (4,), (5, 6, 7))
+    assert [sum(weights) for weights in found.weights] == pytest.approx([1.0] * 4)
+    with pytest.raises(UsageError, match="3 experts do not divide into the 2 groups of which the router selects"):
+        groups_by_number(8, 3, 2)

@@ -166,9 +166,12 @@ def test_main_experts_are_told_written_and_shown(
     status, _, err = told(["convert", target, tmp_path / "again.gguf", "--type", "q8_0"], capsys)
     assert status == 3
     assert "has compressed experts, fitted to the weights that it has. Convert the model that it was made of." in err
+    status, _, err = told(["convert", target, tmp_path / "hf", "--hf", "--keep-experts", "4"], capsys)
+    assert status == 3
+    assert "Convert the model that it was made of." in err, "a GGUF file cannot be made of it either"
     status, _, err = told(["plan", *asked[:2], "3", *asked[3:]], capsys)
     assert status == 2
-    assert "Choose 1 to 2." in err
+    assert "--main-experts is 3, but must be a number of experts from 1 to 2, fewer than a token selects." in err
     status, _, err = told(["plan", *asked, "--stock"], capsys)
     assert status == 2
     assert "--stock keeps to what llama.cpp loads, which cannot hold compressed experts (--main-experts)." in err
@@ -459,6 +462,15 @@ def test_the_statistics_are_not_overwritten(model: Path, stats: Path, capsys: py
 def test_a_model_without_experts_is_not_compressed(dense_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = told(["plan", dense_checkpoint, "--keep-experts", "2"], capsys)
     assert (status, "the model has no experts" in err) == (2, True)
+
+
+def test_main_experts_of_models_that_select_none_or_one(
+    dense_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sentencepiece_path: Path
+) -> None:
+    single = save_checkpoint(tmp_path / "single", sentencepiece_path, TinyConfig(n_layer=1, n_expert_used=1))
+    for model, problem in ((dense_checkpoint, "the model has no experts"), (single, "a token selects one expert")):
+        status, _, err = told(["plan", model, "--main-experts", "1"], capsys)
+        assert (status, f"--main-experts is 1, but must be left out, as {problem}" in err) == (2, True), err
 
 
 def test_a_directory_is_no_statistics(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

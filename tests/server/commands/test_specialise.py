@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.gguf.keys import RECIPE, SPECIALISED
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.cli import run
@@ -66,12 +67,118 @@ def test_half_of_the_experts_or_as_many_as_are_wanted_are_left(
         assert sorted(members) == [*range(6)], "every expert is part of one"
 
 
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever measures the model on a text fails."""
+    monkeypatch.setattr("slimoe.converter.stats.forward_pass.calibrate", forbidden)
+
+
+@pytest.fixture
+def nothing_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever chooses neurons of merged experts fails."""
+    monkeypatch.setattr("slimoe.converter.budget.merging.with_joined_neurons", forbidden)
+
+
+def forbidden(*_arguments: object, **_named: object) -> None:
+    raise AssertionError("this takes minutes of a real model")
+
+
+@pytest.mark.usefixtures("nothing_measured", "nothing_joined")
+@pytest.mark.parametrize(
+    ("flags", "status", "problem"),
+    [
+        (["--target-size", "20KB"], 4, "The smallest file that this can become has more than "),
+        (["--keep-experts", "6"], 2, "merges none: layer 0 has 6. Keep 3 to 5 with --keep-experts."),
+        (["--type", "Q4_K"], 3, "is no multiple of 256, as Q4_K in Q4_K needs."),
+        (["--hf", "--hf-bits", "4"], 3, "which is no multiple of 128, as --hf-bits needs."),
+        (["--type", "Q8_0", "--main-experts", "1"], 2, "which --specialise changes. Leave one out."),
+        (
+            ["--type", "Q8_0", "--constants"],
+            2,
+            "--constants puts constants in place of experts, which --specialise merges",
+        ),
+        (
+            ["--type", "Q8_0", "--score", "reap"],
+            2,
+            "--score ranks experts that are dropped, and --specialise merges them",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    status: int,
+    problem: str,
+) -> None:
+    found, _, err = told(["convert", model, tmp_path / "m", "--specialise", text, *flags], capsys)
+    assert (found, problem in err) == (status, True), err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_file_that_exists_is_refused_before_anything_is_measured(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.gguf"
+    target.write_text("precious")
+    status, _, err = told(["convert", model, target, "--type", "Q8_0", "--specialise", text], capsys)
+    assert (status, "overwrite it with --force" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("nothing_joined")
+def test_a_plan_joins_nothing_and_has_the_files_size(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | Path] = ["--target-bpw", "9", "--specialise", text, "--json"]
+    target = tmp_path / "m.gguf"
+    status, out, err = told(["convert", model, target, *asked, "--dry-run"], capsys)
+    assert status == 0, err
+    assert "and what merged experts cost" in err
+    assert "Choosing the neurons of merged experts takes about" in err
+    assert run(["plan", str(model), *map(str, asked), "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_bytes"] == json.loads(out)["n_bytes"]
+    monkeypatch.undo()
+    assert told(["convert", model, target, *asked], capsys)[0] == 0
+    assert target.stat().st_size == json.loads(out)["n_bytes"]
+
+
+def test_a_file_for_a_task_says_so(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = (tmp_path / name for name in ("first.gguf", "second.gguf", "third.gguf"))
+    asked: list[str | Path] = ["--target-bpw", "9", "--specialise", text, "--keep-experts", "5", "--search", "1ms"]
+    status = run(["convert", str(model), str(first), *map(str, asked), "--threads", "1", "--eval-tokens", "64"])
+    assert (status, "Made for one task: what task.txt does not use is lost." in capsys.readouterr().err) == (0, True)
+    metadata = read_gguf(first).metadata
+    recipe = str(metadata[RECIPE])
+    assert 'specialise = "task.txt"' in recipe, "its name, and not where it lies"
+    assert 'search = "0.001s"' in recipe
+    tasks = json.loads(str(metadata[SPECIALISED]))
+    assert (list(tasks), tasks["task.txt"]["tokens"]) == (["task.txt"], metadata["slimoe.calibration.tokens"])
+    assert "experts were merged by what they do on task.txt" in (tmp_path / "first.gguf.card.md").read_text()
+    assert "experts were merged by what they do on task.txt" in (tmp_path / "first.gguf.report.md").read_text()
+    assert run(["inspect", str(first)]) == 0
+    assert "Made for one task: what task.txt does not use is lost." in capsys.readouterr().out
+    # Once more for another task, and without one: what was lost stays lost.
+    other = text.with_name("other.txt")
+    other.write_bytes(text.read_bytes())
+    status, _, err = told(["convert", first, second, "--type", "Q8_0", "--specialise", other], capsys)
+    assert status == 0, err
+    assert f"{first} was made for the task of task.txt already: what that does not use is lost in it." in err
+    assert list(json.loads(str(read_gguf(second).metadata[SPECIALISED]))) == ["task.txt", "other.txt"]
+    assert told(["convert", second, third, "--drop-layers", "0", "--type", "Q8_0"], capsys)[0] == 0
+    assert list(json.loads(str(read_gguf(third).metadata[SPECIALISED]))) == ["task.txt", "other.txt"]
+
+
 def test_a_text_too_short_is_refused_with_what_it_lacks(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the river of words " * 20, "utf-8")
-    status, _, err = told(["convert", model, tmp_path / "m.gguf", "--specialise", short], capsys)
+    asked: list[str | Path] = ["convert", model, tmp_path / "m.gguf", "--type", "Q8_0", "--specialise", short]
+    status, _, err = told(asked, capsys)
     assert status == 2
     assert "less than the least that a calibration needs. Give longer or more texts with --specialise." in err
     assert not (tmp_path / "m.gguf").exists()
@@ -80,7 +187,7 @@ def test_a_text_too_short_is_refused_with_what_it_lacks(
 def test_flags_that_do_not_go_with_it(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[str | Path] = ["convert", model, tmp_path / "m.gguf", "--specialise", text]
+    asked: list[str | Path] = ["convert", model, tmp_path / "m.gguf", "--type", "Q8_0", "--specialise", text]
     for flags, problem in (
         (["--stats", str(tmp_path / "s.stats")], "--stats is of other texts"),
         (["--width", "64"], "--specialise merges experts, which --width cannot trim as well"),
