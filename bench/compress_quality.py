@@ -49,16 +49,22 @@ Say = Callable[[str], None]
 
 
 def baselines(lab: Lab, say: Say) -> list[Row]:
-    """Rows of llama.cpp's mixes, and of ours with the same bytes: stock and native, with and without error feedback."""
+    """Rows of llama.cpp's mixes, and of ours with the same bytes: stock and native, with and without error feedback.
+
+    Mixes of K types are made with and without importance, and the better one is compared with.
+    """
     whole, rows = lab.directory / "whole.gguf", []
     convert(ConvertOptions(lab.checkpoint, whole, "F32", lab.n_threads))
     importance = lab.importance()
     for name, file_type in FILE_TYPES.items():
-        path = lab.directory / f"{name}.gguf"
-        llama_quantize(whole, path, file_type, lab.n_threads, importance)
-        theirs = lab.evaluated(path)
-        rows.append({"name": f"llama.cpp {name}"} | theirs)
-        say(_line(rows[-1]))
+        made: list[Row] = []
+        for what, known in (("", importance), (", no imatrix", None))[: 1 if name.startswith("IQ") else 2]:
+            path = lab.directory / f"{name}.gguf"
+            llama_quantize(whole, path, file_type, lab.n_threads, known)
+            made.append({"name": f"llama.cpp {name}{what}"} | lab.evaluated(path))
+            say(_line(made[-1]))
+        rows += made
+        theirs = min(made, key=lambda row: float(row["kl"]))
         for kind, feedback in product(("stock", "native"), (False, True)[: 1 + lab.feedback]):
             recipe = _sized(kind, theirs["n_bytes"], feedback)
             row = {"name": f"{kind}{', feedback' if feedback else ''} at {name}", "at": name} | lab.ours(recipe)

@@ -24,8 +24,8 @@ EvalCallback = Any
 """A function of the C type `llama.ggml_backend_sched_eval_callback`."""
 _NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
 _SILENT = llama.llama_log_callback(lambda _level, _text, _data: None)
-FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}
-"""llama.cpp's numbers of the mixes that are compared with."""
+FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ2_M": 29, "IQ3_XXS": 23, "IQ4_XS": 30}
+"""llama.cpp's numbers of the mixes that are compared with. Those of IQ types are meant to have an importance matrix."""
 
 
 class QuantizerError(SlimoeError):

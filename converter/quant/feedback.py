@@ -43,19 +43,34 @@ class Curvature:
     """A damped Hessian, factorised: all that matrices need which read the same inputs.
 
     `factor` [n_in, n_in]: on its diagonal R's blocks of 256 columns, above each of them R's rows so far times the
-    block's inverse: what the block's weights want to change by for each unit of error before.
+    block's inverse: what the block's weights want to change by for each unit of error before. `mean` is what the
+    Hessian was divided by.
     """
 
     factor: Tensor
+    mean: float
 
     @classmethod
     def of(cls, hessian: NDArray[np.float32], device: str = "cpu") -> "Curvature":
         """Of the sum of x x^T [n_in, n_in]; holds three more matrices of that size while it works."""
+        mean = float(hessian.diagonal().mean(dtype=np.float64))
         factor = upper_factor(damped(torch.from_numpy(hessian).to(device), _DAMP))
         for begin, end in _spans(len(factor)):
             own, above = factor[begin:end, begin:end], factor[:begin, begin:end]
             factor[:begin, begin:end] = torch.linalg.solve_triangular(own, above, upper=True, left=False)
-        return cls(factor)
+        return cls(factor, mean if mean > 0 else 1.0)
+
+    def solve(self, products: Tensor) -> Tensor:
+        """The weights [n_out, n_in] whose products with the damped Hessian are these [n_out, n_in]."""
+        found, spans = products.T / self.mean, list(_spans(len(self.factor)))
+        for begin, end in reversed(spans):
+            found[:begin].addmm_(self.factor[:begin, begin:end], found[begin:end], alpha=-1)
+            own = self.factor[begin:end, begin:end]
+            half = torch.linalg.solve_triangular(own, found[begin:end], upper=True)
+            found[begin:end] = torch.linalg.solve_triangular(own.T, half, upper=False)
+        for begin, end in spans:
+            found[begin:end].addmm_(self.factor[:begin, begin:end].T, found[:begin], alpha=-1)
+        return found.T.contiguous()
 
 
 def upper_factor(matrix: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def _parts(blocks: Tensor, kind: Type, values: Tensor) -> list[_Part]:
         if n_bits == _BYTE:
             stored = stored.to(torch.int8)
         first, gain = MULTIPLES[kind]
-        half = blocks[at : at + 2].T.contiguous().view(torch.float16)[:, 0].float()
+        half = blocks[at : at + 2].T.clone(memory_format=torch.contiguous_format).view(-1).view(torch.float16).float()
         parts.append(_Part(half, stored * gain + first, -torch.ones_like(values), first, gain, n_bits))
     scales = parts[0]
     # What codes stand for is told from the values; of a run whose scale is 0 it is not known, and the scale stays.

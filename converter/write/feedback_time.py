@@ -31,8 +31,8 @@ ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
 """The matrices that read attention's input."""
 _SAMPLE = (1024, 256)
 _PRODUCT = 768
-_PASSES = 2
-"""Times that tokens pass a matrix: for what the next one reads, and behind the layer."""
+_PASSES = 4
+"""Times that tokens pass a matrix: for what the next one reads, and behind the layer, quantised and not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,14 @@ class FeedbackTime:
         ):
             group = tuple(some)
             n_in, n_heads = group[0].shape[1], max(1, group[0].n_stack)
-            products = n_heads * n_in**2 * (_tokens(source, plan, group[0]) + n_in / 2)
+            products = n_heads * n_in**2 * (2 * _tokens(source, plan, group[0]) + n_in / 2)
             seconds = 0.0
             for matrix in group:
                 if matrix.type not in per_weight:
                     per_weight[matrix.type] = speeds.per_weight(matrix.type)
                 seconds += _weights(matrix) * per_weight[matrix.type]
-                products += _weights(matrix) * n_in / 2
+                # What is owed to earlier columns, and what makes up for the inputs' drift.
+                products += _weights(matrix) * n_in * 2.5
             groups.append((group, seconds + products / speeds.products))
         return cls(_PASSES * passed / speeds.products, tuple(groups))
 

@@ -132,6 +132,16 @@ def test_feedback_is_textbook_gptq(kind: Type) -> None:
     np.testing.assert_allclose(w - error.T.numpy(), expected, atol=1e-5)
 
 
+def test_a_curvature_solves_for_the_weights_of_given_products() -> None:
+    """Over more columns than a block of the factor has, of inputs of any size."""
+    x, products = 30 * inputs(544), weights(5, 544)
+    hessian = x.T @ x
+    damping = 0.03 * hessian.diagonal().mean() * np.eye(544)
+    expected = np.linalg.solve(hessian.astype(np.float64) + damping, products.T.astype(np.float64)).T
+    found = Curvature.of(hessian).solve(torch.from_numpy(products)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q4_K, Type.Q6_K], ids=names)
 def test_the_loss_is_below_textbook_gptq_with_ggmls_scales(kind: Type) -> None:
     x, w = inputs(256), weights(8, 256)

@@ -1,0 +1,123 @@
+"""What the calibration's tokens meet within one layer of a result, with the matrices that it has so far."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimoe.converter.forward.block import (
+    AttentionPass,
+    Expert,
+    Router,
+    Routing,
+    SharedExpert,
+    attend,
+    read_attention,
+    read_dense,
+    read_ffn_norm,
+    read_router,
+    read_shared,
+    read_tensor,
+    route,
+)
+from slimoe.converter.forward.stream import Sequences, rows_by_expert
+from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER
+from slimoe.converter.layout.plan import LayerPlan
+from slimoe.converter.source.model_source import ModelSource, constant_key
+
+
+class LayerPass:
+    """A stream `h` [n_rows, n_embd] before a layer, and what follows from it there, each computed when it is asked for.
+
+    `values` has the matrices of all but experts, which are those of `expert`; either may change until it is used.
+    """
+
+    def __init__(
+        self, values: ModelSource, sequences: Sequences, plan: LayerPlan, h: Tensor, expert: Callable[[int], Expert]
+    ) -> None:
+        self._values, self._sequences, self._plan, self.h, self.expert = values, sequences, plan, h, expert
+        self._middle: Tensor | None = None
+        self._input: Tensor | None = None
+        self._routing: Routing | None = None
+
+    def attention_input(self) -> Tensor:
+        """What queries, keys and values read."""
+        block = read_attention(self._values, self._plan.block)
+        assert block is not None
+        return block.norm(self.h)
+
+    def attended(self) -> Iterator[AttentionPass]:
+        """The passes of the layer's attention over the sequences."""
+        block = read_attention(self._values, self._plan.block)
+        assert block is not None
+        for begin, end in self._sequences.spans():
+            yield attend(block, self._values.spec, self.h[begin:end])
+
+    def middle(self) -> Tensor:
+        """The stream behind the layer's attention."""
+        if self._middle is None:
+            self._middle = self.h
+            if self._plan.has_attention:
+                self._middle = self.h + torch.cat([one.update for one in self.attended()])
+        return self._middle
+
+    def input(self) -> Tensor:
+        """What the layer's feed-forward part reads."""
+        if self._input is None:
+            self._input = read_ffn_norm(self._values, self._plan.block)(self.middle())
+        return self._input
+
+    def router(self) -> Router:
+        """The router as it is in the plan."""
+        plan, router = self._plan, read_router(self._values, self._plan.block)
+        assert router is not None
+        own = router.with_rows(plan.rows)
+        biases = {role: torch.from_numpy(values) for role, values in plan.router_biases.items()}
+        return replace(
+            own,
+            weight=own.weight if plan.router is None else torch.from_numpy(plan.router),
+            bias=biases.get(ROUTER, own.bias),
+            choice_bias=biases.get(CHOICE_BIAS, own.choice_bias),
+        )
+
+    def routing(self) -> Routing:
+        """The experts that the router selects as it is in the plan."""
+        if self._routing is None:
+            self._routing = route(self.router(), self._values.spec, self.input())
+        return self._routing
+
+    def always(self) -> SharedExpert | None:
+        """What every token passes, the shared expert or a dense feed-forward part."""
+        plan = self._plan
+        if f"ffn_down{'_shexp' if plan.rows else ''}" not in plan.types:
+            return None
+        shared = read_shared(self._values, plan.block)
+        return SharedExpert(read_dense(self._values, plan.block)[1]) if shared is None else shared
+
+    def output(self, expert: int, x: Tensor) -> Tensor:
+        """What a stored expert, or the constant of number -1 - `expert`, answers to inputs `x` [n, n_embd]."""
+        if expert >= 0:
+            return self.expert(expert)(x)
+        constants = self._plan.constants
+        vector = (
+            torch.from_numpy(constants[-1 - expert])
+            if constants is not None
+            else read_tensor(self._values, constant_key(self._plan.block, -1 - expert))
+        )
+        return vector.expand(len(x), -1)
+
+    def behind(self, router: Router | None = None) -> Tensor:
+        """The stream behind the layer; `router` selects the experts if it is not the plan's."""
+        update = None
+        if self._plan.rows:
+            x = self.input()
+            routing = self.routing() if router is None else route(router, self._values.spec, x)
+            update = torch.zeros_like(x)
+            for expert, rows, expert_weights in rows_by_expert(self._plan.target, routing):
+                update.index_add_(0, rows, expert_weights[:, None] * self.output(expert, x[rows]))
+        if (always := self.always()) is not None:
+            output = always(self.input())
+            update = output if update is None else update + output
+        middle = self.middle()
+        return middle if update is None else middle + self._values.spec.multipliers.residual * update
