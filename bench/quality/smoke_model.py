@@ -16,11 +16,14 @@ from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.statistics import Statistics
 
 
-def smoke_model(path: Path) -> tuple[ModelSource, Statistics, Reference]:
-    """Writes a checkpoint to `path`; returns it with its statistics, and its predictions for the same tokens."""
+def smoke_model(path: Path, types: tuple[str, ...] = ()) -> tuple[ModelSource, Statistics, Reference]:
+    """Writes a checkpoint to `path`; returns it with its statistics, and its predictions for the same tokens.
+
+    `types` are those whose errors are measured.
+    """
     write_random_checkpoint(path, SHAPES["smoke"])
     source, rng = open_source(path), np.random.default_rng(1)
     tokens = tuple(tuple(rng.integers(0, source.spec.n_vocab, 32).tolist()) for _ in range(4))
-    settings = CalibrationSettings(Samples(types=()), n_sensitivity=128)
+    settings = CalibrationSettings(Samples(types=types), n_sensitivity=128)
     statistics = calibrate(source, CalibrationText(tokens, ("random",) * 4), settings, path.with_name("partial"))
     return source, statistics, Reference(source, cut_windows({"random": sum(tokens, ())}, length=32))

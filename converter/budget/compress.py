@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.hints import with_fallbacks, with_hints, with_main_uses
+from slimoe.converter.budget.hints import with_fallbacks, with_hints, with_low_weights, with_main_uses
 from slimoe.converter.budget.knapsack import Allocation
 from slimoe.converter.budget.named_types import (
     NamedTypes,
@@ -267,7 +267,9 @@ class _Job:
         hinted = [with_hints(source, statistics, layer, costs) for layer in layers]
         # The format has hints for all layers or for none.
         known = tuple(layer for layer in hinted if layer is not None)
-        return replace(plan, layers=known) if len(known) == len(hinted) else plan
+        if len(known) < len(hinted):
+            return plan
+        return replace(plan, layers=with_low_weights(source, statistics, known))
 
     def with_neighbours(self, plan: CompressPlan) -> CompressPlan:
         """The plan with experts that are selected together next to each other."""

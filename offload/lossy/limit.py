@@ -4,18 +4,20 @@ Of an expert's weights only the mean square is known, so that the losses expecte
 lets pass is bounded for each selected expert, and what an expert can cost in all is known.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots
-from slimoe.offload.lossy.loss import LossTable
+from slimoe.offload.lossy.loss import Floats, LossTable
 from slimoe.offload.lossy.rules import NEVER
 from slimoe.offload.model.experts import ExpertLayer
 
 _HALVINGS = 60
+_BELOW = 1 - 1e-9
+"""So far below the mean square of an expert's weights rounding does not count."""
 
 
 def price_within(
@@ -42,21 +44,31 @@ def price_within(
     return NEVER if not unbounded and loss(most) <= limit else _largest(loss, limit, most)
 
 
-def gate_within(limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> float:
-    """The lowest `high` of `rules.Gate` that keeps to `limit`, without skipping.
+def low_weights_within(
+    limit: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]
+) -> dict[int, Floats]:
+    """The highest weights of `rules.LowWeights` that keep to `limit`, at one price of a byte for all experts.
 
-    An expert behind others that have more than `high` of a token's weights has less than 1 - `high` of them, and they
-    sum up to the layer's `most_weight` at most.
+    A low-bit copy answers where it loses less than the bytes that it saves would have cost at that price, so that an
+    expert's selections lose at most that, and always where that is more than all of its selections lose.
     """
-    losing = [one for one in _experts(layers, tables) if one.has_low]
+    losing = [one for one in _experts(layers, tables) if one.saved_bytes]
+    low_losses, saved_bytes = (np.array([getattr(one, name) for one in losing]) for name in ("low_loss", "saved_bytes"))
 
-    low_losses = np.array([one.low_loss for one in losing])
-    most_squares = np.array([one.most_weight**2 / one.weight_square for one in losing])
+    def loss(price: float) -> float:
+        return float(np.minimum(low_losses, price * saved_bytes).sum())
 
-    def loss(rest: float) -> float:
-        return float((low_losses * np.minimum(1.0, rest**2 * most_squares)).sum())
+    price = _largest(loss, limit, float((low_losses / saved_bytes).max(initial=0.0)))
+    return {index: _low_weights(price, layer, table) for index, layer, table in _known(layers, tables)}
 
-    return 1.0 - _largest(loss, limit, 1.0)
+
+def slots_of_low_weights(
+    weights: Mapping[int, Floats], layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]
+) -> LowSlots:
+    """Whether the last copies come first in memory, since most selections use them, or the best ones."""
+    experts = list(_experts(layers, tables))
+    low = sum(one.read_bytes for one in experts if weights[one.key[0]][one.key[1]] ** 2 > one.weight_square)
+    return "first" if 2 * low > sum(one.read_bytes for one in experts) else "last"
 
 
 def low_slots_at(price: float, layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> LowSlots:
@@ -82,28 +94,45 @@ def lowered_loss(tables: Sequence[LossTable | None]) -> float:
 class _Expert:
     """An expert: what it loses if it is always in its last copy, and the bytes if it is always read, per token.
 
-    `most_weight` is the most that a token's expert weights sum up to.
+    `saved_bytes` are those of its best copy beyond those of its last one.
     """
 
     key: Key
-    has_low: bool
     low_loss: float
     read_bytes: float
+    saved_bytes: float
     weight_square: float
-    most_weight: float
+
+
+def _known(
+    layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]
+) -> Iterator[tuple[int, ExpertLayer, LossTable]]:
+    """Yields the layers that have experts."""
+    for index, (layer, table) in enumerate(zip(layers, tables, strict=True)):
+        if layer is not None and table is not None:
+            yield index, layer, table
 
 
 def _experts(layers: Sequence[ExpertLayer | None], tables: Sequence[LossTable | None]) -> Iterator[_Expert]:
-    for index, (layer, table) in enumerate(zip(layers, tables, strict=True)):
-        if layer is None or table is None:
-            continue
+    for index, layer, table in _known(layers, tables):
         for expert, copies in enumerate(layer.experts):
             use, square = float(table.use[expert]), float(table.weight_square[expert])
             if use * square:
                 low_loss = float(table.low[expert]) * use * square
-                yield _Expert(
-                    (index, expert), len(copies) > 1, low_loss, use * copies[0].n_bytes, square, layer.most_weight
-                )
+                n_bytes = copies[0].n_bytes
+                saved = use * (n_bytes - copies[-1].n_bytes)
+                yield _Expert((index, expert), low_loss, use * n_bytes, saved, square)
+
+
+def _low_weights(price: float, layer: ExpertLayer, table: LossTable) -> Floats:
+    """The weights [n_stored + 1] up to which low-bit copies lose no more than the bytes that they save are worth.
+
+    They are infinite where even the mean square of an expert's weights loses no more.
+    """
+    saved = np.array([*(copies[0].n_bytes - copies[-1].n_bytes for copies in layer.experts), 0], np.float64)
+    squares = np.divide(price * saved, table.low, out=np.full(saved.size, np.inf), where=table.low > 0)
+    squares[squares >= _BELOW * table.weight_square] = np.inf
+    return np.where(saved > 0, np.sqrt(squares), 0.0)
 
 
 def _largest(loss: Callable[[float], float], limit: float, most: float) -> float:

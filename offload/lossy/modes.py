@@ -13,9 +13,24 @@ from slimoe.offload.cache.slots import TierPlan, low_classes
 from slimoe.offload.errors import UsageError
 from slimoe.offload.lossy.decision import Chooser
 from slimoe.offload.lossy.elastic import Elastic, Mix
-from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
+from slimoe.offload.lossy.limit import (
+    low_slots_at,
+    low_weights_within,
+    lowered_loss,
+    price_within,
+    slots_of_low_weights,
+)
 from slimoe.offload.lossy.loss import LossTable, loss_tables
-from slimoe.offload.lossy.rules import NEVER, SECONDS_PER_BYTE, Gate, NeverWait, Rule, Sensitivity, SmallWeights
+from slimoe.offload.lossy.rules import (
+    NEVER,
+    SECONDS_PER_BYTE,
+    Gate,
+    LowWeights,
+    NeverWait,
+    Rule,
+    Sensitivity,
+    SmallWeights,
+)
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 
 Layers = Sequence[ExpertLayer | None]
@@ -95,10 +110,16 @@ def _low(request: Request) -> Chooser:
 
 
 def _gate(request: Request) -> Chooser:
-    values = request.numbers(2)
-    if request.max_kl is not None:
+    values, layers, tables = request.numbers(2), request.layers, request.tables
+    hints = [None if layer is None else layer.hints.low_weight for layer in layers]
+    is_known = all(hint or layer is None or not layer.experts for hint, layer in zip(hints, layers, strict=True))
+    if request.max_kl is not None or (is_known and not values):
         request.need_low_copies()
-        return Gate(gate_within(request.max_kl, request.layers, request.tables))
+        if request.max_kl is not None:
+            weights = low_weights_within(request.max_kl, layers, tables)
+        else:
+            weights = {index: np.array([*(hint or ()), 0.0]) for index, hint in enumerate(hints)}
+        return LowWeights(weights, slots_of_low_weights(weights, layers, tables))
     gate = Gate(*(values or (_DEFAULT_GATE,)))
     if gate.low_slots != "none":
         request.need_low_copies()
@@ -178,7 +199,7 @@ OLD_NAMES = {"novice": "constant"}
 """Old spellings of modes that are still understood for one version."""
 EXAMPLES = {
     "low": "--lossy low",
-    "gate": "--lossy gate:0.6 or --lossy gate:0.6,0.9",
+    "gate": "--lossy gate, --lossy gate:0.6 or --lossy gate:0.6,0.9",
     "skip": "--lossy skip:0.2",
     "adap": "--lossy adap:0.005",
     "constant": "--lossy constant:0.2",

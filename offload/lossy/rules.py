@@ -57,6 +57,31 @@ class Gate:
         return 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LowWeights:
+    """Uses the last copy of selected experts whose weight is below `weights` [n_stored + 1], by layer, 0 for no expert.
+
+    HOBBIT's gate with a threshold of each expert's own: where a low-bit copy loses little for the bytes that it saves,
+    it answers for larger weights, and even for a token's first expert.
+    """
+
+    weights: Mapping[int, NDArray[np.float64]]
+    low_slots: LowSlots = "last"
+    invests = False
+    is_steady = True
+
+    def choose(self, choice: Choice, memory: Memory) -> Decision:
+        """Decides by each weight and its expert."""
+        rows = choice.table.rows(choice.stored)
+        is_low = choice.weights < self.weights[choice.index][rows]
+        return Decision(np.where(is_low, choice.table.last_copy[rows], 0), choice.stored)
+
+    def prefetch_copy(self, key: Key, table: LossTable, memory: Memory) -> int:
+        """Returns what would be used with the expert's mean weight."""
+        is_low = table.weight_square[key[1]] < self.weights[key[0]][key[1]] ** 2
+        return int(table.last_copy[key[1]]) if is_low else 0
+
+
 @dataclass(frozen=True, slots=True)
 class SmallWeights:
     """Leaves out selected experts whose weight is below `ratios` (by layer) of the token's largest.

@@ -77,8 +77,7 @@ class ExpertLayer:
     `router` F32 [n_embd, n_row]; `experts` the stored ones, each with its copies, best first. `target` says for each
     row of the router which stored expert it means, or -1 - n for column n of `constants`, F32 [n_embd, n]:
     constant experts. Several rows may mean the same expert. A token's expert weights sum up to
-    `weights_scale` if `is_renormalised`, and otherwise to less, unless the router `scores_apart`: then each expert may
-    have as much.
+    `weights_scale` if `is_renormalised`.
     """
 
     router: WeightSource
@@ -89,13 +88,6 @@ class ExpertLayer:
     hints: LayerHints = NO_HINTS
     weights_scale: float = 1.0
     is_renormalised: bool = True
-    scores_apart: bool = False
-
-    @property
-    def most_weight(self) -> float:
-        """The most that a token's expert weights sum up to."""
-        has_own = self.scores_apart and not self.is_renormalised
-        return self.weights_scale * (self.n_expert_used if has_own else 1)
 
     @property
     def low_error(self) -> tuple[float, ...] | None:
@@ -105,7 +97,7 @@ class ExpertLayer:
 
 def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer | None, ...]:
     """The experts of every layer, None where a layer has none. `sources` are a file's own, not joined."""
-    routing = spec.expert_weights_scale, spec.renormalises, spec.router_score == "sigmoid"
+    routing = spec.expert_weights_scale, spec.renormalises
     found: list[ExpertLayer | None] = []
     for layer in sources.layers:
         constants, hints = None, NO_HINTS

@@ -38,10 +38,10 @@ to a sum of 1, it is the sum of the computed experts' weights. Without the vecto
     blk.L.ffn_aux_gain.weight, blk.L.ffn_aux_shift.weight        F32 [n_embd, expert_count]
 
 Hints, all optional, never negative, as `LayerHints` describes them
-    slimoe.expert.use, .share_square, .fallback_error, .skip_error   f32 [sum of stored_count]
+    slimoe.expert.use, .share_square, .fallback_error, .skip_error, .low_weight      f32 [sum of stored_count]
     slimoe.expert.error         f32 [sum of stored_count * copy_count]      0 for a missing copy
     slimoe.expert.fallback      i32 [sum of stored_count]                   a constant, or -1
-    slimoe.layer.sensitivity, .skip_ratio, .low_share                f32 [n_layer]
+    slimoe.layer.sensitivity, .skip_ratio                            f32 [n_layer]
     slimoe.measured_kl          f32 [copy_count]    KL divergence from the source model, nats per token, when every
                                                     expert uses its copy of that number (or its last one)
 Provenance has the keys of `gguf.keys`. Unknown keys are ignored, unknown tensors refused.
@@ -65,8 +65,8 @@ PROJECTIONS = ("gate", "up", "down")
 _PREFIX = f"{NATIVE}."
 _MAX_COPIES = 2
 _NO_COPY = -1
-_EXPERT_NUMBERS = ("use", "share_square", "fallback_error", "skip_error")
-_LAYER_NUMBERS = ("sensitivity", "skip_ratio", "low_share")
+_EXPERT_NUMBERS = ("use", "share_square", "fallback_error", "skip_error", "low_weight")
+_LAYER_NUMBERS = ("sensitivity", "skip_ratio")
 
 
 def stack_name(layer: int, projection: str, bucket: int) -> str:

@@ -14,9 +14,9 @@ class LayerHints:
     `use` is how often a token selects the expert, on average, and `share_square` the mean square of its weight then.
     Errors are rises of the KL divergence from the source model, in nats per token, if in place of the expert there were
     always one of its copies (`error` [stored expert][copy]), its fallback (`fallback_error`) or nothing (`skip_error`).
-    `fallback` is the constant that can stand in for an expert, or -1. For the layer: `sensitivity` is the rise per
-    squared weight that is skipped; an expert may be skipped whose weight is below `skip_ratio` times the token's
-    largest, and may use its last copy if its part of the token's weights is below `low_share`, whatever their sum.
+    With a weight below `low_weight` an expert may use its last copy. `fallback` is the constant that can stand in for
+    an expert, or -1. For the layer: `sensitivity` is the rise per squared weight that is skipped; an expert may be
+    skipped whose weight is below `skip_ratio` times the token's largest.
     """
 
     use: tuple[float, ...] | None = None
@@ -25,9 +25,9 @@ class LayerHints:
     fallback: tuple[int, ...] | None = None
     fallback_error: tuple[float, ...] | None = None
     skip_error: tuple[float, ...] | None = None
+    low_weight: tuple[float, ...] | None = None
     sensitivity: float | None = None
     skip_ratio: float | None = None
-    low_share: float | None = None
 
     @property
     def low_error(self) -> tuple[float, ...] | None:

@@ -135,7 +135,7 @@ engine_flags = flag_group(
     click.option(
         "--lossy",
         metavar="NAME[:VALUE]",
-        help="Trade exactness for speed: low, gate:T1[,T2], skip:R, adap:T, constant:R, rule:MU or elastic[:SHARE] "
+        help="Trade exactness for speed: low, gate[:T1[,T2]], skip:R, adap:T, constant:R, rule:MU or elastic[:SHARE] "
         "(default: none, answers are exact).",
     ),
     click.option(

@@ -14,6 +14,7 @@ from slimoe.converter.budget.refinement import refine
 from slimoe.converter.budget.structure import build_structure
 from slimoe.converter.budget.types import TypeAllocator
 from slimoe.converter.forward.windows import cut_windows
+from slimoe.converter.layout.layer import native_layer
 from slimoe.converter.layout.offsets import lay_out, plan_bytes
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
@@ -160,6 +161,30 @@ def test_hints_are_in_the_budget(source: ModelSource, statistics: Statistics) ->
     assert {"use", "error", "skip_error", "sensitivity"} <= plan.layers[0].hints.keys()
     bare = replace(plan, layers=tuple(replace(layer, hints={}) for layer in plan.layers))
     assert plan_bytes(bare, source, statistics) <= plan_bytes(plan, source, statistics) <= 320_000
+
+
+def test_low_copies_serve_a_third_of_the_bytes_where_they_lose_least(
+    source: ModelSource, statistics: Statistics
+) -> None:
+    """Thresholds are at one price of a byte, and on the calibration's own tokens a third of the bytes is saved."""
+    types = StorageRecipe(expert="Q8_0", low="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+    plan, prices, n_low, n_all = plan_compression(source, statistics, Recipe(types=types)), [], 0, 0
+    for layer in plan.layers:
+        hints, trace = native_layer(source, layer).hints, statistics.layers[layer.block].trace
+        assert trace is not None
+        assert hints.low_weight
+        assert hints.low_error
+        limits = np.array(hints.low_weight)
+        squares = np.array(hints.use) * np.array(hints.share_square)
+        prices += (limits**2 * np.array(hints.low_error) / squares).tolist()
+        n_low += int((trace.shares < limits[trace.picks]).sum())
+        n_all += trace.picks.size
+    assert n_low / n_all == pytest.approx(0.33, abs=0.02)
+    np.testing.assert_allclose(prices, prices[0], rtol=1e-4)
+    single = plan_compression(source, statistics, Recipe(types=replace(types, low=None)))
+    assert "low_weight" not in single.layers[0].hints
+    unknown = replace(statistics, layers=tuple(replace(layer, trace=None) for layer in statistics.layers))
+    assert "low_weight" not in plan_compression(source, unknown, Recipe(types=types)).layers[0].hints
 
 
 def test_constants_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:

@@ -10,18 +10,10 @@ import torch
 from slimoe.converter.methods.constant_experts import constant_errors, constant_vectors, variances
 from slimoe.converter.methods.expert_drop import keep_overall, redirect, substitute
 from slimoe.converter.methods.gram_policy import LayerGram, layer_gram
-from slimoe.converter.methods.layer_hints import SkipRules, hints_for
+from slimoe.converter.methods.layer_hints import SkipRules, hints_for, price_of_bytes, skip_ratio
 from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.skip_thresholds import (
-    gate_thresholds,
-    low_share,
-    skip_ratio,
-)
 from slimoe.converter.source.model_source import expert_key
 from slimoe.converter.stats.statistics import LayerStatistics, Statistics
-from slimoe.offload.errors import UsageError
-from slimoe.offload.lossy.rules import weights_before
-from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import LLAMA, OLMOE
 from slimoe.offload.model.native_format import layout_metadata
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer, NativeLayout
@@ -34,7 +26,6 @@ from tests.models.naive_layer import (
     learn,
     logits,
     naive_layer,
-    random_texts,
     without_experts,
 )
 
@@ -159,30 +150,17 @@ def test_importance_is_that_of_a_naive_loop_over_attention(tmp_path: Path) -> No
         begin += n
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, OLMOE], ids=lambda row: row.name)
-@pytest.mark.parametrize("n_used", [2, 3])
-def test_gate_thresholds_split_the_picks_as_wanted(n_used: int, architecture: Architecture, tmp_path: Path) -> None:
-    """Parts of a token's expert weights, whatever their sum is, as `--lossy gate` has them."""
-    model = biased_model(replace(SIZES, n_expert_used=n_used)).of(architecture)
-    layers = learn(model, tmp_path, random_texts(SIZES.n_vocab, 200)).layers
-    found = gate_thresholds(layers, 0.67, 0.05)
-    before = []
-    for index in range(len(layers)):
-        weights = naive_layer(model, index, random_texts(SIZES.n_vocab, 200)).weights
-        assert (weights.sum(1).min() > 1 - 1e-5) == (architecture is LLAMA)
-        before.append(weights_before(weights.astype(np.float32)))
-    values = np.concatenate(before).ravel()
-    assert (values <= found.high).mean() == pytest.approx(0.67, abs=0.01)
-    assert (values > found.low).mean() == pytest.approx(0.05, abs=0.01)
-    assert low_share(found) == pytest.approx(1 - found.high)
-    everything = gate_thresholds(layers, 1.0, 0.0)
-    assert not (values > max(everything.high, everything.low) + 1e-3).any()
-
-
-@pytest.mark.parametrize(("high", "skipped"), [(0.4, 0.0), (0.9, 0.2), (1.1, 0.0), (0.8, -0.1)])
-def test_gate_thresholds_that_cannot_be(layer: LayerStatistics, high: float, skipped: float) -> None:
-    with pytest.raises(UsageError, match="2 experts per token"):
-        gate_thresholds([layer], high, skipped)
+def test_the_price_of_bytes_saves_a_part_where_it_loses_least() -> None:
+    """No other choice of as many bytes loses less: against all subsets."""
+    rng = np.random.default_rng(2)
+    losses, saved = rng.uniform(0, 1, 10), rng.integers(1, 5, 10).astype(np.float64)
+    masks = (np.arange(1 << 10)[:, None] >> np.arange(10)) & 1
+    all_losses, all_saved = masks @ losses, masks @ saved
+    for part in (0.1, 0.33, 0.8):
+        is_low = losses <= price_of_bytes(losses, saved, part) * saved
+        assert saved[is_low].sum() >= part * saved.sum() > saved[is_low].sum() - saved.max()
+        assert losses[is_low].sum() == pytest.approx(all_losses[all_saved >= saved[is_low].sum()].min())
+    assert price_of_bytes(losses, np.zeros(10)) == price_of_bytes(np.zeros(0), np.zeros(0)) == 0
 
 
 def test_uses_are_those_of_the_text(layer: LayerStatistics, gram: LayerGram, naive: NaiveLayer) -> None:
@@ -208,9 +186,9 @@ def test_uses_after_dropping_are_those_of_the_smaller_model(
 
 
 def test_without_sensitivities_there_are_no_nats(layer: LayerStatistics, gram: LayerGram) -> None:
-    rules = SkipRules(skip_ratio=0.3, low_share=0.4, fallback=(0, 1, 2, 3, 4))
+    rules = SkipRules(skip_ratio=0.3, fallback=(0, 1, 2, 3, 4))
     hints = hints_for(replace(layer, sensitivity=None), redirect(EVERY, EVERY), gram, rules)
-    assert (hints.skip_ratio, hints.low_share, hints.fallback) == (0.3, 0.4, (0, 1, 2, 3, 4))
+    assert (hints.skip_ratio, hints.fallback) == (0.3, (0, 1, 2, 3, 4))
     assert hints.use
     assert (hints.skip_error, hints.fallback_error, hints.sensitivity) == (None, None, None)
 
@@ -262,7 +240,7 @@ def test_closed_forms_without_gram_matrices_are_near(layer: LayerStatistics, gra
 
 
 def test_files_take_the_hints(layer: LayerStatistics, gram: LayerGram) -> None:
-    rules = SkipRules(0.3, 0.4, (0, -1, 1))
+    rules = SkipRules(0.3, (0, -1, 1))
     hints = hints_for(layer, redirect(EVERY, (0, 2, 4)), gram, rules)
     assert hints.fallback_error
     assert hints.fallback_error[1] == 0.0

@@ -37,6 +37,7 @@ HINTS = LayerHints(
     fallback=(-1, 0, 1, -1, 0, -1),
     fallback_error=(0.0, 0.02, 0.03, 0.0, 0.05, 0.0),
     skip_error=(0.08, 0.05, 0.07, 0.06, 0.09, 0.04),
+    low_weight=(0.3, 0.5, 0.0, 0.4, 2.0, 0.25),
     sensitivity=0.5,
     skip_ratio=0.4,
 )
@@ -224,9 +225,17 @@ def sensitive(limit: float) -> Callable[..., Any]:
     return decide
 
 
+def below_own(weights: list[float], experts: list[int]) -> list[tuple[str, float]]:
+    """A threshold of each expert's own, as the file has them."""
+    assert HINTS.low_weight
+    limits = [HINTS.low_weight[expert] for expert in experts]
+    return [("low" if w < limit else "high", w) for w, limit in zip(weights, limits, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("mode", "decide"),
     [
+        ("gate", below_own),
         ("gate:0", gate(0, 1)),
         ("gate:0.5,0.7", gate(0.5, 0.7)),
         ("gate:0.6,0.6", gate(0.6, 0.6)),
@@ -340,7 +349,16 @@ def test_a_gate_that_keeps_to_a_limit(file: Path) -> None:
             engines.append(engine.counters())
     low_selected = [counters["low_selected"] for counters in engines]
     assert low_selected == sorted(low_selected)
-    assert low_selected[0] < low_selected[-1] == 2 * len(TOKENS) * (N_USED - 1)
+    assert low_selected[0] < low_selected[-1] == 2 * len(TOKENS) * N_USED
+
+
+def test_a_gate_without_thresholds_in_the_file_has_hobbits(bare: Path) -> None:
+    found = []
+    for mode in ("gate", "gate:0.6"):
+        with closing(tiered_engine(config(bare, mode), 0.5)) as engine:
+            found.append(conversation(engine))
+            assert engine.counters()["low_selected"] > 0
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_what_nobody_measured_is_not_reported(bare: Path) -> None:

@@ -14,9 +14,24 @@ from slimoe.offload.cache.slots import fit_slots, low_classes, slot_classes
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.lossy.decision import SKIPPED, Choice, Chooser, Decision
 from slimoe.offload.lossy.elastic import Elastic, mix_copies, share_within
-from slimoe.offload.lossy.limit import gate_within, low_slots_at, lowered_loss, price_within
+from slimoe.offload.lossy.limit import (
+    low_slots_at,
+    low_weights_within,
+    lowered_loss,
+    price_within,
+    slots_of_low_weights,
+)
 from slimoe.offload.lossy.loss import loss_tables
-from slimoe.offload.lossy.rules import NEVER, Gate, NeverWait, Rule, Sensitivity, SmallWeights, weights_before
+from slimoe.offload.lossy.rules import (
+    NEVER,
+    Gate,
+    LowWeights,
+    NeverWait,
+    Rule,
+    Sensitivity,
+    SmallWeights,
+    weights_before,
+)
 from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, ExpertLayer
 from slimoe.offload.model.native_layout import LayerHints
@@ -303,16 +318,71 @@ def test_the_price_is_the_highest_within_the_limit() -> None:
     assert price_within(0.0, layers, tables, everything) == NEVER
 
 
-def test_a_gates_threshold_bounds_what_any_shares_can_cost() -> None:
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 5e-3, 2e-2, 1.0])
+def test_low_weights_keep_to_a_limit_whatever_the_weights_are(limit: float) -> None:
+    """Of an expert's weights only the mean square is known: they may be equal, or small ones and few large ones."""
+    layers = [layer(Type.Q8_0, Type.Q4_0, hints=random_hints(seed=seed)) for seed in range(2)]
+    found, rng, n_low = low_weights_within(limit, layers, loss_tables(layers)), np.random.default_rng(7), 0
+    for spread in (0.01, 0.5, 2.0):
+        expected = 0.0
+        for index, one in enumerate(layers):
+            hints = one.hints
+            assert hints.use
+            assert hints.share_square
+            assert hints.low_error
+            for expert, mean_square in enumerate(hints.share_square):
+                weights = rng.lognormal(0, spread, 4000)
+                weights *= (mean_square / np.square(weights).mean()) ** 0.5
+                is_low = weights < found[index][expert]
+                expected += hints.low_error[expert] * np.square(weights[is_low]).sum() / np.square(weights).sum()
+                n_low += int(is_low.sum())
+        assert expected <= limit * (1 + 1e-6)
+    assert (n_low > 0) == (limit > 0)
+    assert all(np.isinf(one[:-1]).all() for one in found.values()) == (limit == 1.0)
+    assert all(one[-1] == 0 for one in found.values()), "no expert has no copies"
+
+
+def test_low_weights_are_at_one_price_of_a_byte() -> None:
+    """Where small and large experts stand side by side, both lose as much for a byte at their thresholds."""
+    hints = random_hints()
+    assert hints.use
+    assert hints.share_square
+    assert hints.low_error
+    narrow, wide_copies = layer(Type.Q8_0, Type.Q4_0, hints=hints), (copy(Type.Q8_0, 256), copy(Type.Q4_0, 256))
+    layers = [narrow, replace(narrow, experts=(wide_copies,) * N_EXPERT), layer(Type.Q8_0, hints=hints)]
+    narrow_weights, wide_weights, single = low_weights_within(2e-3, layers, loss_tables(layers)).values()
+    prices = []
+    for one, weights in zip(layers[:2], (narrow_weights, wide_weights), strict=True):
+        for expert, (high, low) in enumerate(one.experts):
+            rate = hints.low_error[expert] / (hints.use[expert] * hints.share_square[expert])
+            prices.append(weights[expert] ** 2 * rate / (high.n_bytes - low.n_bytes))
+    finite = np.array(prices)[np.isfinite(prices)]
+    assert len(finite) > N_EXPERT
+    np.testing.assert_allclose(finite, finite[0], rtol=1e-6)
+    assert (single == 0).all(), "what has one copy has no low one"
+
+
+def test_experts_below_their_weights_use_low_copies() -> None:
+    one = layer(Type.Q8_0, Type.Q4_0)
+    choice, weights = choices(40, one, 5), np.array([0.0, 0.2, 0.4, np.inf, 0.3, 0.0])
+    mode = LowWeights({0: weights})
+    decision = mode.choose(choice, Held())
+    for place in np.ndindex(choice.stored.shape):
+        assert decision.copies[place] == int(choice.weights[place] < weights[choice.stored[place]])
+    assert 0 < decision.copies.mean() < 1
+    assert decision.weights is None
+    np.testing.assert_array_equal(decision.stored, choice.stored)
+    constants = mode.choose(replace(choice, stored=np.full_like(choice.stored, -1)), Held())
+    assert (constants.copies == 0).all()
+    # Mean squares of the weights are between 0.12 and 0.3.
+    assert [mode.prefetch_copy((0, expert), choice.table, Held()) for expert in range(4)] == [0, 0, 0, 1]
+
+
+def test_slots_go_first_to_the_copies_that_most_selections_use() -> None:
     layers = [layer(Type.Q8_0, Type.Q4_0, hints=random_hints(seed=seed)) for seed in range(2)]
     tables = loss_tables(layers)
-    highs = [gate_within(limit, layers, tables) for limit in (0.0, 1e-3, 1e-2, 1.0)]
-    assert highs == sorted(highs, reverse=True)
-    assert (highs[0], highs[-1]) == (1.0, 0.0)
-    # Whatever the weights: an expert behind others that have `high` has at most what is left.
-    for high in highs[1:3]:
-        weights = choices(400, layers[0], 8).weights
-        assert (weights[weights_before(weights) > high] <= 1 - high + 1e-6).all()
+    found = [low_weights_within(limit, layers, tables) for limit in (1e-4, 1.0)]
+    assert [slots_of_low_weights(weights, layers, tables) for weights in found] == ["last", "first"]
 
 
 def test_larger_weights_count_before_smaller_ones_in_any_order() -> None:
@@ -328,25 +398,16 @@ def test_larger_weights_count_before_smaller_ones_in_any_order() -> None:
     assert (decision.stored[:, 1] == mixed.stored[:, 1]).all(), "the largest stays"
 
 
-def test_a_gates_threshold_knows_scores_that_are_apart() -> None:
-    """Sigmoids that are not renormalised may all be 1: the weights left behind others may be as many times larger."""
-    plain = layer(Type.Q8_0, Type.Q4_0, scale=2.0, renormalised=False)
-    apart = replace(plain, scores_apart=True)
-    assert (plain.most_weight, apart.most_weight) == (2.0, 2.0 * N_USED)
-    assert replace(apart, is_renormalised=True).most_weight == 2.0
-    rests = [1 - gate_within(1e-3, [one], loss_tables([one])) for one in (plain, apart)]
-    assert rests[0] == pytest.approx(N_USED * rests[1], rel=1e-6)
-
-
-def test_a_gates_threshold_knows_what_weights_sum_up_to() -> None:
+def test_low_weights_grow_with_what_weights_sum_up_to() -> None:
     """Twice the weights cost four times as much, which a hint of a squared weight four times as large takes back."""
     hints = random_hints()
     scaled = replace(hints, share_square=tuple(4 * square for square in hints.share_square or ()))
-    plain, doubled = layer(Type.Q8_0, Type.Q4_0, hints=hints), layer(Type.Q8_0, Type.Q4_0, hints=scaled, scale=2.0)
     for limit in (1e-3, 5e-3):
-        found = [gate_within(limit, [one], loss_tables([one])) for one in (plain, doubled)]
-        assert found[0] == pytest.approx(found[1], rel=1e-6)
-        assert 0 < found[0] < 1
+        plain, doubled = (
+            low_weights_within(limit, [one], loss_tables([one]))[0]
+            for one in (layer(Type.Q8_0, Type.Q4_0, hints=hints), layer(Type.Q8_0, Type.Q4_0, hints=scaled, scale=2.0))
+        )
+        np.testing.assert_allclose(2 * plain, doubled, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("renormalised", "least"), [(True, 2 / N_USED), (False, 2 / N_EXPERT)])

@@ -54,8 +54,8 @@ HINTS = LayerHints(
     fallback_error=(1.0, 0.0, 2.0),
     skip_error=(2.0, 3.0, 4.0),
     sensitivity=0.75,
+    low_weight=(0.5, 0.25, 0.0),
     skip_ratio=0.5,
-    low_share=0.25,
 )
 MIXED = NativeFfn(
     experts=(
@@ -141,9 +141,9 @@ def test_the_keys_are_those_of_the_documentation(tmp_path: Path, stock: GGUFCont
         "expert.fallback": [0, -1, 1],
         "expert.fallback_error": [1.0, 0.0, 2.0],
         "expert.skip_error": [2.0, 3.0, 4.0],
+        "expert.low_weight": [0.5, 0.25, 0.0],
         "layer.sensitivity": [0.75, 0.0],
         "layer.skip_ratio": [0.5, 0.0],
-        "layer.low_share": [0.25, 0.0],
         "measured_kl": [0.5, 1.5],
     }
     assert {key: fields[f"slimoe.{key}"] for key in expected} == expected
