@@ -21,16 +21,20 @@ from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
 from slimoe.converter.stats.type_costs import candidates
 from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
+from slimoe.offload.resources.memory import available_bytes, human
 
 _TOKENS, _OUTPUT = "token_embd.weight", "output.weight"
 
 
-def check_merge(source: ModelSource, recipe: Recipe) -> CompressPlan:
+def check_merge(source: ModelSource, recipe: Recipe, available: int | None = None) -> CompressPlan:
     """Refuses what merging cannot make of a model; gives a plan of the same sizes in F32, whose groups mean nothing.
 
-    Raises UsageError for a number of experts that cannot be left, UnsupportedModelError for experts of different widths
-    and types that fit no rows, and DoesNotFitError for a size that no types meet.
+    `available` are bytes of memory, by default what the system has. Raises UsageError for a number of experts that
+    cannot be left, UnsupportedModelError for experts of different widths and types that fit no rows, and
+    DoesNotFitError for a size that no types meet and for too little memory to choose neurons in.
     """
+    if recipe.experts.merge == "neurons":
+        _check_memory(source, available_bytes() if available is None else available)
     layers = tuple(_merged(source, recipe, block) for block in range(source.spec.n_layer))
     output = Type.F32 if MatrixKey(_OUTPUT) in source.shapes else None
     plan = CompressPlan(recipe.format, layers, Type.F32, output, "")
@@ -45,6 +49,17 @@ def check_merge(source: ModelSource, recipe: Recipe) -> CompressPlan:
             hint = "Ask for more, or for fewer experts with --keep-experts."
             raise DoesNotFitError(f"{message} {budget:,}. {hint}", required_bytes=least, available_bytes=budget)
     return plan
+
+
+def _check_memory(source: ModelSource, available: int) -> None:
+    # torch is heavy, and most plans do without.
+    from slimoe.converter.budget.merging import joining_bytes
+
+    needed = joining_bytes(source)
+    if needed > available:
+        problem = f"Choosing the neurons of merged experts takes {human(needed)} of memory, and {human(available)} are"
+        hint = "Free some memory, or leave experts out or make them narrower: --keep-experts alone, or --width."
+        raise DoesNotFitError(f"{problem} available. {hint}", required_bytes=needed, available_bytes=available)
 
 
 def _merged(source: ModelSource, recipe: Recipe, block: int) -> LayerPlan:

@@ -34,8 +34,10 @@ _HELD_OUT = 4
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean square of an activation."""
 _STEP = "joining experts"
-_BYTES_PER_SQUARE = 200
-"""Bytes for a group of experts, over the square of an expert's neurons."""
+_BYTES_PER_SQUARE = 300
+"""Bytes of sums, equations and their copies for a group of experts, over the square of an expert's neurons."""
+_STREAMS = 5
+"""Residual streams of all tokens, and what the experts of a layer read."""
 _TRIM_STEPS = 6
 """Operations of choosing among n neurons, over n^3."""
 _TRIED = 1024
@@ -47,8 +49,7 @@ def with_joined_neurons(
 ) -> CompressPlan:
     """The plan with chosen neurons in each expert of several members that is open, and a `down` fitted to them.
 
-    Holds residual streams of the tokens, what the experts of one layer read, and `joining_bytes`. Raises what reading
-    does.
+    Takes `joining_bytes` of memory, and the experts of a group. Raises what reading does.
     """
     layers, n_open = {layer.block: layer for layer in plan.layers if _open(layer)}, _n_open(plan)
     stream, n_done = Stream(source, _sequences(statistics)), 0
@@ -72,8 +73,8 @@ def with_joined_neurons(
 
 
 def joining_bytes(source: ModelSource) -> int:
-    """The bytes that `with_joined_neurons` takes for one group of experts, beside streams and the experts it reads."""
-    return _BYTES_PER_SQUARE * source.spec.n_ff**2
+    """The memory in which neurons are chosen: for one group of experts, and for the tokens' residual streams."""
+    return _BYTES_PER_SQUARE * source.spec.n_ff**2 + _STREAMS * 4 * _MOST_TOKENS * source.spec.n_embd
 
 
 def joining_seconds(source: ModelSource, statistics: Statistics, plan: CompressPlan) -> float:

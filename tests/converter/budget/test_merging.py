@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.merge_checks import check_merge
-from slimoe.converter.budget.merging import OutputSums, fit_down, joining_seconds, with_joined_neurons
+from slimoe.converter.budget.merging import OutputSums, fit_down, joining_bytes, joining_seconds, with_joined_neurons
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.structure import whole_layer
 from slimoe.converter.forward.block import Routing
@@ -28,6 +28,7 @@ from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.quantiser import PlainQuantiser
+from slimoe.offload.errors import DoesNotFitError
 from tests.models.compress_plans import learnt
 from tests.models.held_model import hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig
@@ -159,6 +160,16 @@ def test_sizes_are_known_before_it_is_known_who_is_merged(
     made = lay_out(source, plan_compression(source, statistics, recipe))
     assert is_open.bytes_by_type == made.bytes_by_type == foretold.bytes_by_type
     assert is_open.n_bytes == made.n_bytes
+
+
+def test_too_little_memory_is_refused_before_neurons_are_chosen(source: ModelSource) -> None:
+    recipe = Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)
+    needed = joining_bytes(source)
+    check_merge(source, recipe, needed)
+    with pytest.raises(DoesNotFitError, match="Choosing the neurons of merged experts takes") as refused:
+        check_merge(source, recipe, needed - 1)
+    assert refused.value.required_bytes == needed
+    check_merge(source, replace(recipe, experts=ExpertRecipe(4, merge="m-smoe")), 0)
 
 
 class Selected(Observer):
