@@ -28,11 +28,11 @@ from rich.table import Table
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.limits.engine_changes import Changes, parse_changes
 from bench.limits.flags import threads_flag
+from bench.lossy.copies_hints import measure_hints, write_hints
+from bench.lossy.copies_scores import PASSES, Text, score
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
 from bench.models.topics import natural_tokens
-from bench.quality.copies_hints import measure_hints, write_hints
-from bench.quality.copies_scores import PASSES, Text, score
 from slimoe.converter.convert import ConvertOptions, convert, find_pair
 from slimoe.offload.cache.host_slots import slot_bytes
 from slimoe.offload.cache.slots import slot_classes

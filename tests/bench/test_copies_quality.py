@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bench.copies_quality import Mode, measure, parse_mode, smallest_plan, table
-from bench.quality.copies_hints import measure_hints, write_hints
-from bench.quality.copies_scores import Text, bytes_per_token, divergences, planned, selected_bytes
+from bench.lossy.copies_hints import measure_hints, write_hints
+from bench.lossy.copies_scores import Text, bytes_per_token, divergences, planned, selected_bytes
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.engine_plan import plan_engine

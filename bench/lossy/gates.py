@@ -9,7 +9,7 @@ ones behind one threshold of the weights before an expert (HOBBIT), or below thr
 own, which `slimoe convert` finds. The divergence is from the checkpoint, and from the rule that saves nothing. The last
 line of stdout is one JSON document.
 
-    python -m bench.quality.gates --checkpoint ~/mixtral --stats STATS --text news=news.txt
+    python -m bench.lossy.gates --checkpoint ~/mixtral --stats STATS --text news=news.txt
 """
 
 import json
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench.limits import machine
 from bench.limits.flags import threads_flag
-from bench.quality.gated_experts import Rule, Saved, Selected, nothing, run_gated
+from bench.lossy.gated_experts import Rule, Saved, Selected, nothing, run_gated
 from bench.quality.lab import read_windows
 from bench.quality.smoke_model import smoke_model
 from slimoe.converter.budget.compress import plan_compression

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.baselines.stepping import kl_divergence
-from bench.quality.copies_scores import Text, tiers_within
+from bench.lossy.copies_scores import Text, tiers_within
 from slimoe.converter.gguf.header import HeaderTensor, pack_header
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import LowSlots
