@@ -1,13 +1,12 @@
-"""What compressing costs at equal bytes: llama.cpp's quantizer with an importance matrix, our files, others' recipes.
+"""What compressing costs at equal bytes: llama.cpp's quantizer with an importance matrix, and our files.
 
 All start from one checkpoint and from statistics of the same texts; all files are evaluated by what their bytes say of
 other texts: windows of 512 tokens, the second half of each scored against the checkpoint in float32, the mean
-divergence and the rise of the perplexity in each domain. Three parts: files of the sizes of llama.cpp's mixes; growing
-budgets; and two tight budgets spent by the recipes of others, whatever number of layers or experts these must give up
-to meet them. A fourth, which must be asked for, has half of the experts' bytes, or another share, by every way to
+divergence and the rise of the perplexity in each domain. Two parts: files of the sizes of llama.cpp's mixes, and
+growing budgets. A third, which must be asked for, has half of the experts' bytes, or another share, by every way to
 have fewer experts or smaller ones, in float32. A ratio of divergences above 1 means that ours is smaller. Progress goes
-to stderr, the last line of stdout is one JSON document. An OLMoE whose heads share keys goes
-through `bench.models.equal_heads` first.
+to stderr, the last line of stdout is one JSON document. An OLMoE whose heads share keys goes through
+`bench.models.equal_heads` first. The recipes of others are in `bench.quality.seed_table`.
 
     python -m bench.compress_quality --checkpoint ~/mixtral --stats STATS --text news=news.txt --text code=code.txt
 """
@@ -15,7 +14,7 @@ through `bench.models.equal_heads` first.
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
@@ -29,22 +28,15 @@ from bench.limits import machine
 from bench.limits.flags import threads_flag
 from bench.quality.lab import Lab, Row
 from bench.quality.smoke_model import smoke_model
-from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.convert import ConvertOptions, convert
-from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
 
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
-SHARES = (0.229, 0.12)
-"""Of the checkpoint's bytes in bf16: the paper's 77.1 % less, and about half of that."""
-PARTS = ("baselines", "budgets", "recipes", "experts")
+PARTS = ("baselines", "budgets", "experts")
 OLD_PARTS = {"rivals": "baselines"}
 """Old spellings that are still understood for one version."""
-MC_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_XXS")
-"""One to three bits, the nearest of ggml's, as Mixture Compressor (arXiv 2410.06270) chooses from."""
-
 Say = Callable[[str], None]
 
 
@@ -91,47 +83,6 @@ def budgets(lab: Lab, say: Say) -> list[Row]:
         rows.append(row)
         say(_line(row))
     return rows
-
-
-def recipes(lab: Lab, say: Say) -> list[Row]:
-    """Rows of two tight budgets, spent our way and by the recipes of others."""
-    rows = []
-    for share in SHARES:
-        budget = int(share * lab.bf16_bytes)
-        for name, recipe in ways(lab, budget):
-            row: Row = {"name": f"{name} at {100 * share:.1f} %", "share": share}
-            rows.append(row | (lab.ours(recipe) if recipe else {"refused": "nothing it can leave out is enough"}))
-            say(_line(rows[-1]))
-    return rows
-
-
-def ways(lab: Lab, budget: int) -> Iterator[tuple[str, Recipe | None]]:
-    """Yields names and recipes: ours, and those of others that leave out as little as they can, None if none fits."""
-    yield "ours", Recipe(target_size=budget)
-    for kind, feedback in product(("native", "stock"), (False, True)[: 1 + lab.feedback]):
-        yield f"ours, {kind}{', feedback' if feedback else ''}", _sized(kind, budget, feedback)
-    mc = StorageRecipe(attention="Q4_K", token="Q4_K", output="Q4_K", candidates=MC_TYPES)
-    yield "Mixture Compressor's types", _meeting(lab, budget, [Recipe(target_size=budget, types=mc)])
-    four = StorageRecipe(expert="Q4_K", attention="Q4_K", token="Q4_K", output="Q4_K")
-    n_expert, n_used = lab.source.spec.n_expert, lab.source.spec.n_expert_used
-    drops = [Recipe(drop_ffn=n, types=four, hints=False) for n in range(lab.source.spec.n_layer)]
-    yield "Layer Drop, 4 bits", _meeting(lab, budget, drops)
-    for score in ("frequency", "subset"):
-        experts = [ExpertRecipe(keep=keep, score=score) for keep in range(n_expert, n_used - 1, -1)]
-        kept = [Recipe(experts=one, types=four, hints=False) for one in experts]
-        yield f"Expert Drop by {score}, 4 bits", _meeting(lab, budget, kept)
-
-
-def _meeting(lab: Lab, budget: int, tried: list[Recipe]) -> Recipe | None:
-    """The first recipe whose file is within the budget."""
-    for recipe in tried:
-        try:
-            plan = plan_compression(lab.source, lab.statistics, recipe, n_threads=lab.n_threads)
-        except (DoesNotFitError, UsageError):
-            continue
-        if plan_bytes(plan, lab.source, lab.statistics) <= budget:
-            return recipe
-    return None
 
 
 def experts(lab: Lab, say: Say, share: float = 0.5) -> list[Row]:
@@ -189,7 +140,7 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
     "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on: not what was calibrated on."
 )
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
-@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS[:3], show_default=True)
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS[:2], show_default=True)
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
 )
@@ -215,7 +166,7 @@ def main(
 ) -> None:
     """Measure what compressing costs at equal bytes."""
     console = Console(stderr=True)
-    steps = {"baselines": baselines, "budgets": budgets, "recipes": recipes, "smoke": smoke}
+    steps = {"baselines": baselines, "budgets": budgets, "smoke": smoke}
     steps["experts"] = partial(experts, share=expert_share)
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:

@@ -80,7 +80,7 @@ class Table:
 
     def share(self, n_bytes: int) -> str:
         """Bytes as a part of the checkpoint's in 16 bits."""
-        return f"{100 * n_bytes / self.bf16_bytes:.1f} %"
+        return f"{round(100 * n_bytes / self.bf16_bytes, 1):g} %"
 
     def _measured(self, method: str) -> list[Row]:
         return [row for row in self.rows if row["method"] == method and "kl" in row]
@@ -116,7 +116,7 @@ def _details(table: Table) -> list[str]:
     for size in table.sizes:
         best = [table.best(method, size) for method in table.methods]
         for row in sorted((row for row in best if row), key=lambda row: float(row["kl"])):
-            lines.append(_detail(f"{100 * size / table.bf16_bytes:.0f} %", row))
+            lines.append(_detail(table.share(size), row))
     return lines
 
 

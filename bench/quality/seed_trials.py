@@ -157,7 +157,7 @@ def targeted(method: str, lab: Lab, sizes: Sizes, recipe: Recipe) -> Found:
         # Planning with few candidates is quick, and all types are never too few.
         n_filled = sizes_of.of(one) if recipe.types.candidates else n_bytes
         if n_filled > previous:
-            yield Trial(method, f"at {100 * n_bytes / lab.bf16_bytes:.0f} %", one)
+            yield Trial(method, f"at {round(100 * n_bytes / lab.bf16_bytes, 1):g} %", one)
             previous = n_filled if n_filled < math.inf else previous
 
 
