@@ -81,8 +81,11 @@ class Plan:
     def file(self, kind: str) -> Path:
         """The checkpoint as a file of that type or those two copies, converted when it is first asked for.
 
-        With a calibration text, a file of two copies says what saving on each expert costs.
+        With a calibration text, a file of two copies says what saving on each expert costs. `kind` may be the path of a
+        file as well.
         """
+        if Path(kind).is_file():
+            return Path(kind)
         path = self.directory / f"{kind}.gguf"
         if not path.exists():
             pair = kind if "," in kind else None
@@ -195,7 +198,10 @@ def smallest_plan(directory: Path) -> Plan:
 @click.option("--text", "files", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(2), default=256, show_default=True, help="Tokens of each text.")
 @click.option(
-    "--copies", default="Q4_K,Q2_K_PURE", show_default=True, help="Types of the two copies, the better first."
+    "--copies",
+    default="Q4_K,Q2_K_PURE",
+    show_default=True,
+    help="Types of the two copies, the better first, or a native file of two copies with what it says of its experts.",
 )
 @click.option("--mode", "modes", multiple=True, metavar="NAME:FIELD=VALUE", help="A lossy mode of the copies.")
 @click.option(
@@ -227,7 +233,8 @@ def main(
             if smoke:
                 plan = smallest_plan(directory)
             elif checkpoint is not None:
-                find_pair(copies)
+                if not Path(copies).is_file():
+                    find_pair(copies)
                 own = (Mode("two copies, exact", copies), *(parse_mode(mode, copies) for mode in modes))
                 texts = tuple(read_texts(checkpoint, files, tokens, directory))
                 alone = tuple(Mode(kind, kind) for kind in UNIFORM if uniform)

@@ -45,7 +45,9 @@ def test_modes_are_compared_with_room_for_some_experts(tmp_path: Path) -> None:
 
 def test_bytes_that_a_lossy_mode_saves(tmp_path: Path) -> None:
     """A selected expert in its smaller copy saves the difference, a skipped one all."""
-    model = smallest_plan(tmp_path).file("Q8_0,Q4_K")
+    plan = smallest_plan(tmp_path)
+    model = plan.file("Q8_0,Q4_K")
+    assert plan.file(str(model)) == model, "a file by its name is taken as it is"
     config = engine_config(model, n_ctx=256)
     weights = 3 * 256 * 512
     high, low = weights * 34 // 32, weights * 144 // 256

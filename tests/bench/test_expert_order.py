@@ -1,6 +1,7 @@
 """Orders of experts on made up traces, whose reads can be told beforehand, and requests that join neighbours."""
 
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.joined_reads import MOST_BYTES, PAGE, Disk, requests, trace_of, ways
 from bench.traces.expert_order import learnt_orders, n_runs, pair_counts, try_orders
+from bench.traces.layer_slots import Selections, divided, reads
 from bench.traces.routing import Routing
 from slimoe.offload.cache.router_trace import PROMPT, Trace, TraceHeader, TraceLayer, TraceRun, TraceStep
 from slimoe.offload.gguf.header import TensorInfo
@@ -98,3 +100,30 @@ def test_all_requests_are_read(tmp_path: Path) -> None:
     path.write_bytes(bytes(5 * PAGE + 7))
     with closing(Disk(path, 2)) as disk:
         assert disk.read([(0, 2 * PAGE), (PAGE, PAGE), (4 * PAGE, 2 * PAGE)]) == 4 * PAGE + 7
+
+
+def test_slots_are_divided_at_the_least_cost_and_all_used() -> None:
+    """Against every division."""
+    rng = np.random.default_rng(4)
+    costs = -np.sort(-rng.uniform(0, 1, (4, 7)), axis=1)
+    costs[:, :2] = np.inf
+    for n_slots in (8, 12, 17, 24):
+        every = [one for one in product(range(2, 7), repeat=4) if sum(one) == n_slots]
+        least = min(sum(costs[layer, n] for layer, n in enumerate(one)) for one in every)
+        found = divided(costs, n_slots)
+        assert sum(found) == n_slots
+        assert sum(costs[layer, n] for layer, n in enumerate(found)) == pytest.approx(least)
+    assert sum(divided(np.zeros((3, 5)), 7)) == 7, "slots that bring nothing are used too"
+
+
+def test_reads_of_a_cache_by_hand() -> None:
+    """One layer, two slots: experts that take turns in threes are all read, and half of them were foretold."""
+    selected = np.array([[[0], [1], [2]] * 8])
+    foretold = np.where(np.arange(24) % 2 == 0, selected[0, :, 0], -1)[None, :, None]
+    tokens, uses = Selections(selected, foretold, 3), np.full((1, 3), 1 / 3)
+    assert reads(tokens, 3, uses)[0].sum() == 0
+    shared, alone = reads(tokens, 2, uses), reads(tokens, [2], uses)
+    np.testing.assert_array_equal(shared, alone)
+    n_read, n_unforeseen = (part.sum() * 24 for part in shared)
+    assert 8 <= n_read <= 24
+    assert 0 < n_unforeseen < n_read
