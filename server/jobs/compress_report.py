@@ -71,7 +71,7 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
                         "members": list(expert.members),
                         "types": [kind.name for kind in expert.types],
                         "low_types": None if expert.low_types is None else [kind.name for kind in expert.low_types],
-                        "width": None if expert.kept is None else len(expert.kept),
+                        "width": _width(expert),
                     }
                     for expert in layer.experts
                 ],
@@ -94,6 +94,11 @@ def _attention(layer: LayerPlan) -> dict[str, str]:
 def _dense_or_shared(layer: LayerPlan) -> dict[str, str]:
     """Types by role of the feed-forward matrices that every token passes."""
     return {role: kind.name for role, kind in layer.types.items() if role.startswith("ffn_")}
+
+
+def _width(expert: ExpertPlan) -> int | None:
+    """Its neurons, if it is narrower than it was; merged ones have as many as before, whether chosen yet or not."""
+    return None if expert.kept is None or expert.is_joined else len(expert.kept)
 
 
 def _n_constants(layer: LayerPlan) -> int:
@@ -172,7 +177,7 @@ def _experts(work: CompressWork, layer: LayerPlan) -> str:
     n_constants = _n_constants(layer)
     text += f" + {n_constants} constant{'s' if n_constants > 1 else ''}" if n_constants else ""
     text += f", {work.plan.n_main} of {work.source.spec.n_expert_used} used computed" if layer.aux is not None else ""
-    widths = {len(expert.kept) for expert in layer.experts if expert.kept is not None}
+    widths = {width for expert in layer.experts if (width := _width(expert)) is not None}
     return text + (f", {max(widths)} wide" if widths else "")
 
 
