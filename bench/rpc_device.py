@@ -8,7 +8,8 @@ here is a matter of time. A swap costs and gains what it would on a card (`bench
 the engine measured. The table goes to stderr, the last line of stdout is one JSON document.
 
 With --link the device lies behind a simulated network (`bench.baselines.shaped_link`): milliseconds per token with half
-of the experts there and with all of the model, beside what `slimoe plan` predicts, and this machine alone.
+of the experts there and with all of the model, beside what `slimoe plan` predicts, and this machine alone, with memory
+for all of the model and with half of the experts on its disk.
 
     python -m bench.rpc_device --model natural_medium
     python -m bench.rpc_device --model natural_medium --link 1Gbit,2ms --link 10Gbit,0.2ms
@@ -124,6 +125,15 @@ def plan_with_room(config: EngineConfig, share: float) -> EngineConfig:
     return changed(config, {"vram": (str(int(shortfall.required_bytes + wanted) - sum(sizes.values())),)})
 
 
+def plan_with_memory(config: EngineConfig, share: float) -> EngineConfig:
+    """The configuration without devices whose host memory has slots for a `share` of the experts, or some more."""
+    config = changed(config, {"device": "none", "rpc": ()})
+    shortfall = plan_engine(changed(config, {"ram": "0"})).shortfall
+    experts = [copies[0] for layer in plan_engine(config).layers if layer is not None for copies in layer.experts]
+    least = 0 if shortfall is None else shortfall.required_bytes
+    return changed(config, {"ram": str(int(least + share * sum(one.n_bytes for one in experts)))})
+
+
 def check(plan: EnginePlan) -> None:
     """Raises the plan's error, and UsageError where host memory does not hold all experts: a replay takes it to."""
     if plan.shortfall is not None:
@@ -223,7 +233,8 @@ def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[
 class LinkRun:
     """Milliseconds per token of a plan, measured and as predicted for it: of answers and of a prompt's batch.
 
-    `room` is what the device holds of the model: none, half of the experts or all.
+    `room` is what the device holds of the model: none, half of the experts or all; without a link "half on disk" says
+    that host memory holds the other half.
     """
 
     link: str
@@ -256,10 +267,13 @@ def run_timed(job: Job, config: EngineConfig, link: str, room: str, cache: Measu
 
 
 def measure_links(job: Job, links: Sequence[Link]) -> list[LinkRun]:
-    """This machine alone, then over loopback and each link: half of the experts on the device, and all of the model."""
+    """This machine alone, also with too little memory, then over loopback and each link: half of the experts on the
+    device, and all of the model; raises as `run_timed` does.
+    """
     with tempfile.TemporaryDirectory(prefix="slimoe-speeds-") as directory:
         cache = MeasurementCache(Path(directory) / "measurements.json")
         runs = [run_timed(job, changed(job.config, {"device": "none"}), "", "none", cache)]
+        runs.append(run_timed(job, plan_with_memory(job.config, HALF), "", "half on disk", cache))
         for link in (None, *links):
             with device_config(job.config, None, link) as config:
                 for room, with_room in (("half", plan_with_room(config, HALF)), ("all", config)):

@@ -80,7 +80,8 @@ def test_a_network_is_timed_beside_its_prediction(capsys: pytest.CaptureFixture[
     main(["--smoke", "--link", "10Gbit,3ms"], standalone_mode=False)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     alone, *_, half, whole = document["runs"]
-    assert [run["room"] for run in document["runs"]] == ["none", "half", "all", "half", "all"]
+    rooms = ["none", "half on disk", "half", "all", "half", "all"]
+    assert [run["room"] for run in document["runs"]] == rooms
     assert (alone["link"], half["link"], whole["link"]) == ("", "10Gbit,3ms", "10Gbit,3ms")
     for name in ("decode_ms", "predicted_decode_ms"):
         assert whole[name] > 5.8
