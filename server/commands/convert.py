@@ -18,6 +18,7 @@ from slimoe.server.options.compress_options import (
     OLD_SPELLINGS,
     compress_flags,
     compress_options,
+    hf_bits_flag,
     with_copies,
     with_type,
 )
@@ -52,11 +53,7 @@ from slimoe.server.terminal.progress_bars import byte_bar
 @click.option(
     "--hf", is_flag=True, help="Write what is left of the checkpoint SRC as a checkpoint, to the directory DST."
 )
-@click.option(
-    "--hf-bits",
-    type=click.Choice(["16", "8", "4"]),
-    help="With --hf: bits of the experts' weights; 8 and 4 as compressed-tensors packs them (default: 16).",
-)
+@hf_bits_flag
 @click.option(
     "--report/--no-report",
     default=True,

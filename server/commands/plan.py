@@ -16,8 +16,8 @@ from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
 from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, predict_plan
 from slimoe.offload.printable import printable
 from slimoe.server.jobs.local_engine import say_notes
-from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options
-from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options, hf_bits_flag
+from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags, engine_settings
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.telling import tell
@@ -37,6 +37,10 @@ class _UnmeasuredError(SlimoeError):
 @click.option(
     "-t", "--type", "type_name", help="Type of the weights as for slimoe convert, where no target size chooses types."
 )
+@click.option(
+    "--hf", is_flag=True, help="Say which checkpoint slimoe convert --hf would write of the checkpoint MODEL."
+)
+@hf_bits_flag
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
     "--measure/--no-measure",
@@ -58,13 +62,25 @@ def command(values: Mapping[str, Any]) -> None:
     these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
     compression, model = compress_options(values), values["model"]
-    if compression.is_asked or (model is not None and os.path.isdir(model)):
-        check_installed("Compressing", *CONVERTERS)
-        from slimoe.server.jobs.compress import tell_plan
-
-        tell_plan(values, compression)
-    else:
+    is_hf = values["hf"] or values["hf_bits"] is not None
+    if not (is_hf or compression.is_asked or (model is not None and os.path.isdir(model))):
         tell_engine_plan(values)
+        return
+    check_installed("Compressing", *CONVERTERS)
+    if model is None:
+        raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
+    other = [name for name in engine_settings(values) if name not in ("model", "n_threads")]
+    if other:
+        flag = other[0].removeprefix("n_").replace("_", "-")
+        raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
+    if is_hf:
+        from slimoe.server.jobs.hf_checkpoint import tell_checkpoint
+
+        tell_checkpoint(values, compression)
+        return
+    from slimoe.server.jobs.compress import tell_plan
+
+    tell_plan(values, compression)
 
 
 def tell_engine_plan(values: Mapping[str, Any], measure: Measure = measure_machine) -> None:

@@ -28,7 +28,6 @@ from slimoe.server.jobs.evaluate import Evaluator, report_summary
 from slimoe.server.jobs.heal import Healing, heal_fields, unfinished
 from slimoe.server.options.compress_options import CompressOptions, with_type
 from slimoe.server.options.destination import reserve, unwritten
-from slimoe.server.options.engine_options import engine_settings
 from slimoe.server.options.eval_options import eval_options
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar, duration, status
@@ -157,17 +156,11 @@ def _with_feedback(work: CompressWork, n_threads: int) -> tuple[CompressWork, fl
 
 
 def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:
-    """Tells what `convert_compressed` would write; raises UsageError for flags that are for a model that is opened."""
+    """Tells what `convert_compressed` would write; raises UsageError where nothing is asked for."""
     model, n_threads = values["model"], values["n_threads"]
-    if model is None:
-        raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
     if not options.is_asked:
         hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
         raise click.UsageError(f"{model} is a checkpoint. {hint}")
-    other = [name for name in engine_settings(values) if name not in ("model", "n_threads")]
-    if other:
-        flag = other[0].removeprefix("n_").replace("_", "-")
-        raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
     if values["type_name"]:
         options = with_type(options, values["type_name"])
     work = plan_work(model, options, n_threads or usable_processors())

@@ -1,6 +1,9 @@
-"""`slimoe convert --hf`: a checkpoint with fewer or narrower experts, or fewer layers, as a checkpoint again."""
+"""`slimoe convert --hf`: a checkpoint with fewer or narrower experts, or fewer layers, as a checkpoint again.
 
-from collections.abc import Mapping
+`slimoe plan --hf` tells what that would be, and refuses what it refuses.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,38 +70,61 @@ class CheckpointWork:
 
 def convert_to_checkpoint(values: Mapping[str, Any], options: CompressOptions) -> None:
     """Plans, tells and, unless it is a dry run, writes; raises as planning and writing do."""
-    if not values["hf"]:
-        raise click.UsageError("--hf-bits is for checkpoints. Give --hf as well.")
-    for name in _OF_A_FILE:
-        if values[name]:
-            flag = _SPELT.get(name, name).replace("_", "-")
-            raise click.UsageError(f"--{flag} is for GGUF files, and --hf writes a checkpoint. Leave one of them out.")
+    _check_flags(values)
     target, n_threads, seconds = values["target"], values["threads"] or usable_processors(), 0.0
     check_directory_target(target)
+
+    def planned() -> CheckpointWork:
+        work = plan_checkpoint(values["source"], options, int(values["hf_bits"] or 16))
+        check_directory_target(target, work.made.n_bytes)
+        tell(f"{target}: {work.made.n_bytes:,} bytes ({human(work.made.n_bytes)}) will be written, {_summary(work)}")
+        return work
+
     if values["dry_run"]:
-        work = _plan(values, options)
+        work = planned()
     else:
         with unwritten(target), reserve(target) as destination:
-            work = _with_neurons(_plan(values, options))
+            work = _with_neurons(planned())
             with byte_bar(work.made.n_bytes) as on_progress:
                 seconds = write_checkpoint(
                     work.source, work.made, destination, n_threads=n_threads, on_progress=on_progress
                 )
         tell(f"{target}: {work.made.n_bytes:,} bytes in {seconds:.1f} s")
     if values["as_json"]:
-        click.echo(msgspec.json.encode(_fields(work, target, seconds)))
+        written = {"path": str(target), "seconds": round(seconds, 3)}
+        click.echo(msgspec.json.encode(checkpoint_fields(work) | written))
 
 
-def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork:
-    """What will be made, told, and that it can be."""
-    source = open_source(values["source"])
+def tell_checkpoint(values: Mapping[str, Any], options: CompressOptions) -> None:
+    """Tells what `convert_to_checkpoint` would write; raises as that does."""
+    _check_flags(values)
+    work = plan_checkpoint(values["model"], options, int(values["hf_bits"] or 16))
+    as_json = values["as_json"]
+    click.echo(msgspec.json.encode(checkpoint_fields(work)) if as_json else "\n".join(_lines(work)))
+
+
+def _check_flags(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for flags that say nothing of a checkpoint."""
+    if not values["hf"]:
+        raise click.UsageError("--hf-bits is for checkpoints. Give --hf as well.")
+    for name in _OF_A_FILE:
+        if values.get(name):
+            flag = _SPELT.get(name, name).replace("_", "-")
+            raise click.UsageError(f"--{flag} is for GGUF files, and --hf writes a checkpoint. Leave one of them out.")
+
+
+def plan_checkpoint(model: Path, options: CompressOptions, n_bits: int) -> CheckpointWork:
+    """What flags make of a checkpoint, and that its class can hold it; writes nothing.
+
+    Raises UsageError and UnsupportedModelError for what cannot be held, and as reading the model and statistics do.
+    """
+    source = open_source(model)
     check_uncompressed(source)
     check_checkpoint(source)
     recipe = _removal_of(recipe_of(source, options), options)
     if options.stats is None and recipe.specialise is None and needs_statistics(recipe):
         problem = "What matters in the model is not known yet. Measure it once: "
         raise UsageError(f"{problem}slimoe calibrate {source.path} -o STATS, and give --stats STATS.")
-    n_bits = int(values["hf_bits"] or 16)
     if recipe.experts.merge is not None:
         # Sizes that cannot be are refused before anything is measured; of types there is one.
         as_written = replace(recipe, format="stock", types=StorageRecipe("F32"))
@@ -107,14 +133,6 @@ def _plan(values: Mapping[str, Any], options: CompressOptions) -> CheckpointWork
     with step_bar() as on_progress:
         plan = plan_removal(source, statistics, recipe, on_progress, is_open=True)
     made = lay_out_checkpoint(source, plan, statistics, n_bits=n_bits)
-    check_directory_target(values["target"], made.n_bytes)
-    size, kept = human(made.n_bytes), f"{made.sizes.n_expert} of {source.spec.n_expert} experts in a layer"
-    weights = "16 bits" if made.n_bits == 16 else f"feed-forward parts in {made.n_bits} bits (compressed-tensors)"
-    tell(
-        f"{values['target']}: {made.n_bytes:,} bytes ({size}) will be written, {made.class_name}, {kept}, "
-        f"{made.sizes.n_ff} wide, {len(made.sizes.blocks)} of {source.spec.n_layer} layers, {weights}; "
-        f"{expected_loss(plan)}"
-    )
     for note in left_out(source.spec):
         tell(note)
     return CheckpointWork(source, statistics, plan, made)
@@ -136,6 +154,28 @@ def _with_neurons(work: CheckpointWork) -> CheckpointWork:
     )
 
 
+def _summary(work: CheckpointWork) -> str:
+    """Class, sizes and expected loss in one line."""
+    made, spec = work.made, work.source.spec
+    weights = "16 bits" if made.n_bits == 16 else f"feed-forward parts in {made.n_bits} bits (compressed-tensors)"
+    return (
+        f"{made.class_name}, {made.sizes.n_expert} of {spec.n_expert} experts in a layer, {made.sizes.n_ff} wide, "
+        f"{len(made.sizes.blocks)} of {spec.n_layer} layers, {weights}; {expected_loss(work.plan)}"
+    )
+
+
+def _lines(work: CheckpointWork) -> Iterator[str]:
+    """Each layer's experts by the source's numbers, and the checkpoint as a whole."""
+    plan, made = work.plan, work.made
+    for index, layer in enumerate(plan.layers):
+        experts = " ".join("+".join(map(str, expert.members)) for expert in layer.experts) or "none, it is dense"
+        yield f"layer {index}{'' if index == layer.block else f', {layer.block} of the source'}: experts {experts}"
+    yield ""
+    yield _summary(work)
+    files = f"{len(made.shards)} file{'s' if len(made.shards) > 1 else ''} of weights"
+    yield f"{made.n_bytes:,} bytes ({human(made.n_bytes)}) in {files}, and {len(made.files) + len(made.copied)} others"
+
+
 def _removal_of(recipe: Recipe, options: CompressOptions) -> Recipe:
     """What a recipe leaves out, without what it says of a file; raises UsageError for one that has a size to meet."""
     if recipe.target_size is not None or recipe.target_bpw is not None:
@@ -148,17 +188,15 @@ def _removal_of(recipe: Recipe, options: CompressOptions) -> Recipe:
     return removal
 
 
-def _fields(work: CheckpointWork, target: Path, seconds: float) -> dict[str, Any]:
-    """All of it as JSON has it."""
+def checkpoint_fields(work: CheckpointWork) -> dict[str, Any]:
+    """All of it as JSON has it. `block` and the experts' members are the source's numbers."""
     plan, made = work.plan, work.made
     return {
         "source": str(work.source.path),
-        "path": str(target),
         "format": "hf",
         "class": made.class_name,
         "n_bytes": made.n_bytes,
         "n_tensors": made.n_tensors,
-        "seconds": round(seconds, 3),
         "files": [*(shard.name for shard in made.shards), *made.files, *(path.name for path in made.copied)],
         "bits": made.n_bits,
         "n_expert": made.sizes.n_expert,

@@ -14,6 +14,12 @@ from slimoe.server.options.flag_group import BareType, flag_group
 
 Tables = dict[str, Any]
 
+hf_bits_flag = click.option(
+    "--hf-bits",
+    type=click.Choice(["16", "8", "4"]),
+    help="With --hf: bits of the experts' weights; 8 and 4 as compressed-tensors packs them (default: 16).",
+)
+
 OLD_FLAGS = {"pair": "two-copies", "novices": "constants"}
 OLD_SPELLINGS = {"token_normalize_func": lambda name: OLD_FLAGS.get(name, name)}
 """Settings of a command that understands the flags by the names that they had in the version before."""

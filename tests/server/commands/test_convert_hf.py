@@ -48,6 +48,16 @@ def test_a_checkpoint_is_planned_and_written(
     report = json.loads(out)
     assert (status, [one.name for one in tmp_path.iterdir()]) == (0, ["smaller"]), err
     assert planned | {"seconds": report["seconds"]} == report
+    status, out, err = told(["plan", model, *asked], capsys)
+    assert json.loads(out) | {"path": str(target), "seconds": report["seconds"]} == report
+    status, out, err = told(["plan", model, *asked[:-1]], capsys)
+    assert "MixtralForCausalLM, 4 of 6 experts in a layer, 96 wide, 2 of 3 layers, 16 bits; expected loss" in out
+    assert f"{report['n_bytes']:,} bytes" in out
+    first, last = (" ".join(str(one[0]) for one in layer["experts"]) for layer in report["layers"])
+    assert [layer["block"] for layer in report["layers"]] in ([0, 1], [0, 2], [1, 2])
+    lines, (_, block) = out.splitlines(), (layer["block"] for layer in report["layers"])
+    assert lines[0].endswith(f": experts {first}")
+    assert lines[1] == f"layer 1{'' if block == 1 else ', 2 of the source'}: experts {last}"
     assert report["n_bytes"] == (target / "model.safetensors").stat().st_size
     assert set(report["files"]) == {one.name for one in target.iterdir()}
     assert report["expected_kl"] > 0
@@ -82,6 +92,19 @@ def test_mistakes(
     status, out, err = told(["convert", model, tmp_path / "smaller", "--stats", stats, *flags], capsys)
     assert (status != 0, out, problem in err) == (True, "", True), err
     assert list(tmp_path.iterdir()) == []
+    if "--force" not in flags:  # which the plan of nothing to be written does not have
+        status, out, err = told(["plan", model, "--stats", stats, *flags], capsys)
+        assert (status != 0, out, problem in err) == (True, "", True), err
+
+
+def test_a_plan_of_a_checkpoint_opens_no_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, problem in (
+        (["--hf", "--ctx", "64"], "--ctx is for a model that is opened, not for one that is to be made."),
+        (["--hf"], ""),
+    ):
+        status, out, err = told(["plan", *([model] if problem else []), *flags], capsys)
+        assert (status, out) == (2, ""), err
+        assert (problem or "Which model is to be compressed?") in err
 
 
 def test_types_of_a_recipe_are_left_out(
