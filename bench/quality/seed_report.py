@@ -87,7 +87,10 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """The divergence of each method at each size, and then all figures, size by size."""
+    """The divergence of each method at each size, and then all figures, size by size.
+
+    A file that is the best of its method at a larger size too has its figures once.
+    """
     return "\n".join([*_overview(table), "", *_details(table), ""])
 
 
@@ -113,10 +116,11 @@ def _details(table: Table) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "| --: | --- | --- |" + " --: |" * (len(columns) - 3)]
     whole = [row for row in table.rows if row["method"] == F16 and "kl" in row]
     lines += [_detail("", row) for row in whole]
+    told = set[str]()
     for size in table.sizes:
-        best = [table.best(method, size) for method in table.methods]
-        for row in sorted((row for row in best if row), key=lambda row: float(row["kl"])):
-            lines.append(_detail(table.share(size), row))
+        best = [row for method in table.methods if (row := table.best(method, size)) and row["id"] not in told]
+        told |= {row["id"] for row in best}
+        lines += [_detail(table.share(size), row) for row in sorted(best, key=lambda row: float(row["kl"]))]
     return lines
 
 

@@ -99,8 +99,9 @@ def memory_bytes(path: Path) -> int:
     The program itself does not count.
     """
     config = EngineConfig(path, context=ContextConfig(n_ctx=N_CTX, n_batch=1), devices=DeviceConfig("none"))
-    forms = plan_engine(config).weight_forms
-    return forms.required - forms.program
+    planned = plan_engine(config)
+    tiers, forms = planned.tiers, planned.weight_forms
+    return tiers.fixed - tiers.program + tiers.host_pool if tiers else forms.required - forms.program
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from bench.quality.lab import Lab, active_parameters
 from bench.quality.seed_report import Table, markdown, picture
-from bench.quality.seed_rows import Rows, measured
+from bench.quality.seed_rows import Rows, measured, memory_bytes
 from bench.quality.seed_table import Settings, file_of, main, measure
 from bench.quality.seed_trials import F16, FITS_WHOLE, FOUR, METHODS, RecipeBytes, Refusal, Trial
 from bench.quality.smoke_model import smoke_model
@@ -92,11 +92,15 @@ def test_what_is_measured_is_not_measured_again(lab: Lab, tmp_path: Path) -> Non
 
 
 def test_bytes_are_known_before_experts_are_joined(lab: Lab, tmp_path: Path) -> None:
+    memory = []
     for experts in (ExpertRecipe(keep=3), ExpertRecipe(keep=3, merge="hc-smoe")):
         recipe = Recipe(experts=experts, types=FOUR, hints=False)
         lab.write(recipe, tmp_path / "m.gguf")
         n_bytes, expected = (tmp_path / "m.gguf").stat().st_size, RecipeBytes(lab).of(recipe)
         assert n_bytes <= expected < 1.05 * n_bytes
+        memory.append(memory_bytes(tmp_path / "m.gguf"))
+    # Merged experts lie in slots, dropped ones' neighbours do not: both have as many in memory.
+    assert max(memory) < 1.1 * min(memory)
     assert RecipeBytes(lab).of(Recipe(experts=ExpertRecipe(keep=1), types=FOUR)) == float("inf")
 
 
