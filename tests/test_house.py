@@ -42,6 +42,7 @@ FLOORS = {
         {"document", "gguf", "quant"},
         {"source"},
         {"forward"},
+        {"neurons"},
         {"stats"},
         {"layout"},
         {"methods"},

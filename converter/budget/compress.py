@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as Type
 
+from slimoe.converter.budget.candidates import Candidate, SizedPlans, freedoms
 from slimoe.converter.budget.hints import with_fallbacks, with_hints, with_low_weights, with_main_uses
-from slimoe.converter.budget.knapsack import Allocation
 from slimoe.converter.budget.named_types import (
     NamedTypes,
     are_priced,
@@ -20,7 +20,8 @@ from slimoe.converter.budget.named_types import (
     with_named_types,
 )
 from slimoe.converter.budget.structure import Structure, build_structure, with_order
-from slimoe.converter.budget.types import TypeAllocator, too_large
+from slimoe.converter.budget.trial import Trial, make_trial
+from slimoe.converter.budget.widths import all_narrowed, has_open_widths
 from slimoe.converter.layout.metadata import llamacpp_problem
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
@@ -46,22 +47,18 @@ from slimoe.offload.gguf.header import Value
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, and with how much of it is done, of how much."""
 
-_REMOVED = 2.0
-"""What removed parts cost over what the statistics foretell to second order, measured on a trained model: errors of
-layers go together. In the first layer it is more."""
 _MOVED = 0.023
 """What tokens that move to other experts cost, over the square root of the rest; of two trained models, one of 24 small
 experts and one of 8, in types of 3 to 6 bits."""
 
 
-def expected_loss(source: ModelSource, types: float, removed: float = 0.0) -> float:
-    """The KL divergence in nats per token to expect of a file, from the second-order estimates for types and removals.
+def expected_loss(source: ModelSource, loss: float) -> float:
+    """The KL divergence in nats per token to expect of a file, from what its types and removals are foretold to cost.
 
-    Types cost what is estimated as long as all tokens keep their experts. An error in a router's input moves those that
+    These cost what is estimated as long as all tokens keep their experts. An error in a router's input moves those that
     are nearly undecided: their number grows with the size of errors, not with its square, and what each costs does not
     depend on it. So nearly all of the loss is of moved tokens where types have many bits.
     """
-    loss = types + _REMOVED * removed
     moves = source.spec.n_expert > source.spec.n_expert_used
     return loss + _MOVED * math.sqrt(loss) if moves else loss
 
@@ -85,15 +82,14 @@ def plan_compression(
     """
     if recipe.format == "stock" and (problem := llamacpp_problem(source.spec)):
         raise UnsupportedModelError(source.path, problem, "Leave --stock out.")
-    job = _Job(source, statistics, recipe, n_threads, on_progress)
-    structure = job.structure()
-    plan, budget = job.open_plan(structure), target_bytes(source, recipe)
+    job = _Job(source, statistics, recipe, n_threads, on_progress, make_trial(source, statistics))
+    structure, budget = job.structure(), target_bytes(source, recipe)
     if budget is None:
-        plan, costs = job.with_named_types(plan, structure, costs)
+        plan, costs = job.with_named_types(job.open_plan(structure), structure, costs)
     else:
-        plan, costs = job.with_best_types(plan, structure, costs, budget)
-    plan = job.completed(job.with_expectation(plan, structure), costs)
-    return plan if is_open else job.joined(plan)
+        plan, costs = job.with_best_types(structure, costs, budget)
+    plan = job.completed(plan, costs)
+    return job.with_expectation(plan if is_open else job.joined(plan), costs)
 
 
 def plan_removal(
@@ -109,12 +105,11 @@ def plan_removal(
     Merged experts get a row of the router for each, as in the stock format; with `is_open` their neurons stay to be
     chosen. Raises UsageError for what cannot be done, or not without statistics.
     """
-    job = _Job(source, statistics, replace(recipe, format="stock"), 1, on_progress)
-    structure = job.structure()
-    plan = job.open_plan(structure)
+    job = _Job(source, statistics, replace(recipe, format="stock"), 1, on_progress, make_trial(source, statistics))
+    plan = job.open_plan(job.structure())
     output = Type.F32 if MatrixKey("output.weight") in source.shapes else None
-    plan = job.with_expectation(replace(plan, output_type=output, feedback=False, refit=False), structure)
-    return plan if is_open else job.joined(plan)
+    plan = replace(plan, output_type=output, feedback=False, refit=False)
+    return job.with_expectation(plan if is_open else job.joined(plan), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +121,7 @@ class _Job:
     recipe: Recipe
     n_threads: int
     on_progress: Progress
+    trial: Trial | None
 
     def structure(self) -> Structure:
         """What is left of the model, its experts trimmed if the recipe says so; of merged ones neurons stay open."""
@@ -135,13 +131,18 @@ class _Job:
             from slimoe.converter.budget.compressed_experts import with_compressed_experts
 
             return with_compressed_experts(source, statistics, structure, experts.main, self.on_progress)
-        if width is None:
+        if width is None or width == source.spec.n_ff or statistics is None:
             return structure
         check_width(source, self.recipe, width)
+        return self.trimmed(all_narrowed(statistics, structure, width))
+
+    def trimmed(self, structure: Structure) -> Structure:
+        """The structure with the neurons chosen of experts that have a width only."""
         # torch is heavy, and most plans do without.
         from slimoe.converter.budget.trimming import trimmed
 
-        return trimmed(source, statistics, structure, width, self.on_progress)
+        assert self.statistics is not None
+        return trimmed(self.source, self.statistics, structure, self.on_progress)
 
     def joined(self, plan: CompressPlan) -> CompressPlan:
         """The plan with the neurons of merged experts chosen, if any are open."""
@@ -207,37 +208,60 @@ class _Job:
         return statistics_costs(self.source, statistics, names, self.n_threads, self.on_progress)
 
     def with_best_types(
-        self, plan: CompressPlan, structure: Structure, costs: TypeCosts | None, budget: int
+        self, structure: Structure, costs: TypeCosts | None, budget: int
     ) -> tuple[CompressPlan, TypeCosts]:
-        """The plan with the types that cost least within `budget` bytes, improved by search, and what types cost."""
+        """The plan that loses least within `budget` bytes, improved by search, and what types cost."""
         source, statistics = self.source, self.statistics
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
         types = _candidates(source, self.recipe)
         known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
-        allocator = TypeAllocator(source, statistics, known, self.recipe, structure)
-        typed, allocation, room = _within(budget, allocator, plan, lambda one: self.completed(one, known))
+        sized = SizedPlans(source, statistics, known, budget, self.open_plan, lambda one: self.completed(one, known))
+        found = self.best_candidate(sized, structure)
         if self.recipe.search is not None:
             from slimoe.converter.budget.refinement import refine
 
-            typed, _ = refine(
+            plan, _ = refine(
                 source,
                 statistics,
-                allocator,
+                found.allocator,
                 # Candidates are evaluated, which takes their values.
-                self.joined(plan),
-                allocation,
-                budget=room,
+                self.joined(self.open_plan(found.structure)),
+                found.allocation,
+                budget=found.room,
                 seconds=self.recipe.search,
                 n_threads=self.n_threads,
                 on_progress=lambda generation, kl: self.on_progress(f"searching: {kl:.5f} nats", generation, 0),
             )
-        return typed, known
+            return plan, known
+        return found.plan, known
 
-    def with_expectation(self, plan: CompressPlan, structure: Structure) -> CompressPlan:
+    def best_candidate(self, sized: SizedPlans, structure: Structure) -> Candidate:
+        """The candidate that loses least in a trial, or in a large model by what statistics foretell."""
+        best, least, ways = None, math.inf, freedoms(self.recipe, self.source.spec.n_ff)
+        for recipe in ways:
+            try:
+                found = sized.best(recipe, structure)
+            except DoesNotFitError:
+                if best is None:
+                    raise
+                break
+            if has_open_widths(found.structure):
+                found = sized.with_neurons(recipe, found, self.trimmed(found.structure))
+            if self.trial is None or len(ways) == 1:
+                return found
+            loss = self.tried(found.plan, sized.costs)
+            if loss < least:
+                best, least = found, loss
+        assert best is not None
+        return best
+
+    def with_expectation(self, plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
         """The plan with the loss to expect, and what it does not cover."""
         if plan.expected_kl is None:
             return plan
+        if self.trial is not None and not plan.is_open:
+            return replace(plan, expected_kl=self.tried(plan, costs))
         experts = self.recipe.experts
         uncounted = {
             "merged experts": experts.merge is not None,
@@ -245,8 +269,16 @@ class _Job:
             "compressed experts": experts.main is not None,
         }
         lacks = tuple(what for what, is_there in uncounted.items() if is_there)
-        loss = expected_loss(self.source, plan.expected_kl - structure.kl, structure.kl)
+        loss = expected_loss(self.source, plan.expected_kl)
         return replace(plan, expected_kl=loss, uncounted=plan.uncounted + lacks)
+
+    def tried(self, plan: CompressPlan, costs: TypeCosts | None) -> float:
+        """What the plan loses in a trial."""
+        assert self.trial is not None
+        self.on_progress("trying what it loses", 0, 1)
+        loss = self.trial.divergence(plan, costs)
+        self.on_progress("trying what it loses", 1, 1)
+        return loss
 
     def completed(self, plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
         """The plan with second copies and hints."""
@@ -294,25 +326,6 @@ def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
     widths = {source.shapes[key][1] for key in priced_matrices(source)} | ({width} if width is not None else set())
     fitting = (fitting_type(Type[name], n_per_row).name for name in asked for n_per_row in sorted(widths))
     return tuple(dict.fromkeys((*asked, *fitting)))
-
-
-def _within(
-    budget: int, allocator: TypeAllocator, plan: CompressPlan, complete: Callable[[CompressPlan], CompressPlan]
-) -> tuple[CompressPlan, Allocation, int]:
-    """The plan which completed has at most `budget` bytes, its allocation, and the bytes that it has before that.
-
-    Raises DoesNotFitError with the bytes of the smallest one when it is complete.
-    """
-    room = budget
-    while True:
-        try:
-            typed, allocation = allocator.fit(plan, room)
-        except DoesNotFitError:
-            raise too_large(allocator.size.of(complete(allocator.smallest(plan))), budget) from None
-        excess = allocator.size.of(complete(typed)) - budget
-        if excess <= 0:
-            return typed, allocation, room
-        room = min(room, allocator.size.of(typed)) - excess
 
 
 def statistics_costs(

@@ -8,7 +8,7 @@ of the group's own: a layer, say, in place of what would be kept of its experts.
 
 import heapq
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,16 +65,54 @@ class Group:
     n_bytes: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _State:
-    """Arrays of the parts' options, and the option of each part, -1 where it is given up."""
+    """The options of all parts [n_part, n_option], those of fewer bytes first, and each part's own, -1 if given up.
 
-    n_bytes: list[NDArray[np.float64]]
-    costs: list[NDArray[np.float64]]
-    chosen: list[int] = field(default_factory=list)
+    Parts of fewer options have infinity for the others.
+    """
+
+    n_bytes: NDArray[np.float64]
+    costs: NDArray[np.float64]
+    chosen: NDArray[np.int64]
 
     def spent(self) -> float:
-        return float(sum(b[i] for b, i in zip(self.n_bytes, self.chosen, strict=True) if i >= 0))
+        kept = np.flatnonzero(self.chosen >= 0)
+        return float(self.n_bytes[kept, self.chosen[kept]].sum())
+
+
+class _Knapsack:
+    """Parts and groups as arrays, which choose for themselves at a price per byte."""
+
+    def __init__(self, parts: Sequence[Part], groups: Sequence[Group]) -> None:
+        self.orders = [_by_size(part.options) for part in parts]
+        shape = len(parts), max((len(order) for order in self.orders), default=0)
+        self.n_bytes, self.costs = np.full((2, *shape), np.inf)
+        for row, (part, order) in enumerate(zip(parts, self.orders, strict=True)):
+            self.n_bytes[row, : len(order)] = [part.options[i].n_bytes for i in order]
+            self.costs[row, : len(order)] = [part.options[i].cost for i in order]
+        numbers = {group.name: number for number, group in enumerate(groups)}
+        self._group_of = np.array([numbers.get(part.group, len(groups)) for part in parts], np.int64)
+        self._group_cost = np.array([group.cost for group in groups])
+        self._group_bytes = np.array([group.n_bytes for group in groups], np.float64)
+        self._groups = groups
+
+    def spend(self, price: float) -> tuple[_State, float, list[Group]]:
+        """What every part chooses at a price per byte, the bytes that this takes, and the groups not worth theirs."""
+        values = self.costs + price * self.n_bytes
+        chosen = values.argmin(1)
+        best = values[np.arange(len(chosen)), chosen]
+        of_groups = np.bincount(self._group_of, best, len(self._groups) + 1)[:-1]
+        is_gone = self._group_cost < of_groups + price * self._group_bytes
+        chosen = np.where(np.append(is_gone, False)[self._group_of], -1, chosen)
+        state = _State(self.n_bytes, self.costs, chosen)
+        gone = [group for group, goes in zip(self._groups, is_gone, strict=True) if goes]
+        return state, state.spent() - sum(group.n_bytes for group in gone), gone
+
+
+def _by_size(options: Sequence[Option]) -> list[int]:
+    """The numbers of options, those of fewest bytes first."""
+    return sorted(range(len(options)), key=lambda number: (options[number].n_bytes, options[number].cost))
 
 
 def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -> Allocation:
@@ -86,23 +124,24 @@ def allocate(parts: Sequence[Part], budget: int, groups: Sequence[Group] = ()) -
     if least > budget:
         message = f"The smallest that this can become is {least:,} bytes, but the budget leaves {budget:,} for it."
         raise DoesNotFitError(message, required_bytes=least, available_bytes=budget)
-    low, high = 0.0, 1.0
-    while _spend(parts, groups, high)[1] > budget:
+    knapsack, low, high = _Knapsack(parts, groups), 0.0, 1.0
+    while knapsack.spend(high)[1] > budget:
         low, high = high, high * 1e3
     for _ in range(_STEPS):
         price = (low * high) ** 0.5 if low else high * 1e-3
-        if _spend(parts, groups, price)[1] > budget:
+        if knapsack.spend(price)[1] > budget:
             low = price
         else:
             high = price
         if (low and high / low < 1 + 1e-9) or high < 1e-300:
             break
-    state, _, gone = _spend(parts, groups, high)
+    state, _, gone = knapsack.spend(high)
     saved = sum(group.n_bytes for group in gone)
     for _ in range(_ROUNDS):
         if not _improve(state, budget + saved):
             break
-    chosen = {part.name: part.options[i] for part, i in zip(parts, state.chosen, strict=True) if i >= 0}
+    numbers = zip(parts, knapsack.orders, state.chosen.tolist(), strict=True)
+    chosen = {part.name: part.options[order[number]] for part, order, number in numbers if number >= 0}
     return Allocation(chosen, frozenset(group.name for group in gone), sum(group.cost for group in gone))
 
 
@@ -112,76 +151,73 @@ def least_bytes(parts: Sequence[Part], groups: Sequence[Group] = ()) -> int:
     return sum(min(option.n_bytes for option in part.options) for part in parts if part.group not in can_go)
 
 
-def _spend(parts: Sequence[Part], groups: Sequence[Group], price: float) -> tuple[_State, float, list[Group]]:
-    """What every part chooses at a price per byte, the bytes that this takes, and the groups not worth theirs."""
-    n_bytes = [np.array([option.n_bytes for option in part.options], np.float64) for part in parts]
-    costs = [np.array([option.cost for option in part.options], np.float64) for part in parts]
-    values = [c + price * b for c, b in zip(costs, n_bytes, strict=True)]
-    chosen = [int(np.lexsort((b, v))[0]) for v, b in zip(values, n_bytes, strict=True)]
-    gone = []
-    for group in groups:
-        members = [index for index, part in enumerate(parts) if part.group == group.name]
-        if group.cost < sum(values[index][chosen[index]] for index in members) + price * group.n_bytes:
-            gone.append(group)
-            for index in members:
-                chosen[index] = -1
-    state = _State(n_bytes, costs, chosen)
-    return state, state.spent() - sum(group.n_bytes for group in gone), gone
-
-
 def _improve(state: _State, budget: float) -> bool:
     """Spends what is left, first on the changes that lower the cost most per byte; whether anything changed."""
     changed = False
     spare = budget - state.spent()
-    queue = [(-rate, part, option) for part, option, rate in _upgrades(state, range(len(state.chosen)))]
+    queue = [(-rate, part, option) for part, option, rate in _upgrades(state, range(len(state.chosen)), spare)]
     heapq.heapify(queue)
     while queue:
         _, part, option = heapq.heappop(queue)
         now = state.chosen[part]
-        extra = state.n_bytes[part][option] - state.n_bytes[part][now]
-        if extra > spare or state.costs[part][option] >= state.costs[part][now]:
+        extra = state.n_bytes[part, option] - state.n_bytes[part, now]
+        if extra > spare or state.costs[part, option] >= state.costs[part, now]:
             continue
         state.chosen[part], spare, changed = option, spare - extra, True
-        for _, other, rate in _upgrades(state, [part]):
+        for _, other, rate in _upgrades(state, [part], spare):
             heapq.heappush(queue, (-rate, part, other))
     return _exchange(state, spare) or changed
 
 
-def _upgrades(state: _State, parts: Sequence[int] | range) -> Iterator[tuple[int, int, float]]:
-    """(part, option, fall in cost per byte) of all changes for the better."""
+def _upgrades(state: _State, parts: Sequence[int] | range, spare: float) -> Iterator[tuple[int, int, float]]:
+    """(part, option, fall in cost per byte) of all changes for the better that fit."""
     for part in parts:
         now = state.chosen[part]
         if now < 0:
             continue
-        gain = state.costs[part][now] - state.costs[part]
-        extra = np.maximum(state.n_bytes[part] - state.n_bytes[part][now], 1.0)
-        for option in np.flatnonzero(gain > 0):
-            yield part, int(option), float(gain[option] / extra[option])
+        gain = state.costs[part, now] - state.costs[part]
+        extra = state.n_bytes[part] - state.n_bytes[part, now]
+        for option in np.flatnonzero((gain > 0) & (extra <= spare)):
+            yield part, int(option), float(gain[option] / max(extra[option], 1.0))
 
 
 def _exchange(state: _State, spare: float) -> bool:
     """The best pair of one part's step down and another's step up that fits; whether there was one that helps."""
-    down, up = [], []
-    for part, now in enumerate(state.chosen):
-        if now < 0:
-            continue
-        extra = state.n_bytes[part] - state.n_bytes[part][now]
-        rise = state.costs[part] - state.costs[part][now]
-        down += [(-extra[o], rise[o], part, int(o)) for o in np.flatnonzero(extra < 0)]
-        up += [(extra[o], -rise[o], part, int(o)) for o in np.flatnonzero((extra > spare) & (rise < 0))]
-    if not down or not up:
+    kept = np.flatnonzero(state.chosen >= 0)
+    now = state.chosen[kept]
+    extra = state.n_bytes[kept] - state.n_bytes[kept, now][:, None]
+    rise = state.costs[kept] - state.costs[kept, now][:, None]
+    down, up = np.nonzero(extra < 0), np.nonzero((extra > spare) & (rise < 0) & np.isfinite(extra))
+    if not len(down[0]) or not len(up[0]):
         return False
-    freed, rise = (np.array([one[i] for one in down]) for i in range(2))
-    owner = np.array([one[2] for one in down])
-    best, change = 0.0, None
-    for extra, fall, part, option in up:
-        fits = (freed + spare >= extra) & (owner != part)
-        gains = np.where(fits, fall - rise, -np.inf)
-        index = int(np.argmax(gains))
-        if gains[index] > best + 1e-15:
-            best, change = float(gains[index]), (index, part, option)
-    if change is None:
+    # Steps down that free the most come first, and beside each is the cheapest so far, and that of another part.
+    order = np.argsort(extra[down], kind="stable")
+    down = down[0][order], down[1][order]
+    first, second = _cheapest_so_far(down[0], rise[down])
+    n_enough = np.searchsorted(extra[down], spare - extra[up], side="right")
+    candidates = np.where(n_enough > 0, first[n_enough - 1], -1)
+    is_own = (candidates >= 0) & (down[0][candidates] == up[0])
+    candidates = np.where(is_own, second[n_enough - 1], candidates)
+    gains = np.where(candidates >= 0, -rise[up] - rise[down][candidates], -np.inf)
+    best = int(np.argmax(gains))
+    if gains[best] <= 1e-15:
         return False
-    _, _, other, step = down[change[0]]
-    state.chosen[other], state.chosen[change[1]] = step, change[2]
+    step = candidates[best]
+    state.chosen[kept[down[0][step]]] = down[1][step]
+    state.chosen[kept[up[0][best]]] = up[1][best]
     return True
+
+
+def _cheapest_so_far(
+    owners: NDArray[np.int64], costs: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers of the cheapest step up to each step, and of the cheapest of another owner; -1 if there is none."""
+    first, second = np.full((2, len(costs)), -1)
+    best = other = -1
+    for number, (owner, cost) in enumerate(zip(owners.tolist(), costs.tolist(), strict=True)):
+        if best < 0 or cost < costs[best]:
+            best, other = number, best if best >= 0 and owners[best] != owner else other
+        elif owner != owners[best] and (other < 0 or cost < costs[other]):
+            other = number
+        first[number], second[number] = best, other
+    return first, second

@@ -17,8 +17,8 @@ from slimoe.converter.forward.block import Expert, Routing, read_expert
 from slimoe.converter.forward.stream import Observer, Sequences, Stream, rows_by_expert
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
-from slimoe.converter.methods.hidden_sums import hidden_sums
-from slimoe.converter.methods.trim import trim
+from slimoe.converter.neurons.hidden_sums import hidden_sums
+from slimoe.converter.neurons.trim import trim
 from slimoe.converter.source.model_source import ModelSource, vectors_key
 from slimoe.converter.stats.statistics import Statistics
 

@@ -1,9 +1,9 @@
 """What the allocator may choose: for every part of a structure the types it can have, with exact bytes and costs.
 
 Parts are the experts of the native format, each with types of neighbouring sizes for its matrices, so that slots stay
-interchangeable, or a constant in its place; the stacks of all experts of a layer in the stock one; and matrices of
-attention, shared experts and dense layers, the table and the output. Feed-forward parts and attentions can be given up
-as a whole.
+interchangeable, with all or some of its neurons, or a constant in its place; the stacks of all experts of a layer in
+the stock one; and matrices of attention, shared experts and dense layers, the table and the output. Feed-forward parts
+and attentions can be given up as a whole.
 """
 
 import math
@@ -14,10 +14,11 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.knapsack import Group, Option, Part
+from slimoe.converter.budget.widths import Narrower, may_narrow, narrowed, type_share, width_costs
 from slimoe.converter.layout.layer import fitted_types, is_attention, matrix_width
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs
-from slimoe.converter.methods.removal import attention_removals, layer_removals
+from slimoe.converter.methods.removal import TOGETHER, attention_removals, layer_removals
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
@@ -43,7 +44,7 @@ class OptionParts:
         layers: Sequence[LayerPlan],
     ) -> None:
         self._source, self._statistics, self._costs, self._recipe = source, statistics, costs, recipe
-        self._layers = layers
+        self._layers, self._may_narrow = layers, may_narrow(recipe)
         names = recipe.types.candidates or costs.types
         self._types = tuple(sorted((Type[name] for name in names), key=_bits))
 
@@ -70,12 +71,12 @@ class OptionParts:
         ffn = {one.layer: one.nats for one in layer_removals(self._statistics, self._source.layers)}
         attention = {one.layer: one.nats for one in attention_removals(self._statistics, self._source.layers)}
         of_attention = [
-            Group((ATTENTION, index), price)
+            Group((ATTENTION, index), TOGETHER * price)
             for index, layer in enumerate(self._layers)
             if layer.has_attention and (price := attention[layer.block]) is not None
         ]
         of_ffn = [
-            Group(index, price)
+            Group(index, TOGETHER * price)
             for index, layer in enumerate(self._layers)
             if layer.has_ffn and (price := ffn.get(layer.block)) is not None
         ]
@@ -95,21 +96,32 @@ class OptionParts:
 
     def _expert_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
         free = self._replaceable(layer) if self._recipe.free_constants else {}
+        narrower = width_costs(self._statistics.layers[layer.block]) if self._may_narrow else {}
         for number, expert in enumerate(layer.experts):
-            low_bytes = 0
-            if self._recipe.types.low is not None:
-                low = Type[self._recipe.types.low]
-                lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
-                low_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
-            options = []
-            for types in self._neighbours(layer, expert):
-                pairs = list(zip(PROJECTIONS, types, strict=True))
-                n_bytes = low_bytes + sum(self._bytes(layer, expert, projection, kind) for projection, kind in pairs)
-                cost = sum(self._cost(layer, expert, projection, kind) for projection, kind in pairs)
-                options.append(Option(types, n_bytes, cost))
+            options = [Option(types, n_bytes, cost) for types, n_bytes, cost in self._triples(layer, expert)]
+            for width, costs in narrower.items() if expert.kept is None else ():
+                own = float(costs[expert.members[0]])
+                for types, n_bytes, cost in self._triples(layer, narrowed(expert, width)):
+                    options.append(Option(Narrower(types, width), n_bytes, cost + own))
             if number in free:
                 options.append(Option(CONSTANT, 4 * self._source.spec.n_embd, free[number]))
             yield Part((index, number), tuple(options), index)
+
+    def _triples(self, layer: LayerPlan, expert: ExpertPlan) -> Iterable[tuple[Types, int, float]]:
+        """The types that an expert can have, with its bytes and what they cost."""
+        low_bytes = 0
+        if self._recipe.types.low is not None:
+            low = Type[self._recipe.types.low]
+            lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
+            low_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
+        triples = self._neighbours(layer, expert)
+        single = {
+            pair: (self._bytes(layer, expert, *pair), self._cost(layer, expert, *pair))
+            for pair in {pair for types in triples for pair in zip(PROJECTIONS, types, strict=True)}
+        }
+        for types in triples:
+            pairs = [single[pair] for pair in zip(PROJECTIONS, types, strict=True)]
+            yield types, low_bytes + sum(n_bytes for n_bytes, _ in pairs), sum(cost for _, cost in pairs)
 
     def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:
         """Triples of types of which none is more than a step larger than another.
@@ -157,10 +169,13 @@ class OptionParts:
         return _n_bytes((n_rows, width) if projection == "down" else (width, n_per_row), kind)
 
     def _cost(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> float:
-        """Of merged experts all that read the mean; of a trimmed one the part that is left."""
+        """Of merged experts all that read the mean; of narrower ones the part that is left."""
         keys = [expert_key(layer.block, projection, member) for member in expert.members]
         whole = self._source.shapes[expert_key(layer.block, "gate", expert.members[0])][0]
-        part = matrix_width(self._source, layer.block, expert) / whole
+        width = matrix_width(self._source, layer.block, expert)
+        part = width / whole
+        if width < whole and len(keys) == 1:
+            part = type_share(self._statistics.layers[layer.block], expert.members[0], width, whole)
         return part * sum(self._price(key, kind) for key in keys)
 
     def _is_priced(self, key: MatrixKey, kind: Type) -> bool:
@@ -175,7 +190,7 @@ class OptionParts:
         one = self._statistics.layers[layer.block]
         if one.removals is None or one.outputs is None or any(target < 0 for target in layer.target):
             return {}
-        costs = constant_costs(one)
+        costs = TOGETHER * constant_costs(one)
         prices = {
             number: float(costs[expert.members[0]])
             for number, expert in enumerate(layer.experts)

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -47,10 +48,18 @@ class FittedMatrices:
         return values
 
 
+class MadeMatrices(Protocol):
+    """Says what a result's matrices are read as."""
+
+    def read(self, matrix: Matrix) -> NDArray[np.float32]:
+        """The values [n_rows, n_per_row]."""
+        ...
+
+
 class PlannedSource:
     """A ModelSource of what a plan would make; the best copies of experts are read."""
 
-    def __init__(self, source: ModelSource, plan: CompressPlan, fitted: FittedMatrices) -> None:
+    def __init__(self, source: ModelSource, plan: CompressPlan, fitted: MadeMatrices) -> None:
         layout = lay_out(source, plan)
         self._source, self._fitted, self._plan = source, fitted, plan
         self._matrices = {

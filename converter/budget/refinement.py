@@ -12,15 +12,15 @@ from slimoe.converter.budget.knapsack import Allocation, Option, Part, allocate,
 from slimoe.converter.budget.options import CONSTANT
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.search import Choice, Factors, Found, SearchSpec, search
+from slimoe.converter.budget.trial import divergence
 from slimoe.converter.budget.types import TypeAllocator
-from slimoe.converter.forward.stream import Sequences, final_logits, run
+from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.quantiser import PlainQuantiser, statistics_importance
 
 _POOL_SEQUENCES = 64
-_ROWS_AT_ONCE = 512
 _TRIES = 4
 _CACHE_BYTES = 1 << 32
 """Of values of matrices that were fitted to some type: more makes candidates of large models faster."""
@@ -50,16 +50,7 @@ class _Evaluator:
                 self._behind[number] = run(self._source, Sequences((self._pool[number],)))
         model = PlannedSource(self._source, plan, self._fitted)
         behind = run(model, Sequences(tuple(self._pool[number] for number in chosen)))
-        return _divergence(self._source, torch.cat([self._behind[number] for number in chosen]), model, behind)
-
-
-def _divergence(source: ModelSource, expected: Tensor, model: ModelSource, found: Tensor) -> float:
-    total = 0.0
-    for begin in range(0, len(expected), _ROWS_AT_ONCE):
-        rows = slice(begin, begin + _ROWS_AT_ONCE)
-        wanted, said = (final_logits(m, h[rows]).log_softmax(-1) for m, h in ((source, expected), (model, found)))
-        total += float((wanted.exp() * (wanted - said)).sum(dtype=torch.float64))
-    return total / len(expected)
+        return divergence(self._source, torch.cat([self._behind[number] for number in chosen]), model, behind)
 
 
 def refine(

@@ -22,12 +22,18 @@ from slimoe.converter.methods.expert_groups import (
     plan_groups,
 )
 from slimoe.converter.methods.expert_order import co_selection_order
-from slimoe.converter.methods.gram_policy import gram_of_block
-from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.gram_policy import gram_of_block, nats_per_square
 from slimoe.converter.methods.merged_routes import RouterRows, keep_rows, merge_rows
-from slimoe.converter.methods.naee import best_subset
-from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, first, layer_removals
-from slimoe.converter.methods.scores import SCORES
+from slimoe.converter.methods.naee import best_subset, best_subsets
+from slimoe.converter.methods.removal import (
+    TOGETHER,
+    Removal,
+    attention_removals,
+    block_removals,
+    first,
+    layer_removals,
+)
+from slimoe.converter.methods.scores import SCORES, shares_of_loss
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource, block_key
 from slimoe.converter.stats.statistics import RouterSums, Statistics
@@ -134,7 +140,7 @@ class _Builder:
     def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
         """Layers of the first `n`, whose cost is added."""
         chosen = first(ranking, n)
-        self.kl += sum(one.nats or 0.0 for one in chosen)
+        self.kl += TOGETHER * sum(one.nats or 0.0 for one in chosen)
         return {one.layer for one in chosen}
 
     # --- experts --------------------------------------------------------------------------------------------
@@ -166,22 +172,23 @@ class _Builder:
         experts, layers = self.recipe.experts, [self.statistics.layers[block] for block in blocks]
         targets, n_used = [self.source.layers[block].target for block in blocks], self.source.spec.n_expert_used
         n_group = self.source.spec.experts.n_group if experts.replacement == "nothing" else 1
+        if experts.overall and n_group > 1:
+            problem = f"The {n_group} groups of which a router selects some first must keep as many experts each"
+            raise UsageError(f"{problem}. Leave --overall out, or put constants in the others' place.")
         if experts.score == "subset":
-            if experts.overall:
-                raise UsageError(
-                    "The best subset is found layer by layer. Choose a score to rank all experts together."
-                )
             grams = [gram_of_block(one, self.source, block) for one, block in zip(layers, blocks, strict=True)]
-            return tuple(best_subset(gram, n_keep, n_group=n_group).kept for gram in grams)
+            if not experts.overall:
+                return tuple(best_subset(gram, n_keep, n_group=n_group).kept for gram in grams)
+            pairs = zip(layers, grams, strict=True)
+            return best_subsets([(gram, nats_per_square(one, gram)) for one, gram in pairs], n_keep * len(blocks))
         if experts.score not in SCORES:
             raise UsageError(f"There is no score {experts.score!r}. Choose subset or one of {', '.join(SCORES)}.")
         score = SCORES[experts.score]
         scores = [score(one, target) for one, target in zip(layers, targets, strict=True)]
         if not experts.overall:
             return keep_by_layer(scores, n_keep, n_used, n_group)
-        if n_group > 1:
-            problem = f"The {n_group} groups of which a router selects some first must keep as many experts each"
-            raise UsageError(f"{problem}. Leave --overall out, or put constants in the others' place.")
+        if experts.score != "loss":
+            scores = [shares_of_loss(one, layer) for one, layer in zip(scores, layers, strict=True)]
         return keep_overall(scores, n_keep * len(blocks), n_used)
 
     def _count(self, block: int, kept: Sequence[int]) -> None:
@@ -191,15 +198,11 @@ class _Builder:
         if not dropped or layer.removals is None:
             return
         if self.recipe.experts.replacement == "constant":
-            self.kl += float(constant_costs(layer)[list(dropped)].sum())
+            self.kl += TOGETHER * float(constant_costs(layer)[list(dropped)].sum())
             return
         gram = gram_of_block(layer, self.source, block)
-        profile = None if layer.outputs is None else layer.outputs.output_square.sum(0)
-        weight = layer_weight(layer, profile)
-        whole = weight.cost(float(gram.error(gram.nothing()).mean()))
-        # How much more the model listens to what the layer says than to noise of the same size.
-        listening = layer.removals.ffn / whole if whole else 1.0
-        self.kl += listening * weight.cost(float(gram.error(gram.redirected(dropped)).mean()))
+        error = float(gram.error(gram.redirected(dropped)).mean())
+        self.kl += TOGETHER * nats_per_square(layer, gram) * error
 
     def _merged(self, blocks: Sequence[int]) -> list[LayerPlan]:
         keep, how = self.recipe.experts.keep, self.recipe.experts.merge

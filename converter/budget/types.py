@@ -11,8 +11,9 @@ from typing import Any
 from slimoe.converter.budget.knapsack import Allocation, allocate, least_bytes
 from slimoe.converter.budget.options import ATTENTION, CONSTANT, OptionParts
 from slimoe.converter.budget.structure import Structure, with_constants, without_attention, without_ffn
+from slimoe.converter.budget.widths import Narrower, narrowed
 from slimoe.converter.layout.offsets import PlanSize
-from slimoe.converter.layout.plan import CompressPlan, LayerPlan
+from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource
 from slimoe.converter.stats.statistics import Statistics
@@ -110,11 +111,18 @@ class TypeAllocator:
         )
 
     def _with_types(self, layer: LayerPlan, types: Sequence[Any]) -> LayerPlan:
-        """The layer with these types of each expert's matrices; of those that have none constants are left."""
-        kept = [(expert, kinds) for expert, kinds in zip(layer.experts, types, strict=True) if kinds != CONSTANT]
+        """The layer with these types and widths of its experts; of those that have none constants are left."""
+        kept = [_sized(expert, kinds) for expert, kinds in zip(layer.experts, types, strict=True) if kinds != CONSTANT]
         base = layer
         if len(kept) < len(layer.experts):
             members = [expert.members[0] for expert, _ in kept]
             base = with_constants(self._source, self._statistics, layer.block, members)
             base = replace(base, types=layer.types, has_attention=layer.has_attention)
         return replace(base, experts=tuple(replace(expert, types=kinds) for expert, kinds in kept))
+
+
+def _sized(expert: ExpertPlan, choice: Any) -> tuple[ExpertPlan, Types]:
+    """The expert, narrower if that was chosen, and the types of its matrices."""
+    if isinstance(choice, Narrower):
+        return narrowed(expert, choice.width), choice.types
+    return expert, choice

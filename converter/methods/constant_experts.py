@@ -10,6 +10,10 @@ import numpy as np
 from slimoe.converter.methods.layer_weight import layer_weight, outputs_of, routed_tokens
 from slimoe.converter.stats.statistics import Double, LayerStatistics, OutputSums, Single
 
+_PRIOR = 4.0
+_ENOUGH = 64.0
+"""Tokens of an expert from which on gradients count more than squared errors."""
+
 
 def constant_vectors(layer: LayerStatistics) -> Single:
     """The constants [E, d]: the sum of w^2 f over the sum of w^2, w being the expert weight.
@@ -41,13 +45,30 @@ def constant_errors(layer: LayerStatistics) -> Double:
 def constant_costs(layer: LayerStatistics) -> Double:
     """KL divergence in nats per token [E] if each expert alone became its constant; `layer` has sensitivities.
 
-    The greater of two estimates: the gradient along the change, where it was measured, and the squared error of the
-    output. Gradients are those of fewer tokens, which may not have selected every expert. Raises UsageError for
-    statistics without sums of the experts' outputs.
+    It is that on other tokens than those that the constant is the mean of. These are nearer to their mean: what n of
+    them lose is (n - 1) / n of their variance, and others lose (n + 1) / n of it, so that an expert of one token would
+    seem to cost nothing. The variance is drawn to the layer's, as if `_PRIOR` more tokens had that one. Raises
+    UsageError for statistics without sums of the experts' outputs.
+    """
+    n = outputs_of(layer).n_pick.astype(np.float64)
+    own = _own_costs(layer, n)
+    of_layer = own.sum() / max(1.0, np.maximum(n - 1, 0).sum())
+    variance = (own + _PRIOR * of_layer) / (np.maximum(n - 1, 0) + _PRIOR)
+    return np.asarray(variance * (n + 1))
+
+
+def _own_costs(layer: LayerStatistics, n: Double) -> Double:
+    """What constants cost on the tokens [E] that they are the means of.
+
+    Gradients along the change know most, but have seen fewer tokens. Where an expert has few, squared errors of the
+    output count too, scaled as they differ from gradients in the layer.
     """
     weights = [layer_weight(layer, profile).per_square for profile in variances(outputs_of(layer))]
-    costs: Double = constant_errors(layer) * np.array(weights)
-    return costs if layer.removals is None else np.maximum(costs, layer.removals.novice)
+    squares: Double = constant_errors(layer) * np.array(weights)
+    if layer.removals is None or not squares.any():
+        return squares
+    scaled = squares * max(1.0, float(layer.removals.novice.sum() / squares.sum()))
+    return (n * layer.removals.novice + _ENOUGH * scaled) / (n + _ENOUGH)
 
 
 def variances(outputs: OutputSums) -> Double:

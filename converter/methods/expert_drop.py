@@ -85,8 +85,8 @@ def keep_by_layer(scores: Sequence[Double], n_keep: int, least: int, n_group: in
 def keep_overall(scores: Sequence[Double], n_keep: int, least: int) -> Kept:
     """The best `n_keep` experts of all layers together, but at least `least` in each: as many as a token selects.
 
-    Scores must mean the same in all layers: those of routing do, norms of outputs only after multiplication by
-    `layer_weight`. Raises UsageError for a number that cannot be kept.
+    Scores must mean the same in all layers, as `scores.shares_of_loss` do. Raises UsageError for a number that cannot
+    be kept.
     """
     order = [_best(one) for one in scores]
     fewest, most = sum(min(least, one.size) for one in scores), sum(one.size for one in scores)

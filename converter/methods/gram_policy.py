@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.converter.methods.layer_weight import gram_of
+from slimoe.converter.methods.layer_weight import gram_of, layer_weight
 from slimoe.converter.source.model_source import ModelSource, choice_bias_key
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics, Single
 from slimoe.offload.errors import UsageError
@@ -206,3 +206,14 @@ def gram_of_block(layer: LayerStatistics, source: ModelSource, block: int) -> La
     key = choice_bias_key(block)
     bias = source.read(key) if key in source.shapes else None
     return layer_gram(layer, source.layers[block].target, source.spec, bias)
+
+
+def nats_per_square(layer: LayerStatistics, gram: LayerGram) -> float:
+    """What a squared error of the layer's output costs in nats, in directions in which its experts answer.
+
+    The model listens more to what the layer says than to noise of the same size: by how much, leaving out the whole
+    feed-forward part tells. Raises UsageError for statistics with neither sensitivities nor sums of outputs.
+    """
+    weight = layer_weight(layer, None if layer.outputs is None else layer.outputs.output_square.sum(0))
+    whole = weight.cost(float(gram.error(gram.nothing()).mean()))
+    return weight.per_square * (layer.removals.ffn / whole if layer.removals is not None and whole else 1.0)

@@ -54,6 +54,27 @@ def best_subset(gram: LayerGram, n_keep: int, most_subsets: int = MOST_SUBSETS, 
     return min(tried, key=lambda one: one.error)
 
 
+def best_subsets(layers: Sequence[tuple[LayerGram, float]], n_keep: int) -> tuple[tuple[int, ...], ...]:
+    """The experts to keep of layers, `n_keep` in all, each layer with what a squared error of its output costs.
+
+    Experts are dropped one by one, each time from the layer where that then costs least. Raises UsageError for a number
+    that cannot be kept.
+    """
+    ways = [list(removals(gram)) for gram, _ in layers]
+    fewest, most = sum(len(way[-1].kept) for way in ways), sum(len(way[0].kept) for way in ways)
+    if not fewest <= n_keep <= most:
+        raise UsageError(f"Keeping {n_keep} experts in all is not possible. Keep {fewest} to {most} of them.")
+    steps = [0] * len(ways)
+    for _ in range(most - n_keep):
+        costs = {
+            number: weight * (way[step + 1].error - way[step].error)
+            for number, (way, step, (_, weight)) in enumerate(zip(ways, steps, layers, strict=True))
+            if step + 1 < len(way)
+        }
+        steps[min(costs, key=lambda number: costs[number])] += 1
+    return tuple(way[step].kept for way, step in zip(ways, steps, strict=True))
+
+
 def _can_keep(gram: LayerGram, kept: tuple[int, ...]) -> bool:
     return int(gram.rows_of(kept).sum()) >= gram.spec.n_expert_used
 

@@ -16,6 +16,9 @@ from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
 
 Part = Literal["ffn", "attention", "block"]
+TOGETHER = 2.0
+"""What removed parts cost over what gradients foretell to second order, measured on trained models: the errors of a
+part's tokens, and of layers, go together. In the first layer it is more."""
 
 
 @dataclass(frozen=True, slots=True)

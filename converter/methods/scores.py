@@ -10,6 +10,7 @@ import numpy as np
 
 from slimoe.converter.methods.layer_weight import by_expert, outputs_of, routed_tokens, router_of
 from slimoe.converter.stats.statistics import Double, Int, LayerStatistics
+from slimoe.offload.errors import UsageError
 
 Score = Callable[[LayerStatistics, Sequence[int]], Double]
 """From a layer's statistics and the experts that its router's rows mean; raises UsageError if the statistics lack a
@@ -73,6 +74,28 @@ def msan(layer: LayerStatistics, target: Sequence[int]) -> Double:
     return _mean(outputs.norm_square, outputs.n_pick)
 
 
+def loss(layer: LayerStatistics, target: Sequence[int]) -> Double:
+    """The expected KL divergence in nats per token without the expert, by the gradient along the change.
+
+    Raises UsageError for statistics without sensitivities.
+    """
+    if layer.removals is None:
+        problem = "The score loss needs the backward pass, which these statistics are without"
+        raise UsageError(f"{problem}. Calibrate without --no-sensitivity, or choose another --score.")
+    return layer.removals.skipped
+
+
+def shares_of_loss(scores: Double, layer: LayerStatistics) -> Double:
+    """Scores [E] that mean the same in all layers: shares of what the model loses without the layer's experts.
+
+    Layers differ more in this than their experts do, which no score of one layer knows. Without sensitivities the
+    scores stay as they are.
+    """
+    if layer.removals is None or not scores.sum() > 0:
+        return scores
+    return np.asarray(scores * (layer.removals.ffn / scores.sum()))
+
+
 SCORES: dict[str, Score] = {
     "frequency": frequency,
     "probability": probability,
@@ -81,5 +104,6 @@ SCORES: dict[str, Score] = {
     "ean": ean,
     "man": man,
     "msan": msan,
+    "loss": loss,
 }
 """The scores by the names that recipes use."""

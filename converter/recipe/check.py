@@ -100,12 +100,6 @@ _CONTRADICTIONS: tuple[_Fault, ...] = (
         "{overall} ranks the experts to drop, and {merge} drops none. Leave one of them out.",
     ),
     _Fault(
-        lambda recipe: recipe.experts.overall and recipe.experts.score == "subset",
-        ("overall",),
-        "{overall} ranks all layers' experts together, and the score subset finds the best set of each layer by "
-        "itself. Name another one with {give_score}.",
-    ),
-    _Fault(
         lambda recipe: (
             _has_target(recipe)
             and recipe.types.expert is not None

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
 from slimoe.converter.forward.block import read_expert
 from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.neurons.trim import trim
+from slimoe.converter.neurons.width_errors import n_measured, narrower_widths
 from slimoe.converter.quant.mixes import fits
 from slimoe.converter.quant.quantize import quantize_rows
 from slimoe.converter.source.model_source import ModelSource, block_key
@@ -25,6 +28,7 @@ T = TypeVar("T")
 
 _N_TOKENS = 128
 _N_ROWS = 8
+_N_NEURONS = 512
 _SENSITIVITY_PASSES = 5
 """Products of a pass forward, of the same once more, and of gradients by inputs and outputs."""
 
@@ -40,7 +44,7 @@ class Estimate:
     def steps(self) -> dict[str, float]:
         """Seconds by the steps that a calibration's progress names."""
         parts = dict(self.seconds)
-        layers = sum(parts.pop(name, 0.0) for name in ("read", "pass", "types"))
+        layers = sum(parts.pop(name, 0.0) for name in ("read", "pass", "types", "widths"))
         return {"layers": layers, **parts}
 
     @property
@@ -76,6 +80,8 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     n_ff = expert.down.weight.shape[1]
     n_rows = sampled_rows(samples.n_rows, spec.n_embd, n_ff)
     seconds["types"] *= min(n_rows, spec.n_embd) * n_ff + 2 * min(n_rows, n_ff) * spec.n_embd
+    n_tried = sum(n_measured(source.layers[layer].n_stored, n_ff) for layer in with_experts)
+    seconds["widths"] = n_tried * _width_seconds(n_ff) if n_tried else 0.0
     if settings.n_sensitivity:
         n_tokens = min(settings.n_sensitivity, text.n_tokens)
         seconds["sensitivity"] = _SENSITIVITY_PASSES * passes * n_tokens + 2 * seconds["read"]
@@ -83,6 +89,15 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
             n_priced = sum(map(sampled_weights, (source.shapes[key] for key in priced_matrices(source))))
             seconds["prices"] = _type_seconds(expert.down.weight, CANDIDATES) * n_priced / settings.n_threads
     return Estimate(seconds, state_bytes)
+
+
+def _width_seconds(n_ff: int) -> float:
+    """Seconds to find out what an expert would lose if it were narrower, from one of few neurons."""
+    few = min(n_ff, _N_NEURONS)
+    hidden = np.random.default_rng(0).standard_normal((2 * few, few))
+    covariance, down = hidden.T @ hidden, np.ones((_N_ROWS, few), np.float32)
+    seconds, _ = _timed(lambda: trim(down, covariance, narrower_widths(few)))
+    return seconds * (n_ff / few) ** 3
 
 
 def _type_seconds(weight: torch.Tensor, types: tuple[str, ...]) -> float:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from slimoe.converter.forward.block import AttentionPass, Expert, Routing, read_expert, read_ffn_norm
 from slimoe.converter.forward.stream import Observer
+from slimoe.converter.neurons.width_errors import WidthErrorTable
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.routing_sums import RouterPrediction, RoutingSums, Selected
-from slimoe.converter.stats.statistics import LayerStatistics, SimilaritySums, TypeErrors
+from slimoe.converter.stats.statistics import LayerStatistics, SimilaritySums, TypeErrors, WidthErrors
 from slimoe.converter.stats.statistics_file import to_arrays
 from slimoe.converter.stats.sums import (
     GramRows,
@@ -92,6 +93,7 @@ class LayerObserver(Observer):
         assert self._experts is not None
         self._inputs.add_expert(expert, x, hidden)
         self._experts.keep_sample(x, weights)
+        self._experts.widths.add(rows, hidden, weights)
 
     def always(self, layer: int, x: Tensor, hidden: Tensor) -> None:
         """Adds tokens of a dense layer or a shared expert: the inputs of its matrices."""
@@ -152,6 +154,7 @@ class _ExpertObserver:
         self._errors: TypeErrorTable | None = None
         if samples.types:
             self._errors = TypeErrorTable(source, layer, samples.types, samples.n_rows, n_threads)
+        self.widths = WidthErrorTable(n_stored, source.spec.layer_shape(layer).n_ff)
         self.gram: GramRows | None = None
         if samples.n_gram:
             rows = spread_rows(n_rows, gram_size(samples.n_gram, n_rows, n_stored, n_embd))
@@ -173,6 +176,7 @@ class _ExpertObserver:
         self._finish_current(inputs)
         matrices = read_expert(self._source, self._layer, expert, self._device)
         self._current = (expert, matrices)
+        self.widths.begin(expert, matrices.down.weight.shape[1])
         n_tokens = int(self._routing.n_selected[self._target == expert].sum())
         self._wanted, self._n_seen = spread_rows(n_tokens, self._samples.n_tokens), 0
         if self.gram is not None:
@@ -187,7 +191,9 @@ class _ExpertObserver:
         self._n_seen += len(x)
 
     def _finish_current(self, inputs: InputTotals) -> None:
-        """Measures the errors of types for the current expert, all of whose tokens have been seen."""
+        """Measures the errors of types and widths for the current expert, all of whose tokens have been seen."""
+        if self._current is not None:
+            self.widths.end(self._current[1].down.weight)
         if self._current is not None and self._errors is not None:
             number, matrices = self._current
             x, weights = (torch.cat(part) for part in zip(*self._sampled, strict=True))
@@ -205,15 +211,25 @@ class _ExpertObserver:
                 self.gram.add_expert(expert, read_expert(self._source, self._layer, expert, self._device))
             gram = self.gram.finish(self.outputs.means())
         errors = None if self._errors is None else TypeErrors(self._errors.types, self._errors.error)
+        outputs = self.outputs.finish()
+        self.widths.finish(outputs.share_square_norm_square)
         return LayerFindings(
             LayerStatistics(
                 similarity=similarity,
                 inputs=inputs.finish(),
                 router=self._routing.finish(),
-                outputs=self.outputs.finish(),
+                outputs=outputs,
                 trace=self.trace.finish(),
                 type_errors=errors,
                 sketch=gram,
+                widths=self._width_errors(),
             ),
             self._prediction.selected,
         )
+
+    def _width_errors(self) -> WidthErrors | None:
+        """Those of all experts; None where experts are too large, or too narrow already, to measure any."""
+        found = self.widths
+        if not found.error.any():
+            return None
+        return WidthErrors(np.array(found.widths, np.int64), found.error, found.type_share)

@@ -147,6 +147,20 @@ class TypeErrors:
 
 
 @dataclass(frozen=True, slots=True)
+class WidthErrors:
+    """Sums over an expert's tokens of w^2 times the squared error of its output, if it were narrower: `error` [W, E].
+
+    `widths` [W] are ascending. The neurons are the best ones, and `down` is fitted to them. `type_share` [W, E] is what
+    the same relative errors of all weights then cost over what they cost the whole expert. Of large experts only some
+    are measured, and the others have the mean share of their layer.
+    """
+
+    widths: Int
+    error: Double
+    type_share: Double
+
+
+@dataclass(frozen=True, slots=True)
 class GramSample:
     """Gram matrices of all vectors that a policy could add to a token's residual stream, for a sample of tokens. (B4)
 
@@ -234,6 +248,7 @@ class LayerStatistics:
     sketch: GramSample | None = None
     sensitivity: Sensitivity | None = None
     removals: Removals | None = None
+    widths: WidthErrors | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ _LAYER: Mapping[str, Mapping[str, str]] = {
         "attention": "attention",
     },
     "removals": {"skipped": "E", "novice": "E"},
+    "widths": {"widths": "W", "error": "W E", "type_share": "W E"},
 }
 """The shape of every array, in the letters of the module `statistics`, and in words for all other sizes."""
 
@@ -116,6 +117,7 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "n": 2 * of.n_stored + 1,
         "S": 0 if layer.sketch is None else len(layer.sketch.rows),
         "types": 0 if layer.type_errors is None else len(layer.type_errors.types),
+        "W": 0 if layer.widths is None else len(layer.widths.widths),
     }
 
 
@@ -153,6 +155,9 @@ def _unknown_names(statistics: Statistics, source: ModelSource) -> Iterator[str]
         rows = np.zeros(0, np.int64) if layer.sketch is None else layer.sketch.rows
         if not ((rows >= 0) & (rows < statistics.n_tokens)).all():
             yield f"layers.{number}.sketch.rows has tokens that were not read."
+        narrower, n_ff = layer.widths, source.spec.layer_shape(number).n_ff
+        if narrower is not None and not (np.diff(narrower.widths, prepend=0, append=n_ff) > 0).all():
+            yield f"layers.{number}.widths.widths are not widths of narrower experts."
         if layer.type_errors is not None and not set(layer.type_errors.types) <= set(Type.__members__):
             yield f"layers.{number}.type_errors.types has what is no type."
     if (costs := statistics.matrix_costs) is not None:

@@ -26,6 +26,7 @@ _WORK = {
     "read": "reading weights",
     "pass": "forward through the layers",
     "types": "quantisation errors of experts",
+    "widths": "narrower experts",
     "layers": "forward through the layers",
     "sensitivity": "backward pass",
     "prices": "quantisation costs of every matrix",

@@ -203,7 +203,9 @@ compress_flags = flag_group(
         "--keep-experts", type=AmountType(), metavar="N|%", help="Experts to keep in each layer; the others are pruned."
     ),
     click.option(
-        "--score", metavar="NAME", help="How experts are ranked for pruning: subset (default), frequency, reap, ean ..."
+        "--score",
+        metavar="NAME",
+        help="How experts are ranked for pruning: subset (default), loss, frequency, reap ...",
     ),
     click.option("--overall/--no-overall", default=None, help="Rank the experts of all layers together."),
     click.option("--constants", is_flag=True, help="Put constant experts, which are vectors, in place of pruned ones."),

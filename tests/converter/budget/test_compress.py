@@ -108,6 +108,8 @@ DROPS = {
     "subset": ExpertRecipe(keep=4),
     "frequency": ExpertRecipe(keep=4, score="frequency"),
     "overall": ExpertRecipe(keep=4, score="reap", overall=True),
+    "overall subset": ExpertRecipe(keep=4, overall=True),
+    "overall loss": ExpertRecipe(keep=4, score="loss", overall=True),
     "constants": ExpertRecipe(keep=4, replacement="constant"),
     "hc-smoe": ExpertRecipe(keep=4, merge="hc-smoe"),
     "m-smoe": ExpertRecipe(keep=4, merge="m-smoe"),
@@ -189,11 +191,12 @@ def test_low_copies_serve_a_third_of_the_bytes_where_they_lose_least(
 
 def test_constants_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
     """So small that even the smallest types of all experts do not fit."""
+    whole = Recipe(target_size=20_000, hints=False, experts=ExpertRecipe(width=source.spec.n_ff))
     with pytest.raises(DoesNotFitError) as error:
-        plan_compression(source, statistics, Recipe(target_size=20_000, hints=False))
+        plan_compression(source, statistics, whole)
     assert error.value.required_bytes is not None
     size = error.value.required_bytes - 20_000
-    plan = plan_compression(source, statistics, Recipe(target_size=size, hints=False, free_constants=True))
+    plan = plan_compression(source, statistics, replace(whole, target_size=size, free_constants=True))
     assert plan_bytes(plan, source, statistics) <= size
     assert any(layer.constants is not None for layer in plan.layers)
     assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)
@@ -243,6 +246,12 @@ def test_refinement_spends_what_the_allocator_left(source: ModelSource, statisti
     assert 390_000 < plan_bytes(found, source, statistics) <= 400_000
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too large to be tried is planned by what statistics foretell."""
+    monkeypatch.setattr("slimoe.converter.budget.compress.make_trial", lambda _source, _statistics: None)
+
+
 def dispensable(statistics: Statistics, **costs: float) -> Statistics:
     """The statistics as if these parts of all layers cost so little."""
     layers = []
@@ -252,6 +261,7 @@ def dispensable(statistics: Statistics, **costs: float) -> Statistics:
     return replace(statistics, layers=tuple(layers))
 
 
+@pytest.mark.usefixtures("large")
 def test_a_budget_may_cost_whole_attentions_but_the_last(source: ModelSource, statistics: Statistics) -> None:
     recipe = Recipe(target_size=320_000, free_layers=True)
     plan = plan_compression(source, dispensable(statistics, attention=1e-12), recipe)
@@ -263,6 +273,7 @@ def test_a_budget_may_cost_whole_attentions_but_the_last(source: ModelSource, st
     assert all(layer.has_attention for layer in never.layers)
 
 
+@pytest.mark.usefixtures("large")
 def test_a_layer_without_anything_left_disappears(source: ModelSource, statistics: Statistics) -> None:
     """One of both layers keeps its attention, and one its experts; if these are one, the other goes."""
     layers = list(dispensable(statistics, attention=1e-12, ffn=1e6).layers)
@@ -275,14 +286,21 @@ def test_a_layer_without_anything_left_disappears(source: ModelSource, statistic
     assert lay_out(source, plan, statistics).n_bytes <= 320_000
 
 
+def test_freedoms_that_lose_more_in_a_trial_are_not_used(source: ModelSource, statistics: Statistics) -> None:
+    """The statistics say that attention costs nothing, which is not so."""
+    recipe = Recipe(target_size=320_000, free_layers=True)
+    plan = plan_compression(source, dispensable(statistics, attention=1e-12), recipe)
+    assert all(layer.has_attention for layer in plan.layers)
+
+
 def test_moved_tokens_are_most_of_a_small_loss_and_little_of_a_large_one(source: ModelSource) -> None:
     assert expected_loss(source, 1e-8) > 100 * 1e-8
     assert 0.01 < expected_loss(source, 0.01) < 1.5 * 0.01
-    assert expected_loss(source, 0.01, 0.005) == pytest.approx(expected_loss(source, 0.02))
     every = hold(random_mixtral(TinyConfig(n_expert=3, n_expert_used=3)))
     assert expected_loss(every, 0.01) == 0.01, "where all experts are selected, no token moves"
 
 
+@pytest.mark.usefixtures("large")
 def test_named_types_have_the_cost_that_was_measured(source: ModelSource, statistics: Statistics) -> None:
     named = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
     plan = plan_compression(source, statistics, Recipe(types=named))

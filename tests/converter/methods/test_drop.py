@@ -27,7 +27,7 @@ from slimoe.converter.methods.removal import (
     margin,
     ranked,
 )
-from slimoe.converter.methods.scores import SCORES, unseen
+from slimoe.converter.methods.scores import SCORES, shares_of_loss, unseen
 from slimoe.converter.source.model_source import MatrixKey, block_key, expert_key
 from slimoe.converter.stats.statistics import LayerStatistics, OutputSums, Removals, RouterSums
 from slimoe.offload.errors import UsageError
@@ -37,6 +37,7 @@ from tests.models.naive_layer import SIZES, biased_model, learn, logits, naive_l
 EVERY = range(SIZES.n_expert)
 BY_NORM = ("reap", "ean", "man", "msan")
 BY_ROUTING = ("frequency", "probability", "share")
+BY_SUMS = {name: score for name, score in SCORES.items() if name != "loss"}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ TOY: list[list[Selected]] = [
 
 def test_scores_of_three_tokens_by_hand(some_layer: LayerStatistics) -> None:
     layer = with_outputs(some_layer, output_sums(4, TOY), (1.25, 1.15, 0.6, 0.0), 3)
-    found = {name: score(layer, range(4)) for name, score in SCORES.items()}
+    found = {name: score(layer, range(4)) for name, score in BY_SUMS.items()}
     expected = {
         "frequency": (2 / 3, 2 / 3, 2 / 3, 0),
         "probability": (1.25 / 6, 1.15 / 6, 0.1, 0),
@@ -129,7 +130,7 @@ def test_scores_of_three_tokens_by_hand(some_layer: LayerStatistics) -> None:
 
 def test_tokens_that_picked_others_do_not_change_means_over_picks(some_layer: LayerStatistics) -> None:
     few, many = (with_outputs(some_layer, output_sums(3, TOY), (1.25, 1.15, 0.6), n) for n in (3, 300))
-    for name, score in SCORES.items():
+    for name, score in BY_SUMS.items():
         is_mean = name in ("reap", "man", "msan")
         np.testing.assert_allclose(score(many, range(3)), score(few, range(3)) / (1 if is_mean else 100))
 
@@ -140,10 +141,27 @@ def test_rows_that_mean_one_expert_are_added_up(some_layer: LayerStatistics) -> 
 
 
 def test_statistics_that_lack_a_part_are_refused(some_layer: LayerStatistics) -> None:
-    for name, score in SCORES.items():
+    for name, score in BY_SUMS.items():
         with pytest.raises(UsageError, match="Calibrate again"):
             score(replace(some_layer, outputs=None, router=None), EVERY)
         assert np.isfinite(score(some_layer, EVERY)).all(), name
+
+
+def test_scores_by_loss_need_the_backward_pass_and_say_so(some_layer: LayerStatistics) -> None:
+    with pytest.raises(UsageError, match="backward pass"):
+        SCORES["loss"](replace(some_layer, removals=None), EVERY)
+    removals = Removals(0.1, 0.2, 0.3, skipped=np.arange(5.0), novice=np.zeros(5))
+    assert SCORES["loss"](replace(some_layer, removals=removals), EVERY).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_shares_of_loss_compare_layers(some_layer: LayerStatistics) -> None:
+    """Two layers of the same scores: the one that the model can do without loses its experts first."""
+    scores = np.array([0.4, 0.3, 0.2, 0.1])
+    lost = [Removals(0.0, ffn, 0.0, skipped=np.zeros(4), novice=np.zeros(4)) for ffn in (1.0, 0.01)]
+    shares = [shares_of_loss(scores, replace(some_layer, removals=one)) for one in lost]
+    assert [float(one.sum()) for one in shares] == pytest.approx([1.0, 0.01])
+    assert keep_overall(shares, 5, 1) == ((0, 1, 2, 3), (0,))
+    assert shares_of_loss(scores, replace(some_layer, removals=None)) is scores
 
 
 def test_an_expert_of_zeros_is_lost_first_and_missed_by_nobody(model: HeldModel, tmp_path: Path) -> None:
@@ -165,7 +183,7 @@ def test_an_expert_that_no_token_picks_is_lost_first_without_a_trace(model: Held
     router[4, 0] = -1e4
     planted = model.changed({block_key(1, "ffn_gate_inp"): router})
     layer = learn(planted, tmp_path).layers[1]
-    for name, score in SCORES.items():
+    for name, score in BY_SUMS.items():
         scores = score(layer, EVERY)
         assert scores.argmin() == 4, name
         assert scores[4] == 0

@@ -13,7 +13,7 @@ from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import redirect
 from slimoe.converter.methods.gram_policy import LayerGram, gram_of_block, layer_gram, policy_error
 from slimoe.converter.methods.layer_weight import layer_weight
-from slimoe.converter.methods.naee import best_subset, removals
+from slimoe.converter.methods.naee import best_subset, best_subsets, removals
 from slimoe.converter.source.model_source import choice_bias_key
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import LayerStatistics, Sensitivity, Single, Statistics
@@ -156,6 +156,17 @@ def test_one_by_one_where_subsets_are_too_many(gram: LayerGram) -> None:
         assert one.error == pytest.approx(float(gram.error(gram.redirected(dropped)).mean()), rel=1e-9)
     assert best_subset(gram, 3, most_subsets=0) == path[2]
     assert path[1] == best_subset(gram, 4), "the first to go is the best one to remove"
+
+
+def test_of_all_layers_those_lose_experts_that_cost_least(gram: LayerGram) -> None:
+    """Two equal layers, of which the model listens to one a thousand times as much; then both alike."""
+    path = [one.kept for one in removals(gram)]
+    assert best_subsets([(gram, 1.0), (gram, 1e-3)], 7) == (path[0], path[3])
+    assert best_subsets([(gram, 1.0), (gram, 1.0)], 8) == (path[1], path[1])
+    assert best_subsets([(gram, 1.0), (gram, 1.0)], 10) == (path[0], path[0])
+    for n_keep in (3, 11):
+        with pytest.raises(UsageError, match=r"Keep 4 to 10"):
+            best_subsets([(gram, 1.0), (gram, 1.0)], n_keep)
 
 
 GROUPS = ExpertSpec(8, 2, score="sigmoid", renormalise=True, n_group=2, n_group_used=1)

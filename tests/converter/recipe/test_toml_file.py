@@ -176,7 +176,6 @@ CONTRADICTIONS = {
     ),
     "main experts and fewer": (Recipe(experts=ExpertRecipe(main=1, keep=4)), "experts.main fits vectors"),
     "main experts and others": (Recipe(experts=ExpertRecipe(main=1), fit=FitRecipe(refit=True)), "fit.refit changes"),
-    "subset overall": (Recipe(experts=ExpertRecipe(keep=4, overall=True)), "Name another one with experts.score"),
     "type and target": (replace(FITTING, types=StorageRecipe("Q4_K")), "which a target size leaves to the allocator"),
     "mix and target": (
         replace(FITTING, free_layers=True, types=StorageRecipe("Q4_K_M")),

@@ -29,6 +29,7 @@ from slimoe.converter.stats.statistics import (
     Statistics,
     TokenTrace,
     TypeErrors,
+    WidthErrors,
 )
 from slimoe.converter.stats.statistics_file import (
     OtherSourceError,
@@ -70,6 +71,7 @@ def statistics() -> Statistics:
         "sketch": GramSample,
         "sensitivity": Sensitivity,
         "removals": Removals,
+        "widths": WidthErrors,
     }
     full = LayerStatistics(
         made(SimilaritySums, random), made(InputSums, random), **{n: made(kind, random) for n, kind in groups.items()}

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from slimoe.converter.forward.block import Expert, Linear, read_expert
 from slimoe.converter.forward.stream import Observer, Sequences, run
-from slimoe.converter.methods.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance
-from slimoe.converter.methods.trim import (
+from slimoe.converter.neurons.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance
+from slimoe.converter.neurons.trim import (
     SELECTIONS,
     TrimmedExpert,
     fit_down,

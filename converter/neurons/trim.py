@@ -12,9 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+from numpy.typing import NDArray
 
-from slimoe.converter.stats.statistics import Double, Int, Single
 from slimoe.offload.errors import UsageError
+
+Int = NDArray[np.int64]
+Double = NDArray[np.float64]
+Single = NDArray[np.float32]
 
 _LEVERAGE_RIDGE = 1e-2
 _FIT_RIDGE = 1e-6
