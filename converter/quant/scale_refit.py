@@ -46,18 +46,23 @@ def refitted(
         gradient.addcmul_(products, step, value=-1)
     size = len(target) // len(parts[0].numbers)
     for run in range(len(parts[0].numbers)):
-        own = slice(run * size, (run + 1) * size)
+        begin, end = run * size, (run + 1) * size
+        here, moved = gradient[begin:end], torch.zeros_like(gradient[begin:end])
         for part in parts:
-            change = part.units[own] * part.half
-            least = _step((change * gradient[own]).sum(0), (change * (metric[own, own] @ change)).sum(0))
+            change = part.units[begin:end] * part.half
+            products = metric[begin:end, begin:end] @ change
+            least = _step((change * here).sum(0), (change * products).sum(0))
             step = part.nearest(part.numbers[run] + least) - part.numbers[run]
             part.numbers[run] += step
-            gradient.addmm_(metric[:, own], change * step, alpha=-1)
+            here.addcmul_(products, step, value=-1)
+            moved.addcmul_(change, step)
+        gradient[end:].addmm_(metric[end:, begin:end], moved, alpha=-1)
     values = sum((part.whole * part.half for part in parts), torch.zeros_like(target))
     n_bytes = GGML_QUANT_SIZES[kind][1]
     for part, places, at in zip(parts, SCALES[kind], HALVES[kind], strict=True):
-        ones = packed(places, torch.full_like(part.stored, -1), n_bytes)
-        blocks = blocks & ~ones | packed(places, part.stored, n_bytes)
+        stored = part.stored
+        ones = packed(places, torch.full_like(stored[:, :1], -1), n_bytes)
+        blocks = blocks & ~ones | packed(places, stored, n_bytes)
         blocks[at : at + 2] = part.half.half()[:, None].view(torch.uint8).T
     return np.ascontiguousarray(blocks.T.cpu().numpy()), target - values
 
