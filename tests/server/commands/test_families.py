@@ -43,7 +43,7 @@ COMPRESSED = {
     "merged": ["--merge", "hc-smoe", "--keep-experts", "5", "--type", "Q8_0"],
     "narrow": ["--width", "128", "--type", "Q8_0"],
     "without a layer's experts": ["--drop-layers", "1", "--type", "Q8_0"],
-    "feedback and refit": ["--type", "Q4_K", "--feedback", "--refit"],
+    "feedback and refit": ["--type", "Q6_K", "--feedback", "--refit", "--stock"],
 }
 LOSSY = {
     "size": ["skip", "adap:0.005", "skip:0.3"],
