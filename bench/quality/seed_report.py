@@ -29,7 +29,6 @@ _COLOURS = {
     "HC-SMoE": "#9c6ade",
     "M-SMoE": "#7f74d6",
     "slimoe, merged neurons": "#7aa61c",
-    "slimoe, narrower": "#17a99b",
     "slimoe, half computed": "#4c8dff",
     "slimoe, stock": "#1a9fd0",
     "slimoe": "#3aa655",

@@ -4,7 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf import GGML_QUANT_SIZES
@@ -128,12 +128,15 @@ def cost(lab: Lab, trials: Sequence[Trial], evaluating: float) -> Cost:
             n_bytes += lab.bf16_bytes / 2 / block * block_bytes
             seconds += 0.0 if kind == Type.F16 else lab.bf16_bytes / 2 * per_weight(kind) / lab.n_threads
             continue
+        # Choosing types takes long: files for a size count as all of the type that takes longest.
+        has_size = trial.recipe.target_size is not None
+        types = replace(trial.recipe.types, expert="IQ3_XXS", candidates=()) if has_size else trial.recipe.types
         try:
-            plan = quick_plan(lab, trial.recipe)
+            plan = quick_plan(lab, replace(trial.recipe, target_size=None, types=types))
         except (DoesNotFitError, UsageError):
             continue
         layout = lay_out(lab.source, plan, lab.statistics)
-        n_bytes += layout.n_bytes
+        n_bytes += trial.recipe.target_size or layout.n_bytes
         seconds += writing_seconds(lab.source, layout, lab.n_threads, per_weight)
         if plan.feedback:
             seconds += FeedbackTime.of(lab.source, plan, layout, speeds()).chosen(plan).seconds

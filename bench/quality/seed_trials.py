@@ -161,15 +161,6 @@ def targeted(method: str, lab: Lab, sizes: Sizes, recipe: Recipe) -> Found:
             previous = n_filled if n_filled < math.inf else previous
 
 
-def narrower(method: str, lab: Lab, sizes: Sizes) -> Found:
-    """Experts of three quarters and half of their neurons, whose types the allocator chooses."""
-    for part in (0.75, 0.5):
-        width = round(part * lab.source.spec.n_ff / 32) * 32
-        for trial in targeted(method, lab, sizes, Recipe(experts=ExpertRecipe(width=width))):
-            assert isinstance(trial, Trial)
-            yield replace(trial, name=f"{width} neurons {trial.name}")
-
-
 def half_computed(method: str, lab: Lab, sizes: Sizes) -> Found:
     """Half of the experts that a token selects are computed, and vectors stand for the others."""
     n_used = lab.source.spec.n_expert_used
@@ -237,7 +228,6 @@ METHODS: dict[str, Callable[[str, Lab, Sizes], Found]] = {
     "HC-SMoE": partial(fewer_experts, experts=ExpertRecipe(merge="hc-smoe")),
     "M-SMoE": partial(fewer_experts, experts=ExpertRecipe(merge="m-smoe")),
     "slimoe, merged neurons": partial(fewer_experts, experts=ExpertRecipe(merge="neurons")),
-    "slimoe, narrower": narrower,
     "slimoe, half computed": half_computed,
     "slimoe, stock": partial(targeted, recipe=Recipe(format="stock")),
     "slimoe": partial(targeted, recipe=Recipe()),
