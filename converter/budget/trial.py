@@ -6,6 +6,7 @@ does: errors that meet, and tokens that move to other experts.
 """
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from zlib import crc32
 
@@ -105,6 +106,8 @@ class Trial:
 
         Without prices types lose nothing. Raises as reading does.
         """
+        # What is lost is of no format, and what a format cannot hold is for others to say.
+        plan = replace(plan, format="native")
         model = PlannedSource(self._source, plan, NoisyMatrices(self._source, self._statistics, costs))
         return divergence(self._source, self._expected, model, run(model, self._sequences))
 

@@ -1,5 +1,6 @@
 """Mistakes that published implementations of these methods made, each looked for in what a recipe makes of a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from slimoe.converter.methods.removal import Removal, attention_removals, block_
 from slimoe.converter.methods.scores import SCORES
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.model_source import expert_key
-from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics import Removals, Statistics
 from tests.converter.stats.test_calibrate import Letters
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.naive_layer import SIZES, TEXTS, learn, naive_layer
@@ -85,6 +86,9 @@ def test_cosines_that_are_nearly_the_same_are_told_apart(model: HeldModel, stati
 
 @pytest.mark.parametrize("name", SCORES)
 def test_what_is_kept_is_worth_more_than_what_goes(model: HeldModel, statistics: Statistics, name: str) -> None:
+    """With the backward pass's losses, which one score needs, put in by hand."""
+    losses = Removals(0.1, 0.2, 0.3, skipped=np.array([0.5, 0.1, 0.4, 0.2, 0.3]), novice=np.zeros(5))
+    statistics = replace(statistics, layers=tuple(replace(layer, removals=losses) for layer in statistics.layers))
     structure = build_structure(model, statistics, Recipe(experts=ExpertRecipe(keep=3, score=name)))
     for layer in structure.layers:
         scores = SCORES[name](statistics.layers[layer.block], EVERY)
