@@ -190,7 +190,10 @@ def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
     """The tier counters of an answer by name; empty when the whole model is in memory."""
     if not tiers.counts:
         return {}
-    counts = {name: value if name.endswith("_seconds") else round(value) for name, value in tiers.counts.items()}
+    # Seconds, and nats of divergence, are no counts.
+    counts = {
+        name: value if name.endswith(("_seconds", "_kl")) else round(value) for name, value in tiers.counts.items()
+    }
     return {**counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from slimoe.converter.layout.layer import matrix_width
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.quant.mixes import layer_and_role
@@ -177,8 +178,11 @@ def _experts(work: CompressWork, layer: LayerPlan) -> str:
     n_constants = _n_constants(layer)
     text += f" + {n_constants} constant{'s' if n_constants > 1 else ''}" if n_constants else ""
     text += f", {work.plan.n_main} of {work.source.spec.n_expert_used} used computed" if layer.aux is not None else ""
-    widths = {width for expert in layer.experts if (width := _width(expert)) is not None}
-    return text + (f", {max(widths)} wide" if widths else "")
+    if all(_width(expert) is None for expert in layer.experts):
+        return text
+    # Beside narrower experts some may be whole.
+    widths = sorted({matrix_width(work.source, layer.block, expert) for expert in layer.experts})
+    return f"{text}, {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))} wide"
 
 
 def _types(experts: Sequence[ExpertPlan], projection: int) -> str:

@@ -159,6 +159,13 @@ class SizeType(click.ParamType[int]):
         return n_bytes
 
 
+def _only_one(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> str | None:
+    """The value of a flag that may be given once; raises BadParameter where the last would silently be taken."""
+    if len(texts) > 1:
+        raise click.BadParameter("a file is made for one text. Put several into one file.")
+    return texts[0] if texts else None
+
+
 def _list_recipes(ctx: click.Context, param: click.Parameter, is_asked: bool) -> None:
     if not is_asked or ctx.resilient_parsing:
         return
@@ -216,6 +223,8 @@ compress_flags = flag_group(
     ),
     click.option(
         "--specialise",
+        multiple=True,
+        callback=_only_one,
         metavar="TEXT",
         help="Merge experts for a task, to half of them or --keep-experts, by what they do on its text.",
     ),

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from slimoe.offload.engine import Engine
 from slimoe.offload.text.generation import Finished, GenerationRequest, TierUse
 from slimoe.server.api.metrics import TierCollector
+from slimoe.server.api.wire import tiers_info
 from slimoe.server.cli import run
 from slimoe.server.commands import run as run_command
 from tests.models.configs import engine_config
@@ -95,6 +96,11 @@ def test_the_share_of_selected_experts_in_memory(counts: dict[str, float], share
 
 
 # --- telling -----------------------------------------------------------------------------------------------
+
+
+def test_seconds_and_divergences_are_not_rounded() -> None:
+    told = tiers_info(TierUse({"hits": 3.0, "wait_seconds": 0.25, "expected_kl": 0.004}))
+    assert (told["hits"], told["wait_seconds"], told["expected_kl"]) == (3, 0.25, 0.004)
 
 
 def test_run_tells_of_the_tiers(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,7 @@ def forbidden(*_arguments: object, **_named: object) -> None:
         (["--keep-experts", "6"], 2, "merges none: layer 0 has 6. Keep 3 to 5 with --keep-experts."),
         (["--type", "Q4_K"], 3, "is no multiple of 256, as Q4_K in Q4_K needs."),
         (["--hf", "--hf-bits", "4"], 3, "which is no multiple of 128, as --hf-bits needs."),
+        (["--type", "Q8_0", "--specialise", "other.txt"], 2, "a file is made for one text. Put several into one file."),
         (["--type", "Q8_0", "--main-experts", "1"], 2, "which --specialise changes. Leave one out."),
         (
             ["--type", "Q8_0", "--constants"],
@@ -189,12 +190,12 @@ def test_a_text_too_short_is_refused_with_what_it_lacks(
 def test_flags_that_do_not_go_with_it(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[str | Path] = ["convert", model, tmp_path / "m.gguf", "--type", "Q8_0", "--specialise", text]
+    asked: list[str | Path] = ["convert", model, tmp_path / "m.gguf", "--type", "Q8_0", "--specialise"]
     for flags, problem in (
-        (["--stats", str(tmp_path / "s.stats")], "--stats is of other texts"),
-        (["--width", "64"], "--specialise merges experts, which --width cannot trim as well"),
-        (["--keep-experts", "2"], "Merging down to 2 experts is not possible: a token selects 3"),
-        (["--specialise", str(tmp_path / "none.txt")], "none.txt: the text cannot be read"),
+        ([text, "--stats", tmp_path / "s.stats"], "--stats is of other texts"),
+        ([text, "--width", "64"], "--specialise merges experts, which --width cannot trim as well"),
+        ([text, "--keep-experts", "2"], "Merging down to 2 experts is not possible: a token selects 3"),
+        ([tmp_path / "none.txt"], "none.txt: the text cannot be read"),
     ):
         status, _, err = told([*asked, *flags], capsys)
         assert status in (2, 3), flags
