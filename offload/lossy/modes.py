@@ -236,6 +236,8 @@ def make_lossy(text: str | None, max_kl: float | None, layers: Layers) -> Lossy 
     flags = [] if text is None else [f"--lossy {name}{colon}{values}"]
     flags += [f"--max-kl {max_kl:g}"] if max_kl else []
     note = f"Answers are not exact: {' '.join(flags)} is on."
+    if isinstance(chooser, Gate) and not numbers:
+        note += f" The file has no thresholds of its own, so that it is gate:{_DEFAULT_GATE:g}."
     return Lossy(chooser, request.tables, note, max_kl if name == "rule" else None)
 
 

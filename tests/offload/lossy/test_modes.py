@@ -448,6 +448,12 @@ def test_what_a_file_does_not_say(bare: Path, mode: str, told: str) -> None:
         plan_engine(config(bare, mode))
 
 
+def test_a_gate_without_thresholds_says_which_one_stands_in(file: Path, bare: Path) -> None:
+    for path, is_told in ((file, False), (bare, True)):
+        with closing(tiered_engine(config(path, "gate"), 1.0)) as engine:
+            assert any("gate:0.6" in note for note in engine.plan.notes) == is_told
+
+
 @pytest.mark.parametrize("mode", ["low", "gate", "elastic", "gate:0.5"])
 def test_a_file_of_single_copies(directory: Path, mode: str) -> None:
     path = write_tiny_gguf(directory / "single.gguf", None, shape=TinyShape())
