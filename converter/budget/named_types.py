@@ -134,7 +134,15 @@ class NamedTypes:
 
 
 def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
-    """Raises UsageError, before neurons are chosen, for a width that the blocks of no quantised type divide."""
+    """Raises UsageError, before neurons are chosen, for a width that some experts do not have, and for one that the
+    blocks of no quantised type divide.
+    """
+    for block, layer in enumerate(source.layers):
+        for expert in range(layer.n_stored):
+            n_ff, _ = source.shapes.get(expert_key(block, "gate", expert), (width, 0))
+            if n_ff < width:
+                problem = f"--width is {width}, but experts of layer {block} have {n_ff} neurons"
+                raise UsageError(f"{problem}. Choose 1 to {n_ff}, or a size, which narrows each expert by itself.")
     named = recipe.types
     kinds = [find_recipe(named.expert or DEFAULT_EXPERT).base]
     if named.expert is None and named.candidates:

@@ -19,6 +19,7 @@ from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import MatrixKey, expert_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.quantiser import PlainQuantiser, statistics_importance
+from slimoe.offload.errors import UsageError
 from tests.models.compress_plans import learnt
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig
@@ -101,3 +102,13 @@ def test_statistics_of_an_earlier_version_narrow_nothing(redundant: HeldModel, s
     before = replace(statistics, layers=tuple(replace(layer, widths=None) for layer in statistics.layers))
     plan = plan_compression(redundant, before, Recipe(target_bpw=6.0, types=TYPES, hints=False))
     assert set(widths(plan)) == {SIZES.n_ff}
+
+
+def test_a_width_that_some_experts_do_not_have_is_refused_with_the_layer(
+    redundant: HeldModel, statistics: Statistics
+) -> None:
+    gate, up, down = (expert_key(1, name, 0) for name in ("gate", "up", "down"))
+    found = redundant.matrices
+    narrow = redundant.changed({gate: found[gate][:16], up: found[up][:16], down: found[down][:, :16]})
+    with pytest.raises(UsageError, match="--width is 32, but experts of layer 1 have 16 neurons"):
+        plan_compression(narrow, statistics, Recipe(experts=ExpertRecipe(width=32)))
