@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from slimoe.converter.document import decode_json
-from slimoe.converter.source.checkpoint import Checkpoint
+from slimoe.converter.source.checkpoint import PROVENANCE_FIELD, Checkpoint
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import UnsupportedModelError
 
@@ -36,9 +36,15 @@ class ClassSizes:
 
 
 def class_config(
-    checkpoint: Checkpoint, old: ModelConfig, sizes: ClassSizes, dtype: str, quantisation: Mapping[str, Any] | None
+    checkpoint: Checkpoint,
+    old: ModelConfig,
+    sizes: ClassSizes,
+    dtype: str,
+    quantisation: Mapping[str, Any] | None,
+    provenance: Mapping[str, str | int],
 ) -> bytes:
-    """The bytes of a config.json with the new sizes, weights of `dtype`, and what is said of quantised ones, if any.
+    """The bytes of a config.json with the new sizes, weights of `dtype`, what is said of quantised ones, if any, and
+    where the checkpoint is from.
 
     Raises UnsupportedModelError where shared experts, which stay as they are, would have to be narrower too.
     """
@@ -68,6 +74,7 @@ def class_config(
     fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields} or {"torch_dtype": dtype}
     if quantisation is not None:
         fields["quantization_config"] = dict(quantisation)
+    fields[PROVENANCE_FIELD] = dict(provenance)
     data = json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
     _check(checkpoint, old, decode_json(data, type(old)), sizes)
     return data

@@ -85,18 +85,29 @@ def lay_out_checkpoint(
     importance = statistics_importance(known, is_tied=config.tie_word_embeddings) if known else (lambda _matrix: None)
     stretches = list(ResultTensors(source, checkpoint, family, config, plan, n_bits, importance).all())
     quantisation = None if n_bits == 16 else quantization_config(n_bits, unpacked_modules(stretches))
-    notes = {keys.SLIMOE_VERSION: version("slimoe"), keys.RECIPE: plan.recipe, keys.SOURCE_HASH: source.source_hash}
-    notes |= {key: str(value) for key, value in plan.provenance.items()}
-    if statistics is not None:
-        notes |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: str(statistics.n_tokens)}
-    shards = shards_of(stretches, notes, shard_bytes)
+    provenance = _provenance(source, plan, statistics)
+    shards = shards_of(stretches, {key: str(value) for key, value in provenance.items()}, shard_bytes)
     dtypes = {tensor.dtype for one in stretches for tensor in one.tensors if len(tensor.shape) > 1}
     dtype = _DTYPES["F16" if "F16" in dtypes else "BF16"]
-    files = {"config.json": class_config(checkpoint, config, sizes, dtype, quantisation)}
+    files = {"config.json": class_config(checkpoint, config, sizes, dtype, quantisation, provenance)}
     check_plan(source, plan)
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
     return NewCheckpoint(class_name, sizes, n_bits, shards, files, tuple(copied_files(source.path)))
+
+
+def _provenance(source: ModelSource, plan: CompressPlan, statistics: Statistics | None) -> dict[str, str | int]:
+    """The keys that a GGUF file's header would have, those that the source hands on among them."""
+    carried = {key: value for key, value in source.metadata.items() if key in keys.CARRIED}
+    found: dict[str, str | int] = {
+        keys.SLIMOE_VERSION: version("slimoe"),
+        keys.RECIPE: plan.recipe,
+        keys.SOURCE_HASH: source.source_hash,
+    }
+    found |= carried | dict(plan.provenance)
+    if statistics is not None:
+        found |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
+    return {key: value if isinstance(value, int) else str(value) for key, value in found.items()}
 
 
 def check_checkpoint(source: ModelSource) -> None:

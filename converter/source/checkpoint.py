@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -32,6 +32,10 @@ _BITSANDBYTES, _MXFP4 = "bitsandbytes", "mxfp4"
 _UNREAD = {"I32": "packed integers, as GPTQ and AWQ have them", "F8_E4M3": "8-bit floats", "F8_E5M2": "8-bit floats"}
 """What some other dtypes mean."""
 
+PROVENANCE_FIELD = "slimoe"
+"""The field of config.json with the keys that a GGUF file's header has: transformers hands on fields that it does not
+know, where it drops what safetensors files say of themselves.
+"""
 _MAX_CONFIG = 1 << 20
 _MAX_HEADER = 16 << 20
 _AGAIN = "Download the checkpoint again."
@@ -47,6 +51,10 @@ class _Quantisation(msgspec.Struct):
 class _QuantisedConfig(msgspec.Struct):
     quantization_config: _Quantisation | None = None
     compression_config: _Quantisation | None = None
+
+
+class _Provenance(msgspec.Struct):
+    slimoe: Any = None
 
 
 class _Entry(msgspec.Struct):
@@ -127,6 +135,13 @@ class Checkpoint:
                 raise ModelFileError(path / shard, f"tensor {name} is missing, the index says it is here.", _AGAIN)
         add_samples(digest, ((tensor.path, tensor.offset, tensor.n_bytes) for tensor in tensors.values()))
         return cls(path, config, tensors, digest.hexdigest())
+
+    @property
+    def provenance(self) -> dict[str, str | int]:
+        """What config.json says of where the checkpoint is from, by GGUF's keys; nothing of one that is not ours."""
+        found = self.read_config(_Provenance).slimoe
+        own = found.items() if isinstance(found, dict) else ()
+        return {str(key): value for key, value in own if isinstance(value, str | int)}
 
     @property
     def config_path(self) -> Path:

@@ -32,6 +32,7 @@ from slimoe.converter.source.rotation import read_rotation
 from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.architectures import variant_of
 from slimoe.offload.model.tensor_list import check_tensors
@@ -73,6 +74,7 @@ def checkpoint_source(path: Path) -> StoredModel:
     head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""
     if licence := _LICENCE.search(head):
         metadata["general.license"] = licence[1]
+    metadata |= {key: value for key, value in checkpoint.provenance.items() if key in keys.CARRIED}
     metadata |= tokenizer_metadata(path, spec.n_vocab, family.token_ids)
     return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices)
 

@@ -22,7 +22,7 @@ from slimoe.offload.text.tokenizer import Tokenizer
 
 _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version", "size_label")
 """What general.* says of a file and not of its model."""
-_CARRIED = (*keys.OF_THE_TOKENIZER, keys.CALIBRATION_HASH, keys.CALIBRATION_TOKENS, keys.SPECIALISED)
+_CARRIED = (*keys.OF_THE_TOKENIZER, *keys.CARRIED)
 
 
 def gguf_source(path: Path, copy: int = 0) -> StoredModel:

@@ -175,7 +175,7 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
     values = {name: metadata.get(f"{architecture}.{key}") for name, key in _GGUF_SIZES.items()}
     values["n_ff"] = metadata.get(f"{architecture}.expert_feed_forward_length", values["n_ff"])
     general = {key.removeprefix("general."): metadata[key] for key in metadata if key.startswith("general.")}
-    own = {key: metadata[key] for key in (*keys.PROVENANCE, keys.SPECIALISED, keys.QUALITY) if key in metadata}
+    own = _own_keys(metadata)
     if layout and layout.measured_kl is not None:
         own[f"{NATIVE}.measured_kl"] = list(layout.measured_kl)
     return Inventory(
@@ -196,6 +196,11 @@ def _of_gguf(gguf: GGUFFile) -> Inventory:
         routing=_routing(gguf, spec) if spec else {},
         note=f"{foreign.problem} {foreign.hint}" if foreign else task_note(metadata),
     )
+
+
+def _own_keys(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    """What slimoe wrote of where a model is from."""
+    return {key: metadata[key] for key in (*keys.PROVENANCE, keys.SPECIALISED, keys.QUALITY) if key in metadata}
 
 
 def _spec(gguf: GGUFFile) -> ModelSpec | None:
@@ -269,7 +274,8 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
         counts=_counts(tensors),
         n_bytes=sum(file.stat().st_size for file in files),
         tokenizer={"files": [name for name in _TOKENIZER_FILES if (checkpoint.path / name).is_file()]},
-        provenance={keys.SOURCE_HASH: checkpoint.source_hash},
+        provenance=_own_keys(checkpoint.provenance) | {keys.SOURCE_HASH: checkpoint.source_hash},
+        note=task_note(checkpoint.provenance),
     )
 
 

@@ -52,6 +52,8 @@ HEALED = "slimoe.healed"
 IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
 PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, SOURCE_BLOCKS, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
 """The keys that say where a file is from; those of tasks go on to what is made of it."""
+CARRIED = (CALIBRATION_HASH, CALIBRATION_TOKENS, SPECIALISED)
+"""The keys of what a model was measured on and made for, which a source hands on."""
 
 
 def token_id_key(role: str) -> str:

@@ -190,7 +190,7 @@ def test_a_checkpoint_is_whole(tmp_path: Path, sentencepiece_path: Path) -> None
     assert not (target / "weights.bin").exists()
     before, after = (json.loads((one / "config.json").read_text()) for one in (path, target))
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert changed <= {"num_local_experts", "dtype", "torch_dtype"}
+    assert changed <= {"num_local_experts", "dtype", "torch_dtype", "slimoe"}
     assert after.get("dtype", after.get("torch_dtype")) == "bfloat16"
 
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.gguf.keys import RECIPE, SPECIALISED
+from slimoe.offload.gguf.keys import CALIBRATION_TOKENS, RECIPE, SPECIALISED
 from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.server.cli import run
@@ -208,3 +210,32 @@ def test_a_model_without_experts_has_none_to_specialise(
     status, _, err = told(["convert", dense_checkpoint, tmp_path / "m.gguf", "--specialise", text], capsys)
     assert status != 0
     assert "the model has no experts to specialise. Convert it without --specialise." in err
+
+
+def test_a_checkpoint_for_a_task_says_so_and_what_is_made_of_it_too(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, saved = (tmp_path / name for name in ("first", "second", "saved"))
+    status, _, err = told(["convert", model, first, "--hf", "--specialise", text], capsys)
+    assert status == 0, err
+    assert run(["inspect", str(first)]) == 0
+    assert "Made for one task: what task.txt does not use is lost." in capsys.readouterr().out
+    # As who goes on training it would save it.
+    transformers.AutoModelForCausalLM.from_pretrained(first).save_pretrained(saved)
+    shutil.copy(first / "tokenizer.model", saved)
+    shutil.copy(first / "tokenizer_config.json", saved)
+    measured = json.loads(json.loads((saved / "config.json").read_text())["slimoe"][SPECIALISED])
+    assert list(measured) == ["task.txt"]
+    for source in (first, saved):
+        target = tmp_path / f"{source.name}.gguf"
+        status, _, err = told(["convert", source, target, "--type", "Q8_0"], capsys)
+        assert status == 0, err
+        metadata = read_gguf(target).metadata
+        assert json.loads(str(metadata[SPECIALISED])) == measured
+        assert metadata[CALIBRATION_TOKENS] == measured["task.txt"]["tokens"]
+        assert RECIPE not in metadata or "specialise" not in str(metadata[RECIPE]), "its own recipe, not the source's"
+    assert told(["convert", saved, second, "--hf", "--drop-blocks", "0"], capsys)[0] == 0
+    config = json.loads((second / "config.json").read_text())
+    assert json.loads(config["slimoe"][SPECIALISED]) == measured
+    (second / "config.json").write_text(json.dumps(config | {"slimoe": [{}]}))
+    assert run(["inspect", str(second)]) == 0, "what another program put there is of no account"
