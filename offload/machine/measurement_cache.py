@@ -51,21 +51,32 @@ class MeasurementCache:
         self._path = path or default_path()
         self._machine = machine or machine_name()
         self._system = system
+        self._disturbed: dict[str, object] = {}
+
+    @property
+    def disturbed(self) -> tuple[str, ...]:
+        """The names of what this object measured while other programs disturbed it; files never hold such values."""
+        return tuple(self._disturbed)
 
     def measured(
         self, name: str, kind: type[T], measure: Callable[[], T], is_steady: Callable[[], bool] = lambda: True
     ) -> T:
         """The value of that name, else what `measure` returns, which is remembered if nothing disturbed it.
 
-        What was measured while a thread had to wait for a core, or what `is_steady` does not vouch for, serves once.
+        What was measured while a thread had to wait for a core, or what `is_steady` does not vouch for, is remembered
+        by this object only.
         """
         value = self.get(name, kind)
+        if value is None and isinstance(known := self._disturbed.get(name), kind):
+            return known
         if value is None:
             before, begin = waits(self._system), time.perf_counter()
             value = measure()
             longest = max((after - before.get(one, 0.0) for one, after in waits(self._system).items()), default=0.0)
             if longest <= _DISTURBED * (time.perf_counter() - begin) and is_steady():
                 self.put({name: value})
+            else:
+                self._disturbed[name] = value
         return value
 
     def get(self, name: str, kind: type[T]) -> T | None:

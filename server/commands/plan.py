@@ -10,6 +10,7 @@ import msgspec
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.ggml.abort import end_with_error, on_device_abort
+from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import MachineSpeed
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_each
@@ -24,7 +25,7 @@ from slimoe.server.telling import tell
 from slimoe.server.terminal.plan_report import PlanReport
 
 _LEAST_CTX = 256
-Measure = Callable[[EngineConfig, EnginePlan, Callable[[str], None]], MachineSpeed]
+Measure = Callable[[EngineConfig, EnginePlan, Callable[[str], None], MeasurementCache], MachineSpeed]
 
 
 class _UnmeasuredError(SlimoeError):
@@ -100,12 +101,18 @@ def tell_engine_plan(values: Mapping[str, Any], measure: Measure = measure_machi
         raise plan.shortfall
     if not values["as_json"]:
         _tell(report, as_json=False)
-    prediction = _prediction(config, plan, measure, is_allowed=values["measure"])
+    # One for both predictions, so that nothing is measured twice, not even what is not to be remembered.
+    cache, is_allowed = MeasurementCache(), values["measure"]
+    prediction = _prediction(config, plan, measure, cache, is_allowed=is_allowed)
     alone = None
     if config.devices.rpc and prediction is not None:
         without = without_rpc(config)
         local = plan_each([without])[0]
-        alone = None if local.shortfall else _prediction(without, local, measure, is_allowed=values["measure"])
+        alone = None if local.shortfall else _prediction(without, local, measure, cache, is_allowed=is_allowed)
+    if cache.disturbed:
+        names = ", ".join(cache.disturbed)
+        tell(f"Other programs disturbed what was measured just now, and speeds may be off by far: {names}.")
+        tell("It is not remembered. Run the command again when they are done.")
     report = replace(report, prediction=prediction, alone=alone)
     if values["as_json"]:
         _tell(report, as_json=True)
@@ -135,7 +142,9 @@ def _tell(report: PlanReport, *, as_json: bool) -> None:
         tell(f"It would fit with --ctx {report.nearest_ctx}.")
 
 
-def _prediction(config: EngineConfig, plan: EnginePlan, measure: Measure, *, is_allowed: bool) -> PlanPrediction | None:
+def _prediction(
+    config: EngineConfig, plan: EnginePlan, measure: Measure, cache: MeasurementCache, *, is_allowed: bool
+) -> PlanPrediction | None:
     """What to expect; None when it is not known and measuring is not allowed, or fails."""
     told = False
 
@@ -151,7 +160,7 @@ def _prediction(config: EngineConfig, plan: EnginePlan, measure: Measure, *, is_
         told = True
 
     try:
-        return predict_plan(plan, measure(config, plan, before))
+        return predict_plan(plan, measure(config, plan, before, cache))
     except _UnmeasuredError:
         tell("Speed is not predicted: this machine is not measured yet. Leave --no-measure out.")
     except KeyboardInterrupt:

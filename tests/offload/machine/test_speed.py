@@ -359,19 +359,27 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
         assert more.n_measured == 6
 
 
-def test_what_was_measured_in_noise_is_not_remembered(cache: MeasurementCache) -> None:
-    clock = Clock()
+def test_what_was_measured_in_noise_is_remembered_by_its_object_only(tmp_path: Path) -> None:
+    clock, path, system = Clock(), tmp_path / "m.json", SystemFiles(tmp_path / "proc")
     needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 20)
     with closing(KnownBackend(clock, lambda n: 1.0 if n % 2 else 9.0)) as backend:
         for _ in range(2):
-            noisy = Calibration(needs, Limits(clock=clock), cache)
+            noisy = Calibration(needs, Limits(clock=clock), MeasurementCache(path, "this", system))
             noisy.processor("CPU", backend, 1 << 24)
             assert noisy.n_measured == 4
-        backend.noise = lambda n: 1.0
+        cache = MeasurementCache(path, "this", system)
+        for n_measured in (4, 0):
+            once = Calibration(needs, Limits(clock=clock), cache)
+            once.processor("CPU", backend, 1 << 24)
+            assert once.n_measured == n_measured
+        assert len(cache.disturbed) == 4
+        assert not path.exists()
+        backend.noise, cache = lambda n: 1.0, MeasurementCache(path, "this", system)
         for n_measured in (4, 0):
             quiet = Calibration(needs, Limits(clock=clock), cache)
             quiet.processor("CPU", backend, 1 << 24)
             assert quiet.n_measured == n_measured
+    assert not cache.disturbed
 
 
 @pytest.mark.parametrize(
@@ -387,8 +395,7 @@ def test_what_was_measured_beside_a_busy_program_is_not_remembered(
     for thread in range(3):
         (task / str(thread)).mkdir(parents=True)
         (task / str(thread) / "schedstat").write_text("10 7000000000 20\n")
-    cache = MeasurementCache(tmp_path / "m.json", "this", SystemFiles(tmp_path / "proc"))
-    n_measured = 0
+    system, n_measured = SystemFiles(tmp_path / "proc"), 0
 
     def measure() -> LinkSpeed:
         nonlocal n_measured
@@ -401,8 +408,11 @@ def test_what_was_measured_beside_a_busy_program_is_not_remembered(
         return LinkSpeed(1.0, 2.0)
 
     for _ in range(2):
-        assert cache.measured("link", LinkSpeed, measure) == LinkSpeed(1.0, 2.0)
+        cache = MeasurementCache(tmp_path / "m.json", "this", system)
+        for _ in range(2):
+            assert cache.measured("link", LinkSpeed, measure) == LinkSpeed(1.0, 2.0)
     assert n_measured == times
+    assert cache.disturbed == (("link",) if times > 1 else ())
 
 
 class _Counting(KnownBackend):

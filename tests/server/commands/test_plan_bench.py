@@ -11,6 +11,7 @@ import pytest
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import MachineSpeed, Overheads
 from slimoe.offload.plan import machine
 from slimoe.offload.plan.engine_config import EngineConfig
@@ -137,7 +138,9 @@ class KnownMachine:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def __call__(self, config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+    def __call__(
+        self, config: EngineConfig, planned: EnginePlan, before: Callable[[str], None], cache: MeasurementCache
+    ) -> MachineSpeed:
         for name in ("one thing", "another"):
             before(name)
             self.told.append(name)
@@ -172,7 +175,7 @@ def test_a_device_that_slows_down_is_told(
 ) -> None:
     """What a round trip of a second takes, this machine does many times by itself."""
 
-    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+    def measure(config: EngineConfig, planned: EnginePlan, *_others: object) -> MachineSpeed:
         names = [known_as(one.device) for one in planned.devices]
         speed = machine_for(planned, *names)
         overheads = Overheads(trip_seconds, 1e-12)
@@ -193,10 +196,41 @@ def test_a_device_that_slows_down_is_told(
     assert (warning in out) == (trip_seconds == 1.0)
 
 
+def test_what_other_programs_disturb_is_measured_once_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIMOE_CACHE", str(tmp_path))
+    measured, quiet = list[str](), False
+
+    def measure(
+        config: EngineConfig, planned: EnginePlan, before: Callable[[str], None], cache: MeasurementCache
+    ) -> MachineSpeed:
+        def speed() -> MachineSpeed:
+            measured.append("kernels")
+            return machine_for(planned, *(known_as(one.device) for one in planned.devices))
+
+        return cache.measured("kernels", MachineSpeed, speed, lambda: quiet)
+
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    with rpc_server() as server:
+        words = [str(path), "--ctx", "64", "--rpc", server.endpoint]
+        for _ in range(2):
+            tell(*words, measure=measure)
+            assert "Other programs disturbed what was measured just now, and speeds may be off by far: kernels." in (
+                " ".join(capsys.readouterr().err.split())
+            )
+        assert measured == ["kernels"] * 2, "once for both predictions, and again in the next run"
+        quiet = True
+        tell(*words, measure=measure)
+        tell(*words, measure=measure)
+    assert "disturbed" not in capsys.readouterr().err
+    assert measured == ["kernels"] * 3
+
+
 def test_a_model_that_needs_the_other_machine_is_compared_with_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(config: EngineConfig, planned: EnginePlan, before: Callable[[str], None]) -> MachineSpeed:
+    def measure(config: EngineConfig, planned: EnginePlan, *_others: object) -> MachineSpeed:
         return machine_for(planned, *(known_as(one.device) for one in planned.devices))
 
     path = write_tiny_gguf(tmp_path / "m.gguf", None)
