@@ -36,13 +36,14 @@ class WidthErrorTable:
 
     `error` [W, E] are sums over an expert's tokens of w^2 |change of the output|^2, w being the expert weight.
     `type_share` [W, E] is what the same relative error of each weight costs the narrower expert, over what it costs the
-    whole one. Of large experts only some are measured, and NaN stands for the others until `finish`.
+    whole one. Of large experts only some are measured, none that are not wanted, and NaN stands for the others until
+    `finish`.
     """
 
-    def __init__(self, n_expert: int, n_ff: int) -> None:
+    def __init__(self, n_expert: int, n_ff: int, *, is_wanted: bool = True) -> None:
+        n_tried = n_measured(n_expert, n_ff) if is_wanted else 0
         self.widths = narrower_widths(n_ff)
         self.error, self.type_share = np.full((2, len(self.widths), n_expert), np.nan)
-        n_tried = n_measured(n_expert, n_ff)
         self._measured = {number * n_expert // n_tried for number in range(n_tried)}
         self._expert, self._halves = -1, list[_Half]()
 

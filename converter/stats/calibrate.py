@@ -145,12 +145,14 @@ def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Pro
     return _report(statistics, destination.target, time.monotonic() - begin)
 
 
-def settings(device: str = "auto", types: str | None = None, sensitivity: bool = True) -> CalibrationSettings:
+def settings(
+    device: str = "auto", types: str | None = None, sensitivity: bool = True, widths: bool = True
+) -> CalibrationSettings:
     """The settings from a command line's words: a torch device or "auto", and types with commas between them or "none".
 
     Raises UsageError for a device that torch does not have.
     """
-    samples = Samples()
+    samples = Samples(widths=widths)
     if types is not None:
         names = () if types == "none" else tuple(name.strip().upper() for name in types.split(","))
         samples = replace(samples, types=names)

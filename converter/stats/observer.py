@@ -32,17 +32,20 @@ class Samples:
     """What is measured on a sample of the tokens, and how large the samples are.
 
     The errors of `types`, none if empty, are measured on `n_tokens` tokens of each expert and `n_rows` rows of its
-    matrices; Gram matrices of the experts' outputs on `n_gram` tokens of the layer, none if 0.
+    matrices; Gram matrices of the experts' outputs on `n_gram` tokens of the layer, none if 0. With `widths`, what
+    experts would lose if they were narrower is measured on all tokens.
     """
 
     types: tuple[str, ...] = DEFAULT_TYPES
     n_tokens: int = 512
     n_rows: int = 512
     n_gram: int = 2048
+    widths: bool = True
 
     def stored(self) -> dict[str, Any]:
         """The samples under the names that the notes of statistics files and interrupted passes have for them."""
-        return {"types": self.types, "n_picks": self.n_tokens, "n_rows": self.n_rows, "n_sketch": self.n_gram}
+        sizes = {"types": self.types, "n_picks": self.n_tokens, "n_rows": self.n_rows, "n_sketch": self.n_gram}
+        return sizes if self.widths else {**sizes, "widths": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ class _ExpertObserver:
         self._errors: TypeErrorTable | None = None
         if samples.types:
             self._errors = TypeErrorTable(source, layer, samples.types, samples.n_rows, n_threads)
-        self.widths = WidthErrorTable(n_stored, source.spec.layer_shape(layer).n_ff)
+        self.widths = WidthErrorTable(n_stored, source.spec.layer_shape(layer).n_ff, is_wanted=samples.widths)
         self.gram: GramRows | None = None
         if samples.n_gram:
             rows = spread_rows(n_rows, gram_size(samples.n_gram, n_rows, n_stored, n_embd))

@@ -141,9 +141,7 @@ def measure_type_costs(
     def price(key: MatrixKey) -> NDArray[np.float64]:
         nonlocal done
         values, weights = source.read(key), matrix_weights(source, statistics, key)
-        # Where types of 256 weights fit, those of small blocks are measured only if they are asked for.
-        left_out: tuple[str, ...] = _SMALL_BLOCKS if types is None and fits(Type.Q4_K, values.shape[-1]) else ()
-        left_out += _KEPT if types is None and not _is_kept(source, key) else ()
+        left_out = () if types is not None else _left_out(values.shape[-1], is_kept=_is_kept(source, key))
         costs = _matrix_costs(values, weights, tried, left_out)
         done += 1
         on_progress(done, len(keys))
@@ -151,6 +149,17 @@ def measure_type_costs(
 
     with ThreadPoolExecutor(n_threads) as pool:
         return TypeCosts(tried, dict(zip(keys, pool.map(price, keys), strict=True)))
+
+
+def tried_types(source: ModelSource, n_per_row: int) -> tuple[str, ...]:
+    """The types that are measured for a matrix of such rows where none are named."""
+    left_out = _left_out(n_per_row, is_kept=False)
+    return tuple(name for name in candidates(source) if fits(Type[name], n_per_row) and name not in left_out)
+
+
+def _left_out(n_per_row: int, *, is_kept: bool) -> tuple[str, ...]:
+    """Types that are measured only if they are asked for: those of small blocks where types of 256 weights fit, too."""
+    return (_SMALL_BLOCKS if fits(Type.Q4_K, n_per_row) else ()) + (() if is_kept else _KEPT)
 
 
 def _matrix_costs(

@@ -124,14 +124,15 @@ class TypeErrorTable:
             return None
         values = rows.cpu().contiguous().numpy()
         target = np.empty_like(values)
+        n_at_once = max(1, min(_ROWS_AT_ONCE, -(-len(values) // self._n_threads)))
 
         def convert(begin: int) -> None:
-            part = slice(begin, begin + _ROWS_AT_ONCE)
+            part = slice(begin, begin + n_at_once)
             target[part] = dequantize_rows(quantize_rows(values[part], kind, columns), kind, values.shape[1])
 
         try:
             with ThreadPoolExecutor(self._n_threads) as pool:
-                list(pool.map(convert, range(0, len(values), _ROWS_AT_ONCE)))
+                list(pool.map(convert, range(0, len(values), n_at_once)))
         except BadWeightsError as error:
             key = expert_key(self._layer, projection, number)
             raise ModelFileError(self._source.path, f"tensor {key} {error}.") from None

@@ -46,6 +46,9 @@ _WORK = {
 @click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each sequence.")
 @click.option("--device", default="auto", show_default=True, help="torch device: auto, cpu, cuda ...")
 @click.option("--types", metavar="LIST", help="ggml types to measure errors of, such as Q2_K,Q4_K; none measures none.")
+@click.option(
+    "--no-widths", is_flag=True, help="Leave out what narrower experts would lose: sizes then leave experts as wide."
+)
 @click.option("--no-sensitivity", is_flag=True, help="Leave out the backward pass, and the costs that build on it.")
 @click.option(
     "--imatrix", metavar="FILE", type=click.Path(path_type=Path), help="Write llama.cpp's importance matrix too."
@@ -68,7 +71,7 @@ def command(values: Mapping[str, Any]) -> None:
         values["texts"],
         values["tokens"],
         values["length"],
-        calibration.settings(values["device"], values["types"], not values["no_sensitivity"]),
+        calibration.settings(values["device"], values["types"], not values["no_sensitivity"], not values["no_widths"]),
         values["force"],
         values["imatrix"],
     )

@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
+from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import slimoe.converter.stats.calibrate as front
 from slimoe.converter.forward.texts import MIN_TOKENS, CalibrationText, TextFile, default_texts, read_texts
+from slimoe.converter.source.held_source import HeldSource
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.estimate import estimate
 from slimoe.converter.stats.forward_pass import CalibrationSettings
@@ -239,5 +243,41 @@ def test_an_estimate_counts_all_kinds_of_work(moe_checkpoint: Path, k_quant_chec
     few = estimate(open_source(moe_checkpoint), text, replace(settings, n_sensitivity=0))
     assert few.seconds["types"] == 0, "its rows are no blocks of that type"
     assert "sensitivity" not in few.seconds
+    assert few.seconds["widths"] > 0
+    narrow = estimate(open_source(moe_checkpoint), text, CalibrationSettings(Samples((), widths=False)))
+    assert "widths" not in narrow.seconds
     priced = estimate(open_source(moe_checkpoint), text, CalibrationSettings(Samples(()), prices=True))
     assert "prices" in priced.seconds, "which tries all types that a plan may choose, F16 among them"
+
+
+class _Watched(HeldSource):
+    """Knows which experts were read."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__(source)
+        self.experts: set[MatrixKey] = set()
+
+    def read(self, key: MatrixKey) -> NDArray[np.float32]:
+        self.experts |= {key} if key.expert >= 0 else set()
+        return super().read(key)
+
+
+def test_an_estimate_reads_one_expert(moe_checkpoint: Path) -> None:
+    """Of large models a layer takes a minute."""
+    source = _Watched(open_source(moe_checkpoint))
+    estimate(source, CalibrationText(((1, 2, 3),) * 100, ("a",) * 100), CalibrationSettings(prices=True))
+    assert {str(key) for key in source.experts} == {str(expert_key(0, name, 0)) for name in ("gate", "up", "down")}
+
+
+def test_without_widths_nothing_is_known_of_narrower_experts(
+    moe_checkpoint: Path, tmp_path: Path, prose: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "a.stats"
+    assert run([*arguments(moe_checkpoint, target, prose), "--no-widths"]) == 0
+    assert "narrower experts" not in capsys.readouterr().err
+    statistics = load_statistics(target, open_source(moe_checkpoint))
+    assert all(layer.widths is None for layer in statistics.layers)
+    plan = ["plan", str(moe_checkpoint), "--stats", str(target), "--target-bpw", "9", "--json"]
+    assert run(plan) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert {expert["width"] for layer in layers for expert in layer["experts"]} == {None}
