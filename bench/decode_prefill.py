@@ -3,8 +3,9 @@
 Every round measures each candidate once, in alternating order. llama.cpp runs with its extra buffer types on and
 off, and the better of the two on each figure is what ours is compared with. The table goes to stderr; the last
 line of stdout is one JSON document. A ratio above 1 means that ours is faster. The tokens are random, so the
-experts are chosen evenly: natural text is never harder. With --ratio the same file is then run under memory limits, as
-`bench.offload` does it.
+experts are chosen evenly: natural text is never harder. With --ik, which names a Python that has ik-llama-cpp-python,
+that fork runs on the same file as well, in a process of its own, with and without weights rearranged at load. With
+--ratio the same file is then run under memory limits, as `bench.offload` does it.
 
     python -m bench.decode_prefill --shape qwen3moe --depths 0,4096 --ratio 1.4 --ratio 2
 """
@@ -12,9 +13,10 @@ experts are chosen evenly: natural text is never harder. With --ratio the same f
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import offload
+from bench.baselines.ik_llama_cpp import IK_BASELINES, IkConfig, IkLlamaCpp
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import Candidate, Timing, go_to_depth, kl_divergence, measure, random_tokens, time_decode
 from bench.limits import limited_runs, machine
-from bench.limits.flags import run_flags, threads_flag, type_flag
+from bench.limits.flags import ik_flag, ik_python, run_flags, threads_flag, type_flag
 from bench.models.random_model import random_model_file
 from bench.models.shapes import MODELS
 from bench.quality import offload_report
@@ -45,12 +48,16 @@ OURS = "slimoe"
 BASELINES = {"llama.cpp": True, "llama.cpp --no-repack": False}
 REFERENCE = "llama.cpp --no-repack"
 COPIES_TOGETHER = 4.5  # the mapped file, two rearranged copies, ours and theirs, one of plain weights, and some air
+IK_COPIES = 1.1  # its rearranged weights; the others are the mapped file
 CHECKED_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured: `n_prefill` and `n_decode` tokens at each of `depths`, `n_rounds` times."""
+    """What is measured: `n_prefill` and `n_decode` tokens at each of `depths`, `n_rounds` times.
+
+    `ik` is the Python that has ik_llama.cpp, None to leave that out.
+    """
 
     model: Path
     n_threads: int
@@ -58,6 +65,12 @@ class Plan:
     n_prefill: int
     n_decode: int
     depths: tuple[int, ...]
+    ik: Path | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The candidates, ours first."""
+        return (OURS, *BASELINES, *(IK_BASELINES if self.ik else ()))
 
     @property
     def n_ctx(self) -> int:
@@ -67,7 +80,8 @@ class Plan:
     @property
     def fits_together(self) -> bool:
         """Whether memory holds all candidates at once; otherwise they are measured one after the other."""
-        return COPIES_TOGETHER * read_gguf(self.model).n_bytes < available_bytes()
+        n_copies = COPIES_TOGETHER + (IK_COPIES if self.ik else 0)
+        return n_copies * read_gguf(self.model).n_bytes < available_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +102,9 @@ class Report:
         """The median of the rounds' seconds; `phase` is `prefill` (the whole of it) or `decode` (one step)."""
         return float(statistics.median(getattr(timing, phase) for timing in self.timings[name, depth]))
 
-    def ratio(self, depth: int, phase: str) -> float:
-        """How many times faster ours is than the better llama.cpp."""
-        return min(self.seconds(name, depth, phase) for name in BASELINES) / self.seconds(OURS, depth, phase)
+    def ratio(self, depth: int, phase: str, baselines: Iterable[str] = BASELINES) -> float:
+        """How many times faster ours is than the better of the baselines, llama.cpp's two by default."""
+        return min(self.seconds(name, depth, phase) for name in baselines) / self.seconds(OURS, depth, phase)
 
     def kl(self, name: str) -> float:
         """The largest KL divergence of the checked steps from plain llama.cpp, in nats."""
@@ -146,7 +160,17 @@ def candidates(plan: Plan) -> dict[str, Callable[[], Candidate]]:
         name: lambda extra=extra: LlamaCpp(LlamaCppConfig(plan.model, plan.n_ctx, plan.n_threads, extra))
         for name, extra in BASELINES.items()
     }
-    return {OURS: lambda: Engine.open(config), **baselines}
+    return {OURS: lambda: Engine.open(config), **baselines, **ik_candidates(plan)}
+
+
+def ik_candidates(plan: Plan) -> dict[str, Callable[[], IkLlamaCpp]]:
+    """How ik_llama.cpp is opened, with weights as they are and rearranged; none without its Python."""
+    if plan.ik is None:
+        return {}
+    configs = {
+        name: IkConfig(plan.ik, plan.model, plan.n_ctx, plan.n_threads, repack) for name, repack in IK_BASELINES.items()
+    }
+    return {name: partial(IkLlamaCpp, config) for name, config in configs.items()}
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> Report:
@@ -174,14 +198,21 @@ def _measure_together(plan: Plan, opened: Mapping[str, Candidate], report: Repor
     for depth in sorted(plan.depths, reverse=True):  # a deep cache serves the shallower depths as well
         for candidate in opened.values():
             go_to_depth(candidate, tokens, depth)
-            measure(candidate, prefill, decode[:1])
+            time_round(candidate, prefill, decode[:1])
         for round_no in range(plan.n_rounds):
             say(f"depth {depth}, round {round_no + 1} of {plan.n_rounds}")
             for name in sorted(opened, reverse=bool(round_no % 2)):
-                report.timings.setdefault((name, depth), []).append(measure(opened[name], prefill, decode))
+                report.timings.setdefault((name, depth), []).append(time_round(opened[name], prefill, decode))
             if isinstance(engine := opened.get(OURS), Engine):
                 report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
                 report.engine.update(engine.memory(), weights=engine.plan.weight_forms.mode)
+
+
+def time_round(candidate: Candidate, prefill: list[int], decode: list[int]) -> Timing:
+    """One round at the current depth; what runs in a process of its own is timed there."""
+    if isinstance(candidate, IkLlamaCpp):
+        return candidate.measure(prefill, decode)
+    return measure(candidate, prefill, decode)
 
 
 def check_logits(candidate: Candidate, tokens: list[int]) -> list[np.ndarray]:
@@ -209,12 +240,14 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
     """The figures as one document; the ratios at its top are the worst of all depths."""
     depths = {
         str(depth): {
-            "decode_ms": {name: 1e3 * report.seconds(name, depth, "decode") for name in (OURS, *BASELINES)},
+            "decode_ms": {name: 1e3 * report.seconds(name, depth, "decode") for name in plan.names},
             "prefill_tokens_per_s": {
-                name: plan.n_prefill / report.seconds(name, depth, "prefill") for name in (OURS, *BASELINES)
+                name: plan.n_prefill / report.seconds(name, depth, "prefill") for name in plan.names
             },
             "decode_vs_llamacpp": report.ratio(depth, "decode"),
             "prefill_vs_llamacpp": report.ratio(depth, "prefill"),
+            "decode_vs_ik": report.ratio(depth, "decode", IK_BASELINES) if plan.ik else None,
+            "prefill_vs_ik": report.ratio(depth, "prefill", IK_BASELINES) if plan.ik else None,
             "python_share": statistics.median(report.python_shares[depth]),
         }
         for depth in plan.depths
@@ -225,6 +258,7 @@ def as_json(plan: Plan, report: Report) -> dict[str, Any]:
         "python_share": max(statistics.median(shares) for shares in report.python_shares.values()),
         "kl_vs_llamacpp": report.kl(OURS),
         "kl_between_llamacpp_settings": max(map(report.kl, BASELINES)),
+        "kl_of_ik": max(map(report.kl, IK_BASELINES)) if plan.ik else None,
         "depths": depths,
         "engine": report.engine,
         "in_slots": report.in_slots,
@@ -250,11 +284,14 @@ def table(plan: Plan, report: Report) -> Table:
     for column in ("depth", "candidate", f"decode ms ({plan.n_decode})", f"prefill tokens/s ({plan.n_prefill})"):
         result.add_column(column, justify="left" if column == "candidate" else "right")
     for depth in plan.depths:
-        for name in (OURS, *BASELINES):
+        for name in plan.names:
             decode, prefill = (report.seconds(name, depth, phase) for phase in ("decode", "prefill"))
             result.add_row(str(depth), name, f"{1e3 * decode:.2f}", f"{plan.n_prefill / prefill:.1f}")
         ratios = (f"{report.ratio(depth, phase):.3f}" for phase in ("decode", "prefill"))
-        result.add_row(str(depth), "ratio to the better llama.cpp", *ratios, end_section=True)
+        result.add_row(str(depth), "ratio to the better llama.cpp", *ratios, end_section=plan.ik is None)
+        if plan.ik is not None:
+            ratios = (f"{report.ratio(depth, phase, IK_BASELINES):.3f}" for phase in ("decode", "prefill"))
+            result.add_row(str(depth), "ratio to the better ik_llama.cpp", *ratios, end_section=True)
     return result
 
 
@@ -276,6 +313,7 @@ def _comma_ints(_: click.Context, option: click.Parameter, text: str) -> tuple[i
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", callback=_comma_ints, default="512,64", show_default=True, help="To prefill, to decode.")
 @click.option("--depths", callback=_comma_ints, default="0,1024", show_default=True, help="Tokens already cached.")
+@ik_flag
 @click.option("--ratio", "ratios", multiple=True, help="The file's size over a memory limit, or one such as 12GiB.")
 @run_flags
 def main(
@@ -298,7 +336,7 @@ def main(
         with ExitStack() as stack:
             routing = "natural" if ratios else "uniform"
             path = model or stack.enter_context(random_model_file("smoke" if smoke else shape, kind, routing=routing))
-            plan = Plan(path, threads or default_threads(), rounds, *tokens, depths)
+            plan = Plan(path, threads or default_threads(), rounds, *tokens, depths, ik_python())
             if smoke:
                 plan = replace(plan, n_rounds=1, n_prefill=32, n_decode=4, depths=(0, 16))
             load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)

@@ -4,10 +4,11 @@ The limit is the file's size over the ratio (2: the file is twice as large as th
 which is emptied of the file before every run. Both read the same tokens, so that they need the same experts: random
 ones (--routing uniform, the adversarial case), or ones whose experts last and can be predicted about as a trained
 model's (natural). llama.cpp maps the file; its rearranged weights, which it keeps in memory of its own besides, are
-tried where the file fits. The bound is what the machine allows: the longer of computing a token with everything in
-memory and of reading what the cache missed as fast as the disk gives it. Before each run of ours its plan is asked how
-long a token will take. The table goes to stderr, the last line of stdout is one JSON document. A ratio of times above 1
-means that ours is faster. Linux only, see `bench.limits.cgroup`.
+tried where the file fits. With --ik, which names a Python that has ik-llama-cpp-python, that fork runs as well. The
+bound is what the machine allows: the longer of computing a token with everything in memory and of reading what the
+cache missed as fast as the disk gives it. Before each run of ours its plan is asked how long a token will take. The
+table goes to stderr, the last line of stdout is one JSON document. A ratio of times above 1 means that
+ours is faster. Linux only, see `bench.limits.cgroup`.
 
     python -m bench.offload --model qwen3moe --ratio 1.4 --ratio 2
 """
@@ -27,7 +28,7 @@ from rich.console import Console
 from bench.limits import machine
 from bench.limits.cgroup import NoControlGroupError, memory_group
 from bench.limits.engine_changes import parse_changes
-from bench.limits.flags import run_flags, threads_flag
+from bench.limits.flags import ik_flag, ik_python, run_flags, threads_flag
 from bench.limits.limited_runs import Limit, Plan, measure
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.random_model import random_model_file
@@ -155,6 +156,7 @@ def smoke_limits() -> tuple[Limit, ...]:
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Measured tokens of a run.")
 @threads_flag
 @click.option("--engine", multiple=True, metavar="FIELD=VALUE", help="Changes our engine's configuration.")
+@ik_flag
 @run_flags
 def main(
     model: str,
@@ -177,7 +179,7 @@ def main(
             path, own = stack.enter_context(opened("smoke" if smoke else model, copies, routing))
             limits = smoke_limits() if smoke else limits_for(path, ratios)
             plan = make_plan(path, own, limits, routing, lengths)
-            plan = replace(plan, n_threads=threads or default_threads(), engine=changes)
+            plan = replace(plan, n_threads=threads or default_threads(), engine=changes, ik=ik_python())
             load_before = machine.require_quiet(allow_busy=allow_busy, is_smoke=smoke)
             load = machine.OtherLoad()
             runs = measure(plan, console.print)

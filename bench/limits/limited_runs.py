@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.baselines.ik_llama_cpp import IK_BASELINES, ik_environment
 from bench.disk_speed import DiskSpeed
 from bench.limits.cgroup import MemoryGroup, Usage, drop_cached, memory_group
 from bench.limits.engine_changes import Changes
@@ -15,7 +16,7 @@ from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import BASELINES, OURS, Job, Outcome
 from slimoe.offload.errors import SlimoeError
 
-REARRANGED = "llama.cpp"
+REARRANGED = ("llama.cpp", "ik_llama.cpp -rtr")
 _DISK_SECONDS = 0.5
 
 
@@ -25,7 +26,7 @@ class BenchChildError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A limit of memory, None for none; llama.cpp's rearranged copies are tried only where the file `fits`."""
+    """A limit of memory, None for none; rearranged copies of the weights are tried only where the file `fits`."""
 
     name: str
     n_bytes: int | None
@@ -33,8 +34,12 @@ class Limit:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The candidates that run under the limit, ours first."""
-        return (OURS, *(name for name in BASELINES if self.fits or name != REARRANGED))
+        """The candidates that run under the limit, ours first, without ik_llama.cpp."""
+        return (OURS, *self.possible(BASELINES))
+
+    def possible(self, baselines: Iterable[str]) -> tuple[str, ...]:
+        """Those of the baselines that can run under the limit."""
+        return tuple(name for name in baselines if self.fits or name not in REARRANGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Plan:
     """What is measured: a prompt and then `tokens`, of which `n_warm` do not count, under each limit in each round.
 
     llama.cpp reads `model` and ours `own_model`, which may hold more copies of the experts. `piece_bytes` is what is
-    read at once to time the disk.
+    read at once to time the disk. `ik` is the Python that has ik_llama.cpp, None to leave that out.
     """
 
     model: Path
@@ -55,6 +60,11 @@ class Plan:
     n_warm: int
     piece_bytes: int
     engine: Changes = field(default_factory=dict)
+    ik: Path | None = None
+
+    def candidates(self, limit: Limit) -> tuple[str, ...]:
+        """All that run under a limit, ours first."""
+        return limit.candidates + (limit.possible(IK_BASELINES) if self.ik else ())
 
     def job(self, candidate: str, limit: Limit) -> Job:
         """The job of a candidate under a limit."""
@@ -99,18 +109,20 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Runs:
         for limit in plan.limits:
             say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: what the plan expects")
             runs.expected.setdefault(limit.name, []).append(expect(plan, limit))
-            names = limit.candidates
+            names = plan.candidates(limit)
             for name in names[round_no % len(names) :] + names[: round_no % len(names)]:
                 say(f"round {round_no + 1} of {plan.n_rounds}, memory {limit.name}: {name}")
-                run = run_candidate(plan.job(name, limit), limit.n_bytes)
+                run = run_candidate(plan.job(name, limit), limit.n_bytes, plan.ik if name in IK_BASELINES else None)
                 runs.candidates.setdefault((limit.name, name), []).append(run)
             if limit.n_bytes is not None:
                 runs.disk.setdefault(limit.name, []).append(time_disk(plan, limit.n_bytes))
     return runs
 
 
-def run_candidate(job: Job, limit_bytes: int | None) -> Run:
+def run_candidate(job: Job, limit_bytes: int | None, ik: Path | None = None) -> Run:
     """Runs a job in a process of its own; under a limit nothing of the file is in the page cache when it begins.
+
+    A job of ik_llama.cpp needs the Python that has it.
 
     Raises NoControlGroupError and StillCachedError.
     """
@@ -119,7 +131,11 @@ def run_candidate(job: Job, limit_bytes: int | None) -> Run:
         if limit_bytes is not None:
             drop_cached(Path(job.model))
             group = stack.enter_context(memory_group(limit_bytes))
-        done = _run("bench.limits.isolated_run", [], group, json.dumps(asdict(job)))
+        text = json.dumps(asdict(job))
+        if ik is None:
+            done = _run("bench.limits.isolated_run", [], group, text)
+        else:
+            done = _run("bench.baselines.ik_process", ["job"], group, text, ik)
         usage = group.usage() if group else None
     if done.returncode == 0:
         return Run(Outcome(**json.loads(done.stdout.splitlines()[-1])), None, usage)
@@ -149,11 +165,12 @@ def time_disk(plan: Plan, limit_bytes: int) -> DiskSpeed:
 
 
 def _run(
-    module: str, arguments: Sequence[str], group: MemoryGroup | None, text: str
+    module: str, arguments: Sequence[str], group: MemoryGroup | None, text: str, ik: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *arguments]
+    command = [str(ik or sys.executable), "-m", module, *arguments]
     entered = group.entering(command) if group else command
-    return subprocess.run(entered, input=text, capture_output=True, text=True, check=False)
+    environment = None if ik is None else ik_environment()
+    return subprocess.run(entered, input=text, capture_output=True, text=True, check=False, env=environment)
 
 
 def _why(done: subprocess.CompletedProcess[str], usage: Usage | None) -> str:

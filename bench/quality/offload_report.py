@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.baselines.ik_llama_cpp import IK_BASELINES
 from bench.limits.isolated_plan import Expected
 from bench.limits.isolated_run import BASELINES, OURS, Outcome
 from bench.limits.limited_runs import Limit, Plan, Run, Runs
@@ -35,13 +36,16 @@ def as_json(plan: Plan, runs: Runs) -> dict[str, Any]:
 
 def limit_figures(plan: Plan, limit: Limit, runs: Runs) -> dict[str, Any]:
     """The figures under one limit."""
-    candidates = {name: candidate_figures(runs.candidates[limit.name, name]) for name in limit.candidates}
+    candidates = {name: candidate_figures(runs.candidates[limit.name, name]) for name in plan.candidates(limit)}
     baselines = [candidates[name]["ms_per_token"] for name in limit.candidates if name in BASELINES]
     best = min((ms for ms in baselines if ms is not None), default=None)
     own = candidates[OURS]["ms_per_token"]
+    ik = [candidates[name]["ms_per_token"] for name in candidates.keys() & IK_BASELINES.keys()]
+    best_ik = min((ms for ms in ik if ms is not None), default=None)
     figures = {
         "limit_bytes": limit.n_bytes,
         "decode_vs_llamacpp": best / own if best and own else None,
+        "decode_vs_ik": best_ik / own if best_ik and own else None,
         **expected_figures(runs.expected.get(limit.name, ()), own),
         "candidates": candidates,
         "contenders": candidates,  # the field's old name, for one version
